@@ -1,0 +1,127 @@
+"""The one type in which every stage tells a user what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Span:
+    """A stretch of a source file. Lines and columns count from 1, in characters; the end is exclusive."""
+
+    file: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Related:
+    """A second place that a diagnostic speaks of."""
+
+    message: str
+    span: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnostic:
+    """One finding.
+
+    `message` is one terse lower-case sentence; `label` stands beside the marked text; `help` is what to do next.
+    `code` is stable and has a page under `docs/codes/`.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    span: Span | None = None
+    label: str | None = None
+    help: str | None = None
+    related: tuple[Related, ...] = ()
+
+
+class Sink:
+    """Collects the diagnostics of one run, so that all of them are shown at once."""
+
+    def __init__(self) -> None:
+        self._diagnostics: list[Diagnostic] = []
+
+    def error(
+        self,
+        code: str,
+        message: str,
+        span: Span | None = None,
+        *,
+        label: str | None = None,
+        help: str | None = None,
+        related: tuple[Related, ...] = (),
+    ) -> None:
+        """Record something that stops the compilation."""
+        self.report(
+            Diagnostic(
+                code=code, severity="error", message=message, span=span, label=label, help=help, related=related
+            )
+        )
+
+    def warning(
+        self,
+        code: str,
+        message: str,
+        span: Span | None = None,
+        *,
+        label: str | None = None,
+        help: str | None = None,
+        related: tuple[Related, ...] = (),
+    ) -> None:
+        """Record something that a user should know but that stops nothing."""
+        self.report(
+            Diagnostic(
+                code=code, severity="warning", message=message, span=span, label=label, help=help, related=related
+            )
+        )
+
+    def report(self, diagnostic: Diagnostic) -> None:
+        """Record a finding that is already made; the same one twice is one."""
+        if diagnostic not in self._diagnostics:
+            self._diagnostics.append(diagnostic)
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether anything recorded so far stops the compilation."""
+        return any(diagnostic.severity == "error" for diagnostic in self._diagnostics)
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Everything recorded, by file and place; what has no place comes last."""
+        return tuple(sorted(self._diagnostics, key=_place))
+
+    def __iter__(self) -> Iterator[Diagnostic]:
+        return iter(self.diagnostics)
+
+
+def _place(diagnostic: Diagnostic) -> tuple[object, ...]:
+    span = diagnostic.span
+    if span is None:
+        return (1, "", 0, 0, diagnostic.code)
+    return (0, span.file, span.line, span.column, diagnostic.code)
+
+
+class ProfileError(Exception):
+    """A profile is wrong or cannot be satisfied; `diagnostics` say where and why."""
+
+    def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
+        self.diagnostics = diagnostics
+        errors = [diagnostic for diagnostic in diagnostics if diagnostic.severity == "error"]
+        super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors))
+
+
+def _one_line(diagnostic: Diagnostic) -> str:
+    span = diagnostic.span
+    place = f"{span.file}:{span.line}:{span.column}: " if span else ""
+    advice = f" ({diagnostic.help})" if diagnostic.help else ""
+    return f"{place}{diagnostic.severity}[{diagnostic.code}]: {diagnostic.message}{advice}"
