@@ -1,0 +1,66 @@
+"""Keeps graphs between runs: a graph costs seconds of imports to make, and milliseconds to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.serialization import SCHEMA, graph_from_json, graph_to_json
+from devmap_config.graph.source import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from devmap_config.graph.model import ModelGraph
+
+LIBRARIES = ("torch", "transformers", "accelerate")
+"""What makes a graph; their versions stand in a lock for information."""
+
+
+def library_versions() -> dict[str, str | None]:
+    """The installed versions of what makes graphs, read without importing it."""
+    return {name: _version(name) for name in LIBRARIES}
+
+
+def cached_graph(key: dict[str, object], make: Callable[[], ModelGraph], *, directory: Path | None = None) -> ModelGraph:
+    """The graph under this key, made where it is not kept yet.
+
+    A file that cannot be read or written is never an error: the graph is then made again.
+    """
+    name = digest({**key, "schema": SCHEMA, "libraries": library_versions()}).removeprefix("sha256:")
+    path = (directory or default_directory()) / f"{name}.json"
+    try:
+        return graph_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        graph = make()
+    _keep(path, graph)
+    return graph
+
+
+def default_directory() -> Path:
+    """`$XDG_CACHE_HOME/devmap-config/graphs`, or the same under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    return Path(base) / "devmap-config" / "graphs"
+
+
+def _keep(path: Path, graph: ModelGraph) -> None:
+    text = json.dumps(graph_to_json(graph), separators=(",", ":"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except OSError:
+        return
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,137 @@
+"""`ModelGraph`: a model's module tree as frozen, torch-free data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal, NewType
+
+ModulePath = NewType("ModulePath", str)
+"""Dotted path of a module, as in `named_modules()`; the root is `""`."""
+
+TensorName = NewType("TensorName", str)
+"""Dotted name of a parameter or buffer, as in `named_parameters()`."""
+
+TensorKind = Literal["parameter", "buffer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One parameter or buffer.
+
+    `shape` and `dtype` (a torch name such as `bfloat16`) are those it has once loaded, `size_bytes` what it then
+    occupies. `planner_bytes` is what transformers' own planner counts for it, which leaves out that some modules are
+    kept in fp32. `persistent` is false for a buffer that no checkpoint holds. `alias_of` names the tensor that this
+    is the very same object as (a module that is registered twice); an alias occupies nothing of its own.
+    """
+
+    name: TensorName
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    planner_bytes: int
+    kind: TensorKind = "parameter"
+    persistent: bool = True
+    alias_of: TensorName | None = None
+
+    @property
+    def element_count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module with all that is below it, each in order of definition."""
+
+    path: ModulePath
+    class_name: str
+    parameters: tuple[Tensor, ...] = ()
+    children: tuple[Module, ...] = ()
+    buffers: tuple[Tensor, ...] = ()
+
+    def walk(self) -> Iterator[Module]:
+        """This module, then everything below it, depth first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every parameter and buffer at or below this module, depth first."""
+        for module in self.walk():
+            yield from module.parameters
+            yield from module.buffers
+
+    @property
+    def own_tensors(self) -> tuple[Tensor, ...]:
+        """The parameters and buffers that are registered on this very module."""
+        return self.parameters + self.buffers
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A model's module tree, and what transformers declares about placing it.
+
+    `ties` holds `(target, source)` pairs of transformers' `all_tied_weights_keys`: two names, one storage.
+    `no_split_classes`, `no_placement_parameters` and `skip_keys` are the model's `_no_split_modules`,
+    `_no_placement_params` (`None` where the model has no such attribute) and `_skip_keys_device_placement`.
+    """
+
+    root: Module
+    ties: tuple[tuple[TensorName, TensorName], ...] = ()
+    no_split_classes: tuple[str, ...] = ()
+    no_placement_parameters: tuple[str, ...] | None = None
+    skip_keys: tuple[str, ...] = ()
+
+    @property
+    def class_name(self) -> str:
+        """The model's class, such as `LlamaForCausalLM`."""
+        return self.root.class_name
+
+    @cached_property
+    def modules(self) -> dict[ModulePath, Module]:
+        """Every module by its path, depth first in order of definition."""
+        return {module.path: module for module in self.root.walk()}
+
+    @cached_property
+    def tensors(self) -> dict[TensorName, Tensor]:
+        """Every parameter and buffer by its name, depth first."""
+        return {tensor.name: tensor for tensor in self.root.tensors()}
+
+    @cached_property
+    def storage_of(self) -> dict[TensorName, TensorName]:
+        """For each tensor, the name under which its bytes are counted: ties and aliases share one storage."""
+        tied = dict(self.ties)
+        storage: dict[TensorName, TensorName] = {}
+        for tensor in self.root.tensors():
+            name = tensor.alias_of or tensor.name
+            seen = {name}
+            while (source := tied.get(name)) is not None and source in self.tensors and source not in seen:
+                name = self.tensors[source].alias_of or source
+                seen.add(name)
+            storage[tensor.name] = name
+        return storage
+
+    @cached_property
+    def tied_groups(self) -> tuple[tuple[TensorName, ...], ...]:
+        """The groups of two or more names that share one storage, in order of definition."""
+        groups: dict[TensorName, list[TensorName]] = {}
+        for name, storage in self.storage_of.items():
+            groups.setdefault(storage, []).append(name)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of all weights and buffers once loaded; what is tied counts once."""
+        return self.weights_bytes(tuple(self.tensors))
+
+    def weights_bytes(self, names: tuple[TensorName, ...]) -> int:
+        """Bytes that these tensors occupy together on one device; what is tied counts once."""
+        storages = dict.fromkeys(self.storage_of[name] for name in names)
+        return sum(self.tensors[storage].size_bytes for storage in storages)
+
+    def is_no_split(self, module: Module) -> bool:
+        """Whether transformers wants this module whole on one device."""
+        return module.class_name in self.no_split_classes

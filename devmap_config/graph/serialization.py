@@ -1,0 +1,87 @@
+"""A `ModelGraph` as one compact JSON value, for the cache and for keeping it beside a profile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+
+SCHEMA = "devmap-graph/1"
+"""Moves whenever the value below, or what introspection reads into it, changes."""
+
+
+def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
+    """The graph as plain data; `graph_from_json` gives it back, equal."""
+    return {
+        "schema": SCHEMA,
+        "root": _module_to_json(graph.root),
+        "ties": [list(tie) for tie in graph.ties],
+        "no_split_classes": list(graph.no_split_classes),
+        "no_placement_parameters": _list_or_none(graph.no_placement_parameters),
+        "skip_keys": list(graph.skip_keys),
+    }
+
+
+def graph_from_json(value: dict[str, Any]) -> ModelGraph:
+    """The graph that `graph_to_json` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError: where the value is not one.
+    """
+    if value["schema"] != SCHEMA:
+        raise ValueError(f"unknown graph schema {value['schema']!r}")
+    no_placement = value["no_placement_parameters"]
+    return ModelGraph(
+        root=_module_from_json(value["root"], ""),
+        ties=tuple((TensorName(target), TensorName(source)) for target, source in value["ties"]),
+        no_split_classes=tuple(value["no_split_classes"]),
+        no_placement_parameters=None if no_placement is None else tuple(no_placement),
+        skip_keys=tuple(value["skip_keys"]),
+    )
+
+
+def _list_or_none(value: tuple[str, ...] | None) -> list[str] | None:
+    return None if value is None else list(value)
+
+
+def _module_to_json(module: Module) -> list[Any]:
+    """`[last segment, class, parameters, buffers, children]`: short, since there may be tens of thousands."""
+    return [
+        module.path.rpartition(".")[2],
+        module.class_name,
+        [_tensor_to_json(tensor) for tensor in module.parameters],
+        [_tensor_to_json(tensor) for tensor in module.buffers],
+        [_module_to_json(child) for child in module.children],
+    ]
+
+
+def _tensor_to_json(tensor: Tensor) -> list[Any]:
+    return [
+        tensor.name.rpartition(".")[2],
+        list(tensor.shape),
+        tensor.dtype,
+        tensor.size_bytes,
+        tensor.planner_bytes,
+        tensor.persistent,
+        tensor.alias_of,
+    ]
+
+
+def _module_from_json(value: list[Any], parent: str) -> Module:
+    segment, class_name, parameters, buffers, children = value
+    path = f"{parent}.{segment}" if parent else segment
+    prefix = f"{path}." if path else ""
+
+    def tensor(kind: Any, fields: list[Any]) -> Tensor:
+        name, shape, dtype, size_bytes, planner_bytes, persistent, alias_of = fields
+        return Tensor(
+            TensorName(prefix + name), tuple(shape), dtype, size_bytes, planner_bytes, kind, persistent, alias_of
+        )
+
+    return Module(
+        path=ModulePath(path),
+        class_name=class_name,
+        parameters=tuple(tensor("parameter", fields) for fields in parameters),
+        buffers=tuple(tensor("buffer", fields) for fields in buffers),
+        children=tuple(_module_from_json(child, path) for child in children),
+    )

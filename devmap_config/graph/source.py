@@ -1,0 +1,138 @@
+"""Finds the config of the model that a profile names: a local directory, a `config.json`, or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+"""What may be the name of a repository on the hub, with or without its owner."""
+
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The floating dtypes of a safetensors header, as torch names them."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""safetensors' own bound on a header."""
+
+
+class ModelNotFoundError(Exception):
+    """No config was found; the text says where was looked."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's config, and where it came from.
+
+    `location` is the directory or `config.json` to build from; `weights` the directory or hub id that `from_pretrained`
+    takes, `None` where there is only a config. `commit` is what a hub revision resolved to.
+    """
+
+    location: Path
+    config: Mapping[str, Any]
+    weights: str | None
+    commit: str | None = None
+
+    @property
+    def class_name(self) -> str | None:
+        """The class that the config names first."""
+        architectures = self.config.get("architectures") or [None]
+        name: str | None = architectures[0]
+        return name
+
+    @property
+    def config_digest(self) -> str:
+        """A digest of the parsed config: neither the layout of the file nor who wrote it counts."""
+        return digest({key: value for key, value in self.config.items() if key != "transformers_version"})
+
+    def checkpoint_dtype(self) -> str | None:
+        """The dtype that transformers' `auto` loads in, as far as the config or a local checkpoint tells."""
+        declared = self.config.get("dtype") or self.config.get("torch_dtype")
+        if isinstance(declared, str) and declared != "auto":
+            return declared.removeprefix("torch.")
+        directory = self.location if self.location.is_dir() else self.location.parent
+        for path in sorted(directory.glob("*.safetensors")):
+            for entry in _safetensors_header(path).values():
+                if dtype := SAFETENSORS_DTYPES.get(entry.get("dtype", "")):
+                    return dtype
+        return None
+
+
+def digest(value: object) -> str:
+    """A digest of plain data, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def local_source(path: Path) -> ModelSource:
+    """The model in a directory, or that of a `config.json` alone.
+
+    Raises:
+        ModelNotFoundError: where there is no readable config.
+    """
+    config_path = path / "config.json" if path.is_dir() else path
+    has_weights = path.is_dir() and any(_weight_files(path))
+    return ModelSource(location=path, config=_read_config(config_path), weights=str(path) if has_weights else None)
+
+
+def hub_source(repository: str, revision: str | None, *, commit: str | None = None) -> ModelSource:
+    """The model in a repository of the hub: its cached config, or, on line, the current one.
+
+    Args:
+        repository: the hub id.
+        revision: a branch, tag or commit; the default branch where it is `None`.
+        commit: a commit that is known already, which then is what is read.
+
+    Raises:
+        ModelNotFoundError: where the hub and its cache have no such repository, revision or config.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(repository, "config.json", revision=commit or revision))
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ModelNotFoundError(f"`{repository}` on the hub has no config.json") from error
+    except Exception as error:  # what the hub client raises has many types and no common one
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelNotFoundError(f"`{repository}` is neither a local path nor to be had from the hub: {first_line}") from error
+    # The cache keeps files under `snapshots/<commit>/`.
+    return ModelSource(location=path.parent, config=_read_config(path), weights=repository, commit=path.parent.name)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a source may be the name of a repository on the hub."""
+    return HUB_ID.fullmatch(text) is not None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"there is no `{path.name}` in `{path.parent.name}`") from error
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"`{path.name}` is not a config that can be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelNotFoundError(f"`{path.name}` is not a config: it holds no JSON object")
+    return config
+
+
+def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            return {}
+        header = json.loads(file.read(length))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
