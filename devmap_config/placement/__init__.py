@@ -1,0 +1,1 @@
+"""Decides where every tensor goes, within capacities and the rules that hold."""

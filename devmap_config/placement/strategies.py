@@ -1,0 +1,92 @@
+"""The strategies by name: each gives every tensor that is not pinned a device, or says that it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from devmap_config.placement.problem import Placement, bytes_by_device
+from devmap_config.placement.transformers_planner import OVERFLOW, TransformersStrategy, plan_like_transformers
+
+if TYPE_CHECKING:
+    from devmap_config.graph.model import TensorName
+    from devmap_config.placement.problem import DeviceId, Problem
+
+TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """Bytes that a device, or all of them together (`device` is `None`), would need beyond what they have."""
+
+    device: DeviceId | None
+    needed_bytes: int
+    capacity_bytes: int
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is missing."""
+        return self.needed_bytes - self.capacity_bytes
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """No placement holds: where how much is missing, and the tensors that found no place."""
+
+    shortages: tuple[Shortage, ...]
+    unplaced: tuple[TensorName, ...] = ()
+
+
+def place(problem: Problem, strategy: str, *, single_device: DeviceId | None = None) -> Placement | Infeasible:
+    """The device of every tensor of the problem, pinned ones included.
+
+    Args:
+        problem: what is to be placed, and within what.
+        strategy: `single`, `manual` (all is pinned already) or one of `TRANSFORMERS_STRATEGIES`.
+        single_device: for `single`: the device; without it the first accelerator, else `cpu`.
+    """
+    if shortages := _shortages(problem, problem.pinned):
+        return Infeasible(shortages)
+    if strategy == "single":
+        device = single_device or first_device(problem)
+        placement: dict[TensorName, DeviceId] = dict.fromkeys(problem.graph.tensors, device)
+    elif strategy == "manual":
+        placement = {}
+    else:
+        placement = plan_like_transformers(problem, _as_transformers(strategy))
+        if OVERFLOW not in problem.capacities:
+            unplaced = tuple(name for name, device in placement.items() if device == OVERFLOW)
+            if unplaced:
+                return _overflow(problem, placement, unplaced)
+    placement = {name: problem.pinned.get(name) or placement[name] for name in problem.graph.tensors}
+    if shortages := _shortages(problem, placement):
+        return Infeasible(shortages)
+    return placement
+
+
+def first_device(problem: Problem) -> DeviceId:
+    """Where transformers loads a model without any map: the first accelerator, else the CPU."""
+    return next(iter(problem.capacities))
+
+
+def _as_transformers(strategy: str) -> TransformersStrategy:
+    return next(known for known in TRANSFORMERS_STRATEGIES if known == strategy)
+
+
+def _overflow(problem: Problem, placement: Placement, unplaced: tuple[TensorName, ...]) -> Infeasible:
+    total = Shortage(
+        device=None,
+        needed_bytes=problem.graph.weights_bytes(unplaced),
+        capacity_bytes=0,
+    )
+    held = {name: device for name, device in placement.items() if device != OVERFLOW} | dict(problem.pinned)
+    return Infeasible((total, *_shortages(problem, held)), unplaced)
+
+
+def _shortages(problem: Problem, placement: Placement) -> tuple[Shortage, ...]:
+    used = bytes_by_device(problem.graph, placement)
+    return tuple(
+        Shortage(device=device, needed_bytes=used.get(device, 0), capacity_bytes=capacity)
+        for device, capacity in problem.capacities.items()
+        if used.get(device, 0) > capacity
+    )
