@@ -1,0 +1,1 @@
+"""The plan: what a compilation gives, its verification, and the lock that it is deployed by."""

@@ -1,0 +1,140 @@
+"""The lockfile: a plan with digests of all that it was made from, one assignment a line, reviewed in git."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.source import digest
+from devmap_config.plan.executor import Executor
+from devmap_config.plan.plan import Assignment, DeviceUse, Plan, Prediction
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from devmap_config.graph.model import ModelGraph
+
+LOCK_VERSION = 1
+
+
+class LockError(Exception):
+    """A lock cannot be read; the text says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to."""
+
+    profile: str
+    config: str
+    graph: str
+    hardware: str
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, str | None]:
+        """As they stand in the lock."""
+        return {
+            "commit": self.commit,
+            "config": self.config,
+            "graph": self.graph,
+            "hardware": self.hardware,
+            "profile": self.profile,
+        }
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The content of a lockfile."""
+
+    plan: Mapping[str, Any]
+    inputs: Mapping[str, str | None]
+    variables: Mapping[str, str]
+    made_with: Mapping[str, str | None]
+
+    def to_text(self) -> str:
+        """The file: canonical JSON, the same bytes for the same plan on any machine."""
+        body = {
+            "lock_version": LOCK_VERSION,
+            "inputs": dict(self.inputs),
+            "plan": dict(self.plan),
+            "set": dict(self.variables),
+        }
+        text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
+        return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def lock_path(profile: Path) -> Path:
+    """`x.lock.json` beside `x.yaml` or `x.yaml.j2`."""
+    name = profile.name.removesuffix(".j2")
+    for suffix in (".yaml", ".yml"):
+        name = name.removesuffix(suffix)
+    return profile.with_name(f"{name}.lock.json")
+
+
+def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with: Mapping[str, str | None]) -> Lock:
+    """The lock of a plan that was just made."""
+    return Lock(plan=plan.to_json(), inputs=inputs.to_json(), variables=variables, made_with=made_with)
+
+
+def read_lock(text: str) -> Lock:
+    """The lock that a file holds.
+
+    Raises:
+        LockError: where it is not a lock, was written by a newer version, or was changed by hand.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise LockError(f"it is not JSON ({error})") from error
+    if not isinstance(value, dict) or not isinstance(value.get("lock_version"), int):
+        raise LockError("it is not a lock: it has no `lock_version`")
+    if value["lock_version"] > LOCK_VERSION:
+        raise LockError(
+            f"it has lock_version {value['lock_version']}, and this version of devmap-config reads up to {LOCK_VERSION}:"
+            " upgrade devmap-config"
+        )
+    stated = value.pop("digest", None)
+    made_with = value.pop("made_with", {})
+    if stated != digest(value):
+        raise LockError("its content does not agree with its own digest: it was changed by hand, or is damaged")
+    return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+
+
+def plan_of(lock: Lock, graph: ModelGraph, executor: Executor) -> Plan:
+    """The plan that a lock holds, over the graph of its model.
+
+    Raises:
+        LockError: where it names units that this model does not have.
+    """
+    value = lock.plan
+    kind = str(value["main_device"]).partition(":")[0] if ":" in str(value["main_device"]) else "cuda"
+    listed = {use["id"] for use in value["devices"]}
+    assignments = []
+    for unit, device in value["device_map"].items():
+        if unit in graph.modules:
+            tensors = tuple(tensor.name for tensor in graph.modules[unit].tensors())
+        elif unit in graph.tensors:
+            tensors = (unit,)
+        else:
+            raise LockError(f"it places `{unit}`, which {graph.class_name} does not have")
+        stored_on = f"{kind}:{device}" if isinstance(device, int) else device
+        if stored_on not in listed:
+            raise LockError(f"it places `{unit}` on {stored_on}, which is not among its devices")
+        compute = value["compute"].get(unit)
+        executes_on = executor.executes_on(stored_on, value["main_device"], compute)
+        assignments.append(Assignment(unit, tensors, stored_on, executes_on))
+    order = {name: position for position, name in enumerate(graph.tensors)}
+    return Plan(
+        strategy=value["strategy"],
+        executor=executor,
+        main_device=value["main_device"],
+        assignments=tuple(sorted(assignments, key=lambda each: order[each.tensors[0]] if each.tensors else -1)),
+        devices=tuple(
+            DeviceUse(**{name: count for name, count in use.items() if name != "free_bytes"})
+            for use in value["devices"]
+        ),
+        prediction=Prediction(**value["prediction"]),
+        measured=value["measured"],
+    )

@@ -1,0 +1,176 @@
+"""`Plan`: an ordered tuple of assignments and the executor that runs them; a device_map is a projection of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.placement.problem import is_accelerator
+from devmap_config.plan.executor import Executor
+
+if TYPE_CHECKING:
+    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.placement.problem import DeviceId
+    from devmap_config.placement.units import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A unit (module path or tensor name; `""` is the whole model), where it is stored and where it runs."""
+
+    unit: str
+    tensors: tuple[TensorName, ...]
+    stored_on: DeviceId
+    executes_on: DeviceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUse:
+    """What one device holds, in bytes. `overhead_bytes` is what the executor needs there while it runs."""
+
+    id: DeviceId
+    capacity_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int = 0
+    activation_bytes: int = 0
+    overhead_bytes: int = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the capacity."""
+        used = self.weights_bytes + self.kv_cache_bytes + self.activation_bytes + self.overhead_bytes
+        return self.capacity_bytes - used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What running the plan costs; a field is `None` where its inputs are missing."""
+
+    decode_nanoseconds_per_token: int | None = None
+    bound_decode_nanoseconds_per_token: int | None = None
+    prefill_nanoseconds: int | None = None
+    streamed_bytes_per_token: int | None = None
+    hops: int | None = None
+    longest_context: int | None = None
+
+
+class NotADeviceMapError(Exception):
+    """The plan says more than a device_map can: some modules are stored on the CPU and compute there."""
+
+    def __init__(self, units: tuple[str, ...]) -> None:
+        self.units = units
+        super().__init__(
+            f"this plan computes on the CPU, which a device_map cannot say: {', '.join(units)};"
+            " load it with `devmap run` or `devmap_config.load_model`"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything is and runs. `measured` tells whether more than weights was measured and budgeted."""
+
+    strategy: str
+    executor: Executor
+    main_device: DeviceId
+    assignments: tuple[Assignment, ...]
+    devices: tuple[DeviceUse, ...]
+    prediction: Prediction = field(default_factory=Prediction)
+    measured: bool = False
+
+    @cached_property
+    def placement(self) -> dict[str, int | str]:
+        """Unit to device as transformers writes it: accelerators by index, `cpu`, `disk`."""
+        return {each.unit: transformers_device(each.stored_on) for each in self.assignments}
+
+    @cached_property
+    def compute(self) -> dict[str, str]:
+        """The units that run somewhere else than the executor would run them by where they are stored."""
+        return {
+            each.unit: each.executes_on
+            for each in self.assignments
+            if each.executes_on != self.executor.executes_on(each.stored_on, self.main_device, None)
+        }
+
+    @property
+    def device_map(self) -> dict[str, int | str]:
+        """The map for `from_pretrained`.
+
+        Raises:
+            NotADeviceMapError: where the plan computes on the CPU.
+        """
+        if self.compute:
+            raise NotADeviceMapError(tuple(self.compute))
+        return dict(self.placement)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `plan` object of `--format json` and of the lock."""
+        return {
+            "strategy": self.strategy,
+            "executor": self.executor.name,
+            "main_device": self.main_device,
+            "measured": self.measured,
+            "device_map": self.placement,
+            "compute": self.compute,
+            "devices": [{**asdict(use), "free_bytes": use.free_bytes} for use in self.devices],
+            "prediction": asdict(self.prediction),
+        }
+
+
+def assemble(
+    graph: ModelGraph,
+    units: Iterable[tuple[Unit, tuple[DeviceId, DeviceId | None]]],
+    capacities: Mapping[DeviceId, int],
+    *,
+    strategy: str,
+    executor: Executor,
+) -> Plan:
+    """The plan that stores each unit on its device and runs it where its rule or the executor says."""
+    placed = tuple(units)
+    main_device = executor.main_device(stored_on for _, (stored_on, _) in placed)
+    assignments = tuple(
+        Assignment(unit.name, unit.tensors, stored_on, executor.executes_on(stored_on, main_device, compute))
+        for unit, (stored_on, compute) in placed
+    )
+    return Plan(
+        strategy=strategy,
+        executor=executor,
+        main_device=main_device,
+        assignments=assignments,
+        devices=device_uses(graph, assignments, capacities, executor),
+        prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments)),
+    )
+
+
+def device_uses(
+    graph: ModelGraph, assignments: Iterable[Assignment], capacities: Mapping[DeviceId, int], executor: Executor
+) -> tuple[DeviceUse, ...]:
+    """What each device of the profile holds under these assignments, in the profile's order."""
+    held: dict[DeviceId, list[TensorName]] = {device: [] for device in capacities}
+    for each in assignments:
+        for name in each.tensors:
+            home = executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+            held.setdefault(home, []).append(name)
+    return tuple(
+        DeviceUse(id=device, capacity_bytes=capacities.get(device, 0), weights_bytes=graph.weights_bytes(tuple(names)))
+        for device, names in held.items()
+    )
+
+
+def transformers_device(device: DeviceId) -> int | str:
+    """A device as transformers' device_map names it: `cuda:1` is `1`, `mps`, `cpu` and `disk` stay."""
+    _, colon, index = device.partition(":")
+    return int(index) if colon else device
+
+
+def _streamed_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> int:
+    """Bytes of weights that are copied to where they run at every forward."""
+    names = [
+        name
+        for each in assignments
+        if each.stored_on == "disk" or (each.stored_on == "cpu" and is_accelerator(each.executes_on))
+        for name in each.tensors
+        if graph.tensors[name].kind == "parameter"
+    ]
+    return graph.weights_bytes(tuple(names))

@@ -1,0 +1,174 @@
+"""Checks a plan against the model and the machine. Written apart from the placer, so that it can catch it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.plan.plan import Plan
+
+ViolationKind = Literal[
+    "uncovered-tensor",
+    "overlapping-units",
+    "unknown-unit",
+    "unlisted-device",
+    "misread-map",
+    "split-block",
+    "split-tie",
+    "over-capacity",
+]
+
+EXAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """Something that does not hold. `subjects` are the tensors, modules or devices that it is about."""
+
+    kind: ViolationKind
+    message: str
+    subjects: tuple[str, ...]
+
+
+def verify(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> tuple[Violation, ...]:
+    """Everything that is wrong with a plan; nothing, for a plan that loads, fits and keeps together what must be."""
+    return tuple(
+        violation
+        for check in (_coverage, _known_units, _flatness, _readability, _blocks, _ties)
+        for violation in check(plan, graph)
+    ) + tuple(_capacity(plan, graph, capacities))
+
+
+def _stored_on(plan: Plan) -> dict[str, str]:
+    return {str(name): each.stored_on for each in plan.assignments for name in each.tensors}
+
+
+def _coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    times = dict.fromkeys(map(str, graph.tensors), 0)
+    for each in plan.assignments:
+        for name in each.tensors:
+            times[name] = times.get(name, 0) + 1
+    if missing := tuple(name for name, count in times.items() if count == 0):
+        yield Violation(
+            kind="uncovered-tensor",
+            message=f"the plan gives no device to {_some(missing)}",
+            subjects=missing,
+        )
+    if repeated := tuple(name for name, count in times.items() if count > 1):
+        yield Violation(
+            kind="overlapping-units", message=f"the plan places {_some(repeated)} more than once", subjects=repeated
+        )
+
+
+def _known_units(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    for each in plan.assignments:
+        if each.unit in graph.modules:
+            holds = {str(tensor.name) for tensor in graph.modules[each.unit].tensors()}  # type: ignore[index]
+        else:
+            holds = {each.unit} & set(map(str, graph.tensors))
+        if not holds or holds != set(map(str, each.tensors)):
+            yield Violation(
+                kind="unknown-unit",
+                message=f"`{each.unit}` does not hold the tensors that the plan says it does",
+                subjects=(each.unit,),
+            )
+
+
+def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    """No unit within another, and none beside the root: both libraries read such maps in ways of their own."""
+    del graph
+    units = {each.unit for each in plan.assignments}
+    for unit in sorted(units):
+        around = [unit[:index] for index, character in enumerate(unit) if character == "."]
+        if unit:
+            around.insert(0, "")
+        for ancestor in around:
+            if ancestor in units:
+                yield Violation(
+                    kind="overlapping-units",
+                    message=f"`{unit}` lies within `{ancestor or 'the whole model'}`, which is placed as well",
+                    subjects=(unit, ancestor),
+                )
+
+
+def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    """The map read as transformers' `expand_device_map` reads it: keys joined to one unescaped regular expression."""
+    devices = {each.unit: each.stored_on for each in plan.assignments}
+    if not devices:
+        return
+    keys = sorted(devices, key=lambda key: (key.count("."), len(key)), reverse=True)
+    expression = re.compile("|".join(f"({key})" for key in keys))
+    expected = _stored_on(plan)
+    for name in graph.tensors:
+        found = expression.match(name)
+        read = devices.get(found.group()) if found else devices.get("", "cpu")
+        if name in expected and read != expected[name]:
+            yield Violation(
+                kind="misread-map",
+                message=f"transformers would put `{name}` on {read}, not on {expected[name]}",
+                subjects=(name,),
+            )
+
+
+def _blocks(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    stored_on = _stored_on(plan)
+    for module in graph.modules.values():
+        if module.class_name not in graph.no_split_classes:
+            continue
+        devices = sorted({stored_on[tensor.name] for tensor in module.tensors() if tensor.name in stored_on})
+        if len(devices) > 1:
+            yield Violation(
+                kind="split-block",
+                message=f"`{module.path}` ({module.class_name}) is split over {', '.join(devices)}",
+                subjects=(module.path,),
+            )
+
+
+def _ties(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    stored_on = _stored_on(plan)
+    for group in graph.tied_groups:
+        devices = sorted({stored_on[name] for name in group if name in stored_on})
+        if len(devices) > 1:
+            yield Violation(
+                kind="split-tie",
+                message=f"{', '.join(f'`{name}`' for name in group)} are one tensor, but on {', '.join(devices)}",
+                subjects=tuple(map(str, group)),
+            )
+
+
+def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> Iterator[Violation]:
+    """Adds up what each device holds anew, from the tensors."""
+    held: dict[str, set[str]] = {}
+    for each in plan.assignments:
+        for name in each.tensors:
+            home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+            held.setdefault(home, set()).add(graph.storage_of[name])
+    rows = {use.id: use for use in plan.devices}
+    for device in sorted(held):
+        weights_bytes = sum(graph.tensors[name].size_bytes for name in held[device])  # type: ignore[index]
+        if device not in capacities:
+            # What accelerate keeps on the CPU because everything runs there occupies no room that was promised.
+            if device == plan.main_device and weights_bytes == 0:
+                continue
+            yield Violation(
+                kind="unlisted-device", message=f"{device} is not a device of the profile", subjects=(device,)
+            )
+            continue
+        row = rows[device]
+        used = weights_bytes + row.kv_cache_bytes + row.activation_bytes + row.overhead_bytes
+        if used > capacities[device]:
+            yield Violation(
+                kind="over-capacity",
+                message=f"{device} would hold {used:,} bytes, {used - capacities[device]:,} more than it has",
+                subjects=(device,),
+            )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:EXAMPLES_SHOWN])
+    more = len(names) - EXAMPLES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
