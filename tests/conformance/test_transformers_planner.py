@@ -1,0 +1,120 @@
+"""`auto`, `balanced`, `balanced_low_0` and `sequential` against transformers' own planner, tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+import zoo
+from accelerate.utils import check_device_map
+from transformers.integrations.accelerate import _get_device_map, expand_device_map
+
+from devmap_config.graph.introspection import graph_of
+from devmap_config.placement.problem import Problem
+from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
+from devmap_config.placement.transformers_planner import plan_like_transformers
+from devmap_config.placement.units import fold
+from devmap_config.plan.executor import Executor
+from devmap_config.plan.plan import assemble
+from devmap_config.plan.verify import verify
+
+INVALID_MAPS = yaml.safe_load((Path(__file__).parent / "invalid_maps.yaml").read_text())
+
+SAMPLE = (
+    "llama gpt2 bert t5 mixtral gemma3 gemma3_text gemma4 whisper clip deepseek_v3 mamba jamba qwen3_moe qwen2_5_vl "
+    "qwen3_next gpt_oss falcon phi3 bart vit bloom opt mistral olmo2 cohere2 glm4 lfm2 llava zamba2 roberta siglip"
+).split()
+"""Kinds that people run: the whole zoo takes minutes and is a target of its own."""
+
+
+def budgets(total_bytes):
+    return {
+        "both ample": {0: 10 * total_bytes, 1: 10 * total_bytes},
+        "70 % + 70 %": {0: total_bytes * 7 // 10, 1: total_bytes * 7 // 10},
+        "three unequal and the CPU": {
+            0: total_bytes // 2,
+            1: total_bytes * 3 // 10,
+            2: total_bytes // 5,
+            "cpu": 10 * total_bytes,
+        },
+        "CPU and disk": {"cpu": total_bytes * 6 // 10, "disk": 10 * total_bytes},
+        "too small, then CPU and disk": {
+            0: total_bytes * 3 // 10,
+            1: total_bytes // 5,
+            "cpu": total_bytes // 5,
+            "disk": 10 * total_bytes,
+        },
+    }
+
+
+def canonical(device):
+    return f"cuda:{device}" if isinstance(device, int) else device
+
+
+def by_prefix(device_map, name):
+    """The device of a tensor by the nearest key above it, `None` where no key covers it."""
+    while name not in device_map:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return canonical(device_map[name])
+
+
+def compare(model_type):
+    """Hold the two planners together; gives what was wrong with transformers' maps."""
+    logging.disable(logging.WARNING)
+    model = zoo.build(model_type)
+    graph = graph_of(model, torch.float32)
+    names = list(graph.tensors)
+    found = {}
+    for budget_name, budget in budgets(graph.size_bytes).items():
+        capacities = {canonical(device): size_bytes for device, size_bytes in budget.items()}
+        for strategy in TRANSFORMERS_STRATEGIES:
+            where = f"{model_type}, {budget_name}, {strategy}"
+            ours = plan_like_transformers(Problem(graph, capacities), strategy)
+            check_valid(graph, model, ours, where)
+            try:
+                theirs = _get_device_map(model, strategy, dict(budget), None)
+            except Exception as error:
+                found["crashes"] = f"{where}: {error!r}"
+                continue
+            devices = {name: by_prefix(theirs, name) for name in names}
+            if lost := [name for name in names if devices[name] is None]:
+                found["loses"] = f"{where}: {lost[0]}"
+            for group in graph.tied_groups:
+                if len({devices[name] for name in group}) > 1:
+                    found["splits"] = f"{where}: {group}"
+            differ = [name for name in names if devices[name] not in (None, ours[name])]
+            assert not differ or "splits" in found, f"{where}: {differ[:3]}"
+    return found
+
+
+def check_valid(graph, model, placement, where):
+    """A placement, as a plan, is one that both libraries read as it is meant."""
+    ample = dict.fromkeys(placement.values(), 100 * graph.size_bytes) | {"cpu": 100 * graph.size_bytes}
+    homes = {name: (device, None) for name, device in placement.items()}
+    plan = assemble(graph, fold(graph, homes), ample, strategy="auto", executor=Executor())
+    assert verify(plan, graph, ample) == (), where
+    check_device_map(model, plan.device_map)
+    read = expand_device_map(plan.device_map, list(graph.tensors))
+    assert {name: canonical(device) for name, device in read.items()} == placement, where
+
+
+@pytest.mark.parametrize("model_type", [*SAMPLE, *sorted(INVALID_MAPS)])
+def test_places_every_tensor_where_transformers_does(model_type):
+    found = compare(model_type)
+    listed = INVALID_MAPS.get(model_type, {})
+    assert sorted(found) == sorted(listed), found
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", [name for name in zoo.model_types() if name not in {*SAMPLE, *INVALID_MAPS}])
+def test_places_every_tensor_of_the_zoo_where_transformers_does(model_type):
+    try:
+        zoo.build(model_type)
+    except Exception as error:
+        pytest.skip(f"transformers does not build it from a default config: {type(error).__name__}")
+    assert compare(model_type) == {}

@@ -1,0 +1,45 @@
+"""Every architecture that transformers builds from a default config, as a meta model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def model_types() -> list[str]:
+    """Every model type that transformers knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return sorted(CONFIG_MAPPING.keys())
+
+
+def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:
+    """The meta model of a default config, by the most telling head that the type has.
+
+    Raises:
+        Exception: whatever transformers raises for a type without a valid default config or a package that is missing.
+    """
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from devmap_config.graph.introspection import build_meta_model
+
+    config = CONFIG_MAPPING[model_type]()
+    return build_meta_model(_class_of(config), config, getattr(torch, dtype))
+
+
+def _class_of(config: Any) -> Any:
+    from transformers.models.auto import modeling_auto as auto
+
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_MAPPING,
+    ):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, (list, tuple)) else found
+    raise LookupError(f"no model class for {type(config).__name__}")
