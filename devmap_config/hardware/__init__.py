@@ -1,0 +1,1 @@
+"""Hardware: the catalogue of accelerators and the inventory of a described machine."""

@@ -1,0 +1,118 @@
+"""The catalogue of accelerators: `accelerators.csv`, read into frozen, exact figures.
+
+The columns of the file carry their units in their names; an empty figure is unknown. Bandwidths and flops are those of
+the data sheets (`source`), `memory_bytes` is what the card reports (`memory_source`), or, where nobody was seen
+reporting it, a floor that no known card falls below: 98 % of the nominal 10^9 bytes, and three quarters of them where
+the memory is shared with the host. `unverified` names the columns that are nobody's measurement; what a device keeps
+for its context and workspaces (`overhead_bytes`, `slack`) and the efficiencies are chosen within published ranges
+(`overhead_source`, `efficiency_source`).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """One entry of the catalogue; `kind` is torch's device type, which is `cuda` for AMD's cards too."""
+
+    name: str
+    kind: str
+    nominal_memory_gigabytes: int
+    memory_bytes: int
+    memory_source: str
+    memory_bandwidth_bytes_per_second: int
+    dense_bf16_flops_per_second: int
+    host_link_bytes_per_second: int | None
+    peer_link_bytes_per_second: int | None
+    supports_bf16: bool
+    supports_fp8: bool
+    overhead_bytes: int
+    slack: Fraction
+    overhead_source: str
+    memory_efficiency: Fraction
+    compute_efficiency: Fraction
+    link_efficiency: Fraction
+    efficiency_source: str
+    source: str
+    unverified: tuple[str, ...]
+    note: str
+
+    @property
+    def most_memory_bytes(self) -> int:
+        """More than this no such card has: what it reports, or its nominal size in GiB while that is unverified."""
+        if "memory_bytes" in self.unverified:
+            return self.nominal_memory_gigabytes * 2**30
+        return self.memory_bytes
+
+
+@cache
+def load_catalogue() -> Mapping[str, Accelerator]:
+    """Every accelerator of the package's catalogue by its name, in the order of the file."""
+    file = resources.files("devmap_config.hardware").joinpath("accelerators.csv")
+    with file.open(encoding="utf-8", newline="") as text:
+        entries = [_accelerator(row) for row in csv.DictReader(text)]
+    return MappingProxyType({entry.name: entry for entry in entries})
+
+
+def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> str | None:
+    """The catalogue's name that `name` was most likely meant to be, if any is near.
+
+    A name that another begins with (`h100`) is near to the first of those in the file (`h100-sxm`).
+    """
+    names = list(load_catalogue() if catalogue is None else catalogue)
+    wanted = _spelling(name)
+    if not wanted:
+        return None
+    spellings = {_spelling(known): known for known in reversed(names)}
+    if wanted in spellings:
+        return spellings[wanted]
+    beginning = [known for known in names if _spelling(known).startswith(wanted)]
+    if beginning:
+        return beginning[0]
+    close = difflib.get_close_matches(wanted, spellings, n=1, cutoff=0.6)
+    return spellings[close[0]] if close else None
+
+
+def _spelling(name: str) -> str:
+    """A name without what people write in ten ways: case, separators, the maker."""
+    letters = "".join(character for character in name.lower() if character.isalnum())
+    return letters.removeprefix("nvidia").removeprefix("amd").removeprefix("geforce")
+
+
+def _accelerator(row: Mapping[str, str]) -> Accelerator:
+    return Accelerator(
+        name=row["name"],
+        kind=row["kind"],
+        nominal_memory_gigabytes=int(row["nominal_memory_gigabytes"]),
+        memory_bytes=int(row["memory_bytes"]),
+        memory_source=row["memory_source"],
+        memory_bandwidth_bytes_per_second=int(row["memory_bandwidth_bytes_per_second"]),
+        dense_bf16_flops_per_second=int(row["dense_bf16_flops_per_second"]),
+        host_link_bytes_per_second=_known(row["host_link_bytes_per_second"]),
+        peer_link_bytes_per_second=_known(row["peer_link_bytes_per_second"]),
+        supports_bf16=row["supports_bf16"] == "yes",
+        supports_fp8=row["supports_fp8"] == "yes",
+        overhead_bytes=int(row["overhead_bytes"]),
+        slack=Fraction(row["slack"]),
+        overhead_source=row["overhead_source"],
+        memory_efficiency=Fraction(row["memory_efficiency"]),
+        compute_efficiency=Fraction(row["compute_efficiency"]),
+        link_efficiency=Fraction(row["link_efficiency"]),
+        efficiency_source=row["efficiency_source"],
+        source=row["source"],
+        unverified=tuple(row["unverified"].split()),
+        note=row["note"],
+    )
+
+
+def _known(figure: str) -> int | None:
+    return int(figure) if figure else None
