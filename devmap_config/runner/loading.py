@@ -1,0 +1,140 @@
+"""Loads a model with `from_pretrained` exactly as a plan says."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.plan.plan import Plan
+
+MINIMUM_ACCELERATE = (1, 1, 0)
+"""The oldest accelerate that transformers 5 takes a device_map with."""
+
+
+class RunnerError(Exception):
+    """The model cannot be loaded or run here. `code` is a diagnostic's code, `help` what to do next."""
+
+    def __init__(self, code: str, message: str, help: str | None = None) -> None:
+        self.code = code
+        self.help = help
+        super().__init__(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """What `from_pretrained` is asked for besides the map.
+
+    `weights` is a directory or a hub id, `revision` the commit of the latter.
+    """
+
+    weights: str
+    class_name: str
+    dtype: str
+    attention: str
+    revision: str | None = None
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    offload_folder: Path | None = None
+    trust_remote_code: bool = False
+
+
+def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
+    """The model, loaded with the plan's map.
+
+    Raises:
+        RunnerError: where accelerate is missing or too old, or a device of the plan is not on this machine.
+    """
+    require_accelerate()
+    _require_devices(plan)
+    import transformers
+
+    # What runs is `from_pretrained` of the class that the plan was made for.
+    model_class = getattr(transformers, request.class_name)
+    arguments: dict[str, Any] = {
+        "device_map": dict(plan.placement),
+        "dtype": request.dtype,
+        "attn_implementation": request.attention,
+        "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
+        "offload_buffers": plan.executor.offload_buffers,
+        "trust_remote_code": request.trust_remote_code,
+    }
+    if request.revision is not None:
+        arguments["revision"] = request.revision
+    if request.quantization:
+        arguments["quantization_config"] = _quantization_config(request.quantization)
+    with _main_device(plan.main_device):
+        model: PreTrainedModel = model_class.from_pretrained(request.weights, **arguments)
+    return model
+
+
+def require_accelerate() -> None:
+    """Check that accelerate is there and new enough.
+
+    Raises:
+        RunnerError: where it is not; its help names the command that mends it.
+    """
+    wanted = ".".join(map(str, MINIMUM_ACCELERATE))
+    command = f"run `pip install 'accelerate>={wanted}'`"
+    try:
+        found = version("accelerate")
+    except PackageNotFoundError:
+        raise RunnerError("accelerate-missing", "loading by a device map needs accelerate", command) from None
+    if _release(found) < MINIMUM_ACCELERATE:
+        raise RunnerError(
+            "accelerate-too-old", f"accelerate {found} is installed, and {wanted} or newer is needed", command
+        )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    from packaging.version import Version
+
+    return Version(text).release
+
+
+def _require_devices(plan: Plan) -> None:
+    import torch
+
+    for use in plan.devices:
+        if ":" not in use.id or not use.weights_bytes:
+            continue
+        kind, _, index = use.id.partition(":")
+        backend = getattr(torch, kind, None)
+        count = backend.device_count() if backend is not None and backend.is_available() else 0
+        if int(index) >= count:
+            raise RunnerError(
+                "device-missing",
+                f"the plan uses {use.id}, and this machine has {count or 'no'} {kind} device{'' if count == 1 else 's'}",
+                "compile a profile that describes this machine, or run on the one that this profile describes",
+            )
+
+
+def _quantization_config(quantization: Mapping[str, Any]) -> Any:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    arguments = dict(quantization)
+    return AutoQuantizationConfig.from_dict({"quant_method": arguments.pop("method"), **arguments})
+
+
+@contextmanager
+def _main_device(device: str) -> Iterator[None]:
+    """Make accelerate stream offloaded modules to the plan's main device.
+
+    transformers does not pass `main_device` on, and accelerate then takes the first of a set.
+    """
+    from transformers.integrations import accelerate as integration
+
+    original = integration.dispatch_model
+    main: int | str = int(device.partition(":")[2]) if ":" in device else device
+    integration.dispatch_model = partial(original, main_device=main)
+    try:
+        yield
+    finally:
+        integration.dispatch_model = original
