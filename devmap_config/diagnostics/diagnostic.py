@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Severity = Literal["error", "warning"]
 
@@ -44,12 +46,24 @@ class Diagnostic:
     help: str | None = None
     related: tuple[Related, ...] = ()
 
+    def moved(self, place: Callable[[Span], Span]) -> Diagnostic:
+        """The same finding with every span mapped, for text that was made from other text."""
+        return replace(
+            self,
+            span=None if self.span is None else place(self.span),
+            related=tuple(Related(message=each.message, span=place(each.span)) for each in self.related),
+        )
+
 
 class Sink:
-    """Collects the diagnostics of one run, so that all of them are shown at once."""
+    """Collects the diagnostics of one run, so that all of them are shown at once.
+
+    `origins` names, for a file that another extends, the place where it is named: findings in it point there as well.
+    """
 
     def __init__(self) -> None:
         self._diagnostics: list[Diagnostic] = []
+        self.origins: dict[str, Span] = {}
 
     def error(
         self,
@@ -63,9 +77,7 @@ class Sink:
     ) -> None:
         """Record something that stops the compilation."""
         self.report(
-            Diagnostic(
-                code=code, severity="error", message=message, span=span, label=label, help=help, related=related
-            )
+            Diagnostic(code=code, severity="error", message=message, span=span, label=label, help=help, related=related)
         )
 
     def warning(
@@ -87,6 +99,10 @@ class Sink:
 
     def report(self, diagnostic: Diagnostic) -> None:
         """Record a finding that is already made; the same one twice is one."""
+        if diagnostic.span is not None and (origin := self.origins.get(diagnostic.span.file)):
+            came_in = Related(message="extended from here", span=origin)
+            if came_in not in diagnostic.related:
+                diagnostic = replace(diagnostic, related=(*diagnostic.related, came_in))
         if diagnostic not in self._diagnostics:
             self._diagnostics.append(diagnostic)
 

@@ -1,0 +1,79 @@
+"""Names of devices: `cuda:0`, `0`, ranges such as `cuda:[0-7]`, `cpu`, `disk`."""
+
+from __future__ import annotations
+
+import re
+
+ACCELERATOR_KINDS = ("cuda", "xpu", "npu", "hpu", "mps")
+"""torch's device types that a map may name; AMD's cards are `cuda` as well."""
+
+MAX_DEVICES = 1024
+
+_NAME = re.compile(
+    r"(?:(?P<kind>[a-z]+):)?(?:(?P<index>0|[1-9][0-9]{0,3})|\[(?P<items>[0-9]{1,4}(?:-[0-9]{1,4})?(?:,[0-9]{1,4}(?:-[0-9]{1,4})?)*)\])"
+)
+
+
+class DeviceNameError(ValueError):
+    """A text names no device; the message says why, `help` what to write."""
+
+    def __init__(self, message: str, help: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.help = help
+
+
+def expand_devices(text: str, default_kind: str) -> tuple[str, ...]:
+    """The canonical names that a name or a range stands for; a bare number is of the default kind.
+
+    Raises:
+        DeviceNameError: where it is neither.
+    """
+    if text in ("cpu", "disk", "mps"):
+        return (text,)
+    if text == "cpu:0":
+        return ("cpu",)
+    match = _NAME.fullmatch(text)
+    if match is None:
+        if text in ACCELERATOR_KINDS:
+            raise DeviceNameError(f"`{text}` does not say which one", f"write `{text}:0`")
+        raise DeviceNameError(f"`{text}` is no device", "devices are `cuda:0`, `0`, `cpu`, `disk`")
+    kind = match["kind"] or default_kind
+    if kind not in ACCELERATOR_KINDS:
+        raise DeviceNameError(
+            f"`{kind}` is no kind of device", f"kinds are {', '.join(f'`{known}`' for known in ACCELERATOR_KINDS)}"
+        )
+    indices = [int(match["index"])] if match["index"] else _indices(match["items"])
+    if kind == "mps":
+        if indices != [0]:
+            raise DeviceNameError(f"`{text}` does not exist: a machine has one `mps`", "write `mps`")
+        return ("mps",)
+    return tuple(f"{kind}:{index}" for index in indices)
+
+
+def is_range(text: str) -> bool:
+    """Whether a name stands for several devices."""
+    return "[" in text
+
+
+def kind_of(text: str) -> str | None:
+    """The kind of accelerator that a name or range states, if it states one."""
+    kind = text.partition(":")[0]
+    return kind if kind in ACCELERATOR_KINDS else None
+
+
+def _indices(items: str) -> list[int]:
+    indices: list[int] = []
+    for item in items.split(","):
+        first, _, last = item.partition("-")
+        start, end = int(first), int(last or first)
+        if end < start:
+            raise DeviceNameError(
+                f"the range `{item}` runs backwards", f"both ends are included: write `{end}-{start}`"
+            )
+        if end - start >= MAX_DEVICES:
+            raise DeviceNameError(
+                f"the range `{item}` holds more than {MAX_DEVICES} devices", "name those that there are"
+            )
+        indices += [index for index in range(start, end + 1) if index not in indices]
+    return indices

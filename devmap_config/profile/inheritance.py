@@ -1,0 +1,360 @@
+"""Reads a profile with every file that it extends, and merges them into one document."""
+
+from __future__ import annotations
+
+import os.path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from devmap_config.diagnostics.diagnostic import Related, Sink, Span
+from devmap_config.diagnostics.source import LINE_BREAK
+from devmap_config.profile.devices import DeviceNameError, expand_devices, is_range, kind_of
+from devmap_config.profile.document import (
+    MAX_CHARACTERS,
+    Entry,
+    MappingNode,
+    Node,
+    ScalarNode,
+    SequenceNode,
+    parse_document,
+    whole_file,
+)
+from devmap_config.profile.template import TemplateRefusedError, render_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_FILES = 100
+
+APPENDED = (("placement", "pins"),)
+"""Lists that grow instead of being replaced."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The folder that no path of a profile leads out of, unless `allow_outside`."""
+
+    root: Path
+    allow_outside: bool = False
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path, its links followed, stays within."""
+        return self.allow_outside or path.resolve().is_relative_to(self.root)
+
+
+def boundary_of(profile: Path, *, allow_outside: bool = False) -> Boundary:
+    """The repository of a profile: the nearest folder above it with a `.git`, else its own folder."""
+    folder = profile.resolve().parent
+    root = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), folder)
+    return Boundary(root, allow_outside)
+
+
+@dataclass
+class Reader:
+    """Reads files for one profile: each once, none in a cycle, none from outside.
+
+    `texts` are the files by the name under which they are shown; `extended_from` the place that names each base file.
+    """
+
+    boundary: Boundary
+    sink: Sink
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    extended_from: dict[str, Span] = field(default_factory=dict)
+    files_read: int = 0
+
+    def read(self, shown: str, trail: tuple[Path, ...] = (), variables: tuple[Entry, ...] = ()) -> list[MappingNode]:
+        """The documents of a file and of those it extends, in the order in which they are merged."""
+        path = Path(shown)
+        text = self.text_of(path, shown)
+        if text is None:
+            return []
+        document = self.document(text, shown, variables)
+        if document is None:
+            return []
+        own_variables = document.get("variables")
+        inner = (*_entries(own_variables), *variables)
+        documents: list[MappingNode] = []
+        for base in _base_files(document):
+            documents += self.read_base(base, path, (*trail, path.resolve()), inner)
+        return [*documents, document]
+
+    def read_base(
+        self, base: ScalarNode, extending: Path, trail: tuple[Path, ...], variables: tuple[Entry, ...]
+    ) -> list[MappingNode]:
+        """The documents of a file that another extends; a file that must not be read is reported."""
+        shown = str(PurePosixPath(*_normal(extending.parent / base.text).parts))
+        path = Path(shown)
+        if not self.boundary.holds(path):
+            self.sink.error(
+                "outside-repository",
+                f"`{base.text}` lies outside of the repository",
+                base.span,
+                help="keep what a profile extends within its repository, or pass `--allow-outside`",
+            )
+            return []
+        if not path.is_file():
+            self.sink.error(
+                "missing-file",
+                f"there is no file `{base.text}`",
+                base.span,
+                help=f"paths are relative to the file that writes them: `{shown}` was looked for{_moved_to(path)}",
+            )
+            return []
+        if path.resolve() in trail:
+            names = [*(step.name for step in trail[trail.index(path.resolve()) :]), path.name]
+            self.sink.error(
+                "extends-cycle",
+                f"the profile extends itself: {' → '.join(names)}",
+                base.span,
+                help="remove one of these `extends`",
+            )
+            return []
+        self.files_read += 1
+        if self.files_read > MAX_FILES:
+            self.sink.error("too-large", f"the profile extends more than {MAX_FILES} files", base.span)
+            return []
+        self.extended_from.setdefault(shown, base.span)
+        self.sink.origins.setdefault(shown, base.span)
+        return self.read(shown, trail, variables)
+
+    def text_of(self, path: Path, shown: str) -> str | None:
+        """A file's text, kept for those who show what is wrong in it."""
+        try:
+            data = path.read_bytes()[: 4 * MAX_CHARACTERS + 1]
+        except OSError as error:
+            self.sink.error("missing-file", f"`{shown}` cannot be read: {error.strerror}", whole_file(shown))
+            return None
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            before = LINE_BREAK.split(data[: error.start].decode("utf-8"))
+            span = replace(whole_file(shown), line=len(before), column=len(before[-1]) + 1)
+            span = replace(span, end_line=span.line, end_column=span.column + 1)
+            self.texts[shown] = data.decode("utf-8", errors="replace")
+            self.sink.error("syntax", "the file is not UTF-8 here", span, help="save it as UTF-8")
+            return None
+        self.texts[shown] = text
+        return text
+
+    def document(self, text: str, shown: str, variables: tuple[Entry, ...]) -> MappingNode | None:
+        """A file's document, rendered first where it is a template."""
+        if not shown.endswith(".j2"):
+            return parse_document(text, shown, self.sink)
+        return self.rendered_document(text, shown, variables)
+
+    def rendered_document(self, text: str, shown: str, variables: tuple[Entry, ...]) -> MappingNode | None:
+        """A template file: rendered with its own `variables:` block, those of who extends it, and the overrides."""
+        own = parse_document(_variables_block(text) or "variables: {}", shown, self.sink)
+        entries = (*_entries(own.get("variables") if own else None), *variables)
+        try:
+            rendered, lines = render_file(text, variable_values(entries, self.overrides))
+        except TemplateRefusedError as error:
+            self.sink.error(error.code, error.message, _line_span(text, shown, error.line), help=error.help)
+            return None
+        found = Sink()
+        document = parse_document(rendered, shown, found)
+        for diagnostic in found:
+            self.sink.report(diagnostic.moved(lambda span: _template_span(span, text, rendered, lines)))
+        if document is None:
+            return None
+        located = _with_template_spans(document, text, rendered, lines)
+        return located if isinstance(located, MappingNode) else None
+
+
+def _base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
+    """The files that `extends` names; what is not text there is left to the schema."""
+    extends = document.get("extends")
+    nodes = extends.items if isinstance(extends, SequenceNode) else (extends,)
+    return tuple(node for node in nodes if isinstance(node, ScalarNode) and node.text)
+
+
+def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
+    """One document: mappings merge, lists replace, pins append, `null` removes, `x-` keys vanish.
+
+    Device names are made canonical and ranges expanded first, so that `cuda:[0-1]` and `cuda:0` meet.
+    """
+    kind = accelerator_kind(documents)
+    merged = MappingNode((), documents[-1].span)
+    for document in documents:
+        entries = tuple(entry for entry in document.entries if not entry.key.text.startswith("x-"))
+        own = _with_canonical_devices(MappingNode(entries, document.span), kind, sink)
+        merged = _merge_mappings(merged, own, ())
+    return MappingNode(merged.entries, documents[-1].span)
+
+
+def accelerator_kind(documents: list[MappingNode]) -> str:
+    """The kind of the accelerators that a profile lists: that of the first one named with it, else `cuda`."""
+    for document in documents:
+        hardware = document.get("hardware")
+        devices = hardware.get("devices") if isinstance(hardware, MappingNode) else None
+        for entry in _entries(devices):
+            if kind := kind_of(entry.key.text):
+                return kind
+    return "cuda"
+
+
+def variable_values(entries: tuple[Entry, ...], overrides: Mapping[str, str]) -> dict[str, object]:
+    """The variables by name: later entries win, overrides over all."""
+    values: dict[str, object] = {entry.key.text: _plain(entry.value) for entry in entries}
+    for name, text in overrides.items():
+        values[name] = ScalarNode(text, Span(file="--set", line=1, column=1, end_line=1, end_column=1)).value
+    return values
+
+
+def _plain(node: Node) -> object:
+    if isinstance(node, ScalarNode):
+        return node.value
+    if isinstance(node, SequenceNode):
+        return [_plain(item) for item in node.items]
+    return {entry.key.text: _plain(entry.value) for entry in node.entries}
+
+
+def _entries(node: Node | None) -> tuple[Entry, ...]:
+    return node.entries if isinstance(node, MappingNode) else ()
+
+
+def _merge_mappings(base: MappingNode, over: MappingNode, route: tuple[str, ...]) -> MappingNode:
+    entries = {entry.key.text: entry for entry in base.entries}
+    for entry in over.entries:
+        name = entry.key.text
+        inherited = entries.get(name)
+        if isinstance(entry.value, ScalarNode) and entry.value.is_plain and entry.value.value is None:
+            entries.pop(name, None)
+        elif inherited is not None:
+            entries[name] = Entry(entry.key, _merge_values(inherited.value, entry.value, (*route, name)))
+        elif isinstance(entry.value, MappingNode):
+            # Merging with nothing drops the nulls within.
+            empty = MappingNode((), entry.value.span)
+            entries[name] = Entry(entry.key, _merge_mappings(empty, entry.value, (*route, name)))
+        else:
+            entries[name] = entry
+    return MappingNode(tuple(entries.values()), over.span)
+
+
+def _merge_values(inherited: Node, own: Node, route: tuple[str, ...]) -> Node:
+    if isinstance(inherited, MappingNode) and isinstance(own, MappingNode):
+        return _merge_mappings(inherited, own, route)
+    if route in APPENDED and isinstance(inherited, SequenceNode) and isinstance(own, SequenceNode):
+        return SequenceNode(inherited.items + own.items, own.span)
+    return own
+
+
+def _with_canonical_devices(document: MappingNode, kind: str, sink: Sink) -> MappingNode:
+    for section, key, is_spec in (("hardware", "devices", True), ("placement", "max_memory", False)):
+        holder = document.get(section)
+        mapping = holder.get(key) if isinstance(holder, MappingNode) else None
+        if isinstance(holder, MappingNode) and isinstance(mapping, MappingNode):
+            expanded = _expand(mapping, kind, sink, is_spec=is_spec)
+            document = _replace(document, section, _replace(holder, key, expanded))
+    return document
+
+
+def _expand(mapping: MappingNode, kind: str, sink: Sink, *, is_spec: bool) -> MappingNode:
+    """One entry a device; what names a device by itself beats a range that holds it, whatever their order."""
+    entries: dict[str, Entry] = {}
+    ranges_first = sorted(mapping.entries, key=lambda entry: not is_range(entry.key.text))
+    written: dict[str, ScalarNode] = {}
+    for entry in ranges_first:
+        try:
+            names = expand_devices(entry.key.text, kind)
+        except DeviceNameError as error:
+            sink.error("bad-device-name", error.message, entry.key.span, help=error.help)
+            continue
+        for name in names:
+            earlier = written.get(name)
+            if earlier is not None and is_range(earlier.text) == is_range(entry.key.text):
+                sink.error(
+                    "duplicate-key",
+                    f"`{name}` is given twice",
+                    entry.key.span,
+                    help="remove one of them",
+                    related=(Related(message="first given here", span=earlier.span),),
+                )
+            written[name] = entry.key
+            key = replace(entry.key, text=name, is_verbatim=False)
+            value = _as_specification(entry.value) if is_spec else entry.value
+            entries[name] = Entry(key, value)
+    return MappingNode(tuple(entries.values()), mapping.span)
+
+
+def _as_specification(value: Node) -> Node:
+    """A bare catalogue name as the mapping that it stands for, so that files can add to it."""
+    if isinstance(value, ScalarNode) and not (value.is_plain and value.value is None):
+        key = ScalarNode("accelerator", value.span, is_plain=True)
+        return MappingNode((Entry(key, value),), value.span)
+    return value
+
+
+def _replace(mapping: MappingNode, key: str, value: Node) -> MappingNode:
+    entries = tuple(Entry(entry.key, value) if entry.key.text == key else entry for entry in mapping.entries)
+    return MappingNode(entries, mapping.span)
+
+
+def _normal(path: Path) -> Path:
+    """A path without `..`, as text alone tells it."""
+    return Path(os.path.normpath(path))
+
+
+def _moved_to(path: Path) -> str:
+    """Where a file of that name lies nearby: it may have moved."""
+    folder = path.parent if path.parent.is_dir() else path.parent.parent
+    if not folder.is_dir():
+        return ""
+    found = sorted(candidate for candidate in (*folder.glob(path.name), *folder.glob(f"*/{path.name}")))
+    return f"; a file of that name is at `{found[0]}`" if found else ""
+
+
+def _variables_block(text: str) -> str:
+    """The top-level `variables:` of a template file, which holds no template, as YAML of its own; same line numbers."""
+    lines = text.split("\n")
+    kept = [""] * len(lines)
+    inside = False
+    for number, line in enumerate(lines):
+        if line.startswith("variables:"):
+            inside = True
+        elif inside and line[:1] not in ("", " ", "\t", "#", "\r"):
+            break
+        if inside:
+            kept[number] = line
+    return "\n".join(kept) if inside else ""
+
+
+def _line_span(text: str, shown: str, line: int) -> Span:
+    lines = LINE_BREAK.split(text)
+    line = min(max(line, 1), len(lines))
+    content = lines[line - 1]
+    start = len(content) - len(content.lstrip())
+    return Span(
+        file=shown, line=line, column=start + 1, end_line=line, end_column=max(len(content.rstrip()), start + 1) + 1
+    )
+
+
+def _template_span(span: Span, text: str, rendered: str, lines: tuple[int, ...]) -> Span:
+    """The template's place of a place in what was rendered: exact where the line is the same, else the line."""
+    rendered_lines, template_lines = rendered.split("\n"), text.split("\n")
+    line = lines[min(span.line, len(lines)) - 1]
+    same = rendered_lines[min(span.line, len(rendered_lines)) - 1] == template_lines[line - 1]
+    if same and span.end_line == span.line:
+        return replace(span, line=line, end_line=line)
+    return _line_span(text, span.file, line)
+
+
+def _with_template_spans(node: Node, text: str, rendered: str, lines: tuple[int, ...]) -> Node:
+    span = _template_span(node.span, text, rendered, lines)
+    if isinstance(node, ScalarNode):
+        exact = node.is_verbatim and span == replace(node.span, line=span.line, end_line=span.end_line)
+        return replace(node, span=span, is_verbatim=exact)
+    if isinstance(node, SequenceNode):
+        return SequenceNode(tuple(_with_template_spans(item, text, rendered, lines) for item in node.items), span)
+    return MappingNode(
+        tuple(
+            Entry(
+                _with_template_spans(entry.key, text, rendered, lines),  # type: ignore[arg-type]
+                _with_template_spans(entry.value, text, rendered, lines),
+            )
+            for entry in node.entries
+        ),
+        span,
+    )

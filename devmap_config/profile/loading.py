@@ -1,0 +1,383 @@
+"""Loads a profile: reads and merges its files, renders its templates, validates it; every value keeps its place."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from devmap_config.profile.document import (
+    Entry,
+    MappingNode,
+    Node,
+    ScalarNode,
+    SequenceNode,
+    at,
+    whole_file,
+)
+from devmap_config.profile.inheritance import Boundary, Reader, boundary_of, merge, variable_values
+from devmap_config.profile.schema import PlainText, Profile
+from devmap_config.profile.template import TemplateRefusedError, is_template, render_scalar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic_core import ErrorDetails
+
+    from devmap_config.diagnostics.diagnostic import Sink, Span
+
+Route: TypeAlias = "tuple[str | int, ...]"
+
+UNRENDERED = ("variables", "extends")
+"""Top-level keys that templates cannot stand in: they are what templates are rendered with."""
+
+
+@dataclass(frozen=True)
+class LoadedProfile:
+    """A valid profile, or what is valid of it, and where each of its values was written.
+
+    `path` is as it was given, `texts` the files read by the names under which they are shown, `overrides` the
+    `--set` values, `invalid` the routes that were left out because they are wrong.
+    """
+
+    path: Path
+    profile: Profile
+    document: MappingNode
+    boundary: Boundary
+    texts: Mapping[str, str]
+    overrides: Mapping[str, str]
+    invalid: tuple[Route, ...] = ()
+
+    def span(self, *route: str | int) -> Span:
+        """The place of a value; of the nearest thing around it where it is not written."""
+        for length in range(len(route), 0, -1):
+            if (node := at(self.document, route[:length])) is not None:
+                return node.span
+        return whole_file(str(self.path))
+
+    def key_span(self, *route: str | int) -> Span:
+        """The place of a key; of the nearest thing around it where it is not written."""
+        holder = at(self.document, route[:-1])
+        if isinstance(holder, MappingNode) and (span := holder.key_span(str(route[-1]))):
+            return span
+        return self.span(*route)
+
+    def scalar(self, *route: str | int) -> ScalarNode | None:
+        """The value at a route, where it is a single one."""
+        node = at(self.document, route)
+        return node if isinstance(node, ScalarNode) else None
+
+    def key(self, *route: str | int) -> ScalarNode | None:
+        """The key at a route."""
+        holder = at(self.document, route[:-1])
+        entries = holder.entries if isinstance(holder, MappingNode) else ()
+        return next((entry.key for entry in entries if entry.key.text == str(route[-1])), None)
+
+    def beside(self, text: str, *route: str | int) -> Path:
+        """A path that a value names, relative to the file that writes it."""
+        return Path(self.span(*route).file).parent / text
+
+
+def load_profile(
+    path: Path, sink: Sink, *, overrides: Mapping[str, str] | None = None, allow_outside: bool = False
+) -> LoadedProfile | None:
+    """The profile in a file, or `None` where so little of it is valid that nothing more can be said.
+
+    Args:
+        path: the profile's file.
+        sink: takes everything that is wrong.
+        overrides: values for variables, as text.
+        allow_outside: whether paths may lead out of the repository.
+    """
+    overrides = overrides or {}
+    boundary = boundary_of(path, allow_outside=allow_outside)
+    reader = Reader(boundary, sink, overrides)
+    documents = reader.read(str(path))
+    if not documents:
+        return None
+    merged = merge(documents, sink)
+    variables = variable_values(_variables(merged), overrides)
+    _check_overrides(merged, overrides, path, sink)
+    rendered, unrendered = _render(merged, variables, sink)
+    profile, invalid = _validate(rendered, unrendered, sink)
+    if profile is None:
+        return None
+    return LoadedProfile(path, profile, rendered, boundary, reader.texts, overrides, invalid)
+
+
+def _variables(document: MappingNode) -> tuple[Entry, ...]:
+    variables = document.get("variables")
+    return variables.entries if isinstance(variables, MappingNode) else ()
+
+
+def _check_overrides(document: MappingNode, overrides: Mapping[str, str], path: Path, sink: Sink) -> None:
+    known = [entry.key.text for entry in _variables(document)]
+    if path.name.endswith(".j2"):
+        return  # a template file may use variables that it gives no value of its own
+    for name in overrides:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            sink.error(
+                "unknown-variable",
+                f"`--set {name}=…` sets a variable that the profile does not have",
+                document.key_span("variables") or whole_file(str(path)),
+                help=f"did you mean `{close[0]}`?" if close else f"add `{name}` under `variables:`",
+            )
+
+
+def _render(
+    document: MappingNode, variables: Mapping[str, object], sink: Sink
+) -> tuple[MappingNode, frozenset[ScalarNode]]:
+    """The document with its templates rendered, and the values whose template failed."""
+    failed: set[ScalarNode] = set()
+
+    def rendered(node: Node) -> Node:
+        if isinstance(node, ScalarNode):
+            return rendered_scalar(node) if is_template(node.text) else node
+        if isinstance(node, SequenceNode):
+            return SequenceNode(tuple(map(rendered, node.items)), node.span)
+        return MappingNode(tuple(Entry(entry.key, rendered(entry.value)) for entry in node.entries), node.span)
+
+    def rendered_scalar(node: ScalarNode) -> ScalarNode:
+        """What a template renders to, as if it had been written without quotes: its field's type reads it."""
+        try:
+            text = render_scalar(node.text, variables)
+        except TemplateRefusedError as error:
+            sink.error(error.code, error.message, node.span, help=error.help)
+            failed.add(node)
+            return node
+        return ScalarNode(text, node.span, is_plain=True)
+
+    entries = tuple(
+        entry if entry.key.text in UNRENDERED else Entry(entry.key, rendered(entry.value)) for entry in document.entries
+    )
+    return MappingNode(entries, document.span), frozenset(failed)
+
+
+def _validate(
+    document: MappingNode, unrendered: frozenset[ScalarNode], sink: Sink
+) -> tuple[Profile | None, tuple[Route, ...]]:
+    """The profile, and the routes that had to be left out to get one."""
+    data = _data(document)
+    invalid: list[Route] = []
+    for _ in range(5):  # what is left out may uncover more: a missing key, then what lacks it
+        try:
+            return Profile.model_validate(data), tuple(invalid)
+        except ValidationError as error:
+            for details in error.errors():
+                route = _route(details["loc"], document)
+                if route not in invalid and at(document, route) not in unrendered:
+                    _refuse(details, route, document, sink)
+                invalid += [route, _to_leave_out(details["type"], route)]
+            for route in invalid:
+                _leave_out(data, route)
+    return None, tuple(invalid)
+
+
+PIN_DEPTH = 3
+"""`placement`, `pins` and the index: a pin goes as a whole."""
+
+
+def _to_leave_out(kind: str, route: Route) -> Route:
+    if route[:2] == ("placement", "pins"):
+        return route[:PIN_DEPTH]
+    return route[:-1] if kind == "missing" else route
+
+
+def _data(node: Node) -> Any:
+    if isinstance(node, ScalarNode):
+        if node.is_plain and node.value is None:
+            return None
+        return PlainText(node.text) if node.is_plain else node.text
+    if isinstance(node, SequenceNode):
+        return [_data(item) for item in node.items]
+    # A key without a value says nothing: it has its default.
+    values = {entry.key.text: _data(entry.value) for entry in node.entries}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _leave_out(data: Any, route: Route) -> None:
+    for step in route[:-1]:
+        try:
+            data = data[step]
+        except (KeyError, IndexError, TypeError):
+            return
+    last = route[-1] if route else None
+    if last == "version":
+        data[last] = "1"
+    elif isinstance(data, dict):
+        data.pop(last, None)
+    elif isinstance(data, list) and isinstance(last, int) and last < len(data):
+        # The indices of the others must stay what they are: a rule that nothing matches, and nobody minds.
+        data[last] = {"match": "re:-", "keep_together": True, "optional": True}
+
+
+def _route(location: tuple[str | int, ...], document: MappingNode) -> Route:
+    """Pydantic's `loc` as keys and indices of the document, without its names for alternatives."""
+    route: list[str | int] = []
+    node: Node | None = document
+    for step in location:
+        child = at(node, (step,)) if node is not None else None
+        if child is None and step != location[-1]:
+            continue
+        route.append(step)
+        node = child
+    return tuple(route)
+
+
+def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Sink) -> None:
+    """Report one error of pydantic's in our words."""
+    kind, context = details["type"], details.get("ctx") or {}
+    node = at(document, route)
+    name = _shown(route)
+    span = _nearest_span(document, route)
+    if kind == "extra_forbidden":
+        holder = at(document, route[:-1])
+        key = str(route[-1])
+        known = sorted(_known_keys(route[:-1]))
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        advice = (
+            f"did you mean `{close[0]}`?" if close else f"known here are {', '.join(f'`{each}`' for each in known)}"
+        )
+        place = holder.key_span(key) if isinstance(holder, MappingNode) else None
+        sink.error("unknown-key", f"unknown key `{key}`{_within(route)}", place or span, help=advice)
+        return
+    if kind == "missing":
+        sink.error("missing-key", f"`{route[-1]}` is missing{_within(route)}", span, help=_add_advice(route))
+        return
+    if kind == "empty-pin":
+        sink.error(
+            "empty-pin",
+            "the pin asks for nothing",
+            span,
+            help="give it `device`, `compute`, `not_on` or `keep_together`",
+        )
+        return
+    if kind in ("bad-quantity", "bad-device-name"):
+        sink.error(kind, context["text"], span, help=context["help"])
+        return
+    if kind == "unsupported-version":
+        sink.error(
+            kind,
+            f"version {context['value']} of the profile language is not known",
+            span,
+            help="this devmap-config reads `version: 1`; a newer one may read more",
+        )
+        return
+    if kind in ("unknown-strategy", "choice"):
+        choices: tuple[str, ...] = context["choices"]
+        close = difflib.get_close_matches(context["value"], choices, n=1)
+        wanted = f"did you mean `{close[0]}`? " if close else ""
+        listed = f"one of {', '.join(f'`{each}`' for each in choices)}"
+        code = kind if kind == "unknown-strategy" else "wrong-type"
+        message = f"`{context['value']}` is no strategy" if code == kind else f"{name} cannot be `{context['value']}`"
+        sink.error(code, message, span, help=wanted + listed)
+        return
+    sink.error(
+        "wrong-type",
+        f"{name or 'the profile'} must be {_wanted(kind, context)}, not {_found(node)}",
+        span,
+        help=_unquote_advice(kind, node),
+    )
+
+
+def _nearest_span(document: MappingNode, route: Route) -> Span:
+    for length in range(len(route), 0, -1):
+        if (node := at(document, route[:length])) is not None:
+            return node.span
+    return whole_file(document.span.file)
+
+
+def _shown(route: Route) -> str:
+    """A route as a person writes it: `placement.pins[2].match`."""
+    text = ""
+    for step in route:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return f"`{text.removeprefix('.')}`" if text else ""
+
+
+def _within(route: Route) -> str:
+    return f" in {_shown(route[:-1])}" if len(route) > 1 else ""
+
+
+ADVICE = {
+    "version": "begin with `version: 1`",
+    "model": "add `model: {source: …}` with a hub id, a directory or a `config.json`",
+    "hardware": "add `hardware: {devices: …}`; `devmap hardware` lists known accelerators",
+    "devices": "list the machine's devices, such as `cuda:0: rtx-4090`",
+    "source": "name a hub id, a directory or a `config.json`",
+    "match": "name what the pin is about, such as `match: lm_head`",
+    "bandwidth": "give it as `25GB/s`",
+}
+
+
+def _add_advice(route: Route) -> str | None:
+    return ADVICE.get(str(route[-1]))
+
+
+TYPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "`true` or `false`",
+    "bool_parsing": "`true` or `false`",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "quantity_type": "a quantity such as `20GiB`",
+    "device_type": "a device such as `cuda:0`, `cpu` or `disk`",
+}
+
+
+def _wanted(kind: str, context: Mapping[str, Any]) -> str:
+    if kind == "greater_than_equal":
+        return f"at least {context['ge']}"
+    if kind == "too_short":
+        return "not empty"
+    return TYPES.get(kind, kind.replace("_", " "))
+
+
+def _unquote_advice(kind: str, node: Node | None) -> str | None:
+    is_quoted_number = isinstance(node, ScalarNode) and not node.is_plain and node.text.isdigit()
+    return "remove the quotes" if kind == "int_type" and is_quoted_number else None
+
+
+def _found(node: Node | None) -> str:
+    if isinstance(node, SequenceNode):
+        return "a list"
+    if isinstance(node, MappingNode):
+        return "a mapping" if node.entries else "an empty mapping"
+    if node is None:
+        return "nothing"
+    return f"`{node.text}`" if node.is_plain else f'the text "{node.text}"'
+
+
+def _known_keys(route: Route) -> Iterator[str]:
+    """The keys that the schema has at a route."""
+    model: type[BaseModel] | None = Profile
+    for step in route:
+        if model is None:
+            return
+        field = next(
+            (field for name, field in model.model_fields.items() if step in (name, field.alias)),
+            None,
+        )
+        if field is not None:
+            model = _section_within(field.annotation)
+    if model is not None:
+        for name, field in model.model_fields.items():
+            yield field.alias or name
+
+
+def _section_within(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as `Mapping[str, Device]`; `None` for what is open."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_within(part))), None)

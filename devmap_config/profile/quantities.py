@@ -1,0 +1,164 @@
+"""Quantities with units: bytes, shares of a memory, rates; exact, without a guess."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+BYTE_UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+FLOP_UNITS = {"GFLOP/s": 10**9, "TFLOP/s": 10**12, "PFLOP/s": 10**15}
+
+TIME_UNITS = {
+    "ns": Fraction(1, 10**9),
+    "us": Fraction(1, 10**6),
+    "µs": Fraction(1, 10**6),
+    "ms": Fraction(1, 1000),
+    "s": Fraction(1),
+}
+
+_NUMBER_AND_UNIT = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<unit>[^0-9\s.,]\S*)?")
+
+
+class QuantityError(ValueError):
+    """A text is no quantity of the kind that is wanted; `help` says what to write."""
+
+    def __init__(self, message: str, help: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.help = help
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of the device's memory."""
+
+    fraction: Fraction
+
+
+def parse_bytes(text: str) -> int | Share:
+    """`20GiB`, `512MB`, whole bytes, or `90%`.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    number, unit = _split(text, "write bytes as `20GiB`, `512MB`, a whole number, or a share such as `90%`")
+    if unit == "%":
+        return Share(_share(text, number))
+    return _bytes(text, number, unit)
+
+
+def parse_share(text: str) -> Fraction:
+    """A share as `5%` or `0.05`.
+
+    Raises:
+        QuantityError: where it is not, or is not between 0 and 1.
+    """
+    number, unit = _split(text, "write a share as `5%` or `0.05`")
+    if unit == "%":
+        return _share(text, number)
+    if unit or number > 1:
+        raise QuantityError(f"`{text}` is no share", "write a share as `5%` or `0.05`")
+    return number
+
+
+def parse_bandwidth(text: str) -> int:
+    """Bytes a second: `25GB/s`, or a plain number.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    example = "write a bandwidth as `25GB/s`, or in bytes a second"
+    number, unit = _split(text, example)
+    if unit is None:
+        return _whole(text, number, example)
+    if not unit.endswith("/s"):
+        raise QuantityError(f"`{text}` is no bandwidth: `/s` is missing", f"write `{text}/s`")
+    return _bytes(text, number, unit.removesuffix("/s"))
+
+
+def parse_flops(text: str) -> int:
+    """Floating-point operations a second: `165TFLOP/s`, or a plain number.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    example = "write compute as `165TFLOP/s`, or in operations a second"
+    number, unit = _split(text, example)
+    if unit is None:
+        return _whole(text, number, example)
+    if unit not in FLOP_UNITS:
+        raise QuantityError(f"`{unit}` is no unit of compute", f"units are {_names(FLOP_UNITS)}")
+    return _whole(text, number * FLOP_UNITS[unit], example)
+
+
+def parse_nanoseconds(text: str) -> int:
+    """A latency: `10us`.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    example = "write a latency as `10us`"
+    number, unit = _split(text, example)
+    if unit not in TIME_UNITS:
+        raise QuantityError(f"`{text}` has no unit of time", f"{example}; units are {_names(TIME_UNITS)}")
+    return _whole(text, number * TIME_UNITS[unit] * 10**9, example)
+
+
+def _split(text: str, example: str) -> tuple[Fraction, str | None]:
+    if text.startswith("-"):
+        raise QuantityError(f"`{text}` is negative", example)
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    if match is None:
+        raise QuantityError(f"`{text}` is no quantity", example)
+    return Fraction(match["number"]), match["unit"]
+
+
+def _bytes(text: str, number: Fraction, unit: str | None) -> int:
+    if unit is None:
+        return _whole(text, number, "write whole bytes, or a unit as in `20GiB`")
+    if unit not in BYTE_UNITS:
+        raise QuantityError(f"`{unit}` is no unit of bytes", _meant(text, unit))
+    return _whole(text, number * BYTE_UNITS[unit], "a byte is the smallest there is")
+
+
+def _meant(text: str, unit: str) -> str:
+    """`20G` may be gigabytes or gibibytes, and is not guessed."""
+    letter = unit[0].upper()
+    if letter in "KMGT":
+        number = text[: len(text) - len(unit)].strip()
+        binary, decimal = f"{letter}iB", "kB" if letter == "K" else f"{letter}B"
+        sizes = f"{BYTE_UNITS[binary]:,} or {BYTE_UNITS[decimal]:,} bytes each"
+        return f"write `{number}{binary}` or `{number}{decimal}`: {sizes}"
+    return f"units are {_names(BYTE_UNITS)}"
+
+
+def _whole(text: str, number: Fraction, help: str) -> int:
+    if number.denominator != 1:
+        # `1.5GiB` is whole; `0.1GiB` is cut to whole bytes; `1.5` bytes are a mistake.
+        if number < 1024:
+            raise QuantityError(f"`{text}` is not a whole number", help)
+        return int(number)
+    return int(number)
+
+
+def _share(text: str, number: Fraction) -> Fraction:
+    if number > 100:
+        raise QuantityError(f"`{text}` is more than all of it", "write at most `100%`")
+    return number / 100
+
+
+def _names(units: dict[str, int] | dict[str, Fraction]) -> str:
+    return ", ".join(f"`{unit}`" for unit in units)

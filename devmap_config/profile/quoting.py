@@ -1,0 +1,69 @@
+"""Finds the value that should have been quoted: patterns and templates hold characters that YAML reads as syntax."""
+
+from __future__ import annotations
+
+import re
+
+VALUE_START = re.compile(r"(?:^|(?<=[\s{\[,]))(?:[-?][ \t]+|[^\s:{}\[\],\"'#][^{}\[\],\"']*?:[ \t]+)")
+"""What stands before a value: a dash, or a key."""
+
+SPECIAL = frozenset("[]{}*&!%@`")
+
+UNCLOSED_END = re.compile(r",\s|}\s*$|\s#")
+
+OPENING = {"[": "]", "{": "}"}
+
+
+def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
+    """The unquoted value around a column (from 0) of a line that YAML stumbled over, and where it begins.
+
+    `None` where the value there holds nothing that would need quotes.
+    """
+    starts = [match.end() for match in VALUE_START.finditer(line)]
+    # A dash or a key may stand before a flow mapping whose own values are meant.
+    for start in sorted((start for start in starts if start <= column), reverse=True):
+        text = _extent(line, start)
+        if start + len(text) + 1 < column:
+            return None
+        if _wants_quotes(text):
+            return start, text
+        if text and not text.startswith(("{", "[")):
+            return None
+    return None
+
+
+def _extent(line: str, start: int) -> str:
+    """From a value's start to the comma, bracket, comment or end of line that ends it."""
+    open_brackets: list[str] = []
+    for position in range(start, len(line)):
+        character = line[position]
+        if character in OPENING:
+            open_brackets.append(OPENING[character])
+        elif open_brackets and character == open_brackets[-1]:
+            open_brackets.pop()
+        elif character in "]}" and open_brackets:
+            break
+        elif (
+            character in "]}"
+            or (character == "," and not open_brackets)
+            or (character == "#" and line[position - 1].isspace())
+        ):
+            return line[start:position].rstrip()
+    if open_brackets:  # one that is never closed: the value ends where the next key or the mapping's end is
+        return UNCLOSED_END.split(line[start:], maxsplit=1)[0].rstrip()
+    return line[start:].rstrip()
+
+
+def _wants_quotes(text: str) -> bool:
+    if not text or text[0] in "\"'|>":
+        return False
+    if text.startswith("{{"):
+        return True
+    if text[0] in "{[":
+        # `{…}` and `[…]` are YAML's own, unless more follows the bracket: `[0-3].mlp`, `{a,b}.weight`.
+        closed = _extent(text, 1)
+        rest = text[len(closed) + 2 :]
+        return bool(rest) and rest[0] not in " ,}]:" and ": " not in text
+    if text[0] in "&!" or ": " in text:
+        return False
+    return any(character in SPECIAL for character in text)

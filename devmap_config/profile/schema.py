@@ -1,0 +1,403 @@
+"""`Profile`: what a profile may say, as pydantic models; the JSON Schema of editors is generated from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from devmap_config.profile.devices import DeviceNameError, expand_devices
+from devmap_config.profile.document import plain_value
+from devmap_config.profile.quantities import (
+    QuantityError,
+    Share,
+    parse_bandwidth,
+    parse_bytes,
+    parse_flops,
+    parse_nanoseconds,
+    parse_share,
+)
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "single", "manual")
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+
+TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
+"""A template may stand for any scalar; what it renders to is checked by the compiler."""
+
+
+class PlainText(str):
+    """An unquoted scalar: the type of the field that it fills decides whether it is text or a number."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> object:
+        """What YAML reads when it is not told that text is wanted."""
+        return plain_value(str(self))
+
+
+def _or_template(schema: Mapping[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [dict(schema), TEMPLATE_SCHEMA]})
+
+
+def _resolved(value: object) -> object:
+    return value.value if isinstance(value, PlainText) else value
+
+
+def _plain_str(value: object) -> object:
+    return str(value) if isinstance(value, str) else value
+
+
+def _one_of(code: str, choices: tuple[str, ...]) -> Callable[[object], object]:
+    def check(value: object) -> object:
+        if isinstance(value, str) and value in choices:
+            return str(value)
+        raise PydanticCustomError(code, "{value}", {"value": str(value), "choices": choices})
+
+    return check
+
+
+Parsed = TypeVar("Parsed")
+
+
+def _quantity(parse: Callable[[str], Parsed]) -> Callable[[object], Parsed]:
+    def check(value: object) -> Parsed:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise PydanticCustomError("quantity_type", "a quantity")
+        try:
+            return parse(str(value).strip())
+        except QuantityError as error:
+            raise PydanticCustomError("bad-quantity", "{text}", {"text": error.message, "help": error.help}) from None
+
+    return check
+
+
+def _device_name(value: object) -> str:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise PydanticCustomError("device_type", "a device")
+    try:
+        names = expand_devices(str(value), "cuda")
+    except DeviceNameError as error:
+        raise PydanticCustomError("bad-device-name", "{text}", {"text": error.message, "help": error.help}) from None
+    if len(names) > 1:
+        raise PydanticCustomError(
+            "bad-device-name",
+            "{text}",
+            {"text": f"`{value}` is several devices, and one is wanted here", "help": f"write `{names[0]}`"},
+        )
+    return str(value)
+
+
+def _pattern_text(value: object) -> object:
+    """A pattern is text, also where YAML reads a number (`0`)."""
+    return str(value) if isinstance(value, str) else value
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB|%)?$"
+RATE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?((B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)/s)?$"
+DEVICE_PATTERN = r"^((cuda|xpu|npu|hpu):)?[0-9]+$|^cpu(:0)?$|^disk$|^mps(:0)?$"
+DEVICE_KEY_PATTERN = (
+    r"^((cuda|xpu|npu|hpu|mps):)?([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])$|^cpu(:0)?$|^disk$|^mps$"
+)
+
+Text = Annotated[str, BeforeValidator(_plain_str), WithJsonSchema({"type": ["string", "number", "boolean"]})]
+Count = Annotated[
+    int, BeforeValidator(_resolved), Field(strict=True, ge=1), _or_template({"type": "integer", "minimum": 1})
+]
+Flag = Annotated[bool, BeforeValidator(_resolved), Field(strict=True), _or_template({"type": "boolean"})]
+Quantity = Annotated[
+    int | Share,
+    BeforeValidator(_quantity(parse_bytes)),
+    PlainSerializer(lambda value: str(value.fraction) if isinstance(value, Share) else value),
+    _or_template({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": BYTES_PATTERN}]}),
+]
+ShareOfMemory = Annotated[
+    Fraction,
+    BeforeValidator(_quantity(parse_share)),
+    PlainSerializer(str),
+    _or_template(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": 1},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?%?$"},
+            ]
+        }
+    ),
+]
+BANDWIDTH_SCHEMA = {
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": RATE_PATTERN}, TEMPLATE_SCHEMA]
+}
+Bandwidth = Annotated[int, BeforeValidator(_quantity(parse_bandwidth)), WithJsonSchema(BANDWIDTH_SCHEMA)]
+Flops = Annotated[
+    int,
+    BeforeValidator(_quantity(parse_flops)),
+    _or_template(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?([GTP]FLOP/s)?$"},
+            ]
+        }
+    ),
+]
+Latency = Annotated[
+    int,
+    BeforeValidator(_quantity(parse_nanoseconds)),
+    _or_template({"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"}),
+]
+DeviceName = Annotated[
+    str,
+    BeforeValidator(_device_name),
+    _or_template({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": DEVICE_PATTERN}]}),
+]
+PatternText = Annotated[str, BeforeValidator(_pattern_text), WithJsonSchema({"type": ["string", "integer"]})]
+Strategy = Annotated[
+    str, BeforeValidator(_one_of("unknown-strategy", STRATEGIES)), _or_template({"enum": list(STRATEGIES)})
+]
+Dtype = Annotated[str, BeforeValidator(_one_of("choice", DTYPES)), _or_template({"enum": list(DTYPES)})]
+
+Anything: TypeAlias = Any
+
+
+def _choice(*choices: str) -> Any:
+    return Annotated[str, BeforeValidator(_one_of("choice", choices)), _or_template({"enum": list(choices)})]
+
+
+class Section(BaseModel):
+    """What all parts of a profile share: frozen, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """Which model, and how it is loaded."""
+
+    source: Text = Field(examples=["meta-llama/Llama-3.1-8B", "models/llama-3.1-8b/config.json"])
+    """A hub id, a local directory, or a `config.json`; an existing path wins. Paths are relative to this file."""
+
+    revision: Text | None = Field(default=None, examples=["main"])
+    """A branch, tag or commit of a hub id. The commit that it resolves to stands in the lock."""
+
+    class_name: Text | None = Field(default=None, alias="class", examples=["AutoModelForCausalLM", "LlamaForCausalLM"])
+    """An Auto class or a concrete class of transformers. Without it: the first of the config's `architectures`."""
+
+    dtype: Dtype = Field(default="auto", examples=["bfloat16"])
+    """The dtype in which weights are loaded; `auto` takes the checkpoint's own."""
+
+    quantization: Mapping[str, Anything] | None = Field(
+        default=None, examples=[{"method": "bitsandbytes", "load_in_8bit": True}]
+    )
+    """`method` and the arguments of transformers' quantization config of that method."""
+
+    attention: Text = Field(default="sdpa", examples=["sdpa", "eager", "flash_attention_2"])
+    """transformers' `attn_implementation`."""
+
+
+class Workload(Section):
+    """What must fit besides the weights."""
+
+    batch_size: Count = Field(default=1, examples=[4])
+    """Sequences that run at once."""
+
+    context_length: Count | None = Field(default=None, examples=[8192])
+    """Tokens of prompt and answer together. Without it only weights are budgeted."""
+
+    prompt_length: Count | None = Field(default=None, examples=[4096])
+    """How many tokens are prefilled at once. Without it: `context_length`."""
+
+    logits: _choice("last", "all") = Field(default="last")  # type: ignore[valid-type]
+    """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""
+
+    cache: Text = Field(default="dynamic", examples=["dynamic", "static"])
+    """transformers' cache implementation."""
+
+    optimize: _choice("decode", "prefill", "request") = Field(default="decode")  # type: ignore[valid-type]
+    """What is to be fast: a decoded token, the prompt, or a whole request."""
+
+    new_tokens: Count | None = Field(default=None, examples=[512])
+    """Tokens that a request generates, for `optimize: request`."""
+
+
+class Device(Section):
+    """One device, or each of a range of them."""
+
+    accelerator: Text | None = Field(default=None, examples=["rtx-4090", "h100-sxm"])
+    """A name of the catalogue (`devmap hardware` lists it), for memory and figures that are not given here."""
+
+    memory: Quantity | None = Field(default=None, examples=["24GiB"])
+    """What the device has. Required without `accelerator`."""
+
+    reserve: Quantity = Field(default=0, examples=["2GiB"])
+    """Kept for others, such as a desktop."""
+
+    overhead: Quantity | None = Field(default=None, examples=["1GiB"])
+    """Kept for the device's context and workspaces. Without it: the catalogue's, else none."""
+
+    slack: ShareOfMemory | None = Field(default=None, examples=["2%"])
+    """A share of the memory that is left free. Without it: the catalogue's, else none."""
+
+    bandwidth: Bandwidth | None = Field(default=None, examples=["1008GB/s"])
+    """How fast the device reads its own memory."""
+
+    flops: Flops | None = Field(default=None, examples=["165TFLOP/s"])
+    """Dense floating-point operations a second in the model's dtype."""
+
+    efficiency: ShareOfMemory | None = Field(default=None, examples=["80%"])
+    """How much of bandwidth and flops is reached. Without it: the catalogue's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _catalogue_name(cls, value: object) -> object:
+        return {"accelerator": value} if isinstance(value, str) else value
+
+
+class Link(Section):
+    """A connection between devices."""
+
+    bandwidth: Bandwidth = Field(examples=["25GB/s"])
+    """Bytes a second, one way."""
+
+    latency: Latency | None = Field(default=None, examples=["10us"])
+    """Time until the first byte arrives."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_bandwidth(cls, value: object) -> object:
+        return {"bandwidth": value} if isinstance(value, (str, int, float)) else value
+
+
+class Hardware(Section):
+    """The machine. A device that is not listed here does not exist."""
+
+    devices: Mapping[str, Device] = Field(
+        examples=[{"cuda:[0-1]": "rtx-4090", "cpu": {"memory": "64GiB"}}], min_length=1
+    )
+    """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
+
+    links: Mapping[str, Link] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
+    """`host`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's."""
+
+
+class Pin(Section):
+    """What is asked of a part of the model."""
+
+    match: PatternText = Field(examples=["lm_head", "model.layers.[0-15]"])
+    """A pattern of module paths; a match means all below it."""
+
+    device: DeviceName | None = Field(default=None, examples=["cuda:0", 0, "cpu"])
+    """Where its weights are stored."""
+
+    compute: DeviceName | None = Field(default=None, examples=["cpu"])
+    """Where it runs, if not where the executor would run it."""
+
+    not_on: Annotated[tuple[DeviceName, ...], BeforeValidator(_one_or_many)] = Field(
+        default=(), examples=[["cuda:1", "disk"]]
+    )
+    """Devices on which nothing of it may be stored."""
+
+    keep_together: Flag = Field(default=False)
+    """Whether all that it matches must be on one device."""
+
+    override: Flag = Field(default=False)
+    """Whether this rule wins over earlier ones that say something else of the same module."""
+
+    optional: Flag = Field(default=False)
+    """Whether it may match nothing."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Pin:
+        if self.device is None and self.compute is None and not self.not_on and not self.keep_together:
+            raise PydanticCustomError("empty-pin", "the pin asks for nothing")
+        return self
+
+
+class Offload(Section):
+    """How weights are kept outside of memory."""
+
+    folder: Text | None = Field(default=None, examples=["./offload"])
+    """Where weights on `disk` are written. Relative to this file."""
+
+    buffers: Flag = Field(default=False)
+    """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`)."""
+
+
+class PlacementSection(Section):
+    """Where the model goes."""
+
+    strategy: Strategy = Field(default="auto", examples=list(STRATEGIES))
+    """How what is not pinned is placed."""
+
+    device: DeviceName | None = Field(default=None, examples=["cuda:0"])
+    """For `single`: the device. Without it: the first accelerator, else the CPU."""
+
+    device_map: Mapping[str, DeviceName] | None = Field(
+        default=None, examples=[{"model.embed_tokens": 0, "model.layers.[0-15]": 0, "model.layers.[16-31]": 1}]
+    )
+    """For `manual`: pattern to device, pasted as it is."""
+
+    max_memory: Mapping[str, Quantity] = Field(default={}, examples=[{0: "20GiB", "cpu": "30GiB"}])
+    """Caps by device; a device that is not named keeps its capacity."""
+
+    pins: tuple[Pin, ...] = Field(default=(), examples=[[{"match": "lm_head", "device": "cuda:1"}]])
+    """Rules for parts of the model; they hold under every strategy."""
+
+    offload: Offload = Field(default=Offload())
+    """How weights are kept outside of memory."""
+
+
+class Profile(Section):
+    """A model, a machine, and where the one goes on the other."""
+
+    version: Annotated[int, BeforeValidator(_one_of("unsupported-version", ("1",))), WithJsonSchema({"const": 1})] = (
+        Field(examples=[1])
+    )
+    """The version of this language: 1."""
+
+    name: Text | None = Field(default=None, examples=["llama-3.1-70b-two-24gb"])
+    """What this profile is called."""
+
+    description: Text | None = Field(default=None)
+    """What it is for."""
+
+    extends: Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)] = Field(
+        default=(), examples=[["hardware/mixed-box.yaml"]]
+    )
+    """Files that this one builds on, merged in order, this file last."""
+
+    variables: Mapping[str, Anything] = Field(default={}, examples=[{"context": 8192}])
+    """Values for templates; `--set name=value` replaces one."""
+
+    model: Model
+    """Which model."""
+
+    workload: Workload = Field(default=Workload())
+    """What must fit besides the weights."""
+
+    hardware: Hardware
+    """The machine."""
+
+    placement: PlacementSection = Field(default=PlacementSection())
+    """Where the model goes."""
+
+    targets: tuple[_choice("transformers"), ...] = Field(default=("transformers",))  # type: ignore[valid-type]
+    """What the plan is made for."""
+
+    @model_validator(mode="after")
+    def _known_version(self) -> Profile:
+        return self

@@ -1,0 +1,300 @@
+"""Templates in profiles: jinja2, sandboxed, strict, and bounded in steps and in size."""
+
+from __future__ import annotations
+
+import re
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, nodes
+from jinja2.compiler import CodeGenerator
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.lexer import Token
+from jinja2.runtime import LoopContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from jinja2.lexer import TokenStream
+
+MAX_STEPS = 20_000
+"""Loop rounds, calls and operations of one template."""
+MAX_CHARACTERS = 200_000
+MAX_SCALAR_CHARACTERS = 10_000
+MAX_NUMBER_BITS = 256
+
+FILTERS = frozenset(
+    "abs capitalize count d default dictsort first float int items join last length list lower max min replace reverse"
+    " round sort string sum title tojson trim unique upper".split()
+)
+"""jinja2's filters whose result is bounded by what they are given (`join` and `replace` are checked)."""
+
+METHODS = frozenset(["endswith", "get", "items", "keys", "lower", "startswith", "strip", "upper", "values"])
+
+LINE_MARK = re.compile("\ue000([0-9]+)\ue001")
+"""What notes, in a rendered file, the template's line; characters that no profile holds."""
+
+
+class TemplateRefusedError(Exception):
+    """A template cannot be rendered. `code` is a diagnostic's; `line` counts from 1 within the template."""
+
+    def __init__(self, code: str, message: str, *, help: str, line: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.help = help
+        self.line = line
+
+
+def is_template(text: str) -> bool:
+    """Whether jinja2 would find anything to do in a text."""
+    return "{{" in text or "{%" in text or "{#" in text
+
+
+def render_scalar(text: str, variables: Mapping[str, object]) -> str:
+    """A single value rendered.
+
+    Raises:
+        TemplateRefusedError: where it cannot be, or grows too large.
+    """
+    return _render(_Environment(MAX_SCALAR_CHARACTERS), text, variables)
+
+
+def render_file(text: str, variables: Mapping[str, object]) -> tuple[str, tuple[int, ...]]:
+    """A whole file rendered, and for each of its lines the template's line that it came from, from 1.
+
+    Raises:
+        TemplateRefusedError: where it cannot be, or grows too large.
+    """
+    if "\ue000" in text or "\ue001" in text:
+        raise TemplateRefusedError(
+            "template-error", "a template must not hold the characters U+E000 and U+E001", help="remove them"
+        )
+    environment = _Environment(MAX_CHARACTERS, extensions=[_LineMarks], trim_blocks=True, lstrip_blocks=True)
+    marked = _render(environment, text, variables).split("\n")
+    lines: list[int] = []
+    for line in marked:
+        found = LINE_MARK.search(line)
+        lines.append(int(found.group(1)) if found else (lines[-1] if lines else 1))
+    return "\n".join(LINE_MARK.sub("", line) for line in marked), tuple(lines)
+
+
+def _render(environment: _Environment, text: str, variables: Mapping[str, object]) -> str:
+    try:
+        template = environment.from_string(text)
+        parts: list[str] = []
+        length = 0
+        for part in template.generate(**variables):
+            parts.append(part)
+            length += len(part)
+            environment.check_length(length)
+        return "".join(parts)
+    except TemplateRefusedError:
+        raise
+    except UndefinedError as error:
+        name = re.match(r"'([^']+)' is undefined", error.message or "")
+        known = ", ".join(f"`{name}`" for name in variables) or "none"
+        message = f"the variable `{name.group(1)}` is not defined" if name else str(error.message)
+        raise TemplateRefusedError(
+            "undefined-variable",
+            message,
+            help=f"give it under `variables:` or with `--set`; defined are: {known}",
+            line=_line_of(error),
+        ) from None
+    except TemplateSyntaxError as error:
+        raise TemplateRefusedError(
+            "template-error", f"the template cannot be read: {_lower(error.message)}", help=HELP, line=error.lineno
+        ) from None
+    except (RecursionError, MemoryError, OverflowError) as error:
+        raise _limit(f"the template does not end ({type(error).__name__})") from None
+    except (TemplateError, SecurityError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise TemplateRefusedError(
+            "template-error", f"the template fails: {_lower(str(error))}", help=HELP, line=_line_of(error)
+        ) from None
+
+
+HELP = "templates are jinja2 expressions such as `{{ context * 2 }}`"
+
+
+def _limit(message: str) -> TemplateRefusedError:
+    return TemplateRefusedError(
+        "template-limit", message, help="templates fill in values; compute large things elsewhere"
+    )
+
+
+def _line_of(error: BaseException) -> int:
+    """The template's line in which an error was raised."""
+    line = 1
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == "<template>":
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+def _lower(text: str | None) -> str:
+    text = text or "no reason given"
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
+class _CodeGenerator(CodeGenerator):
+    """Sends `~` through the environment, as jinja2 does with the operators that a sandbox intercepts."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802 - jinja2's name for it
+        self.write("environment.concatenate((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _LineMarks(Extension):
+    """Notes the template's line before the first character of each line of its text."""
+
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        for token in stream:
+            if token.type != "data":
+                yield token
+                continue
+            lines = str(token.value).split("\n")
+            for number, line in enumerate(lines):
+                text = line.lstrip()
+                if text:
+                    indentation = line[: len(line) - len(text)]
+                    lines[number] = f"{indentation}\ue000{token.lineno + number}\ue001{text}"
+            yield Token(token.lineno, "data", "\n".join(lines))
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """jinja2 with a budget: every loop round, call and operation counts, every result has a largest size."""
+
+    code_generator_class = _CodeGenerator
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
+
+    def __init__(self, max_characters: int, **options: Any) -> None:
+        super().__init__(
+            undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=self.check_size, **options
+        )
+        self.max_characters = max_characters
+        self.steps = 0
+        self.filters = {name: self._counted(self.filters[name]) for name in self.filters if name in FILTERS}
+        self.filters["_rounds"] = self._rounds
+        self.globals = {"range": self.globals["range"]}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Every loop draws its rounds from the budget."""
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            if loop.recursive:
+                raise TemplateRefusedError(
+                    "template-error", "recursive loops are not allowed", help=HELP, line=loop.lineno
+                )
+            loop.iter = nodes.Filter(loop.iter, "_rounds", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def _rounds(self, values: Iterable[object]) -> list[object]:
+        rounds: list[object] = []
+        for value in values:
+            self.count()
+            rounds.append(value)
+        return rounds
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.count()
+            for argument in (*arguments, *options.values()):
+                self.check_size(argument)
+            name = getattr(function, "__name__", "")
+            if name in ("do_replace", "sync_do_join", "do_join"):
+                self._check_product(arguments, options)
+            return self.check_size(function(*arguments, **options))
+
+        return counted
+
+    def _check_product(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """`join` and `replace` may put every text of theirs between every two others."""
+        sizes = [
+            len(str(part)) for part in (*arguments, *options.values()) if isinstance(part, (str, list, tuple, dict))
+        ]
+        product = 1
+        for size in sizes:
+            product *= max(size, 1)
+        if product > 100 * self.max_characters:
+            raise _limit("the template's text grows too large")
+
+    def call(self, context: Any, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Only macros, `range`, `loop` and the harmless methods of text and mappings may be called."""
+        self.count()
+        owner = getattr(function, "__self__", None)
+        allowed = (
+            isinstance(function, Macro)
+            or function is self.globals["range"]
+            or isinstance(owner, LoopContext)
+            or (isinstance(owner, (str, dict)) and getattr(function, "__name__", "") in METHODS)
+        )
+        if not allowed:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise SecurityError(f"`{name}` must not be called in a template")
+        return self.check_size(super().call(context, function, *arguments, **options))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Operators on numbers and text, none of whose results can be huge."""
+        self.count()
+        if operator == "*" and not (_is_number(left) and _is_number(right)):
+            raise SecurityError("`*` multiplies numbers only")
+        if operator == "%" and not _is_number(left):
+            raise SecurityError("`%` is the remainder of numbers only")
+        if operator == "**":
+            if not (_is_number(left) and _is_number(right)):
+                raise SecurityError("`**` takes numbers only")
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_NUMBER_BITS:
+                raise _limit("a number of the template grows too large")
+        self.check_size(left)
+        self.check_size(right)
+        return self.check_size(super().call_binop(context, operator, left, right))
+
+    def concatenate(self, parts: tuple[object, ...]) -> str:
+        """`~`."""
+        self.count()
+        texts = [str(self.check_size(part)) for part in parts]
+        self.check_length(sum(map(len, texts)))
+        return "".join(texts)
+
+    def count(self) -> None:
+        """Take one step of the budget."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise _limit(f"the template takes more than {MAX_STEPS:,} steps")
+
+    def check_length(self, length: int) -> None:
+        """Refuse a text, or a list, of this length."""
+        if length > self.max_characters:
+            raise _limit(f"the template's text grows beyond {self.max_characters:,} characters")
+
+    def check_size(self, value: Any) -> Any:
+        """The value, where it is not too large."""
+        self._weigh(value, 0)
+        return value
+
+    def _weigh(self, value: Any, weight: int) -> int:
+        """The characters and entries within a value, which may hold one list many times over."""
+        if isinstance(value, str):
+            weight += len(value)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                weight = self._weigh(item, weight + 1)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                weight = self._weigh(item, self._weigh(key, weight + 1))
+        elif isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
+            raise _limit("a number of the template grows too large")
+        self.check_length(weight)
+        return weight
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
