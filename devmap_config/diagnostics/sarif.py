@@ -1,0 +1,62 @@
+"""Diagnostics as SARIF 2.1.0, which code hosts show beside the lines of a pull request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic, Span
+
+SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dict[str, Any]:
+    """A SARIF log with one run; `version` is that of devmap-config."""
+    found = tuple(diagnostics)
+    codes = sorted({diagnostic.code for diagnostic in found})
+    return {
+        "$schema": SCHEMA,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {
+                    "driver": {"name": "devmap-config", "version": version, "rules": [{"id": code} for code in codes]}
+                },
+                "columnKind": "unicodeCodePoints",
+                "results": [_result(diagnostic, codes) for diagnostic in found],
+            }
+        ],
+    }
+
+
+def _result(diagnostic: Diagnostic, codes: list[str]) -> dict[str, Any]:
+    parts = [diagnostic.message, diagnostic.label, diagnostic.help]
+    result: dict[str, Any] = {
+        "ruleId": diagnostic.code,
+        "ruleIndex": codes.index(diagnostic.code),
+        "level": diagnostic.severity,
+        "message": {"text": "\n".join(part for part in parts if part)},
+    }
+    if diagnostic.span is not None:
+        result["locations"] = [{"physicalLocation": _location(diagnostic.span)}]
+    if diagnostic.related:
+        result["relatedLocations"] = [
+            {"id": number, "physicalLocation": _location(related.span), "message": {"text": related.message}}
+            for number, related in enumerate(diagnostic.related)
+        ]
+    return result
+
+
+def _location(span: Span) -> dict[str, Any]:
+    return {
+        "artifactLocation": {"uri": quote(span.file)},
+        "region": {
+            "startLine": span.line,
+            "startColumn": span.column,
+            "endLine": span.end_line,
+            "endColumn": span.end_column,
+        },
+    }

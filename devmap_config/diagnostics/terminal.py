@@ -1,0 +1,125 @@
+"""Diagnostics for a terminal, with the source they are about."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len, chop_cells
+from rich.text import Text
+
+from devmap_config.diagnostics.source import LINE_BREAK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from rich.console import Console
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic, Span
+
+COLOURS = {"error": "bold red", "warning": "bold yellow"}
+MARGIN = "bold blue"
+
+CODE = re.compile("`[^`]*`")
+
+CONTEXT_CELLS = 12
+"""How much of a long line is kept before the marked part."""
+
+
+def print_diagnostics(diagnostics: Iterable[Diagnostic], texts: Mapping[str, str], console: Console) -> None:
+    """Print each finding with its place, its line and what to do; `texts` are the files by the name shown."""
+    for diagnostic in diagnostics:
+        for line in _lines(diagnostic, texts, console.width):
+            console.print(line, soft_wrap=True)
+        console.print()
+
+
+def _lines(diagnostic: Diagnostic, texts: Mapping[str, str], width: int) -> Iterator[Text]:
+    colour = COLOURS[diagnostic.severity]
+    head = f"{diagnostic.severity}[{diagnostic.code}]"
+    message = _wrapped(f"{head}: {diagnostic.message}", width, indent="  ")
+    for number, line in enumerate(message):
+        text = Text(line, style="bold")
+        if number == 0:
+            text.stylize(colour, 0, len(head))
+        yield text
+    spans = [span for span in (diagnostic.span, *(each.span for each in diagnostic.related)) if span is not None]
+    margin = max((len(str(span.line)) for span in spans), default=1) + 1
+    if diagnostic.span is not None:
+        yield from _snippet(diagnostic.span, diagnostic.label, texts, width, margin, "-->", "^", colour)
+    for related in diagnostic.related:
+        yield from _snippet(related.span, related.message, texts, width, margin, ":::", "-", MARGIN)
+    if diagnostic.help:
+        lead = " " * margin + "= help: " if diagnostic.span else "  = help: "
+        for number, line in enumerate(_wrapped(lead + diagnostic.help, width, indent=" " * len(lead))):
+            text = Text(line)
+            if number == 0:
+                text.stylize(MARGIN, 0, len(lead))
+            yield text
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    """Lines of at most this width; what stands in backticks is for copying, and stays in one piece."""
+    kept = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
+    lines: list[str] = []
+    for part in kept.split("\n"):
+        lines += textwrap.wrap(
+            part, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def _snippet(
+    span: Span, label: str | None, texts: Mapping[str, str], width: int, margin: int, arrow: str, mark: str, colour: str
+) -> Iterator[Text]:
+    yield Text.assemble((" " * (margin - 1) + arrow, MARGIN), f" {span.file}:{span.line}:{span.column}")
+    lines = LINE_BREAK.split(texts.get(span.file, ""))
+    if span.file not in texts or span.line > len(lines):
+        if label:
+            yield Text.assemble((" " * margin + "= ", MARGIN), label)
+        return
+    source = lines[span.line - 1]
+    end = span.end_column if span.end_line == span.line else len(source) + 1
+    before, marked, after = (
+        _printable(part) for part in (source[: span.column - 1], source[span.column - 1 : end - 1], source[end - 1 :])
+    )
+    room = max(width - margin - 3, 20)
+    before, marked, after = _fitted(before, marked, after, room)
+    gutter = " " * margin
+    yield Text(f"{gutter}|", style=MARGIN)
+    yield Text.assemble((f"{span.line:>{margin - 1}} |", MARGIN), f" {before}{marked}{after}")
+    underline = mark * max(cell_len(marked), 1)
+    lead = cell_len(before)
+    if label and lead + len(underline) + 1 + cell_len(label) > room:
+        yield Text.assemble((f"{gutter}|", MARGIN), " " * (lead + 1), (underline, colour))
+        for line in _wrapped(label, max(room - 2, 20), indent=""):
+            yield Text.assemble((f"{gutter}|", MARGIN), "   ", (line, colour))
+        return
+    yield Text.assemble((f"{gutter}|", MARGIN), " " * (lead + 1), (f"{underline} {label or ''}".rstrip(), colour))
+
+
+def _printable(text: str) -> str:
+    """Text whose width on a terminal is that of its cells: no tabs, no control characters."""
+    return "".join(character if character.isprintable() else " " for character in text.replace("\t", "    "))
+
+
+def _fitted(before: str, marked: str, after: str, room: int) -> tuple[str, str, str]:
+    """A line cut to the room there is, around its marked part."""
+    if cell_len(before) + cell_len(marked) + cell_len(after) <= room:
+        return before, marked, after
+    if cell_len(before) + cell_len(marked) > room - 1 and cell_len(before) > CONTEXT_CELLS:
+        kept = before
+        while cell_len(kept) > CONTEXT_CELLS:
+            kept = kept[1:]
+        before = "…" + kept
+    marked = _cut(marked, room - cell_len(before) - 1)
+    return before, marked, _cut(after, room - cell_len(before) - cell_len(marked))
+
+
+def _cut(text: str, room: int) -> str:
+    if cell_len(text) <= room:
+        return text
+    if room <= 1:
+        return ""
+    return chop_cells(text, room - 1)[0] + "…"
