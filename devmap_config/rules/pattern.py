@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import re2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CLASS_PREFIX = "class:"
 REGEX_PREFIX = "re:"

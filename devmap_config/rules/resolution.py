@@ -1,0 +1,209 @@
+"""Which rule wins where: the nearest match above a tensor, pins over `device_map`, later overrides over earlier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from devmap_config.diagnostics.diagnostic import Related
+from devmap_config.rules.matching import Match, match
+from devmap_config.rules.pattern import PatternError
+from devmap_config.rules.suggestion import nearest_to, tree_command
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.model import ModelGraph, Module, TensorName
+    from devmap_config.rules.rule import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the rules say of a tensor: where it is stored and, if said, where it runs; and the rule that won."""
+
+    device: str
+    compute: str | None
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The rules applied to a model.
+
+    `decisions` are by tensor; `groups` are tensors that must share a device, each with its rule; `forbidden` are the
+    devices that a tensor must not be stored on, with the rule that says so; `matches` what each rule matched.
+    """
+
+    decisions: Mapping[TensorName, Decision] = field(default_factory=dict)
+    groups: tuple[tuple[Rule, tuple[TensorName, ...]], ...] = ()
+    forbidden: Mapping[TensorName, Mapping[str, Rule]] = field(default_factory=dict)
+    matches: tuple[tuple[Rule, Match], ...] = ()
+
+    def compute_of(self, name: TensorName) -> str | None:
+        """Where the module of a tensor is to run, if a rule says."""
+        decision = self.decisions.get(name)
+        return decision.compute if decision else None
+
+
+def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink) -> Resolution:
+    """Apply rules to a model; unmatched, conflicting and shadowed ones go to the sink.
+
+    `source` is the model as its user names it, for the commands that messages propose.
+    """
+    matches: list[tuple[Rule, Match]] = []
+    for rule in rules:
+        try:
+            matches.append((rule, match(rule.pattern, graph)))
+        except PatternError as error:
+            sink.error("bad-pattern", f"`{rule.text}` is no pattern: {error.message}", rule.span, help=error.help)
+    for rule, found in matches:
+        _check_match(rule, found, graph, source, sink)
+    decisions: dict[TensorName, Decision] = {}
+    for origin in ("device_map", "pin"):  # pins are laid over the map
+        of_origin = [(rule, found) for rule, found in matches if rule.origin == origin]
+        decisions |= _decide(of_origin, graph, sink)
+    _warn_shadowed(matches, decisions, graph, sink)
+    return Resolution(
+        decisions=decisions,
+        groups=tuple(
+            (rule, _tensors_of(found, graph)) for rule, found in matches if rule.keep_together and found.names
+        ),
+        forbidden=_forbidden(matches, graph),
+        matches=tuple(matches),
+    )
+
+
+def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink: Sink) -> None:
+    if rule.optional:
+        return
+    if not found.names and not found.beyond:
+        suggestion = nearest_to(rule.pattern, found.stuck, graph)
+        sink.error(
+            "unmatched-pattern",
+            f"`{rule.text}` matches no module of {graph.class_name}",
+            rule.span,
+            label=suggestion.label,
+            help=suggestion.help or tree_command(source, suggestion.pattern),
+        )
+    for beyond in found.beyond[:1]:
+        last = beyond.existing[-1]
+        where = f"`{beyond.parent}`" if beyond.parent else graph.class_name
+        sink.error(
+            "range-beyond-end",
+            f"`{rule.text}` asks for more than there is: the last index in {where} is {last}",
+            rule.span,
+            label=f"{len(beyond.existing)} there, {beyond.existing[0]} to {last}",
+            help="lower the end, leave it open (`[4-]`), or say `optional: true`",
+        )
+
+
+def _decide(matches: list[tuple[Rule, Match]], graph: ModelGraph, sink: Sink) -> dict[TensorName, Decision]:
+    at: dict[str, list[Rule]] = {}
+    for rule, found in matches:
+        if rule.device is not None or rule.compute is not None:
+            for name in found.names:
+                at.setdefault(name, []).append(rule)
+    reported: set[tuple[Rule, Rule]] = set()
+    decisions: dict[TensorName, Decision] = {}
+
+    def settled(name: str, inherited: Decision | None) -> Decision | None:
+        decision: Decision | None = None
+        for rule in at.get(name, ()):
+            own = Decision(rule.device or rule.compute or "", rule.compute, rule)
+            if decision is None or rule.override:
+                decision = own
+            elif (merged := _merged(decision, own)) is not None:
+                decision = merged
+            elif (decision.rule, rule) not in reported:
+                reported.add((decision.rule, rule))
+                _report_conflict(name, decision, own, sink)
+        return decision or inherited
+
+    def visit(module: Module, inherited: Decision | None) -> None:
+        here = settled(module.path, inherited)
+        for tensor in module.own_tensors:
+            if (decision := settled(tensor.name, here)) is not None:
+                decisions[tensor.name] = decision
+        for child in module.children:
+            visit(child, here)
+
+    visit(graph.root, None)
+    return decisions
+
+
+def _merged(first: Decision, second: Decision) -> Decision | None:
+    """Both at once, where they do not contradict each other."""
+    both_compute = None not in (first.compute, second.compute)
+    if first.device != second.device or (both_compute and first.compute != second.compute):
+        return None
+    return Decision(first.device, first.compute or second.compute, first.rule if first.compute else second.rule)
+
+
+def _report_conflict(name: str, first: Decision, second: Decision, sink: Sink) -> None:
+    what = f"`{name}`" if name else "the whole model"
+    sink.error(
+        "conflicting-pins",
+        f"two rules give {what} different devices: {_said(first)} and {_said(second)}",
+        second.rule.span,
+        label=f"{_said(second)} here",
+        help="remove one, or say `override: true` in the later one",
+        related=(Related(message=f"{_said(first)} here", span=first.rule.span),),
+    )
+
+
+def _said(decision: Decision) -> str:
+    if decision.compute is None or decision.compute == decision.device:
+        return decision.device
+    return f"{decision.device} computed on {decision.compute}"
+
+
+def _warn_shadowed(
+    matches: list[tuple[Rule, Match]], decisions: Mapping[TensorName, Decision], graph: ModelGraph, sink: Sink
+) -> None:
+    winners = {id(decision.rule) for decision in decisions.values()}
+    for rule, found in matches:
+        says_more = rule.not_on or rule.keep_together or (rule.device is None and rule.compute is None)
+        if id(rule) in winners or says_more or not found.names:
+            continue
+        tensors = _tensors_of(found, graph)
+        if not tensors:
+            sink.warning(
+                "shadowed-pin",
+                f"`{rule.text}` matches only modules that hold no weights",
+                rule.span,
+                help="remove the rule",
+            )
+            continue
+        over = decisions[tensors[0]].rule
+        if over.device == rule.device and over.compute == rule.compute and not over.override:
+            message = f"`{rule.text}` says only what `{over.text}` says already"
+        else:
+            message = f"`{rule.text}` never wins: `{over.text}` decides for all that it matches"
+        sink.warning(
+            "shadowed-pin",
+            message,
+            rule.span,
+            help="remove the rule, or name something deeper",
+            related=(Related(message="this one wins", span=over.span),),
+        )
+
+
+def _tensors_of(found: Match, graph: ModelGraph) -> tuple[TensorName, ...]:
+    names: dict[TensorName, None] = {}
+    for name in found.names:
+        if name in graph.modules:
+            names |= dict.fromkeys(tensor.name for tensor in graph.modules[name].tensors())  # type: ignore[index]
+        else:
+            names[name] = None  # type: ignore[index]
+    return tuple(names)
+
+
+def _forbidden(matches: list[tuple[Rule, Match]], graph: ModelGraph) -> dict[TensorName, dict[str, Rule]]:
+    forbidden: dict[TensorName, dict[str, Rule]] = {}
+    for rule, found in matches:
+        if rule.not_on:
+            for name in _tensors_of(found, graph):
+                for device in rule.not_on:
+                    forbidden.setdefault(name, {})[device] = rule
+    return forbidden

@@ -1,0 +1,129 @@
+"""What a pattern that matches nothing was most likely meant to be: found in the tree, not only by spelling."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from devmap_config.rules.matching import FlatSegment, Stuck, children_of
+from devmap_config.rules.pattern import ClassPattern, Pattern
+
+if TYPE_CHECKING:
+    from devmap_config.graph.model import ModelGraph, Module
+
+FUSED_DIMENSIONS = 3
+"""A parameter of fused experts has a leading expert dimension besides its two own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """`label` is what stands beside the pattern, `pattern` what to look at; `help` replaces the usual command."""
+
+    label: str | None = None
+    pattern: str = "**"
+    help: str | None = None
+
+
+def tree_command(source: str, pattern: str) -> str:
+    """The command that shows what a pattern matches."""
+    return f"`devmap tree {shlex.quote(source)} --match {_quoted(pattern)}`"
+
+
+def _quoted(pattern: str) -> str:
+    return "'" + pattern.replace("'", "'\\''") + "'"
+
+
+def nearest_to(pattern: Pattern, stuck: Stuck | None, graph: ModelGraph) -> Suggestion:
+    """What was most likely meant, given where the walk over the tree got stuck."""
+    if isinstance(pattern, ClassPattern):
+        return _nearest_class(pattern, graph)
+    if stuck is None:
+        return Suggestion(label="no path of the model matches as a whole")
+    segment = stuck.path[stuck.position]
+    node = graph.modules.get(stuck.node)  # type: ignore[call-overload]
+    if node is None:
+        return Suggestion(label=f"`{stuck.node}` is a tensor: nothing is below it", pattern=stuck.node)
+    if fused := _fused(node, segment):
+        return fused
+    if stuck.position == 0 and (elsewhere := _with_prefix(stuck.path, graph)):
+        return elsewhere
+    wanted = segment.literal or "".join(getattr(piece, "text", "") for piece in segment.pieces)
+    children = children_of(node)
+    close = difflib.get_close_matches(wanted, list(children), n=1, cutoff=0.5) if wanted else []
+    if not close:
+        below = ", ".join(f"`{child}`" for child in list(children)[:6]) or "nothing"
+        where = f"`{node.path}`" if node.path else graph.class_name
+        more = ", …" if len(children) > 6 else ""
+        return Suggestion(label=f"{where} holds {below}{more}", pattern=_joined(node.path, "*"))
+    path = _joined(node.path, close[0])
+    return Suggestion(
+        label=f"nearest: {described(path, graph)}",
+        pattern=_joined(path, "*") if _is_last(stuck) is False else path,
+    )
+
+
+def described(path: str, graph: ModelGraph) -> str:
+    """A path with how many numbered parts it has: `model.layers` (80 layers)."""
+    module = graph.modules.get(path)  # type: ignore[call-overload]
+    if module is None:
+        return f"`{path}`"
+    count = sum(child.path.rpartition(".")[2].isdigit() for child in module.children)
+    last = path.rpartition(".")[2]
+    return f"`{path}` ({count} {last if last.endswith('s') else 'modules'})" if count else f"`{path}`"
+
+
+def _is_last(stuck: Stuck) -> bool:
+    return stuck.position == len(stuck.path) - 1
+
+
+def _fused(node: Module, segment: FlatSegment) -> Suggestion | None:
+    """Experts by number, where the model holds all of them in one tensor."""
+    is_number = bool(segment.indices) or (segment.literal or "").isdigit()
+    fused = [tensor for tensor in node.parameters if len(tensor.shape) == FUSED_DIMENSIONS]
+    if not is_number or not fused:
+        return None
+    return Suggestion(
+        label=f"`{node.path}` holds its {fused[0].shape[0]} experts in one tensor each",
+        pattern=_joined(node.path, "*"),
+        help=f"fused experts have one home: pin `{node.path}`, or its `{fused[0].name.rpartition('.')[2]}`",
+    )
+
+
+def _with_prefix(path: tuple[FlatSegment, ...], graph: ModelGraph) -> Suggestion | None:
+    """A path that lacks its beginning (`layers.0` for `model.layers.0`), or has another model's."""
+    literal = [segment.literal for segment in path]
+    for skipped in range(len(path)):
+        names: list[str] = []
+        for name in literal[skipped:]:
+            if name is None or name.isdigit():
+                break
+            names.append(name)
+        if not names:
+            continue
+        ending = ".".join(names)
+        found = [str(module) for module in graph.modules if module == ending or module.endswith("." + ending)]
+        if found:
+            shortest = min(found, key=len)
+            rest = skipped + len(names) < len(path)
+            return Suggestion(
+                label=f"nearest: {described(shortest, graph)}", pattern=_joined(shortest, "*") if rest else shortest
+            )
+    return None
+
+
+def _nearest_class(pattern: ClassPattern, graph: ModelGraph) -> Suggestion:
+    classes = list(dict.fromkeys(module.class_name for module in graph.root.walk()))
+    if pattern.class_name in classes and pattern.scope is not None:
+        return Suggestion(
+            label=f"no {pattern.class_name} at or below `{pattern.scope.text}`", pattern=f"class:{pattern.class_name}"
+        )
+    close = difflib.get_close_matches(pattern.class_name, classes, n=1, cutoff=0.3)
+    if close:
+        return Suggestion(label=f"nearest class: `{close[0]}`", pattern=f"class:{close[0]}")
+    return Suggestion(label=f"classes are {', '.join(f'`{name}`' for name in classes[:6])}")
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
