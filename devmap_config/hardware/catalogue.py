@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +60,7 @@ class Accelerator:
 @cache
 def load_catalogue() -> Mapping[str, Accelerator]:
     """Every accelerator of the package's catalogue by its name, in the order of the file."""
-    file = resources.files("devmap_config.hardware").joinpath("accelerators.csv")
-    with file.open(encoding="utf-8", newline="") as text:
-        entries = [_accelerator(row) for row in csv.DictReader(text)]
-    return MappingProxyType({entry.name: entry for entry in entries})
+    return MappingProxyType({row["name"]: _accelerator(row) for row in catalogue_rows()})
 
 
 def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> str | None:
@@ -116,3 +116,9 @@ def _accelerator(row: Mapping[str, str]) -> Accelerator:
 
 def _known(figure: str) -> int | None:
     return int(figure) if figure else None
+
+
+def catalogue_rows() -> tuple[dict[str, str], ...]:
+    """The catalogue as it stands in its file, in the order of the file."""
+    file = resources.files("devmap_config.hardware").joinpath("accelerators.csv")
+    return tuple(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))

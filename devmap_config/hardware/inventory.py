@@ -1,0 +1,241 @@
+"""`Inventory`: the devices of the described machine, with what a plan may put on each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
+from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.profile.schema import Device as DeviceSpecification
+
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`.
+
+    `bandwidth_bytes_per_second` and `flops_per_second` are `None` where neither profile nor catalogue tells.
+    """
+
+    id: str
+    memory_bytes: int
+    capacity_bytes: int
+    accelerator: Accelerator | None = None
+    bandwidth_bytes_per_second: int | None = None
+    flops_per_second: int | None = None
+
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether it is anything but the CPU and the disk."""
+        return self.id not in ("cpu", "disk")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The devices in the order in which they are filled: accelerators by index, the CPU, the disk."""
+
+    devices: tuple[Device, ...]
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """Capacity by device, in bytes."""
+        return {device.id: device.capacity_bytes for device in self.devices}
+
+    @property
+    def kind(self) -> str:
+        """The kind of the accelerators; `cuda` where there are none."""
+        return next((device.id.partition(":")[0] for device in self.devices if device.is_accelerator), "cuda")
+
+    def to_json(self) -> list[dict[str, object]]:
+        """As plain data, for digests."""
+        return [
+            {
+                "id": device.id,
+                "memory_bytes": device.memory_bytes,
+                "capacity_bytes": device.capacity_bytes,
+                "bandwidth_bytes_per_second": device.bandwidth_bytes_per_second,
+                "flops_per_second": device.flops_per_second,
+            }
+            for device in self.devices
+        ]
+
+
+def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
+    """The machine that a profile describes; what is wrong with its description goes to the sink."""
+    specifications = loaded.profile.hardware.devices
+    devices = [
+        device
+        for name, specification in specifications.items()
+        if (device := _device(name, specification, loaded, sink)) is not None
+    ]
+    _check_kinds(tuple(specifications), loaded, sink)
+    _check_max_memory(loaded, sink)
+    return Inventory(tuple(sorted(devices, key=lambda device: fill_order(device.id))))
+
+
+def fill_order(device: str) -> tuple[int, str, int]:
+    """Sorts devices as they are filled: accelerators by index, then `cpu`, then `disk`."""
+    kind, _, index = device.partition(":")
+    return ({"cpu": 1, "disk": 2}.get(device, 0), kind, int(index or 0))
+
+
+def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile, sink: Sink) -> Device | None:
+    route = ("hardware", "devices", name)
+    accelerator = _accelerator(name, specification, loaded, sink)
+    if specification.accelerator is not None and accelerator is None:
+        return None
+    memory = specification.memory
+    if isinstance(memory, Share):
+        if accelerator is None:
+            sink.error(
+                "bad-quantity",
+                f"the memory of {name} is a share of nothing",
+                loaded.span(*route, "memory"),
+                help="write it in bytes, such as `24GiB`, or name the `accelerator`",
+            )
+            return None
+        memory = int(accelerator.memory_bytes * memory.fraction)
+    if memory is None and accelerator is None:
+        if (*route, "memory") not in loaded.invalid:
+            sink.error(
+                "missing-memory",
+                f"{name} has no memory",
+                loaded.key_span(*route),
+                help=f"write `{name}: {{memory: 24GiB}}`"
+                + ("" if name in ("cpu", "disk") else ", or an accelerator that `devmap hardware` lists"),
+            )
+        return None
+    memory_bytes = accelerator.memory_bytes if memory is None and accelerator is not None else int(memory or 0)
+    if accelerator is not None and memory_bytes > accelerator.most_memory_bytes:
+        sink.error(
+            "memory-beyond-card",
+            f"{name} is given {_gib(memory_bytes)}, and a {accelerator.name} has {_gib(accelerator.most_memory_bytes)}",
+            loaded.span(*route, "memory"),
+            help="lower it, or name another accelerator; without `memory` the catalogue's is taken",
+        )
+    capacity_bytes = _capacity_bytes(memory_bytes, accelerator, specification)
+    if capacity_bytes <= 0:
+        sink.error(
+            "no-capacity",
+            f"nothing is left of the memory of {name} once slack, reserve and overhead are taken off",
+            loaded.key_span(*route),
+            help="lower its `reserve`, `overhead` or `slack`, or leave the device out",
+        )
+        return None
+    cap = loaded.profile.placement.max_memory.get(name)
+    if cap is not None:
+        capacity_bytes = min(capacity_bytes, _absolute(cap, memory_bytes))
+    return Device(
+        id=name,
+        memory_bytes=memory_bytes,
+        capacity_bytes=capacity_bytes,
+        accelerator=accelerator,
+        bandwidth_bytes_per_second=specification.bandwidth
+        or (accelerator.memory_bandwidth_bytes_per_second if accelerator else None),
+        flops_per_second=specification.flops or (accelerator.dense_bf16_flops_per_second if accelerator else None),
+    )
+
+
+def _capacity_bytes(memory_bytes: int, accelerator: Accelerator | None, specification: DeviceSpecification) -> int:
+    """`memory × (1 − slack) − reserve − overhead`, to whole bytes."""
+    slack = specification.slack
+    if slack is None:
+        slack = accelerator.slack if accelerator else Fraction(0)
+    overhead = specification.overhead
+    overhead_bytes = (
+        _absolute(overhead, memory_bytes) if overhead is not None else accelerator.overhead_bytes if accelerator else 0
+    )
+    return int(memory_bytes * (1 - slack)) - _absolute(specification.reserve, memory_bytes) - overhead_bytes
+
+
+def _absolute(quantity: int | Share, memory_bytes: int) -> int:
+    return int(memory_bytes * quantity.fraction) if isinstance(quantity, Share) else quantity
+
+
+def _accelerator(
+    name: str, specification: DeviceSpecification, loaded: LoadedProfile, sink: Sink
+) -> Accelerator | None:
+    if specification.accelerator is None:
+        return None
+    span = loaded.span("hardware", "devices", name, "accelerator")
+    if name in ("cpu", "disk"):
+        sink.error(
+            "unknown-accelerator",
+            f"{name} is no accelerator",
+            span,
+            help=f"describe it by `{{memory: {_as_memory(specification.accelerator) or '64GiB'}}}`",
+        )
+        return None
+    found = load_catalogue().get(specification.accelerator)
+    if found is None:
+        meant = nearest(specification.accelerator)
+        memory = _as_memory(specification.accelerator)
+        advice = f"did you mean `{meant}`? " if meant else ""
+        sink.error(
+            "unknown-accelerator",
+            f"the catalogue has no accelerator `{specification.accelerator}`",
+            span,
+            help=f"write `{{memory: {memory}}}`" if memory else f"{advice}`devmap hardware` lists them all",
+        )
+        return None
+    if found.kind != name.partition(":")[0]:
+        sink.error(
+            "unknown-accelerator",
+            f"a {found.name} is no {name.partition(':')[0]} device",
+            span,
+            help=f"it is named `{found.kind}{'' if found.kind == 'mps' else ':0'}`",
+        )
+        return None
+    return found
+
+
+def _as_memory(text: str) -> str | None:
+    """The text, where it is an amount of memory that was meant for `memory`."""
+    try:
+        parse_bytes(text)
+    except QuantityError:
+        return None
+    return text
+
+
+def _check_kinds(names: tuple[str, ...], loaded: LoadedProfile, sink: Sink) -> None:
+    kinds: Mapping[str, str] = {name.partition(":")[0]: name for name in reversed(names) if name not in ("cpu", "disk")}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(kinds))
+        last = max(kinds.values(), key=lambda name: loaded.key_span("hardware", "devices", name))
+        sink.error(
+            "mixed-accelerators",
+            f"one machine cannot run {listed} devices together",
+            loaded.key_span("hardware", "devices", last),
+            help="torch is built for one kind: keep a profile for each",
+        )
+
+
+def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
+    known = declared_devices(loaded)
+    for name in loaded.profile.placement.max_memory:
+        if name not in known:
+            sink.error(
+                "unknown-device",
+                f"`max_memory` caps {name}, which the profile does not list",
+                loaded.key_span("placement", "max_memory", name),
+                help=f"list it under `hardware.devices`, or remove the cap; listed are {', '.join(known)}",
+            )
+
+
+def declared_devices(loaded: LoadedProfile) -> tuple[str, ...]:
+    """Every device that the profile lists, also those whose description is wrong."""
+    return tuple(sorted(loaded.profile.hardware.devices, key=fill_order))
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIBIBYTE:.1f} GiB"
