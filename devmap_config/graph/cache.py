@@ -26,7 +26,9 @@ def library_versions() -> dict[str, str | None]:
     return {name: _version(name) for name in LIBRARIES}
 
 
-def cached_graph(key: dict[str, object], make: Callable[[], ModelGraph], *, directory: Path | None = None) -> ModelGraph:
+def cached_graph(
+    key: dict[str, object], make: Callable[[], ModelGraph], *, directory: Path | None = None
+) -> ModelGraph:
     """The graph under this key, made where it is not kept yet.
 
     A file that cannot be read or written is never an error: the graph is then made again.

@@ -20,7 +20,7 @@ class UnbuildableModelError(Exception):
 
 
 def build_graph(
-    config_path: Path, *, class_name: str, dtype: str, attention: str, trust_remote_code: bool = False
+    config_path: Path, *, class_name: str, dtype: str, attention: str | None, trust_remote_code: bool = False
 ) -> ModelGraph:
     """The graph of the model that `config_path` describes.
 
@@ -28,11 +28,11 @@ def build_graph(
         config_path: a `config.json`, or the directory that holds it.
         class_name: an Auto class or a concrete class of transformers.
         dtype: torch's name of the dtype in which the model is to be loaded.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; `None` for the one that it chooses itself.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UnbuildableModelError: where transformers does not know the architecture, or its code does not accept the config.
+        UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
     """
     try:
         import torch

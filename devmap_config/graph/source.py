@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 """What may be the name of a repository on the hub, with or without its owner."""
@@ -103,7 +105,9 @@ def hub_source(repository: str, revision: str | None, *, commit: str | None = No
         raise ModelNotFoundError(f"`{repository}` on the hub has no config.json") from error
     except Exception as error:  # what the hub client raises has many types and no common one
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelNotFoundError(f"`{repository}` is neither a local path nor to be had from the hub: {first_line}") from error
+        raise ModelNotFoundError(
+            f"`{repository}` is neither a local path nor to be had from the hub: {first_line}"
+        ) from error
     # The cache keeps files under `snapshots/<commit>/`.
     return ModelSource(location=path.parent, config=_read_config(path), weights=repository, commit=path.parent.name)
 

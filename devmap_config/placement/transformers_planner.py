@@ -9,7 +9,6 @@ depends on the hash seed; `tests/conformance` holds the two together over every 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +16,8 @@ from devmap_config.graph.model import Module, Tensor
 from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.placement.problem import DeviceId, Problem
 
@@ -293,9 +294,7 @@ def _complete(problem: Problem, root: Module, devices: Mapping[str, DeviceId]) -
     return placement
 
 
-def _device_of_siblings(
-    tensor: Tensor, placement: Mapping[TensorName, DeviceId], problem: Problem
-) -> DeviceId:
+def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, DeviceId], problem: Problem) -> DeviceId:
     """The device of what is first placed next to or around a tensor."""
     parent = tensor.name
     while parent:

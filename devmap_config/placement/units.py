@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from devmap_config.graph.model import ModelGraph, Module, TensorName
 
 CONTAINER_CLASSES = ("ModuleList", "ModuleDict")
@@ -45,6 +46,13 @@ def fold(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Uni
             yield from units(child)
 
     return tuple(units(graph.root))
+
+
+def whole_model(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Unit, Home], ...]:
+    """The one unit that is everything, where everything has one home; else the usual units."""
+    if len(set(homes.values())) > 1:
+        return fold(graph, homes)
+    return ((Unit("", tuple(graph.tensors)), next(iter(homes.values()))),)
 
 
 def _composite_paths(graph: ModelGraph) -> frozenset[str]:

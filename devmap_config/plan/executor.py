@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from devmap_config.graph.model import Tensor
     from devmap_config.placement.problem import DeviceId
 

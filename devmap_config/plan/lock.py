@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.source import digest
-from devmap_config.plan.executor import Executor
 from devmap_config.plan.plan import Assignment, DeviceUse, Plan, Prediction
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.plan.executor import Executor
 
 LOCK_VERSION = 1
 
@@ -92,14 +92,31 @@ def read_lock(text: str) -> Lock:
         raise LockError("it is not a lock: it has no `lock_version`")
     if value["lock_version"] > LOCK_VERSION:
         raise LockError(
-            f"it has lock_version {value['lock_version']}, and this version of devmap-config reads up to {LOCK_VERSION}:"
-            " upgrade devmap-config"
+            f"its lock_version is {value['lock_version']}, and this devmap-config reads {LOCK_VERSION}: upgrade it"
         )
     stated = value.pop("digest", None)
     made_with = value.pop("made_with", {})
     if stated != digest(value):
         raise LockError("its content does not agree with its own digest: it was changed by hand, or is damaged")
     return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+
+
+INPUT_NAMES = {
+    "commit": "the commit that the model's revision resolves to",
+    "config": "the model's config",
+    "graph": "the model's module tree",
+    "hardware": "the hardware",
+    "profile": "the profile",
+}
+
+
+def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> tuple[str, ...]:
+    """What a lock was made from that is something else now, in words; nothing where the lock is fresh."""
+    now = inputs.to_json()
+    changed = [words for name, words in INPUT_NAMES.items() if lock.inputs.get(name) != now[name]]
+    if dict(lock.variables) != dict(variables):
+        changed.append("the `--set` values")
+    return tuple(changed)
 
 
 def plan_of(lock: Lock, graph: ModelGraph, executor: Executor) -> Plan:

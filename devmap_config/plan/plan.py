@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.plan.executor import Executor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.units import Unit
+    from devmap_config.plan.executor import Executor
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from devmap_config.graph.model import ModelGraph
+    from collections.abc import Iterator, Mapping
+
+    from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.plan.plan import Plan
 
 ViolationKind = Literal[
@@ -142,14 +143,14 @@ def _ties(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> Iterator[Violation]:
     """Adds up what each device holds anew, from the tensors."""
-    held: dict[str, set[str]] = {}
+    held: dict[str, set[TensorName]] = {}
     for each in plan.assignments:
         for name in each.tensors:
             home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
             held.setdefault(home, set()).add(graph.storage_of[name])
     rows = {use.id: use for use in plan.devices}
     for device in sorted(held):
-        weights_bytes = sum(graph.tensors[name].size_bytes for name in held[device])  # type: ignore[index]
+        weights_bytes = sum(graph.tensors[name].size_bytes for name in held[device])
         if device not in capacities:
             # What accelerate keeps on the CPU because everything runs there occupies no room that was promised.
             if device == plan.main_device and weights_bytes == 0:

@@ -1,0 +1,117 @@
+"""The pipeline: a profile in, a verified plan out. Each stage is a function over immutable data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
+from devmap_config.graph.loading import load_model_graph
+from devmap_config.hardware.inventory import build_inventory, declared_devices
+from devmap_config.placement.constraints import problem_of, settle_single_device
+from devmap_config.placement.shortage import report_shortages
+from devmap_config.placement.strategies import Infeasible, place
+from devmap_config.placement.units import fold, whole_model
+from devmap_config.plan.executor import Executor
+from devmap_config.plan.inputs import inputs_of
+from devmap_config.plan.plan import assemble
+from devmap_config.plan.review import review
+from devmap_config.profile.loading import load_profile
+from devmap_config.rules.resolution import resolve
+from devmap_config.rules.rule import rules_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.plan.lock import Inputs
+    from devmap_config.plan.plan import Plan
+    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.rules.resolution import Resolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be compiled. `variables` are as `--set` gives them, `commit` is what the model's revision was
+    resolved to before.
+    """
+
+    path: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    allow_outside: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """What a compilation gave: all that was found, and the stages' results as far as they were reached."""
+
+    diagnostics: tuple[Diagnostic, ...]
+    loaded: LoadedProfile | None = None
+    inventory: Inventory | None = None
+    model: LoadedModel | None = None
+    resolution: Resolution | None = None
+    plan: Plan | None = None
+    inputs: Inputs | None = None
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether the profile is wrong or cannot be satisfied."""
+        return any(diagnostic.severity == "error" for diagnostic in self.diagnostics)
+
+
+def compile_profile(path: str | Path, *, variables: Mapping[str, object] | None = None) -> Plan:
+    """The plan of a profile.
+
+    Args:
+        path: the profile's file.
+        variables: values for its templates, as `--set` gives them.
+
+    Raises:
+        ProfileError: where the profile is wrong or cannot be satisfied; it carries every diagnostic.
+    """
+    texts = {name: str(value) for name, value in (variables or {}).items()}
+    compilation = run_pipeline(Request(path=Path(path), variables=texts))
+    if compilation.plan is None:
+        raise ProfileError(compilation.diagnostics)
+    return compilation.plan
+
+
+def run_pipeline(request: Request) -> Compilation:
+    """Every stage in turn; one that cannot go on leaves its reasons in the sink, and the others say what they can."""
+    sink = Sink()
+    loaded = load_profile(request.path, sink, overrides=request.variables, allow_outside=request.allow_outside)
+    if loaded is None:
+        return Compilation(diagnostics=sink.diagnostics)
+    inventory = build_inventory(loaded, sink)
+    rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
+    model = load_model_graph(loaded, sink, commit=request.commit, trust_remote_code=request.trust_remote_code)
+    if model is None:
+        return Compilation(diagnostics=sink.diagnostics, loaded=loaded, inventory=inventory)
+
+    graph, strategy = model.graph, loaded.profile.placement.strategy
+    resolution = resolve(rules, graph, loaded.profile.model.source, sink)
+    problem = problem_of(graph, inventory, resolution, sink)
+    single_device = settle_single_device(loaded, problem, sink)
+    reached = Compilation(diagnostics=(), loaded=loaded, inventory=inventory, model=model, resolution=resolution)
+    if sink.has_errors:
+        return replace(reached, diagnostics=sink.diagnostics)
+
+    placement = place(problem, strategy, single_device=single_device)
+    if isinstance(placement, Infeasible):
+        report_shortages(placement, problem, resolution, loaded, strategy, sink)
+        return replace(reached, diagnostics=sink.diagnostics)
+    executor = Executor(offload_buffers=loaded.profile.placement.offload.buffers)
+    homes = {name: (device, resolution.compute_of(name)) for name, device in placement.items()}
+    units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
+    plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
+    review(plan, graph, inventory.capacities, resolution, loaded, sink)
+    return replace(
+        reached,
+        diagnostics=sink.diagnostics,
+        plan=None if sink.has_errors else plan,
+        inputs=inputs_of(loaded, model, inventory),
+    )

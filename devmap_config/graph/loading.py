@@ -1,0 +1,188 @@
+"""From what a profile says of a model to its graph: finds the config, settles class and dtype, builds or reads back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.cache import cached_graph
+from devmap_config.graph.introspection import UnbuildableModelError, build_graph
+from devmap_config.graph.source import ModelNotFoundError, ModelSource, hub_source, is_hub_id, local_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.profile.loading import LoadedProfile
+
+BUILDABLE_ATTENTION = ("eager", "sdpa")
+"""Implementations that need no package of their own; the module tree is the same under all of them."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model's graph with what it was made from. `attention` is `None` where transformers is to choose."""
+
+    graph: ModelGraph
+    source: ModelSource
+    class_name: str
+    dtype: str
+    attention: str | None
+
+
+def load_model_graph(
+    loaded: LoadedProfile,
+    sink: Sink,
+    *,
+    commit: str | None = None,
+    trust_remote_code: bool = False,
+    cache_directory: Path | None = None,
+) -> LoadedModel | None:
+    """The graph of the model that a profile names, or `None` and the reason in the sink.
+
+    Args:
+        loaded: the profile.
+        sink: takes what is wrong.
+        commit: the commit that the revision of a hub id resolved to before.
+        trust_remote_code: whether code that comes with the model may run.
+        cache_directory: where graphs are kept, if not in the user's cache.
+    """
+    source = _find_source(loaded, commit, sink)
+    if source is None:
+        return None
+    profile_model = loaded.profile.model
+    class_name = profile_model.class_name or source.class_name
+    if class_name is None:
+        sink.error(
+            "no-architecture",
+            "the model's config does not name its class",
+            loaded.span("model", "source"),
+            help="name it: `class: AutoModelForCausalLM`",
+        )
+        return None
+    attention = profile_model.attention if "attention" in profile_model.model_fields_set else None
+    dtype = _settle_dtype(loaded, source, sink)
+    _warn_unmeasured(loaded, source, sink)
+
+    try:
+        graph = graph_from_source(
+            source,
+            class_name=class_name,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            cache_directory=cache_directory,
+        )
+    except UnbuildableModelError as error:
+        sink.error(
+            "unsupported-model",
+            f"transformers cannot build this model: {error}",
+            loaded.span("model", "source"),
+            help=_building_advice(source, str(error)),
+        )
+        return None
+    return LoadedModel(graph, source, class_name, dtype, attention)
+
+
+def graph_from_source(
+    source: ModelSource,
+    *,
+    class_name: str,
+    dtype: str,
+    attention: str | None,
+    trust_remote_code: bool = False,
+    cache_directory: Path | None = None,
+) -> ModelGraph:
+    """The graph of a model, from the cache where it is kept.
+
+    Raises:
+        UnbuildableModelError: where transformers cannot build it.
+    """
+
+    def make() -> ModelGraph:
+        return build_graph(
+            source.location,
+            class_name=class_name,
+            dtype=dtype,
+            attention=attention if attention in BUILDABLE_ATTENTION else None,
+            trust_remote_code=trust_remote_code,
+        )
+
+    if trust_remote_code:  # code that comes with a model may change without its config
+        return make()
+    key: dict[str, object] = {"config": source.config_digest, "class": class_name, "dtype": dtype}
+    return cached_graph(key, make, directory=cache_directory)
+
+
+def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> ModelSource | None:
+    text = loaded.profile.model.source
+    span = loaded.span("model", "source")
+    path = loaded.beside(text, "model", "source")
+    try:
+        if path.exists():
+            if not loaded.boundary.holds(path):
+                sink.error(
+                    "outside-repository",
+                    f"`{text}` lies outside of the repository",
+                    span,
+                    help="keep the model's config in the repository, or pass `--allow-outside`",
+                )
+                return None
+            return local_source(path)
+        if text.startswith(("./", "../", "/")) or text.endswith(".json") or not is_hub_id(text):
+            sink.error(
+                "model-not-found",
+                f"there is no `{text}`",
+                span,
+                help="paths are relative to the file that writes them; else name a hub id such as `Qwen/Qwen2.5-7B`",
+            )
+            return None
+        return hub_source(text, loaded.profile.model.revision, commit=commit)
+    except ModelNotFoundError as error:
+        sink.error(
+            "model-not-found",
+            str(error),
+            span,
+            help="check the name; without a network, keep its config.json in the repository and name that",
+        )
+        return None
+
+
+def _settle_dtype(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> str:
+    dtype = loaded.profile.model.dtype
+    if dtype != "auto":
+        return dtype
+    found = source.checkpoint_dtype()
+    if found is None:
+        sink.warning(
+            "unknown-dtype",
+            "neither config nor checkpoint tells the dtype: float32 is assumed",
+            loaded.span("model", "dtype"),
+            help="say `dtype: bfloat16`, or what the checkpoint holds",
+        )
+    return found or "float32"
+
+
+def _warn_unmeasured(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> None:
+    if loaded.profile.model.quantization or source.config.get("quantization_config"):
+        sink.warning(
+            "quantization-not-measured",
+            "the plan counts the weights as they are before quantization: it is an upper bound",
+            loaded.span("model", "quantization"),
+        )
+    if loaded.profile.workload.context_length is not None:
+        sink.warning(
+            "workload-not-measured",
+            "cache and activations of this workload are not budgeted: only weights are",
+            loaded.span("workload"),
+            help="leave room by `reserve` on the accelerators",
+        )
+
+
+def _building_advice(source: ModelSource, reason: str) -> str:
+    if "attn_implementation" in reason or "scaled_dot_product_attention" in reason:
+        return "say `attention: eager`"
+    if source.config.get("auto_map"):
+        return "the model brings code of its own: read it, then pass `--trust-remote-code`"
+    return "check `class`, and that this version of transformers knows the model"

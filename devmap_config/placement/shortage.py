@@ -1,0 +1,92 @@
+"""Says of a placement that cannot be where how many bytes are missing, and what would mend it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage, place
+
+if TYPE_CHECKING:
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.placement.problem import Problem
+    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.rules.resolution import Resolution
+
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def report_shortages(
+    infeasible: Infeasible, problem: Problem, resolution: Resolution, loaded: LoadedProfile, strategy: str, sink: Sink
+) -> None:
+    """Put the reasons of an infeasible placement into the sink."""
+    for shortage in infeasible.shortages:
+        if shortage.device is None:
+            _report_unplaced(infeasible, shortage, problem, loaded, strategy, sink)
+        else:
+            _report_device(shortage, problem, resolution, loaded, strategy, sink)
+
+
+def amount(size_bytes: int) -> str:
+    """Bytes for people and for machines: `1.4 GiB (1,503,238,553 bytes)`."""
+    return f"{rounded(size_bytes)} ({size_bytes:,} bytes)" if size_bytes >= UNITS[-1][0] else f"{size_bytes:,} bytes"
+
+
+def rounded(size_bytes: int) -> str:
+    """Bytes in the largest unit of which there is one: `1.4 GiB`."""
+    for unit_bytes, unit in UNITS:
+        if abs(size_bytes) >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def _report_unplaced(
+    infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, strategy: str, sink: Sink
+) -> None:
+    listed = ", ".join(f"{device} ({rounded(capacity)})" for device, capacity in problem.capacities.items())
+    total = problem.graph.size_bytes
+    room = sum(problem.capacities.values())
+    sink.error(
+        "over-capacity",
+        f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}",
+        loaded.span("placement", "strategy"),
+        label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
+        help=_mend(problem, strategy, fits_in_total=total <= room),
+    )
+
+
+def _mend(problem: Problem, strategy: str, *, fits_in_total: bool) -> str:
+    for other in (*TRANSFORMERS_STRATEGIES, "single"):
+        if other != strategy and not isinstance(place(problem, other), Infeasible):
+            return f"`strategy: {other}` places all of it"
+    missing = [device for device in ("cpu", "disk") if device not in problem.capacities]
+    if missing:
+        named = " or ".join(f"`{device}`" for device in missing)
+        return f"list {named} under `hardware.devices` for what is to be offloaded"
+    if fits_in_total:
+        return "there is room in total, but not in one piece: raise the memory of a device"
+    return "list more memory, or load a smaller dtype"
+
+
+def _report_device(
+    shortage: Shortage, problem: Problem, resolution: Resolution, loaded: LoadedProfile, strategy: str, sink: Sink
+) -> None:
+    device = str(shortage.device)
+    pinned_bytes = problem.pinned_bytes.get(device, 0)
+    rule = next((decision.rule for decision in resolution.decisions.values() if decision.device == device), None)
+    if rule is not None and pinned_bytes > shortage.capacity_bytes:
+        what = "the pins put" if rule.origin == "pin" else "the map puts"
+        sink.error(
+            "over-capacity",
+            f"{what} {rounded(pinned_bytes)} on {device}, which has {rounded(shortage.capacity_bytes)}:"
+            f" {amount(shortage.missing_bytes)} are missing",
+            rule.span,
+            help=f"move something off {device}, or give it more memory",
+        )
+        return
+    sink.error(
+        "over-capacity",
+        f"{device} would hold {rounded(shortage.needed_bytes)} and has {rounded(shortage.capacity_bytes)}:"
+        f" {amount(shortage.missing_bytes)} are missing",
+        loaded.key_span("hardware", "devices", device),
+        help=_mend(problem, strategy, fits_in_total=problem.graph.size_bytes <= sum(problem.capacities.values())),
+    )

@@ -1,0 +1,29 @@
+"""What a plan was made from, as digests of parsed values: what makes a lock stale, and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.serialization import graph_to_json
+from devmap_config.graph.source import digest
+from devmap_config.plan.lock import Inputs
+
+if TYPE_CHECKING:
+    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.profile.loading import LoadedProfile
+
+INCIDENTAL = frozenset({"name", "description", "variables", "extends"})
+"""Keys of a profile that change nothing by themselves: variables and bases count by what they lead to."""
+
+
+def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -> Inputs:
+    """The inputs of a compilation."""
+    profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
+    return Inputs(
+        profile=digest(profile),
+        config=model.source.config_digest,
+        graph=digest(graph_to_json(model.graph)),
+        hardware=digest(inventory.to_json()),
+        commit=model.source.commit,
+    )

@@ -1,0 +1,111 @@
+"""Looks over a finished plan: what verification found, what its user should know, what it needs to be loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.plan.verify import Violation, verify
+from devmap_config.rules.folding import fold_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.plan.plan import Plan
+    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.rules.resolution import Decision, Resolution
+    from devmap_config.rules.rule import Rule
+
+
+def review(
+    plan: Plan,
+    graph: ModelGraph,
+    capacities: Mapping[str, int],
+    resolution: Resolution,
+    loaded: LoadedProfile,
+    sink: Sink,
+) -> None:
+    """Verify a plan, and report what does not hold, at the rule that brought it about where there is one."""
+    split: dict[int, tuple[Rule, list[str]]] = {}
+    for violation in verify(plan, graph, capacities):
+        if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
+            split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
+        else:
+            sink.error(violation.kind, violation.message, loaded.span("placement", "strategy"))
+    for rule, blocks in split.values():
+        class_name = graph.modules[blocks[0]].class_name  # type: ignore[index]
+        sink.warning(
+            "split-block",
+            f"`{rule.text}` splits {'blocks' if len(blocks) > 1 else 'a block'} that transformers keeps whole:"
+            f" {', '.join(f'`{pattern}`' for pattern in fold_paths(blocks))} ({class_name})",
+            rule.span,
+            help=_cost_of_split(plan, blocks[0]),
+        )
+    _check_compute(plan, resolution, sink)
+    _check_offload_folder(plan, loaded, sink)
+
+
+def _cost_of_split(plan: Plan, block: str) -> str:
+    parts = [each for each in plan.assignments if each.unit.startswith(f"{block}.")]
+    running = sorted({each.executes_on for each in parts})
+    if len(running) == 1:
+        return f"all of it runs on {running[0]}: what is stored elsewhere is copied there at every forward"
+    return f"activations pass between {' and '.join(running)} inside the block; pin the whole block if you can"
+
+
+def _cause_of_split(violation: Violation, graph: ModelGraph, resolution: Resolution) -> Decision | None:
+    """The rule that takes a part out of a block: the one that decides for fewest of its tensors."""
+    block = graph.modules[violation.subjects[0]]  # type: ignore[index]
+    names = [tensor.name for tensor in block.tensors()]
+    deciding = [resolution.decisions[name] for name in names if name in resolution.decisions]
+    counts = {id(decision.rule): 0 for decision in deciding}
+    for decision in deciding:
+        counts[id(decision.rule)] += 1
+    partial = [decision for decision in deciding if counts[id(decision.rule)] < len(names)]
+    return min(partial, key=lambda decision: counts[id(decision.rule)], default=None)
+
+
+def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
+    """accelerate runs a module where it is stored or streams it to the main device; the CPU may run what it stores."""
+    reported: set[int] = set()
+    for each in plan.assignments:
+        usual = plan.executor.executes_on(each.stored_on, plan.main_device, None)
+        if each.executes_on in (usual, each.stored_on) and each.executes_on != "disk":
+            continue
+        decision = next((resolution.decisions[name] for name in each.tensors if name in resolution.decisions), None)
+        if decision is None or id(decision.rule) in reported:
+            continue
+        reported.add(id(decision.rule))
+        sink.error(
+            "bad-compute",
+            f"what is stored on {each.stored_on} cannot run on {each.executes_on}",
+            decision.rule.span,
+            help=f"accelerate runs it on {usual}; only what is stored on `cpu` may also say `compute: cpu`",
+        )
+
+
+def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
+    folder = loaded.profile.placement.offload.folder
+    if folder is not None:
+        path = loaded.beside(folder, "placement", "offload", "folder")
+        if not loaded.boundary.holds(path):
+            sink.error(
+                "outside-repository",
+                f"the offload folder `{folder}` lies outside of the repository",
+                loaded.span("placement", "offload", "folder"),
+                help="keep it within, or pass `--allow-outside`",
+            )
+        return
+    if "disk" not in loaded.profile.hardware.devices:
+        return
+    used = any(each.stored_on == "disk" for each in plan.assignments)
+    report = sink.error if used else sink.warning
+    report(
+        "missing-offload-folder",
+        "the plan keeps weights on disk, and no folder is given for them"
+        if used
+        else "the disk is listed, and no folder is given for what might go there",
+        loaded.key_span("hardware", "devices", "disk"),
+        help="add `placement: {offload: {folder: ./offload}}`",
+    )
