@@ -30,7 +30,7 @@ def demonstrate(
         raise RunnerError(
             "no-text-input",
             f"{type(model).__name__} takes `{model.main_input_name}`, for which a prompt is no input",
-            "load it with `devmap_config.load_model` and give it its own input; `--no-generate` only loads and verifies",
+            "`--no-generate` loads and verifies; `devmap_config.load_model` gives the model for inputs of its own",
         )
     tokenizer = _tokenizer(weights, revision)
     inputs = _inputs(model, tokenizer, prompt)

@@ -33,10 +33,8 @@ def misplaced_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> 
             found = tensor_home(model, name)
             if found != expected:
                 wrong.append(Misplaced(name, expected, found))
-    for name in _names_of(model):
-        if name not in planned:
-            wrong.append(Misplaced(name, "nowhere", tensor_home(model, name)))
-    return tuple(wrong)
+    unplanned = [name for name in _names_of(model) if name not in planned]
+    return (*wrong, *(Misplaced(name, "nowhere", tensor_home(model, name)) for name in unplanned))
 
 
 def tensor_home(model: PreTrainedModel, name: str) -> str:
@@ -86,6 +84,7 @@ def _names_of(model: PreTrainedModel) -> list[str]:
 
 
 def _canonical(device: torch.device) -> str:
-    if device.type in ("cpu", "mps"):
-        return device.type
-    return f"{device.type}:{device.index or 0}"
+    kind = str(device.type)
+    if kind in ("cpu", "mps"):
+        return kind
+    return f"{kind}:{device.index or 0}"

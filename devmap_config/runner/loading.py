@@ -39,7 +39,7 @@ class LoadRequest:
     weights: str
     class_name: str
     dtype: str
-    attention: str
+    attention: str | None
     revision: str | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
     offload_folder: Path | None = None
@@ -53,6 +53,12 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
         RunnerError: where accelerate is missing or too old, or a device of the plan is not on this machine.
     """
     require_accelerate()
+    if plan.compute:
+        raise RunnerError(
+            "compute-on-cpu",
+            f"computing on the CPU what a device_map can only stream is not built yet: {', '.join(plan.compute)}",
+            "drop `compute: cpu` from the pins: the weights are then streamed at every forward",
+        )
     _require_devices(plan)
     import transformers
 
@@ -61,11 +67,12 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
     arguments: dict[str, Any] = {
         "device_map": dict(plan.placement),
         "dtype": request.dtype,
-        "attn_implementation": request.attention,
         "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
         "offload_buffers": plan.executor.offload_buffers,
         "trust_remote_code": request.trust_remote_code,
     }
+    if request.attention is not None:
+        arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
     if request.quantization:
@@ -73,6 +80,18 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
     with _main_device(plan.main_device):
         model: PreTrainedModel = model_class.from_pretrained(request.weights, **arguments)
     return model
+
+
+def quieten_libraries(*, progress: bool) -> None:
+    """Silence what transformers and accelerate say about a map that was verified; keep their progress bars if wanted."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def require_accelerate() -> None:
@@ -111,7 +130,7 @@ def _require_devices(plan: Plan) -> None:
         if int(index) >= count:
             raise RunnerError(
                 "device-missing",
-                f"the plan uses {use.id}, and this machine has {count or 'no'} {kind} device{'' if count == 1 else 's'}",
+                f"the plan uses {use.id}, and the number of {kind} devices of this machine is {count}",
                 "compile a profile that describes this machine, or run on the one that this profile describes",
             )
 

@@ -1,0 +1,79 @@
+"""The commands `devmap` and `devmap-compile`; each command is a file, and imports what is heavy when it runs."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+
+import click
+
+from devmap_config.cli.check import check
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.explain import explain
+from devmap_config.cli.hardware import hardware
+from devmap_config.cli.run import run
+from devmap_config.cli.schema import schema
+from devmap_config.cli.tree import tree
+
+EXIT_USAGE = 2
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(package_name="devmap-config", prog_name="devmap")
+def devmap() -> None:
+    """A compiler for model placement: YAML profiles to verified device maps."""
+
+
+for command in (compile_command, check, run, tree, hardware, schema, explain):
+    devmap.add_command(command)
+
+
+def main() -> None:
+    """The command `devmap`."""
+    _run(devmap, "devmap")
+
+
+def compile_main() -> None:
+    """The command `devmap-compile`: the same as `devmap compile`."""
+    _run(compile_command, "devmap-compile")
+
+
+def _run(command: click.Command, name: str) -> None:
+    """Run a command; what click or a bug of ours raises becomes an exit code, and with `--format json` an object."""
+    try:
+        code = command.main(prog_name=name, standalone_mode=False)
+    except click.exceptions.Abort:
+        code = EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        _print_failure("usage", error.format_message())
+        code = EXIT_USAGE
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except Exception as error:
+        from traceback import print_exc
+
+        print_exc()
+        click.echo("this is a bug of devmap-config; please report it with the lines above", err=True)
+        _print_failure("internal-error", f"{type(error).__name__}: {error}")
+        code = EXIT_BUG
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_failure(code: str, message: str) -> None:
+    """The one object that `--format json` promises, where a command came to none."""
+    arguments = sys.argv[1:]
+    wants_json = "--format=json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
+    if not wants_json:
+        return
+    import json
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.diagnostics.structured import diagnostics_to_json
+
+    finding: Any = Diagnostic(code=code, severity="error", message=message)
+    click.echo(json.dumps({"diagnostics": diagnostics_to_json([finding]), "plan": None}, indent=2, ensure_ascii=False))

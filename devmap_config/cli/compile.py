@@ -1,0 +1,120 @@
+"""`devmap compile`: a profile to a plan, and the plan to a lock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.cli.options import (
+    format_option,
+    outside_option,
+    profile_argument,
+    quiet_option,
+    remote_code_option,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from devmap_config.compiler import Compilation
+    from devmap_config.plan.lock import Lock
+
+
+@click.command("compile", context_settings={"help_option_names": ["-h", "--help"]})
+@profile_argument
+@format_option("table", "json", "device-map", "sarif", "github")
+@set_option
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Where to write the lock; beside the profile else."
+)
+@click.option("--dry-run", is_flag=True, help="Write nothing.")
+@quiet_option
+@outside_option
+@remote_code_option
+def compile_command(
+    profile: Path,
+    output_format: str,
+    variables: dict[str, str],
+    output: Path | None,
+    dry_run: bool,
+    quiet: bool,
+    allow_outside: bool,
+    trust_remote_code: bool,
+) -> int:
+    """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
+    from devmap_config.cli.locking import existing_lock, write_atomically
+    from devmap_config.cli.reporting import print_json, report, report_on_terminal
+    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.graph.cache import library_versions
+    from devmap_config.plan.lock import lock_of, lock_path
+
+    if not profile.is_file():
+        return report_missing(profile, output_format)
+    target = output or lock_path(profile)
+    earlier = existing_lock(target)
+    remembered = dict(earlier.variables) if earlier else {}
+    compilation = run_pipeline(
+        Request(
+            path=profile,
+            variables={**remembered, **variables},
+            commit=commit_of(earlier),
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    plan, texts = compilation.plan, compilation.loaded.texts if compilation.loaded else texts_of(profile)
+    if output_format == "device-map":
+        report_on_terminal([each for each in compilation.diagnostics if not quiet or each.severity == "error"], texts)
+        if plan is not None and plan.compute:
+            click.echo(
+                f"this plan computes on the CPU, which a device_map cannot say: {', '.join(plan.compute)}", err=True
+            )
+            return 1
+        if plan is not None:
+            print_json(plan.device_map)
+    else:
+        data = {"plan": plan.to_json() if plan else None}
+        report(compilation.diagnostics, texts, output_format, quiet=quiet, data=data)
+        if plan is not None and output_format == "table" and not quiet:
+            print_plan(compilation)
+    if plan is None or compilation.inputs is None:
+        return 1
+    if not dry_run:
+        lock = lock_of(plan, compilation.inputs, {**remembered, **variables}, library_versions())
+        write_atomically(target, lock.to_text())
+        if output_format == "table" and not quiet:
+            click.echo(f"wrote {target}", err=True)
+    return 0
+
+
+def report_missing(profile: Path, output_format: str) -> int:
+    """Say that there is no such profile; gives the exit code."""
+    from devmap_config.cli.reporting import report
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+
+    problem = "is a folder" if profile.is_dir() else "does not exist"
+    found = Diagnostic(code="missing-file", severity="error", message=f"`{profile}` {problem}", help="name a profile")
+    report([found], {}, output_format, data={"plan": None})
+    return 2
+
+
+def commit_of(lock: Lock | None) -> str | None:
+    """The commit that a lock holds its model at."""
+    return lock.inputs.get("commit") if lock else None
+
+
+def texts_of(profile: Path) -> dict[str, str]:
+    """A profile's own text, for showing what is wrong with it."""
+    return {str(profile): profile.read_bytes().decode("utf-8", errors="replace").removeprefix("\ufeff")}
+
+
+def print_plan(compilation: Compilation) -> None:
+    """Print the plan as a table."""
+    from rich.console import Console
+
+    from devmap_config.cli.plan_table import plan_lines
+
+    console = Console(highlight=False)
+    for line in plan_lines(compilation, console.width):
+        console.print(line)

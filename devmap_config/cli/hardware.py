@@ -1,0 +1,57 @@
+"""`devmap hardware`: the catalogue of accelerators."""
+
+from __future__ import annotations
+
+import click
+
+from devmap_config.cli.options import format_option
+
+
+@click.command("hardware")
+@click.argument("name", required=False)
+@format_option("table", "json")
+def hardware(name: str | None, output_format: str) -> int:
+    """List known accelerators, or all that is known of one, with its sources."""
+    from devmap_config.cli.reporting import print_json
+    from devmap_config.hardware.catalogue import catalogue_rows, load_catalogue, nearest
+
+    catalogue = load_catalogue()
+    if name is not None and name not in catalogue:
+        meant = nearest(name)
+        raise click.UsageError(
+            f"the catalogue has no accelerator `{name}`" + (f"; did you mean `{meant}`?" if meant else "")
+        )
+    rows = {row["name"]: row for row in catalogue_rows() if name in (None, row["name"])}
+    if output_format == "json":
+        print_json(rows if name is None else rows[name])
+        return 0
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from devmap_config.placement.shortage import rounded
+
+    console = Console(highlight=False)
+    if name is not None:
+        for key, value in rows[name].items():
+            mark = "  (unverified)" if key in catalogue[name].unverified else ""
+            console.print(f"{key}: {value or '–'}{mark}", soft_wrap=True)
+        return 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("accelerator", no_wrap=True)
+    table.add_column("device", no_wrap=True)
+    for heading in ("memory", "bandwidth", "bf16"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("unverified", overflow="fold")
+    for each in catalogue.values():
+        table.add_row(
+            each.name,
+            each.kind,
+            rounded(each.memory_bytes) + ("*" if "memory_bytes" in each.unverified else ""),
+            f"{each.memory_bandwidth_bytes_per_second / 1e9:,.0f} GB/s",
+            f"{each.dense_bf16_flops_per_second / 1e12:,.0f} TFLOP/s" if each.supports_bf16 else "–",
+            "memory" if "memory_bytes" in each.unverified else "",
+        )
+    console.print(table)
+    console.print("`devmap hardware NAME` shows every figure with its source", style="dim")
+    return 0

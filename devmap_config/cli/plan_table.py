@@ -1,0 +1,66 @@
+"""A plan as a table: what each device holds, and what it has free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from devmap_config.placement.shortage import rounded
+from devmap_config.rules.folding import fold_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devmap_config.compiler import Compilation
+    from devmap_config.plan.plan import Plan
+
+PATTERNS_SHOWN = 6
+
+
+def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
+    """The plan for a terminal of this width."""
+    plan, model, loaded = compilation.plan, compilation.model, compilation.loaded
+    if plan is None or model is None or loaded is None:
+        return
+    yield Text.assemble(
+        (model.class_name, "bold"),
+        f": {rounded(model.graph.size_bytes)} in {model.dtype}, placed by `{plan.strategy}`",
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
+    table.add_column("device", no_wrap=True)
+    table.add_column("capacity", justify="right", no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("free", justify="right", no_wrap=True)
+    table.add_column("holds", overflow="fold", ratio=1)
+    for use in plan.devices:
+        table.add_row(
+            use.id,
+            rounded(use.capacity_bytes),
+            rounded(use.weights_bytes),
+            rounded(use.free_bytes),
+            _held(plan, use.id),
+        )
+    yield table
+    yield from _notes(plan, loaded.profile.workload.context_length)
+
+
+def _held(plan: Plan, device: str) -> str:
+    units = [each.unit or "everything" for each in plan.assignments if each.stored_on == device]
+    patterns = fold_paths(units)
+    shown = list(patterns[:PATTERNS_SHOWN])
+    if len(patterns) > len(shown):
+        shown = [*shown[:-1], f"and {len(patterns) - len(shown) + 1} more"]
+    return "\n".join(shown) or "–"
+
+
+def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
+    streamed = plan.prediction.streamed_bytes_per_token
+    if streamed:
+        yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
+    for unit, device in plan.compute.items():
+        yield Text(f"`{unit}` runs on {device}")
+    if context_length is None:
+        yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")

@@ -1,0 +1,72 @@
+"""Prints what a command found: data on stdout, messages on stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+
+
+def report(
+    diagnostics: Iterable[Diagnostic],
+    texts: Mapping[str, str],
+    output_format: str,
+    *,
+    quiet: bool = False,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Print findings in a format; `data` are the other keys of the object that `json` prints."""
+    found = tuple(diagnostics)
+    if output_format == "json":
+        from devmap_config.diagnostics.structured import diagnostics_to_json
+
+        print_json({"diagnostics": diagnostics_to_json(found), **(data or {})})
+    elif output_format == "sarif":
+        from devmap_config.diagnostics.sarif import diagnostics_to_sarif
+
+        print_json(diagnostics_to_sarif(found, own_version()))
+    elif output_format == "github":
+        from devmap_config.diagnostics.github import diagnostics_to_github
+
+        for line in diagnostics_to_github(found):
+            click.echo(line)
+    else:
+        report_on_terminal([each for each in found if not quiet or each.severity == "error"], texts)
+
+
+def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) -> None:
+    """Print findings for people, with their number."""
+    if not diagnostics:
+        return
+    from rich.console import Console
+
+    from devmap_config.diagnostics.terminal import print_diagnostics
+
+    console = Console(stderr=True, highlight=False)
+    print_diagnostics(diagnostics, texts, console)
+    errors = sum(diagnostic.severity == "error" for diagnostic in diagnostics)
+    warnings = len(diagnostics) - errors
+    counts = [_counted(errors, "error"), _counted(warnings, "warning")]
+    console.print(" and ".join(count for count in counts if count), style="bold")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def own_version() -> str:
+    """The version of devmap-config."""
+    from importlib.metadata import version
+
+    return version("devmap-config")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}" if count else ""

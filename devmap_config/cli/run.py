@@ -1,0 +1,115 @@
+"""`devmap run`: loads a model by its lock, verifies it, and lets it speak."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.cli.options import (
+    format_option,
+    outside_option,
+    profile_argument,
+    quiet_option,
+    remote_code_option,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from devmap_config.runner.loading import RunnerError
+    from devmap_config.runner.runner import Deployment
+
+EXIT_CODES = {
+    "missing-lock": 3,
+    "stale-lock": 3,
+    "unreadable-lock": 3,
+    "no-weights": 1,
+    "no-text-input": 1,
+    "compute-on-cpu": 1,
+}
+"""Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
+
+EXIT_UNLIKE_LOCK = 4
+
+
+@click.command("run")
+@profile_argument
+@click.option("--prompt", default="A model is placed", show_default=True, help="What the model goes on from.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="How much it writes.")
+@click.option("--no-generate", is_flag=True, help="Load and verify only.")
+@format_option("table", "json")
+@set_option
+@quiet_option
+@outside_option
+@remote_code_option
+def run(
+    profile: Path,
+    prompt: str,
+    max_new_tokens: int,
+    no_generate: bool,
+    output_format: str,
+    variables: dict[str, str],
+    quiet: bool,
+    allow_outside: bool,
+    trust_remote_code: bool,
+) -> int:
+    """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
+    from devmap_config.cli.compile import report_missing, texts_of
+    from devmap_config.cli.reporting import report
+    from devmap_config.diagnostics.diagnostic import ProfileError
+    from devmap_config.runner.loading import RunnerError, quieten_libraries
+    from devmap_config.runner.runner import load_verified, prepare
+
+    if not profile.is_file():
+        return report_missing(profile, output_format)
+    try:
+        deployment = prepare(
+            profile, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code
+        )
+        quieten_libraries(progress=sys.stderr.isatty() and not quiet and output_format != "json")
+        model = load_verified(deployment)
+        output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens)
+    except ProfileError as error:
+        report(error.diagnostics, texts_of(profile), output_format, quiet=quiet, data={"plan": None, "output": None})
+        return 1
+    except RunnerError as error:
+        return _report_failure(error, profile, output_format)
+    summary = _summary(deployment)
+    if output_format == "json":
+        report([], {}, "json", data={"plan": deployment.plan.to_json(), "verified": True, "output": output})
+        return 0
+    if not quiet:
+        click.echo(summary, err=True)
+    if output is not None:
+        click.echo(output)
+    return 0
+
+
+def _speak(model: Any, deployment: Deployment, prompt: str, max_new_tokens: int) -> str:
+    from devmap_config.runner.generation import demonstrate
+
+    request = deployment.request
+    return demonstrate(model, request.weights, prompt, max_new_tokens=max_new_tokens, revision=request.revision)
+
+
+def _summary(deployment: Deployment) -> str:
+    from devmap_config.placement.shortage import rounded
+
+    plan = deployment.plan
+    tensors = sum(len(each.tensors) for each in plan.assignments)
+    held = ", ".join(f"{use.id} {rounded(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
+    return f"loaded and verified: {tensors} tensors where the lock says ({held})"
+
+
+def _report_failure(error: RunnerError, profile: Path, output_format: str) -> int:
+    from devmap_config.cli.reporting import report
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.profile.document import whole_file
+
+    place = whole_file(str(profile))
+    found = Diagnostic(code=error.code, severity="error", message=str(error), help=error.help, span=place)
+    report([found], {}, output_format, data={"plan": None, "output": None})
+    return EXIT_CODES.get(error.code, EXIT_UNLIKE_LOCK)

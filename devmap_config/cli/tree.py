@@ -1,0 +1,110 @@
+"""`devmap tree`: a model's module tree, with what a pattern matches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.cli.options import format_option, remote_code_option
+
+if TYPE_CHECKING:
+    from devmap_config.graph.model import ModelGraph
+
+
+@click.command("tree")
+@click.argument("source")
+@click.option("--match", "pattern", help="Mark what this pattern matches, and show only that and what is around it.")
+@click.option("--depth", type=click.IntRange(min=1), help="How many levels to show.")
+@click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
+@click.option("--dtype", help="The dtype to count bytes in, if not the checkpoint's.")
+@click.option("--revision", help="A branch, tag or commit of a hub id.")
+@format_option("table", "json")
+@remote_code_option
+def tree(
+    source: str,
+    pattern: str | None,
+    depth: int | None,
+    class_name: str | None,
+    dtype: str | None,
+    revision: str | None,
+    output_format: str,
+    trust_remote_code: bool,
+) -> int:
+    """Show the module tree of SOURCE (a hub id, a directory, a config.json, or a profile) with classes and bytes."""
+    from devmap_config.cli.reporting import print_json
+    from devmap_config.cli.tree_view import tree_lines, tree_to_json
+    from devmap_config.rules.matching import match
+    from devmap_config.rules.pattern import PatternError, parse_pattern
+
+    graph = _graph(source, class_name, dtype, revision, trust_remote_code)
+    matched: tuple[str, ...] | None = None
+    if pattern is not None:
+        try:
+            matched = match(parse_pattern(pattern), graph).names
+        except PatternError as error:
+            marks = " " * error.start + "^" * max(error.end - error.start, 1)
+            raise click.UsageError(f"no pattern: {error.message}\n  {pattern}\n  {marks} {error.help or ''}") from None
+    if output_format == "json":
+        print_json({"class": graph.class_name, "size_bytes": graph.size_bytes, **tree_to_json(graph, matched)})
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for line in tree_lines(graph, matched, depth):
+            console.print(line, soft_wrap=True)
+    if matched == ():
+        from devmap_config.rules.suggestion import nearest_to
+
+        found = match(parse_pattern(pattern or ""), graph)
+        label = nearest_to(parse_pattern(pattern or ""), found.stuck, graph).label
+        click.echo(f"`{pattern}` matches nothing of {graph.class_name}" + (f"; {label}" if label else ""), err=True)
+        return 1
+    return 0
+
+
+def _graph(
+    source: str, class_name: str | None, dtype: str | None, revision: str | None, trust_remote_code: bool
+) -> ModelGraph:
+    """The graph of a source as a user names it on the command line."""
+    from devmap_config.graph.introspection import UnbuildableModelError
+    from devmap_config.graph.loading import graph_from_source
+    from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
+
+    path = Path(source)
+    if path.is_file() and path.name.endswith((".yaml", ".yml", ".j2")):
+        return _graph_of_profile(path, trust_remote_code)
+    try:
+        found = local_source(path) if path.exists() else hub_source(source, revision)
+        name = class_name or found.class_name
+        if name is None:
+            raise click.UsageError("the config does not name the model's class: give `--class AutoModel`")
+        return graph_from_source(
+            found,
+            class_name=name,
+            dtype=dtype or found.checkpoint_dtype() or "float32",
+            attention=None,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ModelNotFoundError, json.JSONDecodeError) as error:
+        raise click.UsageError(str(error)) from None
+    except UnbuildableModelError as error:
+        raise click.ClickException(f"transformers cannot build this model: {error}") from None
+
+
+def _graph_of_profile(path: Path, trust_remote_code: bool) -> ModelGraph:
+    from devmap_config.cli.compile import texts_of
+    from devmap_config.cli.reporting import report_on_terminal
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import load_model_graph
+    from devmap_config.profile.loading import load_profile
+
+    sink = Sink()
+    loaded = load_profile(path, sink)
+    model = load_model_graph(loaded, sink, trust_remote_code=trust_remote_code) if loaded else None
+    if model is None:
+        report_on_terminal(list(sink), texts_of(path))
+        raise click.exceptions.Exit(1)
+    return model.graph

@@ -1,0 +1,144 @@
+"""From a profile and its lock to a model that provably sits where the lock says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devmap_config.compiler import Compilation, Request, run_pipeline
+from devmap_config.diagnostics.diagnostic import ProfileError
+from devmap_config.plan.lock import Lock, LockError, changed_inputs, lock_path, plan_of, read_lock
+from devmap_config.runner.loading import LoadRequest, RunnerError, load
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.plan.plan import Plan
+
+EXAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A locked plan with all that is needed to load it."""
+
+    plan: Plan
+    compilation: Compilation
+    request: LoadRequest
+
+
+def load_model(
+    path: str | Path,
+    *,
+    variables: Mapping[str, object] | None = None,
+    allow_outside: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a profile, loaded by its lock and verified.
+
+    Args:
+        path: the profile's file.
+        variables: values for its templates, if not those that the lock remembers.
+        allow_outside: whether paths of the profile may lead out of its repository.
+        trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        ProfileError: where the profile is wrong; it carries every diagnostic.
+        RunnerError: where the lock is missing or stale, or the machine or the loaded model is not what it says.
+    """
+    texts = {name: str(value) for name, value in (variables or {}).items()}
+    deployment = prepare(Path(path), variables=texts, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    return load_verified(deployment)
+
+
+def prepare(
+    path: Path, *, variables: Mapping[str, str], allow_outside: bool = False, trust_remote_code: bool = False
+) -> Deployment:
+    """Read a profile's lock and see that it still holds; loads nothing.
+
+    Raises:
+        ProfileError: where the profile is wrong.
+        RunnerError: where the lock is missing, damaged or stale, or there are no weights.
+    """
+    lock = _read(lock_path(path), path)
+    chosen = {**lock.variables, **variables}
+    compilation = run_pipeline(
+        Request(
+            path=path,
+            variables=chosen,
+            commit=lock.inputs.get("commit"),
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+    loaded, model, fresh, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
+    if loaded is None or model is None or fresh is None or inputs is None:
+        raise ProfileError(compilation.diagnostics)
+    if changed := changed_inputs(lock, inputs, chosen):
+        raise RunnerError(
+            "stale-lock", f"the lock is stale: {' and '.join(changed)} changed", f"run `devmap compile {path}`"
+        )
+    if model.source.weights is None:
+        raise RunnerError(
+            "no-weights",
+            f"there is only a config at `{loaded.profile.model.source}`, and no weights",
+            "name a directory with weights, or a hub id, as `model.source`",
+        )
+    try:
+        plan = plan_of(lock, model.graph, fresh.executor)
+    except LockError as error:
+        raise RunnerError(
+            "unreadable-lock", f"the lock cannot be used: {error}", f"run `devmap compile {path}`"
+        ) from None
+    folder = loaded.profile.placement.offload.folder
+    request = LoadRequest(
+        weights=model.source.weights,
+        class_name=model.class_name,
+        dtype=model.dtype,
+        attention=model.attention,
+        revision=model.source.commit,
+        quantization=dict(loaded.profile.model.quantization or {}),
+        offload_folder=None if folder is None else loaded.beside(folder, "placement", "offload", "folder"),
+        trust_remote_code=trust_remote_code,
+    )
+    return Deployment(plan, compilation, request)
+
+
+def load_verified(deployment: Deployment) -> PreTrainedModel:
+    """The loaded model, every parameter and buffer of which sits where the plan says.
+
+    Raises:
+        RunnerError: where it cannot be loaded here, or sits elsewhere.
+    """
+    from devmap_config.runner.inspection import misplaced_tensors
+
+    model = load(deployment.plan, deployment.request)
+    compiled = deployment.compilation.model
+    if compiled is None:
+        raise AssertionError("a deployment is prepared from a compiled model")
+    misplaced = misplaced_tensors(model, deployment.plan, compiled.graph)
+    if misplaced:
+        shown = "; ".join(
+            f"{each.tensor} is on {each.found}, planned on {each.planned}" for each in misplaced[:EXAMPLES_SHOWN]
+        )
+        more = f" and {len(misplaced) - EXAMPLES_SHOWN} more" if len(misplaced) > EXAMPLES_SHOWN else ""
+        raise RunnerError(
+            "misplaced-tensors",
+            f"the loaded model is not where the plan says: {shown}{more}",
+            "the checkpoint may hold another model than its config says; please report it if not",
+        )
+    return model
+
+
+def _read(path: Path, profile: Path) -> Lock:
+    try:
+        return read_lock(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunnerError("missing-lock", f"`{path}` does not exist", f"run `devmap compile {profile}`") from None
+    except (OSError, UnicodeDecodeError, LockError) as error:
+        raise RunnerError(
+            "unreadable-lock", f"`{path}` cannot be used: {error}", f"run `devmap compile {profile}`"
+        ) from None
