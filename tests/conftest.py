@@ -1,12 +1,81 @@
-"""What every test stands on: no hub, quiet libraries, modules beside the tests importable."""
+"""What every test stands on: no hub, quiet libraries, small models, modules beside the tests importable."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "80"
+
+REPOSITORY = Path(__file__).parent.parent
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "vocab_size": 256,
+    "tie_word_embeddings": False,
+}
+
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 256,
+    "tie_word_embeddings": False,
+}
+
+MODELS = {
+    "llama": LLAMA,
+    "tied": {**LLAMA, "tie_word_embeddings": True},
+    "mixture": MIXTURE,
+    "nameless": {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")},
+    "unknown": {"architectures": ["NoSuchModel"], "model_type": "no-such-model"},
+    "quantized": {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+}
+"""Configs by the folder that cases name as `model.source`."""
+
+
+def write_models(folder: Path) -> None:
+    """Put every small model's config into a folder, each in its own."""
+    for name, config in MODELS.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_cache(tmp_path_factory):
+    """Graphs are kept for the session, away from the user's."""
+    directory = tmp_path_factory.getbasetemp().parent / "cache"
+    os.environ["XDG_CACHE_HOME"] = str(directory)
+    return directory
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder with the small models, which is the working directory."""
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

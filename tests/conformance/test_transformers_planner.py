@@ -24,8 +24,9 @@ from devmap_config.plan.verify import verify
 INVALID_MAPS = yaml.safe_load((Path(__file__).parent / "invalid_maps.yaml").read_text())
 
 SAMPLE = (
-    "llama gpt2 bert t5 mixtral gemma3 gemma3_text gemma4 whisper clip deepseek_v3 mamba jamba qwen3_moe qwen2_5_vl "
-    "qwen3_next gpt_oss falcon phi3 bart vit bloom opt mistral olmo2 cohere2 glm4 lfm2 llava zamba2 roberta siglip"
+    "llama gpt2 bert t5 mixtral gemma3 gemma3_text gemma4 whisper clip deepseek_v3 mamba jamba qwen3_moe "
+    "qwen2_5_vl qwen3_next gpt_oss falcon phi3 bart vit bloom opt mistral olmo2 cohere2 glm4 lfm2 llava zamba2 "
+    "roberta siglip"
 ).split()
 """Kinds that people run: the whole zoo takes minutes and is a target of its own."""
 
