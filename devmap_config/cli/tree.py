@@ -84,7 +84,7 @@ def _graph(
         return graph_from_source(
             found,
             class_name=name,
-            dtype=dtype or found.checkpoint_dtype() or "float32",
+            dtype=found.dtype_for(dtype or "auto"),
             attention=None,
             trust_remote_code=trust_remote_code,
         )

@@ -163,4 +163,4 @@ def _kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".")

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.introspection import UnbuildableModelError, build_graph
-from devmap_config.graph.source import ModelNotFoundError, ModelSource, hub_source, is_hub_id, local_source
+from devmap_config.graph.source import (
+    ASSUMED_DTYPE,
+    ModelNotFoundError,
+    ModelSource,
+    hub_source,
+    is_hub_id,
+    local_source,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,9 +69,7 @@ def load_model_graph(
         )
         return None
     attention = profile_model.attention if "attention" in profile_model.model_fields_set else None
-    dtype = _settle_dtype(loaded, source, sink)
-    _warn_unmeasured(loaded, source, sink)
-
+    dtype = source.dtype_for(profile_model.dtype)
     try:
         graph = graph_from_source(
             source,
@@ -82,6 +87,7 @@ def load_model_graph(
             help=_building_advice(source, str(error)),
         )
         return None
+    _warn_unmeasured(loaded, source, sink)
     return LoadedModel(graph, source, class_name, dtype, attention)
 
 
@@ -149,22 +155,14 @@ def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> Model
         return None
 
 
-def _settle_dtype(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> str:
-    dtype = loaded.profile.model.dtype
-    if dtype != "auto":
-        return dtype
-    found = source.checkpoint_dtype()
-    if found is None:
+def _warn_unmeasured(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> None:
+    if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
             "unknown-dtype",
-            "neither config nor checkpoint tells the dtype: float32 is assumed",
+            f"neither config nor checkpoint tells the dtype: {ASSUMED_DTYPE} is assumed",
             loaded.span("model", "dtype"),
             help="say `dtype: bfloat16`, or what the checkpoint holds",
         )
-    return found or "float32"
-
-
-def _warn_unmeasured(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> None:
     if loaded.profile.model.quantization or source.config.get("quantization_config"):
         sink.warning(
             "quantization-not-measured",

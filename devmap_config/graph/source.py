@@ -18,6 +18,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The floating dtypes of a safetensors header, as torch names them."""
 
+ASSUMED_DTYPE = "float32"
+"""What transformers loads in where nothing tells."""
+
 MAX_HEADER_BYTES = 100_000_000
 """safetensors' own bound on a header."""
 
@@ -62,6 +65,10 @@ class ModelSource:
                 if dtype := SAFETENSORS_DTYPES.get(entry.get("dtype", "")):
                     return dtype
         return None
+
+    def dtype_for(self, wanted: str) -> str:
+        """The dtype that weights are loaded in, where `auto` is wanted as well."""
+        return wanted if wanted != "auto" else self.checkpoint_dtype() or ASSUMED_DTYPE
 
 
 def digest(value: object) -> str:

@@ -51,7 +51,7 @@ def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) ->
             loaded.key_span("placement", "device_map"),
             help="say `strategy: manual`, or remove it; to decide for a part of the model, use `pins`",
         )
-    if placement.strategy == "manual":
+    if placement.strategy == "manual" and not _has_errors_in_map(loaded, sink):
         _check_covered(loaded, problem, sink)
     if placement.device is None:
         return None
@@ -73,6 +73,17 @@ def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) ->
             help=f"list it under `hardware.devices`; listed are {', '.join(problem.capacities)}",
         )
     return device
+
+
+def _has_errors_in_map(loaded: LoadedProfile, sink: Sink) -> bool:
+    """Whether something is wrong with the map itself: what it then leaves uncovered follows from that."""
+    place = loaded.span("placement", "device_map")
+    begin, end = (place.line, place.column), (place.end_line, place.end_column)
+    return any(
+        each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end
+        for each in sink
+        if each.span is not None and each.severity == "error"
+    )
 
 
 def _check_covered(loaded: LoadedProfile, problem: Problem, sink: Sink) -> None:
@@ -112,10 +123,11 @@ def _united(groups: list[tuple[TensorName, ...]], graph: ModelGraph) -> list[tup
 def _check_agreement(
     group: tuple[TensorName, ...], deciding: list[Decision], graph: ModelGraph, resolution: Resolution, sink: Sink
 ) -> None:
-    first = deciding[0]
-    other = next((decision for decision in deciding if decision.device != first.device), None)
-    if other is None:
+    first = min(deciding, key=lambda decision: decision.rule.span)
+    others = [decision for decision in deciding if decision.device != first.device]
+    if not others:
         return
+    other = min(others, key=lambda decision: decision.rule.span)
     related = (Related(message=f"{first.device} here", span=first.rule.span),)
     tie = next((tied for tied in graph.tied_groups if set(tied) <= set(group)), None)
     keeping = next((rule for rule, names in resolution.groups if set(names) <= set(group)), None)

@@ -122,7 +122,8 @@ def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
     text = text.removeprefix("\ufeff")
     lines = LINE_BREAK.split(text)
     if len(text) > MAX_CHARACTERS:
-        sink.error("too-large", f"the file is longer than {MAX_CHARACTERS:,} characters", whole_file(file))
+        message = f"the file is longer than {MAX_CHARACTERS:,} characters"
+        sink.error("too-large", message, whole_file(file), help="split it with `extends`")
         return None
     if found := UNPRINTABLE.search(text):
         before = LINE_BREAK.split(text[: found.start()])
@@ -189,7 +190,7 @@ class _Composer:
 
     def node(self, event: yaml.Event, depth: int) -> Node:
         if depth > MAX_DEPTH:
-            self.refuse("too-large", f"values are nested deeper than {MAX_DEPTH}", event)
+            self.refuse("too-large", f"values are nested deeper than {MAX_DEPTH}", event, help="flatten it")
         if isinstance(event, AliasEvent):
             return self.alias(event)
         count_before = self.node_count
@@ -214,7 +215,7 @@ class _Composer:
         if event.anchor not in self.anchors:
             self.refuse_undefined_alias(event)
         if node is None:
-            self.refuse("syntax", f"`*{event.anchor}` stands within what it refers to", event)
+            self.refuse("syntax", f"`*{event.anchor}` stands within what it refers to", event, help="remove it")
         self.count(count, event)
         return node
 
@@ -289,7 +290,9 @@ class _Composer:
     def count(self, nodes: int, event: yaml.Event) -> None:
         self.node_count += nodes
         if self.node_count > MAX_NODES:
-            self.refuse("too-large", f"the file expands to more than {MAX_NODES:,} values", event)
+            self.refuse(
+                "too-large", f"the file expands to more than {MAX_NODES:,} values", event, help="use fewer anchors"
+            )
 
     def refuse_tag(self, event: MappingStartEvent | SequenceStartEvent) -> None:
         if event.tag is not None:

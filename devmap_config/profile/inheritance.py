@@ -54,30 +54,32 @@ def boundary_of(profile: Path, *, allow_outside: bool = False) -> Boundary:
 class Reader:
     """Reads files for one profile: each once, none in a cycle, none from outside.
 
-    `texts` are the files by the name under which they are shown; `extended_from` the place that names each base file.
+    `texts` are the files by the name under which they are shown. `is_incomplete` says that some could not be read:
+    what seems to be missing may stand there.
     """
 
     boundary: Boundary
     sink: Sink
     overrides: Mapping[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    extended_from: dict[str, Span] = field(default_factory=dict)
     files_read: int = 0
+    is_incomplete: bool = False
 
     def read(self, shown: str, trail: tuple[Path, ...] = (), variables: tuple[Entry, ...] = ()) -> list[MappingNode]:
         """The documents of a file and of those it extends, in the order in which they are merged."""
         path = Path(shown)
         text = self.text_of(path, shown)
-        if text is None:
-            return []
-        document = self.document(text, shown, variables)
+        document = None if text is None else self.document(text, shown, variables)
         if document is None:
+            self.is_incomplete = True
             return []
         own_variables = document.get("variables")
         inner = (*_entries(own_variables), *variables)
         documents: list[MappingNode] = []
         for base in _base_files(document):
-            documents += self.read_base(base, path, (*trail, path.resolve()), inner)
+            found = self.read_base(base, path, (*trail, path.resolve()), inner)
+            self.is_incomplete |= not found
+            documents += found
         return [*documents, document]
 
     def read_base(
@@ -113,9 +115,9 @@ class Reader:
             return []
         self.files_read += 1
         if self.files_read > MAX_FILES:
-            self.sink.error("too-large", f"the profile extends more than {MAX_FILES} files", base.span)
+            message = f"the profile extends more than {MAX_FILES} files"
+            self.sink.error("too-large", message, base.span, help="extend fewer files")
             return []
-        self.extended_from.setdefault(shown, base.span)
         self.sink.origins.setdefault(shown, base.span)
         return self.read(shown, trail, variables)
 
@@ -124,7 +126,8 @@ class Reader:
         try:
             data = path.read_bytes()[: 4 * MAX_CHARACTERS + 1]
         except OSError as error:
-            self.sink.error("missing-file", f"`{shown}` cannot be read: {error.strerror}", whole_file(shown))
+            message = f"`{shown}` cannot be read: {error.strerror}"
+            self.sink.error("missing-file", message, whole_file(shown), help="check that it may be read")
             return None
         try:
             text = data.decode("utf-8")

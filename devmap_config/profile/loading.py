@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
@@ -25,6 +26,7 @@ from devmap_config.profile.template import TemplateRefusedError, is_template, re
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
     from devmap_config.diagnostics.diagnostic import Sink, Span
@@ -102,7 +104,7 @@ def load_profile(
     variables = variable_values(_variables(merged), overrides)
     _check_overrides(merged, overrides, path, sink)
     rendered, unrendered = _render(merged, variables, sink)
-    profile, invalid = _validate(rendered, unrendered, sink)
+    profile, invalid = _validate(rendered, unrendered, sink, is_incomplete=reader.is_incomplete)
     if profile is None:
         return None
     return LoadedProfile(path, profile, rendered, boundary, reader.texts, overrides, invalid)
@@ -158,7 +160,7 @@ def _render(
 
 
 def _validate(
-    document: MappingNode, unrendered: frozenset[ScalarNode], sink: Sink
+    document: MappingNode, unrendered: frozenset[ScalarNode], sink: Sink, *, is_incomplete: bool
 ) -> tuple[Profile | None, tuple[Route, ...]]:
     """The profile, and the routes that had to be left out to get one."""
     data = _data(document)
@@ -169,7 +171,12 @@ def _validate(
         except ValidationError as error:
             for details in error.errors():
                 route = _route(details["loc"], document)
-                if route not in invalid and at(document, route) not in unrendered:
+                is_consequence = (
+                    route in invalid
+                    or at(document, route) in unrendered
+                    or (is_incomplete and details["type"] == "missing")
+                )
+                if not is_consequence:
                     _refuse(details, route, document, sink)
                 invalid += [route, _to_leave_out(details["type"], route)]
             for route in invalid:
@@ -280,7 +287,7 @@ def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Si
         "wrong-type",
         f"{name or 'the profile'} must be {_wanted(kind, context)}, not {_found(node)}",
         span,
-        help=_unquote_advice(kind, node),
+        help=_type_advice(kind, node, route),
     )
 
 
@@ -344,9 +351,15 @@ def _wanted(kind: str, context: Mapping[str, Any]) -> str:
     return TYPES.get(kind, kind.replace("_", " "))
 
 
-def _unquote_advice(kind: str, node: Node | None) -> str | None:
-    is_quoted_number = isinstance(node, ScalarNode) and not node.is_plain and node.text.isdigit()
-    return "remove the quotes" if kind == "int_type" and is_quoted_number else None
+def _type_advice(kind: str, node: Node | None, route: Route) -> str:
+    if kind == "int_type" and isinstance(node, ScalarNode) and not node.is_plain and node.text.isdigit():
+        return "remove the quotes"
+    field = _field_at(route)
+    if field is None or not field.examples:
+        return "`devmap schema` prints what each key takes"
+    example = field.examples[0]
+    shown = json.dumps(example) if isinstance(example, (dict, list, bool)) else str(example)
+    return f"for example `{route[-1]}: {shown}`"
 
 
 def _found(node: Node | None) -> str:
@@ -361,19 +374,30 @@ def _found(node: Node | None) -> str:
 
 def _known_keys(route: Route) -> Iterator[str]:
     """The keys that the schema has at a route."""
+    model = _model_at(route)
+    for name, field in model.model_fields.items() if model else ():
+        yield field.alias or name
+
+
+def _field_at(route: Route) -> FieldInfo | None:
+    """The field that a route leads to, where it is one of the schema's own."""
+    model = _model_at(route[:-1]) if route else None
+    return _field_of(model, route[-1]) if model else None
+
+
+def _model_at(route: Route) -> type[BaseModel] | None:
     model: type[BaseModel] | None = Profile
     for step in route:
         if model is None:
-            return
-        field = next(
-            (field for name, field in model.model_fields.items() if step in (name, field.alias)),
-            None,
-        )
+            return None
+        field = _field_of(model, step)
         if field is not None:
             model = _section_within(field.annotation)
-    if model is not None:
-        for name, field in model.model_fields.items():
-            yield field.alias or name
+    return model
+
+
+def _field_of(model: type[BaseModel], key: str | int) -> FieldInfo | None:
+    return next((field for name, field in model.model_fields.items() if key in (field.alias or name, name)), None)
 
 
 def _section_within(annotation: Any) -> type[BaseModel] | None:

@@ -7,6 +7,9 @@ import re
 VALUE_START = re.compile(r"(?:^|(?<=[\s{\[,]))(?:[-?][ \t]+|[^\s:{}\[\],\"'#][^{}\[\],\"']*?:[ \t]+)")
 """What stands before a value: a dash, or a key."""
 
+DEVICE_RANGE = re.compile(r"(?<![\"'\w])[a-z]+:\[[0-9,-]*\]")
+"""A key that names several devices: a flow mapping takes it for two."""
+
 SPECIAL = frozenset("[]{}*&!%@`")
 
 UNCLOSED_END = re.compile(r",\s|}\s*$|\s#")
@@ -19,6 +22,9 @@ def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
 
     `None` where the value there holds nothing that would need quotes.
     """
+    for device_range in DEVICE_RANGE.finditer(line):
+        if device_range.start() <= column <= device_range.end():
+            return device_range.start(), device_range.group()
     starts = [match.end() for match in VALUE_START.finditer(line)]
     # A dash or a key may stand before a flow mapping whose own values are meant.
     for start in sorted((start for start in starts if start <= column), reverse=True):

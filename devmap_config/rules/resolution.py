@@ -60,10 +60,13 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
     for rule, found in matches:
         _check_match(rule, found, graph, source, sink)
     decisions: dict[TensorName, Decision] = {}
+    conflicting: set[int] = set()
     for origin in ("device_map", "pin"):  # pins are laid over the map
         of_origin = [(rule, found) for rule, found in matches if rule.origin == origin]
-        decisions |= _decide(of_origin, graph, sink)
-    _warn_shadowed(matches, decisions, graph, sink)
+        decided, in_conflict = _decide(of_origin, graph, sink)
+        decisions |= decided
+        conflicting |= in_conflict
+    _warn_shadowed([each for each in matches if id(each[0]) not in conflicting], decisions, graph, sink)
     return Resolution(
         decisions=decisions,
         groups=tuple(
@@ -98,7 +101,10 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
         )
 
 
-def _decide(matches: list[tuple[Rule, Match]], graph: ModelGraph, sink: Sink) -> dict[TensorName, Decision]:
+def _decide(
+    matches: list[tuple[Rule, Match]], graph: ModelGraph, sink: Sink
+) -> tuple[dict[TensorName, Decision], set[int]]:
+    """What rules of one origin decide, and the (ids of) rules that conflict."""
     at: dict[str, list[Rule]] = {}
     for rule, found in matches:
         if rule.device is not None or rule.compute is not None:
@@ -129,7 +135,7 @@ def _decide(matches: list[tuple[Rule, Match]], graph: ModelGraph, sink: Sink) ->
             visit(child, here)
 
     visit(graph.root, None)
-    return decisions
+    return decisions, {id(rule) for pair in reported for rule in pair}
 
 
 def _merged(first: Decision, second: Decision) -> Decision | None:

@@ -83,7 +83,7 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
 
 
 def quieten_libraries(*, progress: bool) -> None:
-    """Silence what transformers and accelerate say about a map that was verified; keep their progress bars if wanted."""
+    """Silence what transformers and accelerate say about a map that is verified; keep progress bars if wanted."""
     import logging
 
     from transformers.utils import logging as transformers_logging

@@ -58,7 +58,7 @@ def with_defaults(text):
     return "\n".join([text.rstrip("\n"), *missing, ""])
 
 
-@pytest.mark.parametrize("blocks", cases())
+@pytest.mark.parametrize("blocks", list(cases()))
 def test_finds_what_the_case_says(blocks, workspace):
     expected = set()
     profile = "profile.yaml"
