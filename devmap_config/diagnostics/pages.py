@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 PACKAGE = "devmap_config.codes"
 """`docs/codes/` is installed under this name."""
@@ -10,10 +11,14 @@ PACKAGE = "devmap_config.codes"
 
 def codes() -> list[str]:
     """Every code that has a page."""
-    files = resources.files(PACKAGE).iterdir()
-    return sorted(file.name.removesuffix(".md") for file in files if file.name.endswith(".md"))
+    return sorted(path.stem for path in _folder().glob("*.md"))
 
 
 def page(code: str) -> str:
     """The page of a code, in Markdown."""
-    return resources.files(PACKAGE).joinpath(f"{code}.md").read_text(encoding="utf-8")
+    return (_folder() / f"{code}.md").read_text(encoding="utf-8")
+
+
+def _folder() -> Path:
+    checkout = Path(__file__).parents[2] / "docs" / "codes"
+    return checkout if checkout.is_dir() else Path(str(resources.files(PACKAGE)))

@@ -210,7 +210,7 @@ class Model(Section):
 
 
 class Workload(Section):
-    """What must fit besides the weights."""
+    """Sequences and tokens, and what is kept and computed for them."""
 
     batch_size: Count = Field(default=1, examples=[4])
     """Sequences that run at once."""
@@ -328,7 +328,7 @@ class Pin(Section):
 
 
 class Offload(Section):
-    """How weights are kept outside of memory."""
+    """A folder, and what is kept there."""
 
     folder: Text | None = Field(default=None, examples=["./offload"])
     """Where weights on `disk` are written. Relative to this file."""
@@ -338,7 +338,7 @@ class Offload(Section):
 
 
 class PlacementSection(Section):
-    """Where the model goes."""
+    """A strategy, and what it must hold to."""
 
     strategy: Strategy = Field(default="auto", examples=list(STRATEGIES))
     """How what is not pinned is placed."""
@@ -357,7 +357,7 @@ class PlacementSection(Section):
     pins: tuple[Pin, ...] = Field(default=(), examples=[[{"match": "lm_head", "device": "cuda:1"}]])
     """Rules for parts of the model; they hold under every strategy."""
 
-    offload: Offload = Field(default=Offload())
+    offload: Offload = Field(default_factory=Offload)
     """How weights are kept outside of memory."""
 
 
@@ -386,13 +386,13 @@ class Profile(Section):
     model: Model
     """Which model."""
 
-    workload: Workload = Field(default=Workload())
+    workload: Workload = Field(default_factory=Workload)
     """What must fit besides the weights."""
 
     hardware: Hardware
     """The machine."""
 
-    placement: PlacementSection = Field(default=PlacementSection())
+    placement: PlacementSection = Field(default_factory=PlacementSection)
     """Where the model goes."""
 
     targets: tuple[_choice("transformers"), ...] = Field(default=("transformers",))  # type: ignore[valid-type]

@@ -1,0 +1,205 @@
+"""The commands as processes see them: what is printed where, which files change, which code comes back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOOD = """\
+version: 1
+variables: {context: 2, memory: 1GiB}
+model: {source: llama}
+hardware: {devices: {cuda:0: {memory: "{{ memory }}"}, cpu: {memory: 1GiB}}}
+placement: {pins: [{match: lm_head, device: cpu}]}
+"""
+
+
+def devmap(*arguments, program="devmap"):
+    """Run a command in a process of its own: exit codes and streams are what is tested."""
+    executable = Path(sys.executable).with_name(program)
+    return subprocess.run([executable, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def profile(workspace):
+    Path("profile.yaml").write_text(GOOD)
+    return Path("profile.yaml")
+
+
+def test_compile_prints_the_plan_and_writes_the_lock(profile):
+    done = devmap("profile.yaml", program="devmap-compile")
+    assert done.returncode == 0
+    assert "cuda:0" in done.stdout
+    assert "model.layers.[0-5]" in done.stdout
+    assert done.stderr == "wrote profile.lock.json\n"
+    lock = Path("profile.lock.json").read_text()
+    assert lock.endswith("}\n")
+    assert json.loads(lock)["plan"]["device_map"]["lm_head"] == "cpu"
+    assert str(Path.cwd()) not in lock
+
+
+def test_compiling_twice_gives_the_same_bytes(profile):
+    devmap("compile", "profile.yaml")
+    first = Path("profile.lock.json").read_bytes()
+    profile.write_text("# a comment\n" + GOOD.replace("{memory: 1GiB}}}", "{memory:   1024MiB}}}"))
+    devmap("compile", "profile.yaml")
+    assert Path("profile.lock.json").read_bytes() == first
+
+
+def test_json_is_one_object_whatever_happens(profile):
+    good = devmap("compile", "profile.yaml", "--format", "json")
+    value = json.loads(good.stdout)
+    assert (good.returncode, value["diagnostics"], good.stderr) == (0, [], "")
+    assert value["plan"]["device_map"]["lm_head"] == "cpu"
+    assert set(value["plan"]) == {
+        "strategy", "executor", "main_device", "measured", "device_map", "compute", "devices", "prediction"
+    }  # fmt: skip
+    for use in value["plan"]["devices"]:
+        others = sum(use[key] for key in ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes"))
+        assert use["free_bytes"] == use["capacity_bytes"] - others
+
+    profile.write_text(GOOD.replace("lm_head", "lm_haed"))
+    bad = devmap("compile", "profile.yaml", "--format", "json")
+    value = json.loads(bad.stdout)
+    assert (bad.returncode, value["plan"]) == (1, None)
+    [finding] = value["diagnostics"]
+    assert (finding["code"], finding["line"], finding["column"], finding["end_column"]) == (
+        "unmatched-pattern",
+        5,
+        28,
+        35,
+    )
+
+    missing = devmap("compile", "nothing.yaml", "--format", "json")
+    assert (missing.returncode, json.loads(missing.stdout)["diagnostics"][0]["code"]) == (2, "missing-file")
+    usage = devmap("compile", "--format", "json")
+    assert (usage.returncode, json.loads(usage.stdout)["diagnostics"][0]["code"]) == (2, "usage")
+
+
+def test_a_profile_that_is_wrong_leaves_the_lock_alone(profile):
+    devmap("compile", "profile.yaml")
+    before = Path("profile.lock.json").read_bytes()
+    profile.write_text(GOOD.replace("lm_head", "lm_haed"))
+    done = devmap("compile", "profile.yaml")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "error[unmatched-pattern]" in done.stderr
+    assert Path("profile.lock.json").read_bytes() == before
+
+
+def test_dry_run_output_and_quiet(profile):
+    assert devmap("compile", "profile.yaml", "--dry-run").returncode == 0
+    assert not Path("profile.lock.json").exists()
+    done = devmap("compile", "profile.yaml", "-q", "-o", "elsewhere.json")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Path("elsewhere.json").exists()
+    assert not Path("profile.lock.json").exists()
+
+
+def test_set_values_are_remembered_by_the_lock(profile):
+    devmap("compile", "profile.yaml", "--set", "memory=2GiB")
+    lock = json.loads(Path("profile.lock.json").read_text())
+    assert lock["set"] == {"memory": "2GiB"}
+    assert devmap("check", "profile.yaml").returncode == 0
+    devmap("compile", "profile.yaml")
+    again = json.loads(Path("profile.lock.json").read_text())
+    assert again == lock
+    assert devmap("check", "profile.yaml", "--set", "memory=3GiB").returncode == 3
+
+
+def test_set_of_an_unknown_variable(profile):
+    done = devmap("compile", "profile.yaml", "--set", "contxt=3")
+    assert done.returncode == 1
+    assert "did you mean `context`?" in done.stderr
+
+
+def test_check_says_what_changed_and_writes_nothing(profile):
+    missing = devmap("check", "profile.yaml")
+    assert missing.returncode == 3
+    assert "missing-lock" in missing.stderr
+    devmap("compile", "profile.yaml")
+    assert devmap("check", "profile.yaml").returncode == 0
+    config = json.loads(Path("llama/config.json").read_text())
+    Path("llama/config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    stale = devmap("check", "profile.yaml", "--format", "json")
+    assert stale.returncode == 3
+    [finding] = json.loads(stale.stdout)["diagnostics"]
+    assert finding["code"] == "stale-lock"
+    assert "the model's config" in finding["message"]
+    profile.write_text(GOOD.replace("lm_head", "lm_haed"))
+    assert devmap("check", "profile.yaml").returncode == 1
+
+
+def test_a_plan_that_computes_on_the_cpu_is_no_device_map(profile):
+    profile.write_text(GOOD.replace("device: cpu}", "compute: cpu}"))
+    done = devmap("compile", "profile.yaml", "--format", "device-map")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "lm_head" in done.stderr
+    plan = json.loads(devmap("compile", "profile.yaml", "--format", "json").stdout)["plan"]
+    assert plan["compute"] == {"lm_head": "cpu"}
+    assert plan["prediction"]["streamed_bytes_per_token"] == 0
+
+
+def test_run_generates_and_says_what_it_verified(workspace):
+    from conftest import REPOSITORY
+
+    done = devmap("run", str(REPOSITORY / "profiles" / "quickstart.yaml"), "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A model is placed before")
+    assert "77 tensors where the lock says" in done.stderr
+
+
+def test_run_without_weights_or_accelerator(profile):
+    assert devmap("run", "profile.yaml").returncode == 3
+    devmap("compile", "profile.yaml")
+    done = devmap("run", "profile.yaml", "--format", "json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["diagnostics"][0]["code"] == "no-weights"
+
+
+def test_tree_shows_what_repeats_once_and_what_matches(profile):
+    whole = devmap("tree", "llama").stdout
+    assert "[0-5]  LlamaDecoderLayer" in whole
+    matched = devmap("tree", "profile.yaml", "--match", "model.layers.[0-1].mlp").stdout
+    assert "[0-1]  LlamaDecoderLayer" in matched
+    assert "self_attn" not in matched
+    assert "2 matched" in matched
+    nothing = devmap("tree", "llama", "--match", "model.layer.*")
+    assert nothing.returncode == 1
+    assert "`model.layers` (6 layers)" in nothing.stderr
+    assert devmap("tree", "llama", "--match", "model.[").returncode == 2
+
+
+def test_explain_prints_the_page_of_a_code(workspace):
+    assert devmap("explain", "unmatched-pattern").stdout.startswith("# unmatched-pattern")
+    wrong = devmap("explain", "unmatched-patern")
+    assert wrong.returncode == 2
+    assert "did you mean `unmatched-pattern`?" in wrong.stderr
+
+
+def test_hardware_lists_the_catalogue(workspace):
+    assert "rtx-4090" in devmap("hardware").stdout
+    assert "memory_source: nvidia-smi" in devmap("hardware", "rtx-4090").stdout
+    assert devmap("hardware", "rtx-4900").returncode == 2
+
+
+def test_importing_the_package_imports_no_torch(workspace):
+    code = (
+        "import sys, devmap_config, devmap_config.cli; from devmap_config import compile_profile;"
+        "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiling_with_a_cached_graph_imports_no_torch(profile):
+    devmap("compile", "profile.yaml")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate')));"
+        "from devmap_config import compile_profile as compile;"
+        "assert compile('profile.yaml').device_map['lm_head'] == 'cpu'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

