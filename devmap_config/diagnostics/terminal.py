@@ -63,7 +63,7 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
     """Lines of at most this width; what stands in backticks is for copying, and stays in one piece."""
     kept = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
     lines: list[str] = []
-    for part in kept.split("\n"):
+    for part in map(_printable, kept.split("\n")):
         lines += textwrap.wrap(
             part, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ) or [""]
@@ -101,7 +101,9 @@ def _snippet(
 
 def _printable(text: str) -> str:
     """Text whose width on a terminal is that of its cells: no tabs, no control characters."""
-    return "".join(character if character.isprintable() else " " for character in text.replace("\t", "    "))
+    return "".join(
+        character if character.isprintable() or character == "\xa0" else " " for character in text.replace("\t", "    ")
+    )
 
 
 def _fitted(before: str, marked: str, after: str, room: int) -> tuple[str, str, str]:

@@ -21,6 +21,10 @@ SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF1
 ASSUMED_DTYPE = "float32"
 """What transformers loads in where nothing tells."""
 
+COMMIT = re.compile("[0-9a-f]{40}")
+
+CONNECTION_TIMEOUT_SECONDS = 5
+
 MAX_HEADER_BYTES = 100_000_000
 """safetensors' own bound on a header."""
 
@@ -99,11 +103,23 @@ def hub_source(repository: str, revision: str | None, *, commit: str | None = No
     Raises:
         ModelNotFoundError: where the hub and its cache have no such repository, revision or config.
     """
+    import logging
+
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are told by what comes of them
+    wanted = commit or revision
+    is_fixed = wanted is not None and COMMIT.fullmatch(wanted) is not None
     try:
-        path = Path(hf_hub_download(repository, "config.json", revision=commit or revision))
+        try:
+            # What a commit holds never changes: the cache is asked first. A branch is asked of the hub.
+            cached_only = is_fixed or not _hub_answers()
+            path = Path(hf_hub_download(repository, "config.json", revision=wanted, local_files_only=cached_only))
+        except LocalEntryNotFoundError:
+            if not is_fixed or not _hub_answers():
+                raise
+            path = Path(hf_hub_download(repository, "config.json", revision=wanted))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached"
@@ -112,11 +128,31 @@ def hub_source(repository: str, revision: str | None, *, commit: str | None = No
         raise ModelNotFoundError(f"`{repository}` on the hub has no config.json") from error
     except Exception as error:  # what the hub client raises has many types and no common one
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelNotFoundError(
-            f"`{repository}` is neither a local path nor to be had from the hub: {first_line}"
-        ) from error
+        message = f"`{repository}` is neither a local path nor to be had from the hub: {first_line.rstrip('.')}"
+        raise ModelNotFoundError(message) from error
     # The cache keeps files under `snapshots/<commit>/`.
     return ModelSource(location=path.parent, config=_read_config(path), weights=repository, commit=path.parent.name)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all: its client would find out after half a minute of retries."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    endpoint = urlsplit(constants.ENDPOINT)
+    if getproxies():
+        return True
+    port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    try:
+        with socket.create_connection((endpoint.hostname or "", port), timeout=CONNECTION_TIMEOUT_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def is_hub_id(text: str) -> bool:

@@ -1,0 +1,161 @@
+"""The verifier catches what is broken on purpose; a lock gives its plan back, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers.integrations.accelerate import expand_device_map
+
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+from devmap_config.placement.units import fold
+from devmap_config.plan.executor import Executor
+from devmap_config.plan.lock import LockError, changed_inputs, lock_of, lock_path, plan_of, read_lock
+from devmap_config.plan.plan import Assignment, NotADeviceMapError, assemble
+from devmap_config.plan.verify import verify
+
+PROFILE = """\
+version: 1
+model: {source: tied}
+hardware: {devices: {cuda:0: {memory: 300KiB}, cuda:1: {memory: 1MiB}, cpu: {memory: 1MiB}}}
+placement: {strategy: sequential, pins: [{match: "model.layers.[4-]", device: cuda:1}]}
+"""
+
+
+@pytest.fixture
+def compilation(workspace):
+    Path("profile.yaml").write_text(PROFILE)
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    assert compilation.plan is not None, compilation.diagnostics
+    return compilation
+
+
+def kinds(compilation, *assignments, capacities=None):
+    plan = replace(compilation.plan, assignments=tuple(assignments))
+    capacities = capacities or compilation.inventory.capacities
+    return {violation.kind for violation in verify(plan, compilation.model.graph, capacities)}
+
+
+def test_a_plan_of_ours_is_valid(compilation):
+    assert kinds(compilation, *compilation.plan.assignments) == set()
+
+
+def test_a_tensor_without_a_device(compilation):
+    assert kinds(compilation, *compilation.plan.assignments[1:]) == {"uncovered-tensor"}
+
+
+def test_a_buffer_without_a_device(compilation):
+    without = [each for each in compilation.plan.assignments if "rotary_emb" not in each.unit]
+    assert kinds(compilation, *without) == {"uncovered-tensor"}
+
+
+def test_a_unit_within_another(compilation):
+    layer = next(each for each in compilation.plan.assignments if each.unit == "model.layers.0")
+    inner = Assignment(
+        "model.layers.0.mlp", tuple(name for name in layer.tensors if ".mlp." in name), "cuda:0", "cuda:0"
+    )
+    assert "overlapping-units" in kinds(compilation, *compilation.plan.assignments, inner)
+
+
+def test_a_unit_that_the_model_does_not_have(compilation):
+    first, *others = compilation.plan.assignments
+    assert "unknown-unit" in kinds(compilation, replace(first, unit="model.nothing"), *others)
+
+
+def test_a_device_that_is_not_listed(compilation):
+    first, *others = compilation.plan.assignments
+    assert "unlisted-device" in kinds(compilation, replace(first, stored_on="cuda:5", executes_on="cuda:5"), *others)
+
+
+def test_a_block_that_is_split(compilation):
+    layer = next(each for each in compilation.plan.assignments if each.unit == "model.layers.0")
+    others = [each for each in compilation.plan.assignments if each is not layer]
+    parts = [
+        Assignment(f"model.layers.0.{part}", tuple(n for n in layer.tensors if f".{part}." in n), device, device)
+        for part, device in {
+            "self_attn": "cuda:0",
+            "mlp": "cuda:1",
+            "input_layernorm": "cuda:0",
+            "post_attention_layernorm": "cuda:0",
+        }.items()
+    ]
+    assert kinds(compilation, *others, *parts) == {"split-block"}
+
+
+def test_a_tie_that_is_split(compilation):
+    moved = [
+        replace(each, stored_on="cpu", executes_on="cuda:0") if each.unit == "lm_head" else each
+        for each in compilation.plan.assignments
+    ]
+    assert "split-tie" in kinds(compilation, *moved)
+
+
+def test_a_device_that_holds_too_much(compilation):
+    capacities = {**compilation.inventory.capacities, "cuda:1": 1000}
+    assert kinds(compilation, *compilation.plan.assignments, capacities=capacities) == {"over-capacity"}
+
+
+def test_a_map_that_transformers_would_read_otherwise():
+    """transformers joins the keys into an unescaped expression: the dot of `block.1` takes the `_` of `block_1x`."""
+
+    def linear(path):
+        weight = Tensor(TensorName(f"{path}.weight"), (1,), "float32", 4, 4)
+        return Module(ModulePath(path), "Linear", (weight,))
+
+    block = Module(ModulePath("block"), "ModuleList", (), (linear("block.1"),))
+    graph = ModelGraph(Module(ModulePath(""), "Model", (), (block, linear("block_1x"))))
+    homes = {"block.1.weight": ("cuda:0", None), "block_1x.weight": ("cuda:1", None)}
+    capacities = {"cuda:0": 100, "cuda:1": 100}
+    plan = assemble(graph, fold(graph, homes), capacities, strategy="manual", executor=Executor())
+    with pytest.raises(KeyError):
+        expand_device_map(plan.device_map, list(graph.tensors))
+    assert [violation.kind for violation in verify(plan, graph, capacities)] == ["misread-map"]
+
+
+def lock_text(compilation):
+    return lock_of(compilation.plan, compilation.inputs, {"a": "1"}, {"torch": "2"}).to_text()
+
+
+def test_a_lock_gives_its_plan_back(compilation):
+    lock = read_lock(lock_text(compilation))
+    assert plan_of(lock, compilation.model.graph, compilation.plan.executor) == compilation.plan
+    assert changed_inputs(lock, compilation.inputs, {"a": "1"}) == ()
+    assert changed_inputs(lock, compilation.inputs, {}) == ("the `--set` values",)
+
+
+def test_made_with_is_outside_of_the_digest(compilation):
+    value = json.loads(lock_text(compilation))
+    value["made_with"]["torch"] = "3"
+    read_lock(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "not JSON"),
+        (lambda text: "[]", "not a lock"),
+        (lambda text: text.replace('"cuda:1"', '"cuda:0"', 1), "changed by hand"),
+        (lambda text: text.replace('"lock_version": 1', '"lock_version": 2'), "upgrade"),
+    ],
+)
+def test_a_lock_that_is_damaged_or_newer(compilation, change, message):
+    with pytest.raises(LockError, match=message):
+        read_lock(change(lock_text(compilation)))
+
+
+@pytest.mark.parametrize("name", ["x.yaml", "x.yml", "x.yaml.j2"])
+def test_the_lock_lies_beside_the_profile(name):
+    assert lock_path(Path("a") / name) == Path("a/x.lock.json")
+
+
+def test_a_plan_that_computes_on_the_cpu_is_no_device_map(workspace):
+    Path("profile.yaml").write_text(
+        PROFILE.replace('"model.layers.[4-]", device: cuda:1', "model.layers.4, compute: cpu")
+    )
+    plan = run_pipeline(Request(path=Path("profile.yaml"))).plan
+    assert plan.compute == {"model.layers.4": "cpu"}
+    with pytest.raises(NotADeviceMapError, match=r"model\.layers\.4"):
+        _ = plan.device_map
