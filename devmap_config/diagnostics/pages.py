@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from importlib import resources
+from importlib.metadata import files
 from pathlib import Path
 
-PACKAGE = "devmap_config.codes"
-"""`docs/codes/` is installed under this name."""
+CHECKOUT = Path(__file__).parents[2] / "docs" / "codes"
 
 
 def codes() -> list[str]:
     """Every code that has a page."""
-    return sorted(path.stem for path in _folder().glob("*.md"))
+    return sorted(_pages())
 
 
 def page(code: str) -> str:
     """The page of a code, in Markdown."""
-    return (_folder() / f"{code}.md").read_text(encoding="utf-8")
+    return _pages()[code].read_text(encoding="utf-8")
 
 
-def _folder() -> Path:
-    checkout = Path(__file__).parents[2] / "docs" / "codes"
-    return checkout if checkout.is_dir() else Path(str(resources.files(PACKAGE)))
+def _pages() -> dict[str, Path]:
+    """The pages by code: of this checkout, else those that were installed (`share/devmap-config/codes`)."""
+    if CHECKOUT.is_dir():
+        return {path.stem: path for path in CHECKOUT.glob("*.md")}
+    installed = (Path(str(file.locate())) for file in files("devmap-config") or ())
+    return {path.stem: path.resolve() for path in installed if path.suffix == ".md" and path.parent.name == "codes"}
