@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles/*.yaml
-	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov -q
 
 # Every architecture that transformers builds, against transformers' own planner: ten minutes.
 zoo: $(INSTALLED)
