@@ -13,6 +13,7 @@ from devmap_config.rules.pattern import (
     Alternatives,
     AnyCharacter,
     AnySegments,
+    AnyText,
     ClassPattern,
     Indices,
     Literal,
@@ -25,7 +26,7 @@ from devmap_config.rules.pattern import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from devmap_config.graph.model import ModelGraph
     from devmap_config.rules.pattern import Path
@@ -73,19 +74,29 @@ class FlatSegment:
     start: int
     end: int
 
-    @property
+    @cached_property
     def is_any_segments(self) -> bool:
         """Whether it is `**`."""
         return bool(self.pieces) and isinstance(self.pieces[0], AnySegments)
 
-    @property
+    @cached_property
+    def is_any_text(self) -> bool:
+        """Whether it is `*`."""
+        return len(self.pieces) == 1 and isinstance(self.pieces[0], AnyText)
+
+    @cached_property
+    def is_bare_range(self) -> bool:
+        """Whether it is a range and nothing else."""
+        return len(self.pieces) == 1 and isinstance(self.pieces[0], Indices)
+
+    @cached_property
     def literal(self) -> str | None:
         """The one name it stands for."""
         if all(isinstance(piece, Literal) for piece in self.pieces):
             return "".join(piece.text for piece in self.pieces if isinstance(piece, Literal))
         return None
 
-    @property
+    @cached_property
     def indices(self) -> tuple[Indices, ...]:
         """Its ranges, in order."""
         return tuple(piece for piece in self.pieces if isinstance(piece, Indices))
@@ -177,6 +188,10 @@ def _check_count(count: int, start: int, end: int) -> None:
         )
 
 
+State: TypeAlias = tuple[int, int]
+"""A place in the pattern: which of its paths, and how many of that path's segments are taken."""
+
+
 @dataclass
 class _Walk:
     """One pass over the tree with the set of places in the pattern that a node may be at."""
@@ -189,82 +204,82 @@ class _Walk:
     furthest: Stuck | None = None
 
     def result(self) -> Match:
-        paths = flatten(self.pattern.path, 0, len(self.pattern.text))
-        self.visit(self.graph.root, self.closed({(path, 0): None for path in paths}))
+        self.paths = flatten(self.pattern.path, 0, len(self.pattern.text))
+        self.visit(self.graph.root, self.closed([(index, 0) for index in range(len(self.paths))]))
         # Below a wildcard a range may reach beyond the end of some parents, but not of all.
         beyond = tuple(
             each for each in self.beyond if not each.indices.after_wildcard or each.indices.start not in self.within
         )
         return Match(tuple(dict.fromkeys(self.names)), beyond, None if self.names else self.furthest)
 
-    def closed(self, states: dict[_State, None]) -> dict[_State, None]:
-        """The states with those that `**` reaches without taking a segment."""
-        closed: dict[_State, None] = {}
-        waiting = list(states)
-        while waiting:
-            path, position = waiting.pop(0)
-            if (path, position) in closed:
-                continue
-            closed[path, position] = None
-            if position < len(path) and path[position].is_any_segments:
-                waiting.append((path, position + 1))
-        return closed
+    def closed(self, states: list[State]) -> list[State]:
+        """The states with those that `**` reaches without taking a segment, each once."""
+        closed: dict[State, None] = {}
+        for index, start in states:
+            path, position = self.paths[index], start
+            closed[index, position] = None
+            while position < len(path) and path[position].is_any_segments:
+                position += 1
+                closed[index, position] = None
+        return list(closed)
 
-    def visit(self, node: Node, states: dict[_State, None]) -> None:
-        name = _name(node)
-        if any(position == len(path) for path, position in states):
-            self.names.append(name)
+    def visit(self, node: Node, states: list[State]) -> None:
+        unfinished = [(index, position) for index, position in states if position < len(self.paths[index])]
+        if len(unfinished) < len(states):
+            self.names.append(_name(node))
+        if not unfinished:
+            return
         children = children_of(node)
-        following: dict[str, dict[_State, None]] = {}
-        for path, position in states:
-            if position == len(path):
-                continue
+        following: dict[str, list[State]] = {}
+        for index, position in unfinished:
             if self.furthest is None or position > self.furthest.position:
-                self.furthest = Stuck(name, path, position)
-            segment = path[position]
+                self.furthest = Stuck(_name(node), self.paths[index], position)
+            segment = self.paths[index][position]
             if segment.is_any_segments:
-                for child in children:
-                    following.setdefault(child, {})[path, position] = None
+                answering: Iterable[str] = children
+                then = (index, position)
             else:
-                for child in self.answering(segment, children, name):
-                    following.setdefault(child, {})[path, position + 1] = None
+                answering = self.answering(segment, children, node)
+                then = (index, position + 1)
+            for child in answering:
+                following.setdefault(child, []).append(then)
         for child, child_node in children.items():
             if child in following:
                 self.visit(child_node, self.closed(following[child]))
 
-    def answering(self, segment: FlatSegment, children: Mapping[str, Node], parent: str) -> list[str]:
+    def answering(self, segment: FlatSegment, children: Mapping[str, Node], parent: Node) -> Iterable[str]:
         """The children that a segment stands for."""
         if segment.literal is not None:
-            return [segment.literal] if segment.literal in children else []
-        found = {child: match for child in children if (match := segment.expression.fullmatch(child))}
-        for group, indices in enumerate(segment.indices, start=1):
-            numbers = {child: int(match.group(group)) for child, match in found.items()}
+            return (segment.literal,) if segment.literal in children else ()
+        if segment.is_any_text:
+            return children
+        if segment.is_bare_range:
+            found = {child: (child,) for child in children if child.isdecimal() and str(int(child)) == child}
+        else:
+            matches = ((child, segment.expression.fullmatch(child)) for child in children)
+            found = {child: match.groups() for child, match in matches if match}
+        for group, indices in enumerate(segment.indices):
+            numbers = {child: int(groups[group]) for child, groups in found.items()}
             existing = sorted(set(numbers.values()))
             if not existing:
-                return []
-            if self.asks_beyond(indices, existing):
-                self.beyond.append(BeyondEnd(indices, parent, tuple(existing)))
+                return ()
+            if indices.asks_beyond(existing):
+                self.beyond.append(BeyondEnd(indices, _name(parent), tuple(existing)))
             else:
                 self.within.add(indices.start)
             selected = indices.select(existing)
-            found = {child: match for child, match in found.items() if numbers[child] in selected}
-        return list(found)
-
-    @staticmethod
-    def asks_beyond(indices: Indices, existing: list[int]) -> bool:
-        return any(hasattr(item, "asks_beyond") and item.asks_beyond(existing) for item in indices.items)
-
-
-_State: TypeAlias = "tuple[tuple[FlatSegment, ...], int]"
+            found = {child: groups for child, groups in found.items() if numbers[child] in selected}
+        return found
 
 
 def children_of(node: Node) -> dict[str, Node]:
     """What is directly below a node by its last name; tensors are leaves."""
     if not isinstance(node, Module):
         return {}
-    below: dict[str, Node] = {_name(tensor).rpartition(".")[2]: tensor for tensor in node.own_tensors}
+    start = len(node.path) + 1 if node.path else 0
+    below: dict[str, Node] = {tensor.name[start:]: tensor for tensor in node.own_tensors}
     for child in node.children:
-        below[child.path.rpartition(".")[2]] = child
+        below[child.path[start:]] = child
     return below
 
 

