@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph
 from devmap_config.hardware.inventory import build_inventory, declared_devices
+from devmap_config.placement.compatibility import check_dtype, check_quantizer
 from devmap_config.placement.constraints import problem_of, settle_single_device
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
@@ -93,6 +94,7 @@ def run_pipeline(request: Request) -> Compilation:
         return Compilation(diagnostics=sink.diagnostics, loaded=loaded, inventory=inventory)
 
     graph, strategy = model.graph, loaded.profile.placement.strategy
+    check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, graph, loaded.profile.model.source, sink)
     problem = problem_of(graph, inventory, resolution, sink)
     single_device = settle_single_device(loaded, problem, sink)
@@ -108,6 +110,7 @@ def run_pipeline(request: Request) -> Compilation:
     homes = {name: (device, resolution.compute_of(name)) for name, device in placement.items()}
     units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
     plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
+    check_quantizer(plan.placement, loaded, model, sink)
     review(plan, graph, inventory.capacities, resolution, loaded, sink)
     return replace(
         reached,

@@ -135,5 +135,8 @@ class ModelGraph:
         return sum(self.tensors[storage].size_bytes for storage in storages)
 
     def is_no_split(self, module: Module) -> bool:
-        """Whether transformers wants this module whole on one device."""
-        return module.class_name in self.no_split_classes
+        """Whether transformers wants this module whole on one device.
+
+        The model itself never counts, as in transformers' planner, though some name their own class.
+        """
+        return module.path != "" and module.class_name in self.no_split_classes

@@ -84,7 +84,8 @@ def _balanced(
     if not usable:
         return balanced
     low_zero = low_zero and len(usable) > 1
-    blocks = [sizes[module.path] for module in root.walk() if graph.is_no_split(module)]
+    # A model that names its own class counts as its largest block here, though it is split all the same.
+    blocks = [sizes[module.path] for module in root.walk() if module.class_name in graph.no_split_classes]
     largest = max(max(blocks, default=0), max(sizes.leaf_modules.values(), default=0))
     share = sizes[""] // (len(usable) - 1 if low_zero else len(usable)) + int(BALANCE_BUFFER * largest)
     indexed = [device for device in usable if device != "mps"]

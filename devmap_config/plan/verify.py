@@ -118,7 +118,7 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 def _blocks(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     stored_on = _stored_on(plan)
     for module in graph.modules.values():
-        if module.class_name not in graph.no_split_classes:
+        if not graph.is_no_split(module):
             continue
         devices = sorted({stored_on[tensor.name] for tensor in module.tensors() if tensor.name in stored_on})
         if len(devices) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -172,7 +172,17 @@ Strategy = Annotated[
 ]
 Dtype = Annotated[str, BeforeValidator(_one_of("choice", DTYPES)), _or_template({"enum": list(DTYPES)})]
 
-Anything: TypeAlias = Any
+
+def _deeply_resolved(value: object) -> object:
+    """Every unquoted scalar within a value as what YAML reads."""
+    if isinstance(value, dict):
+        return {str(key): _deeply_resolved(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_deeply_resolved(each) for each in value]
+    return _resolved(value)
+
+
+Anything = Annotated[Any, BeforeValidator(_deeply_resolved), WithJsonSchema({})]
 
 
 def _choice(*choices: str) -> Any:

@@ -1,0 +1,100 @@
+"""Whether the machine can compute in the model's dtype, and the model's quantizer accepts the devices of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.profile.loading import LoadedProfile
+
+FP8_METHODS = ("fp8", "fbgemm_fp8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """The storage devices that a quantizer's `validate_environment` refuses in a map, and when.
+
+    `alone_is_fine`: a map with nothing but the CPU is accepted. `prequantized_is_fine`: so is a checkpoint that is
+    quantised already. `unless` is an argument of the quantization that makes it accept them.
+    """
+
+    devices: tuple[str, ...]
+    alone_is_fine: bool = False
+    prequantized_is_fine: bool = False
+    unless: str | None = None
+
+
+REFUSALS = {
+    "bitsandbytes": Refusal(devices=("cpu", "disk"), alone_is_fine=True, unless="llm_int8_enable_fp32_cpu_offload"),
+    "bitnet": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
+    "eetq": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
+    "fbgemm_fp8": Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
+    "fp8": Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
+    "fp_quant": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
+    "gguf": Refusal(devices=("disk",)),
+    "higgs": Refusal(devices=("cpu", "disk")),
+    "hqq": Refusal(devices=("cpu", "disk")),
+    "metal": Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
+    "mxfp4": Refusal(devices=("disk",), prequantized_is_fine=True),
+    "nvfp4": Refusal(devices=("cpu", "disk")),
+    "quanto": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
+}
+"""By method, as transformers 5.23's quantizers have it (`transformers/quantizers/quantizer_*.py`)."""
+
+
+def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel, sink: Sink) -> None:
+    """Report accelerators of the catalogue that do not compute in the model's dtype."""
+    method = _quantization(loaded, model).get("quant_method")
+    wants_fp8 = model.dtype.startswith("float8") or method in FP8_METHODS
+    for device in inventory.devices:
+        card = device.accelerator
+        if card is None:
+            continue
+        if wants_fp8 and not card.supports_fp8:
+            wanted, mend = "fp8", "choose another quantization, or a card of the Ada or Hopper generation or later"
+        elif model.dtype == "bfloat16" and not card.supports_bf16:
+            wanted, mend = "bfloat16", "say `dtype: float16`"
+        else:
+            continue
+        sink.error(
+            "unsupported-dtype",
+            f"a {card.name} ({device.id}) does not compute in {wanted}",
+            loaded.span("model", "quantization" if wants_fp8 and method else "dtype"),
+            help=mend,
+        )
+
+
+def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
+    """Report a map that the model's quantizer refuses to load by."""
+    arguments = _quantization(loaded, model)
+    method = arguments.get("quant_method")
+    refusal = REFUSALS.get(str(method))
+    if refusal is None or (refusal.unless and arguments.get(refusal.unless)):
+        return
+    is_prequantized = bool(model.source.config.get("quantization_config"))
+    if is_prequantized and refusal.prequantized_is_fine:
+        return
+    used = {device for device in device_map.values() if device in refusal.devices}
+    if not used or (refusal.alone_is_fine and set(device_map.values()) == {"cpu"}):
+        return
+    advice = "give the accelerators more room, or leave these devices out of the profile"
+    sink.error(
+        "quantizer-refuses",
+        f"{method} loads nothing onto {' or '.join(sorted(map(str, used)))}",
+        loaded.span("model", "quantization"),
+        help=f"say `{refusal.unless}: true`, or {advice}" if refusal.unless else advice,
+    )
+
+
+def _quantization(loaded: LoadedProfile, model: LoadedModel) -> dict[str, Any]:
+    """The arguments of the quantization: the profile's, else those that the checkpoint comes with."""
+    own = loaded.profile.model.quantization
+    if own is None:
+        return dict(model.source.config.get("quantization_config") or {})
+    return {"quant_method" if name == "method" else name: value for name, value in own.items()}
