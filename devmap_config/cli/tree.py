@@ -39,7 +39,7 @@ def tree(
     from devmap_config.rules.matching import match
     from devmap_config.rules.pattern import PatternError, parse_pattern
 
-    graph = _graph(source, class_name, dtype, revision, trust_remote_code)
+    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code)
     matched: tuple[str, ...] | None = None
     if pattern is not None:
         try:
@@ -65,7 +65,7 @@ def tree(
     return 0
 
 
-def _graph(
+def graph_of_source(
     source: str, class_name: str | None, dtype: str | None, revision: str | None, trust_remote_code: bool
 ) -> ModelGraph:
     """The graph of a source as a user names it on the command line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 Segments: TypeAlias = tuple[str, ...]
 
@@ -38,13 +38,13 @@ def _fold_nth_number(paths: list[Segments], nth: int) -> list[Segments]:
     for key, numbers in groups.items():
         if numbers:
             before, after = key
-            folded.append((*before, _ranges(sorted(numbers)), *after))
+            folded.append((*before, ranges(sorted(numbers)), *after))
         else:
             folded.append(key)  # type: ignore[arg-type]  # a path of its own
     return folded
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as `[0-3,8]`; one alone as itself."""
     if len(numbers) == 1:
         return str(numbers[0])

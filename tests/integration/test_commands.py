@@ -203,3 +203,43 @@ def test_compiling_with_a_cached_graph_imports_no_torch(profile):
         "assert compile('profile.yaml').device_map['lm_head'] == 'cpu'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_adopt_of_a_map_with_gaps_says_where_they_went(profile):
+    Path("map.json").write_text(
+        '{"model.embed_tokens": 0, "model.layers": "cuda:1", "model.norm": 1, "lm_head": "cpu"}'
+    )
+    done = devmap("adopt", "map.json", "--model", "llama", "--on", "2xrtx-4090,cpu:8GiB", "-o", "adopted.yaml")
+    assert done.returncode == 0
+    assert "no device for 2 tensors" in done.stderr  # the rotary embedding's buffers
+    assert "cuda:1: rtx-4090" in Path("adopted.yaml").read_text()
+    plan = json.loads(devmap("compile", "adopted.yaml", "--format", "json").stdout)["plan"]
+    assert plan["device_map"]["model.layers.5"] == 1
+    assert plan["device_map"]["model.rotary_emb"] == "cpu"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"model.nothing": 0}', '{"model": "gpu"}', '{"model": [0]}', "{}"])
+def test_adopt_of_what_is_no_map(profile, text):
+    Path("map.json").write_text(text)
+    done = devmap("adopt", "map.json", "--model", "llama")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "machine", ["2xrtx-4090", "t4", "2x300KiB", "300KiB,cpu:8GiB", "200KiB,cpu:100KiB", "m4-max", None]
+)
+def test_init_writes_a_profile_that_compiles(workspace, machine):
+    on = ["--on", machine] if machine else []
+    assert devmap("init", "llama", *on, "-o", "first.yaml").returncode == 0
+    assert devmap("compile", "first.yaml").returncode == 0
+    assert devmap("init", "llama", *on, "-o", "first.yaml").returncode == 2
+    assert [path.name for path in Path().glob(".init*")] == []
+
+
+def test_init_says_what_is_wrong(workspace):
+    assert "did you mean `rtx-4090`?" in devmap("init", "llama", "--on", "rtx4090").stderr
+    unknown = devmap("init", "unknown")
+    assert unknown.returncode == 1
+    assert "unsupported-model" in unknown.stderr

@@ -1,0 +1,167 @@
+"""`devmap adopt`: an existing device_map as a profile of few patterns that compiles to the same placement."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.cli.options import remote_code_option
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.hardware.machines import Machine
+
+
+@click.command("adopt")
+@click.argument("device_map", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="MAP.json")
+@click.option("--model", "source", required=True, help="The model: a hub id, a directory, or a config.json.")
+@click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
+@click.option("--dtype", help="The dtype that it is loaded in, if not the checkpoint's.")
+@click.option("--on", "machine", metavar="MACHINE", help="The machine, such as `2xrtx-4090,cpu:64GiB`.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the profile; to stdout else.")
+@remote_code_option
+def adopt(
+    device_map: Path,
+    source: str,
+    class_name: str | None,
+    dtype: str | None,
+    machine: str | None,
+    output: Path | None,
+    trust_remote_code: bool,
+) -> int:
+    """Write a profile that places a model as MAP.json does: a `device_map`, or what `model.hf_device_map` held.
+
+    Tensors that the map does not name go where transformers puts them, which is the CPU.
+    """
+    from devmap_config.cli.init import relative_source
+    from devmap_config.cli.locking import write_atomically
+    from devmap_config.cli.tree import graph_of_source
+    from devmap_config.hardware.machines import UnknownMachineError, named_machine
+
+    graph = graph_of_source(source, class_name, dtype, None, trust_remote_code)
+    homes, uncovered = _homes(_read_map(device_map), graph)
+    try:
+        described = named_machine(machine) if machine else None
+    except UnknownMachineError as error:
+        raise click.UsageError(str(error)) from None
+    text = profile_text(
+        graph,
+        homes,
+        source=relative_source(source, output),
+        class_name=class_name,
+        dtype=dtype,
+        machine=described,
+        title=f"Adopted from {device_map.name}: the same placement, as patterns.",
+    )
+    if uncovered:
+        click.echo(
+            f"the map names no device for {uncovered} tensors: they are on the CPU, where transformers puts them",
+            err=True,
+        )
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_atomically(output, text)
+        click.echo(f"wrote {output}", err=True)
+    return 0
+
+
+def _read_map(path: Path) -> dict[str, str]:
+    """The map with canonical device names."""
+    from devmap_config.profile.devices import DeviceNameError, expand_devices
+
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise click.UsageError(f"`{path}` is no JSON: {error}") from None
+    if not isinstance(value, dict) or not value:
+        raise click.UsageError(f"`{path}` is no device_map: it must be an object of modules and devices")
+    kinds = [str(device).partition(":")[0] for device in value.values() if ":" in str(device)]
+    kind = next((kind for kind in kinds if kind != "cpu"), "cuda")
+    canonical: dict[str, str] = {}
+    for key, device in value.items():
+        text = f"{device}:0" if device in ("cuda", "xpu", "npu", "hpu") else str(device)
+        try:
+            names = expand_devices(text, kind)
+        except DeviceNameError as error:
+            raise click.UsageError(f"`{key}` of the map: {error.message}; {error.help}") from None
+        if not isinstance(device, (int, str)) or len(names) > 1:
+            raise click.UsageError(f"`{key}` of the map: `{device}` is no device")
+        canonical[key] = names[0]
+    return canonical
+
+
+def _homes(device_map: Mapping[str, str], graph: ModelGraph) -> tuple[dict[TensorName, str], int]:
+    """The device of every tensor, as transformers reads the map, and how many the map does not name."""
+    keys = sorted((key for key in device_map if key), key=lambda key: (key.count("."), len(key)), reverse=True)
+    unknown = [key for key in keys if key not in graph.modules and key not in graph.tensors]
+    if unknown:
+        raise click.UsageError(f"{graph.class_name} has no `{unknown[0]}`, which the map names")
+    # transformers joins the keys as they are, so that a dot takes any character and `layers.1` also `layers.10`.
+    expression = re.compile("|".join(f"({key})" for key in keys)) if keys else None
+    homes: dict[TensorName, str] = {}
+    uncovered = 0
+    for name in graph.tensors:
+        found = expression.match(name) if expression else None
+        device = device_map.get(found.group()) if found else device_map.get("")
+        homes[name] = device or "cpu"
+        uncovered += device is None
+    for group in graph.tied_groups:  # one tensor, one home: that of the name that comes first
+        homes |= dict.fromkeys(group, homes[group[0]])
+    return homes, uncovered
+
+
+def profile_text(
+    graph: ModelGraph,
+    homes: Mapping[TensorName, str],
+    *,
+    source: str,
+    class_name: str | None,
+    dtype: str | None,
+    machine: Machine | None,
+    title: str,
+) -> str:
+    """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
+    from devmap_config.hardware.inventory import fill_order
+    from devmap_config.placement.problem import bytes_by_device
+    from devmap_config.profile.writing import rounded_up, yaml_text
+    from devmap_config.rules.compression import compress
+
+    lines = [f"# {title}", "version: 1", "", "model:", f"  source: {yaml_text(source)}"]
+    if class_name:
+        lines.append(f"  class: {class_name}")
+    if dtype:
+        lines.append(f"  dtype: {dtype}")
+    lines += ["", "hardware:", "  devices:"]
+    used = bytes_by_device(graph, homes)
+    if machine is None:
+        lines.append("    # Just what the map needs: write what each device has.")
+    for device in sorted({*used, *(machine.devices if machine else ())}, key=fill_order):
+        described = machine.devices.get(device) if machine else None
+        lines.append(f"    {device}: {specification(described or rounded_up(used.get(device, 0)))}")
+    patterns = compress(graph, homes)
+    if set(patterns) == {""}:
+        lines += ["", "placement:", "  strategy: single", f"  device: {patterns['']}"]
+    else:
+        lines += ["", "placement:", "  strategy: manual", "  device_map:"]
+        lines += [f"    {yaml_text(pattern)}: {_as_in_maps(device)}" for pattern, device in patterns.items()]
+    if "disk" in used:
+        lines += ["  offload: {folder: ./offload}"]
+    return "\n".join(lines) + "\n"
+
+
+def specification(described: str) -> str:
+    """A device as a profile writes it: a catalogue name as it is, memory as a mapping."""
+    from devmap_config.hardware.catalogue import load_catalogue
+
+    return described if described in load_catalogue() else f"{{memory: {described}}}"
+
+
+def _as_in_maps(device: str) -> str:
+    return device.partition(":")[2] or device

@@ -1,0 +1,146 @@
+"""`devmap init`: a first profile for a model and a machine, which compiles as it is."""
+
+from __future__ import annotations
+
+import os.path
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.cli.options import remote_code_option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devmap_config.compiler import Compilation
+    from devmap_config.hardware.machines import Machine
+
+OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
+"""What is written down where the machine's own is not known and the model does not fit without."""
+
+
+@click.command("init")
+@click.argument("source")
+@click.option(
+    "--on", "machine_name", metavar="MACHINE", help="Such as `2xrtx-4090`, `2x24GiB,cpu:64GiB`; else this one."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the profile; to stdout else.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@remote_code_option
+def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> int:
+    """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
+    from devmap_config.cli.locking import write_atomically
+    from devmap_config.hardware.machines import UnknownMachineError, named_machine
+    from devmap_config.hardware.probe import probe_machine
+
+    if output is not None and output.exists() and not force:
+        raise click.UsageError(f"`{output}` exists: pass `--force` to replace it")
+    try:
+        machine = named_machine(machine_name) if machine_name else probe_machine()
+    except UnknownMachineError as error:
+        raise click.UsageError(str(error)) from None
+    folder = output.parent if output else Path()
+    failure: Compilation | None = None
+    for text in _candidates(relative_source(source, output), machine, machine_name or "this machine"):
+        compilation = _compile_text(text, folder, trust_remote_code=trust_remote_code)
+        if compilation.plan is not None:
+            break
+        failure = failure or compilation
+        if compilation.model is None:  # no machine helps where the model cannot be had
+            return _report(compilation)
+    else:
+        return _report(failure) if failure else 1
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_atomically(output, text)
+        click.echo(f"wrote {output}; next: devmap-compile {output}", err=True)
+    return 0
+
+
+def relative_source(source: str, output: Path | None) -> str:
+    """A source as the profile is to name it: local paths relative to where the profile lies."""
+    if not Path(source).exists():
+        return source
+    relative = os.path.relpath(source, output.parent if output else ".")
+    return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"
+
+
+def _candidates(source: str, machine: Machine, named: str) -> Iterator[str]:
+    """Profiles from the simplest to the one that offloads most; the first that compiles is taken."""
+    storage = {device: what for device, what in machine.devices.items() if device in ("cpu", "disk")}
+    accelerators = {device: machine.devices[device] for device in machine.accelerators}
+    for dtype in ("auto", "float16"):
+        if accelerators:
+            yield _profile(source, accelerators, named, "single", dtype, spare=storage)
+            yield _profile(source, accelerators, named, "balanced", dtype, spare=storage)
+            yield _profile(source, accelerators, named, "sequential", dtype, spare=storage)
+        cpu = {"cpu": storage.get("cpu", OFFLOAD_MEMORY["cpu"])}
+        yield _profile(source, accelerators | cpu, named, "sequential" if accelerators else "single", dtype)
+        disk = {"disk": storage.get("disk", OFFLOAD_MEMORY["disk"])}
+        yield _profile(source, accelerators | cpu | disk, named, "sequential", dtype)
+
+
+def _profile(
+    source: str, devices: dict[str, str], named: str, strategy: str, dtype: str, spare: dict[str, str] | None = None
+) -> str:
+    from devmap_config.cli.adopt import specification
+    from devmap_config.profile.writing import yaml_text
+
+    explained = {
+        "single": "everything on one device; also: auto, balanced, balanced_low_0, sequential, manual",
+        "balanced": "spread over the accelerators; also: auto, balanced_low_0, sequential, single, manual",
+        "sequential": "device by device, in order; also: auto, balanced, balanced_low_0, single, manual",
+    }[strategy]
+    lines = [
+        f"# A first profile for {source} on {named}.",
+        "version: 1",
+        "",
+        "model:",
+        f"  source: {yaml_text(source)}",
+    ]
+    if dtype != "auto":
+        lines.append(f"  dtype: {dtype}   # what the accelerator computes in")
+    lines += [
+        "",
+        "hardware:",
+        "  # What is not listed here does not exist: nothing spills without a word.",
+        "  devices:",
+    ]
+    for device, what in devices.items():
+        assumed = "   # assumed: say what there is" if what == OFFLOAD_MEMORY.get(device) else ""
+        lines.append(f"    {device}: {specification(what)}{assumed}")
+    for device, what in (spare or {}).items():
+        lines.append(f"    # {device}: {specification(what)}   # for what is to be offloaded")
+    lines += [
+        "",
+        "placement:",
+        f"  strategy: {strategy}   # {explained}",
+        "  # pins:   # parts of the model that must be somewhere; `devmap tree` shows their names",
+        "  #   - {match: lm_head, device: " + next(iter(devices)) + "}",
+    ]
+    if "disk" in devices:
+        lines.append("  offload: {folder: ./offload}")
+    return "\n".join(lines) + "\n"
+
+
+def _compile_text(text: str, folder: Path, *, trust_remote_code: bool) -> Compilation:
+    """Compile a profile as if it lay in a folder already."""
+    from devmap_config.compiler import Request, run_pipeline
+
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".init-", suffix=".yaml", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        return run_pipeline(Request(path=Path(file.name), allow_outside=True, trust_remote_code=trust_remote_code))
+
+
+def _report(compilation: Compilation) -> int:
+    # The places are in a file that nobody wrote: what is wrong is the model or the machine.
+
+    from devmap_config.cli.reporting import report_on_terminal
+
+    report_on_terminal([replace(each, span=None) for each in compilation.diagnostics], {})
+    return 1

@@ -1,0 +1,78 @@
+"""Machines by name: `2xrtx-4090`, `rtx-4090,rtx-3090`, `2x24GiB,cpu:64GiB`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from devmap_config.hardware.catalogue import load_catalogue, nearest
+from devmap_config.profile.quantities import QuantityError, parse_bytes
+
+PART = re.compile(r"(?:(?P<count>[1-9][0-9]?)x)?(?P<what>[A-Za-z0-9][A-Za-z0-9._-]*)")
+STORAGE = re.compile(r"(?P<device>cpu|disk):(?P<memory>.+)")
+
+
+class UnknownMachineError(ValueError):
+    """A text names no machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices by their canonical names; each a catalogue name, or an amount of memory."""
+
+    devices: dict[str, str]
+
+    @property
+    def accelerators(self) -> tuple[str, ...]:
+        """The names of all but the CPU and the disk."""
+        return tuple(device for device in self.devices if device not in ("cpu", "disk"))
+
+
+def named_machine(text: str) -> Machine:
+    """The machine that a text names.
+
+    Raises:
+        UnknownMachineError: where it names none.
+    """
+    accelerators: list[tuple[str, str]] = []
+    storage: dict[str, str] = {}
+    for part in text.split(","):
+        if stored := STORAGE.fullmatch(part.strip()):
+            storage[stored["device"]] = _memory(stored["memory"])
+            continue
+        match = PART.fullmatch(part.strip())
+        if match is None:
+            raise UnknownMachineError(f"`{part}` is no part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`")
+        accelerators += [_accelerator(match["what"])] * int(match["count"] or 1)
+    kinds = list(dict.fromkeys(kind for kind, _ in accelerators if kind))
+    if len(kinds) > 1:
+        raise UnknownMachineError(f"one machine cannot run {' and '.join(kinds)} devices together")
+    kind = kinds[0] if kinds else "cuda"
+    if kind == "mps":
+        if len(accelerators) > 1:
+            raise UnknownMachineError("a Mac has one `mps` device")
+        devices = {"mps": accelerators[0][1]}
+    else:
+        devices = {f"{kind}:{index}": what for index, (_, what) in enumerate(accelerators)}
+    return Machine(devices | {device: storage[device] for device in ("cpu", "disk") if device in storage})
+
+
+def _accelerator(text: str) -> tuple[str, str]:
+    """Kind (empty where any) and description of an accelerator."""
+    if found := load_catalogue().get(text):
+        return found.kind, found.name
+    try:
+        return "", _memory(text)
+    except UnknownMachineError:
+        meant = nearest(text)
+        advice = f"did you mean `{meant}`?" if meant else "`devmap hardware` lists them"
+        raise UnknownMachineError(f"the catalogue has no accelerator `{text}`; {advice}") from None
+
+
+def _memory(text: str) -> str:
+    try:
+        if isinstance(parse_bytes(text), int) and not text.isdigit():
+            return text
+    except QuantityError as error:
+        raise UnknownMachineError(f"{error.message}: {error.help}") from None
+    raise UnknownMachineError(f"`{text}` is no amount of memory: write `24GiB`")

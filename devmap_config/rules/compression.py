@@ -1,0 +1,82 @@
+"""The fewest patterns that give every tensor the device it has: a default for a subtree, and what differs below it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from devmap_config.graph.model import Module
+from devmap_config.rules.folding import ranges
+from devmap_config.rules.matching import children_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.graph.model import ModelGraph, Tensor, TensorName
+
+Node: TypeAlias = "Module | Tensor"
+Segment: TypeAlias = "str | tuple[int, ...]"
+"""A name, or the numbers of several children that are alike."""
+Rules: TypeAlias = "tuple[tuple[tuple[Segment, ...], str], ...]"
+"""Relative paths and their devices, in order of definition."""
+
+
+def compress(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[str, str]:
+    """Patterns and their devices, fewest first of all; under them the deeper pattern wins over the shallower.
+
+    A default for the whole model is used only where everything has one device.
+    """
+    search = _Search(homes)
+    if len(search.devices(graph.root)) == 1:
+        return {"": next(iter(search.devices(graph.root)))}
+    found = search.below(graph.root, None)
+    return {_pattern(segments): device for segments, device in found}
+
+
+def _pattern(segments: tuple[Segment, ...]) -> str:
+    return ".".join(segment if isinstance(segment, str) else ranges(segment) for segment in segments)
+
+
+@dataclass
+class _Search:
+    """Dynamic programming over the tree: the fewest rules below a node, given what it inherits."""
+
+    homes: Mapping[TensorName, str]
+    _devices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _best: dict[tuple[str, str | None], Rules] = field(default_factory=dict)
+
+    def devices(self, node: Node) -> tuple[str, ...]:
+        """The devices of a node's tensors, in order of definition."""
+        if not isinstance(node, Module):
+            return (self.homes[node.name],)
+        if node.path not in self._devices:
+            below = [self.devices(child) for child in children_of(node).values()]
+            self._devices[node.path] = tuple(dict.fromkeys(device for devices in below for device in devices))
+        return self._devices[node.path]
+
+    def best(self, node: Node, inherited: str | None) -> Rules:
+        """The fewest rules for a node and what is below it; their paths are relative to it."""
+        devices = self.devices(node)
+        if len(devices) <= 1:
+            return () if devices in ((), (inherited,)) else (((), devices[0]),)
+        assert isinstance(node, Module)  # noqa: S101 - a tensor has one device
+        key = (node.path, inherited)
+        if key not in self._best:
+            ways = [self.below(node, inherited)]
+            ways += [(((), device), *self.below(node, device)) for device in devices if device != inherited]
+            self._best[key] = min(ways, key=len)  # of equally many, the first: no default where none is needed
+        return self._best[key]
+
+    def below(self, node: Node, inherited: str | None) -> Rules:
+        """The fewest rules for what is below a node; numbered children with the same rule share it."""
+        entries: dict[tuple[Segment | None, tuple[Segment, ...], str], list[int]] = {}
+        for name, child in children_of(node).items():
+            for rest, device in self.best(child, inherited):
+                is_number = name.isdecimal() and str(int(name)) == name
+                entries.setdefault((None if is_number else name, rest, device), []).extend(
+                    [int(name)] if is_number else []
+                )
+        return tuple(
+            ((tuple(numbers) if name is None else name, *rest), device)
+            for (name, rest, device), numbers in entries.items()
+        )

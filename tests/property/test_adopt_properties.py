@@ -1,0 +1,82 @@
+"""Adopt a map, compile the profile: the placement is the one that went in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import write_models
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from devmap_config.cli.adopt import adopt
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.loading import graph_from_source
+from devmap_config.graph.source import local_source
+from devmap_config.placement.units import fold
+from devmap_config.rules.compression import compress
+from devmap_config.rules.matching import match
+from devmap_config.rules.pattern import parse_pattern
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return {
+        name: graph_from_source(local_source(folder / name), class_name=class_name, dtype="bfloat16", attention=None)
+        for name, class_name in (("llama", "LlamaForCausalLM"), ("mixture", "Qwen3MoeForCausalLM"))
+    }
+
+
+def nearest_rule(graph, patterns):
+    """Per tensor the device of its deepest pattern: a second reading of the precedence rules."""
+    matches = [(set(match(parse_pattern(pattern), graph).names), device) for pattern, device in patterns.items()]
+    homes = {}
+    for name in graph.tensors:
+        path = name
+        while True:
+            devices = {device for names, device in matches if path in names}
+            if devices:
+                [homes[name]] = devices
+                break
+            if not path:
+                break
+            path = path.rpartition(".")[0]
+    return homes
+
+
+devices = st.sampled_from(["cuda:0", "cuda:1", "cpu"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["llama", "mixture"]), st.data())
+def test_the_fewest_patterns_stand_for_the_same_placement(graphs, name, data):
+    graph = graphs[name]
+    homes = {tensor: data.draw(devices) for tensor in graph.tensors} if data.draw(st.booleans()) else {}
+    if not homes:
+        units = [unit for unit, _ in fold(graph, dict.fromkeys(graph.tensors, ""))]
+        for unit in units:
+            homes |= dict.fromkeys(unit.tensors, data.draw(devices))
+    patterns = compress(graph, homes)
+    assert nearest_rule(graph, patterns) == homes
+    assert len(patterns) <= len(fold(graph, homes))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_adopt_then_compile_gives_the_map_that_went_in(graphs, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("adopted")
+    write_models(folder)
+    graph = graphs["llama"]
+    units = [unit.name for unit, _ in fold(graph, dict.fromkeys(graph.tensors, ""))]
+    device_map = {unit: data.draw(st.sampled_from([0, 1, "cpu"])) for unit in units}
+    (folder / "map.json").write_text(json.dumps(device_map))
+    profile = folder / "profile.yaml"
+    arguments = [str(folder / "map.json"), "--model", str(folder / "llama"), "-o", str(profile)]
+    assert CliRunner().invoke(adopt, arguments, standalone_mode=False).return_value == 0
+    plan = run_pipeline(Request(path=Path(profile))).plan
+    expected = device_map if len(set(device_map.values())) > 1 else {"": next(iter(device_map.values()))}
+    assert plan.device_map == expected
