@@ -52,7 +52,9 @@ def _lines(diagnostic: Diagnostic, texts: Mapping[str, str], width: int) -> Iter
         yield from _snippet(related.span, related.message, texts, width, margin, ":::", "-", MARGIN)
     if diagnostic.help:
         lead = " " * margin + "= help: " if diagnostic.span else "  = help: "
-        for number, line in enumerate(_wrapped(lead + diagnostic.help, width, indent=" " * len(lead))):
+        # A command that is too long for the line still begins beside its lead.
+        kept_lead = lead.replace(" ", "\xa0")
+        for number, line in enumerate(_wrapped(kept_lead + diagnostic.help, width, indent=" " * len(lead))):
             text = Text(line)
             if number == 0:
                 text.stylize(MARGIN, 0, len(lead))

@@ -11,7 +11,7 @@ from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceEndE
 
 from devmap_config.diagnostics.diagnostic import Related, Span
 from devmap_config.diagnostics.source import LINE_BREAK
-from devmap_config.profile.quoting import unquoted_text
+from devmap_config.profile.quoting import closed, unquoted_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -407,7 +407,7 @@ def _report_unquoted(file: str, lines: list[str], line: int, column: int, sink: 
     if found is None:
         return False
     start, text = found
-    quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    quoted = '"' + closed(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
     sink.error(
         "needs-quotes",
         f"`{text}` must be quoted",

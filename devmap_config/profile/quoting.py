@@ -38,6 +38,17 @@ def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
     return None
 
 
+def closed(text: str) -> str:
+    """A text with what it leaves open closed: `[0-15` is `[0-15]`."""
+    open_brackets: list[str] = []
+    for character in text:
+        if character in OPENING:
+            open_brackets.append(OPENING[character])
+        elif open_brackets and character == open_brackets[-1]:
+            open_brackets.pop()
+    return text + "".join(reversed(open_brackets))
+
+
 def _extent(line: str, start: int) -> str:
     """From a value's start to the comma, bracket, comment or end of line that ends it."""
     open_brackets: list[str] = []

@@ -231,13 +231,13 @@ class Workload(Section):
     prompt_length: Count | None = Field(default=None, examples=[4096])
     """How many tokens are prefilled at once. Without it: `context_length`."""
 
-    logits: _choice("last", "all") = Field(default="last")  # type: ignore[valid-type]
+    logits: _choice("last", "all") = Field(default="last", examples=["last", "all"])  # type: ignore[valid-type]
     """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""
 
     cache: Text = Field(default="dynamic", examples=["dynamic", "static"])
     """transformers' cache implementation."""
 
-    optimize: _choice("decode", "prefill", "request") = Field(default="decode")  # type: ignore[valid-type]
+    optimize: _choice("decode", "prefill", "request") = Field(default="decode", examples=["decode", "request"])  # type: ignore[valid-type]
     """What is to be fast: a decoded token, the prompt, or a whole request."""
 
     new_tokens: Count | None = Field(default=None, examples=[512])
@@ -321,13 +321,13 @@ class Pin(Section):
     )
     """Devices on which nothing of it may be stored."""
 
-    keep_together: Flag = Field(default=False)
+    keep_together: Flag = Field(default=False, examples=[True])
     """Whether all that it matches must be on one device."""
 
-    override: Flag = Field(default=False)
+    override: Flag = Field(default=False, examples=[True])
     """Whether this rule wins over earlier ones that say something else of the same module."""
 
-    optional: Flag = Field(default=False)
+    optional: Flag = Field(default=False, examples=[True])
     """Whether it may match nothing."""
 
     @model_validator(mode="after")
@@ -343,7 +343,7 @@ class Offload(Section):
     folder: Text | None = Field(default=None, examples=["./offload"])
     """Where weights on `disk` are written. Relative to this file."""
 
-    buffers: Flag = Field(default=False)
+    buffers: Flag = Field(default=False, examples=[True])
     """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`)."""
 
 
@@ -382,7 +382,7 @@ class Profile(Section):
     name: Text | None = Field(default=None, examples=["llama-3.1-70b-two-24gb"])
     """What this profile is called."""
 
-    description: Text | None = Field(default=None)
+    description: Text | None = Field(default=None, examples=["two cards and what the CPU can hold"])
     """What it is for."""
 
     extends: Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)] = Field(
@@ -405,7 +405,7 @@ class Profile(Section):
     placement: PlacementSection = Field(default_factory=PlacementSection)
     """Where the model goes."""
 
-    targets: tuple[_choice("transformers"), ...] = Field(default=("transformers",))  # type: ignore[valid-type]
+    targets: tuple[_choice("transformers"), ...] = Field(default=("transformers",), examples=[["transformers"]])  # type: ignore[valid-type]
     """What the plan is made for."""
 
     @model_validator(mode="after")

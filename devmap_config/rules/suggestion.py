@@ -58,10 +58,10 @@ def nearest_to(pattern: Pattern, stuck: Stuck | None, graph: ModelGraph) -> Sugg
         more = ", …" if len(children) > 6 else ""
         return Suggestion(label=f"{where} holds {below}{more}", pattern=_joined(node.path, "*"))
     path = _joined(node.path, close[0])
-    return Suggestion(
-        label=f"nearest: {described(path, graph)}",
-        pattern=_joined(path, "*") if _is_last(stuck) is False else path,
-    )
+    whole = _completed(path, stuck.path[stuck.position + 1 :], graph)
+    if whole is not None:
+        return Suggestion(label=f"nearest: {described(whole, graph)}", pattern=whole)
+    return Suggestion(label=f"nearest: {described(path, graph)}", pattern=_joined(path, "*"))
 
 
 def described(path: str, graph: ModelGraph) -> str:
@@ -74,8 +74,20 @@ def described(path: str, graph: ModelGraph) -> str:
     return f"`{path}` ({count} {last if last.endswith('s') else 'modules'})" if count else f"`{path}`"
 
 
-def _is_last(stuck: Stuck) -> bool:
-    return stuck.position == len(stuck.path) - 1
+def _completed(path: str, rest: tuple[FlatSegment, ...], graph: ModelGraph) -> str | None:
+    """A path followed by the rest of a pattern, each name by the nearest there is; `None` where it leads nowhere."""
+    for segment in rest:
+        node = graph.modules.get(path)  # type: ignore[call-overload]
+        if node is None or segment.literal is None:
+            return None
+        children = list(children_of(node))
+        close = (
+            [segment.literal] if segment.literal in children else difflib.get_close_matches(segment.literal, children)
+        )
+        if not close or (segment.literal.isdigit() and close[0] != segment.literal):
+            return None
+        path = _joined(path, close[0])
+    return path
 
 
 def _fused(node: Module, segment: FlatSegment) -> Suggestion | None:

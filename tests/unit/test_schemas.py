@@ -67,11 +67,13 @@ def fields(schema, route=()):
         yield from fields(alternative, route)
 
 
-def test_every_field_says_what_it_means():
+def test_every_field_says_what_it_means_and_shows_an_example():
     schema = profile_schema()
     for holder in (schema, *schema["definitions"].values()):
         for route, field in fields(holder):
             assert field.get("description"), route
+            is_section = "$ref" in json.dumps(field) and "examples" not in field
+            assert is_section or field.get("examples"), route
 
 
 def blocks():
