@@ -53,6 +53,16 @@ MODELS = {
     "mixture": MIXTURE,
     "nameless": {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")},
     "unknown": {"architectures": ["NoSuchModel"], "model_type": "no-such-model"},
+    "unmeasurable": {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "dtype": "float32",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 32,
+    },
     "quantized": {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}},
 }
 """Configs by the folder that cases name as `model.source`."""

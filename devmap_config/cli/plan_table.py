@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from devmap_config.placement.shortage import rounded
+from devmap_config.placement.shortage import UNITS, rounded
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -25,26 +25,28 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
     plan, model, loaded = compilation.plan, compilation.model, compilation.loaded
     if plan is None or model is None or loaded is None:
         return
+    unit_bytes, unit = _unit_of(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"),
-        f": {rounded(model.graph.size_bytes)} in {model.dtype}, placed by `{plan.strategy}`",
+        f": {rounded(model.graph.size_bytes)} in {model.dtype}, placed by `{plan.strategy}`; sizes in {unit}",
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
+    is_running = model.graph.measurement is not None
     table.add_column("device", no_wrap=True)
-    table.add_column("capacity", justify="right", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True)
-    table.add_column("free", justify="right", no_wrap=True)
+    for heading in ("capacity", "weights", *(("cache", "running") if is_running else ()), "free"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("holds", overflow="fold", ratio=1)
     for use in plan.devices:
-        table.add_row(
-            use.id,
-            rounded(use.capacity_bytes),
-            rounded(use.weights_bytes),
-            rounded(use.free_bytes),
-            _held(plan, use.id),
-        )
+        running = (use.kv_cache_bytes, use.activation_bytes + use.overhead_bytes) if is_running else ()
+        sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
+        table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table
     yield from _notes(plan, loaded.profile.workload.context_length)
+
+
+def _unit_of(size_bytes: int) -> tuple[int, str]:
+    """The largest unit of which a model has at least one."""
+    return next((unit for unit in UNITS if size_bytes >= unit[0]), UNITS[-1])
 
 
 def _held(plan: Plan, device: str) -> str:

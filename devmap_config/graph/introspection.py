@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.estimation import estimate
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
 
 if TYPE_CHECKING:
@@ -14,13 +16,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from devmap_config.graph.costs import Measurement, Workload
+
 
 class UnbuildableModelError(Exception):
     """transformers cannot build this model here; the text says why."""
 
 
 def build_graph(
-    config_path: Path, *, class_name: str, dtype: str, attention: str | None, trust_remote_code: bool = False
+    config_path: Path,
+    *,
+    class_name: str,
+    dtype: str,
+    attention: str | None,
+    workload: Workload | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelGraph:
     """The graph of the model that `config_path` describes.
 
@@ -29,6 +39,8 @@ def build_graph(
         class_name: an Auto class or a concrete class of transformers.
         dtype: torch's name of the dtype in which the model is to be loaded.
         attention: transformers' `attn_implementation`; `None` for the one that it chooses itself.
+        workload: what is to be measured besides the tree; where the model's code cannot be run without data,
+            formulas stand in for the measurement, which says so.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
@@ -45,7 +57,18 @@ def build_graph(
         raise
     except Exception as error:  # whatever a model's own code raises on a config that it does not accept
         raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
-    return graph_of(model, getattr(torch, dtype))
+    graph = graph_of(model, getattr(torch, dtype))
+    return graph if workload is None else replace(graph, measurement=_measured(model, graph, workload))
+
+
+def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
+    from devmap_config.graph.measurement import UnmeasurableModelError, measure
+
+    text_config = model.config.get_text_config(decoder=True)
+    try:
+        return measure(model, workload)
+    except UnmeasurableModelError as error:
+        return estimate(graph, text_config.to_dict(), workload, reason=str(error))
 
 
 def resolve_class(class_name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Any:

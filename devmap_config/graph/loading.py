@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.cache import cached_graph
+from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import UnbuildableModelError, build_graph
 from devmap_config.graph.source import (
     ASSUMED_DTYPE,
@@ -76,6 +77,7 @@ def load_model_graph(
             class_name=class_name,
             dtype=dtype,
             attention=attention,
+            workload=_workload(loaded),
             trust_remote_code=trust_remote_code,
             cache_directory=cache_directory,
         )
@@ -87,7 +89,7 @@ def load_model_graph(
             help=_building_advice(source, str(error)),
         )
         return None
-    _warn_unmeasured(loaded, source, sink)
+    _warn(loaded, source, graph, sink)
     return LoadedModel(graph, source, class_name, dtype, attention)
 
 
@@ -97,6 +99,7 @@ def graph_from_source(
     class_name: str,
     dtype: str,
     attention: str | None,
+    workload: Workload | None = None,
     trust_remote_code: bool = False,
     cache_directory: Path | None = None,
 ) -> ModelGraph:
@@ -112,12 +115,15 @@ def graph_from_source(
             class_name=class_name,
             dtype=dtype,
             attention=attention if attention in BUILDABLE_ATTENTION else None,
+            workload=workload,
             trust_remote_code=trust_remote_code,
         )
 
     if trust_remote_code:  # code that comes with a model may change without its config
         return make()
     key: dict[str, object] = {"config": source.config_digest, "class": class_name, "dtype": dtype}
+    if workload is not None:
+        key |= {"workload": asdict(workload), "attention": attention}
     return cached_graph(key, make, directory=cache_directory)
 
 
@@ -155,7 +161,21 @@ def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> Model
         return None
 
 
-def _warn_unmeasured(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> None:
+def _workload(loaded: LoadedProfile) -> Workload | None:
+    """What is to be measured; nothing where the profile names no context."""
+    wanted = loaded.profile.workload
+    if wanted.context_length is None:
+        return None
+    return Workload(
+        batch_size=wanted.batch_size,
+        context_length=wanted.context_length,
+        prompt_length=wanted.prompt_length or wanted.context_length,
+        all_logits=wanted.logits == "all",
+        cache=wanted.cache,
+    )
+
+
+def _warn(loaded: LoadedProfile, source: ModelSource, graph: ModelGraph, sink: Sink) -> None:
     if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
             "unknown-dtype",
@@ -169,12 +189,12 @@ def _warn_unmeasured(loaded: LoadedProfile, source: ModelSource, sink: Sink) -> 
             "the plan counts the weights as they are before quantization: it is an upper bound",
             loaded.span("model", "quantization"),
         )
-    if loaded.profile.workload.context_length is not None:
+    if graph.measurement is not None and not graph.measurement.measured:
         sink.warning(
-            "workload-not-measured",
-            "cache and activations of this workload are not budgeted: only weights are",
+            "unmeasured-model",
+            f"the model's code cannot be run without data ({graph.measurement.reason}): formulas stand in for it",
             loaded.span("workload"),
-            help="leave room by `reserve` on the accelerators",
+            help="leave more room than usual, by `reserve` on the accelerators",
         )
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal, NewType
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from devmap_config.graph.costs import Measurement
+
 ModulePath = NewType("ModulePath", str)
 """Dotted path of a module, as in `named_modules()`; the root is `""`."""
 
@@ -79,6 +81,7 @@ class ModelGraph:
     `ties` holds `(target, source)` pairs of transformers' `all_tied_weights_keys`: two names, one storage.
     `no_split_classes`, `no_placement_parameters` and `skip_keys` are the model's `_no_split_modules`,
     `_no_placement_params` (`None` where the model has no such attribute) and `_skip_keys_device_placement`.
+    `measurement` is what running it costs under a workload, where one was named.
     """
 
     root: Module
@@ -86,6 +89,7 @@ class ModelGraph:
     no_split_classes: tuple[str, ...] = ()
     no_placement_parameters: tuple[str, ...] | None = None
     skip_keys: tuple[str, ...] = ()
+    measurement: Measurement | None = None
 
     @property
     def class_name(self) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from devmap_config.graph.costs import Measurement
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 
-SCHEMA = "devmap-graph/1"
+SCHEMA = "devmap-graph/2"
 """Moves whenever the value below, or what introspection reads into it, changes."""
 
 
@@ -19,6 +20,7 @@ def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
         "no_split_classes": list(graph.no_split_classes),
         "no_placement_parameters": _list_or_none(graph.no_placement_parameters),
         "skip_keys": list(graph.skip_keys),
+        "measurement": None if graph.measurement is None else graph.measurement.to_json(),
     }
 
 
@@ -37,6 +39,7 @@ def graph_from_json(value: dict[str, Any]) -> ModelGraph:
         no_split_classes=tuple(value["no_split_classes"]),
         no_placement_parameters=None if no_placement is None else tuple(no_placement),
         skip_keys=tuple(value["skip_keys"]),
+        measurement=None if value["measurement"] is None else Measurement.from_json(value["measurement"]),
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.source import digest
-from devmap_config.plan.plan import Assignment, DeviceUse, Plan, Prediction
+from devmap_config.plan.assignment import Assignment
+from devmap_config.plan.plan import DeviceUse, Plan, Prediction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,16 +15,8 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.units import Unit
     from devmap_config.plan.executor import Executor
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """A unit (module path or tensor name; `""` is the whole model), where it is stored and where it runs."""
-
-    unit: str
-    tensors: tuple[TensorName, ...]
-    stored_on: DeviceId
-    executes_on: DeviceId
+from devmap_config.plan.assignment import Assignment
+from devmap_config.plan.running import RunningCost, running_costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +133,7 @@ def assemble(
         assignments=assignments,
         devices=device_uses(graph, assignments, capacities, executor),
         prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments)),
+        measured=graph.measurement is not None and graph.measurement.measured,
     )
 
 
@@ -148,13 +141,23 @@ def device_uses(
     graph: ModelGraph, assignments: Iterable[Assignment], capacities: Mapping[DeviceId, int], executor: Executor
 ) -> tuple[DeviceUse, ...]:
     """What each device of the profile holds under these assignments, in the profile's order."""
+    placed = tuple(assignments)
     held: dict[DeviceId, list[TensorName]] = {device: [] for device in capacities}
-    for each in assignments:
+    for each in placed:
         for name in each.tensors:
             home = executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
             held.setdefault(home, []).append(name)
+    costs = running_costs(graph, placed, executor)
+    none = RunningCost()
     return tuple(
-        DeviceUse(id=device, capacity_bytes=capacities.get(device, 0), weights_bytes=graph.weights_bytes(tuple(names)))
+        DeviceUse(
+            id=device,
+            capacity_bytes=capacities.get(device, 0),
+            weights_bytes=graph.weights_bytes(tuple(names)),
+            kv_cache_bytes=costs.get(device, none).kv_cache_bytes,
+            activation_bytes=costs.get(device, none).activation_bytes,
+            overhead_bytes=costs.get(device, none).streaming_bytes,
+        )
         for device, names in held.items()
     )
 

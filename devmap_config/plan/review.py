@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.placement.shortage import amount, rounded
 from devmap_config.plan.verify import Violation, verify
 from devmap_config.rules.folding import fold_paths
 
@@ -31,6 +32,8 @@ def review(
     for violation in verify(plan, graph, capacities):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
+        elif violation.kind == "over-capacity":
+            _report_overfull(violation.subjects[0], plan, loaded, sink)
         else:
             sink.error(violation.kind, violation.message, loaded.span("placement", "strategy"))
     for rule, blocks in split.values():
@@ -44,6 +47,26 @@ def review(
         )
     _check_compute(plan, resolution, sink)
     _check_offload_folder(plan, loaded, sink)
+
+
+def _report_overfull(device: str, plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
+    """Weights fit by now: what does not is what the workload needs besides."""
+    use = next(use for use in plan.devices if use.id == device)
+    parts = {
+        "weights": use.weights_bytes,
+        "cache": use.kv_cache_bytes,
+        "activations": use.activation_bytes,
+        "streamed weights": use.overhead_bytes,
+    }
+    listed = ", ".join(f"{name} {rounded(size_bytes)}" for name, size_bytes in parts.items() if size_bytes)
+    sink.error(
+        "over-capacity",
+        f"{device} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(use.capacity_bytes)}:"
+        f" {amount(-use.free_bytes)} are missing",
+        loaded.span("workload", "context_length"),
+        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or keep weights off it by"
+        f" `max_memory: {{{device.partition(':')[2] or device}: …}}`",
+    )
 
 
 def _cost_of_split(plan: Plan, block: str) -> str:

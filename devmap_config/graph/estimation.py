@@ -1,0 +1,50 @@
+"""Formulas for what running a model costs, for those whose code cannot be run without data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.costs import Measurement, ModuleCost, Workload
+from devmap_config.graph.model import ModelGraph, ModulePath
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BYTES_PER_ELEMENT = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+LIVE_HIDDEN_STATES = 8
+"""Copies of the hidden states that live at once in a block: residual, norm in fp32, queries, output, a spare."""
+
+LIVE_INTERMEDIATE_STATES = 3
+"""Copies of the widened states in a gated feed-forward: gate, its activation, up."""
+
+
+def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, *, reason: str) -> Measurement:
+    """Costs as a plain decoder of this size would have them, spread over the blocks; marked as not measured.
+
+    `config` is the text part of the model's config; what it does not say is taken to be as in a plain decoder.
+    """
+    hidden = int(config.get("hidden_size") or config.get("d_model") or config.get("n_embd") or 0)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    key_value_heads = int(config.get("num_key_value_heads") or heads)
+    head_size = int(config.get("head_dim") or hidden // max(heads, 1))
+    intermediate = int(config.get("intermediate_size") or config.get("d_ff") or 4 * hidden)
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 0)
+    weights = next((tensor for tensor in graph.tensors.values() if tensor.kind == "parameter"), None)
+    element_bytes = BYTES_PER_ELEMENT.get(weights.dtype if weights else "", 4)
+    token_bytes = 2 * key_value_heads * head_size * element_bytes * workload.batch_size
+    blocks = [path for path, module in graph.modules.items() if graph.is_no_split(module)] or [ModulePath("")]
+    per_block = token_bytes * max(layers, 1) // len(blocks)
+    state_bytes = (LIVE_HIDDEN_STATES * hidden + LIVE_INTERMEDIATE_STATES * intermediate) * element_bytes
+    peak_bytes = state_bytes * workload.batch_size * workload.prompt_length
+    costs = [
+        ModuleCost(
+            path=path,
+            cache_bytes=per_block * workload.context_length,
+            cache_bytes_per_token=per_block,
+            prefill_peak_bytes=peak_bytes,
+            decode_peak_bytes=state_bytes * workload.batch_size,
+        )
+        for path in blocks
+    ]
+    return Measurement(workload, tuple(costs), measured=False, reason=reason)

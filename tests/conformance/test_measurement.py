@@ -1,0 +1,202 @@
+"""What is measured without data is what a real run shows: cache to the byte, activations as torch's profiler sees."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from devmap_config.graph.costs import Measurement, Workload
+from devmap_config.graph.introspection import build_meta_model, graph_of
+from devmap_config.graph.measurement import CACHE_NAMES, _cache_tensors, measure
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 32}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32}
+
+SLIDING = {**GROUPED, "head_dim": 32, "sliding_window": 64, "sliding_window_pattern": 2}
+HYBRID = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "mamba_d_state": 16,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "n_mamba_heads": 8,
+    "num_mem_blocks": 1,
+}
+
+MODELS = {
+    "dense": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "tie_word_embeddings": False}),
+    "grouped queries": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "one key-value head": ("FalconForCausalLM", "FalconConfig", {**SMALL, "multi_query": True}),
+    "tied": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "learned positions": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512},
+    ),
+    "latent attention": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**SMALL, **LATENT, **EXPERTS}),
+    "sliding window": ("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 64}),
+    "sliding and full": ("Gemma3ForCausalLM", "Gemma3TextConfig", SLIDING),
+    "experts": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4, "sliding_window": None}),
+    "many experts": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**GROUPED, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+    ),
+    "encoder-decoder": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 512, "d_kv": 32},
+    ),
+    "state space": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 512, "state_size": 8},
+    ),
+    "hybrid": ("Zamba2ForCausalLM", "Zamba2Config", HYBRID),
+}
+"""Kinds of models, small enough to be run for real."""
+
+LENGTH = 200
+
+
+def config_of(name):
+    _, config_class, arguments = MODELS[name]
+    return getattr(transformers, config_class)(**arguments)
+
+
+def measured(name, **workload):
+    model_class = getattr(transformers, MODELS[name][0])
+    model = build_meta_model(model_class, config_of(name), torch.float32)
+    workload = {"batch_size": 2, "context_length": LENGTH, "prompt_length": LENGTH, **workload}
+    return measure(model, Workload(**workload))
+
+
+def really_run(name):
+    """A real model's inputs, ready to be run; random weights, since sizes do not depend on them."""
+    torch.manual_seed(0)
+    model = getattr(transformers, MODELS[name][0])(config_of(name)).eval()
+    inputs = {"input_ids": torch.ones((2, LENGTH), dtype=torch.long), "use_cache": True}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    return model, inputs
+
+
+def cache_of(output):
+    cache = next(found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _cache_tensors(cache))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_cache_has_these_very_bytes(name):
+    model, inputs = really_run(name)
+    with torch.no_grad():
+        output = model(**inputs)
+    measurement = measured(name)
+    assert measurement.cache_bytes == cache_of(output)
+    assert sum(cost.cache_bytes for cost in measurement.modules) > 0
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped queries", "sliding window", "experts", "learned positions", "tied"])
+def test_a_further_token_adds_what_a_real_one_adds(name):
+    model, inputs = really_run(name)
+    with torch.no_grad():
+        output = model(**inputs)
+        before = cache_of(output)
+        output = model(input_ids=inputs["input_ids"][:, :1], past_key_values=output.past_key_values, use_cache=True)
+    per_token = sum(cost.cache_bytes_per_token for cost in measured(name).modules)
+    assert per_token == cache_of(output) - before
+
+
+def profiled_peak(model, inputs):
+    """Bytes above what was there before, at their peak, as torch's own profiler counts allocations."""
+    with torch.no_grad():
+        model(**inputs)  # what is made once and kept is not of this run
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            output = model(**inputs)
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak, cache_of(output)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_activations_peak_where_the_profiler_sees_them(name):
+    model, inputs = really_run(name)
+    peak, cache_bytes = profiled_peak(model, inputs)
+    measurement = measured(name)
+    predicted = max(cost.prefill_peak_bytes for cost in measurement.modules)
+    # Blocks are alike, so that activations peak in the last one as well, when the whole cache is there, with all that
+    # windows into it keep alive.
+    retained = sum(cost.retained_bytes for cost in measurement.modules)
+    assert predicted + cache_bytes + retained == pytest.approx(peak, rel=0.1)
+
+
+def test_a_batch_costs_its_multiple():
+    one, four = measured("dense", batch_size=1), measured("dense", batch_size=4)
+    assert four.cache_bytes == 4 * one.cache_bytes
+    assert sum(cost.prefill_operations for cost in four.modules) == 4 * sum(
+        cost.prefill_operations for cost in one.modules
+    )
+
+
+def test_prefilling_in_parts_needs_less_while_the_cache_is_the_same():
+    whole, parts = measured("dense"), measured("dense", prompt_length=20)
+    assert parts.cache_bytes == whole.cache_bytes
+    assert parts.by_path[""].prefill_peak_bytes < whole.by_path[""].prefill_peak_bytes
+
+
+def test_all_logits_cost_their_rows():
+    last, every = measured("dense"), measured("dense", all_logits=True)
+    rows = 2 * (LENGTH - 1) * 512 * 4
+    assert every.by_path["lm_head"].prefill_peak_bytes - last.by_path["lm_head"].prefill_peak_bytes >= rows
+
+
+def test_a_static_cache_is_full_from_the_beginning():
+    measurement = measured("dense", cache="static")
+    # One position more than the context, for the token that follows.
+    assert measurement.cache_bytes >= 4 * 2 * 2 * 128 * 4 * (LENGTH + 1)
+
+
+def test_products_are_counted_as_arithmetic_says():
+    measurement = measured("dense", batch_size=1)
+    by_path = measurement.by_path
+    assert by_path["model.layers.0.mlp.up_proj"].prefill_operations == 2 * LENGTH * 128 * 256
+    assert by_path["model.layers.0.mlp.up_proj"].decode_operations == 2 * 128 * 256
+    assert by_path["lm_head"].decode_touched_bytes >= 512 * 128 * 4
+
+
+def test_few_experts_are_touched_for_one_token():
+    by_path = measured("many experts", batch_size=1).by_path
+    experts = next(cost for path, cost in by_path.items() if path.endswith("mlp.experts"))
+    weights_bytes = 8 * 3 * 128 * 64 * 4
+    assert experts.decode_touched_bytes < weights_bytes * 2 / 8 * 1.3
+    assert experts.prefill_touched_bytes > weights_bytes
+
+
+def test_a_measurement_gives_itself_back():
+    measurement = measured("sliding and full")
+    assert Measurement.from_json(measurement.to_json()) == measurement
+
+
+def test_nothing_of_it_stays_behind():
+    measured("dense")
+    assert torch.empty(1).device.type == "cpu"
+    model, inputs = really_run("dense")
+    with torch.no_grad():
+        assert model(**inputs).logits.shape == (2, 1, 512)
+    graph_of(build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), torch.float32), torch.float32)
