@@ -15,6 +15,22 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING.keys())
 
 
+SENSIBLE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "num_hidden_layers": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4},
+    "xmod": {"default_language": "en_XX"},
+}
+"""Arguments for the types whose default config builds a model that cannot run."""
+
+
+def causal_model_types() -> list[str]:
+    """Every model type that has a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
 def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:
     """The meta model of a default config, by the most telling head that the type has.
 
@@ -26,7 +42,7 @@ def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:
 
     from devmap_config.graph.introspection import build_meta_model
 
-    config = CONFIG_MAPPING[model_type]()
+    config = CONFIG_MAPPING[model_type](**SENSIBLE.get(model_type, {}))
     return build_meta_model(_class_of(config), config, getattr(torch, dtype))
 
 

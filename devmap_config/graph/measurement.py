@@ -7,6 +7,7 @@ transformers the grouped product for experts.
 
 from __future__ import annotations
 
+import gc
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -113,7 +114,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read b
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Watch what runs. Cycles of references are left alone meanwhile: when they go depends on what went before."""
         with ExitStack() as stack:
+            if gc.isenabled():
+                gc.disable()
+                stack.callback(gc.enable)
             stack.callback(register_module_forward_pre_hook(self.enter).remove)
             stack.callback(register_module_forward_hook(self.leave, always_call=True).remove)
             stack.enter_context(self)
@@ -252,16 +257,21 @@ class _Runner:
         modules = sorted(self.costs, key=lambda path: position.get(path, -1))
         return Measurement(workload, tuple(ModuleCost(path=path, **self.costs[path]) for path in modules))
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model takes a decoder's tokens besides; the bare decoder of such a model does not."""
+        return "decoder_input_ids" in inspect.signature(self.model.forward).parameters
+
     def prefill(self, length: int) -> tuple[_Recorder, Any]:
         tokens = torch.ones((self.workload.batch_size, length), dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if self.model.config.is_encoder_decoder:
+        if self.has_encoder:
             inputs["decoder_input_ids"] = tokens
         return self.run(inputs, None)
 
     def decode(self, cache: Any) -> tuple[_Recorder, Any]:
         token = torch.ones((self.workload.batch_size, 1), dtype=torch.long)
-        if not self.model.config.is_encoder_decoder:
+        if not self.has_encoder:
             return self.run({"input_ids": token}, cache)
         return self.run({"decoder_input_ids": token, "encoder_outputs": self.encoded}, cache)
 

@@ -64,8 +64,7 @@ def _report_overfull(device: str, plan: Plan, loaded: LoadedProfile, sink: Sink)
         f"{device} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(use.capacity_bytes)}:"
         f" {amount(-use.free_bytes)} are missing",
         loaded.span("workload", "context_length"),
-        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or keep weights off it by"
-        f" `max_memory: {{{device.partition(':')[2] or device}: …}}`",
+        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or pin blocks elsewhere",
     )
 
 
