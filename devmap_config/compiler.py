@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be compiled. `variables` are as `--set` gives them, `commit` is what the model's revision was
-    resolved to before.
+    """What is to be compiled.
+
+    `variables` are as `--set` gives them, `commit` is what the model's revision was resolved to before; with
+    `use_vendored` a graph that is kept beside the profile is used where it is still the model's.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Request:
     commit: str | None = None
     allow_outside: bool = False
     trust_remote_code: bool = False
+    use_vendored: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,13 @@ def run_pipeline(request: Request) -> Compilation:
         return Compilation(diagnostics=sink.diagnostics)
     inventory = build_inventory(loaded, sink)
     rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
-    model = load_model_graph(loaded, sink, commit=request.commit, trust_remote_code=request.trust_remote_code)
+    model = load_model_graph(
+        loaded,
+        sink,
+        commit=request.commit,
+        trust_remote_code=request.trust_remote_code,
+        use_vendored=request.use_vendored,
+    )
     if model is None:
         return Compilation(diagnostics=sink.diagnostics, loaded=loaded, inventory=inventory)
 

@@ -17,6 +17,7 @@ def model_types() -> list[str]:
 
 SENSIBLE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
+    "blenderbot": {"encoder_layers": 2, "decoder_layers": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "num_hidden_layers": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4},
     "xmod": {"default_language": "en_XX"},

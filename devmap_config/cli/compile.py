@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write the lock; beside the profile else."
 )
+@click.option("--vendor", is_flag=True, help="Keep the model's graph beside the profile: no hub, no torch next time.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
 @quiet_option
 @outside_option
@@ -37,6 +38,7 @@ def compile_command(
     output_format: str,
     variables: dict[str, str],
     output: Path | None,
+    vendor: bool,
     dry_run: bool,
     quiet: bool,
     allow_outside: bool,
@@ -61,6 +63,7 @@ def compile_command(
             commit=commit_of(earlier),
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            use_vendored=not vendor,
         )
     )
     plan, texts = compilation.plan, compilation.loaded.texts if compilation.loaded else texts_of(profile)
@@ -82,9 +85,16 @@ def compile_command(
         return 1
     if not dry_run:
         lock = lock_of(plan, compilation.inputs, {**remembered, **variables}, library_versions())
+        written = [target]
         write_atomically(target, lock.to_text())
+        if vendor and compilation.loaded is not None and compilation.model is not None:
+            from devmap_config.graph.loading import vendor as vendored_graph
+            from devmap_config.graph.vendoring import vendored_path
+
+            written.append(vendored_path(profile))
+            write_atomically(written[-1], vendored_graph(compilation.loaded, compilation.model).to_text())
         if output_format == "table" and not quiet:
-            click.echo(f"wrote {target}", err=True)
+            click.echo(f"wrote {' and '.join(map(str, written))}", err=True)
     return 0
 
 

@@ -16,6 +16,7 @@ from devmap_config.graph.source import (
     is_hub_id,
     local_source,
 )
+from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +46,7 @@ def load_model_graph(
     *,
     commit: str | None = None,
     trust_remote_code: bool = False,
+    use_vendored: bool = True,
     cache_directory: Path | None = None,
 ) -> LoadedModel | None:
     """The graph of the model that a profile names, or `None` and the reason in the sink.
@@ -54,9 +56,14 @@ def load_model_graph(
         sink: takes what is wrong.
         commit: the commit that the revision of a hub id resolved to before.
         trust_remote_code: whether code that comes with the model may run.
+        use_vendored: whether a graph beside the profile is used where it is still the model's.
         cache_directory: where graphs are kept, if not in the user's cache.
     """
-    source = _find_source(loaded, commit, sink)
+    vendored = _vendored(loaded, sink) if use_vendored else None
+    if vendored is not None and not _is_local(loaded):
+        source: ModelSource | None = _vendored_source(vendored, loaded)  # the hub need not be asked
+    else:
+        source = _find_source(loaded, commit, sink)
     if source is None:
         return None
     profile_model = loaded.profile.model
@@ -71,8 +78,48 @@ def load_model_graph(
         return None
     attention = profile_model.attention if "attention" in profile_model.model_fields_set else None
     dtype = source.dtype_for(profile_model.dtype)
+    wanted = (source.config_digest, class_name, dtype, attention, _workload(loaded))
+    if vendored is not None and wanted == _made_from(vendored, loaded):
+        graph = vendored.graph
+    else:
+        if vendored is not None:
+            _warn_stale_graph(loaded, sink)
+        if not (
+            found := _built(source, class_name, dtype, attention, loaded, sink, trust_remote_code, cache_directory)
+        ):
+            return None
+        graph = found
+    _warn(loaded, source, graph, sink)
+    return LoadedModel(graph, source, class_name, dtype, attention)
+
+
+def vendor(loaded: LoadedProfile, model: LoadedModel) -> VendoredGraph:
+    """What is kept beside a profile, so that its model need not be at hand."""
+    return VendoredGraph(
+        graph=model.graph,
+        config=model.source.config,
+        source=loaded.profile.model.source,
+        revision=loaded.profile.model.revision,
+        commit=model.source.commit,
+        class_name=model.class_name,
+        dtype=model.dtype,
+        attention=model.attention,
+        workload=_workload(loaded),
+    )
+
+
+def _built(
+    source: ModelSource,
+    class_name: str,
+    dtype: str,
+    attention: str | None,
+    loaded: LoadedProfile,
+    sink: Sink,
+    trust_remote_code: bool,
+    cache_directory: Path | None,
+) -> ModelGraph | None:
     try:
-        graph = graph_from_source(
+        return graph_from_source(
             source,
             class_name=class_name,
             dtype=dtype,
@@ -89,8 +136,56 @@ def load_model_graph(
             help=_building_advice(source, str(error)),
         )
         return None
-    _warn(loaded, source, graph, sink)
-    return LoadedModel(graph, source, class_name, dtype, attention)
+
+
+def _is_local(loaded: LoadedProfile) -> bool:
+    return loaded.beside(loaded.profile.model.source, "model", "source").exists()
+
+
+def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
+    """The graph beside the profile, where there is one of this very model and revision."""
+    path = vendored_path(loaded.path)
+    try:
+        vendored = read_vendored(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, VendoredGraphError) as error:
+        sink.warning(
+            "stale-graph",
+            f"the graph in `{path.name}` cannot be used: {error}",
+            loaded.span("model", "source"),
+            help="run `devmap compile --vendor` again",
+        )
+        return None
+    wanted = (loaded.profile.model.source, loaded.profile.model.revision)
+    if (vendored.source, vendored.revision) != wanted:
+        _warn_stale_graph(loaded, sink)
+        return None
+    return vendored
+
+
+def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSource:
+    is_hub = is_hub_id(vendored.source) and not vendored.source.endswith(".json")
+    return ModelSource(
+        location=vendored_path(loaded.path),
+        config=vendored.config,
+        weights=vendored.source if is_hub else None,
+        commit=vendored.commit,
+    )
+
+
+def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> tuple[object, ...]:
+    digest = _vendored_source(vendored, loaded).config_digest
+    return (digest, vendored.class_name, vendored.dtype, vendored.attention, vendored.workload)
+
+
+def _warn_stale_graph(loaded: LoadedProfile, sink: Sink) -> None:
+    sink.warning(
+        "stale-graph",
+        f"the graph in `{vendored_path(loaded.path).name}` is of another model, dtype or workload: it is made anew",
+        loaded.span("model", "source"),
+        help="run `devmap compile --vendor` again",
+    )
 
 
 def graph_from_source(

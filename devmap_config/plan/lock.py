@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.source import digest
+from devmap_config.graph.vendoring import beside
 from devmap_config.plan.assignment import Assignment
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
 
@@ -68,10 +69,7 @@ class Lock:
 
 def lock_path(profile: Path) -> Path:
     """`x.lock.json` beside `x.yaml` or `x.yaml.j2`."""
-    name = profile.name.removesuffix(".j2")
-    for suffix in (".yaml", ".yml"):
-        name = name.removesuffix(suffix)
-    return profile.with_name(f"{name}.lock.json")
+    return beside(profile, ".lock.json")
 
 
 def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with: Mapping[str, str | None]) -> Lock:

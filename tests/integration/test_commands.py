@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,37 @@ def test_init_says_what_is_wrong(workspace):
     unknown = devmap("init", "unknown")
     assert unknown.returncode == 1
     assert "unsupported-model" in unknown.stderr
+
+
+WITHOUT_TORCH = (
+    "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate')));"
+    "from devmap_config.cli import main; sys.argv = ['devmap', *sys.argv[1:]]; main()"
+)
+
+
+def devmap_without_torch(*arguments):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(Path("no-cache").absolute())}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_vendored_graph_needs_neither_torch_nor_the_model(profile):
+    profile.write_text(GOOD + "workload: {context_length: 64}\n")
+    assert devmap("compile", "profile.yaml", "--vendor").stderr == "wrote profile.lock.json and profile.graph.json\n"
+    assert devmap_without_torch("check", "profile.yaml").returncode == 0
+    Path("llama").rename("elsewhere")
+    assert devmap_without_torch("check", "profile.yaml").returncode == 0
+    profile.write_text(GOOD.replace("lm_head", "lm_haed") + "workload: {context_length: 64}\n")
+    assert "nearest: `lm_head`" in devmap_without_torch("compile", "profile.yaml").stderr
+
+
+def test_a_vendored_graph_of_something_else_is_made_anew(profile):
+    devmap("compile", "profile.yaml", "--vendor")
+    profile.write_text(GOOD + "workload: {context_length: 64}\n")
+    done = devmap("compile", "profile.yaml")
+    assert done.returncode == 0
+    assert "warning[stale-graph]" in done.stderr
+    Path("profile.graph.json").write_text("{")
+    damaged = devmap("compile", "profile.yaml")
+    assert damaged.returncode == 0
+    assert "JSONDecodeError" in damaged.stderr

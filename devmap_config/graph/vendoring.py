@@ -1,0 +1,89 @@
+"""Keeps a model's graph beside its profile (`x.graph.json`), so that neither hub nor torch is needed to compile."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.costs import Workload
+from devmap_config.graph.serialization import graph_from_json, graph_to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from devmap_config.graph.model import ModelGraph
+
+SCHEMA = "devmap-vendored-graph/1"
+
+
+class VendoredGraphError(Exception):
+    """A file holds no vendored graph that can be read; the text says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VendoredGraph:
+    """A graph with all that it was made from: the model's config and what the profile asked for."""
+
+    graph: ModelGraph
+    config: Mapping[str, Any]
+    source: str
+    revision: str | None
+    commit: str | None
+    class_name: str
+    dtype: str
+    attention: str | None
+    workload: Workload | None
+
+    def to_text(self) -> str:
+        """The file: compact, the same bytes for the same graph."""
+        value = {
+            "schema": SCHEMA,
+            "config": dict(self.config),
+            "source": self.source,
+            "revision": self.revision,
+            "commit": self.commit,
+            "class": self.class_name,
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "workload": None if self.workload is None else asdict(self.workload),
+            "graph": graph_to_json(self.graph),
+        }
+        return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def vendored_path(profile: Path) -> Path:
+    """`x.graph.json` beside `x.yaml` or `x.yaml.j2`."""
+    return beside(profile, ".graph.json")
+
+
+def beside(profile: Path, suffix: str) -> Path:
+    """A file of a profile's name with another suffix, beside it."""
+    name = profile.name.removesuffix(".j2").removesuffix(".yaml").removesuffix(".yml")
+    return profile.with_name(name + suffix)
+
+
+def read_vendored(text: str) -> VendoredGraph:
+    """The vendored graph that a file holds.
+
+    Raises:
+        VendoredGraphError: where it holds none.
+    """
+    try:
+        value = json.loads(text)
+        if value["schema"] != SCHEMA:
+            raise VendoredGraphError("another version of devmap-config wrote it")
+        return VendoredGraph(
+            graph=graph_from_json(value["graph"]),
+            config=value["config"],
+            source=value["source"],
+            revision=value["revision"],
+            commit=value["commit"],
+            class_name=value["class"],
+            dtype=value["dtype"],
+            attention=value["attention"],
+            workload=None if value["workload"] is None else Workload(**value["workload"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error
