@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 class Request:
     """What is to be compiled.
 
-    `variables` are as `--set` gives them, `commit` is what the model's revision was resolved to before; with
+    `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision was resolved to before; with
     `use_vendored` a graph that is kept beside the profile is used where it is still the model's.
     """
 
     path: Path
     variables: Mapping[str, str] = field(default_factory=dict)
+    remembered: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
     allow_outside: bool = False
     trust_remote_code: bool = False
@@ -51,9 +52,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What a compilation gave: all that was found, and the stages' results as far as they were reached."""
+    """What a compilation gave: all that was found in which texts, and the stages' results as far as they were reached."""
 
     diagnostics: tuple[Diagnostic, ...]
+    texts: Mapping[str, str]
     loaded: LoadedProfile | None = None
     inventory: Inventory | None = None
     model: LoadedModel | None = None
@@ -80,16 +82,22 @@ def compile_profile(path: str | Path, *, variables: Mapping[str, object] | None 
     texts = {name: str(value) for name, value in (variables or {}).items()}
     compilation = run_pipeline(Request(path=Path(path), variables=texts))
     if compilation.plan is None:
-        raise ProfileError(compilation.diagnostics)
+        raise ProfileError(compilation.diagnostics, compilation.texts)
     return compilation.plan
 
 
 def run_pipeline(request: Request) -> Compilation:
     """Every stage in turn; one that cannot go on leaves its reasons in the sink, and the others say what they can."""
     sink = Sink()
-    loaded = load_profile(request.path, sink, overrides=request.variables, allow_outside=request.allow_outside)
+    loaded = load_profile(
+        request.path,
+        sink,
+        overrides=request.variables,
+        remembered=request.remembered,
+        allow_outside=request.allow_outside,
+    )
     if loaded is None:
-        return Compilation(diagnostics=sink.diagnostics)
+        return Compilation(diagnostics=sink.diagnostics, texts=sink.texts)
     inventory = build_inventory(loaded, sink)
     rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
     model = load_model_graph(
@@ -100,14 +108,16 @@ def run_pipeline(request: Request) -> Compilation:
         use_vendored=request.use_vendored,
     )
     if model is None:
-        return Compilation(diagnostics=sink.diagnostics, loaded=loaded, inventory=inventory)
+        return Compilation(diagnostics=sink.diagnostics, texts=sink.texts, loaded=loaded, inventory=inventory)
 
     graph, strategy = model.graph, loaded.profile.placement.strategy
     check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, graph, loaded.profile.model.source, sink)
     problem = problem_of(graph, inventory, resolution, sink)
     single_device = settle_single_device(loaded, problem, sink)
-    reached = Compilation(diagnostics=(), loaded=loaded, inventory=inventory, model=model, resolution=resolution)
+    reached = Compilation(
+        diagnostics=(), texts=sink.texts, loaded=loaded, inventory=inventory, model=model, resolution=resolution
+    )
     if sink.has_errors:
         return replace(reached, diagnostics=sink.diagnostics)
 

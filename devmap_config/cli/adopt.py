@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", help="The dtype that it is loaded in, if not the checkpoint's.")
 @click.option("--on", "machine", metavar="MACHINE", help="The machine, such as `2xrtx-4090,cpu:64GiB`.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the profile; to stdout else.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
 @remote_code_option
 def adopt(
     device_map: Path,
@@ -33,6 +34,7 @@ def adopt(
     dtype: str | None,
     machine: str | None,
     output: Path | None,
+    force: bool,
     trust_remote_code: bool,
 ) -> int:
     """Write a profile that places a model as MAP.json does: a `device_map`, or what `model.hf_device_map` held.
@@ -40,10 +42,12 @@ def adopt(
     Tensors that the map does not name go where transformers puts them, which is the CPU.
     """
     from devmap_config.cli.init import relative_source
-    from devmap_config.cli.locking import write_atomically
+    from devmap_config.cli.locking import require_new, write_atomically
     from devmap_config.cli.tree import graph_of_source
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
+    if output is not None:
+        require_new(output, force=force)
     graph = graph_of_source(source, class_name, dtype, None, trust_remote_code)
     homes, uncovered = _homes(_read_map(device_map), graph)
     try:

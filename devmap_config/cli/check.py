@@ -41,7 +41,7 @@ def check(
     trust_remote_code: bool,
 ) -> int:
     """Check that each PROFILE has a lock, and that it still is what the profile asks for."""
-    from devmap_config.cli.compile import report_missing, texts_of
+    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
 
     for profile in profiles:
@@ -53,7 +53,7 @@ def check(
     codes: list[int] = []
     for profile in profiles:
         compilation, stale = _check_one(profile, variables, allow_outside, trust_remote_code)
-        texts |= compilation.loaded.texts if compilation.loaded else texts_of(profile)
+        texts |= compilation.texts
         found += [*compilation.diagnostics, *([stale] if stale else [])]
         plans[str(profile)] = compilation.plan.to_json() if compilation.plan else None
         codes.append(EXIT_WRONG if compilation.has_errors else EXIT_STALE if stale else 0)
@@ -85,7 +85,8 @@ def _check_one(
     compilation = run_pipeline(
         Request(
             path=profile,
-            variables={**remembered, **variables},
+            variables=variables,
+            remembered=remembered,
             commit=commit_of(lock),
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
@@ -94,9 +95,11 @@ def _check_one(
     if lock is not None and compilation.inputs is not None:
         from devmap_config.plan.lock import changed_inputs
 
-        if changed := changed_inputs(lock, compilation.inputs, {**remembered, **variables}):
+        if changed := changed_inputs(
+            lock, compilation.inputs, compilation.loaded.overrides if compilation.loaded else {}
+        ):
             problem = ("stale-lock", f"`{path}` is stale: {' and '.join(changed)} changed")
-    if problem is None:
+    if problem is None or compilation.has_errors:
         return compilation, None
     code, message = problem
     help_text = f"run `devmap compile {profile}` and commit the lock"

@@ -45,7 +45,7 @@ def compile_command(
     trust_remote_code: bool,
 ) -> int:
     """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
-    from devmap_config.cli.locking import existing_lock, write_atomically
+    from devmap_config.cli.locking import existing_lock, require_replaceable, write_atomically
     from devmap_config.cli.reporting import print_json, report, report_on_terminal
     from devmap_config.compiler import Request, run_pipeline
     from devmap_config.graph.cache import library_versions
@@ -54,19 +54,22 @@ def compile_command(
     if not profile.is_file():
         return report_missing(profile, output_format)
     target = output or lock_path(profile)
-    earlier = existing_lock(target)
+    earlier, problem = existing_lock(target)
+    if problem is not None and not dry_run:
+        require_replaceable(target, problem)
     remembered = dict(earlier.variables) if earlier else {}
     compilation = run_pipeline(
         Request(
             path=profile,
-            variables={**remembered, **variables},
+            variables=variables,
+            remembered=remembered,
             commit=commit_of(earlier),
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             use_vendored=not vendor,
         )
     )
-    plan, texts = compilation.plan, compilation.loaded.texts if compilation.loaded else texts_of(profile)
+    plan, texts = compilation.plan, compilation.texts
     if output_format == "device-map":
         report_on_terminal([each for each in compilation.diagnostics if not quiet or each.severity == "error"], texts)
         if plan is not None and plan.compute:
@@ -84,7 +87,8 @@ def compile_command(
     if plan is None or compilation.inputs is None:
         return 1
     if not dry_run:
-        lock = lock_of(plan, compilation.inputs, {**remembered, **variables}, library_versions())
+        used = compilation.loaded.overrides if compilation.loaded else {}
+        lock = lock_of(plan, compilation.inputs, used, library_versions())
         written = [target]
         write_atomically(target, lock.to_text())
         if vendor and compilation.loaded is not None and compilation.model is not None:
@@ -94,7 +98,9 @@ def compile_command(
             written.append(vendored_path(profile))
             write_atomically(written[-1], vendored_graph(compilation.loaded, compilation.model).to_text())
         if output_format == "table" and not quiet:
-            click.echo(f"wrote {' and '.join(map(str, written))}", err=True)
+            again = ", ".join(f"{name}={used[name]}" for name in used if name not in variables)
+            kept = f", with {again} as before" if again else ""
+            click.echo(f"wrote {' and '.join(map(str, written))}{kept}", err=True)
     return 0
 
 
@@ -112,11 +118,6 @@ def report_missing(profile: Path, output_format: str) -> int:
 def commit_of(lock: Lock | None) -> str | None:
     """The commit that a lock holds its model at."""
     return lock.inputs.get("commit") if lock else None
-
-
-def texts_of(profile: Path) -> dict[str, str]:
-    """A profile's own text, for showing what is wrong with it."""
-    return {str(profile): profile.read_bytes().decode("utf-8", errors="replace").removeprefix("\ufeff")}
 
 
 def print_plan(compilation: Compilation) -> None:

@@ -32,12 +32,12 @@ OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
 @remote_code_option
 def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> int:
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
-    from devmap_config.cli.locking import write_atomically
+    from devmap_config.cli.locking import require_new, write_atomically
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
     from devmap_config.hardware.probe import probe_machine
 
-    if output is not None and output.exists() and not force:
-        raise click.UsageError(f"`{output}` exists: pass `--force` to replace it")
+    if output is not None:
+        require_new(output, force=force)
     try:
         machine = named_machine(machine_name) if machine_name else probe_machine()
     except UnknownMachineError as error:
@@ -134,7 +134,7 @@ def _compile_text(text: str, folder: Path, *, trust_remote_code: bool) -> Compil
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".init-", suffix=".yaml", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        return run_pipeline(Request(path=Path(file.name), allow_outside=True, trust_remote_code=trust_remote_code))
+        return run_pipeline(Request(path=Path(file.name), trust_remote_code=trust_remote_code))
 
 
 def _report(compilation: Compilation) -> int:

@@ -57,7 +57,7 @@ def run(
     trust_remote_code: bool,
 ) -> int:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
-    from devmap_config.cli.compile import report_missing, texts_of
+    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import ProfileError
     from devmap_config.runner.loading import RunnerError, quieten_libraries
@@ -73,7 +73,7 @@ def run(
         model = load_verified(deployment)
         output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens)
     except ProfileError as error:
-        report(error.diagnostics, texts_of(profile), output_format, quiet=quiet, data={"plan": None, "output": None})
+        report(error.diagnostics, error.texts, output_format, quiet=quiet, data={"plan": None, "output": None})
         return 1
     except RunnerError as error:
         return _report_failure(error, profile, output_format)

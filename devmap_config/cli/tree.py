@@ -95,7 +95,6 @@ def graph_of_source(
 
 
 def _graph_of_profile(path: Path, trust_remote_code: bool) -> ModelGraph:
-    from devmap_config.cli.compile import texts_of
     from devmap_config.cli.reporting import report_on_terminal
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import load_model_graph
@@ -105,6 +104,6 @@ def _graph_of_profile(path: Path, trust_remote_code: bool) -> ModelGraph:
     loaded = load_profile(path, sink)
     model = load_model_graph(loaded, sink, trust_remote_code=trust_remote_code) if loaded else None
     if model is None:
-        report_on_terminal(list(sink), texts_of(path))
+        report_on_terminal(list(sink), sink.texts)
         raise click.exceptions.Exit(1)
     return model.graph

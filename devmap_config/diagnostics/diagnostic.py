@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 Severity = Literal["error", "warning"]
 
@@ -59,11 +59,13 @@ class Sink:
     """Collects the diagnostics of one run, so that all of them are shown at once.
 
     `origins` names, for a file that another extends, the place where it is named: findings in it point there as well.
+    `texts` are the files that were read, by the names under which they are shown.
     """
 
     def __init__(self) -> None:
         self._diagnostics: list[Diagnostic] = []
         self.origins: dict[str, Span] = {}
+        self.texts: dict[str, str] = {}
 
     def error(
         self,
@@ -128,10 +130,11 @@ def _place(diagnostic: Diagnostic) -> tuple[object, ...]:
 
 
 class ProfileError(Exception):
-    """A profile is wrong or cannot be satisfied; `diagnostics` say where and why."""
+    """A profile is wrong or cannot be satisfied; `diagnostics` say where and why, in which `texts`."""
 
-    def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
+    def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
         self.diagnostics = diagnostics
+        self.texts = dict(texts or {})
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.severity == "error"]
         super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors))
 

@@ -29,13 +29,15 @@ def problem_of(graph: ModelGraph, inventory: Inventory, resolution: Resolution, 
         _check_agreement(group, deciding, graph, resolution, sink)
         pinned |= dict.fromkeys(group, deciding[0].device)
     _check_forbidden(pinned, resolution, sink)
-    return Problem(
+    problem = Problem(
         graph=graph,
         capacities=inventory.capacities,
         pinned=pinned,
         groups=tuple(names for _, names in resolution.groups),
         forbidden={name: tuple(rules) for name, rules in resolution.forbidden.items()},
     )
+    _check_possible(problem, resolution, sink)
+    return problem
 
 
 def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str | None:
@@ -148,6 +150,20 @@ def _check_agreement(
             help="give both rules the same device",
             related=related,
         )
+
+
+def _check_possible(problem: Problem, resolution: Resolution, sink: Sink) -> None:
+    """A part that is forbidden everywhere has no place."""
+    for name, rules in resolution.forbidden.items():
+        if set(problem.capacities) <= set(rules) and name not in problem.pinned:
+            rule = max(rules.values(), key=lambda rule: rule.span)
+            sink.error(
+                "conflicting-pins",
+                f"`{name}` is forbidden on every device",
+                rule.span,
+                help=f"leave it one of {', '.join(problem.capacities)}",
+            )
+            return
 
 
 def _check_forbidden(pinned: dict[TensorName, str], resolution: Resolution, sink: Sink) -> None:

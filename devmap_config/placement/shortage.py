@@ -19,11 +19,27 @@ def report_shortages(
     infeasible: Infeasible, problem: Problem, resolution: Resolution, loaded: LoadedProfile, strategy: str, sink: Sink
 ) -> None:
     """Put the reasons of an infeasible placement into the sink."""
+    if not infeasible.shortages:
+        _report_forbidden(infeasible, problem, resolution, strategy, sink)
     for shortage in infeasible.shortages:
         if shortage.device is None:
             _report_unplaced(infeasible, shortage, problem, loaded, strategy, sink)
         else:
             _report_device(shortage, problem, resolution, loaded, strategy, sink)
+
+
+def _report_forbidden(
+    infeasible: Infeasible, problem: Problem, resolution: Resolution, strategy: str, sink: Sink
+) -> None:
+    name = infeasible.unplaced[0]
+    rules = resolution.forbidden[name]
+    rule = next(iter(rules.values()))
+    sink.error(
+        "conflicting-pins",
+        f"`{strategy}` has no place for `{name}` but on {' or '.join(rules)}, which this rule forbids",
+        rule.span,
+        help="pin it to the device where it is to be, or give the other devices more room",
+    )
 
 
 def amount(size_bytes: int) -> str:

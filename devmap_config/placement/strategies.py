@@ -31,7 +31,10 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Infeasible:
-    """No placement holds: where how much is missing, and the tensors that found no place."""
+    """No placement holds: where how much is missing, and the tensors that found no place.
+
+    Without a shortage, the strategy has no other device for them than one that a rule forbids.
+    """
 
     shortages: tuple[Shortage, ...]
     unplaced: tuple[TensorName, ...] = ()
@@ -59,6 +62,8 @@ def place(problem: Problem, strategy: str, *, single_device: DeviceId | None = N
             if unplaced:
                 return _overflow(problem, placement, unplaced)
     placement = {name: problem.pinned.get(name) or placement[name] for name in problem.graph.tensors}
+    if misplaced := tuple(name for name, device in placement.items() if device in problem.forbidden.get(name, ())):
+        return Infeasible((), misplaced)
     if shortages := _shortages(problem, placement):
         return Infeasible(shortages)
     return placement

@@ -29,7 +29,7 @@ def review(
 ) -> None:
     """Verify a plan, and report what does not hold, at the rule that brought it about where there is one."""
     split: dict[int, tuple[Rule, list[str]]] = {}
-    for violation in verify(plan, graph, capacities):
+    for violation in verify(plan, graph, capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
         elif violation.kind == "over-capacity":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.plan.plan import Plan
@@ -21,6 +21,7 @@ ViolationKind = Literal[
     "split-block",
     "split-tie",
     "over-capacity",
+    "forbidden-device",
 ]
 
 EXAMPLES_SHOWN = 3
@@ -35,13 +36,17 @@ class Violation:
     subjects: tuple[str, ...]
 
 
-def verify(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> tuple[Violation, ...]:
-    """Everything that is wrong with a plan; nothing, for a plan that loads, fits and keeps together what must be."""
-    return tuple(
-        violation
-        for check in (_coverage, _known_units, _flatness, _readability, _blocks, _ties)
-        for violation in check(plan, graph)
-    ) + tuple(_capacity(plan, graph, capacities))
+def verify(
+    plan: Plan,
+    graph: ModelGraph,
+    capacities: Mapping[str, int],
+    forbidden: Mapping[TensorName, Collection[str]] | None = None,
+) -> tuple[Violation, ...]:
+    """Everything that is wrong with a plan; nothing, for a plan that loads, fits and keeps together what must be.
+
+    `forbidden` names, by tensor, the devices on which it must not be stored.
+    """
+    return (*tuple(violation for check in (_coverage, _known_units, _flatness, _readability, _blocks, _ties) for violation in check(plan, graph)), *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
 
 
 def _stored_on(plan: Plan) -> dict[str, str]:
@@ -167,6 +172,17 @@ def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> I
                 message=f"{device} would hold {used:,} bytes, {used - capacities[device]:,} more than it has",
                 subjects=(device,),
             )
+
+
+def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[str]]) -> Iterator[Violation]:
+    for each in plan.assignments:
+        for name in each.tensors:
+            if each.stored_on in forbidden.get(name, ()):
+                yield Violation(
+                    kind="forbidden-device",
+                    message=f"`{name}` is stored on {each.stored_on}, which a rule forbids",
+                    subjects=(name,),
+                )
 
 
 def _some(names: tuple[str, ...]) -> str:

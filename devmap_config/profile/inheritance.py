@@ -54,14 +54,13 @@ def boundary_of(profile: Path, *, allow_outside: bool = False) -> Boundary:
 class Reader:
     """Reads files for one profile: each once, none in a cycle, none from outside.
 
-    `texts` are the files by the name under which they are shown. `is_incomplete` says that some could not be read:
+    `is_incomplete` says that some could not be read:
     what seems to be missing may stand there.
     """
 
     boundary: Boundary
     sink: Sink
     overrides: Mapping[str, str] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
     files_read: int = 0
     is_incomplete: bool = False
 
@@ -73,6 +72,8 @@ class Reader:
         if document is None:
             self.is_incomplete = True
             return []
+        if trail:
+            self.check_version(document)
         own_variables = document.get("variables")
         inner = (*_entries(own_variables), *variables)
         documents: list[MappingNode] = []
@@ -81,6 +82,17 @@ class Reader:
             self.is_incomplete |= not found
             documents += found
         return [*documents, document]
+
+    def check_version(self, document: MappingNode) -> None:
+        """A base file may leave its version out, but not be of another one."""
+        version = document.get("version")
+        if isinstance(version, ScalarNode) and version.value is not None and version.text != "1":
+            self.sink.error(
+                "unsupported-version",
+                f"version {version.text} of the profile language is not known",
+                version.span,
+                help="this devmap-config reads `version: 1`; a newer one may read more",
+            )
 
     def read_base(
         self, base: ScalarNode, extending: Path, trail: tuple[Path, ...], variables: tuple[Entry, ...]
@@ -99,7 +111,7 @@ class Reader:
         if not path.is_file():
             self.sink.error(
                 "missing-file",
-                f"there is no file `{base.text}`",
+                f"`{base.text}` is a folder" if path.is_dir() else f"there is no file `{base.text}`",
                 base.span,
                 help=f"paths are relative to the file that writes them: `{shown}` was looked for{_moved_to(path)}",
             )
@@ -135,10 +147,10 @@ class Reader:
             before = LINE_BREAK.split(data[: error.start].decode("utf-8"))
             span = replace(whole_file(shown), line=len(before), column=len(before[-1]) + 1)
             span = replace(span, end_line=span.line, end_column=span.column + 1)
-            self.texts[shown] = data.decode("utf-8", errors="replace")
+            self.sink.texts[shown] = data.decode("utf-8", errors="replace")
             self.sink.error("syntax", "the file is not UTF-8 here", span, help="save it as UTF-8")
             return None
-        self.texts[shown] = text
+        self.sink.texts[shown] = text
         return text
 
     def document(self, text: str, shown: str, variables: tuple[Entry, ...]) -> MappingNode | None:
@@ -170,7 +182,7 @@ def _base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
     """The files that `extends` names; what is not text there is left to the schema."""
     extends = document.get("extends")
     nodes = extends.items if isinstance(extends, SequenceNode) else (extends,)
-    return tuple(node for node in nodes if isinstance(node, ScalarNode) and node.text)
+    return tuple(node for node in nodes if isinstance(node, ScalarNode) and not (node.is_plain and node.value is None))
 
 
 def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
@@ -224,13 +236,9 @@ def _merge_mappings(base: MappingNode, over: MappingNode, route: tuple[str, ...]
         name = entry.key.text
         inherited = entries.get(name)
         if isinstance(entry.value, ScalarNode) and entry.value.is_plain and entry.value.value is None:
-            entries.pop(name, None)
+            entries[name] = entry  # it removes what is inherited, and is looked at once more: the key may be misspelt
         elif inherited is not None:
             entries[name] = Entry(entry.key, _merge_values(inherited.value, entry.value, (*route, name)))
-        elif isinstance(entry.value, MappingNode):
-            # Merging with nothing drops the nulls within.
-            empty = MappingNode((), entry.value.span)
-            entries[name] = Entry(entry.key, _merge_mappings(empty, entry.value, (*route, name)))
         else:
             entries[name] = entry
     return MappingNode(tuple(entries.values()), over.span)
@@ -267,7 +275,8 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink, *, is_spec: bool) -> Ma
             continue
         for name in names:
             earlier = written.get(name)
-            if earlier is not None and is_range(earlier.text) == is_range(entry.key.text):
+            is_first = all(written.get(other) is not earlier for other in names[: names.index(name)])
+            if earlier is not None and is_range(earlier.text) == is_range(entry.key.text) and is_first:
                 sink.error(
                     "duplicate-key",
                     f"`{name}` is given twice",
@@ -304,6 +313,8 @@ def _moved_to(path: Path) -> str:
     """Where a file of that name lies nearby: it may have moved."""
     folder = path.parent if path.parent.is_dir() else path.parent.parent
     if not folder.is_dir():
+        return ""
+    if path.is_dir():
         return ""
     found = sorted(candidate for candidate in (*folder.glob(path.name), *folder.glob(f"*/{path.name}")))
     return f"; a file of that name is at `{found[0]}`" if found else ""

@@ -6,7 +6,8 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,6 +18,7 @@ from devmap_config.profile.document import (
     ScalarNode,
     SequenceNode,
     at,
+    routes,
     whole_file,
 )
 from devmap_config.profile.inheritance import Boundary, Reader, boundary_of, merge, variable_values
@@ -41,7 +43,7 @@ UNRENDERED = ("variables", "extends")
 class LoadedProfile:
     """A valid profile, or what is valid of it, and where each of its values was written.
 
-    `path` is as it was given, `texts` the files read by the names under which they are shown, `overrides` the
+    `path` is as it was given, `overrides` the
     `--set` values, `invalid` the routes that were left out because they are wrong.
     """
 
@@ -49,7 +51,6 @@ class LoadedProfile:
     profile: Profile
     document: MappingNode
     boundary: Boundary
-    texts: Mapping[str, str]
     overrides: Mapping[str, str]
     invalid: tuple[Route, ...] = ()
 
@@ -84,30 +85,39 @@ class LoadedProfile:
 
 
 def load_profile(
-    path: Path, sink: Sink, *, overrides: Mapping[str, str] | None = None, allow_outside: bool = False
+    path: Path,
+    sink: Sink,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    remembered: Mapping[str, str] | None = None,
+    allow_outside: bool = False,
 ) -> LoadedProfile | None:
     """The profile in a file, or `None` where so little of it is valid that nothing more can be said.
 
     Args:
         path: the profile's file.
         sink: takes everything that is wrong.
-        overrides: values for variables, as text.
+        overrides: values for variables, as text; a variable that the profile does not have is a mistake.
+        remembered: such values from before, for those of the variables that still exist.
         allow_outside: whether paths may lead out of the repository.
     """
     overrides = overrides or {}
     boundary = boundary_of(path, allow_outside=allow_outside)
-    reader = Reader(boundary, sink, overrides)
+    reader = Reader(boundary, sink, {**(remembered or {}), **overrides})
     documents = reader.read(str(path))
     if not documents:
         return None
     merged = merge(documents, sink)
-    variables = variable_values(_variables(merged), overrides)
+    known = {entry.key.text for entry in _variables(merged)}
+    used = {name: text for name, text in (remembered or {}).items() if name in known} | dict(overrides)
+    variables = variable_values(_variables(merged), used)
     _check_overrides(merged, overrides, path, sink)
     rendered, unrendered = _render(merged, variables, sink)
+    _check_empty_keys(rendered, sink)
     profile, invalid = _validate(rendered, unrendered, sink, is_incomplete=reader.is_incomplete)
     if profile is None:
         return None
-    return LoadedProfile(path, profile, rendered, boundary, reader.texts, overrides, invalid)
+    return LoadedProfile(path, profile, rendered, boundary, used, invalid)
 
 
 def _variables(document: MappingNode) -> tuple[Entry, ...]:
@@ -164,7 +174,12 @@ def _validate(
 ) -> tuple[Profile | None, tuple[Route, ...]]:
     """The profile, and the routes that had to be left out to get one."""
     data = _data(document)
-    invalid: list[Route] = []
+    failed = [route for route, node in routes(document) if isinstance(node, ScalarNode) and node in unrendered]
+    invalid: list[Route] = [out for route in failed for out in (route, _to_leave_out("", route))]
+    for route in invalid:
+        _leave_out(data, route)
+    misspelt = frozenset(meant for route, key in _unknown_keys(document) if (meant := _meant(key, route)))
+    said: set[tuple[str, Span]] = set()
     for _ in range(5):  # what is left out may uncover more: a missing key, then what lacks it
         try:
             return Profile.model_validate(data), tuple(invalid)
@@ -173,9 +188,10 @@ def _validate(
                 route = _route(details["loc"], document)
                 is_consequence = (
                     route in invalid
-                    or at(document, route) in unrendered
-                    or (is_incomplete and details["type"] == "missing")
+                    or (details["type"] == "missing" and (is_incomplete or route in misspelt))
+                    or (details["type"], _nearest_span(document, route)) in said
                 )
+                said.add((details["type"], _nearest_span(document, route)))
                 if not is_consequence:
                     _refuse(details, route, document, sink)
                 invalid += [route, _to_leave_out(details["type"], route)]
@@ -183,6 +199,50 @@ def _validate(
                 _leave_out(data, route)
     return None, tuple(invalid)
 
+
+def _unknown_keys(document: MappingNode) -> Iterator[tuple[Route, str]]:
+    """Keys that the schema does not have, with the route of what holds them."""
+    for route, node in routes(document):
+        known = frozenset(_known_keys(route))
+        if isinstance(node, MappingNode) and known:
+            for entry in node.entries:
+                if entry.key.text not in known:
+                    yield route, entry.key.text
+
+
+def _meant(key: str, route: Route) -> Route | None:
+    """The route of the key that a misspelt one was most likely meant to be."""
+    close = difflib.get_close_matches(key, sorted(_known_keys(route)), n=1, cutoff=0.6)
+    return (*route, close[0]) if close else None
+
+
+def _check_empty_keys(document: MappingNode, sink: Sink) -> None:
+    """A key without a value means nothing, but one that does not exist is misspelt all the same."""
+    for route, key in _unknown_keys(document):
+        node = at(document, (*route, key))
+        if isinstance(node, ScalarNode) and node.is_plain and node.value is None and not key.startswith("x-"):
+            holder = at(document, route)
+            span = holder.key_span(key) if isinstance(holder, MappingNode) else None
+            _report_unknown_key((*route, key), span or document.span, sink)
+
+
+def _report_unknown_key(route: Route, span: Span, sink: Sink) -> None:
+    key = str(route[-1])
+    known = sorted(_known_keys(route[:-1]))
+    meant = _meant(key, route[:-1])
+    section = next((name for name in SECTIONS if key in set(_known_keys((name,)))), None)
+    if key[:3].isdigit():
+        advice = "a `,` separates entries: write large numbers without it"
+    elif meant:
+        advice = f"did you mean `{meant[-1]}`?"
+    elif len(route) == 1 and section:
+        advice = f"it belongs under `{section}`: check the indentation"
+    else:
+        advice = f"known here are {', '.join(f'`{each}`' for each in known)}"
+    sink.error("unknown-key", f"unknown key `{key}`{_within(route)}", span, help=advice)
+
+
+SECTIONS = ("model", "workload", "hardware", "placement")
 
 PIN_DEPTH = 3
 """`placement`, `pins` and the index: a pin goes as a whole."""
@@ -243,17 +303,14 @@ def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Si
     span = _nearest_span(document, route)
     if kind == "extra_forbidden":
         holder = at(document, route[:-1])
-        key = str(route[-1])
-        known = sorted(_known_keys(route[:-1]))
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        advice = (
-            f"did you mean `{close[0]}`?" if close else f"known here are {', '.join(f'`{each}`' for each in known)}"
-        )
-        place = holder.key_span(key) if isinstance(holder, MappingNode) else None
-        sink.error("unknown-key", f"unknown key `{key}`{_within(route)}", place or span, help=advice)
+        place = holder.key_span(str(route[-1])) if isinstance(holder, MappingNode) else None
+        _report_unknown_key(route, place or span, sink)
         return
     if kind == "missing":
-        sink.error("missing-key", f"`{route[-1]}` is missing{_within(route)}", span, help=_add_advice(route))
+        holder = at(document, route[:-1])
+        empty = holder.key_span(str(route[-1])) if isinstance(holder, MappingNode) else None
+        what = "is empty" if empty else f"is missing{_within(route)}"
+        sink.error("missing-key", f"`{route[-1]}` {what}", empty or span, help=_add_advice(route))
         return
     if kind == "empty-pin":
         sink.error(
@@ -386,22 +443,30 @@ def _field_at(route: Route) -> FieldInfo | None:
 
 
 def _model_at(route: Route) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Profile
+    """The part of the schema at a route; `None` where keys are open, as those of devices are."""
+    annotation: Any = Profile
     for step in route:
-        if model is None:
-            return None
-        field = _field_of(model, step)
-        if field is not None:
-            model = _section_within(field.annotation)
-    return model
+        annotation = _within_annotation(annotation, step)
+    annotation = _plain_annotation(annotation)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _within_annotation(annotation: Any, step: str | int) -> Any:
+    annotation = _plain_annotation(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = _field_of(annotation, step)
+        return None if field is None else field.annotation
+    # Of `Mapping[str, Device]` and `tuple[Pin, ...]`, what they hold.
+    held = [part for part in get_args(annotation) if part is not Ellipsis]
+    return held[-1] if held else None
+
+
+def _plain_annotation(annotation: Any) -> Any:
+    """Without `Annotated` and without `None`."""
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
 
 
 def _field_of(model: type[BaseModel], key: str | int) -> FieldInfo | None:
     return next((field for name, field in model.model_fields.items() if key in (field.alias or name, name)), None)
-
-
-def _section_within(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as `Mapping[str, Device]`; `None` for what is open."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section_within(part))), None)

@@ -64,11 +64,11 @@ def prepare(
         RunnerError: where the lock is missing, damaged or stale, or there are no weights.
     """
     lock = _read(lock_path(path), path)
-    chosen = {**lock.variables, **variables}
     compilation = run_pipeline(
         Request(
             path=path,
-            variables=chosen,
+            variables=variables,
+            remembered=lock.variables,
             commit=lock.inputs.get("commit"),
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
@@ -76,8 +76,8 @@ def prepare(
     )
     loaded, model, fresh, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
     if loaded is None or model is None or fresh is None or inputs is None:
-        raise ProfileError(compilation.diagnostics)
-    if changed := changed_inputs(lock, inputs, chosen):
+        raise ProfileError(compilation.diagnostics, compilation.texts)
+    if changed := changed_inputs(lock, inputs, loaded.overrides):
         raise RunnerError(
             "stale-lock", f"the lock is stale: {' and '.join(changed)} changed", f"run `devmap compile {path}`"
         )

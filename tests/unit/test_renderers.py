@@ -90,7 +90,7 @@ def compilation(workspace):
 
 
 def test_the_terminal_shows_all_of_them_with_their_lines(compilation):
-    assert rendered(compilation.diagnostics, compilation.loaded.texts) == EXPECTED
+    assert rendered(compilation.diagnostics, compilation.texts) == EXPECTED
 
 
 def finding(line, column, end_column, **options):
