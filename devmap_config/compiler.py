@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
-from devmap_config.graph.loading import load_model_graph
+from devmap_config.graph.loading import load_model_graph, source_from_here
 from devmap_config.hardware.inventory import build_inventory, declared_devices
 from devmap_config.placement.compatibility import check_dtype, check_quantizer
 from devmap_config.placement.constraints import problem_of, settle_single_device
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class Request:
     """What is to be compiled.
 
-    `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision was resolved to before; with
-    `use_vendored` a graph that is kept beside the profile is used where it is still the model's.
+    `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision
+    was resolved to before; with `use_vendored` a graph that is kept beside the profile is used where it is still right.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What a compilation gave: all that was found in which texts, and the stages' results as far as they were reached."""
+    """What a compilation gave: all that was found, in which texts, and what the stages that were reached made."""
 
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]
@@ -112,7 +112,7 @@ def run_pipeline(request: Request) -> Compilation:
 
     graph, strategy = model.graph, loaded.profile.placement.strategy
     check_dtype(loaded, inventory, model, sink)
-    resolution = resolve(rules, graph, loaded.profile.model.source, sink)
+    resolution = resolve(rules, graph, source_from_here(loaded), sink)
     problem = problem_of(graph, inventory, resolution, sink)
     single_device = settle_single_device(loaded, problem, sink)
     reached = Compilation(

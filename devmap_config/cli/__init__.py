@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -45,6 +46,9 @@ def compile_main() -> None:
 
 def _run(command: click.Command, name: str) -> None:
     """Run a command; what click or a bug of ours raises becomes an exit code, and with `--format json` an object."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a narrow encoding is no reason to fail
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
@@ -78,4 +82,4 @@ def _print_failure(code: str, message: str) -> None:
     from devmap_config.diagnostics.structured import diagnostics_to_json
 
     finding: Any = Diagnostic(code=code, severity="error", message=message)
-    click.echo(json.dumps({"diagnostics": diagnostics_to_json([finding]), "plan": None}, indent=2, ensure_ascii=False))
+    click.echo(json.dumps({"diagnostics": diagnostics_to_json([finding]), "plan": None}, indent=2))

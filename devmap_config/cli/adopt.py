@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from devmap_config.cli.options import remote_code_option
+from devmap_config.cli.options import dtype_option, remote_code_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("device_map", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="MAP.json")
 @click.option("--model", "source", required=True, help="The model: a hub id, a directory, or a config.json.")
 @click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
-@click.option("--dtype", help="The dtype that it is loaded in, if not the checkpoint's.")
+@dtype_option
 @click.option("--on", "machine", metavar="MACHINE", help="The machine, such as `2xrtx-4090,cpu:64GiB`.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the profile; to stdout else.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 EXIT_WRONG = 1
+EXIT_USAGE = 2
 EXIT_STALE = 3
 
 
@@ -41,17 +42,21 @@ def check(
     trust_remote_code: bool,
 ) -> int:
     """Check that each PROFILE has a lock, and that it still is what the profile asks for."""
-    from devmap_config.cli.compile import report_missing
+    from devmap_config.cli.compile import missing_profile, report_missing
     from devmap_config.cli.reporting import report
 
-    for profile in profiles:
-        if not profile.is_file():
-            return report_missing(profile, output_format)
+    missing = [profile for profile in profiles if not profile.is_file()]
+    if len(missing) == len(profiles):
+        return report_missing(missing[0], output_format)
     found: list[Diagnostic] = []
     texts: dict[str, str] = {}
     plans: dict[str, object] = {}
     codes: list[int] = []
     for profile in profiles:
+        if profile in missing:
+            found.append(missing_profile(profile))
+            codes.append(EXIT_USAGE)
+            continue
         compilation, stale = _check_one(profile, variables, allow_outside, trust_remote_code)
         texts |= compilation.texts
         found += [*compilation.diagnostics, *([stale] if stale else [])]
@@ -61,7 +66,7 @@ def check(
     report(found, texts, output_format, quiet=quiet, data=data)
     if not any(codes) and output_format == "table" and not quiet:
         click.echo(f"{len(profiles)} lock{'' if len(profiles) == 1 else 's'} up to date")
-    return EXIT_WRONG if EXIT_WRONG in codes else max(codes)
+    return next(code for code in (EXIT_WRONG, EXIT_USAGE, EXIT_STALE, 0) if code in codes)
 
 
 def _check_one(

@@ -18,6 +18,7 @@ from devmap_config.cli.options import (
 
 if TYPE_CHECKING:
     from devmap_config.compiler import Compilation
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.lock import Lock
 
 
@@ -107,12 +108,17 @@ def compile_command(
 def report_missing(profile: Path, output_format: str) -> int:
     """Say that there is no such profile; gives the exit code."""
     from devmap_config.cli.reporting import report
+
+    report([missing_profile(profile)], {}, output_format, data={"plan": None})
+    return 2
+
+
+def missing_profile(profile: Path) -> Diagnostic:
+    """The finding that there is no such profile."""
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
     problem = "is a folder" if profile.is_dir() else "does not exist"
-    found = Diagnostic(code="missing-file", severity="error", message=f"`{profile}` {problem}", help="name a profile")
-    report([found], {}, output_format, data={"plan": None})
-    return 2
+    return Diagnostic(code="missing-file", severity="error", message=f"`{profile}` {problem}", help="name a profile")
 
 
 def commit_of(lock: Lock | None) -> str | None:

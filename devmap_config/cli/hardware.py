@@ -23,7 +23,8 @@ def hardware(name: str | None, output_format: str) -> int:
         )
     rows = {row["name"]: row for row in catalogue_rows() if name in (None, row["name"])}
     if output_format == "json":
-        print_json(rows if name is None else rows[name])
+        values = {each: {key: _value(key, text) for key, text in row.items()} for each, row in rows.items()}
+        print_json(values if name is None else values[name])
         return 0
     from rich import box
     from rich.console import Console
@@ -42,7 +43,6 @@ def hardware(name: str | None, output_format: str) -> int:
     table.add_column("device", no_wrap=True)
     for heading in ("memory", "bandwidth", "bf16"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("unverified", overflow="fold")
     for each in catalogue.values():
         table.add_row(
             each.name,
@@ -50,8 +50,20 @@ def hardware(name: str | None, output_format: str) -> int:
             rounded(each.memory_bytes) + ("*" if "memory_bytes" in each.unverified else ""),
             f"{each.memory_bandwidth_bytes_per_second / 1e9:,.0f} GB/s",
             f"{each.dense_bf16_flops_per_second / 1e12:,.0f} TFLOP/s" if each.supports_bf16 else "–",
-            "memory" if "memory_bytes" in each.unverified else "",
         )
     console.print(table)
-    console.print("`devmap hardware NAME` shows every figure with its source", style="dim")
+    console.print("* nobody was seen reporting it; `devmap hardware NAME` shows each figure's source", style="dim")
     return 0
+
+
+def _value(key: str, text: str) -> int | float | bool | str | list[str] | None:
+    """A figure of the catalogue's file as JSON has it."""
+    if key == "unverified":
+        return text.split()
+    if key.startswith("supports_"):
+        return text == "yes"
+    if text.isdigit():
+        return int(text)
+    if key == "slack" or key.endswith("link_efficiency") or key in ("memory_efficiency", "compute_efficiency"):
+        return float(text)
+    return text or None

@@ -42,6 +42,12 @@ def quiet_option(command: Command) -> Command:
     return click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(command)
 
 
+def dtype_option(command: Command) -> Command:
+    """`--dtype`."""
+    choices = click.Choice(("bfloat16", "float16", "float32", "float64"))
+    return click.option("--dtype", type=choices, help="The dtype it is loaded in, if not the checkpoint's.")(command)
+
+
 def outside_option(command: Command) -> Command:
     """`--allow-outside`."""
     return click.option("--allow-outside", is_flag=True, help="Let paths of the profile lead out of its repository.")(

@@ -62,7 +62,8 @@ def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
         yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
-    for unit, device in plan.compute.items():
-        yield Text(f"`{unit}` runs on {device}")
+    for device in dict.fromkeys(plan.compute.values()):
+        patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
+        yield Text(f"{', '.join(patterns)} run on {device}")
     if context_length is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")

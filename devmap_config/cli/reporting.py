@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,7 +59,8 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
 
 def print_json(value: Any) -> None:
     """Print one JSON value on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    click.echo(json.dumps(value, indent=2, ensure_ascii=not is_unicode))
 
 
 def own_version() -> str:

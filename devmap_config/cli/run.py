@@ -65,6 +65,8 @@ def run(
 
     if not profile.is_file():
         return report_missing(profile, output_format)
+    if not prompt.strip():
+        raise click.UsageError("the prompt is empty")
     try:
         deployment = prepare(
             profile, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.cli.options import format_option, remote_code_option
+from devmap_config.cli.options import dtype_option, format_option, remote_code_option
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.rules.matching import BeyondEnd
 
 
 @click.command("tree")
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--match", "pattern", help="Mark what this pattern matches, and show only that and what is around it.")
 @click.option("--depth", type=click.IntRange(min=1), help="How many levels to show.")
 @click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
-@click.option("--dtype", help="The dtype to count bytes in, if not the checkpoint's.")
+@dtype_option
 @click.option("--revision", help="A branch, tag or commit of a hub id.")
 @format_option("table", "json")
 @remote_code_option
@@ -39,11 +40,13 @@ def tree(
     from devmap_config.rules.matching import match
     from devmap_config.rules.pattern import PatternError, parse_pattern
 
-    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code)
+    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, output_format)
     matched: tuple[str, ...] | None = None
+    beyond: tuple[BeyondEnd, ...] = ()
     if pattern is not None:
         try:
-            matched = match(parse_pattern(pattern), graph).names
+            found = match(parse_pattern(pattern), graph)
+            matched, beyond = found.names, found.beyond
         except PatternError as error:
             marks = " " * error.start + "^" * max(error.end - error.start, 1)
             raise click.UsageError(f"no pattern: {error.message}\n  {pattern}\n  {marks} {error.help or ''}") from None
@@ -55,6 +58,12 @@ def tree(
         console = Console(highlight=False)
         for line in tree_lines(graph, matched, depth):
             console.print(line, soft_wrap=True)
+    if beyond:
+        last = beyond[0].existing[-1]
+        click.echo(
+            f"`{pattern}` asks for more than there is: the last index in `{beyond[0].parent}` is {last}", err=True
+        )
+        return 1
     if matched == ():
         from devmap_config.rules.suggestion import nearest_to
 
@@ -66,7 +75,12 @@ def tree(
 
 
 def graph_of_source(
-    source: str, class_name: str | None, dtype: str | None, revision: str | None, trust_remote_code: bool
+    source: str,
+    class_name: str | None,
+    dtype: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    output_format: str = "table",
 ) -> ModelGraph:
     """The graph of a source as a user names it on the command line."""
     from devmap_config.graph.introspection import UnbuildableModelError
@@ -75,7 +89,7 @@ def graph_of_source(
 
     path = Path(source)
     if path.is_file() and path.name.endswith((".yaml", ".yml", ".j2")):
-        return _graph_of_profile(path, trust_remote_code)
+        return _graph_of_profile(path, trust_remote_code, output_format)
     try:
         found = local_source(path) if path.exists() else hub_source(source, revision)
         name = class_name or found.class_name
@@ -94,8 +108,8 @@ def graph_of_source(
         raise click.ClickException(f"transformers cannot build this model: {error}") from None
 
 
-def _graph_of_profile(path: Path, trust_remote_code: bool) -> ModelGraph:
-    from devmap_config.cli.reporting import report_on_terminal
+def _graph_of_profile(path: Path, trust_remote_code: bool, output_format: str) -> ModelGraph:
+    from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import load_model_graph
     from devmap_config.profile.loading import load_profile
@@ -104,6 +118,6 @@ def _graph_of_profile(path: Path, trust_remote_code: bool) -> ModelGraph:
     loaded = load_profile(path, sink)
     model = load_model_graph(loaded, sink, trust_remote_code=trust_remote_code) if loaded else None
     if model is None:
-        report_on_terminal(list(sink), sink.texts)
+        report(sink, sink.texts, output_format, data={"modules": None})
         raise click.exceptions.Exit(1)
     return model.graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -132,10 +133,16 @@ def _built(
         sink.error(
             "unsupported-model",
             f"transformers cannot build this model: {error}",
-            loaded.span("model", "source"),
+            loaded.span("model", "class" if loaded.profile.model.class_name else "source"),
             help=_building_advice(source, str(error)),
         )
         return None
+
+
+def source_from_here(loaded: LoadedProfile) -> str:
+    """The model's source as a command names it: a local path from the working directory, not from the profile."""
+    source = loaded.profile.model.source
+    return os.path.normpath(loaded.beside(source, "model", "source")) if _is_local(loaded) else source
 
 
 def _is_local(loaded: LoadedProfile) -> bool:
@@ -251,7 +258,7 @@ def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> Model
             "model-not-found",
             str(error),
             span,
-            help="check the name; without a network, keep its config.json in the repository and name that",
+            help=f"`{path}` was looked for first; without a network, keep the model's config.json in the repository",
         )
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -79,6 +80,7 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     ]
     _check_kinds(tuple(specifications), loaded, sink)
     _check_max_memory(loaded, sink)
+    _check_links(loaded, sink)
     return Inventory(tuple(sorted(devices, key=lambda device: fill_order(device.id))))
 
 
@@ -105,7 +107,7 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
             return None
         memory = int(accelerator.memory_bytes * memory.fraction)
     if memory is None and accelerator is None:
-        if (*route, "memory") not in loaded.invalid:
+        if not any(wrong[:3] == route for wrong in loaded.invalid):
             sink.error(
                 "missing-memory",
                 f"{name} has no memory",
@@ -230,6 +232,25 @@ def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
                 loaded.key_span("placement", "max_memory", name),
                 help=f"list it under `hardware.devices`, or remove the cap; listed are {', '.join(known)}",
             )
+
+
+LINKS = ("host", "peer", "disk", "network")
+
+
+def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
+    known = declared_devices(loaded)
+    for name in loaded.profile.hardware.links:
+        ends = name.split("-")
+        if name in LINKS or (len(ends) == 2 and all(end in known for end in ends)):
+            continue
+        close = difflib.get_close_matches(name, LINKS, n=1)
+        listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"
+        sink.error(
+            "unknown-key",
+            f"`{name}` is no link of this machine",
+            loaded.key_span("hardware", "links", name),
+            help=f"did you mean `{close[0]}`?" if close else listed,
+        )
 
 
 def declared_devices(loaded: LoadedProfile) -> tuple[str, ...]:

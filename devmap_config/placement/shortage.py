@@ -64,7 +64,9 @@ def _report_unplaced(
     sink.error(
         "over-capacity",
         f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}",
-        loaded.span("placement", "strategy"),
+        loaded.span("placement", "strategy")
+        if loaded.scalar("placement", "strategy")
+        else loaded.key_span("hardware", "devices"),
         label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
         help=_mend(problem, strategy, fits_in_total=total <= room),
     )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from devmap_config.rules.rule import Rule
 
 
+REPORT = "the verifier found what the placer should not have made: please report it, with the profile"
+
+
 def review(
     plan: Plan,
     graph: ModelGraph,
@@ -35,7 +38,10 @@ def review(
         elif violation.kind == "over-capacity":
             _report_overfull(violation.subjects[0], plan, loaded, sink)
         else:
-            sink.error(violation.kind, violation.message, loaded.span("placement", "strategy"))
+            help = (
+                "what is on the disk needs `cpu` to run on: list it" if violation.kind == "unlisted-device" else REPORT
+            )
+            sink.error(violation.kind, violation.message, loaded.key_span("hardware", "devices"), help=help)
     for rule, blocks in split.values():
         class_name = graph.modules[blocks[0]].class_name  # type: ignore[index]
         sink.warning(
@@ -117,6 +123,13 @@ def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None
                 f"the offload folder `{folder}` lies outside of the repository",
                 loaded.span("placement", "offload", "folder"),
                 help="keep it within, or pass `--allow-outside`",
+            )
+        elif path.exists() and not path.is_dir():
+            sink.error(
+                "missing-offload-folder",
+                f"`{folder}` is a file, and a folder is wanted",
+                loaded.span("placement", "offload", "folder"),
+                help="name a folder; it need not exist",
             )
         return
     if "disk" not in loaded.profile.hardware.devices:

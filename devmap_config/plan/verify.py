@@ -46,7 +46,8 @@ def verify(
 
     `forbidden` names, by tensor, the devices on which it must not be stored.
     """
-    return (*tuple(violation for check in (_coverage, _known_units, _flatness, _readability, _blocks, _ties) for violation in check(plan, graph)), *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
+    found = [violation for check in CHECKS for violation in check(plan, graph)]
+    return (*found, *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
 
 
 def _stored_on(plan: Plan) -> dict[str, str]:
@@ -189,3 +190,7 @@ def _some(names: tuple[str, ...]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:EXAMPLES_SHOWN])
     more = len(names) - EXAMPLES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+CHECKS = (_coverage, _known_units, _flatness, _readability, _blocks, _ties)
+"""What a plan must hold to whatever the machine."""

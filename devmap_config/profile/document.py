@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -308,13 +309,13 @@ class _Composer:
 
     def refuse_undefined_alias(self, event: AliasEvent) -> NoReturn:
         line, column = _start_of(event)
-        if not _report_unquoted(self.file, self.lines, line, column, self.sink):
-            self.sink.error(
-                "syntax",
-                f"`*{event.anchor}` refers to no anchor",
-                self.span(event),
-                help=f"define it with `&{event.anchor}`",
-            )
+        close = difflib.get_close_matches(event.anchor or "", list(self.anchors), n=1)
+        if close:
+            message, help = f"there is no anchor `{event.anchor}`", f"did you mean `*{close[0]}`?"
+            self.sink.error("syntax", message, self.span(event), help=help)
+        elif not _report_unquoted(self.file, self.lines, line, column, self.sink):
+            message, help = f"`*{event.anchor}` refers to no anchor", f"define it with `&{event.anchor}`"
+            self.sink.error("syntax", message, self.span(event), help=help)
         raise _RefusedError
 
     def refuse(self, code: str, message: str, event: yaml.Event, help: str | None = None) -> NoReturn:
@@ -362,6 +363,8 @@ def _report_syntax(error: yaml.MarkedYAMLError, file: str, lines: list[str], sin
             help="indent with spaces",
         )
         return
+    if _report_misplaced(error, file, lines, line, column, sink):
+        return
     start = error.context_mark
     if start is not None and error.context in UNCLOSED and (line > start.line or not lines[line][column:].strip()):
         # libyaml complains where the text ends, which is seldom where the mistake is.
@@ -375,6 +378,36 @@ def _report_syntax(error: yaml.MarkedYAMLError, file: str, lines: list[str], sin
         _point(file, line + 1, column + 1),
         help=help or "check the quotes and the indentation",
     )
+
+
+def _report_misplaced(
+    error: yaml.MarkedYAMLError, file: str, lines: list[str], line: int, column: int, sink: Sink
+) -> bool:
+    """Report a missing `:` or a wrong indentation at the line that has it, not where libyaml notices."""
+    start = error.context_mark
+    if error.problem == "could not find expected ':'" and start is not None and start.line < line:
+        text = lines[start.line].strip()
+        place = _point(file, start.line + 1, _indentation(lines[start.line]) + 1, max(len(text), 1))
+        sink.error("syntax", f"a `: ` is missing in `{text}`", place, help="write `key: value`")
+        return True
+    above = next((number for number in range(line - 1, -1, -1) if lines[number].strip()), None)
+    is_first_colon = ":" not in lines[line][:column]
+    if error.problem != "mapping values are not allowed in this context" or not is_first_colon or above is None:
+        return False
+    text = lines[above].strip()
+    if ": " in text and _indentation(lines[line]) > _indentation(lines[above]):
+        key = lines[line][:column].strip()
+        place = _point(file, line + 1, _indentation(lines[line]) + 1, len(key))
+        message, help = f"`{key}` is indented deeper than the line above", "align it with the keys beside it"
+        sink.error("syntax", message, place, help=help)
+    else:
+        place = _point(file, above + 1, _indentation(lines[above]) + 1, len(text))
+        sink.error("syntax", f"a `: ` is missing in `{text}`", place, help="write `key: value`")
+    return True
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 UNCLOSED = {
@@ -394,6 +427,11 @@ PROBLEMS = {
         "quote the value, or begin a new line",
     ),
     "found unexpected end of stream": ("a quote is never closed", "close it"),
+    "found unknown escape character": (
+        "in double quotes a backslash begins an escape, and this is none",
+        "use single quotes: what stands in them is taken as it is",
+    ),
+    "found unexpected ':'": ("a space is missing after this `:`", "write `key: value`, or quote what holds the `:`"),
     "found character that cannot start any token": (
         "no value can begin with this character",
         "quote the value",

@@ -50,7 +50,8 @@ def _set_keys(mapping: Schema) -> None:
     """Name the devices that may be keys."""
     for alternative in mapping.get("anyOf", [mapping]):
         if "additionalProperties" in alternative:
-            alternative["patternProperties"] = {DEVICE_KEY_PATTERN: alternative["additionalProperties"]}
+            value = {"anyOf": [alternative["additionalProperties"], {"type": "null"}]}
+            alternative["patternProperties"] = {DEVICE_KEY_PATTERN: value}
             alternative["additionalProperties"] = False
 
 

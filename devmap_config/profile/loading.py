@@ -320,6 +320,11 @@ def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Si
             help="give it `device`, `compute`, `not_on` or `keep_together`",
         )
         return
+    if kind == "quantization-method":
+        sink.error(
+            "missing-key", "`method` is missing in `model.quantization`", span, help="such as `method: bitsandbytes`"
+        )
+        return
     if kind in ("bad-quantity", "bad-device-name"):
         sink.error(kind, context["text"], span, help=context["help"])
         return

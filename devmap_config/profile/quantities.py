@@ -84,6 +84,10 @@ def parse_bandwidth(text: str) -> int:
     number, unit = _split(text, example)
     if unit is None:
         return _whole(text, number, example)
+    if "bit" in unit or unit.endswith("bps"):
+        raise QuantityError(f"`{text}` is in bits", "bandwidths are in bytes: divide by 8, as in `10GB/s`")
+    if unit.endswith("ps") and unit[:-2] in BYTE_UNITS:
+        raise QuantityError(f"`{unit}` is no unit of bandwidth", f"write `{text[: -len('ps')]}/s`")
     if not unit.endswith("/s"):
         raise QuantityError(f"`{text}` is no bandwidth: `/s` is missing", f"write `{text}/s`")
     return _bytes(text, number, unit.removesuffix("/s"))

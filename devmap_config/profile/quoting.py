@@ -10,6 +10,9 @@ VALUE_START = re.compile(r"(?:^|(?<=[\s{\[,]))(?:[-?][ \t]+|[^\s:{}\[\],\"'#][^{
 DEVICE_RANGE = re.compile(r"(?<![\"'\w])[a-z]+:\[[0-9,-]*\]")
 """A key that names several devices: a flow mapping takes it for two."""
 
+WILDCARD_KEY = re.compile(r"\s*(\*[^\s:\"']*):(?:\s|$)")
+"""A key that begins with a star, which YAML takes for an alias."""
+
 SPECIAL = frozenset("[]{}*&!%@`")
 
 UNCLOSED_END = re.compile(r",\s|}\s*$|\s#")
@@ -25,6 +28,8 @@ def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
     for device_range in DEVICE_RANGE.finditer(line):
         if device_range.start() <= column <= device_range.end():
             return device_range.start(), device_range.group()
+    if wildcard_key := WILDCARD_KEY.match(line):
+        return wildcard_key.start(1), wildcard_key.group(1)
     starts = [match.end() for match in VALUE_START.finditer(line)]
     # A dash or a key may stand before a flow mapping whose own values are meant.
     for start in sorted((start for start in starts if start <= column), reverse=True):

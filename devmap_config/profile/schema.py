@@ -31,7 +31,16 @@ from devmap_config.profile.quantities import (
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "single", "manual")
 
-DTYPES = ("auto", "bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""transformers 5.23's implementations; a kernel of the hub is named by its repository, `owner/name`."""
+
+QUANTIZATION_METHODS = (
+    "aqlm auto-round awq bitnet bitsandbytes compressed-tensors eetq fbgemm_fp8 fouroversix fp8 fp_quant gemma gguf"
+    " gptq higgs hqq metal mxfp4 mxfp8 nvfp4 quanto quark sinq spqr torchao vptq"
+)
+"""transformers 5.23's `QuantizationMethod`, a word each."""
 
 TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
 """A template may stand for any scalar; what it renders to is checked by the compiler."""
@@ -67,6 +76,18 @@ def _one_of(code: str, choices: tuple[str, ...]) -> Callable[[object], object]:
         raise PydanticCustomError(code, "{value}", {"value": str(value), "choices": choices})
 
     return check
+
+
+def _attention(value: object) -> object:
+    return str(value) if isinstance(value, str) and "/" in value else _one_of("choice", ATTENTIONS)(value)
+
+
+def _quantization(value: object) -> object:
+    if isinstance(value, dict):
+        if "method" not in value:
+            raise PydanticCustomError("quantization-method", "the method is missing")
+        _one_of("choice", tuple(QUANTIZATION_METHODS.split()))(value["method"])
+    return _deeply_resolved(value)
 
 
 Parsed = TypeVar("Parsed")
@@ -185,6 +206,24 @@ def _deeply_resolved(value: object) -> object:
 Anything = Annotated[Any, BeforeValidator(_deeply_resolved), WithJsonSchema({})]
 
 
+Attention = Annotated[
+    str,
+    BeforeValidator(_attention),
+    _or_template({"anyOf": [{"enum": list(ATTENTIONS)}, {"type": "string", "pattern": "/"}]}),
+]
+Quantization = Annotated[
+    Mapping[str, Any] | None,
+    BeforeValidator(_quantization),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["method"],
+            "properties": {"method": {"anyOf": [{"enum": QUANTIZATION_METHODS.split()}, TEMPLATE_SCHEMA]}},
+        }
+    ),
+]
+
+
 def _choice(*choices: str) -> Any:
     return Annotated[str, BeforeValidator(_one_of("choice", choices)), _or_template({"enum": list(choices)})]
 
@@ -210,12 +249,10 @@ class Model(Section):
     dtype: Dtype = Field(default="auto", examples=["bfloat16"])
     """The dtype in which weights are loaded; `auto` takes the checkpoint's own."""
 
-    quantization: Mapping[str, Anything] | None = Field(
-        default=None, examples=[{"method": "bitsandbytes", "load_in_8bit": True}]
-    )
+    quantization: Quantization = Field(default=None, examples=[{"method": "bitsandbytes", "load_in_8bit": True}])
     """`method` and the arguments of transformers' quantization config of that method."""
 
-    attention: Text = Field(default="sdpa", examples=["sdpa", "eager", "flash_attention_2"])
+    attention: Attention = Field(default="sdpa", examples=["sdpa", "eager", "flash_attention_2"])
     """transformers' `attn_implementation`."""
 
 

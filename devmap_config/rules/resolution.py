@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.rules.matching import Match, match
-from devmap_config.rules.pattern import PatternError
+from devmap_config.rules.matching import BeyondEnd, Match, match
+from devmap_config.rules.pattern import IndexRange, PatternError
 from devmap_config.rules.suggestion import nearest_to, tree_command
 
 if TYPE_CHECKING:
@@ -97,8 +97,14 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
             f"`{rule.text}` asks for more than there is: the last index in {where} is {last}",
             rule.span,
             label=f"{len(beyond.existing)} there, {beyond.existing[0]} to {last}",
-            help="lower the end, leave it open (`[4-]`), or say `optional: true`",
+            help=f"lower the end, leave it open (`[{_first(beyond)}-]`), or say `optional: true`",
         )
+
+
+def _first(beyond: BeyondEnd) -> int:
+    """Where the range begins that asks for too much."""
+    starts = (item.first for item in beyond.indices.items if isinstance(item, IndexRange))
+    return next((first for first in starts if first <= beyond.existing[-1]), beyond.existing[0])
 
 
 def _decide(

@@ -90,6 +90,9 @@ def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: S
 
 
 def _parse(node: ScalarNode | None, text: str, span: Span, sink: Sink) -> Pattern | None:
+    if "\n" in text:
+        sink.error("bad-pattern", "the pattern holds a line break", span, help="write it on one line, in quotes")
+        return None
     try:
         return parse_pattern(text)
     except PatternError as error:

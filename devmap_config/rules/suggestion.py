@@ -49,6 +49,8 @@ def nearest_to(pattern: Pattern, stuck: Stuck | None, graph: ModelGraph) -> Sugg
         return fused
     if stuck.position == 0 and (elsewhere := _with_prefix(stuck.path, graph)):
         return elsewhere
+    if (numbered := _numbered(node, segment, graph)) is not None:
+        return numbered
     wanted = segment.literal or "".join(getattr(piece, "text", "") for piece in segment.pieces)
     children = children_of(node)
     close = difflib.get_close_matches(wanted, list(children), n=1, cutoff=0.5) if wanted else []
@@ -72,6 +74,19 @@ def described(path: str, graph: ModelGraph) -> str:
     count = sum(child.path.rpartition(".")[2].isdigit() for child in module.children)
     last = path.rpartition(".")[2]
     return f"`{path}` ({count} {last if last.endswith('s') else 'modules'})" if count else f"`{path}`"
+
+
+def _numbered(node: Module, segment: FlatSegment, graph: ModelGraph) -> Suggestion | None:
+    """A number that does not exist, or a range without its brackets."""
+    numbers = sorted(int(child) for child in children_of(node) if child.isdecimal())
+    text = segment.literal or ""
+    if not numbers or not text[:1].isdecimal():
+        return None
+    if text.isdecimal():
+        return Suggestion(label=f"{described(node.path, graph)} ends at {numbers[-1]}", pattern=_joined(node.path, "*"))
+    return Suggestion(
+        label=f"a range has brackets: `{_joined(node.path, f'[{text}]')}`", pattern=_joined(node.path, "*")
+    )
 
 
 def _completed(path: str, rest: tuple[FlatSegment, ...], graph: ModelGraph) -> str | None:

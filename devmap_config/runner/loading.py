@@ -75,10 +75,22 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
-    if request.quantization:
-        arguments["quantization_config"] = _quantization_config(request.quantization)
     with _main_device(plan.main_device):
+        return _loaded(model_class, request, arguments)
+
+
+def _loaded(model_class: Any, request: LoadRequest, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    try:
+        if request.quantization:
+            arguments = {**arguments, "quantization_config": _quantization_config(request.quantization)}
         model: PreTrainedModel = model_class.from_pretrained(request.weights, **arguments)
+    except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
+        first_line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+        raise RunnerError(
+            "load-failed",
+            f"transformers cannot load it here: {type(error).__name__}: {first_line}",
+            "install what it asks for, or change `attention`, `quantization` or `class`",
+        ) from error
     return model
 
 

@@ -278,3 +278,87 @@ def test_a_vendored_graph_of_something_else_is_made_anew(profile):
     damaged = devmap("compile", "profile.yaml")
     assert damaged.returncode == 0
     assert "JSONDecodeError" in damaged.stderr
+
+
+def test_an_output_that_cannot_be_written_is_a_usage_error(profile):
+    Path("folder").mkdir()
+    Path("other.yaml").write_text(GOOD)
+    for target in ("nowhere/x.json", "folder", "other.yaml", "llama/config.json"):
+        done = devmap("compile", "profile.yaml", "-o", target, "--format", "json")
+        assert done.returncode == 2, target
+        assert json.loads(done.stdout)["plan"] is None
+    assert Path("other.yaml").read_text() == GOOD
+    for command in (("init", "llama"), ("adopt", "map.json", "--model", "llama")):
+        Path("map.json").write_text('{"": 0}')
+        assert devmap(*command, "-o", "nowhere/x.yaml").returncode == 2
+        assert devmap(*command, "-o", "other.yaml").returncode == 2
+
+
+def test_a_damaged_lock_is_replaced_with_a_word_and_a_newer_one_is_not(profile):
+    Path("profile.lock.json").write_text("<<<<<<< HEAD")
+    damaged = devmap("compile", "profile.yaml")
+    assert damaged.returncode == 0
+    assert "is replaced" in damaged.stderr
+    newer = Path("profile.lock.json").read_text().replace('"lock_version": 1', '"lock_version": 2')
+    Path("profile.lock.json").write_text(newer)
+    refused = devmap("compile", "profile.yaml")
+    assert refused.returncode == 2
+    assert "upgrade" in refused.stderr
+    assert Path("profile.lock.json").read_text() == newer
+
+
+def test_a_remembered_value_of_a_variable_that_is_gone_is_dropped(profile):
+    devmap("compile", "profile.yaml", "--set", "memory=2GiB", "--set", "context=5")
+    assert "with context=5, memory=2GiB as before" in devmap("compile", "profile.yaml").stderr
+    profile.write_text(GOOD.replace("context", "length"))
+    assert devmap("compile", "profile.yaml").returncode == 0
+    assert json.loads(Path("profile.lock.json").read_text())["set"] == {"memory": "2GiB"}
+
+
+def test_a_narrow_encoding_is_no_failure(profile):
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    profile.write_text(GOOD.replace("lm_head", "模型"), encoding="utf-8")
+    command = Path(sys.executable).with_name("devmap")
+    for arguments in (["tree", "llama"], ["compile", "profile.yaml", "--format", "json"], ["explain", "bad-quantity"]):
+        done = subprocess.run([command, *arguments], capture_output=True, check=False, env=environment)
+        assert done.returncode in (0, 1), done.stderr
+    assert (
+        "模型" in json.loads(devmap("compile", "profile.yaml", "--format", "json").stdout)["diagnostics"][0]["message"]
+    )
+
+
+def test_check_looks_at_every_profile_that_is_there(profile):
+    devmap("compile", "profile.yaml")
+    Path("bad.yaml").write_text(GOOD.replace("lm_head", "lm_haed"))
+    done = devmap("check", "profile.yaml", "nothing.yaml", "bad.yaml", "--format", "json")
+    assert done.returncode == 1
+    codes = {finding["code"] for finding in json.loads(done.stdout)["diagnostics"]}
+    assert codes == {"missing-file", "unmatched-pattern"}
+    assert devmap("check", "profile.yaml", "nothing.yaml").returncode == 2
+
+
+def test_tree_of_a_broken_profile_is_one_object_too(profile):
+    profile.write_text("version: [")
+    done = devmap("tree", "profile.yaml", "--format", "json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["diagnostics"][0]["code"] == "syntax"
+
+
+def test_the_proposed_command_works_from_where_it_is_typed(profile):
+    Path("profiles").mkdir()
+    Path("profiles/p.yaml").write_text(
+        GOOD.replace("source: llama", "source: ../llama").replace("lm_head", "model.layer.*")
+    )
+    Path(".git").mkdir()
+    finding = json.loads(devmap("compile", "profiles/p.yaml", "--format", "json").stdout)["diagnostics"][0]
+    assert finding["help"] == "`devmap tree llama --match 'model.layers.*'`"
+
+
+def test_figures_of_the_catalogue_have_types(workspace):
+    card = json.loads(devmap("hardware", "rtx-4090", "--format", "json").stdout)
+    assert card["memory_bytes"] == 25757220864
+    assert card["supports_bf16"] is True
+
+
+def test_run_of_an_empty_prompt(profile):
+    assert devmap("run", "profile.yaml", "--prompt", "").returncode == 2

@@ -195,3 +195,10 @@ def test_run_of_a_model_of_images_loads_and_verifies_only(workspace):
     assert done.return_value == 1
     assert "takes `pixel_values`" in done.stderr
     assert run_command("--no-generate").return_value == 0
+
+
+def test_what_transformers_cannot_load_is_told(llama):
+    write_profile(SPLIT.replace("{source: random}", "{source: random, attention: flash_attention_2}"))
+    done = run_command()
+    assert done.return_value == 4
+    assert "error[load-failed]" in done.stderr

@@ -13,9 +13,12 @@ import yaml
 from cases.test_cases import HERE, PAGES
 from cases.test_cases import read as read_case
 from conftest import REPOSITORY
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.quantization_config import QuantizationMethod
 
 from devmap_config.plan.lock_schema import lock_schema
 from devmap_config.profile.json_schema import profile_schema
+from devmap_config.profile.schema import ATTENTIONS, QUANTIZATION_METHODS
 
 SCHEMAS = REPOSITORY / "schemas"
 PROFILES = sorted((REPOSITORY / "profiles").glob("*.yaml"))
@@ -36,6 +39,8 @@ BEYOND_A_SCHEMA = (
     "a merge of what is no mapping",
     "more than all",
     "010 is ten",
+    "a link that does not exist",
+    "a base file of another version",
 )
 """Cases whose mistake takes arithmetic, templates or merging to see."""
 
@@ -124,3 +129,12 @@ Yaml12Loader.yaml_implicit_resolvers = {
 }
 Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
 Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false$"), list("tf"))
+
+
+def test_quantization_methods_are_those_of_transformers():
+    assert QUANTIZATION_METHODS.split() == sorted(method.value for method in QuantizationMethod)
+
+
+def test_attentions_are_those_of_transformers():
+    known = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name}
+    assert set(ATTENTIONS) == known | {"eager"}
