@@ -320,6 +320,11 @@ def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Si
             help="give it `device`, `compute`, `not_on` or `keep_together`",
         )
         return
+    if kind == "prompt-beyond-context":
+        place = _nearest_span(document, (*route, "prompt_length"))
+        message = "`workload.prompt_length` must be at most `context_length`"
+        sink.error("wrong-type", message, place, help="the context holds prompt and answer")
+        return
     if kind == "quantization-method":
         sink.error(
             "missing-key", "`method` is missing in `model.quantization`", span, help="such as `method: bitsandbytes`"

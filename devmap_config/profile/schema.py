@@ -271,7 +271,7 @@ class Workload(Section):
     logits: _choice("last", "all") = Field(default="last", examples=["last", "all"])  # type: ignore[valid-type]
     """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""
 
-    cache: Text = Field(default="dynamic", examples=["dynamic", "static"])
+    cache: _choice("dynamic", "static") = Field(default="dynamic", examples=["dynamic", "static"])  # type: ignore[valid-type]
     """transformers' cache implementation."""
 
     optimize: _choice("decode", "prefill", "request") = Field(default="decode", examples=["decode", "request"])  # type: ignore[valid-type]
@@ -279,6 +279,12 @@ class Workload(Section):
 
     new_tokens: Count | None = Field(default=None, examples=[512])
     """Tokens that a request generates, for `optimize: request`."""
+
+    @model_validator(mode="after")
+    def _prompt_within_context(self) -> Workload:
+        if self.prompt_length is not None and self.prompt_length > (self.context_length or self.prompt_length):
+            raise PydanticCustomError("prompt-beyond-context", "the prompt is longer than the context")
+        return self
 
 
 class Device(Section):

@@ -59,11 +59,15 @@ class Stuck:
 
 @dataclass(frozen=True)
 class Match:
-    """What a pattern matches: paths of modules and names of tensors, depth first; and what it asks beyond."""
+    """What a pattern matches: paths of modules and names of tensors, depth first; and what it asks beyond.
+
+    `dead` are the places in its text of alternatives (`{norm,embd}`) that no match takes.
+    """
 
     names: tuple[str, ...]
     beyond: tuple[BeyondEnd, ...] = ()
     stuck: Stuck | None = None
+    dead: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,34 +155,54 @@ def _all_names(module: Module) -> Iterator[str]:
         yield from _all_names(child)
 
 
-def flatten(path: Path, start: int, end: int) -> list[tuple[FlatSegment, ...]]:
+@dataclass(frozen=True, slots=True)
+class FlatPath:
+    """A path without braces, and the alternatives (their places in the text) that it takes out of them."""
+
+    segments: tuple[FlatSegment, ...]
+    alternatives: frozenset[tuple[int, int]] = frozenset()
+
+
+def flatten(path: Path, start: int, end: int) -> list[FlatPath]:
     """The paths without braces that a path stands for.
 
     Raises:
         PatternError: where there are too many of them.
     """
-    flattened: list[tuple[FlatSegment, ...]] = [()]
+    flattened = [FlatPath(())]
     for segment in path:
-        ways: list[list[tuple[Piece, ...]]] = [[()]]
+        ways = [FlatPath((FlatSegment((), segment.start, segment.end),))]
         for piece in segment.pieces:
             ways = _joined(ways, piece, start, end)
-        tails = [tuple(FlatSegment(pieces, segment.start, segment.end) for pieces in way) for way in ways]
-        flattened = [head + tail for head in flattened for tail in tails]
+        flattened = [
+            FlatPath(head.segments + tail.segments, head.alternatives | tail.alternatives)
+            for head in flattened
+            for tail in ways
+        ]
         _check_count(len(flattened), start, end)
     return flattened
 
 
-def _joined(ways: list[list[tuple[Piece, ...]]], piece: Piece, start: int, end: int) -> list[list[tuple[Piece, ...]]]:
-    """Each way, a list of segments, with a piece put to its last one; braces with dots begin new segments."""
+def _joined(ways: list[FlatPath], piece: Piece, start: int, end: int) -> list[FlatPath]:
+    """Each way with a piece put to its last segment; braces with dots begin new segments."""
     if not isinstance(piece, Alternatives):
-        return [[*way[:-1], (*way[-1], piece)] for way in ways]
-    joined: list[list[tuple[Piece, ...]]] = []
+        return [_extended(way, (FlatSegment((piece,), 0, 0),), frozenset()) for way in ways]
+    joined: list[FlatPath] = []
     for alternative in piece.paths:
+        place = frozenset({(alternative[0].start, alternative[-1].end)})
         for flat in flatten(alternative, start, end):
-            first, *rest = (segment.pieces for segment in flat)
-            joined += [[*way[:-1], way[-1] + first, *rest] for way in ways]
+            joined += [_extended(way, flat.segments, flat.alternatives | place) for way in ways]
             _check_count(len(joined), start, end)
     return joined
+
+
+def _extended(way: FlatPath, more: tuple[FlatSegment, ...], alternatives: frozenset[tuple[int, int]]) -> FlatPath:
+    """A way whose last segment goes on with the first of more segments, followed by the rest of them."""
+    *before, last = way.segments
+    first, *rest = more
+    joint = FlatSegment(last.pieces + first.pieces, last.start, last.end)
+    others = (FlatSegment(segment.pieces, last.start, last.end) for segment in rest)
+    return FlatPath((*before, joint, *others), way.alternatives | alternatives)
 
 
 def _check_count(count: int, start: int, end: int) -> None:
@@ -201,16 +225,21 @@ class _Walk:
     names: list[str] = field(default_factory=list)
     beyond: list[BeyondEnd] = field(default_factory=list)
     within: set[int] = field(default_factory=set)
+    finished: set[int] = field(default_factory=set)
     furthest: Stuck | None = None
 
     def result(self) -> Match:
-        self.paths = flatten(self.pattern.path, 0, len(self.pattern.text))
+        flat = flatten(self.pattern.path, 0, len(self.pattern.text))
+        self.paths = [path.segments for path in flat]
         self.visit(self.graph.root, self.closed([(index, 0) for index in range(len(self.paths))]))
         # Below a wildcard a range may reach beyond the end of some parents, but not of all.
         beyond = tuple(
             each for each in self.beyond if not each.indices.after_wildcard or each.indices.start not in self.within
         )
-        return Match(tuple(dict.fromkeys(self.names)), beyond, None if self.names else self.furthest)
+        alive = frozenset(place for index in self.finished for place in flat[index].alternatives)
+        dead = sorted({place for path in flat for place in path.alternatives} - alive)
+        names = tuple(dict.fromkeys(self.names))
+        return Match(names, beyond, None if names else self.furthest, tuple(dead) if names else ())
 
     def closed(self, states: list[State]) -> list[State]:
         """The states with those that `**` reaches without taking a segment, each once."""
@@ -227,6 +256,7 @@ class _Walk:
         unfinished = [(index, position) for index, position in states if position < len(self.paths[index])]
         if len(unfinished) < len(states):
             self.names.append(_name(node))
+            self.finished.update(index for index, position in states if position == len(self.paths[index]))
         if not unfinished:
             return
         children = children_of(node)

@@ -89,6 +89,13 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
             label=suggestion.label,
             help=suggestion.help or tree_command(source, suggestion.pattern),
         )
+    for start, end in found.dead[:1]:
+        sink.error(
+            "unmatched-pattern",
+            f"`{rule.text[start:end]}` of `{rule.text}` matches no module of {graph.class_name}",
+            rule.place(start, end),
+            help=f"correct it, or leave it out; {tree_command(source, '**')} shows all there is",
+        )
     for beyond in found.beyond[:1]:
         last = beyond.existing[-1]
         where = f"`{beyond.parent}`" if beyond.parent else graph.class_name

@@ -35,6 +35,13 @@ class Rule:
     keep_together: bool = False
     override: bool = False
     optional: bool = False
+    node: ScalarNode | None = None
+
+    def place(self, start: int, end: int) -> Span:
+        """The place of characters of the pattern; of all of it where that cannot be told."""
+        if self.node is None or self.node.text != self.text:
+            return self.span
+        return self.node.span_within(start, end)
 
 
 def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
@@ -52,9 +59,8 @@ def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: S
         pattern = _parse(loaded.key(*route), text, loaded.key_span(*route), sink)
         home = _known(device, loaded.span(*route), devices, kind, sink)
         if pattern is not None and home is not None:
-            rules.append(
-                Rule(pattern=pattern, text=text, span=loaded.key_span(*route), origin="device_map", device=home)
-            )
+            span, node = loaded.key_span(*route), loaded.key(*route)
+            rules.append(Rule(pattern=pattern, text=text, span=span, origin="device_map", device=home, node=node))
     for index, pin in enumerate(loaded.profile.placement.pins):
         base = ("placement", "pins", index)
         if base in loaded.invalid:
@@ -84,6 +90,7 @@ def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: S
                 keep_together=pin.keep_together,
                 override=pin.override,
                 optional=pin.optional,
+                node=loaded.scalar(*base, "match"),
             )
         )
     return tuple(rules)

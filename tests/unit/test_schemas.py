@@ -40,6 +40,7 @@ BEYOND_A_SCHEMA = (
     "more than all",
     "010 is ten",
     "a link that does not exist",
+    "a prompt that is longer than the context",
     "a base file of another version",
 )
 """Cases whose mistake takes arithmetic, templates or merging to see."""
