@@ -1,8 +1,8 @@
 """Runs a model's own code on tensors without data, and notes what every module allocates, computes and caches.
 
-The model lives on a fake CPU: shapes and dtypes are real, data there is none. On the CPU torch chooses the attention
-kernel that never forms the matrix of scores, which is also what an accelerator runs (flash, memory-efficient), and
-transformers the grouped product for experts.
+The model lives on a fake CPU: shapes and dtypes are real, data there is none. Attention is modelled as accelerators run
+it (flash, memory-efficient): without the matrix of scores, whatever the CPU's kernels could do with these heads. For
+experts transformers chooses the grouped product.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from weakref import finalize
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -122,6 +123,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read b
             stack.callback(register_module_forward_pre_hook(self.enter).remove)
             stack.callback(register_module_forward_hook(self.leave, always_call=True).remove)
             stack.enter_context(self)
+            stack.enter_context(_AttentionKernel(self))
             yield
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -136,10 +138,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read b
         inputs = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
         for tensor in outputs:
             self.note(tensor)
-        module = self.running[-1] if self.running else ""
-        self.operations[module] = self.operations.get(module, 0) + _operations(function, arguments, options, result)
-        self.touched_bytes[module] = self.touched_bytes.get(module, 0) + _touched_bytes(function, inputs, outputs)
+        self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
         return result
+
+    def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Count what a kernel does that is not run."""
+        self.count(operations, sum(map(_shown_bytes, (*inputs, *outputs))))
+
+    def count(self, operations: int, touched_bytes: int) -> None:
+        """Add to what the innermost running module does itself."""
+        module = self.running[-1] if self.running else ""
+        self.operations[module] = self.operations.get(module, 0) + operations
+        self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
 
     def note(self, tensor: torch.Tensor) -> None:
         """Note a storage that is new."""
@@ -175,6 +185,31 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read b
         return self._alive.get(_storage(tensor))
 
 
+class _AttentionKernel(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
+    """Attention as a fused kernel runs it: besides the output it makes one number a row, and no matrix of scores.
+
+    Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
+    values differ in size, as in latent attention.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        del types
+        options = options or {}
+        if function is not torch.nn.functional.scaled_dot_product_attention:
+            return function(*arguments, **options)
+        query, key, value = arguments[:3]
+        if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
+            return function(*arguments, **options)  # fused kernels do not broadcast heads; then the scores are formed
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
+        self.recorder.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
+        return output
+
+
 def _storage(tensor: torch.Tensor) -> int:
     identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001
     return identity
@@ -195,12 +230,8 @@ def _grouped_product(arguments: Any) -> torch.Tensor | None:
 def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
     """Floating-point operations of a product or an attention; others are bound by memory and count as none."""
     packet = function._overloadpacket  # noqa: SLF001
-    name = str(packet)
     if packet in flop_registry:
         return int(flop_registry[packet](*arguments, **options, out_val=result))
-    if name == "aten._scaled_dot_product_flash_attention_for_cpu":
-        query, key, value = (tensor.shape for tensor in arguments[:3])
-        return int(sdpa_flop_count(query, key, value))
     if _is_grouped(function):
         rows, inner = arguments[0].shape[-2:]
         return int(2 * rows * inner * arguments[1].shape[-1])

@@ -32,16 +32,19 @@ def review(
 ) -> None:
     """Verify a plan, and report what does not hold, at the rule that brought it about where there is one."""
     split: dict[int, tuple[Rule, list[str]]] = {}
+    overfull: list[str] = []
     for violation in verify(plan, graph, capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
         elif violation.kind == "over-capacity":
-            _report_overfull(violation.subjects[0], plan, loaded, sink)
+            overfull.append(violation.subjects[0])
         else:
             help = (
                 "what is on the disk needs `cpu` to run on: list it" if violation.kind == "unlisted-device" else REPORT
             )
             sink.error(violation.kind, violation.message, loaded.key_span("hardware", "devices"), help=help)
+    if overfull:
+        _report_overfull(overfull, plan, loaded, sink)
     for rule, blocks in split.values():
         class_name = graph.modules[blocks[0]].class_name  # type: ignore[index]
         sink.warning(
@@ -55,20 +58,22 @@ def review(
     _check_offload_folder(plan, loaded, sink)
 
 
-def _report_overfull(device: str, plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
+def _report_overfull(devices: list[str], plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
     """Weights fit by now: what does not is what the workload needs besides."""
-    use = next(use for use in plan.devices if use.id == device)
+    uses = sorted((use for use in plan.devices if use.id in devices), key=lambda use: use.free_bytes)
+    fullest = uses[0]
     parts = {
-        "weights": use.weights_bytes,
-        "cache": use.kv_cache_bytes,
-        "activations": use.activation_bytes,
-        "streamed weights": use.overhead_bytes,
+        "weights": fullest.weights_bytes,
+        "cache": fullest.kv_cache_bytes,
+        "activations": fullest.activation_bytes,
+        "streamed weights": fullest.overhead_bytes,
     }
     listed = ", ".join(f"{name} {rounded(size_bytes)}" for name, size_bytes in parts.items() if size_bytes)
+    others = ", ".join(f"{amount(-use.free_bytes)} on {use.id}" for use in uses[1:])
     sink.error(
         "over-capacity",
-        f"{device} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(use.capacity_bytes)}:"
-        f" {amount(-use.free_bytes)} are missing",
+        f"{fullest.id} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(fullest.capacity_bytes)}:"
+        f" {amount(-fullest.free_bytes)} are missing{f'; and {others}' if others else ''}",
         loaded.span("workload", "context_length"),
         help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or pin blocks elsewhere",
     )

@@ -146,6 +146,15 @@ def test_activations_peak_where_the_profiler_sees_them(name):
     assert predicted + cache_bytes + retained == pytest.approx(peak, rel=0.1)
 
 
+def test_no_kernel_forms_the_matrix_of_scores():
+    # The CPU has no kernel for heads whose keys and values differ in size; accelerators do.
+    def scores_bytes(length):
+        return 2 * 4 * length * length * 4
+
+    measurement = measured("latent attention", context_length=2048, prompt_length=2048)
+    assert measurement.by_path["model.layers.1.self_attn"].prefill_peak_bytes < scores_bytes(2048) / 2
+
+
 def test_a_batch_costs_its_multiple():
     one, four = measured("dense", batch_size=1), measured("dense", batch_size=4)
     assert four.cache_bytes == 4 * one.cache_bytes
