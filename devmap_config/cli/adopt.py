@@ -133,7 +133,6 @@ def profile_text(
 ) -> str:
     """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
     from devmap_config.hardware.inventory import fill_order
-    from devmap_config.placement.problem import bytes_by_device
     from devmap_config.profile.writing import rounded_up, yaml_text
     from devmap_config.rules.compression import compress
 
@@ -143,7 +142,7 @@ def profile_text(
     if dtype:
         lines.append(f"  dtype: {dtype}")
     lines += ["", "hardware:", "  devices:"]
-    used = bytes_by_device(graph, homes)
+    used = _resident_bytes(graph, homes)
     if machine is None:
         lines.append("    # Just what the map needs: write what each device has.")
     for device in sorted({*used, *(machine.devices if machine else ())}, key=fill_order):
@@ -158,6 +157,20 @@ def profile_text(
     if "disk" in used:
         lines += ["  offload: {folder: ./offload}"]
     return "\n".join(lines) + "\n"
+
+
+def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[str, int]:
+    """Bytes on each device once loaded: some buffers of what is streamed stay where it runs."""
+    from devmap_config.placement.problem import bytes_by_device
+    from devmap_config.plan.executor import Executor
+
+    executor = Executor()
+    main_device = executor.main_device(homes.values())
+    resident = {
+        name: executor.residence(graph.tensors[name], home, executor.executes_on(home, main_device, None))
+        for name, home in homes.items()
+    }
+    return dict.fromkeys(homes.values(), 0) | bytes_by_device(graph, resident)
 
 
 def specification(described: str) -> str:

@@ -23,7 +23,7 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
     return Inputs(
         profile=digest(profile),
         config=model.source.config_digest,
-        graph=digest(graph_to_json(model.graph)),
+        graph=digest({name: value for name, value in graph_to_json(model.graph).items() if name != "schema"}),
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
     )
