@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from devmap_config.compiler import Compilation
     from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.plan.lock import Lock
 
 EXIT_WRONG = 1
 EXIT_USAGE = 2
@@ -104,9 +105,32 @@ def _check_one(
             lock, compilation.inputs, compilation.loaded.overrides if compilation.loaded else {}
         ):
             problem = ("stale-lock", f"`{path}` is stale: {' and '.join(changed)} changed")
+        elif broken := _broken(lock, compilation):
+            problem = ("unreadable-lock", f"`{path}` cannot be used: {broken}")
     if problem is None or compilation.has_errors:
         return compilation, None
     code, message = problem
     help_text = f"run `devmap compile {profile}` and commit the lock"
     place = whole_file(str(profile))
     return compilation, Diagnostic(code=code, severity="error", message=message, span=place, help=help_text)
+
+
+def _broken(lock: Lock, compilation: Compilation) -> str | None:
+    """What does not hold of the locked plan itself, for what the profile asks now."""
+    from devmap_config.plan.lock import LockError, plan_of
+    from devmap_config.plan.review import broken_promises
+
+    model, inventory, resolution, fresh = (
+        compilation.model,
+        compilation.inventory,
+        compilation.resolution,
+        compilation.plan,
+    )
+    if model is None or inventory is None or resolution is None or fresh is None:
+        return None
+    try:
+        plan = plan_of(lock, model.graph, fresh.executor)
+        broken = broken_promises(plan, model.graph, inventory.capacities, resolution)
+    except (LockError, KeyError, TypeError) as error:
+        return str(error)
+    return broken[0] if broken else None

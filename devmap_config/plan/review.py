@@ -58,6 +58,23 @@ def review(
     _check_offload_folder(plan, loaded, sink)
 
 
+def broken_promises(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int], resolution: Resolution) -> list[str]:
+    """What does not hold of a plan that was read from a lock: what the verifier finds, and pins that it does not keep.
+
+    A block that is split is no such thing: where a rule asked for it, compiling has said so.
+    """
+    found = verify(plan, graph, capacities, resolution.forbidden)
+    broken = [violation.message for violation in found if violation.kind != "split-block"]
+    for each in plan.assignments:
+        for name in each.tensors:
+            decision = resolution.decisions.get(name)
+            if decision is not None and decision.device != each.stored_on:
+                broken.append(
+                    f"`{name}` is on {each.stored_on}, and `{decision.rule.text}` puts it on {decision.device}"
+                )
+    return broken
+
+
 def _report_overfull(devices: list[str], plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
     """Weights fit by now: what does not is what the workload needs besides."""
     uses = sorted((use for use in plan.devices if use.id in devices), key=lambda use: use.free_bytes)

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from devmap_config.plan.lock import read_lock
 
 GOOD = """\
 version: 1
@@ -362,3 +365,17 @@ def test_figures_of_the_catalogue_have_types(workspace):
 
 def test_run_of_an_empty_prompt(profile):
     assert devmap("run", "profile.yaml", "--prompt", "").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"lm_head": 0}, {"model.layers.0": "cuda:7"}, {"model.nothing": 0}, {"lm_head": None}]
+)
+def test_check_verifies_the_locked_plan_itself(profile, change):
+    devmap("compile", "profile.yaml")
+    path = Path("profile.lock.json")
+    lock = read_lock(path.read_text())
+    device_map = {**lock.plan["device_map"], **change}
+    path.write_text(replace(lock, plan={**lock.plan, "device_map": device_map}).to_text())
+    done = devmap("check", "profile.yaml")
+    assert done.returncode == 3, done.stderr
+    assert "unreadable-lock" in done.stderr

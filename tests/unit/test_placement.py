@@ -45,11 +45,6 @@ def test_pins_hold_under_every_strategy(workspace, strategy, match, tensor):
 
 @pytest.mark.parametrize("strategy", TRANSFORMERS_STRATEGIES)
 def test_what_is_forbidden_is_elsewhere(workspace, strategy):
-    compilation = compile_text(f'  strategy: {strategy}\n  pins: [{{match: "model.layers.*", not_on: [0, cpu]}}]\n')
-    placed = homes(compilation) if compilation.plan else {}
-    layers = {device for name, device in placed.items() if name.startswith("model.layers.")}
-    # Either all of them fit on what is left, or that is said.
-    assert layers == {"cuda:1"} or compilation.has_errors
     roomy = compile_text(
         f'  strategy: {strategy}\n  pins: [{{match: "model.layers.*", not_on: [0, cpu]}}]\n',
         devices=DEVICES.replace("400KiB", "2MiB"),
