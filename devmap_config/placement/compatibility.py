@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ REFUSALS = {
 
 def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel, sink: Sink) -> None:
     """Report accelerators of the catalogue that do not compute in the model's dtype."""
-    method = _quantization(loaded, model).get("quant_method")
+    method = None if model.quantization is None else model.quantization.method
     wants_fp8 = model.dtype.startswith("float8") or method in FP8_METHODS
     for device in inventory.devices:
         card = device.accelerator
@@ -70,31 +70,29 @@ def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel,
         )
 
 
+def refused_devices(model: LoadedModel) -> tuple[str, ...]:
+    """The devices onto which the model's quantizer loads nothing, where accelerators are at hand."""
+    quantization = model.quantization
+    refusal = None if quantization is None else REFUSALS.get(quantization.method)
+    if quantization is None or refusal is None or (refusal.unless and quantization.arguments.get(refusal.unless)):
+        return ()
+    return () if quantization.is_prequantized and refusal.prequantized_is_fine else refusal.devices
+
+
 def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
     """Report a map that the model's quantizer refuses to load by."""
-    arguments = _quantization(loaded, model)
-    method = arguments.get("quant_method")
-    refusal = REFUSALS.get(str(method))
-    if refusal is None or (refusal.unless and arguments.get(refusal.unless)):
+    quantization = model.quantization
+    refused = refused_devices(model)
+    if quantization is None or not refused:
         return
-    is_prequantized = bool(model.source.config.get("quantization_config"))
-    if is_prequantized and refusal.prequantized_is_fine:
-        return
-    used = {device for device in device_map.values() if device in refusal.devices}
+    refusal = REFUSALS[quantization.method]
+    used = {device for device in device_map.values() if device in refused}
     if not used or (refusal.alone_is_fine and set(device_map.values()) == {"cpu"}):
         return
     advice = "give the accelerators more room, or leave these devices out of the profile"
     sink.error(
         "quantizer-refuses",
-        f"{method} loads nothing onto {' or '.join(sorted(map(str, used)))}",
+        f"{quantization.method} loads nothing onto {' or '.join(sorted(map(str, used)))}",
         loaded.span("model", "quantization"),
         help=f"say `{refusal.unless}: true`, or {advice}" if refusal.unless else advice,
     )
-
-
-def _quantization(loaded: LoadedProfile, model: LoadedModel) -> dict[str, Any]:
-    """The arguments of the quantization: the profile's, else those that the checkpoint comes with."""
-    own = loaded.profile.model.quantization
-    if own is None:
-        return dict(model.source.config.get("quantization_config") or {})
-    return {"quant_method" if name == "method" else name: value for name, value in own.items()}

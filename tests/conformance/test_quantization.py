@@ -1,0 +1,470 @@
+"""Holds the sizes of quantised weights to what transformers really holds, byte for byte and module by module.
+
+What is marked `zoo` quantises with the real packages on the CPU; they stand in the extra `quantizers`, and one that is
+missing is a failure. The rest needs none: fp8 is loaded by transformers alone, mxfp4 is held to the modules that it
+builds on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+
+import pytest
+import torch
+import transformers
+from transformers.integrations.accelerate import compute_module_sizes
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.introspection import build_graph, build_meta_model, graph_of
+from devmap_config.graph.loading import vendor
+from devmap_config.graph.quantization import (
+    METHODS,
+    Quantization,
+    QuantizationError,
+    effective_quantization,
+    format_of,
+)
+from devmap_config.runner.loading import _quantization_config
+
+LLAMA = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "dtype": "bfloat16",
+}
+MODELS = {
+    "llama": transformers.LlamaConfig(**LLAMA),
+    # No size here divides by a block of 64 or 128.
+    "odd": transformers.LlamaConfig(
+        **{**LLAMA, "hidden_size": 200, "intermediate_size": 328, "head_dim": 40, "vocab_size": 500}
+    ),
+    # `Conv1D`, biases, tied embeddings.
+    "gpt2": transformers.GPT2Config(
+        n_embd=128,
+        n_layer=2,
+        n_head=2,
+        vocab_size=512,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="bfloat16",
+    ),
+    "opt": transformers.OPTConfig(
+        hidden_size=128,
+        ffn_dim=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=512,
+        word_embed_proj_dim=128,
+        max_position_embeddings=64,
+        dtype="bfloat16",
+    ),
+    "mixture": transformers.Qwen3MoeConfig(
+        **{**LLAMA, "moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random checkpoint of each of the models, made once."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            torch.manual_seed(0)
+            made[kind] = tmp_path_factory.mktemp(kind)
+            model = transformers.AutoModelForCausalLM.from_config(MODELS[kind], dtype=torch.bfloat16)
+            model.save_pretrained(made[kind])
+        return made[kind]
+
+    return make
+
+
+def loaded(folder, quantization=None):
+    """The model as `from_pretrained` holds it, its graph, and the quantization."""
+    config = json.loads((folder / "config.json").read_text())
+    effective = effective_quantization(quantization, config)
+    arguments = {} if quantization is None else {"quantization_config": _quantization_config(quantization)}
+    name = config["architectures"][0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map="cpu", **arguments
+    )
+    graph = build_graph(folder, class_name=name, dtype="bfloat16", attention=None, quantization=effective)
+    return model, graph, effective
+
+
+def held_bytes(model):
+    """Bytes by module, of every tensor within reach of it: in states, dictionaries and tensors made of tensors."""
+    seen = set()
+    held = {}
+    for path, module in model.named_modules():
+        attributes = [value for name, value in vars(module).items() if name not in ("_modules", "source_cls")]
+        if size := sum(_bytes_within(value, seen) for value in attributes):
+            held[path] = size
+    return held
+
+
+def _bytes_within(value, seen):
+    value = getattr(value, "offloaded_values", value)  # compressed-tensors' own hooks, which replace accelerate's
+    if isinstance(value, dict):
+        return sum(_bytes_within(each, seen) for each in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_bytes_within(each, seen) for each in value)
+    if isinstance(value, torch.nn.Module) or not hasattr(value, "__dict__") or isinstance(value, type):
+        return 0
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            return sum(_bytes_within(getattr(value, name), seen) for name in value.__tensor_flatten__()[0])
+        within = _bytes_within(vars(value), seen)
+        if value.device.type == "meta" or value.untyped_storage().data_ptr() in seen:
+            return within
+        seen.add(value.untyped_storage().data_ptr())
+        return within + value.untyped_storage().nbytes()
+    of_quantizer = type(value).__module__.partition(".")[0] in ("bitsandbytes", "optimum", "torchao")
+    return _bytes_within(vars(value), seen) if of_quantizer else 0
+
+
+def graph_bytes(graph, attribute="size_bytes"):
+    """Bytes by module, as the graph has them; what is tied counts where it first stands."""
+    sizes = {
+        path: sum(getattr(each, attribute) for each in module.own_tensors if graph.storage_of[each.name] == each.name)
+        for path, module in graph.modules.items()
+    }
+    return {path: size for path, size in sizes.items() if size}
+
+
+def planner_sizes(folder, quantization=None):
+    """Bytes by module as transformers' own planner counts them, on the meta model that its quantizer has prepared."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    arguments = None if quantization is None else _quantization_config(quantization)
+    quantizer, config, _ = get_hf_quantizer(config, arguments, None, True, {})
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = build_meta_model(model_class, config, torch.bfloat16)
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(torch.bfloat16, True, False, None):
+            stack.enter_context(context)
+        quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map=None, checkpoint_files=None)
+    _, leaves = compute_module_sizes(model, quantizer)
+    return {path: size for path, size in leaves.items() if size}
+
+
+BNB = {"method": "bitsandbytes"}
+BNB_4BIT = {**BNB, "load_in_4bit": True}
+ON_THE_FLY = {
+    "bnb-8bit": {**BNB, "load_in_8bit": True},
+    "bnb-fp4": BNB_4BIT,
+    "bnb-nf4-nested": {**BNB_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "bnb-4bit-in-bfloat16": {**BNB_4BIT, "bnb_4bit_quant_storage": "bfloat16"},
+    "bnb-8bit-but-some": {**BNB, "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "q_proj", "c_attn"]},
+    "torchao-int8": {"method": "torchao", "quant_type": "Int8WeightOnlyConfig"},
+    "torchao-float8": {"method": "torchao", "quant_type": "Float8WeightOnlyConfig"},
+    "quanto-int8": {"method": "quanto", "weights": "int8"},
+    "quanto-float8": {"method": "quanto", "weights": "float8"},
+    "quanto-int4": {"method": "quanto", "weights": "int4"},
+    "quanto-int2": {"method": "quanto", "weights": "int2"},
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ON_THE_FLY)
+def test_sizes_are_those_of_what_is_quantised_while_loading(name, kind, checkpoint):
+    model, graph, quantization = loaded(checkpoint(kind), ON_THE_FLY[name])
+    assert format_of(quantization) is not None
+    assert graph_bytes(graph) == held_bytes(model)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ON_THE_FLY)
+def test_the_planner_counts_as_transformers_does(name, kind, checkpoint):
+    folder = checkpoint(kind)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = effective_quantization(ON_THE_FLY[name], config)
+    graph = build_graph(
+        folder, class_name=config["architectures"][0], dtype="bfloat16", attention=None, quantization=quantization
+    )
+    assert graph_bytes(graph, "planner_bytes") == planner_sizes(folder, ON_THE_FLY[name])
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["bnb-8bit", "bnb-fp4", "bnb-nf4-nested", "torchao-int8", "torchao-float8"])
+@pytest.mark.parametrize("kind", ["llama", "odd", "opt"])
+def test_sizes_are_those_of_a_quantised_checkpoint(name, kind, checkpoint, tmp_path):
+    model, _, _ = loaded(checkpoint(kind), ON_THE_FLY[name])
+    model.save_pretrained(tmp_path)
+    model, graph, quantization = loaded(tmp_path)
+    assert quantization.is_prequantized
+    assert graph_bytes(graph) == held_bytes(model)
+    assert graph_bytes(graph, "planner_bytes") == planner_sizes(tmp_path)
+
+
+WEIGHTS = {"num_bits": 8, "symmetric": True, "strategy": "channel"}
+COMPRESSED = {
+    "pack-quantized": {"weights": {**WEIGHTS, "num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}},
+    "int-quantized": {"weights": {**WEIGHTS, "type": "int"}},
+    "float-quantized": {
+        "weights": {**WEIGHTS, "type": "float"},
+        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    },
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("form", COMPRESSED)
+@pytest.mark.parametrize("kind", ["llama", "odd", "opt"])
+def test_compressed_tensors_are_dense_from_the_first_forward_on(form, kind, checkpoint, tmp_path):
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(kind), dtype=torch.bfloat16)
+    group = {"targets": ["Linear"], **COMPRESSED[form]}
+    apply_quantization_config(
+        model, QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"], format=form)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.data.fill_(0.01)
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format=form)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+
+    model, graph, quantization = loaded(tmp_path)
+    assert format_of(quantization) is not None
+    assert 0 < sum(held_bytes(model).values()) < graph.size_bytes
+    with torch.no_grad():
+        model(torch.arange(4)[None])
+    assert graph_bytes(graph) == held_bytes(model)
+    assert graph_bytes(graph, "planner_bytes") == planner_sizes(tmp_path)
+
+
+@pytest.fixture
+def fp8_everywhere(monkeypatch):
+    """transformers loads fp8 only where there is an accelerator to compute in it; loading needs none."""
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda self, **_: None)
+
+
+FP8 = {"method": "fp8", "weight_block_size": [64, 32]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixture", "opt"])
+@pytest.mark.parametrize("scale_format", ["float", "ue8m0"])
+def test_fp8(kind, scale_format, checkpoint, tmp_path, fp8_everywhere):
+    asked = {**FP8, "scale_fmt": scale_format}
+    if kind == "mixture":
+        asked |= {"weight_block_size": [32, 32]}
+    model, graph, _ = loaded(checkpoint(kind), asked)
+    assert graph_bytes(graph) == held_bytes(model)
+    assert graph_bytes(graph, "planner_bytes") == planner_sizes(checkpoint(kind), asked)
+    model.save_pretrained(tmp_path)
+    model, graph, quantization = loaded(tmp_path)
+    assert quantization.is_prequantized
+    assert graph_bytes(graph) == held_bytes(model)
+    assert graph_bytes(graph, "planner_bytes") == planner_sizes(tmp_path)
+
+
+def test_fp8_of_sizes_that_no_block_divides(checkpoint, fp8_everywhere, tmp_path):
+    """As a checkpoint: transformers does not make one of these itself."""
+    folder = _with_quantization(checkpoint("odd"), tmp_path, {"quant_method": "fp8"})
+    model, graph, _ = loaded(folder)
+    assert graph_bytes(graph) == held_bytes(model)
+
+
+def _with_quantization(source, folder, quantization):
+    """A checkpoint that says that it is quantised, and holds weights as they were."""
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = {**json.loads((source / "config.json").read_text()), "quantization_config": quantization}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_mxfp4_has_the_bytes_of_the_modules_that_transformers_builds():
+    """Its weights are swizzled by a Triton kernel when loaded: what it loads are blocks, and a scale for each 32."""
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    config = transformers.GptOssConfig(
+        hidden_size=128, intermediate_size=96, num_hidden_layers=1, num_local_experts=4, vocab_size=256
+    )
+    quantization = Quantization("mxfp4", {"modules_to_not_convert": ["lm_head"]}, is_prequantized=True)
+    model = build_meta_model(transformers.GptOssForCausalLM, config, torch.bfloat16)
+    graph = graph_of(model, torch.bfloat16, quantization)
+    with torch.device("meta"):
+        experts = Mxfp4GptOssExperts(config)
+    path = "model.layers.0.mlp.experts."
+    for name, parameter in experts.named_parameters():
+        scales = 0 if name.endswith("bias") else parameter.numel() * 2 // 32
+        assert graph.tensors[path + name].size_bytes == parameter.nbytes + scales
+        assert graph.tensors[path + name].planner_bytes == parameter.nbytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "module", "expected_bytes"),
+    [
+        ("llama", {"bits": 4, "group_size": 128}, "model.layers.0.self_attn.q_proj", 35104),
+        ("llama", {"bits": 4, "group_size": 64}, "model.layers.0.mlp.down_proj", 72736),
+        ("llama", {"bits": 8, "group_size": -1}, "model.layers.0.mlp.gate_proj", 133648),
+        ("odd", {"bits": 8, "group_size": -1}, "model.layers.0.mlp.down_proj", 67528),
+        ("opt", {"bits": 4, "group_size": 128}, "model.decoder.layers.0.fc1", 18080),
+        ("llama", {"quant_method": "awq", "group_size": 64}, "model.layers.0.mlp.gate_proj", 70656),
+        ("opt", {"quant_method": "awq", "group_size": 64}, "model.decoder.layers.0.fc1", 18176),
+    ],
+)
+def test_gptq_and_awq(kind, quantization, module, expected_bytes, checkpoint, tmp_path):
+    """Measured once with gptqmodel 7.7.0 and optimum 2.3.0 on the CPU; gptqmodel wants another torch than ours."""
+    folder = _with_quantization(checkpoint(kind), tmp_path, {"quant_method": "gptq", **quantization})
+    config = json.loads((folder / "config.json").read_text())
+    graph = build_graph(
+        folder,
+        class_name=config["architectures"][0],
+        dtype="bfloat16",
+        attention=None,
+        quantization=effective_quantization(None, config),
+    )
+    assert graph_bytes(graph)[module] == expected_bytes
+    assert graph.tensors["lm_head.weight"].dtype == "bfloat16"
+
+
+def test_a_checkpoint_that_is_dequantised_while_loading_is_counted_dense():
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    assert effective_quantization(None, config, has_accelerator=False).arguments == {"dequantize": True}
+    assert effective_quantization(None, config).arguments == {}
+    asked = {"method": "fp8", "dequantize": True, "weight_block_size": [3, 3]}
+    assert effective_quantization(asked, config).arguments == {"dequantize": True}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"method": "hqq"},
+        {"method": "aqlm"},
+        {"method": "gptq"},
+        {"method": "awq"},
+        {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True},
+        {"method": "torchao", "quant_type": "Float8DynamicActivationFloat8WeightConfig"},
+        {"method": "compressed-tensors"},
+    ],
+)
+def test_what_is_not_known_is_left_as_it_is(quantization):
+    assert format_of(effective_quantization(quantization, {})) is None
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"method": "bitsandbytes"},
+        {"method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": True},
+        {"method": "bitsandbytes", "load_in_4bit": "much"},
+        {"method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf5"},
+        {"method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": ["nf4"]},
+        {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": "lm_head"},
+        {"method": "torchao"},
+        {"method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": 0}}}},
+        {"method": "quanto", "weights": "int5"},
+        {"method": "quanto", "weights": ["int8"]},
+        {"method": "gptq", "bits": 5},
+        {"method": "gptq", "group_size": -2},
+        {"method": "awq", "bits": [4]},
+        {"method": "fp8", "weight_block_size": [0, 128]},
+        {"method": "fp8", "dequantize": 1},
+        {"method": "mxfp4", "modules_to_not_convert": [1]},
+    ],
+)
+def test_arguments_that_cannot_be_meant(quantization):
+    with pytest.raises(QuantizationError):
+        format_of(effective_quantization(quantization, {}))
+
+
+ARGUMENTS = {
+    "awq": ("bits", "group_size", "version", "modules_to_not_convert"),
+    "bitsandbytes": ("llm_int8_skip_modules", "bnb_4bit_quant_type", "bnb_4bit_quant_storage"),
+    "compressed-tensors": ("config_groups", "ignore", "format"),
+    "fp8": ("weight_block_size", "scale_fmt", "activation_scheme", "modules_to_not_convert", "expert_dtype"),
+    "gptq": ("bits", "group_size", "block_name_to_quantize", "modules_in_block_to_quantize", "checkpoint_format"),
+    "mxfp4": ("dequantize", "modules_to_not_convert"),
+    "quanto": ("weights", "activations", "modules_to_not_convert"),
+    "torchao": ("quant_type", "modules_to_not_convert"),
+}
+RIGHT = {
+    "bitsandbytes": {"load_in_4bit": True},
+    "compressed-tensors": {
+        "config_groups": {"group_0": {"targets": ["Linear"], **COMPRESSED["int-quantized"]}},
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+    },
+    "torchao": {"quant_type": "Int8WeightOnlyConfig"},
+}
+ODD_QUANT_TYPE = {"_type": "Int8WeightOnlyConfig", "_data": {"granularity": 3}}
+ODD_GROUP = {"weights": {"strategy": "block", "block_structure": "128x128"}}
+ODD_VALUES = (
+    None,
+    -1,
+    0,
+    1.5,
+    True,
+    "x",
+    "*",
+    [],
+    ["*"],
+    [1],
+    [[]],
+    {},
+    {"group_0": 1},
+    ODD_QUANT_TYPE,
+    {"g": ODD_GROUP},
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_the_arguments_are_there_is_a_size_or_a_diagnostic(method):
+    model = build_meta_model(transformers.LlamaForCausalLM, MODELS["llama"], torch.bfloat16)
+    for name in ARGUMENTS[method]:
+        for value in ODD_VALUES:
+            quantization = Quantization(method, {**RIGHT.get(method, {}), name: value}, is_prequantized=True)
+            try:
+                assert graph_of(model, torch.bfloat16, quantization).size_bytes > 0
+            except QuantizationError as error:
+                assert str(error)
+                assert error.help
+
+
+def test_a_graph_is_kept_for_its_quantization(workspace):
+    def compiled(model):
+        text = f"version: 1\nmodel: {model}\nhardware: {{devices: {{cuda:0: {{memory: 1GiB}}}}}}\n"
+        (workspace / "profile.yaml").write_text(text)
+        compilation = run_pipeline(Request(path=workspace / "profile.yaml"))
+        return compilation, [each.code for each in compilation.diagnostics]
+
+    quantized = "{source: llama, quantization: {method: bitsandbytes, load_in_8bit: true}}"
+    plain, _ = compiled("{source: llama}")
+    first, _ = compiled(quantized)
+    assert first.model.graph.size_bytes < plain.model.graph.size_bytes
+    (workspace / "profile.graph.json").write_text(vendor(first.loaded, first.model).to_text())
+    again, codes = compiled(quantized)
+    assert again.model.graph == first.model.graph
+    assert codes == []
+    other, codes = compiled("{source: llama}")
+    assert other.model.graph == plain.model.graph
+    assert codes == ["stale-graph"]
+
+
+def test_what_lowers_the_planners_budgets_is_what_transformers_has():
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    quantizers = {**AUTO_QUANTIZER_MAPPING, "bitsandbytes": AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]}
+    for name, method in METHODS.items():
+        assert method.lowers_budgets == (quantizers[name].adjust_max_memory is not HfQuantizer.adjust_max_memory), name
