@@ -15,11 +15,22 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING.keys())
 
 
+ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
+GLM_POSITIONS = {"rope_parameters": {**ROTATION, "mrope_section": [16, 24, 24]}}
+HALF_ROTATED = {"rope_parameters": {**ROTATION, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
+
 SENSIBLE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "blenderbot": {"encoder_layers": 2, "decoder_layers": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "num_hidden_layers": 4},
+    "glm46v": {"text_config": GLM_POSITIONS},
+    "glm4v": {"text_config": GLM_POSITIONS},
+    "glm4v_moe": {"text_config": {"head_dim": 128, "num_hidden_layers": 4, **GLM_POSITIONS, **HALF_ROTATED}},
+    "glmga": {"text_config": GLM_POSITIONS},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4},
+    "ovis2": {"text_config": {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 12}},
+    "qwen3_omni_moe_thinker": {"text_config": {"head_dim": 128, "num_attention_heads": 16, "num_hidden_layers": 4}},
+    "step3p7": {"text_config": {"sliding_window": 512, "num_hidden_layers": 4}},
     "xmod": {"default_language": "en_XX"},
 }
 """Arguments for the types whose default config builds a model that cannot run."""
@@ -30,6 +41,20 @@ def causal_model_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def sequence_model_types() -> list[str]:
+    """Every model type with an encoder and a decoder of text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+
+def image_text_model_types() -> list[str]:
+    """Every model type that goes on with a text about images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:

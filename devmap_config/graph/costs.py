@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,9 @@ class ModuleCost:
     what a further token adds, and `retained_bytes` what their storages keep alive beyond what they show (a sliding
     window is a view of all that was prefilled). `prefill_peak_bytes` and `decode_peak_bytes` are the largest sum of
     live activations while it runs, with what lives around it, cache left out; `own_peak_bytes` only while none of its
-    children runs. Operations and bytes touched are its own, without its children's.
+    children runs. The `doubled` figures are those of a prefill that is twice as long. Operations, bytes
+    touched and launches of kernels are its own, without its children's. Input and output bytes are those of the
+    tensors that it is given and gives back, caches left out.
     """
 
     path: str
@@ -43,26 +45,70 @@ class ModuleCost:
     prefill_peak_bytes: int = 0
     decode_peak_bytes: int = 0
     own_peak_bytes: int = 0
+    doubled_cache_bytes: int = 0
+    doubled_peak_bytes: int = 0
+    doubled_own_peak_bytes: int = 0
     prefill_operations: int = 0
     decode_operations: int = 0
     prefill_touched_bytes: int = 0
     decode_touched_bytes: int = 0
+    prefill_launches: int = 0
+    decode_launches: int = 0
+    prefill_input_bytes: int = 0
+    decode_input_bytes: int = 0
+    prefill_output_bytes: int = 0
+    decode_output_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The larger of its two peaks."""
         return max(self.prefill_peak_bytes, self.decode_peak_bytes)
 
+    def at(self, workload: Workload, context_length: int) -> ModuleCost:
+        """What memory it takes at another length of the context than that of the workload it was measured under.
+
+        Caches grow as between the prefill and one twice as long, and so do the peaks of a prefill that is as long as
+        the context: on a line, or where they more than double on a parabola.
+        """
+        before = workload.context_length
+        figures = _grown_peaks(self, before, context_length) if workload.prompt_length == before else {}
+        figures["cache_bytes"] = _grown_cache(self, before, context_length)
+        figures["retained_bytes"] = _grown_retained(self, before, context_length)
+        figures["decode_peak_bytes"] = self.decode_peak_bytes * max(context_length, before) // before
+        return replace(self, **figures)  # type: ignore[arg-type]  # every one of these is an integer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """What one block is given that another made, tensors and bytes: they are copied where the two run on two devices.
+
+    `maker` is `""` for what the model makes outside of every block (masks, positions): it lives on the main device.
+    """
+
+    reader: str
+    maker: str
+    prefill_tensors: int
+    prefill_bytes: int
+    decode_tensors: int
+    decode_bytes: int
+
+
+CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
+
 
 @dataclass(frozen=True)
 class Measurement:
     """A model's costs under a workload, in the order in which its modules first run.
 
+    `crossings` is what passes between blocks, `bonds` the pairs of blocks of which one reads what the other made
+    without being given it (a shared cache), or whose results the model itself joins: they must run on one device.
     `measured` is false where the model's code cannot be run without data, for this `reason`, and formulas stand in.
     """
 
     workload: Workload
     modules: tuple[ModuleCost, ...]
+    crossings: tuple[Crossing, ...] = ()
+    bonds: tuple[tuple[str, str], ...] = ()
     measured: bool = True
     reason: str | None = None
 
@@ -76,6 +122,17 @@ class Measurement:
         """Bytes of the whole cache after a prefill of the context."""
         return sum(cost.cache_bytes for cost in self.modules)
 
+    def at(self, context_length: int) -> Measurement:
+        """What memory the same takes at another length of the context."""
+        workload = self.workload
+        prompt_grows = workload.prompt_length == workload.context_length
+        prompt_length = context_length if prompt_grows else min(workload.prompt_length, context_length)
+        return replace(
+            self,
+            workload=replace(workload, context_length=context_length, prompt_length=prompt_length),
+            modules=tuple(cost.at(workload, context_length) for cost in self.modules),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
         return {
@@ -84,6 +141,8 @@ class Measurement:
             "reason": self.reason,
             "columns": [field.name for field in fields(ModuleCost)],
             "modules": [list(asdict(cost).values()) for cost in self.modules],
+            "crossings": [list(asdict(crossing).values()) for crossing in self.crossings],
+            "bonds": [list(bond) for bond in self.bonds],
         }
 
     @classmethod
@@ -96,6 +155,38 @@ class Measurement:
         return cls(
             workload=Workload(**value["workload"]),
             modules=tuple(ModuleCost(**dict(zip(value["columns"], row, strict=True))) for row in value["modules"]),
+            crossings=tuple(Crossing(**dict(zip(CROSSING_FIELDS, row, strict=True))) for row in value["crossings"]),
+            bonds=tuple((reader, maker) for reader, maker in value["bonds"]),
             measured=value["measured"],
             reason=value["reason"],
         )
+
+
+def _grown_cache(cost: ModuleCost, before: int, after: int) -> int:
+    return max(cost.cache_bytes + (cost.doubled_cache_bytes - cost.cache_bytes) * (after - before) // before, 0)
+
+
+def _grown_retained(cost: ModuleCost, before: int, after: int) -> int:
+    """A window's storage holds all that was prefilled, of which the cache shows what it keeps."""
+    if not cost.retained_bytes or after <= before:
+        return cost.retained_bytes
+    held_bytes = cost.cache_bytes + cost.retained_bytes
+    return max(held_bytes * after // before - _grown_cache(cost, before, after), cost.retained_bytes)
+
+
+def _grown_peaks(cost: ModuleCost, before: int, after: int) -> dict[str, int]:
+    least = cost.decode_peak_bytes
+    return {
+        "prefill_peak_bytes": _grown_peak(cost.prefill_peak_bytes, cost.doubled_peak_bytes, least, before, after),
+        "own_peak_bytes": _grown_peak(cost.own_peak_bytes, cost.doubled_own_peak_bytes, least, before, after),
+    }
+
+
+def _grown_peak(peak_bytes: int, doubled_bytes: int, least_bytes: int, before: int, after: int) -> int:
+    if after < before:
+        start_bytes = min(max(least_bytes, 2 * peak_bytes - doubled_bytes), peak_bytes)
+        return start_bytes - (start_bytes - peak_bytes) * after // before
+    if doubled_bytes < 2 * peak_bytes:
+        return peak_bytes + max(doubled_bytes - peak_bytes, 0) * (after - before) // before
+    curvature = doubled_bytes - 2 * peak_bytes
+    return peak_bytes * after // before + curvature * after * (after - before) // (2 * before * before)

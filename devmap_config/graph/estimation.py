@@ -43,6 +43,8 @@ def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, *
             cache_bytes=per_block * workload.context_length,
             cache_bytes_per_token=per_block,
             prefill_peak_bytes=peak_bytes,
+            doubled_cache_bytes=2 * per_block * workload.context_length,
+            doubled_peak_bytes=2 * peak_bytes,
             decode_peak_bytes=state_bytes * workload.batch_size,
         )
         for path in blocks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.estimation import estimate
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
+from devmap_config.graph.quantization import METHODS, Storage, quantized, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from devmap_config.graph.costs import Measurement, Workload
+    from devmap_config.graph.quantization import Quantization
 
 
 class UnbuildableModelError(Exception):
@@ -31,6 +33,7 @@ def build_graph(
     attention: str | None,
     workload: Workload | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> ModelGraph:
     """The graph of the model that `config_path` describes.
 
@@ -42,9 +45,11 @@ def build_graph(
         workload: what is to be measured besides the tree; where the model's code cannot be run without data,
             formulas stand in for the measurement, which says so.
         trust_remote_code: whether code that comes with the model may run.
+        quantization: how its weights are quantised once loaded.
 
     Raises:
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+        QuantizationError: where the quantization's arguments cannot be meant.
     """
     try:
         import torch
@@ -57,8 +62,15 @@ def build_graph(
         raise
     except Exception as error:  # whatever a model's own code raises on a config that it does not accept
         raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
-    graph = graph_of(model, getattr(torch, dtype))
-    return graph if workload is None else replace(graph, measurement=_measured(model, graph, workload))
+    graph = graph_of(model, getattr(torch, dtype), quantization)
+    if workload is None:
+        return graph
+    converted = {} if quantization is None else stored_tensors(model, quantization)
+    measurement = _measured(model, graph, workload)
+    if converted and quantization is not None:
+        dense_bytes = {name: graph.tensors[TensorName(name)].element_count * model.dtype.itemsize for name in converted}
+        measurement = quantized(measurement, graph, dense_bytes, dequantizes=METHODS[quantization.method].dequantizes)
+    return replace(graph, measurement=measurement)
 
 
 def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
@@ -66,7 +78,7 @@ def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> 
 
     text_config = model.config.get_text_config(decoder=True)
     try:
-        return measure(model, workload)
+        return measure(model, graph, workload)
     except UnmeasurableModelError as error:
         return estimate(graph, text_config.to_dict(), workload, reason=str(error))
 
@@ -112,20 +124,27 @@ def build_meta_model(
     return model
 
 
-def graph_of(model: PreTrainedModel, dtype: torch.dtype) -> ModelGraph:
-    """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype`."""
+def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelGraph:
+    """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised."""
     loaded_dtypes = _kept_dtypes(model, dtype)
+    stored = {} if quantization is None else stored_tensors(model, quantization)
     first_names: dict[int, TensorName] = {}
 
     def tensor_of(name: str, value: torch.Tensor, kind: TensorKind, persistent: bool) -> Tensor:
         loaded_dtype = loaded_dtypes.get(name, value.dtype)
         first = first_names.setdefault(id(value), TensorName(name))
-        return Tensor(
-            name=TensorName(name),
-            shape=tuple(value.shape),
+        dense = Storage(
             dtype=str(loaded_dtype).removeprefix("torch."),
             size_bytes=value.numel() * loaded_dtype.itemsize,
             planner_bytes=value.numel() * value.element_size(),
+        )
+        held = stored.get(name, dense)
+        return Tensor(
+            name=TensorName(name),
+            shape=tuple(value.shape),
+            dtype=held.dtype,
+            size_bytes=held.size_bytes,
+            planner_bytes=held.planner_bytes,
             kind=kind,
             persistent=persistent,
             alias_of=first if first != name else None,

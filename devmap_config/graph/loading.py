@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os.path
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import UnbuildableModelError, build_graph
+from devmap_config.graph.quantization import (
+    METHODS,
+    UNCHANGED,
+    Quantization,
+    QuantizationError,
+    effective_quantization,
+    format_of,
+)
 from devmap_config.graph.source import (
     ASSUMED_DTYPE,
     ModelNotFoundError,
@@ -32,13 +40,33 @@ BUILDABLE_ATTENTION = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model's graph with what it was made from. `attention` is `None` where transformers is to choose."""
+    """A model's graph with what it was made from. `attention` is `None` where transformers is to choose.
+
+    `quantization` is what transformers applies; it `is_counted` in the graph where its sizes are known.
+    """
 
     graph: ModelGraph
     source: ModelSource
     class_name: str
     dtype: str
     attention: str | None
+    quantization: Quantization | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the graph counts the weights as transformers holds them, and not as before quantization."""
+        return self.quantization is None or format_of(self.quantization) is not None
+
+    @property
+    def counts_quantized_weights(self) -> bool:
+        """Whether the graph counts on weights that stay quantised."""
+        return self.quantization is not None and format_of(self.quantization) not in (None, UNCHANGED)
+
+    @property
+    def lowers_budgets(self) -> bool:
+        """Whether the quantizer takes a tenth off every budget before transformers' planner fills it."""
+        method = None if self.quantization is None else METHODS.get(self.quantization.method)
+        return method is not None and method.lowers_budgets
 
 
 def load_model_graph(
@@ -79,19 +107,30 @@ def load_model_graph(
         return None
     attention = profile_model.attention if "attention" in profile_model.model_fields_set else None
     dtype = source.dtype_for(profile_model.dtype)
-    wanted = (source.config_digest, class_name, dtype, attention, _workload(loaded))
+    quantization = effective_quantization(
+        profile_model.quantization, source.config, has_accelerator=_has_accelerator(loaded)
+    )
+    try:
+        counted = quantization if quantization is not None and format_of(quantization) is not None else None
+    except QuantizationError as error:
+        sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
+        return None
+    wanted = (source.config_digest, class_name, dtype, attention, _workload(loaded), _quantization_json(counted))
     if vendored is not None and wanted == _made_from(vendored, loaded):
         graph = vendored.graph
     else:
         if vendored is not None:
             _warn_stale_graph(loaded, sink)
         if not (
-            found := _built(source, class_name, dtype, attention, loaded, sink, trust_remote_code, cache_directory)
+            found := _built(
+                source, class_name, dtype, attention, counted, loaded, sink, trust_remote_code, cache_directory
+            )
         ):
             return None
         graph = found
-    _warn(loaded, source, graph, sink)
-    return LoadedModel(graph, source, class_name, dtype, attention)
+    model = LoadedModel(graph, source, class_name, dtype, attention, quantization)
+    _warn(loaded, model, sink)
+    return model
 
 
 def vendor(loaded: LoadedProfile, model: LoadedModel) -> VendoredGraph:
@@ -106,6 +145,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel) -> VendoredGraph:
         dtype=model.dtype,
         attention=model.attention,
         workload=_workload(loaded),
+        quantization=_quantization_json(model.quantization if model.is_counted else None),
     )
 
 
@@ -114,6 +154,7 @@ def _built(
     class_name: str,
     dtype: str,
     attention: str | None,
+    quantization: Quantization | None,
     loaded: LoadedProfile,
     sink: Sink,
     trust_remote_code: bool,
@@ -126,9 +167,13 @@ def _built(
             dtype=dtype,
             attention=attention,
             workload=_workload(loaded),
+            quantization=quantization,
             trust_remote_code=trust_remote_code,
             cache_directory=cache_directory,
         )
+    except QuantizationError as error:
+        sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
+        return None
     except UnbuildableModelError as error:
         sink.error(
             "unsupported-model",
@@ -183,13 +228,15 @@ def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSou
 
 def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> tuple[object, ...]:
     digest = _vendored_source(vendored, loaded).config_digest
-    return (digest, vendored.class_name, vendored.dtype, vendored.attention, vendored.workload)
+    of_model = (digest, vendored.class_name, vendored.dtype, vendored.attention)
+    return (*of_model, vendored.workload, vendored.quantization)
 
 
 def _warn_stale_graph(loaded: LoadedProfile, sink: Sink) -> None:
     sink.warning(
         "stale-graph",
-        f"the graph in `{vendored_path(loaded.path).name}` is of another model, dtype or workload: it is made anew",
+        f"the graph in `{vendored_path(loaded.path).name}` is of another model, dtype, quantization or workload:"
+        " it is made anew",
         loaded.span("model", "source"),
         help="run `devmap compile --vendor` again",
     )
@@ -202,6 +249,7 @@ def graph_from_source(
     dtype: str,
     attention: str | None,
     workload: Workload | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     cache_directory: Path | None = None,
 ) -> ModelGraph:
@@ -209,6 +257,7 @@ def graph_from_source(
 
     Raises:
         UnbuildableModelError: where transformers cannot build it.
+        QuantizationError: where the quantization's arguments cannot be meant.
     """
 
     def make() -> ModelGraph:
@@ -219,14 +268,18 @@ def graph_from_source(
             attention=attention if attention in BUILDABLE_ATTENTION else None,
             workload=workload,
             trust_remote_code=trust_remote_code,
+            quantization=quantization,
         )
 
-    if trust_remote_code:  # code that comes with a model may change without its config
-        return make()
     key: dict[str, object] = {"config": source.config_digest, "class": class_name, "dtype": dtype}
     if workload is not None:
         key |= {"workload": asdict(workload), "attention": attention}
-    return cached_graph(key, make, directory=cache_directory)
+    if quantization is not None and format_of(quantization) is not None:
+        key["quantization"] = quantization.to_json()
+    # Code that comes with a model may change without its config.
+    graph = make() if trust_remote_code else cached_graph(key, make, directory=cache_directory)
+    apart = source.stored_apart(graph.ties)
+    return replace(graph, ties=tuple(tie for tie in graph.ties if tie not in apart)) if apart else graph
 
 
 def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> ModelSource | None:
@@ -277,7 +330,16 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
     )
 
 
-def _warn(loaded: LoadedProfile, source: ModelSource, graph: ModelGraph, sink: Sink) -> None:
+def _has_accelerator(loaded: LoadedProfile) -> bool:
+    return any(device not in ("cpu", "disk") for device in loaded.profile.hardware.devices)
+
+
+def _quantization_json(quantization: Quantization | None) -> dict[str, object] | None:
+    return None if quantization is None else quantization.to_json()
+
+
+def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
+    source, graph = model.source, model.graph
     if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
             "unknown-dtype",
@@ -285,7 +347,7 @@ def _warn(loaded: LoadedProfile, source: ModelSource, graph: ModelGraph, sink: S
             loaded.span("model", "dtype"),
             help="say `dtype: bfloat16`, or what the checkpoint holds",
         )
-    if loaded.profile.model.quantization or source.config.get("quantization_config"):
+    if not model.is_counted:
         sink.warning(
             "quantization-not-measured",
             "the plan counts the weights as they are before quantization: it is an upper bound",

@@ -20,15 +20,20 @@ TensorName = NewType("TensorName", str)
 
 TensorKind = Literal["parameter", "buffer"]
 
+CONTAINER_CLASSES = ("ModuleList", "ModuleDict")
+"""Modules without a forward of their own: to place one as a whole would hook every leaf below it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One parameter or buffer.
 
     `shape` and `dtype` (a torch name such as `bfloat16`) are those it has once loaded, `size_bytes` what it then
-    occupies. `planner_bytes` is what transformers' own planner counts for it, which leaves out that some modules are
-    kept in fp32. `persistent` is false for a buffer that no checkpoint holds. `alias_of` names the tensor that this
-    is the very same object as (a module that is registered twice); an alias occupies nothing of its own.
+    occupies. Of a quantised weight, `shape` is that of the matrix, `dtype` that of what is packed, and `size_bytes`
+    counts its scales, zero points and whatever else comes with it. `planner_bytes` is what transformers' own planner
+    counts for it, which leaves out that some modules are kept in fp32, and most scales. `persistent` is false for a
+    buffer that no checkpoint holds. `alias_of` names the tensor that this is the very same object as (a module that is
+    registered twice); an alias occupies nothing of its own.
     """
 
     name: TensorName
@@ -137,6 +142,37 @@ class ModelGraph:
         """Bytes that these tensors occupy together on one device; what is tied counts once."""
         storages = dict.fromkeys(self.storage_of[name] for name in names)
         return sum(self.tensors[storage].size_bytes for storage in storages)
+
+    @cached_property
+    def composites(self) -> frozenset[ModulePath]:
+        """The modules that are lists of blocks, or hold one: they are never placed as a whole."""
+        composites = {ModulePath("")}
+
+        def visit(module: Module) -> bool:
+            if self.is_no_split(module):
+                return False
+            # Every child is visited, found or not: a list, not a generator.
+            holds = [visit(child) or self.is_no_split(child) for child in module.children]
+            found = any(holds) or (module.class_name in CONTAINER_CLASSES and bool(module.children))
+            if found:
+                composites.add(module.path)
+            return found
+
+        visit(self.root)
+        return frozenset(composites)
+
+    @cached_property
+    def blocks(self) -> tuple[ModulePath, ...]:
+        """The coarsest modules that are placed as a whole: no-split blocks, and what stands beside them."""
+
+        def below(module: Module) -> Iterator[ModulePath]:
+            for child in module.children:
+                if child.path in self.composites:
+                    yield from below(child)
+                else:
+                    yield child.path
+
+        return tuple(below(self.root))
 
     def is_no_split(self, module: Module) -> bool:
         """Whether transformers wants this module whole on one device.

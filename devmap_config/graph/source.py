@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.graph.model import TensorName
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 """What may be the name of a repository on the hub, with or without its owner."""
@@ -22,6 +24,9 @@ ASSUMED_DTYPE = "float32"
 """What transformers loads in where nothing tells."""
 
 COMMIT = re.compile("[0-9a-f]{40}")
+
+COMPARED_BYTES = 2**20
+"""How much of two tensors is compared at once."""
 
 CONNECTION_TIMEOUT_SECONDS = 5
 
@@ -69,6 +74,20 @@ class ModelSource:
                 if dtype := SAFETENSORS_DTYPES.get(entry.get("dtype", "")):
                     return dtype
         return None
+
+    def stored_apart(self, ties: Iterable[tuple[TensorName, TensorName]]) -> frozenset[tuple[TensorName, TensorName]]:
+        """The ties of which a local checkpoint holds both tensors, with different values.
+
+        transformers then loads two tensors, whatever the config says (flan-t5 has a head of its own).
+        """
+        if self.weights is None or not self.location.is_dir():
+            return frozenset()
+        stored = _stored_tensors(self.location)
+        return frozenset(
+            (target, source)
+            for target, source in ties
+            if target in stored and source in stored and not _are_equal(stored[target], stored[source])
+        )
 
     def dtype_for(self, wanted: str) -> str:
         """The dtype that weights are loaded in, where `auto` is wanted as well."""
@@ -174,6 +193,42 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"`{path.name}` is not a config: it holds no JSON object")
     return config
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """Where a tensor lies in a file, in bytes from the file's beginning."""
+
+    path: Path
+    start: int
+    end: int
+
+
+def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
+    stored = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            data_start = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in _safetensors_header(path).items():
+            start, end = entry["data_offsets"]
+            stored[name] = _StoredTensor(path, data_start + start, data_start + end)
+    return stored
+
+
+def _are_equal(first: _StoredTensor, second: _StoredTensor) -> bool:
+    """Whether two tensors hold the same bytes; where they do not, that shows in the first of them."""
+    remaining = first.end - first.start
+    if remaining != second.end - second.start:
+        return False
+    with first.path.open("rb") as left, second.path.open("rb") as right:
+        left.seek(first.start)
+        right.seek(second.start)
+        while remaining > 0:
+            count = min(remaining, COMPARED_BYTES)
+            if left.read(count) != right.read(count):
+                return False
+            remaining -= count
+    return True
 
 
 def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

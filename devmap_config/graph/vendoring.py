@@ -35,10 +35,11 @@ class VendoredGraph:
     dtype: str
     attention: str | None
     workload: Workload | None
+    quantization: Mapping[str, Any] | None = None
 
     def to_text(self) -> str:
         """The file: compact, the same bytes for the same graph."""
-        value = {
+        value: dict[str, Any] = {
             "schema": SCHEMA,
             "config": dict(self.config),
             "source": self.source,
@@ -50,6 +51,8 @@ class VendoredGraph:
             "workload": None if self.workload is None else asdict(self.workload),
             "graph": graph_to_json(self.graph),
         }
+        if self.quantization is not None:
+            value["quantization"] = dict(self.quantization)
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -84,6 +87,7 @@ def read_vendored(text: str) -> VendoredGraph:
             dtype=value["dtype"],
             attention=value["attention"],
             workload=None if value["workload"] is None else Workload(**value["workload"]),
+            quantization=value.get("quantization"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error

@@ -79,7 +79,7 @@ def measured(name, **workload):
     model_class = getattr(transformers, MODELS[name][0])
     model = build_meta_model(model_class, config_of(name), torch.float32)
     workload = {"batch_size": 2, "context_length": LENGTH, "prompt_length": LENGTH, **workload}
-    return measure(model, Workload(**workload))
+    return measure(model, graph_of(model, torch.float32), Workload(**workload))
 
 
 def really_run(name):
@@ -209,3 +209,55 @@ def test_nothing_of_it_stays_behind():
     with torch.no_grad():
         assert model(**inputs).logits.shape == (2, 1, 512)
     graph_of(build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["dense", "sliding and full", "encoder-decoder", "latent attention", "experts"])
+def test_a_longer_context_is_foretold_by_one_measurement(name):
+    """What is said of four times the length is what is measured there: a parabola has no more to tell."""
+    length = 4 * LENGTH
+    foretold = measured(name).at(length)
+    seen = measured(name, context_length=length, prompt_length=length)
+    assert foretold.cache_bytes == seen.cache_bytes
+    peaks = [max(cost.prefill_peak_bytes for cost in measurement.modules) for measurement in (foretold, seen)]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+# The hybrid pads what it scans to a whole chunk of 256: at 100 tokens it takes as much as at 200.
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "hybrid"])
+def test_a_shorter_context_never_takes_more_than_was_foretold(name):
+    foretold = measured(name).at(LENGTH // 2)
+    seen = measured(name, context_length=LENGTH // 2, prompt_length=LENGTH // 2).by_path
+    for cost in foretold.modules:
+        if cost.path in seen:
+            assert cost.cache_bytes >= seen[cost.path].cache_bytes
+            assert cost.prefill_peak_bytes >= 0.98 * seen[cost.path].prefill_peak_bytes
+
+
+def test_what_crosses_is_the_hidden_states_and_what_every_layer_is_given():
+    crossings = {(each.reader, each.maker): each for each in measured("dense").crossings}
+    hidden_bytes = 2 * LENGTH * 128 * 4
+    assert crossings["model.layers.1", "model.layers.0"].prefill_bytes == hidden_bytes
+    assert crossings["model.layers.1", "model.layers.0"].decode_bytes == hidden_bytes // LENGTH
+    assert crossings["model.layers.2", "model.rotary_emb"].prefill_tensors == 2  # cosines and sines
+    assert ("model.layers.2", "model.layers.0") not in crossings
+
+
+def test_what_the_model_adds_up_itself_must_be_together():
+    assert measured("learned positions").bonds == (("transformer.wpe", "transformer.wte"),)
+    assert measured("dense").bonds == ()
+
+
+def test_layers_that_read_the_cache_of_another_must_be_with_it():
+    sizes = {**GROUPED, "head_dim": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 64}
+    config = transformers.Gemma3nTextConfig(
+        **{**sizes, "intermediate_size": 256, "hidden_size_per_layer_input": 16, "laurel_rank": 8},
+        vocab_size_per_layer_input=512,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    model = build_meta_model(transformers.Gemma3nForCausalLM, config, torch.float32)
+    graph = graph_of(model, torch.float32)
+    workload = Workload(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
+    bonds = measure(model, graph, workload).bonds
+    assert ("model.layers.0", "model.layers.2") in bonds
+    assert ("model.layers.1", "model.layers.3") in bonds
