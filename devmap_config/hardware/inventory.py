@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
+from devmap_config.hardware.links import links_between
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.hardware.links import Link
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Device as DeviceSpecification
 
@@ -24,7 +26,8 @@ GIBIBYTE = 2**30
 class Device:
     """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`.
 
-    `bandwidth_bytes_per_second` and `flops_per_second` are `None` where neither profile nor catalogue tells.
+    `bandwidth_bytes_per_second` and `flops_per_second` are `None` where neither profile nor catalogue tells; of them
+    the efficiencies are reached.
     """
 
     id: str
@@ -33,6 +36,8 @@ class Device:
     accelerator: Accelerator | None = None
     bandwidth_bytes_per_second: int | None = None
     flops_per_second: int | None = None
+    memory_efficiency: Fraction = Fraction(1)
+    compute_efficiency: Fraction = Fraction(1)
 
     @property
     def is_accelerator(self) -> bool:
@@ -45,6 +50,7 @@ class Inventory:
     """The devices in the order in which they are filled: accelerators by index, the CPU, the disk."""
 
     devices: tuple[Device, ...]
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
 
     @property
     def capacities(self) -> dict[str, int]:
@@ -56,18 +62,22 @@ class Inventory:
         """The kind of the accelerators; `cuda` where there are none."""
         return next((device.id.partition(":")[0] for device in self.devices if device.is_accelerator), "cuda")
 
-    def to_json(self) -> list[dict[str, object]]:
+    def to_json(self) -> dict[str, object]:
         """As plain data, for digests."""
-        return [
+        devices = [
             {
                 "id": device.id,
                 "memory_bytes": device.memory_bytes,
                 "capacity_bytes": device.capacity_bytes,
                 "bandwidth_bytes_per_second": device.bandwidth_bytes_per_second,
                 "flops_per_second": device.flops_per_second,
+                "memory_efficiency": str(device.memory_efficiency),
+                "compute_efficiency": str(device.compute_efficiency),
             }
             for device in self.devices
         ]
+        links = {f"{source}-{target}": asdict(link) for (source, target), link in self.links.items()}
+        return {"devices": devices, "links": links}
 
 
 def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
@@ -81,7 +91,8 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     _check_kinds(tuple(specifications), loaded, sink)
     _check_max_memory(loaded, sink)
     _check_links(loaded, sink)
-    return Inventory(tuple(sorted(devices, key=lambda device: fill_order(device.id))))
+    ordered = tuple(sorted(devices, key=lambda device: fill_order(device.id)))
+    return Inventory(ordered, links_between(ordered, loaded.profile.hardware.links))
 
 
 def fill_order(device: str) -> tuple[int, str, int]:
@@ -136,6 +147,12 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
     cap = loaded.profile.placement.max_memory.get(name)
     if cap is not None:
         capacity_bytes = min(capacity_bytes, _absolute(cap, memory_bytes))
+    if specification.efficiency is not None:
+        reached = (specification.efficiency, specification.efficiency)
+    elif accelerator is not None:
+        reached = (accelerator.memory_efficiency, accelerator.compute_efficiency)
+    else:
+        reached = (Fraction(1), Fraction(1))
     return Device(
         id=name,
         memory_bytes=memory_bytes,
@@ -144,6 +161,8 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
         bandwidth_bytes_per_second=specification.bandwidth
         or (accelerator.memory_bandwidth_bytes_per_second if accelerator else None),
         flops_per_second=specification.flops or (accelerator.dense_bf16_flops_per_second if accelerator else None),
+        memory_efficiency=reached[0],
+        compute_efficiency=reached[1],
     )
 
 

@@ -1,0 +1,157 @@
+"""What each device needs besides weights while a plan runs, from the measured costs of the modules that run there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.costs import ModuleCost
+from devmap_config.placement.problem import is_accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.assignment import Assignment
+    from devmap_config.placement.executor import Executor
+    from devmap_config.placement.problem import DeviceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningCost:
+    """Bytes that a device needs while the plan runs.
+
+    `activation_bytes` are the largest peak of a module that runs there, with what caches keep alive beyond what they
+    show; `streaming_bytes` the largest piece of weights that is copied in at once.
+    """
+
+    kv_cache_bytes: int = 0
+    activation_bytes: int = 0
+    streaming_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.kv_cache_bytes + self.activation_bytes + self.streaming_bytes
+
+
+@dataclass(frozen=True)
+class Running:
+    """Which modules run on each device, alike ones counted together.
+
+    `holding` are those whose cache is there, `peaking` those whose peak is, `own` those of which only what they do
+    themselves is there: modules that are spread over devices.
+    """
+
+    workload: Workload
+    holding: Mapping[DeviceId, Mapping[ModuleCost, int]]
+    peaking: Mapping[DeviceId, tuple[ModuleCost, ...]]
+    own: Mapping[DeviceId, tuple[ModuleCost, ...]]
+    streaming: Mapping[DeviceId, int]
+
+    def costs(self, context_length: int | None = None) -> dict[DeviceId, RunningCost]:
+        """What each device needs, at the context of the workload or at another."""
+        workload = self.workload
+
+        def at(cost: ModuleCost) -> ModuleCost:
+            return cost if context_length is None else cost.at(workload, context_length)
+
+        found = {}
+        for device in dict.fromkeys([*self.holding, *self.peaking, *self.own, *self.streaming]):
+            held = [(at(cost), count) for cost, count in self.holding.get(device, {}).items()]
+            peaks = [at(cost).peak_bytes for cost in self.peaking.get(device, ())]
+            own = [at(cost).own_peak_bytes for cost in self.own.get(device, ())]
+            retained_bytes = sum(cost.retained_bytes * count for cost, count in held)
+            found[device] = RunningCost(
+                kv_cache_bytes=sum(cost.cache_bytes * count for cost, count in held),
+                activation_bytes=max([*peaks, *own], default=0) + retained_bytes,
+                streaming_bytes=self.streaming.get(device, 0),
+            )
+        return found
+
+
+def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor) -> Running | None:
+    """What runs where under these assignments; nothing is known without a workload."""
+    measurement = graph.measurement
+    if measurement is None:
+        return None
+    placed = tuple(assignments)
+    main_device = executor.main_device(each.stored_on for each in placed)
+    covering = {each.unit: each.executes_on for each in placed}
+    parts: dict[str, list[DeviceId]] = {}
+    for each in placed:
+        for ancestor in _ancestors(each.unit):
+            parts.setdefault(ancestor, []).append(each.executes_on)
+    holding: dict[DeviceId, Counter[ModuleCost]] = {}
+    peaking: dict[DeviceId, list[ModuleCost]] = {}
+    own: dict[DeviceId, list[ModuleCost]] = {}
+    for cost in measurement.modules:
+        home = next((covering[path] for path in (cost.path, *_ancestors(cost.path)) if path in covering), None)
+        if home is not None:
+            devices, figures = [home], peaking
+        else:
+            # A module that is spread: its own operations run where its first part does, a block's parts share its peak.
+            within = parts.get(cost.path) or [main_device]
+            is_block = cost.path in graph.modules and graph.is_no_split(graph.modules[cost.path])  # type: ignore[index]
+            devices, figures = (within, peaking) if is_block else (within[:1], own)
+        if cost.cache_bytes or cost.retained_bytes:
+            holding.setdefault(devices[0], Counter())[_held(cost)] += 1
+        for device in devices:
+            figures.setdefault(device, []).append(cost)
+    return Running(
+        workload=measurement.workload,
+        holding=holding,
+        peaking={device: _largest(costs) for device, costs in peaking.items()},
+        own={device: _largest(costs) for device, costs in own.items()},
+        streaming=_streaming_bytes(graph, placed),
+    )
+
+
+def _held(cost: ModuleCost) -> ModuleCost:
+    """Of a cost, what concerns the cache."""
+    return ModuleCost(
+        path="",
+        cache_bytes=cost.cache_bytes,
+        doubled_cache_bytes=cost.doubled_cache_bytes,
+        retained_bytes=cost.retained_bytes,
+    )
+
+
+def _largest(costs: Iterable[ModuleCost]) -> tuple[ModuleCost, ...]:
+    """Those of which no other has larger peaks in every respect: at any context, one of them has the largest."""
+    by_peaks = {_peaks(cost): cost for cost in costs}
+    kept: list[tuple[int, ...]] = []
+    for peaks in sorted(by_peaks, reverse=True):
+        if not any(all(other >= own for other, own in zip(larger, peaks, strict=True)) for larger in kept):
+            kept.append(peaks)
+    return tuple(by_peaks[peaks] for peaks in kept)
+
+
+def _peaks(cost: ModuleCost) -> tuple[int, ...]:
+    prefill = (cost.prefill_peak_bytes, cost.doubled_peak_bytes)
+    return (*prefill, cost.decode_peak_bytes, cost.own_peak_bytes, cost.doubled_own_peak_bytes)
+
+
+def _ancestors(path: str) -> Iterable[str]:
+    """The modules around a path, nearest first, the model itself (`""`) last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _streaming_bytes(graph: ModelGraph, assignments: tuple[Assignment, ...]) -> dict[DeviceId, int]:
+    """The largest module, with tensors of its own, that accelerate's hooks copy to where it runs: one at a time."""
+    largest: dict[DeviceId, int] = {}
+    for each in assignments:
+        is_streamed = each.stored_on == "disk" or (each.stored_on == "cpu" and is_accelerator(each.executes_on))
+        if not is_streamed:
+            continue
+        by_module: dict[str, int] = {}
+        for name in each.tensors:
+            if graph.tensors[name].kind == "parameter":
+                module = name.rpartition(".")[0]
+                by_module[module] = by_module.get(module, 0) + graph.tensors[name].size_bytes
+        largest[each.executes_on] = max([largest.get(each.executes_on, 0), *by_module.values()])
+    return largest

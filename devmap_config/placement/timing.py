@@ -1,0 +1,254 @@
+"""What a forward takes: every block on the device that it runs on, what is copied there first, and what crosses.
+
+The devices of a plan run one after another, so times add up. A module takes the longer of reading what it touches and
+computing what it computes, at the rates that the machine reaches, and so long for every kernel that it launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from devmap_config.graph.model import ModulePath
+from devmap_config.hardware.links import NANOSECONDS_PER_SECOND
+from devmap_config.placement.problem import is_accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from fractions import Fraction
+
+    from devmap_config.graph.costs import Crossing, ModuleCost
+    from devmap_config.graph.model import ModelGraph, Module, TensorName
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.hardware.links import Link
+    from devmap_config.placement.problem import DeviceId
+
+Phase = Literal["prefill", "decode"]
+
+LAUNCH_NANOSECONDS = 5_000
+"""What a kernel costs besides its work: torch's way from Python to the device, some microseconds. Not calibrated."""
+
+
+class MissingFigureError(Exception):
+    """The machine's description does not say how fast something is; the text is what it would have to name."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one phase on one machine. Every figure is in nanoseconds, of the whole batch.
+
+    What a device or a link would have to say for that and does not is a `MissingFigureError`.
+    """
+
+    graph: ModelGraph
+    inventory: Inventory
+    phase: Phase
+
+    def own_nanoseconds(self, path: str, device: DeviceId) -> int:
+        """What a module does itself, without its children."""
+        if self.graph.measurement is None:  # then what is known is that its weights are read
+            module = self.graph.modules.get(ModulePath(path))
+            weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
+            return self.work_nanoseconds(weights_bytes, 0, device)
+        cost = self._costs.get(path)
+        if cost is None:
+            return 0
+        touched_bytes, operations, launches = self._work(cost)
+        return self.work_nanoseconds(touched_bytes, operations, device) + launches * LAUNCH_NANOSECONDS
+
+    def work_nanoseconds(self, touched_bytes: int, operations: int, device: DeviceId) -> int:
+        """The longer of reading so much and computing so much."""
+        reading = computing = 0
+        if touched_bytes:
+            reading = touched_bytes * NANOSECONDS_PER_SECOND // self._bytes_per_second(device)
+        if operations and (rate := self._operations_per_second(device)) is not None:
+            computing = operations * NANOSECONDS_PER_SECOND // rate
+        return max(reading, computing)
+
+    def copy_nanoseconds(self, source: DeviceId, target: DeviceId, size_bytes: int, copies: int = 1) -> int:
+        """What it takes to bring so much from one device to another."""
+        if source == target or not copies:
+            return 0
+        return self._link(source, target).nanoseconds(size_bytes, copies)
+
+    def crossing_nanoseconds(self, crossing: Crossing, maker: DeviceId, reader: DeviceId) -> int:
+        """What it takes to give a block what another made."""
+        prefills = self.phase == "prefill"
+        size_bytes = crossing.prefill_bytes if prefills else crossing.decode_bytes
+        tensors = crossing.prefill_tensors if prefills else crossing.decode_tensors
+        return self.copy_nanoseconds(maker, reader, size_bytes, tensors)
+
+    def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+        """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
+        home = home_of(homes[tensor.name][1] for tensor in module.tensors())
+        return self._below(module, homes, home) + self._streaming_nanoseconds(module, homes)
+
+    def _below(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], around: DeviceId) -> int:
+        running = {homes[tensor.name][1] for tensor in module.tensors()}
+        here = next(iter(running)) if len(running) == 1 else around
+        total = self.own_nanoseconds(module.path, here)
+        cost = self._costs.get(module.path)
+        if here != around and cost is not None:
+            prefills = self.phase == "prefill"
+            given, given_back = (
+                (cost.prefill_input_bytes, cost.prefill_output_bytes)
+                if prefills
+                else (cost.decode_input_bytes, cost.decode_output_bytes)
+            )
+            total += self.copy_nanoseconds(around, here, given) + self.copy_nanoseconds(here, around, given_back)
+        return total + sum(self._below(child, homes, here) for child in module.children)
+
+    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+        """What accelerate copies before a module runs: its parameters, one after another. What is idle stays."""
+        total = 0
+        for each in module.walk():
+            if not self._runs(each.path):
+                continue
+            for tensor in each.parameters:
+                stored_on, runs_on = homes[tensor.name]
+                if stored_on != runs_on:
+                    total += self.copy_nanoseconds(stored_on, runs_on, tensor.size_bytes)
+        return total
+
+    def _runs(self, path: str) -> bool:
+        """Whether a module runs in this phase: an encoder does not while its decoder goes on."""
+        if self.graph.measurement is None or not self.graph.measurement.measured:
+            return True
+        cost = self._costs.get(path)
+        return cost is not None and self._work(cost)[2] > 0
+
+    def _work(self, cost: ModuleCost) -> tuple[int, int, int]:
+        if self.phase == "prefill":
+            return cost.prefill_touched_bytes, cost.prefill_operations, cost.prefill_launches
+        return cost.decode_touched_bytes, cost.decode_operations, cost.decode_launches
+
+    @cached_property
+    def _costs(self) -> Mapping[str, ModuleCost]:
+        measurement = self.graph.measurement
+        return {} if measurement is None else measurement.by_path
+
+    def _bytes_per_second(self, device: DeviceId) -> int:
+        rate = self._rates.get(device, (None, None))[0]
+        if rate is None:
+            raise MissingFigureError(f"the `bandwidth` of {device}")
+        return rate
+
+    def _operations_per_second(self, device: DeviceId) -> int | None:
+        rate = self._rates.get(device, (None, None))[1]
+        if rate is None and self.phase == "prefill":
+            raise MissingFigureError(f"the `flops` of {device}")
+        return rate  # without it, one token is bound by what is read
+
+    @cached_property
+    def _rates(self) -> Mapping[DeviceId, tuple[int | None, int | None]]:
+        """Bytes read and operations computed in a second, as they are reached."""
+        return {
+            device.id: (
+                _reached(device.bandwidth_bytes_per_second, device.memory_efficiency),
+                _reached(device.flops_per_second, device.compute_efficiency),
+            )
+            for device in self.inventory.devices
+        }
+
+    def _link(self, source: DeviceId, target: DeviceId) -> Link:
+        link = self.inventory.links.get((source, target))
+        if link is None:
+            kind = "peer" if is_accelerator(source) and is_accelerator(target) else "host"
+            missing = "the `bandwidth` of disk" if {source, target} == {"cpu", "disk"} else f"`links: {{{kind}: …}}`"
+            raise MissingFigureError(missing)
+        return link
+
+
+def _reached(rate: int | None, efficiency: Fraction) -> int | None:
+    reached = 0 if rate is None else int(rate * efficiency)
+    return reached or None
+
+
+def home_of(running: Iterable[DeviceId]) -> DeviceId:
+    """Where a block runs whose parts run here: on the first accelerator among them, else on the first of them."""
+    devices = list(dict.fromkeys(running))
+    return next((device for device in devices if is_accelerator(device)), devices[0] if devices else "cpu")
+
+
+def forward_nanoseconds(
+    timing: Timing, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], main_device: DeviceId
+) -> int:
+    """What one forward of a whole plan takes.
+
+    Raises:
+        MissingFigureError: where the machine does not say how fast something is that the plan uses.
+    """
+    graph = timing.graph
+    block_homes = homes_of_blocks(graph, homes)
+    total = 0
+    for path in graph.blocks:
+        module = graph.modules[path]
+        if path in block_homes:
+            total += timing.module_nanoseconds(module, homes)
+        else:  # nothing of it is stored anywhere
+            total += sum(timing.own_nanoseconds(each.path, main_device) for each in module.walk())
+    total += sum(timing.own_nanoseconds(path, main_device) for path in graph.composites)
+    for crossing in crossings(graph):
+        maker, reader = (block_homes.get(ModulePath(path), main_device) for path in (crossing.maker, crossing.reader))
+        total += timing.crossing_nanoseconds(crossing, maker, reader)
+    return total
+
+
+def hops(graph: ModelGraph, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+    """How often activations go on to another device: between blocks, and to a part of a block and back."""
+    block_homes = homes_of_blocks(graph, homes)
+    along = [block_homes[path] for path in execution_order(graph) if path in block_homes and has_weights(graph, path)]
+    count = len([after for before, after in pairwise(along) if before != after])
+    for block, home in block_homes.items():
+        count += 2 * _parts_elsewhere(graph.modules[block], homes, home)
+    return count
+
+
+def execution_order(graph: ModelGraph) -> list[ModulePath]:
+    """The blocks in the order in which they first run; those that do not run stay before what is defined after them."""
+    measurement = graph.measurement
+    if measurement is None:
+        return list(graph.blocks)
+    first_run = {cost.path: place for place, cost in enumerate(measurement.modules)}
+    running = sorted((path for path in graph.blocks if path in first_run), key=lambda path: first_run[path])
+    position = {path: place for place, path in enumerate(graph.blocks)}
+    ordered: list[ModulePath] = []
+    idle = [path for path in graph.blocks if path not in first_run]
+    for path in running:
+        while idle and position[idle[0]] < position[path]:
+            ordered.append(idle.pop(0))
+        ordered.append(path)
+    return [*ordered, *idle]
+
+
+def has_weights(graph: ModelGraph, path: ModulePath) -> bool:
+    """Whether a block has parameters, and not buffers alone."""
+    return any(tensor.kind == "parameter" for tensor in graph.modules[path].tensors())
+
+
+def _parts_elsewhere(module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], around: DeviceId) -> int:
+    running = {homes[tensor.name][1] for tensor in module.tensors()}
+    if not running:
+        return 0
+    here = next(iter(running)) if len(running) == 1 else around
+    return int(here != around) + sum(_parts_elsewhere(child, homes, here) for child in module.children)
+
+
+def homes_of_blocks(
+    graph: ModelGraph, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]
+) -> dict[ModulePath, DeviceId]:
+    """Where each block runs that holds anything."""
+    found: dict[ModulePath, DeviceId] = {}
+    for path in graph.blocks:
+        running = [homes[tensor.name][1] for tensor in graph.modules[path].tensors()]
+        if running:
+            found[path] = home_of(running)
+    return found
+
+
+def crossings(graph: ModelGraph) -> Iterator[Crossing]:
+    """What passes between blocks, where it was measured."""
+    if graph.measurement is not None:
+        yield from graph.measurement.crossings
