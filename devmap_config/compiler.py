@@ -10,15 +10,17 @@ from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph, source_from_here
 from devmap_config.hardware.inventory import build_inventory, declared_devices
 from devmap_config.placement.compatibility import check_dtype, check_quantizer
-from devmap_config.placement.constraints import problem_of, settle_single_device
+from devmap_config.placement.constraints import problem_of, settle_aim, settle_single_device
+from devmap_config.placement.executor import Executor
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
 from devmap_config.placement.units import fold, whole_model
-from devmap_config.plan.executor import Executor
 from devmap_config.plan.inputs import inputs_of
+from devmap_config.plan.keeping import kept
 from devmap_config.plan.plan import assemble
+from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import review
-from devmap_config.profile.loading import load_profile
+from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
 
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.plan.lock import Inputs
+    from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.profile.schema import Hardware
     from devmap_config.rules.resolution import Resolution
 
 
@@ -39,6 +42,8 @@ class Request:
 
     `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision
     was resolved to before; with `use_vendored` a graph that is kept beside the profile is used where it is still right.
+    With `keep` the plan of this lock is preferred where it is as good. With `hardware` another machine than the
+    profile's is asked, by `strategy` if the profile's is not one of ours.
     """
 
     path: Path
@@ -48,6 +53,9 @@ class Request:
     allow_outside: bool = False
     trust_remote_code: bool = False
     use_vendored: bool = True
+    keep: Lock | None = None
+    hardware: Hardware | None = None
+    strategy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,8 @@ def run_pipeline(request: Request) -> Compilation:
     )
     if loaded is None:
         return Compilation(diagnostics=sink.diagnostics, texts=sink.texts)
+    if request.hardware is not None:
+        loaded = on_other_hardware(loaded, request.hardware, request.strategy)
     inventory = build_inventory(loaded, sink)
     rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
     model = load_model_graph(
@@ -113,7 +123,7 @@ def run_pipeline(request: Request) -> Compilation:
     graph, strategy = model.graph, loaded.profile.placement.strategy
     check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, graph, source_from_here(loaded), sink)
-    problem = problem_of(graph, inventory, resolution, sink)
+    problem = problem_of(model, inventory, resolution, sink)
     single_device = settle_single_device(loaded, problem, sink)
     reached = Compilation(
         diagnostics=(), texts=sink.texts, loaded=loaded, inventory=inventory, model=model, resolution=resolution
@@ -121,14 +131,24 @@ def run_pipeline(request: Request) -> Compilation:
     if sink.has_errors:
         return replace(reached, diagnostics=sink.diagnostics)
 
-    placement = place(problem, strategy, single_device=single_device)
-    if isinstance(placement, Infeasible):
-        report_shortages(placement, problem, resolution, loaded, strategy, sink)
-        return replace(reached, diagnostics=sink.diagnostics)
     executor = Executor(offload_buffers=loaded.profile.placement.offload.buffers)
-    homes = {name: (device, resolution.compute_of(name)) for name, device in placement.items()}
+    aim = settle_aim(loaded, inventory, executor, sink)
+    if sink.has_errors:
+        return replace(reached, diagnostics=sink.diagnostics)
+    placed = place(problem, strategy, single_device=single_device, aim=aim)
+    if isinstance(placed, Infeasible):
+        report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim)
+        return replace(reached, diagnostics=sink.diagnostics)
+    homes = {
+        name: (device, placed.compute.get(name) or resolution.compute_of(name))
+        for name, device in placed.placement.items()
+    }
     units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
     plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
+    bound = placed.bound_nanoseconds if loaded.profile.workload.optimize == "decode" else None
+    plan = replace(plan, prediction=predict(plan, graph, inventory, bound_decode_nanoseconds=bound))
+    if request.keep is not None:
+        plan = kept(plan, request.keep, graph, inventory, resolution)
     check_quantizer(plan.placement, loaded, model, sink)
     review(plan, graph, inventory.capacities, resolution, loaded, sink)
     return replace(

@@ -5,22 +5,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.placement.problem import Problem
+from devmap_config.placement.compatibility import refused_devices
+from devmap_config.placement.problem import Aim, Problem
 from devmap_config.placement.units import fold
 from devmap_config.profile.devices import expand_devices
+from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
+
+DEFAULT_NEW_TOKENS = 256
+"""How much a request generates, where the profile does not say: `optimize: request`."""
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.executor import Executor
+    from devmap_config.placement.timing import Phase
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
     from devmap_config.rules.rule import Rule
 
 
-def problem_of(graph: ModelGraph, inventory: Inventory, resolution: Resolution, sink: Sink) -> Problem:
+def problem_of(model: LoadedModel, inventory: Inventory, resolution: Resolution, sink: Sink) -> Problem:
     """The placement problem that rules and machine pose; what contradicts itself goes to the sink."""
+    graph = model.graph
     pinned: dict[TensorName, str] = {}
     for group in _united([*graph.tied_groups, *(names for _, names in resolution.groups)], graph):
         deciding = [resolution.decisions[name] for name in group if name in resolution.decisions]
@@ -33,8 +42,11 @@ def problem_of(graph: ModelGraph, inventory: Inventory, resolution: Resolution, 
         graph=graph,
         capacities=inventory.capacities,
         pinned=pinned,
+        computed={name: compute for name in pinned if (compute := resolution.compute_of(name)) is not None},
         groups=tuple(names for _, names in resolution.groups),
         forbidden={name: tuple(rules) for name, rules in resolution.forbidden.items()},
+        quantizer_lowers_budgets=model.lowers_budgets,
+        refused=refused_devices(model),
     )
     _check_possible(problem, resolution, sink)
     return problem
@@ -75,6 +87,60 @@ def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) ->
             help=f"list it under `hardware.devices`; listed are {', '.join(problem.capacities)}",
         )
     return device
+
+
+def settle_aim(loaded: LoadedProfile, inventory: Inventory, executor: Executor, sink: Sink) -> Aim | None:
+    """What is to be fast under our own strategies; reports every figure that `fastest` needs and is not given."""
+    strategy = loaded.profile.placement.strategy
+    if strategy not in OPTIMAL_STRATEGIES:
+        return None
+    workload = loaded.profile.workload
+    phases: tuple[tuple[Phase, int], ...] = ((workload.optimize, 1),) if workload.optimize != "request" else ()
+    if workload.optimize == "request":
+        phases = (("prefill", 1), ("decode", workload.new_tokens or DEFAULT_NEW_TOKENS))
+    if strategy == "longest-context" and workload.context_length is None:
+        sink.error(
+            "missing-workload",
+            "`longest-context` looks for the length that fits, and the profile names no workload",
+            loaded.span("placement", "strategy"),
+            help="name the least that must fit: `workload: {context_length: 4096}`",
+        )
+        return None
+    missing = _missing_figures(inventory, prefills=workload.optimize != "decode")
+    if missing and strategy != "fastest":
+        return Aim(phases=(), inventory=inventory, executor=executor)
+    for device, figure, example in missing:
+        listed = device in loaded.profile.hardware.devices
+        sink.error(
+            "missing-figure",
+            f"`{strategy}` compares times, and {figure} is not known",
+            loaded.key_span("hardware", "devices", device) if listed else loaded.key_span("hardware", "devices"),
+            help=f"write {example}, or name an `accelerator` of the catalogue",
+        )
+    return None if missing else Aim(phases=phases, inventory=inventory, executor=executor)
+
+
+def _missing_figures(inventory: Inventory, *, prefills: bool) -> list[tuple[str, str, str]]:
+    """Device, figure and example of what is not known of accelerators, and of the ways to and between them."""
+    missing: list[tuple[str, str, str]] = []
+    accelerators = [device for device in inventory.devices if device.is_accelerator]
+    computing = accelerators or [device for device in inventory.devices if device.id == "cpu"]
+    for device in computing:
+        if device.bandwidth_bytes_per_second is None:
+            missing.append((device.id, f"the bandwidth of {device.id}", f"`{device.id}: {{bandwidth: 1000GB/s}}`"))
+        if prefills and device.flops_per_second is None:
+            missing.append((device.id, f"what {device.id} computes", f"`{device.id}: {{flops: 150TFLOP/s}}`"))
+    first = computing[0].id if computing else "cpu"
+    stores = [device.id for device in inventory.devices if not device.is_accelerator and device.id != first]
+    for store in stores:
+        if computing and (store, first) not in inventory.links:
+            is_host = store == "cpu" or (("cpu", first) not in inventory.links and bool(accelerators))
+            figure, example = ("host", "`links: {host: 25GB/s}`") if is_host else ("disk", "`disk: {bandwidth: 6GB/s}`")
+            missing.append((store, f"how fast {store} is reached ({figure})", example))
+    for device in accelerators[1:]:
+        if (first, device.id) not in inventory.links:
+            missing.append((device.id, f"the link between {first} and {device.id}", "`links: {peer: 12GB/s}`"))
+    return missing
 
 
 def _has_errors_in_map(loaded: LoadedProfile, sink: Sink) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage, place
+from devmap_config.placement.ways_out import impasse_of
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.placement.problem import Problem
+    from devmap_config.placement.problem import Aim, Problem
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
@@ -16,9 +18,19 @@ UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def report_shortages(
-    infeasible: Infeasible, problem: Problem, resolution: Resolution, loaded: LoadedProfile, strategy: str, sink: Sink
+    infeasible: Infeasible,
+    problem: Problem,
+    resolution: Resolution,
+    loaded: LoadedProfile,
+    strategy: str,
+    sink: Sink,
+    *,
+    aim: Aim | None = None,
 ) -> None:
-    """Put the reasons of an infeasible placement into the sink."""
+    """Put the reasons of an infeasible placement into the sink; with an aim also what would mend it."""
+    if aim is not None and not any(shortage.device for shortage in infeasible.shortages):
+        _report_impasse(infeasible, problem, resolution, loaded, aim, sink)
+        return
     if not infeasible.shortages:
         _report_forbidden(infeasible, problem, resolution, strategy, sink)
     for shortage in infeasible.shortages:
@@ -26,6 +38,36 @@ def report_shortages(
             _report_unplaced(infeasible, shortage, problem, loaded, strategy, sink)
         else:
             _report_device(shortage, problem, resolution, loaded, strategy, sink)
+
+
+def _report_impasse(
+    infeasible: Infeasible, problem: Problem, resolution: Resolution, loaded: LoadedProfile, aim: Aim, sink: Sink
+) -> None:
+    impasse = impasse_of(problem, resolution, aim)
+    listed = ", ".join(f"{device} ({rounded(capacity)})" for device, capacity in problem.capacities.items())
+    measurement = problem.graph.measurement
+    cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""
+    what = f"the model's {rounded(problem.graph.size_bytes)}{cache}"
+    missing_bytes = sum(shortage.missing_bytes for shortage in infeasible.shortages)
+    if impasse.pins:
+        message = f"{what} would fit, but not with {'these pins' if len(impasse.pins) > 1 else 'this pin'}, on {listed}"
+    elif missing_bytes > 0:
+        message = f"{amount(missing_bytes)} of {what} find no place on {listed}"
+    else:
+        message = f"{what}, with what is needed while it runs, find no place on {listed}, though there is room in total"
+    first, *others = [rule.span for rule in impasse.pins] or [
+        loaded.span("placement", "strategy")
+        if loaded.scalar("placement", "strategy")
+        else loaded.key_span("hardware", "devices")
+    ]
+    ways = "; or ".join(impasse.ways_out)
+    sink.error(
+        "over-capacity",
+        message,
+        first,
+        help=f"each of these was tried, and fits: {ways}" if ways else "list more memory, or load a smaller dtype",
+        related=tuple(Related(message="with this one", span=span) for span in others),
+    )
 
 
 def _report_forbidden(

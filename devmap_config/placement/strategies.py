@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.placement.problem import Placement, bytes_by_device
@@ -10,7 +10,7 @@ from devmap_config.placement.transformers_planner import OVERFLOW, TransformersS
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import TensorName
-    from devmap_config.placement.problem import DeviceId, Problem
+    from devmap_config.placement.problem import Aim, DeviceId, Problem
 
 TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -29,6 +29,18 @@ class Shortage:
         return self.needed_bytes - self.capacity_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The device of every tensor, what runs elsewhere than where it is stored, and a bound where one was proven.
+
+    `bound_nanoseconds` is what no placement can be below, of what the strategy makes fast.
+    """
+
+    placement: Placement
+    compute: Placement = field(default_factory=dict)
+    bound_nanoseconds: int | None = None
+
+
 @dataclass(frozen=True)
 class Infeasible:
     """No placement holds: where how much is missing, and the tensors that found no place.
@@ -40,16 +52,21 @@ class Infeasible:
     unplaced: tuple[TensorName, ...] = ()
 
 
-def place(problem: Problem, strategy: str, *, single_device: DeviceId | None = None) -> Placement | Infeasible:
+def place(
+    problem: Problem, strategy: str, *, single_device: DeviceId | None = None, aim: Aim | None = None
+) -> Placed | Infeasible:
     """The device of every tensor of the problem, pinned ones included.
 
     Args:
         problem: what is to be placed, and within what.
-        strategy: `single`, `manual` (all is pinned already) or one of `TRANSFORMERS_STRATEGIES`.
+        strategy: `single`, `manual` (all is pinned already), or one of the others' names.
         single_device: for `single`: the device; without it the first accelerator, else `cpu`.
+        aim: for `fastest`, `longest-context` and `fewest-devices`: what is to be fast, on which machine.
     """
     if shortages := _shortages(problem, problem.pinned):
         return Infeasible(shortages)
+    if aim is not None:
+        return _optimal(problem, strategy, aim)
     if strategy == "single":
         device = single_device or first_device(problem)
         placement: dict[TensorName, DeviceId] = dict.fromkeys(problem.graph.tensors, device)
@@ -66,7 +83,35 @@ def place(problem: Problem, strategy: str, *, single_device: DeviceId | None = N
         return Infeasible((), misplaced)
     if shortages := _shortages(problem, placement):
         return Infeasible(shortages)
-    return placement
+    return Placed(placement=placement)
+
+
+def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
+    from devmap_config.placement import optimal  # with it comes numpy
+
+    if problem.accelerators:
+        pinned = set(problem.pinned.values())
+        offered = {
+            device: capacity
+            for device, capacity in problem.capacities.items()
+            if device not in problem.refused or device in pinned
+        }
+        problem = replace(problem, capacities=offered)
+    placing = {
+        "fastest": optimal.place_fastest,
+        "longest-context": optimal.place_longest_context,
+        "fewest-devices": optimal.place_fewest_devices,
+    }
+    found = placing[strategy](problem, aim)
+    if found is not None:
+        bound = found.bound_nanoseconds if strategy == "fastest" else None
+        return Placed(placement=found.placement, compute=found.compute, bound_nanoseconds=bound)
+    measurement = problem.graph.measurement
+    cache_bytes = 0 if measurement is None else measurement.cache_bytes
+    room = sum(problem.capacities.values())
+    return Infeasible(
+        (Shortage(device=None, needed_bytes=problem.graph.size_bytes + cache_bytes, capacity_bytes=room),)
+    )
 
 
 def first_device(problem: Problem) -> DeviceId:

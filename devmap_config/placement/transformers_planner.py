@@ -29,6 +29,9 @@ OVERFLOW: DeviceId = "disk"
 BALANCE_BUFFER = 1.25
 """Their margin over the largest block, so that the last device is not left with more than its share."""
 
+QUANTIZER_SHARE = 0.90
+"""What several quantizers leave of every budget (`adjust_max_memory`), for buffers that quantising needs."""
+
 
 def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> dict[TensorName, DeviceId]:
     """The device of every tensor that is not pinned, as transformers decides it for the same budgets.
@@ -44,6 +47,8 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
     budgets = {device: max(0, capacity - used.get(device, 0)) for device, capacity in problem.capacities.items()}
     if strategy != "sequential":
         budgets = _balanced(problem.graph, remaining, sizes, budgets, low_zero=strategy == "balanced_low_0")
+    if problem.quantizer_lowers_budgets:
+        budgets = {device: int(budget * QUANTIZER_SHARE) for device, budget in budgets.items()}
     devices = _Filling(problem, remaining, sizes, budgets).run()
     return _complete(problem, remaining, devices)
 

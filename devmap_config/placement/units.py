@@ -10,9 +10,6 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.model import ModelGraph, Module, TensorName
 
-CONTAINER_CLASSES = ("ModuleList", "ModuleDict")
-"""Modules without a forward of their own: to place one as a whole would hook every leaf below it."""
-
 Home = TypeVar("Home")
 
 
@@ -30,14 +27,13 @@ def fold(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Uni
     A unit is a no-split block, or a module that holds neither such a block nor a list of modules; where its tensors
     have several homes, its parts. No unit lies within another, and together they hold every tensor.
     """
-    composite = _composite_paths(graph)
 
     def units(module: Module) -> Iterator[tuple[Unit, Home]]:
         tensors = tuple(tensor.name for tensor in module.tensors())
         if not tensors:
             return
         distinct = list(dict.fromkeys(homes[name] for name in tensors))
-        if len(distinct) == 1 and module.path and module.path not in composite:
+        if len(distinct) == 1 and module.path not in graph.composites:
             yield Unit(module.path, tensors), distinct[0]
             return
         for tensor in module.own_tensors:
@@ -53,21 +49,3 @@ def whole_model(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tu
     if len(set(homes.values())) > 1:
         return fold(graph, homes)
     return ((Unit("", tuple(graph.tensors)), next(iter(homes.values()))),)
-
-
-def _composite_paths(graph: ModelGraph) -> frozenset[str]:
-    """The modules that are lists of blocks, or hold one."""
-    composite: set[str] = set()
-
-    def visit(module: Module) -> bool:
-        if graph.is_no_split(module):
-            return False
-        # Every child is visited, found or not: a list, not a generator.
-        holds = [visit(child) or graph.is_no_split(child) for child in module.children]
-        found = any(holds) or (module.class_name in CONTAINER_CLASSES and bool(module.children))
-        if found:
-            composite.add(module.path)
-        return found
-
-    visit(graph.root)
-    return frozenset(composite)

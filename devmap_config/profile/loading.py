@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, get_origin
@@ -22,7 +22,7 @@ from devmap_config.profile.document import (
     whole_file,
 )
 from devmap_config.profile.inheritance import Boundary, Reader, boundary_of, merge, variable_values
-from devmap_config.profile.schema import PlainText, Profile
+from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, PlainText, Profile
 from devmap_config.profile.template import TemplateRefusedError, is_template, render_scalar
 
 if TYPE_CHECKING:
@@ -82,6 +82,24 @@ class LoadedProfile:
     def beside(self, text: str, *route: str | int) -> Path:
         """A path that a value names, relative to the file that writes it."""
         return Path(self.span(*route).file).parent / text
+
+
+def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str | None) -> LoadedProfile:
+    """A profile with another machine than its own, for which its caps mean nothing.
+
+    Args:
+        loaded: the profile.
+        hardware: the machine.
+        strategy: what to ask, unless the profile asks for one of ours.
+    """
+    placement = loaded.profile.placement
+    changed: dict[str, object] = {"max_memory": {}, "device": None}
+    if strategy is not None and placement.strategy not in OPTIMAL_STRATEGIES:
+        changed |= {"strategy": strategy, "device_map": None}
+    profile = loaded.profile.model_copy(
+        update={"hardware": hardware, "placement": placement.model_copy(update=changed)}
+    )
+    return replace(loaded, profile=profile)
 
 
 def load_profile(

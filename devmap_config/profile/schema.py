@@ -29,7 +29,10 @@ from devmap_config.profile.quantities import (
     parse_share,
 )
 
-STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "single", "manual")
+OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
+"""Those that compare times; the first has to, the others do where they can."""
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRATEGIES, "single", "manual")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 

@@ -13,11 +13,11 @@ from accelerate.utils import check_device_map
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
 from devmap_config.graph.introspection import graph_of
+from devmap_config.placement.executor import Executor
 from devmap_config.placement.problem import Problem
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
 from devmap_config.placement.transformers_planner import plan_like_transformers
 from devmap_config.placement.units import fold
-from devmap_config.plan.executor import Executor
 from devmap_config.plan.plan import assemble
 from devmap_config.plan.verify import verify
 

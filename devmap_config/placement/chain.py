@@ -1,0 +1,105 @@
+"""The problem that the solver solves: blocks that run one after another, and the ways in which each can be placed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.placement.problem import DeviceId
+
+Bytes = tuple[tuple["DeviceId", int], ...]
+"""Bytes by device."""
+
+Choice = tuple[int, ...]
+"""For each block, which of its options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way of placing a block.
+
+    It runs on `home` and takes `nanoseconds` there. Of `demands` a device holds all that its blocks ask for; of `peaks`
+    the largest, since blocks run one after another, and of `pieces` (weights that are copied in) the largest as well.
+    `mode` says how it is stored; it means nothing to the solver.
+    """
+
+    home: DeviceId
+    nanoseconds: int
+    demands: Bytes = ()
+    peaks: Bytes = ()
+    pieces: Bytes = ()
+    mode: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where and how: what blocks of one group share."""
+        return (self.home, *self.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is placed as a whole. Blocks of one `group` share a place."""
+
+    name: str
+    options: tuple[Option, ...]
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks in the order in which they run.
+
+    `entering` holds, for each block, what it costs to get to it from the block before, in nanoseconds by the devices
+    that the two run on; a pair that is not there costs nothing.
+    """
+
+    blocks: tuple[Block, ...]
+    capacities: Mapping[DeviceId, int]
+    entering: tuple[Mapping[tuple[DeviceId, DeviceId], int], ...]
+
+    def nanoseconds(self, choice: Choice) -> int:
+        """What a choice takes."""
+        chosen = [block.options[index] for block, index in zip(self.blocks, choice, strict=True)]
+        total = sum(option.nanoseconds for option in chosen)
+        for position in range(1, len(chosen)):
+            pair = (chosen[position - 1].home, chosen[position].home)
+            total += self.entering[position].get(pair, 0)
+        return total
+
+    def used_bytes(self, choice: Choice) -> dict[DeviceId, int]:
+        """What each device needs under a choice."""
+        demands: dict[DeviceId, int] = {}
+        peaks: dict[DeviceId, int] = {}
+        pieces: dict[DeviceId, int] = {}
+        for block, index in zip(self.blocks, choice, strict=True):
+            option = block.options[index]
+            for device, size_bytes in option.demands:
+                demands[device] = demands.get(device, 0) + size_bytes
+            for device, size_bytes in option.peaks:
+                peaks[device] = max(peaks.get(device, 0), size_bytes)
+            for device, size_bytes in option.pieces:
+                pieces[device] = max(pieces.get(device, 0), size_bytes)
+        devices = dict.fromkeys([*demands, *peaks, *pieces])
+        return {device: demands.get(device, 0) + peaks.get(device, 0) + pieces.get(device, 0) for device in devices}
+
+    def is_feasible(self, choice: Choice) -> bool:
+        """Whether every device holds what it needs, and every group shares a place."""
+        used = self.used_bytes(choice)
+        if any(size_bytes > self.capacities.get(device, 0) for device, size_bytes in used.items()):
+            return False
+        places: dict[int, tuple[str, ...]] = {}
+        for block, index in zip(self.blocks, choice, strict=True):
+            place = block.options[index].place
+            if block.group is not None and places.setdefault(block.group, place) != place:
+                return False
+        return True
+
+    @cached_property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """Where any block could run, in the order of the capacities."""
+        homes = {option.home for block in self.blocks for option in block.options}
+        return tuple(device for device in self.capacities if device in homes)

@@ -1,0 +1,552 @@
+"""`fastest`: states a placement problem as a chain of blocks, has it solved, and reads the answer back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.model import ModulePath
+from devmap_config.placement.chain import Block, Chain, Option
+from devmap_config.placement.problem import is_accelerator
+from devmap_config.placement.solver import UNREACHABLE, lower_bound, solve
+from devmap_config.placement.timing import (
+    MissingFigureError,
+    Timing,
+    crossings,
+    execution_order,
+    forward_nanoseconds,
+    has_weights,
+    home_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from devmap_config.graph.costs import Crossing, ModuleCost
+    from devmap_config.graph.model import Module, Tensor, TensorName
+    from devmap_config.hardware.inventory import Device, Inventory
+    from devmap_config.placement.problem import Aim, DeviceId, Placement, Problem
+
+PARTS_CONSIDERED = 4
+"""Of the modules within a block, the heaviest so many may be taken out of it to compute on the CPU."""
+
+LONGEST_CONTEXT = 2**24
+"""Where a model's cache does not grow, no length is the longest; this is as far as is looked."""
+
+CONTEXT_STEPS = 64
+"""The longest context is looked for until it is known to this part of itself."""
+
+SMALLEST_PART = 8
+"""A part that is worth it holds at least this part, an eighth, of its block's weights."""
+
+NEARLY_ALL = (19, 20)
+"""A part that weighs at least so much of the one around it stands for that one."""
+
+Home = tuple["DeviceId", "DeviceId"]
+"""Where a tensor is stored, and where it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimal:
+    """A placement with what computes on the CPU, the time of the objective, and a bound that none can be below."""
+
+    placement: Placement
+    compute: Mapping[TensorName, DeviceId]
+    nanoseconds: int
+    bound_nanoseconds: int
+
+
+def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal | None:
+    """The fastest placement, or `None` where none was found that fits.
+
+    Args:
+        problem: what is to be placed, and within what.
+        aim: what is to be fast; without any phase, whatever fits is as good.
+        proves: whether a bound is wanted; else it is 0.
+
+    Raises:
+        MissingFigureError: where the machine does not say how fast something is.
+    """
+    best: Optimal | None = None
+    bound: int | None = None
+    for main_device in _main_devices(problem, aim.inventory):
+        stated = _Statement(problem, aim, main_device)
+        known = UNREACHABLE if best is None else best.nanoseconds - stated.constant_nanoseconds
+        solution = solve(stated.chain, at_most=known, proves=proves)
+        if solution is None:
+            # Nothing was found with this card as the first; unless nothing can be, what it might take bounds the plan.
+            if proves:
+                unfound = lower_bound(stated.chain, known) + stated.constant_nanoseconds
+                bound = unfound if bound is None else min(bound, unfound)
+            continue
+        homes = stated.homes(solution.choice)
+        nanoseconds = stated.forward_nanoseconds(homes)
+        least = min(solution.bound_nanoseconds + stated.constant_nanoseconds, nanoseconds)
+        bound = least if bound is None else min(bound, least)
+        if best is None or nanoseconds < best.nanoseconds:
+            best = Optimal(
+                placement={name: stored_on for name, (stored_on, _) in homes.items()},
+                compute={
+                    name: runs_on for name, (stored_on, runs_on) in homes.items() if stored_on == runs_on == "cpu"
+                },
+                nanoseconds=nanoseconds,
+                bound_nanoseconds=least,
+            )
+    if best is None or bound is None:
+        return None
+    return Optimal(
+        placement=best.placement,
+        compute=best.compute if problem.accelerators else {},
+        nanoseconds=best.nanoseconds,
+        bound_nanoseconds=min(bound, best.nanoseconds),
+    )
+
+
+def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
+    """The fastest placement under which the context can be longest, or `None` where none fits the workload's.
+
+    Raises:
+        MissingFigureError: where the machine does not say how fast something is.
+    """
+    measurement = problem.graph.measurement
+    if measurement is None or place_fastest(problem, aim, proves=False) is None:
+        return None
+
+    def placed_at(context_length: int) -> Optimal | None:
+        graph = replace(problem.graph, measurement=measurement.at(context_length))
+        return place_fastest(replace(problem, graph=graph), aim, proves=False)
+
+    fits, too_long = measurement.workload.context_length, 2 * measurement.workload.context_length
+    best = placed_at(fits)
+    while too_long <= LONGEST_CONTEXT and (found := placed_at(too_long)) is not None:
+        best, fits, too_long = found, too_long, 2 * too_long
+    while too_long - fits > max(fits // CONTEXT_STEPS, 1):
+        middle = (fits + too_long) // 2
+        if (found := placed_at(middle)) is not None:
+            best, fits = found, middle
+        else:
+            too_long = middle
+    return best
+
+
+def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
+    """The fastest placement on the fewest accelerators that hold all of it; on all, with the rest, where none do.
+
+    Raises:
+        MissingFigureError: where the machine does not say how fast something is.
+    """
+    devices = {device.id: device for device in aim.inventory.devices}
+    pinned = set(problem.pinned.values())
+    kept = [device for device in problem.capacities if device in pinned]
+    alike: dict[object, list[DeviceId]] = {}
+    for accelerator in problem.accelerators:
+        if accelerator not in pinned:
+            alike.setdefault(_kind(devices[accelerator]), []).append(accelerator)
+    kinds = list(alike.values())
+    sets = sorted(product(*(range(len(kind) + 1) for kind in kinds)), key=lambda counts: (sum(counts), counts))
+    least_bytes = problem.graph.size_bytes
+    best: Optimal | None = None
+    fewest: int | None = None
+    for counts in sets:
+        if fewest is not None and sum(counts) > fewest:
+            break
+        chosen = {*kept, *(device for kind, count in zip(kinds, counts, strict=True) for device in kind[:count])}
+        capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
+        if sum(capacities.values()) < least_bytes or not any(map(is_accelerator, capacities)):
+            continue
+        found = place_fastest(replace(problem, capacities=capacities), aim, proves=False)
+        if found is not None:
+            fewest = sum(counts)
+            best = found if best is None or found.nanoseconds < best.nanoseconds else best
+    return best or place_fastest(problem, aim, proves=False)
+
+
+def _main_devices(problem: Problem, inventory: Inventory) -> list[DeviceId]:
+    """What may be the first accelerator in use: none before it may hold a pin. Of cards that are alike, the first."""
+    if not problem.accelerators:
+        return ["cpu"]
+    pinned = {device for device in problem.pinned.values() if is_accelerator(device)}
+    devices = {device.id: device for device in inventory.devices}
+    found: list[DeviceId] = []
+    kinds: list[object] = []
+    for accelerator in problem.accelerators:
+        kind = _kind(devices[accelerator])
+        if pinned or kind not in kinds:
+            kinds.append(kind)
+            found.append(accelerator)
+        if accelerator in pinned:
+            break
+    return found
+
+
+def _kind(device: Device) -> object:
+    return (
+        device.capacity_bytes,
+        device.bandwidth_bytes_per_second,
+        device.flops_per_second,
+        device.memory_efficiency,
+        device.compute_efficiency,
+    )
+
+
+class _Statement:
+    """A placement problem as a chain, with one accelerator as the first that is used."""
+
+    def __init__(self, problem: Problem, aim: Aim, main_device: DeviceId) -> None:
+        self._problem = problem
+        self._graph = problem.graph
+        self._executor = aim.executor
+        self._main_device = main_device
+        self._timings = [(Timing(problem.graph, aim.inventory, phase), times) for phase, times in aim.phases]
+        accelerators = problem.accelerators
+        self._accelerators = accelerators[accelerators.index(main_device) :] if accelerators else ()
+        self._computes = {
+            device.id for device in aim.inventory.devices if device.bandwidth_bytes_per_second is not None
+        }
+        self._known_options: dict[object, tuple[Option, ...]] = {}
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The chain: what has no weights and the model's own tensors first, then the blocks as they run."""
+        graph = self._graph
+        ordered = [path for path in execution_order(graph) if any(True for _ in graph.modules[path].tensors())]
+        aside = [path for path in ordered if not has_weights(graph, path)]
+        along = [path for path in ordered if has_weights(graph, path)]
+        own = [tensor for path in sorted(graph.composites) for tensor in graph.modules[path].own_tensors]
+        fixed_homes: dict[str, DeviceId] = {"": self._main_device}
+        blocks: list[Block] = []
+        for tensor in own:
+            blocks.append(Block(tensor.name, self._tensor_options(tensor), self._groups.get(tensor.name)))
+        for path in aside:
+            option = self._option(graph.modules[path], self._home_aside(path), ("resident",))
+            fixed_homes[path] = option.home
+            blocks.append(Block(path, (option,), self._groups.get(path)))
+        for path in along:  # what is pinned is known before what reads it
+            home = self._pinned_home(graph.modules[path])
+            if home is not None:
+                fixed_homes[path] = home
+        entering: list[Mapping[tuple[DeviceId, DeviceId], int]] = [{} for _ in blocks]
+        before: str | None = None
+        for path in along:
+            blocks.append(Block(path, self._options(graph.modules[path], fixed_homes, before), self._groups.get(path)))
+            entering.append(self._entering(path, before))
+            before = path
+        return Chain(tuple(blocks), self._problem.capacities, tuple(entering))
+
+    @cached_property
+    def constant_nanoseconds(self) -> int:
+        """What the model does outside of every block that holds anything."""
+        graph = self._graph
+        total = 0
+        for timing, times in self._timings:
+            for path in graph.composites:
+                total += times * timing.own_nanoseconds(path, self._main_device)
+            for path in graph.blocks:
+                if not any(True for _ in graph.modules[path].tensors()):
+                    modules = graph.modules[path].walk()
+                    total += times * sum(timing.own_nanoseconds(each.path, self._main_device) for each in modules)
+        return total
+
+    def homes(self, choice: Iterable[int]) -> dict[TensorName, Home]:
+        """Where every tensor is stored and runs."""
+        found: dict[TensorName, Home] = {}
+        for block, index in zip(self.chain.blocks, choice, strict=True):
+            option = block.options[index]
+            if block.name in self._graph.modules:
+                module = self._graph.modules[ModulePath(block.name)]
+                found |= self._homes_of(module, option.home, option.mode)
+            else:
+                found[self._graph.tensors[block.name].name] = (option.home, option.home)  # type: ignore[index]
+        return {name: found[name] for name in self._graph.tensors}
+
+    def forward_nanoseconds(self, homes: Mapping[TensorName, Home]) -> int:
+        """What the objective takes, all that crosses included."""
+        return sum(times * forward_nanoseconds(timing, homes, self._main_device) for timing, times in self._timings)
+
+    @cached_property
+    def _groups(self) -> dict[str, int]:
+        """The group of every block that must be with another: ties, rules, and what reads another's cache."""
+        graph = self._graph
+        block_of = {tensor.name: path for path in graph.blocks for tensor in graph.modules[path].tensors()}
+        leader: dict[str, str] = {}
+
+        def find(name: str) -> str:
+            while leader.setdefault(name, name) != name:
+                name = leader[name]
+            return name
+
+        together: list[list[str]] = [
+            [str(block_of.get(name, name)) for name in names] for names in (*graph.tied_groups, *self._problem.groups)
+        ]
+        if graph.measurement is not None:
+            together += [list(bond) for bond in graph.measurement.bonds]
+        for names in together:
+            for name in names[1:]:
+                leader[find(name)] = find(names[0])
+        members: dict[str, list[str]] = {}
+        for name in leader:
+            members.setdefault(find(name), []).append(name)
+        return {
+            name: number
+            for number, names in enumerate(names for names in members.values() if len(names) > 1)
+            for name in names
+        }
+
+    @cached_property
+    def _counted(self) -> frozenset[TensorName]:
+        """Of names that share a storage, the one under which it is counted."""
+        first: dict[TensorName, TensorName] = {}
+        for name in self._graph.tensors:
+            first.setdefault(self._graph.storage_of[name], name)
+        return frozenset(first.values())
+
+    @cached_property
+    def _crossings(self) -> dict[str, list[Crossing]]:
+        found: dict[str, list[Crossing]] = {}
+        for crossing in crossings(self._graph):
+            found.setdefault(crossing.reader, []).append(crossing)
+        return found
+
+    @cached_property
+    def _composite_peaks(self) -> dict[str, int]:
+        """What a model's own operations need at once, by the first block within: that is where they run."""
+        measurement = self._graph.measurement
+        peaks: dict[str, int] = {}
+        for path in sorted(self._graph.composites):
+            cost = None if measurement is None else measurement.by_path.get(path)
+            prefix = f"{path}." if path else ""
+            first = next((block for block in self._graph.blocks if block.startswith(prefix)), None)
+            if cost is not None and first is not None:
+                peaks[first] = max(peaks.get(first, 0), cost.own_peak_bytes)
+        return peaks
+
+    def _home_aside(self, path: ModulePath) -> DeviceId:
+        """Where a block without weights goes: to the main device, or the first that no rule forbids."""
+        names = [tensor.name for tensor in self._graph.modules[path].tensors()]
+        forbidden = {device for name in names for device in self._problem.forbidden.get(name, ())}
+        homes = (self._main_device, *self._accelerators)
+        return next((device for device in homes if device not in forbidden), self._main_device)
+
+    def _pinned_home(self, module: Module) -> DeviceId | None:
+        """Where a block runs that is pinned as a whole."""
+        names = [tensor.name for tensor in module.tensors()]
+        if not all(name in self._problem.pinned for name in names):
+            return None
+        return home_of(self._pinned(name)[1] for name in names)
+
+    def _pinned(self, name: TensorName) -> Home:
+        stored_on = self._problem.pinned[name]
+        compute = self._problem.computed.get(name)
+        return stored_on, self._executor.executes_on(stored_on, self._main_device, compute)
+
+    def _tensor_options(self, tensor: Tensor) -> tuple[Option, ...]:
+        """A tensor of the model's own: on the main device, unless a rule or a tie says otherwise."""
+        if tensor.name in self._problem.pinned:
+            homes: tuple[DeviceId, ...] = (self._problem.pinned[tensor.name],)
+        elif tensor.name in self._groups:
+            homes = self._accelerators or ("cpu",)
+        else:
+            homes = (self._main_device,)
+        size_bytes = tensor.size_bytes if tensor.name in self._counted else 0
+        return tuple(
+            Option(home=home, nanoseconds=0, demands=((home, size_bytes),), mode=("resident",)) for home in homes
+        )
+
+    def _options(self, module: Module, fixed_homes: Mapping[str, DeviceId], before: str | None) -> tuple[Option, ...]:
+        """The ways of placing a block; blocks that are alike share them."""
+        signature = self._signature(module, fixed_homes, before)
+        if signature not in self._known_options:
+            aside = self._aside(module.path, fixed_homes, before)
+            options = []
+            for home, mode in self._ways(module):
+                try:
+                    option = self._option(module, home, mode, aside)
+                except MissingFigureError:
+                    if home == "cpu" or mode[0] == "part":
+                        continue  # the CPU does not compute where it is not known how fast
+                    raise
+                options.append(option)
+            self._known_options[signature] = tuple(options)
+        return self._known_options[signature]
+
+    def _ways(self, module: Module) -> Iterator[tuple[DeviceId, tuple[str, ...]]]:
+        pinned = self._pinned_home(module)
+        if pinned is not None:
+            yield pinned, ("resident",)
+            return
+        names = [tensor.name for tensor in module.tensors() if tensor.name not in self._problem.pinned]
+        forbidden = {device for name in names for device in self._problem.forbidden.get(name, ())}
+        capacities = self._problem.capacities
+        for accelerator in self._accelerators:
+            if accelerator not in forbidden:
+                yield accelerator, ("resident",)
+        if not self._accelerators and "cpu" not in forbidden and "cpu" in capacities:
+            yield "cpu", ("resident",)
+        for store in ("cpu", "disk"):
+            if store in capacities and store not in forbidden and store != self._main_device:
+                yield self._main_device, ("streamed", store)
+        computes_on_cpu = self._accelerators and "cpu" in capacities and "cpu" in self._computes
+        if computes_on_cpu and "cpu" not in forbidden and self._graph.measurement is not None:
+            yield "cpu", ("computed",)
+            if module.path not in self._groups:
+                for part in self._parts(module):
+                    for accelerator in self._accelerators:
+                        if accelerator not in forbidden:
+                            yield accelerator, ("part", part)
+
+    def _parts(self, module: Module) -> list[str]:
+        """The modules within a block that are heavy enough to be taken out, as paths from the block.
+
+        Of one within another that weigh nearly the same, the inner one: the experts, without the router.
+        """
+        total = sum(tensor.size_bytes for tensor in module.tensors())
+        costs = self._costs
+        found: list[tuple[int, int, str]] = []
+        for each in module.walk():
+            size_bytes = sum(tensor.size_bytes for tensor in each.tensors())
+            is_pinned = any(tensor.name in self._problem.pinned for tensor in each.tensors())
+            if each is module or is_pinned or each.path not in costs or size_bytes == total:
+                continue
+            if size_bytes * SMALLEST_PART >= total:
+                found.append((-size_bytes, len(found), each.path[len(module.path) + 1 :]))
+        outer = {
+            path
+            for size, _, path in found
+            for inner_size, _, inner in found
+            if inner.startswith(f"{path}.") and inner_size * NEARLY_ALL[1] <= size * NEARLY_ALL[0]
+        }
+        return [path for _, _, path in sorted(found) if path not in outer][:PARTS_CONSIDERED]
+
+    @cached_property
+    def _costs(self) -> Mapping[str, ModuleCost]:
+        return {} if self._graph.measurement is None else self._graph.measurement.by_path
+
+    def _homes_of(self, module: Module, home: DeviceId, mode: tuple[str, ...]) -> dict[TensorName, Home]:
+        """Where the tensors of a block are stored and run when it is placed so; pins come first."""
+        stored_on = mode[1] if mode[0] == "streamed" else home
+        part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
+        homes: dict[TensorName, Home] = {}
+        for tensor in module.tensors():
+            if tensor.name in self._problem.pinned:
+                homes[tensor.name] = self._pinned(tensor.name)
+            elif part is not None and tensor.name.startswith(part):
+                homes[tensor.name] = ("cpu", "cpu")
+            else:
+                homes[tensor.name] = (stored_on, home)
+        return homes
+
+    def _option(self, module: Module, home: DeviceId, mode: tuple[str, ...], aside: _Aside | None = None) -> Option:
+        homes = self._homes_of(module, home, mode)
+        home = home_of(runs_on for _, runs_on in homes.values())
+        nanoseconds = sum(times * timing.module_nanoseconds(module, homes) for timing, times in self._timings)
+        for crossing, maker in aside or ():
+            nanoseconds += sum(
+                times * timing.crossing_nanoseconds(crossing, maker, home) for timing, times in self._timings
+            )
+        demands: dict[DeviceId, int] = {}
+        pieces: dict[DeviceId, int] = {}
+        for tensor in module.tensors():
+            stored_on, runs_on = homes[tensor.name]
+            residence = self._executor.residence(tensor, stored_on, runs_on)
+            if tensor.name in self._counted:
+                demands[residence] = demands.get(residence, 0) + tensor.size_bytes
+        for each in module.walk():
+            streamed = [tensor for tensor in each.parameters if homes[tensor.name][0] != homes[tensor.name][1]]
+            if streamed:
+                runs_on = homes[streamed[0].name][1]
+                size_bytes = sum(tensor.size_bytes for tensor in streamed)
+                pieces[runs_on] = max(pieces.get(runs_on, 0), size_bytes)
+            if (cost := self._costs.get(each.path)) is not None:
+                within = [homes[tensor.name][1] for tensor in each.tensors()]
+                runs_on = home if not within or len(set(within)) > 1 else within[0]
+                demands[runs_on] = demands.get(runs_on, 0) + cost.cache_bytes + cost.retained_bytes
+        cost = self._costs.get(module.path)
+        peak_bytes = max(0 if cost is None else cost.peak_bytes, self._composite_peaks.get(module.path, 0))
+        involved = dict.fromkeys([home, *(runs_on for _, runs_on in homes.values())])
+        return Option(
+            home=home,
+            nanoseconds=nanoseconds,
+            demands=tuple((device, size_bytes) for device, size_bytes in demands.items() if size_bytes),
+            peaks=tuple((device, peak_bytes) for device in involved) if peak_bytes else (),
+            pieces=tuple(pieces.items()),
+            mode=mode,
+        )
+
+    def _aside(self, path: str, fixed_homes: Mapping[str, DeviceId], before: str | None) -> _Aside:
+        """What a block is given by what has its place already."""
+        return [
+            (crossing, fixed_homes[crossing.maker])
+            for crossing in self._crossings.get(path, ())
+            if crossing.maker in fixed_homes and crossing.maker != before
+        ]
+
+    def _entering(self, path: str, before: str | None) -> dict[tuple[DeviceId, DeviceId], int]:
+        """What the hop from the block before costs, by devices."""
+        crossing = next((each for each in self._crossings.get(path, ()) if each.maker == before), None)
+        if crossing is None:
+            return {}
+        devices = [*self._accelerators, *(["cpu"] if "cpu" in self._problem.capacities else [])]
+        found: dict[tuple[DeviceId, DeviceId], int] = {}
+        for maker in devices:
+            for reader in devices:
+                if maker == reader:
+                    continue
+                try:
+                    found[maker, reader] = sum(
+                        times * timing.crossing_nanoseconds(crossing, maker, reader) for timing, times in self._timings
+                    )
+                except MissingFigureError:
+                    if is_accelerator(maker) and is_accelerator(reader):
+                        raise
+        return found
+
+    def _signature(self, module: Module, fixed_homes: Mapping[str, DeviceId], before: str | None) -> tuple[object, ...]:
+        """What the options of a block depend on."""
+        start = len(module.path)
+        problem = self._problem
+        tensors = tuple(
+            (
+                tensor.name[start:],
+                tensor.size_bytes if tensor.name in self._counted else 0,
+                tensor.size_bytes,
+                tensor.kind,
+                tensor.persistent,
+                problem.pinned.get(tensor.name),
+                problem.computed.get(tensor.name),
+                problem.forbidden.get(tensor.name),
+            )
+            for tensor in module.tensors()
+        )
+        costs = tuple(
+            (each.path[start:], cost if cost is None else _figures(cost))
+            for each in module.walk()
+            for cost in (self._costs.get(each.path),)
+        )
+        aside = tuple(
+            (crossing.decode_bytes, crossing.prefill_bytes, crossing.decode_tensors, crossing.prefill_tensors, maker)
+            for crossing, maker in self._aside(module.path, fixed_homes, before)
+        )
+        return (tensors, costs, aside, self._composite_peaks.get(module.path, 0), module.path in self._groups)
+
+
+_Aside = list[tuple["Crossing", "DeviceId"]]
+
+
+def _figures(cost: ModuleCost) -> tuple[int, ...]:
+    return (
+        cost.cache_bytes,
+        cost.retained_bytes,
+        cost.peak_bytes,
+        cost.prefill_operations,
+        cost.decode_operations,
+        cost.prefill_touched_bytes,
+        cost.decode_touched_bytes,
+        cost.prefill_launches,
+        cost.decode_launches,
+        cost.prefill_input_bytes,
+        cost.decode_input_bytes,
+        cost.prefill_output_bytes,
+        cost.decode_output_bytes,
+    )

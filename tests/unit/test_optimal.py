@@ -1,0 +1,164 @@
+"""Our own strategies: what they choose, what they do not do, and what they say where nothing fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from devmap_config.compiler import Request, run_pipeline
+
+PROFILE = """\
+version: 1
+model: {{source: llama}}
+workload: {{context_length: 64{workload}}}
+hardware:
+  devices: {{{devices}}}
+  links: {{host: 25GB/s, peer: 10GB/s}}
+placement:
+  strategy: {strategy}
+{pins}"""
+
+CARD = "{memory: 440KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
+
+
+def compiled(devices, strategy="fastest", pins="", workload=""):
+    pins = "  pins:\n" + "".join(f"    - {pin}\n" for pin in pins) if pins else ""
+    text = PROFILE.format(devices=devices, strategy=strategy, pins=pins, workload=workload)
+    Path("profile.yaml").write_text(text)
+    return run_pipeline(Request(path=Path("profile.yaml")))
+
+
+def plan_of(*arguments, **options):
+    compilation = compiled(*arguments, **options)
+    assert compilation.plan is not None, [each.message for each in compilation.diagnostics]
+    return compilation.plan
+
+
+def refusal_of(*arguments, **options):
+    (finding,) = (each for each in compiled(*arguments, **options).diagnostics if each.severity == "error")
+    return finding
+
+
+@pytest.mark.parametrize("optimize", ["decode", "prefill", "request"])
+def test_what_fits_on_one_card_stays_there(workspace, optimize):
+    card = "{memory: 100MiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
+    plan = plan_of(f'"cuda:[0-3]": {card}', workload=f", optimize: {optimize}")
+    assert {each.stored_on for each in plan.assignments} == {"cuda:0"}
+    assert plan.prediction.hops == 0
+
+
+def test_the_faster_card_is_used_wherever_it_is_listed(workspace):
+    slow, fast = "{memory: 100MiB, bandwidth: 1GB/s}", "{memory: 100MiB, bandwidth: 3TB/s}"
+    plan = plan_of(f"cuda:0: {slow}, cuda:1: {fast}")
+    assert {each.stored_on for each in plan.assignments} == {"cuda:1"}
+    assert plan.main_device == "cuda:1"
+
+
+def test_the_bound_is_at_most_what_the_plan_takes(workspace):
+    plan = plan_of(f'"cuda:[0-1]": {CARD}')
+    prediction = plan.prediction
+    assert prediction.bound_decode_nanoseconds_per_token <= prediction.decode_nanoseconds_per_token
+    assert prediction.decode_nanoseconds_per_token <= 1.01 * prediction.bound_decode_nanoseconds_per_token
+    assert {each.stored_on for each in plan.assignments} == {"cuda:0", "cuda:1"}
+
+
+def test_pins_groups_and_prohibitions_hold(workspace):
+    pins = [
+        "{match: lm_head, device: cuda:1}",
+        '{match: "model.layers.[0,5]", keep_together: true}',
+        '{match: "model.layers.2", not_on: cuda:0}',
+    ]
+    plan = plan_of(f'"cuda:[0-1]": {CARD.replace("440KiB", "600KiB")}', pins=pins)
+    home = {each.unit: each.stored_on for each in plan.assignments}
+    assert home["lm_head"] == "cuda:1"
+    assert home["model.layers.0"] == home["model.layers.5"]
+    assert home["model.layers.2"] == "cuda:1"
+
+
+def test_what_has_no_weights_is_kept_off_a_device_too(workspace):
+    pins = ["{match: model.rotary_emb, not_on: cuda:0}"]
+    plan = plan_of(f'"cuda:[0-1]": {CARD}', pins=pins)
+    assert {each.stored_on for each in plan.assignments if each.unit == "model.rotary_emb"} == {"cuda:1"}
+
+
+def test_without_the_speed_of_the_cpu_weights_are_copied_in(workspace):
+    plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB}}")
+    assert plan.prediction.streamed_bytes_per_token > 0
+    assert plan.compute == {}
+
+
+def test_a_cpu_that_reads_faster_than_the_link_computes(workspace):
+    plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}")
+    assert set(plan.compute.values()) == {"cpu"}
+
+
+def test_a_cpu_that_reads_slowly_does_not(workspace):
+    plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 1MB/s}}")
+    assert plan.compute == {}
+    assert plan.prediction.streamed_bytes_per_token > 0
+
+
+def test_without_an_accelerator_all_runs_on_the_cpu(workspace):
+    plan = plan_of("cpu: {memory: 1GiB, bandwidth: 50GB/s}")
+    assert {(each.stored_on, each.executes_on) for each in plan.assignments} == {("cpu", "cpu")}
+
+
+def test_fewest_devices_leaves_the_others_empty(workspace):
+    plan = plan_of(f'"cuda:[0-3]": {CARD}', strategy="fewest-devices")
+    assert len({each.stored_on for each in plan.assignments}) == 2
+
+
+def test_fewest_devices_compares_unlike_cards_and_needs_no_figures(workspace):
+    plan = plan_of(
+        "cuda:0: {memory: 300KiB}, cuda:1: {memory: 440KiB}, cuda:2: {memory: 10MiB}", strategy="fewest-devices"
+    )
+    assert {each.stored_on for each in plan.assignments} == {"cuda:2"}
+    assert plan.prediction.decode_nanoseconds_per_token is None
+
+
+def test_the_longest_context_is_longer_than_the_fastest_plans(workspace):
+    devices = f"cuda:0: {CARD.replace('440KiB', '900KiB')}, cuda:1: {CARD.replace('440KiB', '900KiB')}"
+    fastest = plan_of(devices).prediction.longest_context
+    longest = plan_of(devices, strategy="longest-context").prediction.longest_context
+    assert longest > fastest >= 64
+
+
+def test_where_nothing_fits_every_way_out_that_is_named_compiles(workspace):
+    finding = refusal_of("cuda:0: {memory: 500KiB, bandwidth: 1TB/s}")
+    assert finding.code == "over-capacity"
+    assert "find no place on cuda:0" in finding.message
+    more = next(way for way in finding.help.split("; or ") if "more" in way)
+    assert "give cuda:0 1 GiB more" in more
+    assert compiled("cuda:0: {memory: 1073741824, bandwidth: 1TB/s}").plan is not None
+
+
+def test_a_shorter_context_is_a_way_out(workspace):
+    devices = f"cuda:0: {CARD.replace('440KiB', '2MiB')}"
+    Path("profile.yaml").write_text(
+        PROFILE.format(devices=devices, strategy="fastest", pins="", workload="").replace("length: 64", "length: 4096")
+    )
+    (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    words = finding.help.split("`context_length` to ")[1]
+    context_length = int(words.split(";")[0])
+    text = Path("profile.yaml").read_text().replace("length: 4096", f"length: {context_length}")
+    Path("profile.yaml").write_text(text)
+    assert run_pipeline(Request(path=Path("profile.yaml"))).plan is not None
+
+
+def test_pins_that_contradict_the_machine_are_named_and_dropping_one_is_a_way_out(workspace):
+    pins = ['{match: "model.layers.[0-4]", device: cuda:0}', "{match: lm_head, device: cuda:1}"]
+    finding = refusal_of(f'"cuda:[0-1]": {CARD}', pins=pins)
+    assert "would fit, but not with this pin" in finding.message
+    assert finding.span.line == 10
+    assert "drop the pin of `model.layers.[0-4]` (line 10)" in finding.help
+    assert compiled(f'"cuda:[0-1]": {CARD}', pins=pins[1:]).plan is not None
+
+
+def test_another_card_and_a_cpu_are_ways_out(workspace):
+    text = PROFILE.format(
+        devices="cuda:0: {accelerator: t4, memory: 1370000000}", strategy="fastest", pins="", workload=""
+    )
+    Path("profile.yaml").write_text(text.replace("source: llama", "source: llama, dtype: float16"))
+    (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert "add `cuda:1: t4`" in finding.help or "list `cpu: {memory:" in finding.help
