@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.source import digest
 from devmap_config.graph.vendoring import beside
-from devmap_config.plan.assignment import Assignment
+from devmap_config.placement.assignment import Assignment
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.plan.executor import Executor
+    from devmap_config.placement.executor import Executor
 
 LOCK_VERSION = 1
 

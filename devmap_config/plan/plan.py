@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.placement.executor import Executor
     from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.units import Unit
-    from devmap_config.plan.executor import Executor
-from devmap_config.plan.assignment import Assignment
-from devmap_config.plan.running import RunningCost, running_costs
+from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.running import RunningCost, running_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +147,8 @@ def device_uses(
         for name in each.tensors:
             home = executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
             held.setdefault(home, []).append(name)
-    costs = running_costs(graph, placed, executor)
+    running = running_of(graph, placed, executor)
+    costs = {} if running is None else running.costs()
     none = RunningCost()
     return tuple(
         DeviceUse(

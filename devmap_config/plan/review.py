@@ -36,6 +36,8 @@ def review(
     for violation in verify(plan, graph, capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
+        elif violation.kind == "split-block" and _computes_apart(violation, plan):
+            continue  # the strategy took a part out, whose output comes back
         elif violation.kind == "over-capacity":
             overfull.append(violation.subjects[0])
         else:
@@ -92,8 +94,15 @@ def _report_overfull(devices: list[str], plan: Plan, loaded: LoadedProfile, sink
         f"{fullest.id} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(fullest.capacity_bytes)}:"
         f" {amount(-fullest.free_bytes)} are missing{f'; and {others}' if others else ''}",
         loaded.span("workload", "context_length"),
-        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or pin blocks elsewhere",
+        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or say `strategy: fastest`,"
+        " which counts with all of this",
     )
+
+
+def _computes_apart(violation: Violation, plan: Plan) -> bool:
+    """Whether what is elsewhere than the block computes there, on the CPU."""
+    parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
+    return len({each.stored_on for each in parts if each.unit not in plan.compute}) <= 1
 
 
 def _cost_of_split(plan: Plan, block: str) -> str:

@@ -11,8 +11,8 @@ from transformers.integrations.accelerate import expand_device_map
 
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+from devmap_config.placement.executor import Executor
 from devmap_config.placement.units import fold
-from devmap_config.plan.executor import Executor
 from devmap_config.plan.lock import LockError, changed_inputs, lock_of, lock_path, plan_of, read_lock
 from devmap_config.plan.plan import Assignment, NotADeviceMapError, assemble
 from devmap_config.plan.verify import verify
