@@ -45,9 +45,11 @@ def _tokenizer(weights: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(weights, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(weights, revision=revision or "main")
     except (OSError, ValueError, KeyError):  # a checkpoint without a tokenizer is a checkpoint still
         return None
+    # For some models, transformers makes one up then, which knows no words.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:

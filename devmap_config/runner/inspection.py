@@ -1,4 +1,4 @@
-"""Proves that a loaded model sits where its plan says, tensor by tensor."""
+"""Proves that a loaded model sits and runs where its plan says, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -22,19 +22,84 @@ class Misplaced:
     found: str
 
 
-def misplaced_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[Misplaced, ...]:
-    """Every parameter and buffer, of the plan or of the model, that the two do not agree on."""
+@dataclass(frozen=True, slots=True)
+class Misrun:
+    """A module that does not run where the plan says. `found` is a device, said to be streamed to where it is."""
+
+    module: str
+    planned: str
+    found: str
+
+
+def misplaced_tensors(
+    model: PreTrainedModel, plan: Plan, graph: ModelGraph, *, is_quantized: bool = False
+) -> tuple[Misplaced, ...]:
+    """Every parameter and buffer, of the plan or of the model, that the two do not agree on.
+
+    Where `is_quantized`, a weight may be held under other names in its module (`qweight`, `weight_packed`), with scales
+    beside it: these are then held to where the plan has the module's tensors.
+    """
+    planned = {
+        name: plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+        for each in plan.assignments
+        for name in each.tensors
+    }
+    added = [name for name in _names_of(model) if name not in planned]
+    companions: dict[str, list[str]] = {}
+    for name in added:
+        companions.setdefault(name.rpartition(".")[0], []).append(name)
     wrong: list[Misplaced] = []
-    planned: set[str] = set()
+    expected_in: dict[str, set[str]] = {}
+    for name, expected in planned.items():
+        module = name.rpartition(".")[0]
+        expected_in.setdefault(module, set()).add(expected)
+        found = tensor_home(model, name)
+        is_renamed = found == "missing" and is_quantized and module in companions
+        if found != expected and not is_renamed:
+            wrong.append(Misplaced(name, expected, found))
+    for name in added:
+        found = tensor_home(model, name)
+        expected_here = expected_in.get(name.rpartition(".")[0], set()) if is_quantized else set()
+        if found not in expected_here:
+            wrong.append(Misplaced(name, " or ".join(sorted(expected_here)) or "nowhere", found))
+    return tuple(wrong)
+
+
+def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
+    """Every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is not."""
+    wrong: dict[str, Misrun] = {}
     for each in plan.assignments:
+        is_streamed = each.stored_on != each.executes_on
         for name in each.tensors:
-            planned.add(name)
-            expected = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
-            found = tensor_home(model, name)
-            if found != expected:
-                wrong.append(Misplaced(name, expected, found))
-    unplanned = [name for name in _names_of(model) if name not in planned]
-    return (*wrong, *(Misplaced(name, "nowhere", tensor_home(model, name)) for name in unplanned))
+            module = name.rpartition(".")[0]
+            if (found := running_place(model, name)) is None:
+                continue
+            device, streams = found
+            if device != each.executes_on or (streams and not is_streamed):
+                wrong.setdefault(module, Misrun(module, each.executes_on, f"{device}, streamed" if streams else device))
+    return tuple(wrong.values())
+
+
+def running_place(model: PreTrainedModel, name: str) -> tuple[str, bool] | None:
+    """Where the module that holds a tensor runs, and whether its weights are streamed there; `None` if it has none.
+
+    accelerate's hook says so: the module's own, or that of a module around it which placed everything within. Without
+    one, nothing is moved, and it runs where the tensor is.
+    """
+    import torch
+
+    home = tensor_home(model, name)
+    if home == "missing":
+        return None
+    own = path = name.rpartition(".")[0]
+    while True:
+        for hook in _hooks(model.get_submodule(path)):
+            device = getattr(hook, "execution_device", None)
+            if device is not None and (path == own or getattr(hook, "place_submodules", False)):
+                return _canonical(torch.device(device)), bool(getattr(hook, "offload", False))
+        if not path:
+            return home, False
+        path = path.rpartition(".")[0]
 
 
 def tensor_home(model: PreTrainedModel, name: str) -> str:

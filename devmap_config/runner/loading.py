@@ -8,6 +8,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.quantization import torchao_type
+from devmap_config.plan.plan import transformers_device
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 
 MINIMUM_ACCELERATE = (1, 1, 0)
 """The oldest accelerate that transformers 5 takes a device_map with."""
+
+
+COMPUTE_HELP = "say `compute: cpu` of the module around it, or drop it: the weights are then streamed at every forward"
 
 
 class RunnerError(Exception):
@@ -47,25 +53,21 @@ class LoadRequest:
 
 
 def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
-    """The model, loaded with the plan's map.
+    """The model, loaded with the plan's map; what computes on the CPU does.
 
     Raises:
-        RunnerError: where accelerate is missing or too old, or a device of the plan is not on this machine.
+        RunnerError: where accelerate is missing or too old, a device of the plan is not on this machine, or a part
+            that is to compute on the CPU cannot.
     """
     require_accelerate()
-    if plan.compute:
-        raise RunnerError(
-            "compute-on-cpu",
-            f"computing on the CPU what a device_map can only stream is not built yet: {', '.join(plan.compute)}",
-            "drop `compute: cpu` from the pins: the weights are then streamed at every forward",
-        )
+    _require_modules(plan)
     _require_devices(plan)
     import transformers
 
     # What runs is `from_pretrained` of the class that the plan was made for.
     model_class = getattr(transformers, request.class_name)
     arguments: dict[str, Any] = {
-        "device_map": dict(plan.placement),
+        "device_map": _device_map(plan),
         "dtype": request.dtype,
         "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
         "offload_buffers": plan.executor.offload_buffers,
@@ -75,8 +77,40 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
-    with _main_device(plan.main_device):
-        return _loaded(model_class, request, arguments)
+    with _main_device(transformers_device(plan.main_device)):
+        model = _loaded(model_class, request, arguments)
+    return _computing_on_cpu(model, plan) if plan.compute else model
+
+
+def _device_map(plan: Plan) -> dict[str, Any]:
+    """The plan's map; where there is but one device, without parts: some quantizers take these for offloading."""
+    if plan.compute:
+        from devmap_config.runner.cpu_compute import CPU
+
+        return {**plan.placement, **dict.fromkeys(plan.compute, CPU)}
+    devices = set(plan.placement.values())
+    return {"": devices.pop()} if len(devices) == 1 else dict(plan.placement)
+
+
+def _computing_on_cpu(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    from devmap_config.runner.cpu_compute import UncallableUnitError, compute_on_cpu
+
+    try:
+        compute_on_cpu(model, plan.compute)
+    except UncallableUnitError as error:
+        raise RunnerError("compute-on-cpu", f"{error}, so it cannot compute on the CPU", COMPUTE_HELP) from None
+    # transformers reads here whether anything is on the CPU (it then does not compile), and knows strings only.
+    model.hf_device_map = dict(plan.placement)
+    return model
+
+
+def _require_modules(plan: Plan) -> None:
+    """What computes on the CPU is copied there where it is called, and a bare tensor is not called."""
+    for each in plan.assignments:
+        if each.unit in plan.compute and each.unit in each.tensors:
+            raise RunnerError(
+                "compute-on-cpu", f"`{each.unit}` is a tensor, so it cannot compute on the CPU on its own", COMPUTE_HELP
+            )
 
 
 def _loaded(model_class: Any, request: LoadRequest, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -151,11 +185,13 @@ def _quantization_config(quantization: Mapping[str, Any]) -> Any:
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     arguments = dict(quantization)
+    if arguments["method"] == "torchao":  # a profile may name the class alone
+        arguments["quant_type"] = {"default": torchao_type(arguments.get("quant_type"))}
     return AutoQuantizationConfig.from_dict({"quant_method": arguments.pop("method"), **arguments})
 
 
 @contextmanager
-def _main_device(device: str) -> Iterator[None]:
+def _main_device(device: int | str) -> Iterator[None]:
     """Make accelerate stream offloaded modules to the plan's main device.
 
     transformers does not pass `main_device` on, and accelerate then takes the first of a set.
@@ -163,8 +199,7 @@ def _main_device(device: str) -> Iterator[None]:
     from transformers.integrations import accelerate as integration
 
     original = integration.dispatch_model
-    main: int | str = int(device.partition(":")[2]) if ":" in device else device
-    integration.dispatch_model = partial(original, main_device=main)
+    integration.dispatch_model = partial(original, main_device=device)
     try:
         yield
     finally:

@@ -108,29 +108,46 @@ def prepare(
 
 
 def load_verified(deployment: Deployment) -> PreTrainedModel:
-    """The loaded model, every parameter and buffer of which sits where the plan says.
+    """The loaded model, every parameter and buffer of which sits, and every module of which runs, where the plan says.
 
     Raises:
         RunnerError: where it cannot be loaded here, or sits elsewhere.
     """
-    from devmap_config.runner.inspection import misplaced_tensors
+    from devmap_config.runner.inspection import misplaced_tensors, misrun_modules
 
     model = load(deployment.plan, deployment.request)
     compiled = deployment.compilation.model
     if compiled is None:
         raise AssertionError("a deployment is prepared from a compiled model")
-    misplaced = misplaced_tensors(model, deployment.plan, compiled.graph)
-    if misplaced:
-        shown = "; ".join(
-            f"{each.tensor} is on {each.found}, planned on {each.planned}" for each in misplaced[:EXAMPLES_SHOWN]
+    if compiled.counts_quantized_weights and not getattr(model, "is_quantized", False):
+        raise RunnerError(
+            "dequantized",
+            "transformers dequantised the weights while loading: they take more room than the plan has for them",
+            "install the kernels that the quantization needs, or say `dequantize: true`, and compile again",
         )
-        more = f" and {len(misplaced) - EXAMPLES_SHOWN} more" if len(misplaced) > EXAMPLES_SHOWN else ""
+    misplaced = misplaced_tensors(
+        model, deployment.plan, compiled.graph, is_quantized=compiled.quantization is not None
+    )
+    if misplaced:
         raise RunnerError(
             "misplaced-tensors",
-            f"the loaded model is not where the plan says: {shown}{more}",
+            "the loaded model is not where the plan says: "
+            + _some([f"{each.tensor} is on {each.found}, planned on {each.planned}" for each in misplaced]),
             "the checkpoint may hold another model than its config says; please report it if not",
         )
+    if misrun := misrun_modules(model, deployment.plan):
+        raise RunnerError(
+            "misplaced-tensors",
+            "the loaded model does not run where the plan says: "
+            + _some([f"{each.module} runs on {each.found}, planned on {each.planned}" for each in misrun]),
+            "this version of transformers or accelerate may dispatch it otherwise; please report it",
+        )
     return model
+
+
+def _some(findings: list[str]) -> str:
+    more = len(findings) - EXAMPLES_SHOWN
+    return "; ".join(findings[:EXAMPLES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read(path: Path, profile: Path) -> Lock:

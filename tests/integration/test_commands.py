@@ -379,3 +379,112 @@ def test_check_verifies_the_locked_plan_itself(profile, change):
     done = devmap("check", "profile.yaml")
     assert done.returncode == 3, done.stderr
     assert "unreadable-lock" in done.stderr
+
+
+def test_tree_measures_every_block(workspace):
+    done = devmap("tree", "llama", "--measure", "--context", "64", "--format", "json")
+    value = json.loads(done.stdout)
+    assert (value["workload"]["context_length"], value["measured"]) == (64, True)
+    layer = next(block for block in value["blocks"] if block["path"] == "model.layers.1")
+    assert layer["cache_bytes"] > 0
+    assert layer["prefill_operations"] > layer["decode_operations"] > 0
+    shown = devmap("tree", "llama", "--measure").stdout
+    assert "4,096 tokens prefilled" in shown
+    assert "model.layers.[1-5]" in shown
+
+
+def test_tree_measures_what_the_profile_names(profile):
+    profile.write_text(GOOD + "workload: {context_length: 32, batch_size: 3}\n")
+    assert "batch 3, 32 tokens prefilled" in devmap("tree", "profile.yaml", "--measure").stdout
+    assert "batch 3, 16 tokens" in devmap("tree", "profile.yaml", "--measure", "--context", "16").stdout
+    assert devmap("tree", "profile.yaml", "--context", "16").returncode == 2
+
+
+FASTEST = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware: {devices: {cuda:0: rtx-4090}}
+placement: {strategy: fastest}
+"""
+
+
+def test_fit_says_what_each_machine_would_do(workspace):
+    Path("profile.yaml").write_text(FASTEST)
+    Path("box.yaml").write_text("hardware: {devices: {cuda:0: {memory: 200KiB, bandwidth: 1TB/s}}}\n")
+    done = devmap("fit", "profile.yaml", "--on", "h100-sxm,2xt4,box.yaml", "--format", "json")
+    rows = json.loads(done.stdout)["machines"]
+    assert [row["machine"] for row in rows] == ["h100-sxm", "2xt4", "box.yaml"]
+    assert [row["fits"] for row in rows] == [True, False, False]
+    assert rows[0]["prediction"]["longest_context"] > 64
+    assert rows[0]["prediction"]["decode_nanoseconds_per_token"] > 0
+    assert "does not compute in bfloat16" in rows[1]["reason"]
+    assert "find no place" in rows[2]["reason"]
+    assert done.returncode == 0
+    shown = devmap("fit", "profile.yaml", "--on", "h100-sxm", "--on", "l4").stdout
+    assert "context up to" in shown
+    assert "l4" in shown
+
+
+def test_fit_on_what_is_no_machine(workspace):
+    Path("profile.yaml").write_text(FASTEST)
+    Path("box.yaml").write_text("hardware: {devices: {cuda:0: {memry: 1GiB}}}\n")
+    for machine in ("h1000", "box.yaml", "missing.yaml"):
+        done = devmap("fit", "profile.yaml", "--on", machine)
+        assert done.returncode == 2
+        assert machine in done.stderr
+    assert devmap("fit", "nothing.yaml", "--on", "l4").returncode == 2
+
+
+def test_explain_tells_the_story_of_a_plan(workspace):
+    Path("profile.yaml").write_text(FASTEST)
+    done = devmap("explain", "profile.yaml")
+    assert done.returncode == 0
+    assert "by `fastest`" in done.stdout
+    assert "no plan can take less than" in done.stdout
+    assert 3 <= len(done.stdout.splitlines()) <= 12
+
+
+def test_explain_says_why_a_module_is_there(profile):
+    by_rule = devmap("explain", "profile.yaml", "lm_head").stdout
+    assert "`lm_head` is on cpu, and runs on cuda:0." in by_rule
+    assert "`lm_head` (profile.yaml:5) decides: it puts it on cpu." in by_rule
+    by_strategy = devmap("explain", "profile.yaml", "model.layers.1.mlp").stdout
+    assert "part of the block `model.layers.1`" in by_strategy
+    assert "- on cpu, copied to cuda:0 at every forward" in by_strategy
+
+
+def test_explain_of_what_is_not_there(profile):
+    done = devmap("explain", "profile.yaml", "model.layer.1")
+    assert (done.returncode, "did you mean `model.layers.1`?" in done.stderr) == (2, True)
+    assert "no profile `nothing.yaml`" in devmap("explain", "nothing.yaml").stderr
+    assert devmap("explain", "unmatched-pattern", "lm_head").returncode == 2
+
+
+TWO_CARDS = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware:
+  devices: {"cuda:[0-1]": {memory: 440KiB, bandwidth: 1TB/s}}
+  links: {peer: {bandwidth: 1TB/s, latency: 1ns}}
+placement: {strategy: fastest}
+"""
+
+
+def test_keep_stays_with_the_locked_plan_where_it_is_as_good(workspace):
+    Path("profile.yaml").write_text(TWO_CARDS)
+    assert devmap("compile", "profile.yaml").returncode == 0
+    first = json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"]
+    assert set(first.values()) == {0, 1}
+    # A little more memory would let another layer move, which makes nothing faster.
+    Path("profile.yaml").write_text(TWO_CARDS.replace("440KiB", "560KiB"))
+    fresh = json.loads(devmap("compile", "profile.yaml", "--dry-run", "--format", "json").stdout)
+    assert fresh["plan"]["device_map"] != first
+    assert devmap("compile", "profile.yaml", "--keep").returncode == 0
+    assert json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"] == first
+    assert devmap("check", "profile.yaml").returncode == 0
+    # Where a hop takes long, one card that holds all is better, and the locked plan is not as good any more.
+    Path("profile.yaml").write_text(TWO_CARDS.replace("440KiB", "100MiB").replace("1ns", "1ms"))
+    assert devmap("compile", "profile.yaml", "--keep").returncode == 0
+    assert set(json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"].values()) == {0}

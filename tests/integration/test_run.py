@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LLAMA
+from conftest import LLAMA, MIXTURE
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
@@ -24,8 +28,10 @@ from transformers import (
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
+from devmap_config.graph.loading import graph_from_source
+from devmap_config.graph.source import local_source
 from devmap_config.runner import loading, runner
-from devmap_config.runner.inspection import tensor_home
+from devmap_config.runner.inspection import Misrun, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError
 from devmap_config.runner.runner import load_verified, prepare
 
@@ -119,6 +125,21 @@ def test_a_tied_head_follows_its_embedding(workspace):
     assert tensor_home(model, "lm_head.weight") == tensor_home(model, "model.embed_tokens.weight") == "disk"
 
 
+def test_a_head_that_the_checkpoint_holds_apart_is_loaded_apart(workspace):
+    """flan-t5: its config ties, its checkpoint holds two tensors, and transformers then loads two."""
+    config = T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16, vocab_size=64, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(64, 32))
+    model.save_pretrained(workspace / "random")
+    graph = graph_from_source(
+        local_source(Path("random")), class_name="T5ForConditionalGeneration", dtype="float32", attention=None
+    )
+    loaded = T5ForConditionalGeneration.from_pretrained("random")
+    held = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in loaded.state_dict().values()}
+    assert graph.size_bytes == sum(held.values())
+    assert "lm_head.weight" not in {name for tie in graph.ties for name in tie}
+
+
 def test_a_model_that_sits_elsewhere_is_noticed(llama, monkeypatch):
     write_profile(SPLIT)
     model = load_model("profile.yaml")
@@ -202,3 +223,21 @@ def test_what_transformers_cannot_load_is_told(llama):
     done = run_command()
     assert done.return_value == 4
     assert "error[load-failed]" in done.stderr
+
+
+def test_a_tokenizer_that_transformers_makes_up_is_none(workspace):
+    """It knows no words: without files, Qwen's prompt would be empty."""
+    config = {key: value for key, value in MIXTURE.items() if key not in ("architectures", "dtype", "model_type")}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(workspace / "random")
+    write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
+    done = run_command("--max-new-tokens", "3")
+    assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
+
+
+def test_a_model_that_runs_elsewhere_is_noticed(llama):
+    write_profile(SPLIT)
+    deployment = prepare(Path("profile.yaml"), variables={})
+    model = load_verified(deployment)
+    assert misrun_modules(model, deployment.plan) == ()
+    model.model.layers[0].mlp.up_proj._hf_hook.execution_device = "cuda:0"
+    assert misrun_modules(model, deployment.plan) == (Misrun("model.layers.0.mlp.up_proj", "cpu", "cuda:0, streamed"),)

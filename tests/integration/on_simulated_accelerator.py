@@ -1,0 +1,215 @@
+"""Plans that use an accelerator, loaded and run: collected by a process of its own, see `test_compute_on_cpu.py`.
+
+The product's code runs unchanged, from profile to generated tokens; only the accelerator is simulated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import simulated_accelerator
+import torch
+from accelerate.hooks import remove_hook_from_module
+from click.testing import CliRunner
+from conftest import LLAMA, MIXTURE
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from devmap_config import compile_profile, load_model
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.run import run as run_model
+from devmap_config.runner import loading
+from devmap_config.runner.cpu_compute import CpuComputeHook
+from devmap_config.runner.inspection import tensor_home
+from devmap_config.runner.loading import RunnerError
+
+simulated_accelerator.install()
+torch.set_num_threads(1)  # such small matrices are quicker without help
+
+TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
+NEW_TOKENS = 4
+CPU = torch.device("cpu")
+CARD = torch.device("npu:0")
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def save(config):
+    """Random weights of a small model, in `random`."""
+    values = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "model_type")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+    model.to(torch.bfloat16).save_pretrained("random")
+
+
+def load(*pins):
+    """The model in `random`, by a profile whose pins place some of it off the first card."""
+    lines = "".join(f"    - {{{pin}}}\n" for pin in pins)
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\n"
+        "hardware: {devices: {npu:0: {memory: 1GiB}, npu:1: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+        f"placement:\n  strategy: sequential\n  pins:\n{lines}"
+    )
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    return load_model("profile.yaml")
+
+
+@torch.no_grad()
+def assert_same_as_plain(model, **arguments):
+    """Bit by bit the plain model's logits, and its tokens; the logits come back to the card."""
+    plain = AutoModelForCausalLM.from_pretrained("random", **arguments)
+    logits = model(TOKENS.to(CARD)).logits
+    assert logits.device == CARD
+    assert torch.equal(logits.cpu(), plain(TOKENS).logits)
+    tokens = model.generate(TOKENS.to(CARD), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(tokens.cpu(), plain.generate(TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False))
+
+
+def computed(match):
+    return f'match: "{match}", device: cpu, compute: cpu'
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        pytest.param([computed("model.layers.[2-3].mlp")], id="a part of a block"),
+        pytest.param([computed("model.layers.[2-3].self_attn")], id="attention with its cache"),
+        pytest.param([computed("model.layers.[4-5]")], id="whole blocks"),
+        pytest.param([computed("model.layers.2.mlp.up_proj"), computed("model.norm")], id="leaves"),
+        pytest.param([computed("{model.embed_tokens,lm_head}")], id="embedding and head"),
+        pytest.param([computed("model.rotary_emb")], id="buffers only"),
+        pytest.param(
+            [computed("model.layers.1"), 'match: "model.layers.2", device: cpu', 'match: "model.layers.3", device: 1'],
+            id="beside a streamed block and one on another card",
+        ),
+        pytest.param(['match: "model.layers.[0-4]", device: cpu'], id="only streamed"),
+    ],
+)
+def test_a_llama_says_what_the_plain_model_says(pins):
+    save(LLAMA)
+    assert_same_as_plain(load(*pins))
+
+
+def test_tied_embeddings_on_the_cpu():
+    save({**LLAMA, "tie_word_embeddings": True})
+    assert_same_as_plain(load(computed("{model.embed_tokens,lm_head}")))
+
+
+def test_experts_on_the_cpu_are_eager_and_the_others_keep_their_implementation():
+    save(MIXTURE)
+    model = load(computed("model.layers.[2-3].mlp.experts"))
+    found = [layer.mlp.experts.config._experts_implementation for layer in model.model.layers]
+    assert found == ["grouped_mm", "grouped_mm", "eager", "eager"]
+    assert model.config._experts_implementation == "grouped_mm"
+    during = []
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda *_: during.append(implementations(model)))
+    model.generate(TOKENS.to(CARD), max_new_tokens=2, do_sample=False)
+    # `generate` changes the implementation of the shared config for decoding on accelerators.
+    assert during == [["grouped_mm", "eager"], ["batched_mm", "eager"]]
+
+
+def implementations(model):
+    return [model.model.layers[index].mlp.experts.config._experts_implementation for index in (1, 2)]
+
+
+def test_a_mixture_says_what_the_plain_model_says():
+    save(MIXTURE)
+    assert_same_as_plain(load(computed("model.layers.*.mlp.experts")), experts_implementation="eager")
+
+
+@pytest.mark.parametrize(
+    ("config", "match", "module_class"),
+    [(LLAMA, "model.layers.[2-3].mlp", LlamaMLP), (MIXTURE, "model.layers.[2-3].mlp.experts", Qwen3MoeExperts)],
+)
+def test_each_unit_runs_once_a_forward_on_the_cpu_and_returns_to_its_block(config, match, module_class, monkeypatch):
+    save(config)
+    inside, returned = [], []
+    original = module_class.forward
+
+    def forward(self, *args):
+        inside.append((self, {each.device for each in (*args, *self.parameters())}))
+        return original(self, *args)
+
+    monkeypatch.setattr(module_class, "forward", forward)
+    model = load(computed(match))
+    units = [model.get_submodule(match.replace("[2-3]", str(index))) for index in (2, 3)]
+    for unit in units:
+        unit.register_forward_hook(lambda module, args, output: returned.append(output.device))
+    model(TOKENS.to(CARD))
+    assert [(id(module), devices) for module, devices in inside if module in units] == [(id(u), {CPU}) for u in units]
+    assert [devices for module, devices in inside if module not in units] == [{CARD}] * (len(inside) - 2)
+    assert returned == [CARD, CARD]
+
+
+def test_nothing_of_a_computed_unit_is_streamed_and_what_is_streamed_still_is():
+    save(LLAMA)
+    model = load(computed("model.layers.2"), 'match: "model.layers.3", device: cpu')
+    computed_parts, streamed = (list(model.model.layers[index].modules()) for index in (2, 3))
+    assert not any(hook.offload for part in computed_parts if (hook := getattr(part, "_hf_hook", None)))
+    assert {parameter.device for parameter in model.model.layers[2].parameters()} == {CPU}
+    assert any(hook.offload for part in streamed if (hook := getattr(part, "_hf_hook", None)))
+    assert {parameter.device.type for parameter in model.model.layers[3].parameters()} == {"meta"}
+    assert tensor_home(model, "model.layers.3.mlp.up_proj.weight") == "cpu"
+
+
+@torch.no_grad()
+def test_the_cache_of_attention_on_the_cpu_is_there_too():
+    save(LLAMA)
+    model = load(computed("model.layers.[2-3].self_attn"))
+    cache = model(TOKENS.to(CARD)).past_key_values
+    cache = model(TOKENS[:, -1:].to(CARD), past_key_values=cache).past_key_values
+    assert [layer.keys.device.type for layer in cache.layers] == ["npu", "npu", "cpu", "cpu", "npu", "npu"]
+
+
+@torch.no_grad()
+def test_without_its_hook_a_unit_leaves_its_block_on_two_devices():
+    """The control: the simulation notices what a card would."""
+    save(LLAMA)
+    model = load(computed("model.layers.2.mlp"))
+    model.model.layers[2].mlp._hf_hook.io_same_device = False
+    with pytest.raises(RuntimeError, match=r"same device, but found cpu and npu:0"):
+        model(TOKENS.to(CARD))
+
+
+def test_a_unit_that_would_be_streamed_is_refused(monkeypatch):
+    save(LLAMA)
+    monkeypatch.setattr(loading, "_device_map", lambda plan: dict(plan.placement))
+    monkeypatch.setattr(loading, "_computing_on_cpu", lambda model, plan: model)
+    with pytest.raises(
+        RunnerError, match=r"layers\.2\.mlp\.gate_proj runs on npu:0, streamed, planned on cpu"
+    ) as error:
+        load(computed("model.layers.2.mlp"))
+    assert error.value.code == "misplaced-tensors"
+
+
+def test_removing_the_hooks_leaves_a_plain_module():
+    save(MIXTURE)
+    model = load(computed("model.layers.2.mlp.experts"))
+    experts = model.model.layers[2].mlp.experts
+    assert isinstance(experts._hf_hook, CpuComputeHook)
+    remove_hook_from_module(model, recurse=True)
+    assert experts.config is model.config
+    assert experts.forward.__func__ is Qwen3MoeExperts.forward
+
+
+def test_transformers_reads_the_map_as_it_reads_its_own():
+    save(LLAMA)
+    model = load(computed("model.layers.2.mlp"))
+    assert model.hf_device_map == compile_profile("profile.yaml").placement
+    assert {type(device) for device in model.hf_device_map.values()} == {int, str}
+
+
+def test_devmap_run_speaks():
+    save(MIXTURE)
+    load(computed("model.layers.[2-3].mlp.experts"), computed("model.embed_tokens"))
+    done = CliRunner().invoke(
+        run_model, ["profile.yaml", "--max-new-tokens", "3"], standalone_mode=False, catch_exceptions=False
+    )
+    assert done.return_value == 0
+    assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")

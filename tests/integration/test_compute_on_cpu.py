@@ -1,0 +1,75 @@
+"""Modules that are stored on the CPU and compute there, in models whose blocks run on an accelerator.
+
+What is computed, and on which device, is shown on a simulated accelerator with real numbers. What only a real one can
+show: the speed, that copies are ordered with what a stream still computes, and the kernels of the card itself.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MIXTURE, REPOSITORY
+from torch.utils import backend_registration
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from devmap_config.cli.compile import compile_command
+from devmap_config.runner.cpu_compute import UncallableUnitError, compute_on_cpu
+from devmap_config.runner.loading import RunnerError, load
+from devmap_config.runner.runner import prepare
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch takes no backend written in Python",
+)
+def test_on_a_simulated_accelerator():
+    """In a process of its own: torch cannot forget a device."""
+    tests = REPOSITORY / "tests" / "integration" / "on_simulated_accelerator.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bare_tensor_cannot_compute_on_its_own(workspace):
+    config = {key: value for key, value in MIXTURE.items() if key not in ("architectures", "dtype", "model_type")}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(workspace / "random")
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\n"
+        "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+        "placement:\n  strategy: sequential\n"
+        "  pins: [{match: model.layers.1.mlp.experts.down_proj, device: cpu, compute: cpu}]\n"
+    )
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    deployment = prepare(Path("profile.yaml"), variables={})
+    with pytest.raises(RunnerError, match=r"`model\.layers\.1\.mlp\.experts\.down_proj` is a tensor") as error:
+        load(deployment.plan, deployment.request)
+    assert error.value.code == "compute-on-cpu"
+
+
+def small_llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def test_attention_that_only_accelerators_have_cannot():
+    model = small_llama()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    compute_on_cpu(model, ["model.layers.1.mlp"])
+    with pytest.raises(UncallableUnitError, match="attends with flash_attention_2"):
+        compute_on_cpu(model, ["model.layers.1"])
+
+
+def test_what_the_model_never_calls_cannot():
+    with pytest.raises(UncallableUnitError, match="is a ModuleList, which the model never calls"):
+        compute_on_cpu(small_llama(), ["model.layers"])

@@ -1,0 +1,158 @@
+"""An accelerator on a machine that has none: `npu:0` and `npu:1`, with real numbers, apart from the CPU and each other.
+
+torch lets a backend be written in Python. Here, a tensor of the accelerator holds a tensor of the CPU, and its kernels
+are the CPU's: so what is computed can be held to the plain model bit by bit, while an operation over tensors of two
+devices fails as it does on a card. Memory is not limited, copies and kernels cost what they cost on the CPU, and there
+are no streams: speed, capacity and anything asynchronous is for real accelerators to show.
+
+It cannot be taken back: only for a process of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+KIND = "npu"  # one that profiles may name, and that torch itself does not occupy
+DEVICES = 2
+
+COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+TAKES_INDICES_OF_THE_CPU = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
+
+_kept = []
+"""Registrations last as long as their library."""
+
+
+def install():
+    """Make the accelerator known to torch, as one that is available."""
+    _setup_privateuseone_for_python_backend(KIND, backend_module=_Backend())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    _kept.append(library)
+
+
+class SimulatedTensor(torch.Tensor):
+    """A tensor that says it is on an accelerator; `held` has its numbers."""
+
+    @staticmethod
+    def __new__(cls, held, device=None, requires_grad=False):
+        if device is None:  # accelerate makes a parameter anew from its type, which on a card is `Parameter`
+            return torch.nn.Parameter(held, requires_grad)
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+        )
+
+    def __init__(self, held, device=None, requires_grad=False):
+        if device is not None:
+            self.held = held
+
+    def __repr__(self):
+        return f"SimulatedTensor({self.held!r}, device={self.device})"
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def tolist(self):
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        # torch chooses a kernel for attention by the kind of device, and knows none for this one.
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            return _run(function, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return _run(operation, args, kwargs or {})
+
+
+def _run(operation, args, kwargs):
+    """The operation on what the tensors hold; its results are on their one device, or where it copies to."""
+    wrappers = {}
+    devices = {}
+
+    def note(value):
+        # As on a card, a number may come from the CPU.
+        if isinstance(value, torch.Tensor) and (value.dim() or isinstance(value, SimulatedTensor)):
+            devices.setdefault(value.device, None)
+
+    def held(value):
+        if isinstance(value, SimulatedTensor):
+            wrappers[id(value.held)] = value
+            return value.held
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    def wrap(value):
+        if not isinstance(value, torch.Tensor) or target.type == "cpu":
+            return value
+        return wrappers[id(value)] if id(value) in wrappers else SimulatedTensor(value, target)
+
+    tree_map(note, (args[:1] if operation in TAKES_INDICES_OF_THE_CPU else args, kwargs))
+    if len(devices) > 1 and operation not in COPIES:
+        found = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"{operation}: expected all tensors to be on the same device, but found {found}")
+    target = torch.device(kwargs.get("device") or next(iter(devices)))
+    if operation is torch.ops.aten.histc.default:  # integers are counted on accelerators, and not on the CPU
+        args = (args[0].float(), *args[1:])
+    return tree_map(wrap, operation(*tree_map(held, args), **tree_map(held, kwargs)))
+
+
+def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return SimulatedTensor(torch.empty(size, dtype=dtype), torch.device(device))
+
+
+def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return SimulatedTensor(torch.empty_strided(size, stride, dtype=dtype), torch.device(device))
+
+
+def _copy_from(source, target, non_blocking=False):
+    getattr(target, "held", target).copy_(getattr(source, "held", source))
+    return target
+
+
+class _Backend:
+    """What torch, transformers and accelerate ask of `torch.npu`."""
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return True
+
+    def device_count(self):
+        return DEVICES
+
+    def current_device(self):
+        return 0
+
+    def mem_get_info(self, device=None):
+        return (2**40, 2**40)
+
+    def empty_cache(self):
+        pass
+
+    def manual_seed_all(self, seed):
+        pass
+
+    def is_autocast_enabled(self):
+        return False
+
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
+    def _is_in_bad_fork(self):
+        return False
