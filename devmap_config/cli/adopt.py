@@ -161,8 +161,8 @@ def profile_text(
 
 def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[str, int]:
     """Bytes on each device once loaded: some buffers of what is streamed stay where it runs."""
+    from devmap_config.placement.executor import Executor
     from devmap_config.placement.problem import bytes_by_device
-    from devmap_config.plan.executor import Executor
 
     executor = Executor()
     main_device = executor.main_device(homes.values())

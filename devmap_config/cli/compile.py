@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write the lock; beside the profile else."
 )
+@click.option("--keep", is_flag=True, help="Prefer the plan of the existing lock where it is as good.")
 @click.option("--vendor", is_flag=True, help="Keep the model's graph beside the profile: no hub, no torch next time.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
 @quiet_option
@@ -39,6 +40,7 @@ def compile_command(
     output_format: str,
     variables: dict[str, str],
     output: Path | None,
+    keep: bool,
     vendor: bool,
     dry_run: bool,
     quiet: bool,
@@ -68,6 +70,7 @@ def compile_command(
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             use_vendored=not vendor,
+            keep=earlier if keep else None,
         )
     )
     plan, texts = compilation.plan, compilation.texts

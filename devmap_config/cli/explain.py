@@ -1,30 +1,232 @@
-"""`devmap explain`: what a diagnostic's code means."""
+"""`devmap explain`: what a diagnostic's code means, the story of a plan, or why a module is where it is."""
 
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from devmap_config.cli.options import outside_option, remote_code_option, set_option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devmap_config.compiler import Compilation
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.plan.explanation import Alternative
+    from devmap_config.plan.plan import Plan
+    from devmap_config.rules.rule import Rule
+
+PATTERNS_SHOWN = 4
+
 
 @click.command("explain")
-@click.argument("code")
-def explain(code: str) -> int:
-    """Print what the diagnostic CODE means, with an example and its mend."""
-    from devmap_config.diagnostics.pages import codes, page
+@click.argument("subject", metavar="CODE | PROFILE")
+@click.argument("module", required=False)
+@set_option
+@outside_option
+@remote_code_option
+def explain(
+    subject: str, module: str | None, variables: dict[str, str], allow_outside: bool, trust_remote_code: bool
+) -> int:
+    """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
+    from devmap_config.diagnostics.pages import codes
 
+    if Path(subject).is_file():
+        return _explain_profile(Path(subject), module, variables, allow_outside, trust_remote_code)
+    if subject.endswith((".yaml", ".yml", ".j2")):
+        raise click.UsageError(f"there is no profile `{subject}`")
     known = codes()
-    if code not in known:
-        close = difflib.get_close_matches(code, known, n=1)
-        raise click.UsageError(f"there is no diagnostic `{code}`" + (f"; did you mean `{close[0]}`?" if close else ""))
-    text = page(code)
+    if subject not in known:
+        close = difflib.get_close_matches(subject, known, n=1)
+        meant = f"; did you mean `{close[0]}`?" if close else ""
+        raise click.UsageError(f"there is no diagnostic `{subject}`, and no profile of that name{meant}")
+    if module is not None:
+        raise click.UsageError("a module is explained in a profile: `devmap explain PROFILE MODULE`")
+    _print_page(subject)
+    return 0
+
+
+def _print_page(code: str) -> None:
     import sys
+
+    from devmap_config.diagnostics.pages import page
 
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown
 
-        Console().print(Markdown(text))
+        Console().print(Markdown(page(code)))
     else:
-        click.echo(text.rstrip())
+        click.echo(page(code).rstrip())
+
+
+def _explain_profile(
+    path: Path, module: str | None, variables: dict[str, str], allow_outside: bool, trust_remote_code: bool
+) -> int:
+    from devmap_config.cli.reporting import report
+    from devmap_config.compiler import Request, run_pipeline
+
+    request = Request(path=path, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    compilation = run_pipeline(request)
+    if compilation.plan is None or compilation.model is None:
+        report(compilation.diagnostics, compilation.texts, "table", data={"plan": None})
+        return 1
+    if module is None:
+        lines = _story(compilation)
+    else:
+        graph = compilation.model.graph
+        if module not in graph.modules and module not in graph.tensors:
+            close = difflib.get_close_matches(module, [*graph.modules, *graph.tensors], n=1)
+            meant = f"; did you mean `{close[0]}`?" if close else ""
+            raise click.UsageError(f"{graph.class_name} has no `{module}`{meant}")
+        lines = _reasons(compilation, module)
+    for line in lines:
+        click.echo(line)
     return 0
+
+
+def _story(compilation: Compilation) -> Iterator[str]:
+    """The plan in some ten lines."""
+    from shutil import get_terminal_size
+
+    from devmap_config.cli.plan_table import bar_lines, duration
+    from devmap_config.placement.shortage import rounded
+    from devmap_config.rules.folding import fold_paths
+
+    plan, model, resolution = compilation.plan, compilation.model, compilation.resolution
+    if plan is None or model is None or resolution is None:
+        return
+    graph = model.graph
+    measurement = graph.measurement
+    cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""
+    yield f"{model.class_name}, {rounded(graph.size_bytes)} of weights in {model.dtype}{cache}, by `{plan.strategy}`."
+    yield from bar_lines(plan, get_terminal_size().columns)
+    for use in plan.devices:
+        units = [each.unit or "everything" for each in plan.assignments if each.stored_on == use.id]
+        if not units:
+            yield f"{use.id} stays empty."
+            continue
+        patterns = list(fold_paths(units))
+        more = f" and {len(patterns) - PATTERNS_SHOWN} more" if len(patterns) > PATTERNS_SHOWN else ""
+        used_bytes = use.capacity_bytes - use.free_bytes
+        yield (
+            f"{use.id} holds {', '.join(patterns[:PATTERNS_SHOWN])}{more}:"
+            f" {rounded(used_bytes)} of {rounded(use.capacity_bytes)} used, {rounded(use.free_bytes)} free."
+        )
+    pinned = len({id(decision.rule) for decision in resolution.decisions.values()})
+    decided = len(resolution.decisions)
+    if pinned:
+        yield f"{pinned} rule{'s' if pinned > 1 else ''} decide{'' if pinned > 1 else 's'} for {decided} tensors."
+    for group in graph.tied_groups[:2]:
+        yield f"{' and '.join(group)} are one tensor, and move together."
+    yield from _pace(plan)
+    prediction = plan.prediction
+    decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
+    if decode is not None and bound is not None:
+        gap = 100 * (decode - bound) / bound
+        yield f"A token takes {duration(decode)}; no plan can take less than {duration(bound)}, {gap:.1f} % less."
+    elif decode is not None:
+        yield f"A token takes {duration(decode)}; whether another plan is faster, `strategy: fastest` would tell."
+    if prediction.longest_context is not None and measurement is not None:
+        yield (
+            f"The context may grow from {measurement.workload.context_length:,} to"
+            f" {prediction.longest_context:,} tokens before a device is full."
+        )
+
+
+def _pace(plan: Plan) -> Iterator[str]:
+    """What crosses, is copied in, and computes elsewhere."""
+    from devmap_config.placement.shortage import rounded
+    from devmap_config.rules.folding import fold_paths
+
+    if plan.prediction.hops:
+        yield f"Activations change devices {plan.prediction.hops} times in a forward."
+    if plan.prediction.streamed_bytes_per_token:
+        streamed = rounded(plan.prediction.streamed_bytes_per_token)
+        yield f"{streamed} of weights are copied to {plan.main_device} at every forward."
+    if plan.compute:
+        yield f"{', '.join(fold_paths(plan.compute))} compute on the CPU, where they are stored."
+
+
+def _reasons(compilation: Compilation, name: str) -> Iterator[str]:
+    """Why a module or tensor is where it is, and what another place would take."""
+    from devmap_config.plan.explanation import alternatives, block_of
+
+    plan, model, resolution, inventory = (
+        compilation.plan,
+        compilation.model,
+        compilation.resolution,
+        compilation.inventory,
+    )
+    if plan is None or model is None or resolution is None or inventory is None:
+        return
+    graph = model.graph
+    below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
+    around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
+    for each in below or around:
+        runs = "" if each.stored_on == each.executes_on else f", and runs on {each.executes_on}"
+        yield f"`{each.unit or 'the whole model'}` is on {each.stored_on}{runs}."
+    rules = _rules_about(compilation, name, graph)
+    yield from rules
+    if rules:
+        return
+    block = block_of(graph, name)
+    if block != name:
+        yield f"It is a part of the block `{block}`, which is placed as a whole."
+    yield f"No rule is about it: `{plan.strategy}` put it there. Elsewhere, all else as it is:"
+    for other in alternatives(plan, graph, inventory, block):
+        yield f"- {_alternative(other)}"
+
+
+def _rules_about(compilation: Compilation, name: str, graph: ModelGraph) -> list[str]:
+    """The rules that match, the one that wins first."""
+    from devmap_config.graph.model import ModulePath, TensorName
+
+    resolution = compilation.resolution
+    if resolution is None:
+        return []
+    module = graph.modules.get(ModulePath(name))
+    tensors = [TensorName(name)] if module is None else [tensor.name for tensor in module.tensors()]
+    winning = list(dict.fromkeys(resolution.decisions[each].rule for each in tensors if each in resolution.decisions))
+    lines = [f"{_at(rule)} decides: it puts it on {rule.device}." for rule in winning if rule.device]
+    for rule, found in resolution.matches:
+        matched = [
+            each for each in found.names if name == each or name.startswith(f"{each}.") or each.startswith(f"{name}.")
+        ]
+        if matched and rule not in winning:
+            if rule.not_on:
+                lines.append(f"{_at(rule)} keeps it off {' and '.join(rule.not_on)}.")
+            elif rule.keep_together:
+                lines.append(f"{_at(rule)} keeps its matches together.")
+            else:
+                lines.append(f"{_at(rule)} matches as well, and loses: a deeper match, or a pin, comes first.")
+    return lines
+
+
+def _at(rule: Rule) -> str:
+    return f"`{rule.text}` ({rule.span.file}:{rule.span.line})"
+
+
+def _alternative(other: Alternative) -> str:
+    from devmap_config.cli.plan_table import duration
+    from devmap_config.placement.shortage import rounded
+
+    if other.stored_on == other.executes_on == "cpu":
+        where = "stored and computed on the CPU"
+    elif other.stored_on != other.executes_on:
+        where = f"on {other.stored_on}, copied to {other.executes_on} at every forward"
+    else:
+        where = f"on {other.stored_on}"
+    slower = other.slower_nanoseconds
+    pace = "how long a token would take is not known"
+    if slower is not None:
+        pace = f"a token would take {duration(abs(slower))} {'more' if slower >= 0 else 'less'}"
+    blocked = (
+        f"; {rounded(other.missing_bytes)} are missing on {other.full_device}"
+        if other.full_device
+        else "; it would fit"
+    )
+    return f"{where}: {pace}{blocked}"

@@ -59,6 +59,8 @@ def _held(plan: Plan, device: str) -> str:
 
 
 def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
+    if predicted := _predicted(plan):
+        yield Text(predicted)
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
         yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
@@ -67,3 +69,53 @@ def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
         yield Text(f"{', '.join(patterns)} run on {device}")
     if context_length is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
+
+
+def _predicted(plan: Plan) -> str:
+    """What the plan is predicted to take, as far as that is known."""
+    prediction = plan.prediction
+    decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
+    words = []
+    if decode is not None:
+        proof = f" (no plan is below {duration(bound)})" if bound is not None else ""
+        words.append(f"{duration(decode)} a token{proof}")
+    if prediction.prefill_nanoseconds is not None:
+        words.append(f"{duration(prediction.prefill_nanoseconds)} a prefill")
+    if prediction.longest_context is not None:
+        words.append(f"a context of up to {prediction.longest_context:,} tokens")
+    return f"predicted: {', '.join(words)}" if words else ""
+
+
+def duration(nanoseconds: int) -> str:
+    """A time with three digits or so: `28.6 ms`."""
+    for size, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
+        if nanoseconds >= size:
+            return (
+                f"{nanoseconds / size:.3g} {unit}" if nanoseconds < 1000 * size else f"{nanoseconds // size:,} {unit}"
+            )
+    return f"{nanoseconds} ns"
+
+
+BAR_COLUMNS = 30
+
+BAR_PARTS = (("weights", "█"), ("cache", "▓"), ("running", "▒"), ("free", "·"))
+
+
+def bar_lines(plan: Plan, width: int) -> Iterator[str]:
+    """Each device as a bar, as long as its capacity: weights, cache, what is needed while it runs, what is free."""
+    yield "  ".join(f"{character} {name}" for name, character in BAR_PARTS)
+    longest = max(len(use.id) for use in plan.devices)
+    for use in plan.devices:
+        sizes = (use.weights_bytes, use.kv_cache_bytes, use.activation_bytes + use.overhead_bytes)
+        bar, filled, used_bytes = "", 0, 0
+        for (_, character), size_bytes in zip(BAR_PARTS, sizes, strict=False):
+            used_bytes += size_bytes
+            end = min(-(-used_bytes * BAR_COLUMNS // max(use.capacity_bytes, 1)), BAR_COLUMNS)
+            bar += character * (end - filled)
+            filled = end
+        bar += BAR_PARTS[-1][1] * (BAR_COLUMNS - filled)
+        holds = ", ".join(
+            fold_paths(each.unit or "everything" for each in plan.assignments if each.stored_on == use.id)
+        )
+        line = f"{use.id:<{longest}}  {bar}  {rounded(use.capacity_bytes):>9}  {holds}"
+        yield line if len(line) <= width else f"{line[: width - 1]}…"

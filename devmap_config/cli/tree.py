@@ -15,9 +15,19 @@ if TYPE_CHECKING:
     from devmap_config.rules.matching import BeyondEnd
 
 
+DEFAULT_CONTEXT_LENGTH = 4096
+
+
 @click.command("tree")
 @click.argument("source")
 @click.option("--match", "pattern", help="Mark what this pattern matches, and show only that and what is around it.")
+@click.option("--measure", "is_measured", is_flag=True, help="What every block weighs, caches, needs and computes.")
+@click.option(
+    "--context",
+    "context_length",
+    type=click.IntRange(min=1),
+    help=f"How many tokens `--measure` prefills and caches: a profile's, else {DEFAULT_CONTEXT_LENGTH}.",
+)
 @click.option("--depth", type=click.IntRange(min=1), help="How many levels to show.")
 @click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
 @dtype_option
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
 def tree(
     source: str,
     pattern: str | None,
+    is_measured: bool,
+    context_length: int | None,
     depth: int | None,
     class_name: str | None,
     dtype: str | None,
@@ -40,7 +52,15 @@ def tree(
     from devmap_config.rules.matching import match
     from devmap_config.rules.pattern import PatternError, parse_pattern
 
-    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, output_format)
+    if context_length is not None and not is_measured:
+        raise click.UsageError("`--context` says what `--measure` measures: give both")
+    if is_measured and pattern is not None:
+        raise click.UsageError("`--measure` shows every block: leave `--match` out")
+    context = (context_length or -1) if is_measured else None
+    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, output_format, context)
+    if is_measured:
+        _show_measured(graph, output_format)
+        return 0
     matched: tuple[str, ...] | None = None
     beyond: tuple[BeyondEnd, ...] = ()
     if pattern is not None:
@@ -74,6 +94,22 @@ def tree(
     return 0
 
 
+def _show_measured(graph: ModelGraph, output_format: str) -> None:
+    from rich.console import Console
+
+    from devmap_config.cli.measure_view import measured_lines, measured_to_json
+    from devmap_config.cli.reporting import print_json
+
+    if graph.measurement is None:
+        raise AssertionError("a graph that was to be measured")
+    if output_format == "json":
+        print_json({"class": graph.class_name, **measured_to_json(graph, graph.measurement)})
+        return
+    console = Console(highlight=False)
+    for line in measured_lines(graph, graph.measurement, console.width):
+        console.print(line)
+
+
 def graph_of_source(
     source: str,
     class_name: str | None,
@@ -81,15 +117,25 @@ def graph_of_source(
     revision: str | None,
     trust_remote_code: bool,
     output_format: str = "table",
+    context_length: int | None = None,
 ) -> ModelGraph:
-    """The graph of a source as a user names it on the command line."""
+    """The graph of a source as a user names it on the command line.
+
+    With a `context_length` it is measured; one below 1 stands for the profile's, or the default.
+    """
+    from devmap_config.graph.costs import Workload
     from devmap_config.graph.introspection import UnbuildableModelError
     from devmap_config.graph.loading import graph_from_source
+    from devmap_config.graph.quantization import QuantizationError, effective_quantization
     from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
 
     path = Path(source)
     if path.is_file() and path.name.endswith((".yaml", ".yml", ".j2")):
-        return _graph_of_profile(path, trust_remote_code, output_format)
+        return _graph_of_profile(path, trust_remote_code, output_format, context_length)
+    workload = None
+    if context_length is not None:
+        length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
+        workload = Workload(batch_size=1, context_length=length, prompt_length=length)
     try:
         found = local_source(path) if path.exists() else hub_source(source, revision)
         name = class_name or found.class_name
@@ -100,15 +146,21 @@ def graph_of_source(
             class_name=name,
             dtype=found.dtype_for(dtype or "auto"),
             attention=None,
+            workload=workload,
+            quantization=effective_quantization(None, found.config),
             trust_remote_code=trust_remote_code,
         )
     except (ModelNotFoundError, json.JSONDecodeError) as error:
         raise click.UsageError(str(error)) from None
-    except UnbuildableModelError as error:
+    except (UnbuildableModelError, QuantizationError) as error:
         raise click.ClickException(f"transformers cannot build this model: {error}") from None
 
 
-def _graph_of_profile(path: Path, trust_remote_code: bool, output_format: str) -> ModelGraph:
+def _graph_of_profile(
+    path: Path, trust_remote_code: bool, output_format: str, context_length: int | None
+) -> ModelGraph:
+    from dataclasses import replace
+
     from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import load_model_graph
@@ -116,6 +168,12 @@ def _graph_of_profile(path: Path, trust_remote_code: bool, output_format: str) -
 
     sink = Sink()
     loaded = load_profile(path, sink)
+    if loaded is not None and context_length is not None:
+        workload = loaded.profile.workload
+        if context_length > 0 or workload.context_length is None:
+            length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
+            workload = workload.model_copy(update={"context_length": length, "prompt_length": None})
+            loaded = replace(loaded, profile=loaded.profile.model_copy(update={"workload": workload}))
     model = load_model_graph(loaded, sink, trust_remote_code=trust_remote_code) if loaded else None
     if model is None:
         report(sink, sink.texts, output_format, data={"modules": None})

@@ -1,0 +1,186 @@
+"""`devmap fit`: on which machines a profile's model runs, how long its context may be there, and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.cli.options import (
+    format_option,
+    outside_option,
+    profile_argument,
+    remote_code_option,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from devmap_config.compiler import Compilation
+    from devmap_config.profile.schema import Hardware
+
+STRATEGY = "fastest"
+"""What is asked where the profile's own strategy does not look for the best."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found on one machine; `reason` says why it does not fit."""
+
+    machine: str
+    compilation: Compilation
+    reason: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        plan = self.compilation.plan
+        found = None if plan is None else plan.to_json()
+        return {
+            "machine": self.machine,
+            "fits": plan is not None,
+            "reason": self.reason,
+            "strategy": None if found is None else found["strategy"],
+            "prediction": None if found is None else found["prediction"],
+            "devices": None if found is None else found["devices"],
+        }
+
+
+@click.command("fit")
+@profile_argument
+@click.option(
+    "--on",
+    "machines",
+    required=True,
+    multiple=True,
+    metavar="MACHINE,…",
+    help="Machines: `2xrtx-4090`, `h100-sxm+cpu:256GiB`, or a YAML file with a `hardware:` block.",
+)
+@set_option
+@format_option("table", "json")
+@outside_option
+@remote_code_option
+def fit(
+    profile: Path,
+    machines: tuple[str, ...],
+    variables: dict[str, str],
+    output_format: str,
+    allow_outside: bool,
+    trust_remote_code: bool,
+) -> int:
+    """Say of every MACHINE whether PROFILE's model and workload fit there, with what context, and how fast.
+
+    The profile's hardware and `max_memory` are left aside, its pins are not. Its strategy is asked if it is one of
+    fastest, longest-context and fewest-devices; else fastest.
+    """
+    from devmap_config.cli.compile import report_missing
+    from devmap_config.cli.reporting import print_json
+    from devmap_config.compiler import Request, run_pipeline
+
+    if not profile.is_file():
+        return report_missing(profile, output_format)
+    rows = []
+    for name in (each.strip() for text in machines for each in text.split(",")):
+        request = Request(
+            path=profile,
+            variables=variables,
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+            hardware=_hardware(name),
+            strategy=STRATEGY,
+        )
+        compilation = run_pipeline(request)
+        errors = [each for each in compilation.diagnostics if each.severity == "error"]
+        if any(compilation.loaded is None or compilation.model is None for _ in errors[:1]):
+            from devmap_config.cli.reporting import report
+
+            report(compilation.diagnostics, compilation.texts, output_format, data={"machines": None})
+            return 1
+        rows.append(Row(name, compilation, errors[0].message if errors else None))
+    if output_format == "json":
+        print_json({"diagnostics": [], "machines": [row.to_json() for row in rows]})
+    else:
+        _print_table(rows)
+    return 0 if any(row.compilation.plan is not None for row in rows) else 1
+
+
+def _hardware(name: str) -> Hardware:
+    """The machine that a name or a file describes."""
+    from pydantic import ValidationError
+
+    from devmap_config.hardware.machines import UnknownMachineError, named_machine
+    from devmap_config.profile.quantities import QuantityError
+    from devmap_config.profile.schema import Hardware
+
+    if name.endswith((".yaml", ".yml")):
+        return _hardware_of_file(Path(name))
+    try:
+        devices = named_machine(name.replace("+", ",")).devices
+        accelerators = {
+            device: what if what[:1].isalpha() or "-" in what else {"memory": what} for device, what in devices.items()
+        }
+        stores = {device: {"memory": devices[device]} for device in ("cpu", "disk") if device in devices}
+        return Hardware.model_validate({"devices": accelerators | stores})
+    except (UnknownMachineError, QuantityError) as error:
+        raise click.UsageError(f"{name}: {error}") from None
+    except ValidationError as error:
+        raise click.UsageError(f"{name}: {error.errors()[0]['msg']}") from None
+
+
+def _hardware_of_file(path: Path) -> Hardware:
+    import yaml
+    from pydantic import ValidationError
+
+    from devmap_config.profile.schema import Hardware
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Hardware.model_validate(value["hardware"])
+    except OSError as error:
+        raise click.UsageError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, TypeError, KeyError):
+        raise click.UsageError(f"{path}: it holds no `hardware:` block that can be read") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("hardware", *first["loc"]))
+        raise click.UsageError(f"{path}: {where}: {first['msg']}") from None
+
+
+def _print_table(rows: list[Row]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from devmap_config.cli.plan_table import duration
+    from devmap_config.placement.shortage import rounded
+
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=console.width)
+    table.add_column("machine", overflow="fold", min_width=14)
+    for heading in ("a token", "a prefill", "context up to"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold", ratio=1)
+    for row in rows:
+        plan = row.compilation.plan
+        if plan is None:
+            table.add_row(row.machine, "–", "–", "–", row.reason or "", style="dim")
+            continue
+        prediction = plan.prediction
+        remarks = []
+        used = [use.id for use in plan.devices if use.weights_bytes]
+        listed = [use.id for use in plan.devices]
+        if len(used) < len(listed):
+            remarks.append(f"{len(used)} of {len(listed)} devices used")
+        if prediction.streamed_bytes_per_token:
+            remarks.append(f"{rounded(prediction.streamed_bytes_per_token)} copied in at every forward")
+        if plan.compute:
+            remarks.append("partly computed on the CPU")
+        times = (prediction.decode_nanoseconds_per_token, prediction.prefill_nanoseconds)
+        context = prediction.longest_context
+        table.add_row(
+            row.machine,
+            *(duration(nanoseconds) if nanoseconds is not None else "?" for nanoseconds in times),
+            f"{context:,}" if context is not None else "?",
+            ", ".join(remarks),
+        )
+    console.print(table)

@@ -1,0 +1,97 @@
+"""What running a model costs, block by block, for reading: blocks that cost the same in one line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from devmap_config.placement.shortage import rounded
+from devmap_config.rules.folding import fold_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devmap_config.graph.costs import Measurement
+    from devmap_config.graph.model import ModelGraph
+
+OPERATION_UNITS = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCost:
+    """What one block costs with all that is within; operations are floating-point operations."""
+
+    weights_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+    prefill_operations: int
+    decode_operations: int
+
+
+def measured_to_json(graph: ModelGraph, measurement: Measurement) -> dict[str, Any]:
+    """The cost of every block as plain data, in order of definition."""
+    blocks = [{"path": path, **asdict(cost)} for path, cost in _block_costs(graph, measurement).items()]
+    return {"workload": asdict(measurement.workload), "measured": measurement.measured, "blocks": blocks}
+
+
+def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> Iterator[Text | Table]:
+    """The cost of every block as a table, and what they add up to."""
+    workload = measurement.workload
+    yield Text.assemble(
+        (graph.class_name, "bold"),
+        f": {rounded(graph.size_bytes)}, batch {workload.batch_size}, {workload.prompt_length:,} tokens prefilled,"
+        f" {workload.context_length:,} in the cache",
+    )
+    alike: dict[tuple[str, BlockCost], list[str]] = {}
+    costs = _block_costs(graph, measurement)
+    for path, cost in costs.items():
+        alike.setdefault((graph.modules[path].class_name, cost), []).append(path)  # type: ignore[index]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
+    for heading in ("weights", "cache", "peak", "prefill", "decode"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("block", overflow="fold", ratio=1)
+    for (_, cost), paths in alike.items():
+        sizes = (cost.weights_bytes, cost.cache_bytes, cost.peak_bytes)
+        operations = (cost.prefill_operations, cost.decode_operations)
+        table.add_row(
+            *(rounded(size_bytes) if size_bytes else "–" for size_bytes in sizes),
+            *(f"{_operations(count)}flop" if count else "–" for count in operations),
+            "\n".join(fold_paths(paths)),
+        )
+    yield table
+    prefill, decode = (
+        sum(getattr(cost, f"{phase}_operations") for cost in measurement.modules) for phase in ("prefill", "decode")
+    )
+    yield Text(
+        f"each block's own figures; together {rounded(measurement.cache_bytes)} of cache,"
+        f" {_operations(prefill)}flop a prefill, {_operations(decode)}flop a token"
+    )
+    if not measurement.measured:
+        yield Text(f"by formulas: the model's code cannot be run without data ({measurement.reason})", style="yellow")
+
+
+def _block_costs(graph: ModelGraph, measurement: Measurement) -> dict[str, BlockCost]:
+    costs: dict[str, BlockCost] = {}
+    for path in graph.blocks:
+        module = graph.modules[path]
+        within = [cost for each in module.walk() if (cost := measurement.by_path.get(each.path)) is not None]
+        costs[path] = BlockCost(
+            weights_bytes=graph.weights_bytes(tuple(tensor.name for tensor in module.tensors())),
+            cache_bytes=sum(cost.cache_bytes for cost in within),
+            peak_bytes=max((cost.peak_bytes for cost in within), default=0),
+            prefill_operations=sum(cost.prefill_operations for cost in within),
+            decode_operations=sum(cost.decode_operations for cost in within),
+        )
+    return costs
+
+
+def _operations(count: int) -> str:
+    """A number of operations with three digits or so: `1.25 T`."""
+    for size, prefix in OPERATION_UNITS:
+        if count >= size:
+            return f"{count / size:.3g} {prefix}"
+    return str(count)
