@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test zoo lint schemas locks clean
+.PHONY: demo test zoo benchmark-memory benchmark-placement lint schemas locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -17,9 +17,20 @@ test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles/*.yaml
 	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov -q
 
-# Every architecture that transformers builds, against transformers' own planner: ten minutes.
+# Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
+# quantizers' packages: twenty minutes.
 zoo: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
 	$(BIN)/pytest -n $(WORKERS) -m zoo -q
+
+# What devmap-config, accelerate and hf-mem predict of published models, beside what is true: five minutes.
+benchmark-memory: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement benchmarks/requirements.txt
+	$(BIN)/python benchmarks/memory.py
+
+# What `fastest` and transformers' strategies give for twelve models on fourteen machines, by prediction: four minutes.
+benchmark-placement: $(INSTALLED)
+	$(BIN)/python benchmarks/placement.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
