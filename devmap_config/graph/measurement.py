@@ -7,22 +7,18 @@ experts transformers chooses the grouped product.
 
 from __future__ import annotations
 
-import gc
-import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import finalize
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils._pytree import tree_map
 
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
+from devmap_config.graph.forwards import Forwards, cache_tensors
+from devmap_config.graph.recording import Recorder, Traffic, shown_bytes, storage_key, total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.graph.model import ModelGraph
-
-CACHE_NAMES = ("past_key_values", "cache_params")
-"""Under which models return their cache, and take it."""
 
 
 class UnmeasurableModelError(Exception):
@@ -58,8 +51,8 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
             _paths(model) as names,
         ):
             weights = _replace_tensors(model)
-            traffic = partial(_Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
-            return _Runner(model, workload, names, weights, traffic).measurement()
+            traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
+            return _Runner(Forwards(model, workload), names, weights, traffic).measurement()
     except Exception as error:  # a model's own code may raise anything where there is no data
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise UnmeasurableModelError(f"{type(error).__name__}: {first_line}"[:300]) from error
@@ -81,7 +74,7 @@ def _replace_tensors(model: PreTrainedModel) -> frozenset[int]:
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None:
                 module._buffers[name] = fake(buffer)  # noqa: SLF001
-    return frozenset(_storage(tensor) for tensor in replaced.values())
+    return frozenset(storage_key(tensor) for tensor in replaced.values())
 
 
 @contextmanager
@@ -90,264 +83,18 @@ def _paths(model: PreTrainedModel) -> Iterator[dict[int, str]]:
     yield {id(module): path for path, module in model.named_modules()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
-    """A storage that came to be (positive) or went (negative), while these modules were running."""
-
-    storage: int
-    size_bytes: int
-    running: tuple[str, ...]
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Notes storages as they come and go, operations and bytes touched, for the modules that are running."""
-
-    def __init__(self, names: dict[int, str], known: frozenset[int], traffic: _Traffic) -> None:
-        super().__init__()
-        self.names = names
-        self.traffic = traffic
-        self.running: tuple[str, ...] = ()
-        self.events: list[_Event] = []
-        self.maker: dict[int, str] = {}
-        self.operations: dict[str, int] = {}
-        self.touched_bytes: dict[str, int] = {}
-        self.launches: dict[str, int] = {}
-        self.order: dict[str, None] = {}
-        self.kept: frozenset[int] = frozenset()
-        self._known = set(known)
-        self._alive: dict[int, int] = {}
-        self._serial = len(known)
-
-    def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
-        path = self.names[id(module)]
-        self.running = (*self.running, path)
-        self.order.setdefault(path)
-        self.traffic.enter(path, arguments, options, self.serial_of)
-
-    def leave(self, module: torch.nn.Module, _arguments: Any, _options: Any, output: Any) -> None:
-        self.running = self.running[:-1]
-        self.traffic.leave(self.names[id(module)], output)
-
-    @contextmanager
-    def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Watch what runs. Cycles of references are left alone meanwhile: when they go depends on what went before."""
-        with ExitStack() as stack:
-            if gc.isenabled():
-                gc.disable()
-                stack.callback(gc.enable)
-            for module in model.modules():
-                stack.callback(module.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
-                leaving = module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
-                stack.callback(leaving.remove)
-            stack.enter_context(self)
-            stack.enter_context(_AttentionKernel(self))
-            yield
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        del types
-        options = options or {}
-        result = _grouped_product(arguments) if _is_grouped(function) else None
-        if result is None:
-            result = function(*arguments, **options)
-        if function.namespace == "prim" or function.is_view:
-            return result
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        inputs = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
-        for tensor in outputs:
-            self.note(tensor)
-        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
-        self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
-        return result
-
-    def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        """Count what a kernel does that is not run."""
-        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
-        self.count(operations, sum(map(_shown_bytes, (*inputs, *outputs))))
-
-    def count(self, operations: int, touched_bytes: int) -> None:
-        """Add to what the innermost running module does itself."""
-        module = self.running[-1] if self.running else ""
-        self.operations[module] = self.operations.get(module, 0) + operations
-        self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
-        self.launches[module] = self.launches.get(module, 0) + 1
-
-    def note(self, tensor: torch.Tensor) -> None:
-        """Note a storage that is new."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001 - its identity
-        if key in self._known or key in self._alive:
-            return
-        size_bytes = storage.nbytes()
-        self._serial += 1  # an address may be used again
-        self._alive[key] = self._serial
-        self.maker[self._serial] = self.running[-1] if self.running else ""
-        self.events.append(_Event(self._serial, size_bytes, self.running))
-        finalize(storage, self.forget, key, self._serial, size_bytes)
-
-    def watch_for_release(self, tensor: torch.Tensor) -> None:
-        """Note when a storage goes that was there before: a cache that grows is a new one, then the old one goes."""
-        key = _storage(tensor)
-        if key not in self._known:
-            self._known.add(key)
-            finalize(tensor.untyped_storage(), self.release, key, tensor.untyped_storage().nbytes())
-
-    def release(self, key: int, size_bytes: int) -> None:
-        self._known.discard(key)
-        self.events.append(_Event(-1, -size_bytes, self.running))
-
-    def forget(self, key: int, serial: int, size_bytes: int) -> None:
-        if self._alive.get(key) == serial:
-            del self._alive[key]
-            self.events.append(_Event(serial, -size_bytes, self.running))
-
-    def serial_of(self, tensor: torch.Tensor) -> int | None:
-        """Under which number a tensor's storage was noted."""
-        return self._alive.get(_storage(tensor))
-
-
-@dataclass
-class _Traffic:
-    """What passes between blocks: what each is given, by whom it was made, and what it reads without being given it."""
-
-    blocks: Mapping[str, None]
-    skipped: frozenset[str]
-    input_bytes: dict[str, int] = field(default_factory=dict)
-    output_bytes: dict[str, int] = field(default_factory=dict)
-    crossings: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    """By reader and maker: how many tensors, and their bytes."""
-    bonds: dict[tuple[str, str], None] = field(default_factory=dict)
-    origin: dict[int, str] = field(default_factory=dict)
-    """The block that made a storage, or, outside of blocks, what it was computed from."""
-    current: str = ""
-    given: frozenset[int] = frozenset()
-
-    def enter(self, path: str, arguments: Any, options: Any, serial_of: Callable[[torch.Tensor], int | None]) -> None:
-        named = {name: value for name, value in options.items() if name not in self.skipped}
-        tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
-        self.input_bytes[path] = max(self.input_bytes.get(path, 0), _total(tensors))
-        if path not in self.blocks:
-            return
-        self.current = path
-        serials = {serial: tensor for tensor in tensors if (serial := serial_of(tensor)) is not None}
-        self.given = frozenset(serials)
-        for serial, tensor in serials.items():
-            maker = self.origin.get(serial, "")
-            if maker != path:
-                count, size_bytes = self.crossings.get((path, maker), (0, 0))
-                self.crossings[path, maker] = (count + 1, size_bytes + _shown_bytes(tensor))
-
-    def leave(self, path: str, output: Any) -> None:
-        returned = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self.output_bytes[path] = max(self.output_bytes.get(path, 0), _total(returned))
-        if path == self.current:
-            self.current, self.given = "", frozenset()
-
-    def operate(self, inputs: Iterable[int | None], outputs: Iterable[int | None]) -> None:
-        """Note where the results of an operation are, and that what it reads must be there."""
-        read = dict.fromkeys(serial for serial in inputs if serial is not None)
-        makers = dict.fromkeys(maker for serial in read if (maker := self.origin.get(serial)))
-        if self.current:
-            for serial in read:
-                maker = self.origin.get(serial, "")
-                if maker not in ("", self.current) and serial not in self.given:
-                    self.bond(self.current, maker)
-        else:
-            first, *others = [*makers, ""]
-            for other in others[:-1]:
-                self.bond(other, first)
-        home = self.current or next(iter(makers), "")
-        for made in outputs:
-            if home and made is not None:
-                self.origin.setdefault(made, home)
-
-    def bond(self, first: str, second: str) -> None:
-        self.bonds.setdefault((min(first, second), max(first, second)))
-
-
-class _AttentionKernel(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Attention as a fused kernel runs it: besides the output it makes one number a row, and no matrix of scores.
-
-    Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
-    values differ in size, as in latent attention.
-    """
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        del types
-        options = options or {}
-        if function is not torch.nn.functional.scaled_dot_product_attention:
-            return function(*arguments, **options)
-        query, key, value = arguments[:3]
-        if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
-            return function(*arguments, **options)  # fused kernels do not broadcast heads; then the scores are formed
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
-        self.recorder.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
-        return output
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001
-    return identity
-
-
-def _is_grouped(function: Any) -> bool:
-    return str(function) == "aten._grouped_mm.default"
-
-
-def _grouped_product(arguments: Any) -> torch.Tensor | None:
-    """The product of rows with their experts' weights: without data torch knows its shape for bfloat16 only."""
-    rows, weights = arguments[:2]
-    if rows.dim() != 2 or weights.dim() != 3:
-        return None
-    return rows.new_empty((rows.shape[0], weights.shape[-1]))
-
-
-def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
-    """Floating-point operations of a product or an attention; others are bound by memory and count as none."""
-    packet = function._overloadpacket  # noqa: SLF001
-    if packet in flop_registry:
-        return int(flop_registry[packet](*arguments, **options, out_val=result))
-    if _is_grouped(function):
-        rows, inner = arguments[0].shape[-2:]
-        return int(2 * rows * inner * arguments[1].shape[-1])
-    return 0
-
-
-def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
-    """Bytes that an operation reads and writes."""
-    name = str(function._overloadpacket)  # noqa: SLF001
-    written = sum(_shown_bytes(tensor) for tensor in outputs)
-    if name in ("aten.embedding", "aten.index", "aten.gather", "aten.index_select"):
-        return 2 * written  # only what is looked up is read
-    if _is_grouped(function):
-        rows, experts = inputs[0].shape[-2], inputs[1].shape[0]
-        touched_experts_bytes = _shown_bytes(inputs[1]) * min(rows, experts) // experts
-        return int(_shown_bytes(inputs[0]) + touched_experts_bytes + written)
-    return written + sum(map(_shown_bytes, inputs))
-
-
-def _shown_bytes(tensor: torch.Tensor) -> int:
-    size_bytes: int = tensor.numel() * tensor.element_size()
-    return size_bytes
-
-
 @dataclass
 class _Runner:
     """Prefill and one decode step of a model whose tensors are fake."""
 
-    model: Any
-    workload: Workload
+    forwards: Forwards
     names: dict[int, str]
     weights: frozenset[int]
-    traffic: Callable[[], _Traffic]
+    traffic: Callable[[], Traffic]
     costs: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def measurement(self) -> Measurement:
-        workload = self.workload
+        workload = self.forwards.workload
         order: dict[str, None] = {}
         for length in dict.fromkeys((workload.prompt_length, workload.context_length)):
             recorder, cache = self.prefill(length)
@@ -357,15 +104,15 @@ class _Runner:
                 self.add_work(recorder, "prefill")
                 prefilled = recorder.traffic
             if length == workload.context_length:
-                self.add_cache(recorder, _cache_tensors(cache))
+                self.add_cache(recorder, cache_tensors(cache))
         decoded = self.traffic()
-        shown_before = _total(_cache_tensors(cache))
+        shown_before = total_bytes(cache_tensors(cache))
         if shown_before:
-            recorder, grown = self.decode(cache)
+            recorder, grown = self.run(self.forwards.decode_inputs(cache), cache)
             order |= recorder.order
             self.add_peaks(recorder, "decode")
             self.add_work(recorder, "decode")
-            self.add_growth(recorder, _cache_tensors(grown), shown_before)
+            self.add_growth(recorder, cache_tensors(grown), shown_before)
             decoded = recorder.traffic
         self.add_doubled()
         pairs = dict.fromkeys([*prefilled.crossings, *decoded.crossings])
@@ -376,81 +123,34 @@ class _Runner:
         costs = tuple(ModuleCost(path=path, **self.costs[path]) for path in modules)
         return Measurement(workload, costs, crossings, bonds)
 
-    @property
-    def has_encoder(self) -> bool:
-        """Whether the model takes a decoder's tokens besides; the bare decoder of such a model does not."""
-        return "decoder_input_ids" in inspect.signature(self.model.forward).parameters
+    def prefill(self, length: int) -> tuple[Recorder, Any]:
+        recorder, cache = self.run(self.forwards.prefill_inputs(length), None)
+        serials = (recorder.serial_of(tensor) for tensor in cache_tensors(cache))
+        recorder.kept = frozenset(serial for serial in serials if serial is not None)
+        return recorder, cache
 
-    def prefill(self, length: int) -> tuple[_Recorder, Any]:
-        tokens = torch.ones((self.workload.batch_size, length), dtype=torch.long)
-        inputs: dict[str, Any] = {"input_ids": tokens}
-        if self.has_encoder:
-            inputs["decoder_input_ids"] = tokens
-            if self.model.main_input_name == "input_features":
-                del inputs["input_ids"]
-                inputs["input_features"] = self.features()
-        return self.run(inputs, None)
-
-    def features(self) -> torch.Tensor:
-        """What Whisper's encoder hears: windows of one length, of which its first convolutions keep every second."""
-        config = self.model.config
-        shape = (self.workload.batch_size, config.num_mel_bins, 2 * config.max_source_positions)
-        return torch.ones(shape, dtype=self.model.dtype)
-
-    def decode(self, cache: Any) -> tuple[_Recorder, Any]:
-        token = torch.ones((self.workload.batch_size, 1), dtype=torch.long)
-        if not self.has_encoder:
-            return self.run({"input_ids": token}, cache)
-        return self.run({"decoder_input_ids": token, "encoder_outputs": self.encoded}, cache)
-
-    def run(self, inputs: dict[str, Any], cache: Any) -> tuple[_Recorder, Any]:
-        accepted = inspect.signature(self.model.forward).parameters
-        if cache is not None:
-            inputs[next(name for name in CACHE_NAMES if name in accepted)] = cache
-        elif self.workload.cache == "static":
-            from transformers import StaticCache
-
-            # Room for the context and a token, and for more where more is prefilled.
-            length = (
-                max(self.workload.context_length, inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]) + 1
-            )
-            inputs["past_key_values"] = StaticCache(
-                config=self.model.config.get_text_config(decoder=True), max_cache_len=length
-            )
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 0 if self.workload.all_logits else 1
-        if "use_cache" in accepted and self.model.can_generate():
-            inputs["use_cache"] = True
-        from transformers.modeling_outputs import BaseModelOutput
-
-        recorder = _Recorder(self.names, self.weights, self.traffic())
-        for tensor in _cache_tensors(cache):
+    def run(self, inputs: dict[str, Any], cache: Any) -> tuple[Recorder, Any]:
+        recorder = Recorder(self.names, self.weights, self.traffic())
+        for tensor in cache_tensors(cache):
             recorder.watch_for_release(tensor)
-        with recorder.watching(self.model):
-            output = self.model(**inputs)
-        if (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
-            self.encoded = BaseModelOutput(last_hidden_state=encoded)
-        made = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
-        if cache is None:
-            serials = (recorder.serial_of(tensor) for tensor in _cache_tensors(made))
-            recorder.kept = frozenset(serial for serial in serials if serial is not None)
-        return recorder, made
+        with recorder.watching(self.forwards.model):
+            return recorder, self.forwards.run(inputs)
 
-    def add_cache(self, recorder: _Recorder, tensors: list[torch.Tensor]) -> None:
+    def add_cache(self, recorder: Recorder, tensors: list[torch.Tensor]) -> None:
         """What the cache shows, and what its storages keep alive besides, by the module that made them."""
         storages: dict[int, tuple[str, int]] = {}
         shown: dict[str, int] = {}
         for tensor in tensors:
             serial = recorder.serial_of(tensor)
             module = recorder.maker.get(serial or -1, "")
-            shown[module] = shown.get(module, 0) + _shown_bytes(tensor)
+            shown[module] = shown.get(module, 0) + shown_bytes(tensor)
             storages[serial or -1] = (module, tensor.untyped_storage().nbytes())
         for module, size_bytes in shown.items():
             held = sum(held_bytes for made_by, held_bytes in storages.values() if made_by == module)
             self.cost(module)["cache_bytes"] = size_bytes
             self.cost(module)["retained_bytes"] = max(held - size_bytes, 0)
 
-    def add_peaks(self, recorder: _Recorder, phase: str) -> None:
+    def add_peaks(self, recorder: Recorder, phase: str) -> None:
         """Replay what came and went, without what the cache keeps, and note each module's peak."""
         live = 0
         for event in recorder.events:
@@ -479,18 +179,18 @@ class _Runner:
                 once = cost.get(f"{phase}_peak_bytes", 0)
                 cost[figure] = max(seen.get(f"{phase}_peak_bytes", 4 * once), once)
             once = cost.get("cache_bytes", 0)
-            grown = cost.get("cache_bytes_per_token", 0) * self.workload.context_length
-            prefilled_whole = self.workload.prompt_length == self.workload.context_length
+            grown = cost.get("cache_bytes_per_token", 0) * self.forwards.workload.context_length
+            prefilled_whole = self.forwards.workload.prompt_length == self.forwards.workload.context_length
             cost["doubled_cache_bytes"] = max(seen.get("cache_bytes", 0) if prefilled_whole else once + grown, once)
 
     def doubled(self, classes: list[list[str]]) -> dict[str, dict[str, int]]:
         """What a prefill twice as long costs; nothing where it cannot be run."""
         costs, self.costs = self.costs, {}
         try:
-            with _run_once(self.model, classes):
-                recorder, cache = self.prefill(2 * self.workload.prompt_length)
+            with _run_once(self.forwards.model, classes):
+                recorder, cache = self.prefill(2 * self.forwards.workload.prompt_length)
             self.add_peaks(recorder, "prefill")
-            self.add_cache(recorder, _cache_tensors(cache))
+            self.add_cache(recorder, cache_tensors(cache))
         except Exception:  # positions that end before, or a block that needs the cache of one that was left out
             self.costs = {}
         doubled, self.costs = self.costs, costs
@@ -511,7 +211,7 @@ class _Runner:
             alike.setdefault((parent, *figures), []).append(block)
         return list(alike.values())
 
-    def add_work(self, recorder: _Recorder, phase: str) -> None:
+    def add_work(self, recorder: Recorder, phase: str) -> None:
         for module, count in recorder.operations.items():
             self.cost(module)[f"{phase}_operations"] = count
         for module, count in recorder.touched_bytes.items():
@@ -523,14 +223,14 @@ class _Runner:
         for module, size_bytes in recorder.traffic.output_bytes.items():
             self.cost(module)[f"{phase}_output_bytes"] = size_bytes
 
-    def add_growth(self, recorder: _Recorder, tensors: list[torch.Tensor], shown_before: int) -> None:
+    def add_growth(self, recorder: Recorder, tensors: list[torch.Tensor], shown_before: int) -> None:
         """What a token adds to the cache, by the module that made it; else by each module's share of the cache."""
-        growth = _total(tensors) - shown_before
+        growth = total_bytes(tensors) - shown_before
         shown: dict[str, int] = {}
         for tensor in tensors:
             if (serial := recorder.serial_of(tensor)) is not None:
                 module = recorder.maker[serial]
-                shown[module] = shown.get(module, 0) + _shown_bytes(tensor)
+                shown[module] = shown.get(module, 0) + shown_bytes(tensor)
         added = {module: size_bytes - self.cost(module).get("cache_bytes", 0) for module, size_bytes in shown.items()}
         if sum(added.values()) != growth or any(size_bytes < 0 for size_bytes in added.values()):
             shares = {path: cost["cache_bytes"] for path, cost in self.costs.items() if cost.get("cache_bytes")}
@@ -600,26 +300,3 @@ def _ancestors(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def _cache_tensors(cache: Any) -> list[torch.Tensor]:
-    """Every tensor within a cache, whatever its class."""
-    found: dict[int, torch.Tensor] = {}
-    waiting, seen = [cache], set()
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, torch.Tensor):
-            found.setdefault(id(each), each)
-        elif id(each) not in seen:
-            seen.add(id(each))
-            if isinstance(each, dict):
-                waiting += each.values()
-            elif isinstance(each, (list, tuple)):
-                waiting += each
-            elif type(each).__module__.startswith("transformers") and "config" not in type(each).__module__:
-                waiting += vars(each).values()
-    return list(found.values())
-
-
-def _total(tensors: list[torch.Tensor]) -> int:
-    return sum(_shown_bytes(tensor) for tensor in tensors)

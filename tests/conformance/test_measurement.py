@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from devmap_config.graph.costs import Measurement, Workload
 from devmap_config.graph.introspection import build_meta_model, graph_of
-from devmap_config.graph.measurement import CACHE_NAMES, _cache_tensors, measure
+from devmap_config.graph.forwards import CACHE_NAMES, cache_tensors
+from devmap_config.graph.measurement import measure
 
 SMALL = {
     "hidden_size": 128,
@@ -96,7 +97,7 @@ def really_run(name):
 
 def cache_of(output):
     cache = next(found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None)
-    return sum(tensor.numel() * tensor.element_size() for tensor in _cache_tensors(cache))
+    return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -1,0 +1,113 @@
+"""What `generate` runs: a prefill and the steps after it, with the inputs that each kind of model takes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.costs import Workload
+
+CACHE_NAMES = ("past_key_values", "cache_params")
+"""Under which models return their cache, and take it."""
+
+
+@dataclass
+class Forwards:
+    """Forwards of a model whose tensors are fake, under a workload. Inputs are on the `device`."""
+
+    model: PreTrainedModel
+    workload: Workload
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _encoded: Any = None
+
+    def prefill_inputs(self, length: int) -> dict[str, Any]:
+        """What a prompt of so many tokens is given as."""
+        tokens = self._tokens(length)
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if self._has_encoder:
+            inputs["decoder_input_ids"] = tokens
+            if self.model.main_input_name == "input_features":
+                del inputs["input_ids"]
+                inputs["input_features"] = self._features()
+        if self.workload.cache == "static":
+            inputs["past_key_values"] = self._static_cache(length)
+        return inputs | self._options()
+
+    def decode_inputs(self, cache: Any) -> dict[str, Any]:
+        """What one more token is given as, on a cache that a forward returned."""
+        token = self._tokens(1)
+        inputs = {self._cache_name: cache} | self._options()
+        if not self._has_encoder:
+            return {"input_ids": token} | inputs
+        return {"decoder_input_ids": token, "encoder_outputs": self._encoded} | inputs
+
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """Run a forward; gives the cache that the model returned."""
+        output = self.model(**inputs)
+        if (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            self._encoded = BaseModelOutput(last_hidden_state=encoded)
+        return next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+
+    @property
+    def _accepted(self) -> Any:
+        return inspect.signature(self.model.forward).parameters
+
+    @property
+    def _cache_name(self) -> str:
+        return next(name for name in CACHE_NAMES if name in self._accepted)
+
+    @property
+    def _has_encoder(self) -> bool:
+        """Whether the model takes a decoder's tokens besides; the bare decoder of such a model does not."""
+        return "decoder_input_ids" in self._accepted
+
+    def _tokens(self, length: int) -> torch.Tensor:
+        return torch.ones((self.workload.batch_size, length), dtype=torch.long, device=self.device)
+
+    def _features(self) -> torch.Tensor:
+        """What Whisper's encoder hears: windows of one length, of which its first convolutions keep every second."""
+        config = self.model.config
+        shape = (self.workload.batch_size, config.num_mel_bins, 2 * config.max_source_positions)
+        return torch.ones(shape, dtype=self.model.dtype, device=self.device)
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if "logits_to_keep" in self._accepted:
+            options["logits_to_keep"] = 0 if self.workload.all_logits else 1
+        if "use_cache" in self._accepted and self.model.can_generate():
+            options["use_cache"] = True
+        return options
+
+    def _static_cache(self, prompt_length: int) -> Any:
+        from transformers import StaticCache
+
+        # Room for the context and a token, and for more where more is prefilled.
+        length = max(self.workload.context_length, prompt_length) + 1
+        return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
+
+
+def cache_tensors(cache: Any) -> list[torch.Tensor]:
+    """Every tensor within a cache, whatever its class."""
+    found: dict[int, torch.Tensor] = {}
+    waiting, seen = [cache], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            found.setdefault(id(each), each)
+        elif id(each) not in seen:
+            seen.add(id(each))
+            if isinstance(each, dict):
+                waiting += each.values()
+            elif isinstance(each, (list, tuple)):
+                waiting += each
+            elif type(each).__module__.startswith("transformers") and "config" not in type(each).__module__:
+                waiting += vars(each).values()
+    return list(found.values())

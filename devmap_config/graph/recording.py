@@ -1,0 +1,277 @@
+"""Notes what running modules allocate, compute, and give each other, on tensors without data."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import finalize
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A storage that came to be (positive) or went (negative), while these modules were running."""
+
+    storage: int
+    size_bytes: int
+    running: tuple[str, ...]
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
+    """Notes storages as they come and go, operations and bytes touched, for the modules that are running."""
+
+    def __init__(self, names: dict[int, str], known: frozenset[int], traffic: Traffic) -> None:
+        super().__init__()
+        self.names = names
+        self.traffic = traffic
+        self.running: tuple[str, ...] = ()
+        self.events: list[Event] = []
+        self.maker: dict[int, str] = {}
+        self.operations: dict[str, int] = {}
+        self.touched_bytes: dict[str, int] = {}
+        self.launches: dict[str, int] = {}
+        self.order: dict[str, None] = {}
+        self.kept: frozenset[int] = frozenset()
+        self._known = set(known)
+        self._alive: dict[int, int] = {}
+        self._serial = len(known)
+
+    def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
+        """A module begins to run."""
+        path = self.names[id(module)]
+        self.running = (*self.running, path)
+        self.order.setdefault(path)
+        self.traffic.enter(path, arguments, options, self.serial_of)
+
+    def leave(self, module: torch.nn.Module, _arguments: Any, _options: Any, output: Any) -> None:
+        """A module has run."""
+        self.running = self.running[:-1]
+        self.traffic.leave(self.names[id(module)], output)
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Watch what runs. Cycles of references are left alone meanwhile: when they go depends on what went before."""
+        with ExitStack() as stack:
+            if gc.isenabled():
+                gc.disable()
+                stack.callback(gc.enable)
+            for module in model.modules():
+                stack.callback(module.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
+                leaving = module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
+                stack.callback(leaving.remove)
+            stack.enter_context(self)
+            stack.enter_context(AttentionKernel(self))
+            yield
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        del types
+        options = options or {}
+        result = _grouped_product(arguments) if _is_grouped(function) else None
+        if result is None:
+            result = function(*arguments, **options)
+        if function.namespace == "prim" or function.is_view:
+            return result
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
+        for tensor in outputs:
+            self.note(tensor)
+        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
+        self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
+        return result
+
+    def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Count what a kernel does that is not run."""
+        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
+        self.count(operations, sum(map(shown_bytes, (*inputs, *outputs))))
+
+    def count(self, operations: int, touched_bytes: int) -> None:
+        """Add to what the innermost running module does itself."""
+        module = self.running[-1] if self.running else ""
+        self.operations[module] = self.operations.get(module, 0) + operations
+        self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
+        self.launches[module] = self.launches.get(module, 0) + 1
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Note a storage that is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # noqa: SLF001 - its identity
+        if key in self._known or key in self._alive:
+            return
+        size_bytes = storage.nbytes()
+        self._serial += 1  # an address may be used again
+        self._alive[key] = self._serial
+        self.maker[self._serial] = self.running[-1] if self.running else ""
+        self.events.append(Event(self._serial, size_bytes, self.running))
+        finalize(storage, self.forget, key, self._serial, size_bytes)
+
+    def watch_for_release(self, tensor: torch.Tensor) -> None:
+        """Note when a storage goes that was there before: a cache that grows is a new one, then the old one goes."""
+        key = storage_key(tensor)
+        if key not in self._known:
+            self._known.add(key)
+            finalize(tensor.untyped_storage(), self.release, key, tensor.untyped_storage().nbytes())
+
+    def release(self, key: int, size_bytes: int) -> None:
+        """A storage that was there before is gone."""
+        self._known.discard(key)
+        self.events.append(Event(-1, -size_bytes, self.running))
+
+    def forget(self, key: int, serial: int, size_bytes: int) -> None:
+        """A storage that was noted is gone."""
+        if self._alive.get(key) == serial:
+            del self._alive[key]
+            self.events.append(Event(serial, -size_bytes, self.running))
+
+    def serial_of(self, tensor: torch.Tensor) -> int | None:
+        """Under which number a tensor's storage was noted."""
+        return self._alive.get(storage_key(tensor))
+
+
+@dataclass
+class Traffic:
+    """What passes between blocks: what each is given, by whom it was made, and what it reads without being given it."""
+
+    blocks: Mapping[str, None]
+    skipped: frozenset[str]
+    input_bytes: dict[str, int] = field(default_factory=dict)
+    output_bytes: dict[str, int] = field(default_factory=dict)
+    crossings: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    """By reader and maker: how many tensors, and their bytes."""
+    bonds: dict[tuple[str, str], None] = field(default_factory=dict)
+    origin: dict[int, str] = field(default_factory=dict)
+    """The block that made a storage, or, outside of blocks, what it was computed from."""
+    current: str = ""
+    given: frozenset[int] = frozenset()
+
+    def enter(self, path: str, arguments: Any, options: Any, serial_of: Callable[[torch.Tensor], int | None]) -> None:
+        """Note what a module is given, and by which block that was made."""
+        named = {name: value for name, value in options.items() if name not in self.skipped}
+        tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
+        self.input_bytes[path] = max(self.input_bytes.get(path, 0), total_bytes(tensors))
+        if path not in self.blocks:
+            return
+        self.current = path
+        serials = {serial: tensor for tensor in tensors if (serial := serial_of(tensor)) is not None}
+        self.given = frozenset(serials)
+        for serial, tensor in serials.items():
+            maker = self.origin.get(serial, "")
+            if maker != path:
+                count, size_bytes = self.crossings.get((path, maker), (0, 0))
+                self.crossings[path, maker] = (count + 1, size_bytes + shown_bytes(tensor))
+
+    def leave(self, path: str, output: Any) -> None:
+        """Note what a module gives back."""
+        returned = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.output_bytes[path] = max(self.output_bytes.get(path, 0), total_bytes(returned))
+        if path == self.current:
+            self.current, self.given = "", frozenset()
+
+    def operate(self, inputs: Iterable[int | None], outputs: Iterable[int | None]) -> None:
+        """Note where the results of an operation are, and that what it reads must be there."""
+        read = dict.fromkeys(serial for serial in inputs if serial is not None)
+        makers = dict.fromkeys(maker for serial in read if (maker := self.origin.get(serial)))
+        if self.current:
+            for serial in read:
+                maker = self.origin.get(serial, "")
+                if maker not in ("", self.current) and serial not in self.given:
+                    self.bond(self.current, maker)
+        else:
+            first, *others = [*makers, ""]
+            for other in others[:-1]:
+                self.bond(other, first)
+        home = self.current or next(iter(makers), "")
+        for made in outputs:
+            if home and made is not None:
+                self.origin.setdefault(made, home)
+
+    def bond(self, first: str, second: str) -> None:
+        """Two blocks that must run on one device."""
+        self.bonds.setdefault((min(first, second), max(first, second)))
+
+
+class AttentionKernel(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
+    """Attention as a fused kernel runs it: besides the output it makes one number a row, and no matrix of scores.
+
+    Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
+    values differ in size, as in latent attention.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        del types
+        options = options or {}
+        if function is not torch.nn.functional.scaled_dot_product_attention:
+            return function(*arguments, **options)
+        query, key, value = arguments[:3]
+        if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
+            return function(*arguments, **options)  # fused kernels do not broadcast heads; then the scores are formed
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
+        self.recorder.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
+        return output
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The identity of the storage that a tensor shows."""
+    identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001
+    return identity
+
+
+def _is_grouped(function: Any) -> bool:
+    return str(function) == "aten._grouped_mm.default"
+
+
+def _grouped_product(arguments: Any) -> torch.Tensor | None:
+    """The product of rows with their experts' weights: without data torch knows its shape for bfloat16 only."""
+    rows, weights = arguments[:2]
+    if rows.dim() != 2 or weights.dim() != 3:
+        return None
+    return rows.new_empty((rows.shape[0], weights.shape[-1]))
+
+
+def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
+    """Floating-point operations of a product or an attention; others are bound by memory and count as none."""
+    packet = function._overloadpacket  # noqa: SLF001
+    if packet in flop_registry:
+        return int(flop_registry[packet](*arguments, **options, out_val=result))
+    if _is_grouped(function):
+        rows, inner = arguments[0].shape[-2:]
+        return int(2 * rows * inner * arguments[1].shape[-1])
+    return 0
+
+
+def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    """Bytes that an operation reads and writes."""
+    name = str(function._overloadpacket)  # noqa: SLF001
+    written = sum(shown_bytes(tensor) for tensor in outputs)
+    if name in ("aten.embedding", "aten.index", "aten.gather", "aten.index_select"):
+        return 2 * written  # only what is looked up is read
+    if _is_grouped(function):
+        rows, experts = inputs[0].shape[-2], inputs[1].shape[0]
+        touched_experts_bytes = shown_bytes(inputs[1]) * min(rows, experts) // experts
+        return int(shown_bytes(inputs[0]) + touched_experts_bytes + written)
+    return written + sum(map(shown_bytes, inputs))
+
+
+def shown_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the elements of a tensor, whatever its storage holds besides."""
+    size_bytes: int = tensor.numel() * tensor.element_size()
+    return size_bytes
+
+
+def total_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the elements of all these tensors."""
+    return sum(shown_bytes(tensor) for tensor in tensors)
