@@ -23,6 +23,7 @@ from devmap_config.plan.review import review
 from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
+from devmap_config.simulate.rehearsal import Rehearsal, rehearse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Hardware
     from devmap_config.rules.resolution import Resolution
+    from devmap_config.simulate.rehearsal import Together
+    from devmap_config.simulate.simulation import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Request:
     `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision
     was resolved to before; with `use_vendored` a graph that is kept beside the profile is used where it is still right.
     With `keep` the plan of this lock is preferred where it is as good. With `hardware` another machine than the
-    profile's is asked, by `strategy` if the profile's is not one of ours.
+    profile's is asked, by `strategy` if the profile's is not one of ours. A plan is dry-run where this `simulates`.
     """
 
     path: Path
@@ -56,11 +59,15 @@ class Request:
     keep: Lock | None = None
     hardware: Hardware | None = None
     strategy: str | None = None
+    simulates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What a compilation gave: all that was found, in which texts, and what the stages that were reached made."""
+    """What a compilation gave: all that was found, in which texts, and what the stages that were reached made.
+
+    `verdicts` are those on the plans that were dry-run, by the plans' digests; `refused` is a plan that does not run.
+    """
 
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]
@@ -70,6 +77,8 @@ class Compilation:
     resolution: Resolution | None = None
     plan: Plan | None = None
     inputs: Inputs | None = None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    refused: Plan | None = None
 
     @property
     def has_errors(self) -> bool:
@@ -88,7 +97,7 @@ def compile_profile(path: str | Path, *, variables: Mapping[str, object] | None 
         ProfileError: where the profile is wrong or cannot be satisfied; it carries every diagnostic.
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
-    compilation = run_pipeline(Request(path=Path(path), variables=texts))
+    compilation = run_pipeline(Request(path=Path(path), variables=texts, simulates=True))
     if compilation.plan is None:
         raise ProfileError(compilation.diagnostics, compilation.texts)
     return compilation.plan
@@ -120,40 +129,65 @@ def run_pipeline(request: Request) -> Compilation:
     if model is None:
         return Compilation(diagnostics=sink.diagnostics, texts=sink.texts, loaded=loaded, inventory=inventory)
 
-    graph, strategy = model.graph, loaded.profile.placement.strategy
     check_dtype(loaded, inventory, model, sink)
-    resolution = resolve(rules, graph, source_from_here(loaded), sink)
-    problem = problem_of(model, inventory, resolution, sink)
-    single_device = settle_single_device(loaded, problem, sink)
-    reached = Compilation(
-        diagnostics=(), texts=sink.texts, loaded=loaded, inventory=inventory, model=model, resolution=resolution
-    )
-    if sink.has_errors:
-        return replace(reached, diagnostics=sink.diagnostics)
-
-    executor = Executor(offload_buffers=loaded.profile.placement.offload.buffers)
-    aim = settle_aim(loaded, inventory, executor, sink)
-    if sink.has_errors:
-        return replace(reached, diagnostics=sink.diagnostics)
-    placed = place(problem, strategy, single_device=single_device, aim=aim)
-    if isinstance(placed, Infeasible):
-        report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim)
-        return replace(reached, diagnostics=sink.diagnostics)
-    homes = {
-        name: (device, placed.compute.get(name) or resolution.compute_of(name))
-        for name, device in placed.placement.items()
-    }
-    units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
-    plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
-    bound = placed.bound_nanoseconds if loaded.profile.workload.optimize == "decode" else None
-    plan = replace(plan, prediction=predict(plan, graph, inventory, bound_decode_nanoseconds=bound))
-    if request.keep is not None:
-        plan = kept(plan, request.keep, graph, inventory, resolution)
-    check_quantizer(plan.placement, loaded, model, sink)
-    review(plan, graph, inventory.capacities, resolution, loaded, sink)
-    return replace(
-        reached,
+    resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
+    stages = _Stages(request, loaded, inventory, model, resolution, sink)
+    plan = stages.planned()
+    rehearsal = Rehearsal(plan)
+    if plan is not None and request.simulates:
+        rehearsal = rehearse(
+            plan, model, loaded, resolution, stages.planned, sink, trust_remote_code=request.trust_remote_code
+        )
+    return Compilation(
         diagnostics=sink.diagnostics,
-        plan=None if sink.has_errors else plan,
-        inputs=inputs_of(loaded, model, inventory),
+        texts=sink.texts,
+        loaded=loaded,
+        inventory=inventory,
+        model=model,
+        resolution=resolution,
+        plan=rehearsal.plan,
+        inputs=None if rehearsal.plan is None else inputs_of(loaded, model, inventory),
+        verdicts=rehearsal.verdicts,
+        refused=rehearsal.refused,
     )
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages that make a plan of what those before gave; a dry run may ask for another plan."""
+
+    request: Request
+    loaded: LoadedProfile
+    inventory: Inventory
+    model: LoadedModel
+    resolution: Resolution
+    sink: Sink
+
+    def planned(self, together: Together = ()) -> Plan | None:
+        """A verified plan that keeps these groups together; `None` where there is none, and why is in the sink."""
+        loaded, model, inventory = self.loaded, self.model, self.inventory
+        resolution, sink = self.resolution, self.sink
+        graph, strategy = model.graph, loaded.profile.placement.strategy
+        problem = problem_of(model, inventory, resolution, sink, together=together)
+        single_device = settle_single_device(loaded, problem, sink)
+        executor = Executor(offload_buffers=loaded.profile.placement.offload.buffers)
+        aim = settle_aim(loaded, inventory, executor, sink)
+        if sink.has_errors:
+            return None
+        placed = place(problem, strategy, single_device=single_device, aim=aim)
+        if isinstance(placed, Infeasible):
+            report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim)
+            return None
+        homes = {
+            name: (device, placed.compute.get(name) or resolution.compute_of(name))
+            for name, device in placed.placement.items()
+        }
+        units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
+        plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
+        bound = placed.bound_nanoseconds if loaded.profile.workload.optimize == "decode" else None
+        plan = replace(plan, prediction=predict(plan, graph, inventory, bound_decode_nanoseconds=bound))
+        if self.request.keep is not None:
+            plan = kept(plan, self.request.keep, graph, inventory, resolution)
+        check_quantizer(plan.placement, loaded, model, sink)
+        review(plan, graph, inventory.capacities, resolution, loaded, sink)
+        return None if sink.has_errors else plan

@@ -72,6 +72,30 @@ def build(model_type: str, dtype: str = "float32") -> PreTrainedModel:
     return build_meta_model(_class_of(config), config, getattr(torch, dtype))
 
 
+FEW_LAYERS = 4
+"""Of a shallow model: enough for two kinds of layers in turn, and for a run of them on each of two devices."""
+
+SHALLOW = ({"num_hidden_layers": FEW_LAYERS}, {"n_layer": FEW_LAYERS}, {"n_layers": FEW_LAYERS})
+"""Under which names configs take their depth."""
+
+
+def build_shallow(model_type: str, dtype: str = "float32") -> PreTrainedModel:
+    """The same with few layers, where its config takes their number and builds with it."""
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from devmap_config.graph.introspection import build_meta_model
+
+    for depth in SHALLOW if model_type not in SENSIBLE else ():
+        try:
+            config = CONFIG_MAPPING[model_type](**depth)
+            if next(iter(depth)) in config.to_dict():
+                return build_meta_model(_class_of(config), config, getattr(torch, dtype))
+        except Exception:  # noqa: S112 - lists by layer, say, that must be as long
+            continue
+    return build(model_type, dtype)
+
+
 def _class_of(config: Any) -> Any:
     from transformers.models.auto import modeling_auto as auto
 

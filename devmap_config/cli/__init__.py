@@ -18,6 +18,7 @@ from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
+from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
 
 EXIT_USAGE = 2
@@ -31,7 +32,7 @@ def devmap() -> None:
     """A compiler for model placement: YAML profiles to verified device maps."""
 
 
-for command in (compile_command, check, run, fit, init, adopt, tree, hardware, schema, explain):
+for command in (compile_command, check, run, simulate, fit, init, adopt, tree, hardware, schema, explain):
     devmap.add_command(command)
 
 

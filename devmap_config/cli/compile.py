@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--keep", is_flag=True, help="Prefer the plan of the existing lock where it is as good.")
 @click.option("--vendor", is_flag=True, help="Keep the model's graph beside the profile: no hub, no torch next time.")
+@click.option("--simulate/--no-simulate", "simulates", default=True, help="Whether to try if the plan runs; it does.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
 @quiet_option
 @outside_option
@@ -42,6 +43,7 @@ def compile_command(
     output: Path | None,
     keep: bool,
     vendor: bool,
+    simulates: bool,
     dry_run: bool,
     quiet: bool,
     allow_outside: bool,
@@ -71,6 +73,7 @@ def compile_command(
             trust_remote_code=trust_remote_code,
             use_vendored=not vendor,
             keep=earlier if keep else None,
+            simulates=simulates,
         )
     )
     plan, texts = compilation.plan, compilation.texts
@@ -100,7 +103,8 @@ def compile_command(
             from devmap_config.graph.vendoring import vendored_path
 
             written.append(vendored_path(profile))
-            write_atomically(written[-1], vendored_graph(compilation.loaded, compilation.model).to_text())
+            dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compilation.verdicts.items()}
+            write_atomically(written[-1], vendored_graph(compilation.loaded, compilation.model, dry_runs).to_text())
         if output_format == "table" and not quiet:
             again = ", ".join(f"{name}={used[name]}" for name in used if name not in variables)
             kept = f", with {again} as before" if again else ""

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from devmap_config.placement.shortage import UNITS, rounded
+from devmap_config.placement.shortage import rounded, unit_of
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
     plan, model, loaded = compilation.plan, compilation.model, compilation.loaded
     if plan is None or model is None or loaded is None:
         return
-    unit_bytes, unit = _unit_of(model.graph.size_bytes)
+    unit_bytes, unit = unit_of(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"),
         f": {rounded(model.graph.size_bytes)} in {model.dtype}, placed by `{plan.strategy}`; sizes in {unit}",
@@ -42,11 +42,6 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
         table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table
     yield from _notes(plan, loaded.profile.workload.context_length)
-
-
-def _unit_of(size_bytes: int) -> tuple[int, str]:
-    """The largest unit of which a model has at least one."""
-    return next((unit for unit in UNITS if size_bytes >= unit[0]), UNITS[-1])
 
 
 def _held(plan: Plan, device: str) -> str:

@@ -51,17 +51,11 @@ def build_graph(
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
         QuantizationError: where the quantization's arguments cannot be meant.
     """
-    try:
-        import torch
-        from transformers import AutoConfig
+    model = meta_model(
+        config_path, class_name=class_name, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+    )
+    import torch
 
-        config = AutoConfig.from_pretrained(str(config_path), trust_remote_code=trust_remote_code)
-        model_class = resolve_class(class_name, config, trust_remote_code=trust_remote_code)
-        model = build_meta_model(model_class, config, getattr(torch, dtype), attention)
-    except UnbuildableModelError:
-        raise
-    except Exception as error:  # whatever a model's own code raises on a config that it does not accept
-        raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
     graph = graph_of(model, getattr(torch, dtype), quantization)
     if workload is None:
         return graph
@@ -71,6 +65,27 @@ def build_graph(
         dense_bytes = {name: graph.tensors[TensorName(name)].element_count * model.dtype.itemsize for name in converted}
         measurement = quantized(measurement, graph, dense_bytes, dequantizes=METHODS[quantization.method].dequantizes)
     return replace(graph, measurement=measurement)
+
+
+def meta_model(
+    config_path: Path, *, class_name: str, dtype: str, attention: str | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model on the meta device; the arguments are those of `build_graph`.
+
+    Raises:
+        UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(config_path), trust_remote_code=trust_remote_code)
+        model_class = resolve_class(class_name, config, trust_remote_code=trust_remote_code)
+        return build_meta_model(model_class, config, getattr(torch, dtype), attention)
+    except UnbuildableModelError:
+        raise
+    except Exception as error:  # whatever a model's own code raises on a config that it does not accept
+        raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os.path
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.costs import Workload
@@ -28,6 +28,7 @@ from devmap_config.graph.source import (
 from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from devmap_config.diagnostics.diagnostic import Sink
@@ -38,11 +39,17 @@ BUILDABLE_ATTENTION = ("eager", "sdpa")
 """Implementations that need no package of their own; the module tree is the same under all of them."""
 
 
+def buildable_attention(attention: str | None) -> str | None:
+    """The implementation with which a model is built without data; `None` for the one that transformers chooses."""
+    return attention if attention in BUILDABLE_ATTENTION else None
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model's graph with what it was made from. `attention` is `None` where transformers is to choose.
 
-    `quantization` is what transformers applies; it `is_counted` in the graph where its sizes are known.
+    `quantization` is what transformers applies; it `is_counted` in the graph where its sizes are known. `dry_runs` are
+    what is kept beside the profile of dry runs of its plans.
     """
 
     graph: ModelGraph
@@ -51,6 +58,7 @@ class LoadedModel:
     dtype: str
     attention: str | None
     quantization: Quantization | None = None
+    dry_runs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_counted(self) -> bool:
@@ -116,8 +124,9 @@ def load_model_graph(
         sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
         return None
     wanted = (source.config_digest, class_name, dtype, attention, _workload(loaded), _quantization_json(counted))
+    dry_runs: Mapping[str, Any] = {}
     if vendored is not None and wanted == _made_from(vendored, loaded):
-        graph = vendored.graph
+        graph, dry_runs = vendored.graph, vendored.dry_runs
     else:
         if vendored is not None:
             _warn_stale_graph(loaded, sink)
@@ -128,12 +137,12 @@ def load_model_graph(
         ):
             return None
         graph = found
-    model = LoadedModel(graph, source, class_name, dtype, attention, quantization)
+    model = LoadedModel(graph, source, class_name, dtype, attention, quantization, dry_runs)
     _warn(loaded, model, sink)
     return model
 
 
-def vendor(loaded: LoadedProfile, model: LoadedModel) -> VendoredGraph:
+def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any]) -> VendoredGraph:
     """What is kept beside a profile, so that its model need not be at hand."""
     return VendoredGraph(
         graph=model.graph,
@@ -146,6 +155,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel) -> VendoredGraph:
         attention=model.attention,
         workload=_workload(loaded),
         quantization=_quantization_json(model.quantization if model.is_counted else None),
+        dry_runs=dry_runs,
     )
 
 
@@ -261,15 +271,16 @@ def graph_from_source(
     """
 
     def make() -> ModelGraph:
-        return build_graph(
-            source.location,
-            class_name=class_name,
-            dtype=dtype,
-            attention=attention if attention in BUILDABLE_ATTENTION else None,
-            workload=workload,
-            trust_remote_code=trust_remote_code,
-            quantization=quantization,
-        )
+        with source.as_config() as config_path:
+            return build_graph(
+                config_path,
+                class_name=class_name,
+                dtype=dtype,
+                attention=buildable_attention(attention),
+                workload=workload,
+                trust_remote_code=trust_remote_code,
+                quantization=quantization,
+            )
 
     key: dict[str, object] = {"config": source.config_digest, "class": class_name, "dtype": dtype}
     if workload is not None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
 from devmap_config.graph.forwards import Forwards, cache_tensors
-from devmap_config.graph.recording import Recorder, Traffic, shown_bytes, storage_key, total_bytes
+from devmap_config.graph.recording import Recorder, Traffic, replace_tensors, shown_bytes, total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,31 +50,12 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
             FakeTensorMode(allow_non_fake_inputs=True),
             _paths(model) as names,
         ):
-            weights = _replace_tensors(model)
+            weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
             return _Runner(Forwards(model, workload), names, weights, traffic).measurement()
     except Exception as error:  # a model's own code may raise anything where there is no data
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise UnmeasurableModelError(f"{type(error).__name__}: {first_line}"[:300]) from error
-
-
-def _replace_tensors(model: PreTrainedModel) -> frozenset[int]:
-    """Put fake tensors in place of the meta ones, what is tied still tied; gives the storages that they occupy."""
-    replaced: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in replaced:
-            replaced[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return replaced[id(tensor)]
-
-    for module in model.modules():
-        for name, parameter in module._parameters.items():  # noqa: SLF001 - the public way would copy
-            if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=False)  # noqa: SLF001
-        for name, buffer in module._buffers.items():  # noqa: SLF001
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)  # noqa: SLF001
-    return frozenset(storage_key(tensor) for tensor in replaced.values())
 
 
 @contextmanager

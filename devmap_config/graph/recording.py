@@ -17,6 +17,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -222,6 +224,25 @@ class AttentionKernel(TorchFunctionMode):  # type: ignore[misc]  # torch is not 
         query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
         self.recorder.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
         return output
+
+
+def replace_tensors(model: PreTrainedModel) -> frozenset[int]:
+    """Put fake tensors in place of the meta ones, what is tied still tied; gives the storages that they occupy."""
+    replaced: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in replaced:
+            replaced[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return replaced[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - the public way would copy
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=False)  # noqa: SLF001
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)  # noqa: SLF001
+    return frozenset(storage_key(tensor) for tensor in replaced.values())
 
 
 def storage_key(tensor: torch.Tensor) -> int:

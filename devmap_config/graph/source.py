@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from devmap_config.graph.model import TensorName
 
@@ -50,6 +52,16 @@ class ModelSource:
     config: Mapping[str, Any]
     weights: str | None
     commit: str | None = None
+
+    @contextmanager
+    def as_config(self) -> Iterator[Path]:
+        """What transformers reads the config from; one that stands in a vendored graph is written out for it."""
+        if self.location.is_dir() or not self.location.name.endswith(".graph.json"):
+            yield self.location
+            return
+        with TemporaryDirectory() as directory:
+            Path(directory, "config.json").write_text(json.dumps(dict(self.config)), encoding="utf-8")
+            yield Path(directory)
 
     @property
     def class_name(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.costs import Workload
@@ -36,6 +36,8 @@ class VendoredGraph:
     attention: str | None
     workload: Workload | None
     quantization: Mapping[str, Any] | None = None
+    dry_runs: Mapping[str, Any] = field(default_factory=dict)
+    """What was found of plans of this model, by their digest."""
 
     def to_text(self) -> str:
         """The file: compact, the same bytes for the same graph."""
@@ -51,6 +53,8 @@ class VendoredGraph:
             "workload": None if self.workload is None else asdict(self.workload),
             "graph": graph_to_json(self.graph),
         }
+        if self.dry_runs:
+            value["dry_runs"] = dict(self.dry_runs)
         if self.quantization is not None:
             value["quantization"] = dict(self.quantization)
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
@@ -88,6 +92,7 @@ def read_vendored(text: str) -> VendoredGraph:
             attention=value["attention"],
             workload=None if value["workload"] is None else Workload(**value["workload"]),
             quantization=value.get("quantization"),
+            dry_runs=value.get("dry_runs", {}),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error

@@ -27,11 +27,21 @@ if TYPE_CHECKING:
     from devmap_config.rules.rule import Rule
 
 
-def problem_of(model: LoadedModel, inventory: Inventory, resolution: Resolution, sink: Sink) -> Problem:
-    """The placement problem that rules and machine pose; what contradicts itself goes to the sink."""
+def problem_of(
+    model: LoadedModel,
+    inventory: Inventory,
+    resolution: Resolution,
+    sink: Sink,
+    *,
+    together: tuple[tuple[TensorName, ...], ...] = (),
+) -> Problem:
+    """The placement problem that rules and machine pose; what contradicts itself goes to the sink.
+
+    `together` are groups that must share a device besides, since the model does not run with them apart.
+    """
     graph = model.graph
     pinned: dict[TensorName, str] = {}
-    for group in _united([*graph.tied_groups, *(names for _, names in resolution.groups)], graph):
+    for group in _united([*graph.tied_groups, *(names for _, names in resolution.groups), *together], graph):
         deciding = [resolution.decisions[name] for name in group if name in resolution.decisions]
         if not deciding:
             continue
@@ -43,7 +53,7 @@ def problem_of(model: LoadedModel, inventory: Inventory, resolution: Resolution,
         capacities=inventory.capacities,
         pinned=pinned,
         computed={name: compute for name in pinned if (compute := resolution.compute_of(name)) is not None},
-        groups=tuple(names for _, names in resolution.groups),
+        groups=(*(names for _, names in resolution.groups), *together),
         forbidden={name: tuple(rules) for name, rules in resolution.forbidden.items()},
         quantizer_lowers_budgets=model.lowers_budgets,
         refused=refused_devices(model),

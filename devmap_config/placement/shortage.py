@@ -89,6 +89,11 @@ def amount(size_bytes: int) -> str:
     return f"{rounded(size_bytes)} ({size_bytes:,} bytes)" if size_bytes >= UNITS[-1][0] else f"{size_bytes:,} bytes"
 
 
+def unit_of(size_bytes: int) -> tuple[int, str]:
+    """The largest unit of which there is at least one, in bytes and by its name."""
+    return next((unit for unit in UNITS if size_bytes >= unit[0]), UNITS[-1])
+
+
 def rounded(size_bytes: int) -> str:
     """Bytes in the largest unit of which there is one: `1.4 GiB`."""
     for unit_bytes, unit in UNITS:

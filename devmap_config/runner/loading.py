@@ -85,7 +85,7 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
 def _device_map(plan: Plan) -> dict[str, Any]:
     """The plan's map; where there is but one device, without parts: some quantizers take these for offloading."""
     if plan.compute:
-        from devmap_config.runner.cpu_compute import CPU
+        from devmap_config.dispatch.cpu_compute import CPU
 
         return {**plan.placement, **dict.fromkeys(plan.compute, CPU)}
     devices = set(plan.placement.values())
@@ -93,7 +93,7 @@ def _device_map(plan: Plan) -> dict[str, Any]:
 
 
 def _computing_on_cpu(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    from devmap_config.runner.cpu_compute import UncallableUnitError, compute_on_cpu
+    from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_cpu
 
     try:
         compute_on_cpu(model, plan.compute)

@@ -10,8 +10,8 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from devmap_config.graph.costs import Measurement, Workload
-from devmap_config.graph.introspection import build_meta_model, graph_of
 from devmap_config.graph.forwards import CACHE_NAMES, cache_tensors
+from devmap_config.graph.introspection import build_meta_model, graph_of
 from devmap_config.graph.measurement import measure
 
 SMALL = {

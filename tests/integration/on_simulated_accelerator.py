@@ -20,8 +20,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
+from devmap_config.dispatch.cpu_compute import CpuComputeHook
 from devmap_config.runner import loading
-from devmap_config.runner.cpu_compute import CpuComputeHook
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
 

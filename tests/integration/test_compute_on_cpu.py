@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from devmap_config.cli.compile import compile_command
-from devmap_config.runner.cpu_compute import UncallableUnitError, compute_on_cpu
+from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_cpu
 from devmap_config.runner.loading import RunnerError, load
 from devmap_config.runner.runner import prepare
 

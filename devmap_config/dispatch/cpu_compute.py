@@ -33,14 +33,15 @@ class CpuComputeHook(AlignDevicesHook):  # type: ignore[misc]
     Fused experts below it are switched to the implementation for the CPU, until the hook is removed.
     """
 
-    def __init__(self, skip_keys: str | list[str] | None) -> None:
+    def __init__(self, skip_keys: str | list[str] | None, *, switches_experts: bool = True) -> None:
         super().__init__(execution_device=CPU, io_same_device=True, skip_keys=skip_keys)
+        self._switches_experts = switches_experts
         self._shared_configs: list[tuple[torch.nn.Module, Any]] = []
 
     def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by accelerate when the hook is added."""
         for part in module.modules():
-            if _dispatches_experts(part):
+            if self._switches_experts and _dispatches_experts(part):
                 self._shared_configs.append((part, part.config))
                 part.config = _with_cpu_experts(part.config)
         return super().init_hook(module)
@@ -53,14 +54,16 @@ class CpuComputeHook(AlignDevicesHook):  # type: ignore[misc]
         return super().detach_hook(module)
 
 
-def compute_on_cpu(model: PreTrainedModel, units: Iterable[str]) -> None:
+def compute_on_cpu(model: PreTrainedModel, units: Iterable[str], *, switches_experts: bool = True) -> None:
     """Make these modules, which were dispatched to `CPU`, return what they compute to where they are called from.
 
-    A cache is not copied: its layers are made where their first keys come from.
+    A cache is not copied: its layers are made where their first keys come from. Without data, experts are not to be
+    switched: which of them are chosen is then not known.
 
     Raises:
         UncallableUnitError: where a unit cannot run there on its own.
     """
+    skip_keys = model._skip_keys_device_placement  # noqa: SLF001 - as transformers passes it to accelerate
     for unit in units:
         module = model.get_submodule(unit)
         if type(module).forward is torch.nn.Module.forward:
@@ -68,7 +71,7 @@ def compute_on_cpu(model: PreTrainedModel, units: Iterable[str]) -> None:
         if attention := next(filter(None, map(_accelerators_attention, module.modules())), None):
             raise UncallableUnitError(f"`{unit}` attends with {attention}, which the CPU does not have")
         # It takes the place of accelerate's hook on this module; those below, which copy to the CPU, stay.
-        add_hook_to_module(module, CpuComputeHook(model._skip_keys_device_placement))  # noqa: SLF001
+        add_hook_to_module(module, CpuComputeHook(skip_keys, switches_experts=switches_experts))
 
 
 def _dispatches_experts(module: torch.nn.Module) -> bool:

@@ -1,0 +1,71 @@
+"""`devmap simulate`: a plan's forward and decode steps on simulated accelerators."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.cli.options import (
+    format_option,
+    outside_option,
+    profile_argument,
+    quiet_option,
+    remote_code_option,
+    set_option,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command("simulate")
+@profile_argument
+@format_option("table", "json")
+@set_option
+@quiet_option
+@outside_option
+@remote_code_option
+def simulate(
+    profile: Path,
+    output_format: str,
+    variables: dict[str, str],
+    quiet: bool,
+    allow_outside: bool,
+    trust_remote_code: bool,
+) -> int:
+    """Run the plan of PROFILE on simulated accelerators: what each device holds, and what goes from one to another."""
+    from rich.console import Console
+
+    from devmap_config.cli.compile import report_missing
+    from devmap_config.cli.reporting import report
+    from devmap_config.cli.simulation_view import simulation_lines
+    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.simulate.memory import simulation_of
+
+    if not profile.is_file():
+        return report_missing(profile, output_format)
+    compilation = run_pipeline(
+        Request(
+            path=profile,
+            variables=variables,
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+            simulates=True,
+        )
+    )
+    # A plan that does not run is shown as far as it came.
+    tried = compilation.plan or compilation.refused
+    simulation = None
+    if tried is not None and compilation.model is not None:
+        simulation = simulation_of(tried, compilation.model, trust_remote_code=trust_remote_code)
+    data = {
+        "plan": compilation.plan.to_json() if compilation.plan else None,
+        "simulation": simulation.to_json() if simulation else None,
+    }
+    report(compilation.diagnostics, compilation.texts, output_format, quiet=quiet, data=data)
+    if simulation is not None and tried is not None and output_format == "table" and not quiet:
+        console = Console(highlight=False)
+        for line in simulation_lines(compilation, tried, simulation, console.width):
+            console.print(line)
+    return 0 if compilation.plan is not None else 1

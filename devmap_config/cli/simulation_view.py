@@ -1,0 +1,98 @@
+"""A dry run for the terminal: what each device held at most, what ran where in turn, what went over which link."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from devmap_config.placement.shortage import rounded, unit_of
+from devmap_config.rules.folding import fold_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devmap_config.compiler import Compilation
+    from devmap_config.plan.plan import Plan
+    from devmap_config.simulate.simulation import Simulation, Step
+
+
+def simulation_lines(
+    compilation: Compilation, plan: Plan, simulation: Simulation, width: int
+) -> Iterator[Text | Table]:
+    """The dry run for a terminal of this width."""
+    model = compilation.model
+    if model is None:
+        return
+    unit_bytes, unit = unit_of(model.graph.size_bytes)
+    yield Text.assemble(
+        (model.class_name, "bold"), f" on simulated accelerators: {_outcome(simulation)}; sizes in {unit}"
+    )
+    if not simulation.devices:
+        return
+    yield _devices(plan, simulation, unit_bytes)
+    for phase, steps in groupby(simulation.steps, key=lambda step: step.phase):
+        yield Text(f"\n{phase}", style="bold")
+        yield _timeline(list(steps), width)
+    if simulation.links:
+        yield Text("\nwhat went from one device to another, in one forward", style="bold")
+        yield _links(simulation)
+
+
+def _outcome(simulation: Simulation) -> str:
+    if simulation.outcome == "runs":
+        return "it runs"
+    if simulation.mismatch is not None:
+        return f"it does not run, in {simulation.mismatch.phase}"
+    return f"it cannot be told ({simulation.reason})"
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+
+
+def _devices(plan: Plan, simulation: Simulation, unit_bytes: int) -> Table:
+    capacities = {use.id: use.capacity_bytes for use in plan.devices}
+    table = _table()
+    table.add_column("device", no_wrap=True)
+    for heading in ("weights", "cache", "most at once", "capacity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("which was in", overflow="fold", ratio=1)
+    for device in simulation.devices:
+        sizes = (device.weights_bytes, device.cache_bytes, device.peak_bytes, capacities[device.id])
+        moment = f"{device.peak_phase}, {device.peak_module or 'the model'}" if device.peak_phase else "–"
+        table.add_row(device.id, *(f"{size_bytes / unit_bytes:,.2f}" for size_bytes in sizes), moment)
+    return table
+
+
+def _timeline(steps: list[Step], width: int) -> Table:
+    """Blocks that run one after another on one device are one line."""
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold", max_width=max(width - 30, 20))
+    for device, run in groupby(steps, key=lambda step: step.device):
+        blocks = list(run)
+        live_bytes = max(dict(step.live_bytes).get(device, 0) for step in blocks)
+        table.add_row(device, f"+{rounded(live_bytes)}", ", ".join(fold_paths(step.block for step in blocks)))
+    return table
+
+
+def _links(simulation: Simulation) -> Table:
+    table = _table()
+    table.add_column("phase")
+    table.add_column("from, to", no_wrap=True)
+    for heading in ("copies", "bytes", "weights"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for link in simulation.links:
+        table.add_row(
+            link.phase,
+            f"{link.source} → {link.target}",
+            f"{link.transfers:,}",
+            rounded(link.size_bytes),
+            rounded(link.weights_bytes) if link.weights_bytes else "–",
+        )
+    return table

@@ -1,0 +1,313 @@
+"""Simulated accelerators: tensors without data, each of which says that it is where the plan puts it.
+
+Every tensor lives on a fake CPU. A mode around torch's functions takes every copy to a device as one; a mode around
+torch's operations notes where each result is, and refuses what a machine refuses: an operation over tensors of two
+devices. Meanwhile a fake tensor that is asked for its device answers with the simulated one. So nothing is registered
+with torch, no accelerator is touched where there is one, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from devmap_config.graph.recording import shown_bytes, storage_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from devmap_config.graph.recording import Recorder
+    from devmap_config.placement.problem import DeviceId
+
+ACCELERATOR = "privateuseone"
+"""The type of torch device that a simulated accelerator has: no code of a model or library takes it for a real one."""
+
+NOWHERE = "meta"
+"""Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
+
+MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::resize_")
+"""Operations that take tensors of several devices."""
+
+INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
+"""Operations whose indices may be on the CPU, wherever the tensor is that they index."""
+
+GETTERS = {
+    torch.Tensor.device.__get__: "device",
+    torch.Tensor.is_cuda.__get__: "is_cuda",
+    torch.Tensor.is_cpu.__get__: "is_cpu",
+    torch.Tensor.get_device: "get_device",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor of an operation: its device, and the module that made it or the name of the weight that it is."""
+
+    device: DeviceId
+    made_by: str
+    weight: str | None
+
+
+class DeviceMismatchError(Exception):
+    """An operation over tensors of two devices: `operands` has one of each; `running` is the innermost module."""
+
+    def __init__(self, operation: str, operands: Sequence[Operand], running: str) -> None:
+        self.operation = operation
+        self.operands = tuple(operands)
+        self.running = running
+        super().__init__(f"{operation} in {running or 'the model'}: {', '.join(each.device for each in self.operands)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Bytes that went from one device to another as a module was entered, ran or was left."""
+
+    source: DeviceId
+    target: DeviceId
+    size_bytes: int
+    running: str
+    is_weight: bool = False
+
+
+@dataclass
+class SimulatedDevices:
+    """Where every tensor is, and what went from one device to another.
+
+    `accelerators` are the plan's, in the order of their simulated indices; `names` the weights by their storage.
+    """
+
+    accelerators: Sequence[DeviceId]
+    recorder: Recorder
+    names: Mapping[int, str]
+    transfers: list[Transfer] = field(default_factory=list)
+    at: dict[int, DeviceId] = field(default_factory=dict)
+    """The device of each storage that was noted, by its number."""
+    _weights: dict[int, DeviceId] = field(default_factory=dict)
+    _explicit: DeviceId | None = None
+    _inherited: DeviceId = "cpu"
+    _depth: int = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Tensors are on simulated devices within; the recorder must be watching, so that storages have numbers."""
+        of_torch = FakeTensor.device
+
+        def device(tensor: FakeTensor) -> torch.device:
+            # torch's own code, which runs within a function or an operation, must go on seeing the CPU.
+            answered: torch.device = of_torch.fget(tensor) if self._depth else self.torch_device(self.of(tensor))
+            return answered
+
+        with patch.object(FakeTensor, "device", property(device)), _Operations(self), _Functions(self):
+            yield
+
+    @contextmanager
+    def within_torch(self) -> Iterator[None]:
+        """Code of torch runs within: tensors answer as torch made them."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def put(self, weight: torch.Tensor, device: DeviceId) -> None:
+        """Say where a weight is."""
+        self._weights[storage_key(weight)] = device
+
+    def of(self, tensor: torch.Tensor) -> DeviceId | None:
+        """The device of a tensor; `None` where that cannot be told, as of what a model keeps on meta for itself."""
+        key = storage_key(tensor)
+        if (device := self._weights.get(key)) is not None:
+            return device
+        serial = self.recorder.serial_of(tensor)
+        if serial is not None:
+            return self.at.get(serial, "cpu")
+        return None if tensor.is_meta else "cpu"
+
+    def torch_device(self, device: DeviceId | None) -> torch.device:
+        """What a tensor on this device says of it."""
+        if device is not None and device in self.accelerators:
+            return torch.device(ACCELERATOR, list(self.accelerators).index(device))
+        return torch.device(NOWHERE if device == NOWHERE else "cpu")
+
+    def named(self, device: Any) -> DeviceId:
+        """The device that torch's own name for it means here; without an index, the first accelerator."""
+        if isinstance(device, int) and not isinstance(device, bool):
+            return self.accelerators[device]
+        wanted = torch.device(device)
+        if wanted.type in ("cpu", "meta") or not self.accelerators:
+            return str(wanted.type)
+        return self.accelerators[wanted.index or 0]
+
+    def moved(self, tensor: torch.Tensor, target: DeviceId, *, source: DeviceId | None = None) -> torch.Tensor:
+        """A copy of a tensor on another device; one that is there already stays as it is."""
+        here = source or self.of(tensor)
+        if here == target or here is None:
+            return tensor
+        with self.making_on(target), self.within_torch():
+            copy = tensor.detach().clone()
+        size_bytes = shown_bytes(tensor)
+        is_weight = storage_key(tensor) in self._weights
+        self.transfers.append(Transfer(here, target, size_bytes, self.running, is_weight))
+        return copy
+
+    @contextmanager
+    def making_on(self, device: DeviceId | None, inherited: DeviceId = "cpu") -> Iterator[None]:
+        """What is made within is on this device; without one, on that of what it is made from, else the inherited."""
+        before = (self._explicit, self._inherited)
+        self._explicit, self._inherited = device or self._explicit, inherited
+        try:
+            yield
+        finally:
+            self._explicit, self._inherited = before
+
+    @property
+    def running(self) -> str:
+        """The innermost module that is running."""
+        return self.recorder.running[-1] if self.recorder.running else ""
+
+    def check(self, name: str, tensors: Iterable[torch.Tensor]) -> DeviceId:
+        """The device of an operation over these tensors. A number on the CPU goes with any.
+
+        Raises:
+            DeviceMismatchError: where there are two.
+        """
+        found: dict[DeviceId, torch.Tensor] = {}
+        numbers = False
+        for tensor in tensors:
+            device = self.of(tensor)
+            if device is None:
+                continue
+            if device == "cpu" and tensor.dim() == 0:
+                numbers = True
+                continue
+            found.setdefault(device, tensor)
+        if len(found) > 1:
+            operands = [self._operand(device, tensor) for device, tensor in found.items()]
+            raise DeviceMismatchError(name, operands, self.running)
+        if found:
+            return next(iter(found))
+        return "cpu" if numbers else self._inherited
+
+    def label(self, tensors: Iterable[torch.Tensor], device: DeviceId) -> None:
+        """Note where the results of an operation are; what was there before stays where it is."""
+        for tensor in tensors:
+            if self._explicit is not None:
+                self.recorder.note(tensor)  # what is made from a list of numbers comes as if it had been there
+            serial = self.recorder.serial_of(tensor)
+            if serial is not None:
+                self.at.setdefault(serial, self._explicit or device)
+
+    @property
+    def makes_explicitly(self) -> bool:
+        """Whether the function that is running says where its result is to be."""
+        return self._explicit is not None
+
+    def _operand(self, device: DeviceId, tensor: torch.Tensor) -> Operand:
+        weight = self.names.get(storage_key(tensor))
+        serial = self.recorder.serial_of(tensor)
+        made_by = self.recorder.maker.get(serial, "") if serial is not None else (weight or "").rpartition(".")[0]
+        return Operand(device, made_by, weight)
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
+    """Notes where results are, and refuses operations over tensors of two devices."""
+
+    def __init__(self, devices: SimulatedDevices) -> None:
+        super().__init__()
+        self.devices = devices
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        del types
+        options = options or {}
+        name = function._schema.name  # noqa: SLF001
+        inputs = _tensors((arguments, options))
+        device: DeviceId | None
+        if name in MAY_MIX:
+            device = self.devices.of(inputs[0]) if inputs else None
+        elif self.devices.makes_explicitly:
+            device = None
+        else:
+            if name in INDEXES:
+                inputs = [arguments[0], *(each for each in inputs[1:] if self.devices.of(each) != "cpu")]
+            device = self.devices.check(name.removeprefix("aten::"), inputs)
+        with self.devices.within_torch():
+            if name == "aten::histc" and not inputs[0].is_floating_point():  # only accelerators count integers
+                arguments = (inputs[0].float(), *arguments[1:])
+            result = function(*arguments, **options)
+        self.devices.label(_tensors(result), device or "cpu")
+        return result
+
+
+class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
+    """Answers for the devices of tensors, and keeps every device that is asked for from torch."""
+
+    def __init__(self, devices: SimulatedDevices) -> None:
+        super().__init__()
+        self.devices = devices
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        del types
+        options = dict(options or {})
+        devices = self.devices
+        if (getter := GETTERS.get(function)) is not None:
+            return self._answer(getter, arguments[0])
+        if function in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+            return self._converted(function, arguments, options)
+        explicit = None
+        if (wanted := options.get("device")) is not None:
+            explicit = devices.named(wanted)
+            options["device"] = explicit if explicit == NOWHERE else "cpu"
+            if function in (torch.as_tensor, torch.asarray) and isinstance(arguments[0], torch.Tensor):
+                return devices.moved(function(*arguments, **options), explicit)
+        tensors = _tensors((arguments, options))
+        inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), "cpu")
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            devices.check("scaled_dot_product_attention", tensors)
+        with devices.making_on(explicit, inherited), devices.within_torch():
+            return function(*arguments, **options)
+
+    def _answer(self, getter: str, tensor: torch.Tensor) -> Any:
+        device = self.devices.torch_device(self.devices.of(tensor))
+        if getter == "device":
+            return device
+        if getter == "get_device":
+            return -1 if device.index is None else device.index
+        return getter == "is_cpu" and device.type == "cpu"
+
+    def _converted(self, function: Any, arguments: Any, options: dict[str, Any]) -> torch.Tensor:
+        """A tensor on the device, and in the dtype, that `to` and its like ask for."""
+        tensor, *rest = arguments
+        target: DeviceId | None = None
+        if function is torch.Tensor.cpu:
+            target, rest = "cpu", []
+        elif function is torch.Tensor.cuda:
+            wanted = rest.pop(0) if rest else options.pop("device", None)
+            target = self.devices.named(0 if wanted is None else wanted)
+        elif (wanted := options.pop("device", None)) is not None:
+            target = self.devices.named(wanted)
+        elif rest and isinstance(rest[0], torch.Tensor):
+            other = rest.pop(0)
+            target, rest = self.devices.of(other), [other.dtype, *rest]
+        elif rest and (rest[0] is None or isinstance(rest[0], (str, int, torch.device))):
+            wanted = rest.pop(0)
+            target = None if wanted is None else self.devices.named(wanted)
+        moved = tensor if target in (None, NOWHERE) else self.devices.moved(tensor, target)
+        options.pop("other", None)
+        options.pop("non_blocking", None)
+        flags = [each for each in rest if isinstance(each, torch.dtype)]
+        dtype = options.pop("dtype", None) or next(iter(flags), None) or moved.dtype
+        with self.devices.within_torch():
+            converted: torch.Tensor = moved.to(dtype, **options)
+        return converted
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

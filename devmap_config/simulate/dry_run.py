@@ -1,0 +1,243 @@
+"""Runs a plan's prefill and decode steps on simulated accelerators, through accelerate's own hooks."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from devmap_config.graph.costs import Workload
+from devmap_config.graph.forwards import Forwards, cache_tensors
+from devmap_config.graph.model import ModulePath
+from devmap_config.graph.recording import Recorder, Traffic, replace_tensors, shown_bytes, storage_key
+from devmap_config.placement.problem import is_accelerator
+from devmap_config.simulate.devices import NOWHERE, DeviceMismatchError, SimulatedDevices
+from devmap_config.simulate.hooks import dispatched, place_weights
+from devmap_config.simulate.simulation import LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.problem import DeviceId
+    from devmap_config.plan.plan import Plan
+    from devmap_config.simulate.devices import Operand
+
+DECODED_TOKENS = 2
+"""The first token after a prefill may find the cache in another state than those that follow."""
+
+WITHOUT_WORKLOAD = Workload(batch_size=1, context_length=16, prompt_length=16)
+"""What is run where the profile names no context: enough to see whether the plan runs."""
+
+
+def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation:
+    """Run a model that was built on the meta device as the plan places it; the model is of no use afterwards.
+
+    Args:
+        model: the model.
+        graph: its graph.
+        plan: where everything is and runs.
+    """
+    workload = WITHOUT_WORKLOAD if graph.measurement is None else graph.measurement.workload
+    model.eval()
+    run: _Run | None = None
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            run = _Run.of(model, graph, plan)
+            with run.dispatched():
+                run.forwards(workload)
+    except DeviceMismatchError as error:
+        if run is None:
+            raise
+        return run.simulation(mismatch=error)
+    except Exception as error:  # a model's own code may raise anything where there is no data
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        reason = f"{type(error).__name__}: {first_line}"[:300]
+        return Simulation(outcome="unsimulated", reason=reason)
+    return run.simulation()
+
+
+@dataclass
+class _Run:
+    """A dry run as it goes on."""
+
+    model: PreTrainedModel
+    graph: ModelGraph
+    plan: Plan
+    recorder: Recorder
+    devices: SimulatedDevices
+    absent: dict[str, torch.Tensor]
+    phase: str = ""
+    phase_starts: list[tuple[str, int, int]] = field(default_factory=list)
+    """Each phase with how many events and transfers there were before it."""
+    calls: list[tuple[str, str, DeviceId]] = field(default_factory=list)
+    cache_bytes: dict[DeviceId, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _Run:
+        """A run that is about to begin."""
+        known = replace_tensors(model)
+        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
+        known |= {storage_key(tensor) for tensor in absent.values()}
+        paths = {id(module): path for path, module in model.named_modules()}
+        recorder = Recorder(paths, known, Traffic(dict.fromkeys(graph.blocks), frozenset(graph.skip_keys)))
+        accelerators = tuple(use.id for use in plan.devices if is_accelerator(use.id))
+        names = {storage_key(tensor): name for name, tensor in reversed(held.items())}
+        devices = SimulatedDevices(accelerators, recorder, names)
+        for tensor in absent.values():
+            devices.put(tensor, NOWHERE)
+        place_weights(model, plan, graph, devices)
+        return cls(model, graph, plan, recorder, devices, absent)
+
+    @contextmanager
+    def dispatched(self) -> Iterator[None]:
+        """The model with its hooks, on simulated devices, watched."""
+        handles = [module.register_forward_hook(self._called, always_call=False) for module in self.model.modules()]
+        try:
+            with (
+                self.recorder.watching(self.model),
+                self.devices.active(),
+                dispatched(self.model, self.plan, self.devices, self.absent),
+            ):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forwards(self, workload: Workload) -> None:
+        """A prefill, and tokens after it where the model keeps a cache."""
+        forwards = Forwards(self.model, workload, self.devices.torch_device(self.plan.main_device))
+        self._begin("prefill")
+        cache = forwards.run(forwards.prefill_inputs(workload.prompt_length))
+        tensors = cache_tensors(cache)
+        for tensor in tensors:
+            device = self.devices.of(tensor) or "cpu"
+            self.cache_bytes[device] = self.cache_bytes.get(device, 0) + shown_bytes(tensor)
+        if not any(map(shown_bytes, tensors)):
+            return
+        for _ in range(DECODED_TOKENS):
+            self._begin("decode")
+            cache = forwards.run(forwards.decode_inputs(cache))
+
+    def _begin(self, phase: str) -> None:
+        self.phase = phase
+        self.phase_starts.append((phase, len(self.recorder.events), len(self.devices.transfers)))
+        # What a call is told of is the last time that each phase ran.
+        self.calls = [call for call in self.calls if call[0] != phase]
+
+    def _called(self, module: torch.nn.Module, _arguments: Any, output: Any) -> None:
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+        device = None if first is None else self.devices.of(first)
+        if device is not None:
+            self.calls.append((self.phase, self.recorder.names[id(module)], device))
+
+    # What was seen
+
+    def simulation(self, *, mismatch: DeviceMismatchError | None = None) -> Simulation:
+        """What was seen until now."""
+        blocks = {path: device for phase, path, device in self.calls if phase == self.phase}
+        along = [blocks[path] for path in dict.fromkeys(blocks) if path in self.graph.modules and self._is_block(path)]
+        devices, steps = self._memory()
+        return Simulation(
+            outcome="runs" if mismatch is None else "mismatch",
+            devices=devices,
+            links=self._links(),
+            steps=steps,
+            calls=tuple(self.calls),
+            hops=sum(before != after for before, after in itertools.pairwise(along)),
+            mismatch=None if mismatch is None else self._mismatch(mismatch),
+        )
+
+    def _is_block(self, path: str) -> bool:
+        tensors = self.graph.modules[ModulePath(path)].tensors() if path in self._blocks else ()
+        return any(tensor.kind == "parameter" for tensor in tensors)
+
+    @property
+    def _blocks(self) -> dict[str, None]:
+        return dict.fromkeys(self.graph.blocks)
+
+    def _mismatch(self, error: DeviceMismatchError) -> Mismatch:
+        return Mismatch(
+            operation=error.operation,
+            phase=self.phase,
+            running=error.running,
+            parties=tuple(map(self._party, error.operands)),
+        )
+
+    def _party(self, operand: Operand) -> Party:
+        return Party(
+            device=operand.device,
+            block=self._block_of(operand.made_by),
+            made_by=operand.made_by,
+            tensor=operand.weight,
+        )
+
+    def _block_of(self, path: str) -> str:
+        blocks = self._blocks
+        while path and path not in blocks:
+            path = path.rpartition(".")[0]
+        return path
+
+    def _memory(self) -> tuple[tuple[SimulatedDevice, ...], tuple[Step, ...]]:
+        """Replay what came and went."""
+        weights = {use.id: use.weights_bytes for use in self.plan.devices}
+        live = dict.fromkeys(weights, 0)
+        peaks = dict.fromkeys(weights, (0, "", ""))
+        steps: dict[tuple[str, str], dict[DeviceId, int]] = {}
+        starts = {events: phase for phase, events, _ in self.phase_starts}
+        phase = ""
+        for place, event in enumerate(self.recorder.events):
+            phase = starts.get(place, phase)
+            device = self.devices.at.get(event.storage, "cpu")
+            live[device] = live.get(device, 0) + event.size_bytes
+            innermost = event.running[-1] if event.running else ""
+            if device in peaks and live[device] > peaks[device][0]:
+                peaks[device] = (live[device], phase, innermost)
+            block = next((path for path in event.running if path in self._blocks), None)
+            if block is not None:
+                seen = steps.setdefault((phase, block), {})
+                seen[device] = max(seen.get(device, 0), live[device])
+        used = tuple(
+            SimulatedDevice(
+                id=device,
+                weights_bytes=size_bytes,
+                cache_bytes=self.cache_bytes.get(device, 0),
+                peak_bytes=size_bytes + peaks[device][0],
+                peak_phase=peaks[device][1],
+                peak_module=peaks[device][2],
+            )
+            for device, size_bytes in weights.items()
+        )
+        ran_on = {(phase, path): device for phase, path, device in self.calls}
+        timeline = tuple(
+            Step(phase=phase, block=block, device=ran_on[phase, block], live_bytes=tuple(sorted(seen.items())))
+            for (phase, block), seen in steps.items()
+            if (phase, block) in ran_on
+        )
+        return used, timeline
+
+    def _links(self) -> tuple[LinkUse, ...]:
+        """What went over each link in each phase, by the last time that it ran."""
+        ranges: dict[str, tuple[int, int]] = {}
+        for number, (phase, _, begin) in enumerate(self.phase_starts):
+            following = self.phase_starts[number + 1 :]
+            ranges[phase] = (begin, following[0][2] if following else len(self.devices.transfers))
+        found: dict[tuple[str, DeviceId, DeviceId], list[int]] = {}
+        for phase, (begin, end) in ranges.items():
+            for transfer in self.devices.transfers[begin:end]:
+                use = found.setdefault((phase, transfer.source, transfer.target), [0, 0, 0])
+                use[0] += 1
+                use[1] += transfer.size_bytes
+                use[2] += transfer.size_bytes if transfer.is_weight else 0
+        return tuple(
+            LinkUse(phase=phase, source=source, target=target, transfers=count, size_bytes=total, weights_bytes=weights)
+            for (phase, source, target), (count, total, weights) in found.items()
+        )

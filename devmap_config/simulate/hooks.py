@@ -1,0 +1,113 @@
+"""Attaches to a model without data the hooks that accelerate attaches for a plan's device_map."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from accelerate import hooks
+
+from devmap_config.dispatch.cpu_compute import compute_on_cpu
+from devmap_config.simulate.devices import NOWHERE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.problem import DeviceId
+    from devmap_config.plan.plan import Plan
+    from devmap_config.simulate.devices import SimulatedDevices
+
+
+def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices) -> None:
+    """Say of every tensor of the model that it is where the plan keeps it."""
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for each in plan.assignments:
+        for name in each.tensors:
+            if name in held:
+                home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+                devices.put(held[name], home)
+
+
+@contextmanager
+def dispatched(
+    model: PreTrainedModel, plan: Plan, devices: SimulatedDevices, absent: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """The model with accelerate's hooks as `dispatch_model` attaches them, what they place and copy simulated.
+
+    Where a plan has one device and nothing is streamed, `from_pretrained` attaches none, and neither does this.
+    `absent` has, for the name of each tensor that is streamed, what is in its place while it is not copied in.
+    """
+    stores = {each.stored_on for each in plan.assignments}
+    if len(stores) == 1 and "disk" not in stores and not plan.compute:
+        yield
+        return
+    main_device = devices.torch_device(plan.main_device)
+    streamed = {each.unit: _is_streamed(each.stored_on, each.executes_on) for each in plan.assignments}
+    execution_device: dict[str, torch.device] = {
+        each.unit: devices.torch_device(each.executes_on) for each in plan.assignments
+    }
+    execution_device[""] = main_device
+    placing = _Placing(model, devices, absent)
+    with patch.object(hooks, "set_module_tensor_to_device", placing):
+        try:
+            hooks.attach_align_device_hook_on_blocks(
+                model,
+                execution_device=execution_device,
+                offload=streamed,
+                offload_buffers=plan.executor.offload_buffers,
+                weights_map=placing.kept,
+                skip_keys=model._skip_keys_device_placement,  # noqa: SLF001 - as transformers passes it
+            )
+            compute_on_cpu(model, plan.compute, switches_experts=False)
+            yield
+        finally:
+            placing.is_over = True
+            hooks.remove_hook_from_submodules(model)
+
+
+def _is_streamed(stored_on: DeviceId, executes_on: DeviceId) -> bool:
+    return stored_on == "disk" or stored_on != executes_on
+
+
+class _Placing:
+    """Stands in for accelerate's `set_module_tensor_to_device`, which needs data."""
+
+    def __init__(self, model: PreTrainedModel, devices: SimulatedDevices, absent: Mapping[str, torch.Tensor]) -> None:
+        self.devices = devices
+        self.absent = absent
+        self.kept = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+        self.names = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
+        self.is_over = False
+
+    def __call__(
+        self, module: torch.nn.Module, tensor_name: str, device: Any, value: torch.Tensor | None = None, **_options: Any
+    ) -> None:
+        """Put a tensor of a module on a device: keep it elsewhere (`meta`), copy it in, or say that it is there."""
+        inner, _dot, leaf = tensor_name.rpartition(".")
+        owner = module.get_submodule(inner)
+        path = ".".join(filter(None, (self.names[id(module)], tensor_name)))
+        if self.is_over:
+            _set(owner, leaf, self.kept[path])
+            return
+        target = self.devices.named(device)
+        if target == NOWHERE:
+            _set(owner, leaf, self.absent[path])
+        elif value is not None:
+            source = self.devices.of(value)
+            _set(owner, leaf, self.devices.moved(value, target, source=source))
+        else:
+            self.devices.put(getattr(owner, leaf), target)
+
+
+def _set(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    if name in module._parameters:  # noqa: SLF001 - the public way would copy
+        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)  # noqa: SLF001
+    else:
+        module._buffers[name] = tensor  # noqa: SLF001

@@ -1,0 +1,87 @@
+"""Remembers dry runs: the same plan of the same model is tried once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.cache import default_directory, library_versions, write_quietly
+from devmap_config.graph.loading import buildable_attention
+from devmap_config.graph.source import digest
+from devmap_config.simulate.simulation import Simulation, Verdict
+
+if TYPE_CHECKING:
+    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.plan.plan import Plan
+
+SCHEMA = "devmap-dry-run/1"
+"""Moves whenever a dry run comes to see something else."""
+
+
+def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = False) -> Verdict | None:
+    """Whether a plan runs: as it was remembered, else tried; `None` where it cannot be tried, without torch."""
+    try:
+        return Verdict.from_json(model.dry_runs[plan_digest(plan)])
+    except (KeyError, TypeError, ValueError):
+        pass  # it was not kept beside the profile, or by another version
+    path = default_directory().parent / "dry-runs" / f"{_key(plan, model)}.json"
+    if not trust_remote_code:  # code that comes with a model may change without its config
+        try:
+            return Verdict.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # it was not tried yet, or what was written is damaged
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return None
+    verdict = Verdict.of(simulation_of(plan, model, trust_remote_code=trust_remote_code))
+    if not trust_remote_code:
+        write_quietly(path, json.dumps(verdict.to_json(), separators=(",", ":")))
+    return verdict
+
+
+def simulation_of(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = False) -> Simulation:
+    """Build the plan's model without data and run it as the plan says. Imports torch."""
+    from devmap_config.graph.introspection import UnbuildableModelError, meta_model
+    from devmap_config.simulate.dry_run import dry_run
+
+    try:
+        with model.source.as_config() as config_path:
+            built = meta_model(
+                config_path,
+                class_name=model.class_name,
+                dtype=model.dtype,
+                attention=buildable_attention(model.attention),
+                trust_remote_code=trust_remote_code,
+            )
+    except UnbuildableModelError as error:
+        return Simulation(outcome="unsimulated", reason=str(error))
+    return dry_run(built, model.graph, plan)
+
+
+def plan_digest(plan: Plan) -> str:
+    """What a plan's dry run depends on besides the model."""
+    return digest(
+        {
+            "assignments": [[each.unit, each.stored_on, each.executes_on] for each in plan.assignments],
+            "devices": [use.id for use in plan.devices],
+            "executor": asdict(plan.executor),
+            "main_device": plan.main_device,
+        }
+    )
+
+
+def _key(plan: Plan, model: LoadedModel) -> str:
+    measurement = model.graph.measurement
+    key: dict[str, Any] = {
+        "schema": SCHEMA,
+        "config": model.source.config_digest,
+        "class": model.class_name,
+        "dtype": model.dtype,
+        "attention": model.attention,
+        "quantization": None if model.quantization is None else model.quantization.to_json(),
+        "workload": None if measurement is None else asdict(measurement.workload),
+        "plan": plan_digest(plan),
+        "libraries": library_versions(),
+    }
+    return digest(key).removeprefix("sha256:")

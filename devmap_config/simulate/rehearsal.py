@@ -1,0 +1,238 @@
+"""The dry run as a stage of compiling: a plan that does not run is mended where a strategy made it, else refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from devmap_config.diagnostics.diagnostic import Related
+from devmap_config.graph.model import ModulePath
+from devmap_config.placement.shortage import amount, rounded
+from devmap_config.rules.folding import fold_paths
+from devmap_config.simulate.memory import plan_digest, verdict_on
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.plan.plan import Plan
+    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.rules.resolution import Decision, Resolution
+    from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
+
+MOST_REPAIRS = 8
+"""So often a plan is made anew with more that is kept together."""
+
+UNREPAIRED_STRATEGIES = ("manual", "single")
+"""These place nothing themselves."""
+
+Together = tuple[tuple["TensorName", ...], ...]
+"""Groups of tensors that must share a device."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The plan that runs, `None` where there is none; what was found of each plan that was tried; one that does not."""
+
+    plan: Plan | None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
+    refused: Plan | None = None
+
+
+def rehearse(
+    plan: Plan,
+    model: LoadedModel,
+    loaded: LoadedProfile,
+    resolution: Resolution,
+    replan: Callable[[Together], Plan | None],
+    sink: Sink,
+    *,
+    trust_remote_code: bool = False,
+) -> Rehearsal:
+    """Dry-run a plan; where a tensor is on the wrong device, keep together what must be and place anew.
+
+    Args:
+        plan: a plan that was verified.
+        model: its model.
+        loaded: its profile.
+        resolution: what its rules decided.
+        replan: makes a plan under which these groups are kept together, or reports why there is none.
+        sink: takes what is found.
+        trust_remote_code: whether code that comes with the model may run.
+    """
+    verdicts: dict[str, Verdict] = {}
+    together: Together = ()
+    current: Plan | None = plan
+    while current is not None:
+        verdict = verdict_on(current, model, trust_remote_code=trust_remote_code)
+        if verdict is None:
+            _warn_without_torch(loaded, sink)
+            break
+        verdicts[plan_digest(current)] = verdict
+        if verdict.outcome == "unsimulated":
+            _warn_unsimulated(verdict, loaded, sink)
+        if verdict.mismatch is None:
+            _check_peaks(verdict.devices, current, model, loaded, sink)
+            break
+        more = _to_keep_together(verdict.mismatch, current, model.graph, resolution, together)
+        if more == together or len(verdicts) > MOST_REPAIRS:
+            _refuse(verdict.mismatch, current, model.graph, resolution, loaded, sink)
+            break
+        together = more
+        current = replan(together)
+    if together and (current is None or not sink.has_errors):
+        _tell_what_is_kept(together, model.graph, loaded, sink)
+    return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
+
+
+def _to_keep_together(
+    mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution, before: Together
+) -> Together:
+    """What must be kept together so that this does not come about; the same as before where that cannot help.
+
+    What is inside of one block concerns every block of its class. What passes between blocks brings in all that the
+    measurement saw to belong together.
+    """
+    if plan.strategy in UNREPAIRED_STRATEGIES:
+        return before
+    blocks = list(dict.fromkeys(party.block for party in mismatch.parties if party.block))
+    running = _block_of(graph, mismatch.running)
+    if running and running not in blocks:
+        blocks.append(running)
+    if len(blocks) == 1 and blocks[0] in graph.modules:
+        class_name = graph.modules[ModulePath(blocks[0])].class_name
+        alike = [path for path in graph.blocks if graph.modules[path].class_name == class_name]
+        found: list[tuple[TensorName, ...]] = [_tensors(graph, path) for path in alike]
+    elif blocks:
+        bonds = () if graph.measurement is None else graph.measurement.bonds
+        found = [sum((_tensors(graph, path) for path in bond), ()) for bond in (*bonds, tuple(blocks))]
+    else:
+        return before
+    kept = dict.fromkeys([*before, *(names for names in found if _can_be_together(names, resolution))])
+    return tuple(kept)
+
+
+def _can_be_together(names: tuple[TensorName, ...], resolution: Resolution) -> bool:
+    devices = {resolution.decisions[name].device for name in names if name in resolution.decisions}
+    return len(names) > 1 and len(devices) <= 1
+
+
+def _block_of(graph: ModelGraph, path: str) -> str:
+    while path and ModulePath(path) not in graph.blocks:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _tensors(graph: ModelGraph, block: str) -> tuple[TensorName, ...]:
+    module = graph.modules.get(ModulePath(block))
+    return () if module is None else tuple(tensor.name for tensor in module.tensors())
+
+
+# What is said
+
+
+def _refuse(
+    mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution, loaded: LoadedProfile, sink: Sink
+) -> None:
+    first, second = mismatch.parties[:2]
+    decisions = [(party, _decision(party, plan, graph, resolution)) for party in (first, second)]
+    decided = [(party, decision) for party, decision in decisions if decision is not None]
+    where = f"`{mismatch.running}`" if mismatch.running else "the model"
+    related: tuple[Related, ...] = ()
+    if decided:
+        decided.sort(key=lambda pair: pair[1].rule.span)
+        span = decided[-1][1].rule.span
+        related = tuple(
+            Related(message=f"{party.device} comes from here", span=decision.rule.span)
+            for party, decision in decided[:-1]
+            if decision.rule is not decided[-1][1].rule
+        )
+    else:
+        span = loaded.span("placement", "strategy")
+    sink.error(
+        "device-mismatch",
+        f"the plan does not run: in {where}, `{mismatch.operation}` takes {_described(first)} and {_described(second)}",
+        span,
+        help=_mend(first, second, mismatch, graph),
+        related=related,
+    )
+
+
+def _described(party: Party) -> str:
+    if party.tensor is not None:
+        return f"`{party.tensor}` on {party.device}"
+    return f"what `{party.made_by}` made on {party.device}" if party.made_by else f"a tensor on {party.device}"
+
+
+def _decision(party: Party, plan: Plan, graph: ModelGraph, resolution: Resolution) -> Decision | None:
+    """The rule that put a party where it is: of its module, or of the next one around it that a rule decides for."""
+    path = party.tensor or party.made_by
+    while path:
+        names = [name for name in graph.tensors if name == path or name.startswith(f"{path}.")]
+        for name in names:
+            decision = resolution.decisions.get(name)
+            if decision is not None and party.device in (decision.device, plan.main_device):
+                return decision
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _mend(first: Party, second: Party, mismatch: Mismatch, graph: ModelGraph) -> str:
+    blocks = list(dict.fromkeys(filter(None, (first.block, second.block, _block_of(graph, mismatch.running)))))
+    if not blocks:
+        return "give what it reads and what it is one device"
+    if len(blocks) == 1:
+        return f"give all of `{blocks[0]}` one device"
+    patterns = ", ".join(f"`{block}`" for block in blocks)
+    return f"give {patterns} one device, or pin them by one rule with `keep_together: true`"
+
+
+def _check_peaks(
+    devices: tuple[SimulatedDevice, ...], plan: Plan, model: LoadedModel, loaded: LoadedProfile, sink: Sink
+) -> None:
+    """What was held at once must fit. Of a quantised model the dry run saw the dense one, and cannot tell."""
+    if model.quantization is not None or not plan.measured:
+        return
+    capacities = {use.id: use.capacity_bytes for use in plan.devices}
+    for device in devices:
+        missing_bytes = device.peak_bytes - capacities[device.id]
+        if missing_bytes > 0:
+            sink.error(
+                "over-capacity",
+                f"{device.id} holds {rounded(device.peak_bytes)} at once in {device.peak_phase}, in"
+                f" `{device.peak_module or 'the model'}`, and has {rounded(capacities[device.id])}:"
+                f" {amount(missing_bytes)} are missing",
+                loaded.span("workload", "context_length"),
+                help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
+            )
+
+
+def _tell_what_is_kept(together: Together, graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
+    blocks = dict.fromkeys(_block_of(graph, name) for names in together for name in names)
+    patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(filter(None, blocks)))
+    sink.warning(
+        "kept-together",
+        f"the model does not run with these blocks apart, or split, so they are kept together: {patterns}",
+        loaded.span("placement", "strategy"),
+        help="nothing is to be done; a pin with `keep_together: true` says the same",
+    )
+
+
+def _warn_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink) -> None:
+    sink.warning(
+        "not-simulated",
+        f"whether the plan runs could not be tried: the model's code needs data ({verdict.reason})",
+        loaded.span("model", "source"),
+        help="try it where it is to run: `devmap run`",
+    )
+
+
+def _warn_without_torch(loaded: LoadedProfile, sink: Sink) -> None:
+    sink.warning(
+        "not-simulated",
+        "whether the plan runs was not tried: torch is not installed here",
+        loaded.span("model", "source"),
+        help="compile with `--vendor` where torch is, or pass `--no-simulate`",
+    )

@@ -1,0 +1,150 @@
+"""What a dry run of a plan showed, as frozen data that needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.placement.problem import DeviceId
+
+Outcome = Literal["runs", "mismatch", "unsimulated"]
+"""It ran; it does not run, for a tensor is on the wrong device; or it cannot be told, since its code needs data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Party:
+    """A tensor of an operation that does not run: its device, the block that made or holds it, and which it is.
+
+    `tensor` is a weight's name; `None` for what was computed. `block` is `""` for what the model makes outside of every
+    block.
+    """
+
+    device: DeviceId
+    block: str
+    made_by: str
+    tensor: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """An operation over tensors of two devices, in this phase, while this module was the innermost that ran."""
+
+    operation: str
+    phase: str
+    running: str
+    parties: tuple[Party, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedDevice:
+    """What a device held while it ran, in bytes.
+
+    `peak_bytes` is the most at once, weights and cache included; it came about in `peak_phase`, in `peak_module`.
+    `cache_bytes` is what the cache's tensors show there after the prefill.
+    """
+
+    id: DeviceId
+    weights_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+    peak_phase: str
+    peak_module: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUse:
+    """What went over a link in one phase; `weights_bytes` of `size_bytes` were weights that are streamed."""
+
+    phase: str
+    source: DeviceId
+    target: DeviceId
+    transfers: int
+    size_bytes: int
+    weights_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A block that ran: on which device, and the most that was held on each device meanwhile, weights left out."""
+
+    phase: str
+    block: str
+    device: DeviceId
+    live_bytes: tuple[tuple[DeviceId, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """A dry run of a plan: its outcome, and what was seen until then.
+
+    `hops` are the times that a forward went on to another device, from block to block, in the last phase. `calls` tells
+    for every module in which phase it was called and on which device its result was.
+    """
+
+    outcome: Outcome
+    devices: tuple[SimulatedDevice, ...] = ()
+    links: tuple[LinkUse, ...] = ()
+    steps: tuple[Step, ...] = ()
+    calls: tuple[tuple[str, str, DeviceId], ...] = ()
+    hops: int = 0
+    mismatch: Mismatch | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "mismatch": None if self.mismatch is None else asdict(self.mismatch),
+            "hops": self.hops,
+            "devices": [asdict(device) for device in self.devices],
+            "links": [asdict(link) for link in self.links],
+            "steps": [{**asdict(step), "live_bytes": dict(step.live_bytes)} for step in self.steps],
+            "calls": [{"phase": phase, "module": path, "device": device} for phase, path, device in self.calls],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is remembered of a dry run: whether the plan runs, and what each device held at most."""
+
+    outcome: Outcome
+    devices: tuple[SimulatedDevice, ...] = ()
+    mismatch: Mismatch | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, simulation: Simulation) -> Verdict:
+        """What is remembered of this dry run."""
+        return cls(
+            outcome=simulation.outcome,
+            devices=simulation.devices,
+            mismatch=simulation.mismatch,
+            reason=simulation.reason,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; `from_json` gives it back, equal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Verdict:
+        """What `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: where the value is not one.
+        """
+        if set(value) != {each.name for each in fields(cls)}:
+            raise ValueError("not a verdict")
+        mismatch = value["mismatch"]
+        return cls(
+            outcome=value["outcome"],
+            devices=tuple(SimulatedDevice(**device) for device in value["devices"]),
+            mismatch=None
+            if mismatch is None
+            else Mismatch(**{**mismatch, "parties": tuple(Party(**party) for party in mismatch["parties"])}),
+            reason=value["reason"],
+        )
