@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
 from devmap_config.graph.forwards import Forwards, cache_tensors
-from devmap_config.graph.recording import Recorder, Traffic, replace_tensors, shown_bytes, total_bytes
+from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,20 +104,20 @@ class _Runner:
         costs = tuple(ModuleCost(path=path, **self.costs[path]) for path in modules)
         return Measurement(workload, costs, crossings, bonds)
 
-    def prefill(self, length: int) -> tuple[Recorder, Any]:
+    def prefill(self, length: int) -> tuple[Meter, Any]:
         recorder, cache = self.run(self.forwards.prefill_inputs(length), None)
         serials = (recorder.serial_of(tensor) for tensor in cache_tensors(cache))
         recorder.kept = frozenset(serial for serial in serials if serial is not None)
         return recorder, cache
 
-    def run(self, inputs: dict[str, Any], cache: Any) -> tuple[Recorder, Any]:
-        recorder = Recorder(self.names, self.weights, self.traffic())
+    def run(self, inputs: dict[str, Any], cache: Any) -> tuple[Meter, Any]:
+        recorder = Meter(self.names, self.weights, self.traffic())
         for tensor in cache_tensors(cache):
             recorder.watch_for_release(tensor)
         with recorder.watching(self.forwards.model):
             return recorder, self.forwards.run(inputs)
 
-    def add_cache(self, recorder: Recorder, tensors: list[torch.Tensor]) -> None:
+    def add_cache(self, recorder: Meter, tensors: list[torch.Tensor]) -> None:
         """What the cache shows, and what its storages keep alive besides, by the module that made them."""
         storages: dict[int, tuple[str, int]] = {}
         shown: dict[str, int] = {}
@@ -131,7 +131,7 @@ class _Runner:
             self.cost(module)["cache_bytes"] = size_bytes
             self.cost(module)["retained_bytes"] = max(held - size_bytes, 0)
 
-    def add_peaks(self, recorder: Recorder, phase: str) -> None:
+    def add_peaks(self, recorder: Meter, phase: str) -> None:
         """Replay what came and went, without what the cache keeps, and note each module's peak."""
         live = 0
         for event in recorder.events:
@@ -192,7 +192,7 @@ class _Runner:
             alike.setdefault((parent, *figures), []).append(block)
         return list(alike.values())
 
-    def add_work(self, recorder: Recorder, phase: str) -> None:
+    def add_work(self, recorder: Meter, phase: str) -> None:
         for module, count in recorder.operations.items():
             self.cost(module)[f"{phase}_operations"] = count
         for module, count in recorder.touched_bytes.items():
@@ -204,7 +204,7 @@ class _Runner:
         for module, size_bytes in recorder.traffic.output_bytes.items():
             self.cost(module)[f"{phase}_output_bytes"] = size_bytes
 
-    def add_growth(self, recorder: Recorder, tensors: list[torch.Tensor], shown_before: int) -> None:
+    def add_growth(self, recorder: Meter, tensors: list[torch.Tensor], shown_before: int) -> None:
         """What a token adds to the cache, by the module that made it; else by each module's share of the cache."""
         growth = total_bytes(tensors) - shown_before
         shown: dict[str, int] = {}

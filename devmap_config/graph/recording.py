@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """A storage that came to be (positive) or went (negative), while these modules were running."""
@@ -30,35 +33,25 @@ class Event:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Notes storages as they come and go, operations and bytes touched, for the modules that are running."""
+    """Notes storages as they come and go, and the modules that are running meanwhile."""
 
-    def __init__(self, names: dict[int, str], known: frozenset[int], traffic: Traffic) -> None:
+    def __init__(self, names: dict[int, str], known: frozenset[int]) -> None:
         super().__init__()
         self.names = names
-        self.traffic = traffic
         self.running: tuple[str, ...] = ()
         self.events: list[Event] = []
         self.maker: dict[int, str] = {}
-        self.operations: dict[str, int] = {}
-        self.touched_bytes: dict[str, int] = {}
-        self.launches: dict[str, int] = {}
-        self.order: dict[str, None] = {}
-        self.kept: frozenset[int] = frozenset()
         self._known = set(known)
         self._alive: dict[int, int] = {}
         self._serial = len(known)
 
-    def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
+    def enter(self, module: torch.nn.Module, _arguments: Any, _options: Any) -> None:
         """A module begins to run."""
-        path = self.names[id(module)]
-        self.running = (*self.running, path)
-        self.order.setdefault(path)
-        self.traffic.enter(path, arguments, options, self.serial_of)
+        self.running = (*self.running, self.names[id(module)])
 
-    def leave(self, module: torch.nn.Module, _arguments: Any, _options: Any, output: Any) -> None:
+    def leave(self, _module: torch.nn.Module, _arguments: Any, _options: Any, _output: Any) -> None:
         """A module has run."""
         self.running = self.running[:-1]
-        self.traffic.leave(self.names[id(module)], output)
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -72,7 +65,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
                 leaving = module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
                 stack.callback(leaving.remove)
             stack.enter_context(self)
-            stack.enter_context(AttentionKernel(self))
             yield
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -83,25 +75,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
             result = function(*arguments, **options)
         if function.namespace == "prim" or function.is_view:
             return result
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        inputs = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)]
+        outputs = list(tensors_in(result))
         for tensor in outputs:
             self.note(tensor)
-        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
-        self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
+        self.observe(function, arguments, options, result, outputs)
         return result
 
-    def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        """Count what a kernel does that is not run."""
-        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
-        self.count(operations, sum(map(shown_bytes, (*inputs, *outputs))))
-
-    def count(self, operations: int, touched_bytes: int) -> None:
-        """Add to what the innermost running module does itself."""
-        module = self.running[-1] if self.running else ""
-        self.operations[module] = self.operations.get(module, 0) + operations
-        self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
-        self.launches[module] = self.launches.get(module, 0) + 1
+    def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
+        """See an operation that was run, the storages of whose outputs are noted."""
 
     def note(self, tensor: torch.Tensor) -> None:
         """Note a storage that is new."""
@@ -137,6 +118,55 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
     def serial_of(self, tensor: torch.Tensor) -> int | None:
         """Under which number a tensor's storage was noted."""
         return self._alive.get(storage_key(tensor))
+
+
+class Meter(Recorder):
+    """Counts besides what modules compute and touch, and notes what passes between blocks."""
+
+    def __init__(self, names: dict[int, str], known: frozenset[int], traffic: Traffic) -> None:
+        super().__init__(names, known)
+        self.traffic = traffic
+        self.operations: dict[str, int] = {}
+        self.touched_bytes: dict[str, int] = {}
+        self.launches: dict[str, int] = {}
+        self.order: dict[str, None] = {}
+        self.kept: frozenset[int] = frozenset()
+
+    def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
+        """A module begins to run."""
+        super().enter(module, arguments, options)
+        path = self.running[-1]
+        self.order.setdefault(path)
+        self.traffic.enter(path, arguments, options, self.serial_of)
+
+    def leave(self, module: torch.nn.Module, arguments: Any, options: Any, output: Any) -> None:
+        """A module has run."""
+        super().leave(module, arguments, options, output)
+        self.traffic.leave(self.names[id(module)], output)
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Watch what runs, attention as a fused kernel runs it."""
+        with super().watching(model), AttentionKernel(self):
+            yield
+
+    def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
+        """Count an operation."""
+        inputs = list(tensors_in((arguments, options)))
+        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
+        self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
+
+    def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Count what a kernel does that is not run."""
+        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
+        self.count(operations, sum(map(shown_bytes, (*inputs, *outputs))))
+
+    def count(self, operations: int, touched_bytes: int) -> None:
+        """Add to what the innermost running module does itself."""
+        module = self.running[-1] if self.running else ""
+        self.operations[module] = self.operations.get(module, 0) + operations
+        self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
+        self.launches[module] = self.launches.get(module, 0) + 1
 
 
 @dataclass
@@ -202,28 +232,36 @@ class Traffic:
 
 
 class AttentionKernel(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Attention as a fused kernel runs it: besides the output it makes one number a row, and no matrix of scores.
+    """Runs attention as a fused kernel does, and has the meter count it."""
 
-    Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
-    values differ in size, as in latent attention.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, meter: Meter) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.meter = meter
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         del types
         options = options or {}
-        if function is not torch.nn.functional.scaled_dot_product_attention:
+        output = fused_attention(*arguments, **options) if function is ATTENTION else None
+        if output is None:
             return function(*arguments, **options)
         query, key, value = arguments[:3]
-        if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
-            return function(*arguments, **options)  # fused kernels do not broadcast heads; then the scores are formed
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
-        self.recorder.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
+        self.meter.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
         return output
+
+
+def fused_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_arguments: Any, **options: Any
+) -> torch.Tensor | None:
+    """The output of attention as a fused kernel makes it: with one number a row besides, and no matrix of scores.
+
+    Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
+    values differ in size, as in latent attention. `None` where no fused kernel has the shape.
+    """
+    if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
+        return None  # fused kernels do not broadcast heads; then the scores are formed
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
+    return output
 
 
 def replace_tensors(model: PreTrainedModel) -> frozenset[int]:
@@ -243,6 +281,18 @@ def replace_tensors(model: PreTrainedModel) -> frozenset[int]:
             if buffer is not None:
                 module._buffers[name] = fake(buffer)  # noqa: SLF001
     return frozenset(storage_key(tensor) for tensor in replaced.values())
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments or results of an operation."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_in(each)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -9,26 +9,25 @@ with torch, no accelerator is touched where there is one, and nothing is left be
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from devmap_config.graph.recording import shown_bytes, storage_key
+from devmap_config.graph.recording import ATTENTION, Recorder, fused_attention, shown_bytes, storage_key, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from devmap_config.graph.recording import Recorder
     from devmap_config.placement.problem import DeviceId
 
 ACCELERATOR = "privateuseone"
 """The type of torch device that a simulated accelerator has: no code of a model or library takes it for a real one."""
+
+CPU = torch.device("cpu")
 
 NOWHERE = "meta"
 """Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
@@ -77,27 +76,37 @@ class Transfer:
     is_weight: bool = False
 
 
-@dataclass
-class SimulatedDevices:
+class SimulatedDevices(Recorder):
     """Where every tensor is, and what went from one device to another.
 
-    `accelerators` are the plan's, in the order of their simulated indices; `names` the weights by their storage.
+    `accelerators` are the plan's, in the order of their simulated indices; `weights` the names of the weights by their
+    storage, `known` all the storages that were there before.
     """
 
-    accelerators: Sequence[DeviceId]
-    recorder: Recorder
-    names: Mapping[int, str]
-    transfers: list[Transfer] = field(default_factory=list)
-    at: dict[int, DeviceId] = field(default_factory=dict)
-    """The device of each storage that was noted, by its number."""
-    _weights: dict[int, DeviceId] = field(default_factory=dict)
-    _explicit: DeviceId | None = None
-    _inherited: DeviceId = "cpu"
-    _depth: int = 0
+    def __init__(
+        self,
+        accelerators: Sequence[DeviceId],
+        modules: dict[int, str],
+        known: frozenset[int],
+        weights: Mapping[int, str],
+    ) -> None:
+        super().__init__(modules, known)
+        self.accelerators = tuple(accelerators)
+        self.weights = weights
+        self.transfers: list[Transfer] = []
+        self.at: dict[int, DeviceId] = {}
+        """The device of each storage that was noted, by its number."""
+        self._put: dict[int, DeviceId] = {}
+        self._torch_devices = {
+            device: torch.device(ACCELERATOR, index) for index, device in enumerate(self.accelerators)
+        } | {NOWHERE: torch.device(NOWHERE)}
+        self._explicit: DeviceId | None = None
+        self._inherited: DeviceId = "cpu"
+        self._depth = 0
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Tensors are on simulated devices within; the recorder must be watching, so that storages have numbers."""
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Watch what runs; tensors are on simulated devices within."""
         of_torch = FakeTensor.device
 
         def device(tensor: FakeTensor) -> torch.device:
@@ -105,7 +114,7 @@ class SimulatedDevices:
             answered: torch.device = of_torch.fget(tensor) if self._depth else self.torch_device(self.of(tensor))
             return answered
 
-        with patch.object(FakeTensor, "device", property(device)), _Operations(self), _Functions(self):
+        with patch.object(FakeTensor, "device", property(device)), super().watching(model), _Functions(self):
             yield
 
     @contextmanager
@@ -113,29 +122,45 @@ class SimulatedDevices:
         """Code of torch runs within: tensors answer as torch made them."""
         self._depth += 1
         try:
-            yield
+            with torch._C.DisableTorchFunction():  # noqa: SLF001 - the only way to spare functions within functions
+                yield
         finally:
             self._depth -= 1
 
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function._schema.name  # noqa: SLF001
+        inputs = list(tensors_in((arguments, options)))
+        device: DeviceId | None = None
+        if name in MAY_MIX:
+            device = self.of(inputs[0]) if inputs else None
+        elif self._explicit is None:
+            if name in INDEXES:
+                inputs = [arguments[0], *(each for each in inputs[1:] if self.of(each) != "cpu")]
+            device = self.check(name.removeprefix("aten::"), inputs)
+        with self.within_torch():
+            if name == "aten::histc" and not inputs[0].is_floating_point():  # only accelerators count integers
+                arguments = (inputs[0].float(), *arguments[1:])
+            result = super().__torch_dispatch__(function, types, arguments, options)
+        self.label(tensors_in(result), device or "cpu")
+        return result
+
     def put(self, weight: torch.Tensor, device: DeviceId) -> None:
         """Say where a weight is."""
-        self._weights[storage_key(weight)] = device
+        self._put[storage_key(weight)] = device
 
     def of(self, tensor: torch.Tensor) -> DeviceId | None:
         """The device of a tensor; `None` where that cannot be told, as of what a model keeps on meta for itself."""
         key = storage_key(tensor)
-        if (device := self._weights.get(key)) is not None:
+        if (device := self._put.get(key)) is not None:
             return device
-        serial = self.recorder.serial_of(tensor)
+        serial = self.serial_of(tensor)
         if serial is not None:
             return self.at.get(serial, "cpu")
         return None if tensor.is_meta else "cpu"
 
     def torch_device(self, device: DeviceId | None) -> torch.device:
         """What a tensor on this device says of it."""
-        if device is not None and device in self.accelerators:
-            return torch.device(ACCELERATOR, list(self.accelerators).index(device))
-        return torch.device(NOWHERE if device == NOWHERE else "cpu")
+        return CPU if device is None else self._torch_devices.get(device, CPU)
 
     def named(self, device: Any) -> DeviceId:
         """The device that torch's own name for it means here; without an index, the first accelerator."""
@@ -154,8 +179,8 @@ class SimulatedDevices:
         with self.making_on(target), self.within_torch():
             copy = tensor.detach().clone()
         size_bytes = shown_bytes(tensor)
-        is_weight = storage_key(tensor) in self._weights
-        self.transfers.append(Transfer(here, target, size_bytes, self.running, is_weight))
+        is_weight = storage_key(tensor) in self._put
+        self.transfers.append(Transfer(here, target, size_bytes, self.innermost, is_weight))
         return copy
 
     @contextmanager
@@ -169,9 +194,9 @@ class SimulatedDevices:
             self._explicit, self._inherited = before
 
     @property
-    def running(self) -> str:
+    def innermost(self) -> str:
         """The innermost module that is running."""
-        return self.recorder.running[-1] if self.recorder.running else ""
+        return self.running[-1] if self.running else ""
 
     def check(self, name: str, tensors: Iterable[torch.Tensor]) -> DeviceId:
         """The device of an operation over these tensors. A number on the CPU goes with any.
@@ -191,7 +216,7 @@ class SimulatedDevices:
             found.setdefault(device, tensor)
         if len(found) > 1:
             operands = [self._operand(device, tensor) for device, tensor in found.items()]
-            raise DeviceMismatchError(name, operands, self.running)
+            raise DeviceMismatchError(name, operands, self.innermost)
         if found:
             return next(iter(found))
         return "cpu" if numbers else self._inherited
@@ -200,50 +225,16 @@ class SimulatedDevices:
         """Note where the results of an operation are; what was there before stays where it is."""
         for tensor in tensors:
             if self._explicit is not None:
-                self.recorder.note(tensor)  # what is made from a list of numbers comes as if it had been there
-            serial = self.recorder.serial_of(tensor)
+                self.note(tensor)  # what is made from a list of numbers comes as if it had been there
+            serial = self.serial_of(tensor)
             if serial is not None:
                 self.at.setdefault(serial, self._explicit or device)
 
-    @property
-    def makes_explicitly(self) -> bool:
-        """Whether the function that is running says where its result is to be."""
-        return self._explicit is not None
-
     def _operand(self, device: DeviceId, tensor: torch.Tensor) -> Operand:
-        weight = self.names.get(storage_key(tensor))
-        serial = self.recorder.serial_of(tensor)
-        made_by = self.recorder.maker.get(serial, "") if serial is not None else (weight or "").rpartition(".")[0]
+        weight = self.weights.get(storage_key(tensor))
+        serial = self.serial_of(tensor)
+        made_by = self.maker.get(serial, "") if serial is not None else (weight or "").rpartition(".")[0]
         return Operand(device, made_by, weight)
-
-
-class _Operations(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Notes where results are, and refuses operations over tensors of two devices."""
-
-    def __init__(self, devices: SimulatedDevices) -> None:
-        super().__init__()
-        self.devices = devices
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        del types
-        options = options or {}
-        name = function._schema.name  # noqa: SLF001
-        inputs = _tensors((arguments, options))
-        device: DeviceId | None
-        if name in MAY_MIX:
-            device = self.devices.of(inputs[0]) if inputs else None
-        elif self.devices.makes_explicitly:
-            device = None
-        else:
-            if name in INDEXES:
-                inputs = [arguments[0], *(each for each in inputs[1:] if self.devices.of(each) != "cpu")]
-            device = self.devices.check(name.removeprefix("aten::"), inputs)
-        with self.devices.within_torch():
-            if name == "aten::histc" and not inputs[0].is_floating_point():  # only accelerators count integers
-                arguments = (inputs[0].float(), *arguments[1:])
-            result = function(*arguments, **options)
-        self.devices.label(_tensors(result), device or "cpu")
-        return result
 
 
 class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
@@ -267,12 +258,13 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
             options["device"] = explicit if explicit == NOWHERE else "cpu"
             if function in (torch.as_tensor, torch.asarray) and isinstance(arguments[0], torch.Tensor):
                 return devices.moved(function(*arguments, **options), explicit)
-        tensors = _tensors((arguments, options))
+        tensors = list(tensors_in((arguments, options)))
         inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), "cpu")
-        if function is torch.nn.functional.scaled_dot_product_attention:
+        if function is ATTENTION:
             devices.check("scaled_dot_product_attention", tensors)
         with devices.making_on(explicit, inherited), devices.within_torch():
-            return function(*arguments, **options)
+            output = fused_attention(*arguments, **options) if function is ATTENTION else None
+            return function(*arguments, **options) if output is None else output
 
     def _answer(self, getter: str, tensor: torch.Tensor) -> Any:
         device = self.devices.torch_device(self.devices.of(tensor))
@@ -307,7 +299,3 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
         with self.devices.within_torch():
             converted: torch.Tensor = moved.to(dtype, **options)
         return converted
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ModulePath
-from devmap_config.graph.recording import Recorder, Traffic, replace_tensors, shown_bytes, storage_key
+from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key
 from devmap_config.placement.problem import is_accelerator
 from devmap_config.simulate.devices import NOWHERE, DeviceMismatchError, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, place_weights
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import Operand
 
-DECODED_TOKENS = 2
-"""The first token after a prefill may find the cache in another state than those that follow."""
+DECODED_TOKENS = 1
+"""What the second token finds is what the first one found, but for one more position in the cache."""
 
 WITHOUT_WORKLOAD = Workload(batch_size=1, context_length=16, prompt_length=16)
 """What is run where the profile names no context: enough to see whether the plan runs."""
@@ -71,7 +71,6 @@ class _Run:
     model: PreTrainedModel
     graph: ModelGraph
     plan: Plan
-    recorder: Recorder
     devices: SimulatedDevices
     absent: dict[str, torch.Tensor]
     phase: str = ""
@@ -88,14 +87,13 @@ class _Run:
         absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
         known |= {storage_key(tensor) for tensor in absent.values()}
         paths = {id(module): path for path, module in model.named_modules()}
-        recorder = Recorder(paths, known, Traffic(dict.fromkeys(graph.blocks), frozenset(graph.skip_keys)))
         accelerators = tuple(use.id for use in plan.devices if is_accelerator(use.id))
         names = {storage_key(tensor): name for name, tensor in reversed(held.items())}
-        devices = SimulatedDevices(accelerators, recorder, names)
+        devices = SimulatedDevices(accelerators, paths, known, names)
         for tensor in absent.values():
             devices.put(tensor, NOWHERE)
         place_weights(model, plan, graph, devices)
-        return cls(model, graph, plan, recorder, devices, absent)
+        return cls(model, graph, plan, devices, absent)
 
     @contextmanager
     def dispatched(self) -> Iterator[None]:
@@ -103,8 +101,7 @@ class _Run:
         handles = [module.register_forward_hook(self._called, always_call=False) for module in self.model.modules()]
         try:
             with (
-                self.recorder.watching(self.model),
-                self.devices.active(),
+                self.devices.watching(self.model),
                 dispatched(self.model, self.plan, self.devices, self.absent),
             ):
                 yield
@@ -129,7 +126,7 @@ class _Run:
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
-        self.phase_starts.append((phase, len(self.recorder.events), len(self.devices.transfers)))
+        self.phase_starts.append((phase, len(self.devices.events), len(self.devices.transfers)))
         # What a call is told of is the last time that each phase ran.
         self.calls = [call for call in self.calls if call[0] != phase]
 
@@ -137,7 +134,7 @@ class _Run:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
         device = None if first is None else self.devices.of(first)
         if device is not None:
-            self.calls.append((self.phase, self.recorder.names[id(module)], device))
+            self.calls.append((self.phase, self.devices.names[id(module)], device))
 
     # What was seen
 
@@ -194,7 +191,7 @@ class _Run:
         steps: dict[tuple[str, str], dict[DeviceId, int]] = {}
         starts = {events: phase for phase, events, _ in self.phase_starts}
         phase = ""
-        for place, event in enumerate(self.recorder.events):
+        for place, event in enumerate(self.devices.events):
             phase = starts.get(place, phase)
             device = self.devices.at.get(event.storage, "cpu")
             live[device] = live.get(device, 0) + event.size_bytes
