@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 @click.command("simulate")
 @profile_argument
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=2, show_default=True, help="How many are decoded after the prefill."
+)
 @format_option("table", "json")
 @set_option
 @quiet_option
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 @remote_code_option
 def simulate(
     profile: Path,
+    tokens: int,
     output_format: str,
     variables: dict[str, str],
     quiet: bool,
@@ -58,7 +62,7 @@ def simulate(
     tried = compilation.plan or compilation.refused
     simulation = None
     if tried is not None and compilation.model is not None:
-        simulation = simulation_of(tried, compilation.model, trust_remote_code=trust_remote_code)
+        simulation = simulation_of(tried, compilation.model, decoded_tokens=tokens, trust_remote_code=trust_remote_code)
     data = {
         "plan": compilation.plan.to_json() if compilation.plan else None,
         "simulation": simulation.to_json() if simulation else None,

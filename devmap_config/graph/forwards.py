@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +19,10 @@ CACHE_NAMES = ("past_key_values", "cache_params")
 
 @dataclass
 class Forwards:
-    """Forwards of a model whose tensors are fake, under a workload. Inputs are on the `device`."""
+    """Forwards of a model whose tensors are fake, under a workload."""
 
     model: PreTrainedModel
     workload: Workload
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _encoded: Any = None
 
     def prefill_inputs(self, length: int) -> dict[str, Any]:
@@ -70,13 +69,13 @@ class Forwards:
         return "decoder_input_ids" in self._accepted
 
     def _tokens(self, length: int) -> torch.Tensor:
-        return torch.ones((self.workload.batch_size, length), dtype=torch.long, device=self.device)
+        return torch.ones((self.workload.batch_size, length), dtype=torch.long)
 
     def _features(self) -> torch.Tensor:
         """What Whisper's encoder hears: windows of one length, of which its first convolutions keep every second."""
         config = self.model.config
         shape = (self.workload.batch_size, config.num_mel_bins, 2 * config.max_source_positions)
-        return torch.ones(shape, dtype=self.model.dtype, device=self.device)
+        return torch.ones(shape, dtype=self.model.dtype)
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -44,6 +45,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
         self._known = set(known)
         self._alive: dict[int, int] = {}
         self._serial = len(known)
+        self._ignores = False
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """What is made within counts as if it had been there before: what a model is given, say."""
+        self._ignores = True
+        try:
+            yield
+        finally:
+            self._ignores = False
 
     def enter(self, module: torch.nn.Module, _arguments: Any, _options: Any) -> None:
         """A module begins to run."""
@@ -89,6 +100,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
         storage = tensor.untyped_storage()
         key = storage._cdata  # noqa: SLF001 - its identity
         if key in self._known or key in self._alive:
+            return
+        if self._ignores:
+            self._known.add(key)
+            finalize(storage, self._known.discard, key)
             return
         size_bytes = storage.nbytes()
         self._serial += 1  # an address may be used again
@@ -188,7 +203,7 @@ class Traffic:
     def enter(self, path: str, arguments: Any, options: Any, serial_of: Callable[[torch.Tensor], int | None]) -> None:
         """Note what a module is given, and by which block that was made."""
         named = {name: value for name, value in options.items() if name not in self.skipped}
-        tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
+        tensors = list(_brought_along((arguments, named)))
         self.input_bytes[path] = max(self.input_bytes.get(path, 0), total_bytes(tensors))
         if path not in self.blocks:
             return
@@ -293,6 +308,15 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for each in value.values():
             yield from tensors_in(each)
+
+
+def _brought_along(inputs: Any) -> Iterator[torch.Tensor]:
+    """The tensors that accelerate copies to where a module runs: also those of a mapping that knows how to be moved."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping) and hasattr(leaf, "to"):
+            yield from _brought_along(dict(leaf))
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from devmap_config.graph.costs import Measurement
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 
-SCHEMA = "devmap-graph/4"
+SCHEMA = "devmap-graph/5"
 """Moves whenever the value below, or what introspection reads into it, changes."""
 
 

@@ -144,18 +144,17 @@ class SimulatedDevices(Recorder):
         self.label(tensors_in(result), device or "cpu")
         return result
 
-    def put(self, weight: torch.Tensor, device: DeviceId) -> None:
-        """Say where a weight is."""
-        self._put[storage_key(weight)] = device
+    def put(self, tensor: torch.Tensor, device: DeviceId) -> None:
+        """Say where something is that was there before."""
+        self._put[storage_key(tensor)] = device
 
     def of(self, tensor: torch.Tensor) -> DeviceId | None:
         """The device of a tensor; `None` where that cannot be told, as of what a model keeps on meta for itself."""
-        key = storage_key(tensor)
-        if (device := self._put.get(key)) is not None:
-            return device
         serial = self.serial_of(tensor)
         if serial is not None:
             return self.at.get(serial, "cpu")
+        if (device := self._put.get(storage_key(tensor))) is not None:
+            return device
         return None if tensor.is_meta else "cpu"
 
     def torch_device(self, device: DeviceId | None) -> torch.device:
@@ -179,7 +178,7 @@ class SimulatedDevices(Recorder):
         with self.making_on(target), self.within_torch():
             copy = tensor.detach().clone()
         size_bytes = shown_bytes(tensor)
-        is_weight = storage_key(tensor) in self._put
+        is_weight = storage_key(tensor) in self.weights
         self.transfers.append(Transfer(here, target, size_bytes, self.innermost, is_weight))
         return copy
 

@@ -21,7 +21,7 @@ from devmap_config.simulate.hooks import dispatched, place_weights
 from devmap_config.simulate.simulation import LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import Operand
 
-DECODED_TOKENS = 1
-"""What the second token finds is what the first one found, but for one more position in the cache."""
+INPUT_NAMES = ("input_ids", "decoder_input_ids", "input_features")
 
 WITHOUT_WORKLOAD = Workload(batch_size=1, context_length=16, prompt_length=16)
 """What is run where the profile names no context: enough to see whether the plan runs."""
 
 
-def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation:
+def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_tokens: int = 1) -> Simulation:
     """Run a model that was built on the meta device as the plan places it; the model is of no use afterwards.
 
     Args:
         model: the model.
         graph: its graph.
         plan: where everything is and runs.
+        decoded_tokens: how many tokens are run after the prefill; what is told of decoding is of the last one.
     """
     workload = WITHOUT_WORKLOAD if graph.measurement is None else graph.measurement.workload
     model.eval()
@@ -52,7 +52,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             run = _Run.of(model, graph, plan)
             with run.dispatched():
-                run.forwards(workload)
+                run.forwards(workload, decoded_tokens)
     except DeviceMismatchError as error:
         if run is None:
             raise
@@ -109,20 +109,29 @@ class _Run:
             for handle in handles:
                 handle.remove()
 
-    def forwards(self, workload: Workload) -> None:
+    def forwards(self, workload: Workload, decoded_tokens: int) -> None:
         """A prefill, and tokens after it where the model keeps a cache."""
-        forwards = Forwards(self.model, workload, self.devices.torch_device(self.plan.main_device))
+        forwards = Forwards(self.model, workload)
         self._begin("prefill")
-        cache = forwards.run(forwards.prefill_inputs(workload.prompt_length))
+        cache = forwards.run(self._given(forwards.prefill_inputs, workload.prompt_length))
         tensors = cache_tensors(cache)
         for tensor in tensors:
             device = self.devices.of(tensor) or "cpu"
             self.cache_bytes[device] = self.cache_bytes.get(device, 0) + shown_bytes(tensor)
         if not any(map(shown_bytes, tensors)):
             return
-        for _ in range(DECODED_TOKENS):
+        for _ in range(decoded_tokens):
             self._begin("decode")
-            cache = forwards.run(forwards.decode_inputs(cache))
+            cache = forwards.run(self._given(forwards.decode_inputs, cache))
+
+    def _given(self, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
+        """Inputs, tokens and features on the main device, where `generate` wants them."""
+        with self.devices.ignoring():
+            inputs = inputs_for(argument)
+        for name in INPUT_NAMES:
+            if name in inputs:
+                self.devices.put(inputs[name], self.plan.main_device)
+        return inputs
 
     def _begin(self, phase: str) -> None:
         self.phase = phase

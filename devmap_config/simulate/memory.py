@@ -40,7 +40,9 @@ def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = Fals
     return verdict
 
 
-def simulation_of(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = False) -> Simulation:
+def simulation_of(
+    plan: Plan, model: LoadedModel, *, decoded_tokens: int = 1, trust_remote_code: bool = False
+) -> Simulation:
     """Build the plan's model without data and run it as the plan says. Imports torch."""
     from devmap_config.graph.introspection import UnbuildableModelError, meta_model
     from devmap_config.simulate.dry_run import dry_run
@@ -56,7 +58,7 @@ def simulation_of(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = F
             )
     except UnbuildableModelError as error:
         return Simulation(outcome="unsimulated", reason=str(error))
-    return dry_run(built, model.graph, plan)
+    return dry_run(built, model.graph, plan, decoded_tokens=decoded_tokens)
 
 
 def plan_digest(plan: Plan) -> str:

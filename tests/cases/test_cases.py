@@ -3,7 +3,7 @@
 A block is a whole profile, or a part of one: what it leaves out of `version`, `model` and `hardware` is added below
 it. On each line that is wrong stands what is found there: `# error[code] column`, several separated by commas. A block
 of which nothing is found compiles. Blocks under one heading are files of one case: `yaml name.yaml` names another file
-than the profile, `yaml bare` adds nothing.
+than the profile, `yaml bare` adds nothing, `yaml simulated` has the plan dry-run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def cases():
 
 
 def _name(info):
-    return next((word for word in info.split() if word != "bare"), None)
+    return next((word for word in info.split() if word not in ("bare", "simulated")), None)
 
 
 def read(text):
@@ -73,7 +73,8 @@ def test_finds_what_the_case_says(blocks, workspace):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(body, encoding="utf-8")
         expected |= {(name, *finding) for finding in findings}
-    compilation = run_pipeline(Request(path=Path(profile)))
+    simulates = any("simulated" in info for info, _ in blocks)
+    compilation = run_pipeline(Request(path=Path(profile), simulates=simulates))
     found = {
         (each.span.file, each.span.line, each.severity, each.code, str(each.span.column))
         for each in compilation.diagnostics

@@ -5,12 +5,14 @@ The product's code runs unchanged, from profile to generated tokens; only the ac
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import simulated_accelerator
 import torch
 from accelerate.hooks import remove_hook_from_module
+from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,10 +22,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
+from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch.cpu_compute import CpuComputeHook
 from devmap_config.runner import loading
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
+from devmap_config.simulate.memory import simulation_of
 
 simulated_accelerator.install()
 torch.set_num_threads(1)  # such small matrices are quicker without help
@@ -186,6 +190,75 @@ def test_a_unit_that_would_be_streamed_is_refused(monkeypatch):
     ) as error:
         load(computed("model.layers.2.mlp"))
     assert error.value.code == "misplaced-tensors"
+
+
+# The dry run, which has no numbers, beside a run that has them
+
+
+def write_broken(broken):
+    """The model of a broken map with random weights, and a profile with the map."""
+    Path("random").mkdir()
+    if broken.code is not None:
+        Path("random/modeling_sharing.py").write_text(broken.code)
+    Path("random/config.json").write_text(json.dumps(broken.config))
+    remote = broken.code is not None
+    config = AutoConfig.from_pretrained("random", trust_remote_code=remote)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=remote).to(torch.bfloat16).save_pretrained("random")
+    Path("random/config.json").write_text(json.dumps(broken.config))
+    device_map = "".join(f'\n    "{pattern}": {device}' for pattern, device in broken.device_map.items())
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random, class: AutoModelForCausalLM}\n"
+        "hardware: {devices: {npu:0: {memory: 1GiB}, npu:1: {memory: 1GiB}}}\n"
+        f"placement:\n  strategy: manual\n  device_map:{device_map}\n"
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BROKEN_MAPS)
+def test_a_map_that_is_refused_fails_in_plain_transformers(name):
+    broken = BROKEN_MAPS[name]
+    write_broken(broken)
+    remote = ["--trust-remote-code"] if broken.code is not None else []
+    assert compile_command.main(["profile.yaml", "-q", "--no-simulate", *remote], standalone_mode=False) == 0
+    device_map = json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"]
+    model = AutoModelForCausalLM.from_pretrained(
+        "random", device_map=device_map, dtype="bfloat16", trust_remote_code=bool(remote)
+    )
+    with pytest.raises(RuntimeError, match="same device, but found npu:0 and npu:1"):
+        model(TOKENS.to(CARD))
+    assert compile_command.main(["profile.yaml", "-q", *remote], standalone_mode=False) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "pins"),
+    [
+        pytest.param(LLAMA, ['match: "model.layers.[3-5]", device: 1'], id="two cards"),
+        pytest.param(LLAMA, ['match: "model.layers.[1,3]", device: 1', "match: lm_head, device: 1"], id="to and fro"),
+        pytest.param(
+            LLAMA, ['match: "model.layers.[2-3]", device: cpu', 'match: "model.layers.4", device: 1'], id="streamed"
+        ),
+        pytest.param(LLAMA, [computed("model.layers.[2-3].mlp"), computed("model.norm")], id="computed on the CPU"),
+        pytest.param(MIXTURE, [computed("model.layers.*.mlp.experts")], id="experts"),
+        pytest.param(MIXTURE, ['match: "model.layers.[1,3]", device: 1'], id="a mixture on two cards"),
+    ],
+)
+def test_every_module_runs_where_the_dry_run_says(config, pins):
+    save(config)
+    model = load(*pins)
+    ran_on = {}
+
+    def note(path, output):
+        values = [output] if isinstance(output, torch.Tensor) else getattr(output, "to_tuple", lambda: output)()
+        ran_on[path] = str(next(each for each in values if isinstance(each, torch.Tensor)).device)
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda _module, _arguments, output, path=path: note(path, output))
+    model(TOKENS.to(CARD), use_cache=True)
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    simulation = simulation_of(compilation.plan, compilation.model)
+    assert {path: device for phase, path, device in simulation.calls if phase == "prefill"} == ran_on
 
 
 def test_removing_the_hooks_leaves_a_plain_module():

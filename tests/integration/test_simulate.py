@@ -1,0 +1,331 @@
+"""The dry run: plans that do not run are refused or mended before anything is loaded, and what is seen is true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate import dispatch_model
+from broken_maps import BROKEN_MAPS
+from click.testing import CliRunner
+from conftest import LLAMA
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.profiler import ProfilerActivity, profile
+
+from devmap_config import ProfileError, compile_profile
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.simulate import simulate
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.simulate import memory
+from devmap_config.simulate.memory import simulation_of
+from devmap_config.simulate.simulation import Simulation, Verdict
+
+CARDS = '"cuda:[0-1]": {memory: 64MiB, bandwidth: 1TB/s}'
+LINKS = "links: {host: 25GB/s, peer: 10GB/s}"
+
+
+def write(config=LLAMA, *, devices=CARDS, context=64, placement="strategy: sequential", workload=""):
+    Path("model").mkdir(exist_ok=True)
+    Path("model/config.json").write_text(json.dumps(config))
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: model}\n"
+        f"workload: {{context_length: {context}{workload}}}\n"
+        f"hardware:\n  devices: {{{devices}}}\n  {LINKS}\nplacement:\n  " + placement.replace("\n", "\n  ") + "\n"
+    )
+
+
+def pipeline(**options):
+    return run_pipeline(Request(path=Path("profile.yaml"), simulates=True, **options))
+
+
+def simulated(**options):
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    assert compilation.plan is not None, [each.message for each in compilation.diagnostics]
+    return compilation, simulation_of(compilation.plan, compilation.model, **options)
+
+
+def error_of(compilation):
+    [error] = (each for each in compilation.diagnostics if each.severity == "error")
+    return error
+
+
+# What does not run
+
+
+@pytest.mark.parametrize("name", BROKEN_MAPS)
+def test_a_map_that_does_not_run_is_refused_with_what_to_change(workspace, name):
+    broken = BROKEN_MAPS[name]
+    device_map = "".join(f'\n  "{pattern}": {device}' for pattern, device in broken.device_map.items())
+    write(broken.config, placement=f"strategy: manual\ndevice_map:{device_map}")
+    if broken.code is not None:
+        Path("model/modeling_sharing.py").write_text(broken.code)
+        text = Path("profile.yaml").read_text()
+        Path("profile.yaml").write_text(text.replace("source: model}", "source: model, class: AutoModelForCausalLM}"))
+    compilation = pipeline(trust_remote_code=broken.code is not None)
+    error = error_of(compilation)
+    assert (compilation.plan, error.code) == (None, "device-mismatch")
+    assert f"in `{broken.running}`" in error.message
+    assert "on cuda:0" in error.message
+    assert "cuda:1" in error.message
+    assert broken.mend in error.help
+    line = Path("profile.yaml").read_text().splitlines()[error.span.line - 1]
+    assert line.strip().startswith(tuple(f'"{pattern}"' for pattern in broken.device_map))
+
+
+def test_logits_that_do_not_fit_are_refused(workspace):
+    config = {**LLAMA, "vocab_size": 32_000}
+    write(config, devices="cuda:0: {memory: 24MiB}", context=2048)
+    assert pipeline().plan is not None
+    write(config, devices="cuda:0: {memory: 24MiB}", context=2048, workload=", logits: all")
+    error = error_of(pipeline())
+    assert error.code == "over-capacity"
+    assert "context_length" in error.help
+
+
+def test_compile_profile_raises_and_the_command_writes_no_lock(workspace):
+    write(
+        placement='strategy: sequential\npins: [{match: "model.layers.[0-5]", device: 0}, '
+        '{match: "model.layers.2.mlp", device: 1}]'
+    )
+    with pytest.raises(ProfileError, match="device-mismatch"):
+        compile_profile("profile.yaml")
+    done = CliRunner().invoke(compile_command, ["profile.yaml"], standalone_mode=False)
+    assert done.return_value == 1
+    assert not Path("profile.lock.json").exists()
+    done = CliRunner().invoke(compile_command, ["profile.yaml", "--no-simulate"], standalone_mode=False)
+    assert done.return_value == 0
+    assert Path("profile.lock.json").exists()
+
+
+# What is mended
+
+BIOGPT = {
+    "architectures": ["BioGptForCausalLM"],
+    "model_type": "biogpt",
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+}
+"""transformers does not declare that its blocks are to stay whole."""
+
+
+def test_blocks_that_a_strategy_split_are_kept_together(workspace):
+    write(BIOGPT, devices='"cuda:[0-1]": {memory: 640KiB}', placement="strategy: auto")
+    before = run_pipeline(Request(path=Path("profile.yaml"))).plan
+    assert any(each.unit.startswith("biogpt.layers.") and each.unit.count(".") > 2 for each in before.assignments)
+    compilation = pipeline()
+    [warning] = compilation.diagnostics
+    assert warning.code == "kept-together"
+    assert "`biogpt.layers.[0-5]`" in warning.message
+    units = {each.unit: each.stored_on for each in compilation.plan.assignments}
+    assert {units[f"biogpt.layers.{index}"] for index in range(6)} == {"cuda:0", "cuda:1"}
+    assert [verdict.outcome for verdict in compilation.verdicts.values()] == ["mismatch", "runs"]
+    assert pipeline().plan == compilation.plan  # as it is remembered
+
+
+def test_what_pins_hold_apart_is_not_mended(workspace):
+    write(
+        BIOGPT,
+        placement="strategy: auto\npins:\n  - {match: biogpt.layers.0, device: 0}\n"
+        "  - {match: biogpt.layers.0.fc2, device: 1}",
+    )
+    error = error_of(pipeline())
+    assert (error.code, error.span.line) == ("device-mismatch", 11)
+
+
+# What cannot be told
+
+
+def test_a_model_whose_code_looks_at_data_is_a_warning(workspace):
+    config = {"architectures": ["JetMoeForCausalLM"], "model_type": "jetmoe", "dtype": "bfloat16", "hidden_size": 64}
+    config |= {"num_hidden_layers": 2, "intermediate_size": 64, "kv_channels": 16, "vocab_size": 64}
+    write({**config, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2})
+    compilation = pipeline()
+    assert compilation.plan is not None
+    assert {each.code for each in compilation.diagnostics} == {"unmeasured-model", "not-simulated"}
+    assert [verdict.outcome for verdict in compilation.verdicts.values()] == ["unsimulated"]
+
+
+# What is seen
+
+
+def test_what_every_device_holds_and_what_goes_over_each_link(workspace):
+    write(placement='strategy: sequential\npins: [{match: "{model.layers.[3-5],model.norm,lm_head}", device: 1}]')
+    compilation, simulation = simulated()
+    assert simulation.outcome == "runs"
+    planned = {use.id: use for use in compilation.plan.devices}
+    for device in simulation.devices:
+        use = planned[device.id]
+        assert (device.weights_bytes, device.cache_bytes) == (use.weights_bytes, use.kv_cache_bytes)
+        assert device.weights_bytes < device.peak_bytes <= use.capacity_bytes - use.free_bytes
+    assert simulation.hops == 1
+    hidden_bytes = 64 * 64 * 2
+    links = {(link.phase, link.source, link.target): link for link in simulation.links}
+    assert links["prefill", "cuda:0", "cuda:1"].size_bytes >= hidden_bytes
+    assert not any(link.weights_bytes for link in simulation.links)
+    assert {step.device for step in simulation.steps if step.block == "model.layers.3"} == {"cuda:1"}
+    assert {phase for phase, _, _ in simulation.calls} == {"prefill", "decode"}
+
+
+def test_streamed_weights_go_over_their_link_at_every_forward(workspace):
+    write(
+        devices="cuda:0: {memory: 64MiB}, cpu: {memory: 1GiB}, disk: {memory: 1GiB}",
+        placement="strategy: sequential\noffload: {folder: offload}\n"
+        'pins: [{match: "model.layers.1", device: cpu}, {match: "model.layers.2", device: disk}]',
+    )
+    compilation, simulation = simulated()
+    layer_bytes = compilation.model.graph.weights_bytes(
+        tuple(tensor.name for tensor in compilation.model.graph.modules["model.layers.1"].tensors())
+    )
+    weights = {(link.phase, link.source): link.weights_bytes for link in simulation.links if link.weights_bytes}
+    assert weights == {(phase, store): layer_bytes for phase in ("prefill", "decode") for store in ("cpu", "disk")}
+    assert {device for _, path, device in simulation.calls if path.startswith("model.layers.")} == {"cuda:0"}
+
+
+def test_what_computes_on_the_cpu_runs_there_and_comes_back(workspace):
+    write(
+        devices=f"{CARDS}, cpu: {{memory: 1GiB}}",
+        placement='strategy: sequential\npins: [{match: "model.layers.1.mlp", device: cpu, compute: cpu}]',
+    )
+    _, simulation = simulated()
+    assert simulation.outcome == "runs"
+    ran_on = {path: device for phase, path, device in simulation.calls if phase == "decode"}
+    assert ran_on["model.layers.1.mlp.down_proj"] == "cpu"
+    assert ran_on["model.layers.1.mlp"] == ran_on["model.layers.1"] == "cuda:0"
+
+
+def profiled_peak(model, tokens):
+    with torch.no_grad():
+        model(tokens, use_cache=True)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            output = model(tokens, use_cache=True, logits_to_keep=1)
+    del output
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("streamed", ["model.layers.[2-5]", "model.layers.[1,3]", "{model.layers.0,lm_head}"])
+def test_memory_and_devices_are_those_of_a_real_run_over_cpu_and_disk(workspace, streamed):
+    config = {**LLAMA, "hidden_size": 128, "intermediate_size": 512, "dtype": "float32"}
+    arguments = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "dtype")}
+    write(
+        config,
+        devices="cpu: {memory: 1GiB}, disk: {memory: 1GiB}",
+        context=256,
+        placement=f'strategy: sequential\noffload: {{folder: offload}}\npins: [{{match: "{streamed}", device: disk}}]',
+    )
+    compilation, simulation = simulated()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**arguments)).eval()
+    # As transformers does, but that what is on the disk is read, and not mapped: the profiler takes maps for memory.
+    dispatch_model(model, compilation.plan.device_map, main_device="cpu", offload_dir="offload")
+    ran_on = []
+
+    def called(path, output):
+        values = [output] if isinstance(output, torch.Tensor) else getattr(output, "to_tuple", lambda: output)()
+        ran_on.append((path, next(each for each in values if isinstance(each, torch.Tensor)).device.type))
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda _module, _arguments, output, path=path: called(path, output))
+    peak = profiled_peak(model, torch.ones((1, 256), dtype=torch.long))
+    prefill = [dict(step.live_bytes).get("cpu", 0) for step in simulation.steps if step.phase == "prefill"]
+    assert max(prefill) == pytest.approx(peak, rel=0.1)
+    expected = [(path, device) for phase, path, device in simulation.calls if phase == "prefill"]
+    assert ran_on[: len(expected)] == expected
+
+
+# What it leaves behind
+
+
+def test_it_leaves_nothing_behind(workspace):
+    before = (FakeTensor.device, torch.nn.Module.forward, torch.utils.backend_registration)
+    write(placement='strategy: sequential\npins: [{match: "model.layers.[3-5]", device: 1}]')
+    simulated()
+    assert (FakeTensor.device, torch.nn.Module.forward, torch.utils.backend_registration) == before
+    assert torch._C._get_privateuse1_backend_name() == "privateuseone"
+    tokens = torch.tensor([[1, 2, 3]])
+    assert tokens.device.type == "cpu"
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(hidden_size=32, num_attention_heads=2, vocab_size=64, num_hidden_layers=1)
+    )
+    assert model(tokens).logits.device.type == "cpu"
+
+
+# What is remembered
+
+
+def test_a_plan_is_tried_once(workspace, monkeypatch):
+    write()
+    assert pipeline().plan is not None
+    monkeypatch.setattr(memory, "simulation_of", lambda *_arguments, **_options: pytest.fail("it was tried again"))
+    assert pipeline().plan is not None
+
+
+def test_a_damaged_memory_is_made_anew(workspace, monkeypatch):
+    write({**LLAMA, "vocab_size": 255})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+    first = pipeline().verdicts
+    [kept] = (workspace / "cache/devmap-config/dry-runs").iterdir()
+    kept.write_text(kept.read_text()[:40])
+    assert pipeline().verdicts == first
+    json.loads(kept.read_text())
+
+
+def test_a_verdict_is_kept_as_plain_data(workspace):
+    write(BIOGPT, devices='"cuda:[0-1]": {memory: 640KiB}', placement="strategy: auto")
+    for verdict in pipeline().verdicts.values():
+        assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    with pytest.raises(ValueError, match="not a verdict"):
+        Verdict.from_json({"outcome": "runs"})
+
+
+def test_a_vendored_graph_brings_its_dry_runs(workspace, monkeypatch):
+    write(BIOGPT, devices='"cuda:[0-1]": {memory: 640KiB}', placement="strategy: auto")
+    assert compile_command.main(["profile.yaml", "-q", "--vendor"], standalone_mode=False) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "empty"))
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)  # as where torch is not installed
+    compilation = pipeline()
+    assert [each.code for each in compilation.diagnostics] == ["kept-together"]
+    write(BIOGPT, placement="strategy: auto\npins: [{match: biogpt.layers.5, device: 1}]")
+    assert [each.code for each in pipeline().diagnostics] == ["not-simulated"]
+
+
+# The command
+
+
+def run_command(*arguments):
+    return CliRunner().invoke(simulate, ["profile.yaml", *arguments], standalone_mode=False, catch_exceptions=False)
+
+
+def test_the_command_shows_devices_blocks_and_links(workspace):
+    write(placement='strategy: sequential\npins: [{match: "{model.layers.[3-5],model.norm,lm_head}", device: 1}]')
+    done = run_command()
+    assert done.return_value == 0
+    assert "LlamaForCausalLM on simulated accelerators: it runs" in done.stdout
+    assert "model.layers.[0-2]" in done.stdout
+    assert "cuda:0 → cuda:1" in done.stdout
+
+
+def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
+    write()
+    done = run_command("--format", "json")
+    value = json.loads(done.stdout)
+    assert (done.return_value, value["simulation"]["outcome"], value["diagnostics"]) == (0, "runs", [])
+    assert set(value["simulation"]) == set(Simulation(outcome="runs").to_json())
+    pins = '{match: "model.layers.2", device: 0}, {match: "model.layers.2.mlp", device: 1}'
+    write(placement=f"strategy: sequential\npins: [{pins}]")
+    done = run_command("--format", "json")
+    value = json.loads(done.stdout)
+    assert (done.return_value, value["plan"], value["simulation"]["outcome"]) == (1, None, "mismatch")
+    assert value["simulation"]["mismatch"]["running"] == "model.layers.2"
+    assert [step["block"] for step in value["simulation"]["steps"]][-1] == "model.layers.1"
