@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
-from devmap_config.graph.loading import load_model_graph, source_from_here
+from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
 from devmap_config.hardware.inventory import build_inventory, declared_devices
 from devmap_config.placement.compatibility import check_dtype, check_quantizer
 from devmap_config.placement.constraints import problem_of, settle_aim, settle_single_device
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.problem import Problem
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
@@ -176,7 +178,8 @@ class _Stages:
             return None
         placed = place(problem, strategy, single_device=single_device, aim=aim)
         if isinstance(placed, Infeasible):
-            report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim)
+            quantised = partial(self.quantised, together)
+            report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim, quantised=quantised)
             return None
         homes = {
             name: (device, placed.compute.get(name) or resolution.compute_of(name))
@@ -191,3 +194,10 @@ class _Stages:
         check_quantizer(plan.placement, loaded, model, sink)
         review(plan, graph, inventory.capacities, resolution, loaded, sink)
         return None if sink.has_errors else plan
+
+    def quantised(self, together: Together) -> Problem | None:
+        """The placement problem of the model with weights of 8 bits: a way out where nothing fits."""
+        model = quantised_to_eight_bit(self.model, self.loaded)
+        if model is None:
+            return None
+        return problem_of(model, self.inventory, self.resolution, Sink(), together=together)

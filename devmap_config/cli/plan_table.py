@@ -33,11 +33,13 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
     is_running = model.graph.measurement is not None
     table.add_column("device", no_wrap=True)
-    for heading in ("capacity", "weights", *(("cache", "running") if is_running else ()), "free"):
+    is_streaming = is_running and any(use.overhead_bytes for use in plan.devices)
+    running_headings = ("cache", "active", "overhead")[: 2 * is_running + is_streaming]
+    for heading in ("capacity", "weights", *running_headings, "free"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("holds", overflow="fold", ratio=1)
     for use in plan.devices:
-        running = (use.kv_cache_bytes, use.activation_bytes + use.overhead_bytes) if is_running else ()
+        running = (use.kv_cache_bytes, use.activation_bytes, use.overhead_bytes)[: len(running_headings)]
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
         table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table

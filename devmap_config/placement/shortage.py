@@ -9,8 +9,11 @@ from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasib
 from devmap_config.placement.ways_out import impasse_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.placement.problem import Aim, Problem
+    from devmap_config.placement.ways_out import Impasse
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
@@ -26,10 +29,15 @@ def report_shortages(
     sink: Sink,
     *,
     aim: Aim | None = None,
+    quantised: Callable[[], Problem | None] = lambda: None,
 ) -> None:
-    """Put the reasons of an infeasible placement into the sink; with an aim also what would mend it."""
+    """Put the reasons of an infeasible placement into the sink; with an aim also what would mend it.
+
+    `quantised` makes the same problem of the model with weights of 8 bits, where that is one.
+    """
     if aim is not None and not any(shortage.device for shortage in infeasible.shortages):
-        _report_impasse(infeasible, problem, resolution, loaded, aim, sink)
+        impasse = impasse_of(problem, resolution, aim, quantised)
+        _report_impasse(impasse, infeasible, problem, loaded, sink)
         return
     if not infeasible.shortages:
         _report_forbidden(infeasible, problem, resolution, strategy, sink)
@@ -41,9 +49,8 @@ def report_shortages(
 
 
 def _report_impasse(
-    infeasible: Infeasible, problem: Problem, resolution: Resolution, loaded: LoadedProfile, aim: Aim, sink: Sink
+    impasse: Impasse, infeasible: Infeasible, problem: Problem, loaded: LoadedProfile, sink: Sink
 ) -> None:
-    impasse = impasse_of(problem, resolution, aim)
     listed = ", ".join(f"{device} ({rounded(capacity)})" for device, capacity in problem.capacities.items())
     measurement = problem.graph.measurement
     cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""

@@ -32,11 +32,17 @@ class Impasse:
     ways_out: tuple[str, ...]
 
 
-def impasse_of(problem: Problem, resolution: Resolution, aim: Aim) -> Impasse:
-    """The impasse of a problem for which no placement was found."""
+def impasse_of(problem: Problem, resolution: Resolution, aim: Aim, quantised: Callable[[], Problem | None]) -> Impasse:
+    """The impasse of a problem for which no placement was found; `quantised` is the same with weights of 8 bits."""
     search = _Search(problem, resolution, replace(aim, phases=()))
     pins = search.contradicting_pins()
-    ways = [*search.dropped_pins(pins), search.shorter_context(), search.another_card(), search.more_memory()]
+    ways = [
+        *search.dropped_pins(pins),
+        search.shorter_context(),
+        search.fewer_bits(quantised),
+        search.another_card(),
+        search.more_memory(),
+    ]
     return Impasse(pins, tuple(way for way in ways if way is not None))
 
 
@@ -94,6 +100,14 @@ class _Search:
         if most > CONTEXT_MULTIPLE:
             most -= most % CONTEXT_MULTIPLE
         return f"lower `context_length` to {most}" if most else None
+
+    def fewer_bits(self, quantised: Callable[[], Problem | None]) -> str | None:
+        room = sum(size for device, size in self.problem.capacities.items() if is_accelerator(device))
+        if 2 * room < self.problem.graph.size_bytes or (problem := quantised()) is None:
+            return None
+        offered = {device: size for device, size in problem.capacities.items() if device not in problem.refused}
+        fits = bool(offered) and self.fits(replace(problem, capacities=offered))
+        return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if fits else None
 
     def another_card(self) -> str | None:
         """One more of the last accelerator, where it is one of the catalogue."""

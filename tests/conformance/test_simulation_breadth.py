@@ -1,0 +1,99 @@
+"""Every causal language model that measures is placed on two and three cards, dry-run, and runs or is mended.
+
+`auto_maps_that_do_not_run.yaml` lists the types whose map by `auto`, which is transformers' own, does not run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+import zoo
+
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.costs import Workload
+from devmap_config.graph.introspection import graph_of
+from devmap_config.graph.measurement import UnmeasurableModelError, measure
+
+HERE = Path(__file__).parent
+UNMEASURABLE = yaml.safe_load((HERE / "unmeasurable.yaml").read_text())
+DO_NOT_RUN = yaml.safe_load((HERE / "auto_maps_that_do_not_run.yaml").read_text())
+
+WORKLOAD = Workload(batch_size=1, context_length=32, prompt_length=32)
+
+FLOAT32_ONLY = ("xlnet",)
+"""Its attention mask is made in float32, whatever the model's dtype."""
+
+
+def write_model(model_type):
+    """A shallow model's config, in `model`; gives its graph and measurement."""
+    dtype = "float32" if model_type in FLOAT32_ONLY else "bfloat16"
+    for build in (zoo.build_shallow, zoo.build):  # few layers may leave out a kind that the model needs
+        try:
+            model = build(model_type, dtype)
+        except Exception as error:
+            pytest.skip(f"transformers does not build it from a default config: {type(error).__name__}")
+        config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__], "dtype": dtype}
+        graph = graph_of(model, getattr(torch, dtype))
+        try:
+            measurement = measure(model, graph, WORKLOAD)
+        except UnmeasurableModelError:
+            continue
+        Path("model").mkdir()
+        Path("model/config.json").write_text(json.dumps(config, default=str))
+        return graph, measurement
+    assert model_type in UNMEASURABLE
+    pytest.skip("it is not measured, see unmeasurable.yaml")
+
+
+def card_bytes(graph, measurement):
+    """What a card has: room for no more than some two thirds of the model, but for its largest block."""
+    largest = max(
+        graph.weights_bytes(tuple(tensor.name for tensor in graph.modules[path].tensors())) for path in graph.blocks
+    )
+    running = measurement.cache_bytes + 2 * max(cost.peak_bytes for cost in measurement.modules)
+    return max(int(0.6 * graph.size_bytes), int(1.2 * largest)) + running
+
+
+def compiled(strategy, cards, memory_bytes):
+    profile = {
+        "version": 1,
+        "model": {"source": "model"},
+        "workload": {"context_length": WORKLOAD.context_length},
+        "hardware": {
+            "devices": {
+                f"cuda:[0-{cards - 1}]": {"memory": memory_bytes, "bandwidth": "1TB/s"},
+                "cpu": {"memory": 8 * memory_bytes},
+            },
+            "links": {"host": "25GB/s", "peer": "25GB/s"},
+        },
+        "placement": {"strategy": strategy},
+    }
+    Path("profile.yaml").write_text(yaml.safe_dump(profile))
+    return run_pipeline(Request(path=Path("profile.yaml"), simulates=True))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", zoo.causal_model_types())
+def test_plans_over_several_cards_run_or_are_mended(model_type, tmp_path, monkeypatch):
+    logging.disable(logging.WARNING)
+    monkeypatch.chdir(tmp_path)
+    memory_bytes = card_bytes(*write_model(model_type))
+    refused = False
+    for strategy in ("auto", "fastest"):
+        for cards in (2, 3):
+            compilation = compiled(strategy, cards, memory_bytes)
+            messages = [each.message for each in compilation.diagnostics]
+            assert compilation.plan is not None, (strategy, cards, messages)
+            outcomes = [verdict.outcome for verdict in compilation.verdicts.values()]
+            assert outcomes[-1] == "runs", (strategy, cards, messages)
+            refused |= strategy == "auto" and outcomes[0] == "mismatch"
+    assert refused == (model_type in DO_NOT_RUN)
+
+
+def test_what_is_listed_is_a_causal_language_model():
+    assert set(DO_NOT_RUN) <= set(zoo.causal_model_types())
