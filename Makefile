@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test zoo benchmark-memory benchmark-placement lint schemas locks clean
+.PHONY: demo test zoo benchmark-memory benchmark-placement benchmark-startup lint schemas locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
 	$(BIN)/devmap run profiles/quickstart.yaml
 
 test: $(INSTALLED) lint
-	$(BIN)/devmap check -q profiles/*.yaml
+	$(BIN)/devmap check -q profiles
 	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov -q
 
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
@@ -31,6 +31,10 @@ benchmark-memory: $(INSTALLED)
 # What `fastest` and transformers' strategies give for twelve models on fourteen machines, by prediction: four minutes.
 benchmark-placement: $(INSTALLED)
 	$(BIN)/python benchmarks/placement.py
+
+# How long `devmap check` takes beside a script that asks transformers' planner for the same map: two minutes.
+benchmark-startup: $(INSTALLED)
+	$(BIN)/python benchmarks/startup.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

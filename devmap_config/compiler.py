@@ -15,6 +15,7 @@ from devmap_config.placement.executor import Executor
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
 from devmap_config.placement.units import fold, whole_model
+from devmap_config.plan.drift import Drift, held
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.keeping import kept
 from devmap_config.plan.plan import assemble
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.graph.loading import LoadedModel
+    from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.strategies import Placed
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
@@ -42,8 +45,9 @@ class Request:
 
     `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision
     was resolved to before; with `use_vendored` a graph that is kept beside the profile is used where it is still right.
-    With `keep` the plan of this lock is preferred where it is as good. With `hardware` another machine than the
-    profile's is asked, by `strategy` if the profile's is not one of ours.
+    With `locked` the plan of this lock stands in for placing, where nothing that it was made from has changed and it
+    holds; with `keep` the plan of this lock is preferred to a new one where it is as good. With `hardware` another
+    machine than the profile's is asked, by `strategy` if the profile's is not one of ours.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class Request:
     allow_outside: bool = False
     trust_remote_code: bool = False
     use_vendored: bool = True
+    locked: Lock | None = None
     keep: Lock | None = None
     hardware: Hardware | None = None
     strategy: str | None = None
@@ -60,7 +65,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What a compilation gave: all that was found, in which texts, and what the stages that were reached made."""
+    """What a compilation gave: all that was found, in which texts, and what the stages that were reached made.
+
+    `drift` is why the lock that it was to be read from does not hold; `plan` then is a new one.
+    """
 
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]
@@ -70,6 +78,7 @@ class Compilation:
     resolution: Resolution | None = None
     plan: Plan | None = None
     inputs: Inputs | None = None
+    drift: Drift | None = None
 
     @property
     def has_errors(self) -> bool:
@@ -135,10 +144,40 @@ def run_pipeline(request: Request) -> Compilation:
     aim = settle_aim(loaded, inventory, executor, sink)
     if sink.has_errors:
         return replace(reached, diagnostics=sink.diagnostics)
-    placed = place(problem, strategy, single_device=single_device, aim=aim)
-    if isinstance(placed, Infeasible):
-        report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim)
-        return replace(reached, diagnostics=sink.diagnostics)
+    inputs, drift = inputs_of(loaded, model, inventory), None
+    plan: Plan | None = None
+    if request.locked is not None:
+        locked = held(request.locked, inputs, loaded.overrides, graph, inventory, resolution, executor)
+        plan, drift = (None, locked) if isinstance(locked, Drift) else (locked, None)
+    if plan is None:
+        placed = place(problem, strategy, single_device=single_device, aim=aim)
+        if isinstance(placed, Infeasible):
+            report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim)
+            return replace(reached, diagnostics=sink.diagnostics)
+        plan = _finished(placed, loaded, graph, inventory, resolution, executor)
+        if request.keep is not None:
+            plan = kept(plan, request.keep, graph, inventory, resolution)
+    check_quantizer(plan.placement, loaded, model, sink)
+    review(plan, graph, inventory.capacities, resolution, loaded, sink)
+    return replace(
+        reached,
+        diagnostics=sink.diagnostics,
+        plan=None if sink.has_errors else plan,
+        inputs=inputs,
+        drift=drift,
+    )
+
+
+def _finished(
+    placed: Placed,
+    loaded: LoadedProfile,
+    graph: ModelGraph,
+    inventory: Inventory,
+    resolution: Resolution,
+    executor: Executor,
+) -> Plan:
+    """What was placed as a plan: in units, with what each device holds and what running it takes."""
+    strategy = loaded.profile.placement.strategy
     homes = {
         name: (device, placed.compute.get(name) or resolution.compute_of(name))
         for name, device in placed.placement.items()
@@ -146,14 +185,4 @@ def run_pipeline(request: Request) -> Compilation:
     units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
     plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
     bound = placed.bound_nanoseconds if loaded.profile.workload.optimize == "decode" else None
-    plan = replace(plan, prediction=predict(plan, graph, inventory, bound_decode_nanoseconds=bound))
-    if request.keep is not None:
-        plan = kept(plan, request.keep, graph, inventory, resolution)
-    check_quantizer(plan.placement, loaded, model, sink)
-    review(plan, graph, inventory.capacities, resolution, loaded, sink)
-    return replace(
-        reached,
-        diagnostics=sink.diagnostics,
-        plan=None if sink.has_errors else plan,
-        inputs=inputs_of(loaded, model, inventory),
-    )
+    return replace(plan, prediction=predict(plan, graph, inventory, bound_decode_nanoseconds=bound))

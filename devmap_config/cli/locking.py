@@ -10,33 +10,32 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from devmap_config.plan.lock import Lock
+    from devmap_config.plan.lock import Lock, LockError
 
 
-def existing_lock(path: Path) -> tuple[Lock | None, str | None]:
+def existing_lock(path: Path) -> tuple[Lock | None, LockError | None]:
     """The lock at a path, or why there is none that can be read; neither where there is nothing."""
-    from devmap_config.plan.lock import LockError, read_lock
+    from devmap_config.plan.lock import LockError, lock_at
 
     try:
-        return read_lock(path.read_text(encoding="utf-8")), None
-    except FileNotFoundError:
-        return None, None if path.parent.is_dir() else f"the folder `{path.parent}` does not exist"
-    except IsADirectoryError:
-        return None, "it is a folder"
-    except (OSError, UnicodeDecodeError, LockError) as error:
-        return None, str(error)
+        return lock_at(path), None
+    except LockError as error:
+        return None, None if error.code == "missing-lock" and path.parent.is_dir() else error
 
 
-def require_replaceable(path: Path, problem: str) -> None:
+def require_replaceable(path: Path, problem: LockError) -> None:
     """Refuse to write a lock over what is none, or over a newer one; a damaged lock may be replaced.
 
     Raises:
         click.UsageError: with the reason.
     """
-    if path.is_file() and path.name.endswith(".lock.json") and "upgrade" not in problem:
-        click.echo(f"`{path}` is replaced: {problem}; `--set` values that it held are lost", err=True)
+    if not path.parent.is_dir():
+        raise click.UsageError(f"`{path}` cannot be written: the folder `{path.parent}` does not exist")
+    if path.is_file() and path.name.endswith(".lock.json") and problem.code != "newer-lock":
+        click.echo(f"`{path}` {problem}; it is replaced, and `--set` values that it held are lost", err=True)
         return
-    raise click.UsageError(f"`{path}` cannot be written: {problem}")
+    advice = "upgrade devmap-config" if problem.code == "newer-lock" else "name another file"
+    raise click.UsageError(f"`{path}` is not replaced: it {problem}; {advice}")
 
 
 def require_new(path: Path, *, force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,11 @@ LOCK_VERSION = 1
 
 
 class LockError(Exception):
-    """A lock cannot be read; the text says why."""
+    """A lock cannot be had; the text says why, as the predicate of its file's name. `code` is a diagnostic's."""
+
+    def __init__(self, message: str, code: str = "unreadable-lock") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -77,28 +82,52 @@ def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with:
     return Lock(plan=plan.to_json(), inputs=inputs.to_json(), variables=variables, made_with=made_with)
 
 
-def read_lock(text: str) -> Lock:
-    """The lock that a file holds.
+def lock_at(path: Path) -> Lock:
+    """The lock in a file.
 
     Raises:
-        LockError: where it is not a lock, was written by a newer version, or was changed by hand.
+        LockError: where there is none (`missing-lock`), or none that can be read.
+    """
+    try:
+        return read_lock(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LockError("does not exist", "missing-lock") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise LockError(f"cannot be read: {reason}") from error
+
+
+def read_lock(text: str) -> Lock:
+    """The lock that a text holds.
+
+    Raises:
+        LockError: where it is damaged or was changed by hand (`unreadable-lock`), or comes from a newer devmap-config
+            (`newer-lock`).
     """
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise LockError(f"it is not JSON ({error})") from error
+        if CONFLICT_MARK.search(text):
+            raise LockError("holds the marks of a merge conflict") from error
+        raise LockError(f"is not JSON: it was cut off, or changed by hand ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get("lock_version"), int):
-        raise LockError("it is not a lock: it has no `lock_version`")
+        raise LockError("is not a lock: it has no `lock_version`")
     if value["lock_version"] > LOCK_VERSION:
         raise LockError(
-            f"its lock_version is {value['lock_version']}, and this devmap-config reads {LOCK_VERSION}: upgrade it"
+            f"has lock_version {value['lock_version']}, and this devmap-config reads up to {LOCK_VERSION}", "newer-lock"
         )
     stated = value.pop("digest", None)
     made_with = value.pop("made_with", {})
     if stated != digest(value):
-        raise LockError("its content does not agree with its own digest: it was changed by hand, or is damaged")
-    return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+        raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
+    try:
+        return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+    except KeyError as error:
+        raise LockError(f"is not a lock: it has no `{error.args[0]}`") from error
 
+
+CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
+"""What git leaves in a file that it could not merge."""
 
 INPUT_NAMES = {
     "commit": "the commit that the model's revision resolves to",
