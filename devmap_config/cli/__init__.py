@@ -12,6 +12,7 @@ import click
 from devmap_config.cli.adopt import adopt
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.diff import diff
 from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
@@ -31,7 +32,7 @@ def devmap() -> None:
     """A compiler for model placement: YAML profiles to verified device maps."""
 
 
-for command in (compile_command, check, run, fit, init, adopt, tree, hardware, schema, explain):
+for command in (compile_command, check, diff, run, fit, init, adopt, tree, hardware, schema, explain):
     devmap.add_command(command)
 
 
