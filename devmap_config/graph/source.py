@@ -59,9 +59,14 @@ class ModelSource:
         return name
 
     @property
+    def counted_config(self) -> dict[str, Any]:
+        """The parsed config without what changes nothing: which version wrote it."""
+        return {key: value for key, value in self.config.items() if key != "transformers_version"}
+
+    @property
     def config_digest(self) -> str:
         """A digest of the parsed config: neither the layout of the file nor who wrote it counts."""
-        return digest({key: value for key, value in self.config.items() if key != "transformers_version"})
+        return digest(self.counted_config)
 
     def checkpoint_dtype(self) -> str | None:
         """The dtype that transformers' `auto` loads in, as far as the config or a local checkpoint tells."""

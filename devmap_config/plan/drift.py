@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from devmap_config.plan.lock import LockError, changed_inputs, plan_of
+from devmap_config.plan.changes import changed_inputs
+from devmap_config.plan.lock import LockError, plan_of
 from devmap_config.plan.plan import device_uses
 from devmap_config.plan.review import broken_promises
 
@@ -56,7 +57,7 @@ def held(
     Nothing is placed for this: the plan is read, and verified as one that was just made would be.
     """
     if changed := changed_inputs(lock, inputs, variables):
-        return Drift("stale-lock", tuple(f"{what} changed" for what in changed))
+        return Drift("stale-lock", changed)
     try:
         plan = plan_of(lock, graph, executor)
         broken = broken_promises(plan, graph, inventory.capacities, resolution) or _misstated(plan, graph, inventory)

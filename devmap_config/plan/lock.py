@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.source import digest
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.executor import Executor
+    from devmap_config.plan.values import Values
 
-LOCK_VERSION = 1
+LOCK_VERSION = 2
+"""2 keeps the values of what a plan was made from beside their digests; a lock of 1 is read without them."""
 
 
 class LockError(Exception):
@@ -32,16 +34,20 @@ class LockError(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to."""
+    """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
+
+    `values` are those values by input and route, for all but the module tree, which is too large.
+    """
 
     profile: str
     config: str
     graph: str
     hardware: str
     commit: str | None = None
+    values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
-        """As they stand in the lock."""
+        """The digests as they stand in the lock."""
         return {
             "commit": self.commit,
             "config": self.config,
@@ -53,12 +59,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Lock:
-    """The content of a lockfile."""
+    """The content of a lockfile. What it was made from is judged by `inputs`; `values` tell what changed."""
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, str | None]
     variables: Mapping[str, str]
     made_with: Mapping[str, str | None]
+    values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """The file: canonical JSON, the same bytes for the same plan on any machine."""
@@ -67,6 +74,7 @@ class Lock:
             "inputs": dict(self.inputs),
             "plan": dict(self.plan),
             "set": dict(self.variables),
+            "values": {name: dict(values) for name, values in self.values.items()},
         }
         text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
         return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -79,7 +87,13 @@ def lock_path(profile: Path) -> Path:
 
 def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with: Mapping[str, str | None]) -> Lock:
     """The lock of a plan that was just made."""
-    return Lock(plan=plan.to_json(), inputs=inputs.to_json(), variables=variables, made_with=made_with)
+    return Lock(
+        plan=plan.to_json(),
+        inputs=inputs.to_json(),
+        variables=variables,
+        made_with=made_with,
+        values=inputs.values,
+    )
 
 
 def lock_at(path: Path) -> Lock:
@@ -121,7 +135,13 @@ def read_lock(text: str) -> Lock:
     if stated != digest(value):
         raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
     try:
-        return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+        return Lock(
+            plan=value["plan"],
+            inputs=value["inputs"],
+            variables=value["set"],
+            made_with=made_with,
+            values=value.get("values", {}),
+        )
     except KeyError as error:
         raise LockError(f"is not a lock: it has no `{error.args[0]}`") from error
 
@@ -136,15 +156,6 @@ INPUT_NAMES = {
     "hardware": "the hardware",
     "profile": "the profile",
 }
-
-
-def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> tuple[str, ...]:
-    """What a lock was made from that is something else now, in words; nothing where the lock is fresh."""
-    now = inputs.to_json()
-    changed = [words for name, words in INPUT_NAMES.items() if lock.inputs.get(name) != now[name]]
-    if dict(lock.variables) != dict(variables):
-        changed.append("the `--set` values")
-    return tuple(changed)
 
 
 def plan_of(lock: Lock, graph: ModelGraph, executor: Executor) -> Plan:

@@ -134,7 +134,8 @@ def test_check_says_what_changed_and_writes_nothing(profile):
     assert stale.returncode == 3
     [finding] = json.loads(stale.stdout)["diagnostics"]
     assert finding["code"] == "stale-lock"
-    assert "the model's config" in finding["message"]
+    assert "the model's config: `num_hidden_layers` 6 → 7" in finding["message"]
+    assert "module tree" not in finding["message"]  # it follows
     profile.write_text(GOOD.replace("lm_head", "lm_haed"))
     assert devmap("check", "profile.yaml").returncode == 1
 
@@ -302,7 +303,7 @@ def test_a_damaged_lock_is_replaced_with_a_word_and_a_newer_one_is_not(profile):
     damaged = devmap("compile", "profile.yaml")
     assert damaged.returncode == 0
     assert "it is replaced" in damaged.stderr
-    newer = Path("profile.lock.json").read_text().replace('"lock_version": 1', '"lock_version": 2')
+    newer = Path("profile.lock.json").read_text().replace('"lock_version": 2', '"lock_version": 3')
     Path("profile.lock.json").write_text(newer)
     refused = devmap("compile", "profile.yaml")
     assert refused.returncode == 2
