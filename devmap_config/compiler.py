@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.graph.source import Resolved
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.strategies import Placed
     from devmap_config.plan.lock import Inputs, Lock
@@ -43,8 +44,9 @@ if TYPE_CHECKING:
 class Request:
     """What is to be compiled.
 
-    `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision
-    was resolved to before; with `use_vendored` a graph that is kept beside the profile is used where it is still right.
+    `variables` are as `--set` gives them, `remembered` those that the lock holds, `resolved` is what the model's
+    revision was resolved to before, and with `must_ask` only the hub may say what it resolves to. With `use_vendored` a
+    graph that is kept beside the profile is used where it is still right.
     With `locked` the plan of this lock stands in for placing, where nothing that it was made from has changed and it
     holds; with `keep` the plan of this lock is preferred to a new one where it is as good. With `hardware` another
     machine than the profile's is asked, by `strategy` if the profile's is not one of ours.
@@ -53,7 +55,8 @@ class Request:
     path: Path
     variables: Mapping[str, str] = field(default_factory=dict)
     remembered: Mapping[str, str] = field(default_factory=dict)
-    commit: str | None = None
+    resolved: Resolved | None = None
+    must_ask: bool = False
     allow_outside: bool = False
     trust_remote_code: bool = False
     use_vendored: bool = True
@@ -122,7 +125,8 @@ def run_pipeline(request: Request) -> Compilation:
     model = load_model_graph(
         loaded,
         sink,
-        commit=request.commit,
+        resolved=request.resolved,
+        must_ask=request.must_ask,
         trust_remote_code=request.trust_remote_code,
         use_vendored=request.use_vendored,
     )

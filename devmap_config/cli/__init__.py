@@ -20,6 +20,7 @@ from devmap_config.cli.init import init
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.tree import tree
+from devmap_config.cli.update import update
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
@@ -32,7 +33,7 @@ def devmap() -> None:
     """A compiler for model placement: YAML profiles to verified device maps."""
 
 
-for command in (compile_command, check, diff, run, fit, init, adopt, tree, hardware, schema, explain):
+for command in (compile_command, check, diff, run, fit, init, adopt, tree, hardware, schema, explain, update):
     devmap.add_command(command)
 
 

@@ -77,7 +77,7 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
 
 def check_one(profile: Path, request: CheckRequest) -> Checked:
     """One profile checked against its lock."""
-    from devmap_config.cli.compile import commit_of, missing_profile
+    from devmap_config.cli.compile import missing_profile
     from devmap_config.compiler import Request, run_pipeline
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.drift import remedy
@@ -97,7 +97,7 @@ def check_one(profile: Path, request: CheckRequest) -> Checked:
             path=profile,
             variables=request.variables,
             remembered=dict(lock.variables) if lock else {},
-            commit=commit_of(lock),
+            resolved=lock.resolved if lock else None,
             allow_outside=request.allow_outside,
             trust_remote_code=request.trust_remote_code,
             locked=lock,

@@ -47,7 +47,7 @@ def diff(before: str, after: str, output_format: str, quiet: bool, allow_outside
     else:
         report([] if quiet else notes, {}, "table")
         names = (sides[0].name, sides[1].name)
-        lines = _markdown(found, *names) if output_format == "markdown" else _table(found, *names)
+        lines = _markdown(found, *names) if output_format == "markdown" else table_lines(found, *names)
         for line in () if quiet else lines:
             click.echo(line)
     return 0 if found.is_none else EXIT_DIFFER
@@ -58,7 +58,8 @@ def _of_findings(output_format: str) -> str:
     return "json" if output_format == "json" else "table"
 
 
-def _table(found: Difference, before: str, after: str) -> Iterator[str]:
+def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
+    """The difference for a terminal."""
     if found.is_none:
         yield f"{before} and {after} are the same plan"
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from devmap_config.compiler import Compilation
     from devmap_config.plan.lock import Lock, LockError
 
 
@@ -50,6 +51,28 @@ def require_new(path: Path, *, force: bool) -> None:
         raise click.UsageError(f"`{path}` is a folder")
     if path.exists() and not force:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
+
+
+def write_results(compilation: Compilation, target: Path, *, with_graph: bool) -> list[Path]:
+    """Write the lock of a compilation that gave a plan, and the graph beside the profile; gives what was written.
+
+    Raises:
+        click.UsageError: where a file cannot be written.
+    """
+    from devmap_config.graph.cache import library_versions
+    from devmap_config.graph.loading import vendor
+    from devmap_config.graph.vendoring import vendored_path
+    from devmap_config.plan.lock import lock_of
+
+    loaded, model, plan, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
+    if loaded is None or model is None or plan is None or inputs is None:
+        return []
+    texts = {target: lock_of(plan, inputs, loaded.overrides, library_versions()).to_text()}
+    if with_graph:
+        texts[vendored_path(loaded.path)] = vendor(loaded, model).to_text()
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return list(texts)
 
 
 def write_atomically(path: Path, text: str) -> None:

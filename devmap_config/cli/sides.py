@@ -82,7 +82,6 @@ def _lock_in(path: Path) -> Lock:
 
 def _asked_for(profile: Path, options: _Options) -> Side:
     """The locked plan of a profile, or what it asks for now where there is none that holds."""
-    from devmap_config.cli.compile import commit_of
     from devmap_config.compiler import Request, run_pipeline
 
     path = lock_path(profile)
@@ -95,7 +94,7 @@ def _asked_for(profile: Path, options: _Options) -> Side:
         Request(
             path=profile,
             remembered=dict(lock.variables) if lock else {},
-            commit=commit_of(lock),
+            resolved=lock.resolved if lock else None,
             allow_outside=options.allow_outside,
             trust_remote_code=options.trust_remote_code,
             locked=lock,

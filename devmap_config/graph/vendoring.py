@@ -36,6 +36,7 @@ class VendoredGraph:
     attention: str | None
     workload: Workload | None
     quantization: Mapping[str, Any] | None = None
+    stored_dtype: str | None = None
 
     def to_text(self) -> str:
         """The file: compact, the same bytes for the same graph."""
@@ -53,6 +54,8 @@ class VendoredGraph:
         }
         if self.quantization is not None:
             value["quantization"] = dict(self.quantization)
+        if self.stored_dtype is not None:
+            value["stored_dtype"] = self.stored_dtype
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -88,6 +91,7 @@ def read_vendored(text: str) -> VendoredGraph:
             attention=value["attention"],
             workload=None if value["workload"] is None else Workload(**value["workload"]),
             quantization=value.get("quantization"),
+            stored_dtype=value.get("stored_dtype"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error

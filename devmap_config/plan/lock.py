@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.source import digest
+from devmap_config.graph.source import Resolved, digest
 from devmap_config.graph.vendoring import beside
 from devmap_config.placement.assignment import Assignment
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
@@ -66,6 +66,15 @@ class Lock:
     variables: Mapping[str, str]
     made_with: Mapping[str, str | None]
     values: Mapping[str, Values] = field(default_factory=dict)
+
+    @property
+    def resolved(self) -> Resolved | None:
+        """What the model's revision was resolved to, for the source and the revision that it was then."""
+        commit = self.inputs.get("commit")
+        if commit is None or "profile" not in self.values:
+            return None if commit is None else Resolved(commit)
+        source, revision = (self.values["profile"].get(f"model.{key}") for key in ("source", "revision"))
+        return Resolved(commit, str(source), None if revision is None else str(revision))
 
     def to_text(self) -> str:
         """The file: canonical JSON, the same bytes for the same plan on any machine."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Scalar: TypeAlias = "str | int | float | bool | None"
 Values: TypeAlias = "Mapping[str, Scalar]"
 
-MAX_CHARACTERS = 80
-"""What is longer stands in a lock as a digest: a lock is read by people."""
+MAX_CHARACTERS = 100
+"""What is longer stands in a lock as a digest: a lock is read by people. No hub id is longer."""
 
 ABSOLUTE_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
 

@@ -70,7 +70,7 @@ def prepare(
             path=path,
             variables=variables,
             remembered=lock.variables,
-            commit=lock.inputs.get("commit"),
+            resolved=lock.resolved,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             locked=lock,
