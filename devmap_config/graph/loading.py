@@ -22,6 +22,7 @@ from devmap_config.graph.source import (
     ModelNotFoundError,
     ModelSource,
     Resolved,
+    cached_hub_config,
     hub_source,
     is_hub_id,
     local_source,
@@ -214,10 +215,19 @@ def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
         )
         return None
     wanted = (loaded.profile.model.source, loaded.profile.model.revision)
-    if (vendored.source, vendored.revision) != wanted:
+    if (vendored.source, vendored.revision) != wanted or _differs_from_cache(vendored, loaded):
         _warn_stale_graph(loaded, sink)
         return None
     return vendored
+
+
+def _differs_from_cache(vendored: VendoredGraph, loaded: LoadedProfile) -> bool:
+    """Whether the hub's cache has another config for the commit of a graph: what a commit holds never changes."""
+    if vendored.commit is None or _is_local(loaded):
+        return False
+    source = _vendored_source(vendored, loaded)
+    config = cached_hub_config(vendored.source, vendored.commit)
+    return config is not None and replace(source, config=config).config_digest != source.config_digest
 
 
 def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSource:
@@ -369,6 +379,8 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
 
 
 def _building_advice(source: ModelSource, reason: str) -> str:
+    if reason.startswith(("ModuleNotFoundError", "ImportError")) and ("torch" in reason or "transformers" in reason):
+        return "install torch and transformers; or keep the graph, where they are, by `devmap compile --vendor`"
     if "attn_implementation" in reason or "scaled_dot_product_attention" in reason:
         return "say `attention: eager`"
     if source.config.get("auto_map"):

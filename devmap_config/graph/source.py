@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,17 @@ def hub_source(
     return ModelSource(
         location=path.parent, config=config, weights=repository, commit=resolved, stored_dtype=stored_dtype
     )
+
+
+def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
+    """The config of a commit, where the hub's cache has it; without the hub's client, which takes long to import."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
+    try:
+        return _read_config(folder / "snapshots" / commit / "config.json")
+    except ModelNotFoundError:
+        return None
 
 
 def _hub_answers() -> bool:

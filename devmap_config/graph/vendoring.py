@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
+from devmap_config.graph.source import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.model import ModelGraph
 
-SCHEMA = "devmap-vendored-graph/1"
+SCHEMA = "devmap-vendored-graph/2"
+"""2 has a digest over its content."""
 
 
 class VendoredGraphError(Exception):
@@ -56,6 +58,7 @@ class VendoredGraph:
             value["quantization"] = dict(self.quantization)
         if self.stored_dtype is not None:
             value["stored_dtype"] = self.stored_dtype
+        value["digest"] = digest(value)
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -80,6 +83,8 @@ def read_vendored(text: str) -> VendoredGraph:
         value = json.loads(text)
         if value["schema"] != SCHEMA:
             raise VendoredGraphError("another version of devmap-config wrote it")
+        if value.pop("digest") != digest(value):
+            raise VendoredGraphError("it does not agree with its own digest: it was changed by hand, or is damaged")
         return VendoredGraph(
             graph=graph_from_json(value["graph"]),
             config=value["config"],

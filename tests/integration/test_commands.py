@@ -284,6 +284,26 @@ def test_a_vendored_graph_of_something_else_is_made_anew(profile):
     assert "JSONDecodeError" in damaged.stderr
 
 
+def test_a_vendored_graph_that_was_edited_is_not_believed(profile):
+    devmap("compile", "profile.yaml", "--vendor")
+    path = Path("profile.graph.json")
+    path.write_text(path.read_text().replace("[256,64]", "[255,64]", 1))
+    done = devmap("check", "profile.yaml")
+    assert (done.returncode, "its own digest" in " ".join(done.stderr.split())) == (0, True)
+    without = devmap_without_torch("check", "profile.yaml")
+    assert (without.returncode, "keep the graph" in " ".join(without.stderr.split())) == (1, True)
+
+
+def test_a_vendored_graph_of_another_config_is_noticed_where_the_config_is_at_hand(profile):
+    devmap("compile", "profile.yaml", "--vendor")
+    config = json.loads(Path("llama/config.json").read_text())
+    Path("llama/config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    done = devmap("check", "profile.yaml")
+    assert done.returncode == 3
+    assert "warning[stale-graph]" in done.stderr
+    assert "`num_hidden_layers` 6 → 7" in " ".join(done.stderr.split())
+
+
 def test_an_output_that_cannot_be_written_is_a_usage_error(profile):
     Path("folder").mkdir()
     Path("other.yaml").write_text(GOOD)

@@ -125,6 +125,17 @@ def test_update_makes_the_graph_beside_the_profile_anew(hub):
     assert devmap(hub, "check", "profile.yaml", HF_HUB_OFFLINE="1", HF_HOME="nowhere").returncode == 0
 
 
+def test_a_graph_beside_the_profile_is_held_to_the_config_that_the_hubs_cache_has(hub):
+    devmap(hub, "compile", "profile.yaml", "--vendor")
+    assert devmap(hub, "check", "profile.yaml").stderr == ""
+    cached = next(Path("home").glob(f"hub/models--people--llama/snapshots/{FIRST}/config.json"))
+    text = cached.read_text()
+    cached.unlink()
+    cached.write_text(text.replace('"num_hidden_layers": 6', '"num_hidden_layers": 5'))
+    done = devmap(hub, "check", "profile.yaml")
+    assert (done.returncode, "warning[stale-graph]" in done.stderr) == (3, True)
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_dtype_that_the_config_leaves_out_is_read_from_the_header_and_nothing_beyond(hub, is_sharded):
     """The file is 800,000 bytes; what goes out of it is its header, once, and kept for when there is no hub."""
