@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write the lock; beside the profile else."
 )
-@click.option("--keep", is_flag=True, help="Prefer the plan of the existing lock where it is as good.")
+@click.option("--keep", is_flag=True, help="Of plans that are as good, take the nearest to the existing lock.")
 @click.option("--vendor", is_flag=True, help="Keep the model's graph beside the profile: no hub, no torch next time.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
 @quiet_option

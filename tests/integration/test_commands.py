@@ -613,6 +613,22 @@ placement: {strategy: fastest}
 """
 
 
+def test_keep_moves_no_more_than_it_must(workspace):
+    """The second card lost room for one layer: one layer moves, where a new plan would move two."""
+    cards = '"cuda:[0-1]": {memory: 440KiB, bandwidth: 1TB/s}'
+    Path("profile.yaml").write_text(TWO_CARDS)
+    devmap("compile", "profile.yaml")
+    first = json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"]
+    smaller = "cuda:0: {memory: 600KiB, bandwidth: 1TB/s}, cuda:1: {memory: 270KiB, bandwidth: 1TB/s}"
+    Path("profile.yaml").write_text(TWO_CARDS.replace(cards, smaller))
+    moved = {}
+    for keep in ((), ("--keep",)):
+        plan = json.loads(devmap("compile", "profile.yaml", "--dry-run", "--format", "json", *keep).stdout)["plan"]
+        moved[keep] = {unit for unit, device in plan["device_map"].items() if device != first[unit]}
+    assert moved["--keep",] == {"model.layers.4"}
+    assert len(moved[()]) > 1
+
+
 def test_keep_stays_with_the_locked_plan_where_it_is_as_good(workspace):
     Path("profile.yaml").write_text(TWO_CARDS)
     assert devmap("compile", "profile.yaml").returncode == 0
