@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from devmap_config.placement.executor import Executor
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
 from devmap_config.placement.units import fold, whole_model
+from devmap_config.plan.drift import Drift, held
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.keeping import kept
 from devmap_config.plan.plan import assemble
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.graph.loading import LoadedModel
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.graph.source import Resolved
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.problem import Problem
+    from devmap_config.placement.problem import Aim, DeviceId, Problem
+    from devmap_config.placement.strategies import Placed
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
@@ -45,19 +49,24 @@ if TYPE_CHECKING:
 class Request:
     """What is to be compiled.
 
-    `variables` are as `--set` gives them, `remembered` those that the lock holds, `commit` is what the model's revision
-    was resolved to before; with `use_vendored` a graph that is kept beside the profile is used where it is still right.
-    With `keep` the plan of this lock is preferred where it is as good. With `hardware` another machine than the
-    profile's is asked, by `strategy` if the profile's is not one of ours. A plan is dry-run where this `simulates`.
+    `variables` are as `--set` gives them, `remembered` those that the lock holds, `resolved` is what the model's
+    revision was resolved to before, and with `must_ask` only the hub may say what it resolves to. With `use_vendored` a
+    graph that is kept beside the profile is used where it is still right.
+    With `locked` the plan of this lock stands in for placing, where nothing that it was made from has changed and it
+    holds; with `keep` the plan of this lock is preferred to a new one where it is as good. With `hardware` another
+    machine than the profile's is asked, by `strategy` if the profile's is not one of ours. A new plan is dry-run where
+    this `simulates`.
     """
 
     path: Path
     variables: Mapping[str, str] = field(default_factory=dict)
     remembered: Mapping[str, str] = field(default_factory=dict)
-    commit: str | None = None
+    resolved: Resolved | None = None
+    must_ask: bool = False
     allow_outside: bool = False
     trust_remote_code: bool = False
     use_vendored: bool = True
+    locked: Lock | None = None
     keep: Lock | None = None
     hardware: Hardware | None = None
     strategy: str | None = None
@@ -68,7 +77,8 @@ class Request:
 class Compilation:
     """What a compilation gave: all that was found, in which texts, and what the stages that were reached made.
 
-    `verdicts` are those on the plans that were dry-run, by the plans' digests; `refused` is a plan that does not run.
+    `drift` is why the lock that it was to be read from does not hold; `plan` then is a new one. `verdicts`
+    are those on the plans that were dry-run, by the plans' digests; `refused` is a plan that does not run.
     """
 
     diagnostics: tuple[Diagnostic, ...]
@@ -79,6 +89,7 @@ class Compilation:
     resolution: Resolution | None = None
     plan: Plan | None = None
     inputs: Inputs | None = None
+    drift: Drift | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     refused: Plan | None = None
 
@@ -124,7 +135,8 @@ def run_pipeline(request: Request) -> Compilation:
     model = load_model_graph(
         loaded,
         sink,
-        commit=request.commit,
+        resolved=request.resolved,
+        must_ask=request.must_ask,
         trust_remote_code=request.trust_remote_code,
         use_vendored=request.use_vendored,
     )
@@ -133,29 +145,43 @@ def run_pipeline(request: Request) -> Compilation:
 
     check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
-    stages = _Stages(request, loaded, inventory, model, resolution, sink)
-    plan = stages.planned()
-    rehearsal = Rehearsal(plan)
-    if plan is not None and request.simulates:
-        rehearsal = rehearse(
-            plan, model, loaded, resolution, stages.planned, sink, trust_remote_code=request.trust_remote_code
-        )
-    return Compilation(
+    placing = _Placing(request, loaded, inventory, model, resolution, sink)
+    reached = Compilation(
+        diagnostics=(), texts=sink.texts, loaded=loaded, inventory=inventory, model=model, resolution=resolution
+    )
+    if placing.posed() is None:
+        return replace(reached, diagnostics=sink.diagnostics)
+
+    inputs, drift = inputs_of(loaded, model, inventory), None
+    rehearsal: Rehearsal | None = None
+    if request.locked is not None:
+        locked = placing.held(request.locked, inputs)
+        rehearsal, drift = (None, locked) if isinstance(locked, Drift) else (Rehearsal(placing.reviewed(locked)), None)
+    if rehearsal is None:
+        rehearsal = Rehearsal(placing.planned())
+        if rehearsal.plan is not None and request.simulates:
+            rehearsal = rehearse(
+                rehearsal.plan,
+                model,
+                loaded,
+                resolution,
+                placing.planned,
+                sink,
+                trust_remote_code=request.trust_remote_code,
+            )
+    return replace(
+        reached,
         diagnostics=sink.diagnostics,
-        texts=sink.texts,
-        loaded=loaded,
-        inventory=inventory,
-        model=model,
-        resolution=resolution,
         plan=rehearsal.plan,
-        inputs=None if rehearsal.plan is None else inputs_of(loaded, model, inventory),
+        inputs=inputs,
+        drift=drift,
         verdicts=rehearsal.verdicts,
         refused=rehearsal.refused,
     )
 
 
 @dataclass(frozen=True)
-class _Stages:
+class _Placing:
     """The stages that make a plan of what those before gave; a dry run may ask for another plan."""
 
     request: Request
@@ -165,35 +191,61 @@ class _Stages:
     resolution: Resolution
     sink: Sink
 
+    @cached_property
+    def executor(self) -> Executor:
+        """What runs the plan."""
+        return Executor(offload_buffers=self.loaded.profile.placement.offload.buffers)
+
+    def posed(self, together: Together = ()) -> tuple[Problem, DeviceId | None, Aim | None] | None:
+        """The problem, with what the strategy is told besides; `None` where something is wrong with it."""
+        problem = problem_of(self.model, self.inventory, self.resolution, self.sink, together=together)
+        single_device = settle_single_device(self.loaded, problem, self.sink)
+        if self.sink.has_errors:
+            return None
+        aim = settle_aim(self.loaded, self.inventory, self.executor, self.sink)
+        return None if self.sink.has_errors else (problem, single_device, aim)
+
     def planned(self, together: Together = ()) -> Plan | None:
         """A verified plan that keeps these groups together; `None` where there is none, and why is in the sink."""
-        loaded, model, inventory = self.loaded, self.model, self.inventory
-        resolution, sink = self.resolution, self.sink
-        graph, strategy = model.graph, loaded.profile.placement.strategy
-        problem = problem_of(model, inventory, resolution, sink, together=together)
-        single_device = settle_single_device(loaded, problem, sink)
-        executor = Executor(offload_buffers=loaded.profile.placement.offload.buffers)
-        aim = settle_aim(loaded, inventory, executor, sink)
-        if sink.has_errors:
+        if (posed := self.posed(together)) is None:
             return None
+        problem, single_device, aim = posed
+        strategy = self.loaded.profile.placement.strategy
         placed = place(problem, strategy, single_device=single_device, aim=aim)
         if isinstance(placed, Infeasible):
             quantised = partial(self.quantised, together)
-            report_shortages(placed, problem, resolution, loaded, strategy, sink, aim=aim, quantised=quantised)
+            report_shortages(
+                placed, problem, self.resolution, self.loaded, strategy, self.sink, aim=aim, quantised=quantised
+            )
             return None
+        plan = self.finished(placed)
+        if self.request.keep is not None:
+            plan = kept(plan, self.request.keep, self.model.graph, self.inventory, self.resolution)
+        return self.reviewed(plan)
+
+    def finished(self, placed: Placed) -> Plan:
+        """What was placed as a plan: in units, with what each device holds and what running it takes."""
+        graph, strategy = self.model.graph, self.loaded.profile.placement.strategy
         homes = {
-            name: (device, placed.compute.get(name) or resolution.compute_of(name))
+            name: (device, placed.compute.get(name) or self.resolution.compute_of(name))
             for name, device in placed.placement.items()
         }
         units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
-        plan = assemble(graph, units, inventory.capacities, strategy=strategy, executor=executor)
-        bound = placed.bound_nanoseconds if loaded.profile.workload.optimize == "decode" else None
-        plan = replace(plan, prediction=predict(plan, graph, inventory, bound_decode_nanoseconds=bound))
-        if self.request.keep is not None:
-            plan = kept(plan, self.request.keep, graph, inventory, resolution)
-        check_quantizer(plan.placement, loaded, model, sink)
-        review(plan, graph, inventory.capacities, resolution, loaded, sink)
-        return None if sink.has_errors else plan
+        plan = assemble(graph, units, self.inventory.capacities, strategy=strategy, executor=self.executor)
+        bound = placed.bound_nanoseconds if self.loaded.profile.workload.optimize == "decode" else None
+        return replace(plan, prediction=predict(plan, graph, self.inventory, bound_decode_nanoseconds=bound))
+
+    def reviewed(self, plan: Plan) -> Plan | None:
+        """The plan, where it verifies."""
+        check_quantizer(plan.placement, self.loaded, self.model, self.sink)
+        review(plan, self.model.graph, self.inventory.capacities, self.resolution, self.loaded, self.sink)
+        return None if self.sink.has_errors else plan
+
+    def held(self, lock: Lock, inputs: Inputs) -> Plan | Drift:
+        """The plan of a lock, where nothing that it was made from has changed and it holds; else what does not."""
+        return held(
+            lock, inputs, self.loaded.overrides, self.model.graph, self.inventory, self.resolution, self.executor
+        )
 
     def quantised(self, together: Together) -> Problem | None:
         """The placement problem of the model with weights of 8 bits: a way out where nothing fits."""

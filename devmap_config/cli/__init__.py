@@ -12,6 +12,7 @@ import click
 from devmap_config.cli.adopt import adopt
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.diff import diff
 from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
@@ -20,6 +21,7 @@ from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
+from devmap_config.cli.update import update
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
@@ -32,7 +34,21 @@ def devmap() -> None:
     """A compiler for model placement: YAML profiles to verified device maps."""
 
 
-for command in (compile_command, check, run, simulate, fit, init, adopt, tree, hardware, schema, explain):
+for command in (
+    compile_command,
+    check,
+    diff,
+    run,
+    simulate,
+    fit,
+    init,
+    adopt,
+    tree,
+    hardware,
+    schema,
+    explain,
+    update,
+):
     devmap.add_command(command)
 
 

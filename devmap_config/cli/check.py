@@ -1,4 +1,4 @@
-"""`devmap check`: whether a lock still is what its profile asks for; writes nothing."""
+"""`devmap check`: whether locks still are what their profiles ask for; writes nothing."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from devmap_config.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from devmap_config.compiler import Compilation
-    from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.plan.lock import Lock
+    from devmap_config.cli.checking import Checked
 
-EXIT_WRONG = 1
-EXIT_USAGE = 2
-EXIT_STALE = 3
+EXIT_CODES = {"wrong": 1, "absent": 2, "stale": 3, "missing": 3, "damaged": 3, "fresh": 0}
+"""By state, the graver first: the first that occurs is the command's."""
+
+WORDS = {
+    "wrong": ("profile is wrong", "profiles are wrong"),
+    "absent": ("profile is not there", "profiles are not there"),
+    "stale": ("lock is stale", "locks are stale"),
+    "missing": ("lock is missing", "locks are missing"),
+    "damaged": ("lock cannot be read", "locks cannot be read"),
+    "fresh": ("lock up to date", "locks up to date"),
+}
 
 
 @click.command("check")
-@click.argument("profiles", type=PROFILE, nargs=-1, required=True)
+@click.argument("profiles", metavar="PROFILE…", type=PROFILE, nargs=-1, required=True)
 @format_option("table", "json", "sarif", "github")
 @set_option
 @quiet_option
@@ -42,95 +49,45 @@ def check(
     allow_outside: bool,
     trust_remote_code: bool,
 ) -> int:
-    """Check that each PROFILE has a lock, and that it still is what the profile asks for."""
-    from devmap_config.cli.compile import missing_profile, report_missing
+    """Check that each PROFILE has a lock, and that it still is what the profile asks for.
+
+    A folder stands for all profiles in it and below.
+    """
+    from devmap_config.cli.checking import CheckRequest, check_all
+    from devmap_config.cli.compile import report_missing
+    from devmap_config.cli.profiles import profiles_named
     from devmap_config.cli.reporting import report
 
-    missing = [profile for profile in profiles if not profile.is_file()]
-    if len(missing) == len(profiles):
-        return report_missing(missing[0], output_format)
-    found: list[Diagnostic] = []
-    texts: dict[str, str] = {}
-    plans: dict[str, object] = {}
-    codes: list[int] = []
-    for profile in profiles:
-        if profile in missing:
-            found.append(missing_profile(profile))
-            codes.append(EXIT_USAGE)
-            continue
-        compilation, stale = _check_one(profile, variables, allow_outside, trust_remote_code)
-        texts |= compilation.texts
-        found += [*compilation.diagnostics, *([stale] if stale else [])]
-        plans[str(profile)] = compilation.plan.to_json() if compilation.plan else None
-        codes.append(EXIT_WRONG if compilation.has_errors else EXIT_STALE if stale else 0)
-    data = {"plan": next(iter(plans.values()))} if len(plans) == 1 else {"plan": None, "plans": plans}
-    report(found, texts, output_format, quiet=quiet, data=data)
-    if not any(codes) and output_format == "table" and not quiet:
-        click.echo(f"{len(profiles)} lock{'' if len(profiles) == 1 else 's'} up to date")
-    return next(code for code in (EXIT_WRONG, EXIT_USAGE, EXIT_STALE, 0) if code in codes)
-
-
-def _check_one(
-    profile: Path, variables: dict[str, str], allow_outside: bool, trust_remote_code: bool
-) -> tuple[Compilation, Diagnostic | None]:
-    from devmap_config.cli.compile import commit_of
-    from devmap_config.compiler import Request, run_pipeline
-    from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.plan.lock import LockError, lock_path, read_lock
-    from devmap_config.profile.document import whole_file
-
-    path = lock_path(profile)
-    lock, problem = None, None
-    try:
-        lock = read_lock(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problem = ("missing-lock", f"`{path}` does not exist")
-    except (OSError, UnicodeDecodeError, LockError) as error:
-        problem = ("unreadable-lock", f"`{path}` cannot be used: {error}")
-    remembered = dict(lock.variables) if lock else {}
-    compilation = run_pipeline(
-        Request(
-            path=profile,
-            variables=variables,
-            remembered=remembered,
-            commit=commit_of(lock),
-            allow_outside=allow_outside,
-            trust_remote_code=trust_remote_code,
-        )
+    named = profiles_named(profiles)
+    if not named:
+        raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
+    if not any(profile.is_file() for profile in named):
+        return report_missing(named[0], output_format)
+    request = CheckRequest(variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    results = check_all(named, request)
+    texts = {name: text for checked in results for name, text in checked.texts.items()}
+    report(
+        [diagnostic for checked in results for diagnostic in checked.diagnostics],
+        texts,
+        output_format,
+        quiet=quiet,
+        data=_data(results),
     )
-    if lock is not None and compilation.inputs is not None:
-        from devmap_config.plan.lock import changed_inputs
-
-        if changed := changed_inputs(
-            lock, compilation.inputs, compilation.loaded.overrides if compilation.loaded else {}
-        ):
-            problem = ("stale-lock", f"`{path}` is stale: {' and '.join(changed)} changed")
-        elif broken := _broken(lock, compilation):
-            problem = ("unreadable-lock", f"`{path}` cannot be used: {broken}")
-    if problem is None or compilation.has_errors:
-        return compilation, None
-    code, message = problem
-    help_text = f"run `devmap compile {profile}` and commit the lock"
-    place = whole_file(str(profile))
-    return compilation, Diagnostic(code=code, severity="error", message=message, span=place, help=help_text)
+    if output_format == "table" and not quiet:
+        click.echo(_summary(results))
+    states = {checked.state for checked in results}
+    return next(code for state, code in EXIT_CODES.items() if state in states)
 
 
-def _broken(lock: Lock, compilation: Compilation) -> str | None:
-    """What does not hold of the locked plan itself, for what the profile asks now."""
-    from devmap_config.plan.lock import LockError, plan_of
-    from devmap_config.plan.review import broken_promises
+def _data(results: Sequence[Checked]) -> dict[str, object]:
+    plans = {str(checked.profile): checked.plan for checked in results}
+    states = {str(checked.profile): checked.state for checked in results}
+    one = {"plan": next(iter(plans.values()))} if len(plans) == 1 else {"plan": None, "plans": plans}
+    return {**one, "states": states}
 
-    model, inventory, resolution, fresh = (
-        compilation.model,
-        compilation.inventory,
-        compilation.resolution,
-        compilation.plan,
-    )
-    if model is None or inventory is None or resolution is None or fresh is None:
-        return None
-    try:
-        plan = plan_of(lock, model.graph, fresh.executor)
-        broken = broken_promises(plan, model.graph, inventory.capacities, resolution)
-    except (LockError, KeyError, TypeError) as error:
-        return str(error)
-    return broken[0] if broken else None
+
+def _summary(results: Sequence[Checked]) -> str:
+    """What became of the profiles, in one line: `12 locks up to date, 1 lock is stale`."""
+    states = [checked.state for checked in results]
+    counted = ((states.count(state), WORDS[state]) for state in reversed(EXIT_CODES) if state in states)
+    return ", ".join(f"{count} {words[0] if count == 1 else words[1]}" for count, words in counted)

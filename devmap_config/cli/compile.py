@@ -19,7 +19,6 @@ from devmap_config.cli.options import (
 if TYPE_CHECKING:
     from devmap_config.compiler import Compilation
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.plan.lock import Lock
 
 
 @click.command("compile", context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write the lock; beside the profile else."
 )
-@click.option("--keep", is_flag=True, help="Prefer the plan of the existing lock where it is as good.")
+@click.option("--keep", is_flag=True, help="Of plans that are as good, take the nearest to the existing lock.")
 @click.option("--vendor", is_flag=True, help="Keep the model's graph beside the profile: no hub, no torch next time.")
 @click.option("--simulate/--no-simulate", "simulates", default=True, help="Whether to try if the plan runs; it does.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
@@ -50,11 +49,10 @@ def compile_command(
     trust_remote_code: bool,
 ) -> int:
     """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
-    from devmap_config.cli.locking import existing_lock, require_replaceable, write_atomically
+    from devmap_config.cli.locking import existing_lock, require_replaceable, write_results
     from devmap_config.cli.reporting import print_json, report, report_on_terminal
     from devmap_config.compiler import Request, run_pipeline
-    from devmap_config.graph.cache import library_versions
-    from devmap_config.plan.lock import lock_of, lock_path
+    from devmap_config.plan.lock import lock_path
 
     if not profile.is_file():
         return report_missing(profile, output_format)
@@ -68,7 +66,7 @@ def compile_command(
             path=profile,
             variables=variables,
             remembered=remembered,
-            commit=commit_of(earlier),
+            resolved=earlier.resolved if earlier else None,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             use_vendored=not vendor,
@@ -95,16 +93,7 @@ def compile_command(
         return 1
     if not dry_run:
         used = compilation.loaded.overrides if compilation.loaded else {}
-        lock = lock_of(plan, compilation.inputs, used, library_versions())
-        written = [target]
-        write_atomically(target, lock.to_text())
-        if vendor and compilation.loaded is not None and compilation.model is not None:
-            from devmap_config.graph.loading import vendor as vendored_graph
-            from devmap_config.graph.vendoring import vendored_path
-
-            written.append(vendored_path(profile))
-            dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compilation.verdicts.items()}
-            write_atomically(written[-1], vendored_graph(compilation.loaded, compilation.model, dry_runs).to_text())
+        written = write_results(compilation, target, with_graph=vendor)
         if output_format == "table" and not quiet:
             again = ", ".join(f"{name}={used[name]}" for name in used if name not in variables)
             kept = f", with {again} as before" if again else ""
@@ -126,11 +115,6 @@ def missing_profile(profile: Path) -> Diagnostic:
 
     problem = "is a folder" if profile.is_dir() else "does not exist"
     return Diagnostic(code="missing-file", severity="error", message=f"`{profile}` {problem}", help="name a profile")
-
-
-def commit_of(lock: Lock | None) -> str | None:
-    """The commit that a lock holds its model at."""
-    return lock.inputs.get("commit") if lock else None
 
 
 def print_plan(compilation: Compilation) -> None:

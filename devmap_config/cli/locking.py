@@ -10,33 +10,33 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from devmap_config.plan.lock import Lock
+    from devmap_config.compiler import Compilation
+    from devmap_config.plan.lock import Lock, LockError
 
 
-def existing_lock(path: Path) -> tuple[Lock | None, str | None]:
+def existing_lock(path: Path) -> tuple[Lock | None, LockError | None]:
     """The lock at a path, or why there is none that can be read; neither where there is nothing."""
-    from devmap_config.plan.lock import LockError, read_lock
+    from devmap_config.plan.lock import LockError, lock_at
 
     try:
-        return read_lock(path.read_text(encoding="utf-8")), None
-    except FileNotFoundError:
-        return None, None if path.parent.is_dir() else f"the folder `{path.parent}` does not exist"
-    except IsADirectoryError:
-        return None, "it is a folder"
-    except (OSError, UnicodeDecodeError, LockError) as error:
-        return None, str(error)
+        return lock_at(path), None
+    except LockError as error:
+        return None, None if error.code == "missing-lock" and path.parent.is_dir() else error
 
 
-def require_replaceable(path: Path, problem: str) -> None:
+def require_replaceable(path: Path, problem: LockError) -> None:
     """Refuse to write a lock over what is none, or over a newer one; a damaged lock may be replaced.
 
     Raises:
         click.UsageError: with the reason.
     """
-    if path.is_file() and path.name.endswith(".lock.json") and "upgrade" not in problem:
-        click.echo(f"`{path}` is replaced: {problem}; `--set` values that it held are lost", err=True)
+    if not path.parent.is_dir():
+        raise click.UsageError(f"`{path}` cannot be written: the folder `{path.parent}` does not exist")
+    if path.is_file() and path.name.endswith(".lock.json") and problem.code != "newer-lock":
+        click.echo(f"`{path}` {problem}; it is replaced, and `--set` values that it held are lost", err=True)
         return
-    raise click.UsageError(f"`{path}` cannot be written: {problem}")
+    advice = "upgrade devmap-config" if problem.code == "newer-lock" else "name another file"
+    raise click.UsageError(f"`{path}` is not replaced: it {problem}; {advice}")
 
 
 def require_new(path: Path, *, force: bool) -> None:
@@ -51,6 +51,29 @@ def require_new(path: Path, *, force: bool) -> None:
         raise click.UsageError(f"`{path}` is a folder")
     if path.exists() and not force:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
+
+
+def write_results(compilation: Compilation, target: Path, *, with_graph: bool) -> list[Path]:
+    """Write the lock of a compilation that gave a plan, and the graph beside the profile; gives what was written.
+
+    Raises:
+        click.UsageError: where a file cannot be written.
+    """
+    from devmap_config.graph.cache import library_versions
+    from devmap_config.graph.loading import vendor
+    from devmap_config.graph.vendoring import vendored_path
+    from devmap_config.plan.lock import lock_of
+
+    loaded, model, plan, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
+    if loaded is None or model is None or plan is None or inputs is None:
+        return []
+    texts = {target: lock_of(plan, inputs, loaded.overrides, library_versions()).to_text()}
+    if with_graph:
+        dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compilation.verdicts.items()}
+        texts[vendored_path(loaded.path)] = vendor(loaded, model, dry_runs).to_text()
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return list(texts)
 
 
 def write_atomically(path: Path, text: str) -> None:

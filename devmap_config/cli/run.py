@@ -26,6 +26,8 @@ EXIT_CODES = {
     "missing-lock": 3,
     "stale-lock": 3,
     "unreadable-lock": 3,
+    "newer-lock": 3,
+    "broken-lock": 3,
     "no-weights": 1,
     "no-text-input": 1,
     "compute-on-cpu": 1,

@@ -39,7 +39,7 @@ def cached_graph(
         return graph_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         graph = make()
-    write_quietly(path, json.dumps(graph_to_json(graph), separators=(",", ":")))
+    keep(path, json.dumps(graph_to_json(graph), separators=(",", ":")))
     return graph
 
 
@@ -49,8 +49,8 @@ def default_directory() -> Path:
     return Path(base) / "devmap-config" / "graphs"
 
 
-def write_quietly(path: Path, text: str) -> None:
-    """Keep a file of the cache: whole, or where that cannot be, not at all."""
+def keep(path: Path, text: str) -> None:
+    """Write a file of the cache whole or not at all; where that is not possible, it is not kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,7 +94,12 @@ class Crossing:
     decode_bytes: int
 
 
+COST_FIELDS = tuple(field.name for field in fields(ModuleCost))
 CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
+
+# A model has thousands of these, and `dataclasses.asdict` copies every value.
+_cost_values = attrgetter(*COST_FIELDS)
+_crossing_values = attrgetter(*CROSSING_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -139,9 +145,9 @@ class Measurement:
             "workload": asdict(self.workload),
             "measured": self.measured,
             "reason": self.reason,
-            "columns": [field.name for field in fields(ModuleCost)],
-            "modules": [list(asdict(cost).values()) for cost in self.modules],
-            "crossings": [list(asdict(crossing).values()) for crossing in self.crossings],
+            "columns": list(COST_FIELDS),
+            "modules": [list(_cost_values(cost)) for cost in self.modules],
+            "crossings": [list(_crossing_values(crossing)) for crossing in self.crossings],
             "bonds": [list(bond) for bond in self.bonds],
         }
 

@@ -21,6 +21,8 @@ from devmap_config.graph.source import (
     ASSUMED_DTYPE,
     ModelNotFoundError,
     ModelSource,
+    Resolved,
+    cached_hub_config,
     hub_source,
     is_hub_id,
     local_source,
@@ -81,7 +83,8 @@ def load_model_graph(
     loaded: LoadedProfile,
     sink: Sink,
     *,
-    commit: str | None = None,
+    resolved: Resolved | None = None,
+    must_ask: bool = False,
     trust_remote_code: bool = False,
     use_vendored: bool = True,
     cache_directory: Path | None = None,
@@ -91,7 +94,8 @@ def load_model_graph(
     Args:
         loaded: the profile.
         sink: takes what is wrong.
-        commit: the commit that the revision of a hub id resolved to before.
+        resolved: what the revision of a hub id resolved to before, which holds while they are the same.
+        must_ask: whether the hub is to say what a revision resolves to, and nothing that is remembered.
         trust_remote_code: whether code that comes with the model may run.
         use_vendored: whether a graph beside the profile is used where it is still the model's.
         cache_directory: where graphs are kept, if not in the user's cache.
@@ -100,7 +104,7 @@ def load_model_graph(
     if vendored is not None and not _is_local(loaded):
         source: ModelSource | None = _vendored_source(vendored, loaded)  # the hub need not be asked
     else:
-        source = _find_source(loaded, commit, sink)
+        source = _find_source(loaded, resolved, must_ask, sink)
     if source is None:
         return None
     profile_model = loaded.profile.model
@@ -156,6 +160,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
         workload=_workload(loaded),
         quantization=_quantization_json(model.quantization if model.is_counted else None),
         dry_runs=dry_runs,
+        stored_dtype=model.source.stored_dtype,
     )
 
 
@@ -243,10 +248,19 @@ def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
         )
         return None
     wanted = (loaded.profile.model.source, loaded.profile.model.revision)
-    if (vendored.source, vendored.revision) != wanted:
+    if (vendored.source, vendored.revision) != wanted or _differs_from_cache(vendored, loaded):
         _warn_stale_graph(loaded, sink)
         return None
     return vendored
+
+
+def _differs_from_cache(vendored: VendoredGraph, loaded: LoadedProfile) -> bool:
+    """Whether the hub's cache has another config for the commit of a graph: what a commit holds never changes."""
+    if vendored.commit is None or _is_local(loaded):
+        return False
+    source = _vendored_source(vendored, loaded)
+    config = cached_hub_config(vendored.source, vendored.commit)
+    return config is not None and replace(source, config=config).config_digest != source.config_digest
 
 
 def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSource:
@@ -256,6 +270,7 @@ def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSou
         config=vendored.config,
         weights=vendored.source if is_hub else None,
         commit=vendored.commit,
+        stored_dtype=vendored.stored_dtype,
     )
 
 
@@ -316,8 +331,8 @@ def graph_from_source(
     return replace(graph, ties=tuple(tie for tie in graph.ties if tie not in apart)) if apart else graph
 
 
-def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> ModelSource | None:
-    text = loaded.profile.model.source
+def _find_source(loaded: LoadedProfile, resolved: Resolved | None, must_ask: bool, sink: Sink) -> ModelSource | None:
+    text, revision = loaded.profile.model.source, loaded.profile.model.revision
     span = loaded.span("model", "source")
     path = loaded.beside(text, "model", "source")
     try:
@@ -339,7 +354,8 @@ def _find_source(loaded: LoadedProfile, commit: str | None, sink: Sink) -> Model
                 help="paths are relative to the file that writes them; else name a hub id such as `Qwen/Qwen2.5-7B`",
             )
             return None
-        return hub_source(text, loaded.profile.model.revision, commit=commit)
+        commit = resolved.commit if resolved is not None and resolved.holds_for(text, revision) else None
+        return hub_source(text, revision, commit=commit, must_ask=must_ask)
     except ModelNotFoundError as error:
         sink.error(
             "model-not-found",
@@ -397,6 +413,8 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
 
 
 def _building_advice(source: ModelSource, reason: str) -> str:
+    if reason.startswith(("ModuleNotFoundError", "ImportError")) and ("torch" in reason or "transformers" in reason):
+        return "install torch and transformers; or keep the graph, where they are, by `devmap compile --vendor`"
     if "attn_implementation" in reason or "scaled_dot_product_attention" in reason:
         return "say `attention: eager`"
     if source.config.get("auto_map"):

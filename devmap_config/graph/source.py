@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,18 +41,33 @@ class ModelNotFoundError(Exception):
     """No config was found; the text says where was looked."""
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a revision of a hub id resolved to before. `source` is `None` where a lock of version 1 did not keep it."""
+
+    commit: str
+    source: str | None = None
+    revision: str | None = None
+
+    def holds_for(self, source: str, revision: str | None) -> bool:
+        """Whether it was this source and revision that was resolved."""
+        return self.source is None or (self.source, self.revision) == (source, revision)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model's config, and where it came from.
 
     `location` is the directory or `config.json` to build from; `weights` the directory or hub id that `from_pretrained`
-    takes, `None` where there is only a config. `commit` is what a hub revision resolved to.
+    takes, `None` where there is only a config. `commit` is what a hub revision resolved to, and `stored_dtype` what the
+    checkpoint on the hub holds, where that was asked for because the config does not tell.
     """
 
     location: Path
     config: Mapping[str, Any]
     weights: str | None
     commit: str | None = None
+    stored_dtype: str | None = None
 
     @contextmanager
     def as_config(self) -> Iterator[Path]:
@@ -71,21 +87,24 @@ class ModelSource:
         return name
 
     @property
+    def counted_config(self) -> dict[str, Any]:
+        """The parsed config without what changes nothing: which version wrote it."""
+        return {key: value for key, value in self.config.items() if key != "transformers_version"}
+
+    @property
     def config_digest(self) -> str:
         """A digest of the parsed config: neither the layout of the file nor who wrote it counts."""
-        return digest({key: value for key, value in self.config.items() if key != "transformers_version"})
+        return digest(self.counted_config)
 
     def checkpoint_dtype(self) -> str | None:
         """The dtype that transformers' `auto` loads in, as far as the config or a local checkpoint tells."""
-        declared = self.config.get("dtype") or self.config.get("torch_dtype")
-        if isinstance(declared, str) and declared != "auto":
-            return declared.removeprefix("torch.")
+        if (declared := _declared_dtype(self.config)) is not None:
+            return declared
         directory = self.location if self.location.is_dir() else self.location.parent
         for path in sorted(directory.glob("*.safetensors")):
-            for entry in _safetensors_header(path).values():
-                if dtype := SAFETENSORS_DTYPES.get(entry.get("dtype", "")):
-                    return dtype
-        return None
+            if dtype := _first_dtype(_safetensors_header(path)):
+                return dtype
+        return self.stored_dtype
 
     def stored_apart(self, ties: Iterable[tuple[TensorName, TensorName]]) -> frozenset[tuple[TensorName, TensorName]]:
         """The ties of which a local checkpoint holds both tensors, with different values.
@@ -123,13 +142,16 @@ def local_source(path: Path) -> ModelSource:
     return ModelSource(location=path, config=_read_config(config_path), weights=str(path) if has_weights else None)
 
 
-def hub_source(repository: str, revision: str | None, *, commit: str | None = None) -> ModelSource:
+def hub_source(
+    repository: str, revision: str | None, *, commit: str | None = None, must_ask: bool = False
+) -> ModelSource:
     """The model in a repository of the hub: its cached config, or, on line, the current one.
 
     Args:
         repository: the hub id.
         revision: a branch, tag or commit; the default branch where it is `None`.
         commit: a commit that is known already, which then is what is read.
+        must_ask: whether only the hub itself can say what a branch is now, and not what its cache remembers.
 
     Raises:
         ModelNotFoundError: where the hub and its cache have no such repository, revision or config.
@@ -142,6 +164,10 @@ def hub_source(repository: str, revision: str | None, *, commit: str | None = No
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are told by what comes of them
     wanted = commit or revision
     is_fixed = wanted is not None and COMMIT.fullmatch(wanted) is not None
+    if must_ask and not is_fixed and not _hub_answers():
+        raise ModelNotFoundError(
+            f"the hub cannot be reached, and only it knows what `{repository}` is at `{revision or 'main'}` now"
+        )
     try:
         try:
             # What a commit holds never changes: the cache is asked first. A branch is asked of the hub.
@@ -162,7 +188,26 @@ def hub_source(repository: str, revision: str | None, *, commit: str | None = No
         message = f"`{repository}` is neither a local path nor to be had from the hub: {first_line.rstrip('.')}"
         raise ModelNotFoundError(message) from error
     # The cache keeps files under `snapshots/<commit>/`.
-    return ModelSource(location=path.parent, config=_read_config(path), weights=repository, commit=path.parent.name)
+    config, resolved = _read_config(path), path.parent.name
+    stored_dtype = None
+    if _declared_dtype(config) is None:
+        from devmap_config.graph.hub_headers import stored_header
+
+        stored_dtype = _first_dtype(stored_header(repository, resolved, may_ask=_hub_answers))
+    return ModelSource(
+        location=path.parent, config=config, weights=repository, commit=resolved, stored_dtype=stored_dtype
+    )
+
+
+def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
+    """The config of a commit, where the hub's cache has it; without the hub's client, which takes long to import."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
+    try:
+        return _read_config(folder / "snapshots" / commit / "config.json")
+    except ModelNotFoundError:
+        return None
 
 
 def _hub_answers() -> bool:
@@ -189,6 +234,17 @@ def _hub_answers() -> bool:
 def is_hub_id(text: str) -> bool:
     """Whether a source may be the name of a repository on the hub."""
     return HUB_ID.fullmatch(text) is not None
+
+
+def _declared_dtype(config: Mapping[str, Any]) -> str | None:
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return declared.removeprefix("torch.") if isinstance(declared, str) and declared != "auto" else None
+
+
+def _first_dtype(header: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The dtype of a header's first floating tensor, which is what transformers goes by."""
+    found = (SAFETENSORS_DTYPES.get(entry.get("dtype", "")) for entry in header.values())
+    return next((dtype for dtype in found if dtype), None)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -248,5 +304,15 @@ def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             return {}
-        header = json.loads(file.read(length))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return parse_header(file.read(length))
+
+
+def parse_header(text: bytes) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors header, which is JSON.
+
+    Raises:
+        ValueError: where it is no JSON.
+    """
+    header = json.loads(text)
+    entries = header.items() if isinstance(header, dict) else ()
+    return {name: entry for name, entry in entries if name != "__metadata__" and isinstance(entry, dict)}

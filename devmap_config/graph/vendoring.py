@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
+from devmap_config.graph.source import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.model import ModelGraph
 
-SCHEMA = "devmap-vendored-graph/1"
+SCHEMA = "devmap-vendored-graph/2"
+"""2 has a digest over its content."""
 
 
 class VendoredGraphError(Exception):
@@ -36,6 +38,7 @@ class VendoredGraph:
     attention: str | None
     workload: Workload | None
     quantization: Mapping[str, Any] | None = None
+    stored_dtype: str | None = None
     dry_runs: Mapping[str, Any] = field(default_factory=dict)
     """What was found of plans of this model, by their digest."""
 
@@ -57,6 +60,9 @@ class VendoredGraph:
             value["dry_runs"] = dict(self.dry_runs)
         if self.quantization is not None:
             value["quantization"] = dict(self.quantization)
+        if self.stored_dtype is not None:
+            value["stored_dtype"] = self.stored_dtype
+        value["digest"] = digest(value)
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -81,6 +87,8 @@ def read_vendored(text: str) -> VendoredGraph:
         value = json.loads(text)
         if value["schema"] != SCHEMA:
             raise VendoredGraphError("another version of devmap-config wrote it")
+        if value.pop("digest") != digest(value):
+            raise VendoredGraphError("it does not agree with its own digest: it was changed by hand, or is damaged")
         return VendoredGraph(
             graph=graph_from_json(value["graph"]),
             config=value["config"],
@@ -93,6 +101,7 @@ def read_vendored(text: str) -> VendoredGraph:
             workload=None if value["workload"] is None else Workload(**value["workload"]),
             quantization=value.get("quantization"),
             dry_runs=value.get("dry_runs", {}),
+            stored_dtype=value.get("stored_dtype"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from devmap_config.graph.serialization import graph_to_json
 from devmap_config.graph.source import digest
 from devmap_config.plan.lock import Inputs
+from devmap_config.plan.values import values_of, values_of_hardware
 
 if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
@@ -26,4 +27,9 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
         graph=digest({name: value for name, value in graph_to_json(model.graph).items() if name != "schema"}),
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
+        values={
+            "config": values_of(model.source.counted_config),
+            "hardware": values_of_hardware(inventory),
+            "profile": values_of(profile),
+        },
     )

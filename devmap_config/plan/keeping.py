@@ -1,47 +1,138 @@
-"""`--keep`: the plan of an existing lock, where it still holds and is as good as the new one."""
+"""`--keep`: among plans that are as good as a new one, the one that is nearest to that of an existing lock."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+from devmap_config.placement.units import fold
 from devmap_config.plan.lock import LockError, plan_of
-from devmap_config.plan.plan import Plan, device_uses
+from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
-    from devmap_config.graph.model import ModelGraph
+    from collections.abc import Mapping, Sequence
+
+    from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.lock import Lock
     from devmap_config.rules.resolution import Resolution
+
+    Homes = dict[TensorName, tuple[DeviceId, DeviceId | None]]
+    Block = tuple[TensorName, ...]
 
 AS_GOOD = 200
 """As good is what takes at most this part, a two-hundredth, longer; the bound is proven to about as much."""
 
+MAX_TRIALS = 48
+"""Plans that are looked at on the way: each is verified and predicted anew."""
+
 
 def kept(plan: Plan, lock: Lock, graph: ModelGraph, inventory: Inventory, resolution: Resolution) -> Plan:
-    """The locked plan with what it holds and takes now, or the new one.
+    """The locked plan where it still is as good as the new one, else the new one with as much of it as can stay.
 
-    It is kept where it was made by the same strategy of ours, breaks no rule, fits, and is as good: in the time of a
-    token, or where that is not known in the context that it leaves room for.
+    Only a plan of the same strategy of ours is kept. One is taken where it breaks no rule, fits, and is as good: in the
+    time of a token, or where that is not known in the context that it leaves room for. What cannot stay as a whole is
+    tried in halves, from either end of the model; the result is near, and not proven to be the nearest.
     """
     if plan.strategy not in OPTIMAL_STRATEGIES or lock.plan.get("strategy") != plan.strategy:
         return plan
     try:
-        earlier = plan_of(lock, graph, plan.executor)
+        earlier = _homes(plan_of(lock, graph, plan.executor))
     except (LockError, KeyError, TypeError):
         return plan
-    assignments = earlier.assignments
-    same = replace(
-        earlier, devices=device_uses(graph, assignments, inventory.capacities, plan.executor), measured=plan.measured
-    )
-    if broken_promises(same, graph, inventory.capacities, resolution):
-        return plan
-    bound = plan.prediction.bound_decode_nanoseconds_per_token
-    same = replace(same, prediction=predict(same, graph, inventory, bound_decode_nanoseconds=bound))
-    return same if _is_as_good(same, plan) else plan
+    whole = _Search(plan, graph, inventory, resolution, earlier)
+    if whole.keep(tuple(earlier)):
+        return whole.best
+    found = []
+    for order in (1, -1):
+        search = _Search(plan, graph, inventory, resolution, earlier)
+        for moved in _moved_together(graph, earlier, _homes(plan))[::order]:
+            search.keep_most(moved[::order])
+        found.append(search)
+    return min(found, key=_Search.distance).best
+
+
+def _homes(plan: Plan) -> Homes:
+    """Where each tensor is stored and, where its unit computes elsewhere than usual, where it runs."""
+    return {
+        name: (each.stored_on, each.executes_on if each.unit in plan.compute else None)
+        for each in plan.assignments
+        for name in each.tensors
+    }
+
+
+def _moved_together(graph: ModelGraph, before: Homes, after: Homes) -> list[tuple[Block, ...]]:
+    """The blocks that moved, neighbours that went the same way together."""
+
+    def way(block: Block) -> tuple[tuple[object, ...], ...]:
+        return tuple(dict.fromkeys((before[name], after[name]) for name in block))
+
+    blocks = [tuple(tensor.name for tensor in graph.modules[path].tensors()) for path in graph.blocks]
+    moved = [block for block in blocks if any(before[name] != after[name] for name in block)]
+    return [tuple(together) for _, together in groupby(moved, key=way)]
+
+
+@dataclass
+class _Search:
+    """Puts back what moved, as long as the plan stays as good as the new one; `best` is the nearest found so far."""
+
+    new: Plan
+    graph: ModelGraph
+    inventory: Inventory
+    resolution: Resolution
+    earlier: Homes
+    trials: int = 0
+    best: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.best = self.new
+
+    def keep_most(self, blocks: Sequence[Block]) -> None:
+        """Keep these blocks where they were, or else the halves of them that can stay."""
+        if self.keep(tuple(name for block in blocks for name in block)) or len(blocks) == 1:
+            return
+        middle = len(blocks) // 2
+        self.keep_most(blocks[:middle])
+        self.keep_most(blocks[middle:])
+
+    def keep(self, names: Sequence[TensorName]) -> bool:
+        """Whether these tensors can stay where they were; then they do."""
+        if self.trials >= MAX_TRIALS:
+            return False
+        self.trials += 1
+        candidate = self.plan_with({**_homes(self.best), **{name: self.earlier[name] for name in names}})
+        if broken_promises(candidate, self.graph, self.inventory.capacities, self.resolution):
+            return False
+        bound = self.new.prediction.bound_decode_nanoseconds_per_token
+        prediction = predict(candidate, self.graph, self.inventory, bound_decode_nanoseconds=bound)
+        candidate = replace(candidate, prediction=prediction)
+        if not _is_as_good(candidate, self.new):
+            return False
+        self.best = candidate
+        return True
+
+    def distance(self) -> tuple[int, int]:
+        """How many tensors of the best plan are not where they were, and then what a token takes."""
+        homes = _homes(self.best)
+        moved = sum(homes[name] != self.earlier[name] for name in self.earlier)
+        return moved, self.best.prediction.decode_nanoseconds_per_token or 0
+
+    def plan_with(self, homes: Mapping[TensorName, tuple[DeviceId, DeviceId | None]]) -> Plan:
+        """The plan that stores and runs everything there."""
+        ordered = {name: homes[name] for name in self.graph.tensors}
+        units = fold(self.graph, ordered)
+        return assemble(
+            self.graph,
+            units,
+            self.inventory.capacities,
+            strategy=self.new.strategy,
+            executor=self.new.executor,
+        )
 
 
 def _is_as_good(earlier: Plan, new: Plan) -> bool:

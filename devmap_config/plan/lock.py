@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.source import digest
+from devmap_config.graph.source import Resolved, digest
 from devmap_config.graph.vendoring import beside
 from devmap_config.placement.assignment import Assignment
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
@@ -17,26 +18,36 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.executor import Executor
+    from devmap_config.plan.values import Values
 
-LOCK_VERSION = 1
+LOCK_VERSION = 2
+"""2 keeps the values of what a plan was made from beside their digests; a lock of 1 is read without them."""
 
 
 class LockError(Exception):
-    """A lock cannot be read; the text says why."""
+    """A lock cannot be had; the text says why, as the predicate of its file's name. `code` is a diagnostic's."""
+
+    def __init__(self, message: str, code: str = "unreadable-lock") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to."""
+    """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
+
+    `values` are those values by input and route, for all but the module tree, which is too large.
+    """
 
     profile: str
     config: str
     graph: str
     hardware: str
     commit: str | None = None
+    values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
-        """As they stand in the lock."""
+        """The digests as they stand in the lock."""
         return {
             "commit": self.commit,
             "config": self.config,
@@ -48,12 +59,22 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Lock:
-    """The content of a lockfile."""
+    """The content of a lockfile. What it was made from is judged by `inputs`; `values` tell what changed."""
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, str | None]
     variables: Mapping[str, str]
     made_with: Mapping[str, str | None]
+    values: Mapping[str, Values] = field(default_factory=dict)
+
+    @property
+    def resolved(self) -> Resolved | None:
+        """What the model's revision was resolved to, for the source and the revision that it was then."""
+        commit = self.inputs.get("commit")
+        if commit is None or "profile" not in self.values:
+            return None if commit is None else Resolved(commit)
+        source, revision = (self.values["profile"].get(f"model.{key}") for key in ("source", "revision"))
+        return Resolved(commit, str(source), None if revision is None else str(revision))
 
     def to_text(self) -> str:
         """The file: canonical JSON, the same bytes for the same plan on any machine."""
@@ -62,6 +83,7 @@ class Lock:
             "inputs": dict(self.inputs),
             "plan": dict(self.plan),
             "set": dict(self.variables),
+            "values": {name: dict(values) for name, values in self.values.items()},
         }
         text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
         return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -74,31 +96,67 @@ def lock_path(profile: Path) -> Path:
 
 def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with: Mapping[str, str | None]) -> Lock:
     """The lock of a plan that was just made."""
-    return Lock(plan=plan.to_json(), inputs=inputs.to_json(), variables=variables, made_with=made_with)
+    return Lock(
+        plan=plan.to_json(),
+        inputs=inputs.to_json(),
+        variables=variables,
+        made_with=made_with,
+        values=inputs.values,
+    )
+
+
+def lock_at(path: Path) -> Lock:
+    """The lock in a file.
+
+    Raises:
+        LockError: where there is none (`missing-lock`), or none that can be read.
+    """
+    try:
+        return read_lock(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LockError("does not exist", "missing-lock") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise LockError(f"cannot be read: {reason}") from error
 
 
 def read_lock(text: str) -> Lock:
-    """The lock that a file holds.
+    """The lock that a text holds.
 
     Raises:
-        LockError: where it is not a lock, was written by a newer version, or was changed by hand.
+        LockError: where it is damaged or was changed by hand (`unreadable-lock`), or comes from a newer devmap-config
+            (`newer-lock`).
     """
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise LockError(f"it is not JSON ({error})") from error
+        if CONFLICT_MARK.search(text):
+            raise LockError("holds the marks of a merge conflict") from error
+        raise LockError(f"is not JSON: it was cut off, or changed by hand ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get("lock_version"), int):
-        raise LockError("it is not a lock: it has no `lock_version`")
+        raise LockError("is not a lock: it has no `lock_version`")
     if value["lock_version"] > LOCK_VERSION:
         raise LockError(
-            f"its lock_version is {value['lock_version']}, and this devmap-config reads {LOCK_VERSION}: upgrade it"
+            f"has lock_version {value['lock_version']}, and this devmap-config reads up to {LOCK_VERSION}", "newer-lock"
         )
     stated = value.pop("digest", None)
     made_with = value.pop("made_with", {})
     if stated != digest(value):
-        raise LockError("its content does not agree with its own digest: it was changed by hand, or is damaged")
-    return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+        raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
+    try:
+        return Lock(
+            plan=value["plan"],
+            inputs=value["inputs"],
+            variables=value["set"],
+            made_with=made_with,
+            values=value.get("values", {}),
+        )
+    except KeyError as error:
+        raise LockError(f"is not a lock: it has no `{error.args[0]}`") from error
 
+
+CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
+"""What git leaves in a file that it could not merge."""
 
 INPUT_NAMES = {
     "commit": "the commit that the model's revision resolves to",
@@ -107,15 +165,6 @@ INPUT_NAMES = {
     "hardware": "the hardware",
     "profile": "the profile",
 }
-
-
-def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> tuple[str, ...]:
-    """What a lock was made from that is something else now, in words; nothing where the lock is fresh."""
-    now = inputs.to_json()
-    changed = [words for name, words in INPUT_NAMES.items() if lock.inputs.get(name) != now[name]]
-    if dict(lock.variables) != dict(variables):
-        changed.append("the `--set` values")
-    return tuple(changed)
 
 
 def plan_of(lock: Lock, graph: ModelGraph, executor: Executor) -> Plan:

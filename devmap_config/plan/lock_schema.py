@@ -33,7 +33,16 @@ def lock_schema() -> dict[str, Any]:
                 "description": "The `--set` values.",
                 "additionalProperties": {"type": "string"},
             },
+            values=_object(**{name: _values(INPUT_NAMES[name]) for name in ("config", "hardware", "profile")}),
         ),
+    }
+
+
+def _values(words: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": f"The values of {words} by their routes, to say which of them changed.",
+        "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
     }
 
 

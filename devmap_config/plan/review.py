@@ -67,13 +67,19 @@ def broken_promises(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]
     """
     found = verify(plan, graph, capacities, resolution.forbidden)
     broken = [violation.message for violation in found if violation.kind != "split-block"]
-    for each in plan.assignments:
-        for name in each.tensors:
-            decision = resolution.decisions.get(name)
-            if decision is not None and decision.device != each.stored_on:
-                broken.append(
-                    f"`{name}` is on {each.stored_on}, and `{decision.rule.text}` puts it on {decision.device}"
-                )
+    homes = {name: each for each in plan.assignments for name in each.tensors}
+    for name, decision in resolution.decisions.items():
+        home = homes.get(name)
+        if home is not None and decision.device != home.stored_on:
+            broken.append(f"`{name}` is on {home.stored_on}, and `{decision.rule.text}` puts it on {decision.device}")
+        elif home is not None and decision.compute not in (None, home.executes_on):
+            broken.append(
+                f"`{name}` runs on {home.executes_on}, and `{decision.rule.text}` computes it on {decision.compute}"
+            )
+    for rule, names in resolution.groups:
+        devices = dict.fromkeys(homes[name].stored_on for name in names if name in homes)
+        if len(devices) > 1:
+            broken.append(f"`{rule.text}` keeps together what is on {' and '.join(devices)}")
     return broken
 
 

@@ -20,7 +20,6 @@ from devmap_config.profile.document import (
     parse_document,
     whole_file,
 )
-from devmap_config.profile.template import TemplateRefusedError, render_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +76,7 @@ class Reader:
         own_variables = document.get("variables")
         inner = (*_entries(own_variables), *variables)
         documents: list[MappingNode] = []
-        for base in _base_files(document):
+        for base in base_files(document):
             found = self.read_base(base, path, (*trail, path.resolve()), inner)
             self.is_incomplete |= not found
             documents += found
@@ -161,6 +160,8 @@ class Reader:
 
     def rendered_document(self, text: str, shown: str, variables: tuple[Entry, ...]) -> MappingNode | None:
         """A template file: rendered with its own `variables:` block, those of who extends it, and the overrides."""
+        from devmap_config.profile.template import TemplateRefusedError, render_file  # with it comes jinja2
+
         own = parse_document(_variables_block(text) or "variables: {}", shown, self.sink)
         entries = (*_entries(own.get("variables") if own else None), *variables)
         try:
@@ -178,7 +179,7 @@ class Reader:
         return located if isinstance(located, MappingNode) else None
 
 
-def _base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
+def base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
     """The files that `extends` names; what is not text there is left to the schema."""
     extends = document.get("extends")
     nodes = extends.items if isinstance(extends, SequenceNode) else (extends,)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ast
+import inspect
+import itertools
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+from devmap_config.profile import schema as schema_module
 from devmap_config.profile.schema import (
     BANDWIDTH_SCHEMA,
     DEVICE_KEY_PATTERN,
@@ -11,6 +16,9 @@ from devmap_config.profile.schema import (
     Link,
     Profile,
 )
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 """What yaml-language-server reads."""
@@ -26,6 +34,8 @@ def profile_schema() -> Schema:
     """
     schema = _draft7(Profile.model_json_schema(by_alias=True))
     definitions = schema["definitions"]
+    for section, definition in {Profile.__name__: schema, **definitions}.items():
+        _describe(definition["properties"], section)
     _set_keys(definitions["Hardware"]["properties"]["devices"])
     _set_keys(definitions["PlacementSection"]["properties"]["max_memory"])
     for holder, key in ((schema, "extends"), (definitions["Pin"], "not_on")):
@@ -44,6 +54,31 @@ def profile_schema() -> Schema:
         },
     }
     return {"$schema": DRAFT_7, "title": "devmap-config profile, version 1", **schema}
+
+
+def _describe(properties: Schema, section: str) -> None:
+    """Give each key the text below its field. It is read here and not by pydantic, for which every start would pay."""
+    model: type[BaseModel] = getattr(schema_module, section)
+    documented = _documented_fields()[section]
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        if name in documented and key in properties:
+            properties[key] = dict(sorted({**properties[key], "description": documented[name]}.items()))
+
+
+@cache
+def _documented_fields() -> dict[str, dict[str, str]]:
+    """By class of the profile's sections, the text below each field."""
+    documented: dict[str, dict[str, str]] = {}
+    for section in ast.parse(inspect.getsource(schema_module)).body:
+        if isinstance(section, ast.ClassDef):
+            fields = documented.setdefault(section.name, {})
+            for field, below in itertools.pairwise(section.body):
+                if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                    continue
+                if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                    fields[field.target.id] = inspect.cleandoc(str(below.value.value))
+    return documented
 
 
 def _set_keys(mapping: Schema) -> None:

@@ -23,7 +23,6 @@ from devmap_config.profile.document import (
 )
 from devmap_config.profile.inheritance import Boundary, Reader, boundary_of, merge, variable_values
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, PlainText, Profile
-from devmap_config.profile.template import TemplateRefusedError, is_template, render_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -166,13 +165,15 @@ def _render(
 
     def rendered(node: Node) -> Node:
         if isinstance(node, ScalarNode):
-            return rendered_scalar(node) if is_template(node.text) else node
+            return rendered_scalar(node) if _is_template(node.text) else node
         if isinstance(node, SequenceNode):
             return SequenceNode(tuple(map(rendered, node.items)), node.span)
         return MappingNode(tuple(Entry(entry.key, rendered(entry.value)) for entry in node.entries), node.span)
 
     def rendered_scalar(node: ScalarNode) -> ScalarNode:
         """What a template renders to, as if it had been written without quotes: its field's type reads it."""
+        from devmap_config.profile.template import TemplateRefusedError, render_scalar  # with it comes jinja2
+
         try:
             text = render_scalar(node.text, variables)
         except TemplateRefusedError as error:
@@ -185,6 +186,11 @@ def _render(
         entry if entry.key.text in UNRENDERED else Entry(entry.key, rendered(entry.value)) for entry in document.entries
     )
     return MappingNode(entries, document.span), frozenset(failed)
+
+
+def _is_template(text: str) -> bool:
+    """Whether jinja2 would find anything to do in a text."""
+    return "{{" in text or "{%" in text or "{#" in text
 
 
 def _validate(

@@ -234,7 +234,7 @@ def _choice(*choices: str) -> Any:
 class Section(BaseModel):
     """What all parts of a profile share: frozen, and without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Model(Section):

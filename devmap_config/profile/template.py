@@ -48,11 +48,6 @@ class TemplateRefusedError(Exception):
         self.line = line
 
 
-def is_template(text: str) -> bool:
-    """Whether jinja2 would find anything to do in a text."""
-    return "{{" in text or "{%" in text or "{#" in text
-
-
 def render_scalar(text: str, variables: Mapping[str, object]) -> str:
     """A single value rendered.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from devmap_config.compiler import Compilation, Request, run_pipeline
 from devmap_config.diagnostics.diagnostic import ProfileError
-from devmap_config.plan.lock import Lock, LockError, changed_inputs, lock_path, plan_of, read_lock
+from devmap_config.plan.drift import remedy
+from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path
 from devmap_config.runner.loading import LoadRequest, RunnerError, load
 
 if TYPE_CHECKING:
@@ -69,30 +70,24 @@ def prepare(
             path=path,
             variables=variables,
             remembered=lock.variables,
-            commit=lock.inputs.get("commit"),
+            resolved=lock.resolved,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            locked=lock,
         )
     )
-    loaded, model, fresh, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
-    if loaded is None or model is None or fresh is None or inputs is None:
+    loaded, model, plan = compilation.loaded, compilation.model, compilation.plan
+    if loaded is None or model is None or plan is None:
         raise ProfileError(compilation.diagnostics, compilation.texts)
-    if changed := changed_inputs(lock, inputs, loaded.overrides):
-        raise RunnerError(
-            "stale-lock", f"the lock is stale: {' and '.join(changed)} changed", f"run `devmap compile {path}`"
-        )
+    if compilation.drift is not None:
+        drift = compilation.drift
+        raise RunnerError(drift.code, f"`{lock_path(path)}` {drift.message}", remedy(drift.code, path))
     if model.source.weights is None:
         raise RunnerError(
             "no-weights",
             f"there is only a config at `{loaded.profile.model.source}`, and no weights",
             "name a directory with weights, or a hub id, as `model.source`",
         )
-    try:
-        plan = plan_of(lock, model.graph, fresh.executor)
-    except LockError as error:
-        raise RunnerError(
-            "unreadable-lock", f"the lock cannot be used: {error}", f"run `devmap compile {path}`"
-        ) from None
     folder = loaded.profile.placement.offload.folder
     request = LoadRequest(
         weights=model.source.weights,
@@ -152,10 +147,6 @@ def _some(findings: list[str]) -> str:
 
 def _read(path: Path, profile: Path) -> Lock:
     try:
-        return read_lock(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunnerError("missing-lock", f"`{path}` does not exist", f"run `devmap compile {profile}`") from None
-    except (OSError, UnicodeDecodeError, LockError) as error:
-        raise RunnerError(
-            "unreadable-lock", f"`{path}` cannot be used: {error}", f"run `devmap compile {profile}`"
-        ) from None
+        return lock_at(path)
+    except LockError as error:
+        raise RunnerError(error.code, f"`{path}` {error}", remedy(error.code, profile)) from None

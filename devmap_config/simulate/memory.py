@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.cache import default_directory, library_versions, write_quietly
+from devmap_config.graph.cache import default_directory, library_versions, keep
 from devmap_config.graph.loading import buildable_attention
 from devmap_config.graph.source import digest
 from devmap_config.simulate.simulation import Simulation, Verdict
@@ -36,7 +36,7 @@ def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = Fals
         return None
     verdict = Verdict.of(simulation_of(plan, model, trust_remote_code=trust_remote_code))
     if not trust_remote_code:
-        write_quietly(path, json.dumps(verdict.to_json(), separators=(",", ":")))
+        keep(path, json.dumps(verdict.to_json(), separators=(",", ":")))
     return verdict
 
 

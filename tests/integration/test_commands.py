@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,7 +134,8 @@ def test_check_says_what_changed_and_writes_nothing(profile):
     assert stale.returncode == 3
     [finding] = json.loads(stale.stdout)["diagnostics"]
     assert finding["code"] == "stale-lock"
-    assert "the model's config" in finding["message"]
+    assert "the model's config: `num_hidden_layers` 6 → 7" in finding["message"]
+    assert "module tree" not in finding["message"]  # it follows
     profile.write_text(GOOD.replace("lm_head", "lm_haed"))
     assert devmap("check", "profile.yaml").returncode == 1
 
@@ -249,10 +251,9 @@ def test_init_says_what_is_wrong(workspace):
     assert "unsupported-model" in unknown.stderr
 
 
-WITHOUT_TORCH = (
-    "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate')));"
-    "from devmap_config.cli import main; sys.argv = ['devmap', *sys.argv[1:]]; main()"
-)
+RUN = "import sys; sys.argv = ['devmap', *sys.argv[1:]]; from devmap_config.cli import main; main()"
+
+WITHOUT_TORCH = f"import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate'))); {RUN}"
 
 
 def devmap_without_torch(*arguments):
@@ -283,6 +284,26 @@ def test_a_vendored_graph_of_something_else_is_made_anew(profile):
     assert "JSONDecodeError" in damaged.stderr
 
 
+def test_a_vendored_graph_that_was_edited_is_not_believed(profile):
+    devmap("compile", "profile.yaml", "--vendor")
+    path = Path("profile.graph.json")
+    path.write_text(path.read_text().replace("[256,64]", "[255,64]", 1))
+    done = devmap("check", "profile.yaml")
+    assert (done.returncode, "its own digest" in " ".join(done.stderr.split())) == (0, True)
+    without = devmap_without_torch("check", "profile.yaml")
+    assert (without.returncode, "keep the graph" in " ".join(without.stderr.split())) == (1, True)
+
+
+def test_a_vendored_graph_of_another_config_is_noticed_where_the_config_is_at_hand(profile):
+    devmap("compile", "profile.yaml", "--vendor")
+    config = json.loads(Path("llama/config.json").read_text())
+    Path("llama/config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    done = devmap("check", "profile.yaml")
+    assert done.returncode == 3
+    assert "warning[stale-graph]" in done.stderr
+    assert "`num_hidden_layers` 6 → 7" in " ".join(done.stderr.split())
+
+
 def test_an_output_that_cannot_be_written_is_a_usage_error(profile):
     Path("folder").mkdir()
     Path("other.yaml").write_text(GOOD)
@@ -301,12 +322,12 @@ def test_a_damaged_lock_is_replaced_with_a_word_and_a_newer_one_is_not(profile):
     Path("profile.lock.json").write_text("<<<<<<< HEAD")
     damaged = devmap("compile", "profile.yaml")
     assert damaged.returncode == 0
-    assert "is replaced" in damaged.stderr
-    newer = Path("profile.lock.json").read_text().replace('"lock_version": 1', '"lock_version": 2')
+    assert "it is replaced" in damaged.stderr
+    newer = Path("profile.lock.json").read_text().replace('"lock_version": 2', '"lock_version": 3')
     Path("profile.lock.json").write_text(newer)
     refused = devmap("compile", "profile.yaml")
     assert refused.returncode == 2
-    assert "upgrade" in refused.stderr
+    assert "upgrade" in " ".join(refused.stderr.split())
     assert Path("profile.lock.json").read_text() == newer
 
 
@@ -328,6 +349,125 @@ def test_a_narrow_encoding_is_no_failure(profile):
     assert (
         "模型" in json.loads(devmap("compile", "profile.yaml", "--format", "json").stdout)["diagnostics"][0]["message"]
     )
+
+
+def test_check_of_a_plan_that_misstates_what_a_device_holds(profile):
+    devmap("compile", "profile.yaml")
+    path = Path("profile.lock.json")
+    lock = read_lock(path.read_text())
+    card, *others = lock.plan["devices"]
+    card = {**card, "weights_bytes": card["weights_bytes"] - 1, "free_bytes": card["free_bytes"] + 1}
+    path.write_text(replace(lock, plan={**lock.plan, "devices": [card, *others]}).to_text())
+    done = devmap("check", "profile.yaml")
+    assert (done.returncode, "what it says cuda:0 holds" in " ".join(done.stderr.split())) == (3, True)
+
+
+def test_check_of_a_plan_that_forgets_what_computes_on_the_cpu(profile):
+    profile.write_text(GOOD.replace("device: cpu}", "compute: cpu}"))
+    devmap("compile", "profile.yaml")
+    path = Path("profile.lock.json")
+    lock = read_lock(path.read_text())
+    path.write_text(replace(lock, plan={**lock.plan, "compute": {}}).to_text())
+    done = devmap("check", "profile.yaml")
+    assert (done.returncode, "computes it on cpu" in " ".join(done.stderr.split())) == (3, True)
+
+
+def test_check_of_a_plan_that_tears_a_group_apart(profile):
+    group = '{match: "{model.norm,lm_head}", keep_together: true}'
+    profile.write_text(GOOD.replace("{match: lm_head, device: cpu}", group))
+    devmap("compile", "profile.yaml")
+    assert devmap("check", "profile.yaml").returncode == 0
+    path = Path("profile.lock.json")
+    lock = read_lock(path.read_text())
+    plan = {**lock.plan, "device_map": {**lock.plan["device_map"], "lm_head": "cpu"}}
+    path.write_text(replace(lock, plan=plan).to_text())
+    done = devmap("check", "profile.yaml")
+    assert (done.returncode, "keeps together what is on" in " ".join(done.stderr.split())) == (3, True)
+
+
+def test_check_says_apart_what_is_damaged_newer_or_in_conflict(profile):
+    devmap("compile", "profile.yaml")
+    path = Path("profile.lock.json")
+    good = path.read_text()
+    version = re.search(r'"lock_version": (\d+)', good)
+    newer = good.replace(version.group(), f'"lock_version": {int(version.group(1)) + 1}')
+    for text, code, words in (
+        (good[: len(good) // 2], "unreadable-lock", "cut off"),
+        (good.replace('"lm_head": "cpu"', '"lm_head": 0'), "unreadable-lock", "its own digest"),
+        (good.replace('    "compute"', '<<<<<<< ours\n    "compute"'), "unreadable-lock", "merge conflict"),
+        (newer, "newer-lock", "upgrade devmap-config"),
+    ):
+        path.write_text(text)
+        done = devmap("check", "profile.yaml")
+        assert (done.returncode, f"error[{code}]" in done.stderr) == (3, True), done.stderr
+        assert words in " ".join(done.stderr.split())
+
+
+def test_check_does_not_place_again_what_is_locked(profile):
+    """With a lock that holds, placing would be wasted: numpy, which comes with it, is never imported."""
+    profile.write_text(FASTEST)
+    devmap("compile", "profile.yaml")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate', 'numpy', 'jinja2')));"
+        "from devmap_config.cli import main; sys.argv = ['devmap', 'check', 'profile.yaml']; main()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def profiles(workspace):
+    """Profiles in folders, each compiled, beside what is none."""
+    Path("profiles/more").mkdir(parents=True)
+    Path("profiles/.hidden").mkdir()
+    Path(".git").mkdir()
+    for name in ("a", "b", "c", "d", "e", "f", "more/g"):
+        up = "../.." if "/" in name else ".."
+        Path(f"profiles/{name}.yaml").write_text(GOOD.replace("source: llama", f"source: {up}/llama"))
+        assert devmap("compile", "-q", f"profiles/{name}.yaml").returncode == 0
+    base = "version: 1\nmodel: {source: ../llama}\n"
+    Path("profiles/base.yaml").write_text(base)
+    Path("profiles/h.yaml").write_text("version: 1\nextends: [base.yaml]\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
+    assert devmap("compile", "-q", "profiles/h.yaml").returncode == 0
+    Path("profiles/machine.yaml").write_text("hardware: {devices: {cpu: {memory: 1GiB}}}\n")
+    Path("profiles/compose.yaml").write_text("version: '3'\nservices: {}\n")
+    Path("profiles/.hidden/x.yaml").write_text("version: 1\nmodel: {}\n")
+    return Path("profiles")
+
+
+@pytest.mark.parametrize("argument", ["profiles", "profiles/"])
+def test_check_of_a_folder_looks_at_the_profiles_in_it_and_below(profiles, argument):
+    done = devmap("check", argument)
+    assert (done.returncode, done.stdout) == (0, "8 locks up to date\n"), done.stderr
+    assert devmap("check", argument, "profiles/a.yaml").stdout == done.stdout
+
+
+def test_check_expands_what_no_shell_has(profiles):
+    assert devmap("check", "profiles/[a-c].yaml").stdout == "3 locks up to date\n"
+    assert devmap("check", "profiles/**/g.yaml").stdout == "1 lock up to date\n"
+    nothing = devmap("check", "profiles/*.yml")
+    assert (nothing.returncode, "missing-file" in nothing.stderr) == (2, True)
+    Path("empty").mkdir()
+    assert devmap("check", "empty").returncode == 2
+
+
+def test_check_of_many_counts_what_became_of_each_in_their_order(profiles):
+    Path("profiles/b.yaml").write_text(Path("profiles/b.yaml").read_text().replace("lm_head", "lm_haed"))
+    Path("profiles/c.lock.json").unlink()
+    Path("profiles/e.yaml").write_text(
+        Path("profiles/e.yaml").read_text().replace("context: 2,", "").replace("1GiB", "2GiB")
+    )
+    done = devmap("check", "profiles")
+    assert done.returncode == 1
+    assert done.stdout == "5 locks up to date, 1 lock is missing, 1 lock is stale, 1 profile is wrong\n"
+    places = re.findall(r"--> (profiles/\w+\.yaml)", done.stderr)
+    assert places == ["profiles/b.yaml", "profiles/c.yaml", "profiles/e.yaml"]
+    value = json.loads(devmap("check", "profiles", "--format", "json").stdout)
+    assert list(value["plans"]) == list(value["states"])
+    assert value["states"]["profiles/c.yaml"] == "missing"
+    # One process, or as many as there are cores: the same is said.
+    one = [sys.executable, "-c", "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);" + RUN]
+    alone = subprocess.run([*one, "check", "profiles"], capture_output=True, text=True, check=False)
+    assert (alone.stdout, alone.stderr) == (done.stdout, done.stderr)
 
 
 def test_check_looks_at_every_profile_that_is_there(profile):
@@ -368,7 +508,8 @@ def test_run_of_an_empty_prompt(profile):
 
 
 @pytest.mark.parametrize(
-    "change", [{"lm_head": 0}, {"model.layers.0": "cuda:7"}, {"model.nothing": 0}, {"lm_head": None}]
+    "change",
+    [{"lm_head": 0}, {"model.layers.0": "cuda:7"}, {"model.layers.0": "cpu"}, {"model.nothing": 0}, {"lm_head": None}],
 )
 def test_check_verifies_the_locked_plan_itself(profile, change):
     devmap("compile", "profile.yaml")
@@ -378,7 +519,7 @@ def test_check_verifies_the_locked_plan_itself(profile, change):
     path.write_text(replace(lock, plan={**lock.plan, "device_map": device_map}).to_text())
     done = devmap("check", "profile.yaml")
     assert done.returncode == 3, done.stderr
-    assert "unreadable-lock" in done.stderr
+    assert "broken-lock" in done.stderr
 
 
 def test_tree_measures_every_block(workspace):
@@ -470,6 +611,22 @@ hardware:
   links: {peer: {bandwidth: 1TB/s, latency: 1ns}}
 placement: {strategy: fastest}
 """
+
+
+def test_keep_moves_no_more_than_it_must(workspace):
+    """The second card lost room for one layer: one layer moves, where a new plan would move two."""
+    cards = '"cuda:[0-1]": {memory: 440KiB, bandwidth: 1TB/s}'
+    Path("profile.yaml").write_text(TWO_CARDS)
+    devmap("compile", "profile.yaml")
+    first = json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"]
+    smaller = "cuda:0: {memory: 600KiB, bandwidth: 1TB/s}, cuda:1: {memory: 270KiB, bandwidth: 1TB/s}"
+    Path("profile.yaml").write_text(TWO_CARDS.replace(cards, smaller))
+    moved = {}
+    for keep in ((), ("--keep",)):
+        plan = json.loads(devmap("compile", "profile.yaml", "--dry-run", "--format", "json", *keep).stdout)["plan"]
+        moved[keep] = {unit for unit, device in plan["device_map"].items() if device != first[unit]}
+    assert moved["--keep",] == {"model.layers.4"}
+    assert len(moved[()]) > 1
 
 
 def test_keep_stays_with_the_locked_plan_where_it_is_as_good(workspace):

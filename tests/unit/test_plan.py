@@ -13,7 +13,8 @@ from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.units import fold
-from devmap_config.plan.lock import LockError, changed_inputs, lock_of, lock_path, plan_of, read_lock
+from devmap_config.plan.changes import changed_inputs
+from devmap_config.plan.lock import LockError, lock_of, lock_path, plan_of, read_lock
 from devmap_config.plan.plan import Assignment, NotADeviceMapError, assemble
 from devmap_config.plan.verify import verify
 
@@ -123,7 +124,7 @@ def test_a_lock_gives_its_plan_back(compilation):
     lock = read_lock(lock_text(compilation))
     assert plan_of(lock, compilation.model.graph, compilation.plan.executor) == compilation.plan
     assert changed_inputs(lock, compilation.inputs, {"a": "1"}) == ()
-    assert changed_inputs(lock, compilation.inputs, {}) == ("the `--set` values",)
+    assert changed_inputs(lock, compilation.inputs, {}) == ("the `--set` values: `a` is gone: it was 1",)
 
 
 def test_made_with_is_outside_of_the_digest(compilation):
@@ -138,7 +139,8 @@ def test_made_with_is_outside_of_the_digest(compilation):
         (lambda text: text[: len(text) // 2], "not JSON"),
         (lambda text: "[]", "not a lock"),
         (lambda text: text.replace('"cuda:1"', '"cuda:0"', 1), "changed by hand"),
-        (lambda text: text.replace('"lock_version": 1', '"lock_version": 2'), "upgrade"),
+        (lambda text: text.replace('"lock_version": 2', '"lock_version": 3'), "reads up to"),
+        (lambda text: text.replace('  "plan": {', '<<<<<<< ours\n  "plan": {'), "merge conflict"),
     ],
 )
 def test_a_lock_that_is_damaged_or_newer(compilation, change, message):

@@ -1,0 +1,135 @@
+"""Checks profiles against their locks, several side by side."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from devmap_config.compiler import Compilation
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+
+State = Literal["fresh", "stale", "missing", "damaged", "wrong", "absent"]
+"""Of a lock: it holds; it does not any more; there is none; it cannot be read. Of a profile: it is wrong; not there."""
+
+STATES: Mapping[str, State] = {
+    "stale-lock": "stale",
+    "broken-lock": "stale",
+    "missing-lock": "missing",
+    "unreadable-lock": "damaged",
+    "newer-lock": "damaged",
+}
+
+WORTH_A_PROCESS = 3
+"""Profiles for which one more process is started: it takes about as long as checking that many."""
+
+MAX_PROCESSES = 8
+"""Each may have to import torch, for a graph that is not kept yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """What holds for every profile that is checked."""
+
+    variables: Mapping[str, str]
+    allow_outside: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What checking one profile found, as data that passes between processes."""
+
+    profile: Path
+    state: State
+    diagnostics: tuple[Diagnostic, ...]
+    texts: Mapping[str, str]
+    plan: Mapping[str, Any] | None = None
+
+
+def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
+    """Every profile checked, in the order in which they are given, by as many processes as that is worth.
+
+    Processes, since it is Python that takes the time: threads would wait for each other.
+    """
+    workers = min(_cores(), MAX_PROCESSES, len(profiles) // WORTH_A_PROCESS)
+    if workers <= 1:
+        return [check_one(profile, request) for profile in profiles]
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from importlib import import_module
+
+    import_module("devmap_config.compiler")  # once: a fork has it
+    # No thread runs here and no accelerator is in use yet, which is what makes forking safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as executor:
+            return list(executor.map(check_one, profiles, [request] * len(profiles)))
+    except (OSError, ImportError, BrokenProcessPool):  # no semaphores here, or too little memory for more than one
+        return [check_one(profile, request) for profile in profiles]
+
+
+def check_one(profile: Path, request: CheckRequest) -> Checked:
+    """One profile checked against its lock."""
+    from devmap_config.cli.compile import missing_profile
+    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.plan.drift import remedy
+    from devmap_config.plan.lock import LockError, lock_at, lock_path
+    from devmap_config.profile.document import whole_file
+
+    if not profile.is_file():
+        return Checked(profile=profile, state="absent", diagnostics=(missing_profile(profile),), texts={})
+    path = lock_path(profile)
+    lock, problem = None, None
+    try:
+        lock = lock_at(path)
+    except LockError as error:
+        problem = (error.code, str(error))
+    compilation = run_pipeline(
+        Request(
+            path=profile,
+            variables=request.variables,
+            remembered=dict(lock.variables) if lock else {},
+            resolved=lock.resolved if lock else None,
+            allow_outside=request.allow_outside,
+            trust_remote_code=request.trust_remote_code,
+            locked=lock,
+        )
+    )
+    if compilation.drift is not None:
+        problem = (compilation.drift.code, compilation.drift.message)
+    if compilation.has_errors or problem is None:
+        return _checked(profile, compilation, "wrong" if compilation.has_errors else "fresh")
+    code, message = problem
+    finding = Diagnostic(
+        code=code,
+        severity="error",
+        message=f"`{path}` {message}",
+        span=whole_file(str(profile)),
+        help=remedy(code, profile),
+    )
+    return _checked(profile, compilation, STATES[code], finding)
+
+
+def _checked(profile: Path, compilation: Compilation, state: State, *findings: Diagnostic) -> Checked:
+    return Checked(
+        profile=profile,
+        state=state,
+        diagnostics=(*compilation.diagnostics, *findings),
+        texts=compilation.texts,
+        plan=compilation.plan.to_json() if compilation.plan else None,
+    )
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,187 @@
+"""`devmap diff`: what moved between two plans, and what it does to memory and speed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.cli.options import format_option, outside_option, quiet_option, remote_code_option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from devmap_config.plan.diff import Difference, Home
+
+EXIT_DIFFER = 3
+
+ARROW = "→"
+
+
+@click.command("diff")
+@click.argument("before", metavar="A")
+@click.argument("after", metavar="B")
+@format_option("table", "json", "markdown")
+@quiet_option
+@outside_option
+@remote_code_option
+def diff(before: str, after: str, output_format: str, quiet: bool, allow_outside: bool, trust_remote_code: bool) -> int:
+    """Show what is different in the plan of B, seen from that of A.
+
+    Each is a lock, a profile (its lock, or what it asks for now where that does not hold), or a git revision: the
+    other's lock as it was there.
+    """
+    from devmap_config.cli.reporting import report
+    from devmap_config.cli.sides import SideError, sides_of
+    from devmap_config.plan.diff import difference
+
+    try:
+        sides = sides_of(before, after, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    except SideError as error:
+        report(error.diagnostics, error.texts, _of_findings(output_format), data={"diff": None})
+        return error.exit_code
+    found = difference(sides[0].plan, sides[1].plan)
+    notes = [note for side in sides for note in side.notes]
+    if output_format == "json":
+        report(notes, {}, "json", data={"diff": found.to_json()})
+    else:
+        report([] if quiet else notes, {}, "table")
+        names = (sides[0].name, sides[1].name)
+        lines = _markdown(found, *names) if output_format == "markdown" else table_lines(found, *names)
+        for line in () if quiet else lines:
+            click.echo(line)
+    return 0 if found.is_none else EXIT_DIFFER
+
+
+def _of_findings(output_format: str) -> str:
+    """Markdown is for what was compared; what went wrong is said as in a table."""
+    return "json" if output_format == "json" else "table"
+
+
+def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
+    """The difference for a terminal."""
+    if found.is_none:
+        yield f"{before} and {after} are the same plan"
+        return
+    yield f"{before} {ARROW} {after}"
+    blocks: list[list[tuple[str, ...]]] = [
+        _setting_rows(found),
+        _move_rows(found),
+        _device_rows(found),
+        _figure_rows(found),
+    ]
+    for rows in blocks:
+        if rows:
+            yield ""
+            yield from _aligned(rows)
+
+
+def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
+    """For a comment on a pull request."""
+    if found.is_none:
+        yield f"`{before}` and `{after}` are the same plan."
+        return
+    yield f"**Placement**: `{before}` {ARROW} `{after}`{'' if found.moves else ': nothing moved'}"
+    for headings, rows in (
+        (("plan", "before", "after"), [_split(row) for row in _setting_rows(found)]),
+        (("modules", "before", "after"), [(f"`{row[0]}`", *_split(row)[1:]) for row in _move_rows(found)]),
+        (_DEVICE_HEADINGS, _device_rows(found)[1:]),
+        (("predicted", "before", "after", ""), [(*_split(row[:2]), row[2]) for row in _figure_rows(found)]),
+    ):
+        if rows:
+            yield ""
+            yield f"| {' | '.join(headings)} |"
+            yield f"|{'---|' * len(headings)}"
+            for row in rows:
+                yield f"| {' | '.join(row)} |"
+
+
+def _split(row: tuple[str, ...]) -> tuple[str, str, str]:
+    before, _, after = row[1].partition(f" {ARROW} ")
+    return row[0], before, after or before
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _setting_rows(found: Difference) -> list[tuple[str, ...]]:
+    words: dict[Any, str] = {"main_device": "main device", True: "yes", False: "no"}
+    return [
+        (words.get(name, name), _arrow(change.before, change.after, lambda value: words.get(value, str(value))))
+        for name, change in found.settings.items()
+    ]
+
+
+def _move_rows(found: Difference) -> list[tuple[str, ...]]:
+    return [
+        (module or "everything", _arrow(move.before, move.after, _home))
+        for move in found.moves
+        for module in move.modules
+    ]
+
+
+def _home(home: Home) -> str:
+    return f"{home.device}, computed there" if home.computes_there else home.device
+
+
+_DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
+
+
+def _device_rows(found: Difference) -> list[tuple[str, ...]]:
+    """A heading, and each device that holds something else or has another capacity."""
+    from devmap_config.placement.shortage import rounded
+
+    def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
+        return _arrow(None if before is None else of(before), None if after is None else of(after), rounded)
+
+    parts: tuple[Callable[[dict[str, int]], int], ...] = (
+        lambda use: use["capacity_bytes"],
+        lambda use: use["weights_bytes"],
+        lambda use: use["kv_cache_bytes"],
+        lambda use: use["activation_bytes"] + use["overhead_bytes"],
+        lambda use: use["free_bytes"],
+    )
+    rows = [
+        (device, *(size(part, change.before, change.after) for part in parts))
+        for device, change in found.devices.items()
+        if not change.is_none
+    ]
+    return [_DEVICE_HEADINGS, *rows] if rows else []
+
+
+def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
+    """Each figure that is known of one of the plans, and by how much it changes."""
+    from devmap_config.cli.plan_table import duration
+    from devmap_config.placement.shortage import rounded
+
+    shown: dict[str, tuple[str, Callable[[int], str]]] = {
+        "decode_nanoseconds_per_token": ("a token", duration),
+        "bound_decode_nanoseconds_per_token": ("no plan is below", duration),
+        "prefill_nanoseconds": ("a prefill", duration),
+        "streamed_bytes_per_token": ("copied at every forward", rounded),
+        "hops": ("hops between devices", lambda count: f"{count:,}"),
+        "longest_context": ("longest context", lambda count: f"{count:,} tokens"),
+    }
+    rows: list[tuple[str, ...]] = []
+    for name, (words, show) in shown.items():
+        change = found.figures[name]
+        if change.before is None and change.after is None:
+            continue
+        share = "" if name == "hops" else _percentage(change.before, change.after)
+        rows.append((words, _arrow(change.before, change.after, show), share))
+    return rows
+
+
+def _percentage(before: int | None, after: int | None) -> str:
+    if not before or after is None or before == after:
+        return ""
+    return f"{(after - before) / before:+.1%}"
+
+
+def _arrow(before: Any, after: Any, show: Callable[[Any], str]) -> str:
+    """`before → after`, or what both are."""
+    texts = ["–" if value is None else show(value) for value in (before, after)]
+    return texts[0] if before == after else f"{texts[0]} {ARROW} {texts[1]}"

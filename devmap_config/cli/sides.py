@@ -1,0 +1,147 @@
+"""The two plans that `devmap diff` compares: of locks, of profiles, or of locks as git has them."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.diagnostics.diagnostic import Diagnostic
+from devmap_config.plan.lock import LockError, lock_at, lock_path, read_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.plan.lock import Lock
+
+EXIT_WRONG = 1
+EXIT_USAGE = 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """A plan, as locks hold it, under the name by which it was asked for; `notes` say what else is to be known."""
+
+    name: str
+    plan: Mapping[str, Any]
+    notes: tuple[Diagnostic, ...] = ()
+
+
+class SideError(Exception):
+    """A plan cannot be had; `diagnostics` say why."""
+
+    def __init__(self, exit_code: int, *diagnostics: Diagnostic, texts: Mapping[str, str] | None = None) -> None:
+        super().__init__("; ".join(diagnostic.message for diagnostic in diagnostics))
+        self.exit_code = exit_code
+        self.diagnostics = diagnostics
+        self.texts = texts or {}
+
+
+@dataclass(frozen=True)
+class _Options:
+    allow_outside: bool = False
+    trust_remote_code: bool = False
+    files: tuple[Path, ...] = field(default=())
+
+
+def sides_of(before: str, after: str, *, allow_outside: bool = False, trust_remote_code: bool = False) -> list[Side]:
+    """The plans of both arguments.
+
+    Raises:
+        SideError: where one cannot be had.
+    """
+    files = tuple(Path(text) for text in (before, after) if Path(text).exists())
+    options = _Options(allow_outside, trust_remote_code, files)
+    return [_side(text, options) for text in (before, after)]
+
+
+def _side(text: str, options: _Options) -> Side:
+    path = Path(text)
+    if path.exists():
+        return _locked(text, _lock_in(path)) if path.suffix == ".json" else _asked_for(path, options)
+    revision, colon, inside = text.partition(":")
+    if colon and inside:
+        return _locked(text, _lock_at_revision(revision, Path(inside), text))
+    if options.files and not text.endswith((".yaml", ".yml", ".j2", ".json")):
+        other = options.files[0]
+        return _locked(text, _lock_at_revision(text, other, text))
+    raise _refused("missing-file", f"`{text}` does not exist", "name a profile, a lock, or a git revision beside one")
+
+
+def _locked(name: str, lock: Lock) -> Side:
+    return Side(name, lock.plan)
+
+
+def _lock_in(path: Path) -> Lock:
+    try:
+        return lock_at(path)
+    except LockError as error:
+        raise _refused(error.code, f"`{path}` {error}", None) from None
+
+
+def _asked_for(profile: Path, options: _Options) -> Side:
+    """The locked plan of a profile, or what it asks for now where there is none that holds."""
+    from devmap_config.compiler import Request, run_pipeline
+
+    path = lock_path(profile)
+    lock, problem = None, None
+    try:
+        lock = lock_at(path)
+    except LockError as error:
+        problem = str(error)
+    compilation = run_pipeline(
+        Request(
+            path=profile,
+            remembered=dict(lock.variables) if lock else {},
+            resolved=lock.resolved if lock else None,
+            allow_outside=options.allow_outside,
+            trust_remote_code=options.trust_remote_code,
+            locked=lock,
+        )
+    )
+    if compilation.plan is None:
+        raise SideError(EXIT_WRONG, *compilation.diagnostics, texts=compilation.texts)
+    problem = compilation.drift.message if compilation.drift is not None else problem
+    code = compilation.drift.code if compilation.drift is not None else "missing-lock"
+    notes = (
+        (_note(code, f"`{path}` {problem}", "compared is what the profile asks for now"),)
+        if problem is not None
+        else ()
+    )
+    return Side(str(profile), compilation.plan.to_json(), notes)
+
+
+def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
+    """The lock of a profile, or a lock, as it was at a git revision."""
+    path = file if file.suffix == ".json" else lock_path(file)
+    commit = _git(path.parent, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if commit is None:
+        raise _refused(
+            "missing-file", f"`{text}` is neither a file nor a git revision", "name a profile, a lock, or a revision"
+        )
+    content = _git(path.parent, "show", f"{commit.strip()}:./{path.name}")
+    if content is None:
+        raise _refused("missing-lock", f"`{path}` is not in git at `{revision}`", "name a later revision")
+    try:
+        return read_lock(content)
+    except LockError as error:
+        raise _refused(error.code, f"`{path}` at `{revision}` {error}", None) from None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, or nothing where it fails or is not installed."""
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603  no shell, and options ended
+    except OSError:
+        return None
+    return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
+
+
+def _note(code: str, message: str, help: str | None) -> Diagnostic:
+    return Diagnostic(code=code, severity="warning", message=message, help=help)
+
+
+def _refused(code: str, message: str, help: str | None) -> SideError:
+    return SideError(EXIT_USAGE, Diagnostic(code=code, severity="error", message=message, help=help))

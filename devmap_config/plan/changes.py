@@ -1,0 +1,91 @@
+"""What a lock was made from that is something else now: which input, and which of its values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.cache import library_versions
+from devmap_config.plan.lock import INPUT_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.plan.lock import Inputs, Lock
+    from devmap_config.plan.values import Scalar, Values
+
+VALUES_SHOWN = 3
+
+WORTH_SEPARATORS = 10_000
+
+CAUSES = {
+    "graph": (("config", ""), ("commit", ""), ("profile", "model."), ("profile", "workload.")),
+    "hardware": (("profile", "hardware."), ("profile", "placement.max_memory.")),
+}
+"""What an input follows from: where such a value changed, that is what is said."""
+
+
+def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> tuple[str, ...]:
+    """What changed, a phrase for each input, with values where the lock has them; nothing where the lock is fresh."""
+    now = inputs.to_json()
+    changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now[name]]
+    values = {
+        name: _changes(lock.values[name], inputs.values.get(name, {})) if name in lock.values else {}
+        for name in changed
+    }
+    if "commit" in changed:
+        values["commit"] = {"": f"{_shown(lock.inputs.get('commit'))} → {_shown(now['commit'])}"}
+    phrases = [_phrase(INPUT_NAMES[name], values[name]) for name in changed if not _follows(name, values)]
+    if changed == ["graph"] and (made := _made_otherwise(lock)):
+        phrases = [f"{phrases[0]} ({made})"]
+    if dict(lock.variables) != dict(variables):
+        phrases.append(_phrase("the `--set` values", _changes(lock.variables, variables)))
+    return tuple(phrases)
+
+
+def _changes(before: Values, after: Values) -> dict[str, str]:
+    """Each value that is not the same, by its route, as `80 → 81`."""
+    routes = [*before, *(route for route in after if route not in before)]
+    return {
+        route: _change(route, before, after)
+        for route in routes
+        if (route in before) != (route in after) or before[route] != after[route]
+    }
+
+
+def _change(route: str, before: Values, after: Values) -> str:
+    if route not in before:
+        return f"is new: {_shown(after[route])}"
+    if route not in after:
+        return f"is gone: it was {_shown(before[route])}"
+    return f"{_shown(before[route])} → {_shown(after[route])}"
+
+
+def _phrase(name: str, changes: Mapping[str, str]) -> str:
+    """`the model's config: `num_hidden_layers` 80 → 81`; without known values only that it changed."""
+    if not changes:
+        return f"{name} changed"
+    shown = [f"`{route}` {change}" if route else change for route, change in list(changes.items())[:VALUES_SHOWN]]
+    more = len(changes) - len(shown)
+    return f"{name}: {', '.join(shown)}{f' and {more} more' if more else ''}"
+
+
+def _follows(name: str, values: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether an input changed because a value did that is named already."""
+    return any(route.startswith(prefix) for cause, prefix in CAUSES.get(name, ()) for route in values.get(cause, {}))
+
+
+def _made_otherwise(lock: Lock) -> str:
+    """The libraries that read the module tree before and now, where they are not the same."""
+    now = library_versions()
+    changed = [
+        f"{name} {before} → {now[name]}"
+        for name, before in sorted(lock.made_with.items())
+        if before and now.get(name) and before != now[name]
+    ]
+    return ", ".join(changed)
+
+
+def _shown(value: Scalar) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= WORTH_SEPARATORS else str(value)

@@ -1,0 +1,94 @@
+"""`devmap diff` over profiles, locks and git revisions, as a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from integration.test_commands import GOOD, devmap
+
+
+def git(*arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(workspace):
+    """A profile whose lock has two versions in git: layers 4 and 5 went to the CPU."""
+    Path("profiles").mkdir()
+    profile = Path("profiles/x.yaml")
+    text = GOOD.replace("source: llama", "source: ../llama")
+    git("init", "-q", ".")
+    for pins in ("", '{match: "model.layers.[4-5]", device: cpu}, '):
+        profile.write_text(text.replace("pins: [", f"pins: [{pins}"))
+        assert devmap("compile", "-q", "profiles/x.yaml").returncode == 0
+        git("add", ".")
+        git("commit", "-qm", "a lock")
+    return profile
+
+
+def test_a_revision_against_now_shows_runs_of_layers(repository):
+    done = devmap("diff", "HEAD~1", "profiles/x.yaml")
+    assert done.returncode == 3, done.stderr
+    assert "model.layers.[4-5]   cuda:0 → cpu" in done.stdout
+    assert "copied at every forward" in done.stdout
+    assert "model.layers.0" not in done.stdout
+    back = devmap("diff", "profiles/x.lock.json", "HEAD~1")
+    assert "model.layers.[4-5]   cpu → cuda:0" in back.stdout
+    assert devmap("diff", "HEAD~1:profiles/x.lock.json", "HEAD:profiles/x.yaml").returncode == 3
+
+
+def test_equal_plans(repository):
+    for before, after in (("HEAD", "profiles/x.yaml"), ("profiles/x.lock.json", "profiles/x.yaml")):
+        done = devmap("diff", before, after)
+        assert (done.returncode, done.stdout) == (0, f"{before} and {after} are the same plan\n")
+
+
+def test_json_is_one_object(repository):
+    done = devmap("diff", "HEAD~1", "profiles/x.yaml", "--format", "json")
+    value = json.loads(done.stdout)
+    assert (done.returncode, value["diagnostics"], value["diff"]["equal"]) == (3, [], False)
+    [move] = value["diff"]["moved"]
+    assert move["modules"] == ["model.layers.[4-5]"]
+    assert (move["before"]["device"], move["after"]["device"]) == ("cuda:0", "cpu")
+    assert set(value["diff"]["prediction"]) >= {"decode_nanoseconds_per_token", "hops", "longest_context"}
+    missing = devmap("diff", "nowhere", "profiles/x.yaml", "--format", "json")
+    assert (missing.returncode, json.loads(missing.stdout)["diff"]) == (2, None)
+
+
+def test_markdown_is_tables(repository):
+    done = devmap("diff", "HEAD~1", "profiles/x.yaml", "--format", "markdown")
+    assert "| `model.layers.[4-5]` | cuda:0 | cpu |" in done.stdout.splitlines()
+    tables = [block for block in done.stdout.split("\n\n") if block.startswith("|")]
+    assert len(tables) >= 3
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_a_profile_that_changed_is_compared_by_what_it_asks_for_now(repository):
+    repository.write_text(repository.read_text().replace("[4-5]", "[3-5]"))
+    done = devmap("diff", "profiles/x.lock.json", "profiles/x.yaml")
+    assert (done.returncode, "model.layers.3   cuda:0 → cpu" in done.stdout) == (3, True)
+    assert "warning[stale-lock]" in done.stderr
+    repository.write_text(repository.read_text().replace("lm_head", "lm_haed"))
+    wrong = devmap("diff", "profiles/x.lock.json", "profiles/x.yaml")
+    assert (wrong.returncode, "error[unmatched-pattern]" in wrong.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ("HEAD~7", "neither a file nor a git revision"),
+        ("--output=x", "No such option"),
+        ("HEAD:nothing.yaml", "is not in git"),
+        ("nothing.yaml", "does not exist"),
+        ("llama/config.json", "is not a lock"),
+    ],
+)
+def test_what_is_no_plan(repository, before, words):
+    done = devmap("diff", before, "profiles/x.yaml")
+    assert (done.returncode, words in " ".join(done.stderr.split())) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,167 @@
+"""A model on a hub: its revision is resolved once, moved by `devmap update` alone, and its weights are never read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LLAMA
+from hub_server import Hub, serving
+
+FIRST, SECOND, OTHER = "1" * 40, "2" * 40, "3" * 40
+
+PROFILE = """\
+version: 1
+model: {source: people/llama, revision: main}
+hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
+"""
+
+
+def safetensors(dtype):
+    header = json.dumps({"__metadata__": {"format": "pt"}, "a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}})
+    return len(header).to_bytes(8, "little") + header.encode() + b"weights!" * 100_000
+
+
+def config(**changed):
+    return json.dumps({**LLAMA, **changed}).encode()
+
+
+@pytest.fixture
+def hub(workspace):
+    hub = Hub(
+        files={
+            FIRST: {"config.json": config(), "model.safetensors": safetensors("BF16")},
+            SECOND: {"config.json": config(num_hidden_layers=7), "model.safetensors": safetensors("BF16")},
+        },
+        branches={"main": FIRST},
+    )
+    Path("profile.yaml").write_text(PROFILE)
+    with serving(hub):
+        yield hub
+
+
+def devmap(hub, *arguments, **environment):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        environment |= {name: "", name.upper(): ""}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(Path("home").absolute()),
+        "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"],
+        "NO_PROXY": "127.0.0.1",
+        **environment,
+    }
+    executable = Path(sys.executable).with_name("devmap")
+    return subprocess.run([executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def lock():
+    return json.loads(Path("profile.lock.json").read_text())
+
+
+def test_a_branch_is_resolved_once_and_moves_by_update_alone(hub):
+    done = devmap(hub, "compile", "profile.yaml")
+    assert done.returncode == 0, done.stderr
+    assert lock()["inputs"]["commit"] == FIRST
+    hub.branches["main"] = SECOND
+    assert devmap(hub, "check", "profile.yaml").returncode == 0
+    assert devmap(hub, "compile", "profile.yaml").returncode == 0
+    assert lock()["inputs"]["commit"] == FIRST
+
+    tried = devmap(hub, "update", "profile.yaml", "--dry-run", "--format", "json")
+    assert json.loads(tried.stdout)["commit"] == {"before": FIRST, "after": SECOND}
+    assert lock()["inputs"]["commit"] == FIRST
+    moved = devmap(hub, "update", "profile.yaml")
+    assert moved.returncode == 0, moved.stderr
+    assert "people/llama at `main`: 111111111111 → 222222222222" in moved.stdout
+    assert "model.layers.6   – → cuda:0" in moved.stdout
+    assert lock()["inputs"]["commit"] == SECOND
+    assert "model.layers.6" in lock()["plan"]["device_map"]
+    assert devmap(hub, "check", "profile.yaml").returncode == 0
+    assert "still is 222222222222" in devmap(hub, "update", "profile.yaml").stdout
+    assert {file for file, _, _ in hub.sent} == {"config.json"}
+
+
+def test_another_revision_or_model_is_not_held_at_the_old_commit(hub):
+    hub.branches["v2"] = SECOND
+    devmap(hub, "compile", "profile.yaml")
+    Path("profile.yaml").write_text(PROFILE.replace("main", "v2"))
+    stale = devmap(hub, "check", "profile.yaml")
+    assert (stale.returncode, "`model.revision` main → v2" in " ".join(stale.stderr.split())) == (3, True)
+    devmap(hub, "compile", "profile.yaml")
+    assert lock()["inputs"]["commit"] == SECOND
+
+
+def test_update_without_the_hub_says_so_and_leaves_the_lock(hub):
+    devmap(hub, "compile", "profile.yaml")
+    before = Path("profile.lock.json").read_bytes()
+    done = devmap(hub, "update", "profile.yaml", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "the hub cannot be reached" in " ".join(done.stderr.split())
+    assert Path("profile.lock.json").read_bytes() == before
+    assert devmap(hub, "check", "profile.yaml", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_update_of_what_does_not_move(hub):
+    Path("profile.yaml").write_text(PROFILE.replace("main", FIRST))
+    assert "is a commit, which never moves" in devmap(hub, "update", "profile.yaml").stdout
+    Path("profile.yaml").write_text(PROFILE.replace("people/llama, revision: main", "llama"))
+    local = devmap(hub, "update", "profile.yaml")
+    assert (local.returncode, "no revision to update" in local.stdout) == (0, True)
+    assert devmap(hub, "update", "nothing.yaml").returncode == 2
+
+
+def test_update_makes_the_graph_beside_the_profile_anew(hub):
+    devmap(hub, "compile", "profile.yaml", "--vendor")
+    hub.branches["main"] = SECOND
+    done = devmap(hub, "update", "profile.yaml")
+    assert done.stderr == "wrote profile.lock.json and profile.graph.json\n"
+    assert json.loads(Path("profile.graph.json").read_text())["commit"] == SECOND
+    assert devmap(hub, "check", "profile.yaml", HF_HUB_OFFLINE="1", HF_HOME="nowhere").returncode == 0
+
+
+def test_a_graph_beside_the_profile_is_held_to_the_config_that_the_hubs_cache_has(hub):
+    devmap(hub, "compile", "profile.yaml", "--vendor")
+    assert devmap(hub, "check", "profile.yaml").stderr == ""
+    cached = next(Path("home").glob(f"hub/models--people--llama/snapshots/{FIRST}/config.json"))
+    text = cached.read_text()
+    cached.unlink()
+    cached.write_text(text.replace('"num_hidden_layers": 6', '"num_hidden_layers": 5'))
+    done = devmap(hub, "check", "profile.yaml")
+    assert (done.returncode, "warning[stale-graph]" in done.stderr) == (3, True)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_dtype_that_the_config_leaves_out_is_read_from_the_header_and_nothing_beyond(hub, is_sharded):
+    """The file is 800,000 bytes; what goes out of it is its header, once, and kept for when there is no hub."""
+    text = json.dumps({key: value for key, value in LLAMA.items() if key != "dtype"}).encode()
+    weights = safetensors("F16")
+    header_end = 8 + int.from_bytes(weights[:8], "little")
+    shard = "model-00001-of-00002.safetensors"
+    index = json.dumps({"weight_map": {"b": "model-00002-of-00002.safetensors", "a": shard}}).encode()
+    files = {shard: weights, "model.safetensors.index.json": index} if is_sharded else {"model.safetensors": weights}
+    hub.files[OTHER[:-1] + str(int(is_sharded))] = {"config.json": text, **files}
+    hub.branches["main"] = OTHER[:-1] + str(int(is_sharded))
+    kept = str(Path("cache").absolute())  # of this test alone: an earlier run of it may have left a header
+    done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=kept)
+    assert "in float16" in done.stdout, done.stderr
+    assert "unknown-dtype" not in done.stderr
+    file = shard if is_sharded else "model.safetensors"
+    assert hub.sent_of(file) == [(0, 8), (8, header_end)]
+    assert devmap(hub, "check", "profile.yaml", XDG_CACHE_HOME=kept, HF_HUB_OFFLINE="1").returncode == 0
+    assert len(hub.sent_of(file)) == 2
+
+
+def test_a_server_without_ranges_is_not_read_at_all(hub):
+    """The dtype is then assumed, and said to be."""
+    text = json.dumps({key: value for key, value in LLAMA.items() if key != "dtype"}).encode()
+    hub.files["4" * 40] = {"config.json": text, "model.safetensors": safetensors("F16")}
+    hub.branches["main"] = "4" * 40
+    hub.ranges = False
+    done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
+    assert (done.returncode, "warning[unknown-dtype]" in done.stderr) == (0, True)

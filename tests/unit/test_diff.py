@@ -1,0 +1,93 @@
+"""Two plans compared: what moved is folded into runs, parts are found in what they are parts of."""
+
+from __future__ import annotations
+
+from devmap_config.plan.diff import Home, Move, difference
+
+NOTHING = {
+    "decode_nanoseconds_per_token": None,
+    "bound_decode_nanoseconds_per_token": None,
+    "prefill_nanoseconds": None,
+    "streamed_bytes_per_token": 0,
+    "hops": 0,
+    "longest_context": None,
+}
+
+
+def use(device, weights_bytes=0):
+    return {
+        "id": device,
+        "capacity_bytes": 100,
+        "weights_bytes": weights_bytes,
+        "kv_cache_bytes": 0,
+        "activation_bytes": 0,
+        "overhead_bytes": 0,
+        "free_bytes": 100 - weights_bytes,
+    }
+
+
+def plan(device_map, compute=None, devices=("cuda:0", "cuda:1", "cpu"), **changed):
+    return {
+        "strategy": "auto",
+        "executor": "accelerate",
+        "main_device": "cuda:0",
+        "measured": False,
+        "device_map": device_map,
+        "compute": compute or {},
+        "devices": [use(device) for device in devices],
+        "prediction": NOTHING,
+        **changed,
+    }
+
+
+def layers(devices):
+    return {f"model.layers.{index}": device for index, device in enumerate(devices)} | {"lm_head": 1}
+
+
+def test_a_plan_does_not_differ_from_itself():
+    found = difference(plan(layers([0, 1])), plan(layers([0, 1])))
+    assert found.is_none
+    assert found.to_json()["equal"] is True
+
+
+def test_what_moves_is_folded_into_runs():
+    found = difference(plan(layers([0] * 12 + [1] * 4)), plan(layers([0] * 8 + [1] * 5 + ["cpu"] * 3)))
+    assert found.moves == (
+        Move(("model.layers.[8-11]",), Home("cuda:0"), Home("cuda:1")),
+        Move(("model.layers.[13-15]",), Home("cuda:1"), Home("cpu")),
+    )
+    assert not found.is_none
+
+
+def test_a_block_that_one_plan_splits_is_looked_at_in_its_parts():
+    whole = {"layer.0": 0}
+    parts = {"layer.0.attention": 0, "layer.0.mlp": "cpu"}
+    assert difference(plan(whole), plan(parts)).moves == (Move(("layer.0.mlp",), Home("cuda:0"), Home("cpu")),)
+    assert difference(plan({"": 0}), plan(parts)).moves == (Move(("layer.0.mlp",), Home("cuda:0"), Home("cpu")),)
+
+
+def test_computing_where_it_is_stored_is_a_home_of_its_own():
+    found = difference(plan({"a": "cpu"}), plan({"a": "cpu"}, {"a": "cpu"}))
+    assert found.moves == (Move(("a",), Home("cpu"), Home("cpu", computes_there=True)),)
+
+
+def test_what_only_one_plan_has():
+    found = difference(plan({"a": 0}), plan({"a": 0, "b": 1}, devices=("cuda:0", "cuda:1", "cpu", "disk")))
+    assert found.moves == (Move(("b",), None, Home("cuda:1")),)
+    assert found.devices["disk"].before is None
+
+
+def test_accelerators_go_by_their_own_names():
+    found = difference(plan({"a": 0}, devices=("xpu:0", "xpu:1")), plan({"a": 1}, devices=("xpu:0", "xpu:1")))
+    assert found.moves == (Move(("a",), Home("xpu:0"), Home("xpu:1")),)
+
+
+def test_bytes_times_and_settings_count_without_a_move():
+    before = plan({"a": 0})
+    for after in (
+        plan({"a": 0}, strategy="fastest"),
+        plan({"a": 0}, prediction={**NOTHING, "hops": 1}),
+        plan({"a": 0}, devices=("cuda:0", "cuda:1")),
+    ):
+        assert difference(before, after).moves == ()
+        assert not difference(before, after).is_none

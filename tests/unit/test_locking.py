@@ -1,0 +1,38 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+
+from devmap_config.cli.locking import write_atomically
+
+
+def test_a_file_that_is_written_replaces_the_old_one_at_once(tmp_path):
+    target = tmp_path / "x.lock.json"
+    target.write_text("old")
+    write_atomically(target, "new\n")
+    assert target.read_bytes() == b"new\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.lock.json"]
+
+
+def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    target = tmp_path / "x.lock.json"
+    target.write_text("old")
+
+    def interrupted(self, other):
+        assert self.read_text() == "new"
+        assert target.read_text() == "old"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.lock.json", "old")]
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(click.UsageError, match="cannot be written"):
+        write_atomically(tmp_path / "nowhere" / "x.lock.json", "new")
