@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.graph.loading import LoadedModel
-    from devmap_config.graph.model import ModelGraph
     from devmap_config.graph.source import Resolved
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.problem import Aim, DeviceId, Problem

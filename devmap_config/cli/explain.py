@@ -69,7 +69,13 @@ def _explain_profile(
     from devmap_config.cli.reporting import report
     from devmap_config.compiler import Request, run_pipeline
 
-    request = Request(path=path, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    request = Request(
+        path=path,
+        variables=variables,
+        allow_outside=allow_outside,
+        trust_remote_code=trust_remote_code,
+        simulates=True,
+    )
     compilation = run_pipeline(request)
     if compilation.plan is None or compilation.model is None:
         report(compilation.diagnostics, compilation.texts, "table", data={"plan": None})

@@ -65,6 +65,7 @@ def update(
             variables=variables,
             remembered=dict(earlier.variables) if earlier else {},
             must_ask=True,
+            simulates=True,
             use_vendored=False,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
