@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from devmap_config.graph.model import ModulePath
 from devmap_config.placement.chain import Block, Chain, Option
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.placement.solver import UNREACHABLE, lower_bound, solve
+from devmap_config.placement.solver import UNREACHABLE, solve_below
 from devmap_config.placement.timing import (
     MissingFigureError,
     Timing,
@@ -58,13 +58,12 @@ class Optimal:
     bound_nanoseconds: int
 
 
-def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal | None:
+def place_fastest(problem: Problem, aim: Aim) -> Optimal | None:
     """The fastest placement, or `None` where none was found that fits.
 
     Args:
         problem: what is to be placed, and within what.
         aim: what is to be fast; without any phase, whatever fits is as good.
-        proves: whether a bound is wanted; else it is 0.
 
     Raises:
         MissingFigureError: where the machine does not say how fast something is.
@@ -74,17 +73,15 @@ def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal
     for main_device in _main_devices(problem, aim.inventory):
         stated = _Statement(problem, aim, main_device)
         known = UNREACHABLE if best is None else best.nanoseconds - stated.constant_nanoseconds
-        solution = solve(stated.chain, at_most=known, proves=proves)
+        outcome = solve_below(stated.chain, known)
+        # Even with nothing found with this card as the first, what it might take at least bounds the plan.
+        least = outcome.bound_nanoseconds + stated.constant_nanoseconds
+        bound = least if bound is None else min(bound, least)
+        solution = outcome.solution
         if solution is None:
-            # Nothing was found with this card as the first; unless nothing can be, what it might take bounds the plan.
-            if proves:
-                unfound = lower_bound(stated.chain, known) + stated.constant_nanoseconds
-                bound = unfound if bound is None else min(bound, unfound)
             continue
         homes = stated.homes(solution.choice)
         nanoseconds = stated.forward_nanoseconds(homes)
-        least = min(solution.bound_nanoseconds + stated.constant_nanoseconds, nanoseconds)
-        bound = least if bound is None else min(bound, least)
         if best is None or nanoseconds < best.nanoseconds:
             best = Optimal(
                 placement={name: stored_on for name, (stored_on, _) in homes.items()},
@@ -92,7 +89,7 @@ def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal
                     name: runs_on for name, (stored_on, runs_on) in homes.items() if stored_on == runs_on == "cpu"
                 },
                 nanoseconds=nanoseconds,
-                bound_nanoseconds=least,
+                bound_nanoseconds=min(least, nanoseconds),
             )
     if best is None or bound is None:
         return None
@@ -111,12 +108,12 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
         MissingFigureError: where the machine does not say how fast something is.
     """
     measurement = problem.graph.measurement
-    if measurement is None or place_fastest(problem, aim, proves=False) is None:
+    if measurement is None or place_fastest(problem, aim) is None:
         return None
 
     def placed_at(context_length: int) -> Optimal | None:
         graph = replace(problem.graph, measurement=measurement.at(context_length))
-        return place_fastest(replace(problem, graph=graph), aim, proves=False)
+        return place_fastest(replace(problem, graph=graph), aim)
 
     fits, too_long = measurement.workload.context_length, 2 * measurement.workload.context_length
     best = placed_at(fits)
@@ -156,11 +153,11 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
         capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
         if sum(capacities.values()) < least_bytes or not any(map(is_accelerator, capacities)):
             continue
-        found = place_fastest(replace(problem, capacities=capacities), aim, proves=False)
+        found = place_fastest(replace(problem, capacities=capacities), aim)
         if found is not None:
             fewest = sum(counts)
             best = found if best is None or found.nanoseconds < best.nanoseconds else best
-    return best or place_fastest(problem, aim, proves=False)
+    return best or place_fastest(problem, aim)
 
 
 def _main_devices(problem: Problem, inventory: Inventory) -> list[DeviceId]:
