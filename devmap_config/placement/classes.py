@@ -7,12 +7,10 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.chain import Chain
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from devmap_config.placement.chain import Bytes, Choice, Option
+    from devmap_config.placement.chain import Block, Bytes, Chain, Choice, Hops, Option
     from devmap_config.placement.problem import DeviceId
 
 
@@ -84,8 +82,23 @@ class Classes:
         return {device: joined(each) for device, each in sizes.items()}
 
 
-def with_groups_settled(chain: Chain) -> Iterator[Chain]:
-    """The chain with every group of several blocks in one place, for one after another of such places."""
+SETTLED_HOMES = 32
+"""Up to so many ways, the homes of blocks that give something to others are settled as well."""
+
+
+def settled_ways(chain: Chain) -> Iterator[Chain]:
+    """The chain with every group in one place, and those that give most to others on one device, in every way.
+
+    What they give is then in the times of those that are given it. The rest of the gifts is left out: each way takes no
+    more than the choices of which it is part, so that a bound on all ways is one on all choices.
+    """
+    for together in _with_groups_settled(chain):
+        makers = _greatest_makers(together)
+        for homes in product(*(_homes(together.blocks[maker]) for maker in makers)):
+            yield _with_homes(together, dict(zip(makers, homes, strict=True)))
+
+
+def _with_groups_settled(chain: Chain) -> Iterator[Chain]:
     groups: dict[int, list[int]] = {}
     for position, block in enumerate(chain.blocks):
         if block.group is not None:
@@ -106,10 +119,60 @@ def with_groups_settled(chain: Chain) -> Iterator[Chain]:
             else replace(block, options=tuple(each for each in block.options if each.place == settled[block.group]))
             for block in chain.blocks
         )
-        yield Chain(blocks, chain.capacities, chain.entering)
+        yield replace(chain, blocks=blocks)
+
+
+def _greatest_makers(chain: Chain) -> list[int]:
+    """Those that give most to others, so many that there are not too many ways to settle their homes."""
+    given: dict[int, int] = {}
+    for gift in chain.gifts:
+        given[gift.maker] = given.get(gift.maker, 0) + max(gift.hops.values(), default=0)
+    makers: list[int] = []
+    ways = 1
+    for maker in sorted((each for each in given if given[each]), key=lambda each: (-given[each], each)):
+        ways *= len(_homes(chain.blocks[maker]))
+        if ways > SETTLED_HOMES:
+            break
+        makers.append(maker)
+    return makers
+
+
+def _homes(block: Block) -> list[DeviceId]:
+    return list(dict.fromkeys(option.home for option in block.options))
+
+
+def _with_homes(chain: Chain, homes: Mapping[int, DeviceId]) -> Chain:
+    """The chain with these blocks on these devices, and what they give in the times of those that are given it."""
+    if not homes:
+        return replace(chain, gifts=())
+    given: dict[int, list[tuple[DeviceId, Hops]]] = {}
+    for gift in chain.gifts:
+        if gift.maker in homes:
+            given.setdefault(gift.reader, []).append((homes[gift.maker], gift.hops))
+    blocks = list(chain.blocks)
+    for position, home in homes.items():
+        options = tuple(option for option in blocks[position].options if option.home == home)
+        blocks[position] = replace(blocks[position], options=options)
+    for position, gifts in given.items():
+        options = tuple(
+            replace(
+                option,
+                nanoseconds=option.nanoseconds + sum(hops.get((maker, option.home), 0) for maker, hops in gifts),
+            )
+            for option in blocks[position].options
+        )
+        blocks[position] = replace(blocks[position], options=options)
+    return replace(chain, blocks=tuple(blocks), gifts=())
 
 
 def as_in(chain: Chain, settled: Chain, choice: Choice) -> Choice:
-    """The same choice by the options of the chain that was settled."""
-    pairs = zip(chain.blocks, settled.blocks, choice, strict=True)
-    return tuple(block.options.index(narrowed.options[index]) for block, narrowed, index in pairs)
+    """The same choice by the options of the chain that was settled, whatever they take."""
+
+    def what(option: Option) -> tuple[object, ...]:
+        return (option.place, option.demands, option.peaks, option.pieces)
+
+    found = []
+    for block, narrowed, index in zip(chain.blocks, settled.blocks, choice, strict=True):
+        wanted = what(narrowed.options[index])
+        found.append(next(place for place, option in enumerate(block.options) if what(option) == wanted))
+    return tuple(found)

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.chain import Block, Chain, Option
+from devmap_config.placement.chain import Block, Chain, Gift, Option
 from devmap_config.placement.problem import is_accelerator
 from devmap_config.placement.solver import UNREACHABLE, solve_below
 from devmap_config.placement.timing import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import Module, Tensor, TensorName
     from devmap_config.hardware.inventory import Device, Inventory
+    from devmap_config.placement.chain import Hops
     from devmap_config.placement.problem import Aim, DeviceId, Placement, Problem
 
 PARTS_CONSIDERED = 4
@@ -203,6 +204,7 @@ class _Statement:
             device.id for device in aim.inventory.devices if device.bandwidth_bytes_per_second is not None
         }
         self._known_options: dict[object, tuple[Option, ...]] = {}
+        self._known_hops: dict[tuple[int, ...], Hops] = {}
 
     @cached_property
     def chain(self) -> Chain:
@@ -224,13 +226,14 @@ class _Statement:
             home = self._pinned_home(graph.modules[path])
             if home is not None:
                 fixed_homes[path] = home
-        entering: list[Mapping[tuple[DeviceId, DeviceId], int]] = [{} for _ in blocks]
+        entering: list[Hops] = [{} for _ in blocks]
         before: str | None = None
         for path in along:
             blocks.append(Block(path, self._options(graph.modules[path], fixed_homes, before), self._groups.get(path)))
             entering.append(self._entering(path, before))
             before = path
-        return Chain(tuple(blocks), self._problem.capacities, tuple(entering))
+        gifts = self._gifts({block.name: place for place, block in enumerate(blocks)}, along, fixed_homes)
+        return Chain(tuple(blocks), self._problem.capacities, tuple(entering), gifts)
 
     @cached_property
     def constant_nanoseconds(self) -> int:
@@ -479,11 +482,30 @@ class _Statement:
             if crossing.maker in fixed_homes and crossing.maker != before
         ]
 
-    def _entering(self, path: str, before: str | None) -> dict[tuple[DeviceId, DeviceId], int]:
+    def _entering(self, path: str, before: str | None) -> Hops:
         """What the hop from the block before costs, by devices."""
         crossing = next((each for each in self._crossings.get(path, ()) if each.maker == before), None)
-        if crossing is None:
-            return {}
+        return {} if crossing is None else self._hops(crossing)
+
+    def _gifts(
+        self, positions: Mapping[str, int], along: list[ModulePath], fixed_homes: Mapping[str, DeviceId]
+    ) -> tuple[Gift, ...]:
+        """What blocks are given that have no place yet by others than the one before."""
+        return tuple(
+            Gift(positions[crossing.maker], positions[path], self._hops(crossing))
+            for before, path in zip([None, *along], along, strict=False)
+            for crossing in self._crossings.get(path, ())
+            if crossing.maker not in {*fixed_homes, before, path} and crossing.maker in positions
+        )
+
+    def _hops(self, crossing: Crossing) -> Hops:
+        """What a crossing costs, by the devices of its maker and its reader."""
+        figures = _sizes(crossing)
+        if figures not in self._known_hops:
+            self._known_hops[figures] = self._found_hops(crossing)
+        return self._known_hops[figures]
+
+    def _found_hops(self, crossing: Crossing) -> Hops:
         devices = [*self._accelerators, *(["cpu"] if "cpu" in self._problem.capacities else [])]
         found: dict[tuple[DeviceId, DeviceId], int] = {}
         for maker in devices:
@@ -521,14 +543,15 @@ class _Statement:
             for each in module.walk()
             for cost in (self._costs.get(each.path),)
         )
-        aside = tuple(
-            (crossing.decode_bytes, crossing.prefill_bytes, crossing.decode_tensors, crossing.prefill_tensors, maker)
-            for crossing, maker in self._aside(module.path, fixed_homes, before)
-        )
+        aside = tuple((_sizes(crossing), maker) for crossing, maker in self._aside(module.path, fixed_homes, before))
         return (tensors, costs, aside, self._composite_peaks.get(module.path, 0), module.path in self._groups)
 
 
 _Aside = list[tuple["Crossing", "DeviceId"]]
+
+
+def _sizes(crossing: Crossing) -> tuple[int, ...]:
+    return (crossing.decode_bytes, crossing.prefill_bytes, crossing.decode_tensors, crossing.prefill_tensors)
 
 
 def _figures(cost: ModuleCost) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.classes import Classes, as_in, at, with_groups_settled
+from devmap_config.placement.classes import Classes, as_in, at, settled_ways
 from devmap_config.placement.counting import Counted, count_blocks
 from devmap_config.placement.packing import Packing
 from devmap_config.placement.prices import find_prices
@@ -27,7 +27,7 @@ from devmap_config.placement.similar import SimilarClasses
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from devmap_config.placement.chain import Chain, Choice, Option
+    from devmap_config.placement.chain import Chain, Choice, Gift, Option
     from devmap_config.placement.prices import Prices
     from devmap_config.placement.problem import DeviceId
 
@@ -143,7 +143,7 @@ def _is_near(best: _Found, bound: int) -> bool:
 
 def _attempts(chain: Chain) -> Iterator[_Attempt]:
     """Ways to settle groups and to order the devices."""
-    for settled in with_groups_settled(chain):
+    for settled in settled_ways(chain):
         classes = Classes(settled)
         packings = {device: Packing(classes, device) for device in settled.devices}
         for order in orders(settled):
@@ -185,7 +185,7 @@ class _PricedWay:
 def _priced(chain: Chain, to_beat: int) -> list[_PricedWay]:
     """The ways to settle groups under which it may fit, the most promising first."""
     found = []
-    for settled in with_groups_settled(chain):
+    for settled in settled_ways(chain):
         prices = find_prices(_classes(settled), min(to_beat, _slowest(settled) + 1))
         if prices is not None:
             found.append(_PricedWay(settled, prices))
@@ -296,6 +296,9 @@ def _search(chain: Chain) -> Choice | None:
     remaining = [sum(cheapest[position:]) for position in range(len(blocks) + 1)]
     best_nanoseconds = UNREACHABLE
     best: Choice | None = None
+    gifts: dict[int, list[Gift]] = {}  # by the later of the two blocks
+    for gift in chain.gifts:
+        gifts.setdefault(max(gift.maker, gift.reader), []).append(gift)
     places: dict[int, tuple[str, ...]] = {}
     demands: Counter[DeviceId] = Counter()
 
@@ -313,6 +316,11 @@ def _search(chain: Chain) -> Choice | None:
         ways = []
         for index, option in enumerate(block.options):
             hop = 0 if before is None else entering.get((before, option.home), 0)
+            for gift in gifts.get(position, ()):
+                if gift.maker == position:
+                    hop += gift.hops.get((option.home, blocks[gift.reader].options[taken[gift.reader]].home), 0)
+                else:
+                    hop += gift.hops.get((blocks[gift.maker].options[taken[gift.maker]].home, option.home), 0)
             ways.append((option.nanoseconds + hop, index, option))
         for cost, index, option in sorted(ways, key=lambda way: way[:2]):
             if block.group is not None and places.get(block.group, option.place) != option.place:
@@ -364,7 +372,8 @@ def _improved(chain: Chain, choice: Choice) -> Choice:
                     continue
                 if (faster := local_nanoseconds(position, option)) < now:
                     changed = [*best[:position], index, *best[position + 1 :]]
-                    if chain.is_feasible(tuple(changed)):
+                    is_faster = not chain.gifts or chain.nanoseconds(tuple(changed)) < chain.nanoseconds(tuple(best))
+                    if is_faster and chain.is_feasible(tuple(changed)):
                         best, now = changed, faster
         if best == before:
             break
