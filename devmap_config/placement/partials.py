@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-MOST_PARTIALS = 150_000
+MOST_PARTIALS = 30_000
 """With more partial answers than this a count is given up."""
 
-MOST_EXPANDED = 1_500_000
+MOST_EXPANDED = 300_000
 """With so many, too, before those that are not needed are gone."""
 
 COMPARED = 16

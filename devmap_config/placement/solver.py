@@ -40,8 +40,8 @@ FIRST_ATTEMPTS = 3
 LATER_ATTEMPTS = 12
 """And so many afterwards."""
 
-PROVEN_GAP = 400
-"""Numbers are looked for that are better than the best choice by more than this part, a four-hundredth."""
+PROVEN_GAP = 600
+"""Numbers are looked for that are better than the best choice by more than this part, a six-hundredth."""
 
 ACCEPTED_GAP = 10_000
 """A choice that is above the bound by at most this part, a ten-thousandth, is good enough."""
@@ -107,7 +107,7 @@ def _ordered(chain: Chain) -> Chain:
 
     def order(option: Option) -> tuple[object, ...]:
         sizes = (option.demands, option.peaks, option.pieces)
-        return (places.get(option.home, len(places)), option.home, option.mode, option.nanoseconds, *map(sorted, sizes))
+        return (places.get(option.home, len(places)), option.home, option.nanoseconds, option.mode, *map(sorted, sizes))
 
     for block in chain.blocks:
         if block.options not in known:
