@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from devmap_config.placement.problem import DeviceId
 
 Bytes = tuple[tuple["DeviceId", int], ...]
@@ -49,17 +48,31 @@ class Block:
     group: int | None = None
 
 
+Hops = Mapping[tuple["DeviceId", "DeviceId"], int]
+"""What it costs to get from one device to another, in nanoseconds; a pair that is not there costs nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gift:
+    """What one block gives another that does not come next, by positions: an encoder's output, a table of positions."""
+
+    maker: int
+    reader: int
+    hops: Hops
+
+
 @dataclass(frozen=True)
 class Chain:
     """Blocks in the order in which they run.
 
-    `entering` holds, for each block, what it costs to get to it from the block before, in nanoseconds by the devices
-    that the two run on; a pair that is not there costs nothing.
+    `entering` holds, for each block, what it costs to get to it from the block before; `gifts` what else passes between
+    two blocks.
     """
 
     blocks: tuple[Block, ...]
     capacities: Mapping[DeviceId, int]
-    entering: tuple[Mapping[tuple[DeviceId, DeviceId], int], ...]
+    entering: tuple[Hops, ...]
+    gifts: tuple[Gift, ...] = ()
 
     def nanoseconds(self, choice: Choice) -> int:
         """What a choice takes."""
@@ -68,6 +81,8 @@ class Chain:
         for position in range(1, len(chosen)):
             pair = (chosen[position - 1].home, chosen[position].home)
             total += self.entering[position].get(pair, 0)
+        for gift in self.gifts:
+            total += gift.hops.get((chosen[gift.maker].home, chosen[gift.reader].home), 0)
         return total
 
     def used_bytes(self, choice: Choice) -> dict[DeviceId, int]:

@@ -8,9 +8,9 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.chain import Block, Chain, Option
+from devmap_config.placement.chain import Block, Chain, Gift, Option
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.placement.solver import UNREACHABLE, lower_bound, solve
+from devmap_config.placement.solver import UNREACHABLE, solve_below
 from devmap_config.placement.timing import (
     MissingFigureError,
     Timing,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import Module, Tensor, TensorName
     from devmap_config.hardware.inventory import Device, Inventory
+    from devmap_config.placement.chain import Hops
     from devmap_config.placement.problem import Aim, DeviceId, Placement, Problem
 
 PARTS_CONSIDERED = 4
@@ -58,13 +59,12 @@ class Optimal:
     bound_nanoseconds: int
 
 
-def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal | None:
+def place_fastest(problem: Problem, aim: Aim) -> Optimal | None:
     """The fastest placement, or `None` where none was found that fits.
 
     Args:
         problem: what is to be placed, and within what.
         aim: what is to be fast; without any phase, whatever fits is as good.
-        proves: whether a bound is wanted; else it is 0.
 
     Raises:
         MissingFigureError: where the machine does not say how fast something is.
@@ -74,17 +74,15 @@ def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal
     for main_device in _main_devices(problem, aim.inventory):
         stated = _Statement(problem, aim, main_device)
         known = UNREACHABLE if best is None else best.nanoseconds - stated.constant_nanoseconds
-        solution = solve(stated.chain, at_most=known, proves=proves)
+        outcome = solve_below(stated.chain, known)
+        # Even with nothing found with this card as the first, what it might take at least bounds the plan.
+        least = outcome.bound_nanoseconds + stated.constant_nanoseconds
+        bound = least if bound is None else min(bound, least)
+        solution = outcome.solution
         if solution is None:
-            # Nothing was found with this card as the first; unless nothing can be, what it might take bounds the plan.
-            if proves:
-                unfound = lower_bound(stated.chain, known) + stated.constant_nanoseconds
-                bound = unfound if bound is None else min(bound, unfound)
             continue
         homes = stated.homes(solution.choice)
         nanoseconds = stated.forward_nanoseconds(homes)
-        least = min(solution.bound_nanoseconds + stated.constant_nanoseconds, nanoseconds)
-        bound = least if bound is None else min(bound, least)
         if best is None or nanoseconds < best.nanoseconds:
             best = Optimal(
                 placement={name: stored_on for name, (stored_on, _) in homes.items()},
@@ -92,7 +90,7 @@ def place_fastest(problem: Problem, aim: Aim, *, proves: bool = True) -> Optimal
                     name: runs_on for name, (stored_on, runs_on) in homes.items() if stored_on == runs_on == "cpu"
                 },
                 nanoseconds=nanoseconds,
-                bound_nanoseconds=least,
+                bound_nanoseconds=min(least, nanoseconds),
             )
     if best is None or bound is None:
         return None
@@ -111,12 +109,12 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
         MissingFigureError: where the machine does not say how fast something is.
     """
     measurement = problem.graph.measurement
-    if measurement is None or place_fastest(problem, aim, proves=False) is None:
+    if measurement is None or place_fastest(problem, aim) is None:
         return None
 
     def placed_at(context_length: int) -> Optimal | None:
         graph = replace(problem.graph, measurement=measurement.at(context_length))
-        return place_fastest(replace(problem, graph=graph), aim, proves=False)
+        return place_fastest(replace(problem, graph=graph), aim)
 
     fits, too_long = measurement.workload.context_length, 2 * measurement.workload.context_length
     best = placed_at(fits)
@@ -156,11 +154,11 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
         capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
         if sum(capacities.values()) < least_bytes or not any(map(is_accelerator, capacities)):
             continue
-        found = place_fastest(replace(problem, capacities=capacities), aim, proves=False)
+        found = place_fastest(replace(problem, capacities=capacities), aim)
         if found is not None:
             fewest = sum(counts)
             best = found if best is None or found.nanoseconds < best.nanoseconds else best
-    return best or place_fastest(problem, aim, proves=False)
+    return best or place_fastest(problem, aim)
 
 
 def _main_devices(problem: Problem, inventory: Inventory) -> list[DeviceId]:
@@ -206,6 +204,7 @@ class _Statement:
             device.id for device in aim.inventory.devices if device.bandwidth_bytes_per_second is not None
         }
         self._known_options: dict[object, tuple[Option, ...]] = {}
+        self._known_hops: dict[tuple[int, ...], Hops] = {}
 
     @cached_property
     def chain(self) -> Chain:
@@ -227,13 +226,14 @@ class _Statement:
             home = self._pinned_home(graph.modules[path])
             if home is not None:
                 fixed_homes[path] = home
-        entering: list[Mapping[tuple[DeviceId, DeviceId], int]] = [{} for _ in blocks]
+        entering: list[Hops] = [{} for _ in blocks]
         before: str | None = None
         for path in along:
             blocks.append(Block(path, self._options(graph.modules[path], fixed_homes, before), self._groups.get(path)))
             entering.append(self._entering(path, before))
             before = path
-        return Chain(tuple(blocks), self._problem.capacities, tuple(entering))
+        gifts = self._gifts({block.name: place for place, block in enumerate(blocks)}, along, fixed_homes)
+        return Chain(tuple(blocks), self._problem.capacities, tuple(entering), gifts)
 
     @cached_property
     def constant_nanoseconds(self) -> int:
@@ -482,11 +482,30 @@ class _Statement:
             if crossing.maker in fixed_homes and crossing.maker != before
         ]
 
-    def _entering(self, path: str, before: str | None) -> dict[tuple[DeviceId, DeviceId], int]:
+    def _entering(self, path: str, before: str | None) -> Hops:
         """What the hop from the block before costs, by devices."""
         crossing = next((each for each in self._crossings.get(path, ()) if each.maker == before), None)
-        if crossing is None:
-            return {}
+        return {} if crossing is None else self._hops(crossing)
+
+    def _gifts(
+        self, positions: Mapping[str, int], along: list[ModulePath], fixed_homes: Mapping[str, DeviceId]
+    ) -> tuple[Gift, ...]:
+        """What blocks are given that have no place yet by others than the one before."""
+        return tuple(
+            Gift(positions[crossing.maker], positions[path], self._hops(crossing))
+            for before, path in zip([None, *along], along, strict=False)
+            for crossing in self._crossings.get(path, ())
+            if crossing.maker not in {*fixed_homes, before, path} and crossing.maker in positions
+        )
+
+    def _hops(self, crossing: Crossing) -> Hops:
+        """What a crossing costs, by the devices of its maker and its reader."""
+        figures = _sizes(crossing)
+        if figures not in self._known_hops:
+            self._known_hops[figures] = self._found_hops(crossing)
+        return self._known_hops[figures]
+
+    def _found_hops(self, crossing: Crossing) -> Hops:
         devices = [*self._accelerators, *(["cpu"] if "cpu" in self._problem.capacities else [])]
         found: dict[tuple[DeviceId, DeviceId], int] = {}
         for maker in devices:
@@ -524,14 +543,15 @@ class _Statement:
             for each in module.walk()
             for cost in (self._costs.get(each.path),)
         )
-        aside = tuple(
-            (crossing.decode_bytes, crossing.prefill_bytes, crossing.decode_tensors, crossing.prefill_tensors, maker)
-            for crossing, maker in self._aside(module.path, fixed_homes, before)
-        )
+        aside = tuple((_sizes(crossing), maker) for crossing, maker in self._aside(module.path, fixed_homes, before))
         return (tensors, costs, aside, self._composite_peaks.get(module.path, 0), module.path in self._groups)
 
 
 _Aside = list[tuple["Crossing", "DeviceId"]]
+
+
+def _sizes(crossing: Crossing) -> tuple[int, ...]:
+    return (crossing.decode_bytes, crossing.prefill_bytes, crossing.decode_tensors, crossing.prefill_tensors)
 
 
 def _figures(cost: ModuleCost) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ class _Search:
         room = dict(problem.capacities)
         for device, size_bytes in problem.pinned_bytes.items():
             room[device] = room.get(device, 0) - size_bytes
-        return min(room.values()) >= 0 and place_fastest(problem, aim, proves=False) is not None
+        return min(room.values()) >= 0 and place_fastest(problem, aim) is not None
 
     def without(self, rules: tuple[Rule, ...]) -> Problem:
         """The problem without what these rules pin."""

@@ -15,24 +15,7 @@ from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
 from devmap_config.plan.verify import verify
 
 WIDEST_GAP = 0.01
-"""So far, as a share, the decode time of a plan is above its bound at most, but for these combinations."""
-
-WIDER_GAPS = {
-    # The bound is low: the best that HiGHS finds for the solver's problem in 45 s is within 0.05 % of the answer. The
-    # bound counts what fits a device, each for itself, and of a CPU that is short only a price.
-    ("flan-t5-xxl", "one 3090, disk"): 0.63,
-    ("Qwen3-30B-A3B", "one 4090, CPU, disk"): 0.60,
-    ("Mixtral-8x7B-v0.1", "one 4090, CPU, disk"): 0.19,
-    ("DeepSeek-V3", "one 4090, CPU, disk"): 0.07,
-    ("Llama-3.1-70B", "one 4090, CPU, disk"): 0.06,
-    ("phi-4", "slow card first, CPU"): 0.02,
-    # What an encoder gives to every block of a decoder is not in the solver's problem, only in the prediction.
-    ("flan-t5-xxl", "two 4090"): 0.05,
-    ("flan-t5-xxl", "two 4090, CPU"): 0.05,
-}
-
-BEHIND = {("flan-t5-xxl", "two 4090"): 0.003, ("flan-t5-xxl", "two 4090, CPU"): 0.003}
-"""For the same reason, so far is `fastest` behind `auto` at most."""
+"""So far, as a share, the decode time of a plan is above its bound at most."""
 
 with (REPOSITORY / "benchmarks/published.csv").open(encoding="utf-8", newline="") as file:
     MODELS = {row["model"]: REPOSITORY / row["config"] for row in csv.DictReader(file)}
@@ -97,12 +80,12 @@ def check(compiler, model, machine):
     decode = compiled.plan.prediction.decode_nanoseconds_per_token
     bound = compiled.plan.prediction.bound_decode_nanoseconds_per_token
     assert 0 < bound <= decode
-    assert decode <= bound * (1 + WIDER_GAPS.get((model, machine), WIDEST_GAP))
+    assert decode <= bound * (1 + WIDEST_GAP)
     for strategy in TRANSFORMERS_STRATEGIES:
         other = compiler.compile(strategy).plan
         if other is not None:
             theirs = other.prediction.decode_nanoseconds_per_token
-            assert decode <= theirs * (1 + BEHIND.get((model, machine), 0)), strategy
+            assert decode <= theirs, strategy
 
 
 def check_valid(compiled):

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from devmap_config.placement import solver
-from devmap_config.placement.chain import Block, Chain, Option
+from devmap_config.placement.chain import Block, Chain, Gift, Option
 from devmap_config.placement.solver import solve
 
 SMALL_PROBLEMS = 600
@@ -33,17 +32,10 @@ QUICK_SEEDS = (
 """Medium problems whose optimum HiGHS proves in some two seconds each. Which these are does not hang on the solver."""
 
 FURTHEST = 0.01
-"""So far, as a share, the answer is above the optimum at most, and the bound below: 0.02 % and 0.3 % were seen."""
-
-FURTHEST_BY_ORDER = 0.03
-"""So far the answers of one medium problem are apart by the order of its options: 1.9 % was seen."""
+"""So far, as a share, the answer is above the optimum at most, and the bound below."""
 
 SLOW_SEEDS = range(60)
 SLOW_SECONDS = 20
-FURTHEST_OF_SLOW = 0.04
-"""So far the answer is above the best choice that HiGHS finds in that time: 3.0 % was seen, with a disk beside a CPU
-that is short. The bound has no limit there: 14 % below was seen.
-"""
 
 
 # Random problems
@@ -113,6 +105,19 @@ def random_options(rng, accelerators, stores, speeds, computes):
     if rng.random() < 0.3:
         rng.shuffle(options)
     return tuple(options)
+
+
+def with_gifts(chain, seed):
+    """The same with a block or two that give something to many of the others, before and after."""
+    rng = random.Random(seed)
+    devices = list(chain.capacities)
+    gifts = []
+    for maker in {rng.randrange(len(chain.blocks)) for _ in range(2)}:
+        most = rng.choice([5, 40, 400])
+        hops = {(one, other): rng.randint(0, most) for one in devices for other in devices if one != other}
+        readers = [reader for reader in range(len(chain.blocks)) if reader != maker and rng.random() < 0.6]
+        gifts += [Gift(maker, reader, hops) for reader in readers]
+    return replace(chain, gifts=tuple(gifts))
 
 
 def option_of(home, nanoseconds, demands, peaks, pieces=None, mode=()):
@@ -206,15 +211,12 @@ def all_figures(chain, choices):
     total = np.zeros(len(choices), dtype=np.int64)
     for position, block in enumerate(blocks):
         total += np.array([option.nanoseconds for option in block.options])[choices[:, position]]
-    for position, (before, after) in enumerate(pairwise(blocks), start=1):
+    for before, after, costs in crossings(chain):
         hop = [
-            [
-                0 if one.home == other.home else chain.entering[position].get((one.home, other.home), 0)
-                for other in after.options
-            ]
-            for one in before.options
+            [0 if one.home == other.home else costs.get((one.home, other.home), 0) for other in blocks[after].options]
+            for one in blocks[before].options
         ]
-        total += np.array(hop)[choices[:, position - 1], choices[:, position]]
+        total += np.array(hop)[choices[:, before], choices[:, after]]
     feasible = np.ones(len(choices), dtype=bool)
     named = {device for block in blocks for option in block.options for device in dict(option.demands + option.peaks)}
     for device in sorted(named | set(chain.capacities)):
@@ -233,6 +235,12 @@ def all_figures(chain, choices):
             chosen = np.array(place)[choices[:, position]]
             feasible &= leaders.setdefault(block.group, chosen) == chosen
     return total, feasible
+
+
+def crossings(chain):
+    """What passes from block to block, by their positions, and what it costs."""
+    yield from ((position - 1, position, chain.entering[position]) for position in range(1, len(chain.blocks)))
+    yield from ((gift.maker, gift.reader, gift.hops) for gift in chain.gifts)
 
 
 def optimum_by_looking(chain):
@@ -257,7 +265,7 @@ SHARDS = 4
 def test_small_problems_are_solved_to_the_optimum(shard):
     infeasible = 0
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
-        chain = small_chain(seed)
+        chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         optimum, solution = optimum_by_looking(chain), solve(chain)
         assert (solution is None) == (optimum is None), seed
         if solution is None:
@@ -272,12 +280,14 @@ def test_small_problems_are_solved_to_the_optimum(shard):
 def test_the_bound_and_the_answer_enclose_the_optimum_of_small_problems(shard, monkeypatch):
     monkeypatch.setattr(solver, "SEARCHED_CHOICES", 0)
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
-        chain = small_chain(seed)
-        optimum, solution = optimum_by_looking(chain), solve(chain)
-        if solution is not None:
+        chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
+        optimum, outcome = optimum_by_looking(chain), solver.solve_below(chain, solver.UNREACHABLE)
+        if outcome.solution is None:
+            assert optimum is None or outcome.bound_nanoseconds <= optimum, seed
+        else:
             assert optimum is not None, seed
-            check_answer(chain, solution, seed)
-            assert solution.bound_nanoseconds <= optimum <= solution.nanoseconds, seed
+            check_answer(chain, outcome.solution, seed)
+            assert outcome.bound_nanoseconds <= optimum <= outcome.solution.nanoseconds, seed
 
 
 # The optimum by a mixed-integer program
@@ -324,17 +334,17 @@ def optimum_by_program(chain, *, seconds):
 def flows(program, chain, taken):
     """The costs of hops, as terms."""
     terms = []
-    for position, (before, after) in enumerate(pairwise(chain.blocks), start=1):
-        costs = chain.entering[position]
+    for maker, reader, costs in crossings(chain):
+        before, after = chain.blocks[maker], chain.blocks[reader]
         sources, targets = ({option.home for option in block.options} for block in (before, after))
         if not any(costs.get((source, target), 0) for source in sources for target in targets):
             continue
         flow = {(source, target): program.addVariable(lb=0) for source in sources for target in targets}
-        for index, (block, homes) in enumerate(((before, sources), (after, targets))):
+        for index, (position, block, homes) in enumerate(((maker, before, sources), (reader, after, targets))):
             for home in homes:
                 of_home = [
                     variable
-                    for variable, option in zip(taken[position - 1 + index], block.options, strict=True)
+                    for variable, option in zip(taken[position], block.options, strict=True)
                     if option.home == home
                 ]
                 through = [variable for pair, variable in flow.items() if pair[index] == home]
@@ -370,18 +380,36 @@ def test_the_optimum_of_medium_problems_lies_between_bound_and_answer(seed):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("seed", SLOW_SEEDS)
-def test_no_program_finds_less_than_the_bound_or_proves_more_than_the_answer(seed):
+def test_bound_and_answer_of_medium_problems_are_near_each_other_and_what_the_program_knows(seed):
     chain = medium_chain(seed)
     proven, known = optimum_by_program(chain, seconds=SLOW_SECONDS)
     solution = solve(chain)
     check_answer(chain, solution, seed)
     assert solution.bound_nanoseconds <= known
-    assert proven <= solution.nanoseconds <= known * (1 + FURTHEST_OF_SLOW)
+    assert proven <= solution.nanoseconds <= known * (1 + FURTHEST)
+    assert solution.nanoseconds <= solution.bound_nanoseconds * (1 + FURTHEST)
+
+
+@pytest.mark.parametrize("seed", range(110))
+def test_bound_and_answer_of_medium_problems_are_near_each_other(seed):
+    solution = solve(medium_chain(seed))
+    if solution is not None:
+        check_answer(medium_chain(seed), solution, seed)
+        assert solution.nanoseconds <= solution.bound_nanoseconds * (1 + FURTHEST)
+
+
+@pytest.mark.parametrize("seed", [12, 26, 38, 84, 85])
+def test_a_disk_beside_a_cpu_that_is_short_is_within_reach_of_the_program(seed):
+    chain = medium_chain(seed)
+    _, known = optimum_by_program(chain, seconds=3)
+    solution = solve(chain)
+    assert solution.bound_nanoseconds <= known
+    assert solution.nanoseconds <= known * (1 + FURTHEST)
 
 
 def test_the_program_finds_the_optimum_of_small_problems():
     for seed in range(60):
-        chain = small_chain(seed)
+        chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         found = optimum_by_program(chain, seconds=120)
         assert (None if found is None else found[1]) == optimum_by_looking(chain), seed
 
@@ -441,13 +469,17 @@ def test_the_order_of_equal_devices_does_not_change_the_answer_of_medium_problem
         assert (solution.nanoseconds, solution.bound_nanoseconds) == (again.nanoseconds, again.bound_nanoseconds), seed
 
 
-def test_the_order_of_options_changes_the_answer_of_medium_problems_little():
+def test_the_order_of_options_does_not_change_the_answer_of_medium_problems():
     for seed in range(24, 40):
         chain = medium_chain(seed)
-        solution, again = solve(chain), solve(with_options_shuffled(chain, random.Random(seed)))
-        assert solution.bound_nanoseconds == again.bound_nanoseconds, seed
-        less, more = sorted((solution.nanoseconds, again.nanoseconds))
-        assert more <= less * (1 + FURTHEST_BY_ORDER), seed
+        shuffled = with_options_shuffled(chain, random.Random(seed))
+        solution, again = solve(chain), solve(shuffled)
+        assert (solution.nanoseconds, solution.bound_nanoseconds) == (again.nanoseconds, again.bound_nanoseconds), seed
+        assert chosen(chain, solution) == chosen(shuffled, again), seed
+
+
+def chosen(chain, solution):
+    return [block.options[index] for block, index in zip(chain.blocks, solution.choice, strict=True)]
 
 
 ANSWERS = """
@@ -463,7 +495,8 @@ print(json.dumps([each and (each.choice, each.nanoseconds, each.bound_nanosecond
 
 def test_the_same_bytes_whatever_the_hash_seed():
     def answers(hash_seed):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent)}
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
         return subprocess.run(
             [sys.executable, "-c", ANSWERS], env=environment, check=True, capture_output=True, cwd=Path(__file__).parent
         ).stdout
