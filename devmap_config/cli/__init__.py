@@ -16,6 +16,7 @@ from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
+from devmap_config.cli.probe import probe
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.tree import tree
@@ -31,7 +32,7 @@ def devmap() -> None:
     """A compiler for model placement: YAML profiles to verified device maps."""
 
 
-for command in (compile_command, check, run, fit, init, adopt, tree, hardware, schema, explain):
+for command in (compile_command, check, run, fit, init, adopt, tree, probe, hardware, schema, explain):
     devmap.add_command(command)
 
 
