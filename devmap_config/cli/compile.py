@@ -92,7 +92,8 @@ def compile_command(
         return 1
     if not dry_run:
         used = compilation.loaded.overrides if compilation.loaded else {}
-        lock = lock_of(plan, compilation.inputs, used, library_versions())
+        accelerators = compilation.inventory.accelerators_to_json() if compilation.inventory else {}
+        lock = lock_of(plan, compilation.inputs, used, library_versions(), accelerators)
         written = [target]
         write_atomically(target, lock.to_text())
         if vendor and compilation.loaded is not None and compilation.model is not None:

@@ -11,23 +11,101 @@ import click
 from devmap_config.cli.options import format_option, quiet_option
 
 if TYPE_CHECKING:
-    from devmap_config.hardware.machine import SeenMachine
+    from devmap_config.plan.lock import Lock
+    from devmap_config.plan.readiness import Demand
+
+EXIT_MISSING_FILE = 2
+EXIT_UNREADABLE = 3
+EXIT_UNFIT = 4
 
 
 @click.command("probe")
 @click.option("--disk", "disk_folder", type=click.Path(path_type=Path), help="A folder on the disk that is meant.")
+@click.option(
+    "--against",
+    "lock_file",
+    type=click.Path(path_type=Path),
+    metavar="LOCK",
+    help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
+)
 @format_option("table", "json")
 @quiet_option
-def probe(disk_folder: Path | None, output_format: str, quiet: bool) -> int:
+def probe(disk_folder: Path | None, lock_file: Path | None, output_format: str, quiet: bool) -> int:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
     from devmap_config.cli.reporting import report
     from devmap_config.hardware.block import block_text, hardware_block
     from devmap_config.hardware.probe import probe_machine
 
-    seen: SeenMachine = probe_machine(os.environ, disk_folder or Path())
+    if lock_file is not None:
+        return _against(lock_file, disk_folder or Path(), output_format, quiet)
+    seen = probe_machine(os.environ, disk_folder or Path())
     block = hardware_block(seen)
     data = {"hardware": block, "seen": seen.to_json()}
     report(seen.notes, {}, output_format, quiet=quiet, data=data)
     if output_format == "table":
         click.echo(block_text(seen, block), nl=False)
     return 0
+
+
+def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> int:
+    from devmap_config.cli.reporting import report
+    from devmap_config.hardware.probe import probe_machine
+    from devmap_config.plan.readiness import demands, differences
+    from devmap_config.profile.document import whole_file
+
+    lock = _read(file, output_format)
+    if isinstance(lock, int):
+        return lock
+    seen = probe_machine(os.environ, disk_folder)
+    found = differences(lock, seen, whole_file(str(file)))
+    is_fit = not any(each.severity == "error" for each in found)
+    wanted = demands(lock, seen)
+    data = {"fits": is_fit, "needs": [each.to_json() for each in wanted], "seen": seen.to_json()}
+    report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
+    if output_format == "table" and not quiet:
+        for demand in wanted:
+            click.echo(_sentence(demand))
+        click.echo(f"this machine {'can' if is_fit else 'cannot'} carry {file}")
+    return 0 if is_fit else EXIT_UNFIT
+
+
+def _sentence(demand: Demand) -> str:
+    from devmap_config.placement.shortage import rounded
+
+    needed_bytes = demand.needed_bytes + demand.context_bytes
+    named = f"{demand.device} ({demand.name})" if demand.name else demand.device
+    memory, free = demand.memory_bytes, demand.free_bytes
+    there = f"{rounded(memory)} there" if memory is not None else "what is there is not known"
+    now = f", {rounded(free)} free now" if free is not None and demand.device != "disk" else ""
+    return f"{named}: {rounded(needed_bytes)} needed, {there}{now}"
+
+
+def _read(file: Path, output_format: str) -> Lock | int:
+    """The lock, or the exit code once it is said why there is none."""
+    from devmap_config.cli.locking import existing_lock
+    from devmap_config.cli.reporting import report
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.profile.document import whole_file
+
+    lock, problem = existing_lock(file)
+    if lock is not None:
+        return lock
+    data = {"fits": None, "needs": None, "seen": None}
+    if not file.is_file():
+        missing = Diagnostic(
+            code="missing-file",
+            severity="error",
+            message=f"`{file}` {'is a folder' if file.is_dir() else 'does not exist'}",
+            help="name a lock, as `devmap compile` writes it",
+        )
+        report([missing], {}, output_format, data=data)
+        return EXIT_MISSING_FILE
+    unreadable = Diagnostic(
+        code="unreadable-lock",
+        severity="error",
+        message=f"`{file}` cannot be used: {problem}",
+        span=whole_file(str(file)),
+        help="run `devmap compile` on its profile",
+    )
+    report([unreadable], {}, output_format, data=data)
+    return EXIT_UNREADABLE

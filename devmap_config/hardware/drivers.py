@@ -13,9 +13,11 @@ DRIVER_FILES = {
     "cuda": ("dev/nvidiactl", "proc/driver/nvidia/version", "dev/nvhost-gpu", "dev/nvgpu"),
     "hip": ("dev/kfd",),
     "npu": ("dev/davinci_manager", "dev/davinci0"),
+    "hpu": ("dev/accel/accel0", "dev/hl0"),
 }
 """By what torch has to be built for. `nvhost-gpu` and `nvgpu` are Jetson's."""
 
+# Of a driver for which nothing is installed, only these are spoken of: others' files are on many laptops too.
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD", "npu": "Ascend"}
 
 WINDOWS_BELOW = "dev/dxg"
@@ -54,6 +56,6 @@ def kinds_torch_is_built_for() -> frozenset[str]:
     built = {kind for kind in ("cuda", "hip", "xpu") if stated.get(kind)}
     if sys.platform == "darwin":
         built.add("mps")
-    if find_spec("torch_npu") is not None:
-        built.add("npu")
+    plugins = {"npu": "torch_npu", "hpu": "habana_frameworks"}
+    built |= {kind for kind, package in plugins.items() if find_spec(package) is not None}
     return frozenset(built)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from devmap_config.hardware.nvml import Card
 
-KINDS = ("cuda", "xpu", "npu")
+KINDS = ("cuda", "xpu", "npu", "hpu")
 """torch's modules that number their devices; AMD's cards are `cuda` as well."""
 
 
@@ -29,7 +29,7 @@ def torch_accelerators(cards: Sequence[Card] = ()) -> tuple[SeenAccelerator, ...
         import torch
     except ImportError:
         return ()
-    _load_npu()
+    _load_plugins()
     for kind in KINDS:
         backend = getattr(torch, kind, None)
         if backend is not None and backend.is_available() and (count := backend.device_count()):
@@ -38,15 +38,17 @@ def torch_accelerators(cards: Sequence[Card] = ()) -> tuple[SeenAccelerator, ...
     return (_apple(torch),) if torch.backends.mps.is_available() else ()
 
 
-def _load_npu() -> None:
-    """Huawei's package adds `torch.npu` when it is imported."""
+def _load_plugins() -> None:
+    """Some makers' packages add their module to torch when they are imported."""
+    from importlib import import_module
     from importlib.util import find_spec
 
-    if find_spec("torch_npu") is not None:
-        try:
-            import torch_npu  # noqa: F401
-        except (ImportError, RuntimeError):  # its own libraries are missing: there is no such device then
-            return
+    for package, module in (("torch_npu", "torch_npu"), ("habana_frameworks", "habana_frameworks.torch")):
+        if find_spec(package) is not None:
+            try:
+                import_module(module)
+            except (ImportError, RuntimeError):  # its own libraries are missing: there is no such device then
+                continue
 
 
 def _accelerator(kind: str, backend: Any, index: int, cards: dict[str, Card]) -> SeenAccelerator:

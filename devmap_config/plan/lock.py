@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.source import digest
@@ -48,12 +48,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Lock:
-    """The content of a lockfile."""
+    """The content of a lockfile. `hardware` says what each accelerator was taken for; older locks have none."""
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, str | None]
     variables: Mapping[str, str]
     made_with: Mapping[str, str | None]
+    hardware: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """The file: canonical JSON, the same bytes for the same plan on any machine."""
@@ -62,6 +63,7 @@ class Lock:
             "inputs": dict(self.inputs),
             "plan": dict(self.plan),
             "set": dict(self.variables),
+            **({"hardware": dict(self.hardware)} if self.hardware else {}),
         }
         text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
         return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -72,9 +74,17 @@ def lock_path(profile: Path) -> Path:
     return beside(profile, ".lock.json")
 
 
-def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with: Mapping[str, str | None]) -> Lock:
+def lock_of(
+    plan: Plan,
+    inputs: Inputs,
+    variables: Mapping[str, str],
+    made_with: Mapping[str, str | None],
+    hardware: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Lock:
     """The lock of a plan that was just made."""
-    return Lock(plan=plan.to_json(), inputs=inputs.to_json(), variables=variables, made_with=made_with)
+    return Lock(
+        plan=plan.to_json(), inputs=inputs.to_json(), variables=variables, made_with=made_with, hardware=hardware or {}
+    )
 
 
 def read_lock(text: str) -> Lock:
@@ -97,7 +107,13 @@ def read_lock(text: str) -> Lock:
     made_with = value.pop("made_with", {})
     if stated != digest(value):
         raise LockError("its content does not agree with its own digest: it was changed by hand, or is damaged")
-    return Lock(plan=value["plan"], inputs=value["inputs"], variables=value["set"], made_with=made_with)
+    return Lock(
+        plan=value["plan"],
+        inputs=value["inputs"],
+        variables=value["set"],
+        made_with=made_with,
+        hardware=value.get("hardware", {}),
+    )
 
 
 INPUT_NAMES = {
