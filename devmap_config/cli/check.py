@@ -46,6 +46,9 @@ def check(
     from devmap_config.cli.compile import missing_profile, report_missing
     from devmap_config.cli.reporting import report
 
+    profiles = tuple(
+        each for named in profiles for each in (sorted(named.glob("*.yaml")) if named.is_dir() else [named])
+    )
     missing = [profile for profile in profiles if not profile.is_file()]
     if len(missing) == len(profiles):
         return report_missing(missing[0], output_format)
