@@ -11,6 +11,9 @@ import click
 from devmap_config.cli.options import format_option, quiet_option
 
 if TYPE_CHECKING:
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.hardware.block import Measured
+    from devmap_config.hardware.machine import SeenMachine
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.readiness import Demand
 
@@ -28,23 +31,62 @@ EXIT_UNFIT = 4
     metavar="LOCK",
     help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
 )
+@click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and matrices are; some seconds.")
 @format_option("table", "json")
 @quiet_option
-def probe(disk_folder: Path | None, lock_file: Path | None, output_format: str, quiet: bool) -> int:
+def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> int:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
     from devmap_config.cli.reporting import report
     from devmap_config.hardware.block import block_text, hardware_block
     from devmap_config.hardware.probe import probe_machine
 
     if lock_file is not None:
+        if measure:
+            raise click.UsageError(
+                "`--against` compares memory, and nothing that is measured: leave out one of the two"
+            )
         return _against(lock_file, disk_folder or Path(), output_format, quiet)
     seen = probe_machine(os.environ, disk_folder or Path())
-    block = hardware_block(seen)
-    data = {"hardware": block, "seen": seen.to_json()}
-    report(seen.notes, {}, output_format, quiet=quiet, data=data)
+    measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else (None, ())
+    block = hardware_block(seen, measured)
+    methods = {} if measured is None else dict(measured.methods)
+    data = {"hardware": block, "seen": seen.to_json(), "measured": methods}
+    report([*seen.notes, *notes], {}, output_format, quiet=quiet, data=data)
     if output_format == "table":
         click.echo(block_text(seen, block), nl=False)
+        for words, method in methods.items():
+            click.echo(f"# {words}: {method}")
     return 0
+
+
+def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measured, tuple[Diagnostic, ...]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.hardware.measuring import Step, measured, steps
+    from devmap_config.hardware.torch_measurement import Devices
+
+    planned = steps(seen, disk_folder, Devices())
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(planned))
+
+        def begun(step: Step) -> None:
+            progress.update(task, completed=planned.index(step), description=step.words, refresh=True)
+
+        found, failures = measured(planned, begun)
+    notes = tuple(
+        Diagnostic(
+            code="not-measured",
+            severity="warning",
+            message=f"{words} could not be measured: {reason}",
+            help="write what is known of it into the block by hand, or leave it to the catalogue",
+        )
+        for words, reason in failures.items()
+    )
+    return found, notes
 
 
 def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> int:

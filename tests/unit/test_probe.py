@@ -493,7 +493,7 @@ def test_json_has_the_block_and_what_was_seen(machine, tmp_path):
     machine(A, SLOW)
     done = CliRunner().invoke(probe_command, ["--format", "json", "--disk", str(tmp_path)], standalone_mode=False)
     value = json.loads(done.stdout)
-    assert set(value) == {"diagnostics", "hardware", "seen"}
+    assert set(value) == {"diagnostics", "hardware", "seen", "measured"}
     assert [each["code"] for each in value["diagnostics"]] == ["guessed-order"]
     assert value["hardware"]["devices"]["cuda:1"] == "rtx-4090"
     assert value["seen"]["accelerators"][1]["uuid"] == A.uuid
