@@ -117,6 +117,8 @@ def _sentence(demand: Demand) -> str:
     needed_bytes = demand.needed_bytes + demand.context_bytes
     named = f"{demand.device} ({demand.name})" if demand.name else demand.device
     memory, free = demand.memory_bytes, demand.free_bytes
+    if not demand.is_there:
+        return f"{named}: {rounded(needed_bytes)} needed, and it is not there"
     there = f"{rounded(memory)} there" if memory is not None else "what is there is not known"
     now = f", {rounded(free)} free now" if free is not None and demand.device != "disk" else ""
     return f"{named}: {rounded(needed_bytes)} needed, {there}{now}"

@@ -28,12 +28,14 @@ class Demand:
     memory_bytes: int | None = None
     free_bytes: int | None = None
     name: str | None = None
+    is_there: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "id": self.device,
             "name": self.name,
+            "is_there": self.is_there,
             "needed_bytes": self.needed_bytes,
             "context_bytes": self.context_bytes,
             "memory_bytes": self.memory_bytes,
@@ -93,7 +95,7 @@ def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> De
         return Demand(device=device, needed_bytes=needed_bytes, memory_bytes=free_bytes, free_bytes=free_bytes)
     card = next((each for each in seen.accelerators if each.id == device), None)
     if card is None:
-        return Demand(device=device, needed_bytes=needed_bytes)
+        return Demand(device=device, needed_bytes=needed_bytes, is_there=False)
     return Demand(
         device=device,
         needed_bytes=needed_bytes,

@@ -187,7 +187,12 @@ def test_the_command_exits_with_4_and_points_at_the_lock(lock, monkeypatch):
     value = json.loads(done.stdout)
     assert (done.return_value, value["fits"]) == (4, False)
     assert [(each["code"], each["file"]) for each in value["diagnostics"]] == [("device-missing", "profile.lock.json")]
-    assert [each["id"] for each in value["needs"]] == ["cuda:0", "cuda:1", "cpu", "disk"]
+    assert {each["id"]: each["is_there"] for each in value["needs"]} == {
+        "cuda:0": False,
+        "cuda:1": False,
+        "cpu": True,
+        "disk": True,
+    }
 
 
 def test_a_warning_is_no_reason(lock, monkeypatch):
