@@ -45,7 +45,7 @@ lint: $(INSTALLED)
 # What is generated and committed.
 schemas: $(INSTALLED)
 	$(BIN)/devmap schema profile > schemas/profile.v1.schema.json
-	$(BIN)/devmap schema lock > schemas/lock.v2.schema.json
+	$(BIN)/devmap schema lock > schemas/lock.v1.schema.json
 
 locks: $(INSTALLED)
 	for profile in profiles/*.yaml; do $(BIN)/devmap-compile -q $$profile || exit 1; done

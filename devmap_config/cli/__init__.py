@@ -17,6 +17,7 @@ from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
+from devmap_config.cli.probe import probe
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.simulate import simulate
@@ -44,6 +45,7 @@ for command in (
     init,
     adopt,
     tree,
+    probe,
     hardware,
     schema,
     explain,

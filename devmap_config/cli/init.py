@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import os.path
 import tempfile
 from dataclasses import replace
@@ -34,12 +35,11 @@ def init(source: str, machine_name: str | None, output: Path | None, force: bool
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
     from devmap_config.cli.locking import require_new, write_atomically
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
-    from devmap_config.hardware.probe import probe_machine
 
     if output is not None:
         require_new(output, force=force)
     try:
-        machine = named_machine(machine_name) if machine_name else probe_machine()
+        machine = named_machine(machine_name) if machine_name else _this_machine()
     except UnknownMachineError as error:
         raise click.UsageError(str(error)) from None
     folder = output.parent if output else Path()
@@ -59,6 +59,13 @@ def init(source: str, machine_name: str | None, output: Path | None, force: bool
         write_atomically(output, text)
         click.echo(f"wrote {output}; next: devmap-compile {output}", err=True)
     return 0
+
+
+def _this_machine() -> Machine:
+    from devmap_config.hardware.block import as_machine
+    from devmap_config.hardware.probe import probe_machine
+
+    return as_machine(probe_machine(os.environ, None))
 
 
 def relative_source(source: str, output: Path | None) -> str:

@@ -67,7 +67,8 @@ def write_results(compilation: Compilation, target: Path, *, with_graph: bool) -
     loaded, model, plan, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
     if loaded is None or model is None or plan is None or inputs is None:
         return []
-    texts = {target: lock_of(plan, inputs, loaded.overrides, library_versions()).to_text()}
+    accelerators = compilation.inventory.accelerators_to_json() if compilation.inventory else {}
+    texts = {target: lock_of(plan, inputs, loaded.overrides, library_versions(), accelerators).to_text()}
     if with_graph:
         dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compilation.verdicts.items()}
         texts[vendored_path(loaded.path)] = vendor(loaded, model, dry_runs).to_text()

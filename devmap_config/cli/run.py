@@ -19,6 +19,7 @@ from devmap_config.cli.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.runner.loading import RunnerError
     from devmap_config.runner.runner import Deployment
 
@@ -42,6 +43,7 @@ EXIT_UNLIKE_LOCK = 4
 @click.option("--prompt", default="A model is placed", show_default=True, help="What the model goes on from.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="How much it writes.")
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
+@click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
 @format_option("table", "json")
 @set_option
 @quiet_option
@@ -52,6 +54,7 @@ def run(
     prompt: str,
     max_new_tokens: int,
     no_generate: bool,
+    no_probe: bool,
     output_format: str,
     variables: dict[str, str],
     quiet: bool,
@@ -62,29 +65,37 @@ def run(
     from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import ProfileError
-    from devmap_config.runner.loading import RunnerError, quieten_libraries
-    from devmap_config.runner.runner import load_verified, prepare
+    from devmap_config.runner.loading import RunnerError, UnfitMachineError, quieten_libraries
+    from devmap_config.runner.runner import load_verified, prepare, require_fit_machine
 
     if not profile.is_file():
         return report_missing(profile, output_format)
     if not prompt.strip():
         raise click.UsageError("the prompt is empty")
+    warnings: tuple[Diagnostic, ...] = ()
     try:
         deployment = prepare(
             profile, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code
         )
+        if not no_probe:
+            warnings = require_fit_machine(deployment)
         quieten_libraries(progress=sys.stderr.isatty() and not quiet and output_format != "json")
         model = load_verified(deployment)
         output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens)
     except ProfileError as error:
         report(error.diagnostics, error.texts, output_format, quiet=quiet, data={"plan": None, "output": None})
         return 1
+    except UnfitMachineError as error:
+        report(error.diagnostics, {}, output_format, quiet=quiet, data={"plan": None, "output": None})
+        return EXIT_UNLIKE_LOCK
     except RunnerError as error:
         return _report_failure(error, profile, output_format)
     summary = _summary(deployment)
     if output_format == "json":
-        report([], {}, "json", data={"plan": deployment.plan.to_json(), "verified": True, "output": output})
+        data = {"plan": deployment.plan.to_json(), "verified": True, "output": output}
+        report(warnings, {}, "json", data=data)
         return 0
+    report(warnings, {}, output_format, quiet=quiet)
     if not quiet:
         click.echo(summary, err=True)
     if output is not None:

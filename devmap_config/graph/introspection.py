@@ -50,6 +50,7 @@ def build_graph(
     Raises:
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
         QuantizationError: where the quantization's arguments cannot be meant.
+        ModuleNotFoundError: where torch or transformers is not installed.
     """
     model = meta_model(
         config_path, class_name=class_name, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
@@ -78,7 +79,11 @@ def meta_model(
     try:
         import torch
         from transformers import AutoConfig
-
+    except ModuleNotFoundError:  # of which the caller speaks: the model is not to blame
+        raise
+    except Exception as error:
+        raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
+    try:
         config = AutoConfig.from_pretrained(str(config_path), trust_remote_code=trust_remote_code)
         model_class = resolve_class(class_name, config, trust_remote_code=trust_remote_code)
         return build_meta_model(model_class, config, getattr(torch, dtype), attention)

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 BUILDABLE_ATTENTION = ("eager", "sdpa")
 """Implementations that need no package of their own; the module tree is the same under all of them."""
 
+LIBRARIES_FOR_GRAPHS = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")
+"""Without these, a profile still compiles where its graph is vendored."""
+
 
 def buildable_attention(attention: str | None) -> str | None:
     """The implementation with which a model is built without data; `None` for the one that transformers chooses."""
@@ -100,6 +103,30 @@ def load_model_graph(
         use_vendored: whether a graph beside the profile is used where it is still the model's.
         cache_directory: where graphs are kept, if not in the user's cache.
     """
+    try:
+        return _load_model_graph(loaded, sink, resolved, must_ask, trust_remote_code, use_vendored, cache_directory)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LIBRARIES_FOR_GRAPHS:
+            raise
+        sink.error(
+            "torch-missing",
+            f"the model's graph has to be made, and {error.name} is not installed",
+            loaded.span("model", "source"),
+            help=f"run `devmap compile --vendor {loaded.path}` where torch and transformers are, "
+            f"and commit `{vendored_path(loaded.path).name}`",
+        )
+        return None
+
+
+def _load_model_graph(
+    loaded: LoadedProfile,
+    sink: Sink,
+    resolved: Resolved | None,
+    must_ask: bool,
+    trust_remote_code: bool,
+    use_vendored: bool,
+    cache_directory: Path | None,
+) -> LoadedModel | None:
     vendored = _vendored(loaded, sink) if use_vendored else None
     if vendored is not None and not _is_local(loaded):
         source: ModelSource | None = _vendored_source(vendored, loaded)  # the hub need not be asked
@@ -133,7 +160,7 @@ def load_model_graph(
         graph, dry_runs = vendored.graph, vendored.dry_runs
     else:
         if vendored is not None:
-            _warn_stale_graph(loaded, sink)
+            _warn_stale_graph(loaded, sink, _differing(wanted, _made_from(vendored, loaded)))
         if not (
             found := _built(
                 source, class_name, dtype, attention, counted, loaded, sink, trust_remote_code, cache_directory
@@ -280,11 +307,18 @@ def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> tuple[object, 
     return (*of_model, vendored.workload, vendored.quantization)
 
 
-def _warn_stale_graph(loaded: LoadedProfile, sink: Sink) -> None:
+MADE_FROM = ("config", "class", "dtype", "attention", "workload", "quantization")
+"""What a vendored graph was made from, in the order of `_made_from`."""
+
+
+def _differing(wanted: tuple[object, ...], made_from: tuple[object, ...]) -> str:
+    return " and ".join(name for name, now, then in zip(MADE_FROM, wanted, made_from, strict=True) if now != then)
+
+
+def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model or revision") -> None:
     sink.warning(
         "stale-graph",
-        f"the graph in `{vendored_path(loaded.path).name}` is of another model, dtype, quantization or workload:"
-        " it is made anew",
+        f"the graph in `{vendored_path(loaded.path).name}` is of another {differing}: it is made anew",
         loaded.span("model", "source"),
         help="run `devmap compile --vendor` again",
     )
@@ -413,8 +447,6 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
 
 
 def _building_advice(source: ModelSource, reason: str) -> str:
-    if reason.startswith(("ModuleNotFoundError", "ImportError")) and ("torch" in reason or "transformers" in reason):
-        return "install torch and transformers; or keep the graph, where they are, by `devmap compile --vendor`"
     if "attn_implementation" in reason or "scaled_dot_product_attention" in reason:
         return "say `attention: eager`"
     if source.config.get("auto_map"):

@@ -24,7 +24,7 @@ GIBIBYTE = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`.
+    """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`; `overhead_bytes` its context takes.
 
     `bandwidth_bytes_per_second` and `flops_per_second` are `None` where neither profile nor catalogue tells; of them
     the efficiencies are reached.
@@ -33,6 +33,7 @@ class Device:
     id: str
     memory_bytes: int
     capacity_bytes: int
+    overhead_bytes: int = 0
     accelerator: Accelerator | None = None
     bandwidth_bytes_per_second: int | None = None
     flops_per_second: int | None = None
@@ -61,6 +62,18 @@ class Inventory:
     def kind(self) -> str:
         """The kind of the accelerators; `cuda` where there are none."""
         return next((device.id.partition(":")[0] for device in self.devices if device.is_accelerator), "cuda")
+
+    def accelerators_to_json(self) -> dict[str, dict[str, object]]:
+        """What a machine is held to before it loads a plan: for the lock, outside of the digest of the hardware."""
+        return {
+            device.id: {
+                "accelerator": None if device.accelerator is None else device.accelerator.name,
+                "memory_bytes": device.memory_bytes,
+                "overhead_bytes": device.overhead_bytes,
+            }
+            for device in self.devices
+            if device.is_accelerator
+        }
 
     def to_json(self) -> dict[str, object]:
         """As plain data, for digests."""
@@ -157,6 +170,7 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
         id=name,
         memory_bytes=memory_bytes,
         capacity_bytes=capacity_bytes,
+        overhead_bytes=_overhead_bytes(memory_bytes, accelerator, specification),
         accelerator=accelerator,
         bandwidth_bytes_per_second=specification.bandwidth
         or (accelerator.memory_bandwidth_bytes_per_second if accelerator else None),
@@ -171,11 +185,14 @@ def _capacity_bytes(memory_bytes: int, accelerator: Accelerator | None, specific
     slack = specification.slack
     if slack is None:
         slack = accelerator.slack if accelerator else Fraction(0)
-    overhead = specification.overhead
-    overhead_bytes = (
-        _absolute(overhead, memory_bytes) if overhead is not None else accelerator.overhead_bytes if accelerator else 0
-    )
+    overhead_bytes = _overhead_bytes(memory_bytes, accelerator, specification)
     return int(memory_bytes * (1 - slack)) - _absolute(specification.reserve, memory_bytes) - overhead_bytes
+
+
+def _overhead_bytes(memory_bytes: int, accelerator: Accelerator | None, specification: DeviceSpecification) -> int:
+    if specification.overhead is not None:
+        return _absolute(specification.overhead, memory_bytes)
+    return accelerator.overhead_bytes if accelerator else 0
 
 
 def _absolute(quantity: int | Share, memory_bytes: int) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devmap_config.placement.executor import Executor
     from devmap_config.plan.values import Values
 
-LOCK_VERSION = 2
+LOCK_VERSION = 1
 """2 keeps the values of what a plan was made from beside their digests; a lock of 1 is read without them."""
 
 
@@ -59,13 +59,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Lock:
-    """The content of a lockfile. What it was made from is judged by `inputs`; `values` tell what changed."""
+    """The content of a lockfile. What it was made from is judged by `inputs`; `values` tell what changed.
+
+    `hardware` says what each accelerator was taken for; older locks have none.
+    """
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, str | None]
     variables: Mapping[str, str]
     made_with: Mapping[str, str | None]
     values: Mapping[str, Values] = field(default_factory=dict)
+    hardware: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def resolved(self) -> Resolved | None:
@@ -84,6 +88,7 @@ class Lock:
             "plan": dict(self.plan),
             "set": dict(self.variables),
             "values": {name: dict(values) for name, values in self.values.items()},
+            **({"hardware": dict(self.hardware)} if self.hardware else {}),
         }
         text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
         return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -94,7 +99,13 @@ def lock_path(profile: Path) -> Path:
     return beside(profile, ".lock.json")
 
 
-def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with: Mapping[str, str | None]) -> Lock:
+def lock_of(
+    plan: Plan,
+    inputs: Inputs,
+    variables: Mapping[str, str],
+    made_with: Mapping[str, str | None],
+    hardware: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Lock:
     """The lock of a plan that was just made."""
     return Lock(
         plan=plan.to_json(),
@@ -102,6 +113,7 @@ def lock_of(plan: Plan, inputs: Inputs, variables: Mapping[str, str], made_with:
         variables=variables,
         made_with=made_with,
         values=inputs.values,
+        hardware=hardware or {},
     )
 
 
@@ -150,6 +162,7 @@ def read_lock(text: str) -> Lock:
             variables=value["set"],
             made_with=made_with,
             values=value.get("values", {}),
+            hardware=value.get("hardware", {}),
         )
     except KeyError as error:
         raise LockError(f"is not a lock: it has no `{error.args[0]}`") from error

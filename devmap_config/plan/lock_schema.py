@@ -14,7 +14,7 @@ _DEVICE = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
 
 def lock_schema() -> dict[str, Any]:
     """The schema of a lockfile, in draft 7."""
-    return {
+    schema: dict[str, Any] = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": f"devmap-config lock, version {LOCK_VERSION}",
         "description": "Written by `devmap compile`; not to be edited by hand.",
@@ -34,6 +34,20 @@ def lock_schema() -> dict[str, Any]:
                 "additionalProperties": {"type": "string"},
             },
             values=_object(**{name: _values(INPUT_NAMES[name]) for name in ("config", "hardware", "profile")}),
+        ),
+    }
+    schema["properties"]["hardware"] = _hardware()  # locks of before have none
+    return schema
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "What each accelerator was taken for; a machine is held to it before it loads.",
+        "additionalProperties": _object(
+            accelerator={"type": ["string", "null"], "description": "Its name in the catalogue."},
+            memory_bytes=_BYTES,
+            overhead_bytes=_BYTES | {"description": "What its context and workspaces were expected to take."},
         ),
     }
 

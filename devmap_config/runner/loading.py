@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.plan import Plan
 
 MINIMUM_ACCELERATE = (1, 1, 0)
@@ -33,6 +34,15 @@ class RunnerError(Exception):
         self.code = code
         self.help = help
         super().__init__(message)
+
+
+class UnfitMachineError(RunnerError):
+    """This machine cannot carry the plan, as it is now; `diagnostics` say what it lacks."""
+
+    def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
+        self.diagnostics = diagnostics
+        errors = [each for each in diagnostics if each.severity == "error"]
+        super().__init__(errors[0].code, "; ".join(each.message for each in errors), errors[0].help)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +11,16 @@ from devmap_config.compiler import Compilation, Request, run_pipeline
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path
-from devmap_config.runner.loading import LoadRequest, RunnerError, load
+from devmap_config.plan.readiness import differences, kind_needed
+from devmap_config.profile.document import whole_file
+from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel
 
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.plan import Plan
 
 EXAMPLES_SHOWN = 3
@@ -29,6 +33,7 @@ class Deployment:
     plan: Plan
     compilation: Compilation
     request: LoadRequest
+    lock: Lock
 
 
 def load_model(
@@ -37,6 +42,7 @@ def load_model(
     variables: Mapping[str, object] | None = None,
     allow_outside: bool = False,
     trust_remote_code: bool = False,
+    probe: bool = True,
 ) -> PreTrainedModel:
     """The model of a profile, loaded by its lock and verified.
 
@@ -45,6 +51,7 @@ def load_model(
         variables: values for its templates, if not those that the lock remembers.
         allow_outside: whether paths of the profile may lead out of its repository.
         trust_remote_code: whether Python code that comes with the model may run.
+        probe: whether this machine is asked first if it can carry the plan.
 
     Raises:
         ProfileError: where the profile is wrong; it carries every diagnostic.
@@ -52,6 +59,8 @@ def load_model(
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
     deployment = prepare(Path(path), variables=texts, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    if probe:
+        require_fit_machine(deployment)
     return load_verified(deployment)
 
 
@@ -99,7 +108,25 @@ def prepare(
         offload_folder=None if folder is None else loaded.beside(folder, "placement", "offload", "folder"),
         trust_remote_code=trust_remote_code,
     )
-    return Deployment(plan, compilation, request)
+    return Deployment(plan, compilation, request, lock)
+
+
+def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
+    """Ask this machine whether it can carry the plan now; gives what is to be warned of.
+
+    Raises:
+        UnfitMachineError: where it cannot; it carries every reason.
+    """
+    from devmap_config.hardware.probe import probe_machine
+
+    loaded, folder = deployment.compilation.loaded, deployment.request.offload_folder
+    seen = probe_machine(os.environ, folder or Path(), kind=kind_needed(deployment.lock))
+    place = None if loaded is None else whole_file(str(loaded.path))
+    # Weights that lie in the checkpoint as they are loaded are read there, and not written anew.
+    found = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
+    if any(each.severity == "error" for each in found):
+        raise UnfitMachineError(found)
+    return found
 
 
 def load_verified(deployment: Deployment) -> PreTrainedModel:

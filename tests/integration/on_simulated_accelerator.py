@@ -24,6 +24,11 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch.cpu_compute import CpuComputeHook
+from devmap_config.hardware import torch_measurement
+from devmap_config.hardware.block import block_text, hardware_block
+from devmap_config.hardware.measuring import measured, steps
+from devmap_config.hardware.probe import probe_machine
+from devmap_config.hardware.torch_measurement import Devices
 from devmap_config.runner import loading
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
@@ -286,3 +291,35 @@ def test_devmap_run_speaks():
     )
     assert done.return_value == 0
     assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
+
+
+def test_the_probe_sees_and_measures_the_cards(monkeypatch):
+    monkeypatch.setattr(torch_measurement, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(torch_measurement, "LARGEST_MATRIX", 256)
+    seen = probe_machine({}, None, kind="npu")
+    assert [(each.id, each.memory_bytes) for each in seen.accelerators] == [("npu:0", 2**40), ("npu:1", 2**40)]
+    planned = [step for step in steps(seen, Path(), Devices()) if step.subject != "cpu"]
+    begun = []
+    measured_rates, failures = measured(tuple(planned), begun.append)
+    assert (failures, begun) == ({}, planned)
+    block = hardware_block(seen, measured_rates)
+    assert set(block["devices"]["npu:1"]) == {"memory", "bandwidth", "flops", "efficiency"}
+    assert set(block["links"]) == {"host", "peer"}
+    save(LLAMA)
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\nworkload: {context_length: 8}\n"
+        f"placement: {{strategy: fastest}}\n{block_text(seen, block)}"
+    )
+    prediction = compile_profile("profile.yaml").prediction
+    assert prediction.prefill_nanoseconds > 0
+
+
+def test_devmap_run_asks_the_cards_first(monkeypatch):
+    save(LLAMA)
+    load('match: "model.layers.4", device: npu:1')
+    backend = type(torch.npu)
+    monkeypatch.setattr(backend, "mem_get_info", lambda self, device=None: (10_000, 2**40))
+    done = CliRunner().invoke(run_model, ["profile.yaml"], standalone_mode=False, catch_exceptions=False)
+    assert done.return_value == 4
+    assert "error[memory-held]: npu:0 has 9.8 KiB of its 1024.0 GiB free now" in done.stderr
+    assert done.stderr.count("error[memory-held]") == 2

@@ -272,6 +272,19 @@ def test_a_vendored_graph_needs_neither_torch_nor_the_model(profile):
     assert "nearest: `lm_head`" in devmap_without_torch("compile", "profile.yaml").stderr
 
 
+def test_a_graph_that_has_to_be_made_without_torch_is_an_error_that_says_so(profile):
+    found = json.loads(devmap_without_torch("compile", "profile.yaml", "--format", "json").stdout)["diagnostics"]
+    assert [(each["code"], each["line"]) for each in found] == [("torch-missing", 3)]
+    devmap("compile", "profile.yaml", "--vendor")
+    profile.write_text(GOOD + "workload: {context_length: 64}\n")
+    done = devmap_without_torch("check", "profile.yaml")
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert "the graph in `profile.graph.json` is of another workload: it is made anew" in said
+    assert "torch is not installed" in said
+    assert "run `devmap compile --vendor profile.yaml` where torch" in said
+
+
 def test_a_vendored_graph_of_something_else_is_made_anew(profile):
     devmap("compile", "profile.yaml", "--vendor")
     profile.write_text(GOOD + "workload: {context_length: 64}\n")
@@ -323,7 +336,7 @@ def test_a_damaged_lock_is_replaced_with_a_word_and_a_newer_one_is_not(profile):
     damaged = devmap("compile", "profile.yaml")
     assert damaged.returncode == 0
     assert "it is replaced" in damaged.stderr
-    newer = Path("profile.lock.json").read_text().replace('"lock_version": 2', '"lock_version": 3')
+    newer = Path("profile.lock.json").read_text().replace('"lock_version": 1', '"lock_version": 2')
     Path("profile.lock.json").write_text(newer)
     refused = devmap("compile", "profile.yaml")
     assert refused.returncode == 2

@@ -30,9 +30,11 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
+from devmap_config.hardware import probe
+from devmap_config.hardware.machine import SeenDisk, SeenHost
 from devmap_config.runner import loading, runner
 from devmap_config.runner.inspection import Misrun, misrun_modules, tensor_home
-from devmap_config.runner.loading import RunnerError
+from devmap_config.runner.loading import RunnerError, UnfitMachineError
 from devmap_config.runner.runner import load_verified, prepare
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
@@ -241,3 +243,31 @@ def test_a_model_that_runs_elsewhere_is_noticed(llama):
     assert misrun_modules(model, deployment.plan) == ()
     model.model.layers[0].mlp.up_proj._hf_hook.execution_device = "cuda:0"
     assert misrun_modules(model, deployment.plan) == (Misrun("model.layers.0.mlp.up_proj", "cpu", "cuda:0, streamed"),)
+
+
+def test_run_asks_first_whether_this_machine_can_carry_the_plan(llama, monkeypatch):
+    write_profile(SPLIT)
+    small = SeenHost(memory_bytes=100_000, available_bytes=100_000, threads=1)
+    monkeypatch.setattr(probe, "seen_host", lambda: small)
+    monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("it was loaded"))
+    monkeypatch.setattr(runner, "load", lambda *arguments: pytest.fail("it was loaded"))
+    done = run_command("--format", "json")
+    value = json.loads(done.stdout)
+    assert (done.return_value, [each["code"] for each in value["diagnostics"]]) == (4, ["too-little-memory"])
+    with pytest.raises(UnfitMachineError, match=r"cpu has 97\.7 KiB, and the plan needs 176\.6 KiB there"):
+        load_model("profile.yaml")
+
+
+def test_run_without_asking(llama, monkeypatch):
+    write_profile(SPLIT)
+    monkeypatch.setattr(probe, "seen_host", lambda: pytest.fail("it was asked"))
+    done = run_command("--no-probe", "--max-new-tokens", "3")
+    assert (done.return_value, load_model("profile.yaml", probe=False).device.type) == (0, "cpu")
+
+
+def test_run_goes_on_where_the_disk_is_full_since_safetensors_are_read_in_place(llama, monkeypatch):
+    write_profile(SPLIT)
+    monkeypatch.setattr(probe, "seen_disk", lambda folder: SeenDisk(memory_bytes=1, free_bytes=0))
+    done = run_command("--max-new-tokens", "3")
+    assert done.return_value == 0
+    assert "warning[too-little-disk]" in done.stderr

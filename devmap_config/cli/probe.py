@@ -1,0 +1,155 @@
+"""`devmap probe`: this machine as a `hardware:` block, or what it lacks to carry a lock."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.cli.options import format_option, quiet_option
+
+if TYPE_CHECKING:
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.hardware.block import Measured
+    from devmap_config.hardware.machine import SeenMachine
+    from devmap_config.plan.lock import Lock
+    from devmap_config.plan.readiness import Demand
+
+EXIT_MISSING_FILE = 2
+EXIT_UNREADABLE = 3
+EXIT_UNFIT = 4
+
+
+@click.command("probe")
+@click.option("--disk", "disk_folder", type=click.Path(path_type=Path), help="A folder on the disk that is meant.")
+@click.option(
+    "--against",
+    "lock_file",
+    type=click.Path(path_type=Path),
+    metavar="LOCK",
+    help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
+)
+@click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and matrices are; some seconds.")
+@format_option("table", "json")
+@quiet_option
+def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> int:
+    """Print this machine as a `hardware:` block for profiles, in YAML."""
+    from devmap_config.cli.reporting import report
+    from devmap_config.hardware.block import block_text, hardware_block
+    from devmap_config.hardware.probe import probe_machine
+
+    if lock_file is not None:
+        if measure:
+            raise click.UsageError(
+                "`--against` compares memory, and nothing that is measured: leave out one of the two"
+            )
+        return _against(lock_file, disk_folder or Path(), output_format, quiet)
+    seen = probe_machine(os.environ, disk_folder or Path())
+    measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else (None, ())
+    block = hardware_block(seen, measured)
+    methods = {} if measured is None else dict(measured.methods)
+    data = {"hardware": block, "seen": seen.to_json(), "measured": methods}
+    report([*seen.notes, *notes], {}, output_format, quiet=quiet, data=data)
+    if output_format == "table":
+        click.echo(block_text(seen, block), nl=False)
+        for words, method in methods.items():
+            click.echo(f"# {words}: {method}")
+    return 0
+
+
+def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measured, tuple[Diagnostic, ...]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.hardware.measuring import Step, measured, steps
+    from devmap_config.hardware.torch_measurement import Devices
+
+    planned = steps(seen, disk_folder, Devices())
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(planned))
+
+        def begun(step: Step) -> None:
+            progress.update(task, completed=planned.index(step), description=step.words, refresh=True)
+
+        found, failures = measured(planned, begun)
+    notes = tuple(
+        Diagnostic(
+            code="not-measured",
+            severity="warning",
+            message=f"{words} could not be measured: {reason}",
+            help="write what is known of it into the block by hand, or leave it to the catalogue",
+        )
+        for words, reason in failures.items()
+    )
+    return found, notes
+
+
+def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> int:
+    from devmap_config.cli.reporting import report
+    from devmap_config.hardware.probe import probe_machine
+    from devmap_config.plan.readiness import demands, differences
+    from devmap_config.profile.document import whole_file
+
+    lock = _read(file, output_format)
+    if isinstance(lock, int):
+        return lock
+    seen = probe_machine(os.environ, disk_folder)
+    found = differences(lock, seen, whole_file(str(file)))
+    is_fit = not any(each.severity == "error" for each in found)
+    wanted = demands(lock, seen)
+    data = {"fits": is_fit, "needs": [each.to_json() for each in wanted], "seen": seen.to_json()}
+    report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
+    if output_format == "table" and not quiet:
+        for demand in wanted:
+            click.echo(_sentence(demand))
+        click.echo(f"this machine {'can' if is_fit else 'cannot'} carry {file}")
+    return 0 if is_fit else EXIT_UNFIT
+
+
+def _sentence(demand: Demand) -> str:
+    from devmap_config.placement.shortage import rounded
+
+    needed_bytes = demand.needed_bytes + demand.context_bytes
+    named = f"{demand.device} ({demand.name})" if demand.name else demand.device
+    memory, free = demand.memory_bytes, demand.free_bytes
+    if not demand.is_there:
+        return f"{named}: {rounded(needed_bytes)} needed, and it is not there"
+    there = f"{rounded(memory)} there" if memory is not None else "what is there is not known"
+    now = f", {rounded(free)} free now" if free is not None and demand.device != "disk" else ""
+    return f"{named}: {rounded(needed_bytes)} needed, {there}{now}"
+
+
+def _read(file: Path, output_format: str) -> Lock | int:
+    """The lock, or the exit code once it is said why there is none."""
+    from devmap_config.cli.locking import existing_lock
+    from devmap_config.cli.reporting import report
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.profile.document import whole_file
+
+    lock, problem = existing_lock(file)
+    if lock is not None:
+        return lock
+    data = {"fits": None, "needs": None, "seen": None}
+    if not file.is_file():
+        missing = Diagnostic(
+            code="missing-file",
+            severity="error",
+            message=f"`{file}` {'is a folder' if file.is_dir() else 'does not exist'}",
+            help="name a lock, as `devmap compile` writes it",
+        )
+        report([missing], {}, output_format, data=data)
+        return EXIT_MISSING_FILE
+    unreadable = Diagnostic(
+        code="unreadable-lock",
+        severity="error",
+        message=f"`{file}` cannot be used: {problem}",
+        span=whole_file(str(file)),
+        help="run `devmap compile` on its profile",
+    )
+    report([unreadable], {}, output_format, data=data)
+    return EXIT_UNREADABLE

@@ -1,0 +1,134 @@
+"""The `hardware:` block of a machine that was probed: as data, and as YAML with what was seen beside each device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.hardware.catalogue import load_catalogue
+from devmap_config.hardware.machines import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.hardware.machine import SeenAccelerator, SeenMachine
+
+MEBIBYTE = 2**20
+SIGNIFICANT_DIGITS = 3
+"""Of a measured rate: more would not be found again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Rates that were measured: by device, and by link (`host`, `peer`, or a pair)."""
+
+    bandwidths: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, int] = field(default_factory=dict)
+    links: Mapping[str, int] = field(default_factory=dict)
+    methods: Mapping[str, str] = field(default_factory=dict)
+    """By device or link: how it was measured, in words."""
+
+
+def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[str, Any]:
+    """What a profile's `hardware` says of this machine; every value as a profile writes it."""
+    measured = measured or Measured()
+    devices: dict[str, Any] = {}
+    for each in seen.accelerators:
+        if (described := _device(each, measured)) is not None:
+            devices[each.id] = described
+    devices["cpu"] = {"memory": _mebibytes(seen.host.memory_bytes), **_rates("cpu", measured)}
+    if seen.disk is not None:
+        devices["disk"] = {"memory": _mebibytes(seen.disk.free_bytes), **_rates("disk", measured)}
+    links = {name: rate_text(rate) for name, rate in measured.links.items()}
+    return {"devices": devices, **({"links": links} if links else {})}
+
+
+def as_machine(seen: SeenMachine) -> Machine:
+    """The devices by what says most of each: the catalogue's name, or its memory."""
+    described = {
+        device: what if isinstance(what, str) else what["memory"]
+        for device, what in hardware_block(seen)["devices"].items()
+    }
+    return Machine(described)
+
+
+def _device(seen: SeenAccelerator, measured: Measured) -> dict[str, Any] | str | None:
+    """A catalogue name alone where that says all; nothing where not even the memory is known."""
+    rates = _rates(seen.id, measured)
+    memory = None if seen.memory_bytes is None else _mebibytes(seen.memory_bytes)
+    if seen.accelerator is None:
+        return None if memory is None else {"memory": memory, **rates}
+    if memory is None or seen.memory_bytes == load_catalogue()[seen.accelerator].memory_bytes:
+        return {"accelerator": seen.accelerator, **rates} if rates else seen.accelerator
+    return {"accelerator": seen.accelerator, "memory": memory, **rates}
+
+
+def _rates(device: str, measured: Measured) -> dict[str, str]:
+    """What was measured is reached, so no efficiency of the catalogue's counts besides."""
+    rates = {}
+    if device in measured.bandwidths:
+        rates["bandwidth"] = rate_text(measured.bandwidths[device])
+    if device in measured.flops:
+        rates["flops"] = _in_units(measured.flops[device], (("TFLOP/s", 10**12), ("GFLOP/s", 10**9)))
+    if rates and device not in ("cpu", "disk"):
+        rates["efficiency"] = "100%"
+    return rates
+
+
+def rate_text(bytes_per_second: int) -> str:
+    """A bandwidth as profiles write it: `25.3GB/s`."""
+    return _in_units(bytes_per_second, (("GB/s", 10**9), ("MB/s", 10**6)))
+
+
+def _in_units(rate: int, units: tuple[tuple[str, int], ...]) -> str:
+    unit, size = next(((unit, size) for unit, size in units if rate >= size), units[-1])
+    whole_digits = len(str(rate // size))
+    return f"{rate / size:.{max(SIGNIFICANT_DIGITS - whole_digits, 0)}f}{unit}"
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes // MEBIBYTE}MiB"
+
+
+def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
+    """The block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`."""
+    remarks = {each.id: _remark(each) for each in seen.accelerators}
+    remarks["cpu"] = _host_remark(seen)
+    if seen.disk is not None:
+        remarks["disk"] = f"free of {_gibibytes(seen.disk.memory_bytes)}"
+    lines = ["hardware:", "  devices:"]
+    lines += [f"    {device}: {_flow(what)}   # {remarks[device]}" for device, what in block["devices"].items()]
+    if links := block.get("links"):
+        lines.append(f"  links: {_flow(links)}")
+    left_out = [each for each in seen.accelerators if each.id not in block["devices"]]
+    lines += [f"  # {each.id} is left out, for nothing tells its memory: {remarks[each.id]}" for each in left_out]
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Mapping[str, str] | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "{" + ", ".join(f"{key}: {each}" for key, each in value.items()) + "}"
+
+
+def _remark(seen: SeenAccelerator) -> str:
+    parts = [
+        " ".join(seen.name.split()),
+        seen.uuid or "",
+        "a slice: its speed is not the card's" if seen.is_slice else "",
+    ]
+    if seen.held_bytes:
+        parts.append(f"{_gibibytes(seen.held_bytes)} held by processes now")
+    return ", ".join(part for part in parts if part)
+
+
+def _host_remark(seen: SeenMachine) -> str:
+    host = seen.host
+    threads = f"{host.threads} thread{'' if host.threads == 1 else 's'}"
+    limit = "as its container's limit" if host.is_limited else ""
+    available = f"{_gibibytes(host.available_bytes)} available now"
+    return ", ".join(part for part in (host.name or "", threads, limit, available) if part)
+
+
+def _gibibytes(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"

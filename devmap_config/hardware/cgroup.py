@@ -1,0 +1,107 @@
+"""The memory limit of the control group that a process is in, of either version, and of every group around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNLIMITED_BYTES = 2**60
+"""Version 1 says "no limit" by a number near 2^63."""
+
+
+@dataclass(frozen=True)
+class GroupMemory:
+    """What one group may use, and uses now, what can be taken back at once (cached files) aside."""
+
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def available_bytes(self) -> int:
+        """What is left of the limit."""
+        return max(self.limit_bytes - self.used_bytes, 0)
+
+
+def limiting_groups(root: Path = Path("/")) -> tuple[GroupMemory, ...]:
+    """Every group with a limit, from this process's outwards; none where the machine has no control groups."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    found = [_version_2(folder) for folder in _folders(root, groups, mounts, "")]
+    found += [_version_1(folder) for folder in _folders(root, groups, mounts, "memory")]
+    return tuple(group for group in found if group is not None)
+
+
+def _folders(root: Path, groups: list[str], mounts: list[str], controller: str) -> Iterator[Path]:
+    """The folders of a controller's groups; those of version 2 have no controller's name."""
+    within = next((path for names, path in map(_group, groups) if controller in names), None)
+    mount = next((found for line in mounts if (found := _mount(line, controller))), None)
+    if within is None or mount is None:
+        return
+    mounted_group, mount_point = mount
+    top = root / mount_point.lstrip("/")
+    if ".." in PurePosixPath(within).parts:  # moved out of what this namespace sees: its own top is all there is
+        relative = PurePosixPath()
+    elif PurePosixPath(within).is_relative_to(mounted_group):
+        relative = PurePosixPath(within).relative_to(mounted_group)
+    else:  # a container that sees its own group as the top, by another name
+        relative = PurePosixPath()
+    yield from (top / folder for folder in (relative, *relative.parents) if (top / folder).is_dir())
+
+
+def _group(line: str) -> tuple[list[str], str]:
+    """`4:memory:/a/b` as its controllers and its path."""
+    _, _, rest = line.partition(":")
+    names, _, path = rest.partition(":")
+    return names.split(","), path
+
+
+def _mount(line: str, controller: str) -> tuple[str, str] | None:
+    """The group that is mounted and where, if the line of `mountinfo` is that of the controller."""
+    fields, _, rest = line.partition(" - ")
+    kind, _, options = rest.partition(" ")
+    parts = fields.split(" ")
+    is_wanted = (
+        kind == "cgroup" and controller in options.split(" ")[-1].split(",") if controller else kind == "cgroup2"
+    )
+    return (parts[3], parts[4]) if is_wanted and len(parts) > 4 else None
+
+
+def _version_2(folder: Path) -> GroupMemory | None:
+    limits = [limit for name in ("memory.max", "memory.high") if (limit := _number(folder / name)) is not None]
+    used, cached = _number(folder / "memory.current"), _statistics(folder, "inactive_file", "active_file")
+    return GroupMemory(min(limits), max((used or 0) - cached, 0)) if limits else None
+
+
+def _version_1(folder: Path) -> GroupMemory | None:
+    limit = _number(folder / "memory.limit_in_bytes")
+    if limit is None or limit >= UNLIMITED_BYTES:
+        return None
+    used, cached = (
+        _number(folder / "memory.usage_in_bytes"),
+        _statistics(folder, "total_inactive_file", "total_active_file"),
+    )
+    return GroupMemory(limit, max((used or 0) - cached, 0))
+
+
+def _number(file: Path) -> int | None:
+    """A file's number; `max` is none."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _statistics(folder: Path, *wanted: str) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(value) for name, _, value in (line.partition(" ") for line in lines) if name in wanted)

@@ -1,0 +1,41 @@
+"""Which entry of the catalogue a card is: by the name that its driver reports, and only where its memory agrees.
+
+`reported_names.csv` holds the names, each exactly as it is reported: a `NVIDIA GeForce RTX 4090 Laptop GPU` is no
+`rtx-4090`. One name may be that of cards with more memory or less, which are then not in the catalogue.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from importlib import resources
+
+from devmap_config.hardware.catalogue import load_catalogue
+
+LEAST_SHARE_SEEN = 0.9
+"""torch reports some 1.5 % less than the driver does, which keeps it for itself; error correction takes up to 6 %."""
+
+
+def recognised(reported_name: str, memory_bytes: int | None, kind: str) -> str | None:
+    """The catalogue's name of a card, if it has it; `memory_bytes` is what the card reports, if it does."""
+    name = _names().get(_spelling(reported_name))
+    if name is None:
+        return None
+    accelerator = load_catalogue()[name]
+    if accelerator.kind != kind:
+        return None
+    if memory_bytes is None:
+        return name
+    least_bytes = accelerator.memory_bytes * LEAST_SHARE_SEEN
+    return name if least_bytes <= memory_bytes <= accelerator.most_memory_bytes else None
+
+
+@cache
+def _names() -> dict[str, str]:
+    file = resources.files("devmap_config.hardware").joinpath("reported_names.csv")
+    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    return {_spelling(row["reported"]): row["accelerator"] for row in rows}
+
+
+def _spelling(name: str) -> str:
+    return " ".join(name.lower().split())

@@ -1,0 +1,99 @@
+"""The torch half of the probe: accelerators as torch numbers them, of every kind that it knows.
+
+Importing torch takes seconds, so this is asked only where nothing quicker can tell. What NVML said of a card is
+taken from there: torch can read a card's memory only by making a context on it, which takes some of it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.hardware.machine import SeenAccelerator
+from devmap_config.hardware.nvml import seen_card
+from devmap_config.hardware.recognition import recognised
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from devmap_config.hardware.nvml import Card
+
+KINDS = ("cuda", "xpu", "npu", "hpu")
+"""torch's modules that number their devices; AMD's cards are `cuda` as well."""
+
+
+def torch_accelerators(cards: Sequence[Card] = ()) -> tuple[SeenAccelerator, ...]:
+    """The accelerators of the first kind of which torch has any; `cards` are those that NVML knows."""
+    try:
+        import torch
+    except ImportError:
+        return ()
+    _load_plugins()
+    for kind in KINDS:
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available() and (count := backend.device_count()):
+            by_identifier = {part.uuid: part for card in cards for part in (card, *card.slices)}
+            return tuple(_accelerator(kind, backend, index, by_identifier) for index in range(count))
+    return (_apple(torch),) if torch.backends.mps.is_available() else ()
+
+
+def _load_plugins() -> None:
+    """Some makers' packages add their module to torch when they are imported."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    for package, module in (("torch_npu", "torch_npu"), ("habana_frameworks", "habana_frameworks.torch")):
+        if find_spec(package) is not None:
+            try:
+                import_module(module)
+            except (ImportError, RuntimeError):  # its own libraries are missing: there is no such device then
+                continue
+
+
+def _accelerator(kind: str, backend: Any, index: int, cards: dict[str, Card]) -> SeenAccelerator:
+    properties = _asked(backend, "get_device_properties", index)
+    uuid = getattr(properties, "uuid", None)
+    card = next((cards[name] for name in (f"GPU-{uuid}", f"MIG-{uuid}", str(uuid)) if name in cards), None)
+    name = _asked(backend, "get_device_name", index) or getattr(properties, "name", None) or f"{kind} device"
+    if card is not None:
+        return seen_card(f"{kind}:{index}", card)
+    free_bytes, total_bytes = _asked(backend, "mem_get_info", index) or (None, None)
+    memory_bytes = getattr(properties, "total_memory", None) or total_bytes
+    held_bytes = None if free_bytes is None or memory_bytes is None else max(memory_bytes - free_bytes, 0)
+    return SeenAccelerator(
+        id=f"{kind}:{index}",
+        name=str(name),
+        memory_bytes=memory_bytes,
+        free_bytes=free_bytes,
+        held_bytes=held_bytes,
+        has_context=free_bytes is not None,  # reading it made one
+        uuid=None if uuid is None else str(uuid),
+        accelerator=recognised(str(name), memory_bytes, kind),
+    )
+
+
+def _apple(torch: Any) -> SeenAccelerator:
+    """Metal says how much of the shared memory a process should take; what others hold, it does not say."""
+    memory_bytes = int(torch.mps.recommended_max_memory())
+    name = _processor_name()
+    return SeenAccelerator(
+        id="mps", name=name, memory_bytes=memory_bytes, accelerator=recognised(name, memory_bytes, "mps")
+    )
+
+
+def _processor_name() -> str:
+    if sys.platform != "darwin":
+        return "Apple GPU"
+    done = subprocess.run(
+        ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "Apple GPU"
+
+
+def _asked(backend: Any, function: str, index: int) -> Any:
+    """What a backend answers, or nothing: each knows another part of this interface."""
+    try:
+        return getattr(backend, function)(index)
+    except (AttributeError, NotImplementedError, RuntimeError, AssertionError):
+        return None

@@ -1,0 +1,192 @@
+"""Whether a machine can carry a locked plan, as it is now: what it lacks, one diagnostic each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.diagnostics.diagnostic import Diagnostic
+from devmap_config.placement.problem import is_accelerator
+from devmap_config.placement.shortage import rounded
+
+if TYPE_CHECKING:
+    from devmap_config.diagnostics.diagnostic import Severity, Span
+    from devmap_config.hardware.machine import SeenMachine
+    from devmap_config.plan.lock import Lock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a plan wants of one device, and what this machine has there; `None` where that is not known.
+
+    `context_bytes` is what the device's own context is expected to take besides, and has not taken yet.
+    """
+
+    device: str
+    needed_bytes: int
+    context_bytes: int = 0
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    name: str | None = None
+    is_there: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "id": self.device,
+            "name": self.name,
+            "is_there": self.is_there,
+            "needed_bytes": self.needed_bytes,
+            "context_bytes": self.context_bytes,
+            "memory_bytes": self.memory_bytes,
+            "free_bytes": self.free_bytes,
+        }
+
+
+def kind_needed(lock: Lock) -> str | None:
+    """The kind of the accelerators that a plan uses, if it uses any."""
+    return next((device.partition(":")[0] for device in _needs(lock) if is_accelerator(device)), None)
+
+
+def demands(lock: Lock, seen: SeenMachine) -> tuple[Demand, ...]:
+    """Every device on which the plan puts anything, in the plan's order."""
+    return tuple(_demand(device, needed, lock, seen) for device, needed in _needs(lock).items())
+
+
+def differences(
+    lock: Lock, seen: SeenMachine, span: Span | None = None, *, disk_may_be_read_in_place: bool = False
+) -> tuple[Diagnostic, ...]:
+    """What keeps this machine from carrying the plan, as errors; where it is merely another, a warning.
+
+    With `disk_may_be_read_in_place` too little disk is a warning: what is planned there may lie in the checkpoint, and
+    is then not written again.
+    """
+    wanted = demands(lock, seen)
+    found = [*_missing(lock, seen, wanted)]
+    if not found:
+        found += _other_cards(lock, seen)
+    for demand in wanted:
+        if demand.device == "disk":
+            found += _disk(demand, "warning" if disk_may_be_read_in_place else "error")
+        else:
+            found += _memory(demand)
+    return tuple(replace(each, span=span) for each in found)
+
+
+def _needs(lock: Lock) -> dict[str, int]:
+    """Bytes by device, where there are any."""
+    parts = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
+    needs = {use["id"]: sum(use[part] for part in parts) for use in lock.plan["devices"]}
+    return {device: needed for device, needed in needs.items() if needed}
+
+
+def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> Demand:
+    if device == "cpu":
+        host = seen.host
+        return Demand(
+            device=device,
+            needed_bytes=needed_bytes,
+            memory_bytes=host.memory_bytes,
+            free_bytes=host.available_bytes,
+            name=host.name,
+        )
+    if device == "disk":
+        free_bytes = None if seen.disk is None else seen.disk.free_bytes
+        return Demand(device=device, needed_bytes=needed_bytes, memory_bytes=free_bytes, free_bytes=free_bytes)
+    card = next((each for each in seen.accelerators if each.id == device), None)
+    if card is None:
+        return Demand(device=device, needed_bytes=needed_bytes, is_there=False)
+    return Demand(
+        device=device,
+        needed_bytes=needed_bytes,
+        context_bytes=0 if card.has_context else lock.hardware.get(device, {}).get("overhead_bytes", 0),
+        memory_bytes=card.memory_bytes,
+        free_bytes=card.free_bytes,
+        name=card.name,
+    )
+
+
+def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> list[Diagnostic]:
+    there = [each.id for each in seen.accelerators]
+    missing = [each.device for each in wanted if is_accelerator(each.device) and each.device not in there]
+    if not missing:
+        return []
+    kind = kind_needed(lock)
+    advice = "compile a profile that describes this machine, or run on the one that this profile describes"
+    if seen.kind not in (None, kind):
+        return [
+            Diagnostic(
+                code="other-accelerators",
+                severity="error",
+                message=f"the plan is for {kind} devices, and this machine has {', '.join(there)}",
+                help=advice,
+            )
+        ]
+    listed = ", ".join(missing)
+    return [
+        Diagnostic(
+            code="device-missing",
+            severity="error",
+            message=f"the plan uses {listed}, and the number of {kind} devices of this machine is {len(there)}",
+            help=advice,
+        )
+    ]
+
+
+def _other_cards(lock: Lock, seen: SeenMachine) -> list[Diagnostic]:
+    """A card that is not the one that was planned with may do; what was predicted for the other is then not true."""
+    found = []
+    used = _needs(lock)
+    for each in seen.accelerators:
+        planned = lock.hardware.get(each.id, {}).get("accelerator") if each.id in used else None
+        if planned is not None and each.accelerator != planned:
+            found.append(
+                Diagnostic(
+                    code="another-card",
+                    severity="warning",
+                    message=f"{each.id} is {each.accelerator or each.name}, and the plan was made for {planned}",
+                    help="speeds were predicted for the other; describe this machine and compile again",
+                )
+            )
+    return found
+
+
+def _memory(demand: Demand) -> list[Diagnostic]:
+    needed_bytes = demand.needed_bytes + demand.context_bytes
+    context = f", {rounded(demand.context_bytes)} of it for a context" if demand.context_bytes else ""
+    needed = f"the plan needs {rounded(needed_bytes)} there{context}"
+    if demand.memory_bytes is not None and demand.memory_bytes < needed_bytes:
+        return [
+            Diagnostic(
+                code="too-little-memory",
+                severity="error",
+                message=f"{demand.device} has {rounded(demand.memory_bytes)}, and {needed}",
+                help=f"give {demand.device} the memory that it has here in the profile, and compile again",
+            )
+        ]
+    if demand.free_bytes is not None and demand.free_bytes < needed_bytes:
+        held = "" if demand.memory_bytes is None else f" of its {rounded(demand.memory_bytes)}"
+        return [
+            Diagnostic(
+                code="memory-held",
+                severity="error",
+                message=f"{demand.device} has {rounded(demand.free_bytes)}{held} free now, and {needed}",
+                help="end what holds the rest; if it stays, write it into the profile as the device's `reserve`, "
+                "and compile again",
+            )
+        ]
+    return []
+
+
+def _disk(demand: Demand, severity: Severity) -> list[Diagnostic]:
+    if demand.free_bytes is None or demand.free_bytes >= demand.needed_bytes:
+        return []
+    return [
+        Diagnostic(
+            code="too-little-disk",
+            severity=severity,
+            message=f"the disk has {rounded(demand.free_bytes)} free, "
+            f"and the plan puts {rounded(demand.needed_bytes)} there",
+            help="free some of it, or offload to another; weights that are read where the checkpoint lies need no more",
+        )
+    ]

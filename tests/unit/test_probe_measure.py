@@ -1,0 +1,171 @@
+"""`devmap probe --measure`: memory and disk are really read; cards are measured in `on_simulated_accelerator.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from devmap_config import compile_profile
+from devmap_config.cli.probe import probe as probe_command
+from devmap_config.hardware import measurement, torch_measurement
+from devmap_config.hardware.measurement import MEBIBYTE, NotMeasuredError, disk_bandwidth, memory_bandwidth
+from devmap_config.hardware.torch_measurement import Devices, peer_links
+
+SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
+
+
+class Clock:
+    """Time that passes by a second whenever it is asked for."""
+
+    def __init__(self, step=1.0):
+        self.now, self.step = 0.0, step
+
+    def __call__(self):
+        self.now += self.step
+        return self.now
+
+
+def test_memory_is_read_and_its_rate_is_the_best_pass():
+    rate = memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE, clock=Clock())
+    assert (rate.per_second, rate.method) == (8 * MEBIBYTE, "2 threads read 8 MiB")
+    assert memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE).per_second > 10 * MEBIBYTE
+
+
+def test_memory_that_is_not_free_is_not_taken():
+    assert memory_bandwidth(16 * MEBIBYTE, 1, clock=Clock()).method == "1 threads read 2 MiB"
+    with pytest.raises(NotMeasuredError, match="too little memory"):
+        memory_bandwidth(MEBIBYTE, 1)
+
+
+def test_the_disk_is_read_and_left_as_it_was(tmp_path):
+    rate = disk_bandwidth(tmp_path, 2**40, file_bytes=16 * MEBIBYTE)
+    assert rate.per_second > 0
+    assert rate.method.startswith("16 MiB read ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_and_read_is_bounded_by_time_and_by_what_is_free(tmp_path):
+    slow = disk_bandwidth(tmp_path, 2**40, file_bytes=2**40, clock=Clock())
+    assert slow.method.startswith("24 MiB read ")  # three seconds, of one for each block
+    little = disk_bandwidth(tmp_path, 64 * MEBIBYTE, clock=Clock())
+    assert little.method.startswith("8 MiB read ")
+    with pytest.raises(NotMeasuredError, match="too little room"):
+        disk_bandwidth(tmp_path, 63 * MEBIBYTE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a cache is avoided is the system's")
+def test_the_cache_is_avoided_by_what_the_file_system_lets(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]))
+    direct = disk_bandwidth(tmp_path, 2**40, file_bytes=8 * MEBIBYTE)
+    open_file = os.open
+
+    def refuse_direct(path, flags, *more):
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return open_file(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuse_direct)
+    dropped = disk_bandwidth(tmp_path, 2**40, file_bytes=8 * MEBIBYTE)
+    assert dropped.method == "8 MiB read after its pages were dropped from the cache (posix_fadvise)"
+    assert (0, 0, os.POSIX_FADV_DONTNEED) in asked
+    monkeypatch.delattr(os, "posix_fadvise")
+    plain = disk_bandwidth(tmp_path, 2**40, file_bytes=8 * MEBIBYTE)
+    assert plain.method == "8 MiB read with the file system's cache, which could not be avoided"
+    assert direct.method in ("8 MiB read around the cache (O_DIRECT)", dropped.method)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    with pytest.raises(NotMeasuredError, match="No such file or directory"):
+        disk_bandwidth(tmp_path / "nowhere", 2**40)
+
+
+def test_layers_grow_until_they_take_long_enough(monkeypatch):
+    monkeypatch.setattr(torch_measurement, "LARGEST_MATRIX", 512)
+    quick = Devices(Clock(0.001)).flops("cpu")
+    assert quick.method == "bfloat16 linear layers of 512 by 512"
+    slow = Devices(Clock()).flops("cpu")
+    assert slow.per_second == 2 * torch_measurement.SMALLEST_MATRIX**3
+
+
+def test_pairs_with_a_bridge_have_a_line_of_their_own():
+    rates = {("cuda:0", "cuda:1"): 50, ("cuda:0", "cuda:2"): 10, ("cuda:1", "cuda:2"): 11}
+    assert peer_links(rates) == {"peer": 10, "cuda:0-cuda:1": 50}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Little is measured: defaults are bound where the functions are made."""
+    monkeypatch.setitem(memory_bandwidth.__kwdefaults__, "buffer_bytes", SMALL["MEMORY_BUFFER_BYTES"])
+    monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
+    monkeypatch.setattr(torch_measurement, "LARGEST_MATRIX", 256)
+
+
+def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, workspace):
+    done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
+    assert done.return_value == 0
+    hardware = yaml.safe_load(done.stdout)["hardware"]
+    assert set(hardware["devices"]["cpu"]) == {"memory", "bandwidth", "flops"}
+    assert hardware["devices"]["disk"]["bandwidth"] == hardware["links"]["disk"]
+    comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert [line.partition(":")[0] for line in comments] == ["# memory", "# disk", "# layers on the CPU"]
+    assert done.stderr == ""
+
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: llama}\nworkload: {context_length: 64}\nplacement: {strategy: fastest}\n"
+        + done.stdout
+    )
+    prediction = compile_profile("profile.yaml").prediction
+    assert prediction.decode_nanoseconds_per_token is not None
+    assert prediction.prefill_nanoseconds is not None
+
+
+def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, monkeypatch):
+    def refuse(*arguments, **more):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(measurement.tempfile, "NamedTemporaryFile", refuse)
+    done = CliRunner().invoke(probe_command, ["--measure", "--format", "json"], standalone_mode=False)
+    value = json.loads(done.stdout)
+    assert [each["code"] for each in value["diagnostics"]] == ["not-measured"]
+    assert value["diagnostics"][0]["message"].startswith("disk could not be measured: nothing can be written to ")
+    assert set(value["measured"]) == {"memory", "layers on the CPU"}
+    assert "links" not in value["hardware"]
+
+
+def test_a_terminal_sees_the_progress_on_stderr_and_a_pipe_does_not(tmp_path):
+    code = (
+        "from devmap_config.hardware import measuring, torch_measurement\n"
+        "from devmap_config.hardware.measurement import Rate\n"
+        "measuring.memory_bandwidth = measuring.disk_bandwidth = lambda *a: Rate(10**9, 'said')\n"
+        "torch_measurement.Devices.is_there = False\n"
+        "from devmap_config.cli.probe import probe\n"
+        "probe.main(['--measure'], standalone_mode=False)\n"
+    )
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    shown = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True
+    )
+    os.close(theirs)
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "memory" in seen
+    assert "disk" in seen
+    assert shown.stdout.splitlines()[:2] == piped.stdout.splitlines()[:2] == ["hardware:", "  devices:"]
+
+
+def test_against_and_measure_are_two_questions():
+    done = CliRunner().invoke(probe_command, ["--against", "x.lock.json", "--measure"])
+    assert done.exit_code == 2
