@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test zoo benchmark-memory benchmark-placement benchmark-startup lint schemas locks clean
+.PHONY: demo test zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup lint schemas locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -35,6 +35,10 @@ benchmark-placement: $(INSTALLED)
 # How long `devmap check` takes beside a script that asks transformers' planner for the same map: two minutes.
 benchmark-startup: $(INSTALLED)
 	$(BIN)/python benchmarks/startup.py
+
+# Which of transformers' own `auto` maps do not run, of every causal language model: three minutes.
+benchmark-auto-maps: $(INSTALLED)
+	$(BIN)/python benchmarks/auto_maps.py > benchmarks/auto_maps.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
