@@ -452,7 +452,7 @@ def test_a_graph_is_kept_for_its_quantization(workspace):
     plain, _ = compiled("{source: llama}")
     first, _ = compiled(quantized)
     assert first.model.graph.size_bytes < plain.model.graph.size_bytes
-    (workspace / "profile.graph.json").write_text(vendor(first.loaded, first.model).to_text())
+    (workspace / "profile.graph.json").write_text(vendor(first.loaded, first.model, {}).to_text())
     again, codes = compiled(quantized)
     assert again.model.graph == first.model.graph
     assert codes == []
