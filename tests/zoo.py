@@ -32,6 +32,7 @@ SENSIBLE: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"text_config": {"head_dim": 128, "num_attention_heads": 16, "num_hidden_layers": 4}},
     "step3p7": {"text_config": {"sliding_window": 512, "num_hidden_layers": 4}},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 12},
 }
 """Arguments for the types whose default config builds a model that cannot run."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
@@ -36,6 +37,13 @@ WITHOUT_WORKLOAD = Workload(batch_size=1, context_length=16, prompt_length=16)
 """What is run where the profile names no context: enough to see whether the plan runs."""
 
 
+MOST_LAUNCHES = 20_000
+"""A prefill of more operations is of code that goes from token to token (state spaces without their kernels)."""
+
+SHORT_PROMPT = 8
+"""So many tokens are then prefilled: enough to see whether the plan runs, and a matter of seconds."""
+
+
 def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_tokens: int = 1) -> Simulation:
     """Run a model that was built on the meta device as the plan places it; the model is of no use afterwards.
 
@@ -45,7 +53,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
         plan: where everything is and runs.
         decoded_tokens: how many tokens are run after the prefill; what is told of decoding is of the last one.
     """
-    workload = WITHOUT_WORKLOAD if graph.measurement is None else graph.measurement.workload
+    workload = WITHOUT_WORKLOAD if graph.measurement is None else _runnable(graph.measurement)
     model.eval()
     run: _Run | None = None
     try:
@@ -62,6 +70,15 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
         reason = f"{type(error).__name__}: {first_line}"[:300]
         return Simulation(outcome="unsimulated", reason=reason)
     return run.simulation()
+
+
+def _runnable(measurement: Measurement) -> Workload:
+    """The workload, with a short prompt where a long one would take minutes."""
+    prefill = sum(cost.prefill_launches for cost in measurement.modules)
+    decode = sum(cost.decode_launches for cost in measurement.modules)
+    if prefill <= MOST_LAUNCHES or prefill <= 3 * decode:
+        return measurement.workload
+    return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT))
 
 
 @dataclass
