@@ -25,7 +25,7 @@ from devmap_config.plan.review import review
 from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
-from devmap_config.simulate.rehearsal import Rehearsal, rehearse
+from devmap_config.simulate.rehearsal import UNMENDED, Mending, Rehearsal, rehearse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Hardware
     from devmap_config.rules.resolution import Resolution
-    from devmap_config.simulate.rehearsal import Together
     from devmap_config.simulate.simulation import Verdict
 
 
@@ -155,7 +154,7 @@ def run_pipeline(request: Request) -> Compilation:
     rehearsal: Rehearsal | None = None
     if request.locked is not None:
         locked = placing.held(request.locked, inputs)
-        rehearsal, drift = (None, locked) if isinstance(locked, Drift) else (Rehearsal(placing.reviewed(locked)), None)
+        rehearsal, drift = (None, locked) if isinstance(locked, Drift) else (Rehearsal(placing.accepted(locked)), None)
     if rehearsal is None:
         rehearsal = Rehearsal(placing.planned())
         if rehearsal.plan is not None and request.simulates:
@@ -168,6 +167,9 @@ def run_pipeline(request: Request) -> Compilation:
                 sink,
                 trust_remote_code=request.trust_remote_code,
             )
+    if (shown := rehearsal.plan or rehearsal.refused) is not None:
+        for finding in placing.findings(shown):
+            sink.report(finding)
     return replace(
         reached,
         diagnostics=sink.diagnostics,
@@ -195,24 +197,25 @@ class _Placing:
         """What runs the plan."""
         return Executor(offload_buffers=self.loaded.profile.placement.offload.buffers)
 
-    def posed(self, together: Together = ()) -> tuple[Problem, DeviceId | None, Aim | None] | None:
+    def posed(self, mending: Mending = UNMENDED) -> tuple[Problem, DeviceId | None, Aim | None] | None:
         """The problem, with what the strategy is told besides; `None` where something is wrong with it."""
-        problem = problem_of(self.model, self.inventory, self.resolution, self.sink, together=together)
+        problem = problem_of(self.model, self.inventory, self.resolution, self.sink, together=mending.together)
+        problem = replace(problem, capacities=mending.room(problem.capacities))
         single_device = settle_single_device(self.loaded, problem, self.sink)
         if self.sink.has_errors:
             return None
         aim = settle_aim(self.loaded, self.inventory, self.executor, self.sink)
         return None if self.sink.has_errors else (problem, single_device, aim)
 
-    def planned(self, together: Together = ()) -> Plan | None:
-        """A verified plan that keeps these groups together; `None` where there is none, and why is in the sink."""
-        if (posed := self.posed(together)) is None:
+    def planned(self, mending: Mending = UNMENDED) -> Plan | None:
+        """A verified plan that is mended so; `None` where there is none, and why is in the sink."""
+        if (posed := self.posed(mending)) is None:
             return None
         problem, single_device, aim = posed
         strategy = self.loaded.profile.placement.strategy
         placed = place(problem, strategy, single_device=single_device, aim=aim)
         if isinstance(placed, Infeasible):
-            quantised = partial(self.quantised, together)
+            quantised = partial(self.quantised, mending)
             report_shortages(
                 placed, problem, self.resolution, self.loaded, strategy, self.sink, aim=aim, quantised=quantised
             )
@@ -220,7 +223,7 @@ class _Placing:
         plan = self.finished(placed)
         if self.request.keep is not None:
             plan = kept(plan, self.request.keep, self.model.graph, self.inventory, self.resolution)
-        return self.reviewed(plan)
+        return self.accepted(plan)
 
     def finished(self, placed: Placed) -> Plan:
         """What was placed as a plan: in units, with what each device holds and what running it takes."""
@@ -234,11 +237,21 @@ class _Placing:
         bound = placed.bound_nanoseconds if self.loaded.profile.workload.optimize == "decode" else None
         return replace(plan, prediction=predict(plan, graph, self.inventory, bound_decode_nanoseconds=bound))
 
-    def reviewed(self, plan: Plan) -> Plan | None:
-        """The plan, where it verifies."""
-        check_quantizer(plan.placement, self.loaded, self.model, self.sink)
-        review(plan, self.model.graph, self.inventory.capacities, self.resolution, self.loaded, self.sink)
-        return None if self.sink.has_errors else plan
+    def accepted(self, plan: Plan) -> Plan | None:
+        """The plan, where it verifies; else what is wrong with it is in the sink."""
+        found = self.findings(plan)
+        if not any(each.severity == "error" for each in found):
+            return plan
+        for each in found:
+            self.sink.report(each)
+        return None
+
+    def findings(self, plan: Plan) -> tuple[Diagnostic, ...]:
+        """What is found of a plan; where it is mended, what was found of the one before is of no interest."""
+        found = Sink()
+        check_quantizer(plan.placement, self.loaded, self.model, found)
+        review(plan, self.model.graph, self.inventory.capacities, self.resolution, self.loaded, found)
+        return found.diagnostics
 
     def held(self, lock: Lock, inputs: Inputs) -> Plan | Drift:
         """The plan of a lock, where nothing that it was made from has changed and it holds; else what does not."""
@@ -246,9 +259,9 @@ class _Placing:
             lock, inputs, self.loaded.overrides, self.model.graph, self.inventory, self.resolution, self.executor
         )
 
-    def quantised(self, together: Together) -> Problem | None:
+    def quantised(self, mending: Mending) -> Problem | None:
         """The placement problem of the model with weights of 8 bits: a way out where nothing fits."""
         model = quantised_to_eight_bit(self.model, self.loaded)
         if model is None:
             return None
-        return problem_of(model, self.inventory, self.resolution, Sink(), together=together)
+        return problem_of(model, self.inventory, self.resolution, Sink(), together=mending.together)

@@ -42,17 +42,22 @@ def simulate(
     from rich.console import Console
 
     from devmap_config.cli.compile import report_missing
+    from devmap_config.cli.locking import existing_lock
     from devmap_config.cli.reporting import report
     from devmap_config.cli.simulation_view import simulation_lines
     from devmap_config.compiler import Request, run_pipeline
-    from devmap_config.simulate.memory import simulation_of
+    from devmap_config.plan.lock import lock_path
+    from devmap_config.simulate.memory import can_simulate, simulation_of
 
     if not profile.is_file():
         return report_missing(profile, output_format)
+    lock, _problem = existing_lock(lock_path(profile))
     compilation = run_pipeline(
         Request(
             path=profile,
             variables=variables,
+            remembered=dict(lock.variables) if lock else {},
+            resolved=lock.resolved if lock else None,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             simulates=True,
@@ -61,7 +66,7 @@ def simulate(
     # A plan that does not run is shown as far as it came.
     tried = compilation.plan or compilation.refused
     simulation = None
-    if tried is not None and compilation.model is not None:
+    if tried is not None and compilation.model is not None and can_simulate():
         simulation = simulation_of(tried, compilation.model, decoded_tokens=tokens, trust_remote_code=trust_remote_code)
     data = {
         "plan": compilation.plan.to_json() if compilation.plan else None,
@@ -72,4 +77,5 @@ def simulate(
         console = Console(highlight=False)
         for line in simulation_lines(compilation, tried, simulation, console.width):
             console.print(line)
-    return 0 if compilation.plan is not None else 1
+    runs = simulation is None or simulation.mismatch is None
+    return 0 if compilation.plan is not None and runs else 1

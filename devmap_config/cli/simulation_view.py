@@ -37,6 +37,9 @@ def simulation_lines(
     for phase, steps in groupby(simulation.steps, key=lambda step: step.phase):
         yield Text(f"\n{phase}", style="bold")
         yield _timeline(list(steps), width)
+    if simulation.idle:
+        patterns = ", ".join(fold_paths(simulation.idle))
+        yield Text(f"\na prompt of text alone does not call {patterns}: whether these run is not known", style="yellow")
     if simulation.links:
         yield Text("\nwhat went from one device to another, in one forward", style="bold")
         yield _links(simulation)

@@ -80,7 +80,7 @@ class SimulatedDevices(Recorder):
     """Where every tensor is, and what went from one device to another.
 
     `accelerators` are the plan's, in the order of their simulated indices; `weights` the names of the weights by their
-    storage, `known` all the storages that were there before.
+    storage, `known` all the storages that were there before; `blocks` are what is placed as a whole.
     """
 
     def __init__(
@@ -89,8 +89,12 @@ class SimulatedDevices(Recorder):
         modules: dict[int, str],
         known: frozenset[int],
         weights: Mapping[int, str],
+        blocks: frozenset[str],
     ) -> None:
         super().__init__(modules, known)
+        self.blocks = blocks
+        self.given: frozenset[int] = frozenset()
+        """The numbers of what the block that runs was given: wherever it is, it was brought along."""
         self.accelerators = tuple(accelerators)
         self.weights = weights
         self.transfers: list[Transfer] = []
@@ -117,6 +121,13 @@ class SimulatedDevices(Recorder):
         with patch.object(FakeTensor, "device", property(device)), super().watching(model), _Functions(self):
             yield
 
+    def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
+        """A module begins to run."""
+        super().enter(module, arguments, options)
+        if self.innermost in self.blocks:
+            serials = map(self.serial_of, tensors_in((arguments, options)))
+            self.given = frozenset(serial for serial in serials if serial is not None)
+
     @contextmanager
     def within_torch(self) -> Iterator[None]:
         """Code of torch runs within: tensors answer as torch made them."""
@@ -135,7 +146,8 @@ class SimulatedDevices(Recorder):
             device = self.of(inputs[0]) if inputs else None
         elif self._explicit is None:
             if name in INDEXES:
-                inputs = [arguments[0], *(each for each in inputs[1:] if self.of(each) != "cpu")]
+                indices = (each for each in tensors_in(arguments[1]) if self.of(each) != "cpu")
+                inputs = [arguments[0], *indices, *tensors_in(arguments[2:])]
             device = self.check(name.removeprefix("aten::"), inputs)
         with self.within_torch():
             if name == "aten::histc" and not inputs[0].is_floating_point():  # only accelerators count integers
@@ -233,6 +245,8 @@ class SimulatedDevices(Recorder):
         weight = self.weights.get(storage_key(tensor))
         serial = self.serial_of(tensor)
         made_by = self.maker.get(serial, "") if serial is not None else (weight or "").rpartition(".")[0]
+        if serial in self.given:
+            made_by = next((path for path in reversed(self.running) if path in self.blocks), made_by)
         return Operand(device, made_by, weight)
 
 

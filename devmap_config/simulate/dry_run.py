@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import Operand
+
+FILLING = "filling"
+"""Fills the cache up to the context, where a prompt is a part of it; what that takes by itself is not looked at."""
 
 INPUT_NAMES = ("input_ids", "decoder_input_ids", "input_features")
 
@@ -81,6 +85,13 @@ def _runnable(measurement: Measurement) -> Workload:
     return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT))
 
 
+def _and_around(path: str) -> Iterator[str]:
+    """A path, and the modules around it, nearest first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
 @dataclass
 class _Run:
     """A dry run as it goes on."""
@@ -106,7 +117,7 @@ class _Run:
         paths = {id(module): path for path, module in model.named_modules()}
         accelerators = tuple(use.id for use in plan.devices if is_accelerator(use.id))
         names = {storage_key(tensor): name for name, tensor in reversed(held.items())}
-        devices = SimulatedDevices(accelerators, paths, known, names)
+        devices = SimulatedDevices(accelerators, paths, known, names, frozenset(graph.blocks))
         for tensor in absent.values():
             devices.put(tensor, NOWHERE)
         place_weights(model, plan, graph, devices)
@@ -131,15 +142,21 @@ class _Run:
         forwards = Forwards(self.model, workload)
         self._begin("prefill")
         cache = forwards.run(self._given(forwards.prefill_inputs, workload.prompt_length))
-        tensors = cache_tensors(cache)
-        for tensor in tensors:
-            device = self.devices.of(tensor) or "cpu"
-            self.cache_bytes[device] = self.cache_bytes.get(device, 0) + shown_bytes(tensor)
-        if not any(map(shown_bytes, tensors)):
+        if cache_tensors(cache) and workload.context_length > workload.prompt_length:
+            cache = None
+            self._begin(FILLING)
+            cache = forwards.run(self._given(forwards.prefill_inputs, workload.context_length))
+        self._note_cache(cache)
+        if not any(self.cache_bytes.values()):
             return
         for _ in range(decoded_tokens):
             self._begin("decode")
             cache = forwards.run(self._given(forwards.decode_inputs, cache))
+
+    def _note_cache(self, cache: Any) -> None:
+        for tensor in cache_tensors(cache):  # of which none may be held on to: what a step makes anew, it lets go
+            device = self.devices.of(tensor) or "cpu"
+            self.cache_bytes[device] = self.cache_bytes.get(device, 0) + shown_bytes(tensor)
 
     def _given(self, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
         """Inputs, tokens and features on the main device, where `generate` wants them."""
@@ -159,8 +176,12 @@ class _Run:
     def _called(self, module: torch.nn.Module, _arguments: Any, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
         device = None if first is None else self.devices.of(first)
-        if device is not None:
-            self.calls.append((self.phase, self.devices.names[id(module)], device))
+        if device is None or self.phase == FILLING:
+            return
+        path = self.devices.names[id(module)]
+        # What computes on the CPU has its result brought back before it is seen here.
+        computed = next((self.plan.compute[each] for each in _and_around(path) if each in self.plan.compute), None)
+        self.calls.append((self.phase, path, computed or device))
 
     # What was seen
 
@@ -175,15 +196,26 @@ class _Run:
             links=self._links(),
             steps=steps,
             calls=tuple(self.calls),
+            idle=self._idle if mismatch is None else (),
             hops=sum(before != after for before, after in itertools.pairwise(along)),
             mismatch=None if mismatch is None else self._mismatch(mismatch),
+        )
+
+    @property
+    def _idle(self) -> tuple[str, ...]:
+        """The blocks with weights that nothing called."""
+        called = {path for _, path, _ in self.calls}
+        return tuple(
+            path
+            for path in self.graph.blocks
+            if self._is_block(path) and not any(module.path in called for module in self.graph.modules[path].walk())
         )
 
     def _is_block(self, path: str) -> bool:
         tensors = self.graph.modules[ModulePath(path)].tensors() if path in self._blocks else ()
         return any(tensor.kind == "parameter" for tensor in tensors)
 
-    @property
+    @cached_property
     def _blocks(self) -> dict[str, None]:
         return dict.fromkeys(self.graph.blocks)
 
@@ -204,10 +236,7 @@ class _Run:
         )
 
     def _block_of(self, path: str) -> str:
-        blocks = self._blocks
-        while path and path not in blocks:
-            path = path.rpartition(".")[0]
-        return path
+        return next((each for each in _and_around(path) if each in self._blocks), "")
 
     def _memory(self) -> tuple[tuple[SimulatedDevice, ...], tuple[Step, ...]]:
         """Replay what came and went."""
@@ -221,6 +250,8 @@ class _Run:
             phase = starts.get(place, phase)
             device = self.devices.at.get(event.storage, "cpu")
             live[device] = live.get(device, 0) + event.size_bytes
+            if phase == FILLING:
+                continue
             innermost = event.running[-1] if event.running else ""
             if device in peaks and live[device] > peaks[device][0]:
                 peaks[device] = (live[device], phase, innermost)
@@ -252,6 +283,8 @@ class _Run:
         ranges: dict[str, tuple[int, int]] = {}
         for number, (phase, _, begin) in enumerate(self.phase_starts):
             following = self.phase_starts[number + 1 :]
+            if phase == FILLING:
+                continue
             ranges[phase] = (begin, following[0][2] if following else len(self.devices.transfers))
         found: dict[tuple[str, DeviceId, DeviceId], list[int]] = {}
         for phase, (begin, end) in ranges.items():

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.cache import default_directory, keep, library_versions
+from devmap_config.graph.cache import LIBRARIES, default_directory, keep, library_versions
 from devmap_config.graph.loading import buildable_attention
 from devmap_config.graph.source import digest
 from devmap_config.simulate.simulation import Simulation, Verdict
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
 
-SCHEMA = "devmap-dry-run/1"
+SCHEMA = "devmap-dry-run/2"
 """Moves whenever a dry run comes to see something else."""
 
 
@@ -32,12 +32,17 @@ def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = Fals
             return Verdict.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # it was not tried yet, or what was written is damaged
-    if find_spec("torch") is None or find_spec("transformers") is None:
+    if not can_simulate():
         return None
     verdict = Verdict.of(simulation_of(plan, model, trust_remote_code=trust_remote_code))
     if not trust_remote_code:
         keep(path, json.dumps(verdict.to_json(), separators=(",", ":")))
     return verdict
+
+
+def can_simulate() -> bool:
+    """Whether what a dry run needs is installed."""
+    return all(find_spec(library) is not None for library in LIBRARIES)
 
 
 def simulation_of(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.model import ModulePath
 from devmap_config.placement.shortage import amount, rounded
+from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 from devmap_config.simulate.memory import plan_digest, verdict_on
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
@@ -33,6 +35,21 @@ Together = tuple[tuple["TensorName", ...], ...]
 
 
 @dataclass(frozen=True)
+class Mending:
+    """What a plan must keep to, so that it runs: groups on one device, bytes that are left free."""
+
+    together: Together = ()
+    reserved_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
+
+    def room(self, capacities: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
+        """Capacities without what is to be left free."""
+        return {device: size - self.reserved_bytes.get(device, 0) for device, size in capacities.items()}
+
+
+UNMENDED = Mending()
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """The plan that runs, `None` where there is none; what was found of each plan that was tried; one that does not."""
 
@@ -46,7 +63,7 @@ def rehearse(
     model: LoadedModel,
     loaded: LoadedProfile,
     resolution: Resolution,
-    replan: Callable[[Together], Plan | None],
+    replan: Callable[[Mending], Plan | None],
     sink: Sink,
     *,
     trust_remote_code: bool = False,
@@ -58,12 +75,12 @@ def rehearse(
         model: its model.
         loaded: its profile.
         resolution: what its rules decided.
-        replan: makes a plan under which these groups are kept together, or reports why there is none.
+        replan: makes a plan that is mended so, or reports why there is none.
         sink: takes what is found.
         trust_remote_code: whether code that comes with the model may run.
     """
     verdicts: dict[str, Verdict] = {}
-    together: Together = ()
+    mending = UNMENDED
     current: Plan | None = plan
     while current is not None:
         verdict = verdict_on(current, model, trust_remote_code=trust_remote_code)
@@ -73,18 +90,31 @@ def rehearse(
         verdicts[plan_digest(current)] = verdict
         if verdict.outcome == "unsimulated":
             _warn_unsimulated(verdict, loaded, sink)
-        if verdict.mismatch is None:
-            _check_peaks(verdict.devices, current, model, loaded, sink)
+        more = _mended(mending, verdict, current, model, resolution)
+        if more == mending or len(verdicts) > MOST_REPAIRS:
+            if verdict.mismatch is not None:
+                _refuse(verdict.mismatch, current, model.graph, resolution, loaded, sink)
+            for device, missing_bytes in _overfull(verdict, current, model):
+                _report_overfull(device, missing_bytes, loaded, sink)
             break
-        more = _to_keep_together(verdict.mismatch, current, model.graph, resolution, together)
-        if more == together or len(verdicts) > MOST_REPAIRS:
-            _refuse(verdict.mismatch, current, model.graph, resolution, loaded, sink)
-            break
-        together = more
-        current = replan(together)
-    if together and (current is None or not sink.has_errors):
-        _tell_what_is_kept(together, model.graph, loaded, sink)
+        mending = more
+        current = replan(mending)
+    if mending.together and (current is None or not sink.has_errors):
+        _tell_what_is_kept(mending.together, model.graph, loaded, sink)
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
+
+
+def _mended(mending: Mending, verdict: Verdict, plan: Plan, model: LoadedModel, resolution: Resolution) -> Mending:
+    """What a plan must keep to besides, after this verdict; the same as before where all is well or nothing helps."""
+    if verdict.mismatch is not None:
+        together = _to_keep_together(verdict.mismatch, plan, model.graph, resolution, mending.together)
+        return replace(mending, together=together)
+    if plan.strategy not in OPTIMAL_STRATEGIES:
+        return mending
+    reserved = dict(mending.reserved_bytes)
+    for device, missing_bytes in _overfull(verdict, plan, model):
+        reserved[device.id] = reserved.get(device.id, 0) + missing_bytes
+    return replace(mending, reserved_bytes=reserved)
 
 
 def _to_keep_together(
@@ -189,24 +219,27 @@ def _mend(first: Party, second: Party, mismatch: Mismatch, graph: ModelGraph) ->
     return f"give {patterns} one device, or pin them by one rule with `keep_together: true`"
 
 
-def _check_peaks(
-    devices: tuple[SimulatedDevice, ...], plan: Plan, model: LoadedModel, loaded: LoadedProfile, sink: Sink
-) -> None:
-    """What was held at once must fit. Of a quantised model the dry run saw the dense one, and cannot tell."""
+def _overfull(verdict: Verdict, plan: Plan, model: LoadedModel) -> list[tuple[SimulatedDevice, int]]:
+    """The devices that held more at once than they have, and by how many bytes.
+
+    Of a quantised model the dry run saw the dense one, and cannot tell; nor without a workload.
+    """
     if model.quantization is not None or not plan.measured:
-        return
+        return []
     capacities = {use.id: use.capacity_bytes for use in plan.devices}
-    for device in devices:
-        missing_bytes = device.peak_bytes - capacities[device.id]
-        if missing_bytes > 0:
-            sink.error(
-                "over-capacity",
-                f"{device.id} holds {rounded(device.peak_bytes)} at once in {device.peak_phase}, in"
-                f" `{device.peak_module or 'the model'}`, and has {rounded(capacities[device.id])}:"
-                f" {amount(missing_bytes)} are missing",
-                loaded.span("workload", "context_length"),
-                help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
-            )
+    missing = [(device, device.peak_bytes - capacities[device.id]) for device in verdict.devices]
+    return [(device, missing_bytes) for device, missing_bytes in missing if missing_bytes > 0]
+
+
+def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: LoadedProfile, sink: Sink) -> None:
+    sink.error(
+        "over-capacity",
+        f"{device.id} holds {rounded(device.peak_bytes)} at once in {device.peak_phase}, in"
+        f" `{device.peak_module or 'the model'}`, and has {rounded(device.peak_bytes - missing_bytes)}:"
+        f" {amount(missing_bytes)} are missing",
+        loaded.span("workload", "context_length"),
+        help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
+    )
 
 
 def _tell_what_is_kept(together: Together, graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:

@@ -81,7 +81,8 @@ class Simulation:
     """A dry run of a plan: its outcome, and what was seen until then.
 
     `hops` are the times that a forward went on to another device, from block to block, in the last phase. `calls` tells
-    for every module in which phase it was called and on which device its result was.
+    for every module in which phase it was called and on which device it ran. `idle` are blocks with weights that a
+    prompt of text alone does not call.
     """
 
     outcome: Outcome
@@ -89,6 +90,7 @@ class Simulation:
     links: tuple[LinkUse, ...] = ()
     steps: tuple[Step, ...] = ()
     calls: tuple[tuple[str, str, DeviceId], ...] = ()
+    idle: tuple[str, ...] = ()
     hops: int = 0
     mismatch: Mismatch | None = None
     reason: str | None = None
@@ -100,6 +102,7 @@ class Simulation:
             "reason": self.reason,
             "mismatch": None if self.mismatch is None else asdict(self.mismatch),
             "hops": self.hops,
+            "idle": list(self.idle),
             "devices": [asdict(device) for device in self.devices],
             "links": [asdict(link) for link in self.links],
             "steps": [{**asdict(step), "live_bytes": dict(step.live_bytes)} for step in self.steps],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from accelerate import dispatch_model
+from accelerate import dispatch_model, hooks
 from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA
@@ -121,7 +122,7 @@ def test_blocks_that_a_strategy_split_are_kept_together(workspace):
     before = run_pipeline(Request(path=Path("profile.yaml"))).plan
     assert any(each.unit.startswith("biogpt.layers.") and each.unit.count(".") > 2 for each in before.assignments)
     compilation = pipeline()
-    [warning] = compilation.diagnostics
+    [warning] = compilation.diagnostics  # and nothing of the plan that was split
     assert warning.code == "kept-together"
     assert "`biogpt.layers.[0-5]`" in warning.message
     units = {each.unit: each.stored_on for each in compilation.plan.assignments}
@@ -198,7 +199,36 @@ def test_what_computes_on_the_cpu_runs_there_and_comes_back(workspace):
     assert simulation.outcome == "runs"
     ran_on = {path: device for phase, path, device in simulation.calls if phase == "decode"}
     assert ran_on["model.layers.1.mlp.down_proj"] == "cpu"
-    assert ran_on["model.layers.1.mlp"] == ran_on["model.layers.1"] == "cuda:0"
+    assert ran_on["model.layers.1.mlp"] == "cpu"
+    assert ran_on["model.layers.1"] == ran_on["model.layers.1.self_attn"] == "cuda:0"
+    assert ("decode", "cpu", "cuda:0") in {(link.phase, link.source, link.target) for link in simulation.links}
+
+
+def test_decoding_is_on_a_cache_that_is_full_though_the_prompt_is_short(workspace):
+    write(context=512, workload=", prompt_length: 16")
+    compilation, simulation = simulated()
+    planned = {use.id: use for use in compilation.plan.devices}
+    for device in simulation.devices:
+        use = planned[device.id]
+        assert device.cache_bytes == use.kv_cache_bytes
+        assert device.peak_bytes <= use.capacity_bytes - use.free_bytes
+    [first] = (device for device in simulation.devices if device.id == "cuda:0")
+    assert (first.peak_phase, first.cache_bytes > 0) == ("decode", True)
+    assert {phase for phase, _, _ in simulation.calls} == {"prefill", "decode"}
+
+
+def test_what_a_prompt_of_text_does_not_call_is_said(workspace):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    vision |= {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
+    text = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")}
+    text |= {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 32}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "dtype": "bfloat16"}
+    write({**config, "text_config": text, "vision_config": vision, "mm_tokens_per_image": 4})
+    _, simulation = simulated()
+    assert simulation.outcome == "runs"
+    assert any("vision_tower" in path for path in simulation.idle)
+    assert not any("language_model.layers" in path for path in simulation.idle)
+    assert "a prompt of text alone does not call" in run_command().stdout
 
 
 def profiled_peak(model, tokens):
@@ -248,10 +278,15 @@ def test_memory_and_devices_are_those_of_a_real_run_over_cpu_and_disk(workspace,
 
 
 def test_it_leaves_nothing_behind(workspace):
-    before = (FakeTensor.device, torch.nn.Module.forward, torch.utils.backend_registration)
-    write(placement='strategy: sequential\npins: [{match: "model.layers.[3-5]", device: 1}]')
-    simulated()
-    assert (FakeTensor.device, torch.nn.Module.forward, torch.utils.backend_registration) == before
+    def state():
+        modes = torch.overrides._len_torch_function_stack(), torch.utils._python_dispatch._len_torch_dispatch_stack()
+        return FakeTensor.device, hooks.set_module_tensor_to_device, gc.isenabled(), modes
+
+    before = state()
+    for pins in ('{match: "model.layers.[3-5]", device: 1}', "{match: model.layers.3.mlp, device: 1}"):
+        write(placement=f"strategy: sequential\npins: [{pins}]")
+        simulated()
+        assert state() == before
     assert torch._C._get_privateuse1_backend_name() == "privateuseone"
     tokens = torch.tensor([[1, 2, 3]])
     assert tokens.device.type == "cpu"
@@ -283,7 +318,9 @@ def test_a_damaged_memory_is_made_anew(workspace, monkeypatch):
 
 def test_a_verdict_is_kept_as_plain_data(workspace):
     write(BIOGPT, devices='"cuda:[0-1]": {memory: 640KiB}', placement="strategy: auto")
-    for verdict in pipeline().verdicts.values():
+    verdicts = pipeline().verdicts.values()
+    assert any(verdict.mismatch is not None for verdict in verdicts)
+    for verdict in verdicts:
         assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
     with pytest.raises(ValueError, match="not a verdict"):
         Verdict.from_json({"outcome": "runs"})
@@ -314,6 +351,24 @@ def test_the_command_shows_devices_blocks_and_links(workspace):
     assert "LlamaForCausalLM on simulated accelerators: it runs" in done.stdout
     assert "model.layers.[0-2]" in done.stdout
     assert "cuda:0 → cuda:1" in done.stdout
+
+
+def test_the_command_runs_the_plan_with_what_the_lock_remembers(workspace):
+    write(placement='strategy: sequential\npins: [{match: lm_head, device: "{{ head }}"}]')
+    Path("profile.yaml").write_text(Path("profile.yaml").read_text() + "variables: {head: 0}\n")
+    compiling = ["profile.yaml", "-q", "--set", "head=1"]
+    assert CliRunner().invoke(compile_command, compiling, standalone_mode=False).return_value == 0
+    value = json.loads(run_command("--format", "json").stdout)
+    assert value["plan"]["device_map"]["lm_head"] == 1
+
+
+def test_the_command_says_where_torch_is_missing(workspace, monkeypatch):
+    write()
+    assert compile_command.main(["profile.yaml", "-q", "--vendor", "--no-simulate"], standalone_mode=False) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "empty"))
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    value = json.loads(run_command("--format", "json").stdout)
+    assert (value["simulation"], [each["code"] for each in value["diagnostics"]]) == (None, ["not-simulated"])
 
 
 def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
