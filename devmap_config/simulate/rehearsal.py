@@ -127,19 +127,16 @@ def _to_keep_together(
     """
     if plan.strategy in UNREPAIRED_STRATEGIES:
         return before
-    blocks = list(dict.fromkeys(party.block for party in mismatch.parties if party.block))
-    running = _block_of(graph, mismatch.running)
-    if running and running not in blocks:
-        blocks.append(running)
-    if len(blocks) == 1 and blocks[0] in graph.modules:
-        class_name = graph.modules[ModulePath(blocks[0])].class_name
+    places = dict.fromkeys(party.block or party.tensor or "" for party in mismatch.parties)
+    places |= dict.fromkeys([_block_of(graph, mismatch.running)])
+    involved = [place for place in places if place]
+    if len(involved) == 1 and involved[0] in graph.modules:
+        class_name = graph.modules[ModulePath(involved[0])].class_name
         alike = [path for path in graph.blocks if graph.modules[path].class_name == class_name]
         found: list[tuple[TensorName, ...]] = [_tensors(graph, path) for path in alike]
-    elif blocks:
-        bonds = () if graph.measurement is None else graph.measurement.bonds
-        found = [sum((_tensors(graph, path) for path in bond), ()) for bond in (*bonds, tuple(blocks))]
     else:
-        return before
+        bonds = () if graph.measurement is None else graph.measurement.bonds
+        found = [sum((_tensors(graph, path) for path in bond), ()) for bond in (*bonds, tuple(involved))]
     kept = dict.fromkeys([*before, *(names for names in found if _can_be_together(names, resolution))])
     return tuple(kept)
 
@@ -155,9 +152,12 @@ def _block_of(graph: ModelGraph, path: str) -> str:
     return path
 
 
-def _tensors(graph: ModelGraph, block: str) -> tuple[TensorName, ...]:
-    module = graph.modules.get(ModulePath(block))
-    return () if module is None else tuple(tensor.name for tensor in module.tensors())
+def _tensors(graph: ModelGraph, place: str) -> tuple[TensorName, ...]:
+    """The tensors of a block; a tensor of a model's own stands for all that are its own: it uses one after another."""
+    if ModulePath(place) in graph.modules:
+        return tuple(tensor.name for tensor in graph.modules[ModulePath(place)].tensors())
+    owner = graph.modules.get(ModulePath(place.rpartition(".")[0]))
+    return () if owner is None else tuple(tensor.name for tensor in owner.own_tensors)
 
 
 # What is said
