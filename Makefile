@@ -18,7 +18,7 @@ test: $(INSTALLED) lint
 	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov -q
 
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
-# quantizers' packages: twenty minutes.
+# quantizers' packages, and every causal language model dry-run on several cards: forty minutes.
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
 	$(BIN)/pytest -n $(WORKERS) -m zoo -q
