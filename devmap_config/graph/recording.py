@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 from weakref import finalize
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -162,8 +162,17 @@ class Meter(Recorder):
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
         """Watch what runs, attention as a fused kernel runs it."""
-        with super().watching(model), AttentionKernel(self):
+        # The function's name is looked up where it is called, and a mode around functions costs at each of them.
+        with super().watching(model), patch.object(torch.nn.functional, ATTENTION.__name__, self.attend):
             yield
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        """Attention as a fused kernel runs it, and counted as one, where there is one for the shape."""
+        output = fused_attention(query, key, value, *rest, **options)
+        if output is None:
+            return ATTENTION(query, key, value, *rest, **options)
+        self.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
+        return output
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
         """Count an operation."""
@@ -244,24 +253,6 @@ class Traffic:
     def bond(self, first: str, second: str) -> None:
         """Two blocks that must run on one device."""
         self.bonds.setdefault((min(first, second), max(first, second)))
-
-
-class AttentionKernel(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Runs attention as a fused kernel does, and has the meter count it."""
-
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self.meter = meter
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        del types
-        options = options or {}
-        output = fused_attention(*arguments, **options) if function is ATTENTION else None
-        if output is None:
-            return function(*arguments, **options)
-        query, key, value = arguments[:3]
-        self.meter.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
-        return output
 
 
 def fused_attention(
