@@ -180,3 +180,10 @@ class ModelGraph:
         The model itself never counts, as in transformers' planner, though some name their own class.
         """
         return module.path != "" and module.class_name in self.no_split_classes
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The modules around a path, nearest first, the model itself (`""`) last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path

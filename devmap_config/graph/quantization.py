@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.graph.model import TensorName
+from devmap_config.graph.model import TensorName, ancestors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +211,7 @@ def quantized(
         module = name.rpartition(".")[0]
         dense[module] = dense.get(module, 0) + size_bytes
         held[module] = held.get(module, 0) + graph.tensors[TensorName(name)].size_bytes
-        for path in _upwards(module) if dequantizes else ():
+        for path in (module, *ancestors(module)) if dequantizes else ():
             copied[path] = max(copied.get(path, 0), size_bytes)
 
     def stored(cost: ModuleCost) -> ModuleCost:
@@ -235,13 +235,6 @@ def quantized(
         )
 
     return replace(measurement, modules=tuple(map(stored, measurement.modules)))
-
-
-def _upwards(path: str) -> Iterator[str]:
-    yield path
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.costs import ModuleCost
+from devmap_config.graph.model import ancestors
 from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
     covering = {each.unit: each.executes_on for each in placed}
     parts: dict[str, list[DeviceId]] = {}
     for each in placed:
-        for ancestor in _ancestors(each.unit):
+        for ancestor in ancestors(each.unit):
             parts.setdefault(ancestor, []).append(each.executes_on)
     holding: dict[DeviceId, Counter[ModuleCost]] = {}
     peaking: dict[DeviceId, list[ModuleCost]] = {}
     own: dict[DeviceId, list[ModuleCost]] = {}
     for cost in measurement.modules:
-        home = next((covering[path] for path in (cost.path, *_ancestors(cost.path)) if path in covering), None)
+        home = next((covering[path] for path in (cost.path, *ancestors(cost.path)) if path in covering), None)
         if home is not None:
             devices, figures = [home], peaking
         else:
@@ -132,13 +133,6 @@ def _largest(costs: Iterable[ModuleCost]) -> tuple[ModuleCost, ...]:
 def _peaks(cost: ModuleCost) -> tuple[int, ...]:
     prefill = (cost.prefill_peak_bytes, cost.doubled_peak_bytes)
     return (*prefill, cost.decode_peak_bytes, cost.own_peak_bytes, cost.doubled_own_peak_bytes)
-
-
-def _ancestors(path: str) -> Iterable[str]:
-    """The modules around a path, nearest first, the model itself (`""`) last."""
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _streaming_bytes(graph: ModelGraph, assignments: tuple[Assignment, ...]) -> dict[DeviceId, int]:
