@@ -228,10 +228,7 @@ class _Count:
 
     def _cost(self, option: Option) -> int:
         """Time, and what its room is worth."""
-        room, prices = self._prices.room_bytes, self._prices.nanoseconds
-        return option.nanoseconds + sum(
-            prices[device] * size // max(room[device], 1) for device, size in option.demands if device in room
-        )
+        return option.nanoseconds + self._prices.worth(option)
 
     def _cheapest(self, number: int) -> int:
         options = self._kinds[number]

@@ -38,6 +38,14 @@ class Prices:
     nanoseconds: Mapping[DeviceId, int]
     bound_nanoseconds: int
 
+    def worth(self, option: Option) -> int:
+        """What the room is worth that an option needs."""
+        return sum(
+            self.nanoseconds[device] * size_bytes // max(self.room_bytes[device], 1)
+            for device, size_bytes in option.demands
+            if device in self.room_bytes
+        )
+
 
 def scarce_bytes(classes: Classes) -> dict[DeviceId, int] | None:
     """The room for free blocks on the devices that might not hold all that could be put there; `None` if one is full.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from itertools import permutations
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from devmap_config.placement.classes import Classes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from devmap_config.placement.chain import Chain, Choice
-    from devmap_config.placement.packing import Packing
+    from devmap_config.placement.chain import Chain, Choice, Option
+    from devmap_config.placement.packing import Integers, Packing
+    from devmap_config.placement.prices import Prices
     from devmap_config.placement.problem import DeviceId
 
 UNREACHABLE = 2**62
@@ -33,42 +36,49 @@ def orders(chain: Chain) -> list[tuple[DeviceId, ...]]:
     return list(dict.fromkeys(orders))
 
 
-def in_runs(chain: Chain, order: Sequence[DeviceId], packings: Mapping[DeviceId, Packing], known: int) -> Choice | None:
+def in_runs(
+    chain: Chain,
+    order: Sequence[DeviceId],
+    packings: Mapping[DeviceId, Packing],
+    known: int,
+    prices: Prices | None = None,
+) -> Choice | None:
     """The best cut of the free blocks into one run for each device in this order; a run may be empty.
 
-    What would take `known` or more is not looked at.
+    What would take `known` or more is not looked at; what room is worth tells sooner where that is so.
     """
     classes = Classes(chain)
     free = sorted(classes.class_of)
-    prefix: list[tuple[int, ...]] = [(0,) * len(classes.members)]
-    for position in free:
-        kind = classes.class_of[position]
-        prefix.append((*prefix[-1][:kind], prefix[-1][kind] + 1, *prefix[-1][kind + 1 :]))
+    kinds = np.zeros((len(free), len(classes.members)), np.int64)
+    kinds[np.arange(len(free)), [classes.class_of[position] for position in free]] = 1
+    prefix = np.concatenate((np.zeros((1, kinds.shape[1]), np.int64), np.cumsum(kinds, axis=0)))
 
     def counts_of(begin: int, end: int) -> tuple[int, ...]:
-        return tuple(high - low for high, low in zip(prefix[end], prefix[begin], strict=True))
+        return tuple((prefix[end] - prefix[begin]).tolist())
 
-    cheapest = [0]  # what the blocks from here on take at least
-    for position in reversed(free):
-        cheapest.append(cheapest[-1] + min(option.nanoseconds for option in chain.blocks[position].options))
-    cheapest.reverse()
+    cheapest = _least_from(classes, free, order, None).tolist()
     most = known - classes.fixed_nanoseconds
     least: list[int] = [0] + [UNREACHABLE] * len(free)
     cuts: list[list[int]] = []
-    for device in order:
+    for number, device in enumerate(order):
         packing = packings[device]
+        here = _least_from(classes, free, (device,), prices)
+        later = _least_from(classes, free, order[number + 1 :], prices)
+        worth = _worth(classes, order[number:], prices)
         after, cut = list(least), list(range(len(least)))
         for begin, before in enumerate(least[:-1]):
             if before >= UNREACHABLE:
                 continue
             entering = _entering(chain, free, begin, device, order)
-            for end in range(begin + 1, len(free) + 1):
+            at_least = before + entering + here[begin] - here[begin + 1 :] + later[begin + 1 :] - worth
+            for end in (begin + 1 + np.flatnonzero(at_least < most)).tolist():
                 packed = packing.pack(counts_of(begin, end))
                 if packed is None or before + packed + entering + cheapest[end] >= most:
                     break
                 cost = before + packed + entering
                 if cost < after[end]:
                     after[end], cut[end] = cost, begin
+            most = min(most, after[-1])
         least = after
         cuts.append(cut)
     if least[-1] >= UNREACHABLE:
@@ -95,3 +105,27 @@ def _entering(chain: Chain, free: list[int], begin: int, device: DeviceId, order
     costs = chain.entering[free[begin]]
     before = [other for other in order if other != device]
     return min((costs.get((other, device), 0) for other in before), default=0)
+
+
+def _least_from(classes: Classes, free: list[int], homes: Sequence[DeviceId], prices: Prices | None) -> Integers:
+    """What the free blocks from each on take at least on these devices, what room is worth included."""
+    never = UNREACHABLE // (len(free) + 1)
+    costs = []
+    for number in range(len(classes.members)):
+        options = [option for option in classes.options(number) if option.home in homes]
+        costs.append(min((_cost(option, prices) for option in options), default=never))
+    by_position = [costs[classes.class_of[position]] for position in free]
+    return np.cumsum(np.array([0, *reversed(by_position)], np.int64))[::-1]
+
+
+def _cost(option: Option, prices: Prices | None) -> int:
+    return option.nanoseconds + (0 if prices is None else prices.worth(option))
+
+
+def _worth(classes: Classes, homes: Sequence[DeviceId], prices: Prices | None) -> int:
+    """What all the room is worth that blocks may need which run on these devices."""
+    if prices is None:
+        return 0
+    options = [each for number in range(len(classes.members)) for each in classes.options(number)]
+    needed = {device for option in options if option.home in homes for device, _ in option.demands}
+    return sum(nanoseconds for device, nanoseconds in prices.nanoseconds.items() if device in needed)

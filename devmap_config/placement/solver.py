@@ -25,7 +25,7 @@ from devmap_config.placement.runs import in_runs, orders
 from devmap_config.placement.similar import SimilarClasses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from devmap_config.placement.chain import Chain, Choice, Gift, Option
     from devmap_config.placement.prices import Prices
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SEARCHED_CHOICES = 200_000
 """Up to so many choices, all of them are searched."""
 
-FIRST_ATTEMPTS = 3
+FIRST_ATTEMPTS = 6
 """So many ways to settle groups and to order devices are tried before blocks are counted."""
 
 LATER_ATTEMPTS = 12
@@ -120,42 +120,52 @@ def _found(chain: Chain, at_most: int) -> tuple[Choice | None, int]:
     bound = sum(min(option.nanoseconds for option in block.options) for block in chain.blocks)
     if bound >= at_most:
         return None, at_most
-    attempts = _attempts(chain)
-    best = _best_in_runs(chain, None, islice(attempts, 1), bound)
+    settled = settled_ways(chain)
+    first = list(islice(settled, 1))
+    best = _best_in_runs(chain, None, islice(_attempts(map(_Way, first)), 1), bound, at_most)
     if not _is_near(best, bound):
-        ways = _priced(chain, _to_beat(best, at_most))
+        ways = _priced([*first, *settled], _to_beat(best, at_most))
         bound = min((way.bound_nanoseconds for way in ways), default=UNREACHABLE)
-        best = _best_in_runs(chain, best, islice(attempts, FIRST_ATTEMPTS), bound)
+        attempts = _attempts(ways)
+        best = _best_in_runs(chain, best, islice(attempts, FIRST_ATTEMPTS), bound, at_most)
         if not _is_near(best, bound):
             bound, best = _counted(chain, ways, best, at_most)
-    if bound < at_most:
-        best = _best_in_runs(chain, best, islice(attempts, LATER_ATTEMPTS), bound)
+        if bound < _to_beat(best, at_most):
+            best = _best_in_runs(chain, best, islice(attempts, LATER_ATTEMPTS), bound, at_most)
     return None if best is None else _improved(chain, best[1]), bound
 
 
 _Found = tuple[int, "Choice"] | None
-_Attempt = tuple["Chain", tuple["DeviceId", ...], "Mapping[DeviceId, Packing]"]
+_Attempt = tuple["_Way", tuple["DeviceId", ...], "Mapping[DeviceId, Packing]"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to settle groups, and what room is worth then, where that is known."""
+
+    settled: Chain
+    prices: Prices | None = None
 
 
 def _is_near(best: _Found, bound: int) -> bool:
     return best is not None and (best[0] - bound) * ACCEPTED_GAP <= bound
 
 
-def _attempts(chain: Chain) -> Iterator[_Attempt]:
+def _attempts(ways: Iterable[_Way]) -> Iterator[_Attempt]:
     """Ways to settle groups and to order the devices."""
-    for settled in settled_ways(chain):
-        classes = Classes(settled)
-        packings = {device: Packing(classes, device) for device in settled.devices}
-        for order in orders(settled):
-            yield settled, order, packings
+    for way in ways:
+        classes = Classes(way.settled)
+        packings = {device: Packing(classes, device) for device in way.settled.devices}
+        for order in orders(way.settled):
+            yield way, order, packings
 
 
-def _best_in_runs(chain: Chain, best: _Found, attempts: Iterator[_Attempt], bound: int) -> _Found:
+def _best_in_runs(chain: Chain, best: _Found, attempts: Iterator[_Attempt], bound: int, at_most: int) -> _Found:
     """The best of the best and of what cuts the chain into runs, until one is good enough, or there is none."""
     while bound < UNREACHABLE and not _is_near(best, bound) and (attempt := next(attempts, None)) is not None:
-        settled, order, packings = attempt
-        found = in_runs(settled, order, packings, UNREACHABLE if best is None else best[0])
-        best = _better(chain, best, None if found is None else as_in(chain, settled, found))
+        way, order, packings = attempt
+        found = in_runs(way.settled, order, packings, at_most if best is None else min(at_most, best[0]), way.prices)
+        best = _better(chain, best, None if found is None else as_in(chain, way.settled, found))
     return best
 
 
@@ -171,10 +181,7 @@ def _better(chain: Chain, best: _Found, choice: Choice | None) -> _Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _PricedWay:
-    """One way to settle groups, and what room is worth then."""
-
-    settled: Chain
+class _PricedWay(_Way):
     prices: Prices
 
     @property
@@ -182,10 +189,10 @@ class _PricedWay:
         return self.prices.bound_nanoseconds
 
 
-def _priced(chain: Chain, to_beat: int) -> list[_PricedWay]:
+def _priced(settled_ways: Iterable[Chain], to_beat: int) -> list[_PricedWay]:
     """The ways to settle groups under which it may fit, the most promising first."""
     found = []
-    for settled in settled_ways(chain):
+    for settled in settled_ways:
         prices = find_prices(_classes(settled), min(to_beat, _slowest(settled) + 1))
         if prices is not None:
             found.append(_PricedWay(settled, prices))
@@ -265,18 +272,24 @@ def _within_stores(chain: Chain, choice: Choice) -> Choice | None:
     """The choice made feasible where too much is kept on a store: blocks kept in other ways, the cheapest first."""
     kept = list(choice)
     for _ in range(4 * len(kept)):
-        if chain.is_feasible(tuple(kept)):
-            return tuple(kept)
         used = chain.used_bytes(tuple(kept))
-        room = {device: capacity - used.get(device, 0) for device, capacity in chain.capacities.items()}
+        room = {
+            device: chain.capacities.get(device, 0) - used.get(device, 0) for device in {**chain.capacities, **used}
+        }
         full = next((device for device, size_bytes in room.items() if size_bytes < 0), None)
         if full is None:
-            return None  # a group is apart
+            return tuple(kept) if chain.is_feasible(tuple(kept)) else None  # else a group is apart
+        first_of = {  # blocks with the same options that are kept alike are alike
+            (id(block.options), kept[position]): position
+            for position, block in reversed(list(enumerate(chain.blocks)))
+            if block.group is None
+        }
         ways = []
-        for position, block in enumerate(chain.blocks):
-            now = block.options[kept[position]]
-            for index, option in enumerate(block.options):
-                if option.home != now.home or block.group is not None:
+        for position in first_of.values():
+            options = chain.blocks[position].options
+            now = options[kept[position]]
+            for index, option in enumerate(options):
+                if option.home != now.home:
                     continue
                 saved = at(now.demands, full) - at(option.demands, full)
                 added = ((device, size - at(now.demands, device)) for device, size in option.demands)
