@@ -36,13 +36,15 @@ class Event:
 class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
     """Notes storages as they come and go, and the modules that are running meanwhile."""
 
-    def __init__(self, names: dict[int, str], known: frozenset[int]) -> None:
+    def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...]) -> None:
+        """What is `known` was there before, and is kept: were it let go, what is made later could have its address."""
         super().__init__()
+        self._kept = known
         self.names = names
         self.running: tuple[str, ...] = ()
         self.events: list[Event] = []
         self.maker: dict[int, str] = {}
-        self._known = set(known)
+        self._known = {storage_key(tensor) for tensor in known}
         self._alive: dict[int, int] = {}
         self._serial = len(known)
         self._ignores = False
@@ -112,12 +114,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
         self.events.append(Event(self._serial, size_bytes, self.running))
         finalize(storage, self.forget, key, self._serial, size_bytes)
 
-    def watch_for_release(self, tensor: torch.Tensor) -> None:
-        """Note when a storage goes that was there before: a cache that grows is a new one, then the old one goes."""
-        key = storage_key(tensor)
-        if key not in self._known:
-            self._known.add(key)
-            finalize(tensor.untyped_storage(), self.release, key, tensor.untyped_storage().nbytes())
+    def watch_for_release(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note when storages go that were there before: a cache that grows is a new one, then the old one goes."""
+        for tensor in tensors:
+            key = storage_key(tensor)
+            if key not in self._known:
+                self._known.add(key)
+                finalize(tensor.untyped_storage(), self.release, key, tensor.untyped_storage().nbytes())
 
     def release(self, key: int, size_bytes: int) -> None:
         """A storage that was there before is gone."""
@@ -138,7 +141,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
 class Meter(Recorder):
     """Counts besides what modules compute and touch, and notes what passes between blocks."""
 
-    def __init__(self, names: dict[int, str], known: frozenset[int], traffic: Traffic) -> None:
+    def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...], traffic: Traffic) -> None:
         super().__init__(names, known)
         self.traffic = traffic
         self.operations: dict[str, int] = {}
@@ -146,6 +149,7 @@ class Meter(Recorder):
         self.launches: dict[str, int] = {}
         self.order: dict[str, None] = {}
         self.kept: frozenset[int] = frozenset()
+        self.repeated: dict[str, str] = {}
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
         """A module begins to run."""
@@ -270,8 +274,8 @@ def fused_attention(
     return output
 
 
-def replace_tensors(model: PreTrainedModel) -> frozenset[int]:
-    """Put fake tensors in place of the meta ones, what is tied still tied; gives the storages that they occupy."""
+def replace_tensors(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
+    """Put fake tensors in place of the meta ones, what is tied still tied; gives the fake ones."""
     replaced: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -286,7 +290,7 @@ def replace_tensors(model: PreTrainedModel) -> frozenset[int]:
         for name, buffer in module._buffers.items():  # noqa: SLF001
             if buffer is not None:
                 module._buffers[name] = fake(buffer)  # noqa: SLF001
-    return frozenset(storage_key(tensor) for tensor in replaced.values())
+    return tuple(replaced.values())
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -80,14 +80,14 @@ class SimulatedDevices(Recorder):
     """Where every tensor is, and what went from one device to another.
 
     `accelerators` are the plan's, in the order of their simulated indices; `weights` the names of the weights by their
-    storage, `known` all the storages that were there before; `blocks` are what is placed as a whole.
+    storage, `known` all the tensors that were there before; `blocks` are what is placed as a whole.
     """
 
     def __init__(
         self,
         accelerators: Sequence[DeviceId],
         modules: dict[int, str],
-        known: frozenset[int],
+        known: tuple[torch.Tensor, ...],
         weights: Mapping[int, str],
         blocks: frozenset[str],
     ) -> None:

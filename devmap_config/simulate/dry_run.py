@@ -113,11 +113,10 @@ class _Run:
         known = replace_tensors(model)
         held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
-        known |= {storage_key(tensor) for tensor in absent.values()}
         paths = {id(module): path for path, module in model.named_modules()}
         accelerators = tuple(use.id for use in plan.devices if is_accelerator(use.id))
         names = {storage_key(tensor): name for name, tensor in reversed(held.items())}
-        devices = SimulatedDevices(accelerators, paths, known, names, frozenset(graph.blocks))
+        devices = SimulatedDevices(accelerators, paths, (*known, *absent.values()), names, frozenset(graph.blocks))
         for tensor in absent.values():
             devices.put(tensor, NOWHERE)
         place_weights(model, plan, graph, devices)
