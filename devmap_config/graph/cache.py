@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,8 @@ def cached_graph(
 
     A file that cannot be read or written is never an error: the graph is then made again.
     """
-    name = digest({**key, "schema": SCHEMA, "libraries": library_versions()}).removeprefix("sha256:")
+    made_by = {"schema": SCHEMA, "libraries": library_versions(), "code": _own_code()}
+    name = digest({**key, **made_by}).removeprefix("sha256:")
     path = (directory or default_directory()) / f"{name}.json"
     try:
         return graph_from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -59,6 +61,13 @@ def keep(path: Path, text: str) -> None:
         Path(temporary).replace(path)
     except OSError:
         return
+
+
+@cache
+def _own_code() -> str:
+    """A digest of the code that reads and measures models: what it makes may change when it does."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return digest({source.name: source.read_text(encoding="utf-8") for source in sources})
 
 
 def _version(package: str) -> str | None:

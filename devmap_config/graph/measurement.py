@@ -7,25 +7,26 @@ experts transformers chooses the grouped product.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
+from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedModel
 
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.graph.repetition import Kind
 
 
 class UnmeasurableModelError(Exception):
@@ -52,10 +53,19 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
         ):
             weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
-            return _Runner(Forwards(model, workload), names, weights, traffic).measurement()
+            runner = partial(_Runner, Forwards(model, workload), names, weights, traffic)
+            return _measured(runner, kinds_of(model, graph.blocks))
     except Exception as error:  # a model's own code may raise anything where there is no data
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise UnmeasurableModelError(f"{type(error).__name__}: {first_line}"[:300]) from error
+
+
+def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...]) -> Measurement:
+    """A measurement that spares blocks of a kind; where anything comes of it that is no measurement, all are run."""
+    if kinds:
+        with suppress(Exception):
+            return runner(kinds).measurement()
+    return runner(()).measurement()
 
 
 @contextmanager
@@ -70,8 +80,9 @@ class _Runner:
 
     forwards: Forwards
     names: dict[int, str]
-    weights: frozenset[int]
+    weights: tuple[torch.Tensor, ...]
     traffic: Callable[[], Traffic]
+    kinds: tuple[Kind, ...]
     costs: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def measurement(self) -> Measurement:
@@ -111,11 +122,13 @@ class _Runner:
         return recorder, cache
 
     def run(self, inputs: dict[str, Any], cache: Any) -> tuple[Meter, Any]:
-        recorder = Meter(self.names, self.weights, self.traffic())
-        for tensor in cache_tensors(cache):
-            recorder.watch_for_release(tensor)
-        with recorder.watching(self.forwards.model):
-            return recorder, self.forwards.run(inputs)
+        model, recorder = self.forwards.model, Meter(self.names, self.weights, self.traffic())
+        recorder.watch_for_release(cache_tensors(cache))
+        repetition = Repetition(recorder, self.kinds)
+        with recorder.watching(model), repetition.within(model):
+            returned = self.forwards.run(inputs)
+        repetition.complete(cache_tensors(returned))
+        return recorder, returned
 
     def add_cache(self, recorder: Meter, tensors: list[torch.Tensor]) -> None:
         """What the cache shows, and what its storages keep alive besides, by the module that made them."""
@@ -126,10 +139,14 @@ class _Runner:
             module = recorder.maker.get(serial or -1, "")
             shown[module] = shown.get(module, 0) + shown_bytes(tensor)
             storages[serial or -1] = (module, tensor.untyped_storage().nbytes())
-        for module, size_bytes in shown.items():
-            held = sum(held_bytes for made_by, held_bytes in storages.values() if made_by == module)
+        held = {
+            module: sum(held_bytes for made_by, held_bytes in storages.values() if made_by == module)
+            for module in shown
+        }
+        for module, size_bytes in spread(shown, recorder.repeated).items():
             self.cost(module)["cache_bytes"] = size_bytes
-            self.cost(module)["retained_bytes"] = max(held - size_bytes, 0)
+        for module, size_bytes in spread(held, recorder.repeated).items():
+            self.cost(module)["retained_bytes"] = max(size_bytes - self.cost(module)["cache_bytes"], 0)
 
     def add_peaks(self, recorder: Meter, phase: str) -> None:
         """Replay what came and went, without what the cache keeps, and note each module's peak."""
@@ -147,14 +164,10 @@ class _Runner:
         cost[figure] = max(cost.get(figure, 0), size_bytes)
 
     def add_doubled(self) -> None:
-        """Peaks and cache of a prefill that is twice as long, in which blocks that cost the same are run once."""
-        classes = self.classes()
-        doubled = self.doubled(classes) or self.doubled([])
-        representatives = {path: first for first, *others in classes for path in others} if doubled else {}
+        """Peaks and cache of a prefill that is twice as long."""
+        doubled = self.doubled()
         for path, cost in self.costs.items():
-            block = next((each for each in (path, *_ancestors(path)) if each in representatives), None)
-            like = path if block is None else representatives[block] + path[len(block) :]
-            seen = doubled.get(like, {})
+            seen = doubled.get(path, {})
             for phase, figure in (("prefill", "doubled_peak_bytes"), ("own", "doubled_own_peak_bytes")):
                 # What was not seen may grow as the matrix of scores does.
                 once = cost.get(f"{phase}_peak_bytes", 0)
@@ -164,33 +177,19 @@ class _Runner:
             prefilled_whole = self.forwards.workload.prompt_length == self.forwards.workload.context_length
             cost["doubled_cache_bytes"] = max(seen.get("cache_bytes", 0) if prefilled_whole else once + grown, once)
 
-    def doubled(self, classes: list[list[str]]) -> dict[str, dict[str, int]]:
+    def doubled(self) -> dict[str, dict[str, int]]:
         """What a prefill twice as long costs; nothing where it cannot be run."""
         costs, self.costs = self.costs, {}
         try:
-            with _run_once(self.forwards.model, classes):
-                recorder, cache = self.prefill(2 * self.forwards.workload.prompt_length)
+            recorder, cache = self.prefill(2 * self.forwards.workload.prompt_length)
             self.add_peaks(recorder, "prefill")
             self.add_cache(recorder, cache_tensors(cache))
-        except Exception:  # positions that end before, or a block that needs the cache of one that was left out
+        except NotAlikeError:
+            raise
+        except Exception:  # positions that end before
             self.costs = {}
         doubled, self.costs = self.costs, costs
         return doubled
-
-    def classes(self) -> list[list[str]]:
-        """The blocks by what they and all within cost, each class in order."""
-        alike: dict[tuple[object, ...], list[str]] = {}
-        within: dict[str, list[object]] = {block: [] for block in self.traffic().blocks}
-        for path in sorted(self.costs):
-            block = next((each for each in (path, *_ancestors(path)) if each in within), None)
-            if block is not None:
-                # A decode's peak grows from block to block, with the cache that is made anew.
-                own = sorted(item for item in self.costs[path].items() if item[0] != "decode_peak_bytes")
-                within[block].append((path[len(block) :], tuple(own)))
-        for block, figures in within.items():
-            parent = block.rpartition(".")[0]
-            alike.setdefault((parent, *figures), []).append(block)
-        return list(alike.values())
 
     def add_work(self, recorder: Meter, phase: str) -> None:
         for module, count in recorder.operations.items():
@@ -214,9 +213,11 @@ class _Runner:
                 shown[module] = shown.get(module, 0) + shown_bytes(tensor)
         added = {module: size_bytes - self.cost(module).get("cache_bytes", 0) for module, size_bytes in shown.items()}
         if sum(added.values()) != growth or any(size_bytes < 0 for size_bytes in added.values()):
+            if recorder.repeated:
+                raise NotAlikeError("the cache does not tell what a block adds to it")
             shares = {path: cost["cache_bytes"] for path, cost in self.costs.items() if cost.get("cache_bytes")}
             added = {path: growth * share // sum(shares.values()) for path, share in shares.items()}
-        for module, size_bytes in added.items():
+        for module, size_bytes in spread(added, recorder.repeated).items():
             self.cost(module)["cache_bytes_per_token"] = size_bytes
 
     def cost(self, module: str) -> dict[str, int]:
@@ -238,46 +239,3 @@ def _crossing(
         decode_tensors=decode_tensors,
         decode_bytes=decode_bytes,
     )
-
-
-@contextmanager
-def _run_once(model: Any, classes: Iterable[Sequence[str]]) -> Iterator[None]:
-    """Let only the first block of each class run; the others give back what it gave, made anew, and cache nothing."""
-    with ExitStack() as stack:
-        for first, *others in classes:
-            if not others:
-                continue
-            given: list[Any] = []
-
-            def keep(_module: Any, _arguments: Any, output: Any, given: list[Any] = given) -> None:
-                given[:] = [tree_map(_shape, output)]
-
-            def give(*_arguments: Any, given: list[Any] = given, **_options: Any) -> Any:
-                return tree_map(_of_shape, given[0])
-
-            stack.callback(model.get_submodule(first).register_forward_hook(keep).remove)
-            for path in others:
-                block = model.get_submodule(path)
-                block.forward = give
-                stack.callback(block.__dict__.pop, "forward")
-        yield
-
-
-@dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _shape(value: Any) -> Any:
-    return _Shape(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
-
-
-def _of_shape(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, _Shape) else value
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path

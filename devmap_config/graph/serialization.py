@@ -8,7 +8,7 @@ from devmap_config.graph.costs import Measurement
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 
 SCHEMA = "devmap-graph/5"
-"""Moves whenever the value below, or what introspection reads into it, changes."""
+"""Moves whenever the value below changes."""
 
 
 def graph_to_json(graph: ModelGraph) -> dict[str, Any]:

@@ -10,11 +10,14 @@ import torch
 import transformers
 from broken_maps import SHARED_CACHE, SHARING_CODE
 from torch.profiler import ProfilerActivity, profile
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from devmap_config.graph import measurement
 from devmap_config.graph.costs import Measurement, Workload
 from devmap_config.graph.forwards import CACHE_NAMES, cache_tensors
 from devmap_config.graph.introspection import build_graph, build_meta_model, graph_of
 from devmap_config.graph.measurement import measure
+from devmap_config.graph.repetition import kinds_of
 
 SMALL = {
     "hidden_size": 128,
@@ -73,14 +76,14 @@ MODELS = {
 LENGTH = 200
 
 
-def config_of(name):
-    _, config_class, arguments = MODELS[name]
-    return getattr(transformers, config_class)(**arguments)
+def config_of(name, **arguments):
+    _, config_class, own = MODELS[name]
+    return getattr(transformers, config_class)(**{**own, **arguments})
 
 
-def measured(name, **workload):
+def measured(name, *, config=None, **workload):
     model_class = getattr(transformers, MODELS[name][0])
-    model = build_meta_model(model_class, config_of(name), torch.float32)
+    model = build_meta_model(model_class, config or config_of(name), torch.float32)
     workload = {"batch_size": 2, "context_length": LENGTH, "prompt_length": LENGTH, **workload}
     return measure(model, graph_of(model, torch.float32), Workload(**workload))
 
@@ -198,6 +201,84 @@ def test_few_experts_are_touched_for_one_token():
     weights_bytes = 8 * 3 * 128 * 64 * 4
     assert experts.decode_touched_bytes < weights_bytes * 2 / 8 * 1.3
     assert experts.prefill_touched_bytes > weights_bytes
+
+
+DEEP = {
+    "learned positions": {"n_layer": 7},
+    "encoder-decoder": {"num_layers": 7},
+    "hybrid": {"num_hidden_layers": 8, "layers_block_type": ["mamba", "hybrid"] * 4},
+}
+"""How to have more blocks than the two that are run of each kind."""
+
+
+def measured_deep(name):
+    config = config_of(name, **DEEP.get(name, {"num_hidden_layers": 7}))
+    length = 20 if name == "state space" else LENGTH  # it goes from token to token
+    return measured(name, config=config, context_length=length, prompt_length=length)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_running_two_blocks_of_a_kind_tells_what_running_all_does(name, monkeypatch):
+    spared = measured_deep(name)
+    monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
+    assert measured_deep(name) == spared
+
+
+def test_of_blocks_that_are_alike_two_are_run(monkeypatch):
+    run = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, states: run.append(id(self)) or forward(self, states))
+    measured_deep("dense")
+    assert len(set(run)) == 3  # and the one whose position, 1, is taken for how many queries share a key
+
+
+def forward_that_keeps(forward, kept):
+    def keeping(self, states):
+        output = forward(self, states)
+        kept.append(output * 2)
+        return output
+
+    return keeping
+
+
+def forward_of_which_one_does_more(forward, seen):
+    def doing_more(self, states):
+        seen.append(self)
+        return forward(self, states if self is seen[0] else torch.cat([states, states]))[: len(states)]
+
+    return doing_more
+
+
+@pytest.mark.parametrize("misbehave", [forward_that_keeps, forward_of_which_one_does_more])
+def test_blocks_that_do_not_do_the_same_are_all_run(misbehave, monkeypatch):
+    forward, run = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", misbehave(forward, []))
+    spared = measured_deep("dense")
+    monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
+    monkeypatch.setattr(LlamaMLP, "forward", misbehave(forward, run))
+    assert measured_deep("dense") == spared
+
+
+def test_code_that_comes_with_a_model_is_run_whole():
+    model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), torch.float32)
+    blocks = graph_of(model, torch.float32).blocks
+    assert kinds_of(model, blocks) == (("model.layers.0", "model.layers.2", "model.layers.3"),)
+    model.__class__ = type(
+        "OfAStranger", (transformers.LlamaForCausalLM,), {"__module__": "transformers_modules.theirs"}
+    )
+    assert kinds_of(model, blocks) == ()
+
+
+def test_the_same_is_measured_again_in_one_process():
+    """What a model lets go of its own (here positions, which it converts) is not mistaken for what comes after."""
+    config = transformers.CTRLConfig(vocab_size=99, n_positions=256, n_embd=1280, dff=64, n_layer=2, n_head=4)
+    workload = Workload(batch_size=1, context_length=32, prompt_length=32)
+
+    def measured_once():
+        model = build_meta_model(transformers.CTRLLMHeadModel, config, torch.bfloat16)
+        return measure(model, graph_of(model, torch.bfloat16), workload)
+
+    assert measured_once() == measured_once()
 
 
 def test_a_measurement_gives_itself_back():
