@@ -42,7 +42,7 @@ def adopt(
     Tensors that the map does not name go where transformers puts them, which is the CPU.
     """
     from devmap_config.cli.init import relative_source
-    from devmap_config.cli.locking import require_new, write_atomically
+    from devmap_config.cli.locking import require_new, write
     from devmap_config.cli.tree import graph_of_source
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
@@ -71,7 +71,7 @@ def adopt(
     if output is None:
         click.echo(text, nl=False)
     else:
-        write_atomically(output, text)
+        write(output, text)
         click.echo(f"wrote {output}", err=True)
     return 0
 

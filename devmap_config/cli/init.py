@@ -33,7 +33,7 @@ OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
 @remote_code_option
 def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> int:
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
-    from devmap_config.cli.locking import require_new, write_atomically
+    from devmap_config.cli.locking import require_new, write
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
     if output is not None:
@@ -56,7 +56,7 @@ def init(source: str, machine_name: str | None, output: Path | None, force: bool
     if output is None:
         click.echo(text, nl=False)
     else:
-        write_atomically(output, text)
+        write(output, text)
         click.echo(f"wrote {output}; next: devmap-compile {output}", err=True)
     return 0
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from devmap_config.files import write_atomically
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from devmap_config.compiler import Compilation
     from devmap_config.plan.lock import Lock, LockError
 
@@ -73,27 +74,17 @@ def write_results(compilation: Compilation, target: Path, *, with_graph: bool) -
         dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compilation.verdicts.items()}
         texts[vendored_path(loaded.path)] = vendor(loaded, model, dry_runs).to_text()
     for path, text in texts.items():
-        write_atomically(path, text)
+        write(path, text)
     return list(texts)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it.
 
     Raises:
-        click.UsageError: where the folder cannot be written to.
+        click.UsageError: where it cannot be written.
     """
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        write_atomically(path, text)
     except OSError as error:
         raise click.UsageError(f"`{path}` cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # what `open` would have given it
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

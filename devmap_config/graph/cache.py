@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devmap_config.files import write_atomically
 from devmap_config.graph.serialization import SCHEMA, graph_from_json, graph_to_json
 from devmap_config.graph.source import digest
 
@@ -53,14 +54,9 @@ def default_directory() -> Path:
 
 def keep(path: Path, text: str) -> None:
     """Write a file of the cache whole or not at all; where that is not possible, it is not kept."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except OSError:
-        return
+        write_atomically(path, text)
 
 
 @cache

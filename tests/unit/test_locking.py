@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 
-from devmap_config.cli.locking import write_atomically
+from devmap_config.cli.locking import write
+from devmap_config.files import write_atomically
 
 
 def test_a_file_that_is_written_replaces_the_old_one_at_once(tmp_path):
@@ -35,4 +38,19 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(click.UsageError, match="cannot be written"):
-        write_atomically(tmp_path / "nowhere" / "x.lock.json", "new")
+        write(tmp_path / "nowhere" / "x.lock.json", "new")
+
+
+def test_a_disk_that_is_full_is_no_traceback_and_leaves_the_old_file(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no file that is always full")
+    target = tmp_path / "x.lock.json"
+    target.write_text("old")
+
+    def full(descriptor, *_arguments, **_options):
+        os.close(descriptor)
+        return Path("/dev/full").open("w")
+
+    with mock.patch("os.fdopen", full), pytest.raises(click.UsageError, match="No space left"):
+        write(target, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.lock.json", "old")]
