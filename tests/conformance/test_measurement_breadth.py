@@ -1,5 +1,7 @@
 """Every language model of transformers is measured, or stands in `unmeasurable.yaml` with its reason.
 
+What blocks that are alike repeat of each other is what they do when they are all run.
+
 That is: causal language models, encoder-decoders, and image-text models with a prompt of text alone.
 """
 
@@ -13,9 +15,11 @@ import torch
 import yaml
 import zoo
 
+import devmap_config.graph.measurement
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
+from devmap_config.graph.repetition import kinds_of
 
 UNMEASURABLE = yaml.safe_load((Path(__file__).parent / "unmeasurable.yaml").read_text())
 
@@ -29,15 +33,17 @@ FLOAT32_ONLY = ("xlnet",)
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_language_model_is_measured(model_type):
+def test_a_language_model_is_measured(model_type, monkeypatch):
     logging.disable(logging.WARNING)
     dtype = "float32" if model_type in FLOAT32_ONLY else "bfloat16"
     try:
         model = zoo.build(model_type, dtype)
     except Exception as error:
         pytest.skip(f"transformers does not build it from a default config: {type(error).__name__}")
+    graph = graph_of(model, getattr(torch, dtype))
+    spares_blocks = bool(kinds_of(model, graph.blocks))
     try:
-        measurement = measure(model, graph_of(model, getattr(torch, dtype)), WORKLOAD)
+        measurement = measure(model, graph, WORKLOAD)
     except UnmeasurableModelError as error:
         assert model_type in UNMEASURABLE, str(error)
         assert UNMEASURABLE[model_type] in str(error)
@@ -45,6 +51,9 @@ def test_a_language_model_is_measured(model_type):
         assert model_type not in UNMEASURABLE
         assert sum(cost.prefill_operations for cost in measurement.modules) > 0
         assert all(cost.doubled_cache_bytes >= cost.cache_bytes for cost in measurement.modules)
+        if spares_blocks:
+            monkeypatch.setattr(devmap_config.graph.measurement, "kinds_of", lambda *_: ())
+            assert measure(zoo.build(model_type, dtype), graph, WORKLOAD) == measurement
 
 
 def test_no_more_than_a_twentieth_of_those_that_read_text_is_unmeasurable():
