@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from devmap_config.placement.chain import Block, Bytes, Chain, Choice, Hops, Option
     from devmap_config.placement.problem import DeviceId
@@ -90,15 +90,67 @@ def settled_ways(chain: Chain) -> Iterator[Chain]:
     """The chain with every group in one place, and those that give most to others on one device, in every way.
 
     What they give is then in the times of those that are given it. The rest of the gifts is left out: each way takes no
-    more than the choices of which it is part, so that a bound on all ways is one on all choices.
+    more than the choices of which it is part, so that a bound on all ways is one on all choices. Of ways that differ in
+    nothing but which of several devices that are alike is taken, there is one.
     """
-    for together in _with_groups_settled(chain):
+    alike = _alike(chain)
+    for places, together in _with_groups_settled(chain):
         makers = _greatest_makers(together)
+        settled = [place[0] for place in places]
         for homes in product(*(_homes(together.blocks[maker]) for maker in makers)):
-            yield _with_homes(together, dict(zip(makers, homes, strict=True)))
+            if _takes_the_first(alike, [*settled, *homes]):
+                yield _with_homes(together, dict(zip(makers, homes, strict=True)))
 
 
-def _with_groups_settled(chain: Chain) -> Iterator[Chain]:
+def _alike(chain: Chain) -> dict[DeviceId, tuple[DeviceId, ...]]:
+    """For each device those that could change places with it and nothing would be different, itself among them."""
+    kinds: list[list[DeviceId]] = []
+    for device in chain.devices:
+        for kind in kinds:
+            if _could_change_places(chain, kind[0], device):
+                kind.append(device)
+                break
+        else:
+            kinds.append([device])
+    return {device: tuple(kind) for kind in kinds for device in kind}
+
+
+def _could_change_places(chain: Chain, one: DeviceId, other: DeviceId) -> bool:
+    if chain.capacities.get(one) != chain.capacities.get(other):
+        return False
+    swapped = {one: other, other: one}
+
+    def is_same(hops: Hops) -> bool:
+        return all(
+            hops.get((swapped.get(maker, maker), swapped.get(reader, reader))) == nanoseconds
+            for (maker, reader), nanoseconds in hops.items()
+        )
+
+    def exchanged(option: Option) -> Option:
+        sizes = (option.demands, option.peaks, option.pieces)
+        demands, peaks, pieces = (tuple((swapped.get(device, device), size) for device, size in each) for each in sizes)
+        home = swapped.get(option.home, option.home)
+        return replace(option, home=home, demands=demands, peaks=peaks, pieces=pieces)
+
+    ways = dict.fromkeys(block.options for block in chain.blocks)
+    passages = {id(hops): hops for hops in (*chain.entering, *(gift.hops for gift in chain.gifts))}
+    return all(set(options) == set(map(exchanged, options)) for options in ways) and all(
+        map(is_same, passages.values())
+    )
+
+
+def _takes_the_first(alike: Mapping[DeviceId, tuple[DeviceId, ...]], homes: Iterable[DeviceId]) -> bool:
+    """Whether no device is taken before those that are like it and come first."""
+    taken: set[DeviceId] = set()
+    for home in homes:
+        before = alike.get(home, (home,))
+        if not taken.issuperset(before[: before.index(home)]):
+            return False
+        taken.add(home)
+    return True
+
+
+def _with_groups_settled(chain: Chain) -> Iterator[tuple[tuple[tuple[str, ...], ...], Chain]]:
     groups: dict[int, list[int]] = {}
     for position, block in enumerate(chain.blocks):
         if block.group is not None:
@@ -119,7 +171,7 @@ def _with_groups_settled(chain: Chain) -> Iterator[Chain]:
             else replace(block, options=tuple(each for each in block.options if each.place == settled[block.group]))
             for block in chain.blocks
         )
-        yield replace(chain, blocks=blocks)
+        yield places, replace(chain, blocks=blocks)
 
 
 def _greatest_makers(chain: Chain) -> list[int]:

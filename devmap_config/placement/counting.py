@@ -17,6 +17,7 @@ import numpy as np
 
 from devmap_config.placement.classes import at
 from devmap_config.placement.partials import Partials, Step, Tests, TooManyError, after, needed
+from devmap_config.placement.prices import most_held
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,6 +57,14 @@ def count_blocks(classes: Classes, prices: Prices, below: int) -> Counted | None
         return None
 
 
+def good_numbers(classes: Classes, prices: Prices, below: int) -> Mapping[tuple[int, int], int] | None:
+    """Some good numbers that take less than `below`, where any are found: only what promises most goes on."""
+    try:
+        return _Count(classes, prices, below, all_of_them=False).counted().numbers
+    except TooManyError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """Some of the blocks of a class may take an option; nothing follows for them where it is the last."""
@@ -71,8 +80,9 @@ _Rates = tuple[int, dict["DeviceId", int]]
 
 
 class _Count:
-    def __init__(self, classes: Classes, prices: Prices, below: int) -> None:
+    def __init__(self, classes: Classes, prices: Prices, below: int, *, all_of_them: bool = True) -> None:
         self._classes = classes
+        self._all_of_them = all_of_them
         self._prices = prices
         self._devices = tuple(prices.room_bytes)
         self._entries = {device: self._least_entry(device) for device in classes.chain.devices}
@@ -105,7 +115,9 @@ class _Count:
             room = np.array([self._room[device] for device in devices], np.int64)
             for way, least_cost in zip(ways, least_costs[1:], strict=False):
                 step = self._step(way, devices)
-                partials, parents, taken = after(partials, step, replace(tests, least_costs=least_cost), room)
+                partials, parents, taken = after(
+                    partials, step, replace(tests, least_costs=least_cost), room, all_of_them=self._all_of_them
+                )
                 trail.append((way, parents, taken))
                 if not len(partials):
                     return below
@@ -322,17 +334,28 @@ class _Count:
         for weight, rate in rates:
             limit = (self._below << self._bits) - 1 if weight else 0
             limit += sum(rate[device] * self._room[device] for device in devices)
-            limit += sum(
-                rate[device] * (self._room[device] - self._least_peaks[device] - self._least_pieces[device])
-                for device in waiting
-            )
+            limit += sum(rate[device] * self._prices.room_bytes[device] for device in waiting)
             limits.append(limit)
         return Tests(
             weights=np.array([weight for weight, _ in rates], np.int64),
             rates=np.array([[rate[device] for device in devices] for _, rate in rates], np.int64),
             least_costs=np.zeros((0, 0), np.int64),
             limits=np.array(limits, np.int64),
+            ladders=tuple(self._ladders[device] for device in devices),
         )
+
+    @cached_property
+    def _ladders(self) -> dict[DeviceId, Integers]:
+        """For each device the peaks that blocks may have there, and what those with no higher peak can hold at most."""
+        ladders = {}
+        for device in self._devices:
+            kinds = [
+                (self._size(number), [(at(each.demands, device), at(each.peaks, device)) for _, each in options])
+                for number, options in self._options.items()
+            ]
+            peaks = sorted({self._least_peaks[device], *(peak for _, ways in kinds for _, peak in ways)})
+            ladders[device] = np.array([(peak, most_held(kinds, peak)) for peak in peaks], np.int64)
+        return ladders
 
     def _least_costs(self, rates: list[_Rates], ways: list[_Way]) -> list[Integers]:
         """After so many ways, for each test and class the least that a block takes by one of those that follow."""

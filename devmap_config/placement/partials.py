@@ -12,6 +12,9 @@ MOST_PARTIALS = 30_000
 MOST_EXPANDED = 300_000
 """With so many, too, before those that are not needed are gone."""
 
+MOST_PROMISING = 1_000
+"""So many go on where not all need to."""
+
 COMPARED = 16
 """A partial answer is compared with so many that come before it in order of time."""
 
@@ -74,6 +77,8 @@ class Tests:
     rates: Integers
     least_costs: Integers
     limits: Integers
+    ladders: tuple[Integers, ...]
+    """For each device the peaks that blocks may have there, and what those with no higher peak can hold at most."""
 
     def slack(self, partials: Partials) -> Integers:
         """By how much each is below each limit."""
@@ -81,9 +86,26 @@ class Tests:
         slack: Integers = self.limits - sums - partials.left @ self.least_costs.T
         return slack
 
+    def least_slack(self, partials: Partials, room: Integers) -> Integers:
+        """The same, without the room that cannot be used: more blocks may come with a higher peak only."""
+        unusable = np.zeros_like(partials.held)
+        for place, ladder in enumerate(self.ladders):
+            free = room[place] - partials.used[:, place]
+            higher = np.maximum(ladder[:, 0] - partials.peaks[:, place, None], 0)
+            usable = np.minimum(free[:, None] - higher, ladder[:, 1]).max(axis=1)
+            unusable[:, place] = np.maximum(free - usable, 0)
+        slack: Integers = self.slack(partials) - unusable @ self.rates.T
+        return slack
 
-def after(partials: Partials, step: Step, tests: Tests, room: Integers) -> tuple[Partials, Integers, Integers]:
-    """What comes of each, so far as it is possible and needed; which each comes from, and how many took the option."""
+
+def after(
+    partials: Partials, step: Step, tests: Tests, room: Integers, *, all_of_them: bool = True
+) -> tuple[Partials, Integers, Integers]:
+    """What comes of each, so far as it is possible and needed; which each comes from, and how many took the option.
+
+    Raises:
+        TooManyError: where all of them are wanted and are too many, or what each may come to is.
+    """
     left = partials.left[:, step.kind]
     if step.is_last:
         parents, taken = np.arange(len(left)), left
@@ -105,9 +127,15 @@ def after(partials: Partials, step: Step, tests: Tests, room: Integers) -> tuple
         np.maximum(before.pieces, is_taken * step.pieces),
         before.is_entered | (taken > 0),
     )
-    is_possible = np.all(found.used <= room, axis=1) & np.all(tests.slack(found) >= 0, axis=1)
+    slack = tests.least_slack(found, room)
+    is_possible = np.all(found.used <= room, axis=1) & np.all(slack >= 0, axis=1)
     rows = np.flatnonzero(is_possible)
     rows = rows[needed(found.rows(rows))]
+    if not all_of_them:
+        by_time = slack[rows][:, tests.weights > 0].min(axis=1)
+        rows = rows[np.sort(np.argsort(-by_time, kind="stable")[:MOST_PROMISING])]
+    elif len(rows) > MOST_PARTIALS:
+        raise TooManyError
     return found.rows(rows), parents[rows], taken[rows]
 
 
@@ -141,8 +169,6 @@ def needed(partials: Partials) -> Integers:
         rows = rows[~is_needless]
         if len(rows) * WORTH_REPEATING > count * (WORTH_REPEATING - 1):
             break
-    if len(rows) > MOST_PARTIALS:
-        raise TooManyError
     return rows
 
 

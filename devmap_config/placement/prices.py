@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from devmap_config.placement.classes import at
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from devmap_config.placement.chain import Option
     from devmap_config.placement.classes import Classes
@@ -50,7 +50,7 @@ class Prices:
 def scarce_bytes(classes: Classes) -> dict[DeviceId, int] | None:
     """The room for free blocks on the devices that might not hold all that could be put there; `None` if one is full.
 
-    Peaks and pieces that there are in any case are taken off.
+    Peaks and pieces that there are in any case are taken off, and the peaks without which not so much can be there.
     """
     kinds = [(len(positions), classes.options(number)) for number, positions in enumerate(classes.members)]
     room: dict[DeviceId, int] = {}
@@ -60,13 +60,31 @@ def scarce_bytes(classes: Classes) -> dict[DeviceId, int] | None:
         left = classes.chain.capacities.get(device, 0) - classes.fixed_bytes.get(device, 0)
         peaks = (classes.fixed_peaks.get(device, 0), [_range(options, "peaks", device) for _, options in kinds])
         pieces = (classes.fixed_pieces.get(device, 0), [_range(options, "pieces", device) for _, options in kinds])
-        least = sum(max([fixed, *(low for low, _ in ranges)]) for fixed, ranges in (peaks, pieces))
+        least_peak, least_piece = (max([fixed, *(low for low, _ in ranges)]) for fixed, ranges in (peaks, pieces))
         most = sum(max([fixed, *(high for _, high in ranges)]) for fixed, ranges in (peaks, pieces))
-        if left < least:
+        if left < least_peak + least_piece:
             return None
-        if sum(count * _range(options, "demands", device)[1] for count, options in kinds) + most > left:
-            room[device] = left - least
+        held = [
+            (count, [(at(each.demands, device), at(each.peaks, device)) for each in options])
+            for count, options in kinds
+        ]
+        if most_held(held) + most > left:
+            higher = {peak for _, sizes in held for _, peak in sizes if peak > least_peak}
+            room[device] = max(
+                min(left - least_piece - peak, most_held(held, peak)) for peak in (least_peak, *sorted(higher))
+            )
     return room
+
+
+def most_held(kinds: Iterable[tuple[int, Sequence[tuple[int, int]]]], highest_peak: int | None = None) -> int:
+    """What blocks can hold on a device at most, of each kind so many: by the ways whose peak there is at most so high.
+
+    Ways are what they hold and their peak.
+    """
+    return sum(
+        count * max((size for size, peak in ways if highest_peak is None or peak <= highest_peak), default=0)
+        for count, ways in kinds
+    )
 
 
 def _range(options: tuple[Option, ...], what: str, device: DeviceId) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from devmap_config.placement.classes import Classes, as_in, at, settled_ways
-from devmap_config.placement.counting import Counted, count_blocks
+from devmap_config.placement.counting import Counted, count_blocks, good_numbers
 from devmap_config.placement.packing import Packing
 from devmap_config.placement.prices import find_prices
 from devmap_config.placement.runs import in_runs, orders
@@ -38,7 +38,10 @@ FIRST_ATTEMPTS = 6
 """So many ways to settle groups and to order devices are tried before blocks are counted."""
 
 LATER_ATTEMPTS = 12
-"""And so many afterwards."""
+"""And so many afterwards, as long as the best choice is above the bound by more than the part below."""
+
+WORTH_TRYING = 200
+"""A two-hundredth."""
 
 PROVEN_GAP = 600
 """Numbers are looked for that are better than the best choice by more than this part, a six-hundredth."""
@@ -46,8 +49,11 @@ PROVEN_GAP = 600
 ACCEPTED_GAP = 10_000
 """A choice that is above the bound by at most this part, a ten-thousandth, is good enough."""
 
-FIRST_REACH = 32
-"""The best numbers are first looked for up to this part, a thirty-second, above what prices say, then further."""
+FIRST_REACH = 256
+"""The best numbers are first looked for up to this part, a 256th, above what prices say, then further."""
+
+FAR_ABOVE = 64
+"""Where the best choice is above the bound by more than this part, a 64th, some good numbers are looked for first."""
 
 MOST_CLASSES = 16
 """Where there are more classes of blocks, those that are nearly alike are joined."""
@@ -130,7 +136,7 @@ def _found(chain: Chain, at_most: int) -> tuple[Choice | None, int]:
         best = _best_in_runs(chain, best, islice(attempts, FIRST_ATTEMPTS), bound, at_most)
         if not _is_near(best, bound):
             bound, best = _counted(chain, ways, best, at_most)
-        if bound < _to_beat(best, at_most):
+        if bound < at_most and not _is_near(best, bound, WORTH_TRYING):
             best = _best_in_runs(chain, best, islice(attempts, LATER_ATTEMPTS), bound, at_most)
     return None if best is None else _improved(chain, best[1]), bound
 
@@ -147,8 +153,8 @@ class _Way:
     prices: Prices | None = None
 
 
-def _is_near(best: _Found, bound: int) -> bool:
-    return best is not None and (best[0] - bound) * ACCEPTED_GAP <= bound
+def _is_near(best: _Found, bound: int, part: int = ACCEPTED_GAP) -> bool:
+    return best is not None and (best[0] - bound) * part <= bound
 
 
 def _attempts(ways: Iterable[_Way]) -> Iterator[_Attempt]:
@@ -205,13 +211,19 @@ def _counted(chain: Chain, ways: list[_PricedWay], best: _Found, at_most: int) -
     for way in ways:
         least = way.bound_nanoseconds
         if least < _to_beat(best, at_most):
+            if not _is_near(best, least, FAR_ABOVE):  # the better what is known, the less is counted
+                good = good_numbers(_classes(way.settled), way.prices, _to_beat(best, _slowest(way.settled) + 1))
+                best = _better(chain, best, None if good is None else _numbers_in(chain, way, good))
             counted = _counted_settled(way, _to_beat(best, at_most))
             if counted.numbers is not None:
-                laid_out = _laid_out(_classes(way.settled), counted.numbers)
-                best = _better(chain, best, as_in(chain, way.settled, laid_out))
+                best = _better(chain, best, _numbers_in(chain, way, counted.numbers))
             least = counted.nanoseconds
         bound = min(bound, least)
     return bound, best
+
+
+def _numbers_in(chain: Chain, way: _Way, numbers: Mapping[tuple[int, int], int]) -> Choice:
+    return as_in(chain, way.settled, _laid_out(_classes(way.settled), numbers))
 
 
 def _classes(settled: Chain) -> Classes:
