@@ -52,6 +52,9 @@ ACCEPTED_GAP = 10_000
 FIRST_REACH = 256
 """The best numbers are first looked for up to this part, a 256th, above what prices say, then further."""
 
+NEARER_REACHES = 2
+"""Where that was too far to count, it is tried so often half as far above what is proven."""
+
 FAR_ABOVE = 64
 """Where the best choice is above the bound by more than this part, a 64th, some good numbers are looked for first."""
 
@@ -245,17 +248,26 @@ def _counted_settled(way: _PricedWay, below: int) -> Counted:
     classes, slowest = _classes(way.settled), _slowest(way.settled)
     bound = way.bound_nanoseconds
     reach = min(bound + bound // FIRST_REACH, slowest) + 1
+    too_far: int | None = None
+    nearer = 0
     while True:
         reach = min(reach, below)
         counted = count_blocks(classes, way.prices, reach)
-        if counted is None:
-            return Counted(bound)
-        if counted.numbers is not None or reach == below:
+        if counted is not None and (counted.numbers is not None or reach == below):
             return counted
-        if reach > slowest:
+        if counted is not None and reach > slowest:
             return Counted(UNREACHABLE)
-        bound = counted.nanoseconds
-        reach = min(reach + 3 * (reach - way.bound_nanoseconds), slowest + 1)
+        if counted is None:
+            too_far = reach
+        else:
+            bound = counted.nanoseconds
+        if too_far is not None:
+            nearer += 1
+            if nearer > NEARER_REACHES:
+                return Counted(bound)
+            reach = (bound + too_far) // 2
+        else:
+            reach = min(reach + 3 * (reach - way.bound_nanoseconds), slowest + 1)
 
 
 def _laid_out(classes: Classes, numbers: Mapping[tuple[int, int], int]) -> Choice:

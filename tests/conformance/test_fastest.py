@@ -47,12 +47,13 @@ class Compiler:
 
     folder: object
     devices: object
+    context_length: int = 4096
 
     def compile(self, strategy):
         profile = {
             "version": 1,
             "model": {"source": "config.json", "dtype": "bfloat16"},
-            "workload": {"context_length": 4096},
+            "workload": {"context_length": self.context_length},
             "hardware": {"devices": self.devices, "links": {"host": "25GB/s", "peer": "25GB/s"}},
             "placement": {"strategy": strategy, "offload": {"folder": "./offload"}},
         }
@@ -114,6 +115,24 @@ def test_fastest_is_near_its_bound_and_not_behind_transformers(compiler, model, 
 @pytest.mark.parametrize("model", MODELS)
 def test_fastest_is_near_its_bound_and_not_behind_transformers_anywhere(compiler, model, machine):
     check(compiler, model, machine)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    ("model", "machine"),
+    [
+        ("gemma-3-27b-it", "two 4090, CPU"),  # activations take an eighth of a card, if anything runs there
+        ("gemma-3-27b-it", "one 4090, CPU, disk"),
+        ("flan-t5-xxl", "sixteen h200"),  # cards that are alike, and what an encoder gives to every block
+    ],
+)
+def test_a_long_context_is_placed_near_its_bound_too(tmp_path, model, machine):
+    shutil.copy(MODELS[model] / "config.json", tmp_path)
+    compiled = Compiler(tmp_path, MACHINES[machine], context_length=16384).compile("fastest")
+    check_valid(compiled)
+    prediction = compiled.plan.prediction
+    bound = prediction.bound_decode_nanoseconds_per_token
+    assert bound <= prediction.decode_nanoseconds_per_token <= bound * 1.015
 
 
 def test_the_combinations_are_many():

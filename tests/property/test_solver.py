@@ -17,6 +17,7 @@ import pytest
 
 from devmap_config.placement import solver
 from devmap_config.placement.chain import Block, Chain, Gift, Option
+from devmap_config.placement.classes import settled_ways
 from devmap_config.placement.solver import solve
 
 SMALL_PROBLEMS = 600
@@ -504,3 +505,21 @@ def test_the_same_bytes_whatever_the_hash_seed():
     first = answers("0")
     assert len(json.loads(first)) == 72
     assert {answers(seed) for seed in ("1", "4711")} == {first}
+
+
+def chain_of_alike(capacities):
+    """A group of two blocks and three others, on devices that differ in nothing but their room."""
+    options = tuple(option_of(device, 10, {device: 8}, {device: 1}, mode="resident") for device in capacities)
+    hops = {(one, other): 3 for one in capacities for other in capacities if one != other}
+    blocks = tuple(Block(f"block{index}", options, 0 if index in (0, 4) else None) for index in range(5))
+    return Chain(blocks, capacities, tuple(hops for _ in blocks), (Gift(1, 3, hops),))
+
+
+def test_of_devices_that_are_alike_one_is_settled_on():
+    def settled(room):
+        chain = chain_of_alike({f"cuda:{index}": size for index, size in enumerate(room)})
+        return [(way.blocks[0].options[0].home, way.blocks[1].options[0].home) for way in settled_ways(chain)]
+
+    assert settled([20, 20, 20, 20]) == [("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")]
+    assert len(settled([20, 20, 20, 21])) == 5  # both with the odd one, one with it, none
+    assert len(settled([20, 21, 22, 23])) == 16
