@@ -54,7 +54,9 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
             weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
             runner = partial(_Runner, Forwards(model, workload), names, weights, traffic)
-            return _measured(runner, kinds_of(model, graph.blocks))
+            # A static cache is made for every block beforehand, also for one that does not fill it.
+            kinds = () if workload.cache == "static" else kinds_of(model, graph.blocks)
+            return _measured(runner, kinds)
     except Exception as error:  # a model's own code may raise anything where there is no data
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise UnmeasurableModelError(f"{type(error).__name__}: {first_line}"[:300]) from error

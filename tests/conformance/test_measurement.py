@@ -211,10 +211,10 @@ DEEP = {
 """How to have more blocks than the two that are run of each kind."""
 
 
-def measured_deep(name):
+def measured_deep(name, **workload):
     config = config_of(name, **DEEP.get(name, {"num_hidden_layers": 7}))
     length = 20 if name == "state space" else LENGTH  # it goes from token to token
-    return measured(name, config=config, context_length=length, prompt_length=length)
+    return measured(name, config=config, **{"context_length": length, "prompt_length": length, **workload})
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -222,6 +222,14 @@ def test_running_two_blocks_of_a_kind_tells_what_running_all_does(name, monkeypa
     spared = measured_deep(name)
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
     assert measured_deep(name) == spared
+
+
+@pytest.mark.parametrize("workload", [{"cache": "static"}, {"prompt_length": 20}, {"all_logits": True}])
+@pytest.mark.parametrize("name", ["dense", "sliding and full", "encoder-decoder"])
+def test_it_does_under_every_workload(name, workload, monkeypatch):
+    spared = measured_deep(name, **workload)
+    monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
+    assert measured_deep(name, **workload) == spared
 
 
 def test_of_blocks_that_are_alike_two_are_run(monkeypatch):
