@@ -57,7 +57,8 @@ def in_runs(
         return tuple((prefix[end] - prefix[begin]).tolist())
 
     cheapest = _least_from(classes, free, order, None).tolist()
-    most = known - classes.fixed_nanoseconds
+    # What is found here may need more of a store than there is: only what is known to be feasible rules out by price.
+    most = feasible = known - classes.fixed_nanoseconds
     least: list[int] = [0] + [UNREACHABLE] * len(free)
     cuts: list[list[int]] = []
     for number, device in enumerate(order):
@@ -71,7 +72,7 @@ def in_runs(
                 continue
             entering = _entering(chain, free, begin, device, order)
             at_least = before + entering + here[begin] - here[begin + 1 :] + later[begin + 1 :] - worth
-            for end in (begin + 1 + np.flatnonzero(at_least < most)).tolist():
+            for end in (begin + 1 + np.flatnonzero(at_least < feasible)).tolist():
                 packed = packing.pack(counts_of(begin, end))
                 if packed is None or before + packed + entering + cheapest[end] >= most:
                     break
@@ -113,7 +114,8 @@ def _least_from(classes: Classes, free: list[int], homes: Sequence[DeviceId], pr
     costs = []
     for number in range(len(classes.members)):
         options = [option for option in classes.options(number) if option.home in homes]
-        costs.append(min((_cost(option, prices) for option in options), default=never))
+        # Room that is nearly none makes prices that no sum could hold; less is still a bound.
+        costs.append(min((min(_cost(option, prices), never) for option in options), default=never))
     by_position = [costs[classes.class_of[position]] for position in free]
     return np.cumsum(np.array([0, *reversed(by_position)], np.int64))[::-1]
 

@@ -523,3 +523,19 @@ def test_of_devices_that_are_alike_one_is_settled_on():
     assert settled([20, 20, 20, 20]) == [("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")]
     assert len(settled([20, 20, 20, 21])) == 5  # both with the odd one, one with it, none
     assert len(settled([20, 21, 22, 23])) == 16
+
+
+def test_next_to_no_room_is_an_answer_and_no_overflow():
+    """What room is worth has no bound where there is nearly none: a byte of it may be worth more than 64 bits hold."""
+    large, small = 10 * 2**30, 2
+    accelerators = ("cuda:0", "cuda:1")
+
+    def options(size, nanoseconds):
+        ways = [option_of(device, nanoseconds, {device: size}, {}, mode="resident") for device in accelerators]
+        return (*ways, option_of("cpu", 10**6 * nanoseconds, {"cpu": size}, {}, mode="computed"))
+
+    kinds = [options(large, 10**6), options(small, 10**6)]
+    blocks = tuple(Block(f"block{index}", kinds[index % 2]) for index in range(40))
+    chain = Chain(blocks, {"cuda:0": 3, "cuda:1": 5, "cpu": 2**50}, tuple({} for _ in blocks))
+    solution = solve(chain)
+    check_answer(chain, solution, "next to no room")
