@@ -216,7 +216,7 @@ class Traffic:
     def enter(self, path: str, arguments: Any, options: Any, serial_of: Callable[[torch.Tensor], int | None]) -> None:
         """Note what a module is given, and by which block that was made."""
         named = {name: value for name, value in options.items() if name not in self.skipped}
-        tensors = list(_brought_along((arguments, named)))
+        tensors = list(brought_along((arguments, named)))
         self.input_bytes[path] = max(self.input_bytes.get(path, 0), total_bytes(tensors))
         if path not in self.blocks:
             return
@@ -305,13 +305,13 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(each)
 
 
-def _brought_along(inputs: Any) -> Iterator[torch.Tensor]:
+def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
     """The tensors that accelerate copies to where a module runs: also those of a mapping that knows how to be moved."""
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor):
             yield leaf
         elif isinstance(leaf, Mapping) and hasattr(leaf, "to"):
-            yield from _brought_along(dict(leaf))
+            yield from brought_along(dict(leaf))
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from devmap_config.graph.model import ancestors
-from devmap_config.graph.recording import Event, storage_key
+from devmap_config.graph.recording import Event, brought_along, storage_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,6 +72,8 @@ class _Stretch:
     events: tuple[Event, ...]
     left: frozenset[int | None]
     """The storages that it made and left behind, besides its output."""
+    returned: frozenset[int | None]
+    """The storages of its output that it made."""
 
     def moved_to(self, path: str) -> list[Event]:
         """What would have happened, had another block run."""
@@ -126,6 +128,8 @@ class Repetition:
                 raise NotAlikeError("blocks that are made alike do not do the same")
         if any(self._stretches[path].left - cached for path in likes):
             raise NotAlikeError("a block keeps what it made")
+        if any(self._stretches[path].returned & cached for path in likes):
+            raise NotAlikeError("a block gives what the cache holds")
         if any(path in likes for bond in traffic.bonds for path in bond):
             raise NotAlikeError("a block reads what it was not given")
         recorder.operations = spread(recorder.operations, recorder.repeated)
@@ -142,25 +146,39 @@ class Repetition:
         def entering(_block: Any, arguments: Any, options: Any) -> None:
             if path in self._stretches:
                 raise NotAlikeError("a block runs twice")
-            given[:] = [len(self.recorder.events), tree_leaves((arguments, options))]
+            given[:] = [
+                len(self.recorder.events),
+                tree_leaves((arguments, options)),
+                _given_traits(arguments, options, position),
+            ]
 
-        def left(_block: Any, _arguments: Any, _options: Any, output: Any) -> None:
-            mark, inputs = given
+        def left(_block: Any, arguments: Any, options: Any, output: Any) -> None:
+            mark, inputs, traits = given
             given.clear()
+            if _given_traits(arguments, options, position) != traits:
+                raise NotAlikeError("a block changes what it was given")
             leaves, structure = tree_flatten(output)
             events = tuple(self.recorder.events[mark:])
             made = {event.storage for event in events if event.size_bytes > 0}
             gone = {event.storage for event in events if event.size_bytes < 0 and event.storage > 0}
             if gone - made:
                 raise NotAlikeError("a block lets go what was made before it")
-            returned = {self.recorder.serial_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+            inputs_by_identity = {id(leaf) for leaf in inputs}
+            returned = {
+                self.recorder.serial_of(leaf)
+                for leaf in leaves
+                if isinstance(leaf, torch.Tensor) and id(leaf) not in inputs_by_identity
+            }
+            if returned - made:
+                raise NotAlikeError("a block gives what it neither was given nor made")
             self._stretches[path] = _Stretch(
                 path=path,
-                given=tuple(_trait(leaf, position) for leaf in inputs),
+                given=traits,
                 gave=_gifts(leaves, inputs),
                 structure=structure,
                 events=events,
                 left=frozenset(made - gone - returned),
+                returned=frozenset(returned),
             )
 
         stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
@@ -174,7 +192,7 @@ class Repetition:
             if stretch is None or path in self.recorder.repeated:
                 raise NotAlikeError("blocks do not run one after the other")
             inputs = tree_leaves((arguments, options))
-            if tuple(_trait(leaf, position) for leaf in inputs) != stretch.given:
+            if _given_traits(arguments, options, position) != stretch.given:
                 raise NotAlikeError("blocks that are made alike are not given the same")
             self.recorder.repeated[path] = like
             mark = len(self.recorder.events)
@@ -242,6 +260,13 @@ def _gifts(leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
             old.add(storage_key(leaf))
             gifts.append(_Tensor(tuple(leaf.shape), leaf.stride(), leaf.dtype))
     return tuple(gifts)
+
+
+def _given_traits(arguments: Any, options: Any, position: int) -> object:
+    """What can be compared of what a block is given: also what mappings hold that accelerate moves with it."""
+    leaves, structure = tree_flatten((arguments, options))
+    moved = tuple(_trait(tensor, position) for tensor in brought_along((arguments, options)))
+    return (structure, tuple(_trait(leaf, position) for leaf in leaves), moved)
 
 
 def _given(gift: object, inputs: list[Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from broken_maps import SHARED_CACHE, SHARING_CODE
 from torch.profiler import ProfilerActivity, profile
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from devmap_config.graph import measurement
 from devmap_config.graph.costs import Measurement, Workload
@@ -74,6 +74,9 @@ MODELS = {
 """Kinds of models, small enough to be run for real."""
 
 LENGTH = 200
+
+BLOCK_FORWARD = LlamaDecoderLayer.forward
+NORM_FORWARD = LlamaRMSNorm.forward
 
 
 def config_of(name, **arguments):
@@ -265,6 +268,61 @@ def test_blocks_that_do_not_do_the_same_are_all_run(misbehave, monkeypatch):
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
     monkeypatch.setattr(LlamaMLP, "forward", misbehave(forward, run))
     assert measured_deep("dense") == spared
+
+
+def returned_alongside(monkeypatch, what):
+    """Lets Llama's blocks return something besides, which goes on to the block after."""
+
+    def forward(self, hidden_states, *arguments, **options):
+        states = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+        return BLOCK_FORWARD(self, states, *arguments, **options), what(self, options)
+
+    def norm(self, states):
+        return NORM_FORWARD(self, states[0] if isinstance(states, tuple) else states)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda block, _options: block.mlp.down_proj.weight,
+        lambda block, options: options["past_key_values"].layers[block.self_attn.layer_idx].keys,
+    ],
+    ids=["a weight", "what the cache holds"],
+)
+def test_what_a_block_gives_and_did_not_make_for_that_is_not_made_anew(what, monkeypatch):
+    returned_alongside(monkeypatch, what)
+
+    def measured_once():
+        model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense", num_hidden_layers=8), torch.float32)
+        model.model.layers[0].marker = "is given one tensor, where the others are given two"
+        workload = Workload(batch_size=2, context_length=40, prompt_length=40)
+        return measure(model, graph_of(model, torch.float32), workload)
+
+    spared = measured_once()
+    monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
+    assert measured_once() == spared
+
+
+def test_what_a_shared_cache_brings_along_counts_where_it_is_brought(monkeypatch):
+    """It grows between blocks that are made alike: those after it are given more than those before."""
+    sizes = {**GROUPED, "head_dim": 32, "num_hidden_layers": 12, "num_kv_shared_layers": 7, "sliding_window": 16}
+    config = transformers.Gemma3nTextConfig(
+        **{**sizes, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "vocab_size_per_layer_input": 512},
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 4,
+        activation_sparsity_pattern=[0.0] * 12,
+    )
+    workload = Workload(batch_size=2, context_length=40, prompt_length=40)
+
+    def measured_once():
+        model = build_meta_model(transformers.Gemma3nForCausalLM, config, torch.float32)
+        return measure(model, graph_of(model, torch.float32), workload)
+
+    spared = measured_once()
+    monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
+    assert measured_once() == spared
 
 
 def test_code_that_comes_with_a_model_is_run_whole():
