@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
     def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...]) -> None:
         """What is `known` was there before, and is kept: were it let go, what is made later could have its address."""
         super().__init__()
-        self._kept = known
+        self._held = known
         self.names = names
         self.running: tuple[str, ...] = ()
         self.events: list[Event] = []
@@ -148,8 +148,8 @@ class Meter(Recorder):
         self.touched_bytes: dict[str, int] = {}
         self.launches: dict[str, int] = {}
         self.order: dict[str, None] = {}
-        self.kept: frozenset[int] = frozenset()
-        self.repeated: dict[str, str] = {}
+        self.kept: frozenset[int] = frozenset()  # what the cache holds in the end
+        self.repeated: dict[str, str] = {}  # by blocks that stood still, the block whose doings they repeated
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
         """A module begins to run."""

@@ -38,10 +38,10 @@ FIRST_ATTEMPTS = 6
 """So many ways to settle groups and to order devices are tried before blocks are counted."""
 
 LATER_ATTEMPTS = 12
-"""And so many afterwards, as long as the best choice is above the bound by more than the part below."""
+"""And so many afterwards."""
 
 WORTH_TRYING = 200
-"""A two-hundredth."""
+"""But no more of them once the best choice is above the bound by at most this part, a two-hundredth."""
 
 PROVEN_GAP = 600
 """Numbers are looked for that are better than the best choice by more than this part, a six-hundredth."""
@@ -215,7 +215,8 @@ def _counted(chain: Chain, ways: list[_PricedWay], best: _Found, at_most: int) -
         least = way.bound_nanoseconds
         if least < _to_beat(best, at_most):
             if not _is_near(best, least, FAR_ABOVE):  # the better what is known, the less is counted
-                good = good_numbers(_classes(way.settled), way.prices, _to_beat(best, _slowest(way.settled) + 1))
+                below = min(_to_beat(best, at_most), _slowest(way.settled) + 1)
+                good = good_numbers(_classes(way.settled), way.prices, below)
                 best = _better(chain, best, None if good is None else _numbers_in(chain, way, good))
             counted = _counted_settled(way, _to_beat(best, at_most))
             if counted.numbers is not None:

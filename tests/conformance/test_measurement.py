@@ -10,7 +10,7 @@ import torch
 import transformers
 from broken_maps import SHARED_CACHE, SHARING_CODE
 from torch.profiler import ProfilerActivity, profile
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
 
 from devmap_config.graph import measurement
 from devmap_config.graph.costs import Measurement, Workload
@@ -244,6 +244,8 @@ def test_of_blocks_that_are_alike_two_are_run(monkeypatch):
 
 
 def forward_that_keeps(forward, kept):
+    """Keeps something until the blocks are done: what stood still would have kept it as well."""
+
     def keeping(self, states):
         output = forward(self, states)
         kept.append(output * 2)
@@ -253,21 +255,47 @@ def forward_that_keeps(forward, kept):
 
 
 def forward_of_which_one_does_more(forward, seen):
+    """The second of the kind, which the others would repeat, does more than they do."""
+
     def doing_more(self, states):
         seen.append(self)
-        return forward(self, states if self is seen[0] else torch.cat([states, states]))[: len(states)]
+        third = list(dict.fromkeys(map(id, seen)))[2:3]  # the block between is of another kind
+        return forward(self, torch.cat([states, states]) if id(self) in third else states)[: len(states)]
 
     return doing_more
 
 
-@pytest.mark.parametrize("misbehave", [forward_that_keeps, forward_of_which_one_does_more])
+def forward_that_lets_go(forward, kept):
+    """Lets go, each time, what the block before it kept."""
+
+    def letting_go(self, states):
+        output = forward(self, states)
+        kept[:] = [output * 2]
+        return output
+
+    return letting_go
+
+
+@pytest.mark.parametrize("misbehave", [forward_that_keeps, forward_of_which_one_does_more, forward_that_lets_go])
 def test_blocks_that_do_not_do_the_same_are_all_run(misbehave, monkeypatch):
-    forward, run = LlamaMLP.forward, []
-    monkeypatch.setattr(LlamaMLP, "forward", misbehave(forward, []))
-    spared = measured_deep("dense")
+    forward, model_forward = LlamaMLP.forward, LlamaModel.forward
+
+    def measured_once():
+        kept = []
+
+        def run(self, *arguments, **options):
+            output = model_forward(self, *arguments, **options)
+            if misbehave is not forward_of_which_one_does_more:
+                kept.clear()
+            return output
+
+        monkeypatch.setattr(LlamaMLP, "forward", misbehave(forward, kept))
+        monkeypatch.setattr(LlamaModel, "forward", run)
+        return measured_deep("dense")
+
+    spared = measured_once()
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
-    monkeypatch.setattr(LlamaMLP, "forward", misbehave(forward, run))
-    assert measured_deep("dense") == spared
+    assert measured_once() == spared
 
 
 def returned_alongside(monkeypatch, what):
@@ -284,16 +312,35 @@ def returned_alongside(monkeypatch, what):
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
 
 
+def own_weight(block, _options):
+    return block.mlp.down_proj.weight
+
+
+def own_cache(block, options):
+    return options["past_key_values"].layers[block.self_attn.layer_idx].keys
+
+
+def something_of_the_cache_before(block, options):
+    return options["past_key_values"].layers[max(block.self_attn.layer_idx - 1, 0)].keys.sum()
+
+
+def nothing_but_its_cache_put_aside_for_the_next(block, options):
+    options["shared"]["last"] = own_cache(block, options)
+
+
 @pytest.mark.parametrize(
-    "what",
-    [
-        lambda block, _options: block.mlp.down_proj.weight,
-        lambda block, options: options["past_key_values"].layers[block.self_attn.layer_idx].keys,
-    ],
-    ids=["a weight", "what the cache holds"],
+    "what", [own_weight, own_cache, something_of_the_cache_before, nothing_but_its_cache_put_aside_for_the_next]
 )
-def test_what_a_block_gives_and_did_not_make_for_that_is_not_made_anew(what, monkeypatch):
+def test_what_a_block_does_besides_is_not_lost(what, monkeypatch):
     returned_alongside(monkeypatch, what)
+    model_forward = LlamaModel.forward
+    monkeypatch.setattr(
+        LlamaModel,
+        "forward",
+        lambda self, *arguments, **options: model_forward(
+            self, *arguments, shared={"last": self.embed_tokens.weight}, **options
+        ),
+    )
 
     def measured_once():
         model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense", num_hidden_layers=8), torch.float32)
@@ -323,6 +370,17 @@ def test_what_a_shared_cache_brings_along_counts_where_it_is_brought(monkeypatch
     spared = measured_once()
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
     assert measured_once() == spared
+
+
+def test_blocks_are_alike_by_what_the_config_says_of_each_and_share_no_module():
+    model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense", num_hidden_layers=9), torch.float32)
+    blocks, layers = graph_of(model, torch.float32).blocks, model.model.layers
+    before = (tuple(f"model.layers.{index}" for index in (0, 2, 3, 4, 5, 6, 7, 8)),)
+    assert kinds_of(model, blocks) == before
+    model.config.scale_of_each = [1, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert kinds_of(model, blocks) == (before[0][:4], before[0][4:])
+    layers[8].mlp = layers[7].mlp
+    assert kinds_of(model, blocks) == (before[0][:4], before[0][4:7])
 
 
 def test_code_that_comes_with_a_model_is_run_whole():
