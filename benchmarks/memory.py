@@ -390,7 +390,7 @@ def prefilled_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     else:
         inputs["logits_to_keep"] = 1
     with torch.no_grad():
-        return tensors_bytes(_kept(model(**inputs).past_key_values))
+        return tensors_bytes(_kept(model(**inputs).cache))
 
 
 def _kept(cache: Any) -> Iterator[torch.Tensor]:

@@ -20,10 +20,11 @@ class SharingConfig(LlamaConfig):
 class SharingAttention(LlamaAttention):
     """Asks the keys and values that the layer three before has cached."""
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **options):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **options):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        shared = past_key_values.layers[self.layer_idx - 3]
+        cache = options.get("cache", options.get("past_key_values"))  # its name until transformers 5.24
+        shared = cache.layers[self.layer_idx - 3]
         attended = torch.nn.functional.scaled_dot_product_attention(query, shared.keys, shared.values, enable_gqa=True)
         return self.o_proj(attended.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.costs import Workload
 
-CACHE_NAMES = ("past_key_values", "cache_params")
-"""Under which models return their cache, and take it."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Under which models return their cache, and take it: by the first from transformers 5.24 on, code that comes with a
+model by what it was written for."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Forwards:
                 del inputs["input_ids"]
                 inputs["input_features"] = self._features()
         if self.workload.cache == "static":
-            inputs["past_key_values"] = self._static_cache(length)
+            inputs[self._cache_name] = self._static_cache(length)
         return inputs | self._options()
 
     def decode_inputs(self, cache: Any) -> dict[str, Any]:

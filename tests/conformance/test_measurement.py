@@ -75,6 +75,9 @@ MODELS = {
 
 LENGTH = 200
 
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaModel.forward).parameters)
+"""What this version of transformers calls the cache that a model is given."""
+
 BLOCK_FORWARD = LlamaDecoderLayer.forward
 NORM_FORWARD = LlamaRMSNorm.forward
 
@@ -103,9 +106,12 @@ def really_run(name):
     return model, inputs
 
 
+def cache_in(output):
+    return next(found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None)
+
+
 def cache_of(output):
-    cache = next(found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None)
-    return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
+    return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache_in(output)))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -124,7 +130,7 @@ def test_a_further_token_adds_what_a_real_one_adds(name):
     with torch.no_grad():
         output = model(**inputs)
         before = cache_of(output)
-        output = model(input_ids=inputs["input_ids"][:, :1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=inputs["input_ids"][:, :1], **{CACHE: cache_in(output)}, use_cache=True)
     per_token = sum(cost.cache_bytes_per_token for cost in measured(name).modules)
     assert per_token == cache_of(output) - before
 
@@ -317,11 +323,11 @@ def own_weight(block, _options):
 
 
 def own_cache(block, options):
-    return options["past_key_values"].layers[block.self_attn.layer_idx].keys
+    return options[CACHE].layers[block.self_attn.layer_idx].keys
 
 
 def something_of_the_cache_before(block, options):
-    return options["past_key_values"].layers[max(block.self_attn.layer_idx - 1, 0)].keys.sum()
+    return options[CACHE].layers[max(block.self_attn.layer_idx - 1, 0)].keys.sum()
 
 
 def nothing_but_its_cache_put_aside_for_the_next(block, options):
