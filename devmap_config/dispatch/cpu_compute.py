@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+from devmap_config.libraries.transformers import (
+    attention_of,
+    chooses_experts_implementation,
+    set_experts_implementation,
+    skip_keys,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -41,7 +48,7 @@ class CpuComputeHook(AlignDevicesHook):  # type: ignore[misc]
     def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by accelerate when the hook is added."""
         for part in module.modules():
-            if self._switches_experts and _dispatches_experts(part):
+            if self._switches_experts and chooses_experts_implementation(part):
                 self._shared_configs.append((part, part.config))
                 part.config = _with_cpu_experts(part.config)
         return super().init_hook(module)
@@ -63,7 +70,7 @@ def compute_on_cpu(model: PreTrainedModel, units: Iterable[str], *, switches_exp
     Raises:
         UncallableUnitError: where a unit cannot run there on its own.
     """
-    skip_keys = model._skip_keys_device_placement  # noqa: SLF001 - as transformers passes it to accelerate
+    skipped = skip_keys(model)  # as transformers passes it to accelerate
     for unit in units:
         module = model.get_submodule(unit)
         if type(module).forward is torch.nn.Module.forward:
@@ -71,24 +78,18 @@ def compute_on_cpu(model: PreTrainedModel, units: Iterable[str], *, switches_exp
         if attention := next(filter(None, map(_accelerators_attention, module.modules())), None):
             raise UncallableUnitError(f"`{unit}` attends with {attention}, which the CPU does not have")
         # It takes the place of accelerate's hook on this module; those below, which copy to the CPU, stay.
-        add_hook_to_module(module, CpuComputeHook(skip_keys, switches_experts=switches_experts))
-
-
-def _dispatches_experts(module: torch.nn.Module) -> bool:
-    """Whether transformers' `use_experts_implementation` decorates the module's class, seen by what it sets."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "config")
+        add_hook_to_module(module, CpuComputeHook(skipped, switches_experts=switches_experts))
 
 
 def _with_cpu_experts(config: Any) -> Any:
     """A copy of a config that the whole model shares, in which nothing but the experts' implementation differs."""
     own = copy.copy(config)
-    # As a dict: a bare string would be passed on to the sub-configs, which the copy has in common with the original.
-    own._experts_implementation = {"": CPU_EXPERTS}  # noqa: SLF001
+    set_experts_implementation(own, CPU_EXPERTS)  # sub-configs, which both have in common, keep theirs
     return own
 
 
 def _accelerators_attention(module: torch.nn.Module) -> str | None:
     """The kernel of an attention module, if it is one that only accelerators have."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    implementation = attention_of(getattr(module, "config", None))
     is_attention = hasattr(module, "is_causal")
     return implementation if is_attention and implementation is not None and "flash" in implementation else None

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from devmap_config.libraries.transformers import CACHE_NAMES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.graph.costs import Workload
-
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""Under which models return their cache, and take it: by the first from transformers 5.24 on, code that comes with a
-model by what it was written for."""
 
 
 @dataclass

@@ -9,9 +9,21 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.estimation import estimate
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
 from devmap_config.graph.quantization import METHODS, Storage, quantized, stored_tensors
+from devmap_config.libraries.transformers import (
+    class_of_its_own_code,
+    init_contexts,
+    is_auto_class,
+    kept_dtypes,
+    model_mapping,
+    no_placement_parameters,
+    no_split_classes,
+    set_attention,
+    skip_keys,
+    ties,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -110,14 +122,12 @@ def resolve_class(class_name: str, config: PreTrainedConfig, *, trust_remote_cod
     found = getattr(transformers, class_name, None)
     if found is None:
         raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`")
-    if not hasattr(found, "_model_mapping"):
+    if not is_auto_class(found):
         return found
     remote = getattr(config, "auto_map", None) or {}
     if trust_remote_code and class_name in remote:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(remote[class_name], config.name_or_path)
-    mapping = found._model_mapping  # noqa: SLF001 - the public `from_config` would build, and initialise, the model
+        return class_of_its_own_code(remote[class_name], config.name_or_path)
+    mapping = model_mapping(found)  # the public `from_config` would build, and initialise, the model
     if type(config) not in mapping:
         raise UnbuildableModelError(f"`{class_name}` has no model for `{config.model_type}`")
     candidates = mapping[type(config)]
@@ -132,13 +142,13 @@ def build_meta_model(
 ) -> PreTrainedModel:
     """The model on the meta device, in the state in which `from_pretrained` plans its device map."""
     if attention is not None:
-        config._attn_implementation = attention  # noqa: SLF001 - as `from_pretrained` does
+        set_attention(config, attention)
     config.dtype = dtype
     for key in config.sub_configs:
         if (sub_config := getattr(config, key, None)) is not None:
             sub_config.dtype = dtype
     with ExitStack() as stack:
-        for context in model_class.get_init_context(dtype, False, False, None):
+        for context in init_contexts(model_class, dtype):
             stack.enter_context(context)
         model: PreTrainedModel = model_class(config)
     return model
@@ -146,7 +156,9 @@ def build_meta_model(
 
 def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelGraph:
     """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised."""
-    loaded_dtypes = _kept_dtypes(model, dtype)
+    from devmap_config.libraries.torch import non_persistent_buffers
+
+    loaded_dtypes = kept_dtypes(model, dtype)
     stored = {} if quantization is None else stored_tensors(model, quantization)
     first_names: dict[int, TensorName] = {}
 
@@ -172,7 +184,7 @@ def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantizat
 
     def module_of(module: torch.nn.Module, path: str) -> Module:
         prefix = f"{path}." if path else ""
-        transient = module._non_persistent_buffers_set  # noqa: SLF001 - torch has no public name for it
+        transient = non_persistent_buffers(module)
         return Module(
             path=ModulePath(path),
             class_name=type(module).__name__,
@@ -187,19 +199,13 @@ def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantizat
             children=tuple(module_of(child, prefix + name) for name, child in module.named_children()),
         )
 
-    no_placement = getattr(model, "_no_placement_params", None)
     return ModelGraph(
         root=module_of(model, ""),
-        ties=tuple((TensorName(target), TensorName(source)) for target, source in _ties(model).items()),
-        no_split_classes=tuple(sorted(model._no_split_modules or ())),  # noqa: SLF001
-        no_placement_parameters=None if no_placement is None else tuple(sorted(no_placement)),
-        skip_keys=tuple(sorted(_as_names(model._skip_keys_device_placement))),  # noqa: SLF001
+        ties=tuple((TensorName(target), TensorName(source)) for target, source in ties(model).items()),
+        no_split_classes=no_split_classes(model),
+        no_placement_parameters=no_placement_parameters(model),
+        skip_keys=tuple(sorted(_as_names(skip_keys(model)))),
     )
-
-
-def _ties(model: PreTrainedModel) -> Mapping[str, str]:
-    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return ties
 
 
 def _as_names(value: object) -> Iterator[str]:
@@ -207,21 +213,6 @@ def _as_names(value: object) -> Iterator[str]:
         yield value
     elif value is not None:
         yield from value  # type: ignore[misc]  # a list or a set of names
-
-
-def _kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The tensors that transformers loads in another dtype than asked for (`_keep_in_fp32_modules`)."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)  # noqa: SLF001
-    if not plan:
-        return {}
-    from transformers.core_model_loading import build_glob_alternation
-
-    alternation, pattern_of_group, _ = build_glob_alternation(list(plan))
-    kept: dict[str, torch.dtype] = {}
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and (match := alternation.search(name)):
-            kept[name] = plan[pattern_of_group[match.lastgroup]]
-    return kept
 
 
 def _first_line(error: Exception) -> str:

@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
+from devmap_config.libraries.torch import tensors_without_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +48,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
     try:
         with (
             torch.no_grad(),
-            FakeTensorMode(allow_non_fake_inputs=True),
+            tensors_without_data(),
             _paths(model) as names,
         ):
             weights = replace_tensors(model)

@@ -14,6 +14,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.graph.model import TensorName, ancestors
+from devmap_config.libraries.transformers import is_conv1d, modules_not_converted, should_convert_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -301,11 +302,10 @@ def _bitsandbytes(quantization: Quantization) -> Format | None:
 
 def _bitsandbytes_modules(model: PreTrainedModel, quantization: Quantization) -> Iterator[tuple[str, Weight]]:
     import torch
-    from transformers.pytorch_utils import Conv1D
 
     kept = _kept(model, quantization.arguments.get("llm_int8_skip_modules"))
     yield from _matrices(
-        model, lambda module: type(module) is torch.nn.Linear or isinstance(module, Conv1D), kept, lambda name: name
+        model, lambda module: type(module) is torch.nn.Linear or is_conv1d(module), kept, lambda name: name
     )
 
 
@@ -480,7 +480,6 @@ GPTQ_BLOCKS = (
 
 def _gptq_modules(model: PreTrainedModel, quantization: Quantization) -> Iterator[tuple[str, Weight]]:
     import torch
-    from transformers.pytorch_utils import Conv1D
 
     names = [name for name, _ in model.named_modules()]
     blocks = quantization.arguments.get("block_name_to_quantize") or next(
@@ -491,7 +490,7 @@ def _gptq_modules(model: PreTrainedModel, quantization: Quantization) -> Iterato
     if blocks is None:
         return
     for name, weight in _matrices(
-        model, lambda module: type(module) is torch.nn.Linear or isinstance(module, Conv1D), [], lambda name: name
+        model, lambda module: type(module) is torch.nn.Linear or is_conv1d(module), [], lambda name: name
     ):
         module = name.removesuffix(".weight")
         if module.startswith(blocks) and (endings is None or module.endswith(endings)):
@@ -687,11 +686,7 @@ def _is_patched(quantization: Quantization) -> bool:
 
 def _kept(model: PreTrainedModel, skipped: list[str] | None, *, add_default_skips: bool = False) -> list[str]:
     """The patterns of modules that stay as they are, by transformers' own rule."""
-    from transformers.quantizers.base import HfQuantizer
-
-    in_fp32 = model._keep_in_fp32_modules  # noqa: SLF001 - what every quantizer hands over
-    kept: list[str] = HfQuantizer.get_modules_to_not_convert(model, skipped, in_fp32, add_default_skips)
-    return kept
+    return modules_not_converted(model, skipped, add_default_skips=add_default_skips)
 
 
 def _matrices(
@@ -701,12 +696,9 @@ def _matrices(
     matched_name: Callable[[str], str],
 ) -> Iterator[tuple[str, Weight]]:
     """The weights of linear modules: `(out, in)`, or the other way round in a `Conv1D`."""
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     for name, module in model.named_modules():
         if is_converted(module) and should_convert_module(matched_name(name), list(kept)):
-            rows, columns = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
+            rows, columns = reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape
             yield f"{name}.weight", Weight(rows, columns, module.weight.element_size())
 
 
@@ -714,8 +706,6 @@ def _experts(
     model: PreTrainedModel, kept: Sequence[str], is_converted: Callable[[str, Any], bool]
 ) -> Iterator[tuple[str, Weight]]:
     """The tensors of experts that are kept as one: `(expert, out, in)`, or the last two the other way round."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     for path, module in model.named_modules():
         if not is_converted(path, module) or not should_convert_module(path, list(kept)):
             continue

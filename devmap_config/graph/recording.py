@@ -11,9 +11,19 @@ from unittest.mock import patch
 from weakref import finalize
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from devmap_config.libraries.torch import (
+    TorchDispatchMode,
+    allocates,
+    flop_registry,
+    is_grouped_product,
+    operation_packet,
+    own_buffers,
+    own_parameters,
+    sdpa_flop_count,
+    storage_identity,
+    tree_leaves,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -83,10 +93,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         del types
         options = options or {}
-        result = _grouped_product(arguments) if _is_grouped(function) else None
+        result = _grouped_product(arguments) if is_grouped_product(function) else None
         if result is None:
             result = function(*arguments, **options)
-        if function.namespace == "prim" or function.is_view:
+        if not allocates(function):
             return result
         outputs = list(tensors_in(result))
         for tensor in outputs:
@@ -100,7 +110,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by
     def note(self, tensor: torch.Tensor) -> None:
         """Note a storage that is new."""
         storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001 - its identity
+        key = storage_identity(storage)
         if key in self._known or key in self._alive:
             return
         if self._ignores:
@@ -284,12 +294,13 @@ def replace_tensors(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
         return replaced[id(tensor)]
 
     for module in model.modules():
-        for name, parameter in module._parameters.items():  # noqa: SLF001 - the public way would copy
+        parameters, buffers = own_parameters(module), own_buffers(module)
+        for name, parameter in parameters.items():
             if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=False)  # noqa: SLF001
-        for name, buffer in module._buffers.items():  # noqa: SLF001
+                parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=False)
+        for name, buffer in buffers.items():
             if buffer is not None:
-                module._buffers[name] = fake(buffer)  # noqa: SLF001
+                buffers[name] = fake(buffer)
     return tuple(replaced.values())
 
 
@@ -316,12 +327,7 @@ def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """The identity of the storage that a tensor shows."""
-    identity: int = tensor.untyped_storage()._cdata  # noqa: SLF001
-    return identity
-
-
-def _is_grouped(function: Any) -> bool:
-    return str(function) == "aten._grouped_mm.default"
+    return storage_identity(tensor.untyped_storage())
 
 
 def _grouped_product(arguments: Any) -> torch.Tensor | None:
@@ -334,10 +340,10 @@ def _grouped_product(arguments: Any) -> torch.Tensor | None:
 
 def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
     """Floating-point operations of a product or an attention; others are bound by memory and count as none."""
-    packet = function._overloadpacket  # noqa: SLF001
+    packet = operation_packet(function)
     if packet in flop_registry:
         return int(flop_registry[packet](*arguments, **options, out_val=result))
-    if _is_grouped(function):
+    if is_grouped_product(function):
         rows, inner = arguments[0].shape[-2:]
         return int(2 * rows * inner * arguments[1].shape[-1])
     return 0
@@ -345,11 +351,11 @@ def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int
 
 def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
     """Bytes that an operation reads and writes."""
-    name = str(function._overloadpacket)  # noqa: SLF001
+    name = str(operation_packet(function))
     written = sum(shown_bytes(tensor) for tensor in outputs)
     if name in ("aten.embedding", "aten.index", "aten.gather", "aten.index_select"):
         return 2 * written  # only what is looked up is read
-    if _is_grouped(function):
+    if is_grouped_product(function):
         rows, experts = inputs[0].shape[-2], inputs[1].shape[0]
         touched_experts_bytes = shown_bytes(inputs[1]) * min(rows, experts) // experts
         return int(shown_bytes(inputs[0]) + touched_experts_bytes + written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.runner.loading import RunnerError
 
 if TYPE_CHECKING:
@@ -60,13 +61,9 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, to
         encoded = {"input_ids": (length % model.config.get_text_config().vocab_size).unsqueeze(0)}
     else:
         encoded = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
-    device = model.get_input_embeddings()._hf_hook.execution_device if _hooked(model) else model.device  # noqa: SLF001
+    devices = (getattr(hook, "execution_device", None) for hook in hooks_of(model.get_input_embeddings()))
+    device = next((device for device in devices if device is not None), model.device)
     return {name: tensor.to(device) for name, tensor in encoded.items()}
-
-
-def _hooked(model: PreTrainedModel) -> bool:
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    return getattr(hook, "execution_device", None) is not None
 
 
 def _as_text(tokens: torch.Tensor, tokenizer: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from devmap_config.libraries.accelerate import hooks_of, streamed_from
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +95,7 @@ def running_place(model: PreTrainedModel, name: str) -> tuple[str, bool] | None:
         return None
     own = path = name.rpartition(".")[0]
     while True:
-        for hook in _hooks(model.get_submodule(path)):
+        for hook in hooks_of(model.get_submodule(path)):
             device = getattr(hook, "execution_device", None)
             if device is not None and (path == own or getattr(hook, "place_submodules", False)):
                 return _canonical(torch.device(device)), bool(getattr(hook, "offload", False))
@@ -122,24 +124,10 @@ def _streamed_from(model: PreTrainedModel, name: str) -> str:
     path = name
     while path:
         path = path.rpartition(".")[0]
-        for hook in _hooks(model.get_submodule(path)):
-            weights = getattr(hook, "weights_map", None)
-            if weights is None or not getattr(hook, "offload", False):
-                continue
-            loader = getattr(weights, "dataset", weights)
-            full_name = getattr(weights, "prefix", "") + name.removeprefix(f"{path}." if path else "")
-            if full_name in (getattr(loader, "state_dict", None) or {}):
-                return "cpu"
-            if full_name in (getattr(loader, "index", None) or {}):
-                return "disk"
+        for hook in hooks_of(model.get_submodule(path)):
+            if (home := streamed_from(hook, path, name)) is not None:
+                return home
     return "meta"
-
-
-def _hooks(module: torch.nn.Module) -> tuple[Any, ...]:
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        return ()
-    return tuple(getattr(hook, "hooks", (hook,)))
 
 
 def _names_of(model: PreTrainedModel) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.quantization import torchao_type
+from devmap_config.libraries.transformers import quantization_config, streaming_to
 from devmap_config.plan.plan import transformers_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -87,7 +86,7 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
-    with _main_device(transformers_device(plan.main_device)):
+    with streaming_to(transformers_device(plan.main_device)):
         model = _loaded(model_class, request, arguments)
     return _computing_on_cpu(model, plan) if plan.compute else model
 
@@ -192,25 +191,7 @@ def _require_devices(plan: Plan) -> None:
 
 
 def _quantization_config(quantization: Mapping[str, Any]) -> Any:
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
     arguments = dict(quantization)
     if arguments["method"] == "torchao":  # a profile may name the class alone
         arguments["quant_type"] = {"default": torchao_type(arguments.get("quant_type"))}
-    return AutoQuantizationConfig.from_dict({"quant_method": arguments.pop("method"), **arguments})
-
-
-@contextmanager
-def _main_device(device: int | str) -> Iterator[None]:
-    """Make accelerate stream offloaded modules to the plan's main device.
-
-    transformers does not pass `main_device` on, and accelerate then takes the first of a set.
-    """
-    from transformers.integrations import accelerate as integration
-
-    original = integration.dispatch_model
-    integration.dispatch_model = partial(original, main_device=device)
-    try:
-        yield
-    finally:
-        integration.dispatch_model = original
+    return quantization_config({"quant_method": arguments.pop("method"), **arguments})

@@ -11,16 +11,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from devmap_config.graph.recording import ATTENTION, Recorder, fused_attention, shown_bytes, storage_key, tensors_in
+from devmap_config.libraries.torch import answering_for_devices, operation_name, without_functions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from devmap_config.placement.problem import DeviceId
 
@@ -111,14 +110,12 @@ class SimulatedDevices(Recorder):
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
         """Watch what runs; tensors are on simulated devices within."""
-        of_torch = FakeTensor.device
 
-        def device(tensor: FakeTensor) -> torch.device:
+        def device(tensor: torch.Tensor, of_torch: Callable[[], torch.device]) -> torch.device:
             # torch's own code, which runs within a function or an operation, must go on seeing the CPU.
-            answered: torch.device = of_torch.fget(tensor) if self._depth else self.torch_device(self.of(tensor))
-            return answered
+            return of_torch() if self._depth else self.torch_device(self.of(tensor))
 
-        with patch.object(FakeTensor, "device", property(device)), super().watching(model), _Functions(self):
+        with answering_for_devices(device), super().watching(model), _Functions(self):
             yield
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
@@ -133,13 +130,13 @@ class SimulatedDevices(Recorder):
         """Code of torch runs within: tensors answer as torch made them."""
         self._depth += 1
         try:
-            with torch._C.DisableTorchFunction():  # noqa: SLF001 - the only way to spare functions within functions
+            with without_functions():
                 yield
         finally:
             self._depth -= 1
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        name = function._schema.name  # noqa: SLF001
+        name = operation_name(function)
         inputs = list(tensors_in((arguments, options)))
         device: DeviceId | None = None
         if name in MAY_MIX:

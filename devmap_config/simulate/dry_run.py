@@ -9,13 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ModulePath
 from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key
+from devmap_config.libraries.torch import tensors_without_data, tree_leaves
 from devmap_config.placement.problem import is_accelerator
 from devmap_config.simulate.devices import NOWHERE, DeviceMismatchError, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, place_weights
@@ -61,7 +60,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
     model.eval()
     run: _Run | None = None
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), tensors_without_data():
             run = _Run.of(model, graph, plan)
             with run.dispatched():
                 run.forwards(workload, decoded_tokens)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from accelerate import hooks
 
 from devmap_config.dispatch.cpu_compute import compute_on_cpu
+from devmap_config.libraries.accelerate import placing_tensors_with
+from devmap_config.libraries.torch import own_buffers, own_parameters
+from devmap_config.libraries.transformers import skip_keys
 from devmap_config.simulate.devices import NOWHERE
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def dispatched(
     }
     execution_device[""] = main_device
     placing = _Placing(model, devices, absent)
-    with patch.object(hooks, "set_module_tensor_to_device", placing):
+    with placing_tensors_with(placing):
         try:
             hooks.attach_align_device_hook_on_blocks(
                 model,
@@ -61,7 +63,7 @@ def dispatched(
                 offload=streamed,
                 offload_buffers=plan.executor.offload_buffers,
                 weights_map=placing.kept,
-                skip_keys=model._skip_keys_device_placement,  # noqa: SLF001 - as transformers passes it
+                skip_keys=skip_keys(model),  # as transformers passes it
             )
             compute_on_cpu(model, plan.compute, switches_experts=False)
             yield
@@ -107,7 +109,8 @@ class _Placing:
 
 
 def _set(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    if name in module._parameters:  # noqa: SLF001 - the public way would copy
-        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)  # noqa: SLF001
+    parameters = own_parameters(module)
+    if name in parameters:
+        parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
     else:
-        module._buffers[name] = tensor  # noqa: SLF001
+        own_buffers(module)[name] = tensor

@@ -1,0 +1,62 @@
+"""What is used of accelerate that it does not promise to keep. Imports accelerate."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from devmap_config.libraries.private import Private
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+PLACE_TENSOR = Private(
+    "accelerate.hooks.set_module_tensor_to_device",
+    "what accelerate's hooks place tensors with, patched for the dry run, in which there are none to place",
+    takes=("module", "tensor_name", "device", "value"),
+)
+MODULE_HOOK = Private("torch.nn.Module._hf_hook", "the hook that accelerate attached to a module: where it runs")
+HOOK_WEIGHTS = Private(
+    "accelerate.hooks.AlignDevicesHook.weights_map", "where a tensor comes from that is copied in at every forward"
+)
+
+
+@contextmanager
+def placing_tensors_with(placing: Callable[..., None]) -> Iterator[None]:
+    """Let accelerate's hooks call `placing` where they would put a tensor of a module on a device."""
+    PLACE_TENSOR.find()
+    from accelerate import hooks
+
+    with patch.object(hooks, PLACE_TENSOR.attribute, placing):
+        yield
+
+
+def hooks_of(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that accelerate attached to a module, in the order in which they run."""
+    hook = getattr(module, MODULE_HOOK.attribute, None)
+    if hook is None:
+        return ()
+    return tuple(getattr(hook, "hooks", (hook,)))
+
+
+def streamed_from(hook: Any, path: str, name: str) -> str | None:
+    """Return whether a hook copies a tensor in from `cpu` or from `disk`; `None` where it does neither.
+
+    Args:
+        hook: a hook of the module at `path`.
+        path: the module's path.
+        name: the tensor's name in the model.
+    """
+    weights = getattr(hook, HOOK_WEIGHTS.attribute, None)
+    if weights is None or not getattr(hook, "offload", False):
+        return None
+    loader = getattr(weights, "dataset", weights)
+    full_name = getattr(weights, "prefix", "") + name.removeprefix(f"{path}." if path else "")
+    if full_name in (getattr(loader, "state_dict", None) or {}):
+        return "cpu"
+    if full_name in (getattr(loader, "index", None) or {}):
+        return "disk"
+    return None

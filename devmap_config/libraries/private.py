@@ -1,0 +1,83 @@
+"""Things of a library that it does not promise to keep, and what is raised where it did not. Imports no library."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+class LibraryChangedError(Exception):
+    """A library is not what it was when this package was tried with it: `what` says of what of it, and how it is."""
+
+    def __init__(self, library: str, what: str) -> None:
+        self.library = library
+        self.what = what
+        super().__init__(what)
+
+
+@dataclass(frozen=True)
+class Private:
+    """Something of a library that it does not promise to keep.
+
+    Attributes:
+        name: where it is, such as `torch.nn.Module._buffers`.
+        use: what rests on it.
+        takes: the parameters that it is called with by name.
+    """
+
+    name: str
+    use: str
+    takes: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> str:
+        """The library's name."""
+        return self.name.partition(".")[0]
+
+    @property
+    def attribute(self) -> str:
+        """What it is called where it is."""
+        return self.name.rpartition(".")[2]
+
+    def find(self) -> Any:
+        """The thing itself: a class, a function or a value of a module or of a class.
+
+        Raises:
+            LibraryChangedError: where it is not there, or does not take what it is called with.
+            ModuleNotFoundError: where the library is not installed.
+        """
+        found = import_module(self.library)
+        path = self.library
+        for part in self.name.split(".")[1:]:
+            path = f"{path}.{part}"
+            try:
+                found = getattr(found, part) if hasattr(found, part) else import_module(path)
+            except ImportError as error:
+                raise self.changed() from error
+        if self.takes:
+            self._check_parameters(found)
+        return found
+
+    def of(self, owner: Any) -> Any:
+        """What an instance has under this name.
+
+        Raises:
+            LibraryChangedError: where it has nothing.
+        """
+        try:
+            return getattr(owner, self.attribute)
+        except AttributeError as error:
+            raise self.changed() from error
+
+    def changed(self, how: str = "is not there") -> LibraryChangedError:
+        """What is to be raised where it is not as it was."""
+        return LibraryChangedError(self.library, f"`{self.name}` {how}")
+
+    def _check_parameters(self, found: Any) -> None:
+        parameters = inspect.signature(found).parameters
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+        if missing := [name for name in self.takes if name not in parameters]:
+            raise self.changed(f"takes no {', '.join(f'`{name}`' for name in missing)}")

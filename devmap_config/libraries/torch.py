@@ -1,0 +1,163 @@
+"""What is used of torch that it does not promise to keep. Imports torch."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from devmap_config.libraries.private import Private
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+# -- tensors without data ----------------------------------------------------------------------------------------------
+
+FAKE_TENSOR_MODE = Private(
+    "torch._subclasses.fake_tensor.FakeTensorMode",
+    "tensors with shapes and without data, on which models are measured and dry-run",
+    takes=("allow_non_fake_inputs",),
+)
+FAKE_TENSOR = Private("torch._subclasses.fake_tensor.FakeTensor", "the class of these tensors")
+FAKE_TENSOR_DEVICE = Private(
+    "torch._subclasses.fake_tensor.FakeTensor.device",
+    "a property, patched for the dry run: a tensor then says that it is on a simulated device",
+)
+
+
+def tensors_without_data() -> Any:
+    """Return a context within which tensors have shapes and no data, also those that a model already holds."""
+    return FAKE_TENSOR_MODE.find()(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def answering_for_devices(answer: Callable[[Any, Callable[[], torch.device]], torch.device]) -> Iterator[None]:
+    """Let `answer` say on which device a tensor without data is; it is handed the tensor and torch's own answer."""
+    class_ = FAKE_TENSOR.find()
+    own = FAKE_TENSOR_DEVICE.of(class_)
+    if not isinstance(own, property) or own.fget is None:
+        raise FAKE_TENSOR_DEVICE.changed("is no property")
+    of_torch: Any = own.fget
+
+    def device(tensor: Any) -> torch.device:
+        return answer(tensor, lambda: of_torch(tensor))
+
+    with patch.object(class_, "device", property(device)):
+        yield
+
+
+# -- seeing what runs --------------------------------------------------------------------------------------------------
+
+DISPATCH_MODE = Private(
+    "torch.utils._python_dispatch.TorchDispatchMode", "sees every operation: what allocates, what computes"
+)
+DISABLE_FUNCTIONS = Private(
+    "torch._C.DisableTorchFunction", "functions that torch calls within a function are not seen a second time"
+)
+OPERATION_SCHEMA = Private("torch._ops.OpOverload._schema", "the name of an operation, by which its devices are held")
+OPERATION_PACKET = Private(
+    "torch._ops.OpOverload._overloadpacket", "the key of an operation's count in `flop_registry`"
+)
+OPERATION_NAMESPACE = Private(
+    "torch._ops.OpOverload.namespace", "tells what asks for a property (`prim`) from what runs"
+)
+OPERATION_IS_VIEW = Private("torch._ops.OpOverload.is_view", "tells what allocates nothing")
+FLOP_REGISTRY = Private("torch.utils.flop_counter.flop_registry", "floating-point operations by operation")
+SDPA_FLOP_COUNT = Private("torch.utils.flop_counter.sdpa_flop_count", "the same of fused attention, which is not run")
+GROUPED_PRODUCT = Private(
+    "torch.ops.aten._grouped_mm", "the product with many experts, whose shape torch knows for bfloat16 only"
+)
+
+TorchDispatchMode: Any = DISPATCH_MODE.find()
+flop_registry: dict[Any, Callable[..., int]] = FLOP_REGISTRY.find()
+sdpa_flop_count: Callable[..., int] = SDPA_FLOP_COUNT.find()
+
+_functions_disabled: Callable[[], Any] = DISABLE_FUNCTIONS.find()
+_grouped_product: Any = GROUPED_PRODUCT.find()
+
+
+def without_functions() -> Any:
+    """Return a context within which modes around torch's functions see none."""
+    return _functions_disabled()
+
+
+def operation_name(operation: Any) -> str:
+    """Return the name of an operation without its overload: `aten::index_put_`."""
+    try:
+        name: str = operation._schema.name
+    except AttributeError as error:
+        raise OPERATION_SCHEMA.changed() from error
+    return name
+
+
+def operation_packet(operation: Any) -> Any:
+    """Return what the overloads of an operation have in common: the key of `flop_registry`."""
+    try:
+        return operation._overloadpacket
+    except AttributeError as error:
+        raise OPERATION_PACKET.changed() from error
+
+
+def is_grouped_product(operation: Any) -> bool:
+    """Return whether an operation is the product of rows with the weights of their experts."""
+    return operation_packet(operation) is _grouped_product
+
+
+def allocates(operation: Any) -> bool:
+    """Return whether an operation may make new storages: it is no view, and no question for a property."""
+    try:
+        return operation.namespace != "prim" and not operation.is_view
+    except AttributeError as error:
+        raise OPERATION_IS_VIEW.changed() from error
+
+
+# -- values within values ----------------------------------------------------------------------------------------------
+
+TREE_LEAVES = Private("torch.utils._pytree.tree_leaves", "the tensors within what a module is given and gives")
+TREE_FLATTEN = Private("torch.utils._pytree.tree_flatten", "the same, with how they stand")
+TREE_UNFLATTEN = Private("torch.utils._pytree.tree_unflatten", "the output of a block that stands still, put together")
+
+tree_leaves: Callable[[Any], list[Any]] = TREE_LEAVES.find()
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = TREE_FLATTEN.find()
+tree_unflatten: Callable[[Any, Any], Any] = TREE_UNFLATTEN.find()
+
+
+# -- what a module holds -----------------------------------------------------------------------------------------------
+
+STORAGE_IDENTITY = Private("torch.UntypedStorage._cdata", "tells storages apart: what is allocated, kept alive, shared")
+MODULE_PARAMETERS = Private(
+    "torch.nn.Module._parameters", "puts a tensor in a parameter's place; the public way would copy"
+)
+MODULE_BUFFERS = Private("torch.nn.Module._buffers", "puts a tensor in a buffer's place; the public way would copy")
+NON_PERSISTENT_BUFFERS = Private(
+    "torch.nn.Module._non_persistent_buffers_set", "the buffers that no checkpoint holds; there is no public name"
+)
+
+
+def storage_identity(storage: Any) -> int:
+    """Return what tells a storage from others that are alive: its address."""
+    try:
+        identity: int = storage._cdata
+    except AttributeError as error:
+        raise STORAGE_IDENTITY.changed() from error
+    return identity
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Return a module's own parameters by name, as the mapping in which it looks them up."""
+    parameters: dict[str, torch.nn.Parameter | None] = MODULE_PARAMETERS.of(module)
+    return parameters
+
+
+def own_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return a module's own buffers by name, as the mapping in which it looks them up."""
+    buffers: dict[str, torch.Tensor | None] = MODULE_BUFFERS.of(module)
+    return buffers
+
+
+def non_persistent_buffers(module: torch.nn.Module) -> set[str]:
+    """Return the names of a module's own buffers that no checkpoint holds."""
+    names: set[str] = NON_PERSISTENT_BUFFERS.of(module)
+    return names

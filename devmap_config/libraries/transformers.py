@@ -1,0 +1,208 @@
+"""What is used of transformers that it does not promise to keep. Imports transformers where it is called."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.libraries.private import Private
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Under which models return their cache, and take it: by the first from transformers 5.24 on, code that comes with a
+model by what it was written for."""
+
+# -- building a model --------------------------------------------------------------------------------------------------
+
+MODEL_MAPPING = Private(
+    "transformers.AutoModel._model_mapping",
+    "the class that an Auto class stands for; the public `from_config` would build the model, and initialise it",
+)
+INIT_CONTEXT = Private(
+    "transformers.PreTrainedModel.get_init_context",
+    "the contexts in which `from_pretrained` builds a model on the meta device",
+)
+ATTENTION = Private(
+    "transformers.PreTrainedConfig._attn_implementation", "the attention's implementation, as `from_pretrained` sets it"
+)
+DYNAMIC_CLASS = Private(
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module", "the class that a model's own code defines"
+)
+
+
+def is_auto_class(class_: Any) -> bool:
+    """Return whether a class of transformers stands for others, by the config."""
+    return hasattr(class_, MODEL_MAPPING.attribute)
+
+
+def model_mapping(auto_class: Any) -> Mapping[Any, Any]:
+    """Return the model classes that an Auto class stands for, by config class."""
+    mapping: Mapping[Any, Any] = MODEL_MAPPING.of(auto_class)
+    return mapping
+
+
+def class_of_its_own_code(reference: str, location: str) -> Any:
+    """Return the class that the code beside a model defines; runs that code."""
+    return DYNAMIC_CLASS.find()(reference, location)
+
+
+def init_contexts(model_class: Any, dtype: torch.dtype) -> Iterable[Any]:
+    """Return the contexts in which `from_pretrained` builds a model that it does not fill yet."""
+    contexts: Iterable[Any] = INIT_CONTEXT.of(model_class)(dtype, False, False, None)
+    return contexts
+
+
+def set_attention(config: PreTrainedConfig, implementation: str) -> None:
+    """Have a model of this config built with an implementation of attention."""
+    config._attn_implementation = implementation
+
+
+def attention_of(config: Any) -> str | None:
+    """Return the implementation of attention that a config has been given, if any."""
+    return getattr(config, ATTENTION.attribute, None)
+
+
+# -- what a model says of its placing ----------------------------------------------------------------------------------
+
+NO_SPLIT_MODULES = Private("transformers.PreTrainedModel._no_split_modules", "the classes that must stay on one device")
+SKIP_KEYS = Private(
+    "transformers.PreTrainedModel._skip_keys_device_placement", "the arguments that accelerate does not copy: the cache"
+)
+NO_PLACEMENT = Private(
+    "transformers.PreTrainedModel._no_placement_params",
+    "tensors that some models keep off accelerators; most have none",
+)
+TIES = Private("transformers.PreTrainedModel.all_tied_weights_keys", "which tensors are one, by transformers' account")
+DTYPE_PLAN = Private(
+    "transformers.PreTrainedModel._get_dtype_plan", "the tensors that are loaded in another dtype than asked for"
+)
+GLOB_ALTERNATION = Private(
+    "transformers.core_model_loading.build_glob_alternation", "the patterns of that plan as transformers matches them"
+)
+
+
+def no_split_classes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the names of the module classes that must stay on one device, sorted."""
+    return tuple(sorted(NO_SPLIT_MODULES.of(model) or ()))
+
+
+def skip_keys(model: PreTrainedModel) -> Any:
+    """Return the names of arguments that are not copied to where a module runs, as accelerate takes them."""
+    return SKIP_KEYS.of(model)
+
+
+def no_placement_parameters(model: PreTrainedModel) -> tuple[str, ...] | None:
+    """Return the tensors that a model keeps off accelerators; `None` for a model that says nothing of that."""
+    names = getattr(model, NO_PLACEMENT.attribute, None)
+    return None if names is None else tuple(sorted(names))
+
+
+def ties(model: PreTrainedModel) -> Mapping[str, str]:
+    """Return the tensors that are the same as others, by the names of those others."""
+    tied: Mapping[str, str] = TIES.of(model) or {}
+    return tied
+
+
+def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the tensors that are loaded in another dtype than asked for (`_keep_in_fp32_modules`), with theirs."""
+    plan: dict[str, torch.dtype] = DTYPE_PLAN.of(model)(dtype)
+    if not plan:
+        return {}
+    alternation, pattern_of_group, _ = GLOB_ALTERNATION.find()(list(plan))
+    kept: dict[str, torch.dtype] = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and (match := alternation.search(name)):
+            kept[name] = plan[pattern_of_group[match.lastgroup]]
+    return kept
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+EXPERTS_SWITCH = Private(
+    "transformers.integrations.moe.use_experts_implementation",
+    "its mark on a class, `_is_expert_parallel`: whose product with the experts can be chosen",
+)
+EXPERTS = Private(
+    "transformers.PreTrainedConfig._experts_implementation", "which product with the experts a module takes"
+)
+
+
+def chooses_experts_implementation(module: torch.nn.Module) -> bool:
+    """Return whether `use_experts_implementation` decorates a module's class, seen by what it sets."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "config")
+
+
+def set_experts_implementation(config: Any, implementation: str) -> None:
+    """Have modules of this config take one product with the experts; sub-configs keep theirs."""
+    # As a dict: a bare string would be passed on to the sub-configs.
+    config._experts_implementation = {"": implementation}
+
+
+# -- quantizers --------------------------------------------------------------------------------------------------------
+
+NOT_CONVERTED = Private(
+    "transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert",
+    "which modules a quantizer leaves as they are",
+)
+KEEP_IN_FP32 = Private("transformers.PreTrainedModel._keep_in_fp32_modules", "what every quantizer hands over to that")
+SHOULD_CONVERT = Private(
+    "transformers.quantizers.quantizers_utils.should_convert_module", "whether a module is one of those"
+)
+CONV1D = Private("transformers.pytorch_utils.Conv1D", "GPT-2's linear module, whose weight stands the other way round")
+QUANTIZATION_CONFIG = Private(
+    "transformers.quantizers.auto.AutoQuantizationConfig.from_dict", "a quantization's config by its method's name"
+)
+
+
+def modules_not_converted(model: PreTrainedModel, skipped: list[str] | None, *, add_default_skips: bool) -> list[str]:
+    """Return the patterns of modules that stay as they are, by the rule of transformers' quantizers."""
+    kept: list[str] = NOT_CONVERTED.find()(model, skipped, KEEP_IN_FP32.of(model), add_default_skips)
+    return kept
+
+
+def should_convert_module(name: str, kept: list[str]) -> bool:
+    """Return whether a quantizer converts a module, where it leaves what matches `kept`."""
+    return bool(SHOULD_CONVERT.find()(name, kept))
+
+
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Return whether a module is GPT-2's linear one, whose weight is `(in, out)`."""
+    return isinstance(module, CONV1D.find())
+
+
+def quantization_config(arguments: Mapping[str, Any]) -> Any:
+    """Return the config of a quantization, by `quant_method` and its arguments."""
+    return QUANTIZATION_CONFIG.find()(dict(arguments))
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+DISPATCH = Private(
+    "transformers.integrations.accelerate.dispatch_model",
+    "accelerate's function, patched while loading: transformers passes no main device, and accelerate takes any",
+    takes=("main_device",),
+)
+
+
+@contextmanager
+def streaming_to(device: int | str) -> Iterator[None]:
+    """Make accelerate stream offloaded modules to this device.
+
+    transformers does not pass `main_device` on, and accelerate then takes the first of a set.
+    """
+    original = DISPATCH.find()
+    from transformers.integrations import accelerate as integration
+
+    integration.dispatch_model = partial(original, main_device=device)
+    try:
+        yield
+    finally:
+        integration.dispatch_model = original
