@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
 from devmap_config.hardware.inventory import build_inventory, declared_devices
-from devmap_config.placement.compatibility import check_dtype, check_quantizer
+from devmap_config.placement.compatibility import check_checkpoint, check_dtype, check_quantizer
 from devmap_config.placement.constraints import problem_of, settle_aim, settle_single_device
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.shortage import report_shortages
@@ -53,7 +53,7 @@ class Request:
     With `locked` the plan of this lock stands in for placing, where nothing that it was made from has changed and it
     holds; with `keep` the plan of this lock is preferred to a new one where it is as good. With `hardware` another
     machine than the profile's is asked, by `strategy` if the profile's is not one of ours. A new plan is dry-run where
-    this `simulates`.
+    this `simulates`. The checkpoint, where one is at hand, is held to the model where this `checks_checkpoint`.
     """
 
     path: Path
@@ -69,6 +69,7 @@ class Request:
     hardware: Hardware | None = None
     strategy: str | None = None
     simulates: bool = False
+    checks_checkpoint: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def compile_profile(path: str | Path, *, variables: Mapping[str, object] | None 
         ProfileError: where the profile is wrong or cannot be satisfied; it carries every diagnostic.
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
-    compilation = run_pipeline(Request(path=Path(path), variables=texts, simulates=True))
+    compilation = run_pipeline(Request(path=Path(path), variables=texts, simulates=True, checks_checkpoint=True))
     if compilation.plan is None:
         raise ProfileError(compilation.diagnostics, compilation.texts)
     return compilation.plan
@@ -143,6 +144,8 @@ def run_pipeline(request: Request) -> Compilation:
 
     check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
+    if request.checks_checkpoint:
+        check_checkpoint(loaded, model, resolution, sink, trust_remote_code=request.trust_remote_code)
     placing = _Placing(request, loaded, inventory, model, resolution, sink)
     reached = Compilation(
         diagnostics=(), texts=sink.texts, loaded=loaded, inventory=inventory, model=model, resolution=resolution

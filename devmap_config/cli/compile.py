@@ -71,6 +71,7 @@ def compile_command(
             trust_remote_code=trust_remote_code,
             use_vendored=not vendor,
             keep=earlier if keep else None,
+            checks_checkpoint=True,
             simulates=simulates,
         )
     )

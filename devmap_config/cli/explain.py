@@ -202,7 +202,7 @@ def _rules_about(compilation: Compilation, name: str, graph: ModelGraph) -> list
         matched = [
             each for each in found.names if name == each or name.startswith(f"{each}.") or each.startswith(f"{name}.")
         ]
-        if matched and rule not in winning:
+        if matched and rule not in winning and rule.origin != "allow_new":
             if rule.not_on:
                 lines.append(f"{_at(rule)} keeps it off {' and '.join(rule.not_on)}.")
             elif rule.keep_together:

@@ -65,6 +65,7 @@ def update(
             variables=variables,
             remembered=dict(earlier.variables) if earlier else {},
             must_ask=True,
+            checks_checkpoint=True,
             simulates=True,
             use_vendored=False,
             allow_outside=allow_outside,

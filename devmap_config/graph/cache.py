@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.files import write_atomically
+from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import SCHEMA, graph_from_json, graph_to_json
-from devmap_config.graph.source import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.cache import cached_graph
+from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import UnbuildableModelError, build_graph
 from devmap_config.graph.quantization import (
@@ -22,6 +23,7 @@ from devmap_config.graph.source import (
     ModelNotFoundError,
     ModelSource,
     Resolved,
+    cached_checkpoint,
     cached_hub_config,
     hub_source,
     is_hub_id,
@@ -129,7 +131,7 @@ def _load_model_graph(
 ) -> LoadedModel | None:
     vendored = _vendored(loaded, sink) if use_vendored else None
     if vendored is not None and not _is_local(loaded):
-        source: ModelSource | None = _vendored_source(vendored, loaded)  # the hub need not be asked
+        source: ModelSource | None = _at_hand(_vendored_source(vendored, loaded))  # the hub need not be asked
     else:
         source = _find_source(loaded, resolved, must_ask, sink)
     if source is None:
@@ -188,6 +190,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
         quantization=_quantization_json(model.quantization if model.is_counted else None),
         dry_runs=dry_runs,
         stored_dtype=model.source.stored_dtype,
+        checkpoint=model.source.checkpoint_digest,
     )
 
 
@@ -298,7 +301,15 @@ def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSou
         weights=vendored.source if is_hub else None,
         commit=vendored.commit,
         stored_dtype=vendored.stored_dtype,
+        known_checkpoint=vendored.checkpoint,
     )
+
+
+def _at_hand(source: ModelSource) -> ModelSource:
+    """A source with the headers of its checkpoint, where they were read before."""
+    if source.weights is None or source.commit is None:
+        return source
+    return replace(source, checkpoint=cached_checkpoint(source.weights, source.commit, source.config))
 
 
 def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> tuple[object, ...]:
@@ -388,8 +399,13 @@ def _find_source(loaded: LoadedProfile, resolved: Resolved | None, must_ask: boo
                 help="paths are relative to the file that writes them; else name a hub id such as `Qwen/Qwen2.5-7B`",
             )
             return None
-        commit = resolved.commit if resolved is not None and resolved.holds_for(text, revision) else None
-        return hub_source(text, revision, commit=commit, must_ask=must_ask)
+        known = resolved if resolved is not None and resolved.holds_for(text, revision) else None
+        source = hub_source(text, revision, commit=known.commit if known else None, must_ask=must_ask)
+        same = known is not None and known.commit == source.commit
+        return replace(source, known_checkpoint=known.checkpoint) if known is not None and same else source
+    except CheckpointError as error:
+        sink.error(error.code, str(error), span, help=error.help)
+        return None
     except ModelNotFoundError as error:
         sink.error(
             "model-not-found",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -12,29 +11,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
+from devmap_config.graph.digest import digest
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from devmap_config.graph.checkpoint import Checkpoint
     from devmap_config.graph.model import TensorName
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 """What may be the name of a repository on the hub, with or without its owner."""
-
-SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The floating dtypes of a safetensors header, as torch names them."""
 
 ASSUMED_DTYPE = "float32"
 """What transformers loads in where nothing tells."""
 
 COMMIT = re.compile("[0-9a-f]{40}")
 
-COMPARED_BYTES = 2**20
-"""How much of two tensors is compared at once."""
-
 CONNECTION_TIMEOUT_SECONDS = 5
-
-MAX_HEADER_BYTES = 100_000_000
-"""safetensors' own bound on a header."""
 
 
 class ModelNotFoundError(Exception):
@@ -43,11 +37,15 @@ class ModelNotFoundError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a revision of a hub id resolved to before. `source` is `None` where a lock of version 1 did not keep it."""
+    """What a revision of a hub id resolved to before. `source` is `None` where a lock of version 1 did not keep it.
+
+    `checkpoint` is the digest of what the headers of that commit say, where they were read.
+    """
 
     commit: str
     source: str | None = None
     revision: str | None = None
+    checkpoint: str | None = None
 
     def holds_for(self, source: str, revision: str | None) -> bool:
         """Whether it was this source and revision that was resolved."""
@@ -56,11 +54,16 @@ class Resolved:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's config, and where it came from.
+    """A model's config and checkpoint, and where they came from.
 
-    `location` is the directory or `config.json` to build from; `weights` the directory or hub id that `from_pretrained`
-    takes, `None` where there is only a config. `commit` is what a hub revision resolved to, and `stored_dtype` what the
-    checkpoint on the hub holds, where that was asked for because the config does not tell.
+    Attributes:
+        location: the directory or `config.json` to build from.
+        config: the parsed config.
+        weights: the directory or hub id that `from_pretrained` takes; `None` where there is only a config.
+        commit: what a hub revision resolved to.
+        stored_dtype: the dtype of the checkpoint, where the config does not tell.
+        checkpoint: what the headers of the checkpoint say, where they are at hand.
+        known_checkpoint: the digest of the same commit's headers, where they were read before and are not at hand now.
     """
 
     location: Path
@@ -68,6 +71,8 @@ class ModelSource:
     weights: str | None
     commit: str | None = None
     stored_dtype: str | None = None
+    checkpoint: Checkpoint | None = None
+    known_checkpoint: str | None = None
 
     @contextmanager
     def as_config(self) -> Iterator[Path]:
@@ -96,28 +101,28 @@ class ModelSource:
         """A digest of the parsed config: neither the layout of the file nor who wrote it counts."""
         return digest(self.counted_config)
 
+    @property
+    def checkpoint_digest(self) -> str | None:
+        """A digest of the checkpoint's names, shapes, dtypes and file sizes; `None` where they were never read."""
+        return self.known_checkpoint if self.checkpoint is None else self.checkpoint.digest
+
     def checkpoint_dtype(self) -> str | None:
-        """The dtype that transformers' `auto` loads in, as far as the config or a local checkpoint tells."""
-        if (declared := _declared_dtype(self.config)) is not None:
-            return declared
-        directory = self.location if self.location.is_dir() else self.location.parent
-        for path in sorted(directory.glob("*.safetensors")):
-            if dtype := _first_dtype(_safetensors_header(path)):
-                return dtype
-        return self.stored_dtype
+        """The dtype that transformers' `auto` loads in, as far as the config or the checkpoint tells."""
+        return _declared_dtype(self.config) or self.stored_dtype
 
     def stored_apart(self, ties: Iterable[tuple[TensorName, TensorName]]) -> frozenset[tuple[TensorName, TensorName]]:
         """The ties of which a local checkpoint holds both tensors, with different values.
 
         transformers then loads two tensors, whatever the config says (flan-t5 has a head of its own).
         """
-        if self.weights is None or not self.location.is_dir():
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.folder is None:
             return frozenset()
-        stored = _stored_tensors(self.location)
+        stored = checkpoint.tensors
         return frozenset(
             (target, source)
             for target, source in ties
-            if target in stored and source in stored and not _are_equal(stored[target], stored[source])
+            if target in stored and source in stored and not checkpoint.holds_equal(target, source)
         )
 
     def dtype_for(self, wanted: str) -> str:
@@ -125,21 +130,36 @@ class ModelSource:
         return wanted if wanted != "auto" else self.checkpoint_dtype() or ASSUMED_DTYPE
 
 
-def digest(value: object) -> str:
-    """A digest of plain data, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
 def local_source(path: Path) -> ModelSource:
     """The model in a directory, or that of a `config.json` alone.
 
     Raises:
         ModelNotFoundError: where there is no readable config.
+        CheckpointError: where there are weights that cannot be loaded.
     """
-    config_path = path / "config.json" if path.is_dir() else path
-    has_weights = path.is_dir() and any(_weight_files(path))
-    return ModelSource(location=path, config=_read_config(config_path), weights=str(path) if has_weights else None)
+    if path.is_dir():
+        config = _read_config(path / "config.json")
+        checkpoint = read_checkpoint(path, config)
+        weights = None if checkpoint is None else str(path)
+    else:
+        config, weights, checkpoint = _read_config(path), None, None
+    beside = checkpoint if path.is_dir() else _checkpoint_beside(path, config)
+    return ModelSource(path, config, weights, stored_dtype=_undeclared_dtype(config, beside), checkpoint=checkpoint)
+
+
+def _checkpoint_beside(path: Path, config: Mapping[str, Any]) -> Checkpoint | None:
+    """The weights in the folder of a config: they tell the dtype, and are not what is to be loaded."""
+    try:
+        return read_checkpoint(path.parent, config)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _undeclared_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) -> str | None:
+    """The dtype that a checkpoint holds, where the config does not tell."""
+    if checkpoint is None or _declared_dtype(config) is not None:
+        return None
+    return first_floating_dtype(checkpoint.tensors.values())
 
 
 def hub_source(
@@ -155,6 +175,7 @@ def hub_source(
 
     Raises:
         ModelNotFoundError: where the hub and its cache have no such repository, revision or config.
+        CheckpointError: where its weights cannot be loaded.
     """
     import logging
 
@@ -188,26 +209,36 @@ def hub_source(
         message = f"`{repository}` is neither a local path nor to be had from the hub: {first_line.rstrip('.')}"
         raise ModelNotFoundError(message) from error
     # The cache keeps files under `snapshots/<commit>/`.
-    config, resolved = _read_config(path), path.parent.name
-    stored_dtype = None
-    if _declared_dtype(config) is None:
-        from devmap_config.graph.hub_headers import stored_header
+    from devmap_config.graph.hub_checkpoint import hub_checkpoint
 
-        stored_dtype = _first_dtype(stored_header(repository, resolved, may_ask=_hub_answers))
-    return ModelSource(
-        location=path.parent, config=config, weights=repository, commit=resolved, stored_dtype=stored_dtype
-    )
+    config, resolved = _read_config(path), path.parent.name
+    checkpoint = hub_checkpoint(repository, resolved, config, path.parent, may_ask=_hub_answers)
+    stored_dtype = _undeclared_dtype(config, checkpoint)
+    return ModelSource(path.parent, config, repository, resolved, stored_dtype, checkpoint)
+
+
+def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:
+    """What the headers of a commit's checkpoint say, where they are at hand without asking the hub."""
+    from devmap_config.graph.hub_checkpoint import hub_checkpoint
+
+    snapshot = _cached_snapshot(repository, commit)
+    return hub_checkpoint(repository, commit, config, snapshot, may_ask=lambda: False)
 
 
 def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
-    """The config of a commit, where the hub's cache has it; without the hub's client, which takes long to import."""
+    """The config of a commit, where the hub's cache has it."""
+    try:
+        return _read_config(_cached_snapshot(repository, commit) / "config.json")
+    except ModelNotFoundError:
+        return None
+
+
+def _cached_snapshot(repository: str, commit: str) -> Path:
+    """Where the hub's client keeps the files of a commit; told without the client, which takes long to import."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
     folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
-    try:
-        return _read_config(folder / "snapshots" / commit / "config.json")
-    except ModelNotFoundError:
-        return None
+    return folder / "snapshots" / commit
 
 
 def _hub_answers() -> bool:
@@ -241,16 +272,6 @@ def _declared_dtype(config: Mapping[str, Any]) -> str | None:
     return declared.removeprefix("torch.") if isinstance(declared, str) and declared != "auto" else None
 
 
-def _first_dtype(header: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The dtype of a header's first floating tensor, which is what transformers goes by."""
-    found = (SAFETENSORS_DTYPES.get(entry.get("dtype", "")) for entry in header.values())
-    return next((dtype for dtype in found if dtype), None)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    return [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-
-
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -261,58 +282,3 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"`{path.name}` is not a config: it holds no JSON object")
     return config
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """Where a tensor lies in a file, in bytes from the file's beginning."""
-
-    path: Path
-    start: int
-    end: int
-
-
-def _stored_tensors(directory: Path) -> dict[str, _StoredTensor]:
-    stored = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            data_start = 8 + int.from_bytes(file.read(8), "little")
-        for name, entry in _safetensors_header(path).items():
-            start, end = entry["data_offsets"]
-            stored[name] = _StoredTensor(path, data_start + start, data_start + end)
-    return stored
-
-
-def _are_equal(first: _StoredTensor, second: _StoredTensor) -> bool:
-    """Whether two tensors hold the same bytes; where they do not, that shows in the first of them."""
-    remaining = first.end - first.start
-    if remaining != second.end - second.start:
-        return False
-    with first.path.open("rb") as left, second.path.open("rb") as right:
-        left.seek(first.start)
-        right.seek(second.start)
-        while remaining > 0:
-            count = min(remaining, COMPARED_BYTES)
-            if left.read(count) != right.read(count):
-                return False
-            remaining -= count
-    return True
-
-
-def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            return {}
-        return parse_header(file.read(length))
-
-
-def parse_header(text: bytes) -> dict[str, dict[str, Any]]:
-    """The tensors of a safetensors header, which is JSON.
-
-    Raises:
-        ValueError: where it is no JSON.
-    """
-    header = json.loads(text)
-    entries = header.items() if isinstance(header, dict) else ()
-    return {name: entry for name, entry in entries if name != "__metadata__" and isinstance(entry, dict)}

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.costs import Workload
+from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
-from devmap_config.graph.source import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +39,8 @@ class VendoredGraph:
     workload: Workload | None
     quantization: Mapping[str, Any] | None = None
     stored_dtype: str | None = None
+    checkpoint: str | None = None
+    """The digest of what the checkpoint's headers say, where they were at hand."""
     dry_runs: Mapping[str, Any] = field(default_factory=dict)
     """What was found of plans of this model, by their digest."""
 
@@ -62,6 +64,8 @@ class VendoredGraph:
             value["quantization"] = dict(self.quantization)
         if self.stored_dtype is not None:
             value["stored_dtype"] = self.stored_dtype
+        if self.checkpoint is not None:
+            value["checkpoint"] = self.checkpoint
         value["digest"] = digest(value)
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -102,6 +106,7 @@ def read_vendored(text: str) -> VendoredGraph:
             quantization=value.get("quantization"),
             dry_runs=value.get("dry_runs", {}),
             stored_dtype=value.get("stored_dtype"),
+            checkpoint=value.get("checkpoint"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error

@@ -1,9 +1,11 @@
-"""Whether the machine can compute in the model's dtype, and the model's quantizer accepts the devices of a plan."""
+"""Whether machine, model and checkpoint go together: the dtype, the quantizer's devices, what is stored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from devmap_config.graph.checkpoint_match import judge, match_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.rules.resolution import Resolution
 
 FP8_METHODS = ("fp8", "fbgemm_fp8")
 
@@ -96,3 +99,41 @@ def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, 
         loaded.span("model", "quantization"),
         help=f"say `{refusal.unless}: true`, or {advice}" if refusal.unless else advice,
     )
+
+
+def check_checkpoint(
+    loaded: LoadedProfile, model: LoadedModel, resolution: Resolution, sink: Sink, *, trust_remote_code: bool = False
+) -> None:
+    """Report a checkpoint that does not hold the model, as far as a checkpoint is at hand."""
+    match = match_checkpoint(model, trust_remote_code=trust_remote_code)
+    if match is None:
+        return
+    span = loaded.span("model", "source")
+    if match.unchecked is not None:
+        sink.warning(
+            "unchecked-checkpoint",
+            f"whether the checkpoint holds this model was not checked: {match.unchecked}",
+            span,
+            help="install what is missing, and compile again",
+        )
+        return
+    found = judge(match, model.source.config, frozenset(resolution.new))
+    if found.error is not None:
+        sink.error("wrong-checkpoint", found.error, span, help=found.error_help)
+    if found.warning is not None:
+        sink.warning(
+            "unexpected-tensors",
+            f"the checkpoint holds more than this {match.class_name}: {found.warning}",
+            span,
+            help="what is not in the model is not loaded; see that its class is the one that was saved",
+        )
+    lacking = {*match.missing, *(mismatch.name for mismatch in match.mismatched)}
+    needless = {name: rule for name, rule in resolution.new.items() if name not in lacking}
+    for rule in {id(rule): rule for rule in needless.values()}.values():
+        if all(name in needless for name, other in resolution.new.items() if other is rule):
+            sink.warning(
+                "not-new",
+                f"`{rule.text}` is in the checkpoint, and is loaded from there",
+                rule.span,
+                help="leave it out of `allow_new`",
+            )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import graph_to_json
-from devmap_config.graph.source import digest
 from devmap_config.plan.lock import Inputs
 from devmap_config.plan.values import values_of, values_of_hardware
 

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.source import Resolved, digest
+from devmap_config.graph.digest import digest
+from devmap_config.graph.source import Resolved
 from devmap_config.graph.vendoring import beside
 from devmap_config.placement.assignment import Assignment
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction

@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, TypeAlias
 
-from devmap_config.graph.source import digest
+from devmap_config.graph.digest import digest
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:

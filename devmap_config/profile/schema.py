@@ -258,6 +258,11 @@ class Model(Section):
     attention: Attention = Field(default="sdpa", examples=["sdpa", "eager", "flash_attention_2"])
     """transformers' `attn_implementation`."""
 
+    allow_new: Annotated[tuple[PatternText, ...], BeforeValidator(_one_or_many)] = Field(
+        default=(), examples=[["score"]]
+    )
+    """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
+
 
 class Workload(Section):
     """Sequences and tokens, and what is kept and computed for them."""

@@ -32,12 +32,14 @@ class Resolution:
     """The rules applied to a model.
 
     `decisions` are by tensor; `groups` are tensors that must share a device, each with its rule; `forbidden` are the
-    devices that a tensor must not be stored on, with the rule that says so; `matches` what each rule matched.
+    devices that a tensor must not be stored on, with the rule that says so; `new` are tensors that no checkpoint needs
+    to hold, with the rule that says so; `matches` what each rule matched.
     """
 
     decisions: Mapping[TensorName, Decision] = field(default_factory=dict)
     groups: tuple[tuple[Rule, tuple[TensorName, ...]], ...] = ()
     forbidden: Mapping[TensorName, Mapping[str, Rule]] = field(default_factory=dict)
+    new: Mapping[TensorName, Rule] = field(default_factory=dict)
     matches: tuple[tuple[Rule, Match], ...] = ()
 
     def compute_of(self, name: TensorName) -> str | None:
@@ -73,6 +75,7 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
             (rule, _tensors_of(found, graph)) for rule, found in matches if rule.keep_together and found.names
         ),
         forbidden=_forbidden(matches, graph),
+        new={name: rule for rule, found in matches if rule.origin == "allow_new" for name in _tensors_of(found, graph)},
         matches=tuple(matches),
     )
 

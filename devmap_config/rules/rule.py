@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Literal
 from devmap_config.rules.pattern import Pattern, PatternError, parse_pattern
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.profile.document import ScalarNode
     from devmap_config.profile.loading import LoadedProfile
 
 from devmap_config.profile.devices import expand_devices
 
-Origin = Literal["pin", "device_map"]
+Origin = Literal["pin", "device_map", "allow_new"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,9 @@ class Rule:
 
 
 def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
-    """The rules of a profile: the keys of its `device_map`, then its pins. Wrong ones are left out and reported.
+    """The rules of a profile: what may be new, the keys of its `device_map`, then its pins.
+
+    Wrong ones are left out and reported.
 
     Args:
         loaded: the profile.
@@ -53,7 +57,7 @@ def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: S
         kind: the kind of accelerator that a bare number stands for.
         sink: takes bad patterns and unknown devices.
     """
-    rules: list[Rule] = []
+    rules: list[Rule] = [*_new_on_purpose(loaded, sink)]
     for text, device in (loaded.profile.placement.device_map or {}).items():
         route = ("placement", "device_map", text)
         pattern = _parse(loaded.key(*route), text, loaded.key_span(*route), sink)
@@ -94,6 +98,17 @@ def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: S
             )
         )
     return tuple(rules)
+
+
+def _new_on_purpose(loaded: LoadedProfile, sink: Sink) -> Iterator[Rule]:
+    for index, text in enumerate(loaded.profile.model.allow_new):
+        route: tuple[str | int, ...] = ("model", "allow_new", index)
+        if loaded.scalar(*route) is None:  # a single one stands without a list
+            route = ("model", "allow_new")
+        span, node = loaded.span(*route), loaded.scalar(*route)
+        pattern = _parse(node, text, span, sink)
+        if pattern is not None:
+            yield Rule(pattern=pattern, text=text, span=span, origin="allow_new", node=node)
 
 
 def _parse(node: ScalarNode | None, text: str, span: Span, sink: Sink) -> Pattern | None:

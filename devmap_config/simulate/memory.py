@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.cache import LIBRARIES, default_directory, keep, library_versions
+from devmap_config.graph.digest import digest
 from devmap_config.graph.loading import buildable_attention
-from devmap_config.graph.source import digest
 from devmap_config.simulate.simulation import Simulation, Verdict
 
 if TYPE_CHECKING:

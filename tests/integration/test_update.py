@@ -1,4 +1,4 @@
-"""A model on a hub: its revision is resolved once, moved by `devmap update` alone, and its weights are never read."""
+"""A model on a hub: its revision is resolved once, moved by `devmap update` alone; of weights only headers are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,28 @@ hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
 """
 
 
-def safetensors(dtype):
-    header = json.dumps({"__metadata__": {"format": "pt"}, "a": {"dtype": dtype, "shape": [2], "data_offsets": [0, 4]}})
-    return len(header).to_bytes(8, "little") + header.encode() + b"weights!" * 100_000
+def shapes(layers):
+    """The tensors of `LLAMA`, with so many layers."""
+    block = {"input_layernorm": [64], "post_attention_layernorm": [64], "self_attn.q_proj": [64, 64]}
+    block |= {"self_attn.k_proj": [32, 64], "self_attn.v_proj": [32, 64], "self_attn.o_proj": [64, 64]}
+    block |= {"mlp.gate_proj": [128, 64], "mlp.up_proj": [128, 64], "mlp.down_proj": [64, 128]}
+    found = {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()}
+    found |= {"model.embed_tokens": [256, 64], "model.norm": [64], "lm_head": [256, 64]}
+    return {f"{name}.weight": shape for name, shape in found.items()}
+
+
+def safetensors(dtype, tensors=None):
+    """A file of weights of two bytes an element."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in (tensors or shapes(6)).items():
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
+
+
+def header_end(content):
+    return 8 + int.from_bytes(content[:8], "little")
 
 
 def config(**changed):
@@ -35,7 +55,10 @@ def hub(workspace):
     hub = Hub(
         files={
             FIRST: {"config.json": config(), "model.safetensors": safetensors("BF16")},
-            SECOND: {"config.json": config(num_hidden_layers=7), "model.safetensors": safetensors("BF16")},
+            SECOND: {
+                "config.json": config(num_hidden_layers=7),
+                "model.safetensors": safetensors("BF16", shapes(7)),
+            },
         },
         branches={"main": FIRST},
     )
@@ -84,7 +107,9 @@ def test_a_branch_is_resolved_once_and_moves_by_update_alone(hub):
     assert "model.layers.6" in lock()["plan"]["device_map"]
     assert devmap(hub, "check", "profile.yaml").returncode == 0
     assert "still is 222222222222" in devmap(hub, "update", "profile.yaml").stdout
-    assert {file for file, _, _ in hub.sent} == {"config.json"}
+    ends = {header_end(files["model.safetensors"]) for files in hub.files.values()}
+    assert {file for file, _, _ in hub.sent} == {"config.json", "model.safetensors"}
+    assert {end for _, end in hub.sent_of("model.safetensors")} <= {8, *ends}
 
 
 def test_another_revision_or_model_is_not_held_at_the_old_commit(hub):
@@ -138,23 +163,41 @@ def test_a_graph_beside_the_profile_is_held_to_the_config_that_the_hubs_cache_ha
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_a_dtype_that_the_config_leaves_out_is_read_from_the_header_and_nothing_beyond(hub, is_sharded):
-    """The file is 800,000 bytes; what goes out of it is its header, once, and kept for when there is no hub."""
+    """What goes out of a file of weights is its header, once, and kept for when there is no hub."""
     text = json.dumps({key: value for key, value in LLAMA.items() if key != "dtype"}).encode()
-    weights = safetensors("F16")
-    header_end = 8 + int.from_bytes(weights[:8], "little")
-    shard = "model-00001-of-00002.safetensors"
-    index = json.dumps({"weight_map": {"b": "model-00002-of-00002.safetensors", "a": shard}}).encode()
-    files = {shard: weights, "model.safetensors.index.json": index} if is_sharded else {"model.safetensors": weights}
+    names = list(shapes(6).items())
+    shards = {
+        f"model-0000{number}-of-00002.safetensors": safetensors("F16", dict(names[number - 1 :: 2]))
+        for number in (1, 2)
+    }
+    weight_map = {name: list(shards)[place % 2] for place, (name, _) in enumerate(names)}
+    files = {"model.safetensors": safetensors("F16")}
+    if is_sharded:
+        files = {**shards, "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
     hub.files[OTHER[:-1] + str(int(is_sharded))] = {"config.json": text, **files}
     hub.branches["main"] = OTHER[:-1] + str(int(is_sharded))
     kept = str(Path("cache").absolute())  # of this test alone: an earlier run of it may have left a header
     done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=kept)
     assert "in float16" in done.stdout, done.stderr
     assert "unknown-dtype" not in done.stderr
-    file = shard if is_sharded else "model.safetensors"
-    assert hub.sent_of(file) == [(0, 8), (8, header_end)]
-    assert devmap(hub, "check", "profile.yaml", XDG_CACHE_HOME=kept, HF_HUB_OFFLINE="1").returncode == 0
-    assert len(hub.sent_of(file)) == 2
+    weights = {name: content for name, content in files.items() if name.endswith(".safetensors")}
+    for _ in range(2):
+        assert {name: hub.sent_of(name) for name in weights} == {
+            name: [(0, 8), (8, header_end(content))] for name, content in weights.items()
+        }
+        assert devmap(hub, "check", "profile.yaml", XDG_CACHE_HOME=kept, HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_the_checkpoint_on_the_hub_is_held_to_the_model_by_its_headers(hub):
+    hub.files[FIRST]["model.safetensors"] = safetensors("BF16", shapes(5))
+    done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
+    assert (done.returncode, "9 of 57 tensors are missing" in " ".join(done.stderr.split())) == (1, True), done.stderr
+
+
+def test_a_repository_of_pickles_is_refused(hub):
+    hub.files[FIRST] = {"config.json": config(), "pytorch_model.bin": b"a pickle of more than eight bytes"}
+    done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
+    assert (done.returncode, "error[no-safetensors]" in done.stderr) == (1, True), done.stderr
 
 
 def test_a_server_without_ranges_is_not_read_at_all(hub):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from devmap_config.compiler import Request, run_pipeline
-from devmap_config.graph.source import digest
+from devmap_config.graph.digest import digest
 from devmap_config.plan import changes
 from devmap_config.plan.changes import changed_inputs
 from devmap_config.plan.lock import lock_of, read_lock

@@ -1,0 +1,184 @@
+"""Whether a checkpoint holds the model that a config describes: every tensor by its name, in its shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from devmap_config.graph.cache import default_directory, keep, library_versions
+from devmap_config.graph.digest import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.graph.loading import LoadedModel
+
+SCHEMA = "devmap-checkpoint-match/1"
+"""Moves whenever something else is found."""
+
+NAMES_SHOWN = 3
+
+
+class Mismatch(NamedTuple):
+    """A tensor that is stored otherwise than the model holds it: two shapes, or a `reason` where these do not tell."""
+
+    name: str
+    stored: str
+    wanted: str
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is wrong with it, in a few words."""
+        return f"`{self.name}` {self.reason or f'is {self.stored}, and {self.wanted} in the model'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMatch:
+    """What transformers' loader finds of the names in a checkpoint.
+
+    Attributes:
+        class_name: the class that was loaded.
+        base_prefix: the path of its base model; what is beside it is a head.
+        tensor_count: how many tensors it holds.
+        missing: tensors of the model that the checkpoint does not hold.
+        unexpected: tensors of the checkpoint that the model does not hold, and that transformers' lists do not name.
+        mismatched: tensors that are stored in another shape, or kind of number.
+        unchecked: why names could not be compared; `None` where they were.
+    """
+
+    class_name: str = ""
+    base_prefix: str = ""
+    tensor_count: int = 0
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    unchecked: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CheckpointMatch:
+        """What `dataclasses.asdict` made plain data of.
+
+        Raises:
+            KeyError, TypeError: where the value is not one.
+        """
+        names = {field: tuple(value[field]) for field in ("missing", "unexpected")}
+        mismatched = tuple(Mismatch(*each) for each in value["mismatched"])
+        return cls(**{**value, **names, "mismatched": mismatched})
+
+
+def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> CheckpointMatch | None:
+    """Return whether the checkpoint of a model holds it, as it was found before, else tried with transformers' loader.
+
+    `None` where no checkpoint is at hand. Imports torch where it was not tried before.
+    """
+    checkpoint = model.source.checkpoint
+    if checkpoint is None:
+        return None
+    key = {
+        "schema": SCHEMA,
+        "checkpoint": checkpoint.digest,
+        "config": model.source.config_digest,
+        "class": model.class_name,
+        "dtype": model.dtype,
+        "libraries": library_versions(),
+    }
+    path = default_directory().with_name("matches") / f"{digest(key).removeprefix('sha256:')}.json"
+    if not trust_remote_code:  # code that comes with a model may change without its config
+        try:
+            return CheckpointMatch.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # it was not tried yet, or what was written is damaged
+    match = _tried(model, trust_remote_code=trust_remote_code)
+    if not trust_remote_code and match.unchecked is None:  # what is missing here may be installed later
+        keep(path, json.dumps(asdict(match), separators=(",", ":")))
+    return match
+
+
+def _tried(model: LoadedModel, *, trust_remote_code: bool) -> CheckpointMatch:
+    checkpoint, quantization = model.source.checkpoint, model.quantization
+    if checkpoint is None:
+        raise ValueError("no checkpoint is at hand")
+    try:
+        from devmap_config.graph.meta_loading import load_over_meta
+    except ModuleNotFoundError as error:
+        return CheckpointMatch(unchecked=f"{error.name} is not installed")
+    try:
+        with model.source.as_config() as config_path:
+            return load_over_meta(
+                config_path,
+                checkpoint,
+                class_name=model.class_name,
+                dtype=model.dtype,
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:
+        if quantization is None or not quantization.is_prequantized:
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return CheckpointMatch(unchecked=f"transformers needs more for {quantization.method}: {first_line}"[:300])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a match comes to: an error, or what is to be warned of; each with what to do."""
+
+    error: str | None = None
+    error_help: str = ""
+    warning: str | None = None
+    new: tuple[str, ...] = ()
+    """Tensors that are new on purpose."""
+
+
+def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[str]) -> Judgement:
+    """Return what a match comes to.
+
+    Args:
+        match: what was found.
+        config: the model's config.
+        allowed: the tensors that may be new (`model.allow_new`).
+    """
+    missing = tuple(name for name in match.missing if name not in allowed)
+    mismatched = tuple(each for each in match.mismatched if each.name not in allowed)
+    new = tuple(name for name in match.missing if name in allowed)
+    unexpected = _listed("is not in the model", "are not in the model", [f"`{name}`" for name in match.unexpected])
+    if not missing and not mismatched:
+        return Judgement(warning=unexpected or None, new=new)
+    count = match.tensor_count
+    parts = [
+        _listed(f"of {count} tensors is missing", f"of {count} tensors are missing", [f"`{name}`" for name in missing]),
+        _listed("does not have the model's shape", "do not have the model's shape", [m.text for m in mismatched]),
+        unexpected,
+    ]
+    looks_like, help = _kind_of_mistake(match, missing, mismatched, config)
+    found = "; ".join(filter(None, parts))
+    message = f"the checkpoint does not hold this {match.class_name}, and looks like {looks_like}: {found}"
+    return Judgement(error=message, error_help=help)
+
+
+def _listed(one: str, many: str, texts: list[str]) -> str:
+    """A count, and the first few by name: `2 are not in the model (`a`, `b`)`."""
+    if not texts:
+        return ""
+    more = f" and {len(texts) - NAMES_SHOWN} more" if len(texts) > NAMES_SHOWN else ""
+    return f"{len(texts)} {one if len(texts) == 1 else many} ({', '.join(texts[:NAMES_SHOWN])}{more})"
+
+
+def _kind_of_mistake(
+    match: CheckpointMatch, missing: tuple[str, ...], mismatched: tuple[Mismatch, ...], config: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Which mistake it looks like, and what to do about that."""
+    saved = next((name for name in config.get("architectures") or () if isinstance(name, str)), None)
+    heads = tuple(dict.fromkeys(name.partition(".")[0] for name in missing))
+    if missing and not mismatched and match.base_prefix and match.base_prefix not in heads:
+        listed = ", ".join(heads)
+        other = f"; to load what was saved, say `class: {saved}`" if saved not in (None, match.class_name) else ""
+        return "one without its head", f"if it is to be trained, say so: `allow_new: [{listed}]` under `model`{other}"
+    wrong = len(missing) + len(mismatched)
+    if len(mismatched) * 2 > match.tensor_count or (mismatched and len(mismatched) > len(missing) and wrong > 8):
+        return "one of another size", "name the folder whose config.json and weights are of one model"
+    if wrong * 2 > match.tensor_count:
+        which = "another class of it" if saved not in (None, match.class_name) else "another model"
+        return which, "name the checkpoint of this model, or the class that was saved, as `class`"
+    return "a part of it", "get the checkpoint anew: files are missing, cut off or changed"

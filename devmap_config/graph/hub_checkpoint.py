@@ -1,0 +1,168 @@
+"""Reads the headers of a checkpoint on the hub, and nothing beyond them: two byte ranges of each file of weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.cache import default_directory, keep
+from devmap_config.graph.checkpoint import (
+    INDEX,
+    LENGTH_BYTES,
+    SINGLE_FILE,
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+    header_length,
+    index_files,
+    parse_header,
+    read_checkpoint,
+)
+from devmap_config.graph.digest import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What a repository holds that was never converted to safetensors."""
+
+PARTIAL_CONTENT = 206
+
+CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
+
+TIMEOUT_SECONDS = 10
+
+CONNECTIONS = 8
+"""Files whose headers are asked for at once."""
+
+SCHEMA = "devmap-checkpoint/1"
+"""Moves whenever what is kept of a checkpoint changes."""
+
+
+def hub_checkpoint(
+    repository: str, commit: str, config: Mapping[str, Any], snapshot: Path, *, may_ask: Callable[[], bool]
+) -> Checkpoint | None:
+    """Return what the headers of a checkpoint say; `None` where they cannot be had.
+
+    What a commit holds never changes: it is kept beside the graphs, so that a profile means the same off line.
+
+    Args:
+        repository: the hub id.
+        commit: its commit.
+        config: its config, which may name the file of weights.
+        snapshot: where the hub's client keeps the files of this commit, as far as it has them.
+        may_ask: whether the hub can be reached, asked only where the headers are neither kept nor in the snapshot.
+
+    Raises:
+        CheckpointError: where the files cannot be used: pickles, or headers that cannot be read.
+    """
+    name = digest({"checkpoint": repository, "commit": commit, "schema": SCHEMA}).removeprefix("sha256:")
+    path = default_directory().with_name("checkpoints") / f"{name}.json"
+    try:
+        return _from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it was not asked for yet, or what was written is damaged
+    if (found := _in_snapshot(snapshot, config)) is not None:
+        return found
+    asked = _asked_for(repository, commit, config) if may_ask() else None
+    if asked is not None:
+        keep(path, json.dumps(_to_json(asked), separators=(",", ":")))
+    return asked
+
+
+def _in_snapshot(snapshot: Path, config: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint as the hub's client has it, where all of it is there."""
+    try:
+        return read_checkpoint(snapshot, config)
+    except (CheckpointError, OSError):  # a download that was not finished goes on when the model is loaded
+        return None
+
+
+def _to_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "files": dict(checkpoint.file_bytes),
+        "tensors": {name: [*tensor] for name, tensor in checkpoint.tensors.items()},
+    }
+
+
+def _from_json(value: Mapping[str, Any]) -> Checkpoint:
+    tensors = {
+        name: StoredTensor(dtype, tuple(shape), file, start, end)
+        for name, (dtype, shape, file, start, end) in value["tensors"].items()
+    }
+    return Checkpoint(value["files"], tensors)
+
+
+def _asked_for(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:
+    explicit = config.get("transformers_weights")
+    single, index = (explicit, explicit) if isinstance(explicit, str) else (SINGLE_FILE, INDEX)
+    try:
+        if not single.endswith(".json") and (found := _header_of(repository, single, commit)) is not None:
+            return found
+        return _sharded(repository, index, commit)
+    except CheckpointError:
+        raise
+    except Exception:  # the client's errors have no common type, and without headers nothing is said of the checkpoint
+        return None
+
+
+def _sharded(repository: str, index: str, commit: str) -> Checkpoint | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        text = Path(hf_hub_download(repository, index, revision=commit)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        _refuse_pickles(repository, commit)
+        return None
+    files = index_files(json.loads(text), index)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        found = list(pool.map(lambda file: _header_of(repository, file, commit), files))
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
+        return None
+    file_bytes = {name: size for part in parts for name, size in part.file_bytes.items()}
+    return Checkpoint(file_bytes, {name: tensor for part in parts for name, tensor in part.tensors.items()})
+
+
+def _refuse_pickles(repository: str, commit: str) -> None:
+    if any(_range(repository, name, commit, 0, LENGTH_BYTES) is not None for name in PICKLES):
+        raise CheckpointError(
+            "no-safetensors",
+            f"`{repository}` holds pickles only: loading them may run any code, and they tell nothing before",
+            "name a revision that holds safetensors (the hub's conversion makes one: `revision: refs/pr/1`, say), or a"
+            " folder with a copy that was converted",
+        )
+
+
+def _header_of(repository: str, filename: str, commit: str) -> Checkpoint | None:
+    """What one file's header says; `None` where the server does not send parts of it."""
+    first = _range(repository, filename, commit, 0, LENGTH_BYTES)
+    if first is None:
+        return None
+    first_bytes, size_bytes = first
+    length = header_length(first_bytes, size_bytes, filename)
+    second = _range(repository, filename, commit, LENGTH_BYTES, LENGTH_BYTES + length)
+    if second is None:
+        return None
+    header = parse_header(second[0], size_bytes, filename)
+    tensors = {name: StoredTensor(*entry[:2], filename, *entry[2:]) for name, entry in header.items()}
+    return Checkpoint({filename: size_bytes}, tensors)
+
+
+def _range(repository: str, filename: str, commit: str, start: int, end: int) -> tuple[bytes, int] | None:
+    """The bytes of a file from `start` to before `end`, and its size; nothing is read of an answer that is another."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repository, filename, revision=commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response:
+        size = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status_code != PARTIAL_CONTENT or size is None:
+            return None
+        content: bytes = response.read()
+    return (content, int(size[1])) if len(content) == min(end, int(size[1])) - start else None

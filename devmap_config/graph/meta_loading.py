@@ -1,0 +1,152 @@
+"""Runs transformers' own loader over tensors without data, made from a checkpoint's headers: what it finds of names."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from math import prod
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from transformers import AutoConfig, modeling_utils
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import logging
+
+from devmap_config.graph.checkpoint_match import CheckpointMatch, Mismatch
+from devmap_config.graph.introspection import resolve_class
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.checkpoint import Checkpoint, StoredTensor
+
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+"""torch's names of a header's dtypes."""
+
+
+def load_over_meta(
+    config_path: Path, checkpoint: Checkpoint, *, class_name: str, dtype: str, trust_remote_code: bool = False
+) -> CheckpointMatch:
+    """Load a model from a checkpoint's headers, with transformers' own loader, and return what it finds of names.
+
+    What is renamed, fused, split or tied while loading is so here as well. Nothing is read but the config.
+
+    Args:
+        config_path: the model's folder, or its `config.json`.
+        checkpoint: what its headers say.
+        class_name: the class that is to be loaded.
+        dtype: torch's name of the dtype in which it is to be loaded.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        Exception: whatever transformers raises where it does not come to compare names, as without the package of a
+            quantizer.
+    """
+    config = AutoConfig.from_pretrained(str(config_path), trust_remote_code=trust_remote_code)
+    model_class = resolve_class(class_name, config, trust_remote_code=trust_remote_code)
+    stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
+    with _reported() as reports:
+        model, _ = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=stored,
+            device_map={"": "meta"},
+            dtype=getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    info = reports[0]
+    wanted = model.state_dict()
+    shapes = [Mismatch(name, _shown(found), _shown(expected)) for name, found, expected in info.mismatched_keys]
+    unconverted = [Mismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
+    mismatched = [*shapes, *unconverted, *_of_other_kinds(checkpoint, wanted), *_gaps(checkpoint, model)]
+    named = {mismatch.name for mismatch in mismatched}
+    return CheckpointMatch(
+        class_name=type(model).__name__,
+        base_prefix=model.base_model_prefix,
+        tensor_count=len(wanted),
+        missing=tuple(sorted(set(info.missing_keys) - named)),
+        unexpected=tuple(sorted(info.unexpected_keys)),
+        mismatched=tuple(sorted(mismatched)),
+    )
+
+
+def _empty(tensor: StoredTensor) -> torch.Tensor:
+    dtype = getattr(torch, TORCH_DTYPES.get(tensor.dtype, ""), None)
+    if dtype is None:  # packed below a byte: the bytes are what transformers sees of it
+        return torch.empty(tensor.end - tensor.start, dtype=torch.uint8, device="meta")
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def _reported() -> Iterator[list[Any]]:
+    """Take what transformers would log of a load; without progress bars."""
+    reports: list[Any] = []
+
+    def report(*, loading_info: Any, **_others: Any) -> None:
+        reports.append(loading_info)
+
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with patch.object(modeling_utils, "log_state_dict_report", report):
+            yield reports
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) -> Iterator[Mismatch]:
+    """Tensors that are stored in a kind of number that casting does not turn into what the model holds.
+
+    Integers, or floats of 8 bits, in place of weights are those of a quantised model, whose scales are apart.
+    """
+    for name, tensor in checkpoint.tensors.items():
+        held = wanted.get(name)
+        dtype = getattr(torch, TORCH_DTYPES.get(tensor.dtype, ""), None)
+        if held is None or dtype is None or tuple(held.shape) != tensor.shape or dtype == held.dtype:
+            continue
+        if held.is_floating_point() and (not dtype.is_floating_point or dtype.itemsize == 1):
+            shape, name_of_dtype = _shown(tensor.shape), str(held.dtype).removeprefix("torch.")
+            yield Mismatch(name, f"{shape} of {tensor.dtype}", f"{shape} of {name_of_dtype}")
+
+
+def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:
+    """Lists that are merged into one tensor, and of which the checkpoint has numbers that do not follow one another.
+
+    transformers merges them in their order, so that each after a gap would be taken for the one before it.
+    """
+    patterns = [
+        re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+        for conversion in get_model_conversion_mapping(model)
+        for pattern in conversion.source_patterns
+        if "*" in pattern
+    ]
+    numbers: dict[str, set[int]] = {}
+    for name in checkpoint.tensors:
+        for match in filter(None, (pattern.search(name) for pattern in patterns)):
+            start, end = match.span(1)
+            numbers.setdefault(f"{name[:start]}*{name[end:]}", set()).add(int(match[1]))
+    for name, found in numbers.items():
+        if absent := sorted(set(range(max(found))) - found):
+            yield Mismatch(name.replace("*", str(absent[0])), "", "", f"is missing between others, up to {max(found)}")
+
+
+def _shown(shape: Any) -> str:
+    return " × ".join(map(str, shape)) if prod(shape) != 1 or len(shape) > 0 else "a number"
+
+
+def _last_line(text: str) -> str:
+    """What of a traceback tells most: torch's or transformers' own words."""
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Traceback", "File", "^", "Error:"))]
+    return f"cannot be put together: {said[-1] if said else 'its conversion fails'}".rstrip(".")
