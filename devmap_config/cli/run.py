@@ -19,7 +19,7 @@ from devmap_config.cli.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.loading import RunnerError
     from devmap_config.runner.runner import Deployment
 
@@ -64,7 +64,7 @@ def run(
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
     from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
-    from devmap_config.diagnostics.diagnostic import ProfileError
+    from devmap_config.diagnostics.diagnostic import ProfileError, Sink
     from devmap_config.runner.loading import RunnerError, UnfitMachineError, quieten_libraries
     from devmap_config.runner.runner import load_verified, prepare, require_fit_machine
 
@@ -72,16 +72,17 @@ def run(
         return report_missing(profile, output_format)
     if not prompt.strip():
         raise click.UsageError("the prompt is empty")
-    warnings: tuple[Diagnostic, ...] = ()
+    sink = Sink()
     try:
         deployment = prepare(
             profile, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code
         )
         if not no_probe:
-            warnings = require_fit_machine(deployment)
+            for finding in require_fit_machine(deployment):
+                sink.report(finding)
         quieten_libraries(progress=sys.stderr.isatty() and not quiet and output_format != "json")
         model = load_verified(deployment)
-        output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens)
+        output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens, sink)
     except ProfileError as error:
         report(error.diagnostics, error.texts, output_format, quiet=quiet, data={"plan": None, "output": None})
         return 1
@@ -93,9 +94,9 @@ def run(
     summary = _summary(deployment)
     if output_format == "json":
         data = {"plan": deployment.plan.to_json(), "verified": True, "output": output}
-        report(warnings, {}, "json", data=data)
+        report(sink, {}, "json", data=data)
         return 0
-    report(warnings, {}, output_format, quiet=quiet)
+    report(sink, {}, output_format, quiet=quiet)
     if not quiet:
         click.echo(summary, err=True)
     if output is not None:
@@ -103,11 +104,10 @@ def run(
     return 0
 
 
-def _speak(model: Any, deployment: Deployment, prompt: str, max_new_tokens: int) -> str:
+def _speak(model: Any, deployment: Deployment, prompt: str, max_new_tokens: int, sink: Sink) -> str:
     from devmap_config.runner.generation import demonstrate
 
-    request = deployment.request
-    return demonstrate(model, request.weights, prompt, max_new_tokens=max_new_tokens, revision=request.revision)
+    return demonstrate(model, deployment.request, prompt, sink, max_new_tokens=max_new_tokens)
 
 
 def _summary(deployment: Deployment) -> str:

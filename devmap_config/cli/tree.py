@@ -124,9 +124,10 @@ def graph_of_source(
     With a `context_length` it is measured; one below 1 stands for the profile's, or the default.
     """
     from devmap_config.graph.costs import Workload
-    from devmap_config.graph.introspection import UnbuildableModelError
+    from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError
     from devmap_config.graph.loading import graph_from_source
     from devmap_config.graph.quantization import QuantizationError, effective_quantization
+    from devmap_config.graph.remote_code import READ_IT_FIRST
     from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
 
     path = Path(source)
@@ -152,6 +153,8 @@ def graph_of_source(
         )
     except (ModelNotFoundError, json.JSONDecodeError) as error:
         raise click.UsageError(str(error)) from None
+    except UntrustedCodeError as error:
+        raise click.ClickException(f"{error}; {READ_IT_FIRST}") from None
     except (UnbuildableModelError, QuantizationError) as error:
         raise click.ClickException(f"transformers cannot build this model: {error}") from None
 

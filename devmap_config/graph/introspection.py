@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.estimation import estimate
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
 from devmap_config.graph.quantization import METHODS, Storage, quantized, stored_tensors
+from devmap_config.graph.remote_code import class_reference, code_files, fails_without, listed
+from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import (
-    class_of_its_own_code,
     init_contexts,
     is_auto_class,
     kept_dtypes,
@@ -37,6 +38,10 @@ class UnbuildableModelError(Exception):
     """transformers cannot build this model here; the text says why."""
 
 
+class UntrustedCodeError(UnbuildableModelError):
+    """The model cannot be built without the code that comes with it, which was not allowed to run."""
+
+
 def build_graph(
     config_path: Path,
     *,
@@ -45,6 +50,7 @@ def build_graph(
     attention: str | None,
     workload: Workload | None = None,
     trust_remote_code: bool = False,
+    repository: tuple[str, str] | None = None,
     quantization: Quantization | None = None,
 ) -> ModelGraph:
     """The graph of the model that `config_path` describes.
@@ -57,6 +63,7 @@ def build_graph(
         workload: what is to be measured besides the tree; where the model's code cannot be run without data,
             formulas stand in for the measurement, which says so.
         trust_remote_code: whether code that comes with the model may run.
+        repository: the hub id and commit that the config is of, where its code is fetched from.
         quantization: how its weights are quantised once loaded.
 
     Raises:
@@ -65,7 +72,12 @@ def build_graph(
         ModuleNotFoundError: where torch or transformers is not installed.
     """
     model = meta_model(
-        config_path, class_name=class_name, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+        config_path,
+        class_name=class_name,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        repository=repository,
     )
     import torch
 
@@ -73,7 +85,8 @@ def build_graph(
     if workload is None:
         return graph
     converted = {} if quantization is None else stored_tensors(model, quantization)
-    measurement = _measured(model, graph, workload)
+    with code_of_models(allowed=trust_remote_code):
+        measurement = _measured(model, graph, workload)
     if converted and quantization is not None:
         dense_bytes = {name: graph.tensors[TensorName(name)].element_count * model.dtype.itemsize for name in converted}
         measurement = quantized(measurement, graph, dense_bytes, dequantizes=METHODS[quantization.method].dequantizes)
@@ -81,28 +94,66 @@ def build_graph(
 
 
 def meta_model(
-    config_path: Path, *, class_name: str, dtype: str, attention: str | None, trust_remote_code: bool = False
+    config_path: Path,
+    *,
+    class_name: str,
+    dtype: str,
+    attention: str | None,
+    trust_remote_code: bool = False,
+    repository: tuple[str, str] | None = None,
 ) -> PreTrainedModel:
     """The model on the meta device; the arguments are those of `build_graph`.
 
     Raises:
+        UntrustedCodeError: where only code that comes with the model can build it, and it may not run.
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
     """
     try:
         import torch
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
     except ModuleNotFoundError:  # of which the caller speaks: the model is not to blame
         raise
     except Exception as error:
         raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
+    stated: dict[str, Any] = {}
     try:
-        config = AutoConfig.from_pretrained(str(config_path), trust_remote_code=trust_remote_code)
-        model_class = resolve_class(class_name, config, trust_remote_code=trust_remote_code)
-        return build_meta_model(model_class, config, getattr(torch, dtype), attention)
-    except UnbuildableModelError:
-        raise
+        with code_of_models(allowed=trust_remote_code):
+            stated, _ = PreTrainedConfig.get_config_dict(str(config_path))
+            reference = class_reference(stated, class_name) if trust_remote_code else None
+            with_code = (
+                trust_remote_code and bool(code_files(stated)) and not (reference is None and _is_own(class_name))
+            )
+            location, revision = _where_code_is(config_path, repository) if with_code else (str(config_path), None)
+            config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=with_code)
+            if reference is None:
+                model_class = resolve_class(class_name, config)
+            else:
+                model_class = class_from_code(reference, location, revision)
+            return build_meta_model(model_class, config, getattr(torch, dtype), attention)
     except Exception as error:  # whatever a model's own code raises on a config that it does not accept
+        has_none = isinstance(error, UnbuildableModelError) and class_reference(stated, class_name) is not None
+        if not trust_remote_code and (has_none or fails_without(stated, class_name, error)):
+            raise UntrustedCodeError(
+                f"the model brings code of its own, which was not run: {listed(code_files(stated))}"
+            ) from error
+        if isinstance(error, UnbuildableModelError):
+            raise
         raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tuple[str, str | None]:
+    """The folder, or the repository and its commit, of which transformers takes code along with the config."""
+    if repository is not None:
+        return repository
+    return str(config_path.parent if config_path.name == "config.json" else config_path), None
+
+
+def _is_own(class_name: str) -> bool:
+    """Whether a class is a concrete one of transformers, which takes a config of transformers."""
+    import transformers
+
+    found = getattr(transformers, class_name, None)
+    return found is not None and not is_auto_class(found)
 
 
 def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
@@ -115,8 +166,8 @@ def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> 
         return estimate(graph, text_config.to_dict(), workload, reason=str(error))
 
 
-def resolve_class(class_name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Any:
-    """The concrete model class that `class_name` means for this config."""
+def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
+    """The concrete class of transformers that `class_name` means for this config."""
     import transformers
 
     found = getattr(transformers, class_name, None)
@@ -124,9 +175,6 @@ def resolve_class(class_name: str, config: PreTrainedConfig, *, trust_remote_cod
         raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`")
     if not is_auto_class(found):
         return found
-    remote = getattr(config, "auto_map", None) or {}
-    if trust_remote_code and class_name in remote:
-        return class_of_its_own_code(remote[class_name], config.name_or_path)
     mapping = model_mapping(found)  # the public `from_config` would build, and initialise, the model
     if type(config) not in mapping:
         raise UnbuildableModelError(f"`{class_name}` has no model for `{config.model_type}`")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import Workload
-from devmap_config.graph.introspection import UnbuildableModelError, build_graph
+from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.quantization import (
     METHODS,
     UNCHANGED,
@@ -18,6 +18,7 @@ from devmap_config.graph.quantization import (
     effective_quantization,
     format_of,
 )
+from devmap_config.graph.remote_code import READ_IT_FIRST
 from devmap_config.graph.source import (
     ASSUMED_DTYPE,
     ModelNotFoundError,
@@ -242,12 +243,15 @@ def _built(
     except QuantizationError as error:
         sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
         return None
+    except UntrustedCodeError as error:
+        sink.error("remote-code", str(error), loaded.span("model", "source"), help=READ_IT_FIRST)
+        return None
     except UnbuildableModelError as error:
         sink.error(
             "unsupported-model",
             f"transformers cannot build this model: {error}",
             loaded.span("model", "class" if loaded.profile.model.class_name else "source"),
-            help=_building_advice(source, str(error)),
+            help=_building_advice(str(error)),
         )
         return None
 
@@ -349,6 +353,7 @@ def graph_from_source(
     """The graph of a model, from the cache where it is kept.
 
     Raises:
+        UntrustedCodeError: where only code that comes with it can build it, and it may not run.
         UnbuildableModelError: where transformers cannot build it.
         QuantizationError: where the quantization's arguments cannot be meant.
     """
@@ -362,6 +367,7 @@ def graph_from_source(
                 attention=buildable_attention(attention),
                 workload=workload,
                 trust_remote_code=trust_remote_code,
+                repository=source.repository,
                 quantization=quantization,
             )
 
@@ -462,9 +468,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
         )
 
 
-def _building_advice(source: ModelSource, reason: str) -> str:
+def _building_advice(reason: str) -> str:
     if "attn_implementation" in reason or "scaled_dot_product_attention" in reason:
         return "say `attention: eager`"
-    if source.config.get("auto_map"):
-        return "the model brings code of its own: read it, then pass `--trust-remote-code`"
     return "check `class`, and that this version of transformers knows the model"

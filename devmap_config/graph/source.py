@@ -85,6 +85,11 @@ class ModelSource:
             yield Path(directory)
 
     @property
+    def repository(self) -> tuple[str, str] | None:
+        """The hub id and the commit that the config is of."""
+        return None if self.weights is None or self.commit is None else (self.weights, self.commit)
+
+    @property
     def class_name(self) -> str | None:
         """The class that the config names first."""
         architectures = self.config.get("architectures") or [None]

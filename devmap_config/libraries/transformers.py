@@ -33,9 +33,6 @@ INIT_CONTEXT = Private(
 ATTENTION = Private(
     "transformers.PreTrainedConfig._attn_implementation", "the attention's implementation, as `from_pretrained` sets it"
 )
-DYNAMIC_CLASS = Private(
-    "transformers.dynamic_module_utils.get_class_from_dynamic_module", "the class that a model's own code defines"
-)
 
 
 def is_auto_class(class_: Any) -> bool:
@@ -47,11 +44,6 @@ def model_mapping(auto_class: Any) -> Mapping[Any, Any]:
     """Return the model classes that an Auto class stands for, by config class."""
     mapping: Mapping[Any, Any] = MODEL_MAPPING.of(auto_class)
     return mapping
-
-
-def class_of_its_own_code(reference: str, location: str) -> Any:
-    """Return the class that the code beside a model defines; runs that code."""
-    return DYNAMIC_CLASS.find()(reference, location)
 
 
 def init_contexts(model_class: Any, dtype: torch.dtype) -> Iterable[Any]:

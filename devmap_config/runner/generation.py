@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.remote_code import READ_IT_FIRST, code_files, listed
 from devmap_config.libraries.accelerate import hooks_of
-from devmap_config.runner.loading import RunnerError
+from devmap_config.libraries.remote_code import code_of_models, tokenizer_config
+from devmap_config.runner.loading import RunnerError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,17 +15,25 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.runner.loading import LoadRequest
+
 FALLBACK_LENGTH = 8
 """Tokens of the made-up input of a model that has no tokenizer."""
 
 
-def demonstrate(
-    model: PreTrainedModel, weights: str, prompt: str, *, max_new_tokens: int, revision: str | None = None
-) -> str:
+def demonstrate(model: PreTrainedModel, request: LoadRequest, prompt: str, sink: Sink, *, max_new_tokens: int) -> str:
     """What the model makes of a prompt: generated text, or the shapes that a forward gives.
 
+    Args:
+        model: the model, loaded.
+        request: what it was loaded from, and whether code that comes with it may run.
+        prompt: what it goes on from.
+        sink: takes why tokens are shown where text is wanted.
+        max_new_tokens: how much it writes.
+
     Raises:
-        RunnerError: where the model takes something else than tokens.
+        RunnerError: where the model takes something else than tokens, or does not run.
     """
     import torch
 
@@ -33,22 +43,50 @@ def demonstrate(
             f"{type(model).__name__} takes `{model.main_input_name}`, for which a prompt is no input",
             "`--no-generate` loads and verifies; `devmap_config.load_model` gives the model for inputs of its own",
         )
-    tokenizer = _tokenizer(weights, revision)
-    inputs = _inputs(model, tokenizer, prompt)
-    with torch.no_grad():
-        if model.can_generate():
-            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            return _as_text(tokens[0], tokenizer)
-        return "\n".join(_described(model(**inputs)))
+    with torch.no_grad(), code_of_models(allowed=request.trust_remote_code):
+        tokenizer = _tokenizer(request, sink)
+        inputs = _inputs(model, tokenizer, prompt)
+        try:
+            return _spoken(model, tokenizer, inputs, max_new_tokens)
+        except Exception as error:  # what a model's own code, or what its generation config asks for, may raise
+            raise RunnerError(
+                "forward-failed",
+                f"the model is loaded and verified, and does not run: {type(error).__name__}: {first_line(error)}",
+                "`--no-generate` loads and verifies; `devmap_config.load_model` gives the model for inputs of your own",
+            ) from error
 
 
-def _tokenizer(weights: str, revision: str | None) -> Any:
+def _spoken(model: PreTrainedModel, tokenizer: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> str:
+    if model.can_generate():
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return _as_text(tokens[0], tokenizer)
+    return "\n".join(_described(model(**inputs)))
+
+
+def _tokenizer(request: LoadRequest, sink: Sink) -> Any:
+    """The checkpoint's tokenizer; `None` where it has none that can be used, and why not is in the sink."""
     from transformers import AutoTokenizer
 
+    stated = tokenizer_config(request.weights, request.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(weights, revision=revision or "main")
-    except (OSError, ValueError, KeyError):  # a checkpoint without a tokenizer is a checkpoint still
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(
+            request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
+        )
+    except Exception as error:  # whatever a tokenizer's own code raises; without files, what transformers makes of that
+        if (files := code_files(stated)) and not request.trust_remote_code:
+            sink.warning(
+                "remote-code",
+                f"the tokenizer is code that comes with the model, which was not run: {listed(files)}; tokens stand in"
+                " for text",
+                help=READ_IT_FIRST,
+            )
+        elif stated:
+            sink.warning(
+                "no-tokenizer",
+                f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)}): tokens stand in for text",
+                help="see that the checkpoint has all of its tokenizer's files, and what these need is installed",
+            )
+        return None  # a checkpoint without a tokenizer is a checkpoint still
     # For some models, transformers makes one up then, which knows no words.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
@@ -61,9 +99,18 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, to
         encoded = {"input_ids": (length % model.config.get_text_config().vocab_size).unsqueeze(0)}
     else:
         encoded = dict(tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
-    devices = (getattr(hook, "execution_device", None) for hook in hooks_of(model.get_input_embeddings()))
-    device = next((device for device in devices if device is not None), model.device)
+    device = _device_of_tokens(model)
     return {name: tensor.to(device) for name, tensor in encoded.items()}
+
+
+def _device_of_tokens(model: PreTrainedModel) -> Any:
+    """Where the embeddings run; a model's own code need not tell which they are."""
+    try:
+        hooks = hooks_of(model.get_input_embeddings())
+    except NotImplementedError:
+        hooks = hooks_of(model)
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), model.device)
 
 
 def _as_text(tokens: torch.Tensor, tokenizer: Any) -> str:

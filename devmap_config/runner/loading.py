@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.quantization import torchao_type
+from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, fails_without, listed
+from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
 from devmap_config.plan.plan import transformers_device
 
@@ -48,7 +50,8 @@ class UnfitMachineError(RunnerError):
 class LoadRequest:
     """What `from_pretrained` is asked for besides the map.
 
-    `weights` is a directory or a hub id, `revision` the commit of the latter.
+    `weights` is a directory or a hub id, `revision` the commit of the latter. `config` is the model's as it is written:
+    it names the code that comes with the model.
     """
 
     weights: str
@@ -59,6 +62,7 @@ class LoadRequest:
     quantization: Mapping[str, Any] = field(default_factory=dict)
     offload_folder: Path | None = None
     trust_remote_code: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
@@ -71,10 +75,6 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
     require_accelerate()
     _require_modules(plan)
     _require_devices(plan)
-    import transformers
-
-    # What runs is `from_pretrained` of the class that the plan was made for.
-    model_class = getattr(transformers, request.class_name)
     arguments: dict[str, Any] = {
         "device_map": _device_map(plan),
         "dtype": request.dtype,
@@ -86,8 +86,8 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
-    with streaming_to(transformers_device(plan.main_device)):
-        model = _loaded(model_class, request, arguments)
+    with streaming_to(transformers_device(plan.main_device)), code_of_models(allowed=request.trust_remote_code):
+        model = _loaded(request, arguments)
     return _computing_on_cpu(model, plan) if plan.compute else model
 
 
@@ -122,19 +122,52 @@ def _require_modules(plan: Plan) -> None:
             )
 
 
-def _loaded(model_class: Any, request: LoadRequest, arguments: Mapping[str, Any]) -> PreTrainedModel:
+def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> PreTrainedModel:
     try:
+        model_class, arguments = _model_class(request), {**arguments, **_own_config(request)}
         if request.quantization:
             arguments = {**arguments, "quantization_config": _quantization_config(request.quantization)}
         model: PreTrainedModel = model_class.from_pretrained(request.weights, **arguments)
     except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
-        first_line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if not request.trust_remote_code and fails_without(request.config, request.class_name, error):
+            files = listed(code_files(request.config))
+            raise RunnerError(
+                "remote-code", f"the model brings code of its own, which was not run: {files}", READ_IT_FIRST
+            ) from error
         raise RunnerError(
             "load-failed",
-            f"transformers cannot load it here: {type(error).__name__}: {first_line}",
+            f"transformers cannot load it here: {reason}",
             "install what it asks for, or change `attention`, `quantization` or `class`",
         ) from error
     return model
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first."""
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".")
+
+
+def _model_class(request: LoadRequest) -> Any:
+    """The class that the plan was made for, whose `from_pretrained` is what runs."""
+    import transformers
+
+    if reference := _code_reference(request):
+        return class_from_code(reference, request.weights, request.revision)
+    return getattr(transformers, request.class_name)
+
+
+def _own_config(request: LoadRequest) -> dict[str, Any]:
+    """The config of a model that brings its class: such a class need not say which config it takes."""
+    from transformers import AutoConfig
+
+    if _code_reference(request) is None:
+        return {}
+    return {"config": AutoConfig.from_pretrained(request.weights, revision=request.revision, trust_remote_code=True)}
+
+
+def _code_reference(request: LoadRequest) -> str | None:
+    return class_reference(request.config, request.class_name) if request.trust_remote_code else None
 
 
 def quieten_libraries(*, progress: bool) -> None:

@@ -107,6 +107,7 @@ def prepare(
         quantization=dict(loaded.profile.model.quantization or {}),
         offload_folder=None if folder is None else loaded.beside(folder, "placement", "offload", "folder"),
         trust_remote_code=trust_remote_code,
+        config=model.source.config,
     )
     return Deployment(plan, compilation, request, lock)
 

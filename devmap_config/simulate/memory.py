@@ -50,6 +50,7 @@ def simulation_of(
 ) -> Simulation:
     """Build the plan's model without data and run it as the plan says. Imports torch."""
     from devmap_config.graph.introspection import UnbuildableModelError, meta_model
+    from devmap_config.libraries.remote_code import code_of_models
     from devmap_config.simulate.dry_run import dry_run
 
     try:
@@ -60,10 +61,12 @@ def simulation_of(
                 dtype=model.dtype,
                 attention=buildable_attention(model.attention),
                 trust_remote_code=trust_remote_code,
+                repository=model.source.repository,
             )
     except UnbuildableModelError as error:
         return Simulation(outcome="unsimulated", reason=str(error))
-    return dry_run(built, model.graph, plan, decoded_tokens=decoded_tokens)
+    with code_of_models(allowed=trust_remote_code):
+        return dry_run(built, model.graph, plan, decoded_tokens=decoded_tokens)
 
 
 def plan_digest(plan: Plan) -> str:

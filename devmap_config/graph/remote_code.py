@@ -1,0 +1,77 @@
+"""What a config says of code that comes with its model, read without running any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+READ_IT_FIRST = "read it, then pass `--trust-remote-code`: it runs with all that you may do"
+"""What to do about code that comes with a model."""
+
+
+def code_files(config: Mapping[str, object]) -> tuple[str, ...]:
+    """The files that the config, or the config of a model within, would have run; in order, each once.
+
+    A file of another repository than the model's is written `owner/name: file.py`.
+    """
+    return tuple(dict.fromkeys(map(_file, _references(config))))
+
+
+def class_reference(config: Mapping[str, object], class_name: str) -> str | None:
+    """Which of its code the config gives for a class: by an Auto class's name, or by the class's own."""
+    auto_map = config.get("auto_map")
+    if not isinstance(auto_map, Mapping):
+        return None
+    models = {name: reference for name, reference in auto_map.items() if isinstance(reference, str)}
+    if class_name in models:
+        return models[class_name]
+    return next(
+        (
+            reference
+            for name, reference in models.items()
+            if name.startswith("AutoModel") and reference.rpartition(".")[2] == class_name
+        ),
+        None,
+    )
+
+
+def fails_without(config: Mapping[str, object], class_name: str, error: Exception) -> bool:
+    """Whether it was for want of the code that the config names that transformers could not make the model."""
+    import transformers
+
+    if not code_files(config):
+        return False
+    is_known = str(config.get("model_type")) in transformers.CONFIG_MAPPING and hasattr(transformers, class_name)
+    return not is_known or "trust_remote_code" in str(error)  # what it tells to set, of models within the model
+
+
+def listed(files: tuple[str, ...]) -> str:
+    """Files as a message names them."""
+    return ", ".join(f"`{file}`" for file in files)
+
+
+def _references(config: Mapping[str, object]) -> Iterator[str]:
+    for key, value in config.items():
+        if key == "auto_map":
+            yield from _texts(value)
+        elif isinstance(value, Mapping):
+            yield from _references(value)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):  # of a tokenizer: the slow and the fast one
+        for each in value:
+            yield from _texts(each)
+
+
+def _file(reference: str) -> str:
+    repository, _, dotted = reference.rpartition("--")
+    file = f"{dotted.rpartition('.')[0] or dotted}.py"
+    return f"{repository}: {file}" if repository else file

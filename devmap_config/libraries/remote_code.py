@@ -1,0 +1,71 @@
+"""Code that comes with a model: it runs where that is allowed, and nothing ever asks whether it may."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from devmap_config.libraries.private import Private
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TIME_TO_ANSWER = Private(
+    "transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE",
+    "how long transformers waits for an answer where it asks whether a model's code may run; at 0 it raises",
+)
+IMPORT_CLASS = Private(
+    "transformers.dynamic_module_utils.get_class_in_module", "imports a model's code: the last door before it runs"
+)
+DYNAMIC_CLASS = Private(
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "the class that a model's own code defines",
+    takes=("revision",),
+)
+ADD_GENERATE = Private(
+    "transformers.models.auto.auto_factory.add_generation_mixin_to_remote_model",
+    "gives `generate` to classes from before 2024, which count on its coming with `PreTrainedModel`",
+)
+TOKENIZER_CONFIG = Private(
+    "transformers.models.auto.tokenization_auto.get_tokenizer_config", "a tokenizer's config, read without its code"
+)
+
+
+@contextmanager
+def code_of_models(*, allowed: bool) -> Iterator[None]:
+    """Let code that comes with a model run within only where it is `allowed`, and nothing ask on standard input.
+
+    transformers asks wherever it was not told, which it is not for the models within a model: there, too, this is the
+    answer. What the libraries and the model's code print goes to stderr, for stdout is for results.
+    """
+    TIME_TO_ANSWER.find()
+    IMPORT_CLASS.find()
+    from transformers import dynamic_module_utils
+
+    with patch.object(sys, "stdin", None), redirect_stdout(sys.stderr):
+        if allowed:
+            with patch.object(dynamic_module_utils, "input", lambda _question: "y", create=True):
+                yield
+        else:
+            with (
+                patch.object(dynamic_module_utils, TIME_TO_ANSWER.attribute, 0),
+                patch.object(dynamic_module_utils, IMPORT_CLASS.attribute, _refuse),
+            ):
+                yield
+
+
+def _refuse(*_arguments: Any, **_options: Any) -> Any:
+    raise ValueError("code that comes with the model is not allowed to run")
+
+
+def class_from_code(reference: str, location: str, revision: str | None) -> Any:
+    """Return the class that an `auto_map` refers to, from the folder or repository that brings it; runs its code."""
+    return ADD_GENERATE.find()(DYNAMIC_CLASS.find()(reference, location, revision=revision))
+
+
+def tokenizer_config(location: str, revision: str | None) -> dict[str, Any]:
+    """Return what a tokenizer's config says; nothing where there is none."""
+    found: dict[str, Any] = TOKENIZER_CONFIG.find()(location, revision=revision)
+    return found
