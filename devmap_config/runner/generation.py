@@ -83,7 +83,8 @@ def _tokenizer(request: LoadRequest, sink: Sink) -> Any:
         elif stated:
             sink.warning(
                 "no-tokenizer",
-                f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)}): tokens stand in for text",
+                f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)}): tokens stand in"
+                " for text",
                 help="see that the checkpoint has all of its tokenizer's files, and what these need is installed",
             )
         return None  # a checkpoint without a tokenizer is a checkpoint still
