@@ -490,5 +490,8 @@ def test_a_cache_that_is_brought_along_may_be_apart():
     graph = graph_of(model, torch.float32)
     workload = Workload(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
     measurement = measure(model, graph, workload)
-    assert ("model.layers.0", "model.layers.2") not in measurement.bonds
-    assert ("model.layers.2", "model.layers.0") in {(each.reader, each.maker) for each in measurement.crossings}
+    # Until transformers 5.21 it is no argument that accelerate copies, and the model copies it itself.
+    is_brought_along = "shared_kv_states" not in graph.skip_keys
+    assert (("model.layers.0", "model.layers.2") not in measurement.bonds) == is_brought_along
+    crossings = {(each.reader, each.maker) for each in measurement.crossings}
+    assert (("model.layers.2", "model.layers.0") in crossings) == is_brought_along
