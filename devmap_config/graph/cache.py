@@ -35,7 +35,7 @@ def cached_graph(
 
     A file that cannot be read or written is never an error: the graph is then made again.
     """
-    made_by = {"schema": SCHEMA, "libraries": library_versions(), "code": _own_code()}
+    made_by = {"schema": SCHEMA, "libraries": library_versions(), "code": code_digest("graph", "libraries")}
     name = digest({**key, **made_by}).removeprefix("sha256:")
     path = (directory or default_directory()) / f"{name}.json"
     try:
@@ -60,10 +60,11 @@ def keep(path: Path, text: str) -> None:
 
 
 @cache
-def _own_code() -> str:
-    """A digest of the code that reads and measures models: what it makes may change when it does."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return digest({source.name: source.read_text(encoding="utf-8") for source in sources})
+def code_digest(*packages: str) -> str:
+    """Return a digest of the code of these packages of ours: what they make may change when it does."""
+    root = Path(__file__).parent.parent
+    sources = sorted(source for package in packages for source in (root / package).glob("*.py"))
+    return digest({source.relative_to(root).as_posix(): source.read_text(encoding="utf-8") for source in sources})
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.cache import LIBRARIES, default_directory, keep, library_versions
+from devmap_config.graph.cache import LIBRARIES, code_digest, default_directory, keep, library_versions
 from devmap_config.graph.digest import digest
 from devmap_config.graph.loading import buildable_attention
 from devmap_config.simulate.simulation import Simulation, Verdict
@@ -93,5 +93,6 @@ def _key(plan: Plan, model: LoadedModel) -> str:
         "workload": None if measurement is None else asdict(measurement.workload),
         "plan": plan_digest(plan),
         "libraries": library_versions(),
+        "code": code_digest("dispatch", "graph", "libraries", "simulate"),
     }
     return digest(key).removeprefix("sha256:")
