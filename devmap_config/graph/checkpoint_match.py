@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.graph.cache import default_directory, keep, library_versions
 from devmap_config.graph.digest import digest
+from devmap_config.graph.introspection import UntrustedCodeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,7 +113,10 @@ def _tried(model: LoadedModel, *, trust_remote_code: bool) -> CheckpointMatch:
                 class_name=model.class_name,
                 dtype=model.dtype,
                 trust_remote_code=trust_remote_code,
+                repository=model.source.repository,
             )
+    except UntrustedCodeError as error:
+        return CheckpointMatch(unchecked=str(error))
     except Exception as error:
         if quantization is None or not quantization.is_prequantized:
             raise

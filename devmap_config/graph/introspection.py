@@ -110,35 +110,67 @@ def meta_model(
     """
     try:
         import torch
-        from transformers import AutoConfig, PreTrainedConfig
     except ModuleNotFoundError:  # of which the caller speaks: the model is not to blame
         raise
     except Exception as error:
         raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
+    with code_of_models(allowed=trust_remote_code):
+        config, model_class = config_and_class(
+            config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
+        )
+        try:
+            return build_meta_model(model_class, config, getattr(torch, dtype), attention)
+        except Exception as error:  # whatever a model's own code raises on a config that it does not accept
+            raise _unbuildable(error, config.to_dict(), class_name, trust_remote_code) from error
+
+
+def config_and_class(
+    config_path: Path,
+    class_name: str,
+    *,
+    trust_remote_code: bool = False,
+    repository: tuple[str, str] | None = None,
+) -> tuple[PreTrainedConfig, Any]:
+    """The model's config and its concrete class: those that `from_pretrained` takes.
+
+    Where code that comes with the model may run, the class is its own if the config says so.
+
+    Raises:
+        UntrustedCodeError: where only code that comes with the model has them, and it may not run.
+        UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+    """
     stated: dict[str, Any] = {}
     try:
         with code_of_models(allowed=trust_remote_code):
+            from transformers import AutoConfig, PreTrainedConfig
+
             stated, _ = PreTrainedConfig.get_config_dict(str(config_path))
             reference = class_reference(stated, class_name) if trust_remote_code else None
-            with_code = (
-                trust_remote_code and bool(code_files(stated)) and not (reference is None and _is_own(class_name))
+            with_code = reference is not None or (
+                trust_remote_code and bool(code_files(stated)) and not _is_own(class_name)
             )
             location, revision = _where_code_is(config_path, repository) if with_code else (str(config_path), None)
             config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=with_code)
-            if reference is None:
-                model_class = resolve_class(class_name, config)
-            else:
-                model_class = class_from_code(reference, location, revision)
-            return build_meta_model(model_class, config, getattr(torch, dtype), attention)
-    except Exception as error:  # whatever a model's own code raises on a config that it does not accept
-        has_none = isinstance(error, UnbuildableModelError) and class_reference(stated, class_name) is not None
-        if not trust_remote_code and (has_none or fails_without(stated, class_name, error)):
-            raise UntrustedCodeError(
-                f"the model brings code of its own, which was not run: {listed(code_files(stated))}"
-            ) from error
-        if isinstance(error, UnbuildableModelError):
+            if reference is not None:
+                return config, class_from_code(reference, location, revision)
+            return config, resolve_class(class_name, config)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("torch", "transformers"):
             raise
-        raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise _unbuildable(error, stated, class_name, trust_remote_code) from error
+    except Exception as error:  # whatever transformers, or a model's own code, raises
+        raise _unbuildable(error, stated, class_name, trust_remote_code) from error
+
+
+def _unbuildable(
+    error: Exception, stated: dict[str, Any], class_name: str, trust_remote_code: bool
+) -> UnbuildableModelError:
+    """What is told of an error that came of a config and its class."""
+    has_none = isinstance(error, UnbuildableModelError) and class_reference(stated, class_name) is not None
+    if not trust_remote_code and (has_none or fails_without(stated, class_name, error)):
+        return UntrustedCodeError(f"the model brings code of its own, which was not run: {listed(code_files(stated))}")
+    is_told = isinstance(error, UnbuildableModelError)
+    return UnbuildableModelError(str(error) if is_told else f"{type(error).__name__}: {_first_line(error)}")
 
 
 def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tuple[str, str | None]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, modeling_utils
+from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging
 
 from devmap_config.graph.checkpoint_match import CheckpointMatch, Mismatch
-from devmap_config.graph.introspection import resolve_class
+from devmap_config.graph.introspection import config_and_class
+from devmap_config.libraries.remote_code import code_of_models
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,7 +35,13 @@ TORCH_DTYPES = {
 
 
 def load_over_meta(
-    config_path: Path, checkpoint: Checkpoint, *, class_name: str, dtype: str, trust_remote_code: bool = False
+    config_path: Path,
+    checkpoint: Checkpoint,
+    *,
+    class_name: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    repository: tuple[str, str] | None = None,
 ) -> CheckpointMatch:
     """Load a model from a checkpoint's headers, with transformers' own loader, and return what it finds of names.
 
@@ -46,15 +53,18 @@ def load_over_meta(
         class_name: the class that is to be loaded.
         dtype: torch's name of the dtype in which it is to be loaded.
         trust_remote_code: whether code that comes with the model may run.
+        repository: the hub id and commit that the config is of, where its code is fetched from.
 
     Raises:
+        UntrustedCodeError: where only code that comes with the model has its class, and it may not run.
         Exception: whatever transformers raises where it does not come to compare names, as without the package of a
             quantizer.
     """
-    config = AutoConfig.from_pretrained(str(config_path), trust_remote_code=trust_remote_code)
-    model_class = resolve_class(class_name, config, trust_remote_code=trust_remote_code)
+    config, model_class = config_and_class(
+        config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
+    )
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
-    with _reported() as reports:
+    with _reported() as reports, code_of_models(allowed=trust_remote_code):
         model, _ = model_class.from_pretrained(
             None,
             config=config,
