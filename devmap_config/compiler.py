@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
 from devmap_config.hardware.inventory import build_inventory, declared_devices
+from devmap_config.placement.buffers import (
+    are_to_be_compared,
+    can_be_offloaded,
+    executors_for,
+    report_left_buffers,
+)
 from devmap_config.placement.compatibility import check_checkpoint, check_dtype, check_quantizer
 from devmap_config.placement.constraints import problem_of, settle_aim, settle_single_device
-from devmap_config.placement.executor import Executor
+from devmap_config.placement.executor import OFFLOADED
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
 from devmap_config.placement.units import fold, whole_model
+from devmap_config.plan.comparison import best_of
 from devmap_config.plan.drift import Drift, held
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.keeping import kept
-from devmap_config.plan.plan import assemble
+from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import review
 from devmap_config.profile.loading import load_profile, on_other_hardware
@@ -33,10 +40,10 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.source import Resolved
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.executor import Executor
     from devmap_config.placement.problem import Aim, DeviceId, Problem
     from devmap_config.placement.strategies import Placed
     from devmap_config.plan.lock import Inputs, Lock
-    from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Hardware
     from devmap_config.rules.resolution import Resolution
@@ -196,18 +203,25 @@ class _Placing:
     sink: Sink
 
     @cached_property
-    def executor(self) -> Executor:
-        """What runs the plan."""
-        return Executor(offload_buffers=self.loaded.profile.placement.offload.buffers)
+    def executors(self) -> tuple[Executor, ...]:
+        """What may run the plan; the first with which it fits is to."""
+        return executors_for(self.loaded, self.model.graph, self.inventory.capacities)
 
     def posed(self, mending: Mending = UNMENDED) -> tuple[Problem, DeviceId | None, Aim | None] | None:
         """The problem, with what the strategy is told besides; `None` where something is wrong with it."""
-        problem = problem_of(self.model, self.inventory, self.resolution, self.sink, together=mending.together)
+        problem = problem_of(
+            self.model,
+            self.inventory,
+            self.resolution,
+            self.sink,
+            together=mending.together,
+            executor=self.executors[0],
+        )
         problem = replace(problem, capacities=mending.room(problem.capacities))
         single_device = settle_single_device(self.loaded, problem, self.sink)
         if self.sink.has_errors:
             return None
-        aim = settle_aim(self.loaded, self.inventory, self.executor, self.sink)
+        aim = settle_aim(self.loaded, self.inventory, self.sink)
         return None if self.sink.has_errors else (problem, single_device, aim)
 
     def planned(self, mending: Mending = UNMENDED) -> Plan | None:
@@ -215,20 +229,57 @@ class _Placing:
         if (posed := self.posed(mending)) is None:
             return None
         problem, single_device, aim = posed
-        strategy = self.loaded.profile.placement.strategy
-        placed = place(problem, strategy, single_device=single_device, aim=aim)
-        if isinstance(placed, Infeasible):
-            quantised = partial(self.quantised, mending)
-            report_shortages(
-                placed, problem, self.resolution, self.loaded, strategy, self.sink, aim=aim, quantised=quantised
-            )
+        tries: list[Plan | Infeasible | tuple[Diagnostic, ...]] = []
+        for executor in self.executors:
+            tries.append(self.tried(replace(problem, executor=executor), single_device, aim))
+            if isinstance(tries[-1], Plan) and not are_to_be_compared(self.loaded, self.model.graph):
+                break
+        plans = [each for each in tries if isinstance(each, Plan)]
+        if not plans:
+            self.report_failure(tries[0], problem, single_device, aim, mending)
             return None
-        plan = self.finished(placed)
+        plan = best_of(plans, aim)
         if self.request.keep is not None:
             plan = kept(plan, self.request.keep, self.model.graph, self.inventory, self.resolution)
         return self.accepted(plan)
 
-    def finished(self, placed: Placed) -> Plan:
+    def tried(
+        self, problem: Problem, single_device: DeviceId | None, aim: Aim | None
+    ) -> Plan | Infeasible | tuple[Diagnostic, ...]:
+        """The plan of a problem; else why nothing can be placed, or what is wrong with the plan."""
+        placed = place(problem, self.loaded.profile.placement.strategy, single_device=single_device, aim=aim)
+        if isinstance(placed, Infeasible):
+            return placed
+        plan = self.finished(placed, problem.executor)
+        found = self.findings(plan)
+        return found if any(each.severity == "error" for each in found) else plan
+
+    def report_failure(
+        self,
+        failure: Plan | Infeasible | tuple[Diagnostic, ...],
+        problem: Problem,
+        single_device: DeviceId | None,
+        aim: Aim | None,
+        mending: Mending,
+    ) -> None:
+        """Say why there is no plan; where the profile wants buffers left and that is all, say so."""
+        loaded = self.loaded
+        is_left = loaded.profile.placement.offload.buffers is False
+        if is_left and can_be_offloaded(problem.graph, problem.capacities):
+            other = self.tried(replace(problem, executor=OFFLOADED), single_device, aim)
+            if isinstance(other, Plan):
+                report_left_buffers(failure if isinstance(failure, Infeasible) else None, loaded, self.sink)
+                return
+        if isinstance(failure, Infeasible):
+            strategy, quantised = loaded.profile.placement.strategy, partial(self.quantised, mending)
+            report_shortages(
+                failure, problem, self.resolution, loaded, strategy, self.sink, aim=aim, quantised=quantised
+            )
+        elif not isinstance(failure, Plan):
+            for each in failure:
+                self.sink.report(each)
+
+    def finished(self, placed: Placed, executor: Executor) -> Plan:
         """What was placed as a plan: in units, with what each device holds and what running it takes."""
         graph, strategy = self.model.graph, self.loaded.profile.placement.strategy
         homes = {
@@ -236,7 +287,7 @@ class _Placing:
             for name, device in placed.placement.items()
         }
         units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
-        plan = assemble(graph, units, self.inventory.capacities, strategy=strategy, executor=self.executor)
+        plan = assemble(graph, units, self.inventory.capacities, strategy=strategy, executor=executor)
         bound = placed.bound_nanoseconds if self.loaded.profile.workload.optimize == "decode" else None
         return replace(plan, prediction=predict(plan, graph, self.inventory, bound_decode_nanoseconds=bound))
 
@@ -259,7 +310,7 @@ class _Placing:
     def held(self, lock: Lock, inputs: Inputs) -> Plan | Drift:
         """The plan of a lock, where nothing that it was made from has changed and it holds; else what does not."""
         return held(
-            lock, inputs, self.loaded.overrides, self.model.graph, self.inventory, self.resolution, self.executor
+            lock, inputs, self.loaded.overrides, self.model.graph, self.inventory, self.resolution, self.executors
         )
 
     def quantised(self, mending: Mending) -> Problem | None:
@@ -267,4 +318,11 @@ class _Placing:
         model = quantised_to_eight_bit(self.model, self.loaded)
         if model is None:
             return None
-        return problem_of(model, self.inventory, self.resolution, Sink(), together=mending.together)
+        return problem_of(
+            model,
+            self.inventory,
+            self.resolution,
+            Sink(),
+            together=mending.together,
+            executor=self.executors[0],
+        )

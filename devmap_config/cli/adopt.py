@@ -161,16 +161,11 @@ def profile_text(
 
 def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[str, int]:
     """Bytes on each device once loaded: some buffers of what is streamed stay where it runs."""
-    from devmap_config.placement.executor import Executor
-    from devmap_config.placement.problem import bytes_by_device
+    from devmap_config.placement.problem import Problem, bytes_by_device
 
-    executor = Executor()
-    main_device = executor.main_device(homes.values())
-    resident = {
-        name: executor.residence(graph.tensors[name], home, executor.executes_on(home, main_device, None))
-        for name, home in homes.items()
-    }
-    return dict.fromkeys(homes.values(), 0) | bytes_by_device(graph, resident)
+    problem = Problem(graph, dict.fromkeys(homes.values(), 0))
+    main_device = problem.executor.main_device(homes.values())
+    return dict.fromkeys(homes.values(), 0) | bytes_by_device(problem, homes, main_device=main_device)
 
 
 def specification(described: str) -> str:

@@ -84,6 +84,8 @@ def compile_command(
             )
             return 1
         if plan is not None:
+            if plan.executor.offload_buffers:
+                click.echo("this plan offloads buffers too: pass `offload_buffers=True` with the map", err=True)
             print_json(plan.device_map)
     else:
         data = {"plan": plan.to_json() if plan else None}

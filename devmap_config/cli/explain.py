@@ -98,7 +98,7 @@ def _story(compilation: Compilation) -> Iterator[str]:
     """The plan in some ten lines."""
     from shutil import get_terminal_size
 
-    from devmap_config.cli.plan_table import bar_lines, duration
+    from devmap_config.cli.plan_table import bar_lines, duration, weights_in_words
     from devmap_config.placement.shortage import rounded
     from devmap_config.rules.folding import fold_paths
 
@@ -108,7 +108,7 @@ def _story(compilation: Compilation) -> Iterator[str]:
     graph = model.graph
     measurement = graph.measurement
     cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""
-    yield f"{model.class_name}, {rounded(graph.size_bytes)} of weights in {model.dtype}{cache}, by `{plan.strategy}`."
+    yield f"{model.class_name}, weights of {weights_in_words(model, plan)}{cache}, by `{plan.strategy}`."
     yield from bar_lines(plan, get_terminal_size().columns)
     for use in plan.devices:
         units = [each.unit or "everything" for each in plan.assignments if each.stored_on == use.id]
@@ -153,6 +153,8 @@ def _pace(plan: Plan) -> Iterator[str]:
     if plan.prediction.streamed_bytes_per_token:
         streamed = rounded(plan.prediction.streamed_bytes_per_token)
         yield f"{streamed} of weights are copied to {plan.main_device} at every forward."
+    if plan.executor.offload_buffers:
+        yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
     if plan.compute:
         yield f"{', '.join(fold_paths(plan.compute))} compute on the CPU, where they are stored."
 

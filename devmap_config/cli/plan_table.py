@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from devmap_config.graph.quantization import described
 from devmap_config.placement.shortage import rounded, unit_of
 from devmap_config.rules.folding import fold_paths
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from devmap_config.compiler import Compilation
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
 
 PATTERNS_SHOWN = 6
@@ -27,8 +29,7 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
         return
     unit_bytes, unit = unit_of(model.graph.size_bytes)
     yield Text.assemble(
-        (model.class_name, "bold"),
-        f": {rounded(model.graph.size_bytes)} in {model.dtype}, placed by `{plan.strategy}`; sizes in {unit}",
+        (model.class_name, "bold"), f": {weights_in_words(model, plan)}, placed by `{plan.strategy}`; sizes in {unit}"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
     is_running = model.graph.measurement is not None
@@ -46,6 +47,20 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
     yield from _notes(plan, loaded.profile.workload.context_length)
 
 
+def weights_in_words(model: LoadedModel, plan: Plan) -> str:
+    """How much the weights are, and in what: `6.9 GiB in float16, gptq 4 bit`."""
+    words = f"{rounded(model.graph.size_bytes)} in {model.dtype}"
+    if model.quantization is None:
+        return words
+    if not model.is_counted:
+        return f"{words}, counted as before {model.quantization.method}"
+    words += f", {described(model.quantization)}"
+    if any(tensor.offloaded_bytes is not None for tensor in model.graph.tensors.values()):
+        held_bytes = sum(use.weights_bytes for use in plan.devices)
+        words += f" (what is on the CPU stays in {model.dtype}: {rounded(held_bytes)} in all)"
+    return words
+
+
 def _held(plan: Plan, device: str) -> str:
     units = [each.unit or "everything" for each in plan.assignments if each.stored_on == device]
     patterns = fold_paths(units)
@@ -61,6 +76,8 @@ def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
         yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
+    if plan.executor.offload_buffers:
+        yield Text("buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")

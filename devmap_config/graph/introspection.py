@@ -251,6 +251,7 @@ def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantizat
             planner_bytes=value.numel() * value.element_size(),
         )
         held = stored.get(name, dense)
+        is_dense_offloaded = name in stored and held.is_dense_where_offloaded
         return Tensor(
             name=TensorName(name),
             shape=tuple(value.shape),
@@ -260,6 +261,8 @@ def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantizat
             kind=kind,
             persistent=persistent,
             alias_of=first if first != name else None,
+            in_buffer=held.in_buffer,
+            offloaded_bytes=dense.size_bytes if is_dense_offloaded else None,
         )
 
     def module_of(module: torch.nn.Module, path: str) -> Module:

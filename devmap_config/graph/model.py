@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal, NewType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from devmap_config.graph.costs import Measurement
 
@@ -30,10 +30,12 @@ class Tensor:
 
     `shape` and `dtype` (a torch name such as `bfloat16`) are those it has once loaded, `size_bytes` what it then
     occupies. Of a quantised weight, `shape` is that of the matrix, `dtype` that of what is packed, and `size_bytes`
-    counts its scales, zero points and whatever else comes with it. `planner_bytes` is what transformers' own planner
-    counts for it, which leaves out that some modules are kept in fp32, and most scales. `persistent` is false for a
-    buffer that no checkpoint holds. `alias_of` names the tensor that this is the very same object as (a module that is
-    registered twice); an alias occupies nothing of its own.
+    counts its scales, zero points and whatever else comes with it; `offloaded_bytes` is what it occupies where a map
+    says that it is on `cpu` or `disk`, if the quantizer leaves it as it is there. `planner_bytes` is what transformers'
+    own planner counts for it, which leaves out that some modules are kept in fp32, and most scales. `kind` is what it
+    is in the model's own tree, `in_buffer` tells of a parameter whose quantizer holds it in buffers of its module.
+    `persistent` is false for a buffer that no checkpoint holds. `alias_of` names the tensor that this is the very same
+    object as (a module that is registered twice); an alias occupies nothing of its own.
     """
 
     name: TensorName
@@ -44,6 +46,17 @@ class Tensor:
     kind: TensorKind = "parameter"
     persistent: bool = True
     alias_of: TensorName | None = None
+    in_buffer: bool = False
+    offloaded_bytes: int | None = None
+
+    @property
+    def is_held_in_buffer(self) -> bool:
+        """Whether accelerate sees a buffer in it, and no parameter."""
+        return self.kind == "buffer" or self.in_buffer
+
+    def bytes_where(self, *, is_offloaded: bool) -> int:
+        """What it occupies: on `cpu` or `disk` of a map where it `is_offloaded`, else anywhere."""
+        return self.offloaded_bytes if is_offloaded and self.offloaded_bytes is not None else self.size_bytes
 
     @property
     def element_count(self) -> int:
@@ -138,10 +151,17 @@ class ModelGraph:
         """Bytes of all weights and buffers once loaded; what is tied counts once."""
         return self.weights_bytes(tuple(self.tensors))
 
-    def weights_bytes(self, names: tuple[TensorName, ...]) -> int:
-        """Bytes that these tensors occupy together on one device; what is tied counts once."""
-        storages = dict.fromkeys(self.storage_of[name] for name in names)
-        return sum(self.tensors[storage].size_bytes for storage in storages)
+    def weights_bytes(self, names: Iterable[TensorName], offloaded: Collection[TensorName] = ()) -> int:
+        """Bytes that these tensors occupy together on one device; what is tied counts once.
+
+        `offloaded` are those among them that a map has on `cpu` or `disk`.
+        """
+        storages: dict[TensorName, int] = {}
+        for name in names:
+            storage = self.storage_of[name]
+            size_bytes = self.tensors[storage].bytes_where(is_offloaded=name in offloaded)
+            storages[storage] = max(storages.get(storage, 0), size_bytes)
+        return sum(storages.values())
 
     @cached_property
     def composites(self) -> frozenset[ModulePath]:

@@ -48,7 +48,14 @@ class Quantization:
 
     def to_json(self) -> dict[str, Any]:
         """All that a graph depends on, as plain data."""
-        return {"method": self.method, "arguments": dict(self.arguments), "prequantized": self.is_prequantized}
+        form = format_of(self)
+        in_buffers = {"in_buffers": True} if form is not None and form.in_buffers else {}  # older graphs do not say so
+        return {
+            "method": self.method,
+            "arguments": dict(self.arguments),
+            "prequantized": self.is_prequantized,
+            **in_buffers,
+        }
 
 
 class Weight(NamedTuple):
@@ -71,11 +78,16 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A tensor as it is held: its torch dtype, its bytes with companions, and what transformers' planner counts."""
+    """A tensor as it is held: its torch dtype, its bytes with companions, and what transformers' planner counts.
+
+    `in_buffer` and `is_dense_where_offloaded` are as in `Format`.
+    """
 
     dtype: str
     size_bytes: int
     planner_bytes: int
+    in_buffer: bool = False
+    is_dense_where_offloaded: bool = False
 
 
 class Format(NamedTuple):
@@ -84,13 +96,16 @@ class Format(NamedTuple):
     `size` gives the bytes of one matrix with all companions, or `None` for a shape that the quantizer leaves as it is;
     `planner` what transformers' planner counts for it (`param_element_size`). `dtype` is torch's name of what is
     packed, `None` where that is the model's own. `bias_dtype` is what the quantizer's modules hold biases in, where
-    that is not the model's dtype.
+    that is not the model's dtype. `in_buffers`: these modules hold all in buffers, which accelerate treats in another
+    way than parameters. `is_dense_where_offloaded`: what a map has on `cpu` or `disk` is left as it is.
     """
 
     dtype: str | None
     size: Callable[[Weight], int | None]
     planner: Callable[[Weight], float]
     bias_dtype: str | None = None
+    in_buffers: bool = False
+    is_dense_where_offloaded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +182,26 @@ def format_of(quantization: Quantization) -> Format | None:
         return method.format(quantization)
 
 
+def described(quantization: Quantization) -> str:
+    """A quantization in a few words, as in the heading of a plan: `gptq 4 bit`, `bitsandbytes nf4 4 bit`."""
+    arguments = quantization.arguments
+    if format_of(quantization) is UNCHANGED:
+        return f"{quantization.method} dequantised"
+    if quantization.method == "bitsandbytes":
+        details = f"{arguments.get('bnb_4bit_quant_type', 'fp4')} 4 bit" if arguments.get("load_in_4bit") else "8 bit"
+    elif quantization.method in ("awq", "gptq"):
+        details = f"{arguments.get('bits', 4)} bit"
+    elif quantization.method == "quanto":
+        details = str(arguments.get("weights", "int8"))
+    elif quantization.method == "torchao":
+        details = str(torchao_type(arguments.get("quant_type"))["_type"])
+    elif quantization.method == "compressed-tensors":
+        details = "dense from the first forward on"
+    else:
+        details = ""
+    return " ".join(filter(None, (quantization.method, details)))
+
+
 def stored_tensors(model: PreTrainedModel, quantization: Quantization) -> dict[str, Storage]:
     """How the tensors are held that the quantizer converts, of a model on the meta device; none where it is not known.
 
@@ -186,11 +221,17 @@ def stored_tensors(model: PreTrainedModel, quantization: Quantization) -> dict[s
         if size is None:
             continue
         planner = ceil(form.planner(weight) * weight.matrices)
-        stored[name] = Storage(form.dtype or dtype, size * weight.matrices, planner)
+        stored[name] = Storage(
+            form.dtype or dtype,
+            size * weight.matrices,
+            planner,
+            in_buffer=form.in_buffers,
+            is_dense_where_offloaded=form.is_dense_where_offloaded,
+        )
         for bias in (name.removesuffix("weight") + "bias", f"{name}_bias"):
             if form.bias_dtype is not None and name in tensors and bias in tensors:
                 size_bytes = tensors[bias].numel() * ITEM_BYTES[form.bias_dtype]
-                stored[bias] = Storage(form.bias_dtype, size_bytes, size_bytes)
+                stored[bias] = Storage(form.bias_dtype, size_bytes, size_bytes, in_buffer=form.in_buffers)
     return stored
 
 
@@ -276,12 +317,17 @@ def _bitsandbytes(quantization: Quantization) -> Format | None:
         wanted = "one of `load_in_4bit: true` and `load_in_8bit: true`"
         raise QuantizationError(f"bitsandbytes takes {wanted}", f"say {wanted}")
     _names(arguments, "llm_int8_skip_modules")
-    # What stays on the CPU is then not converted, which is known only once the model is placed.
-    offloads = _flag(arguments, "llm_int8_enable_fp32_cpu_offload")
-    if offloads or _flag(arguments, "llm_int8_has_fp16_weight") or _is_patched(quantization):
+    # What a map has on the CPU is then not converted (`_process_model_before_weight_loading`), and not in fp32 either.
+    offloads = _flag(arguments, "llm_int8_enable_fp32_cpu_offload") and not quantization.is_prequantized
+    if _flag(arguments, "llm_int8_has_fp16_weight") or _is_patched(quantization):
         return None
     if in_8bit:
-        return Format("int8", lambda weight: weight.elements + 4 * weight.rows, lambda weight: weight.elements)
+        return Format(
+            "int8",
+            lambda weight: weight.elements + 4 * weight.rows,
+            lambda weight: weight.elements,
+            is_dense_where_offloaded=offloads,
+        )
     kind = arguments.get("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise QuantizationError(f"`{kind}` is no type of bitsandbytes", "say `bnb_4bit_quant_type: nf4`, or `fp4`")
@@ -297,7 +343,7 @@ def _bitsandbytes(quantization: Quantization) -> Format | None:
         nested = maxima + 4 * ceil(maxima / BNB_NESTED_BLOCK) + BNB_NESTED_CODE_BYTES
         return packed + BNB_CODE_BYTES + (nested if is_nested else 4 * maxima)
 
-    return Format(dtype, size, lambda weight: weight.elements * 0.5)
+    return Format(dtype, size, lambda weight: weight.elements * 0.5, is_dense_where_offloaded=offloads)
 
 
 def _bitsandbytes_modules(model: PreTrainedModel, quantization: Quantization) -> Iterator[tuple[str, Weight]]:
@@ -321,7 +367,7 @@ def _torchao(quantization: Quantization) -> Format | None:
     _names(arguments, "modules_to_not_convert")
     if _flag(arguments, "include_input_output_embeddings") or _flag(arguments, "untie_embedding_weights"):
         return None
-    if kind is None or kind.get("_version", 2) != 2:
+    if kind.get("_version", 2) != 2:
         return None
     name, data = kind["_type"], kind.get("_data") or {}
     if name == "Int4WeightOnlyConfig":
@@ -340,7 +386,7 @@ def _torchao(quantization: Quantization) -> Format | None:
     return None
 
 
-def torchao_type(value: Any) -> dict[str, Any] | None:
+def torchao_type(value: Any) -> dict[str, Any]:
     """A torchao config as torchao writes it: from that, or from the name of its class alone."""
     if isinstance(value, str):
         return {"_type": value, "_version": 2, "_data": {}}
@@ -451,7 +497,8 @@ def _gptq(quantization: Quantization) -> Format | None:
     """`qweight` and `qzeros` in int32, `scales` in float16, and `g_idx` in int32 (gptqmodel's `GPTQQuantLinear`).
 
     Beside them stand the shifts that unpack a word, as gptqmodel's torch kernels hold them; other kernels repack, and
-    hold a workspace of some hundred bytes.
+    hold a workspace of some hundred bytes. These hold all of it in buffers; Marlin, which holds parameters, repacks
+    them once they are loaded, which it cannot where they are streamed.
     """
     bits, group = _bits_and_group(quantization, (2, 3, 4, 8))
     form = quantization.arguments.get("checkpoint_format") or quantization.arguments.get("format") or "gptq"
@@ -465,7 +512,7 @@ def _gptq(quantization: Quantization) -> Format | None:
         shifts = 4 * (32 // bits)
         return packed + zeros + 2 * groups * weight.rows + 4 * weight.columns + shifts
 
-    return Format("int32", size, size, bias_dtype="float16")
+    return Format("int32", size, size, bias_dtype="float16", in_buffers=True)
 
 
 GPTQ_BLOCKS = (
@@ -510,7 +557,7 @@ def _awq(quantization: Quantization) -> Format | None:
         packed_row = 4 * ceil(weight.rows * bits / 32)
         return weight.columns * packed_row + groups * packed_row + 2 * groups * weight.rows
 
-    return Format("int32", size, size, bias_dtype="float16")
+    return Format("int32", size, size, bias_dtype="float16", in_buffers=True)
 
 
 def _awq_modules(model: PreTrainedModel, quantization: Quantization) -> Iterator[tuple[str, Weight]]:

@@ -59,6 +59,7 @@ def _module_to_json(module: Module) -> list[Any]:
 
 
 def _tensor_to_json(tensor: Tensor) -> list[Any]:
+    of_quantizer = [tensor.in_buffer, tensor.offloaded_bytes]  # left out where it says nothing, as of most models
     return [
         tensor.name.rpartition(".")[2],
         list(tensor.shape),
@@ -67,6 +68,7 @@ def _tensor_to_json(tensor: Tensor) -> list[Any]:
         tensor.planner_bytes,
         tensor.persistent,
         tensor.alias_of,
+        *(of_quantizer if of_quantizer != [False, None] else ()),
     ]
 
 
@@ -76,9 +78,19 @@ def _module_from_json(value: list[Any], parent: str) -> Module:
     prefix = f"{path}." if path else ""
 
     def tensor(kind: Any, fields: list[Any]) -> Tensor:
-        name, shape, dtype, size_bytes, planner_bytes, persistent, alias_of = fields
+        name, shape, dtype, size_bytes, planner_bytes, persistent, alias_of, *of_quantizer = fields
+        in_buffer, offloaded_bytes = of_quantizer or (False, None)
         return Tensor(
-            TensorName(prefix + name), tuple(shape), dtype, size_bytes, planner_bytes, kind, persistent, alias_of
+            name=TensorName(prefix + name),
+            shape=tuple(shape),
+            dtype=dtype,
+            size_bytes=size_bytes,
+            planner_bytes=planner_bytes,
+            kind=kind,
+            persistent=persistent,
+            alias_of=alias_of,
+            in_buffer=in_buffer,
+            offloaded_bytes=offloaded_bytes,
         )
 
     return Module(

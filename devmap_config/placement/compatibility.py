@@ -24,7 +24,8 @@ class Refusal:
     """The storage devices that a quantizer's `validate_environment` refuses in a map, and when.
 
     `alone_is_fine`: a map with nothing but the CPU is accepted. `prequantized_is_fine`: so is a checkpoint that is
-    quantised already. `unless` is an argument of the quantization that makes it accept them.
+    quantised already. `unless` is an argument of the quantization that makes it accept them, and leave there what it
+    does not quantise: which it cannot of a checkpoint that is quantised already.
     """
 
     devices: tuple[str, ...]
@@ -77,9 +78,11 @@ def refused_devices(model: LoadedModel) -> tuple[str, ...]:
     """The devices onto which the model's quantizer loads nothing, where accelerators are at hand."""
     quantization = model.quantization
     refusal = None if quantization is None else REFUSALS.get(quantization.method)
-    if quantization is None or refusal is None or (refusal.unless and quantization.arguments.get(refusal.unless)):
+    if quantization is None or refusal is None:
         return ()
-    return () if quantization.is_prequantized and refusal.prequantized_is_fine else refusal.devices
+    if quantization.is_prequantized:
+        return () if refusal.prequantized_is_fine else refusal.devices
+    return () if refusal.unless and quantization.arguments.get(refusal.unless) else refusal.devices
 
 
 def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
@@ -90,14 +93,18 @@ def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, 
         return
     refusal = REFUSALS[quantization.method]
     used = {device for device in device_map.values() if device in refused}
-    if not used or (refusal.alone_is_fine and set(device_map.values()) == {"cpu"}):
+    is_told = refusal.unless is not None and bool(quantization.arguments.get(refusal.unless))
+    if not used or (refusal.alone_is_fine and not is_told and set(device_map.values()) == {"cpu"}):
         return
     advice = "give the accelerators more room, or leave these devices out of the profile"
     sink.error(
         "quantizer-refuses",
-        f"{quantization.method} loads nothing onto {' or '.join(sorted(map(str, used)))}",
+        f"{quantization.method} loads nothing{' of a quantised checkpoint' if quantization.is_prequantized else ''}"
+        f" onto {' or '.join(sorted(map(str, used)))}",
         loaded.span("model", "quantization"),
-        help=f"say `{refusal.unless}: true`, or {advice}" if refusal.unless else advice,
+        help=f"say `{refusal.unless}: true`, or {advice}"
+        if refusal.unless and not quantization.is_prequantized
+        else advice,
     )
 
 

@@ -34,10 +34,12 @@ def problem_of(
     sink: Sink,
     *,
     together: tuple[tuple[TensorName, ...], ...] = (),
+    executor: Executor,
 ) -> Problem:
     """The placement problem that rules and machine pose; what contradicts itself goes to the sink.
 
-    `together` are groups that must share a device besides, since the model does not run with them apart.
+    `together` are groups that must share a device besides, since the model does not run with them apart. `executor` is
+    what is to run it.
     """
     graph = model.graph
     pinned: dict[TensorName, str] = {}
@@ -57,6 +59,7 @@ def problem_of(
         forbidden={name: tuple(rules) for name, rules in resolution.forbidden.items()},
         quantizer_lowers_budgets=model.lowers_budgets,
         refused=refused_devices(model),
+        executor=executor,
     )
     _check_possible(problem, resolution, sink)
     return problem
@@ -99,7 +102,7 @@ def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) ->
     return device
 
 
-def settle_aim(loaded: LoadedProfile, inventory: Inventory, executor: Executor, sink: Sink) -> Aim | None:
+def settle_aim(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> Aim | None:
     """What is to be fast under our own strategies; reports every figure that `fastest` needs and is not given."""
     strategy = loaded.profile.placement.strategy
     if strategy not in OPTIMAL_STRATEGIES:
@@ -118,7 +121,7 @@ def settle_aim(loaded: LoadedProfile, inventory: Inventory, executor: Executor, 
         return None
     missing = _missing_figures(inventory, prefills=workload.optimize != "decode")
     if missing and strategy != "fastest":
-        return Aim(phases=(), inventory=inventory, executor=executor)
+        return Aim(phases=(), inventory=inventory)
     for device, figure, example in missing:
         listed = device in loaded.profile.hardware.devices
         sink.error(
@@ -127,7 +130,7 @@ def settle_aim(loaded: LoadedProfile, inventory: Inventory, executor: Executor, 
             loaded.key_span("hardware", "devices", device) if listed else loaded.key_span("hardware", "devices"),
             help=f"write {example}, or name an `accelerator` of the catalogue",
         )
-    return None if missing else Aim(phases=phases, inventory=inventory, executor=executor)
+    return None if missing else Aim(phases=phases, inventory=inventory)
 
 
 def _missing_figures(inventory: Inventory, *, prefills: bool) -> list[tuple[str, str, str]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.problem import is_accelerator
+from devmap_config.placement.devices import is_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from devmap_config.graph.model import Tensor
-    from devmap_config.placement.problem import DeviceId
+    from devmap_config.placement.devices import DeviceId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,35 @@ class Executor:
 
     def residence(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId) -> DeviceId:
         """Where a tensor occupies memory while nothing runs: accelerate leaves some buffers where they are needed."""
-        streamed = stored_on == "disk" or stored_on != executes_on
-        stays_behind = tensor.kind == "buffer" and not (self.offload_buffers and tensor.persistent)
-        return executes_on if streamed and stays_behind else stored_on
+        is_left = _is_streamed(stored_on, executes_on) and not self._is_offloaded_with_its_module(tensor)
+        return executes_on if is_left else stored_on
+
+    def is_copied_in(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId) -> bool:
+        """Whether a tensor is copied to where its module runs at every forward."""
+        return _is_streamed(stored_on, executes_on) and self._is_offloaded_with_its_module(tensor)
+
+    def is_offloaded(self, stored_on: DeviceId, executes_on: DeviceId, main_device: DeviceId) -> bool:
+        """Whether the map that loads it says `cpu` or `disk`; of what computes on the CPU beside cards it does not."""
+        computes_apart = stored_on == executes_on != main_device
+        return not is_accelerator(stored_on) and not computes_apart
+
+    def held_bytes(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId, main_device: DeviceId) -> int:
+        """What a tensor occupies, wherever it resides: some quantizers leave as it is what a map has on `cpu`."""
+        return tensor.bytes_where(is_offloaded=self.is_offloaded(stored_on, executes_on, main_device))
+
+    def _is_offloaded_with_its_module(self, tensor: Tensor) -> bool:
+        return not tensor.is_held_in_buffer or (self.offload_buffers and tensor.persistent)
+
+
+LEFT = Executor()
+"""Leaves buffers where streamed modules run: accelerate's default."""
+
+OFFLOADED = Executor(offload_buffers=True)
+"""Streams them as well, which takes less room there."""
+
+
+def _is_streamed(stored_on: DeviceId, executes_on: DeviceId) -> bool:
+    return stored_on == "disk" or stored_on != executes_on
 
 
 def _by_index(device: DeviceId) -> tuple[str, int]:

@@ -195,9 +195,12 @@ class _Statement:
     def __init__(self, problem: Problem, aim: Aim, main_device: DeviceId) -> None:
         self._problem = problem
         self._graph = problem.graph
-        self._executor = aim.executor
+        self._executor = problem.executor
         self._main_device = main_device
-        self._timings = [(Timing(problem.graph, aim.inventory, phase), times) for phase, times in aim.phases]
+        self._timings = [
+            (Timing(problem.graph, aim.inventory, phase, problem.executor, main_device), times)
+            for phase, times in aim.phases
+        ]
         accelerators = problem.accelerators
         self._accelerators = accelerators[accelerators.index(main_device) :] if accelerators else ()
         self._computes = {
@@ -263,7 +266,7 @@ class _Statement:
 
     def forward_nanoseconds(self, homes: Mapping[TensorName, Home]) -> int:
         """What the objective takes, all that crosses included."""
-        return sum(times * forward_nanoseconds(timing, homes, self._main_device) for timing, times in self._timings)
+        return sum(times * forward_nanoseconds(timing, homes) for timing, times in self._timings)
 
     @cached_property
     def _groups(self) -> dict[str, int]:
@@ -451,12 +454,12 @@ class _Statement:
             stored_on, runs_on = homes[tensor.name]
             residence = self._executor.residence(tensor, stored_on, runs_on)
             if tensor.name in self._counted:
-                demands[residence] = demands.get(residence, 0) + tensor.size_bytes
+                demands[residence] = demands.get(residence, 0) + self._held_bytes(tensor, homes)
         for each in module.walk():
-            streamed = [tensor for tensor in each.parameters if homes[tensor.name][0] != homes[tensor.name][1]]
-            if streamed:
-                runs_on = homes[streamed[0].name][1]
-                size_bytes = sum(tensor.size_bytes for tensor in streamed)
+            copied = [tensor for tensor in each.own_tensors if self._executor.is_copied_in(tensor, *homes[tensor.name])]
+            if copied:
+                runs_on = homes[copied[0].name][1]
+                size_bytes = sum(self._held_bytes(tensor, homes) for tensor in copied)
                 pieces[runs_on] = max(pieces.get(runs_on, 0), size_bytes)
             if (cost := self._costs.get(each.path)) is not None:
                 within = [homes[tensor.name][1] for tensor in each.tensors()]
@@ -473,6 +476,9 @@ class _Statement:
             pieces=tuple(pieces.items()),
             mode=mode,
         )
+
+    def _held_bytes(self, tensor: Tensor, homes: Mapping[TensorName, Home]) -> int:
+        return self._executor.held_bytes(tensor, *homes[tensor.name], self._main_device)
 
     def _aside(self, path: str, fixed_homes: Mapping[str, DeviceId], before: str | None) -> _Aside:
         """What a block is given by what has its place already."""
@@ -530,7 +536,8 @@ class _Statement:
                 tensor.name[start:],
                 tensor.size_bytes if tensor.name in self._counted else 0,
                 tensor.size_bytes,
-                tensor.kind,
+                tensor.offloaded_bytes,
+                tensor.is_held_in_buffer,
                 tensor.persistent,
                 problem.pinned.get(tensor.name),
                 problem.computed.get(tensor.name),

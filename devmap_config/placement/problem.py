@@ -6,25 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from devmap_config.placement.devices import STORAGE_DEVICES, DeviceId, is_accelerator
+from devmap_config.placement.executor import LEFT, Executor
+
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.executor import Executor
     from devmap_config.placement.timing import Phase
 
-DeviceId = str
-"""A canonical device name: `cuda:0`, `mps`, `cpu`, `disk`."""
-
-STORAGE_DEVICES = ("cpu", "disk")
-"""What is not an accelerator."""
+__all__ = [
+    "STORAGE_DEVICES",
+    "Aim",
+    "DeviceId",
+    "Placement",
+    "Problem",
+    "bytes_by_device",
+    "is_accelerator",
+]
 
 Placement = Mapping["TensorName", DeviceId]
 """The device of every tensor that has one."""
-
-
-def is_accelerator(device: DeviceId) -> bool:
-    """Whether modules on this device run there without being streamed."""
-    return device not in STORAGE_DEVICES
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Problem:
     tensors that must share a device besides those that share a storage; `forbidden` are devices that a tensor must not
     be on. `quantizer_lowers_budgets` tells of a quantizer
     that takes a tenth off every budget before transformers' planner fills it, `refused` the devices that it loads
-    nothing onto.
+    nothing onto. `executor` is what runs it.
     """
 
     graph: ModelGraph
@@ -47,6 +48,7 @@ class Problem:
     forbidden: Mapping[TensorName, tuple[DeviceId, ...]] = field(default_factory=dict)
     quantizer_lowers_budgets: bool = False
     refused: tuple[DeviceId, ...] = ()
+    executor: Executor = LEFT
 
     @property
     def accelerators(self) -> tuple[DeviceId, ...]:
@@ -55,22 +57,38 @@ class Problem:
 
     @property
     def pinned_bytes(self) -> dict[DeviceId, int]:
-        """Bytes that the pins take on each device; what is tied counts once."""
-        return bytes_by_device(self.graph, self.pinned)
+        """Bytes that the pins take on each device at least; what is tied counts once.
+
+        Where streamed modules run, and so leave buffers, is known once the first accelerator is in use.
+        """
+        first = self.accelerators[:1]
+        main_device = first[0] if first and first[0] in self.pinned.values() else None
+        return bytes_by_device(self, self.pinned, main_device=main_device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What is to take the least time: phases, each with how often it is run; on which machine, and run by what."""
+    """What is to take the least time: phases, each with how often it is run; on which machine."""
 
     phases: tuple[tuple[Phase, int], ...]
     inventory: Inventory
-    executor: Executor
 
 
-def bytes_by_device(graph: ModelGraph, placement: Placement) -> dict[DeviceId, int]:
-    """Bytes that a placement puts on each device; what is tied counts once a device."""
+def bytes_by_device(
+    problem: Problem, placement: Placement, *, main_device: DeviceId | None = None
+) -> dict[DeviceId, int]:
+    """Bytes that a placement takes on each device; what is tied counts once a device.
+
+    Without a main device, on which streamed modules run, all of them count where they are stored.
+    """
+    executor, tensors = problem.executor, problem.graph.tensors
+    runs_streamed = main_device or next(iter(problem.accelerators), "cpu")
     names: dict[DeviceId, list[TensorName]] = {}
+    offloaded: set[TensorName] = set()
     for name, device in placement.items():
-        names.setdefault(device, []).append(name)
-    return {device: graph.weights_bytes(tuple(held)) for device, held in names.items()}
+        runs_on = executor.executes_on(device, runs_streamed, problem.computed.get(name))
+        residence = device if main_device is None else executor.residence(tensors[name], device, runs_on)
+        names.setdefault(residence, []).append(name)
+        if executor.is_offloaded(device, runs_on, runs_streamed):
+            offloaded.add(name)
+    return {device: problem.graph.weights_bytes(held, offloaded) for device, held in names.items()}

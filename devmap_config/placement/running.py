@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from devmap_config.graph.costs import ModuleCost
 from devmap_config.graph.model import ancestors
-from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -106,7 +105,7 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
         holding=holding,
         peaking={device: _largest(costs) for device, costs in peaking.items()},
         own={device: _largest(costs) for device, costs in own.items()},
-        streaming=_streaming_bytes(graph, placed),
+        streaming=_streaming_bytes(graph, placed, executor, main_device),
     )
 
 
@@ -135,17 +134,19 @@ def _peaks(cost: ModuleCost) -> tuple[int, ...]:
     return (*prefill, cost.decode_peak_bytes, cost.own_peak_bytes, cost.doubled_own_peak_bytes)
 
 
-def _streaming_bytes(graph: ModelGraph, assignments: tuple[Assignment, ...]) -> dict[DeviceId, int]:
+def _streaming_bytes(
+    graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: DeviceId
+) -> dict[DeviceId, int]:
     """The largest module, with tensors of its own, that accelerate's hooks copy to where it runs: one at a time."""
     largest: dict[DeviceId, int] = {}
     for each in assignments:
-        is_streamed = each.stored_on == "disk" or (each.stored_on == "cpu" and is_accelerator(each.executes_on))
-        if not is_streamed:
-            continue
         by_module: dict[str, int] = {}
         for name in each.tensors:
-            if graph.tensors[name].kind == "parameter":
+            tensor = graph.tensors[name]
+            if executor.is_copied_in(tensor, each.stored_on, each.executes_on):
                 module = name.rpartition(".")[0]
-                by_module[module] = by_module.get(module, 0) + graph.tensors[name].size_bytes
-        largest[each.executes_on] = max([largest.get(each.executes_on, 0), *by_module.values()])
+                size_bytes = executor.held_bytes(tensor, each.stored_on, each.executes_on, main_device)
+                by_module[module] = by_module.get(module, 0) + size_bytes
+        if by_module:
+            largest[each.executes_on] = max([largest.get(each.executes_on, 0), *by_module.values()])
     return largest

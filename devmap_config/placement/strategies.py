@@ -9,6 +9,8 @@ from devmap_config.placement.problem import Placement, bytes_by_device
 from devmap_config.placement.transformers_planner import OVERFLOW, TransformersStrategy, plan_like_transformers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from devmap_config.graph.model import TensorName
     from devmap_config.placement.problem import Aim, DeviceId, Problem
 
@@ -63,7 +65,7 @@ def place(
         single_device: for `single`: the device; without it the first accelerator, else `cpu`.
         aim: for `fastest`, `longest-context` and `fewest-devices`: what is to be fast, on which machine.
     """
-    if shortages := _shortages(problem, problem.pinned):
+    if shortages := _shortages(problem, problem.pinned_bytes):
         return Infeasible(shortages)
     if aim is not None:
         return _optimal(problem, strategy, aim)
@@ -81,7 +83,7 @@ def place(
     placement = {name: problem.pinned.get(name) or placement[name] for name in problem.graph.tensors}
     if misplaced := tuple(name for name, device in placement.items() if device in problem.forbidden.get(name, ())):
         return Infeasible((), misplaced)
-    if shortages := _shortages(problem, placement):
+    if shortages := _shortages(problem, _used_bytes(problem, placement)):
         return Infeasible(shortages)
     return Placed(placement=placement)
 
@@ -130,11 +132,14 @@ def _overflow(problem: Problem, placement: Placement, unplaced: tuple[TensorName
         capacity_bytes=0,
     )
     held = {name: device for name, device in placement.items() if device != OVERFLOW} | dict(problem.pinned)
-    return Infeasible((total, *_shortages(problem, held)), unplaced)
+    return Infeasible((total, *_shortages(problem, _used_bytes(problem, held))), unplaced)
 
 
-def _shortages(problem: Problem, placement: Placement) -> tuple[Shortage, ...]:
-    used = bytes_by_device(problem.graph, placement)
+def _used_bytes(problem: Problem, placement: Placement) -> dict[DeviceId, int]:
+    return bytes_by_device(problem, placement, main_device=problem.executor.main_device(placement.values()))
+
+
+def _shortages(problem: Problem, used: Mapping[DeviceId, int]) -> tuple[Shortage, ...]:
     return tuple(
         Shortage(device=device, needed_bytes=used.get(device, 0), capacity_bytes=capacity)
         for device, capacity in problem.capacities.items()

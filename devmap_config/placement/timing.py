@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, Module, TensorName
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.hardware.links import Link
+    from devmap_config.placement.executor import Executor
     from devmap_config.placement.problem import DeviceId
 
 Phase = Literal["prefill", "decode"]
@@ -39,23 +40,27 @@ class MissingFigureError(Exception):
 class Timing:
     """Times of one phase on one machine. Every figure is in nanoseconds, of the whole batch.
 
-    What a device or a link would have to say for that and does not is a `MissingFigureError`.
+    `executor` runs it, what is streamed on the `main_device`. What a device or a link would have to say for that and
+    does not is a `MissingFigureError`.
     """
 
     graph: ModelGraph
     inventory: Inventory
     phase: Phase
+    executor: Executor
+    main_device: DeviceId
 
-    def own_nanoseconds(self, path: str, device: DeviceId) -> int:
-        """What a module does itself, without its children."""
+    def own_nanoseconds(self, path: str, device: DeviceId, added_bytes: int = 0) -> int:
+        """What a module does itself, without its children; with weights that are so much larger than usual."""
         if self.graph.measurement is None:  # then what is known is that its weights are read
             module = self.graph.modules.get(ModulePath(path))
             weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
-            return self.work_nanoseconds(weights_bytes, 0, device)
+            return self.work_nanoseconds(weights_bytes + added_bytes, 0, device)
         cost = self._costs.get(path)
         if cost is None:
             return 0
         touched_bytes, operations, launches = self._work(cost)
+        touched_bytes += added_bytes if launches else 0
         return self.work_nanoseconds(touched_bytes, operations, device) + launches * LAUNCH_NANOSECONDS
 
     def work_nanoseconds(self, touched_bytes: int, operations: int, device: DeviceId) -> int:
@@ -88,7 +93,7 @@ class Timing:
     def _below(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], around: DeviceId) -> int:
         running = {homes[tensor.name][1] for tensor in module.tensors()}
         here = next(iter(running)) if len(running) == 1 else around
-        total = self.own_nanoseconds(module.path, here)
+        total = self.own_nanoseconds(module.path, here, self._added_bytes(module, homes))
         cost = self._costs.get(module.path)
         if here != around and cost is not None:
             prefills = self.phase == "prefill"
@@ -100,16 +105,25 @@ class Timing:
             total += self.copy_nanoseconds(around, here, given) + self.copy_nanoseconds(here, around, given_back)
         return total + sum(self._below(child, homes, here) for child in module.children)
 
+    def _added_bytes(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+        """By how much the module's own weights are larger where a map offloads them than elsewhere."""
+        return sum(
+            self.executor.held_bytes(tensor, *homes[tensor.name], self.main_device) - tensor.size_bytes
+            for tensor in module.parameters
+            if tensor.offloaded_bytes is not None
+        )
+
     def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
-        """What accelerate copies before a module runs: its parameters, one after another. What is idle stays."""
+        """What accelerate copies before a module runs: tensor by tensor, one after another. What is idle stays."""
         total = 0
         for each in module.walk():
             if not self._runs(each.path):
                 continue
-            for tensor in each.parameters:
+            for tensor in each.own_tensors:
                 stored_on, runs_on = homes[tensor.name]
-                if stored_on != runs_on:
-                    total += self.copy_nanoseconds(stored_on, runs_on, tensor.size_bytes)
+                if self.executor.is_copied_in(tensor, stored_on, runs_on):
+                    size_bytes = self.executor.held_bytes(tensor, stored_on, runs_on, self.main_device)
+                    total += self.copy_nanoseconds(stored_on, runs_on, size_bytes)
         return total
 
     def _runs(self, path: str) -> bool:
@@ -172,15 +186,13 @@ def home_of(running: Iterable[DeviceId]) -> DeviceId:
     return next((device for device in devices if is_accelerator(device)), devices[0] if devices else "cpu")
 
 
-def forward_nanoseconds(
-    timing: Timing, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], main_device: DeviceId
-) -> int:
+def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
     """What one forward of a whole plan takes.
 
     Raises:
         MissingFigureError: where the machine does not say how fast something is that the plan uses.
     """
-    graph = timing.graph
+    graph, main_device = timing.graph, timing.main_device
     block_homes = homes_of_blocks(graph, homes)
     total = 0
     for path in graph.blocks:

@@ -50,16 +50,20 @@ def held(
     graph: ModelGraph,
     inventory: Inventory,
     resolution: Resolution,
-    executor: Executor,
+    executors: tuple[Executor, ...],
 ) -> Plan | Drift:
     """The plan of a lock, where nothing that it was made from has changed and it holds; else why not.
 
-    Nothing is placed for this: the plan is read, and verified as one that was just made would be.
+    `executors` are what may run it: the first is what runs a lock that does not say. Nothing is placed for this: the
+    plan is read, and verified as one that was just made would be.
     """
     if changed := changed_inputs(lock, inputs, variables):
         return Drift("stale-lock", changed)
     try:
-        plan = plan_of(lock, graph, executor)
+        plan = plan_of(lock, graph, executors[0])
+        if plan.executor not in executors:
+            offloads = str(plan.executor.offload_buffers).lower()
+            return Drift("broken-lock", (f"`offload_buffers` is {offloads}, which its profile rules out",))
         broken = broken_promises(plan, graph, inventory.capacities, resolution) or _misstated(plan, graph, inventory)
     except (LockError, KeyError, TypeError, AttributeError) as error:
         return Drift("broken-lock", (str(error),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.digest import digest
@@ -182,12 +182,13 @@ INPUT_NAMES = {
 
 
 def plan_of(lock: Lock, graph: ModelGraph, executor: Executor) -> Plan:
-    """The plan that a lock holds, over the graph of its model.
+    """The plan that a lock holds, over the graph of its model; where it says nothing else, run by this executor.
 
     Raises:
         LockError: where it names units that this model does not have.
     """
     value = lock.plan
+    executor = replace(executor, offload_buffers=bool(value.get("offload_buffers", executor.offload_buffers)))
     kind = str(value["main_device"]).partition(":")[0] if ":" in str(value["main_device"]) else "cuda"
     listed = {use["id"] for use in value["devices"]}
     assignments = []

@@ -67,7 +67,7 @@ def _input(name: str, words: str) -> dict[str, Any]:
 
 
 def _plan() -> dict[str, Any]:
-    return _object(
+    schema = _object(
         strategy={"type": "string"},
         executor={"type": "string"},
         main_device={"type": "string", "description": "Where modules run that are stored on the CPU or the disk."},
@@ -95,6 +95,11 @@ def _plan() -> dict[str, Any]:
             longest_context=_COUNT_OR_NULL,
         ),
     )
+    schema["properties"]["offload_buffers"] = {  # locks of before have none
+        "type": "boolean",
+        "description": "accelerate's argument: whether buffers of streamed modules are streamed as well.",
+    }
+    return schema
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.placement.problem import is_accelerator
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -102,6 +100,7 @@ class Plan:
         return {
             "strategy": self.strategy,
             "executor": self.executor.name,
+            "offload_buffers": self.executor.offload_buffers,
             "main_device": self.main_device,
             "measured": self.measured,
             "device_map": self.placement,
@@ -132,7 +131,7 @@ def assemble(
         main_device=main_device,
         assignments=assignments,
         devices=device_uses(graph, assignments, capacities, executor),
-        prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments)),
+        prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments, executor, main_device)),
         measured=graph.measurement is not None and graph.measurement.measured,
     )
 
@@ -142,8 +141,12 @@ def device_uses(
 ) -> tuple[DeviceUse, ...]:
     """What each device of the profile holds under these assignments, in the profile's order."""
     placed = tuple(assignments)
+    main_device = executor.main_device(each.stored_on for each in placed)
     held: dict[DeviceId, list[TensorName]] = {device: [] for device in capacities}
+    offloaded: set[TensorName] = set()
     for each in placed:
+        if executor.is_offloaded(each.stored_on, each.executes_on, main_device):
+            offloaded.update(each.tensors)
         for name in each.tensors:
             home = executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
             held.setdefault(home, []).append(name)
@@ -154,7 +157,7 @@ def device_uses(
         DeviceUse(
             id=device,
             capacity_bytes=capacities.get(device, 0),
-            weights_bytes=graph.weights_bytes(tuple(names)),
+            weights_bytes=graph.weights_bytes(names, offloaded),
             kv_cache_bytes=costs.get(device, none).kv_cache_bytes,
             activation_bytes=costs.get(device, none).activation_bytes,
             overhead_bytes=costs.get(device, none).streaming_bytes,
@@ -169,13 +172,14 @@ def transformers_device(device: DeviceId) -> int | str:
     return int(index) if colon else device
 
 
-def _streamed_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> int:
+def _streamed_bytes(
+    graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor, main_device: DeviceId
+) -> int:
     """Bytes of weights that are copied to where they run at every forward."""
-    names = [
-        name
+    copied = [
+        (name, executor.is_offloaded(each.stored_on, each.executes_on, main_device))
         for each in assignments
-        if each.stored_on == "disk" or (each.stored_on == "cpu" and is_accelerator(each.executes_on))
         for name in each.tensors
-        if graph.tensors[name].kind == "parameter"
+        if executor.is_copied_in(graph.tensors[name], each.stored_on, each.executes_on)
     ]
-    return graph.weights_bytes(tuple(names))
+    return graph.weights_bytes([name for name, _ in copied], {name for name, is_offloaded in copied if is_offloaded})

@@ -9,9 +9,8 @@ from devmap_config.placement.timing import MissingFigureError, Timing, forward_n
 from devmap_config.plan.plan import Plan, Prediction
 
 if TYPE_CHECKING:
-    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.timing import Phase
 
 LONGEST_CONTEXT = 2**24
@@ -30,10 +29,19 @@ def predict(
         bound_decode_nanoseconds: what no plan can be below, where that was proven.
     """
     homes = {name: (each.stored_on, each.executes_on) for each in plan.assignments for name in each.tensors}
+
+    def nanoseconds(phase: Phase) -> int | None:
+        if graph.measurement is None or not graph.measurement.measured:
+            return None
+        try:
+            return forward_nanoseconds(Timing(graph, inventory, phase, plan.executor, plan.main_device), homes)
+        except MissingFigureError:
+            return None
+
     return Prediction(
-        decode_nanoseconds_per_token=_nanoseconds(graph, inventory, "decode", homes, plan.main_device),
+        decode_nanoseconds_per_token=nanoseconds("decode"),
         bound_decode_nanoseconds_per_token=bound_decode_nanoseconds,
-        prefill_nanoseconds=_nanoseconds(graph, inventory, "prefill", homes, plan.main_device),
+        prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
         hops=hops(graph, homes),
         longest_context=longest_context(plan, graph),
@@ -56,18 +64,3 @@ def longest_context(plan: Plan, graph: ModelGraph) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _nanoseconds(
-    graph: ModelGraph,
-    inventory: Inventory,
-    phase: Phase,
-    homes: dict[TensorName, tuple[DeviceId, DeviceId]],
-    main_device: DeviceId,
-) -> int | None:
-    if graph.measurement is None or not graph.measurement.measured:
-        return None
-    try:
-        return forward_nanoseconds(Timing(graph, inventory, phase), homes, main_device)
-    except MissingFigureError:
-        return None

@@ -121,6 +121,28 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
             )
 
 
+def _quantizer_reading(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    """The map read by a quantizer that leaves what is offloaded as it is (transformers' `should_convert_module`)."""
+    homes = {name: each for each in plan.assignments for name in each.tensors}
+    offloaded = [
+        each.unit
+        for each in plan.assignments
+        if plan.executor.is_offloaded(each.stored_on, each.executes_on, plan.main_device)
+    ]
+    for tensor in graph.tensors.values():
+        if tensor.offloaded_bytes is None or tensor.name not in homes:
+            continue
+        module = tensor.name.rpartition(".")[0]
+        keys = [key for key in offloaded if module.endswith(key) or module.startswith(f"{key}.")]
+        if bool(keys) != (homes[tensor.name].unit in offloaded):
+            where, done = homes[tensor.name].stored_on, "left as it is" if keys else "quantised"
+            yield Violation(
+                kind="misread-map",
+                message=f"transformers reads the map so that `{tensor.name}` on {where} is {done}",
+                subjects=(tensor.name,),
+            )
+
+
 def _blocks(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     stored_on = _stored_on(plan)
     for module in graph.modules.values():
@@ -149,14 +171,16 @@ def _ties(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> Iterator[Violation]:
     """Adds up what each device holds anew, from the tensors."""
-    held: dict[str, set[TensorName]] = {}
+    held: dict[str, dict[TensorName, int]] = {}
     for each in plan.assignments:
         for name in each.tensors:
             home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
-            held.setdefault(home, set()).add(graph.storage_of[name])
+            tensor = graph.tensors[graph.storage_of[name]]
+            size_bytes = plan.executor.held_bytes(tensor, each.stored_on, each.executes_on, plan.main_device)
+            held.setdefault(home, {})[tensor.name] = max(size_bytes, held.get(home, {}).get(tensor.name, 0))
     rows = {use.id: use for use in plan.devices}
     for device in sorted(held):
-        weights_bytes = sum(graph.tensors[name].size_bytes for name in held[device])
+        weights_bytes = sum(held[device].values())
         if device not in capacities:
             # What accelerate keeps on the CPU because everything runs there occupies no room that was promised.
             if device == plan.main_device and weights_bytes == 0:
@@ -192,5 +216,5 @@ def _some(names: tuple[str, ...]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-CHECKS = (_coverage, _known_units, _flatness, _readability, _blocks, _ties)
+CHECKS = (_coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties)
 """What a plan must hold to whatever the machine."""

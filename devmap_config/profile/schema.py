@@ -394,8 +394,9 @@ class Offload(Section):
     folder: Text | None = Field(default=None, examples=["./offload"])
     """Where weights on `disk` are written. Relative to this file."""
 
-    buffers: Flag = Field(default=False, examples=[True])
-    """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`)."""
+    buffers: Flag | None = Field(default=None, examples=[True])
+    """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`). Without it the plan
+    decides: they are where it fits no other way, such as GPTQ's weights, which are buffers."""
 
 
 class PlacementSection(Section):

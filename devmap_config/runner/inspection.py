@@ -67,6 +67,21 @@ def misplaced_tensors(
     return tuple(wrong)
 
 
+def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
+    """What the plan counts quantised, of a quantizer that leaves as it is what is offloaded, and is not."""
+    found: list[str] = []
+    for each in plan.assignments:
+        is_offloaded = plan.executor.is_offloaded(each.stored_on, each.executes_on, plan.main_device)
+        for name in () if is_offloaded else each.tensors:
+            planned = graph.tensors[name]
+            if planned.offloaded_bytes is None:
+                continue
+            held = model.get_parameter_or_buffer(name)
+            if held.is_floating_point() and held.numel() == planned.element_count:
+                found.append(name)
+    return tuple(found)
+
+
 def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
     """Every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is not."""
     wrong: dict[str, Misrun] = {}

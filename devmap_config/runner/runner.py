@@ -136,7 +136,7 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
     Raises:
         RunnerError: where it cannot be loaded here, or sits elsewhere.
     """
-    from devmap_config.runner.inspection import misplaced_tensors, misrun_modules
+    from devmap_config.runner.inspection import misplaced_tensors, misrun_modules, unquantized_tensors
 
     model = load(deployment.plan, deployment.request)
     compiled = deployment.compilation.model
@@ -147,6 +147,13 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
             "dequantized",
             "transformers dequantised the weights while loading: they take more room than the plan has for them",
             "install the kernels that the quantization needs, or say `dequantize: true`, and compile again",
+        )
+    if unquantized := unquantized_tensors(model, deployment.plan, compiled.graph):
+        raise RunnerError(
+            "dequantized",
+            f"transformers left unquantised what the plan counts quantised: {_some(list(unquantized))}",
+            "older versions take the key of one layer on the CPU (`model.layers.1`) for others as well"
+            " (`model.layers.10`): upgrade transformers",
         )
     misplaced = misplaced_tensors(
         model, deployment.plan, compiled.graph, is_quantized=compiled.quantization is not None

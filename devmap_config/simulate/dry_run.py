@@ -17,7 +17,7 @@ from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_
 from devmap_config.libraries.torch import tensors_without_data, tree_leaves
 from devmap_config.placement.problem import is_accelerator
 from devmap_config.simulate.devices import NOWHERE, DeviceMismatchError, SimulatedDevices
-from devmap_config.simulate.hooks import dispatched, place_weights
+from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights
 from devmap_config.simulate.simulation import LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class _Run:
     @classmethod
     def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _Run:
         """A run that is about to begin."""
+        hold_in_buffers(model, graph)
         known = replace_tensors(model)
         held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from devmap_config.simulate.devices import SimulatedDevices
 
 
+def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
+    """Register as buffers what a quantizer holds in buffers: accelerate treats these in another way than parameters."""
+    for tensor in graph.tensors.values():
+        if tensor.in_buffer:
+            path, _, name = tensor.name.rpartition(".")
+            module = model.get_submodule(path)
+            parameter = module._parameters.pop(name)  # noqa: SLF001 - there is no public way to unregister one
+            module.register_buffer(name, None if parameter is None else parameter.data)
+
+
 def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices) -> None:
     """Say of every tensor of the model that it is where the plan keeps it."""
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
