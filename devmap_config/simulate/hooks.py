@@ -31,8 +31,9 @@ def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
         if tensor.in_buffer:
             path, _, name = tensor.name.rpartition(".")
             module = model.get_submodule(path)
-            parameter = module._parameters.pop(name)  # noqa: SLF001 - there is no public way to unregister one
-            module.register_buffer(name, None if parameter is None else parameter.data)
+            held = getattr(module, name).detach()
+            delattr(module, name)
+            module.register_buffer(name, held)
 
 
 def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices) -> None:

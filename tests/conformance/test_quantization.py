@@ -27,6 +27,7 @@ from devmap_config.graph.quantization import (
     effective_quantization,
     format_of,
 )
+from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.runner.loading import _quantization_config
 
 LLAMA = {
@@ -210,6 +211,47 @@ def test_sizes_are_those_of_a_quantised_checkpoint(name, kind, checkpoint, tmp_p
     assert graph_bytes(graph, "planner_bytes") == planner_sizes(tmp_path)
 
 
+STANDING_IN_FOR_A_CARD = torch.device("cpu")
+"""Only the strings `cpu` and `disk` of a map mean offloading."""
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["bnb-8bit", "bnb-fp4"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixture"])
+def test_bitsandbytes_leaves_as_it_is_what_a_map_offloads(name, kind, checkpoint):
+    folder = checkpoint(kind)
+    asked = {**ON_THE_FLY[name], "llm_int8_enable_fp32_cpu_offload": True}
+    config = json.loads((folder / "config.json").read_text())
+    graph = build_graph(
+        folder,
+        class_name=config["architectures"][0],
+        dtype="bfloat16",
+        attention=None,
+        quantization=effective_quantization(asked, config),
+    )
+    offloaded = [path for path in graph.blocks if path.endswith(".1") or path == "lm_head"][:1]
+    device_map = {path: "cpu" if path in offloaded else STANDING_IN_FOR_A_CARD for path in graph.blocks}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map=device_map, quantization_config=_quantization_config(asked)
+    )
+    assert offloaded
+    held = held_bytes(model)
+    converted = 0
+    for path, module in graph.modules.items():
+        if not module.own_tensors or any(graph.storage_of[each.name] != each.name for each in module.own_tensors):
+            continue
+        is_offloaded = any(path == block or path.startswith(f"{block}.") for block in offloaded)
+        planned = sum(each.bytes_where(is_offloaded=is_offloaded) for each in module.own_tensors)
+        if is_offloaded:
+            weights = hooks_of(model.get_submodule(path))[0].weights_map
+            found = sum(weights[name].nbytes for name, _ in model.get_submodule(path).named_parameters(recurse=False))
+        else:
+            found = held[path]
+        assert found == planned, path
+        converted += is_offloaded and any(each.offloaded_bytes is not None for each in module.own_tensors)
+    assert converted
+
+
 WEIGHTS = {"num_bits": 8, "symmetric": True, "strategy": "channel"}
 COMPRESSED = {
     "pack-quantized": {"weights": {**WEIGHTS, "num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}},
@@ -353,7 +395,7 @@ def test_a_checkpoint_that_is_dequantised_while_loading_is_counted_dense():
         {"method": "aqlm"},
         {"method": "gptq"},
         {"method": "awq"},
-        {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True},
+        {"method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
         {"method": "torchao", "quant_type": "Float8DynamicActivationFloat8WeightConfig"},
         {"method": "compressed-tensors"},
     ],

@@ -1,0 +1,340 @@
+"""What weights take depends on where they are: on those held in buffers, and on quantizers that spare the CPU."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.plan_table import plan_lines
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+from devmap_config.graph.serialization import graph_from_json, graph_to_json
+from devmap_config.graph.source import digest
+from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.executor import LEFT, OFFLOADED
+from devmap_config.placement.units import fold
+from devmap_config.plan.drift import Drift
+from devmap_config.plan.lock import lock_of, read_lock
+from devmap_config.plan.plan import Plan, assemble
+from devmap_config.plan.verify import verify
+from devmap_config.runner.inspection import unquantized_tensors
+
+LLAMA_13B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float16",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+
+MAP_OF_8_LAYERS = """\
+version: 1
+model: {{source: big}}
+workload: {{context_length: 512}}
+hardware: {{devices: {{cuda:0: {{memory: {memory}}}, cpu: {{memory: 30GiB}}}}}}
+placement:
+  strategy: manual
+  device_map: {{model.embed_tokens: 0, "model.layers.[0-7]": 0, "model.layers.[8-39]": cpu, model.norm: cpu,
+               model.rotary_emb: 0, lm_head: cpu}}
+  offload: {{{offload}}}
+"""
+
+FASTEST_IN_4_BIT = """\
+version: 1
+model:
+  source: big
+  quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}
+workload: {context_length: 2048}
+hardware: {devices: {cuda:0: {accelerator: rtx-3060, memory: 8GiB}, cpu: {memory: 64GiB}}}
+placement: {strategy: fastest}
+"""
+
+GIB = 2**30
+
+
+def compiled(text, *, locked=None):
+    Path("profile.yaml").write_text(text)
+    return run_pipeline(Request(path=Path("profile.yaml"), locked=locked))
+
+
+def errors(compilation):
+    return [each for each in compilation.diagnostics if each.severity == "error"]
+
+
+def used_bytes(plan, device):
+    (use,) = (each for each in plan.devices if each.id == device)
+    return use.capacity_bytes - use.free_bytes
+
+
+@pytest.fixture
+def big(workspace):
+    """The config of a model of 13 billion parameters, as given."""
+
+    def write(**more):
+        Path("big").mkdir(exist_ok=True)
+        Path("big/config.json").write_text(json.dumps({**LLAMA_13B, **more}))
+
+    return write
+
+
+# -- buffers
+
+
+def test_buffers_are_offloaded_where_it_fits_no_other_way(big):
+    big(quantization_config=GPTQ)
+    fits = compiled(MAP_OF_8_LAYERS.format(memory="4GiB", offload="")).plan
+    assert fits.executor.offload_buffers
+    assert used_bytes(fits, "cuda:0") < 3 * GIB
+
+    left = compiled(MAP_OF_8_LAYERS.format(memory="8GiB", offload="")).plan
+    assert not left.executor.offload_buffers
+    assert 7.2 * GIB < used_bytes(left, "cuda:0") < 7.4 * GIB
+
+
+def test_buffers_that_are_to_be_left_and_do_not_fit(big):
+    big(quantization_config=GPTQ)
+    compilation = compiled(MAP_OF_8_LAYERS.format(memory="4GiB", offload="buffers: false"))
+    (finding,) = errors(compilation)
+    assert (finding.code, finding.span.line, finding.span.column) == ("over-capacity", 9, 22)
+    assert "buffers: false" in finding.message
+    assert "2.5 GiB" in finding.message
+    assert "buffers: true" in finding.help
+
+    (finding,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="buffers: false")))
+    assert "buffers: true" not in finding.help  # it would not fit with these either
+
+
+def test_a_profile_that_offloads_buffers_is_obeyed(workspace):
+    text = """\
+version: 1
+model: {source: quantized}
+hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
+placement: {strategy: auto, offload: {buffers: true}}
+"""
+    assert compiled(text).plan.executor.offload_buffers
+    assert not compiled(text.replace("{buffers: true}", "{}")).plan.executor.offload_buffers
+
+
+CARD = "{memory: 300KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
+SMALL = f"""\
+version: 1
+model: {{source: quantized}}
+workload: {{context_length: 64}}
+hardware:
+  devices: {{cuda:0: {CARD}, cpu: {{memory: 1GiB}}}}
+  links: {{host: 25GB/s}}
+placement: {{strategy: STRATEGY}}
+"""
+
+
+@pytest.mark.parametrize("strategy", ["fastest", "longest-context", "fewest-devices"])
+def test_our_strategies_offload_buffers_where_it_is_better(workspace, strategy):
+    compilation = compiled(SMALL.replace("STRATEGY", strategy))
+    plan = compilation.plan
+    assert plan.executor.offload_buffers
+    assert any(each.stored_on == "cpu" for each in plan.assignments)
+    assert plan.prediction.streamed_bytes_per_token > 0
+    (finding,) = errors(compiled(SMALL.replace("STRATEGY}", f"{strategy}, offload: {{buffers: false}}}}")))
+    assert "`buffers: true`" in finding.help
+
+    roomy = compiled(SMALL.replace("STRATEGY", strategy).replace("300KiB", "8MiB")).plan
+    assert roomy.executor.offload_buffers == (strategy == "longest-context")
+
+
+def test_a_lock_keeps_whether_buffers_are_offloaded(big):
+    big(quantization_config=GPTQ)
+    text = MAP_OF_8_LAYERS.format(memory="4GiB", offload="")
+    compilation = compiled(text)
+    lock = read_lock(lock_of(compilation.plan, compilation.inputs, {}, {}).to_text())
+    assert lock.plan["offload_buffers"] is True
+    assert compiled(text, locked=lock).drift is None
+    forged = replace(lock, plan={**lock.plan, "offload_buffers": False})
+    assert isinstance(compiled(text, locked=forged).drift, Drift)
+    text = MAP_OF_8_LAYERS.format(memory="4GiB", offload="buffers: true")
+    compilation = compiled(text)
+    lock = lock_of(replace(compilation.plan, executor=LEFT), compilation.inputs, {}, {})
+    assert "profile rules out" in compiled(text, locked=lock).drift.message
+
+
+def test_users_are_told_that_buffers_are_offloaded(big):
+    big(quantization_config=GPTQ)
+    compilation = compiled(MAP_OF_8_LAYERS.format(memory="4GiB", offload=""))
+    heading, *_, note = (line.plain for line in plan_lines(compilation, 140) if hasattr(line, "plain"))
+    assert ": 6.8 GiB in float16, gptq 4 bit, placed by" in heading
+    assert "offload_buffers=True" in note
+    arguments = ["profile.yaml", "--dry-run", "--no-simulate", "--format", "device-map"]
+    done = CliRunner().invoke(compile_command, arguments, standalone_mode=False)
+    assert "offload_buffers=True" in done.stderr
+    assert json.loads(done.stdout)["lm_head"] == "cpu"
+
+
+# -- what a quantizer leaves as it is on the CPU
+
+
+def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
+    big()
+    compilation = compiled(FASTEST_IN_4_BIT)
+    assert [each.code for each in compilation.diagnostics] == []
+    plan, graph = compilation.plan, compilation.model.graph
+    layers = {each.stored_on: each for each in plan.assignments if each.unit.startswith("model.layers.")}
+    on_card = [each for each in plan.assignments if each.unit.startswith("model.layers.") and each.stored_on != "cpu"]
+    assert 24 <= len(on_card) <= 27
+    layer_bytes = {
+        device: graph.weights_bytes(each.tensors, each.tensors if device == "cpu" else ())
+        for device, each in layers.items()
+    }
+    assert 0.16 * GIB < layer_bytes["cuda:0"] < 0.17 * GIB
+    assert layer_bytes["cpu"] == 2 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120)
+    heading = next(plan_lines(compilation, 140)).plain
+    assert "bitsandbytes fp4 4 bit (what is on the CPU stays in float16: 13.2 GiB in all)" in heading
+
+
+def test_a_quantised_checkpoint_cannot_be_left_as_it_is(workspace):
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_enable_fp32_cpu_offload": True}
+    config = json.loads(Path("llama/config.json").read_text()) | {"quantization_config": quantized}
+    Path("llama/config.json").write_text(json.dumps(config))
+    text = """\
+version: 1
+model: {source: llama}
+hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
+placement: {pins: [{match: model.layers.0, device: cpu}]}
+"""
+    (finding,) = errors(compiled(text))
+    assert finding.code == "quantizer-refuses"
+    assert "of a quantised checkpoint" in finding.message
+
+
+# -- every figure of a plan, added up anew
+
+
+@pytest.fixture
+def graphs(workspace):
+    profile = """\
+version: 1
+model: {source: SOURCE}
+workload: {context_length: 16}
+hardware: {devices: {cuda:0: {memory: 1GiB}}}
+"""
+    in_4_bit = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
+    return [compiled(profile.replace("SOURCE", source)).model.graph for source in ("quantized", in_4_bit, "llama")]
+
+
+@pytest.mark.parametrize("executor", [LEFT, OFFLOADED])
+def test_what_a_plan_says_is_the_sum_of_its_parts(graphs, executor):
+    choice = random.Random(0)
+    places = [("cuda:0", None), ("cuda:1", None), ("cpu", None), ("cpu", "cpu"), ("disk", None)]
+    for graph in graphs * 5:
+        homes = {}
+        for block in graph.blocks:
+            homes |= dict.fromkeys((tensor.name for tensor in graph.modules[block].tensors()), choice.choice(places))
+        homes[next(iter(graph.tensors))] = ("cuda:0", None)
+        plan = assemble(
+            graph,
+            fold(graph, homes),
+            dict.fromkeys(["cuda:0", "cuda:1", "cpu", "disk"], GIB),
+            strategy="manual",
+            executor=executor,
+        )
+        held, copied, pieces = {}, 0, {}
+        for name, tensor in graph.tensors.items():
+            stored_on, compute = homes[name]
+            is_streamed = stored_on in ("cpu", "disk") and compute is None
+            size_bytes = tensor.size_bytes
+            if is_streamed and tensor.offloaded_bytes is not None:
+                size_bytes = tensor.element_count * 2
+            is_buffer = tensor.kind == "buffer" or tensor.in_buffer
+            leaves = is_streamed and is_buffer and not (executor.offload_buffers and tensor.persistent)
+            home = "cuda:0" if leaves else stored_on
+            held[home] = held.get(home, 0) + size_bytes
+            if is_streamed and not leaves:
+                copied += size_bytes
+                module = name.rpartition(".")[0]
+                pieces[module] = pieces.get(module, 0) + size_bytes
+        assert {use.id: use.weights_bytes for use in plan.devices if use.weights_bytes} == held
+        assert plan.prediction.streamed_bytes_per_token == copied
+        assert plan.devices[0].overhead_bytes == max(pieces.values(), default=0)
+        kinds = {violation.kind for violation in verify(plan, graph, dict.fromkeys(held, GIB))}
+        assert "over-capacity" not in kinds
+        tight = {use.id: use.capacity_bytes - use.free_bytes for use in plan.devices}
+        assert "over-capacity" not in {each.kind for each in verify(plan, graph, tight)}
+        tight["cuda:0"] -= 1
+        assert "over-capacity" in {each.kind for each in verify(plan, graph, tight)}
+
+
+def test_a_graph_is_read_back_with_what_its_quantizer_does(graphs):
+    for graph in graphs:
+        assert graph_from_json(json.loads(json.dumps(graph_to_json(graph)))) == graph
+    plain = graph_to_json(graphs[2])
+    assert digest(plain["root"]) == digest(graph_to_json(graph_from_json(plain))["root"])
+    assert all(len(each) == 7 for each in plain["root"][4][1][2])  # nothing is added to the graphs of most models
+
+
+# -- how a quantizer reads the map
+
+
+def linear(path):
+    weight = Tensor(TensorName(f"{path}.weight"), (4, 4), "uint8", 8, 8, offloaded_bytes=32)
+    return Module(ModulePath(path), "Linear", (weight,))
+
+
+def plan_with(graph, homes):
+    return Plan(
+        strategy="manual",
+        executor=LEFT,
+        main_device="cuda:0",
+        assignments=tuple(
+            Assignment(unit, tuple(n for n in graph.tensors if f"{n}.".startswith(f"{unit}.")), home, "cuda:0")
+            for unit, home in homes.items()
+        ),
+        devices=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("homes", "subject"),
+    [
+        ({"head": "cpu", "inner_head": "cuda:0"}, "inner_head.weight"),  # a key is also the end of another's name
+        ({"head.weight": "cpu", "inner_head": "cuda:0"}, "head.weight"),  # the key of a tensor is no module's name
+        ({"head": "cpu", "inner_head": "cpu"}, None),
+        ({"head": "cuda:0", "inner_head": "cpu"}, None),
+    ],
+)
+def test_a_map_that_a_quantizer_reads_in_another_way(homes, subject):
+    root = Module(ModulePath(""), "Model", children=(linear("head"), linear("inner_head")))
+    found = verify(plan_with(ModelGraph(root), homes), ModelGraph(root), {})
+    assert [each.subjects for each in found if "as it is" in each.message or "is quantised" in each.message] == (
+        [] if subject is None else [(subject,)]
+    )
+
+
+def test_what_was_left_unquantised_is_found():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, 4, bias=False)
+            self.inner_head = torch.nn.Linear(4, 4, bias=False)
+            packed = torch.zeros(8, 1, dtype=torch.uint8)
+            self.packed = torch.nn.Module()
+            self.packed.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+        def get_parameter_or_buffer(self, name):
+            return self.get_parameter(name)
+
+    root = Module(ModulePath(""), "Model", children=(linear("head"), linear("inner_head"), linear("packed")))
+    graph = ModelGraph(root)
+    plan = plan_with(graph, {"head": "cpu", "inner_head": "cuda:0", "packed": "cuda:0"})
+    assert unquantized_tensors(Model(), plan, graph) == ("inner_head.weight",)
