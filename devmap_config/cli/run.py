@@ -91,14 +91,19 @@ def run(
         return EXIT_UNLIKE_LOCK
     except RunnerError as error:
         return _report_failure(error, profile, output_format)
-    summary = _summary(deployment)
     if output_format == "json":
-        data = {"plan": deployment.plan.to_json(), "verified": True, "output": output}
+        data = {
+            "plan": deployment.plan.to_json(),
+            "verified": deployment.unchecked is None,
+            "unchecked": deployment.unchecked,
+            "new_tensors": list(deployment.new),
+            "output": output,
+        }
         report(sink, {}, "json", data=data)
         return 0
     report(sink, {}, output_format, quiet=quiet)
     if not quiet:
-        click.echo(summary, err=True)
+        click.echo(_summary(deployment), err=True)
     if output is not None:
         click.echo(output)
     return 0
@@ -113,10 +118,14 @@ def _speak(model: Any, deployment: Deployment, prompt: str, max_new_tokens: int,
 def _summary(deployment: Deployment) -> str:
     from devmap_config.placement.shortage import rounded
 
-    plan = deployment.plan
+    plan, new = deployment.plan, deployment.new
     tensors = sum(len(each.tensors) for each in plan.assignments)
     held = ", ".join(f"{use.id} {rounded(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
-    return f"loaded and verified: {tensors} tensors where the lock says ({held})"
+    where = f"{tensors} tensors where the lock says ({held})"
+    if deployment.unchecked is not None:
+        return f"loaded: {where}; whether they are from the checkpoint was not checked: {deployment.unchecked}"
+    but = f", but for what is new on purpose: {', '.join(f'`{name}`' for name in new)}" if new else ""
+    return f"loaded and verified: {where}, their weights from the checkpoint{but}"
 
 
 def _report_failure(error: RunnerError, profile: Path, output_format: str) -> int:

@@ -224,6 +224,15 @@ Header = dict[str, tuple[str, tuple[int, ...], int, int]]
 """Of each tensor its dtype, its shape, and the bytes of its file from where to where."""
 
 
+def read_header(path: Path) -> Header:
+    """Return the tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: where it is none.
+    """
+    return _read_file(path)[1]
+
+
 def _read_file(path: Path) -> tuple[int, Header]:
     size = _regular_size(path)
     try:

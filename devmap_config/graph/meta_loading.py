@@ -6,16 +6,14 @@ import re
 from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from transformers import modeling_utils
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging
 
 from devmap_config.graph.checkpoint_match import CheckpointMatch, Mismatch
 from devmap_config.graph.introspection import config_and_class
 from devmap_config.libraries.remote_code import code_of_models
+from devmap_config.libraries.transformers import merged_names, taking_loading_reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,7 +62,7 @@ def load_over_meta(
         config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
     )
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
-    with _reported() as reports, code_of_models(allowed=trust_remote_code):
+    with _without_progress_bars(), taking_loading_reports() as reports, code_of_models(allowed=trust_remote_code):
         model, _ = model_class.from_pretrained(
             None,
             config=config,
@@ -98,18 +96,11 @@ def _empty(tensor: StoredTensor) -> torch.Tensor:
 
 
 @contextmanager
-def _reported() -> Iterator[list[Any]]:
-    """Take what transformers would log of a load; without progress bars."""
-    reports: list[Any] = []
-
-    def report(*, loading_info: Any, **_others: Any) -> None:
-        reports.append(loading_info)
-
+def _without_progress_bars() -> Iterator[None]:
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with patch.object(modeling_utils, "log_state_dict_report", report):
-            yield reports
+        yield
     finally:
         if shows_progress:
             logging.enable_progress_bar()
@@ -135,12 +126,7 @@ def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:
 
     transformers merges them in their order, so that each after a gap would be taken for the one before it.
     """
-    patterns = [
-        re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-        for conversion in get_model_conversion_mapping(model)
-        for pattern in conversion.source_patterns
-        if "*" in pattern
-    ]
+    patterns = [re.compile(re.escape(name).replace(r"\*", r"(\d+)")) for name in merged_names(model)]
     numbers: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
         for match in filter(None, (pattern.search(name) for pattern in patterns)):

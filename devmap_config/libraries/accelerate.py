@@ -9,7 +9,7 @@ from unittest.mock import patch
 from devmap_config.libraries.private import Private
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -57,6 +57,18 @@ def streamed_from(hook: Any, path: str, name: str) -> str | None:
     full_name = getattr(weights, "prefix", "") + name.removeprefix(f"{path}." if path else "")
     if full_name in (getattr(loader, "state_dict", None) or {}):
         return "cpu"
-    if full_name in (getattr(loader, "index", None) or {}):
-        return "disk"
-    return None
+    return None if place_on_disk(hook, path, name) is None else "disk"
+
+
+def place_on_disk(hook: Any, path: str, name: str) -> Mapping[str, Any] | None:
+    """Return from where a hook reads a tensor on disk: `safetensors_file` and `weight_name`, or `shape` and `dtype`.
+
+    The latter where it was written anew, in a file of its own. The arguments are those of `streamed_from`.
+    """
+    weights = getattr(hook, HOOK_WEIGHTS.attribute, None)
+    if weights is None or not getattr(hook, "offload", False):
+        return None
+    loader = getattr(weights, "dataset", weights)
+    full_name = getattr(weights, "prefix", "") + name.removeprefix(f"{path}." if path else "")
+    place: Mapping[str, Any] | None = (getattr(loader, "index", None) or {}).get(full_name)
+    return place

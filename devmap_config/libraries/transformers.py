@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from devmap_config.libraries.private import Private
 
@@ -176,6 +177,38 @@ def quantization_config(arguments: Mapping[str, Any]) -> Any:
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
+
+LOADING_REPORT = Private(
+    "transformers.modeling_utils.log_state_dict_report",
+    "logs what a load found of names and raises for some of it; patched to take that as it is",
+    takes=("loading_info",),
+)
+CONVERSIONS = Private(
+    "transformers.conversion_mapping.get_model_conversion_mapping",
+    "what is renamed, merged or split while a model is loaded; lists of experts are merged in the order of their names",
+)
+
+
+@contextmanager
+def taking_loading_reports() -> Iterator[list[Any]]:
+    """Take what transformers finds of names while it loads (`LoadStateDictInfo`), instead of logging it."""
+    reports: list[Any] = []
+
+    def report(*, loading_info: Any, **_others: Any) -> None:
+        reports.append(loading_info)
+
+    LOADING_REPORT.find()
+    from transformers import modeling_utils
+
+    with patch.object(modeling_utils, LOADING_REPORT.attribute, report):
+        yield reports
+
+
+def merged_names(model: PreTrainedModel) -> list[str]:
+    """Return the names, `*` for a number, of lists of tensors that become one while a model is loaded."""
+    conversions = CONVERSIONS.find()(model)
+    return [pattern for each in conversions for pattern in each.source_patterns if "*" in pattern]
+
 
 DISPATCH = Private(
     "transformers.integrations.accelerate.dispatch_model",

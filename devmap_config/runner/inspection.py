@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from devmap_config.libraries.accelerate import hooks_of, streamed_from
+from devmap_config.graph.checkpoint import read_header
+from devmap_config.graph.model import ancestors
+from devmap_config.libraries.accelerate import hooks_of, place_on_disk, streamed_from
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from transformers import PreTrainedModel
 
@@ -143,6 +149,47 @@ def _streamed_from(model: PreTrainedModel, name: str) -> str:
             if (home := streamed_from(hook, path, name)) is not None:
                 return home
     return "meta"
+
+
+def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> list[str]:
+    """Return what is wrong with the tensors that are read from disk at every forward: no report of a load is of them.
+
+    Each is held to the header of the file that it is read from, or to what was written of it; a quantised one cannot
+    be, since the graph has its shape before it was packed.
+    """
+    header_of = cache(read_header)
+    wrong = []
+    for name in (name for each in plan.assignments for name in each.tensors):
+        place = _read_from(model, name)
+        if place is None or graph.tensors[name].dtype in PACKED_DTYPES:
+            continue
+        file = place.get("safetensors_file")
+        if file is None:
+            shape = tuple(place["shape"])
+        elif (entry := header_of(Path(file)).get(place["weight_name"])) is not None:
+            shape = entry[1]
+        else:
+            wrong.append(f"`{name}` is not in `{Path(file).name}`")
+            continue
+        if shape != graph.tensors[name].shape:
+            wrong.append(f"`{name}` is {list(shape)} on disk, and {list(graph.tensors[name].shape)} in the model")
+    return wrong
+
+
+PACKED_DTYPES = ("int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2")
+"""What quantised weights are held in."""
+
+
+def _read_from(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
+    """From where accelerate's hook reads a tensor that is on disk."""
+    if tensor_home(model, name) != "disk":
+        return None
+    for path in ancestors(name):
+        for hook in hooks_of(model.get_submodule(path)):
+            place: Mapping[str, Any] | None = place_on_disk(hook, path, name)
+            if place is not None:
+                return place
+    return None
 
 
 def _names_of(model: PreTrainedModel) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.graph.quantization import torchao_type
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, fails_without, listed
@@ -65,8 +65,16 @@ class LoadRequest:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
-    """The model, loaded with the plan's map; what computes on the CPU does.
+class Loaded(NamedTuple):
+    """A model, and what transformers found of the checkpoint's names while loading it: of what is not on disk."""
+
+    model: PreTrainedModel
+    missing: frozenset[str]
+    mismatched: frozenset[str]
+
+
+def load(plan: Plan, request: LoadRequest) -> Loaded:
+    """Return the model, loaded with the plan's map; what computes on the CPU does.
 
     Raises:
         RunnerError: where accelerate is missing or too old, a device of the plan is not on this machine, or a part
@@ -81,14 +89,16 @@ def load(plan: Plan, request: LoadRequest) -> PreTrainedModel:
         "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
         "offload_buffers": plan.executor.offload_buffers,
         "trust_remote_code": request.trust_remote_code,
+        "use_safetensors": True,  # a pickle may run any code
+        "output_loading_info": True,
     }
     if request.attention is not None:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
     with streaming_to(transformers_device(plan.main_device)), code_of_models(allowed=request.trust_remote_code):
-        model = _loaded(request, arguments)
-    return _computing_on_cpu(model, plan) if plan.compute else model
+        loaded = _loaded(request, arguments)
+    return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
 
 
 def _device_map(plan: Plan) -> dict[str, Any]:
@@ -122,12 +132,12 @@ def _require_modules(plan: Plan) -> None:
             )
 
 
-def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> PreTrainedModel:
+def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
     try:
         model_class, arguments = _model_class(request), {**arguments, **_own_config(request)}
         if request.quantization:
             arguments = {**arguments, "quantization_config": _quantization_config(request.quantization)}
-        model: PreTrainedModel = model_class.from_pretrained(request.weights, **arguments)
+        model, info = model_class.from_pretrained(request.weights, **arguments)
     except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
         reason = f"{type(error).__name__}: {first_line(error)}"
         if not request.trust_remote_code and fails_without(request.config, request.class_name, error):
@@ -140,7 +150,7 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> PreTrainedMod
             f"transformers cannot load it here: {reason}",
             "install what it asks for, or change `attention`, `quantization` or `class`",
         ) from error
-    return model
+    return Loaded(model, frozenset(info["missing_keys"]), frozenset(name for name, *_ in info["mismatched_keys"]))
 
 
 def first_line(error: Exception) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.compiler import Compilation, Request, run_pipeline
 from devmap_config.diagnostics.diagnostic import ProfileError
+from devmap_config.graph.checkpoint_match import judge, match_checkpoint
+from devmap_config.graph.source import cached_checkpoint
 from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path
 from devmap_config.plan.readiness import differences, kind_needed
@@ -21,19 +23,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.graph.checkpoint_match import CheckpointMatch
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
+    from devmap_config.runner.loading import Loaded
 
 EXAMPLES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A locked plan with all that is needed to load it."""
+    """A locked plan with all that is needed to load it.
+
+    `match` is what the headers of the checkpoint say of its names; `None` where they are not at hand before it is
+    loaded.
+    """
 
     plan: Plan
     compilation: Compilation
     request: LoadRequest
     lock: Lock
+    match: CheckpointMatch | None = None
+
+    @property
+    def unchecked(self) -> str | None:
+        """Why it cannot be told that every tensor comes from the checkpoint; `None` where it can.
+
+        transformers' own report tells it as well, but not of what is on disk.
+        """
+        reads_disk = any(each.stored_on == "disk" for each in self.plan.assignments)
+        return self.match.unchecked if self.match is not None and reads_disk else None
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """The tensors that are new on purpose, and that the checkpoint does not hold."""
+        lacking = () if self.match is None else (*self.match.missing, *(each.name for each in self.match.mismatched))
+        return tuple(name for name in lacking if name in _allowed(self.compilation))
 
 
 def load_model(
@@ -87,9 +112,14 @@ def prepare(
     )
     loaded, model, plan = compilation.loaded, compilation.model, compilation.plan
     if loaded is None or model is None or plan is None:
+        _raise_unreadable_checkpoint(compilation)
         raise ProfileError(compilation.diagnostics, compilation.texts)
-    if compilation.drift is not None:
-        drift = compilation.drift
+    drift, match = compilation.drift, None
+    # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
+    if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
+        match = match_checkpoint(model, trust_remote_code=trust_remote_code)
+        _require_match(match, compilation)
+    if drift is not None:
         raise RunnerError(drift.code, f"`{lock_path(path)}` {drift.message}", remedy(drift.code, path))
     if model.source.weights is None:
         raise RunnerError(
@@ -109,7 +139,31 @@ def prepare(
         trust_remote_code=trust_remote_code,
         config=model.source.config,
     )
-    return Deployment(plan, compilation, request, lock)
+    return Deployment(plan, compilation, request, lock, match)
+
+
+def _raise_unreadable_checkpoint(compilation: Compilation) -> None:
+    """Where files of the checkpoint cannot be read, it is not the profile that is wrong."""
+    for each in compilation.diagnostics:
+        if each.code in ("unreadable-checkpoint", "no-safetensors"):
+            raise RunnerError(each.code, each.message, each.help)
+
+
+def _allowed(compilation: Compilation) -> frozenset[str]:
+    return frozenset() if compilation.resolution is None else frozenset(compilation.resolution.new)
+
+
+def _require_match(match: CheckpointMatch | None, compilation: Compilation) -> None:
+    """Refuse a checkpoint that does not hold the model.
+
+    Raises:
+        RunnerError: where it does not; it names the tensors.
+    """
+    if match is None or match.unchecked is not None or compilation.model is None:
+        return
+    found = judge(match, compilation.model.source.config, _allowed(compilation))
+    if found.error is not None:
+        raise RunnerError("wrong-checkpoint", found.error, found.error_help)
 
 
 def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
@@ -131,17 +185,24 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
 
 
 def load_verified(deployment: Deployment) -> PreTrainedModel:
-    """The loaded model, every parameter and buffer of which sits, and every module of which runs, where the plan says.
+    """Return the model, loaded: every tensor is from the checkpoint and sits, and every module runs, where planned.
 
     Raises:
-        RunnerError: where it cannot be loaded here, or sits elsewhere.
+        RunnerError: where it cannot be loaded here, tensors are not from the checkpoint, or sit elsewhere.
     """
-    from devmap_config.runner.inspection import misplaced_tensors, misrun_modules, unquantized_tensors
+    from devmap_config.runner.inspection import (
+        misplaced_tensors,
+        misread_tensors,
+        misrun_modules,
+        unquantized_tensors,
+    )
 
-    model = load(deployment.plan, deployment.request)
     compiled = deployment.compilation.model
     if compiled is None:
         raise AssertionError("a deployment is prepared from a compiled model")
+    loaded = load(deployment.plan, deployment.request)
+    model = loaded.model
+    _require_loaded(loaded, deployment, compiled)
     if compiled.counts_quantized_weights and not getattr(model, "is_quantized", False):
         raise RunnerError(
             "dequantized",
@@ -172,7 +233,30 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
             + _some([f"{each.module} runs on {each.found}, planned on {each.planned}" for each in misrun]),
             "this version of transformers or accelerate may dispatch it otherwise; please report it",
         )
+    if misread := misread_tensors(model, deployment.plan, compiled.graph):
+        raise RunnerError("wrong-checkpoint", f"what is read from disk is not the model's: {_some(misread)}", ANEW)
     return model
+
+
+ANEW = "get the checkpoint anew, and empty the offload folder"
+
+
+def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedModel) -> None:
+    """Refuse a model of which transformers has made up tensors.
+
+    Raises:
+        RunnerError: where it has.
+    """
+    if deployment.match is None and compiled.source.weights is not None and compiled.source.commit is not None:
+        source = compiled.source  # by now it is downloaded
+        checkpoint = cached_checkpoint(compiled.source.weights, compiled.source.commit, source.config)
+        _require_match(
+            match_checkpoint(replace(compiled, source=replace(source, checkpoint=checkpoint))), deployment.compilation
+        )
+    made_up = sorted((loaded.missing | loaded.mismatched) - _allowed(deployment.compilation))
+    if made_up:
+        found = _some([f"`{name}`" for name in made_up])
+        raise RunnerError("wrong-checkpoint", f"transformers filled tensors with random numbers: {found}", ANEW)
 
 
 def _some(findings: list[str]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from importlib import resources
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -11,10 +14,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
@@ -33,7 +39,7 @@ from devmap_config.graph.source import local_source
 from devmap_config.hardware import probe
 from devmap_config.hardware.machine import SeenDisk, SeenHost
 from devmap_config.runner import loading, runner
-from devmap_config.runner.inspection import Misrun, misrun_modules, tensor_home
+from devmap_config.runner.inspection import Misrun, misread_tensors, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError, UnfitMachineError
 from devmap_config.runner.runner import load_verified, prepare
 
@@ -146,10 +152,25 @@ def test_a_model_that_sits_elsewhere_is_noticed(llama, monkeypatch):
     write_profile(SPLIT)
     model = load_model("profile.yaml")
     write_profile(SPLIT.replace("model.layers.0", "model.layers.1"))
-    monkeypatch.setattr(runner, "load", lambda plan, request: model)
+    monkeypatch.setattr(runner, "load", lambda plan, request: loading.Loaded(model, frozenset(), frozenset()))
     with pytest.raises(RunnerError, match=r"model\.layers\.0\..* is on disk, planned on cpu") as error:
         load_model("profile.yaml")
     assert error.value.code == "misplaced-tensors"
+
+
+def test_tensors_that_transformers_has_made_up_are_noticed(llama, monkeypatch):
+    write_profile(ON_CPU)
+    deployment = prepare(Path("profile.yaml"), variables={})
+    real = runner.load
+
+    def load(plan, request):
+        rewrite(llama, lambda tensors: tensors.pop(LAST))  # between the look at the headers and the load
+        return real(plan, request)
+
+    monkeypatch.setattr(runner, "load", load)
+    with pytest.raises(RunnerError, match="filled tensors with random numbers") as error:
+        load_verified(deployment)
+    assert error.value.code == "wrong-checkpoint"
 
 
 def test_a_lock_that_is_missing_stale_or_edited(llama):
@@ -271,3 +292,151 @@ def test_run_goes_on_where_the_disk_is_full_since_safetensors_are_read_in_place(
     done = run_command("--max-new-tokens", "3")
     assert done.return_value == 0
     assert "warning[too-little-disk]" in done.stderr
+
+
+# -- from this checkpoint ----------------------------------------------------------------------------------------------
+
+
+def invoke(command, arguments):
+    return CliRunner().invoke(command, arguments, standalone_mode=False)
+
+
+ON_CPU = "version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n"
+
+LAST = "model.layers.5.mlp.up_proj.weight"
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def another_model(tensors):
+    tensors.clear()
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256, bos_token_id=0, eos_token_id=0)
+    tensors |= {name: value.clone() for name, value in GPT2LMHeadModel(config).transformer.state_dict().items()}
+
+
+DAMAGE = {
+    "missing": (lambda tensors: tensors.pop(LAST), "a part of it: 1 of 57 tensors is missing"),
+    "renamed": (lambda tensors: tensors.update({f"{LAST}_old": tensors.pop(LAST)}), "1 of 57 tensors is missing"),
+    "reshaped": (lambda tensors: tensors.update({LAST: torch.zeros(96, 64)}), "is 96 × 64, and 128 × 64 in the model"),
+    "integers": (
+        lambda tensors: tensors.update({LAST: torch.zeros(128, 64, dtype=torch.int8)}),
+        "128 × 64 of I8, and 128 × 64 of bfloat16",
+    ),
+    "another model": (another_model, "looks like another model: 57 of 57 tensors are missing"),
+    "another size": (
+        lambda tensors: tensors.update({name: torch.zeros(3, 3) for name in tensors}),
+        "one of another size",
+    ),
+    "without its head": (lambda tensors: tensors.pop("lm_head.weight"), "`allow_new: [lm_head]`"),
+}
+
+
+@pytest.mark.parametrize("profile", [ON_CPU, SPLIT.replace("model.layers.0", "model.layers.5")], ids=["cpu", "disk"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_does_not_hold_the_model_is_refused(llama, profile, damage):
+    change, said = DAMAGE[damage]
+    write_profile(profile)
+    rewrite(llama, change)
+    refused = invoke(compile_command, ["profile.yaml"])
+    assert (refused.return_value, "error[wrong-checkpoint]" in refused.stderr) == (1, True)
+    assert said in " ".join(refused.stderr.split())
+    with pytest.raises(RunnerError) as caught:
+        load_model("profile.yaml")
+    assert caught.value.code == "wrong-checkpoint"
+    ran = invoke(run_model, ["profile.yaml", "--format", "json"])
+    assert (ran.return_value, json.loads(ran.stdout)["diagnostics"][0]["code"]) == (4, "wrong-checkpoint")
+
+
+def test_what_the_checkpoint_holds_besides_is_a_warning(llama):
+    rewrite(llama, lambda tensors: tensors.update({"model.layers.6.mlp.up_proj.weight": torch.zeros(128, 64)}))
+    Path("profile.yaml").write_text(ON_CPU)
+    done = invoke(compile_command, ["profile.yaml"])
+    assert (done.return_value, "warning[unexpected-tensors]" in done.stderr) == (0, True)
+    assert "`model.layers.6.mlp.up_proj.weight`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "code"), [(b"", "unreadable-checkpoint"), (b"\xff" * 4096, "unreadable-checkpoint")]
+)
+def test_a_file_that_is_no_checkpoint_is_named(llama, content, code):
+    write_profile(ON_CPU)
+    (llama / "model.safetensors").write_bytes(content)
+    for command, exit_code in ((compile_command, 1), (run_model, 4)):
+        done = invoke(command, ["profile.yaml"])
+        assert (done.return_value, f"error[{code}]: `model.safetensors`" in done.stderr) == (exit_code, True)
+
+
+def test_a_head_that_is_new_on_purpose(llama):
+    profile = ON_CPU.replace("random", "random, class: LlamaForSequenceClassification")
+    Path("profile.yaml").write_text(profile)
+    done = invoke(compile_command, ["profile.yaml"])
+    help = "`allow_new: [score]` under `model`; to load what was saved, say `class: LlamaForCausalLM`"
+    assert (done.return_value, help in " ".join(done.stderr.split())) == (1, True)
+    write_profile(profile.replace("Classification}", "Classification, allow_new: [score]}"))
+    ran = invoke(run_model, ["profile.yaml"])
+    assert (ran.return_value, "but for what is new on purpose: `score.weight`" in ran.stderr) == (0, True), ran.stderr
+
+
+def test_what_is_said_to_be_new_and_is_not(llama):
+    Path("profile.yaml").write_text(ON_CPU.replace("random", "random, allow_new: lm_head"))
+    done = invoke(compile_command, ["profile.yaml"])
+    assert (done.return_value, "warning[not-new]" in done.stderr) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("removed", "added"),
+    [
+        (["experts.3.up_proj"], []),
+        (["experts.3.up_proj", "experts.3.gate_proj"], []),
+        (["experts.7.down_proj"], []),
+        (["experts.7.down_proj"], ["experts.9.down_proj"]),
+        ([], ["experts.8.up_proj"]),
+    ],
+)
+def test_an_expert_of_a_mixture_that_is_not_there(workspace, removed, added):
+    """They are merged while loading: in the order of their names, so that a gap would shift all that follow."""
+    config = Qwen3MoeConfig(**{key: value for key, value in MIXTURE.items() if key not in ("architectures", "dtype")})
+    Qwen3MoeForCausalLM(config).save_pretrained(workspace / "random")
+    write_profile(ON_CPU)
+    names = {name: f"model.layers.1.mlp.{name}.weight" for name in (*removed, *added)}
+
+    def change(tensors):
+        taken = [tensors.pop(names[name]) for name in removed]
+        tensors |= {names[name]: taken[0] if taken else torch.zeros(32, 64) for name in added}
+
+    rewrite(workspace / "random", change)
+    with pytest.raises(RunnerError, match=r"`model\.layers\.1\.mlp\.experts") as caught:
+        load_model("profile.yaml")
+    assert caught.value.code == "wrong-checkpoint"
+
+
+def test_a_pickle_is_refused_with_the_command_that_mends_it(llama):
+    torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    Path("profile.yaml").write_text(ON_CPU)
+    refused = invoke(compile_command, ["profile.yaml", "--format", "json"])
+    found = json.loads(refused.stdout)["diagnostics"][0]
+    assert (refused.return_value, found["code"]) == (1, "no-safetensors")
+    command = found["help"].split("`")[1]
+    arguments = shlex.split(command)
+    done = subprocess.run([sys.executable, *arguments[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    write_profile(ON_CPU)
+    load_model("profile.yaml")
+
+
+def test_tensors_on_disk_are_held_to_the_file_that_they_are_read_from(llama):
+    write_profile(SPLIT)
+    deployment = prepare(Path("profile.yaml"), variables={})
+    model = load_verified(deployment)
+    graph = deployment.compilation.model.graph
+    assert misread_tensors(model, deployment.plan, graph) == []
+    rewrite(llama, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+    assert misread_tensors(model, deployment.plan, graph) == [
+        "`model.layers.0.mlp.up_proj.weight` is not in `model.safetensors`"
+    ]
