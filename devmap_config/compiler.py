@@ -236,7 +236,9 @@ class _Placing:
                 break
         plans = [each for each in tries if isinstance(each, Plan)]
         if not plans:
-            self.report_failure(tries[0], problem, single_device, aim, mending)
+            # Of all tries, the last needs the least room.
+            problem = replace(problem, executor=self.executors[-1])
+            self.report_failure(tries[-1], problem, single_device, aim, mending)
             return None
         plan = best_of(plans, aim)
         if self.request.keep is not None:

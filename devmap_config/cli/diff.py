@@ -108,7 +108,12 @@ def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _setting_rows(found: Difference) -> list[tuple[str, ...]]:
-    words: dict[Any, str] = {"main_device": "main device", True: "yes", False: "no"}
+    words: dict[Any, str] = {
+        "main_device": "main device",
+        "offload_buffers": "buffers offloaded",
+        True: "yes",
+        False: "no",
+    }
     return [
         (words.get(name, name), _arrow(change.before, change.after, lambda value: words.get(value, str(value))))
         for name, change in found.settings.items()

@@ -21,8 +21,8 @@ FIGURES = (
 )
 """The fields of a prediction."""
 
-SETTINGS = ("strategy", "executor", "main_device", "measured")
-"""What a plan says of itself as a whole."""
+SETTINGS = {"strategy": None, "executor": None, "offload_buffers": False, "main_device": None, "measured": None}
+"""What a plan says of itself as a whole, and what is meant where an older lock says nothing."""
 
 NUMBER = re.compile(r"(\d+)")
 
@@ -90,7 +90,11 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Differenc
         moves=_moves(_homes(before), _homes(after)),
         devices={name: Change(uses[0].get(name), uses[1].get(name)) for name in {**uses[1], **uses[0]}},
         figures={name: Change(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
-        settings={name: Change(before[name], after[name]) for name in SETTINGS if before.get(name) != after.get(name)},
+        settings={
+            name: change
+            for name, meant in SETTINGS.items()
+            if not (change := Change(before.get(name, meant), after.get(name, meant))).is_none
+        },
     )
 
 

@@ -95,12 +95,17 @@ class Plan:
             raise NotADeviceMapError(tuple(self.compute))
         return dict(self.placement)
 
+    @property
+    def offload_buffers(self) -> bool:
+        """What `from_pretrained` is to be given as `offload_buffers`, together with the map."""
+        return self.executor.offload_buffers
+
     def to_json(self) -> dict[str, Any]:
         """The `plan` object of `--format json` and of the lock."""
         return {
             "strategy": self.strategy,
             "executor": self.executor.name,
-            "offload_buffers": self.executor.offload_buffers,
+            "offload_buffers": self.offload_buffers,
             "main_device": self.main_device,
             "measured": self.measured,
             "device_map": self.placement,

@@ -134,6 +134,39 @@ def test_a_mixture_says_what_the_plain_model_says():
     assert_same_as_plain(load(computed("model.layers.*.mlp.experts")), experts_implementation="eager")
 
 
+ROUTED = {
+    **MIXTURE,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+"""Its routers hold a buffer that a checkpoint has: a correction for each expert."""
+
+
+@pytest.mark.parametrize(("offload", "home"), [("{buffers: true}", "cpu"), ("{}", "npu:0")])
+def test_buffers_are_offloaded_where_the_plan_says(offload, home):
+    save(ROUTED)
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\n"
+        "hardware: {devices: {npu:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+        'placement: {strategy: sequential, pins: [{match: "model.layers.[2-3]", device: cpu}], '
+        f"offload: {offload}}}\n"
+    )
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    model = load_model("profile.yaml")
+    assert tensor_home(model, "model.layers.2.mlp.gate.e_score_correction_bias") == home
+    assert_same_as_plain(model)
+
+
 @pytest.mark.parametrize(
     ("config", "match", "module_class"),
     [(LLAMA, "model.layers.[2-3].mlp", LlamaMLP), (MIXTURE, "model.layers.[2-3].mlp.experts", Qwen3MoeExperts)],

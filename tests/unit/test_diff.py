@@ -91,3 +91,9 @@ def test_bytes_times_and_settings_count_without_a_move():
     ):
         assert difference(before, after).moves == ()
         assert not difference(before, after).is_none
+
+
+def test_a_lock_that_does_not_speak_of_buffers_leaves_them():
+    before, left, offloaded = (plan({"a": 0}, **more) for more in ({}, *({"offload_buffers": on} for on in (0, 1))))
+    assert difference(before, left).is_none
+    assert list(difference(before, offloaded).settings) == ["offload_buffers"]

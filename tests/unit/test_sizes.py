@@ -338,3 +338,10 @@ def test_what_was_left_unquantised_is_found():
     graph = ModelGraph(root)
     plan = plan_with(graph, {"head": "cpu", "inner_head": "cuda:0", "packed": "cuda:0"})
     assert unquantized_tensors(Model(), plan, graph) == ("inner_head.weight",)
+
+
+def test_what_is_missing_is_missing_with_buffers_offloaded(big):
+    big(quantization_config=GPTQ)
+    (finding,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="")))
+    (with_buffers,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="buffers: true")))
+    assert finding == with_buffers
