@@ -88,7 +88,7 @@ BROKEN_MAPS = {
         SHARED_CACHE,
         {"model": 0, "lm_head": 0, "model.layers.[3-5]": 1},
         "model.layers.3.self_attn",
-        "give `model.layers.3`, `model.layers.0` one device, or pin them by one rule with `keep_together: true`",
+        "give `model.layers.[0,3]` one device, or pin them by one rule with `keep_together: true`",
         SHARING_CODE,
     ),
     "a rotary embedding is on the wrong side": BrokenMap(

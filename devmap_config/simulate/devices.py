@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import ATTENTION, Recorder, fused_attention, shown_bytes, storage_key, tensors_in
 from devmap_config.libraries.torch import answering_for_devices, operation_name, without_functions
 
@@ -47,11 +48,16 @@ GETTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor of an operation: its device, and the module that made it or the name of the weight that it is."""
+    """A tensor of an operation: its device, and the module that made it or the name of the weight that it is.
+
+    `blocks` are those that it comes of: the block that made it, or, outside of blocks, all that made what it was made
+    of.
+    """
 
     device: DeviceId
     made_by: str
     weight: str | None
+    blocks: tuple[str, ...]
 
 
 class DeviceMismatchError(Exception):
@@ -97,6 +103,8 @@ class SimulatedDevices(Recorder):
         self.accelerators = tuple(accelerators)
         self.weights = weights
         self.transfers: list[Transfer] = []
+        self.origins: dict[int, dict[str, None]] = {}
+        """The blocks that each storage that was noted comes of, by its number."""
         self.at: dict[int, DeviceId] = {}
         """The device of each storage that was noted, by its number."""
         self._put: dict[int, DeviceId] = {}
@@ -150,8 +158,29 @@ class SimulatedDevices(Recorder):
             if name == "aten::histc" and not inputs[0].is_floating_point():  # only accelerators count integers
                 arguments = (inputs[0].float(), *arguments[1:])
             result = super().__torch_dispatch__(function, types, arguments, options)
-        self.label(tensors_in(result), device or "cpu")
+        outputs = list(tensors_in(result))
+        self.label(outputs, device or "cpu")
+        self.trace(inputs, outputs)
         return result
+
+    def trace(self, inputs: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor]) -> None:
+        """Note which blocks the results of an operation come of."""
+        block = self.running_block
+        found = {block: None} if block else {path: None for tensor in inputs for path in self.origins_of(tensor)}
+        for tensor in outputs if found else ():
+            if (serial := self.serial_of(tensor)) is not None:
+                self.origins.setdefault(serial, {}).update(found)
+
+    def origins_of(self, tensor: torch.Tensor) -> Iterable[str]:
+        """The blocks that a tensor comes of."""
+        if (weight := self.weights.get(storage_key(tensor))) is not None:
+            return [path for path in ancestors(weight) if path in self.blocks]
+        return self.origins.get(self.serial_of(tensor) or -1, ())
+
+    @property
+    def running_block(self) -> str | None:
+        """The block that is running, if any."""
+        return next((path for path in reversed(self.running) if path in self.blocks), None)
 
     def put(self, tensor: torch.Tensor, device: DeviceId) -> None:
         """Say where something is that was there before."""
@@ -212,7 +241,7 @@ class SimulatedDevices(Recorder):
         Raises:
             DeviceMismatchError: where there are two.
         """
-        found: dict[DeviceId, torch.Tensor] = {}
+        found: dict[DeviceId, list[torch.Tensor]] = {}
         numbers = False
         for tensor in tensors:
             device = self.of(tensor)
@@ -221,9 +250,9 @@ class SimulatedDevices(Recorder):
             if device == "cpu" and tensor.dim() == 0:
                 numbers = True
                 continue
-            found.setdefault(device, tensor)
+            found.setdefault(device, []).append(tensor)
         if len(found) > 1:
-            operands = [self._operand(device, tensor) for device, tensor in found.items()]
+            operands = [self._operand(device, of_device) for device, of_device in found.items()]
             raise DeviceMismatchError(name, operands, self.innermost)
         if found:
             return next(iter(found))
@@ -238,13 +267,19 @@ class SimulatedDevices(Recorder):
             if serial is not None:
                 self.at.setdefault(serial, self._explicit or device)
 
-    def _operand(self, device: DeviceId, tensor: torch.Tensor) -> Operand:
-        weight = self.weights.get(storage_key(tensor))
-        serial = self.serial_of(tensor)
+    def _operand(self, device: DeviceId, tensors: Sequence[torch.Tensor]) -> Operand:
+        """The tensors of an operation that are on one device, by the first of them and the blocks that all come of."""
+        weight = self.weights.get(storage_key(tensors[0]))
+        serial = self.serial_of(tensors[0])
         made_by = self.maker.get(serial, "") if serial is not None else (weight or "").rpartition(".")[0]
-        if serial in self.given:
-            made_by = next((path for path in reversed(self.running) if path in self.blocks), made_by)
-        return Operand(device, made_by, weight)
+        block = self.running_block
+        if serial in self.given and block is not None:
+            made_by = block
+        given = {block: None} if block is not None else {}
+        origins: dict[str, None] = {}
+        for tensor in tensors:
+            origins |= given if self.serial_of(tensor) in self.given else dict.fromkeys(self.origins_of(tensor))
+        return Operand(device, made_by, weight, tuple(origins))
 
 
 class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker

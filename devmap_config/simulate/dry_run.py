@@ -232,6 +232,7 @@ class _Run:
             block=self._block_of(operand.made_by),
             made_by=operand.made_by,
             tensor=operand.weight,
+            blocks=operand.blocks,
         )
 
     def _block_of(self, path: str) -> str:

@@ -100,7 +100,7 @@ def rehearse(
         mending = more
         current = replan(mending)
     if mending.together and (current is None or not sink.has_errors):
-        _tell_what_is_kept(mending.together, model.graph, loaded, sink)
+        _tell_what_is_kept(mending.together, model.graph, resolution, (plan, current), loaded, sink)
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
 
 
@@ -123,22 +123,46 @@ def _to_keep_together(
     """What must be kept together so that this does not come about; the same as before where that cannot help.
 
     What is inside of one block concerns every block of its class. What passes between blocks brings in all that the
-    measurement saw to belong together.
+    measurement saw to belong together; where more of that comes up again, all blocks that are alike.
     """
     if plan.strategy in UNREPAIRED_STRATEGIES:
         return before
-    places = dict.fromkeys(party.block or party.tensor or "" for party in mismatch.parties)
-    places |= dict.fromkeys([_block_of(graph, mismatch.running)])
-    involved = [place for place in places if place]
-    if len(involved) == 1 and involved[0] in graph.modules:
-        class_name = graph.modules[ModulePath(involved[0])].class_name
-        alike = [path for path in graph.blocks if graph.modules[path].class_name == class_name]
-        found: list[tuple[TensorName, ...]] = [_tensors(graph, path) for path in alike]
+    involved = _involved(mismatch, plan, graph)
+    if involved == [_block_of(graph, mismatch.running)]:
+        found = [_tensors(graph, path) for path in _alike(graph, involved)]
     else:
         bonds = () if graph.measurement is None else graph.measurement.bonds
-        found = [sum((_tensors(graph, path) for path in bond), ()) for bond in (*bonds, tuple(involved))]
+        joined = [blocks for names in before if len(blocks := {_block_of(graph, name) for name in names}) > 1]
+        comes_again = any(blocks & set(involved) for blocks in joined)
+        bond = [*involved, *_alike(graph, involved)] if comes_again else involved
+        found = [sum((_tensors(graph, path) for path in bond), ()) for bond in (*bonds, bond)]
     kept = dict.fromkeys([*before, *(names for names in found if _can_be_together(names, resolution))])
     return tuple(kept)
+
+
+def _involved(mismatch: Mismatch, plan: Plan, graph: ModelGraph) -> list[str]:
+    """What must share a device for an operation to run: blocks, and tensors of a model's own."""
+    places: dict[str, None] = {}
+    for party in mismatch.parties:
+        own = party.block or party.tensor
+        if not own and not party.blocks and party.device == plan.main_device:
+            own = _first_on(plan.main_device, plan, graph)  # an input, which is where the model begins
+        places |= dict.fromkeys(filter(None, (own, *party.blocks)))
+    places |= dict.fromkeys(filter(None, [_block_of(graph, mismatch.running)]))
+    return list(places)
+
+
+def _first_on(device: DeviceId, plan: Plan, graph: ModelGraph) -> str:
+    """The first block with tensors that runs on a device."""
+    running = {name for each in plan.assignments if each.executes_on == device for name in each.tensors}
+    return next((path for path in graph.blocks if running & set(_tensors(graph, path))), "")
+
+
+def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
+    """The blocks of the same classes as these."""
+    modules = [graph.modules[ModulePath(place)] for place in places if place in graph.modules]
+    class_names = {module.class_name for module in modules}
+    return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
 
 
 def _can_be_together(names: tuple[TensorName, ...], resolution: Resolution) -> bool:
@@ -185,7 +209,7 @@ def _refuse(
         "device-mismatch",
         f"the plan does not run: in {where}, `{mismatch.operation}` takes {_described(first)} and {_described(second)}",
         span,
-        help=_mend(first, second, mismatch, graph),
+        help=_mend(mismatch, plan, graph, resolution),
         related=related,
     )
 
@@ -209,13 +233,23 @@ def _decision(party: Party, plan: Plan, graph: ModelGraph, resolution: Resolutio
     return None
 
 
-def _mend(first: Party, second: Party, mismatch: Mismatch, graph: ModelGraph) -> str:
-    blocks = list(dict.fromkeys(filter(None, (first.block, second.block, _block_of(graph, mismatch.running)))))
-    if not blocks:
+def _mend(mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution) -> str:
+    """What to change: what must share a device, and the rules that hold it apart."""
+    involved = _involved(mismatch, plan, graph)
+    if not involved:
         return "give what it reads and what it is one device"
-    if len(blocks) == 1:
-        return f"give all of `{blocks[0]}` one device"
-    patterns = ", ".join(f"`{block}`" for block in blocks)
+    if len(involved) == 1:
+        return f"give all of `{involved[0]}` one device"
+    patterns = _folded(involved)
+    rules = dict.fromkeys(
+        decision.rule
+        for place in involved
+        for name in _tensors(graph, place)
+        if (decision := resolution.decisions.get(name)) is not None
+    )
+    if len({rule.device for rule in rules}) > 1 and all(rule.origin == "pin" for rule in rules):
+        pins = ", ".join(f"`{rule.text}` (line {rule.span.line}, {rule.device})" for rule in rules)
+        return f"give {patterns} one device: change the pins that hold them apart, {pins}"
     return f"give {patterns} one device, or pin them by one rule with `keep_together: true`"
 
 
@@ -242,15 +276,76 @@ def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: Loaded
     )
 
 
-def _tell_what_is_kept(together: Together, graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
-    blocks = dict.fromkeys(_block_of(graph, name) for names in together for name in names)
-    patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(filter(None, blocks)))
+def _tell_what_is_kept(
+    together: Together,
+    graph: ModelGraph,
+    resolution: Resolution,
+    plans: tuple[Plan, Plan | None],
+    loaded: LoadedProfile,
+    sink: Sink,
+) -> None:
+    whole, joined = _kept(together, graph)
+    needs = [f"{_folded(whole)} whole"] if whole else []
+    needs += [f"{_folded(blocks)} on one device" for blocks in joined]
+    strategy = plans[0].strategy
+    rules = dict.fromkeys(
+        decision.rule for names in together for name in names if (decision := resolution.decisions.get(name))
+    )
     sink.warning(
         "kept-together",
-        f"the model does not run with these blocks apart, or split, so they are kept together: {patterns}",
+        f"the model does not run as `{strategy}` placed it: it needs {' and '.join(needs)}{_moves(*plans, graph)}",
         loaded.span("placement", "strategy"),
         help="nothing is to be done; a pin with `keep_together: true` says the same",
+        related=tuple(
+            Related(message=f"what is kept together with this goes along to {rule.device}", span=rule.span)
+            for rule in rules
+        ),
     )
+
+
+def _kept(together: Together, graph: ModelGraph) -> tuple[list[str], list[list[str]]]:
+    """The blocks that are kept whole, and those that are kept on one device with others, each in the model's order."""
+    whole: dict[str, None] = {}
+    joined: list[dict[str, None]] = []
+    for names in together:
+        blocks = dict.fromkeys(_block_of(graph, name) or name for name in names)
+        if len(blocks) == 1:
+            whole |= blocks
+            continue
+        touched = [each for each in joined if each.keys() & blocks.keys()]
+        joined = [each for each in joined if each not in touched]
+        joined.append({path: None for each in (*touched, blocks) for path in each})
+    position = {path: place for place, path in enumerate((*graph.blocks, *graph.tensors))}
+    in_order = [sorted(blocks, key=lambda path: position[path]) for blocks in joined]
+    alone = whole.keys() - {path for blocks in joined for path in blocks}
+    return [path for path in whole if path in alone], in_order
+
+
+def _folded(paths: list[str]) -> str:
+    return ", ".join(f"`{pattern}`" for pattern in fold_paths(paths))
+
+
+def _moves(before: Plan, after: Plan | None, graph: ModelGraph) -> str:
+    """What is elsewhere than it was; nothing where there is no plan."""
+    if after is None:
+        return ""
+    moves: dict[tuple[str, str], list[str]] = {}
+    homes = [_homes(plan, graph) for plan in (before, after)]
+    for path in graph.blocks:
+        old, new = (" and ".join(found.get(path, ())) for found in homes)
+        if old != new:
+            moves.setdefault((old, new), []).append(path)
+    told = [f"{_folded(paths)} from {old} to {new}" for (old, new), paths in moves.items()]
+    return f"; moved: {'; '.join(told)}" if told else ""
+
+
+def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[str, None]]:
+    """The devices that each block is stored on."""
+    stored = {name: each.stored_on for each in plan.assignments for name in each.tensors}
+    return {
+        path: dict.fromkeys(stored[tensor.name] for tensor in graph.modules[path].tensors() if tensor.name in stored)
+        for path in graph.blocks
+    }
 
 
 def _warn_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink) -> None:

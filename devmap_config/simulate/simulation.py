@@ -19,13 +19,19 @@ class Party:
     """A tensor of an operation that does not run: its device, the block that made or holds it, and which it is.
 
     `tensor` is a weight's name; `None` for what was computed. `block` is `""` for what the model makes outside of every
-    block.
+    block; `blocks` then are all that made what it was made of.
     """
 
     device: DeviceId
     block: str
     made_by: str
     tensor: str | None = None
+    blocks: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Party:
+        """What `asdict` gave."""
+        return cls(**{**value, "blocks": tuple(value["blocks"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +154,6 @@ class Verdict:
             devices=tuple(SimulatedDevice(**device) for device in value["devices"]),
             mismatch=None
             if mismatch is None
-            else Mismatch(**{**mismatch, "parties": tuple(Party(**party) for party in mismatch["parties"])}),
+            else Mismatch(**{**mismatch, "parties": tuple(map(Party.from_json, mismatch["parties"]))}),
             reason=value["reason"],
         )

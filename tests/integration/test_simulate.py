@@ -13,6 +13,7 @@ from accelerate import dispatch_model, hooks
 from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA
+from joining_models import JOINS, code_of, config_of
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -139,6 +140,82 @@ def test_what_pins_hold_apart_is_not_mended(workspace):
     )
     error = error_of(pipeline())
     assert (error.code, error.span.line) == ("device-mismatch", 11)
+
+
+def write_joining(join, *, layers=6, context=None, pins=""):
+    """A model whose own forward joins what blocks made, on two cards that would each hold it all."""
+    Path("model").mkdir(exist_ok=True)
+    Path("model/config.json").write_text(json.dumps(config_of(layers)))
+    Path("model/modeling_joining.py").write_text(code_of(join))
+    workload = "" if context is None else f"workload: {{context_length: {context}}}\n"
+    Path("profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: model}}\n{workload}"
+        f"hardware: {{devices: {{'cuda:[0-1]': {{memory: {60 * layers}KiB}}}}}}\n"
+        f"placement: {{strategy: balanced, pins: [{pins}]}}\n"
+    )
+
+
+@pytest.mark.parametrize("context", [None, 16])
+@pytest.mark.parametrize("join", JOINS)
+def test_blocks_that_the_models_own_forward_joins_are_kept_together(workspace, join, context):
+    write_joining(join, context=context)
+    before = run_pipeline(Request(path=Path("profile.yaml"), trust_remote_code=True)).plan
+    compilation = pipeline(trust_remote_code=True)
+    [warning] = compilation.diagnostics
+    *tried, last = [verdict.outcome for verdict in compilation.verdicts.values()]
+    assert (set(tried), last, warning.code) == ({"mismatch"}, "runs", "kept-together")
+    assert "as `balanced` placed it" in warning.message
+    assert "balanced" in Path("profile.yaml").read_text().splitlines()[warning.span.line - 1]
+    moved = [path for path in before.placement if before.placement[path] != compilation.plan.placement.get(path)]
+    assert moved
+    assert "; moved: " in warning.message
+
+
+def test_blocks_that_are_joined_end_as_with_a_pin_that_keeps_them_together(workspace):
+    write_joining("caches that are stacked as they come", context=16)
+    mended = pipeline(trust_remote_code=True)
+    assert "`transformer.layers.[0-5]` on one device; moved: `transformer.layers.[0-2]` from cuda:0 to cuda:1" in (
+        mended.diagnostics[0].message
+    )
+    write_joining(
+        "caches that are stacked as they come", context=16, pins='{match: "**.layers.*", keep_together: true}'
+    )
+    pinned = pipeline(trust_remote_code=True)
+    assert pinned.diagnostics == ()
+    assert mended.plan.assignments == pinned.plan.assignments
+
+
+def test_many_layers_are_joined_in_a_few_rounds(workspace):
+    write_joining("a weight of the first block", layers=40)
+    compilation = pipeline(trust_remote_code=True)
+    assert compilation.plan is not None
+    assert len(compilation.verdicts) <= 4
+    assert "`transformer.layers.[0-39]` on one device" in compilation.diagnostics[0].message
+
+
+def test_only_what_is_joined_is_kept_on_one_device(workspace):
+    write_joining("the first output beside the last")
+    [warning] = pipeline(trust_remote_code=True).diagnostics
+    assert "`transformer.layers.[0,5]` on one device" in warning.message
+
+
+def test_pins_that_hold_apart_what_is_joined_are_named(workspace):
+    pins = "{match: transformer.layers.0, device: 0}, {match: transformer.layers.5, device: 1}"
+    write_joining("caches that are stacked as they come", context=16, pins=pins)
+    error = error_of(pipeline(trust_remote_code=True))
+    assert error.code == "device-mismatch"
+    assert "change the pins that hold them apart" in error.help
+    assert "`transformer.layers.0` (line 5, cuda:0)" in error.help
+    assert "`transformer.layers.5` (line 5, cuda:1)" in error.help
+
+
+def test_a_pin_that_the_others_follow_is_shown(workspace):
+    write_joining("caches that are stacked as they come", pins="{match: transformer.layers.0, device: 0}")
+    compilation = pipeline(trust_remote_code=True)
+    [warning] = compilation.diagnostics
+    [related] = warning.related
+    assert (related.span.line, related.message) == (4, "what is kept together with this goes along to cuda:0")
+    assert {compilation.plan.placement[f"transformer.layers.{index}"] for index in range(4)} == {0}
 
 
 # What cannot be told
