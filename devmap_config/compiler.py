@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
 from devmap_config.hardware.inventory import build_inventory, declared_devices
+from devmap_config.libraries.versions import never_tried, untried
 from devmap_config.placement.buffers import (
     are_to_be_compared,
     can_be_offloaded,
@@ -61,6 +62,8 @@ class Request:
     holds; with `keep` the plan of this lock is preferred to a new one where it is as good. With `hardware` another
     machine than the profile's is asked, by `strategy` if the profile's is not one of ours. A new plan is dry-run where
     this `simulates`. The checkpoint, where one is at hand, is held to the model where this `checks_checkpoint`.
+    With `allow_unmeasured` formulas stand in where a library that changed, or a mistake of ours, kept the model from
+    being measured or the plan from being tried; else that is an error.
     """
 
     path: Path
@@ -77,6 +80,7 @@ class Request:
     strategy: str | None = None
     simulates: bool = False
     checks_checkpoint: bool = False
+    allow_unmeasured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +109,29 @@ class Compilation:
         return any(diagnostic.severity == "error" for diagnostic in self.diagnostics)
 
 
-def compile_profile(path: str | Path, *, variables: Mapping[str, object] | None = None) -> Plan:
+def compile_profile(
+    path: str | Path, *, variables: Mapping[str, object] | None = None, allow_unmeasured: bool = False
+) -> Plan:
     """The plan of a profile.
 
     Args:
         path: the profile's file.
         variables: values for its templates, as `--set` gives them.
+        allow_unmeasured: whether formulas may stand in where a library that changed keeps it from being measured.
 
     Raises:
         ProfileError: where the profile is wrong or cannot be satisfied; it carries every diagnostic.
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
-    compilation = run_pipeline(Request(path=Path(path), variables=texts, simulates=True, checks_checkpoint=True))
+    compilation = run_pipeline(
+        Request(
+            path=Path(path),
+            variables=texts,
+            simulates=True,
+            checks_checkpoint=True,
+            allow_unmeasured=allow_unmeasured,
+        )
+    )
     if compilation.plan is None:
         raise ProfileError(compilation.diagnostics, compilation.texts)
     return compilation.plan
@@ -134,6 +149,8 @@ def run_pipeline(request: Request) -> Compilation:
     )
     if loaded is None:
         return Compilation(diagnostics=sink.diagnostics, texts=sink.texts)
+    for library in untried():
+        sink.warning("untried-version", never_tried(library))
     if request.hardware is not None:
         loaded = on_other_hardware(loaded, request.hardware, request.strategy)
     inventory = build_inventory(loaded, sink)
@@ -145,6 +162,7 @@ def run_pipeline(request: Request) -> Compilation:
         must_ask=request.must_ask,
         trust_remote_code=request.trust_remote_code,
         use_vendored=request.use_vendored,
+        allow_unmeasured=request.allow_unmeasured,
     )
     if model is None:
         return Compilation(diagnostics=sink.diagnostics, texts=sink.texts, loaded=loaded, inventory=inventory)
@@ -176,6 +194,7 @@ def run_pipeline(request: Request) -> Compilation:
                 placing.planned,
                 sink,
                 trust_remote_code=request.trust_remote_code,
+                allow_unmeasured=request.allow_unmeasured,
             )
     if (shown := rehearsal.plan or rehearsal.refused) is not None:
         for finding in placing.findings(shown):

@@ -13,6 +13,7 @@ from devmap_config.cli.options import (
     quiet_option,
     remote_code_option,
     set_option,
+    unmeasured_option,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ WORDS = {
 @quiet_option
 @outside_option
 @remote_code_option
+@unmeasured_option
 def check(
     profiles: tuple[Path, ...],
     output_format: str,
@@ -48,6 +50,7 @@ def check(
     quiet: bool,
     allow_outside: bool,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Check that each PROFILE has a lock, and that it still is what the profile asks for.
 
@@ -63,11 +66,17 @@ def check(
         raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
     if not any(profile.is_file() for profile in named):
         return report_missing(named[0], output_format)
-    request = CheckRequest(variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    request = CheckRequest(
+        variables=variables,
+        allow_outside=allow_outside,
+        trust_remote_code=trust_remote_code,
+        allow_unmeasured=allow_unmeasured,
+    )
     results = check_all(named, request)
     texts = {name: text for checked in results for name, text in checked.texts.items()}
+    found = (diagnostic for checked in results for diagnostic in checked.diagnostics)
     report(
-        [diagnostic for checked in results for diagnostic in checked.diagnostics],
+        dict.fromkeys(found),  # what is said of the installed libraries is the same for every profile
         texts,
         output_format,
         quiet=quiet,

@@ -39,6 +39,7 @@ class CheckRequest:
     variables: Mapping[str, str]
     allow_outside: bool
     trust_remote_code: bool
+    allow_unmeasured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ def check_one(profile: Path, request: CheckRequest) -> Checked:
             resolved=lock.resolved if lock else None,
             allow_outside=request.allow_outside,
             trust_remote_code=request.trust_remote_code,
+            allow_unmeasured=request.allow_unmeasured,
             locked=lock,
         )
     )

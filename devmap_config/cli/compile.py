@@ -14,6 +14,7 @@ from devmap_config.cli.options import (
     quiet_option,
     remote_code_option,
     set_option,
+    unmeasured_option,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @quiet_option
 @outside_option
 @remote_code_option
+@unmeasured_option
 def compile_command(
     profile: Path,
     output_format: str,
@@ -47,6 +49,7 @@ def compile_command(
     quiet: bool,
     allow_outside: bool,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
     from devmap_config.cli.locking import existing_lock, require_replaceable, write_results
@@ -69,6 +72,7 @@ def compile_command(
             resolved=earlier.resolved if earlier else None,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
             use_vendored=not vendor,
             keep=earlier if keep else None,
             checks_checkpoint=True,

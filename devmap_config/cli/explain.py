@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.cli.options import outside_option, remote_code_option, set_option
+from devmap_config.cli.options import outside_option, remote_code_option, set_option, unmeasured_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compilation, Request
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.explanation import Alternative
     from devmap_config.plan.plan import Plan
@@ -28,14 +28,30 @@ PATTERNS_SHOWN = 4
 @set_option
 @outside_option
 @remote_code_option
+@unmeasured_option
 def explain(
-    subject: str, module: str | None, variables: dict[str, str], allow_outside: bool, trust_remote_code: bool
+    subject: str,
+    module: str | None,
+    variables: dict[str, str],
+    allow_outside: bool,
+    trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
     from devmap_config.diagnostics.pages import codes
 
     if Path(subject).is_file():
-        return _explain_profile(Path(subject), module, variables, allow_outside, trust_remote_code)
+        from devmap_config.compiler import Request
+
+        request = Request(
+            path=Path(subject),
+            variables=variables,
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
+            simulates=True,
+        )
+        return _explain_profile(request, module)
     if subject.endswith((".yaml", ".yml", ".j2")):
         raise click.UsageError(f"there is no profile `{subject}`")
     known = codes()
@@ -63,19 +79,10 @@ def _print_page(code: str) -> None:
         click.echo(page(code).rstrip())
 
 
-def _explain_profile(
-    path: Path, module: str | None, variables: dict[str, str], allow_outside: bool, trust_remote_code: bool
-) -> int:
+def _explain_profile(request: Request, module: str | None) -> int:
     from devmap_config.cli.reporting import report
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import run_pipeline
 
-    request = Request(
-        path=path,
-        variables=variables,
-        allow_outside=allow_outside,
-        trust_remote_code=trust_remote_code,
-        simulates=True,
-    )
     compilation = run_pipeline(request)
     if compilation.plan is None or compilation.model is None:
         report(compilation.diagnostics, compilation.texts, "table", data={"plan": None})

@@ -14,6 +14,7 @@ from devmap_config.cli.options import (
     profile_argument,
     remote_code_option,
     set_option,
+    unmeasured_option,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Row:
 @format_option("table", "json")
 @outside_option
 @remote_code_option
+@unmeasured_option
 def fit(
     profile: Path,
     machines: tuple[str, ...],
@@ -67,6 +69,7 @@ def fit(
     output_format: str,
     allow_outside: bool,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Say of every MACHINE whether PROFILE's model and workload fit there, with what context, and how fast.
 
@@ -86,6 +89,7 @@ def fit(
             variables=variables,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
             hardware=_hardware(name),
             strategy=STRATEGY,
         )

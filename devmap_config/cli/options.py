@@ -60,6 +60,15 @@ def remote_code_option(command: Command) -> Command:
     return click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")(command)
 
 
+def unmeasured_option(command: Command) -> Command:
+    """`--allow-unmeasured`."""
+    return click.option(
+        "--allow-unmeasured",
+        is_flag=True,
+        help="Let formulas stand in where a library that changed keeps the model from being measured.",
+    )(command)
+
+
 def _variables(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     variables: dict[str, str] = {}
     for value in values:

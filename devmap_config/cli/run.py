@@ -14,6 +14,7 @@ from devmap_config.cli.options import (
     quiet_option,
     remote_code_option,
     set_option,
+    unmeasured_option,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ EXIT_CODES = {
 
 EXIT_UNLIKE_LOCK = 4
 
+SAID_OF_LIBRARIES = ("untried-version", "library-changed", "measuring-failed")
+"""What is said of the plan's libraries again where it is run; the rest was said when it was compiled."""
+
 
 @click.command("run")
 @profile_argument
@@ -49,6 +53,7 @@ EXIT_UNLIKE_LOCK = 4
 @quiet_option
 @outside_option
 @remote_code_option
+@unmeasured_option
 def run(
     profile: Path,
     prompt: str,
@@ -60,6 +65,7 @@ def run(
     quiet: bool,
     allow_outside: bool,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
     from devmap_config.cli.compile import report_missing
@@ -75,8 +81,15 @@ def run(
     sink = Sink()
     try:
         deployment = prepare(
-            profile, variables=variables, allow_outside=allow_outside, trust_remote_code=trust_remote_code
+            profile,
+            variables=variables,
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
         )
+        for finding in deployment.compilation.diagnostics:
+            if finding.code in SAID_OF_LIBRARIES:
+                sink.report(finding)
         if not no_probe:
             for finding in require_fit_machine(deployment):
                 sink.report(finding)

@@ -13,6 +13,7 @@ from devmap_config.cli.options import (
     quiet_option,
     remote_code_option,
     set_option,
+    unmeasured_option,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @quiet_option
 @outside_option
 @remote_code_option
+@unmeasured_option
 def simulate(
     profile: Path,
     tokens: int,
@@ -37,6 +39,7 @@ def simulate(
     quiet: bool,
     allow_outside: bool,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Run the plan of PROFILE on simulated accelerators: what each device holds, and what goes from one to another."""
     from rich.console import Console
@@ -60,6 +63,7 @@ def simulate(
             resolved=lock.resolved if lock else None,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
             simulates=True,
         )
     )

@@ -13,6 +13,7 @@ from devmap_config.cli.options import (
     quiet_option,
     remote_code_option,
     set_option,
+    unmeasured_option,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ DIGITS_SHOWN = 12
 @quiet_option
 @outside_option
 @remote_code_option
+@unmeasured_option
 def update(
     profile: Path,
     output_format: str,
@@ -39,6 +41,7 @@ def update(
     quiet: bool,
     allow_outside: bool,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Ask the hub what the revision of PROFILE's model is now, compile with that, and show what moves.
 
@@ -70,6 +73,7 @@ def update(
             use_vendored=False,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
         )
     )
     before = earlier.inputs.get("commit") if earlier else None

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.graph.failures import Cause
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -108,7 +110,8 @@ class Measurement:
 
     `crossings` is what passes between blocks, `bonds` the pairs of blocks of which one reads what the other made
     without being given it (a shared cache), or whose results the model itself joins: they must run on one device.
-    `measured` is false where the model's code cannot be run without data, for this `reason`, and formulas stand in.
+    `measured` is false where the model could not be run without data, for this `reason`, and formulas stand in; `cause`
+    says whose doing it is.
     """
 
     workload: Workload
@@ -117,6 +120,7 @@ class Measurement:
     bonds: tuple[tuple[str, str], ...] = ()
     measured: bool = True
     reason: str | None = None
+    cause: Cause = "model"
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleCost]:
@@ -141,7 +145,8 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
-        return {
+        cause = {} if self.cause == "model" else {"cause": self.cause}
+        return cause | {
             "workload": asdict(self.workload),
             "measured": self.measured,
             "reason": self.reason,
@@ -165,6 +170,7 @@ class Measurement:
             bonds=tuple((reader, maker) for reader, maker in value["bonds"]),
             measured=value["measured"],
             reason=value["reason"],
+            cause=value.get("cause", "model"),
         )
 
 

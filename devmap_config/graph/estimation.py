@@ -10,6 +10,8 @@ from devmap_config.graph.model import ModelGraph, ModulePath
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.graph.failures import Failure
+
 BYTES_PER_ELEMENT = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 LIVE_HIDDEN_STATES = 8
@@ -19,7 +21,7 @@ LIVE_INTERMEDIATE_STATES = 3
 """Copies of the widened states in a gated feed-forward: gate, its activation, up."""
 
 
-def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, *, reason: str) -> Measurement:
+def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, failure: Failure) -> Measurement:
     """Costs as a plain decoder of this size would have them, spread over the blocks; marked as not measured.
 
     `config` is the text part of the model's config; what it does not say is taken to be as in a plain decoder.
@@ -49,4 +51,4 @@ def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, *
         )
         for path in blocks
     ]
-    return Measurement(workload, tuple(costs), measured=False, reason=reason)
+    return Measurement(workload, tuple(costs), measured=False, reason=failure.reason, cause=failure.cause)

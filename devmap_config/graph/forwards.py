@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.libraries.transformers import CACHE_NAMES
+from devmap_config.graph.failures import OtherInputsError
+from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.libraries.transformers import CACHE_NAMES, is_own_model, unnamed_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +27,13 @@ class Forwards:
     _encoded: Any = None
 
     def prefill_inputs(self, length: int) -> dict[str, Any]:
-        """What a prompt of so many tokens is given as."""
+        """Return what a prompt of so many tokens is given as.
+
+        Raises:
+            OtherInputsError: where the model takes no text, or more than text.
+            LibraryChangedError: where it takes text by another name than it did.
+        """
+        self._require_text()
         tokens = self._tokens(length)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if self._has_encoder:
@@ -33,12 +41,19 @@ class Forwards:
             if self.model.main_input_name == "input_features":
                 del inputs["input_ids"]
                 inputs["input_features"] = self._features()
-        if self.workload.cache == "static":
+        if self.workload.cache == "static" and self._cache_name is not None:
             inputs[self._cache_name] = self._static_cache(length)
         return inputs | self._options()
 
     def decode_inputs(self, cache: Any) -> dict[str, Any]:
-        """What one more token is given as, on a cache that a forward returned."""
+        """Return what one more token is given as, on a cache that a forward returned.
+
+        Raises:
+            LibraryChangedError: where the model takes its cache by no name that is known; `OtherInputsError` where
+                it is no model of transformers.
+        """
+        if self._cache_name is None:
+            raise self._unlike(f"takes its cache by none of the names {', '.join(CACHE_NAMES)}")
         token = self._tokens(1)
         inputs = {self._cache_name: cache} | self._options()
         if not self._has_encoder:
@@ -46,21 +61,46 @@ class Forwards:
         return {"decoder_input_ids": token, "encoder_outputs": self._encoded} | inputs
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        """Run a forward; gives the cache that the model returned."""
+        """Run a forward, and return the cache that the model returned.
+
+        Raises:
+            LibraryChangedError: where it returns its cache by a name that is not known; `OtherInputsError` where it
+                is no model of transformers.
+        """
         output = self.model(**inputs)
         if (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
             from transformers.modeling_outputs import BaseModelOutput
 
             self._encoded = BaseModelOutput(last_hidden_state=encoded)
-        return next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+        cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+        if cache is None and (name := unnamed_cache(output)) is not None:
+            raise self._unlike(f"returns its cache as `{name}`")
+        return cache
 
     @property
     def _accepted(self) -> Any:
         return inspect.signature(self.model.forward).parameters
 
     @property
-    def _cache_name(self) -> str:
-        return next(name for name in CACHE_NAMES if name in self._accepted)
+    def _cache_name(self) -> str | None:
+        return next((name for name in CACHE_NAMES if name in self._accepted), None)
+
+    def _require_text(self) -> None:
+        """Check that the model takes what it is to be given, before its code runs on it."""
+        name = self.model.main_input_name
+        if not {"input_ids", "input_features"} & set(self._accepted):
+            raise self._unlike(f"takes no `{name}`") if name == "input_ids" else OtherInputsError(f"it takes `{name}`")
+        given = {"input_ids", "input_features", "decoder_input_ids"}
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for wanted in self._accepted.values():
+            if wanted.default is wanted.empty and wanted.kind not in kinds and wanted.name not in given:
+                raise OtherInputsError(f"it takes `{wanted.name}` besides")
+
+    def _unlike(self, what: str) -> Exception:
+        """What is raised of a model that is not as those of transformers were; a stranger's may be as it likes."""
+        if is_own_model(self.model):
+            return LibraryChangedError("transformers", f"`{type(self.model).__name__}.forward` {what}")
+        return OtherInputsError(f"it {what}")
 
     @property
     def _has_encoder(self) -> bool:
@@ -73,7 +113,10 @@ class Forwards:
     def _features(self) -> torch.Tensor:
         """What Whisper's encoder hears: windows of one length, of which its first convolutions keep every second."""
         config = self.model.config
-        shape = (self.workload.batch_size, config.num_mel_bins, 2 * config.max_source_positions)
+        bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+        if bins is None or positions is None:
+            raise OtherInputsError("it takes `input_features` of another shape than Whisper's")
+        shape = (self.workload.batch_size, bins, 2 * positions)
         return torch.ones(shape, dtype=self.model.dtype)
 
     def _options(self) -> dict[str, Any]:

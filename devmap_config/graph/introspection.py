@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.estimation import estimate
+from devmap_config.graph.failures import failure_of
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
 from devmap_config.graph.quantization import METHODS, Storage, quantized, stored_tensors
 from devmap_config.graph.remote_code import class_reference, code_files, fails_without, listed
+from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import (
     init_contexts,
@@ -68,6 +70,7 @@ def build_graph(
 
     Raises:
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+        LibraryChangedError: where something is not there that reading a model needs.
         QuantizationError: where the quantization's arguments cannot be meant.
         ModuleNotFoundError: where torch or transformers is not installed.
     """
@@ -169,6 +172,8 @@ def _unbuildable(
     has_none = isinstance(error, UnbuildableModelError) and class_reference(stated, class_name) is not None
     if not trust_remote_code and (has_none or fails_without(stated, class_name, error)):
         return UntrustedCodeError(f"the model brings code of its own, which was not run: {listed(code_files(stated))}")
+    if isinstance(error, LibraryChangedError):
+        raise error
     is_told = isinstance(error, UnbuildableModelError)
     return UnbuildableModelError(str(error) if is_told else f"{type(error).__name__}: {_first_line(error)}")
 
@@ -189,13 +194,15 @@ def _is_own(class_name: str) -> bool:
 
 
 def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
-    from devmap_config.graph.measurement import UnmeasurableModelError, measure
-
     text_config = model.config.get_text_config(decoder=True)
+    try:
+        from devmap_config.graph.measurement import UnmeasurableModelError, measure
+    except LibraryChangedError as error:  # something that every measurement needs is not there
+        return estimate(graph, text_config.to_dict(), workload, failure_of(error))
     try:
         return measure(model, graph, workload)
     except UnmeasurableModelError as error:
-        return estimate(graph, text_config.to_dict(), workload, reason=str(error))
+        return estimate(graph, text_config.to_dict(), workload, error.failure)
 
 
 def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import Workload
+from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.quantization import (
     METHODS,
@@ -31,12 +32,13 @@ from devmap_config.graph.source import (
     local_source,
 )
 from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
+from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.graph.model import ModelGraph
     from devmap_config.profile.loading import LoadedProfile
 
@@ -93,6 +95,7 @@ def load_model_graph(
     must_ask: bool = False,
     trust_remote_code: bool = False,
     use_vendored: bool = True,
+    allow_unmeasured: bool = False,
     cache_directory: Path | None = None,
 ) -> LoadedModel | None:
     """The graph of the model that a profile names, or `None` and the reason in the sink.
@@ -104,10 +107,11 @@ def load_model_graph(
         must_ask: whether the hub is to say what a revision resolves to, and nothing that is remembered.
         trust_remote_code: whether code that comes with the model may run.
         use_vendored: whether a graph beside the profile is used where it is still the model's.
+        allow_unmeasured: whether formulas may stand in where it was not for the model that it could not be measured.
         cache_directory: where graphs are kept, if not in the user's cache.
     """
     try:
-        return _load_model_graph(loaded, sink, resolved, must_ask, trust_remote_code, use_vendored, cache_directory)
+        model = _load_model_graph(loaded, sink, resolved, must_ask, trust_remote_code, use_vendored, cache_directory)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in LIBRARIES_FOR_GRAPHS:
             raise
@@ -119,6 +123,9 @@ def load_model_graph(
             f"and commit `{vendored_path(loaded.path).name}`",
         )
         return None
+    if model is not None:
+        _warn(loaded, model, sink, allow_unmeasured=allow_unmeasured)
+    return model
 
 
 def _load_model_graph(
@@ -171,9 +178,7 @@ def _load_model_graph(
         ):
             return None
         graph = found
-    model = LoadedModel(graph, source, class_name, dtype, attention, quantization, dry_runs)
-    _warn(loaded, model, sink)
-    return model
+    return LoadedModel(graph, source, class_name, dtype, attention, quantization, dry_runs)
 
 
 def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any]) -> VendoredGraph:
@@ -245,6 +250,11 @@ def _built(
         return None
     except UntrustedCodeError as error:
         sink.error("remote-code", str(error), loaded.span("model", "source"), help=READ_IT_FIRST)
+        return None
+    except LibraryChangedError as error:
+        report_failure(
+            failure_of(error), "the model cannot be read", loaded.span("model", "source"), sink, allowed=False
+        )
         return None
     except UnbuildableModelError as error:
         sink.error(
@@ -444,7 +454,7 @@ def _quantization_json(quantization: Quantization | None) -> dict[str, object] |
     return None if quantization is None else quantization.to_json()
 
 
-def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
+def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink, *, allow_unmeasured: bool) -> None:
     source, graph = model.source, model.graph
     if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
@@ -460,12 +470,45 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
             loaded.span("model", "quantization"),
         )
     if graph.measurement is not None and not graph.measurement.measured:
-        sink.warning(
-            "unmeasured-model",
-            f"the model's code cannot be run without data ({graph.measurement.reason}): formulas stand in for it",
-            loaded.span("workload"),
-            help="leave more room than usual, by `reserve` on the accelerators",
-        )
+        failure = Failure(graph.measurement.cause, graph.measurement.reason or "")
+        if failure.cause == "model":
+            sink.warning(
+                "unmeasured-model",
+                f"the model's code cannot be run without data ({failure.reason}): formulas stand in for it",
+                loaded.span("workload"),
+                help="leave more room than usual, by `reserve` on the accelerators",
+            )
+        else:
+            consequence = (
+                "formulas stand in for measuring the model" if allow_unmeasured else "the model is not measured"
+            )
+            report_failure(failure, consequence, loaded.span("workload"), sink, allowed=allow_unmeasured)
+
+
+ALLOW_UNMEASURED = "`--allow-unmeasured`"
+
+
+def report_failure(failure: Failure, consequence: str, span: Span, sink: Sink, *, allowed: bool) -> None:
+    """Report that it was not for the model that something of it could not be found out.
+
+    Args:
+        failure: why, and whose doing it is.
+        consequence: what comes of it.
+        span: what of the profile asks for it.
+        sink: takes what is found.
+        allowed: whether the user said that it may be so.
+    """
+    if failure.cause == "library":
+        code, message = "library-changed", f"{failure.reason}: {consequence}"
+        mend = "install a version that was tried (docs/libraries.md)"
+    else:
+        code, message = "measuring-failed", f"devmap-config made a mistake, {failure.reason}: {consequence}"
+        mend = "please report it"
+    if allowed:
+        help = f"{mend}; leave more room than usual, by `reserve` on the accelerators"
+        sink.warning(code, message, span, help=help)
+    else:
+        sink.error(code, message, span, help=f"{mend}, or pass {ALLOW_UNMEASURED} to go on without")
 
 
 def _building_advice(reason: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
+from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class UnmeasurableModelError(Exception):
-    """The model's code cannot be run without data; the text says why."""
+    """The model could not be run without data: `failure` says why, and whose doing it is."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.reason)
 
 
 def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
@@ -42,7 +47,8 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
         workload: what is run.
 
     Raises:
-        UnmeasurableModelError: where its code asks for data, or for other inputs than tokens.
+        UnmeasurableModelError: where its code asks for data, or for other inputs than tokens; where a library is not
+            as it was; where this package makes a mistake.
     """
     model.eval()
     try:
@@ -58,8 +64,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
             kinds = () if workload.cache == "static" else kinds_of(model, graph.blocks)
             return _measured(runner, kinds)
     except Exception as error:  # a model's own code may raise anything where there is no data
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        raise UnmeasurableModelError(f"{type(error).__name__}: {first_line}"[:300]) from error
+        raise UnmeasurableModelError(failure_of(error)) from error
 
 
 def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...]) -> Measurement:

@@ -17,6 +17,7 @@ import torch
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import Event, brought_along, storage_key
 from devmap_config.libraries.torch import tree_flatten, tree_leaves, tree_unflatten
+from devmap_config.libraries.transformers import is_own_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +43,7 @@ def kinds_of(model: PreTrainedModel, blocks: Iterable[str]) -> tuple[Kind, ...]:
     Code that comes with a model is not trusted with this: a block of it may look at its position while it runs. That
     transformers' own do not is tested for every type, with its default config.
     """
-    if not type(model).__module__.startswith("transformers."):
+    if not is_own_model(model):
         return ()
     lists: dict[str, list[str]] = {}
     for path in blocks:

@@ -161,3 +161,28 @@ def non_persistent_buffers(module: torch.nn.Module) -> set[str]:
     """Return the names of a module's own buffers that no checkpoint holds."""
     names: set[str] = NON_PERSISTENT_BUFFERS.of(module)
     return names
+
+
+# -- what cannot be told without data ----------------------------------------------------------------------------------
+
+DATA_DEPENDENT = Private(
+    "torch._subclasses.fake_tensor.DataDependentOutputException", "a model's code asks for a number that is data"
+)
+DYNAMIC_SHAPE = Private(
+    "torch._subclasses.fake_tensor.DynamicOutputShapeException", "a model's code makes a tensor whose shape is data"
+)
+UNSUPPORTED_TENSOR = Private(
+    "torch._subclasses.fake_tensor.UnsupportedFakeTensorException", "a tensor that cannot be without data"
+)
+UNSUPPORTED_OPERATION = Private(
+    "torch._subclasses.fake_tensor.UnsupportedOperatorException", "an operation that torch cannot do without data"
+)
+GUARD_ON_DATA = Private(
+    "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode", "a model's code decides by what is data"
+)
+
+
+def needs_data(error: BaseException) -> bool:
+    """Return whether torch raised this since an operation needs the data that a tensor does not have."""
+    names = (DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED_TENSOR, UNSUPPORTED_OPERATION, GUARD_ON_DATA)
+    return isinstance(error, tuple(name.find() for name in names))

@@ -21,6 +21,21 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Under which models return their cache, and take it: by the first from transformers 5.24 on, code that comes with a
 model by what it was written for."""
 
+CACHE_CLASS = Private("transformers.Cache", "tells a cache among what a model returns")
+
+
+def unnamed_cache(output: Any) -> str | None:
+    """Return by which name a model returned a cache, if it did."""
+    class_ = CACHE_CLASS.find()
+    items = output.items() if hasattr(output, "items") else ()
+    return next((name for name, value in items if isinstance(value, class_)), None)
+
+
+def is_own_model(model: Any) -> bool:
+    """Return whether a model's class is one of transformers, and not of code that comes with the model."""
+    return type(model).__module__.startswith("transformers.")
+
+
 # -- building a model --------------------------------------------------------------------------------------------------
 
 MODEL_MAPPING = Private(

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from devmap_config.graph.failures import failure_of
 from devmap_config.graph.quantization import torchao_type
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, fails_without, listed
+from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
+from devmap_config.libraries.versions import release
 from devmap_config.plan.plan import transformers_device
 
 if TYPE_CHECKING:
@@ -77,8 +80,8 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     """Return the model, loaded with the plan's map; what computes on the CPU does.
 
     Raises:
-        RunnerError: where accelerate is missing or too old, a device of the plan is not on this machine, or a part
-            that is to compute on the CPU cannot.
+        RunnerError: where accelerate is missing or too old, a library is not as it was tried, a device of the plan is
+            not on this machine, or a part that is to compute on the CPU cannot.
     """
     require_accelerate()
     _require_modules(plan)
@@ -96,9 +99,16 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
-    with streaming_to(transformers_device(plan.main_device)), code_of_models(allowed=request.trust_remote_code):
-        loaded = _loaded(request, arguments)
-    return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
+    try:
+        with streaming_to(transformers_device(plan.main_device)), code_of_models(allowed=request.trust_remote_code):
+            loaded = _loaded(request, arguments)
+        return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
+    except LibraryChangedError as error:
+        raise RunnerError(
+            "library-changed",
+            f"{failure_of(error).reason}: the model cannot be loaded as it is planned",
+            "install a version that was tried (docs/libraries.md)",
+        ) from error
 
 
 def _device_map(plan: Plan) -> dict[str, Any]:
@@ -138,6 +148,8 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
         if request.quantization:
             arguments = {**arguments, "quantization_config": _quantization_config(request.quantization)}
         model, info = model_class.from_pretrained(request.weights, **arguments)
+    except LibraryChangedError:
+        raise
     except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
         reason = f"{type(error).__name__}: {first_line(error)}"
         if not request.trust_remote_code and fails_without(request.config, request.class_name, error):
@@ -204,16 +216,10 @@ def require_accelerate() -> None:
         found = version("accelerate")
     except PackageNotFoundError:
         raise RunnerError("accelerate-missing", "loading by a device map needs accelerate", command) from None
-    if _release(found) < MINIMUM_ACCELERATE:
+    if release(found) < MINIMUM_ACCELERATE:
         raise RunnerError(
             "accelerate-too-old", f"accelerate {found} is installed, and {wanted} or newer is needed", command
         )
-
-
-def _release(text: str) -> tuple[int, ...]:
-    from packaging.version import Version
-
-    return Version(text).release
 
 
 def _require_devices(plan: Plan) -> None:

@@ -67,6 +67,7 @@ def load_model(
     variables: Mapping[str, object] | None = None,
     allow_outside: bool = False,
     trust_remote_code: bool = False,
+    allow_unmeasured: bool = False,
     probe: bool = True,
 ) -> PreTrainedModel:
     """The model of a profile, loaded by its lock and verified.
@@ -76,6 +77,8 @@ def load_model(
         variables: values for its templates, if not those that the lock remembers.
         allow_outside: whether paths of the profile may lead out of its repository.
         trust_remote_code: whether Python code that comes with the model may run.
+        allow_unmeasured: whether a plan is taken for which formulas stand in where a library that changed kept the
+            model from being measured.
         probe: whether this machine is asked first if it can carry the plan.
 
     Raises:
@@ -83,14 +86,25 @@ def load_model(
         RunnerError: where the lock is missing or stale, or the machine or the loaded model is not what it says.
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
-    deployment = prepare(Path(path), variables=texts, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    deployment = prepare(
+        Path(path),
+        variables=texts,
+        allow_outside=allow_outside,
+        trust_remote_code=trust_remote_code,
+        allow_unmeasured=allow_unmeasured,
+    )
     if probe:
         require_fit_machine(deployment)
     return load_verified(deployment)
 
 
 def prepare(
-    path: Path, *, variables: Mapping[str, str], allow_outside: bool = False, trust_remote_code: bool = False
+    path: Path,
+    *,
+    variables: Mapping[str, str],
+    allow_outside: bool = False,
+    trust_remote_code: bool = False,
+    allow_unmeasured: bool = False,
 ) -> Deployment:
     """Read a profile's lock and see that it still holds; loads nothing.
 
@@ -107,6 +121,7 @@ def prepare(
             resolved=lock.resolved,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
             locked=lock,
         )
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from devmap_config.graph.costs import Workload
+from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ModulePath
 from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key
@@ -69,9 +70,8 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
             raise
         return run.simulation(mismatch=error)
     except Exception as error:  # a model's own code may raise anything where there is no data
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        reason = f"{type(error).__name__}: {first_line}"[:300]
-        return Simulation(outcome="unsimulated", reason=reason)
+        failure = failure_of(error)
+        return Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
     return run.simulation()
 
 

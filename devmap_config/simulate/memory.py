@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.cache import LIBRARIES, code_digest, default_directory, keep, library_versions
 from devmap_config.graph.digest import digest
+from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import buildable_attention
+from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.simulate.simulation import Simulation, Verdict
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = Fals
     if not can_simulate():
         return None
     verdict = Verdict.of(simulation_of(plan, model, trust_remote_code=trust_remote_code))
-    if not trust_remote_code:
+    if not trust_remote_code and verdict.cause == "model":
         keep(path, json.dumps(verdict.to_json(), separators=(",", ":")))
     return verdict
 
@@ -51,8 +53,12 @@ def simulation_of(
     """Build the plan's model without data and run it as the plan says. Imports torch."""
     from devmap_config.graph.introspection import UnbuildableModelError, meta_model
     from devmap_config.libraries.remote_code import code_of_models
-    from devmap_config.simulate.dry_run import dry_run
 
+    try:
+        from devmap_config.simulate.dry_run import dry_run
+    except LibraryChangedError as error:  # something that every dry run needs is not there
+        failure = failure_of(error)
+        return Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
     try:
         with model.source.as_config() as config_path:
             built = meta_model(

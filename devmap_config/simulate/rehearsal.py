@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
+from devmap_config.graph.failures import Failure
+from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import ModulePath
 from devmap_config.placement.shortage import amount, rounded
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
@@ -67,6 +69,7 @@ def rehearse(
     sink: Sink,
     *,
     trust_remote_code: bool = False,
+    allow_unmeasured: bool = False,
 ) -> Rehearsal:
     """Dry-run a plan; where a tensor is on the wrong device, keep together what must be and place anew.
 
@@ -78,6 +81,7 @@ def rehearse(
         replan: makes a plan that is mended so, or reports why there is none.
         sink: takes what is found.
         trust_remote_code: whether code that comes with the model may run.
+        allow_unmeasured: whether a plan is taken that could not be tried, where that was not for the model.
     """
     verdicts: dict[str, Verdict] = {}
     mending = UNMENDED
@@ -89,7 +93,7 @@ def rehearse(
             break
         verdicts[plan_digest(current)] = verdict
         if verdict.outcome == "unsimulated":
-            _warn_unsimulated(verdict, loaded, sink)
+            _tell_unsimulated(verdict, loaded, sink, allow_unmeasured=allow_unmeasured)
         more = _mended(mending, verdict, current, model, resolution)
         if more == mending or len(verdicts) > MOST_REPAIRS:
             if verdict.mismatch is not None:
@@ -348,10 +352,15 @@ def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[str, None]]:
     }
 
 
-def _warn_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink) -> None:
+def _tell_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, allow_unmeasured: bool) -> None:
+    if verdict.cause != "model":
+        failure = Failure(verdict.cause, verdict.reason or "")
+        consequence = "whether the plan runs could not be tried"
+        report_failure(failure, consequence, loaded.span("model", "source"), sink, allowed=allow_unmeasured)
+        return
     sink.warning(
         "not-simulated",
-        f"whether the plan runs could not be tried: the model's code needs data ({verdict.reason})",
+        f"whether the plan runs could not be tried: the model's code cannot be run without data ({verdict.reason})",
         loaded.span("model", "source"),
         help="try it where it is to run: `devmap run`",
     )

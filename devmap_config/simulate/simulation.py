@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.graph.failures import Cause
     from devmap_config.placement.problem import DeviceId
 
 Outcome = Literal["runs", "mismatch", "unsimulated"]
-"""It ran; it does not run, for a tensor is on the wrong device; or it cannot be told, since its code needs data."""
+"""It ran; it does not run, for a tensor is on the wrong device; or it could not be tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,8 @@ class Simulation:
     hops: int = 0
     mismatch: Mismatch | None = None
     reason: str | None = None
+    cause: Cause = "model"
+    """Whose doing it is that it could not be tried."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -124,6 +127,7 @@ class Verdict:
     devices: tuple[SimulatedDevice, ...] = ()
     mismatch: Mismatch | None = None
     reason: str | None = None
+    cause: Cause = "model"
 
     @classmethod
     def of(cls, simulation: Simulation) -> Verdict:
@@ -133,11 +137,15 @@ class Verdict:
             devices=simulation.devices,
             mismatch=simulation.mismatch,
             reason=simulation.reason,
+            cause=simulation.cause,
         )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
-        return asdict(self)
+        value = asdict(self)
+        if self.cause == "model":
+            del value["cause"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
@@ -146,7 +154,7 @@ class Verdict:
         Raises:
             KeyError, TypeError, ValueError: where the value is not one.
         """
-        if set(value) != {each.name for each in fields(cls)}:
+        if set(value) | {"cause"} != {each.name for each in fields(cls)}:
             raise ValueError("not a verdict")
         mismatch = value["mismatch"]
         return cls(
@@ -156,4 +164,5 @@ class Verdict:
             if mismatch is None
             else Mismatch(**{**mismatch, "parties": tuple(map(Party.from_json, mismatch["parties"]))}),
             reason=value["reason"],
+            cause=value.get("cause", "model"),
         )

@@ -1,0 +1,96 @@
+"""Why a model could not be run without data: for its own code, for a library that changed, or for a mistake of ours.
+
+Formulas may stand in only for the first: it was so when this package was tried, and the plan says so. A library that
+changed takes from a plan what it was trusted for, and a mistake of ours must not be told as the model's.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.libraries.versions import TRIED, moved, untried
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Cause = Literal["model", "library", "own"]
+"""The model's code needs data, or takes other inputs than text; a library is not as it was; a mistake of ours."""
+
+OWN_CODE = Path(__file__).parent.parent
+
+LONGEST_REASON = 300
+
+
+class OtherInputsError(Exception):
+    """The model takes other inputs than text."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a model could not be run without data."""
+
+    cause: Cause
+    reason: str
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return why a model could not be run without data, by what was raised and where.
+
+    What torch raises where data is missing is the model's doing under every version of the libraries. Anything else is
+    so only where the installed versions were tried; where one was not, it is taken for what came of that.
+    """
+    from devmap_config.libraries.torch import needs_data
+
+    causes = tuple(_chain(error))
+    if (changed := next((each for each in causes if isinstance(each, LibraryChangedError)), None)) is not None:
+        return Failure("library", _shortened(f"{moved(changed.library)}: {changed.what}"))
+    described = _described(error)
+    if any(isinstance(each, OtherInputsError) or needs_data(each) for each in causes):
+        return Failure("model", described)
+    packages = _packages(error)
+    if (new := untried()) and (library := next((each for each in packages if each in new), new[0])):
+        where = f" ({_raised_at(error)})" if packages[0] == OWN_CODE.name else ""
+        return Failure("library", _shortened(f"{moved(library)}: {described}{where}"))
+    if packages[0] == OWN_CODE.name:
+        return Failure("own", _shortened(f"{described} ({_raised_at(error)})"))
+    return Failure("model", described)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception with those that it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _packages(error: Exception) -> list[str]:
+    """The packages whose code ran when something was raised, the innermost first; others stand as they are called."""
+    return [_package(frame.filename) for frame in reversed(traceback.extract_tb(error.__traceback__))] or [""]
+
+
+def _package(filename: str) -> str:
+    path = Path(filename)
+    if OWN_CODE in path.parents:
+        return OWN_CODE.name
+    return next((part for part in reversed(path.parts) if part in TRIED), path.name)
+
+
+def _raised_at(error: Exception) -> str:
+    """The line of ours that raised something."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _package(frame.filename) == OWN_CODE.name]
+    path = Path(own[-1].filename).relative_to(OWN_CODE.parent)
+    return f"{path.as_posix()}:{own[-1].lineno}"
+
+
+def _described(error: Exception) -> str:
+    """An exception's type and the first line of its text."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return _shortened(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
+
+
+def _shortened(text: str) -> str:
+    return text[:LONGEST_REASON]

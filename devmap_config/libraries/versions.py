@@ -1,0 +1,57 @@
+"""With which versions of its libraries this package was tried, and which are installed. Imports no library."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+TRIED: dict[str, tuple[str, ...]] = {
+    "torch": ("2.13.0",),
+    "transformers": ("5.20.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0", "5.24.0"),
+    "accelerate": ("1.1.0", "1.15.0"),
+}
+"""The versions with which models were measured and dry-run, the oldest first. What was run is in docs/libraries.md."""
+
+
+def installed(library: str) -> str | None:
+    """Return the installed version of a library, without what tells one build from another; `None` without one."""
+    try:
+        return version(library).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version: `(5, 24, 0)` of `5.24.0` and of `5.24.0rc1`."""
+    numbers = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, numbers.group().split("."))) if numbers else ()
+
+
+def is_tried(library: str) -> bool:
+    """Return whether this package was tried with the installed version of a library."""
+    return installed(library) in TRIED[library]
+
+
+def untried() -> tuple[str, ...]:
+    """Return the libraries of which another version is installed than any that was tried."""
+    return tuple(library for library in TRIED if installed(library) is not None and not is_tried(library))
+
+
+def moved(library: str) -> str:
+    """Return how a message tells that a library is another one: `transformers 5.24.0 → 5.25.0`.
+
+    The first is the nearest version that was tried: the newest that is no newer, else the oldest.
+    """
+    found = installed(library)
+    if found is None or is_tried(library):
+        return f"{library} {found or ''}".rstrip()
+    older = [each for each in TRIED[library] if release(each) < release(found)]
+    return f"{library} {older[-1] if older else TRIED[library][0]} → {found}"
+
+
+def never_tried(library: str) -> str:
+    """Return the line that says of the installed version of a library that it was never tried."""
+    tried = ", ".join(TRIED[library])
+    return (
+        f"{library} {installed(library)} was never tried with devmap-config {version('devmap-config')} (tried: {tried})"
+    )
