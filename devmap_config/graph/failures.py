@@ -48,8 +48,10 @@ def failure_of(error: Exception) -> Failure:
     causes = tuple(_chain(error))
     if (changed := next((each for each in causes if isinstance(each, LibraryChangedError)), None)) is not None:
         return Failure("library", _shortened(f"{moved(changed.library)}: {changed.what}"))
+    if (other := next((each for each in causes if isinstance(each, OtherInputsError)), None)) is not None:
+        return Failure("model", str(other))
     described = _described(error)
-    if any(isinstance(each, OtherInputsError) or needs_data(each) for each in causes):
+    if any(map(needs_data, causes)):
         return Failure("model", described)
     packages = _packages(error)
     if (new := untried()) and (library := next((each for each in packages if each in new), new[0])):

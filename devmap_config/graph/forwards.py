@@ -89,12 +89,16 @@ class Forwards:
         """Check that the model takes what it is to be given, before its code runs on it."""
         name = self.model.main_input_name
         if not {"input_ids", "input_features"} & set(self._accepted):
-            raise self._unlike(f"takes no `{name}`") if name == "input_ids" else OtherInputsError(f"it takes `{name}`")
+            raise (
+                self._unlike(f"takes no `{name}`")
+                if name == "input_ids"
+                else OtherInputsError(f"it takes `{name}`, and no text")
+            )
         given = {"input_ids", "input_features", "decoder_input_ids"}
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         for wanted in self._accepted.values():
             if wanted.default is wanted.empty and wanted.kind not in kinds and wanted.name not in given:
-                raise OtherInputsError(f"it takes `{wanted.name}` besides")
+                raise OtherInputsError(f"it takes `{wanted.name}` besides text")
 
     def _unlike(self, what: str) -> Exception:
         """What is raised of a model that is not as those of transformers were; a stranger's may be as it likes."""
