@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.checkpoint import read_header
-from devmap_config.graph.model import ancestors
+from devmap_config.graph.model import Tensor, TensorName, ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk, streamed_from
+from devmap_config.libraries.torch import non_persistent_buffers, own_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +46,7 @@ def misplaced_tensors(
     """Every parameter and buffer, of the plan or of the model, that the two do not agree on.
 
     Where `is_quantized`, a weight may be held under other names in its module (`qweight`, `weight_packed`), with scales
-    beside it: these are then held to where the plan has the module's tensors.
+    beside it: these are then held to where tensors of their kind are, of a module that is stored and runs there.
     """
     planned = {
         name: plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
@@ -57,20 +58,39 @@ def misplaced_tensors(
     for name in added:
         companions.setdefault(name.rpartition(".")[0], []).append(name)
     wrong: list[Misplaced] = []
-    expected_in: dict[str, set[str]] = {}
     for name, expected in planned.items():
         module = name.rpartition(".")[0]
-        expected_in.setdefault(module, set()).add(expected)
         found = tensor_home(model, name)
         is_renamed = found == "missing" and is_quantized and module in companions
         if found != expected and not is_renamed:
             wrong.append(Misplaced(name, expected, found))
+    homes: dict[str, set[tuple[str, str]]] = {}
+    for each in plan.assignments if is_quantized else ():
+        for name in each.tensors:
+            homes.setdefault(name.rpartition(".")[0], set()).add((each.stored_on, each.executes_on))
     for name in added:
         found = tensor_home(model, name)
-        expected_here = expected_in.get(name.rpartition(".")[0], set()) if is_quantized else set()
+        described = _described(model, name)
+        expected_here = {plan.executor.residence(described, *home) for home in homes.get(name.rpartition(".")[0], ())}
         if found not in expected_here:
             wrong.append(Misplaced(name, " or ".join(sorted(expected_here)) or "nowhere", found))
     return tuple(wrong)
+
+
+def _described(model: PreTrainedModel, name: str) -> Tensor:
+    """A tensor of a loaded model as a graph has it, as far as accelerate treats its kind in a way of its own."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    is_buffer = attribute in own_buffers(module)
+    return Tensor(
+        TensorName(name),
+        shape=(),
+        dtype="",
+        size_bytes=0,
+        planner_bytes=0,
+        kind="buffer" if is_buffer else "parameter",
+        persistent=attribute not in non_persistent_buffers(module),
+    )
 
 
 def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:

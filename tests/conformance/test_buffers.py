@@ -12,8 +12,11 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from devmap_config.graph.model import Tensor, TensorName
-from devmap_config.placement.executor import Executor
+from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.executor import LEFT, OFFLOADED, Executor
+from devmap_config.plan.plan import Plan
+from devmap_config.runner.inspection import misplaced_tensors
 
 CARD = torch.device("cpu")
 
@@ -73,3 +76,43 @@ def test_tensors_are_where_accelerate_leaves_them(offload_buffers, tmp_path):
         assert layer.seen[name] == "cpu"
         is_elsewhere = store != "kept" and (name == "weight" or (offload_buffers and name != "table"))
         assert (getattr(layer, name).device.type == "meta") == is_elsewhere  # and let go again
+
+
+class Packed(torch.nn.Module):
+    """A linear module as gptqmodel's torch kernels hold it: everything in buffers, some of which no checkpoint has."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.ones(4, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(2))
+        self.register_buffer("shifts", torch.arange(8), persistent=False)
+
+    def forward(self, values):
+        return values + self.qweight.sum() + self.scales.sum() + self.shifts.sum()
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+@pytest.mark.parametrize("planned", [LEFT, OFFLOADED])
+def test_a_quantised_module_is_where_a_plan_has_it_only_with_its_buffers_treated_so(offloads, planned, tmp_path):
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "packed": Packed()})
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    dispatch_model(model, {"first": "cpu", "packed": "disk"}, offload_dir=tmp_path, offload_buffers=offloads)
+    first = tuple(Tensor(TensorName(name), tuple(held.shape), "float32", 4, 4) for name, held in weights.items())
+    packed = Tensor(TensorName("packed.weight"), (4, 8), "int32", 24, 24, in_buffer=True)
+    children = (
+        Module(ModulePath("first"), "Linear", first),
+        Module(ModulePath("packed"), "Linear", (packed,)),
+    )
+    graph = ModelGraph(Module(ModulePath(""), "Model", children=children))
+    assignments = (
+        Assignment("first", tuple(each.name for each in first), "cpu", "cpu"),
+        Assignment("packed", (packed.name,), "disk", "cpu"),
+    )
+    plan = Plan(strategy="manual", executor=planned, main_device="cpu", assignments=assignments, devices=())
+    found = {
+        each.tensor: (each.planned, each.found) for each in misplaced_tensors(model, plan, graph, is_quantized=True)
+    }
+    homes = {True: "disk", False: "cpu"}
+    differing = (homes[planned.offload_buffers], homes[offloads])
+    expected = dict.fromkeys(["packed.qweight", "packed.scales"], differing) if len(set(differing)) == 2 else {}
+    assert found == expected
