@@ -224,7 +224,7 @@ class _Placing:
     @cached_property
     def executors(self) -> tuple[Executor, ...]:
         """What may run the plan; the first with which it fits is to."""
-        return executors_for(self.loaded, self.model.graph, self.inventory.capacities)
+        return executors_for(self.loaded, self.model, self.inventory.capacities)
 
     def posed(self, mending: Mending = UNMENDED) -> tuple[Problem, DeviceId | None, Aim | None] | None:
         """The problem, with what the strategy is told besides; `None` where something is wrong with it."""

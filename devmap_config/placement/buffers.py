@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.devices import DeviceId
     from devmap_config.placement.executor import Executor
@@ -20,12 +21,20 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 
-def executors_for(loaded: LoadedProfile, graph: ModelGraph, capacities: Mapping[DeviceId, int]) -> tuple[Executor, ...]:
+ALWAYS_OFFLOADED = ("fbgemm_fp8",)
+"""Methods of quantization with which transformers sets `offload_buffers` itself (`accelerate_dispatch`)."""
+
+
+def executors_for(
+    loaded: LoadedProfile, model: LoadedModel, capacities: Mapping[DeviceId, int]
+) -> tuple[Executor, ...]:
     """What may run a plan of this profile, the first that fits is to be taken: buffers stay unless they have to go."""
     asked = loaded.profile.placement.offload.buffers
+    if model.quantization is not None and model.quantization.method in ALWAYS_OFFLOADED:
+        return (OFFLOADED,)
     if asked is not None:
         return (OFFLOADED if asked else LEFT,)
-    return (LEFT, OFFLOADED) if can_be_offloaded(graph, capacities) else (LEFT,)
+    return (LEFT, OFFLOADED) if can_be_offloaded(model.graph, capacities) else (LEFT,)
 
 
 def can_be_offloaded(graph: ModelGraph, capacities: Mapping[DeviceId, int]) -> bool:

@@ -129,6 +129,18 @@ placement: {strategy: auto, offload: {buffers: true}}
     assert not compiled(text.replace("{buffers: true}", "{}")).plan.executor.offload_buffers
 
 
+def test_what_transformers_offloads_whatever_it_is_told(workspace):
+    config = json.loads(Path("llama/config.json").read_text()) | {"quantization_config": {"quant_method": "fbgemm_fp8"}}
+    Path("llama/config.json").write_text(json.dumps(config))
+    text = """\
+version: 1
+model: {source: llama}
+hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
+placement: {pins: [{match: model.layers.0, device: cpu}], offload: {buffers: false}}
+"""
+    assert compiled(text).plan.executor.offload_buffers
+
+
 CARD = "{memory: 300KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
 SMALL = f"""\
 version: 1
