@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
@@ -24,12 +24,14 @@ from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
 from devmap_config.placement.units import fold, whole_model
 from devmap_config.plan.comparison import best_of
-from devmap_config.plan.drift import Drift, held
+from devmap_config.plan.drift import Asked, Drift, Held, disproofs, held
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.keeping import kept
+from devmap_config.plan.lock import lock_beside
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import review
+from devmap_config.profile.document import whole_file
 from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
@@ -82,6 +84,21 @@ class Request:
     checks_checkpoint: bool = False
     allow_unmeasured: bool = False
 
+    @classmethod
+    def for_profile(cls, path: Path, *, lock: Lock | None = None, must_ask: bool = False, **options: Any) -> Request:
+        """Return the request for a profile with what its lock remembers: `--set` values, and the model's commit.
+
+        Args:
+            path: the profile.
+            lock: its lock, where that was read already; else the one beside it, if that can be read.
+            must_ask: whether the hub is to say what the model's commit is, and not the lock.
+            options: further fields of the request; `variables` outrank those of the lock.
+        """
+        lock = lock or lock_beside(path)
+        remembered = {} if lock is None else dict(lock.variables)
+        resolved = None if lock is None or must_ask else lock.resolved
+        return cls(path=path, remembered=remembered, resolved=resolved, must_ask=must_ask, **options)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
@@ -116,7 +133,7 @@ def compile_profile(
 
     Args:
         path: the profile's file.
-        variables: values for its templates, as `--set` gives them.
+        variables: values for its templates, as `--set` gives them; else those that its lock holds.
         allow_unmeasured: whether formulas may stand in where a library that changed keeps it from being measured.
 
     Raises:
@@ -124,12 +141,8 @@ def compile_profile(
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
     compilation = run_pipeline(
-        Request(
-            path=Path(path),
-            variables=texts,
-            simulates=True,
-            checks_checkpoint=True,
-            allow_unmeasured=allow_unmeasured,
+        Request.for_profile(
+            Path(path), variables=texts, simulates=True, checks_checkpoint=True, allow_unmeasured=allow_unmeasured
         )
     )
     if compilation.plan is None:
@@ -182,7 +195,11 @@ def run_pipeline(request: Request) -> Compilation:
     rehearsal: Rehearsal | None = None
     if request.locked is not None:
         locked = placing.held(request.locked, inputs)
-        rehearsal, drift = (None, locked) if isinstance(locked, Drift) else (Rehearsal(placing.accepted(locked)), None)
+        if isinstance(locked, Drift):
+            drift = locked
+        else:
+            rehearsal = Rehearsal(placing.accepted(locked.plan))
+            _tell_what_moved(locked, loaded, sink)
     if rehearsal is None:
         rehearsal = Rehearsal(placing.planned())
         if rehearsal.plan is not None and request.simulates:
@@ -208,6 +225,52 @@ def run_pipeline(request: Request) -> Compilation:
         verdicts=rehearsal.verdicts,
         refused=rehearsal.refused,
     )
+
+
+def _tell_what_moved(locked: Held, loaded: LoadedProfile, sink: Sink) -> None:
+    if locked.moved is not None:
+        sink.warning(
+            "figures-moved",
+            f"the lock's plan holds, by other figures than it was made with: {locked.moved}",
+            whole_file(str(loaded.path)),
+            help="compile again where the new figures are wanted in the lock",
+        )
+
+
+def compile_locked(path: Path, lock: Lock | None, **options: Any) -> Compilation:
+    """Hold a lock to its profile: the plan is the lock's, or `drift` says why not and the plan is a new one.
+
+    Args:
+        path: the profile.
+        lock: its lock; without one, the plan is a new one.
+        options: further fields of the request.
+    """
+    request = Request.for_profile(path, lock=lock, locked=lock, **options)
+    compilation = run_pipeline(request)
+    if compilation.plan is not None or not request.remembered:
+        return compilation
+    without = run_pipeline(replace(request, locked=None, remembered={}))
+    if without.plan is None:
+        return compilation
+    values = ", ".join(f"{name}={value}" for name, value in request.remembered.items())
+    reason = next(each.message for each in compilation.diagnostics if each.severity == "error")
+    return replace(without, drift=Drift("broken-lock", (f"its `--set` values ({values}) do not fit: {reason}",)))
+
+
+def prove(request: Request, lock: Lock) -> Drift | None:
+    """Place anew what a lock holds, and return what of its plan or bound that does not prove; `None` where it does.
+
+    A plan that is as good as the new one, and nearer to the lock, is its plan: `--keep` makes such locks.
+    """
+    unproven: tuple[str, ...] = ()
+    for simulates in (False, True):
+        plan = run_pipeline(replace(request, locked=None, keep=lock, simulates=simulates)).plan
+        if plan is None:
+            return Drift("unproven-lock", ("placing anew gives no plan",))
+        unproven = disproofs(lock, plan)
+        if (plan.placement, plan.compute) == (lock.plan["device_map"], lock.plan["compute"]):
+            break  # else the dry run may have mended it, which takes longer to see
+    return Drift("unproven-lock", unproven) if unproven else None
 
 
 @dataclass(frozen=True)
@@ -328,11 +391,20 @@ class _Placing:
         review(plan, self.model.graph, self.inventory.capacities, self.resolution, self.loaded, found)
         return found.diagnostics
 
-    def held(self, lock: Lock, inputs: Inputs) -> Plan | Drift:
+    def held(self, lock: Lock, inputs: Inputs) -> Held | Drift:
         """The plan of a lock, where nothing that it was made from has changed and it holds; else what does not."""
-        return held(
-            lock, inputs, self.loaded.overrides, self.model.graph, self.inventory, self.resolution, self.executors
+        strategy = self.loaded.profile.placement.strategy
+        asked = Asked(
+            inputs=inputs,
+            variables=self.loaded.overrides,
+            strategy=strategy,
+            proves_bound=strategy == "fastest" and self.loaded.profile.workload.optimize == "decode",
+            graph=self.model.graph,
+            inventory=self.inventory,
+            resolution=self.resolution,
+            executors=self.executors,
         )
+        return held(lock, asked)
 
     def quantised(self, mending: Mending) -> Problem | None:
         """The placement problem of the model with weights of 8 bits: a way out where nothing fits."""

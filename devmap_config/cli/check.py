@@ -38,6 +38,9 @@ WORDS = {
 @click.command("check")
 @click.argument("profiles", metavar="PROFILE…", type=PROFILE, nargs=-1, required=True)
 @format_option("table", "json", "sarif", "github")
+@click.option(
+    "--prove", "proves", is_flag=True, help="Place anew: is each plan what its strategy makes, its bound proven?"
+)
 @set_option
 @quiet_option
 @outside_option
@@ -46,6 +49,7 @@ WORDS = {
 def check(
     profiles: tuple[Path, ...],
     output_format: str,
+    proves: bool,
     variables: dict[str, str],
     quiet: bool,
     allow_outside: bool,
@@ -54,7 +58,8 @@ def check(
 ) -> int:
     """Check that each PROFILE has a lock, and that it still is what the profile asks for.
 
-    A folder stands for all profiles in it and below.
+    A folder stands for all profiles in it and below. What a lock says is derived again and compared; only the bound
+    of `fastest` is taken as it was compiled, unless `--prove` is given.
     """
     from devmap_config.cli.checking import CheckRequest, check_all
     from devmap_config.cli.compile import report_missing
@@ -71,6 +76,7 @@ def check(
         allow_outside=allow_outside,
         trust_remote_code=trust_remote_code,
         allow_unmeasured=allow_unmeasured,
+        proves=proves,
     )
     results = check_all(named, request)
     texts = {name: text for checked in results for name, text in checked.texts.items()}

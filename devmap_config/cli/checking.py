@@ -20,6 +20,7 @@ State = Literal["fresh", "stale", "missing", "damaged", "wrong", "absent"]
 STATES: Mapping[str, State] = {
     "stale-lock": "stale",
     "broken-lock": "stale",
+    "unproven-lock": "stale",
     "missing-lock": "missing",
     "unreadable-lock": "damaged",
     "newer-lock": "damaged",
@@ -34,12 +35,13 @@ MAX_PROCESSES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest:
-    """What holds for every profile that is checked."""
+    """What holds for every profile that is checked; one that `proves` has each placed anew."""
 
     variables: Mapping[str, str]
     allow_outside: bool
     trust_remote_code: bool
     allow_unmeasured: bool = False
+    proves: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
 def check_one(profile: Path, request: CheckRequest) -> Checked:
     """One profile checked against its lock."""
     from devmap_config.cli.compile import missing_profile
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import Request, compile_locked, prove
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.drift import remedy
     from devmap_config.plan.lock import LockError, lock_at, lock_path
@@ -93,20 +95,18 @@ def check_one(profile: Path, request: CheckRequest) -> Checked:
         lock = lock_at(path)
     except LockError as error:
         problem = (error.code, str(error))
-    compilation = run_pipeline(
-        Request(
-            path=profile,
-            variables=request.variables,
-            remembered=dict(lock.variables) if lock else {},
-            resolved=lock.resolved if lock else None,
-            allow_outside=request.allow_outside,
-            trust_remote_code=request.trust_remote_code,
-            allow_unmeasured=request.allow_unmeasured,
-            locked=lock,
-        )
-    )
-    if compilation.drift is not None:
-        problem = (compilation.drift.code, compilation.drift.message)
+    options: dict[str, Any] = {
+        "variables": request.variables,
+        "allow_outside": request.allow_outside,
+        "trust_remote_code": request.trust_remote_code,
+        "allow_unmeasured": request.allow_unmeasured,
+    }
+    compilation = compile_locked(profile, lock, **options)
+    drift = compilation.drift
+    if request.proves and lock is not None and drift is None and not compilation.has_errors:
+        drift = prove(Request.for_profile(profile, lock=lock, **options), lock)
+    if drift is not None:
+        problem = (drift.code, drift.message)
     if compilation.has_errors or problem is None:
         return _checked(profile, compilation, "wrong" if compilation.has_errors else "fresh")
     code, message = problem

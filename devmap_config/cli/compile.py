@@ -63,13 +63,11 @@ def compile_command(
     earlier, problem = existing_lock(target)
     if problem is not None and not dry_run:
         require_replaceable(target, problem)
-    remembered = dict(earlier.variables) if earlier else {}
     compilation = run_pipeline(
-        Request(
-            path=profile,
+        Request.for_profile(
+            profile,
+            lock=earlier,
             variables=variables,
-            remembered=remembered,
-            resolved=earlier.resolved if earlier else None,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             allow_unmeasured=allow_unmeasured,

@@ -159,8 +159,8 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
 
 def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
     """Each figure that is known of one of the plans, and by how much it changes."""
-    from devmap_config.cli.plan_table import duration
     from devmap_config.placement.shortage import rounded
+    from devmap_config.plan.prediction import duration
 
     shown: dict[str, tuple[str, Callable[[int], str]]] = {
         "decode_nanoseconds_per_token": ("a token", duration),

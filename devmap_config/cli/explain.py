@@ -43,8 +43,8 @@ def explain(
     if Path(subject).is_file():
         from devmap_config.compiler import Request
 
-        request = Request(
-            path=Path(subject),
+        request = Request.for_profile(
+            Path(subject),
             variables=variables,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
@@ -105,8 +105,9 @@ def _story(compilation: Compilation) -> Iterator[str]:
     """The plan in some ten lines."""
     from shutil import get_terminal_size
 
-    from devmap_config.cli.plan_table import bar_lines, duration, weights_in_words
+    from devmap_config.cli.plan_table import bar_lines, weights_in_words
     from devmap_config.placement.shortage import rounded
+    from devmap_config.plan.prediction import duration
     from devmap_config.rules.folding import fold_paths
 
     plan, model, resolution = compilation.plan, compilation.model, compilation.resolution
@@ -226,8 +227,8 @@ def _at(rule: Rule) -> str:
 
 
 def _alternative(other: Alternative) -> str:
-    from devmap_config.cli.plan_table import duration
     from devmap_config.placement.shortage import rounded
+    from devmap_config.plan.prediction import duration
 
     if other.stored_on == other.executes_on == "cpu":
         where = "stored and computed on the CPU"

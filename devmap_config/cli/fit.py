@@ -84,8 +84,8 @@ def fit(
         return report_missing(profile, output_format)
     rows = []
     for name in (each.strip() for text in machines for each in text.split(",")):
-        request = Request(
-            path=profile,
+        request = Request.for_profile(
+            profile,
             variables=variables,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
@@ -155,8 +155,8 @@ def _print_table(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from devmap_config.cli.plan_table import duration
     from devmap_config.placement.shortage import rounded
+    from devmap_config.plan.prediction import duration
 
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=console.width)

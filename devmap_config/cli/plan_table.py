@@ -10,6 +10,7 @@ from rich.text import Text
 
 from devmap_config.graph.quantization import described
 from devmap_config.placement.shortage import rounded, unit_of
+from devmap_config.plan.prediction import duration
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -98,16 +99,6 @@ def _predicted(plan: Plan) -> str:
     if prediction.longest_context is not None:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     return f"predicted: {', '.join(words)}" if words else ""
-
-
-def duration(nanoseconds: int) -> str:
-    """A time with three digits or so: `28.6 ms`."""
-    for size, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
-        if nanoseconds >= size:
-            return (
-                f"{nanoseconds / size:.3g} {unit}" if nanoseconds < 1000 * size else f"{nanoseconds // size:,} {unit}"
-            )
-    return f"{nanoseconds} ns"
 
 
 BAR_COLUMNS = 30

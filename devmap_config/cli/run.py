@@ -38,7 +38,7 @@ EXIT_CODES = {
 
 EXIT_UNLIKE_LOCK = 4
 
-SAID_OF_LIBRARIES = ("untried-version", "library-changed", "measuring-failed")
+SAID_OF_LIBRARIES = ("untried-version", "library-changed", "measuring-failed", "figures-moved")
 """What is said of the plan's libraries again where it is run; the rest was said when it was compiled."""
 
 

@@ -12,7 +12,7 @@ def schema(name: str) -> int:
     from devmap_config.cli.reporting import print_json
 
     if name == "lock":
-        from devmap_config.plan.lock_schema import lock_schema
+        from devmap_config.plan.lock_format import lock_schema
 
         print_json(lock_schema())
     else:

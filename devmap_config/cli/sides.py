@@ -82,7 +82,7 @@ def _lock_in(path: Path) -> Lock:
 
 def _asked_for(profile: Path, options: _Options) -> Side:
     """The locked plan of a profile, or what it asks for now where there is none that holds."""
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import compile_locked
 
     path = lock_path(profile)
     lock, problem = None, None
@@ -90,15 +90,8 @@ def _asked_for(profile: Path, options: _Options) -> Side:
         lock = lock_at(path)
     except LockError as error:
         problem = str(error)
-    compilation = run_pipeline(
-        Request(
-            path=profile,
-            remembered=dict(lock.variables) if lock else {},
-            resolved=lock.resolved if lock else None,
-            allow_outside=options.allow_outside,
-            trust_remote_code=options.trust_remote_code,
-            locked=lock,
-        )
+    compilation = compile_locked(
+        profile, lock, allow_outside=options.allow_outside, trust_remote_code=options.trust_remote_code
     )
     if compilation.plan is None:
         raise SideError(EXIT_WRONG, *compilation.diagnostics, texts=compilation.texts)

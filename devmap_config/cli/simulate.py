@@ -45,22 +45,17 @@ def simulate(
     from rich.console import Console
 
     from devmap_config.cli.compile import report_missing
-    from devmap_config.cli.locking import existing_lock
     from devmap_config.cli.reporting import report
     from devmap_config.cli.simulation_view import simulation_lines
     from devmap_config.compiler import Request, run_pipeline
-    from devmap_config.plan.lock import lock_path
     from devmap_config.simulate.memory import can_simulate, simulation_of
 
     if not profile.is_file():
         return report_missing(profile, output_format)
-    lock, _problem = existing_lock(lock_path(profile))
     compilation = run_pipeline(
-        Request(
-            path=profile,
+        Request.for_profile(
+            profile,
             variables=variables,
-            remembered=dict(lock.variables) if lock else {},
-            resolved=lock.resolved if lock else None,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,
             allow_unmeasured=allow_unmeasured,

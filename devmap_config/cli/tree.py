@@ -165,19 +165,22 @@ def _graph_of_profile(
     from dataclasses import replace
 
     from devmap_config.cli.reporting import report
+    from devmap_config.compiler import Request
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import load_model_graph
     from devmap_config.profile.loading import load_profile
 
-    sink = Sink()
-    loaded = load_profile(path, sink)
+    sink, request = Sink(), Request.for_profile(path)
+    loaded = load_profile(path, sink, remembered=request.remembered)
     if loaded is not None and context_length is not None:
         workload = loaded.profile.workload
         if context_length > 0 or workload.context_length is None:
             length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
             workload = workload.model_copy(update={"context_length": length, "prompt_length": None})
             loaded = replace(loaded, profile=loaded.profile.model_copy(update={"workload": workload}))
-    model = load_model_graph(loaded, sink, trust_remote_code=trust_remote_code) if loaded else None
+    model = None
+    if loaded is not None:
+        model = load_model_graph(loaded, sink, resolved=request.resolved, trust_remote_code=trust_remote_code)
     if model is None:
         report(sink, sink.texts, output_format, data={"modules": None})
         raise click.exceptions.Exit(1)

@@ -63,10 +63,10 @@ def update(
     if problem is not None and not dry_run:
         require_replaceable(target, problem)
     compilation = run_pipeline(
-        Request(
-            path=profile,
+        Request.for_profile(
+            profile,
+            lock=earlier,
             variables=variables,
-            remembered=dict(earlier.variables) if earlier else {},
             must_ask=True,
             checks_checkpoint=True,
             simulates=True,

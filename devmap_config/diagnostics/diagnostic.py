@@ -129,14 +129,25 @@ def _place(diagnostic: Diagnostic) -> tuple[object, ...]:
     return (0, span.file, span.line, span.column, diagnostic.code)
 
 
-class ProfileError(Exception):
+class DevmapError(Exception):
+    """The base of all that is raised to users.
+
+    Attributes:
+        diagnostics: what is wrong, where that is known, and what to do next.
+    """
+
+    def __init__(self, message: str, diagnostics: tuple[Diagnostic, ...] = ()) -> None:
+        super().__init__(message)
+        self.diagnostics = diagnostics
+
+
+class ProfileError(DevmapError):
     """A profile is wrong or cannot be satisfied; `diagnostics` say where and why, in which `texts`."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
-        self.diagnostics = diagnostics
-        self.texts = dict(texts or {})
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.severity == "error"]
-        super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors))
+        super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors), diagnostics)
+        self.texts = dict(texts or {})
 
 
 def _one_line(diagnostic: Diagnostic) -> str:

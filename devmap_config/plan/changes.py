@@ -17,8 +17,11 @@ VALUES_SHOWN = 3
 
 WORTH_SEPARATORS = 10_000
 
+MODEL = (("config", ""), ("commit", ""), ("profile", "model."), ("profile", "workload."))
+
 CAUSES = {
-    "graph": (("config", ""), ("commit", ""), ("profile", "model."), ("profile", "workload.")),
+    "graph": MODEL,
+    "measurement": MODEL,
     "hardware": (("profile", "hardware."), ("profile", "placement.max_memory.")),
 }
 """What an input follows from: where such a value changed, that is what is said."""
@@ -35,8 +38,8 @@ def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> 
     if "commit" in changed:
         values["commit"] = {"": f"{_shown(lock.inputs.get('commit'))} → {_shown(now['commit'])}"}
     phrases = [_phrase(INPUT_NAMES[name], values[name]) for name in changed if not _follows(name, values)]
-    if changed == ["graph"] and (made := _made_otherwise(lock)):
-        phrases = [f"{phrases[0]} ({made})"]
+    if set(changed) <= {"graph", "measurement"} and phrases and (versions := changed_versions(lock)):
+        phrases = [f"{phrases[0]} ({versions})"]
     if dict(lock.variables) != dict(variables):
         phrases.append(_phrase("the `--set` values", _changes(lock.variables, variables)))
     return tuple(phrases)
@@ -70,12 +73,14 @@ def _phrase(name: str, changes: Mapping[str, str]) -> str:
 
 
 def _follows(name: str, values: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether an input changed because a value did that is named already."""
+    """Whether an input changed because another did, or a value of it, that is named already."""
+    if name == "measurement" and "graph" in values:
+        return True
     return any(route.startswith(prefix) for cause, prefix in CAUSES.get(name, ()) for route in values.get(cause, {}))
 
 
-def _made_otherwise(lock: Lock) -> str:
-    """The libraries that read the module tree before and now, where they are not the same."""
+def changed_versions(lock: Lock) -> str:
+    """Return the libraries that read and measured the model before and now, where they are not the same."""
     now = library_versions()
     changed = [
         f"{name} {before} → {now[name]}"

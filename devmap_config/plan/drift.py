@@ -1,17 +1,28 @@
-"""Whether a lock still is what its profile asks for, and if not, why: what changed, or what its plan breaks."""
+"""Whether a lock still is what its profile asks for, and if not, why: what changed, or what its plan breaks.
+
+A lock decides where everything is stored and runs, and states a bound that took long to prove. All else that it says
+follows from these and from its inputs, and is derived again and compared. The bound is held to what it cannot exceed;
+`check --prove` proves it again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from devmap_config.plan.changes import changed_inputs
-from devmap_config.plan.lock import LockError, plan_of
-from devmap_config.plan.plan import device_uses
+from devmap_config.plan.changes import changed_inputs, changed_versions
+from devmap_config.plan.inputs import early_graph_digest
+from devmap_config.plan.lock import LockError, locked_units
+from devmap_config.plan.moved import FOLLOW_FROM_MEASUREMENT, moved_figures
+from devmap_config.plan.plan import assemble
+from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
+from devmap_config.plan.verify import coverage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from devmap_config.graph.model import ModelGraph
@@ -21,21 +32,58 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
     from devmap_config.rules.resolution import Resolution
 
+BOUND = "bound_decode_nanoseconds_per_token"
+
+DriftCode = Literal["stale-lock", "broken-lock", "unproven-lock"]
+
 
 @dataclass(frozen=True)
 class Drift:
-    """Why a lock does not hold any more: `stale-lock` for inputs that changed, `broken-lock` for a plan that does not.
+    """Why a lock does not hold any more.
 
-    `reasons` are phrases; there is at least one.
+    `stale-lock` is one of inputs that changed, `broken-lock` one that says what does not follow from its inputs, and
+    `unproven-lock` one whose plan is not what its strategy makes. `reasons` are phrases; there is at least one.
     """
 
-    code: Literal["stale-lock", "broken-lock"]
+    code: DriftCode
     reasons: tuple[str, ...]
 
     @property
     def message(self) -> str:
         """What is wrong, as the predicate of the lock's name."""
-        return f"is stale: {'; '.join(self.reasons)}" if self.code == "stale-lock" else f"is wrong: {self.reasons[0]}"
+        if self.code == "stale-lock":
+            return f"is stale: {'; '.join(self.reasons)}"
+        more = f", and {len(self.reasons) - 1} more" if len(self.reasons) > 1 else ""
+        return f"is {'wrong' if self.code == 'broken-lock' else 'not proven'}: {self.reasons[0]}{more}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A locked plan that holds, with all that follows from it derived anew.
+
+    `moved` says, where other versions of the libraries measure otherwise than when the lock was made, which and what.
+    """
+
+    plan: Plan
+    moved: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a profile asks for now, as far as a lock is held to it.
+
+    `variables` are the `--set` values in use, `proves_bound` whether the strategy proves a bound of the decode time.
+    `executors` are what may run the plan; the first runs that of an early lock, which does not say.
+    """
+
+    inputs: Inputs
+    variables: Mapping[str, str]
+    strategy: str
+    proves_bound: bool
+    graph: ModelGraph
+    inventory: Inventory
+    resolution: Resolution
+    executors: tuple[Executor, ...]
 
 
 def remedy(code: str, profile: Path) -> str:
@@ -43,38 +91,152 @@ def remedy(code: str, profile: Path) -> str:
     return "upgrade devmap-config" if code == "newer-lock" else f"run `devmap compile {profile}` and commit the lock"
 
 
-def held(
-    lock: Lock,
-    inputs: Inputs,
-    variables: Mapping[str, str],
-    graph: ModelGraph,
-    inventory: Inventory,
-    resolution: Resolution,
-    executors: tuple[Executor, ...],
-) -> Plan | Drift:
-    """The plan of a lock, where nothing that it was made from has changed and it holds; else why not.
+def held(lock: Lock, asked: Asked) -> Held | Drift:
+    """Return the plan of a lock where it holds, derived and verified as one that was just made; else why it does not.
 
-    `executors` are what may run it: the first is what runs a lock that does not say. Nothing is placed for this: the
-    plan is read, and verified as one that was just made would be.
+    Nothing is placed for this. Where nothing but what was measured has changed, and the libraries that measure are of
+    other versions than those that made the lock, its plan is held to the new figures.
     """
-    if changed := changed_inputs(lock, inputs, variables):
+    measured_otherwise = _is_measured_otherwise(lock, asked)
+    versions = changed_versions(lock) if measured_otherwise else ""
+    if not versions and (changed := changed_inputs(lock, _comparable(lock, asked), asked.variables)):
         return Drift("stale-lock", changed)
     try:
-        plan = plan_of(lock, graph, executors[0])
-        if plan.executor not in executors:
-            offloads = str(plan.executor.offload_buffers).lower()
-            return Drift("broken-lock", (f"`offload_buffers` is {offloads}, which its profile rules out",))
-        broken = broken_promises(plan, graph, inventory.capacities, resolution) or _misstated(plan, graph, inventory)
-    except (LockError, KeyError, TypeError, AttributeError) as error:
-        return Drift("broken-lock", (str(error),))
-    return Drift("broken-lock", tuple(broken)) if broken else plan
+        plan = _derived(lock, asked)
+    except LockError as error:
+        return _drift([str(error)], versions)
+    stated = lock.plan["devices"]
+    if versions and [use["weights_bytes"] for use in stated] != [use.weights_bytes for use in plan.devices]:
+        return Drift("stale-lock", (f"the model's module tree changed ({versions})",))
+    if broken := broken_promises(plan, asked.graph, asked.inventory.capacities, asked.resolution):
+        return _drift(broken, versions, moved_figures(lock.plan, plan.to_json()))
+    if broken := [*_contradictions(lock, plan, asked, follows_measurement=not versions), *_bad_bounds(lock, asked)]:
+        return Drift("broken-lock", tuple(broken))
+    if not versions:
+        bound = lock.plan["prediction"][BOUND]
+        return Held(replace(plan, prediction=replace(plan.prediction, bound_decode_nanoseconds_per_token=bound)))
+    moved = moved_figures(lock.plan, plan.to_json())
+    return Held(plan, f"{versions} moves {', '.join(moved)}" if moved else None)
 
 
-def _misstated(plan: Plan, graph: ModelGraph, inventory: Inventory) -> list[str]:
-    """What the plan says of its devices that does not follow from where it puts things."""
-    main_device = plan.executor.main_device(each.stored_on for each in plan.assignments)
-    if plan.main_device != main_device:
-        return [f"its main device is {main_device}, and it says {plan.main_device}"]
-    uses = device_uses(graph, plan.assignments, inventory.capacities, plan.executor)
-    stated = {use.id: use for use in plan.devices}
-    return [f"what it says {use.id} holds is not what it puts there" for use in uses if stated.get(use.id) != use]
+def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
+    """Return what a plan that was just made does not have in common with the lock that promises it."""
+    found = []
+    for part in ("device_map", "compute", "offload_buffers"):
+        now = plan.to_json()[part]
+        for route, before, after in _differences(lock.plan.get(part, now), now, f"plan.{part}"):
+            found.append(f"`{route}` is {_shown(before)}, and placing anew gives {_shown(after)}")
+    before, after = lock.plan["prediction"][BOUND], plan.prediction.bound_decode_nanoseconds_per_token
+    if before != after:
+        found.append(f"`plan.prediction.{BOUND}` is {_shown(before)}, and {_shown(after)} is what is proven")
+    return tuple(found)
+
+
+def _is_measured_otherwise(lock: Lock, asked: Asked) -> bool:
+    """Return whether nothing has changed but what was measured.
+
+    An early lock has one digest for that and the module tree: nothing else has changed then.
+    """
+    inputs = _comparable(lock, asked)
+    changed = {name for name, value in inputs.to_json().items() if lock.inputs.get(name, value) != value}
+    return changed == {"graph" if lock.is_early else "measurement"} and dict(lock.variables) == dict(asked.variables)
+
+
+def _comparable(lock: Lock, asked: Asked) -> Inputs:
+    """The inputs of now as a lock of this age has them."""
+    if not lock.is_early:
+        return asked.inputs
+    return replace(asked.inputs, graph=early_graph_digest(asked.graph), measurement=None)
+
+
+def _derived(lock: Lock, asked: Asked) -> Plan:
+    """The plan that follows from what a lock decides.
+
+    Raises:
+        LockError: where it decides what cannot be.
+    """
+    units = locked_units(lock, asked.graph, asked.inventory)
+    executor = asked.executors[0]
+    executor = replace(executor, offload_buffers=lock.plan.get("offload_buffers", executor.offload_buffers))
+    if executor not in asked.executors:
+        raise LockError(f"`offload_buffers` is {_shown(executor.offload_buffers)}, which its profile rules out")
+    plan = assemble(asked.graph, units, asked.inventory.capacities, strategy=asked.strategy, executor=executor)
+    for each in plan.assignments:
+        usual = plan.executor.executes_on(each.stored_on, plan.main_device, None)
+        if each.executes_on not in (usual, each.stored_on) or each.executes_on == "disk":
+            raise LockError(f"it runs `{each.unit}` on {each.executes_on}, which is stored on {each.stored_on}")
+    if uncovered := [violation.message for violation in coverage(plan, asked.graph)]:
+        raise LockError(uncovered[0])
+    return replace(plan, prediction=predict(plan, asked.graph, asked.inventory))
+
+
+def _drift(broken: list[str], versions: str, moved: tuple[str, ...] = ()) -> Drift:
+    if not versions:
+        return Drift("broken-lock", tuple(broken))
+    what = f" moves {', '.join(moved)}" if moved else ""
+    return Drift("stale-lock", (f"{versions}{what}: {broken[0]}",))
+
+
+def _contradictions(lock: Lock, plan: Plan, asked: Asked, *, follows_measurement: bool) -> Iterator[str]:
+    """Everything that a lock says and that does not follow from what it decides and from its inputs."""
+    if lock.plan["main_device"] != plan.main_device:
+        yield f"its main device is {plan.main_device}, and it says {lock.plan['main_device']}"
+    derived = plan.to_json()
+    if lock.is_early:
+        derived = {key: part for key, part in derived.items() if key in lock.plan}
+    skipped = {BOUND, *(() if follows_measurement else FOLLOW_FROM_MEASUREMENT)}
+    for index, (use, now) in enumerate(zip(lock.plan["devices"], derived["devices"], strict=False)):
+        for difference in _differences(use, now, f"plan.devices[{index}]"):
+            if difference[0].rpartition(".")[2] not in skipped:
+                yield f"what it says {now['id']} holds is not what it puts there: {_contradiction(*difference)}"
+    for difference in _differences(_without_figures(lock.plan), _without_figures(derived), "plan"):
+        if difference[0].rpartition(".")[2] not in skipped:
+            yield _contradiction(*difference)
+    if lock.hardware or not lock.is_early:
+        for difference in _differences(lock.hardware, asked.inventory.accelerators_to_json(), "hardware"):
+            yield _contradiction(*difference)
+    if lock.values or not lock.is_early:
+        for difference in _differences(lock.values, asked.inputs.values, "values"):
+            yield _contradiction(*difference)
+
+
+def _without_figures(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with the names of its devices in place of what they hold."""
+    return {**plan, "devices": [use["id"] for use in plan["devices"]]}
+
+
+def _bad_bounds(lock: Lock, asked: Asked) -> Iterator[str]:
+    """What is wrong with a bound whatever is proven: it is one only where there is a time, and is not above that."""
+    decode, bound = lock.plan["prediction"]["decode_nanoseconds_per_token"], lock.plan["prediction"][BOUND]
+    is_due = asked.proves_bound and decode is not None
+    if is_due != (bound is not None):
+        proven = "one" if is_due else "none"
+        yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and `{asked.strategy}` proves {proven}"
+    elif bound is not None and not 0 < bound <= decode:
+        yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and the plan takes {_shown(decode)}"
+
+
+def _contradiction(route: str, stated: object, follows: object) -> str:
+    if follows is _NOTHING:
+        return f"`{route}` is {_shown(stated)}, and nothing of that name follows from its inputs"
+    if stated is _NOTHING:
+        return f"`{route}` is missing, and {_shown(follows)} follows from its inputs"
+    return f"`{route}` is {_shown(stated)}, and {_shown(follows)} follows from its inputs"
+
+
+_NOTHING = object()
+
+
+def _differences(before: object, after: object, route: str) -> Iterator[tuple[str, object, object]]:
+    """Each scalar in which two pieces of plain data differ, a type included, by its route."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys([*before, *after]):
+            yield from _differences(before.get(key, _NOTHING), after.get(key, _NOTHING), f"{route}.{key}")
+    elif before is _NOTHING or after is _NOTHING or json.dumps(before) != json.dumps(after):
+        yield route, before, after
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)

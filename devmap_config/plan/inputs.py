@@ -11,20 +11,26 @@ from devmap_config.plan.values import values_of, values_of_hardware
 
 if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
+    from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.profile.loading import LoadedProfile
 
 INCIDENTAL = frozenset({"name", "description", "variables", "extends"})
 """Keys of a profile that change nothing by themselves: variables and bases count by what they lead to."""
 
+MEASURED = ("measurement", "skip_keys")
+"""Of a graph, what tells how the model runs and not what it is: it differs between versions of transformers."""
+
 
 def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -> Inputs:
     """The inputs of a compilation."""
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
+    graph = graph_to_json(model.graph)
     return Inputs(
         profile=digest(profile),
         config=model.source.config_digest,
-        graph=digest({name: value for name, value in graph_to_json(model.graph).items() if name != "schema"}),
+        graph=digest({key: part for key, part in graph.items() if key not in (*MEASURED, "schema")}),
+        measurement=digest({key: graph[key] for key in MEASURED}),
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
         values={
@@ -33,3 +39,8 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
             "profile": values_of(profile),
         },
     )
+
+
+def early_graph_digest(graph: ModelGraph) -> str:
+    """Return the digest that early locks hold: of the module tree and its measurement together."""
+    return digest({key: part for key, part in graph_to_json(graph).items() if key != "schema"})

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from devmap_config.placement.units import fold
-from devmap_config.plan.lock import LockError, plan_of
+from devmap_config.plan.lock import LockError, locked_units
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
@@ -42,9 +42,10 @@ def kept(plan: Plan, lock: Lock, graph: ModelGraph, inventory: Inventory, resolu
     if plan.strategy not in OPTIMAL_STRATEGIES or lock.plan.get("strategy") != plan.strategy:
         return plan
     try:
-        earlier = _homes(plan_of(lock, graph, plan.executor))
-    except (LockError, KeyError, TypeError):
+        units = locked_units(lock, graph, inventory)
+    except LockError:
         return plan
+    earlier = {name: home for unit, home in units for name in unit.tensors}
     whole = _Search(plan, graph, inventory, resolution, earlier)
     if whole.keep(tuple(earlier)):
         return whole.best

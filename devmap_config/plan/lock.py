@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import Resolved
 from devmap_config.graph.vendoring import beside
-from devmap_config.placement.assignment import Assignment
-from devmap_config.plan.plan import DeviceUse, Plan, Prediction
+from devmap_config.placement.units import Unit
+from devmap_config.plan.lock_format import LOCK_VERSION, violations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.executor import Executor
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.problem import DeviceId
+    from devmap_config.plan.plan import Plan
     from devmap_config.plan.values import Values
 
-LOCK_VERSION = 1
-"""2 keeps the values of what a plan was made from beside their digests; a lock of 1 is read without them."""
 
-
-class LockError(Exception):
+class LockError(DevmapError):
     """A lock cannot be had; the text says why, as the predicate of its file's name. `code` is a diagnostic's."""
 
     def __init__(self, message: str, code: str = "unreadable-lock") -> None:
-        super().__init__(message)
+        super().__init__(message, (Diagnostic(code=code, severity="error", message=f"the lock {message}"),))
         self.code = code
 
 
@@ -37,12 +37,15 @@ class LockError(Exception):
 class Inputs:
     """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
 
-    `values` are those values by input and route, for all but the module tree, which is too large.
+    `graph` is the module tree, `measurement` what running it was measured to take: versions of transformers differ in
+    the latter more often than in the former. It is `None` where the two are one digest, as in early locks. `values` are
+    the parsed values by input and route, for all but these two, which are too large.
     """
 
     profile: str
     config: str
     graph: str
+    measurement: str | None
     hardware: str
     commit: str | None = None
     values: Mapping[str, Values] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class Inputs:
             "config": self.config,
             "graph": self.graph,
             "hardware": self.hardware,
+            "measurement": self.measurement,
             "profile": self.profile,
         }
 
@@ -62,7 +66,8 @@ class Inputs:
 class Lock:
     """The content of a lockfile. What it was made from is judged by `inputs`; `values` tell what changed.
 
-    `hardware` says what each accelerator was taken for; older locks have none.
+    `hardware` says what each accelerator was taken for. Early locks have neither that nor `values`, and one digest over
+    module tree and measurement together, as `inputs["graph"]`.
     """
 
     plan: Mapping[str, Any]
@@ -71,6 +76,11 @@ class Lock:
     made_with: Mapping[str, str | None]
     values: Mapping[str, Values] = field(default_factory=dict)
     hardware: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_early(self) -> bool:
+        """Whether one digest stands for both the module tree and what was measured of it."""
+        return "measurement" not in self.inputs
 
     @property
     def resolved(self) -> Resolved | None:
@@ -89,7 +99,7 @@ class Lock:
             "plan": dict(self.plan),
             "set": dict(self.variables),
             "values": {name: dict(values) for name, values in self.values.items()},
-            **({"hardware": dict(self.hardware)} if self.hardware else {}),
+            "hardware": dict(self.hardware),
         }
         text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
         return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -133,6 +143,14 @@ def lock_at(path: Path) -> Lock:
         raise LockError(f"cannot be read: {reason}") from error
 
 
+def lock_beside(profile: Path) -> Lock | None:
+    """Return the lock beside a profile, or `None` where there is none that can be read."""
+    try:
+        return lock_at(lock_path(profile))
+    except LockError:
+        return None
+
+
 def read_lock(text: str) -> Lock:
     """The lock that a text holds.
 
@@ -140,34 +158,56 @@ def read_lock(text: str) -> Lock:
         LockError: where it is damaged or was changed by hand (`unreadable-lock`), or comes from a newer devmap-config
             (`newer-lock`).
     """
+    value = _parsed(text)
+    version = value.get("lock_version") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or version is None:
+        raise LockError("is not a lock: it has no `lock_version`")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise LockError("is not a lock: its `lock_version` is no integer of at least 1")
+    if version > LOCK_VERSION:
+        raise LockError(f"has lock_version {version}, and this devmap-config reads up to {LOCK_VERSION}", "newer-lock")
+    sealed = {key: part for key, part in value.items() if key not in ("digest", "made_with")}
     try:
-        value = json.loads(text)
+        is_sealed = value.get("digest") == digest(sealed)
+    except UnicodeEncodeError as error:
+        raise LockError("holds text that is no Unicode") from error
+    if not is_sealed:
+        raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
+    if mistakes := violations(value):
+        more = f" and {len(mistakes) - MISTAKES_SHOWN} more" if len(mistakes) > MISTAKES_SHOWN else ""
+        raise LockError(f"is not a lock: {'; '.join(mistakes[:MISTAKES_SHOWN])}{more}")
+    return Lock(
+        plan=value["plan"],
+        inputs=value["inputs"],
+        variables=value["set"],
+        made_with=value["made_with"],
+        values=value.get("values") or {},
+        hardware=value.get("hardware", {}),
+    )
+
+
+def _parsed(text: str) -> Any:
+    """Return the JSON value of a text, in which no key of a mapping stands twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise LockError("is not a lock: it is nested too deeply") from error
     except ValueError as error:
         if CONFLICT_MARK.search(text):
             raise LockError("holds the marks of a merge conflict") from error
         raise LockError(f"is not JSON: it was cut off, or changed by hand ({error})") from error
-    if not isinstance(value, dict) or not isinstance(value.get("lock_version"), int):
-        raise LockError("is not a lock: it has no `lock_version`")
-    if value["lock_version"] > LOCK_VERSION:
-        raise LockError(
-            f"has lock_version {value['lock_version']}, and this devmap-config reads up to {LOCK_VERSION}", "newer-lock"
-        )
-    stated = value.pop("digest", None)
-    made_with = value.pop("made_with", {})
-    if stated != digest(value):
-        raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
-    try:
-        return Lock(
-            plan=value["plan"],
-            inputs=value["inputs"],
-            variables=value["set"],
-            made_with=made_with,
-            values=value.get("values", {}),
-            hardware=value.get("hardware", {}),
-        )
-    except KeyError as error:
-        raise LockError(f"is not a lock: it has no `{error.args[0]}`") from error
 
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise LockError(f"is not a lock: `{twice}` stands in it twice: it was changed by hand")
+    return value
+
+
+MISTAKES_SHOWN = 3
 
 CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
 """What git leaves in a file that it could not merge."""
@@ -177,44 +217,37 @@ INPUT_NAMES = {
     "config": "the model's config",
     "graph": "the model's module tree",
     "hardware": "the hardware",
+    "measurement": "what running the model was measured to take",
     "profile": "the profile",
 }
 
 
-def plan_of(lock: Lock, graph: ModelGraph, executor: Executor) -> Plan:
-    """The plan that a lock holds, over the graph of its model; where it says nothing else, run by this executor.
+def locked_units(
+    lock: Lock, graph: ModelGraph, inventory: Inventory
+) -> tuple[tuple[Unit, tuple[DeviceId, DeviceId | None]], ...]:
+    """Return what a lock decides: each unit with the device that stores it and, where the lock says so, runs it.
+
+    All else that a lock says follows from this and from its inputs.
 
     Raises:
-        LockError: where it names units that this model does not have.
+        LockError: where it names units that this model, or devices that this machine does not have.
     """
-    value = lock.plan
-    executor = replace(executor, offload_buffers=bool(value.get("offload_buffers", executor.offload_buffers)))
-    kind = str(value["main_device"]).partition(":")[0] if ":" in str(value["main_device"]) else "cuda"
-    listed = {use["id"] for use in value["devices"]}
-    assignments = []
-    for unit, device in value["device_map"].items():
-        if unit in graph.modules:
-            tensors = tuple(tensor.name for tensor in graph.modules[unit].tensors())
-        elif unit in graph.tensors:
-            tensors = (unit,)
+    units = []
+    for name, device in lock.plan["device_map"].items():
+        if name in graph.modules:
+            tensors = tuple(tensor.name for tensor in graph.modules[name].tensors())
+        elif name in graph.tensors:
+            tensors = (name,)
         else:
-            raise LockError(f"it places `{unit}`, which {graph.class_name} does not have")
-        stored_on = f"{kind}:{device}" if isinstance(device, int) else device
-        if stored_on not in listed:
-            raise LockError(f"it places `{unit}` on {stored_on}, which is not among its devices")
-        compute = value["compute"].get(unit)
-        executes_on = executor.executes_on(stored_on, value["main_device"], compute)
-        assignments.append(Assignment(unit, tensors, stored_on, executes_on))
+            raise LockError(f"it places `{name}`, which {graph.class_name} does not have")
+        stored_on = f"{inventory.kind}:{device}" if isinstance(device, int) else device
+        if stored_on not in inventory.capacities:
+            raise LockError(f"it places `{name}` on {stored_on}, which is not a device of the profile")
+        if not tensors:
+            raise LockError(f"it places `{name}`, which holds nothing")
+        units.append((Unit(name, tensors), (stored_on, lock.plan["compute"].get(name))))
+    for name in lock.plan["compute"]:
+        if name not in lock.plan["device_map"]:
+            raise LockError(f"it computes `{name}` somewhere, which it places nowhere")
     order = {name: position for position, name in enumerate(graph.tensors)}
-    return Plan(
-        strategy=value["strategy"],
-        executor=executor,
-        main_device=value["main_device"],
-        assignments=tuple(sorted(assignments, key=lambda each: order[each.tensors[0]] if each.tensors else -1)),
-        devices=tuple(
-            DeviceUse(**{name: count for name, count in use.items() if name != "free_bytes"})
-            for use in value["devices"]
-        ),
-        prediction=Prediction(**value["prediction"]),
-        measured=value["measured"],
-    )
+    return tuple(sorted(units, key=lambda unit: order[unit[0].tensors[0]]))

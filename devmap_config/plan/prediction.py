@@ -38,9 +38,11 @@ def predict(
         except MissingFigureError:
             return None
 
+    decode_nanoseconds = nanoseconds("decode")
     return Prediction(
-        decode_nanoseconds_per_token=nanoseconds("decode"),
-        bound_decode_nanoseconds_per_token=bound_decode_nanoseconds,
+        decode_nanoseconds_per_token=decode_nanoseconds,
+        # Formulas that stand in for a measurement give no time, and so no bound of one.
+        bound_decode_nanoseconds_per_token=None if decode_nanoseconds is None else bound_decode_nanoseconds,
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
         hops=hops(graph, homes),
@@ -64,3 +66,13 @@ def longest_context(plan: Plan, graph: ModelGraph) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def duration(nanoseconds: int) -> str:
+    """A time with three digits or so: `28.6 ms`."""
+    for size, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
+        if nanoseconds >= size:
+            return (
+                f"{nanoseconds / size:.3g} {unit}" if nanoseconds < 1000 * size else f"{nanoseconds // size:,} {unit}"
+            )
+    return f"{nanoseconds} ns"

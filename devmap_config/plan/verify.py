@@ -54,7 +54,8 @@ def _stored_on(plan: Plan) -> dict[str, str]:
     return {str(name): each.stored_on for each in plan.assignments for name in each.tensors}
 
 
-def _coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+def coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    """Every tensor has one place, and one only."""
     times = dict.fromkeys(map(str, graph.tensors), 0)
     for each in plan.assignments:
         for name in each.tensors:
@@ -216,5 +217,5 @@ def _some(names: tuple[str, ...]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-CHECKS = (_coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties)
+CHECKS = (coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties)
 """What a plan must hold to whatever the machine."""

@@ -32,7 +32,7 @@ def profile_schema() -> Schema:
     A template may stand for any scalar, `null` for any key (it removes an inherited one), and what a file leaves out
     may stand in one that it extends.
     """
-    schema = _draft7(Profile.model_json_schema(by_alias=True))
+    schema = as_draft7(Profile.model_json_schema(by_alias=True))
     definitions = schema["definitions"]
     for section, definition in {Profile.__name__: schema, **definitions}.items():
         _describe(definition["properties"], section)
@@ -105,14 +105,14 @@ def _nullable(definition: Schema) -> None:
         definition["properties"][name] = {"anyOf": [schema, {"type": "null"}], **described}
 
 
-def _draft7(value: Any) -> Any:
+def as_draft7(value: Any) -> Any:
     """The same schema in the words of draft 7, without titles that only repeat a key."""
     if isinstance(value, list):
-        return [_draft7(item) for item in value]
+        return [as_draft7(item) for item in value]
     if not isinstance(value, dict):
         return value.replace("#/$defs/", "#/definitions/") if isinstance(value, str) else value
     return {
-        ("definitions" if key == "$defs" else key): _draft7(item)
+        ("definitions" if key == "$defs" else key): as_draft7(item)
         for key, item in value.items()
         if not (key == "title" and isinstance(item, str))
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devmap_config.compiler import Compilation, Request, run_pipeline
+from devmap_config.compiler import Compilation, compile_locked
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
 from devmap_config.graph.source import cached_checkpoint
@@ -35,8 +35,8 @@ EXAMPLES_SHOWN = 3
 class Deployment:
     """A locked plan with all that is needed to load it.
 
-    `match` is what the headers of the checkpoint say of its names; `None` where they are not at hand before it is
-    loaded.
+    `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
+    names; `None` where they are not at hand before it is loaded.
     """
 
     plan: Plan
@@ -113,17 +113,13 @@ def prepare(
         RunnerError: where the lock is missing, damaged or stale, or there are no weights.
     """
     lock = _read(lock_path(path), path)
-    compilation = run_pipeline(
-        Request(
-            path=path,
-            variables=variables,
-            remembered=lock.variables,
-            resolved=lock.resolved,
-            allow_outside=allow_outside,
-            trust_remote_code=trust_remote_code,
-            allow_unmeasured=allow_unmeasured,
-            locked=lock,
-        )
+    compilation = compile_locked(
+        path,
+        lock,
+        variables=variables,
+        allow_outside=allow_outside,
+        trust_remote_code=trust_remote_code,
+        allow_unmeasured=allow_unmeasured,
     )
     loaded, model, plan = compilation.loaded, compilation.model, compilation.plan
     if loaded is None or model is None or plan is None:
@@ -154,7 +150,8 @@ def prepare(
         trust_remote_code=trust_remote_code,
         config=model.source.config,
     )
-    return Deployment(plan, compilation, request, lock, match)
+    accelerators = {} if compilation.inventory is None else compilation.inventory.accelerators_to_json()
+    return Deployment(plan, compilation, request, replace(lock, plan=plan.to_json(), hardware=accelerators), match)
 
 
 def _raise_unreadable_checkpoint(compilation: Compilation) -> None:

@@ -14,7 +14,7 @@ from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, Te
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.units import fold
 from devmap_config.plan.changes import changed_inputs
-from devmap_config.plan.lock import LockError, lock_of, lock_path, plan_of, read_lock
+from devmap_config.plan.lock import LockError, lock_of, lock_path, read_lock
 from devmap_config.plan.plan import Assignment, NotADeviceMapError, assemble
 from devmap_config.plan.verify import verify
 
@@ -117,13 +117,19 @@ def test_a_map_that_transformers_would_read_otherwise():
 
 
 def lock_text(compilation):
-    return lock_of(compilation.plan, compilation.inputs, {"a": "1"}, {"torch": "2"}).to_text()
+    hardware = compilation.inventory.accelerators_to_json()
+    return lock_of(compilation.plan, compilation.inputs, {}, MADE_WITH, hardware).to_text()
+
+
+MADE_WITH = {"accelerate": "1", "torch": "2", "transformers": "5"}
 
 
 def test_a_lock_gives_its_plan_back(compilation):
     lock = read_lock(lock_text(compilation))
-    assert plan_of(lock, compilation.model.graph, compilation.plan.executor) == compilation.plan
-    assert changed_inputs(lock, compilation.inputs, {"a": "1"}) == ()
+    again = run_pipeline(Request(path=Path("profile.yaml"), locked=lock))
+    assert (again.plan, again.drift) == (compilation.plan, None)
+    assert changed_inputs(lock, compilation.inputs, {}) == ()
+    lock = replace(lock, variables={"a": "1"})
     assert changed_inputs(lock, compilation.inputs, {}) == ("the `--set` values: `a` is gone: it was 1",)
 
 

@@ -158,7 +158,7 @@ def test_everything_at_once(lock):
 
 
 def test_a_lock_of_before_is_compared_without_contexts(lock):
-    older = replace(lock, hardware={})
+    older = replace(lock, hardware={})  # locks had none at first
     assert {each.context_bytes for each in demands(older, MACHINE)} == {0}
     assert codes(older, with_card(0, accelerator="rtx-3090")) == []
 

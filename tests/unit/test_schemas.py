@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.quantization_config import QuantizationMethod
 
-from devmap_config.plan.lock_schema import lock_schema
+from devmap_config.plan.lock_format import lock_schema
 from devmap_config.profile.json_schema import profile_schema
 from devmap_config.profile.schema import ATTENTIONS, QUANTIZATION_METHODS
 

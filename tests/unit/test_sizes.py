@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.plan_table import plan_lines
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.cache import library_versions
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
 from devmap_config.graph.source import digest
@@ -171,14 +172,15 @@ def test_a_lock_keeps_whether_buffers_are_offloaded(big):
     big(quantization_config=GPTQ)
     text = MAP_OF_8_LAYERS.format(memory="4GiB", offload="")
     compilation = compiled(text)
-    lock = read_lock(lock_of(compilation.plan, compilation.inputs, {}, {}).to_text())
+    made_with, hardware = library_versions(), compilation.inventory.accelerators_to_json()
+    lock = read_lock(lock_of(compilation.plan, compilation.inputs, {}, made_with, hardware).to_text())
     assert lock.plan["offload_buffers"] is True
     assert compiled(text, locked=lock).drift is None
     forged = replace(lock, plan={**lock.plan, "offload_buffers": False})
     assert isinstance(compiled(text, locked=forged).drift, Drift)
     text = MAP_OF_8_LAYERS.format(memory="4GiB", offload="buffers: true")
     compilation = compiled(text)
-    lock = lock_of(replace(compilation.plan, executor=LEFT), compilation.inputs, {}, {})
+    lock = lock_of(replace(compilation.plan, executor=LEFT), compilation.inputs, {}, made_with, hardware)
     assert "profile rules out" in compiled(text, locked=lock).drift.message
 
 

@@ -1,0 +1,190 @@
+"""The format of a lockfile, as a model: what is read is held to it, and the JSON Schema is generated from it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from devmap_config.profile.json_schema import DRAFT_7, as_draft7
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LOCK_VERSION = 1
+
+MAX_CHARACTERS = 40
+"""Of a value that is wrong, so much is shown."""
+
+Digest = Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+Bytes = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+Scalar = str | bool | int | float | None
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """Leave a default out of the schema: the key may be absent, and never holds it."""
+    schema.pop("default", None)
+
+
+class _Part(BaseModel):
+    """A part of a lock: every key is written, no other is, and no value is of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LockedInputs(_Part):
+    """Digests of the parsed values that the plan was made from."""
+
+    commit: Commit | None = Field(description="The commit that the model's revision resolves to.")
+    config: Digest = Field(description="Of the model's config.")
+    graph: Digest = Field(description="Of the model's module tree; in early locks of its measurements as well.")
+    hardware: Digest = Field(description="Of the devices and links.")
+    measurement: Digest = Field(
+        default="",
+        description="Of what running the model was measured to take; early locks have none.",
+        json_schema_extra=_without_default,
+    )
+    profile: Digest = Field(description="Of the rendered profile with every file that it extends.")
+
+
+class MadeWith(_Part):
+    """Versions of what read the model's tree and ran it: for information, outside of the digest."""
+
+    accelerate: str | None
+    torch: str | None
+    transformers: str | None
+
+
+class LockedDevice(_Part):
+    """What one device holds while the plan runs, and what it then has free."""
+
+    activation_bytes: Bytes
+    capacity_bytes: Bytes
+    free_bytes: int
+    id: Name
+    kv_cache_bytes: Bytes
+    overhead_bytes: Bytes
+    weights_bytes: Bytes
+
+
+class LockedPrediction(_Part):
+    """What running the plan takes; `null` where what it follows from is not known."""
+
+    bound_decode_nanoseconds_per_token: Count | None = Field(
+        description="What no plan takes less than, as proven when the lock was compiled; `null` where nothing was."
+    )
+    decode_nanoseconds_per_token: Count | None
+    hops: Count | None
+    longest_context: Count | None
+    prefill_nanoseconds: Count | None
+    streamed_bytes_per_token: Bytes | None
+
+
+class LockedPlan(_Part):
+    """Where every part of the model is stored and runs, and what follows from it."""
+
+    compute: dict[str, Name] = Field(description="Parts that run where they are stored, and are not streamed.")
+    device_map: dict[str, Annotated[int, Field(ge=0)] | Name] = Field(
+        description="As `from_pretrained` takes it.", min_length=1
+    )
+    devices: list[LockedDevice]
+    executor: Name
+    main_device: Name = Field(description="Where modules run that are stored on the CPU or the disk.")
+    measured: bool = Field(description="Whether more than weights was measured and budgeted.")
+    offload_buffers: bool = Field(
+        default=False,
+        description="Whether buffers of streamed modules are streamed as well; early locks do not say.",
+        json_schema_extra=_without_default,
+    )
+    prediction: LockedPrediction
+    strategy: Name
+
+
+class LockedAccelerator(_Part):
+    """What an accelerator was taken for; a machine is held to it before it loads."""
+
+    accelerator: str | None = Field(description="Its name in the catalogue.")
+    memory_bytes: Bytes
+    overhead_bytes: Bytes = Field(description="What its context and workspaces were expected to take.")
+
+
+class LockedValues(_Part):
+    """The values of the inputs by their routes, to say which of them changed."""
+
+    config: dict[str, Scalar]
+    hardware: dict[str, Scalar]
+    profile: dict[str, Scalar]
+
+
+class LockFile(_Part):
+    """Written by `devmap compile`; not to be edited by hand."""
+
+    digest: Digest = Field(description="Of everything here but `made_with`.")
+    hardware: dict[str, LockedAccelerator] = Field(
+        default={},
+        description="What each accelerator was taken for; early locks have none.",
+        json_schema_extra=_without_default,
+    )
+    inputs: LockedInputs
+    lock_version: Annotated[int, Field(ge=1, le=LOCK_VERSION)]
+    made_with: MadeWith
+    plan: LockedPlan
+    set: dict[str, str] = Field(description="The `--set` values.")
+    values: LockedValues = Field(
+        default=LockedValues(config={}, hardware={}, profile={}),
+        description="The values of the inputs; early locks have none.",
+        json_schema_extra=_without_default,
+    )
+
+
+def violations(value: Mapping[str, Any]) -> list[str]:
+    """Return what keeps a parsed lock from being one, a phrase with the route for each mistake; nothing where it is."""
+    try:
+        LockFile.model_validate(value)
+    except ValidationError as error:
+        phrases = [
+            _phrase(_route(details["loc"], value, details["type"]), details["type"], details["input"])
+            for details in error.errors()
+        ]
+        return list(dict.fromkeys(phrases))  # where a value may be of several types, each of them finds it wrong
+    if _is_early(value):
+        return []
+    missing = [key for key in ("hardware", "values") if key not in value]
+    missing += [] if "offload_buffers" in value["plan"] else ["plan.offload_buffers"]
+    return [f"`{key}` is missing" for key in missing]
+
+
+def _is_early(value: Mapping[str, Any]) -> bool:
+    """Return whether a lock is of before measurements had a digest of their own."""
+    return "measurement" not in value["inputs"]
+
+
+def lock_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a lockfile, in draft 7."""
+    schema = as_draft7(LockFile.model_json_schema())
+    return {"$schema": DRAFT_7, "title": f"devmap-config lock, version {LOCK_VERSION}", **schema}
+
+
+def _phrase(route: str, kind: str, value: object) -> str:
+    if kind == "extra_forbidden":
+        return f"`{route}` is no key of a lock"
+    if kind == "missing":
+        return f"`{route}` is missing"
+    text = json.dumps(value)
+    return f"`{route}` cannot be {text if len(text) <= MAX_CHARACTERS else f'{text[:MAX_CHARACTERS]}…'}"
+
+
+def _route(location: tuple[int | str, ...], value: Any, kind: str) -> str:
+    """Return `plan.devices[0].id` for where a mistake was found, without the types that pydantic names beyond that."""
+    text = ""
+    for part in location:
+        is_there = isinstance(part, int) if isinstance(value, list) else isinstance(value, dict) and part in value
+        if not is_there and kind != "missing":
+            break
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        value = value[part] if is_there else None
+    return text or "the lock"

@@ -1,0 +1,55 @@
+"""What a plan states that follows from measurement, and what of it moved where other libraries measure otherwise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.placement.shortage import rounded
+from devmap_config.plan.prediction import duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+MEASURED_BYTES = {
+    "kv_cache_bytes": "cache",
+    "activation_bytes": "activations",
+    "overhead_bytes": "streamed weights",
+}
+"""What a device holds besides weights."""
+
+PREDICTED: Mapping[str, tuple[str, Callable[[int], str]]] = {
+    "decode_nanoseconds_per_token": ("predicted token", duration),
+    "prefill_nanoseconds": ("predicted prefill", duration),
+    "streamed_bytes_per_token": ("copied at every forward", rounded),
+    "hops": ("hops between devices", "{:,}".format),
+    "longest_context": ("longest context", "{:,} tokens".format),
+}
+
+FOLLOW_FROM_MEASUREMENT = frozenset({"measured", "free_bytes", *MEASURED_BYTES, *PREDICTED})
+"""Keys of a plan that may move with the libraries; all others follow from the module tree, profile and hardware."""
+
+
+def moved_figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what moved from a plan as it was locked to what is measured now: `activations on cuda:0 1 → 2 GiB`."""
+    return (*_moved_bytes(before, after), *_moved_predictions(before["prediction"], after["prediction"]))
+
+
+def _moved_bytes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for then, now in zip(before["devices"], after["devices"], strict=False):
+        for key, words in MEASURED_BYTES.items():
+            if then[key] != now[key]:
+                yield f"{words} on {now['id']} {_arrow(then[key], now[key], rounded)}"
+
+
+def _moved_predictions(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for key, (words, show) in PREDICTED.items():
+        if before[key] != after[key]:
+            yield f"{words} {_arrow(before[key], after[key], show)}"
+
+
+def _arrow(before: int | None, after: int | None, show: Callable[[int], str]) -> str:
+    """Return `529.0 MiB → 545.0 MiB`; with all digits where rounding would hide the difference."""
+    texts = ["unknown" if value is None else show(value) for value in (before, after)]
+    if texts[0] == texts[1]:
+        texts = [f"{value:,}" for value in (before, after) if value is not None]
+    return " → ".join(texts)

@@ -1,0 +1,289 @@
+"""Nothing of a lock can be changed, digest and all: what follows from it is derived again, the rest is validated."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import LLAMA
+
+from devmap_config.cli import devmap
+from devmap_config.cli.checking import CheckRequest, check_one
+from devmap_config.cli.compile import compile_command
+from devmap_config.compiler import compile_locked
+from devmap_config.graph.digest import digest
+from devmap_config.plan.lock import LockError, read_lock
+from devmap_config.runner.loading import RunnerError
+from devmap_config.runner.runner import prepare
+
+PROFILE = """\
+version: 1
+variables: {context: 16}
+model: {source: small}
+workload: {context_length: "{{ context }}"}
+hardware:
+  devices: {cuda:0: rtx-4090, cuda:1: {memory: 1GiB, bandwidth: 1TB/s}, cpu: {memory: 1GiB, bandwidth: 50GB/s}}
+  links: {host: 25GB/s, peer: 12GB/s}
+placement:
+  strategy: sequential
+  pins:
+    - {match: lm_head, device: cuda:1}
+    - {match: model.layers.1.mlp, compute: cpu}
+"""
+
+FASTEST = PROFILE.replace("sequential", "fastest").replace("16}", "8}")
+
+REQUEST = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False)
+
+NOTHING = object()
+
+
+@pytest.fixture
+def lock(workspace):
+    """A lock that holds something of everything, as JSON."""
+    return compiled(PROFILE)
+
+
+def compiled(text, *arguments):
+    Path("small").mkdir(exist_ok=True)
+    Path("small/config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 2}))
+    Path("p.yaml").write_text(text)
+    options = ["-q", "--no-simulate", "--set", "context=24", *arguments]
+    assert compile_command.main(["p.yaml", *options], standalone_mode=False) == 0
+    return json.loads(Path("p.lock.json").read_text())
+
+
+def resealed(lock):
+    """The text of a lock, with a digest that agrees with it."""
+    sealed = {key: value for key, value in lock.items() if key not in ("digest", "made_with")}
+    return json.dumps({**lock, "digest": digest(sealed)})
+
+
+def judged(text):
+    """What is said of a lock with this text: nothing where it holds, else the message; by `check` and `run` alike."""
+    Path("p.lock.json").write_text(text)
+    checked = check_one(Path("p.yaml"), REQUEST)
+    try:
+        prepare(Path("p.yaml"), variables={})
+    except RunnerError as error:
+        found = (error.code, str(error)) if error.code != "no-weights" else None
+    said = [(each.code, each.message) for each in checked.diagnostics if each.severity == "error"]
+    assert said == ([] if found is None else [found])
+    assert (checked.state in ("stale", "damaged")) == (found is not None)
+    return found and found[1]
+
+
+def is_believed(text):
+    """Whether a lock holds, by what `check`, `run` and `diff` all ask."""
+    try:
+        compilation = compile_locked(Path("p.yaml"), read_lock(text))
+    except LockError:
+        return False
+    return compilation.drift is None
+
+
+def routes(value, route=()):
+    """Every mapping, list and scalar in plain data."""
+    yield route, value
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from routes(part, (*route, key))
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from routes(part, (*route, index))
+
+
+def changed(lock, route, value):
+    """A copy of a lock with another value at a route, or without it."""
+    lock = copy.deepcopy(lock)
+    *parents, last = route
+    holder = lock
+    for part in parents:
+        holder = holder[part]
+    if value is NOTHING:
+        del holder[last]
+    else:
+        holder[last] = value
+    return lock
+
+
+def others(value):
+    """Values that are not this one: of its type, then of others."""
+    if isinstance(value, bool):
+        return (not value, int(value), None)
+    if isinstance(value, int):
+        return (value + 1, value - 1, float(value), True, str(value), None)
+    if isinstance(value, str):
+        is_digest = value.startswith("sha256:")
+        return (f"sha256:{'0' * 64}" if is_digest else f"{value}x", "", 1, None, [value], {value: value})
+    return (0, "x", [])
+
+
+SEALED = ("hardware", "inputs", "lock_version", "plan", "set", "values")
+
+
+def test_every_leaf_of_a_lock_is_held_to_what_follows_from_its_inputs(lock):
+    leaves = [(route, value) for route, value in routes(lock) if route and not isinstance(value, (dict, list))]
+    leaves = [(route, value) for route, value in leaves if route[0] in SEALED]
+    assert len(leaves) > 100
+    believed = [
+        (route, other)
+        for route, value in leaves
+        # Values may be of any type, so that each is compared: two of them are enough.
+        for other in (*others(value)[: 2 if route[0] == "values" else None], NOTHING)
+        if is_believed(resealed(changed(lock, route, other)))
+    ]
+    assert believed == []
+    assert judged(resealed(lock)) is None
+
+
+def test_no_part_of_a_lock_can_be_left_out_emptied_or_added_to(lock):
+    parts = [(route, value) for route, value in routes(lock) if isinstance(value, (dict, list))]
+    believed = []
+    for route, value in parts:
+        if isinstance(value, dict):
+            invented = [changed(lock, (*route, "invented"), each) for each in (1, "cpu", None, {})]
+        else:
+            invented = [changed(lock, route, [*value, value[0]]), changed(lock, route, value[::-1])]
+        if value and route:
+            invented += [changed(lock, route, NOTHING), changed(lock, route, type(value)())]
+        believed += [(route, each) for each in invented if is_believed(resealed(each))]
+    assert believed == []
+
+
+def test_versions_stand_outside_of_the_digest_and_of_every_comparison_but_are_typed(lock):
+    for library in lock["made_with"]:
+        for version in ("0.0.1", None):
+            assert judged(json.dumps(changed(lock, ("made_with", library), version))) is None
+        assert f"`made_with.{library}` cannot be 5" in judged(json.dumps(changed(lock, ("made_with", library), 5)))
+        assert f"`made_with.{library}` is missing" in judged(json.dumps(changed(lock, ("made_with", library), NOTHING)))
+
+
+@pytest.mark.parametrize(
+    ("route", "value", "said"),
+    [
+        (("plan", "prediction", "longest_context"), 999_999_999, "`plan.prediction.longest_context` is 999,999,999,"),
+        (("plan", "prediction", "decode_nanoseconds_per_token"), 1, "_per_token` is 1, and"),
+        (("plan", "devices", 0, "weights_bytes"), 1, "what it says cuda:0 holds is not what it puts there"),
+        (("plan", "devices", 2, "capacity_bytes"), 2**40, "`plan.devices[2].capacity_bytes` is 1,099,511,627,776, and"),
+        (("plan", "main_device"), "cuda:1", "its main device is cuda:0, and it says cuda:1"),
+        (("plan", "measured"), False, "`plan.measured` is false, and true follows"),
+        (("plan", "executor"), "magic", "`plan.executor` is magic, and accelerate follows"),
+        (("plan", "strategy"), "fastest", "`plan.strategy` is fastest, and sequential follows"),
+        (("plan", "compute", "a"), "b", "it computes `a` somewhere, which it places nowhere"),
+        (("plan", "compute", "model.layers.1.mlp"), "disk", "`model.layers.1.mlp` on disk"),
+        (("plan", "compute", "model.layers.0"), "cpu", "it runs `model.layers.0` on cpu, which is stored on cuda:0"),
+        (("plan", "device_map", "model.norm"), 1, "what it says cuda:0 holds"),
+        (("plan", "device_map", "lm_head"), 0, "`lm_head` puts it on cuda:1"),
+        (("plan", "device_map", "lm_head"), 7, "it places `lm_head` on cuda:7, which is not a device of the profile"),
+        (("plan", "device_map", "model.nothing"), 0, "which LlamaForCausalLM does not have"),
+        (("values", "config", "vocab_size"), 1, "`values.config.vocab_size` is 1, and 256 follows"),
+        (("hardware", "cuda:9"), {"accelerator": None, "memory_bytes": 1, "overhead_bytes": 0}, "`hardware.cuda:9` is"),
+        (("hardware", "cuda:0", "accelerator"), "h100-sxm", "`hardware.cuda:0.accelerator` is h100-sxm, and rtx-4090"),
+        (("inputs", "config"), f"sha256:{'0' * 64}", "the model's config changed"),
+        (("inputs", "graph"), f"sha256:{'0' * 64}", "the model's module tree changed"),
+        (("inputs", "measurement"), f"sha256:{'0' * 64}", "what running the model was measured to take changed"),
+        (("set", "context"), "8", "the profile: `workload.context_length` 24 → 8"),
+        (("plan", "prediction", "bound_decode_nanoseconds_per_token"), 1, "is 1, and `sequential` proves none"),
+        (("plan", "magic"), 1, "`plan.magic` is no key of a lock"),
+        (("plan", "devices", 1, "id"), NOTHING, "`plan.devices[1].id` is missing"),
+        (("plan", "devices", 1, "id"), "cuda:0", "`plan.devices[1].id` is cuda:0, and cuda:1 follows"),
+        (("plan", "prediction", "hops"), -1, "`plan.prediction.hops` cannot be -1"),
+        (("inputs", "commit"), "main", '`inputs.commit` cannot be "main"'),
+        (("values", "config", "x"), "\ud800", "no Unicode"),
+        (("values", "config", "vocab_size"), [1], "`values.config.vocab_size` cannot be [1]"),
+        (("plan", "device_map", "lm_head"), None, "`plan.device_map.lm_head` cannot be null"),
+        (("plan", "device_map", "lm_head"), True, "`plan.device_map.lm_head` cannot be true"),
+        (("hardware",), [], "`hardware` cannot be []"),
+    ],
+)  # fmt: skip
+def test_a_lock_that_was_changed_digest_and_all_is_refused_by_the_route(lock, route, value, said):
+    try:
+        text = resealed(changed(lock, route, value))
+    except UnicodeEncodeError:
+        text = json.dumps(changed(lock, route, value))
+    assert said in judged(text)
+
+
+@pytest.mark.parametrize("version", [True, False, 0, -1, 1.0, "1", None, [1]])
+def test_a_version_is_an_integer_of_at_least_1(lock, version):
+    with pytest.raises(LockError, match="lock_version"):
+        read_lock(resealed({**lock, "lock_version": version}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"lock_version": 1, "lock_version": 1}', "`lock_version` stands in it twice"),
+        ('{"lock_version": ' + "9" * 5000 + "}", "not JSON"),
+        ("null", "no `lock_version`"),
+        ("", "not JSON"),
+        ("\x00", "not JSON"),
+    ],
+)
+def test_what_is_no_lock_is_never_a_traceback(text, said):
+    with pytest.raises(LockError, match=said):
+        read_lock(text)
+
+
+def test_a_bound_is_one_where_the_strategy_proves_it_and_not_above_what_the_plan_takes(workspace):
+    lock = compiled(FASTEST)
+    route = ("plan", "prediction", "bound_decode_nanoseconds_per_token")
+    bound, decode = lock["plan"]["prediction"][route[-1]], lock["plan"]["prediction"]["decode_nanoseconds_per_token"]
+    assert 0 < bound <= decode
+    for other, said in (
+        (decode + 1, f"is {decode + 1:,}, and the plan takes {decode:,}"),
+        (0, "is 0, and the plan takes"),
+        (None, "is null, and `fastest` proves one"),
+    ):
+        assert said in judged(resealed(changed(lock, route, other)))
+
+
+def test_a_bound_is_believed_as_it_was_compiled_unless_it_is_to_be_proven(workspace):
+    lock = compiled(FASTEST)
+    proving = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False, proves=True)
+    assert check_one(Path("p.yaml"), proving).state == "fresh"
+    route = ("plan", "prediction", "bound_decode_nanoseconds_per_token")
+    bound = lock["plan"]["prediction"][route[-1]]
+    assert judged(resealed(changed(lock, route, bound - 1))) is None
+    checked = check_one(Path("p.yaml"), proving)
+    assert (checked.state, checked.diagnostics[-1].code) == ("stale", "unproven-lock")
+    assert f"is {bound - 1:,}, and {bound:,} is what is proven" in checked.diagnostics[-1].message
+
+
+def test_a_plan_is_proven_to_be_what_its_strategy_makes(workspace):
+    """A whole lock of another strategy's plan, everything derived, which a profile without that pin would accept."""
+    pinned = compiled(PROFILE.replace("pins:", 'pins:\n    - {match: "model.layers.0", device: cuda:1}'))
+    lock = compiled(PROFILE)
+    forged = {**lock, "plan": pinned["plan"]}
+    assert judged(resealed(forged)) is None
+    proving = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False, proves=True)
+    checked = check_one(Path("p.yaml"), proving)
+    assert (checked.state, checked.diagnostics[-1].code) == ("stale", "unproven-lock")
+    assert "`plan.device_map.model.layers.0` is 1, and placing anew gives 0" in checked.diagnostics[-1].message
+
+
+def test_a_plan_that_was_kept_is_proven_as_good(workspace):
+    compiled(FASTEST)
+    Path("p.yaml").write_text(FASTEST.replace("cuda:1: {memory: 1GiB", "cuda:1: {memory: 2GiB"))
+    compiled(Path("p.yaml").read_text(), "--keep")
+    proving = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False, proves=True)
+    assert check_one(Path("p.yaml"), proving).state == "fresh"
+
+
+def test_check_and_run_refuse_a_lock_into_which_facts_were_invented(lock):
+    """Over everything at once, as a person would forge it."""
+    forged = copy.deepcopy(lock)
+    forged["plan"].update(strategy="fastest", measured=False, executor="magic", compute={"a": "b"})
+    forged["plan"]["prediction"].update(decode_nanoseconds_per_token=1, longest_context=999_999_999)
+    forged.update(values={"config": {"vocab_size": 1}}, hardware={"cuda:9": {}})
+    Path("p.lock.json").write_text(resealed(forged))
+    for command in (["check", "p.yaml"], ["run", "p.yaml"], ["check", "--prove", "p.yaml"]):
+        done = CliRunner().invoke(devmap, command, standalone_mode=False)
+        assert (done.return_value, "error[unreadable-lock]" in done.stderr) == (3, True), done.output
+        assert "`hardware.cuda:9.accelerator` is missing" in " ".join(done.stderr.split())
+        assert "up to date" not in done.output

@@ -1,0 +1,163 @@
+"""A lock that other versions of the libraries made holds where its plan does, and what moved is said.
+
+Other versions are stood in for by a measurement that says something else, and by versions in the lock.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from devmap_config import compiler
+from devmap_config.cli import devmap
+from devmap_config.graph.digest import digest
+from devmap_config.graph.serialization import graph_to_json
+from devmap_config.plan import changes
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware:
+  devices: {cuda:0: {memory: 700KiB, bandwidth: 1TB/s}, cpu: {memory: 1GiB, bandwidth: 50GB/s}}
+  links: {host: 25GB/s}
+placement: {strategy: STRATEGY}
+"""
+
+
+def run(*arguments):
+    done = CliRunner().invoke(devmap, arguments, standalone_mode=False)
+    assert done.exception is None, done.output
+    return done.return_value, " ".join(done.stderr.split()), done.stdout
+
+
+@pytest.fixture(params=["sequential", "fastest"])
+def strategy(request, workspace):
+    Path("p.yaml").write_text(PROFILE.replace("STRATEGY", request.param))
+    assert run("compile", "p.yaml", "-q", "--no-simulate")[0] == 0
+    return request.param
+
+
+def lock():
+    return json.loads(Path("p.lock.json").read_text())
+
+
+def reseal(value):
+    sealed = {key: part for key, part in value.items() if key not in ("digest", "made_with")}
+    Path("p.lock.json").write_text(json.dumps({**value, "digest": digest(sealed)}))
+
+
+def make_early(graph):
+    """What the lock was before measurements had a digest of their own."""
+    value = lock()
+    del value["inputs"]["measurement"]
+    value["inputs"]["graph"] = digest({key: part for key, part in graph_to_json(graph).items() if key != "schema"})
+    reseal(value)
+
+
+def graph_of_profile():
+    return compiler.run_pipeline(compiler.Request(path=Path("p.yaml"))).model.graph
+
+
+@pytest.fixture
+def measured_by(monkeypatch):
+    """Have every later command measure by this version, which finds more activations and more time."""
+
+    def measure(version, more_bytes=0, **changed):
+        found = compiler.load_model_graph
+        now = {**changes.library_versions(), "transformers": version}
+        monkeypatch.setattr(changes, "library_versions", lambda: now)
+
+        def load(*arguments, **options):
+            model = found(*arguments, **options)
+            measurement = model.graph.measurement
+            modules = tuple(_with_more(cost, more_bytes) for cost in measurement.modules)
+            graph = replace(model.graph, measurement=replace(measurement, modules=modules), **changed)
+            return replace(model, graph=graph)
+
+        monkeypatch.setattr(compiler, "load_model_graph", load)
+
+    return measure
+
+
+def _with_more(cost, more_bytes):
+    return replace(
+        cost,
+        prefill_peak_bytes=cost.prefill_peak_bytes + more_bytes,
+        decode_touched_bytes=cost.decode_touched_bytes + 1000 * more_bytes,
+    )
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_lock_that_holds_by_other_figures_is_not_stale_and_says_what_moved(strategy, measured_by, is_early):
+    if is_early:
+        make_early(graph_of_profile())
+        assert run("check", "p.yaml") == (0, "", "1 lock up to date\n")
+    before = lock()["plan"]
+    measured_by("9.9.9", more_bytes=4096)
+    code, said, shown = run("check", "p.yaml")
+    assert (code, shown) == (0, "1 lock up to date\n")
+    made = lock()["made_with"]["transformers"]
+    assert "warning[figures-moved]: the lock's plan holds, by other figures than it was made with" in said
+    assert f"transformers {made} → 9.9.9 moves activations on cuda:0" in said
+    assert "KiB → " in said
+    assert ", predicted token " in said
+    plan = json.loads(run("check", "p.yaml", "--format", "json")[2])["plan"]
+    assert plan["device_map"] == before["device_map"]
+    assert plan["devices"][0]["activation_bytes"] == before["devices"][0]["activation_bytes"] + 4096
+    assert plan["prediction"]["bound_decode_nanoseconds_per_token"] is None
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_plan_that_does_not_fit_any_more_is_stale_in_the_same_words(strategy, measured_by, is_early):
+    if is_early:
+        make_early(graph_of_profile())
+    measured_by("9.9.9", more_bytes=400 * 1024)
+    code, said, shown = run("check", "p.yaml")
+    assert "up to date" not in shown
+    if strategy == "fastest":  # the other may have no plan at all then, which outranks that the lock is stale
+        assert code == 3
+        assert "error[stale-lock]: `p.lock.json` is stale: transformers" in said
+        assert "→ 9.9.9 moves activations on cuda:0" in said
+        assert "more than it has" in said
+    assert code in (1, 3)
+
+
+def test_by_the_same_versions_a_difference_is_stale(strategy, measured_by):
+    measured_by(lock()["made_with"]["transformers"], more_bytes=4096)
+    code, said, _ = run("check", "p.yaml")
+    assert (code, "what running the model was measured to take changed" in said) == (3, True)
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_another_module_tree_is_stale_whatever_the_versions(strategy, measured_by, is_early, monkeypatch):
+    if is_early:
+        make_early(graph_of_profile())
+    graph = graph_of_profile()
+    head = graph.root.children[-1]
+    assert head.path == "lm_head"
+    larger = replace(head.parameters[0], size_bytes=head.parameters[0].size_bytes + 2)
+    root = replace(graph.root, children=(*graph.root.children[:-1], replace(head, parameters=(larger,))))
+    measured_by("9.9.9", root=root)
+    code, said, _ = run("check", "p.yaml")
+    assert (code, "the model's module tree changed (transformers" in said) == (3, True)
+
+
+def test_what_a_library_only_names_otherwise_moves_nothing(strategy, measured_by):
+    """5.24 calls the cache `cache`, where it was `past_key_values`."""
+    measured_by("9.9.9", skip_keys=("cash",))
+    assert run("check", "p.yaml") == (0, "", "1 lock up to date\n")
+
+
+def test_figures_that_moved_prove_no_bound(strategy, measured_by):
+    assert run("check", "--prove", "p.yaml")[0] == 0
+    measured_by("9.9.9", more_bytes=4096)
+    code, said, _ = run("check", "--prove", "p.yaml")
+    if strategy == "fastest":
+        assert (code, "`plan.prediction.bound_decode_nanoseconds_per_token` is" in said) == (3, True)
+    else:
+        assert code == 0  # it proves none, and makes the same plan
