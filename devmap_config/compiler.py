@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
 from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
+from devmap_config.graph.model import TensorName
 from devmap_config.hardware.inventory import build_inventory, declared_devices
 from devmap_config.libraries.versions import never_tried, untried
 from devmap_config.placement.buffers import (
@@ -18,7 +19,7 @@ from devmap_config.placement.buffers import (
     report_left_buffers,
 )
 from devmap_config.placement.compatibility import check_checkpoint, check_dtype, check_quantizer
-from devmap_config.placement.constraints import problem_of, settle_aim, settle_single_device
+from devmap_config.placement.constraints import keeping, problem_of, settle_aim, settle_single_device
 from devmap_config.placement.executor import OFFLOADED
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
@@ -31,11 +32,12 @@ from devmap_config.plan.lock import lock_beside
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import review
+from devmap_config.plan.verify import stranded_tensors
 from devmap_config.profile.document import whole_file
 from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
-from devmap_config.simulate.rehearsal import UNMENDED, Mending, Rehearsal, rehearse
+from devmap_config.simulate.rehearsal import UNMENDED, Mending, Rehearsal, rehearse, tell_what_stays
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -283,6 +285,8 @@ class _Placing:
     model: LoadedModel
     resolution: Resolution
     sink: Sink
+    kept: dict[Executor, dict[TensorName, DeviceId]] = field(default_factory=dict)
+    """What is kept where it is used, by what runs the plan."""
 
     @cached_property
     def executors(self) -> tuple[Executor, ...]:
@@ -299,7 +303,7 @@ class _Placing:
             together=mending.together,
             executor=self.executors[0],
         )
-        problem = replace(problem, capacities=mending.room(problem.capacities))
+        problem = keeping(replace(problem, capacities=mending.room(problem.capacities)), mending.kept)
         single_device = settle_single_device(self.loaded, problem, self.sink)
         if self.sink.has_errors:
             return None
@@ -323,9 +327,16 @@ class _Placing:
             self.report_failure(tries[-1], problem, single_device, aim, mending)
             return None
         plan = best_of(plans, aim)
+        if found := self.kept.get(plan.executor):
+            tell_what_stays(found, plan, self.loaded, self.sink)
         if self.request.keep is not None:
             plan = kept(plan, self.request.keep, self.model.graph, self.inventory, self.resolution)
         return self.accepted(plan)
+
+    def stranded(self, plan: Plan, problem: Problem) -> dict[TensorName, DeviceId]:
+        """The tensors that this plan, and no rule, leaves where they are of no use, and where to keep them."""
+        names = [TensorName(name) for name in stranded_tensors(plan, self.model.graph)]
+        return {name: plan.main_device for name in names if name not in problem.pinned}
 
     def tried(
         self, problem: Problem, single_device: DeviceId | None, aim: Aim | None
@@ -335,6 +346,9 @@ class _Placing:
         if isinstance(placed, Infeasible):
             return placed
         plan = self.finished(placed, problem.executor)
+        if stranded := self.stranded(plan, problem):
+            self.kept[problem.executor] = self.kept.get(problem.executor, {}) | stranded
+            return self.tried(keeping(problem, stranded), single_device, aim)
         found = self.findings(plan)
         return found if any(each.severity == "error" for each in found) else plan
 

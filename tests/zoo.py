@@ -23,6 +23,7 @@ SENSIBLE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
     "blenderbot": {"encoder_layers": 2, "decoder_layers": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "num_hidden_layers": 4},
+    "gemma3": {"mm_tokens_per_image": 4},
     "glm46v": {"text_config": GLM_POSITIONS},
     "glm4v": {"text_config": GLM_POSITIONS},
     "glm4v_moe": {"text_config": {"head_dim": 128, "num_hidden_layers": 4, **GLM_POSITIONS, **HALF_ROTATED}},

@@ -13,9 +13,15 @@ from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.transformers import CACHE_NAMES, is_own_model, unnamed_cache
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
     from devmap_config.graph.costs import Workload
+
+SOUND_LENGTH = 1500
+PATCHES_ACROSS = 8
+"""How much a tower is given of what its config does not bound."""
 
 
 @dataclass
@@ -137,6 +143,33 @@ class Forwards:
         # Room for the context and a token, and for more where more is prefilled.
         length = max(self.workload.context_length, prompt_length) + 1
         return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
+
+
+def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """What a model for images or sounds within another may take, by what its config says; likely ones first."""
+    config = tower.config
+    name = tower.main_input_name
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=tower.dtype)
+
+    if name == "input_features" and (bins := getattr(config, "num_mel_bins", None)):
+        yield {name: ones(1, bins, 2 * getattr(config, "max_source_positions", SOUND_LENGTH))}
+    channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    patch_height, patch_width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    if height and width:
+        yield {name: ones(1, channels, height, width)}
+    if patch_height and patch_width:
+        patches = PATCHES_ACROSS**2
+        flat = channels * patch_height * patch_width * (getattr(config, "temporal_patch_size", None) or 1)
+        yield {name: ones(patches, flat), "grid_thw": torch.tensor([[1, PATCHES_ACROSS, PATCHES_ACROSS]])}
+        yield {
+            name: ones(1, patches, flat),
+            "pixel_attention_mask": torch.ones((1, patches), dtype=torch.long),
+            "spatial_shapes": torch.tensor([[PATCHES_ACROSS, PATCHES_ACROSS]]),
+        }
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:

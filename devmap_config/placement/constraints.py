@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
@@ -16,11 +17,14 @@ DEFAULT_NEW_TOKENS = 256
 """How much a request generates, where the profile does not say: `optimize: request`."""
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.executor import Executor
+    from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.timing import Phase
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
@@ -63,6 +67,16 @@ def problem_of(
     )
     _check_possible(problem, resolution, sink)
     return problem
+
+
+def keeping(problem: Problem, kept: Mapping[TensorName, DeviceId]) -> Problem:
+    """The problem with these tensors, and what must be with them, on these devices, where no rule decides for them."""
+    pinned = dict(problem.pinned)
+    for group in _united([*problem.graph.tied_groups, *problem.groups], problem.graph) if kept else ():
+        needed = next((kept[name] for name in group if name in kept), None)
+        if needed is not None:
+            pinned |= {name: needed for name in group if name not in problem.pinned}
+    return replace(problem, pinned=pinned)
 
 
 def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str | None:

@@ -32,14 +32,17 @@ def review(
 ) -> None:
     """Verify a plan, and report what does not hold, at the rule that brought it about where there is one."""
     split: dict[int, tuple[Rule, list[str]]] = {}
+    stranded: dict[int, tuple[Decision, list[Violation]]] = {}
     overfull: list[str] = []
     for violation in verify(plan, graph, capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
         elif violation.kind == "split-block" and _computes_apart(violation, plan):
-            continue  # the strategy took a part out, whose output comes back
+            continue  # the strategy took a part out, whose output comes back, or kept one where it is used
         elif violation.kind == "over-capacity":
             overfull.append(violation.subjects[0])
+        elif violation.kind == "stranded-tensor" and (cause := resolution.decisions.get(violation.subjects[0])):  # type: ignore[call-overload]
+            stranded.setdefault(id(cause.rule), (cause, []))[1].append(violation)
         else:
             help = (
                 "what is on the disk needs `cpu` to run on: list it" if violation.kind == "unlisted-device" else REPORT
@@ -47,6 +50,8 @@ def review(
             sink.error(violation.kind, violation.message, loaded.key_span("hardware", "devices"), help=help)
     if overfull:
         _report_overfull(overfull, plan, loaded, sink)
+    for decision, violations in stranded.values():
+        _report_stranded(decision, violations, plan, graph, sink)
     for rule, blocks in split.values():
         class_name = graph.modules[blocks[0]].class_name  # type: ignore[index]
         sink.warning(
@@ -58,6 +63,30 @@ def review(
         )
     _check_compute(plan, resolution, sink)
     _check_offload_folder(plan, loaded, sink)
+
+
+def _report_stranded(
+    decision: Decision, violations: list[Violation], plan: Plan, graph: ModelGraph, sink: Sink
+) -> None:
+    names = [violation.subjects[0] for violation in violations]
+    units = {each.unit for each in plan.assignments}
+    # A tensor that is placed by itself can stay so elsewhere; of a block, a part that is taken out strands others.
+    to_pin = [name if name in units else _block_around(name, graph) for name in names]
+    patterns = " and ".join(f"`{pattern}`" for pattern in fold_paths(dict.fromkeys(to_pin))[:3])
+    others = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+    sink.error(
+        "stranded-tensor" if decision.compute is None else "compute-on-cpu",
+        violations[0].message + others,
+        decision.rule.span,
+        help="say `compute: cpu` of the module around it, or drop it"
+        if decision.compute is not None
+        else f"pin {patterns} to {plan.main_device}, where it is used: accelerate brings in what a module holds when"
+        " that module is called",
+    )
+
+
+def _block_around(name: str, graph: ModelGraph) -> str:
+    return next(block for block in graph.blocks if name.startswith(f"{block}."))
 
 
 def broken_promises(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int], resolution: Resolution) -> list[str]:
@@ -106,9 +135,13 @@ def _report_overfull(devices: list[str], plan: Plan, loaded: LoadedProfile, sink
 
 
 def _computes_apart(violation: Violation, plan: Plan) -> bool:
-    """Whether what is elsewhere than the block computes there, on the CPU."""
+    """Whether what is elsewhere than the block computes there, on the CPU, or is where all of the block runs."""
     parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
-    return len({each.stored_on for each in parts if each.unit not in plan.compute}) <= 1
+    streamed = {
+        each.stored_on for each in parts if each.unit not in plan.compute and each.stored_on != each.executes_on
+    }
+    stores = {each.stored_on for each in parts if each.unit not in plan.compute}
+    return len(stores) <= 1 or (len(streamed) == 1 and len({each.executes_on for each in parts}) == 1)
 
 
 def _cost_of_split(plan: Plan, block: str) -> str:

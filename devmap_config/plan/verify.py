@@ -20,6 +20,7 @@ ViolationKind = Literal[
     "misread-map",
     "split-block",
     "split-tie",
+    "stranded-tensor",
     "over-capacity",
     "forbidden-device",
 ]
@@ -170,6 +171,51 @@ def _ties(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
             )
 
 
+USED_BY_ITS_PARENT = "NonDynamicallyQuantizableLinear"
+"""torch's class of the last matrix of `MultiheadAttention`, which multiplies by it and never calls it."""
+
+
+def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
+    """The tensors that are streamed and that nothing would bring to where they are used, each with why.
+
+    accelerate's hooks bring in what a module holds when the module is called. They are on modules: those that a map
+    names, and what is below them. A tensor that a map names by itself stays where it is loaded to, and one on disk is
+    not even loaded. What lies on the model itself is moved once to where the model runs, if it is there to be moved.
+    """
+    found = {}
+    for each in plan.assignments:
+        if each.unit in plan.compute:
+            if each.unit in each.tensors:
+                found[each.unit] = "is a tensor, and only a module computes on the CPU"
+            continue
+        if each.stored_on not in ("disk", "cpu") or (each.stored_on == "cpu" == each.executes_on):
+            continue
+        for name in each.tensors:
+            home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+            if each.unit == name:
+                if home != each.executes_on or (home != "cpu" and "." in name):
+                    found[str(name)] = "is placed apart from its module"
+            elif home != each.executes_on and _class_around(name, graph) == USED_BY_ITS_PARENT:
+                found[str(name)] = "is used without its module being called"
+    return found
+
+
+def _class_around(name: TensorName, graph: ModelGraph) -> str:
+    return graph.modules[name.rpartition(".")[0]].class_name  # type: ignore[index]
+
+
+def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
+    homes = {name: each for each in plan.assignments for name in each.tensors}
+    for name, reason in stranded_tensors(plan, graph).items():
+        home = homes[name]  # type: ignore[index]
+        consequence = f": nothing brings it from {home.stored_on} to {home.executes_on}"
+        yield Violation(
+            kind="stranded-tensor",
+            message=f"`{name}` {reason}{'' if home.unit in plan.compute else consequence}",
+            subjects=(name,),
+        )
+
+
 def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> Iterator[Violation]:
     """Adds up what each device holds anew, from the tensors."""
     held: dict[str, dict[TensorName, int]] = {}
@@ -217,5 +263,5 @@ def _some(names: tuple[str, ...]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-CHECKS = (coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties)
+CHECKS = (coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties, _strandings)
 """What a plan must hold to whatever the machine."""

@@ -84,7 +84,6 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
             not on this machine, or a part that is to compute on the CPU cannot.
     """
     require_accelerate()
-    _require_modules(plan)
     _require_devices(plan)
     arguments: dict[str, Any] = {
         "device_map": _device_map(plan),
@@ -131,15 +130,6 @@ def _computing_on_cpu(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     # transformers reads here whether anything is on the CPU (it then does not compile), and knows strings only.
     model.hf_device_map = dict(plan.placement)
     return model
-
-
-def _require_modules(plan: Plan) -> None:
-    """What computes on the CPU is copied there where it is called, and a bare tensor is not called."""
-    for each in plan.assignments:
-        if each.unit in plan.compute and each.unit in each.tensors:
-            raise RunnerError(
-                "compute-on-cpu", f"`{each.unit}` is a tensor, so it cannot compute on the CPU on its own", COMPUTE_HELP
-            )
 
 
 def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:

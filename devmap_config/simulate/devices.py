@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import ATTENTION, Recorder, fused_attention, shown_bytes, storage_key, tensors_in
 from devmap_config.libraries.torch import answering_for_devices, operation_name, without_functions
+from devmap_config.simulate.simulation import NOWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,11 +30,12 @@ ACCELERATOR = "privateuseone"
 
 CPU = torch.device("cpu")
 
-NOWHERE = "meta"
-"""Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
 
 MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::resize_")
 """Operations that take tensors of several devices."""
+
+MAY_BE_ABSENT = ("aten::detach", "aten::alias")
+"""What accelerate does to a weight that is not copied in as it sets it; whatever else is done to it is to read it."""
 
 INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 """Operations whose indices may be on the CPU, wherever the tensor is that they index."""
@@ -61,7 +63,10 @@ class Operand:
 
 
 class DeviceMismatchError(Exception):
-    """An operation over tensors of two devices: `operands` has one of each; `running` is the innermost module."""
+    """An operation over tensors of two devices: `operands` has one of each; `running` is the innermost module.
+
+    Where the first of them is `NOWHERE`, it is a weight that was not copied in, whatever the others are.
+    """
 
     def __init__(self, operation: str, operands: Sequence[Operand], running: str) -> None:
         self.operation = operation
@@ -146,6 +151,8 @@ class SimulatedDevices(Recorder):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         name = operation_name(function)
         inputs = list(tensors_in((arguments, options)))
+        if function.namespace != "prim" and name not in MAY_BE_ABSENT:
+            self.require_present(name.removeprefix("aten::"), inputs)
         device: DeviceId | None = None
         if name in MAY_MIX:
             device = self.of(inputs[0]) if inputs else None
@@ -213,6 +220,7 @@ class SimulatedDevices(Recorder):
         here = source or self.of(tensor)
         if here == target or here is None:
             return tensor
+        self.require_present("to", [tensor])
         with self.making_on(target), self.within_torch():
             copy = tensor.detach().clone()
         size_bytes = shown_bytes(tensor)
@@ -257,6 +265,20 @@ class SimulatedDevices(Recorder):
         if found:
             return next(iter(found))
         return "cpu" if numbers else self._inherited
+
+    def require_present(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Refuse an operation over a weight that is not copied in: there is nothing in its place.
+
+        Raises:
+            DeviceMismatchError: where there is one; it is the first operand.
+        """
+        absent = next((tensor for tensor in tensors if self.of(tensor) == NOWHERE), None)
+        if absent is not None:
+            present = next((tensor for tensor in tensors if self.of(tensor) not in (NOWHERE, None)), None)
+            operands = [self._operand(NOWHERE, absent)]
+            if present is not None:
+                operands.append(self._operand(self.of(present) or "cpu", present))
+            raise DeviceMismatchError(name, operands, self.innermost)
 
     def label(self, tensors: Iterable[torch.Tensor], device: DeviceId) -> None:
         """Note where the results of an operation are; what was there before stays where it is."""

@@ -12,14 +12,14 @@ import torch
 
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
-from devmap_config.graph.forwards import Forwards, cache_tensors
+from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
 from devmap_config.graph.model import ModulePath
 from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key
 from devmap_config.libraries.torch import tensors_without_data, tree_leaves
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.simulate.devices import NOWHERE, DeviceMismatchError, SimulatedDevices
+from devmap_config.simulate.devices import DeviceMismatchError, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights
-from devmap_config.simulate.simulation import LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
+from devmap_config.simulate.simulation import NOWHERE, LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 FILLING = "filling"
 """Fills the cache up to the context, where a prompt is a part of it; what that takes by itself is not looked at."""
+
+TOWERS = "towers"
+"""Runs what a prompt of text alone does not call (towers for images); only whether that runs is looked at."""
+
+UNOBSERVED = (FILLING, TOWERS)
 
 INPUT_NAMES = ("input_ids", "decoder_input_ids", "input_features")
 
@@ -65,6 +70,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
             run = _Run.of(model, graph, plan)
             with run.dispatched():
                 run.forwards(workload, decoded_tokens)
+                run.towers()
     except DeviceMismatchError as error:
         if run is None:
             raise
@@ -82,6 +88,10 @@ def _runnable(measurement: Measurement) -> Workload:
     if prefill <= MOST_LAUNCHES or prefill <= 3 * decode:
         return measurement.workload
     return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT))
+
+
+def _is_part(unit: str, path: str) -> bool:
+    return unit == path or unit.startswith(f"{path}.") or path.startswith(f"{unit}.") or not unit
 
 
 def _and_around(path: str) -> Iterator[str]:
@@ -115,7 +125,7 @@ class _Run:
         absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
         paths = {id(module): path for path, module in model.named_modules()}
         accelerators = tuple(use.id for use in plan.devices if is_accelerator(use.id))
-        names = {storage_key(tensor): name for name, tensor in reversed(held.items())}
+        names = {storage_key(tensor): name for tensors in (held, absent) for name, tensor in reversed(tensors.items())}
         devices = SimulatedDevices(accelerators, paths, (*known, *absent.values()), names, frozenset(graph.blocks))
         for tensor in absent.values():
             devices.put(tensor, NOWHERE)
@@ -152,6 +162,37 @@ class _Run:
             self._begin("decode")
             cache = forwards.run(self._given(forwards.decode_inputs, cache))
 
+    def towers(self) -> None:
+        """Run the models within the model that text alone does not call, where not all of one is in one place."""
+        before = self.phase
+        self._begin(TOWERS)
+        for tower in self._idle_towers():
+            for inputs in tower_inputs(tower):
+                for tensor in inputs.values():
+                    self.devices.put(tensor, self.plan.main_device)
+                try:
+                    tower(**inputs)
+                except DeviceMismatchError:
+                    raise
+                except Exception:  # noqa: S112 - it may want other inputs, or data
+                    continue
+                break
+        self.phase = before
+
+    def _idle_towers(self) -> Iterator[PreTrainedModel]:
+        called = {path for _, path, _ in self.calls}
+        found: list[str] = []
+        for path, module in self.model.named_modules():
+            is_within = any(path.startswith(f"{other}.") for other in found)
+            if not path or is_within or not hasattr(module, "main_input_name"):
+                continue
+            if any(other == path or other.startswith(f"{path}.") for other in called):
+                continue
+            found.append(path)
+            homes = {(each.stored_on, each.executes_on) for each in self.plan.assignments if _is_part(each.unit, path)}
+            if len(homes) > 1 or any(stored_on != executes_on for stored_on, executes_on in homes):
+                yield module
+
     def _note_cache(self, cache: Any) -> None:
         for tensor in cache_tensors(cache):  # of which none may be held on to: what a step makes anew, it lets go
             device = self.devices.of(tensor) or "cpu"
@@ -175,7 +216,7 @@ class _Run:
     def _called(self, module: torch.nn.Module, _arguments: Any, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
         device = None if first is None else self.devices.of(first)
-        if device is None or self.phase == FILLING:
+        if device is None or self.phase in UNOBSERVED:
             return
         path = self.devices.names[id(module)]
         # What computes on the CPU has its result brought back before it is seen here.
@@ -250,7 +291,7 @@ class _Run:
             phase = starts.get(place, phase)
             device = self.devices.at.get(event.storage, "cpu")
             live[device] = live.get(device, 0) + event.size_bytes
-            if phase == FILLING:
+            if phase in UNOBSERVED:
                 continue
             innermost = event.running[-1] if event.running else ""
             if device in peaks and live[device] > peaks[device][0]:
@@ -283,7 +324,7 @@ class _Run:
         ranges: dict[str, tuple[int, int]] = {}
         for number, (phase, _, begin) in enumerate(self.phase_starts):
             following = self.phase_starts[number + 1 :]
-            if phase == FILLING:
+            if phase in UNOBSERVED:
                 continue
             ranges[phase] = (begin, following[0][2] if following else len(self.devices.transfers))
         found: dict[tuple[str, DeviceId, DeviceId], list[int]] = {}

@@ -12,7 +12,7 @@ from devmap_config.dispatch.cpu_compute import compute_on_cpu
 from devmap_config.libraries.accelerate import placing_tensors_with
 from devmap_config.libraries.torch import own_buffers, own_parameters
 from devmap_config.libraries.transformers import skip_keys
-from devmap_config.simulate.devices import NOWHERE
+from devmap_config.simulate.simulation import NOWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.failures import Failure
 from devmap_config.graph.loading import report_failure
-from devmap_config.graph.model import ModulePath
+from devmap_config.graph.model import ModulePath, TensorName
 from devmap_config.placement.shortage import amount, rounded
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
-    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
@@ -38,10 +38,14 @@ Together = tuple[tuple["TensorName", ...], ...]
 
 @dataclass(frozen=True)
 class Mending:
-    """What a plan must keep to, so that it runs: groups on one device, bytes that are left free."""
+    """What a plan must keep to, so that it runs: groups on one device, bytes that are left free.
+
+    `kept` are tensors that only where they are used are of use.
+    """
 
     together: Together = ()
     reserved_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
+    kept: dict[TensorName, DeviceId] = field(default_factory=dict)
 
     def room(self, capacities: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
         """Capacities without what is to be left free."""
@@ -105,11 +109,16 @@ def rehearse(
         current = replan(mending)
     if mending.together and (current is None or not sink.has_errors):
         _tell_what_is_kept(mending.together, model.graph, resolution, (plan, current), loaded, sink)
+    if mending.kept and current is not None and not sink.has_errors:
+        tell_what_stays(mending.kept, current, loaded, sink)
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
 
 
 def _mended(mending: Mending, verdict: Verdict, plan: Plan, model: LoadedModel, resolution: Resolution) -> Mending:
     """What a plan must keep to besides, after this verdict; the same as before where all is well or nothing helps."""
+    if verdict.mismatch is not None and verdict.mismatch.absent is not None:
+        found = _to_keep(verdict.mismatch.absent, plan, model.graph, resolution)
+        return replace(mending, kept=mending.kept | found)
     if verdict.mismatch is not None:
         together = _to_keep_together(verdict.mismatch, plan, model.graph, resolution, mending.together)
         return replace(mending, together=together)
@@ -169,6 +178,21 @@ def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
     return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
 
 
+def _to_keep(absent: Party, plan: Plan, graph: ModelGraph, resolution: Resolution) -> dict[TensorName, DeviceId]:
+    """What must be where it is used: all that the weight's module holds, and modules at its place in blocks alike."""
+    module = (absent.tensor or "").rpartition(".")[0]
+    block = _block_of(graph, module)
+    modules = [module]
+    if block and block in graph.modules:
+        class_name, rest = graph.modules[ModulePath(block)].class_name, module.removeprefix(block)
+        alike = (f"{path}{rest}" for path in graph.blocks if graph.modules[path].class_name == class_name)
+        modules += [path for path in alike if path in graph.modules]
+    tensors = [tensor.name for path in modules if path in graph.modules for tensor in graph.modules[path].own_tensors]  # type: ignore[index]
+    if any(name in resolution.decisions for name in tensors if name == absent.tensor):
+        return {}
+    return {name: plan.main_device for name in tensors if name not in resolution.decisions}
+
+
 def _can_be_together(names: tuple[TensorName, ...], resolution: Resolution) -> bool:
     devices = {resolution.decisions[name].device for name in names if name in resolution.decisions}
     return len(names) > 1 and len(devices) <= 1
@@ -194,6 +218,9 @@ def _tensors(graph: ModelGraph, place: str) -> tuple[TensorName, ...]:
 def _refuse(
     mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution, loaded: LoadedProfile, sink: Sink
 ) -> None:
+    if mismatch.absent is not None:
+        _refuse_absent(mismatch.absent, mismatch, plan, graph, resolution, loaded, sink)
+        return
     first, second = mismatch.parties[:2]
     decisions = [(party, _decision(party, plan, graph, resolution)) for party in (first, second)]
     decided = [(party, decision) for party, decision in decisions if decision is not None]
@@ -215,6 +242,29 @@ def _refuse(
         span,
         help=_mend(mismatch, plan, graph, resolution),
         related=related,
+    )
+
+
+def _refuse_absent(
+    absent: Party,
+    mismatch: Mismatch,
+    plan: Plan,
+    graph: ModelGraph,
+    resolution: Resolution,
+    loaded: LoadedProfile,
+    sink: Sink,
+) -> None:
+    name = absent.tensor or ""
+    decision = resolution.decisions.get(TensorName(name))
+    home = next((each.stored_on for each in plan.assignments if name in each.tensors), "elsewhere")
+    module = name.rpartition(".")[0]
+    sink.error(
+        "stranded-tensor",
+        f"the plan does not run: `{mismatch.operation}` in `{mismatch.running or 'the model'}` takes `{name}`, which"
+        f" nothing brings there from {home}",
+        decision.rule.span if decision is not None else loaded.span("placement", "strategy"),
+        help=f"pin `{module or name}` to {plan.main_device}, where it is used: accelerate brings in what a module holds"
+        " when that module is called",
     )
 
 
@@ -277,6 +327,17 @@ def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: Loaded
         f" {amount(missing_bytes)} are missing",
         loaded.span("workload", "context_length"),
         help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
+    )
+
+
+def tell_what_stays(kept: Mapping[TensorName, DeviceId], plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
+    """Warn of tensors that are kept where they are used, since nothing would bring them there."""
+    patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(kept))
+    sink.warning(
+        "stranded-tensor",
+        f"accelerate would not bring {patterns} to where it is used, so it is kept on {plan.main_device}",
+        loaded.span("placement", "strategy"),
+        help="nothing is to be done; a pin says the same",
     )
 
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from devmap_config.graph.failures import Cause
     from devmap_config.placement.problem import DeviceId
 
+NOWHERE = "meta"
+"""Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
+
 Outcome = Literal["runs", "mismatch", "unsimulated"]
 """It ran; it does not run, for a tensor is on the wrong device; or it could not be tried."""
 
@@ -37,12 +40,20 @@ class Party:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """An operation over tensors of two devices, in this phase, while this module was the innermost that ran."""
+    """An operation that does not run, in this phase, while this module was the innermost that ran.
+
+    It is over tensors of two devices, or over a weight that is `NOWHERE`, which is the first of `parties`.
+    """
 
     operation: str
     phase: str
     running: str
     parties: tuple[Party, ...]
+
+    @property
+    def absent(self) -> Party | None:
+        """The weight that nothing had copied in, if that is it."""
+        return self.parties[0] if self.parties[0].device == NOWHERE else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

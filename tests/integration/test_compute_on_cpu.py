@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import MIXTURE, REPOSITORY
+from conftest import REPOSITORY
 from torch.utils import backend_registration
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from devmap_config.cli.compile import compile_command
 from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_cpu
-from devmap_config.runner.loading import RunnerError, load
-from devmap_config.runner.runner import prepare
 
 
 @pytest.mark.skipif(
@@ -31,22 +27,6 @@ def test_on_a_simulated_accelerator():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_a_bare_tensor_cannot_compute_on_its_own(workspace):
-    config = {key: value for key, value in MIXTURE.items() if key not in ("architectures", "dtype", "model_type")}
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(workspace / "random")
-    Path("profile.yaml").write_text(
-        "version: 1\nmodel: {source: random}\n"
-        "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
-        "placement:\n  strategy: sequential\n"
-        "  pins: [{match: model.layers.1.mlp.experts.down_proj, device: cpu, compute: cpu}]\n"
-    )
-    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
-    deployment = prepare(Path("profile.yaml"), variables={})
-    with pytest.raises(RunnerError, match=r"`model\.layers\.1\.mlp\.experts\.down_proj` is a tensor") as error:
-        load(deployment.plan, deployment.request)
-    assert error.value.code == "compute-on-cpu"
 
 
 def small_llama():

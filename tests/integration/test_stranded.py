@@ -1,0 +1,126 @@
+"""Tensors on the disk that no hook of accelerate brings to where they are used: refused, or kept where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForImageTextToText, BartConfig, BartForConditionalGeneration
+
+from devmap_config import load_model
+from devmap_config.cli.compile import compile_command
+from devmap_config.compiler import Request, run_pipeline
+
+HEAD = "model.vision_tower.head"
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def save_bart():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=128,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    model = BartForConditionalGeneration(config).eval()
+    model.final_logits_bias.normal_()
+    model.save_pretrained("random")
+    return model
+
+
+def write(placement, cpu="1GiB"):
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random, dtype: float32}\n"
+        f"hardware: {{devices: {{cpu: {{memory: {cpu}}}, disk: {{memory: 1GiB}}}}}}\n"
+        f"placement:\n  offload: {{folder: ./offload, buffers: true}}\n  {placement}\n"
+    )
+
+
+def compiled(*, simulates=True):
+    return run_pipeline(Request(path=Path("profile.yaml"), simulates=simulates))
+
+
+def error_of(compilation):
+    (found,) = [each for each in compilation.diagnostics if each.severity == "error"]
+    return found
+
+
+@torch.no_grad()
+def test_a_buffer_of_the_model_itself_is_kept_on_the_cpu():
+    """accelerate moves what lies on the model itself, and one on disk with `offload_buffers` is not loaded."""
+    plain = save_bart()
+    write("strategy: sequential", cpu="100KiB")
+    compilation = compiled()
+    (warning,) = [each for each in compilation.diagnostics if each.code == "stranded-tensor"]
+    assert "`final_logits_bias`" in warning.message
+    assert compilation.plan.placement["final_logits_bias"] == "cpu"
+    assert "disk" in compilation.plan.placement.values()
+    compile_command.main(["profile.yaml", "-q"], standalone_mode=False)
+    inputs = {"input_ids": torch.arange(4, 14)[None], "decoder_input_ids": torch.arange(4, 8)[None]}
+    assert torch.equal(load_model("profile.yaml")(**inputs).logits, plain(**inputs).logits)
+
+
+def test_a_buffer_that_a_rule_puts_on_disk_is_refused_at_the_rule():
+    save_bart()
+    write("pins: [{match: final_logits_bias, device: disk}]")
+    error = error_of(compiled(simulates=False))
+    assert (error.code, error.span.line, error.span.column) == ("stranded-tensor", 6, 18)
+    assert "`final_logits_bias` to cpu" in error.help
+
+
+@torch.no_grad()
+def test_a_matrix_that_torchs_attention_multiplies_by_itself_is_kept_on_the_cpu():
+    """`MultiheadAttention` never calls its last matrix; text alone does not show it, the first image does."""
+    tiny.save("gemma3", Path("random"))
+    write("strategy: single\n  device: disk")
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    placement = compiled().plan.placement
+    assert placement[f"{HEAD}.attention"] == "cpu"
+    assert placement["model.language_model.layers.0"] == "disk"
+    plain = AutoModelForImageTextToText.from_pretrained("random", dtype="float32")
+    size = plain.config.vision_config.image_size
+    image = torch.ones((1, 3, size, size))
+    found = load_model("profile.yaml").get_image_features(image)
+    expected = plain.get_image_features(image)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+
+
+def test_such_a_matrix_that_a_rule_puts_on_disk_is_refused_at_the_rule_and_the_advice_helps():
+    tiny.save("gemma3", Path("random"))
+    pins = "{match: model.vision_tower, device: disk}"
+    write(f"pins: [{pins}]")
+    error = error_of(compiled(simulates=False))
+    assert (error.code, error.span.line) == ("stranded-tensor", 6)
+    assert f"`{HEAD}.attention.out_proj.weight` is used without its module being called" in error.message
+    assert f"pin `{HEAD}` to cpu" in error.help
+    write(f"pins: [{pins}, {{match: {HEAD}, device: cpu}}]")
+    compilation = compiled()
+    assert compilation.plan is not None
+    assert compilation.plan.placement["model.vision_tower.encoder.layers.0"] == "disk"
+
+
+def test_a_weight_that_its_parent_reads_is_found_by_running_the_tower():
+    """SigLIP 2 resizes the weight of its position embedding, which it never calls."""
+    tiny.save("lfm2_vl", Path("random"))
+    write(f"pins: [{{match: model.vision_tower, device: disk}}, {{match: {HEAD}, device: cpu}}]")
+    assert compiled(simulates=False).plan is not None
+    error = error_of(compiled())
+    assert (error.code, error.span.line) == ("stranded-tensor", 6)
+    assert "`model.vision_tower.embeddings.position_embedding.weight`, which nothing brings there" in error.message
+    write("strategy: single\n  device: disk")
+    mended = compiled()
+    assert mended.plan.placement["model.vision_tower.embeddings.position_embedding"] == "cpu"
+    assert any("position_embedding" in each.message for each in mended.diagnostics if each.code == "stranded-tensor")
