@@ -34,6 +34,8 @@ def simulation_lines(
     if not simulation.devices:
         return
     yield _devices(plan, simulation, unit_bytes)
+    if model.counts_quantized_weights:
+        yield Text("weights ran unquantised: what was live beside them is not what the quantizer's kernels need")
     for phase, steps in groupby(simulation.steps, key=lambda step: step.phase):
         yield Text(f"\n{phase}", style="bold")
         yield _timeline(list(steps), width)

@@ -215,17 +215,27 @@ class SimulatedDevices(Recorder):
             return str(wanted.type)
         return self.accelerators[wanted.index or 0]
 
-    def moved(self, tensor: torch.Tensor, target: DeviceId, *, source: DeviceId | None = None) -> torch.Tensor:
-        """A copy of a tensor on another device; one that is there already stays as it is."""
+    def moved(
+        self,
+        tensor: torch.Tensor,
+        target: DeviceId,
+        *,
+        source: DeviceId | None = None,
+        size_bytes: int | None = None,
+    ) -> torch.Tensor:
+        """A copy of a tensor on another device; one that is there already stays as it is.
+
+        `size_bytes` is what crosses, where that is not what the tensor shows.
+        """
         here = source or self.of(tensor)
         if here == target or here is None:
             return tensor
         self.require_present("to", [tensor])
         with self.making_on(target), self.within_torch():
             copy = tensor.detach().clone()
-        size_bytes = shown_bytes(tensor)
+        crossing_bytes = shown_bytes(tensor) if size_bytes is None else size_bytes
         is_weight = storage_key(tensor) in self.weights
-        self.transfers.append(Transfer(here, target, size_bytes, self.innermost, is_weight))
+        self.transfers.append(Transfer(here, target, crossing_bytes, self.innermost, is_weight))
         return copy
 
     @contextmanager

@@ -139,7 +139,7 @@ class _Run:
         try:
             with (
                 self.devices.watching(self.model),
-                dispatched(self.model, self.plan, self.devices, self.absent),
+                dispatched(self.model, self.plan, self.graph, self.devices, self.absent),
             ):
                 yield
         finally:

@@ -48,7 +48,11 @@ def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices
 
 @contextmanager
 def dispatched(
-    model: PreTrainedModel, plan: Plan, devices: SimulatedDevices, absent: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    plan: Plan,
+    graph: ModelGraph,
+    devices: SimulatedDevices,
+    absent: Mapping[str, torch.Tensor],
 ) -> Iterator[None]:
     """The model with accelerate's hooks as `dispatch_model` attaches them, what they place and copy simulated.
 
@@ -65,7 +69,13 @@ def dispatched(
         each.unit: devices.torch_device(each.executes_on) for each in plan.assignments
     }
     execution_device[""] = main_device
-    placing = _Placing(model, devices, absent)
+    # Of a quantised weight, not its matrix is copied but what is held of it.
+    held_bytes = {
+        str(name): plan.executor.held_bytes(graph.tensors[name], each.stored_on, each.executes_on, plan.main_device)
+        for each in plan.assignments
+        for name in each.tensors
+    }
+    placing = _Placing(model, devices, absent, held_bytes)
     with placing_tensors_with(placing):
         try:
             hooks.attach_align_device_hook_on_blocks(
@@ -90,9 +100,16 @@ def _is_streamed(stored_on: DeviceId, executes_on: DeviceId) -> bool:
 class _Placing:
     """Stands in for accelerate's `set_module_tensor_to_device`, which needs data."""
 
-    def __init__(self, model: PreTrainedModel, devices: SimulatedDevices, absent: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        devices: SimulatedDevices,
+        absent: Mapping[str, torch.Tensor],
+        held_bytes: Mapping[str, int],
+    ) -> None:
         self.devices = devices
         self.absent = absent
+        self.held_bytes = held_bytes
         self.kept = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
@@ -114,7 +131,7 @@ class _Placing:
             _set(owner, leaf, self.absent[path])
         elif value is not None:
             source = self.devices.of(value)
-            _set(owner, leaf, self.devices.moved(value, target, source=source))
+            _set(owner, leaf, self.devices.moved(value, target, source=source, size_bytes=self.held_bytes[path]))
         else:
             self.devices.put(getattr(owner, leaf), target)
 

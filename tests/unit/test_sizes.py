@@ -26,6 +26,7 @@ from devmap_config.plan.lock import lock_of, read_lock
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.verify import verify
 from devmap_config.runner.inspection import unquantized_tensors
+from devmap_config.simulate.memory import simulation_of
 
 LLAMA_13B = {
     "architectures": ["LlamaForCausalLM"],
@@ -243,8 +244,8 @@ model: {source: SOURCE}
 workload: {context_length: 16}
 hardware: {devices: {cuda:0: {memory: 1GiB}}}
 """
-    in_4_bit = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
-    return [compiled(profile.replace("SOURCE", source)).model.graph for source in ("quantized", in_4_bit, "llama")]
+
+    return [compiled(profile.replace("SOURCE", source)).model.graph for source in ("quantized", IN_4_BIT, "llama")]
 
 
 @pytest.mark.parametrize("executor", [LEFT, OFFLOADED])
@@ -359,3 +360,26 @@ def test_what_is_missing_is_missing_with_buffers_offloaded(big):
     (finding,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="")))
     (with_buffers,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="buffers: true")))
     assert finding == with_buffers
+
+
+IN_4_BIT = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
+
+
+@pytest.mark.parametrize("source", ["quantized", IN_4_BIT])
+@pytest.mark.parametrize("buffers", ["true", "false"])
+def test_a_dry_run_copies_what_the_plan_says_is_copied(workspace, source, buffers):
+    compilation = compiled(
+        f"""\
+version: 1
+model: {{source: {source}}}
+workload: {{context_length: 16}}
+hardware: {{devices: {{cuda:0: {{memory: 1GiB}}, cpu: {{memory: 1GiB}}}}}}
+placement:
+  pins: [{{match: "model.layers.[1-2]", device: cpu}}]
+  offload: {{buffers: {buffers}}}
+"""
+    )
+    simulation = simulation_of(compilation.plan, compilation.model)
+    assert simulation.outcome == "runs"
+    copied = {link.phase: link.weights_bytes for link in simulation.links if link.weights_bytes}
+    assert copied == dict.fromkeys(("prefill", "decode"), compilation.plan.prediction.streamed_bytes_per_token)
