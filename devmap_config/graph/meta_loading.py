@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from devmap_config.graph.checkpoint import Checkpoint, StoredTensor
 
@@ -61,6 +61,18 @@ def load_over_meta(
     config, model_class = config_and_class(
         config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
     )
+    return match_names(model_class, config, checkpoint, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+
+
+def match_names(
+    model_class: Any,
+    config: PreTrainedConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> CheckpointMatch:
+    """Return what transformers' loader finds of the names in a checkpoint, for a class and a config."""
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
     with _without_progress_bars(), taking_loading_reports() as reports, code_of_models(allowed=trust_remote_code):
         model, _ = model_class.from_pretrained(
@@ -68,7 +80,7 @@ def load_over_meta(
             config=config,
             state_dict=stored,
             device_map={"": "meta"},
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
