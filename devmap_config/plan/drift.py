@@ -143,10 +143,11 @@ def _is_measured_otherwise(lock: Lock, asked: Asked) -> bool:
 
 
 def _comparable(lock: Lock, asked: Asked) -> Inputs:
-    """The inputs of now as a lock of this age has them."""
-    if not lock.is_early:
-        return asked.inputs
-    return replace(asked.inputs, graph=early_graph_digest(asked.graph), measurement=None)
+    """The inputs of now as far as this lock has them: early ones know no measurement, nor what was not at hand."""
+    inputs, locked = asked.inputs, lock.inputs.get("checkpoint")
+    if locked is None or inputs.checkpoint is None:
+        inputs = replace(inputs, checkpoint=locked)
+    return replace(inputs, graph=early_graph_digest(asked.graph), measurement=None) if lock.is_early else inputs
 
 
 def _derived(lock: Lock, asked: Asked) -> Plan:

@@ -33,6 +33,7 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
         measurement=digest({key: graph[key] for key in MEASURED}),
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
+        checkpoint=model.source.checkpoint_digest,
         values={
             "config": values_of(model.source.counted_config),
             "hardware": values_of_hardware(inventory),

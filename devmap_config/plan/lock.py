@@ -37,6 +37,8 @@ class LockError(DevmapError):
 class Inputs:
     """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
 
+    `checkpoint` is of what the headers of the checkpoint say; `None` where it was not at hand.
+
     `graph` is the module tree, `measurement` what running it was measured to take: versions of transformers differ in
     the latter more often than in the former. It is `None` where the two are one digest, as in early locks. `values` are
     the parsed values by input and route, for all but these two, which are too large.
@@ -48,11 +50,13 @@ class Inputs:
     measurement: str | None
     hardware: str
     commit: str | None = None
+    checkpoint: str | None = None
     values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
         """The digests as they stand in the lock."""
         return {
+            "checkpoint": self.checkpoint,
             "commit": self.commit,
             "config": self.config,
             "graph": self.graph,
@@ -89,7 +93,8 @@ class Lock:
         if commit is None or "profile" not in self.values:
             return None if commit is None else Resolved(commit)
         source, revision = (self.values["profile"].get(f"model.{key}") for key in ("source", "revision"))
-        return Resolved(commit, str(source), None if revision is None else str(revision))
+        named = None if revision is None else str(revision)
+        return Resolved(commit, str(source), named, self.inputs.get("checkpoint"))
 
     def to_text(self) -> str:
         """The file: canonical JSON, the same bytes for the same plan on any machine."""
@@ -213,6 +218,7 @@ CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
 """What git leaves in a file that it could not merge."""
 
 INPUT_NAMES = {
+    "checkpoint": "the names, shapes, dtypes or file sizes of the checkpoint",
     "commit": "the commit that the model's revision resolves to",
     "config": "the model's config",
     "graph": "the model's module tree",

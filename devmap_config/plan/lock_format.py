@@ -39,6 +39,11 @@ class _Part(BaseModel):
 class LockedInputs(_Part):
     """Digests of the parsed values that the plan was made from."""
 
+    checkpoint: Digest | None = Field(
+        default=None,
+        description="Of the checkpoint's names, shapes, dtypes and file sizes; `null` where it was not at hand.",
+        json_schema_extra=_without_default,
+    )
     commit: Commit | None = Field(description="The commit that the model's revision resolves to.")
     config: Digest = Field(description="Of the model's config.")
     graph: Digest = Field(description="Of the model's module tree; in early locks of its measurements as well.")
@@ -155,6 +160,7 @@ def violations(value: Mapping[str, Any]) -> list[str]:
         return []
     missing = [key for key in ("hardware", "values") if key not in value]
     missing += [] if "offload_buffers" in value["plan"] else ["plan.offload_buffers"]
+    missing += [] if "checkpoint" in value["inputs"] else ["inputs.checkpoint"]
     return [f"`{key}` is missing" for key in missing]
 
 

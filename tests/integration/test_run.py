@@ -32,8 +32,10 @@ from transformers import (
 )
 
 from devmap_config import compile_profile, load_model
+from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
+from devmap_config.graph.checkpoint import read_checkpoint
 from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.hardware import probe
@@ -428,6 +430,29 @@ def test_a_pickle_is_refused_with_the_command_that_mends_it(llama):
     assert done.returncode == 0, done.stderr
     write_profile(ON_CPU)
     load_model("profile.yaml")
+
+
+def test_a_checkpoint_that_is_another_one_makes_the_lock_stale(llama):
+    write_profile(ON_CPU)
+    rewrite(llama, lambda tensors: tensors.update({LAST: tensors[LAST].float()}))
+    done = invoke(check, ["profile.yaml"])
+    assert (done.return_value, "the checkpoint" in done.stderr) == (3, True), done.stderr
+    ran = invoke(run_model, ["profile.yaml"])
+    assert (ran.return_value, "stale-lock" in ran.stderr) == (3, True)
+
+
+def test_a_lock_is_not_stale_where_the_checkpoint_is_not_at_hand(llama):
+    """Weights are seldom in git: the lock is checked in CI, and the names where the model is loaded."""
+    write_profile(ON_CPU)
+    locked = json.loads(Path("profile.lock.json").read_text())["inputs"]["checkpoint"]
+    assert locked == read_checkpoint(llama, {}).digest
+    (llama / "model.safetensors").rename("elsewhere")
+    assert invoke(check, ["profile.yaml"]).return_value == 0
+    write_profile(ON_CPU)
+    Path("elsewhere").rename(llama / "model.safetensors")
+    assert invoke(check, ["profile.yaml"]).return_value == 0
+    rewrite(llama, lambda tensors: tensors.pop(LAST))
+    assert invoke(run_model, ["profile.yaml"]).return_value == 4
 
 
 def test_tensors_on_disk_are_held_to_the_file_that_they_are_read_from(llama):
