@@ -11,6 +11,7 @@ from devmap_config.graph.checkpoint import read_header
 from devmap_config.graph.model import Tensor, TensorName, ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk, streamed_from
 from devmap_config.libraries.torch import non_persistent_buffers, own_buffers
+from devmap_config.libraries.transformers import should_convert_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,6 +91,22 @@ def _described(model: PreTrainedModel, name: str) -> Tensor:
         planner_bytes=0,
         kind="buffer" if is_buffer else "parameter",
         persistent=attribute not in non_persistent_buffers(module),
+    )
+
+
+def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
+    """What this version of transformers would quantise against the plan, or leave as it is against it."""
+    homes = {name: each for each in plan.assignments for name in each.tensors}
+    offloaded = [
+        each.unit
+        for each in plan.assignments
+        if plan.executor.is_offloaded(each.stored_on, each.executes_on, plan.main_device)
+    ]
+    return tuple(
+        name
+        for name, tensor in graph.tensors.items()
+        if tensor.offloaded_bytes is not None
+        and should_convert_module(name.rpartition(".")[0], offloaded) == (homes[name].unit in offloaded)
     )
 
 

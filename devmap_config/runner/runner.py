@@ -204,6 +204,7 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
     """
     from devmap_config.runner.inspection import (
         misplaced_tensors,
+        misread_by_quantizer,
         misread_tensors,
         misrun_modules,
         unquantized_tensors,
@@ -212,6 +213,13 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
     compiled = deployment.compilation.model
     if compiled is None:
         raise AssertionError("a deployment is prepared from a compiled model")
+    if otherwise := misread_by_quantizer(deployment.plan, compiled.graph):
+        raise RunnerError(
+            "dequantized",
+            f"this version of transformers would not quantise as the plan counts: {_some(list(otherwise))}",
+            "before 5.21 it takes the key of one layer on the CPU (`model.layers.1`) for others as well"
+            " (`model.layers.10`): upgrade transformers",
+        )
     loaded = load(deployment.plan, deployment.request)
     model = loaded.model
     _require_loaded(loaded, deployment, compiled)
@@ -225,8 +233,7 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
         raise RunnerError(
             "dequantized",
             f"transformers left unquantised what the plan counts quantised: {_some(list(unquantized))}",
-            "older versions take the key of one layer on the CPU (`model.layers.1`) for others as well"
-            " (`model.layers.10`): upgrade transformers",
+            "this version of transformers may read the map in another way: please report it",
         )
     misplaced = misplaced_tensors(
         model, deployment.plan, compiled.graph, is_quantized=compiled.quantization is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from devmap_config.plan.drift import Drift
 from devmap_config.plan.lock import lock_of, read_lock
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.verify import verify
-from devmap_config.runner.inspection import unquantized_tensors
+from devmap_config.runner.inspection import misread_by_quantizer, unquantized_tensors
 from devmap_config.simulate.memory import simulation_of
 
 LLAMA_13B = {
@@ -334,6 +335,14 @@ def test_a_map_that_a_quantizer_reads_in_another_way(homes, subject):
     assert [each.subjects for each in found if "as it is" in each.message or "is quantised" in each.message] == (
         [] if subject is None else [(subject,)]
     )
+
+
+def test_a_layer_whose_name_begins_as_that_of_one_on_the_cpu():
+    layers = Module(ModulePath("layers"), "ModuleList", children=(linear("layers.1"), linear("layers.10")))
+    graph = ModelGraph(Module(ModulePath(""), "Model", children=(layers,)))
+    plan = plan_with(graph, {"layers.1": "cpu", "layers.10": "cuda:0"})
+    before_5_21 = tuple(map(int, version("transformers").split(".")[:2])) < (5, 21)
+    assert misread_by_quantizer(plan, graph) == (("layers.10.weight",) if before_5_21 else ())
 
 
 def test_what_was_left_unquantised_is_found():
