@@ -20,7 +20,7 @@ from devmap_config.cli.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.diagnostics.diagnostic import Diagnostic, Sink
     from devmap_config.runner.loading import RunnerError
     from devmap_config.runner.runner import Deployment
 
@@ -71,7 +71,8 @@ def run(
     from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import ProfileError, Sink
-    from devmap_config.runner.loading import RunnerError, UnfitMachineError, quieten_libraries
+    from devmap_config.runner.loading import RunnerError, UnfitMachineError, show_progress
+    from devmap_config.runner.overheard import passing_on
     from devmap_config.runner.runner import load_verified, prepare, require_fit_machine
 
     if not profile.is_file():
@@ -93,9 +94,11 @@ def run(
         if not no_probe:
             for finding in require_fit_machine(deployment):
                 sink.report(finding)
-        quieten_libraries(progress=sys.stderr.isatty() and not quiet and output_format != "json")
-        model = load_verified(deployment)
-        output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens, sink)
+        _tell_if_untried(deployment, sink, quiet=quiet or output_format == "json")
+        show_progress(sys.stderr.isatty() and not quiet and output_format != "json")
+        with passing_on(sink):
+            model = load_verified(deployment)
+            output = None if no_generate else _speak(model, deployment, prompt, max_new_tokens, sink)
     except ProfileError as error:
         report(error.diagnostics, error.texts, output_format, quiet=quiet, data={"plan": None, "output": None})
         return 1
@@ -103,7 +106,7 @@ def run(
         report(error.diagnostics, {}, output_format, quiet=quiet, data={"plan": None, "output": None})
         return EXIT_UNLIKE_LOCK
     except RunnerError as error:
-        return _report_failure(error, profile, output_format)
+        return _report_failure(error, profile, sink, output_format, quiet=quiet)
     if output_format == "json":
         data = {
             "plan": deployment.plan.to_json(),
@@ -114,7 +117,7 @@ def run(
         }
         report(sink, {}, "json", data=data)
         return 0
-    report(sink, {}, output_format, quiet=quiet)
+    report(_in_full(sink), {}, output_format, quiet=quiet)
     if not quiet:
         click.echo(_summary(deployment), err=True)
     if output is not None:
@@ -141,12 +144,27 @@ def _summary(deployment: Deployment) -> str:
     return f"loaded and verified: {where}, their weights from the checkpoint{but}"
 
 
-def _report_failure(error: RunnerError, profile: Path, output_format: str) -> int:
+def _tell_if_untried(deployment: Deployment, sink: Sink, *, quiet: bool) -> None:
+    """Say in one line, before anything is loaded, where what is promised of a card was never seen on one."""
+    from devmap_config.runner.receipts import NEVER_RUN, runs_untried
+
+    if not runs_untried(deployment.plan):
+        return
+    sink.warning("never-on-cards", NEVER_RUN)
+    if not quiet:
+        click.echo(NEVER_RUN, err=True)
+
+
+def _in_full(sink: Sink) -> list[Diagnostic]:
+    """What is left to be told on a terminal: all but what was said in a line of its own."""
+    return [each for each in sink if each.code != "never-on-cards"]
+
+
+def _report_failure(error: RunnerError, profile: Path, sink: Sink, output_format: str, *, quiet: bool) -> int:
     from devmap_config.cli.reporting import report
-    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.profile.document import whole_file
 
-    place = whole_file(str(profile))
-    found = Diagnostic(code=error.code, severity="error", message=str(error), help=error.help, span=place)
-    report([found], {}, output_format, data={"plan": None, "output": None})
+    sink.error(error.code, str(error), whole_file(str(profile)), help=error.help)
+    found = sink if output_format == "json" else _in_full(sink)
+    report(found, {}, output_format, quiet=quiet, data={"plan": None, "output": None})
     return EXIT_CODES.get(error.code, EXIT_UNLIKE_LOCK)

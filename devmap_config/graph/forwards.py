@@ -78,7 +78,9 @@ class Forwards:
             from transformers.modeling_outputs import BaseModelOutput
 
             self._encoded = BaseModelOutput(last_hidden_state=encoded)
-        cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+        # As a dict: to ask transformers' class for a name that it has given up is warned of.
+        held = dict(output) if isinstance(output, dict) else {}
+        cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
         if cache is None and (name := unnamed_cache(output)) is not None:
             raise self._unlike(f"returns its cache as `{name}`")
         return cache

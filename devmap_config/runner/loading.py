@@ -182,16 +182,14 @@ def _code_reference(request: LoadRequest) -> str | None:
     return class_reference(request.config, request.class_name) if request.trust_remote_code else None
 
 
-def quieten_libraries(*, progress: bool) -> None:
-    """Silence what transformers and accelerate say about a map that is verified; keep progress bars if wanted."""
-    import logging
-
+def show_progress(wanted: bool) -> None:
+    """Show transformers' progress bars, or none."""
     from transformers.utils import logging as transformers_logging
 
-    if not progress:
+    if wanted:
+        transformers_logging.enable_progress_bar()
+    else:
         transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def require_accelerate() -> None:

@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_module
 from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
+from joining_models import JOINS, code_of, config_of
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -31,7 +32,7 @@ from devmap_config.hardware.block import block_text, hardware_block
 from devmap_config.hardware.measuring import measured, steps
 from devmap_config.hardware.probe import probe_machine
 from devmap_config.hardware.torch_measurement import Devices
-from devmap_config.runner import loading
+from devmap_config.runner import loading, receipts
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
 from devmap_config.simulate.memory import simulation_of
@@ -328,6 +329,26 @@ def test_devmap_run_speaks():
     )
     assert done.return_value == 0
     assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
+    assert done.stderr.splitlines()[0] == (
+        "devmap-config has never been run on real cards: what is said of this one rests on simulation and on what the"
+        " libraries document"
+    )
+    arguments = ["profile.yaml", "--no-generate", "--format", "json"]
+    done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
+    assert [each["code"] for each in json.loads(done.stdout)["diagnostics"]] == ["never-on-cards"]
+    assert done.stderr == ""
+
+
+def test_a_receipt_of_a_card_takes_back_that_none_was_ever_run_on(monkeypatch, tmp_path):
+    save(LLAMA)
+    load('match: "model.layers.4", device: npu:1')
+    monkeypatch.setattr(receipts, "files", lambda package: tmp_path)
+    (tmp_path / "receipts").mkdir()
+    (tmp_path / "receipts" / "laptop.json").write_text('{"devices": ["cpu", "disk"]}')
+    plan = compile_profile("profile.yaml")
+    assert receipts.runs_untried(plan)
+    (tmp_path / "receipts" / "card.json").write_text('{"devices": ["cuda:0", "cpu"]}')
+    assert not receipts.runs_untried(plan)
 
 
 def test_the_probe_sees_and_measures_the_cards(monkeypatch):
@@ -360,3 +381,34 @@ def test_devmap_run_asks_the_cards_first(monkeypatch):
     assert done.return_value == 4
     assert "error[memory-held]: npu:0 has 9.8 KiB of its 1024.0 GiB free now" in done.stderr
     assert done.stderr.count("error[memory-held]") == 2
+
+
+# Plans that the dry run mended
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("join", JOINS)
+def test_a_plan_that_was_mended_runs_and_says_what_the_plain_model_says(join):
+    Path("random").mkdir()
+    Path("random/modeling_joining.py").write_text(code_of(join))
+    Path("random/config.json").write_text(json.dumps(config_of(6)))
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained("random", trust_remote_code=True), trust_remote_code=True
+    )
+    plain.save_pretrained("weights")
+    Path("weights/model.safetensors").rename("random/model.safetensors")
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\n"
+        "hardware: {devices: {npu:0: {memory: 360KiB}, npu:1: {memory: 360KiB}}}\nplacement: {strategy: balanced}\n"
+    )
+    compilation = run_pipeline(Request(path=Path("profile.yaml"), trust_remote_code=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        "random", device_map=compilation.plan.device_map, trust_remote_code=True
+    )
+    with pytest.raises(RuntimeError, match="same device, but found npu:"):
+        model(TOKENS.to(CARD))
+    arguments = ["profile.yaml", "-q", "--trust-remote-code"]
+    assert compile_command.main(arguments, standalone_mode=False) == 0
+    logits = load_model("profile.yaml", trust_remote_code=True)(TOKENS.to(CARD)).logits
+    assert torch.equal(logits.cpu(), plain.eval()(TOKENS).logits)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib import resources
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -23,6 +25,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     T5Config,
@@ -30,6 +34,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.integrations import hub_kernels
 
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.check import check
@@ -40,7 +45,7 @@ from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.hardware import probe
 from devmap_config.hardware.machine import SeenDisk, SeenHost
-from devmap_config.runner import loading, runner
+from devmap_config.runner import inspection, loading, runner
 from devmap_config.runner.inspection import Misrun, misread_tensors, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError, UnfitMachineError
 from devmap_config.runner.runner import load_verified, prepare
@@ -465,3 +470,52 @@ def test_tensors_on_disk_are_held_to_the_file_that_they_are_read_from(llama):
     assert misread_tensors(model, deployment.plan, graph) == [
         "`model.layers.0.mlp.up_proj.weight` is not in `model.safetensors`"
     ]
+
+
+def warnings_of(done):
+    return [each["message"] for each in json.loads(done.stdout)["diagnostics"] if each["code"] == "library-warning"]
+
+
+def test_what_the_libraries_warn_of_is_passed_on_but_for_what_is_answered(workspace, monkeypatch):
+    """A state space without its kernels is slow; that weights are offloaded is what the plan says."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(workspace / "random")
+    write_profile(
+        "version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}, disk: {memory: 1GiB}}}\n"
+        'placement: {strategy: sequential, offload: {folder: offload}, pins: [{match: "**.layers.1", device: disk}]}\n'
+    )
+    said, printed = [], logging.getLogger("accelerate.big_modeling")
+    monkeypatch.setattr(printed, "filters", [lambda record: said.append(record.getMessage()) or True])
+    monkeypatch.setattr(hub_kernels.logger, "warning_once", hub_kernels.logger.warning)  # it warns once a process
+    done = run_command("--max-new-tokens", "2", "--format", "json")
+    assert any("on the meta device because they were offloaded" in each for each in said)
+    passed_on = warnings_of(done)
+    assert any(each.startswith("transformers says: `selective_scan_fn` is falling back") for each in passed_on)
+    assert not any("meta device" in each for each in passed_on)
+    assert "falling back" not in done.stderr
+
+
+def test_what_is_warned_of_in_python_is_passed_on_and_one_that_fails_tells_it_too(llama, monkeypatch):
+    original = LlamaForCausalLM.from_pretrained.__func__
+
+    def warning(cls, *arguments, **options):
+        warnings.warn("the moon is in the way", UserWarning, stacklevel=1)
+        return original(cls, *arguments, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(warning))
+    write_profile(SPLIT)
+    assert [each.partition(" says: ")[2] for each in warnings_of(run_command("--no-generate", "--format", "json"))] == [
+        "the moon is in the way"
+    ]
+    monkeypatch.setattr(inspection, "misrun_modules", lambda *arguments: (Misrun("lm_head", "cpu", "disk"),))
+    done = run_command("--no-generate")
+    assert done.return_value == 4
+    assert "says: the moon is in the way" in done.stderr
+    assert "error[misplaced-tensors]" in done.stderr
+
+
+def test_a_run_on_the_cpu_says_nothing_of_cards(llama):
+    write_profile(SPLIT)
+    done = run_command("--no-generate", "--format", "json")
+    assert json.loads(done.stdout)["diagnostics"] == []
+    assert "real cards" not in run_command("--no-generate").stderr

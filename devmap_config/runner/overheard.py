@@ -1,0 +1,48 @@
+"""What the libraries warn of while a model is loaded and runs: passed on, but for what is known to be answered."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from devmap_config.libraries.messages import Message, taken_down
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devmap_config.diagnostics.diagnostic import Sink
+
+ANSWERED = {
+    r"Some parameters are on the meta device because": "the plan has them there, and they were seen there",
+    r".*LOAD REPORT": "missing, unexpected and mismatched names are held to the checkpoint, before and after loading",
+    r"Current model requires \d+ bytes of buffer for offloaded layers": "the plan has room for what is streamed",
+    r"The following generation flags are not valid and may be ignored": "`run` writes the likeliest tokens, whatever"
+    " the checkpoint's generation config samples",
+}
+"""By how a warning begins: why nobody needs it. Whatever is not here is passed on."""
+
+LONGEST = 300
+"""How much of a warning is passed on, in characters."""
+
+
+@contextmanager
+def passing_on(sink: Sink) -> Iterator[None]:
+    """Report, as warnings of ours, what transformers and accelerate warn of within and nothing of ours answers."""
+    messages: list[Message] = []
+    try:
+        with taken_down(messages):
+            yield
+    finally:
+        for message in messages:
+            if not any(re.match(beginning, message.text.strip(), re.DOTALL) for beginning in ANSWERED):
+                sink.warning(
+                    "library-warning",
+                    f"{message.library} says: {_in_one_line(message.text)}",
+                    help="it is passed on as it came",
+                )
+
+
+def _in_one_line(text: str) -> str:
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
