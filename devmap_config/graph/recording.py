@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 from weakref import finalize
 
 import torch
 
 from devmap_config.libraries.torch import (
+    ATTENTION,
     TorchDispatchMode,
     allocates,
+    attending_with,
     flop_registry,
     is_grouped_product,
     operation_packet,
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel
-
-
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ class Meter(Recorder):
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
         """Watch what runs, attention as a fused kernel runs it."""
         # The function's name is looked up where it is called, and a mode around functions costs at each of them.
-        with super().watching(model), patch.object(torch.nn.functional, ATTENTION.__name__, self.attend):
+        with super().watching(model), attending_with(self.attend):
             yield
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> Any:

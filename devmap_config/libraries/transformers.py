@@ -70,7 +70,7 @@ def init_contexts(model_class: Any, dtype: torch.dtype) -> Iterable[Any]:
 
 def set_attention(config: PreTrainedConfig, implementation: str) -> None:
     """Have a model of this config built with an implementation of attention."""
-    config._attn_implementation = implementation
+    setattr(config, ATTENTION.attribute, implementation)
 
 
 def attention_of(config: Any) -> str | None:
@@ -134,9 +134,9 @@ def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
 
 # -- experts -----------------------------------------------------------------------------------------------------------
 
-EXPERTS_SWITCH = Private(
-    "transformers.integrations.moe.use_experts_implementation",
-    "its mark on a class, `_is_expert_parallel`: whose product with the experts can be chosen",
+EXPERTS_MARK = Private(
+    "transformers.models.mixtral.modeling_mixtral.MixtralExperts._is_expert_parallel",
+    "what `use_experts_implementation` leaves on a class, by which is known whose product with experts can be chosen",
 )
 EXPERTS = Private(
     "transformers.PreTrainedConfig._experts_implementation", "which product with the experts a module takes"
@@ -145,13 +145,13 @@ EXPERTS = Private(
 
 def chooses_experts_implementation(module: torch.nn.Module) -> bool:
     """Return whether `use_experts_implementation` decorates a module's class, seen by what it sets."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "config")
+    return hasattr(module, EXPERTS_MARK.attribute) and hasattr(module, "config")
 
 
 def set_experts_implementation(config: Any, implementation: str) -> None:
     """Have modules of this config take one product with the experts; sub-configs keep theirs."""
     # As a dict: a bare string would be passed on to the sub-configs.
-    config._experts_implementation = {"": implementation}
+    setattr(config, EXPERTS.attribute, {"": implementation})
 
 
 # -- quantizers --------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def render_file(text: str, variables: Mapping[str, object]) -> tuple[str, tuple[
 
 def _render(environment: _Environment, text: str, variables: Mapping[str, object]) -> str:
     try:
-        template = environment.from_string(text)
+        template = environment.from_string(environment.parse(text))
         parts: list[str] = []
         length = 0
         for part in template.generate(**variables):
@@ -179,9 +179,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["_rounds"] = self._rounds
         self.globals = {"range": self.globals["range"]}
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Every loop draws its rounds from the budget."""
-        tree = super()._parse(source, name, filename)
+    def parse(self, source: str, name: str | None = None, filename: str | None = None) -> nodes.Template:
+        """Return the template's tree, in which every loop draws its rounds from the budget."""
+        tree = super().parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             if loop.recursive:
                 raise TemplateRefusedError(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.rules.pattern import Path
+    from devmap_config.rules.pattern import CompiledExpression, Path
 
 MAX_ALTERNATIVES = 512
 """Paths that the braces of one pattern may stand for."""
@@ -106,7 +106,7 @@ class FlatSegment:
         return tuple(piece for piece in self.pieces if isinstance(piece, Indices))
 
     @cached_property
-    def expression(self) -> re2._Regexp:
+    def expression(self) -> CompiledExpression:
         """A name that it may stand for, with a group for each range."""
         return compile_expression("".join(map(_expression, self.pieces)))
 

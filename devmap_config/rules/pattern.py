@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 import re2
 
@@ -188,11 +188,19 @@ def parse_pattern(text: str) -> Pattern:
     return _parse_path(text, 0)
 
 
-def compile_expression(expression: str) -> re2._Regexp:
+class CompiledExpression(Protocol):
+    """A regular expression that is compiled."""
+
+    def fullmatch(self, text: str) -> Any:
+        """Return a match of the whole text; `None` where there is none."""
+
+
+def compile_expression(expression: str) -> CompiledExpression:
     """The compiled form of a regular expression, by an engine whose time is linear in the text."""
     options = re2.Options()
     options.log_errors = False
-    return re2.compile(expression, options)
+    compiled: CompiledExpression = re2.compile(expression, options)
+    return compiled
 
 
 def _parse_regex(text: str) -> RegexPattern:

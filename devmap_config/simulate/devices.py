@@ -16,8 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from devmap_config.graph.model import ancestors
-from devmap_config.graph.recording import ATTENTION, Recorder, fused_attention, shown_bytes, storage_key, tensors_in
-from devmap_config.libraries.torch import answering_for_devices, operation_name, without_functions
+from devmap_config.graph.recording import Recorder, fused_attention, shown_bytes, storage_key, tensors_in
+from devmap_config.libraries.torch import ATTENTION, answering_for_devices, operation_name, without_functions
 from devmap_config.simulate.simulation import NOWHERE
 
 if TYPE_CHECKING:

@@ -1,0 +1,299 @@
+"""What is used of torch, transformers and accelerate that they do not promise to keep: it is there, and it is listed.
+
+Run with the oldest, the pinned and the newest versions: what fails here is what a new version moved.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from importlib import import_module
+
+import accelerate
+import pytest
+import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import LLAMA, REPOSITORY
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpPreTrainedModel
+
+from devmap_config.graph.introspection import build_meta_model
+from devmap_config.libraries.accelerate import hooks_of
+from devmap_config.libraries.private import LibraryChangedError, Private
+from devmap_config.libraries.transformers import CACHE_NAMES, chooses_experts_implementation
+from devmap_config.libraries.versions import TRIED, release
+
+SOURCES = sorted((REPOSITORY / "devmap_config").rglob("*.py"))
+ADAPTERS = sorted((REPOSITORY / "devmap_config" / "libraries").glob("*.py"))
+LIBRARIES = ("torch", "transformers", "accelerate")
+
+
+def privates():
+    """By adapter, the name of every constant and the thing that it stands for."""
+    found = {}
+    for path in ADAPTERS:
+        if path.stem != "__init__":
+            module = import_module(f"devmap_config.libraries.{path.stem}")
+            named = {name: value for name, value in vars(module).items() if isinstance(value, Private)}
+            if named:
+                found[path.stem] = named
+    return found
+
+
+def small_model():
+    values = {name: value for name, value in LLAMA.items() if name not in ("architectures", "dtype", "model_type")}
+    return build_meta_model(transformers.LlamaForCausalLM, transformers.LlamaConfig(**values), torch.float32)
+
+
+def hooked_module():
+    module = torch.nn.Linear(1, 1)
+    add_hook_to_module(module, AlignDevicesHook())
+    return module
+
+
+INSTANCES = {
+    "torch.nn.Module._hf_hook": hooked_module,
+    "accelerate.hooks.AlignDevicesHook.weights_map": AlignDevicesHook,
+    "torch._ops.OpOverload._schema": lambda: torch.ops.aten.add.Tensor,
+    "torch._ops.OpOverload._overloadpacket": lambda: torch.ops.aten.add.Tensor,
+    "torch._ops.OpOverload.is_view": lambda: torch.ops.aten.add.Tensor,
+    "torch.UntypedStorage._cdata": lambda: torch.ones(1).untyped_storage(),
+    "torch.nn.Module._parameters": lambda: torch.nn.Linear(1, 1),
+    "torch.nn.Module._buffers": lambda: torch.nn.Linear(1, 1),
+    "torch.nn.Module._non_persistent_buffers_set": lambda: torch.nn.Linear(1, 1),
+    "transformers.PreTrainedModel.all_tied_weights_keys": small_model,
+    "transformers.PreTrainedConfig._attn_implementation": transformers.LlamaConfig,
+    "transformers.PreTrainedConfig._experts_implementation": transformers.Qwen3MoeConfig,
+    "transformers.models.mixtral.modeling_mixtral.MixtralExperts._is_expert_parallel": lambda: MixtralExperts(
+        transformers.MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
+    ),
+    # of the few models that have it; it says nothing where a model has none
+    "transformers.PreTrainedModel._no_placement_params": lambda: Qwen4ExpPreTrainedModel,
+}
+"""What an instance has, and its class does not: an instance."""
+
+EVERY = [private for named in privates().values() for private in named.values()]
+
+
+@pytest.mark.parametrize("private", EVERY, ids=[private.name for private in EVERY])
+def test_it_is_there(private):
+    if private.name in INSTANCES:
+        private.of(INSTANCES[private.name]())
+    else:
+        private.find()
+
+
+def test_an_example_is_of_something_that_is_used():
+    assert set(INSTANCES) <= {private.name for private in EVERY}
+
+
+def test_what_is_not_there_is_said():
+    with pytest.raises(LibraryChangedError, match=r"^`torch\.nn\.NoSuchModule` is not there$"):
+        Private("torch.nn.NoSuchModule", "nothing").find()
+    with pytest.raises(LibraryChangedError, match=r"^`accelerate\.no_such_module\.thing` is not there$"):
+        Private("accelerate.no_such_module.thing", "nothing").find()
+    with pytest.raises(LibraryChangedError, match=r"^`torch\.Tensor\._nothing` is not there$"):
+        Private("torch.Tensor._nothing", "nothing").of(torch.ones(1))
+    with pytest.raises(LibraryChangedError, match=r"^`accelerate\.dispatch_model` takes no `nothing`$"):
+        Private("accelerate.dispatch_model", "nothing", takes=("device_map", "nothing")).find()
+    assert Private("accelerate.dispatch_model", "nothing", takes=("device_map",)).find() is accelerate.dispatch_model
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_takes_and_returns_its_cache_by_a_known_name():
+    import inspect
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, "dtype": "float32"}))
+    accepted = inspect.signature(model.forward).parameters
+    name = next(name for name in CACHE_NAMES if name in accepted)
+    output = model(input_ids=torch.ones((1, 2), dtype=torch.long), use_cache=True)
+    assert isinstance(output[name], transformers.Cache)
+
+
+def test_the_experts_whose_product_can_be_chosen_are_marked():
+    config = transformers.Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=8, num_experts=2)
+    assert chooses_experts_implementation(Qwen3MoeExperts(config))
+    assert not chooses_experts_implementation(torch.nn.Linear(1, 1))
+
+
+def test_hooks_are_found_one_and_several():
+    module = hooked_module()
+    [hook] = hooks_of(module)
+    assert isinstance(hook, AlignDevicesHook)
+    add_hook_to_module(module, AlignDevicesHook(), append=True)
+    assert len(hooks_of(module)) == 2
+    assert hooks_of(torch.nn.Linear(1, 1)) == ()
+
+
+# -- nothing private elsewhere -----------------------------------------------------------------------------------------
+
+PUBLIC_MODULES = {
+    "torch.overrides",
+    "transformers.modeling_outputs",
+    "transformers.utils",
+    "accelerate.hooks",
+}
+"""Modules of the libraries, besides their own, that their documentation speaks of."""
+
+NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+"""What Python's own documentation has with an underscore."""
+
+DYNAMIC = {"getattr", "hasattr", "setattr", "delattr"}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLES
+
+
+def violations(source):
+    """What code uses that is private: attributes, by syntax or by name; modules; what it patches."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in DYNAMIC:
+            name = node.args[1] if len(node.args) > 1 else None
+            if isinstance(name, ast.Constant) and isinstance(name.value, str) and is_private(name.value):
+                yield ast.unparse(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported_violations(node)
+
+
+def imported_violations(node):
+    for alias in node.names:
+        parent = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        module, path = parent or alias.name, f"{parent}.{alias.name}".lstrip(".")
+        is_of_library = module.partition(".")[0] in LIBRARIES
+        is_public = path in LIBRARIES or module in PUBLIC_MODULES or path in PUBLIC_MODULES
+        is_module = module not in LIBRARIES or alias.name.islower()
+        is_undocumented = is_of_library and is_module and not is_public
+        if is_undocumented or any(map(is_private, path.split("."))) or module.startswith("unittest.mock"):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in ADAPTERS], ids=lambda path: path.stem)
+def test_nothing_private_is_used_but_in_the_adapters(path):
+    source = path.read_text()
+    assert list(violations(source)) == []
+    assert "SLF001" not in source
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model._no_split_modules",
+        "super()._parse(source)",
+        'getattr(module, "_hf_hook", None)',
+        "import torch._subclasses",
+        "from torch.utils._pytree import tree_leaves",
+        "from torch import _C",
+        "from transformers.core_model_loading import build_glob_alternation",
+        "from transformers import modeling_utils",
+        "from unittest.mock import patch",
+        "import accelerate.utils.modeling",
+    ],
+)
+def test_each_way_of_using_it_is_seen(source):
+    assert list(violations(source))
+
+
+def test_what_is_no_use_of_it_is_passed_over():
+    source = "self._own; loaded._replace(a=1); from transformers import AutoConfig; from accelerate import hooks"
+    assert list(violations(source)) == []
+
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+PAGE = REPOSITORY / "docs" / "libraries.md"
+
+
+@cache
+def functions_by_constant(path):
+    """By constant of an adapter, its public functions and values that rest on it, by way of others of its own too."""
+    tree = ast.parse(path.read_text())
+    uses = {}
+    for node in tree.body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        inside = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        for name in names:
+            uses[name] = inside - {name}
+    return uses
+
+
+@cache
+def imported_from_adapters():
+    """By module of the product, which names it imports from which adapter."""
+    found = {}
+    for path in SOURCES:
+        name = path.relative_to(REPOSITORY / "devmap_config").as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("devmap_config.libraries."):
+                names = found.setdefault(name, {}).setdefault(node.module.rpartition(".")[2], set())
+                names |= {alias.name for alias in node.names}
+    return found
+
+
+def users_of(adapter, constant):
+    """The modules of the product that import what rests on a constant."""
+    uses = functions_by_constant(REPOSITORY / "devmap_config" / "libraries" / f"{adapter}.py")
+    resting = {constant}
+    while more := {name for name, inside in uses.items() if inside & resting} - resting:
+        resting |= more
+    return sorted(name for name, imports in imported_from_adapters().items() if imports.get(adapter, set()) & resting)
+
+
+def table():
+    """The rows of the page, by library: the thing, what rests on it, who uses it."""
+    rows = {library: [] for library in LIBRARIES}
+    for adapter, named in privates().items():
+        for constant, private in named.items():
+            users = ", ".join(f"`{user}`" for user in users_of(adapter, constant))
+            rows[private.library].append(f"| `{private.name}` | {private.use} | {users} |")
+    return rows
+
+
+def test_the_page_lists_each_with_its_users():
+    text = PAGE.read_text()
+    for library, rows in table().items():
+        section = text.partition(f"## {library}\n")[2].partition("\n## ")[0]
+        listed = [line for line in section.splitlines() if line.startswith("| `")]
+        assert listed == rows, "\n" + "\n".join(rows)
+
+
+def test_each_is_used():
+    unused = [
+        private.name
+        for adapter, named in privates().items()
+        for name, private in named.items()
+        if not users_of(adapter, name)
+    ]
+    assert unused == []
+
+
+def test_the_page_names_the_versions_that_were_tried():
+    rows = re.findall(r"^\| (torch|transformers|accelerate) \| ([\d.]+) \|", PAGE.read_text(), re.MULTILINE)
+    assert {library: tuple(version for name, version in rows if name == library) for library in LIBRARIES} == TRIED
+
+
+def test_versions_stand_from_the_oldest_to_the_newest():
+    for versions in TRIED.values():
+        assert list(versions) == sorted(versions, key=release)
+
+
+def pinned(file):
+    lines = (REPOSITORY / file).read_text().splitlines()
+    return dict(line.partition(";")[0].strip().split("==") for line in reversed(lines) if "==" in line[:60])
+
+
+def test_what_is_pinned_is_among_them():
+    for library, version in pinned("constraints.txt").items():
+        if library in TRIED:
+            assert version in TRIED[library]
