@@ -123,6 +123,7 @@ def graph_of_source(
 
     With a `context_length` it is measured; one below 1 stands for the profile's, or the default.
     """
+    from devmap_config.graph.checkpoint import CheckpointError
     from devmap_config.graph.costs import Workload
     from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError
     from devmap_config.graph.loading import graph_from_source
@@ -151,7 +152,7 @@ def graph_of_source(
             quantization=effective_quantization(None, found.config),
             trust_remote_code=trust_remote_code,
         )
-    except (ModelNotFoundError, json.JSONDecodeError) as error:
+    except (ModelNotFoundError, CheckpointError, json.JSONDecodeError) as error:
         raise click.UsageError(str(error)) from None
     except UntrustedCodeError as error:
         raise click.ClickException(f"{error}; {READ_IT_FIRST}") from None

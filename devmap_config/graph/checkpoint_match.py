@@ -110,6 +110,7 @@ def _tried(model: LoadedModel, *, trust_remote_code: bool) -> CheckpointMatch:
             return load_over_meta(
                 config_path,
                 checkpoint,
+                {str(name): tensor.shape for name, tensor in model.graph.tensors.items()},
                 class_name=model.class_name,
                 dtype=model.dtype,
                 trust_remote_code=trust_remote_code,

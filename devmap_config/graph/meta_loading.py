@@ -35,6 +35,7 @@ TORCH_DTYPES = {
 def load_over_meta(
     config_path: Path,
     checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     class_name: str,
     dtype: str,
@@ -48,6 +49,7 @@ def load_over_meta(
     Args:
         config_path: the model's folder, or its `config.json`.
         checkpoint: what its headers say.
+        shapes: of the model's tensors, of a quantised one before quantization.
         class_name: the class that is to be loaded.
         dtype: torch's name of the dtype in which it is to be loaded.
         trust_remote_code: whether code that comes with the model may run.
@@ -61,7 +63,9 @@ def load_over_meta(
     config, model_class = config_and_class(
         config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
     )
-    return match_names(model_class, config, checkpoint, getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    return match_names(
+        model_class, config, checkpoint, getattr(torch, dtype), shapes, trust_remote_code=trust_remote_code
+    )
 
 
 def match_names(
@@ -69,10 +73,14 @@ def match_names(
     config: PreTrainedConfig,
     checkpoint: Checkpoint,
     dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     trust_remote_code: bool = False,
 ) -> CheckpointMatch:
-    """Return what transformers' loader finds of the names in a checkpoint, for a class and a config."""
+    """Return what transformers' loader finds of the names in a checkpoint, for a class and a config.
+
+    `shapes` are those of the model's tensors, of a quantised one before quantization.
+    """
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
     with _without_progress_bars(), taking_loading_reports() as reports, code_of_models(allowed=trust_remote_code):
         model, _ = model_class.from_pretrained(
@@ -86,17 +94,19 @@ def match_names(
         )
     info = reports[0]
     wanted = model.state_dict()
-    shapes = [Mismatch(name, _shown(found), _shown(expected)) for name, found, expected in info.mismatched_keys]
+    reshaped = [Mismatch(name, _shown(found), _shown(expected)) for name, found, expected in info.mismatched_keys]
     unconverted = [Mismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
-    mismatched = [*shapes, *unconverted, *_of_other_kinds(checkpoint, wanted), *_gaps(checkpoint, model)]
-    named = {mismatch.name for mismatch in mismatched}
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    other_kinds = _of_quantized(checkpoint, shapes) if is_quantized else _of_other_kinds(checkpoint, wanted)
+    found = [*_gaps(checkpoint, model), *other_kinds, *unconverted, *reshaped]
+    mismatched = {mismatch.name: mismatch for mismatch in found}
     return CheckpointMatch(
         class_name=type(model).__name__,
         base_prefix=model.base_model_prefix,
         tensor_count=len(wanted),
-        missing=tuple(sorted(set(info.missing_keys) - named)),
+        missing=tuple(sorted(set(info.missing_keys) - mismatched.keys())),
         unexpected=tuple(sorted(info.unexpected_keys)),
-        mismatched=tuple(sorted(mismatched)),
+        mismatched=tuple(sorted(mismatched.values())),
     )
 
 
@@ -131,6 +141,17 @@ def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) 
         if held.is_floating_point() and (not dtype.is_floating_point or dtype.itemsize == 1):
             shape, name_of_dtype = _shown(tensor.shape), str(held.dtype).removeprefix("torch.")
             yield Mismatch(name, f"{shape} of {tensor.dtype}", f"{shape} of {name_of_dtype}")
+
+
+def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Mismatch]:
+    """Floats of 8 bits that transformers takes as they are: without a scale or, in older versions, in any shape."""
+    for name, tensor in checkpoint.tensors.items():
+        stem = name.removesuffix("weight")
+        scales = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}weight_scale")
+        if tensor.dtype.startswith("F8_E4") and not any(scale in checkpoint.tensors for scale in scales):
+            yield Mismatch(name, "", "", f"is of {tensor.dtype}, and its scale is missing")
+        if tensor.dtype.startswith("F8_E4") and shapes.get(name, tensor.shape) != tensor.shape:
+            yield Mismatch(name, _shown(tensor.shape), _shown(shapes[name]))
 
 
 def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:

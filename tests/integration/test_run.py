@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -519,3 +520,21 @@ def test_a_run_on_the_cpu_says_nothing_of_cards(llama):
     done = run_command("--no-generate", "--format", "json")
     assert json.loads(done.stdout)["diagnostics"] == []
     assert "real cards" not in run_command("--no-generate").stderr
+
+
+def test_names_that_cannot_be_compared_are_said_to_be_unchecked(workspace):
+    """Without the quantizer's package transformers does not know them."""
+    config = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (workspace / "packed").mkdir()
+    (workspace / "packed" / "config.json").write_text(json.dumps(config))
+    save_file({"anything": torch.zeros(3)}, workspace / "packed" / "model.safetensors")
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: packed}\nhardware: {devices: {cuda:0: {memory: 1GiB}}}\n"
+    )
+    done = invoke(compile_command, ["profile.yaml"])
+    assert (done.return_value, "warning[unchecked-checkpoint]" in done.stderr) == (0, True)
+    deployment = prepare(Path("profile.yaml"), variables={})
+    disk = replace(deployment.plan.assignments[0], stored_on="disk")
+    read_from_disk = replace(deployment, plan=replace(deployment.plan, assignments=(disk,)))
+    # What is loaded whole is in transformers' own report; what stays on disk is in none.
+    assert (deployment.unchecked, "optimum" in (read_from_disk.unchecked or "")) == (None, True)
