@@ -37,12 +37,17 @@ class Executor:
 
     def residence(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId) -> DeviceId:
         """Where a tensor occupies memory while nothing runs: accelerate leaves some buffers where they are needed."""
-        is_left = _is_streamed(stored_on, executes_on) and not self._is_offloaded_with_its_module(tensor)
-        return executes_on if is_left else stored_on
+        is_left = self.streams(stored_on, executes_on) and not self._is_offloaded_with_its_module(tensor)
+        return executes_on if is_left or _is_moved_for_good(stored_on, executes_on) else stored_on
+
+    def streams(self, stored_on: DeviceId, executes_on: DeviceId) -> bool:
+        """Whether what is stored here is copied to where it runs at every forward."""
+        is_elsewhere = stored_on != executes_on and not _is_moved_for_good(stored_on, executes_on)
+        return stored_on == "disk" or is_elsewhere
 
     def is_copied_in(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId) -> bool:
         """Whether a tensor is copied to where its module runs at every forward."""
-        return _is_streamed(stored_on, executes_on) and self._is_offloaded_with_its_module(tensor)
+        return self.streams(stored_on, executes_on) and self._is_offloaded_with_its_module(tensor)
 
     def is_offloaded(self, stored_on: DeviceId, executes_on: DeviceId, main_device: DeviceId) -> bool:
         """Whether the map that loads it says `cpu` or `disk`; of what computes on the CPU beside cards it does not."""
@@ -64,8 +69,9 @@ OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""
 
 
-def _is_streamed(stored_on: DeviceId, executes_on: DeviceId) -> bool:
-    return stored_on == "disk" or stored_on != executes_on
+def _is_moved_for_good(stored_on: DeviceId, executes_on: DeviceId) -> bool:
+    """Whether accelerate puts what a map has on the CPU where it runs, and leaves it there: beside Apple's GPU."""
+    return stored_on == "cpu" and executes_on == "mps"
 
 
 def _by_index(device: DeviceId) -> tuple[str, int]:

@@ -388,7 +388,8 @@ class _Statement:
         if not self._accelerators and "cpu" not in forbidden and "cpu" in capacities:
             yield "cpu", ("resident",)
         for store in ("cpu", "disk"):
-            if store in capacities and store not in forbidden and store != self._main_device:
+            is_offered = store in capacities and store not in forbidden and store != self._main_device
+            if is_offered and self._executor.streams(store, self._main_device):
                 yield self._main_device, ("streamed", store)
         computes_on_cpu = self._accelerators and "cpu" in capacities and "cpu" in self._computes
         if computes_on_cpu and "cpu" not in forbidden and self._graph.measurement is not None:

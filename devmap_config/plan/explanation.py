@@ -54,7 +54,8 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
         if is_accelerator(device):
             places.append((device, device))
         else:
-            places.append((device, plan.main_device))
+            if device == plan.main_device or plan.executor.streams(device, plan.main_device):
+                places.append((device, plan.main_device))
             if device == "cpu" and is_accelerator(plan.main_device):
                 places.append(("cpu", "cpu"))
     found = []

@@ -129,7 +129,7 @@ def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
     """Every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is not."""
     wrong: dict[str, Misrun] = {}
     for each in plan.assignments:
-        is_streamed = each.stored_on != each.executes_on
+        is_streamed = plan.executor.streams(each.stored_on, each.executes_on)
         for name in each.tensors:
             module = name.rpartition(".")[0]
             if (found := running_place(model, name)) is None:

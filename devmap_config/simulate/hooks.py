@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import SimulatedDevices
 
@@ -64,7 +63,7 @@ def dispatched(
         yield
         return
     main_device = devices.torch_device(plan.main_device)
-    streamed = {each.unit: _is_streamed(each.stored_on, each.executes_on) for each in plan.assignments}
+    streamed = {each.unit: plan.executor.streams(each.stored_on, each.executes_on) for each in plan.assignments}
     execution_device: dict[str, torch.device] = {
         each.unit: devices.torch_device(each.executes_on) for each in plan.assignments
     }
@@ -91,10 +90,6 @@ def dispatched(
         finally:
             placing.is_over = True
             hooks.remove_hook_from_submodules(model)
-
-
-def _is_streamed(stored_on: DeviceId, executes_on: DeviceId) -> bool:
-    return stored_on == "disk" or stored_on != executes_on
 
 
 class _Placing:

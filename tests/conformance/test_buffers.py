@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import big_modeling, dispatch_model
 
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.placement.assignment import Assignment
@@ -76,6 +76,20 @@ def test_tensors_are_where_accelerate_leaves_them(offload_buffers, tmp_path):
         assert layer.seen[name] == "cpu"
         is_elsewhere = store != "kept" and (name == "weight" or (offload_buffers and name != "table"))
         assert (getattr(layer, name).device.type == "meta") == is_elsewhere  # and let go again
+
+
+@pytest.mark.parametrize("card", ["mps", 0])
+def test_what_is_streamed_is_what_accelerate_offloads(card, monkeypatch):
+    """Beside Apple's GPU accelerate offloads nothing to the CPU: it puts all of it where it runs."""
+    told = {}
+    monkeypatch.setattr(big_modeling, "attach_align_device_hook_on_blocks", lambda _, **options: told.update(options))
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("first", "second")})
+    dispatch_model(model, {"first": card, "second": "cpu"}, main_device=card)
+    executor, runs_on = Executor(), {"mps": "mps", 0: "cuda:0"}[card]
+    weight = Tensor(TensorName("second.weight"), (2, 2), "float32", 16, 16)
+    assert told["execution_device"]["second"] == card
+    assert told["offload"] == {"first": False, "second": executor.streams("cpu", runs_on)}
+    assert executor.residence(weight, "cpu", runs_on) == ("cpu" if told["offload"]["second"] else runs_on)
 
 
 class Packed(torch.nn.Module):

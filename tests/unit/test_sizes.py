@@ -144,6 +144,22 @@ placement: {pins: [{match: model.layers.0, device: cpu}], offload: {buffers: fal
     assert compiled(text).plan.executor.offload_buffers
 
 
+@pytest.mark.parametrize("strategy", ["sequential", "fastest"])
+def test_beside_apples_gpu_the_cpu_spares_nothing(workspace, strategy):
+    text = f"""\
+version: 1
+model: {{source: llama}}
+hardware: {{devices: {{mps: {{memory: MEMORY, bandwidth: 1TB/s}}, cpu: {{memory: 1GiB}}}}, links: {{host: 25GB/s}}}}
+placement: {{strategy: {strategy}, pins: [{{match: "model.layers.0", device: cpu}}]}}
+"""
+    plan = compiled(text.replace("MEMORY", "1GiB")).plan
+    held = {use.id: use.weights_bytes for use in plan.devices}
+    assert held["cpu"] == 0
+    assert plan.prediction.streamed_bytes_per_token == 0
+    (finding,) = errors(compiled(text.replace("MEMORY", f"{held['mps'] - 1}")))
+    assert finding.code == "over-capacity"
+
+
 CARD = "{memory: 300KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
 SMALL = f"""\
 version: 1
