@@ -10,7 +10,7 @@ from devmap_config.graph.estimation import estimate
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
 from devmap_config.graph.quantization import METHODS, Storage, quantized, stored_tensors
-from devmap_config.graph.remote_code import class_reference, code_files, fails_without, listed
+from devmap_config.graph.remote_code import class_reference, code_files, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import (
@@ -148,6 +148,8 @@ def config_and_class(
             from transformers import AutoConfig, PreTrainedConfig
 
             stated, _ = PreTrainedConfig.get_config_dict(str(config_path))
+            if not trust_remote_code:
+                _refuse_kernel(stated)
             reference = class_reference(stated, class_name) if trust_remote_code else None
             with_code = reference is not None or (
                 trust_remote_code and bool(code_files(stated)) and not _is_own(class_name)
@@ -165,13 +167,19 @@ def config_and_class(
         raise _unbuildable(error, stated, class_name, trust_remote_code) from error
 
 
+def _refuse_kernel(stated: dict[str, Any]) -> None:
+    """Raise where the config has code of the hub fetched, which transformers does not ask about."""
+    if hub_kernel(stated) is not None:
+        raise UntrustedCodeError(not_run(stated))
+
+
 def _unbuildable(
     error: Exception, stated: dict[str, Any], class_name: str, trust_remote_code: bool
 ) -> UnbuildableModelError:
     """What is told of an error that came of a config and its class."""
     has_none = isinstance(error, UnbuildableModelError) and class_reference(stated, class_name) is not None
     if not trust_remote_code and (has_none or fails_without(stated, class_name, error)):
-        return UntrustedCodeError(f"the model brings code of its own, which was not run: {listed(code_files(stated))}")
+        return UntrustedCodeError(not_run(stated))
     if isinstance(error, LibraryChangedError):
         raise error
     is_told = isinstance(error, UnbuildableModelError)

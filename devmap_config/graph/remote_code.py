@@ -20,6 +20,16 @@ def code_files(config: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(_file, _references(config))))
 
 
+def hub_kernel(config: Mapping[str, object]) -> str | None:
+    """The repository of the hub whose code the config, or that of a model within, has attention computed by."""
+    for key, value in config.items():
+        if key in ("attn_implementation", "_attn_implementation") and isinstance(value, str) and "/" in value:
+            return value
+        if isinstance(value, Mapping) and (found := hub_kernel(value)) is not None:
+            return found
+    return None
+
+
 def class_reference(config: Mapping[str, object], class_name: str) -> str | None:
     """Which of its code the config gives for a class: by an Auto class's name, or by the class's own."""
     auto_map = config.get("auto_map")
@@ -42,6 +52,8 @@ def fails_without(config: Mapping[str, object], class_name: str, error: Exceptio
     """Whether it was for want of the code that the config names that transformers could not make the model."""
     import transformers
 
+    if hub_kernel(config) is not None:
+        return True
     if not code_files(config):
         return False
     is_known = str(config.get("model_type")) in transformers.CONFIG_MAPPING and hasattr(transformers, class_name)
@@ -51,6 +63,13 @@ def fails_without(config: Mapping[str, object], class_name: str, error: Exceptio
 def listed(files: tuple[str, ...]) -> str:
     """Files as a message names them."""
     return ", ".join(f"`{file}`" for file in files)
+
+
+def not_run(config: Mapping[str, object]) -> str:
+    """What is said of the code that a config names where it was not allowed to run."""
+    if (kernel := hub_kernel(config)) is not None:
+        return f"the model's config has attention computed by code of the hub, which was not run: `{kernel}`"
+    return f"the model brings code of its own, which was not run: {listed(code_files(config))}"
 
 
 def _references(config: Mapping[str, object]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.quantization import torchao_type
-from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, fails_without, listed
+from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
@@ -133,6 +133,8 @@ def _computing_on_cpu(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
+    if not request.trust_remote_code and hub_kernel(request.config) is not None:
+        raise RunnerError("remote-code", not_run(request.config), READ_IT_FIRST)
     try:
         model_class, arguments = _model_class(request), {**arguments, **_own_config(request)}
         if request.quantization:
@@ -143,10 +145,7 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
     except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
         reason = f"{type(error).__name__}: {first_line(error)}"
         if not request.trust_remote_code and fails_without(request.config, request.class_name, error):
-            files = listed(code_files(request.config))
-            raise RunnerError(
-                "remote-code", f"the model brings code of its own, which was not run: {files}", READ_IT_FIRST
-            ) from error
+            raise RunnerError("remote-code", not_run(request.config), READ_IT_FIRST) from error
         raise RunnerError(
             "load-failed",
             f"transformers cannot load it here: {reason}",

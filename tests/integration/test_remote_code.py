@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from conftest import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import hub_kernels
 
 from devmap_config import load_model
 from devmap_config.cli import devmap
@@ -185,6 +186,19 @@ def test_what_would_have_run_is_named(marker):
     [finding] = json.loads(done.stdout)["diagnostics"]
     assert (done.return_value, finding["code"], finding["line"]) == (1, "remote-code", 2)
     assert "`code_of_model.py`" in finding["message"]
+
+
+def test_attention_that_the_config_takes_from_the_hub_is_refused(marker, monkeypatch):
+    """It would be fetched and imported wherever the package `kernels` is installed."""
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *arguments, **options: marker.touch())
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    Path("known/config.json").write_text(json.dumps({**KNOWN, "attn_implementation": "stranger/kernel"}))
+    done = command("compile", "known.yaml")
+    assert (done.return_value, marker.exists()) == (1, False)
+    assert "error[remote-code]" in done.stderr
+    assert "`stranger/kernel`" in done.stderr
+    command("compile", "known.yaml", "--trust-remote-code")
+    assert marker.exists()
 
 
 def test_a_tokenizer_that_is_code_gives_tokens_and_a_warning(marker):
