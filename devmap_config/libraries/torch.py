@@ -27,9 +27,25 @@ FAKE_TENSOR_DEVICE = Private(
 )
 
 
-def tensors_without_data() -> Any:
-    """Return a context within which tensors have shapes and no data, also those that a model already holds."""
-    return FAKE_TENSOR_MODE.find()(allow_non_fake_inputs=True)
+@contextmanager
+def tensors_without_data() -> Iterator[None]:
+    """Let tensors have shapes and no data within, also those that a model already holds.
+
+    One that is copied with all that holds it, as looped models copy the layers of their cache, is a new one: torch
+    would copy the data that there is not, and the process ends in that.
+    """
+    with (
+        FAKE_TENSOR_MODE.find()(allow_non_fake_inputs=True),
+        patch.object(FAKE_TENSOR.find(), "__deepcopy__", _deep_copy),
+    ):
+        yield
+
+
+def _deep_copy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    copied: torch.Tensor = memo.get(id(tensor), tensor)
+    if copied is tensor:
+        copied = memo[id(tensor)] = tensor.detach().clone()
+    return copied
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from broken_maps import SHARED_CACHE, SHARING_CODE
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
 
@@ -18,6 +20,7 @@ from devmap_config.graph.forwards import CACHE_NAMES, cache_tensors
 from devmap_config.graph.introspection import build_graph, build_meta_model, graph_of
 from devmap_config.graph.measurement import measure
 from devmap_config.graph.repetition import kinds_of
+from devmap_config.libraries.torch import tensors_without_data
 
 SMALL = {
     "hidden_size": 128,
@@ -72,6 +75,14 @@ MODELS = {
     "hybrid": ("Zamba2ForCausalLM", "Zamba2Config", HYBRID),
 }
 """Kinds of models, small enough to be run for real."""
+
+if hasattr(transformers, "DoryConfig"):  # newer than the oldest version that is tried
+    LOOPED = {**GROUPED, "head_dim": 32, "num_hidden_layers": 6, "sliding_window": 64}
+    MODELS["looped"] = (
+        "DoryForCausalLM",
+        "DoryConfig",
+        {**LOOPED, "n_input_layers": 1, "n_output_layers": 1},
+    )
 
 LENGTH = 200
 
@@ -416,8 +427,20 @@ def test_a_measurement_gives_itself_back():
     assert Measurement.from_json(measurement.to_json()) == measurement
 
 
+def test_what_is_copied_with_what_holds_it_is_another_tensor():
+    with tensors_without_data():
+        keys = torch.ones(3, 4)
+        copied = copy.deepcopy({"keys": keys, "again": keys})
+        assert copied["keys"] is not keys
+        assert copied["again"] is copied["keys"]
+        assert (copied["keys"].shape, copied["keys"].dtype) == (keys.shape, keys.dtype)
+        assert copied["keys"].untyped_storage()._cdata != keys.untyped_storage()._cdata
+
+
 def test_nothing_of_it_stays_behind():
+    own = set(vars(FakeTensor))
     measured("dense")
+    assert set(vars(FakeTensor)) == own
     assert torch.empty(1).device.type == "cpu"
     model, inputs = really_run("dense")
     with torch.no_grad():
