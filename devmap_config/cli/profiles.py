@@ -1,20 +1,42 @@
-"""Finds the profiles that arguments name: files, folders, and wildcards that no shell has expanded."""
+"""Finds the profiles that arguments name: files, folders, and wildcards that no shell has expanded.
+
+Of the YAML files in a folder, one looks like a profile where
+- it has a `model`, `workload` or `placement`, or `hardware` and a `version`, and at least half of its keys are a
+  profile's; or where all of its keys are, misspelt ones included, and mean such;
+- it `extends` YAML files, and has a `version` or builds on what looks like a profile;
+- a lock lies beside it.
+What others extend is none by itself, unless it has a lock; nor is a file that holds `hardware` alone. One that is no
+YAML is judged by the keys that can be made out in it.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Mapping
 
     from devmap_config.profile.document import MappingNode
 
 SUFFIXES = (".yaml", ".yml", ".yaml.j2", ".yml.j2")
 
-TOP_LEVEL_KEY = re.compile(r"""^["']?(version|model|extends)["']?\s*:""", re.MULTILINE)
+SECTIONS = frozenset({"model", "workload", "placement"})
+"""Keys that only profiles have; `hardware` stands in a file of its own as well, and the others in many formats."""
+
+KEY = re.compile(r"""^["']?([A-Za-z][\w-]*)["']?\s*:""", re.MULTILINE)
+"""A key at the beginning of a line, for a text that is no YAML."""
+
+KEY_IN_BRACES = re.compile(r"""[{,]\s*["']?([A-Za-z][\w-]*)["']?\s*:""")
+"""The same where all is in braces: how deep it lies cannot be told then."""
+
+SIMILARITY = 0.75
+"""How alike a misspelt key is to what was meant: `modle`, `verison`, `hardwear`."""
 
 
 def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
@@ -36,45 +58,118 @@ def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def _profiles_below(folder: Path) -> tuple[Path, ...]:
-    """The profiles in a folder and those below it, hidden ones left out.
-
-    A YAML file is one where it has a `version` and a model, or extends what has one. What only others extend is none,
-    unless it has a lock.
-    """
-    candidates = sorted(
+    """The profiles in a folder and those below it, hidden ones left out."""
+    files = sorted(
         path
         for path in folder.rglob("*")
         if path.name.endswith(SUFFIXES)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        and (path.is_file() or path.is_symlink())
     )
-    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in candidates}
-    bases = {base for path, text in texts.items() for base in _bases(path, text)}
-    return tuple(
-        path for path, text in texts.items() if _is_profile(text) and (path.resolve() not in bases or _has_lock(path))
+    sketches = {path.resolve(): sketch for path in files if (sketch := _sketch_of(path)) is not None}
+    locked = {path.resolve() for path in files if _has_lock(path)}
+    profiles = {path for path, sketch in sketches.items() if _looks_like_profile(sketch, sketches)} | locked
+    extended = {base for path in profiles if path in sketches for base in sketches[path].bases}
+    kept = {path for path in profiles if path not in extended or path in locked}
+    # Of those that extend each other in a circle, none is left out for being extended.
+    kept |= profiles - _built_on(kept, sketches)
+    return tuple(path for path in files if path.resolve() in kept)
+
+
+def _built_on(paths: Iterable[Path], sketches: Mapping[Path, _Sketch]) -> set[Path]:
+    """Return these files and all that they extend."""
+    reached: set[Path] = set()
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop()
+        if path not in reached:
+            reached.add(path)
+            waiting += sketches[path].bases if path in sketches else ()
+    return reached
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """What can be made out of a YAML file: its keys, which of them hold mappings, and what it extends.
+
+    `is_yaml` is false where it cannot be parsed; its keys are then those at the beginnings of lines.
+    """
+
+    keys: tuple[str, ...]
+    mappings: frozenset[str] = frozenset()
+    bases: tuple[Path, ...] = ()
+    is_yaml: bool = True
+
+    @cached_property
+    def meanings(self) -> dict[str, str]:
+        """What each key means that is a profile's, or nearly one."""
+        from devmap_config.profile.schema import Profile
+
+        known = list(Profile.model_fields)
+        meant = {key: difflib.get_close_matches(key, known, n=1, cutoff=SIMILARITY) for key in self.keys}
+        found = {key: key if key in known else close[0] for key, close in meant.items() if key in known or close}
+        return found | {key: "x-" for key in self.keys if key.startswith("x-")}
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """The keys that are spelt as a profile's are."""
+        return frozenset(key for key, meant in self.meanings.items() if key == meant)
+
+    @property
+    def holds_sections(self) -> bool:
+        """Whether the file itself has what only a profile has."""
+        meanings = self.meanings
+        if not self.is_yaml:
+            return bool(self.exact & {*SECTIONS, "hardware"}) or {"version", "extends"} <= self.exact
+        has_version = "version" in meanings.values()
+        if 2 * len(meanings) >= len(self.keys) and _are_sections(self.exact, has_version):
+            return True
+        # A misspelt section alone says little: many a file has `models`.
+        meant = {meanings[key] for key in meanings if key in self.exact or key in self.mappings}
+        return len(meanings) == len(self.keys) and _are_sections(meant, has_version)
+
+
+def _are_sections(keys: Iterable[str], has_version: bool) -> bool:
+    found = set(keys)
+    return bool(found & SECTIONS) or ("hardware" in found and has_version)
+
+
+def _looks_like_profile(sketch: _Sketch, sketches: Mapping[Path, _Sketch]) -> bool:
+    if sketch.holds_sections:
+        return True
+    if not sketch.bases:
+        return False
+    below = _built_on(sketch.bases, sketches)
+    # What it extends and cannot be found in the folder may hold the rest, or is missing: both are for `check` to say.
+    return "version" in sketch.meanings.values() or any(
+        path not in sketches or sketches[path].holds_sections for path in below
     )
 
 
-def _is_profile(text: str) -> bool:
-    """Judged by its keys, so that a profile with a mistake in it is not overlooked."""
-    keys = set(TOP_LEVEL_KEY.findall(text))
-    return "version" in keys and len(keys) > 1
+def _sketch_of(path: Path) -> _Sketch | None:
+    """Return what can be made out of a file, or `None` where it cannot be read."""
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.profile.document import MAX_CHARACTERS, MappingNode, parse_document
+    from devmap_config.profile.inheritance import base_files
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    document: MappingNode | None = parse_document(text, str(path), Sink())
+    if document is None:
+        pattern = KEY_IN_BRACES if text.lstrip("\ufeff \n-").startswith("{") else KEY
+        return _Sketch(tuple(dict.fromkeys(pattern.findall(text))), is_yaml=False)
+    bases = (base.text for base in base_files(document))
+    return _Sketch(
+        keys=tuple(entry.key.text for entry in document.entries),
+        mappings=frozenset(entry.key.text for entry in document.entries if isinstance(entry.value, MappingNode)),
+        bases=tuple((path.parent / base).resolve() for base in bases if base.endswith(SUFFIXES)),
+    )
 
 
 def _has_lock(path: Path) -> bool:
     from devmap_config.plan.lock import lock_path
 
     return lock_path(path).is_file()
-
-
-def _bases(path: Path, text: str) -> Iterator[Path]:
-    """The files that a profile extends, as far as it can be read."""
-    if "extends" not in text:
-        return
-    from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.profile.document import parse_document
-    from devmap_config.profile.inheritance import base_files
-
-    document: MappingNode | None = parse_document(text, str(path), Sink())
-    for base in base_files(document) if document is not None else ():
-        yield (path.parent / base.text).resolve()
