@@ -28,7 +28,7 @@ from devmap_config.plan.comparison import best_of
 from devmap_config.plan.drift import Asked, Drift, Held, disproofs, held
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.keeping import kept
-from devmap_config.plan.lock import lock_beside
+from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import review
@@ -144,7 +144,11 @@ def compile_profile(
     texts = {name: str(value) for name, value in (variables or {}).items()}
     compilation = run_pipeline(
         Request.for_profile(
-            Path(path), variables=texts, simulates=True, checks_checkpoint=True, allow_unmeasured=allow_unmeasured
+            profile_of(Path(path)),
+            variables=texts,
+            simulates=True,
+            checks_checkpoint=True,
+            allow_unmeasured=allow_unmeasured,
         )
     )
     if compilation.plan is None:

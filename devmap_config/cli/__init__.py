@@ -23,6 +23,7 @@ from devmap_config.cli.schema import schema
 from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
 from devmap_config.cli.update import update
+from devmap_config.diagnostics.diagnostic import DevmapError
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
@@ -73,6 +74,8 @@ def _run(command: click.Command, name: str) -> None:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
         code = EXIT_INTERRUPTED
+    except DevmapError as error:
+        code = _report(error)
     except click.ClickException as error:
         error.show()
         _print_failure("usage", error.format_message())
@@ -90,11 +93,25 @@ def _run(command: click.Command, name: str) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _report(error: DevmapError) -> int:
+    """Print what a command could not begin with, in the format that was asked for; give the exit code."""
+    from devmap_config.cli.reporting import report
+
+    report(error.diagnostics, {}, _output_format(), data={"plan": None})
+    return EXIT_USAGE
+
+
+def _output_format() -> str:
+    """The value of `--format`, as far as it was read."""
+    arguments = sys.argv[1:]
+    given = [name.partition("=")[2] for name in arguments if name.startswith("--format=")]
+    given += [after for before, after in itertools.pairwise(arguments) if before == "--format"]
+    return given[-1] if given else "table"
+
+
 def _print_failure(code: str, message: str) -> None:
     """The one object that `--format json` promises, where a command came to none."""
-    arguments = sys.argv[1:]
-    wants_json = "--format=json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
-    if not wants_json:
+    if _output_format() != "json":
         return
     import json
 

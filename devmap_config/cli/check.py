@@ -62,15 +62,12 @@ def check(
     of `fastest` is taken as it was compiled, unless `--prove` is given.
     """
     from devmap_config.cli.checking import CheckRequest, check_all
-    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.profiles import profiles_named
     from devmap_config.cli.reporting import report
 
     named = profiles_named(profiles)
     if not named:
         raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
-    if not any(profile.is_file() for profile in named):
-        return report_missing(named[0], output_format)
     request = CheckRequest(
         variables=variables,
         allow_outside=allow_outside,

@@ -80,15 +80,16 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
 
 def check_one(profile: Path, request: CheckRequest) -> Checked:
     """One profile checked against its lock."""
-    from devmap_config.cli.compile import missing_profile
     from devmap_config.compiler import Request, compile_locked, prove
-    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError
     from devmap_config.plan.drift import remedy
-    from devmap_config.plan.lock import LockError, lock_at, lock_path
+    from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of
     from devmap_config.profile.document import whole_file
 
-    if not profile.is_file():
-        return Checked(profile=profile, state="absent", diagnostics=(missing_profile(profile),), texts={})
+    try:
+        profile = profile_of(profile)
+    except ProfileError as error:
+        return Checked(profile=profile, state="absent", diagnostics=error.diagnostics, texts={})
     path = lock_path(profile)
     lock, problem = None, None
     try:

@@ -19,7 +19,6 @@ from devmap_config.cli.options import (
 
 if TYPE_CHECKING:
     from devmap_config.compiler import Compilation
-    from devmap_config.diagnostics.diagnostic import Diagnostic
 
 
 @click.command("compile", context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,8 +56,6 @@ def compile_command(
     from devmap_config.compiler import Request, run_pipeline
     from devmap_config.plan.lock import lock_path
 
-    if not profile.is_file():
-        return report_missing(profile, output_format)
     target = output or lock_path(profile)
     earlier, problem = existing_lock(target)
     if problem is not None and not dry_run:
@@ -104,22 +101,6 @@ def compile_command(
             kept = f", with {again} as before" if again else ""
             click.echo(f"wrote {' and '.join(map(str, written))}{kept}", err=True)
     return 0
-
-
-def report_missing(profile: Path, output_format: str) -> int:
-    """Say that there is no such profile; gives the exit code."""
-    from devmap_config.cli.reporting import report
-
-    report([missing_profile(profile)], {}, output_format, data={"plan": None})
-    return 2
-
-
-def missing_profile(profile: Path) -> Diagnostic:
-    """The finding that there is no such profile."""
-    from devmap_config.diagnostics.diagnostic import Diagnostic
-
-    problem = "is a folder" if profile.is_dir() else "does not exist"
-    return Diagnostic(code="missing-file", severity="error", message=f"`{profile}` {problem}", help="name a profile")
 
 
 def print_plan(compilation: Compilation) -> None:

@@ -40,11 +40,12 @@ def explain(
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
     from devmap_config.diagnostics.pages import codes
 
-    if Path(subject).is_file():
+    if Path(subject).is_file() or subject.endswith(".lock.json"):
         from devmap_config.compiler import Request
+        from devmap_config.plan.lock import profile_of
 
         request = Request.for_profile(
-            Path(subject),
+            profile_of(Path(subject)),
             variables=variables,
             allow_outside=allow_outside,
             trust_remote_code=trust_remote_code,

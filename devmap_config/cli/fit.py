@@ -76,12 +76,9 @@ def fit(
     The profile's hardware and `max_memory` are left aside, its pins are not. Its strategy is asked if it is one of
     fastest, longest-context and fewest-devices; else fastest.
     """
-    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import print_json
     from devmap_config.compiler import Request, run_pipeline
 
-    if not profile.is_file():
-        return report_missing(profile, output_format)
     rows = []
     for name in (each.strip() for text in machines for each in text.split(",")):
         request = Request.for_profile(

@@ -14,8 +14,15 @@ PROFILE = click.Path(path_type=Path)
 
 
 def profile_argument(command: Command) -> Command:
-    """PROFILE."""
-    return click.argument("profile", type=PROFILE)(command)
+    """PROFILE; its lock may be named instead."""
+    return click.argument("profile", type=PROFILE, callback=_profile)(command)
+
+
+def _profile(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    del context, parameter
+    from devmap_config.plan.lock import profile_of
+
+    return profile_of(path)
 
 
 def format_option(*formats: str) -> Callable[[Command], Command]:

@@ -19,12 +19,13 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devmap_config.diagnostics.diagnostic import ProfileError
+from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, lock_path, profile_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.profile.document import MappingNode
-
-SUFFIXES = (".yaml", ".yml", ".yaml.j2", ".yml.j2")
 
 SECTIONS = frozenset({"model", "workload", "placement"})
 """Keys that only profiles have; `hardware` stands in a file of its own as well, and the others in many formats."""
@@ -50,11 +51,19 @@ def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
             found |= dict.fromkeys(_profiles_below(argument))
         elif not argument.exists() and has_magic(str(argument)):
             matched = [Path(name) for name in sorted(glob(str(argument), recursive=True))]  # noqa: PTH207  absolute ones too
-            named = [path for path in matched if path.is_file() and path.name.endswith(SUFFIXES)]
+            named = [path for path in matched if path.is_file() and path.name.endswith(PROFILE_SUFFIXES)]
             found |= dict.fromkeys(named or [argument])
         else:
-            found[argument] = None
+            found[_of_lock(argument)] = None
     return tuple(found)
+
+
+def _of_lock(path: Path) -> Path:
+    """The profile of a lock, where it is one that is named; what has no profile stays, so that it is reported."""
+    try:
+        return profile_of(path) if path.name.endswith(LOCK_SUFFIX) else path
+    except ProfileError:
+        return path
 
 
 def _profiles_below(folder: Path) -> tuple[Path, ...]:
@@ -62,7 +71,7 @@ def _profiles_below(folder: Path) -> tuple[Path, ...]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.name.endswith(SUFFIXES)
+        if path.name.endswith(PROFILE_SUFFIXES)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and (path.is_file() or path.is_symlink())
     )
@@ -165,11 +174,9 @@ def _sketch_of(path: Path) -> _Sketch | None:
     return _Sketch(
         keys=tuple(entry.key.text for entry in document.entries),
         mappings=frozenset(entry.key.text for entry in document.entries if isinstance(entry.value, MappingNode)),
-        bases=tuple((path.parent / base).resolve() for base in bases if base.endswith(SUFFIXES)),
+        bases=tuple((path.parent / base).resolve() for base in bases if base.endswith(PROFILE_SUFFIXES)),
     )
 
 
 def _has_lock(path: Path) -> bool:
-    from devmap_config.plan.lock import lock_path
-
     return lock_path(path).is_file()

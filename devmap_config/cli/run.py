@@ -68,15 +68,12 @@ def run(
     allow_unmeasured: bool,
 ) -> int:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
-    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import ProfileError, Sink
     from devmap_config.runner.loading import RunnerError, UnfitMachineError, show_progress
     from devmap_config.runner.overheard import passing_on
     from devmap_config.runner.runner import load_verified, prepare, require_fit_machine
 
-    if not profile.is_file():
-        return report_missing(profile, output_format)
     if not prompt.strip():
         raise click.UsageError("the prompt is empty")
     sink = Sink()

@@ -44,14 +44,11 @@ def simulate(
     """Run the plan of PROFILE on simulated accelerators: what each device holds, and what goes from one to another."""
     from rich.console import Console
 
-    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.reporting import report
     from devmap_config.cli.simulation_view import simulation_lines
     from devmap_config.compiler import Request, run_pipeline
     from devmap_config.simulate.memory import can_simulate, simulation_of
 
-    if not profile.is_file():
-        return report_missing(profile, output_format)
     compilation = run_pipeline(
         Request.for_profile(
             profile,

@@ -130,8 +130,11 @@ def graph_of_source(
     from devmap_config.graph.quantization import QuantizationError, effective_quantization
     from devmap_config.graph.remote_code import READ_IT_FIRST
     from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
+    from devmap_config.plan.lock import profile_of
 
     path = Path(source)
+    if path.name.endswith(".lock.json"):
+        path = profile_of(path)
     if path.is_file() and path.name.endswith((".yaml", ".yml", ".j2")):
         return _graph_of_profile(path, trust_remote_code, output_format, context_length)
     workload = None

@@ -47,7 +47,6 @@ def update(
 
     Nothing else moves a revision: `compile` and `check` stay at the commit that the lock holds.
     """
-    from devmap_config.cli.compile import report_missing
     from devmap_config.cli.diff import table_lines
     from devmap_config.cli.locking import existing_lock, require_replaceable, write_results
     from devmap_config.cli.reporting import report
@@ -56,8 +55,6 @@ def update(
     from devmap_config.plan.diff import difference
     from devmap_config.plan.lock import lock_path
 
-    if not profile.is_file():
-        return report_missing(profile, output_format)
     target = lock_path(profile)
     earlier, problem = existing_lock(target)
     if problem is not None and not dry_run:

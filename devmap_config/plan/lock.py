@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import Resolved
 from devmap_config.graph.vendoring import beside
@@ -110,9 +111,42 @@ class Lock:
         return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+LOCK_SUFFIX = ".lock.json"
+
+PROFILE_SUFFIXES = (".yaml", ".yml", ".yaml.j2", ".yml.j2")
+
+
 def lock_path(profile: Path) -> Path:
     """`x.lock.json` beside `x.yaml` or `x.yaml.j2`."""
-    return beside(profile, ".lock.json")
+    return beside(profile, LOCK_SUFFIX)
+
+
+def profile_of(path: Path) -> Path:
+    """Return the profile that a path names: the file itself, or of a lock the profile that it lies beside.
+
+    Raises:
+        ProfileError: where there is none (`missing-file`), or several that the lock may be of.
+    """
+    if path.name.endswith(LOCK_SUFFIX):
+        name = path.name.removesuffix(LOCK_SUFFIX)
+        beside_it = [candidate for suffix in PROFILE_SUFFIXES if (candidate := path.with_name(name + suffix)).is_file()]
+        if len(beside_it) == 1:
+            return beside_it[0]
+        found = " and ".join(f"`{each.name}`" for each in beside_it) or f"no `{name}.yaml`"
+        raise _missing(f"`{path}` is a lock, and beside it is {found}", "name the profile")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise _missing(f"`{path}` is a folder", "name a profile in it; `devmap check` takes folders as well")
+    names = [each.name for each in path.parent.glob("*") if each.name.endswith(PROFILE_SUFFIXES)]
+    close = difflib.get_close_matches(path.name, sorted(names), n=1)
+    raise _missing(
+        f"`{path}` does not exist", f"did you mean `{path.with_name(close[0])}`?" if close else "name a profile"
+    )
+
+
+def _missing(message: str, help: str) -> ProfileError:
+    return ProfileError((Diagnostic(code="missing-file", severity="error", message=message, help=help),))
 
 
 def lock_of(
