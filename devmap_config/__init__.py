@@ -1,4 +1,8 @@
-"""devmap-config: a compiler for model placement. Importing it imports neither torch nor transformers."""
+"""devmap-config: a compiler for model placement. Importing it imports neither torch nor transformers.
+
+`compile_profile` makes the plan of a profile, `load_model` the model itself, by its lock. All that they raise is a
+`DevmapError`, whose `diagnostics` say what is wrong, where, and what to do next.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,50 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from devmap_config.compiler import compile_profile
-    from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError
-    from devmap_config.plan.plan import NotADeviceMapError, Plan
+    from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError, Related, Span
+    from devmap_config.plan.lock import LockError
+    from devmap_config.plan.plan import DeviceUse, NotADeviceMapError, Plan, Prediction
+    from devmap_config.runner.arguments import ArgumentError
+    from devmap_config.runner.loading import RunnerError, UnfitMachineError
     from devmap_config.runner.runner import load_model
 
+_DIAGNOSTICS = "devmap_config.diagnostics.diagnostic"
+
 _HOMES = {
-    "Diagnostic": "devmap_config.diagnostics.diagnostic",
+    "ArgumentError": "devmap_config.runner.arguments",
+    "DeviceUse": "devmap_config.plan.plan",
+    "DevmapError": _DIAGNOSTICS,
+    "Diagnostic": _DIAGNOSTICS,
+    "LockError": "devmap_config.plan.lock",
     "NotADeviceMapError": "devmap_config.plan.plan",
     "Plan": "devmap_config.plan.plan",
-    "ProfileError": "devmap_config.diagnostics.diagnostic",
+    "Prediction": "devmap_config.plan.plan",
+    "ProfileError": _DIAGNOSTICS,
+    "Related": _DIAGNOSTICS,
+    "RunnerError": "devmap_config.runner.loading",
+    "Span": _DIAGNOSTICS,
+    "UnfitMachineError": "devmap_config.runner.loading",
     "compile_profile": "devmap_config.compiler",
     "load_model": "devmap_config.runner.runner",
 }
 
-__all__ = ["Diagnostic", "NotADeviceMapError", "Plan", "ProfileError", "compile_profile", "load_model"]
+__all__ = [
+    "ArgumentError",
+    "DeviceUse",
+    "DevmapError",
+    "Diagnostic",
+    "LockError",
+    "NotADeviceMapError",
+    "Plan",
+    "Prediction",
+    "ProfileError",
+    "Related",
+    "RunnerError",
+    "Span",
+    "UnfitMachineError",
+    "compile_profile",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -129,23 +129,42 @@ class Compilation:
 
 
 def compile_profile(
-    path: str | Path, *, variables: Mapping[str, object] | None = None, allow_unmeasured: bool = False
+    path: str | Path,
+    *,
+    variables: Mapping[str, object] | None = None,
+    allow_outside: bool = False,
+    trust_remote_code: bool = False,
+    allow_unmeasured: bool = False,
 ) -> Plan:
-    """The plan of a profile.
+    """Return the plan of a profile; nothing is written.
 
     Args:
-        path: the profile's file.
+        path: the profile's file, or its lock.
         variables: values for its templates, as `--set` gives them; else those that its lock holds.
+        allow_outside: whether paths of the profile may lead out of its repository.
+        trust_remote_code: whether Python code that comes with the model may run.
         allow_unmeasured: whether formulas may stand in where a library that changed keeps it from being measured.
 
+    Returns:
+        The plan, dry-run where that can be done here; its `diagnostics` are what is to be warned of.
+
     Raises:
-        ProfileError: where the profile is wrong or cannot be satisfied; it carries every diagnostic.
+        ProfileError: where the profile is missing, is wrong or cannot be satisfied; it carries every diagnostic.
+
+    Example:
+        >>> plan = compile_profile("profiles/quickstart.yaml")
+        >>> plan.device_map["lm_head"], plan.device_map["model.norm"]
+        ('cpu', 'disk')
+        >>> plan.prediction.streamed_bytes_per_token > 0
+        True
     """
     texts = {name: str(value) for name, value in (variables or {}).items()}
     compilation = run_pipeline(
         Request.for_profile(
             profile_of(Path(path)),
             variables=texts,
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
             simulates=True,
             checks_checkpoint=True,
             allow_unmeasured=allow_unmeasured,
@@ -153,7 +172,7 @@ def compile_profile(
     )
     if compilation.plan is None:
         raise ProfileError(compilation.diagnostics, compilation.texts)
-    return compilation.plan
+    return replace(compilation.plan, diagnostics=compilation.diagnostics)
 
 
 def run_pipeline(request: Request) -> Compilation:

@@ -55,6 +55,7 @@ def compile_command(
     from devmap_config.cli.reporting import print_json, report, report_on_terminal
     from devmap_config.compiler import Request, run_pipeline
     from devmap_config.plan.lock import lock_path
+    from devmap_config.plan.plan import NotADeviceMapError
 
     target = output or lock_path(profile)
     earlier, problem = existing_lock(target)
@@ -77,15 +78,15 @@ def compile_command(
     plan, texts = compilation.plan, compilation.texts
     if output_format == "device-map":
         report_on_terminal([each for each in compilation.diagnostics if not quiet or each.severity == "error"], texts)
-        if plan is not None and plan.compute:
-            click.echo(
-                f"this plan computes on the CPU, which a device_map cannot say: {', '.join(plan.compute)}", err=True
-            )
+        try:
+            device_map = None if plan is None else plan.device_map
+        except NotADeviceMapError as error:
+            report_on_terminal(list(error.diagnostics), texts)
             return 1
         if plan is not None:
             if plan.executor.offload_buffers:
                 click.echo("this plan offloads buffers too: pass `offload_buffers=True` with the map", err=True)
-            print_json(plan.device_map)
+            print_json(device_map)
     else:
         data = {"plan": plan.to_json() if plan else None}
         report(compilation.diagnostics, texts, output_format, quiet=quiet, data=data)

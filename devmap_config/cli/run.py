@@ -158,10 +158,14 @@ def _in_full(sink: Sink) -> list[Diagnostic]:
 
 
 def _report_failure(error: RunnerError, profile: Path, sink: Sink, output_format: str, *, quiet: bool) -> int:
+    from dataclasses import replace
+
     from devmap_config.cli.reporting import report
     from devmap_config.profile.document import whole_file
 
-    sink.error(error.code, str(error), whole_file(str(profile)), help=error.help)
+    place = whole_file(str(profile))
+    for finding in error.diagnostics:
+        sink.report(replace(finding, span=finding.span or place))
     found = sink if output_format == "json" else _in_full(sink)
     report(found, {}, output_format, quiet=quiet, data={"plan": None, "output": None})
     return EXIT_CODES.get(error.code, EXIT_UNLIKE_LOCK)

@@ -6,10 +6,11 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
 from devmap_config.graph.digest import digest
@@ -167,6 +168,31 @@ def _undeclared_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) 
     return first_floating_dtype(checkpoint.tensors.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubAccess:
+    """How files are had from the hub; what is not said is as its client's environment has it."""
+
+    NAMES: ClassVar = ("cache_dir", "token", "local_files_only")
+
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Have the hub asked so as long as this lasts, in this thread."""
+        before = _ACCESS.set(self)
+        try:
+            yield
+        finally:
+            _ACCESS.reset(before)
+
+
+_AS_CONFIGURED = HubAccess()
+
+_ACCESS: ContextVar[HubAccess] = ContextVar("hub access")
+
+
 def hub_source(
     repository: str, revision: str | None, *, commit: str | None = None, must_ask: bool = False
 ) -> ModelSource:
@@ -194,15 +220,19 @@ def hub_source(
         raise ModelNotFoundError(
             f"the hub cannot be reached, and only it knows what `{repository}` is at `{revision or 'main'}` now"
         )
+    access = _ACCESS.get(_AS_CONFIGURED)
+    had_by: dict[str, Any] = {"cache_dir": access.cache_dir, "token": access.token}
     try:
         try:
             # What a commit holds never changes: the cache is asked first. A branch is asked of the hub.
             cached_only = is_fixed or not _hub_answers()
-            path = Path(hf_hub_download(repository, "config.json", revision=wanted, local_files_only=cached_only))
+            path = Path(
+                hf_hub_download(repository, "config.json", revision=wanted, local_files_only=cached_only, **had_by)
+            )
         except LocalEntryNotFoundError:
             if not is_fixed or not _hub_answers():
                 raise
-            path = Path(hf_hub_download(repository, "config.json", revision=wanted))
+            path = Path(hf_hub_download(repository, "config.json", revision=wanted, **had_by))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached"
@@ -241,7 +271,12 @@ def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
 def _cached_snapshot(repository: str, commit: str) -> Path:
     """Where the hub's client keeps the files of a commit; told without the client, which takes long to import."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    named = (
+        _ACCESS.get(_AS_CONFIGURED).cache_dir
+        or os.environ.get("HF_HUB_CACHE")
+        or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    )
+    cache = named or Path(home) / "hub"
     folder = Path(cache).expanduser() / f"models--{repository.replace('/', '--')}"
     return folder / "snapshots" / commit
 
@@ -254,7 +289,7 @@ def _hub_answers() -> bool:
 
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or _ACCESS.get(_AS_CONFIGURED).local_files_only:
         return False
     endpoint = urlsplit(constants.ENDPOINT)
     if getproxies():

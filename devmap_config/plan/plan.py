@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -47,20 +49,28 @@ class Prediction:
     longest_context: int | None = None
 
 
-class NotADeviceMapError(Exception):
-    """The plan says more than a device_map can: some modules are stored on the CPU and compute there."""
+class NotADeviceMapError(DevmapError):
+    """The plan says more than a device_map can: some modules are stored on the CPU and compute there.
+
+    Attributes:
+        units: those modules.
+    """
 
     def __init__(self, units: tuple[str, ...]) -> None:
         self.units = units
-        super().__init__(
-            f"this plan computes on the CPU, which a device_map cannot say: {', '.join(units)};"
-            " load it with `devmap run` or `devmap_config.load_model`"
-        )
+        message = f"this plan computes on the CPU, which a device_map cannot say: {', '.join(units)}"
+        help = "load it with `devmap run` or `devmap_config.load_model`"
+        found = Diagnostic(code="not-a-device-map", severity="error", message=message, help=help)
+        super().__init__(f"{message}; {help}", (found,))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything is and runs. `measured` tells whether more than weights was measured and budgeted."""
+    """Where everything is and runs.
+
+    `measured` tells whether more than weights was measured and budgeted. `diagnostics` are the warnings of the
+    compilation that made it; two plans are the same whatever was said of them.
+    """
 
     strategy: str
     executor: Executor
@@ -69,6 +79,7 @@ class Plan:
     devices: tuple[DeviceUse, ...]
     prediction: Prediction = field(default_factory=Prediction)
     measured: bool = False
+    diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
 
     @cached_property
     def placement(self) -> dict[str, int | str]:

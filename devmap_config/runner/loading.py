@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.quantization import torchao_type
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
@@ -14,6 +15,7 @@ from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
 from devmap_config.libraries.versions import release
 from devmap_config.plan.plan import transformers_device
+from devmap_config.runner.arguments import HUB_ARGUMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.plan import Plan
 
 MINIMUM_ACCELERATE = (1, 1, 0)
@@ -31,22 +32,31 @@ MINIMUM_ACCELERATE = (1, 1, 0)
 COMPUTE_HELP = "say `compute: cpu` of the module around it, or drop it: the weights are then streamed at every forward"
 
 
-class RunnerError(Exception):
-    """The model cannot be loaded or run here. `code` is a diagnostic's code, `help` what to do next."""
+class RunnerError(DevmapError):
+    """The model cannot be loaded or run here.
 
-    def __init__(self, code: str, message: str, help: str | None = None) -> None:
+    Attributes:
+        code: the code of what is wrong, with a page under `docs/codes`.
+        help: what to do next.
+        diagnostics: the same, and what else is to be known.
+    """
+
+    def __init__(
+        self, code: str, message: str, help: str | None = None, diagnostics: tuple[Diagnostic, ...] = ()
+    ) -> None:
         self.code = code
         self.help = help
-        super().__init__(message)
+        own = Diagnostic(code=code, severity="error", message=message, help=help)
+        super().__init__(message, diagnostics or (own,))
 
 
 class UnfitMachineError(RunnerError):
     """This machine cannot carry the plan, as it is now; `diagnostics` say what it lacks."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
-        self.diagnostics = diagnostics
         errors = [each for each in diagnostics if each.severity == "error"]
-        super().__init__(errors[0].code, "; ".join(each.message for each in errors), errors[0].help)
+        message = "; ".join(each.message for each in errors)
+        super().__init__(errors[0].code, message, errors[0].help, diagnostics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +64,7 @@ class LoadRequest:
     """What `from_pretrained` is asked for besides the map.
 
     `weights` is a directory or a hub id, `revision` the commit of the latter. `config` is the model's as it is written:
-    it names the code that comes with the model.
+    it names the code that comes with the model. `arguments` are passed on to `from_pretrained` as they are.
     """
 
     weights: str
@@ -66,6 +76,7 @@ class LoadRequest:
     offload_folder: Path | None = None
     trust_remote_code: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Loaded(NamedTuple):
@@ -86,6 +97,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     require_accelerate()
     _require_devices(plan)
     arguments: dict[str, Any] = {
+        **request.arguments,
         "device_map": _device_map(plan),
         "dtype": request.dtype,
         "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
@@ -174,7 +186,9 @@ def _own_config(request: LoadRequest) -> dict[str, Any]:
 
     if _code_reference(request) is None:
         return {}
-    return {"config": AutoConfig.from_pretrained(request.weights, revision=request.revision, trust_remote_code=True)}
+    of_hub = {name: value for name, value in request.arguments.items() if name in HUB_ARGUMENTS}
+    config = AutoConfig.from_pretrained(request.weights, revision=request.revision, trust_remote_code=True, **of_hub)
+    return {"config": config}
 
 
 def _code_reference(request: LoadRequest) -> str | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.compiler import Compilation, compile_locked
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
-from devmap_config.graph.source import cached_checkpoint
+from devmap_config.graph.source import HubAccess, cached_checkpoint
 from devmap_config.plan.drift import remedy
-from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path
+from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of
 from devmap_config.plan.readiness import differences, kind_needed
 from devmap_config.profile.document import whole_file
+from devmap_config.runner.arguments import require_passable
 from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load
 
 if TYPE_CHECKING:
@@ -69,33 +70,47 @@ def load_model(
     trust_remote_code: bool = False,
     allow_unmeasured: bool = False,
     probe: bool = True,
+    **from_pretrained: Any,
 ) -> PreTrainedModel:
-    """The model of a profile, loaded by its lock and verified.
+    """Return the model of a profile, loaded by its lock and verified.
 
     Args:
-        path: the profile's file.
+        path: the profile's file, or its lock.
         variables: values for its templates, if not those that the lock remembers.
         allow_outside: whether paths of the profile may lead out of its repository.
         trust_remote_code: whether Python code that comes with the model may run.
         allow_unmeasured: whether a plan is taken for which formulas stand in where a library that changed kept the
             model from being measured.
         probe: whether this machine is asked first if it can carry the plan.
+        from_pretrained: further arguments of transformers' `from_pretrained`: `local_files_only`, `token`, `cache_dir`
+            and the like. What the profile decides (`dtype`, `device_map`, `revision`, …) is none of them.
 
     Raises:
-        ProfileError: where the profile is wrong; it carries every diagnostic.
+        ArgumentError: where an argument is decided by the profile, or there is none of that name.
+        ProfileError: where the profile is missing or wrong; it carries every diagnostic.
         RunnerError: where the lock is missing or stale, or the machine or the loaded model is not what it says.
+
+    Example:
+        >>> model = load_model("profiles/quickstart.yaml", local_files_only=True)
+        >>> type(model).__name__
+        'LlamaForCausalLM'
     """
+    require_passable(from_pretrained)
     texts = {name: str(value) for name, value in (variables or {}).items()}
-    deployment = prepare(
-        Path(path),
-        variables=texts,
-        allow_outside=allow_outside,
-        trust_remote_code=trust_remote_code,
-        allow_unmeasured=allow_unmeasured,
-    )
-    if probe:
-        require_fit_machine(deployment)
-    return load_verified(deployment)
+    access = HubAccess(**{name: from_pretrained[name] for name in HubAccess.NAMES if name in from_pretrained})
+    with access.used():
+        deployment = prepare(
+            profile_of(Path(path)),
+            variables=texts,
+            allow_outside=allow_outside,
+            trust_remote_code=trust_remote_code,
+            allow_unmeasured=allow_unmeasured,
+        )
+        request = replace(deployment.request, arguments=from_pretrained)
+        deployment = replace(deployment, request=request)
+        if probe:
+            require_fit_machine(deployment)
+        return load_verified(deployment)
 
 
 def prepare(
