@@ -84,7 +84,7 @@ def compile_command(
             report_on_terminal(list(error.diagnostics), texts)
             return 1
         if plan is not None:
-            if plan.executor.offload_buffers:
+            if plan.streams_buffers:
                 click.echo("this plan offloads buffers too: pass `offload_buffers=True` with the map", err=True)
             print_json(device_map)
     else:

@@ -162,7 +162,7 @@ def _pace(plan: Plan) -> Iterator[str]:
     if plan.prediction.streamed_bytes_per_token:
         streamed = rounded(plan.prediction.streamed_bytes_per_token)
         yield f"{streamed} of weights are copied to {plan.main_device} at every forward."
-    if plan.executor.offload_buffers:
+    if plan.streams_buffers:
         yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
     if plan.compute:
         yield f"{', '.join(fold_paths(plan.compute))} compute on the CPU, where they are stored."

@@ -77,7 +77,7 @@ def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
         yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
-    if plan.executor.offload_buffers:
+    if plan.streams_buffers:
         yield Text("buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)

@@ -28,12 +28,18 @@ ALWAYS_OFFLOADED = ("fbgemm_fp8",)
 def executors_for(
     loaded: LoadedProfile, model: LoadedModel, capacities: Mapping[DeviceId, int]
 ) -> tuple[Executor, ...]:
-    """What may run a plan of this profile, the first that fits is to be taken: buffers stay unless they have to go."""
+    """What may run a plan of this profile, the first that fits is to be taken: buffers stay unless they have to go.
+
+    They go of a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then
+    streamed as the plan counts them.
+    """
     asked = loaded.profile.placement.offload.buffers
     if model.quantization is not None and model.quantization.method in ALWAYS_OFFLOADED:
         return (OFFLOADED,)
     if asked is not None:
         return (OFFLOADED if asked else LEFT,)
+    if not model.is_counted:
+        return (OFFLOADED,)
     return (LEFT, OFFLOADED) if can_be_offloaded(model.graph, capacities) else (LEFT,)
 
 

@@ -111,6 +111,13 @@ class Plan:
         """What `from_pretrained` is to be given as `offload_buffers`, together with the map."""
         return self.executor.offload_buffers
 
+    @property
+    def streams_buffers(self) -> bool:
+        """Whether it loads as it is planned only with `offload_buffers`: there is something that is streamed."""
+        return self.offload_buffers and any(
+            self.executor.streams(each.stored_on, each.executes_on) for each in self.assignments
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The `plan` object of `--format json` and of the lock."""
         return {

@@ -68,6 +68,8 @@ placement: {strategy: fastest}
 
 GIB = 2**30
 
+IN_4_BIT = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
+
 
 def compiled(text, *, locked=None):
     Path("profile.yaml").write_text(text)
@@ -142,6 +144,22 @@ hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
 placement: {pins: [{match: model.layers.0, device: cpu}], offload: {buffers: false}}
 """
     assert compiled(text).plan.executor.offload_buffers
+
+
+def test_buffers_of_a_quantizer_that_is_not_known_are_offloaded(workspace):
+    config = json.loads(Path("quantized/config.json").read_text())
+    config["quantization_config"]["bits"] = 3
+    Path("quantized/config.json").write_text(json.dumps(config))
+    text = """\
+version: 1
+model: {source: quantized}
+hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}
+placement: {strategy: sequential, pins: [{match: lm_head, device: cpu}]}
+"""
+    compilation = compiled(text)
+    assert [each.code for each in compilation.diagnostics] == ["quantization-not-measured"]
+    assert compilation.plan.streams_buffers
+    assert not compiled(text.replace("lm_head, device: cpu", "lm_head, device: 0")).plan.streams_buffers
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "fastest"])
@@ -233,6 +251,21 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     assert layer_bytes["cpu"] == 2 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120)
     heading = next(plan_lines(compilation, 140)).plain
     assert "bitsandbytes fp4 4 bit (what is on the CPU stays in float16: 13.2 GiB in all)" in heading
+
+
+def test_where_all_is_on_the_cpu_nothing_is_quantised(workspace):
+    text = f"""\
+version: 1
+model: {{source: {IN_4_BIT}}}
+hardware: {{devices: {{cuda:0: {{memory: 1GiB}}, cpu: {{memory: 1GiB}}}}}}
+placement: {{strategy: single, device: DEVICE}}
+"""
+    dense, quantised = (
+        used_bytes(compiled(text.replace("DEVICE", device)).plan, device) for device in ("cpu", "cuda:0")
+    )
+    plain = compiled(text.replace("DEVICE", "cpu").replace(IN_4_BIT, "llama")).plan
+    assert dense == used_bytes(plain, "cpu")
+    assert quantised < dense
 
 
 def test_a_quantised_checkpoint_cannot_be_left_as_it_is(workspace):
@@ -385,9 +418,6 @@ def test_what_is_missing_is_missing_with_buffers_offloaded(big):
     (finding,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="")))
     (with_buffers,) = errors(compiled(MAP_OF_8_LAYERS.format(memory="1GiB", offload="buffers: true")))
     assert finding == with_buffers
-
-
-IN_4_BIT = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
 
 
 @pytest.mark.parametrize("source", ["quantized", IN_4_BIT])
