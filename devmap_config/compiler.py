@@ -330,7 +330,7 @@ class _Placing:
         single_device = settle_single_device(self.loaded, problem, self.sink)
         if self.sink.has_errors:
             return None
-        aim = settle_aim(self.loaded, self.inventory, self.sink)
+        aim = settle_aim(self.loaded, self.inventory, problem, self.sink)
         return None if self.sink.has_errors else (problem, single_device, aim)
 
     def planned(self, mending: Mending = UNMENDED) -> Plan | None:

@@ -116,7 +116,7 @@ def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) ->
     return device
 
 
-def settle_aim(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> Aim | None:
+def settle_aim(loaded: LoadedProfile, inventory: Inventory, problem: Problem, sink: Sink) -> Aim | None:
     """What is to be fast under our own strategies; reports every figure that `fastest` needs and is not given."""
     strategy = loaded.profile.placement.strategy
     if strategy not in OPTIMAL_STRATEGIES:
@@ -133,7 +133,8 @@ def settle_aim(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> Aim |
             help="name the least that must fit: `workload: {context_length: 4096}`",
         )
         return None
-    missing = _missing_figures(inventory, prefills=workload.optimize != "decode")
+    apart = frozenset(problem.computed.values())
+    missing = _missing_figures(inventory, apart, prefills=workload.optimize != "decode")
     if missing and strategy != "fastest":
         return Aim(phases=(), inventory=inventory)
     for device, figure, example in missing:
@@ -147,12 +148,17 @@ def settle_aim(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> Aim |
     return None if missing else Aim(phases=phases, inventory=inventory)
 
 
-def _missing_figures(inventory: Inventory, *, prefills: bool) -> list[tuple[str, str, str]]:
-    """Device, figure and example of what is not known of accelerators, and of the ways to and between them."""
+def _missing_figures(inventory: Inventory, apart: frozenset[str], *, prefills: bool) -> list[tuple[str, str, str]]:
+    """Device, figure and example of what is not known of accelerators, and of the ways to and between them.
+
+    `apart` is where rules let something compute: on the CPU beside accelerators.
+    """
     missing: list[tuple[str, str, str]] = []
     accelerators = [device for device in inventory.devices if device.is_accelerator]
     computing = accelerators or [device for device in inventory.devices if device.id == "cpu"]
-    for device in computing:
+    for device in inventory.devices:
+        if device not in computing and device.id not in apart:
+            continue
         if device.bandwidth_bytes_per_second is None:
             missing.append((device.id, f"the bandwidth of {device.id}", f"`{device.id}: {{bandwidth: 1000GB/s}}`"))
         if prefills and device.flops_per_second is None:

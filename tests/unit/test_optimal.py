@@ -162,3 +162,11 @@ def test_another_card_and_a_cpu_are_ways_out(workspace):
     Path("profile.yaml").write_text(text.replace("source: llama", "source: llama, dtype: float16"))
     (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     assert "add `cuda:1: t4`" in finding.help or "list `cpu: {memory:" in finding.help
+
+
+def test_what_a_rule_computes_on_the_cpu_wants_its_bandwidth(workspace):
+    devices = f"cuda:0: {CARD}, cpu: {{memory: 1GiB}}"
+    pins = ['{match: "model.layers.1.mlp", device: cpu, compute: cpu}']
+    finding = refusal_of(devices, pins=pins)
+    assert (finding.code, "the bandwidth of cpu" in finding.message) == ("missing-figure", True)
+    assert plan_of(devices.replace("1GiB", "1GiB, bandwidth: 50GB/s"), pins=pins).compute
