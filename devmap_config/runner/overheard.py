@@ -17,8 +17,12 @@ ANSWERED = {
     r"Some parameters are on the meta device because": "the plan has them there, and they were seen there",
     r".*LOAD REPORT": "missing, unexpected and mismatched names are held to the checkpoint, before and after loading",
     r"Current model requires \d+ bytes of buffer for offloaded layers": "the plan has room for what is streamed",
-    r"The following generation flags are not valid and may be ignored": "`run` writes the likeliest tokens, whatever"
-    " the checkpoint's generation config samples",
+    r"You are calling \.generate\(\) with the `input_ids` being on a device type different": (
+        "tokens are given where the embedding runs, which is verified; while it is streamed, it looks to be elsewhere"
+    ),
+    r"The following generation flags are not valid and may be ignored": (
+        "`run` writes the likeliest tokens, whatever the checkpoint's generation config samples"
+    ),
 }
 """By how a warning begins: why nobody needs it. Whatever is not here is passed on."""
 

@@ -339,6 +339,15 @@ def test_devmap_run_speaks():
     assert done.stderr == ""
 
 
+def test_devmap_run_warns_of_nothing_that_the_plan_answers():
+    """transformers takes an embedding that is streamed for one on another device than the tokens."""
+    save(LLAMA)
+    load('match: "model.embed_tokens", device: cpu')
+    arguments = ["profile.yaml", "--max-new-tokens", "2", "--format", "json"]
+    done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
+    assert [each["code"] for each in json.loads(done.stdout)["diagnostics"]] == ["never-on-cards"]
+
+
 def test_a_receipt_of_a_card_takes_back_that_none_was_ever_run_on(monkeypatch, tmp_path):
     save(LLAMA)
     load('match: "model.layers.4", device: npu:1')
