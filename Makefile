@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
+ZOO_SHARE ?= 1/1
 
-.PHONY: demo test zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup lint schemas locks clean
+.PHONY: demo test test-oldest test-index zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup lint schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -17,11 +18,33 @@ test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
 	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov -q
 
+# What shows that a version of the libraries does what plans rest on, with the oldest that are declared, and with
+# whatever the index serves: five minutes each, besides the installing. `HOLD='torch==2.13.0'` holds some of it back.
+SHARE := tests/unit tests/cases tests/conformance/test_measurement.py tests/conformance/test_transformers_planner.py \
+	tests/integration/test_library_changes.py tests/integration/test_simulate.py tests/integration/test_run.py \
+	tests/integration/test_compute_on_cpu.py
+SHARE_NEEDS := pytest pytest-xdist hypothesis highspy jsonschema nvidia-ml-py sarif-pydantic
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/pytest -n $(WORKERS) -m "not zoo" -q $(SHARE)
+
+test-index:
+	test -x .venv-index/bin/python || $(PYTHON) -m venv .venv-index
+	.venv-index/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . $(SHARE_NEEDS) $(HOLD)
+	.venv-index/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface|safetensors|numpy) *'
+	.venv-index/bin/pytest -n $(WORKERS) -m "not zoo" -q $(SHARE)
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . $(SHARE_NEEDS)
+	touch $@
+
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
-# quantizers' packages, and every causal language model dry-run on several cards: forty minutes.
+# quantizers' packages, and every causal language model dry-run on several cards: forty minutes. `ZOO_SHARE=1/4` runs
+# every fourth of these tests, the first of each four.
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
-	$(BIN)/pytest -n $(WORKERS) -m zoo -q
+	$(BIN)/pytest -n $(WORKERS) -m zoo --share $(ZOO_SHARE) -q
 
 # What devmap-config, accelerate and hf-mem predict of published models, beside what is true: five minutes.
 benchmark-memory: $(INSTALLED)
@@ -51,6 +74,9 @@ schemas: $(INSTALLED)
 	$(BIN)/devmap schema profile > schemas/profile.v1.schema.json
 	$(BIN)/devmap schema lock > schemas/lock.v1.schema.json
 
+libraries: $(INSTALLED)
+	$(BIN)/python tests/libraries_page.py
+
 locks: $(INSTALLED)
 	for profile in profiles/*.yaml; do $(BIN)/devmap-compile -q $$profile || exit 1; done
 
@@ -61,4 +87,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-index .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from devmap_config.libraries import versions
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_COLOR"] = "1"
@@ -79,6 +81,28 @@ def write_models(folder: Path) -> None:
     for name, config in MODELS.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--share", default="1/1", metavar="K/N", help="of the tests marked `zoo`, the Kth of every N")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out of the tests marked `zoo` what is not of the share that is asked for; the order decides."""
+    wanted, of = map(int, config.getoption("--share").split("/"))
+    zoo = [item for item in items if item.get_closest_marker("zoo")]
+    left_out = {id(item) for place, item in enumerate(zoo) if place % of != wanted - 1}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+    items[:] = [item for item in items if id(item) not in left_out]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tried_versions():
+    """The versions that the tests run with count as tried: of others is tested what is said of them."""
+    with pytest.MonkeyPatch.context() as context:
+        found = {library: (*tried, versions.installed(library)) for library, tried in versions.TRIED.items()}
+        context.setattr(versions, "TRIED", {library: tuple(dict.fromkeys(each)) for library, each in found.items()})
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-from functools import cache
-from importlib import import_module
 
 import accelerate
 import pytest
@@ -16,6 +14,8 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import LLAMA, REPOSITORY
+from libraries_page import ADAPTERS, LIBRARIES, PAGE, SOURCES, privates, users_of, with_tables
+from packaging.version import Version
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpPreTrainedModel
@@ -25,22 +25,6 @@ from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.libraries.private import LibraryChangedError, Private
 from devmap_config.libraries.transformers import CACHE_NAMES, chooses_experts_implementation
 from devmap_config.libraries.versions import TRIED, release
-
-SOURCES = sorted((REPOSITORY / "devmap_config").rglob("*.py"))
-ADAPTERS = sorted((REPOSITORY / "devmap_config" / "libraries").glob("*.py"))
-LIBRARIES = ("torch", "transformers", "accelerate")
-
-
-def privates():
-    """By adapter, the name of every constant and the thing that it stands for."""
-    found = {}
-    for path in ADAPTERS:
-        if path.stem != "__init__":
-            module = import_module(f"devmap_config.libraries.{path.stem}")
-            named = {name: value for name, value in vars(module).items() if isinstance(value, Private)}
-            if named:
-                found[path.stem] = named
-    return found
 
 
 def small_model():
@@ -209,63 +193,11 @@ def test_what_is_no_use_of_it_is_passed_over():
 
 # -- the list ----------------------------------------------------------------------------------------------------------
 
-PAGE = REPOSITORY / "docs" / "libraries.md"
-
-
-@cache
-def functions_by_constant(path):
-    """By constant of an adapter, its public functions and values that rest on it, by way of others of its own too."""
-    tree = ast.parse(path.read_text())
-    uses = {}
-    for node in tree.body:
-        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id for target in targets if isinstance(target, ast.Name)]
-        inside = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-        for name in names:
-            uses[name] = inside - {name}
-    return uses
-
-
-@cache
-def imported_from_adapters():
-    """By module of the product, which names it imports from which adapter."""
-    found = {}
-    for path in SOURCES:
-        name = path.relative_to(REPOSITORY / "devmap_config").as_posix()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("devmap_config.libraries."):
-                names = found.setdefault(name, {}).setdefault(node.module.rpartition(".")[2], set())
-                names |= {alias.name for alias in node.names}
-    return found
-
-
-def users_of(adapter, constant):
-    """The modules of the product that import what rests on a constant."""
-    uses = functions_by_constant(REPOSITORY / "devmap_config" / "libraries" / f"{adapter}.py")
-    resting = {constant}
-    while more := {name for name, inside in uses.items() if inside & resting} - resting:
-        resting |= more
-    return sorted(name for name, imports in imported_from_adapters().items() if imports.get(adapter, set()) & resting)
-
-
-def table():
-    """The rows of the page, by library: the thing, what rests on it, who uses it."""
-    rows = {library: [] for library in LIBRARIES}
-    for adapter, named in privates().items():
-        for constant, private in named.items():
-            users = ", ".join(f"`{user}`" for user in users_of(adapter, constant))
-            rows[private.library].append(f"| `{private.name}` | {private.use} | {users} |")
-    return rows
-
 
 def test_the_page_lists_each_with_its_users():
+    """`make libraries` writes it anew."""
     text = PAGE.read_text()
-    for library, rows in table().items():
-        section = text.partition(f"## {library}\n")[2].partition("\n## ")[0]
-        listed = [line for line in section.splitlines() if line.startswith("| `")]
-        assert listed == rows, "\n" + "\n".join(rows)
+    assert with_tables(text) == text
 
 
 def test_each_is_used():
@@ -289,11 +221,46 @@ def test_versions_stand_from_the_oldest_to_the_newest():
 
 
 def pinned(file):
-    lines = (REPOSITORY / file).read_text().splitlines()
-    return dict(line.partition(";")[0].strip().split("==") for line in reversed(lines) if "==" in line[:60])
+    """By name, the lines of a file of constraints; with what a line says of the Python that it is for."""
+    lines = [line for line in (REPOSITORY / file).read_text().splitlines() if not line.startswith("#")]
+    return {name: [line for line in lines if line.split("==")[0] == name] for name in (x.split("==")[0] for x in lines)}
+
+
+def version_in(line):
+    return line.partition("==")[2].partition(";")[0]
+
+
+def declared():
+    """The oldest versions that are declared of what the program needs."""
+    toml = (REPOSITORY / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*?)^\]", toml, re.MULTILINE | re.DOTALL)[1]
+    return dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
 
 
 def test_what_is_pinned_is_among_them():
-    for library, version in pinned("constraints.txt").items():
-        if library in TRIED:
-            assert version in TRIED[library]
+    for file in ("constraints.txt", "constraints-oldest.txt"):
+        for library, lines in pinned(file).items():
+            if library in TRIED:
+                assert set(map(version_in, lines)) <= set(TRIED[library])
+
+
+def test_the_oldest_versions_are_those_that_are_declared():
+    oldest = pinned("constraints-oldest.txt")
+    floors = {name: Version(version) for name, version in declared().items()}
+    assert {name: Version(version_in(line)) for name in floors for line in oldest[name]} == floors
+    pins = pinned("constraints.txt")
+    assert set(oldest) == set(pins)
+    assert {name: lines for name, lines in oldest.items() if name not in floors} == {
+        name: lines for name, lines in pins.items() if name not in floors
+    }
+
+
+def test_the_newest_that_was_tried_is_the_pinned_one():
+    for library, tried in TRIED.items():
+        assert tried[-1] in set(map(version_in, pinned("constraints.txt")[library]))
+
+
+def test_what_runs_in_ci_is_named_in_the_readme():
+    commands = re.findall(r"^make [\w-]+", (REPOSITORY / ".ci/run").read_text(), re.MULTILINE)
+    readme = (REPOSITORY / "README.md").read_text()
+    assert [command for command in commands if not re.search(rf"{command}\b(?!-)", readme)] == []
