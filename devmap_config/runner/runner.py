@@ -85,6 +85,9 @@ def load_model(
         from_pretrained: further arguments of transformers' `from_pretrained`: `local_files_only`, `token`, `cache_dir`
             and the like. What the profile decides (`dtype`, `device_map`, `revision`, …) is none of them.
 
+    Returns:
+        The model: every tensor from the checkpoint, on the device that the plan gives it.
+
     Raises:
         ArgumentError: where an argument is decided by the profile, or there is none of that name.
         ProfileError: where the profile is missing or wrong; it carries every diagnostic.

@@ -110,6 +110,8 @@ def test_a_lock_that_holds_by_other_figures_is_not_stale_and_says_what_moved(str
     assert plan["device_map"] == before["device_map"]
     assert plan["devices"][0]["activation_bytes"] == before["devices"][0]["activation_bytes"] + 4096
     assert plan["prediction"]["bound_decode_nanoseconds_per_token"] is None
+    code, said, _ = run("run", "p.yaml")
+    assert (code, "error[no-weights]" in said) == (1, True)  # and not that the lock is stale
 
 
 @pytest.mark.parametrize("is_early", [False, True])
