@@ -1,7 +1,7 @@
 """What transformers holds of a weight that it quantises: bytes with scales and zero points, without the quantizer.
 
 `METHODS` says for each method how a weight of `rows` × `columns` is stored and which weights are converted at all, as
-transformers 5.23's `quantizers/quantizer_*.py` and `integrations/*.py` have it. A method or an argument that is not
+transformers 5.24's `quantizers/quantizer_*.py` and `integrations/*.py` have it. A method or an argument that is not
 known here gives `None`, and the caller counts the weights as they are before quantization: an upper bound.
 """
 
@@ -837,4 +837,4 @@ METHODS = {
         lowers_budgets=True,
     ),
 }
-"""By method. HQQ is left out: transformers 5.23 loads no such model (`HqqHfQuantizer` has no `get_quantize_ops`)."""
+"""By method. HQQ is left out: transformers 5.24 loads no such model (`HqqHfQuantizer` has no `get_quantize_ops`)."""

@@ -49,7 +49,7 @@ REFUSALS = {
     "nvfp4": Refusal(devices=("cpu", "disk")),
     "quanto": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
 }
-"""By method, as transformers 5.23's quantizers have it (`transformers/quantizers/quantizer_*.py`)."""
+"""By method, as transformers 5.24's quantizers have it (`transformers/quantizers/quantizer_*.py`)."""
 
 
 def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel, sink: Sink) -> None:

@@ -1,9 +1,9 @@
 """`auto`, `balanced`, `balanced_low_0` and `sequential`: the decisions of transformers' own planner.
 
-The algorithm is that of `transformers.integrations.accelerate` (5.23): fill the devices in order with the model's
-children, and where a child does not fit, go one level down, unless it is a no-split block; then go on to the next
-device and never back. It is written again here because theirs needs torch, loses buffers, crashes on some trees and
-depends on the hash seed; `tests/conformance` holds the two together over every architecture.
+The algorithm is that of `transformers.integrations.accelerate` (5.20 to 5.24): fill the devices in order with the
+model's children, and where a child does not fit, go one level down, unless it is a no-split block; then go on to the
+next device and never back. It is written again here because theirs needs torch, loses buffers, crashes on some trees
+and depends on the hash seed; `tests/conformance` holds the two together over every architecture.
 """
 
 from __future__ import annotations

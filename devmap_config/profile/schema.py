@@ -37,13 +37,13 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRAT
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""transformers 5.23's implementations; a kernel of the hub is named by its repository, `owner/name`."""
+"""transformers 5.24's implementations; a kernel of the hub is named by its repository, `owner/name`."""
 
 QUANTIZATION_METHODS = (
     "aqlm auto-round awq bitnet bitsandbytes compressed-tensors eetq fbgemm_fp8 fouroversix fp8 fp_quant gemma gguf"
     " gptq higgs hqq metal mxfp4 mxfp8 nvfp4 quanto quark sinq spqr torchao vptq"
 )
-"""transformers 5.23's `QuantizationMethod`, a word each."""
+"""transformers 5.24's `QuantizationMethod`, a word each."""
 
 TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
 """A template may stand for any scalar; what it renders to is checked by the compiler."""

@@ -45,6 +45,7 @@ def test_a_language_model_is_measured(model_type, monkeypatch):
     try:
         measurement = measure(model, graph, WORKLOAD)
     except UnmeasurableModelError as error:
+        assert error.failure.cause == "model", str(error)
         assert model_type in UNMEASURABLE, str(error)
         assert UNMEASURABLE[model_type] in str(error)
     else:
@@ -63,9 +64,10 @@ def test_no_more_than_a_twentieth_of_those_that_read_text_is_unmeasurable():
 
 
 WANTED = (
-    "'pixel_values'",
+    "it takes `pixel_values` besides text",
     "pixel_values",
-    "'state'",
+    "it takes `state` besides text",
+    "shared_kv_states",
     "flattened_patches",
     "Bbox",
     "input_features",

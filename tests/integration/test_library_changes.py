@@ -42,7 +42,7 @@ def profile(workspace, monkeypatch):
 
 @pytest.fixture
 def newer(monkeypatch):
-    """The installed transformers is newer than what was tried: `5.23.0` stands for the newest of these."""
+    """The installed transformers is newer than what was tried, of which `5.19.0` stands for the newest."""
     monkeypatch.setitem(versions.TRIED, "transformers", ("5.19.0",))
     return f"transformers 5.19.0 → {versions.installed('transformers')}"
 
