@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
 from devmap_config.graph.digest import digest
-from devmap_config.graph.source import Resolved
+from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
 from devmap_config.placement.units import Unit
 from devmap_config.plan.lock_format import LOCK_VERSION, violations
@@ -95,6 +95,8 @@ class Lock:
             return None if commit is None else Resolved(commit)
         source, revision = (self.values["profile"].get(f"model.{key}") for key in ("source", "revision"))
         named = None if revision is None else str(revision)
+        if named is not None and COMMIT.fullmatch(named):
+            commit = named  # it is what it resolves to, whatever a lock says
         return Resolved(commit, str(source), named, self.inputs.get("checkpoint"))
 
     def to_text(self) -> str:

@@ -287,3 +287,13 @@ def test_check_and_run_refuse_a_lock_into_which_facts_were_invented(lock):
         assert (done.return_value, "error[unreadable-lock]" in done.stderr) == (3, True), done.output
         assert "`hardware.cuda:9.accelerator` is missing" in " ".join(done.stderr.split())
         assert "up to date" not in done.output
+
+
+def test_a_revision_that_is_a_commit_is_that_commit_whatever_the_lock_says(lock):
+    """So a forged one is not looked for on the hub; it is then compared, and is not the same."""
+    first, second = "1" * 40, "2" * 40
+    forged = changed(lock, ("inputs", "commit"), second)
+    forged["values"]["profile"] |= {"model.source": "people/llama", "model.revision": first}
+    assert read_lock(resealed(forged)).resolved.commit == first
+    forged["values"]["profile"]["model.revision"] = "main"
+    assert read_lock(resealed(forged)).resolved.commit == second
