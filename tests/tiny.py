@@ -29,6 +29,7 @@ HEADS = re.compile(r"^(num_|n_)?(.*_)?(attention_|key_value_|query_|kv_)?heads?$
 EXPERTS = re.compile(r"^(num_|n_)(local_|routed_)?experts$|^moe_num_experts$")
 CHOSEN = re.compile(r"^(num_experts_per_tok|num_selected_experts|moe_k|moe_topk|top_k_experts|experts_per_token)$")
 TOKENS = re.compile(r"_token_(id|index)$|^decoder_start_token_id$")
+CACHES = ("cache", "past_key_values", "cache_params")
 FACTORS = (32, 16, 8, 4, 3, 2, 1)
 FEW_LAYERS, FEW_EXPERTS, FEW_WORDS = 4, 16, 512
 
@@ -128,6 +129,15 @@ def save(model_type: str, folder: Path, dtype=torch.float32) -> PreTrainedModel:
                 tensor.add_(torch.randn_like(tensor) * 0.02)  # all zeros would hide that they were not loaded
     model.to(dtype).save_pretrained(folder)
     return model
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """The tensors of what a model returns, but for those of its cache."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, dict):
+        return tensors_of([value for name, value in output.items() if name not in CACHES])
+    return [tensor for each in output for tensor in tensors_of(each)] if isinstance(output, (list, tuple)) else []
 
 
 def inputs_for(model: PreTrainedModel, device="cpu") -> dict[str, torch.Tensor]:

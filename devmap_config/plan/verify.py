@@ -171,8 +171,11 @@ def _ties(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
             )
 
 
-USED_BY_ITS_PARENT = "NonDynamicallyQuantizableLinear"
-"""torch's class of the last matrix of `MultiheadAttention`, which multiplies by it and never calls it."""
+USED_BY_THEIR_PARENT = (
+    "NonDynamicallyQuantizableLinear",  # the last matrix of torch's `MultiheadAttention`, which multiplies by it
+    "JetMoeMoA",  # whose `map` and `reduce` are called
+)
+"""Classes of modules whose tensors are used without the module being called, where a dry run may not come to it."""
 
 
 def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
@@ -195,7 +198,7 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
             if each.unit == name:
                 if home != each.executes_on or (home != "cpu" and "." in name):
                     found[str(name)] = "is placed apart from its module"
-            elif home != each.executes_on and _class_around(name, graph) == USED_BY_ITS_PARENT:
+            elif home != each.executes_on and _class_around(name, graph) in USED_BY_THEIR_PARENT:
                 found[str(name)] = "is used without its module being called"
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
 from devmap_config.graph.model import ModulePath
-from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key
+from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key, tensors_in
 from devmap_config.libraries.torch import tensors_without_data, tree_leaves
 from devmap_config.placement.problem import is_accelerator
 from devmap_config.simulate.devices import DeviceMismatchError, SimulatedDevices
@@ -77,8 +78,56 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
         return run.simulation(mismatch=error)
     except Exception as error:  # a model's own code may raise anything where there is no data
         failure = failure_of(error)
-        return Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
+        absent = _absent_beyond(model, graph, plan, workload)
+        return absent or Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
     return run.simulation()
+
+
+def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: Workload) -> Simulation | None:
+    """The dry run of a model whose code needs data, up to a weight that nothing copies in; `None` without one.
+
+    A module that fails gives back what it was given. So the rest of the model is run, and though nothing else can be
+    told of it: on a CPU, such a weight makes wrong numbers where it makes no error.
+    """
+    with torch.no_grad(), tensors_without_data():
+        run = _Run.of(model, graph, plan)
+        try:
+            with _failing_modules_left_out(model), run.dispatched():
+                run.forwards(replace(workload, prompt_length=workload.context_length), decoded_tokens=0)
+                run.towers()
+        except DeviceMismatchError as error:
+            return run.simulation(mismatch=error) if error.operands[0].device == NOWHERE else None
+        except Exception:
+            return None
+    return None
+
+
+@contextmanager
+def _failing_modules_left_out(model: PreTrainedModel) -> Iterator[None]:
+    modules = [module for module in model.modules() if module is not model]
+    for module in modules:
+        module.forward = _or_what_is_given(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def _or_what_is_given(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return forward(*arguments, **options)
+        except DeviceMismatchError:
+            raise
+        except Exception:
+            given = next((each for each in tensors_in((arguments, options)) if each.is_floating_point()), None)
+            if given is None:
+                raise
+            return torch.empty_like(given)
+
+    return run
 
 
 def _runnable(measurement: Measurement) -> Workload:

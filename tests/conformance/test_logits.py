@@ -1,0 +1,156 @@
+"""Checkpoints of every architecture, over CPU and disk: the outputs of plain transformers, or a reason not to compile.
+
+`logits.yaml` lists the types of which there is no tiny checkpoint, with why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+import zoo
+from conftest import REPOSITORY
+from click.testing import CliRunner
+
+from devmap_config import load_model
+from devmap_config.cli.compile import compile_command
+
+LISTED = yaml.safe_load((Path(__file__).parent / "logits.yaml").read_text())
+
+CPU = "cpu: {memory: 8GiB}"
+DISK = "disk: {memory: 8GiB}"
+SPLIT = "cpu: {memory: %d}"
+
+PLACEMENTS = {
+    "cpu": (CPU, "strategy: sequential"),
+    "cpu and disk": (f"{SPLIT}, {DISK}", "strategy: sequential, offload: {folder: ./offload}"),
+    "disk": (f"{CPU}, {DISK}", "strategy: single, device: disk, offload: {folder: ./offload}"),
+    "buffers": (f"{CPU}, {DISK}", "strategy: single, device: disk, offload: {folder: ./offload, buffers: true}"),
+    "cpu, disk and buffers": (
+        f"{SPLIT}, {DISK}",
+        "strategy: sequential, offload: {folder: ./offload, buffers: true}",
+    ),
+}
+"""Devices and placement by what they are called; the CPU that is to be too small has six tenths of the model."""
+
+QUICK = (
+    "bart",
+    "bert",
+    "deepseek_v3",
+    "falcon_mamba",
+    "gemma3",
+    "gpt2",
+    "jetmoe",
+    "llama",
+    "llava",
+    "mamba",
+    "qwen3_moe",
+    "t5",
+    "whisper",
+)
+"""A share of every kind: encoders, decoders, both, states, mixtures, images, sounds."""
+
+QUICK_PLACEMENTS = ("cpu and disk", "disk", "cpu, disk and buffers")
+
+REFUSALS = ("over-capacity", "stranded-tensor", "device-mismatch")
+"""Codes of the reasons for which such a profile may be refused."""
+
+
+def types():
+    return [each for each in zoo.model_types() if each not in LISTED]
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    logging.disable(logging.WARNING)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    logging.disable(logging.NOTSET)
+
+
+@torch.no_grad()
+def outputs_of(model, inputs):
+    """Every tensor of what a model returns but its cache; `None` where it cannot be run like this."""
+    torch.manual_seed(0)  # some draw numbers
+    return tiny.tensors_of(model.eval()(**inputs))
+
+
+def plain_outputs(model_class, inputs_for):
+    """The plain model's outputs, and its inputs; no outputs where it does not run, or not twice the same."""
+    plain = model_class.from_pretrained("random", dtype="float32")
+    inputs = inputs_for(plain)
+    try:
+        first, second = outputs_of(plain, inputs), outputs_of(plain, inputs)
+    except Exception:
+        return inputs, None
+    is_same = all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    return inputs, first if is_same and first else None
+
+
+def outcome(devices, placement, inputs, expected):
+    """What comes of a placement, in a word or with what went wrong."""
+    shutil.rmtree("offload", ignore_errors=True)
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random, dtype: float32}\n"
+        f"hardware: {{devices: {{{devices}}}}}\nplacement: {{{placement}}}\n"
+    )
+    done = CliRunner().invoke(
+        compile_command, ["profile.yaml", "--format", "json"], standalone_mode=False, catch_exceptions=False
+    )
+    if done.return_value:
+        errors = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
+        return "refused" if all(each["code"] in REFUSALS for each in errors) else errors
+    model = load_model("profile.yaml")
+    if expected is None:
+        return "loaded"
+    found = outputs_of(model, inputs)
+    # Matrices that are read anew each time may lie otherwise in memory, and be summed in another order.
+    is_close = [torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(expected, found, strict=True)]
+    return "same" if all(is_close) else f"{is_close.count(False)} of {len(is_close)} outputs differ"
+
+
+def outcomes(model_type, placements=tuple(PLACEMENTS)):
+    model_class = type(tiny.save(model_type, Path("random")))
+    inputs, expected = plain_outputs(model_class, tiny.inputs_for)
+    size_bytes = sum(path.stat().st_size for path in Path("random").glob("*.safetensors"))
+    return {
+        name: outcome(devices % int(0.6 * size_bytes) if "%" in devices else devices, placement, inputs, expected)
+        for name, (devices, placement) in ((name, PLACEMENTS[name]) for name in placements)
+    }
+
+
+@pytest.mark.parametrize("model_type", QUICK)
+def test_a_share_gives_what_plain_transformers_gives(model_type):
+    found = outcomes(model_type, QUICK_PLACEMENTS)
+    assert set(found.values()) <= {"same", "refused"}, found
+    assert found["disk"] == "same", found
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", [each for each in types() if each not in QUICK])
+def test_every_type_gives_what_plain_transformers_gives_or_is_refused(model_type):
+    found = outcomes(model_type)
+    assert set(found.values()) <= {"same", "loaded", "refused"}, found
+    assert found["cpu"] != "refused", found
+
+
+@pytest.mark.zoo
+def test_experts_on_the_cpu_give_what_plain_transformers_gives():
+    """On a simulated accelerator, which takes a process of its own."""
+    tests = REPOSITORY / "tests" / "conformance" / "experts_on_the_cpu.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_listed_is_known():
+    assert set(LISTED) <= set(zoo.model_types())
+    assert len(types()) - len(QUICK) > 200
