@@ -37,7 +37,14 @@ from devmap_config.profile.document import whole_file
 from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
-from devmap_config.simulate.rehearsal import UNMENDED, Mending, Rehearsal, rehearse, tell_what_stays
+from devmap_config.simulate.rehearsal import (
+    UNMENDED,
+    UNREPAIRED_STRATEGIES,
+    Mending,
+    Rehearsal,
+    rehearse,
+    tell_what_stays,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -373,7 +380,20 @@ class _Placing:
             self.kept[problem.executor] = self.kept.get(problem.executor, {}) | stranded
             return self.tried(keeping(problem, stranded), single_device, aim)
         found = self.findings(plan)
-        return found if any(each.severity == "error" for each in found) else plan
+        if not any(each.severity == "error" for each in found):
+            return plan
+        missing = {use.id: use.loading_bytes - use.capacity_bytes for use in plan.devices if use.id != "disk"}
+        if self.is_placed_here and any(size_bytes > 0 for size_bytes in missing.values()):
+            # What loading takes besides is not for the strategy to fill.
+            room = {device: size - max(missing.get(device, 0), 0) for device, size in problem.capacities.items()}
+            again = self.tried(replace(problem, capacities=room), single_device, aim)
+            return again if isinstance(again, Plan) else found
+        return found
+
+    @property
+    def is_placed_here(self) -> bool:
+        """Whether the strategy decides where anything is."""
+        return self.loaded.profile.placement.strategy not in UNREPAIRED_STRATEGIES
 
     def report_failure(
         self,

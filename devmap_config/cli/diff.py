@@ -137,7 +137,7 @@ _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
 
 def _device_rows(found: Difference) -> list[tuple[str, ...]]:
     """A heading, and each device that holds something else or has another capacity."""
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
 
     def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
         return _arrow(None if before is None else of(before), None if after is None else of(after), rounded)
@@ -159,7 +159,7 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
 
 def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
     """Each figure that is known of one of the plans, and by how much it changes."""
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
     from devmap_config.plan.prediction import duration
 
     shown: dict[str, tuple[str, Callable[[int], str]]] = {

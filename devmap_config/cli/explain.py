@@ -107,7 +107,7 @@ def _story(compilation: Compilation) -> Iterator[str]:
     from shutil import get_terminal_size
 
     from devmap_config.cli.plan_table import bar_lines, weights_in_words
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
     from devmap_config.plan.prediction import duration
     from devmap_config.rules.folding import fold_paths
 
@@ -154,7 +154,7 @@ def _story(compilation: Compilation) -> Iterator[str]:
 
 def _pace(plan: Plan) -> Iterator[str]:
     """What crosses, is copied in, and computes elsewhere."""
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
     from devmap_config.rules.folding import fold_paths
 
     if plan.prediction.hops:
@@ -228,7 +228,7 @@ def _at(rule: Rule) -> str:
 
 
 def _alternative(other: Alternative) -> str:
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
     from devmap_config.plan.prediction import duration
 
     if other.stored_on == other.executes_on == "cpu":

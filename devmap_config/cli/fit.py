@@ -152,7 +152,7 @@ def _print_table(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
     from devmap_config.plan.prediction import duration
 
     console = Console(highlight=False)

@@ -30,7 +30,7 @@ def hardware(name: str | None, output_format: str) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
 
     console = Console(highlight=False)
     if name is not None:

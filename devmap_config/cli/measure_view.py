@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from devmap_config.placement.shortage import rounded
+from devmap_config.placement.words import rounded
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from devmap_config.graph.quantization import described
-from devmap_config.placement.shortage import rounded, unit_of
+from devmap_config.placement.words import rounded, unit_of
 from devmap_config.plan.prediction import duration
 from devmap_config.rules.folding import fold_paths
 
@@ -79,6 +79,9 @@ def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
         yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
     if plan.streams_buffers:
         yield Text("buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`")
+    for use in plan.devices:
+        if use.id != "disk" and use.loading_bytes > use.capacity_bytes - use.free_bytes:
+            yield Text(f"loading holds {rounded(use.loading_bytes)} at once on {use.id}", style="dim")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")

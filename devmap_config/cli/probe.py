@@ -112,7 +112,7 @@ def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> 
 
 
 def _sentence(demand: Demand) -> str:
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
 
     needed_bytes = demand.needed_bytes + demand.context_bytes
     named = f"{demand.device} ({demand.name})" if demand.name else demand.device

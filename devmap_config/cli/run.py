@@ -129,7 +129,7 @@ def _speak(model: Any, deployment: Deployment, prompt: str, max_new_tokens: int,
 
 
 def _summary(deployment: Deployment) -> str:
-    from devmap_config.placement.shortage import rounded
+    from devmap_config.placement.words import rounded
 
     plan, new = deployment.plan, deployment.new
     tensors = sum(len(each.tensors) for each in plan.assignments)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from devmap_config.placement.shortage import rounded
+from devmap_config.placement.words import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

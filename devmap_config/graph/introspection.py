@@ -16,6 +16,7 @@ from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import (
     init_contexts,
     is_auto_class,
+    is_made_while_loading,
     kept_dtypes,
     model_mapping,
     no_placement_parameters,
@@ -303,6 +304,7 @@ def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantizat
         no_split_classes=no_split_classes(model),
         no_placement_parameters=no_placement_parameters(model),
         skip_keys=tuple(sorted(_as_names(skip_keys(model)))),
+        merged=tuple(map(TensorName, is_made_while_loading(model, [name for name, _ in model.named_parameters()]))),
     )
 
 

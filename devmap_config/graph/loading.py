@@ -11,6 +11,7 @@ from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
+from devmap_config.graph.model import LoadingFacts
 from devmap_config.graph.quantization import (
     METHODS,
     UNCHANGED,
@@ -178,7 +179,21 @@ def _load_model_graph(
         ):
             return None
         graph = found
+    graph = replace(graph, loading=_loading_facts(graph, source, dtype, quantization))
     return LoadedModel(graph, source, class_name, dtype, attention, quantization, dry_runs)
+
+
+def _loading_facts(
+    graph: ModelGraph, source: ModelSource, dtype: str, quantization: Quantization | None
+) -> LoadingFacts:
+    """What loading depends on, by the config alone, so that a lock holds where the checkpoint is not at hand."""
+    return LoadingFacts(
+        merged=frozenset(graph.merged),
+        stored_dtype=source.checkpoint_dtype() or dtype,
+        dtype=dtype,
+        quantises=quantization is not None and "quantization_config" not in source.config,
+        method=None if quantization is None else quantization.method,
+    )
 
 
 def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any]) -> VendoredGraph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Literal, NewType
@@ -92,6 +92,22 @@ class Module:
         return self.parameters + self.buffers
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingFacts:
+    """What loading depends on besides sizes.
+
+    `merged` are tensors that transformers makes of several of the checkpoint's; `stored_dtype` is the checkpoint's, by
+    the config where that tells, and `dtype` that in which it is loaded. With `quantises` it is quantised while it
+    loads; `method` is how, or how it is stored.
+    """
+
+    merged: frozenset[TensorName]
+    stored_dtype: str
+    dtype: str
+    quantises: bool = False
+    method: str | None = None
+
+
 @dataclass(frozen=True)
 class ModelGraph:
     """A model's module tree, and what transformers declares about placing it.
@@ -99,7 +115,8 @@ class ModelGraph:
     `ties` holds `(target, source)` pairs of transformers' `all_tied_weights_keys`: two names, one storage.
     `no_split_classes`, `no_placement_parameters` and `skip_keys` are the model's `_no_split_modules`,
     `_no_placement_params` (`None` where the model has no such attribute) and `_skip_keys_device_placement`.
-    `measurement` is what running it costs under a workload, where one was named.
+    `measurement` is what running it costs under a workload, where one was named. `merged` are tensors that loading
+    makes of several (the weights of experts); `loading` is what it depends on for this profile, where that is known.
     """
 
     root: Module
@@ -108,6 +125,8 @@ class ModelGraph:
     no_placement_parameters: tuple[str, ...] | None = None
     skip_keys: tuple[str, ...] = ()
     measurement: Measurement | None = None
+    merged: tuple[TensorName, ...] = ()
+    loading: LoadingFacts | None = field(default=None, compare=False)
 
     @property
     def class_name(self) -> str:

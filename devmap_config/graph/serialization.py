@@ -20,6 +20,7 @@ def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
         "no_split_classes": list(graph.no_split_classes),
         "no_placement_parameters": _list_or_none(graph.no_placement_parameters),
         "skip_keys": list(graph.skip_keys),
+        **({"merged": list(graph.merged)} if graph.merged else {}),
         "measurement": None if graph.measurement is None else graph.measurement.to_json(),
     }
 
@@ -39,6 +40,7 @@ def graph_from_json(value: dict[str, Any]) -> ModelGraph:
         no_split_classes=tuple(value["no_split_classes"]),
         no_placement_parameters=None if no_placement is None else tuple(no_placement),
         skip_keys=tuple(value["skip_keys"]),
+        merged=tuple(map(TensorName, value.get("merged", []))),
         measurement=None if value["measurement"] is None else Measurement.from_json(value["measurement"]),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -223,6 +224,17 @@ def merged_names(model: PreTrainedModel) -> list[str]:
     """Return the names, `*` for a number, of lists of tensors that become one while a model is loaded."""
     conversions = CONVERSIONS.find()(model)
     return [pattern for each in conversions for pattern in each.source_patterns if "*" in pattern]
+
+
+def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return those of a model's tensors that transformers makes of several tensors, or otherwise than by renaming."""
+    conversions = CONVERSIONS.find()(model)
+    targets = [target for each in conversions if hasattr(each, "operations") for target in each.target_patterns]
+    if not targets:
+        return []
+    # Targets refer to groups of the source's expression, which stand for numbers and names.
+    made = re.compile("|".join(re.sub(r"\\\d", ".*", target.strip("^$")) for target in targets))
+    return [name for name in names if made.search(name)]
 
 
 DISPATCH = Private(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.placement.devices import STORAGE_DEVICES
 from devmap_config.placement.executor import LEFT, OFFLOADED
-from devmap_config.placement.shortage import amount, rounded
+from devmap_config.placement.words import amount, rounded
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:

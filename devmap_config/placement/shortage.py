@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage, place
 from devmap_config.placement.ways_out import impasse_of
+from devmap_config.placement.weighing import heaviest_weights
+from devmap_config.placement.words import amount, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from devmap_config.placement.ways_out import Impasse
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
-
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def report_shortages(
@@ -62,6 +62,7 @@ def _report_impasse(
         message = f"{amount(missing_bytes)} of {what} find no place on {listed}"
     else:
         message = f"{what}, with what is needed while it runs, find no place on {listed}, though there is room in total"
+    message += _cause(problem)
     first, *others = [rule.span for rule in impasse.pins] or [
         loaded.span("placement", "strategy")
         if loaded.scalar("placement", "strategy")
@@ -91,22 +92,10 @@ def _report_forbidden(
     )
 
 
-def amount(size_bytes: int) -> str:
-    """Bytes for people and for machines: `1.4 GiB (1,503,238,553 bytes)`."""
-    return f"{rounded(size_bytes)} ({size_bytes:,} bytes)" if size_bytes >= UNITS[-1][0] else f"{size_bytes:,} bytes"
-
-
-def unit_of(size_bytes: int) -> tuple[int, str]:
-    """The largest unit of which there is at least one, in bytes and by its name."""
-    return next((unit for unit in UNITS if size_bytes >= unit[0]), UNITS[-1])
-
-
-def rounded(size_bytes: int) -> str:
-    """Bytes in the largest unit of which there is one: `1.4 GiB`."""
-    for unit_bytes, unit in UNITS:
-        if abs(size_bytes) >= unit_bytes:
-            return f"{size_bytes / unit_bytes:.1f} {unit}"
-    return f"{size_bytes} B"
+def _cause(problem: Problem) -> str:
+    """What most of the model is, where that is one thing, as the end of a sentence."""
+    cause = heaviest_weights(problem.graph, problem.graph.tensors, problem.graph.size_bytes)
+    return f"; {cause}" if cause else ""
 
 
 def _report_unplaced(
@@ -117,7 +106,7 @@ def _report_unplaced(
     room = sum(problem.capacities.values())
     sink.error(
         "over-capacity",
-        f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}",
+        f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}{_cause(problem)}",
         loaded.span("placement", "strategy")
         if loaded.scalar("placement", "strategy")
         else loaded.key_span("hardware", "devices"),
@@ -158,7 +147,7 @@ def _report_device(
     sink.error(
         "over-capacity",
         f"{device} would hold {rounded(shortage.needed_bytes)} and has {rounded(shortage.capacity_bytes)}:"
-        f" {amount(shortage.missing_bytes)} are missing",
+        f" {amount(shortage.missing_bytes)} are missing{_cause(problem)}",
         loaded.key_span("hardware", "devices", device),
         help=_mend(problem, strategy, fits_in_total=problem.graph.size_bytes <= sum(problem.capacities.values())),
     )

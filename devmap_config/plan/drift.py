@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from devmap_config.plan.changes import changed_inputs, changed_versions
 from devmap_config.plan.inputs import early_graph_digest
 from devmap_config.plan.lock import LockError, locked_units
-from devmap_config.plan.moved import FOLLOW_FROM_MEASUREMENT, moved_figures
+from devmap_config.plan.moved import FOLLOW_FROM_MEASUREMENT, LOADING, moved_figures
 from devmap_config.plan.plan import assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
@@ -186,6 +186,8 @@ def _contradictions(lock: Lock, plan: Plan, asked: Asked, *, follows_measurement
     if lock.is_early:
         derived = {key: part for key, part in derived.items() if key in lock.plan}
     skipped = {BOUND, *(() if follows_measurement else FOLLOW_FROM_MEASUREMENT)}
+    if "loading_ram_bytes" not in lock.plan:
+        skipped |= LOADING
     for index, (use, now) in enumerate(zip(lock.plan["devices"], derived["devices"], strict=False)):
         for difference in _differences(use, now, f"plan.devices[{index}]"):
             if difference[0].rpartition(".")[2] not in skipped:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 INCIDENTAL = frozenset({"name", "description", "variables", "extends"})
 """Keys of a profile that change nothing by themselves: variables and bases count by what they lead to."""
 
-MEASURED = ("measurement", "skip_keys")
+MEASURED = ("measurement", "skip_keys", "merged")
 """Of a graph, what tells how the model runs and not what it is: it differs between versions of transformers."""
 
 
@@ -30,7 +30,7 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
         profile=digest(profile),
         config=model.source.config_digest,
         graph=digest({key: part for key, part in graph.items() if key not in (*MEASURED, "schema")}),
-        measurement=digest({key: graph[key] for key in MEASURED}),
+        measurement=digest({key: graph[key] for key in MEASURED if key in graph}),
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
         checkpoint=model.source.checkpoint_digest,
@@ -44,4 +44,4 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
 
 def early_graph_digest(graph: ModelGraph) -> str:
     """Return the digest that early locks hold: of the module tree and its measurement together."""
-    return digest({key: part for key, part in graph_to_json(graph).items() if key != "schema"})
+    return digest({key: part for key, part in graph_to_json(graph).items() if key not in ("schema", "merged")})

@@ -72,6 +72,11 @@ class LockedDevice(_Part):
     free_bytes: int
     id: Name
     kv_cache_bytes: Bytes
+    loading_bytes: Bytes = Field(
+        default=0,
+        description="The most that it holds while the model is loaded, weights included; early locks do not say.",
+        json_schema_extra=_without_default,
+    )
     overhead_bytes: Bytes
     weights_bytes: Bytes
 
@@ -98,6 +103,11 @@ class LockedPlan(_Part):
     )
     devices: list[LockedDevice]
     executor: Name
+    loading_ram_bytes: Bytes = Field(
+        default=0,
+        description="What loading takes of the CPU's memory at most; early locks do not say.",
+        json_schema_extra=_without_default,
+    )
     main_device: Name = Field(description="Where modules run that are stored on the CPU or the disk.")
     measured: bool = Field(description="Whether more than weights was measured and budgeted.")
     offload_buffers: bool = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.placement.shortage import rounded
+from devmap_config.placement.words import rounded
 from devmap_config.plan.prediction import duration
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ PREDICTED: Mapping[str, tuple[str, Callable[[int], str]]] = {
     "longest_context": ("longest context", "{:,} tokens".format),
 }
 
-FOLLOW_FROM_MEASUREMENT = frozenset({"measured", "free_bytes", *MEASURED_BYTES, *PREDICTED})
+LOADING = frozenset({"loading_bytes", "loading_ram_bytes"})
+"""Keys of a plan for what loading takes, which early locks do not have."""
+
+FOLLOW_FROM_MEASUREMENT = frozenset({"measured", "free_bytes", *LOADING, *MEASURED_BYTES, *PREDICTED})
 """Keys of a plan that may move with the libraries; all others follow from the module tree, profile and hardware."""
 
 

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.units import Unit
 from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.loading import loading_extra_bytes
 from devmap_config.placement.running import RunningCost, running_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceUse:
-    """What one device holds, in bytes. `overhead_bytes` is what the executor needs there while it runs."""
+    """What one device holds, in bytes. `overhead_bytes` is what the executor needs there while it runs.
+
+    `loading_bytes` is the most that it holds while the model is loaded, the weights that are there by then included.
+    """
 
     id: DeviceId
     capacity_bytes: int
@@ -29,6 +33,7 @@ class DeviceUse:
     kv_cache_bytes: int = 0
     activation_bytes: int = 0
     overhead_bytes: int = 0
+    loading_bytes: int = 0
 
     @property
     def free_bytes(self) -> int:
@@ -70,6 +75,7 @@ class Plan:
 
     `measured` tells whether more than weights was measured and budgeted. `diagnostics` are the warnings of the
     compilation that made it; two plans are the same whatever was said of them.
+    `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
     """
 
     strategy: str
@@ -79,6 +85,7 @@ class Plan:
     devices: tuple[DeviceUse, ...]
     prediction: Prediction = field(default_factory=Prediction)
     measured: bool = False
+    loading_ram_bytes: int = 0
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
 
     @cached_property
@@ -129,6 +136,7 @@ class Plan:
             "device_map": self.placement,
             "compute": self.compute,
             "devices": [{**asdict(use), "free_bytes": use.free_bytes} for use in self.devices],
+            "loading_ram_bytes": self.loading_ram_bytes,
             "prediction": asdict(self.prediction),
         }
 
@@ -148,14 +156,17 @@ def assemble(
         Assignment(unit.name, unit.tensors, stored_on, executor.executes_on(stored_on, main_device, compute))
         for unit, (stored_on, compute) in placed
     )
+    devices = device_uses(graph, assignments, capacities, executor)
+    on_cpu = next((use.loading_bytes for use in devices if use.id == "cpu"), None)
     return Plan(
         strategy=strategy,
         executor=executor,
         main_device=main_device,
         assignments=assignments,
-        devices=device_uses(graph, assignments, capacities, executor),
+        devices=devices,
         prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments, executor, main_device)),
         measured=graph.measurement is not None and graph.measurement.measured,
+        loading_ram_bytes=loading_extra_bytes(graph, assignments).get("cpu", 0) if on_cpu is None else on_cpu,
     )
 
 
@@ -176,14 +187,16 @@ def device_uses(
     running = running_of(graph, placed, executor)
     costs = {} if running is None else running.costs()
     none = RunningCost()
+    loading = loading_extra_bytes(graph, placed)
     return tuple(
         DeviceUse(
             id=device,
             capacity_bytes=capacities.get(device, 0),
-            weights_bytes=graph.weights_bytes(names, offloaded),
+            weights_bytes=(weights_bytes := graph.weights_bytes(names, offloaded)),
             kv_cache_bytes=costs.get(device, none).kv_cache_bytes,
             activation_bytes=costs.get(device, none).activation_bytes,
             overhead_bytes=costs.get(device, none).streaming_bytes,
+            loading_bytes=weights_bytes + loading.get(device, 0),
         )
         for device, names in held.items()
     )

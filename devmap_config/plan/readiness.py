@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.placement.shortage import rounded
+from devmap_config.placement.words import rounded
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Severity, Span
@@ -76,7 +76,10 @@ def differences(
 def _needs(lock: Lock) -> dict[str, int]:
     """Bytes by device, where there are any."""
     parts = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
-    needs = {use["id"]: sum(use[part] for part in parts) for use in lock.plan["devices"]}
+    needs = {
+        use["id"]: max(sum(use[part] for part in parts), use.get("loading_bytes", 0)) for use in lock.plan["devices"]
+    }
+    needs.setdefault("cpu", lock.plan.get("loading_ram_bytes", 0))
     return {device: needed for device, needed in needs.items() if needed}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.shortage import amount, rounded
+from devmap_config.placement.weighing import heaviest
+from devmap_config.placement.words import amount, rounded
 from devmap_config.plan.verify import Violation, verify
 from devmap_config.rules.folding import fold_paths
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.plan.plan import Plan
+    from devmap_config.plan.plan import DeviceUse, Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
     from devmap_config.rules.rule import Rule
@@ -49,7 +50,7 @@ def review(
             )
             sink.error(violation.kind, violation.message, loaded.key_span("hardware", "devices"), help=help)
     if overfull:
-        _report_overfull(overfull, plan, loaded, sink)
+        _report_overfull(overfull, plan, graph, loaded, sink)
     for decision, violations in stranded.values():
         _report_stranded(decision, violations, plan, graph, sink)
     for rule, blocks in split.values():
@@ -112,9 +113,13 @@ def broken_promises(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]
     return broken
 
 
-def _report_overfull(devices: list[str], plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
-    """Weights fit by now: what does not is what the workload needs besides."""
+def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
+    """Weights fit by now: what does not is what the workload needs besides, or what loading does."""
     uses = sorted((use for use in plan.devices if use.id in devices), key=lambda use: use.free_bytes)
+    if uses[0].free_bytes >= 0:
+        _report_overfull_loading(uses, graph, loaded, sink)
+        return
+    uses = [use for use in uses if use.free_bytes < 0]
     fullest = uses[0]
     parts = {
         "weights": fullest.weights_bytes,
@@ -123,15 +128,43 @@ def _report_overfull(devices: list[str], plan: Plan, loaded: LoadedProfile, sink
         "streamed weights": fullest.overhead_bytes,
     }
     listed = ", ".join(f"{name} {rounded(size_bytes)}" for name, size_bytes in parts.items() if size_bytes)
-    others = ", ".join(f"{amount(-use.free_bytes)} on {use.id}" for use in uses[1:])
+    others = "".join(f"; and {amount(-use.free_bytes)} on {use.id}" for use in uses[1:])
+    cause = heaviest(graph, plan.assignments, plan.executor, fullest.id, parts)
+    others += f"; {cause}" if cause else ""
     sink.error(
         "over-capacity",
         f"{fullest.id} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(fullest.capacity_bytes)}:"
-        f" {amount(-fullest.free_bytes)} are missing{f'; and {others}' if others else ''}",
+        f" {amount(-fullest.free_bytes)} are missing{others}",
         loaded.span("workload", "context_length"),
         help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or say `strategy: fastest`,"
         " which counts with all of this",
     )
+
+
+def _report_overfull_loading(uses: list[DeviceUse], graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
+    """It would fit once it is loaded, and does not while it is."""
+    fullest = max(uses, key=lambda use: use.loading_bytes - use.capacity_bytes)
+    extra_bytes = fullest.loading_bytes - fullest.weights_bytes
+    sink.error(
+        "over-capacity",
+        f"{fullest.id} would hold {rounded(fullest.loading_bytes)} at once while the model is loaded, and has"
+        f" {rounded(fullest.capacity_bytes)}: {amount(fullest.loading_bytes - fullest.capacity_bytes)} are missing;"
+        f" besides {rounded(fullest.weights_bytes)} of weights, {rounded(extra_bytes)} are what"
+        f" {_made_while_loading(graph)} takes",
+        loaded.key_span("hardware", "devices", fullest.id)
+        if fullest.id in loaded.profile.hardware.devices
+        else loaded.key_span("hardware", "devices"),
+        help=f"give {fullest.id} that much more memory, or keep less of the model there",
+    )
+
+
+def _made_while_loading(graph: ModelGraph) -> str:
+    facts = graph.loading
+    if facts is not None and facts.quantises:
+        return f"quantising it from {facts.dtype}"
+    if facts is not None and facts.stored_dtype != facts.dtype:
+        return f"casting it from {facts.stored_dtype}"
+    return "merging the weights of its experts"
 
 
 def _computes_apart(violation: Violation, plan: Plan) -> bool:

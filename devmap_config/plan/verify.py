@@ -247,6 +247,13 @@ def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> I
                 message=f"{device} would hold {used:,} bytes, {used - capacities[device]:,} more than it has",
                 subjects=(device,),
             )
+        elif row.loading_bytes > capacities[device]:
+            yield Violation(
+                kind="over-capacity",
+                message=f"{device} would hold {row.loading_bytes:,} bytes while the model is loaded,"
+                f" {row.loading_bytes - capacities[device]:,} more than it has",
+                subjects=(device,),
+            )
 
 
 def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[str]]) -> Iterator[Violation]:

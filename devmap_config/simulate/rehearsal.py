@@ -9,7 +9,7 @@ from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.failures import Failure
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import ModulePath, TensorName
-from devmap_config.placement.shortage import amount, rounded
+from devmap_config.placement.words import amount, rounded
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 from devmap_config.simulate.memory import plan_digest, verdict_on

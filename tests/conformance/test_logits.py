@@ -17,8 +17,8 @@ import tiny
 import torch
 import yaml
 import zoo
-from conftest import REPOSITORY
 from click.testing import CliRunner
+from conftest import REPOSITORY
 
 from devmap_config import load_model
 from devmap_config.cli.compile import compile_command

@@ -1,0 +1,95 @@
+"""What loading holds at its peak besides the weights, by what transformers' loader keeps alive at once.
+
+It maps the files of a checkpoint (safetensors) and takes one tensor after another from them. On the CPU, what is of the
+right dtype stays mapped, and everything else is made: cast, merged from the tensors of the experts, or quantised. For
+other devices, a cast is made on the CPU and the copy there. Without a disk in the plan and without quantising, threads
+take tensors ahead; otherwise one is taken after another, and the last one stays alive while the next is made.
+
+The pages of files that are mapped are not counted: the system takes them back when it needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.placement.problem import is_accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from devmap_config.graph.model import LoadingFacts, ModelGraph, Tensor
+    from devmap_config.placement.assignment import Assignment
+    from devmap_config.placement.problem import DeviceId
+
+THREADS = 4
+"""How many tensors transformers takes ahead at once (`GLOBAL_WORKERS`)."""
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> dict[DeviceId, int]:
+    """The bytes that each device holds at most while loading, beyond the weights that stay there."""
+    facts = graph.loading
+    if facts is None:
+        return {}
+    placed = [
+        (graph.tensors[name], each.stored_on)
+        for each in assignments
+        for name in each.tensors
+        if graph.storage_of[name] == name and graph.tensors[name].persistent
+    ]
+    one_by_one = facts.quantises or any(device == "disk" for _, device in placed)
+    found = {"cpu": _on_cpu(placed, facts, one_by_one=one_by_one)}
+    for tensor, device in placed:
+        if is_accelerator(device):
+            found[device] = max(found.get(device, 0), _made_bytes(tensor, facts))
+    return found
+
+
+def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
+    """What is alive, besides the tensor itself, where it is made: the parts that are merged, or its dense values."""
+    if tensor.name in facts.merged:
+        return tensor.size_bytes
+    return _dense_bytes(tensor, facts) if _is_quantised(tensor, facts) else 0
+
+
+def _on_cpu(placed: list[tuple[Tensor, DeviceId]], facts: LoadingFacts, *, one_by_one: bool) -> int:
+    here = [(tensor, device) for tensor, device in placed if not is_accelerator(device)]
+    cast_for_others = sorted(
+        (_part_bytes(tensor, facts) for tensor, device in placed if is_accelerator(device) and _is_cast(tensor, facts)),
+        reverse=True,
+    )
+    passing = sum(cast_for_others[: 1 if one_by_one else THREADS])
+    if not one_by_one:
+        merged = [tensor for tensor, _ in here if tensor.name in facts.merged]
+        # Parts that are cast lie in small pieces, which the allocator keeps when what is merged from them is made.
+        kept = sum(tensor.size_bytes for tensor in merged if _is_cast(tensor, facts))
+        return passing + kept + max((tensor.size_bytes for tensor in merged), default=0)
+    alive, last = [0], [0]
+    for tensor, device in here:
+        is_merged, is_cast = tensor.name in facts.merged, _is_cast(tensor, facts)
+        if _is_quantised(tensor, facts):
+            made_bytes = _dense_bytes(tensor, facts) + tensor.size_bytes
+        else:
+            made_bytes = tensor.size_bytes * (2 * is_merged + is_cast)
+        alive.append(made_bytes - tensor.size_bytes if device == "cpu" and made_bytes else made_bytes)
+        if device == "disk" and made_bytes:
+            last.append(tensor.size_bytes)
+    return passing + max(alive) + max(last)
+
+
+def _is_quantised(tensor: Tensor, facts: LoadingFacts) -> bool:
+    return facts.quantises and tensor.size_bytes < _dense_bytes(tensor, facts)
+
+
+def _dense_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
+    return tensor.element_count * ITEM_BYTES.get(facts.dtype, 4)
+
+
+def _is_cast(tensor: Tensor, facts: LoadingFacts) -> bool:
+    return facts.stored_dtype in ITEM_BYTES and tensor.dtype in ITEM_BYTES and tensor.dtype != facts.stored_dtype
+
+
+def _part_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
+    """What is taken from the checkpoint at once for a tensor: of a merged one, an expert's part."""
+    return tensor.size_bytes // max(tensor.shape[0], 1) if tensor.name in facts.merged else tensor.size_bytes

@@ -1,0 +1,110 @@
+"""Says in a phrase what weighs most on a device, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.placement.loading import ITEM_BYTES
+from devmap_config.placement.words import rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.graph.costs import Measurement, ModuleCost
+    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.placement.assignment import Assignment
+    from devmap_config.placement.executor import Executor
+    from devmap_config.placement.problem import DeviceId
+
+QUADRATIC = 3
+"""By so much more than twice, what grows with the square of the prompt is told from what grows with the prompt."""
+
+
+def heaviest(
+    graph: ModelGraph,
+    assignments: Iterable[Assignment],
+    executor: Executor,
+    device: DeviceId,
+    parts: Mapping[str, int],
+) -> str | None:
+    """Return what most of the bytes on a device are, and why; `None` where no one thing is.
+
+    `parts` are the bytes of `weights`, `cache`, `activations` and `streamed weights` there.
+    """
+    largest = max(parts, key=lambda part: parts[part])
+    if 2 * parts[largest] < sum(parts.values()):
+        return None
+    placed = tuple(assignments)
+    if largest == "weights":
+        names = [
+            name
+            for each in placed
+            for name in each.tensors
+            if executor.residence(graph.tensors[name], each.stored_on, each.executes_on) == device
+        ]
+        return heaviest_weights(graph, names, parts[largest])
+    measurement = graph.measurement
+    if measurement is None:
+        return None
+    if largest == "cache":
+        tokens, batch = measurement.workload.context_length, measurement.workload.batch_size
+        sequences = f" of {batch} sequences" if batch > 1 else ""
+        return f"most of it is the cache{sequences} of {tokens:,} tokens"
+    if largest == "activations":
+        there = {each.unit for each in placed if each.executes_on == device}
+        return _heaviest_activation(graph, measurement, there)
+    return None
+
+
+def heaviest_weights(graph: ModelGraph, names: Iterable[TensorName], total_bytes: int) -> str | None:
+    """Return what most of these weights are, where it is one thing: experts, or the matrices of a vocabulary."""
+    held = dict.fromkeys(graph.storage_of[name] for name in names)
+    merged = [name for name in held if name in graph.merged and len(graph.tensors[name].shape) > 2]
+    words = [name for name in held if len(graph.tensors[name].shape) == 2 and _is_of_words(graph, name)]
+    experts_bytes, words_bytes = graph.weights_bytes(merged), graph.weights_bytes(words)
+    if 2 * max(experts_bytes, words_bytes) < total_bytes:
+        return None
+    if words_bytes > experts_bytes:
+        return f"the vocabulary's matrices are {rounded(words_bytes)} of {rounded(total_bytes)}"
+    share = f"{rounded(experts_bytes)} of {rounded(total_bytes)}"
+    method = None if graph.loading is None else graph.loading.method
+    dtype = graph.tensors[merged[0]].dtype
+    if method is not None and dtype in ITEM_BYTES:
+        return f"fused experts stay in {dtype} under {method}: {share}"
+    return f"the experts are {share}"
+
+
+def _is_of_words(graph: ModelGraph, name: TensorName) -> bool:
+    """Whether a matrix has a row for each word: an embedding, or a head as long as one."""
+    rows = graph.tensors[name].shape[0]
+    owner = graph.modules[name.rpartition(".")[0]]  # type: ignore[index]
+    embeddings = [module for module in graph.modules.values() if module.class_name.endswith("Embedding")]
+    vocabulary = max((module.parameters[0].shape[0] for module in embeddings if module.parameters), default=0)
+    return rows == vocabulary and (owner in embeddings or owner.class_name == "Linear")
+
+
+def _heaviest_activation(graph: ModelGraph, measurement: Measurement, there: set[str]) -> str | None:
+    workload = measurement.workload
+    costs = [cost for cost in measurement.modules if _is_within(cost.path, there)]
+    if not costs:
+        return None
+    peaking = max(costs, key=lambda cost: cost.own_peak_bytes)
+    tokens, size = f"{workload.prompt_length:,} tokens", rounded(peaking.own_peak_bytes)
+    if _is_quadratic(peaking):
+        return f"attention that is not fused in `{peaking.path}`: {size}, most of it scores, at {tokens}"
+    if workload.all_logits and _gives_words(graph, peaking.path):
+        return f"the logits of all {tokens} (`logits: all`): {size}"
+    return f"`{peaking.path or 'the model'}` takes {size} of it, at {tokens}"
+
+
+def _is_quadratic(cost: ModuleCost) -> bool:
+    return cost.own_peak_bytes > 0 and cost.doubled_own_peak_bytes > QUADRATIC * cost.own_peak_bytes
+
+
+def _gives_words(graph: ModelGraph, path: str) -> bool:
+    """Whether a module is the model itself, or its head."""
+    return not path or ("." not in path and graph.modules[path].class_name == "Linear")  # type: ignore[index]
+
+
+def _is_within(path: str, units: set[str]) -> bool:
+    return "" in units or any(path == unit or path.startswith(f"{unit}.") for unit in units) or not path
