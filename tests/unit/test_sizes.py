@@ -253,6 +253,18 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     assert "bitsandbytes fp4 4 bit (what is on the CPU stays in float16: 13.2 GiB in all)" in heading
 
 
+def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
+    big()
+    text = FASTEST_IN_4_BIT.replace("context_length: 2048", "context_length: 512")
+    plan = compiled(text).plan
+    needed = used_bytes(plan, "cpu")
+    exact = compiled(text.replace("64GiB", f"{needed}")).plan
+    assert used_bytes(exact, "cpu") == needed
+    too_little = compiled(text.replace("64GiB", f"{needed - 1}"))
+    assert {each.code for each in errors(too_little)} == {"over-capacity"}
+    assert not any("would hold" in each.message for each in errors(too_little))  # nothing was placed so
+
+
 def test_where_all_is_on_the_cpu_nothing_is_quantised(workspace):
     text = f"""\
 version: 1
