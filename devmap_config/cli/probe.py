@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,9 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
     planned = steps(seen, disk_folder, Devices())
     console = Console(stderr=True)
     columns = (BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console, transient=True)
+    # One that is not to be seen is not begun: until rich 15 it would end with an empty line.
+    with nullcontext() if quiet or not console.is_terminal else progress:
         task = progress.add_task("", total=len(planned))
 
         def begun(step: Step) -> None:
