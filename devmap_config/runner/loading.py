@@ -105,6 +105,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
         "trust_remote_code": request.trust_remote_code,
         "use_safetensors": True,  # a pickle may run any code
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in that report, and refused where they are not new on purpose
     }
     if request.attention is not None:
         arguments["attn_implementation"] = request.attention

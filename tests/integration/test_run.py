@@ -26,6 +26,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
     Qwen3MoeConfig,
@@ -538,3 +539,22 @@ def test_names_that_cannot_be_compared_are_said_to_be_unchecked(workspace):
     read_from_disk = replace(deployment, plan=replace(deployment.plan, assignments=(disk,)))
     # What is loaded whole is in transformers' own report; what stays on disk is in none.
     assert (deployment.unchecked, "optimum" in (read_from_disk.unchecked or "")) == (None, True)
+
+
+def test_a_head_of_another_size_that_is_new_on_purpose(workspace):
+    sizes = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")}
+    LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=2)).save_pretrained(workspace / "random")
+    config = json.loads((workspace / "random" / "config.json").read_text())
+    three = {
+        "id2label": {str(label): str(label) for label in range(3)},
+        "label2id": {str(label): label for label in range(3)},
+    }
+    (workspace / "random" / "config.json").write_text(json.dumps({**config, **three}))
+    Path("profile.yaml").write_text(ON_CPU)
+    refused = invoke(compile_command, ["profile.yaml"])
+    assert (refused.return_value, "`score.weight` is 2 × 64, and 3 × 64" in " ".join(refused.stderr.split())) == (
+        1,
+        True,
+    )
+    write_profile(ON_CPU.replace("random", "random, allow_new: score"))
+    assert load_model("profile.yaml").score.weight.shape == (3, 64)
