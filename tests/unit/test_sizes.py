@@ -21,6 +21,8 @@ from devmap_config.graph.serialization import graph_from_json, graph_to_json
 from devmap_config.graph.source import digest
 from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.executor import LEFT, OFFLOADED
+from devmap_config.placement.problem import Aim, Problem
+from devmap_config.placement.strategies import Infeasible, Placed, place
 from devmap_config.placement.units import fold
 from devmap_config.plan.drift import Drift
 from devmap_config.plan.lock import lock_of, read_lock
@@ -255,14 +257,16 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
 
 def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
     big()
-    text = FASTEST_IN_4_BIT.replace("context_length: 2048", "context_length: 512")
-    plan = compiled(text).plan
-    needed = used_bytes(plan, "cpu")
-    exact = compiled(text.replace("64GiB", f"{needed}")).plan
-    assert used_bytes(exact, "cpu") == needed
-    too_little = compiled(text.replace("64GiB", f"{needed - 1}"))
-    assert {each.code for each in errors(too_little)} == {"over-capacity"}
-    assert not any("would hold" in each.message for each in errors(too_little))  # nothing was placed so
+    compilation = compiled(FASTEST_IN_4_BIT.replace("context_length: 2048", "context_length: 512"))
+    needed = used_bytes(compilation.plan, "cpu")
+    aim = Aim(phases=(("decode", 1),), inventory=compilation.inventory)
+
+    def placed(cpu_bytes):
+        capacities = {**compilation.inventory.capacities, "cpu": cpu_bytes}
+        return place(Problem(compilation.model.graph, capacities), "fastest", aim=aim)
+
+    assert isinstance(placed(needed), Placed)
+    assert isinstance(placed(needed - 1), Infeasible)  # though as many bytes would do in 4 bit
 
 
 def test_where_all_is_on_the_cpu_nothing_is_quantised(workspace):
