@@ -71,7 +71,11 @@ def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> I
         f" {_operations(prefill)}flop a prefill, {_operations(decode)}flop a token"
     )
     if not measurement.measured:
-        yield Text(f"by formulas: the model's code cannot be run without data ({measurement.reason})", style="yellow")
+        is_models = measurement.cause == "model"
+        reason = (
+            f"the model's code cannot be run without data ({measurement.reason})" if is_models else measurement.reason
+        )
+        yield Text(f"by formulas: {reason}", style="yellow")
 
 
 def _block_costs(graph: ModelGraph, measurement: Measurement) -> dict[str, BlockCost]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.cli.options import dtype_option, format_option, remote_code_option
+from devmap_config.cli.options import dtype_option, format_option, remote_code_option, unmeasured_option
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
@@ -34,6 +34,7 @@ DEFAULT_CONTEXT_LENGTH = 4096
 @click.option("--revision", help="A branch, tag or commit of a hub id.")
 @format_option("table", "json")
 @remote_code_option
+@unmeasured_option
 def tree(
     source: str,
     pattern: str | None,
@@ -45,6 +46,7 @@ def tree(
     revision: str | None,
     output_format: str,
     trust_remote_code: bool,
+    allow_unmeasured: bool,
 ) -> int:
     """Show the module tree of SOURCE (a hub id, a directory, a config.json, or a profile) with classes and bytes."""
     from devmap_config.cli.reporting import print_json
@@ -59,8 +61,7 @@ def tree(
     context = (context_length or -1) if is_measured else None
     graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, output_format, context)
     if is_measured:
-        _show_measured(graph, output_format)
-        return 0
+        return _show_measured(graph, output_format, allow_unmeasured=allow_unmeasured)
     matched: tuple[str, ...] | None = None
     beyond: tuple[BeyondEnd, ...] = ()
     if pattern is not None:
@@ -94,20 +95,28 @@ def tree(
     return 0
 
 
-def _show_measured(graph: ModelGraph, output_format: str) -> None:
+def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: bool) -> int:
     from rich.console import Console
 
     from devmap_config.cli.measure_view import measured_lines, measured_to_json
-    from devmap_config.cli.reporting import print_json
+    from devmap_config.cli.reporting import print_json, report
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import report_unmeasured
 
     if graph.measurement is None:
         raise AssertionError("a graph that was to be measured")
+    sink = Sink()
+    report_unmeasured(graph.measurement, None, sink, allowed=allow_unmeasured)
+    if sink.has_errors:
+        report(sink, {}, output_format, data={"modules": None})
+        return 1
     if output_format == "json":
         print_json({"class": graph.class_name, **measured_to_json(graph, graph.measurement)})
-        return
+        return 0
     console = Console(highlight=False)
     for line in measured_lines(graph, graph.measurement, console.width):
         console.print(line)
+    return 0
 
 
 def graph_of_source(

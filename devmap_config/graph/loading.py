@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.diagnostics.diagnostic import Sink, Span
+    from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
     from devmap_config.profile.loading import LoadedProfile
 
@@ -484,26 +485,31 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink, *, allow_unmeas
             "the plan counts the weights as they are before quantization: it is an upper bound",
             loaded.span("model", "quantization"),
         )
-    if graph.measurement is not None and not graph.measurement.measured:
-        failure = Failure(graph.measurement.cause, graph.measurement.reason or "")
-        if failure.cause == "model":
-            sink.warning(
-                "unmeasured-model",
-                f"the model's code cannot be run without data ({failure.reason}): formulas stand in for it",
-                loaded.span("workload"),
-                help="leave more room than usual, by `reserve` on the accelerators",
-            )
-        else:
-            consequence = (
-                "formulas stand in for measuring the model" if allow_unmeasured else "the model is not measured"
-            )
-            report_failure(failure, consequence, loaded.span("workload"), sink, allowed=allow_unmeasured)
+    if graph.measurement is not None:
+        report_unmeasured(graph.measurement, loaded.span("workload"), sink, allowed=allow_unmeasured)
+
+
+def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
+    """Report that formulas stand in for a measurement, where they do, and why: an error where they may not."""
+    if measurement.measured:
+        return
+    failure = Failure(measurement.cause, measurement.reason or "")
+    if failure.cause == "model":
+        sink.warning(
+            "unmeasured-model",
+            f"the model's code cannot be run without data ({failure.reason}): formulas stand in for it",
+            span,
+            help="leave more room than usual, by `reserve` on the accelerators",
+        )
+    else:
+        consequence = "formulas stand in for measuring the model" if allowed else "the model is not measured"
+        report_failure(failure, consequence, span, sink, allowed=allowed)
 
 
 ALLOW_UNMEASURED = "`--allow-unmeasured`"
 
 
-def report_failure(failure: Failure, consequence: str, span: Span, sink: Sink, *, allowed: bool) -> None:
+def report_failure(failure: Failure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool) -> None:
     """Report that it was not for the model that something of it could not be found out.
 
     Args:

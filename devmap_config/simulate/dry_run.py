@@ -78,7 +78,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
         return run.simulation(mismatch=error)
     except Exception as error:  # a model's own code may raise anything where there is no data
         failure = failure_of(error)
-        absent = _absent_beyond(model, graph, plan, workload)
+        absent = _absent_beyond(model, graph, plan, workload) if failure.cause == "model" else None
         return absent or Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
     return run.simulation()
 

@@ -171,6 +171,15 @@ def test_every_command_that_needs_the_measurement_says_it(command, monkeypatch):
     assert what in said
 
 
+def test_what_a_tree_shows_as_measured_is_measured(monkeypatch):
+    what = with_state_returned(monkeypatch)
+    refused = run_command("tree", "llama", "--measure")
+    assert (refused.return_value, what in " ".join(refused.stderr.split())) == (1, True)
+    allowed = run_command("tree", "llama", "--measure", "--allow-unmeasured")
+    assert allowed.return_value == 0
+    assert f"by formulas: transformers {versions.installed('transformers')}: " in " ".join(allowed.stdout.split())
+
+
 def test_python_says_it_too(monkeypatch):
     with_state_returned(monkeypatch)
     with pytest.raises(ProfileError, match="returns its cache as `state`"):
