@@ -139,7 +139,7 @@ def _report_device(
         sink.error(
             "over-capacity",
             f"{what} {rounded(pinned_bytes)} on {device}, which has {rounded(shortage.capacity_bytes)}:"
-            f" {amount(shortage.missing_bytes)} are missing",
+            f" {amount(shortage.missing_bytes)} are missing{_cause(problem)}",
             rule.span,
             help=f"move something off {device}, or give it more memory",
         )

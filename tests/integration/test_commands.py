@@ -68,11 +68,12 @@ def test_json_is_one_object_whatever_happens(profile):
     assert value["plan"]["device_map"]["lm_head"] == "cpu"
     assert set(value["plan"]) == {
         "strategy", "executor", "main_device", "measured", "device_map", "compute", "devices", "prediction",
-        "offload_buffers",
+        "offload_buffers", "loading_ram_bytes",
     }  # fmt: skip
     for use in value["plan"]["devices"]:
         others = sum(use[key] for key in ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes"))
         assert use["free_bytes"] == use["capacity_bytes"] - others
+        assert use["loading_bytes"] >= use["weights_bytes"]
 
     profile.write_text(GOOD.replace("lm_head", "lm_haed"))
     bad = devmap("compile", "profile.yaml", "--format", "json")

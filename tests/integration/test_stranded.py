@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForImageTextToText, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    BartConfig,
+    BartForConditionalGeneration,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+)
 
 from devmap_config import load_model
 from devmap_config.cli.compile import compile_command
@@ -124,3 +130,32 @@ def test_a_weight_that_its_parent_reads_is_found_by_running_the_tower():
     mended = compiled()
     assert mended.plan.placement["model.vision_tower.embeddings.position_embedding"] == "cpu"
     assert any("position_embedding" in each.message for each in mended.diagnostics if each.code == "stranded-tensor")
+
+
+def test_a_weight_that_its_parent_reads_is_found_beyond_code_that_needs_data():
+    """A router multiplies by its classifier's weight itself: on a CPU, without an error, by what is not there.
+
+    The first layer's experts look at data, so that no dry run comes to the second layer as it is.
+    """
+    config = LongcatFlashConfig(
+        vocab_size=128,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        ffn_hidden_size=32,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        head_dim=8,
+        moe_topk=2,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        expert_ffn_hidden_size=16,
+    )
+    LongcatFlashForCausalLM(config).save_pretrained("random")
+    write("pins: [{match: model.layers.1, device: disk}]")
+    error = error_of(compiled())
+    assert (error.code, error.span.line) == ("stranded-tensor", 6)
+    assert "`model.layers.1.mlp.router.classifier.weight`, which nothing brings there from disk" in error.message

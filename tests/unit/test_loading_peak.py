@@ -1,0 +1,114 @@
+"""What loading takes besides the weights, by what is made and what else is alive then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import LLAMA, MIXTURE
+
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.plan.lock import read_lock
+
+CARD = "cuda:0: {memory: 1GiB}"
+CPU = "cpu: {memory: 1GiB}"
+DISK = "disk: {memory: 1GiB}"
+
+EXPERTS_BYTES = 8 * 64 * 64 * 2
+"""`gate_up_proj` of a layer of the mixture, in bfloat16, the largest of what is merged."""
+DOWN_BYTES = EXPERTS_BYTES // 2
+WORDS_BYTES = 256 * 64 * 2
+"""The embedding, or the head, in bfloat16: the largest that is not merged."""
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(workspace):
+    return workspace
+
+
+def compiled(source, devices, placement="strategy: sequential", model=""):
+    Path("profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: {source}{model}}}\nhardware: {{devices: {{{devices}}}}}\n"
+        f"placement: {{{placement}}}\n"
+    )
+    return run_pipeline(Request(path=Path("profile.yaml")))
+
+
+def extras(*arguments, **options):
+    plan = compiled(*arguments, **options).plan
+    found = {use.id: use.loading_bytes - use.weights_bytes for use in plan.devices}
+    return found | ({} if "cpu" in found else {"ram": plan.loading_ram_bytes})
+
+
+def test_what_is_as_it_is_stored_takes_nothing_besides():
+    assert extras("llama", f"{CARD}, {CPU}") == {"cuda:0": 0, "cpu": 0}
+    assert extras("llama", CPU) == {"cpu": 0}
+
+
+def test_a_cast_for_a_card_is_made_on_the_cpu_by_threads():
+    four_largest = 2 * (2 * WORDS_BYTES + 2 * 128 * 64 * 2)
+    assert extras("llama", CARD, model=", dtype: float32") == {"cuda:0": 0, "ram": four_largest}
+
+
+def test_a_cast_on_the_cpu_is_the_weight_itself():
+    assert extras("llama", CPU, model=", dtype: float32") == {"cpu": 0}
+
+
+def test_a_cast_for_the_disk_is_alive_while_the_next_is_made():
+    on_disk = "strategy: single, device: disk, offload: {folder: ./offload}"
+    found = extras("llama", f"{CPU}, {DISK}", on_disk, model=", dtype: float32")
+    assert found["cpu"] == 2 * 2 * WORDS_BYTES
+
+
+def test_parts_of_experts_are_alive_with_what_is_merged_from_them():
+    assert extras("mixture", CARD) == {"cuda:0": EXPERTS_BYTES, "ram": 0}
+    assert extras("mixture", CPU) == {"cpu": EXPERTS_BYTES}
+
+
+def test_for_the_disk_both_are_besides():
+    on_disk = "strategy: single, device: disk, offload: {folder: ./offload}"
+    assert extras("mixture", f"{CPU}, {DISK}", on_disk)["cpu"] == 2 * EXPERTS_BYTES + EXPERTS_BYTES
+
+
+def test_what_is_quantised_is_dense_before():
+    found = extras("llama", CARD, model=", quantization: {method: bitsandbytes, load_in_4bit: true}")
+    assert found["cuda:0"] == 128 * 64 * 2
+
+
+def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
+    held = compiled("mixture", CARD).plan.devices[0].weights_bytes
+    compilation = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}}}", "strategy: single")
+    (error,) = [each for each in compilation.diagnostics if each.severity == "error"]
+    assert error.code == "over-capacity"
+    assert "at once while the model is loaded" in error.message
+    assert "1 bytes are missing" in error.message
+    assert "merging the weights of its experts" in error.message
+    assert compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES}}}", "strategy: single").plan is not None
+
+
+def test_a_strategy_leaves_the_room_that_loading_needs():
+    held = compiled("mixture", CARD).plan.devices[0].weights_bytes
+    plan = compiled("mixture", f"cuda:0: {{memory: {held}}}, {CPU}").plan
+    assert all(use.loading_bytes <= use.capacity_bytes for use in plan.devices)
+
+
+@pytest.mark.parametrize("source", ["llama", "mixture"])
+def test_a_lock_that_does_not_say_holds(source):
+    from devmap_config.cli.compile import compile_command
+
+    compiled(source, CARD)
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    lock = read_lock(Path("profile.lock.json").read_text())
+    assert lock.plan["loading_ram_bytes"] == 0
+    early = json.loads(json.dumps(lock.plan))
+    del early["loading_ram_bytes"]
+    for use in early["devices"]:
+        del use["loading_bytes"]
+    again = run_pipeline(Request(path=Path("profile.yaml"), locked=type(lock)(**{**vars(lock), "plan": early})))
+    assert again.drift is None
+
+
+def test_the_models_are_as_large_as_is_said_here():
+    assert (MIXTURE["num_experts"], MIXTURE["moe_intermediate_size"], MIXTURE["hidden_size"]) == (8, 32, 64)
+    assert (LLAMA["vocab_size"], LLAMA["intermediate_size"]) == (256, 128)
