@@ -6,7 +6,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.graph.cache import default_directory, keep
 from devmap_config.graph.checkpoint import (
@@ -43,7 +43,13 @@ SCHEMA = "devmap-checkpoint/1"
 
 
 def hub_checkpoint(
-    repository: str, commit: str, config: Mapping[str, Any], snapshot: Path, *, may_ask: Callable[[], bool]
+    repository: str,
+    commit: str,
+    config: Mapping[str, Any],
+    snapshot: Path,
+    *,
+    may_ask: Callable[[], bool],
+    token: str | bool | None = None,
 ) -> Checkpoint | None:
     """Return what the headers of a checkpoint say; `None` where they cannot be had.
 
@@ -55,6 +61,7 @@ def hub_checkpoint(
         config: its config, which may name the file of weights.
         snapshot: where the hub's client keeps the files of this commit, as far as it has them.
         may_ask: whether the hub can be reached, asked only where the headers are neither kept nor in the snapshot.
+        token: who asks the hub; as its client is configured where it is `None`.
 
     Raises:
         CheckpointError: where the files cannot be used: pickles, or headers that cannot be read.
@@ -67,7 +74,7 @@ def hub_checkpoint(
         pass  # it was not asked for yet, or what was written is damaged
     if (found := _in_snapshot(snapshot, config)) is not None:
         return found
-    asked = _asked_for(repository, commit, config) if may_ask() else None
+    asked = _asked_for(_Commit(repository, commit, token), config) if may_ask() else None
     if asked is not None:
         keep(path, json.dumps(_to_json(asked), separators=(",", ":")))
     return asked
@@ -96,31 +103,41 @@ def _from_json(value: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(value["files"], tensors)
 
 
-def _asked_for(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:
+class _Commit(NamedTuple):
+    """What is asked of the hub, and as whom."""
+
+    repository: str
+    sha: str
+    token: str | bool | None
+
+
+def _asked_for(commit: _Commit, config: Mapping[str, Any]) -> Checkpoint | None:
     explicit = config.get("transformers_weights")
     single, index = (explicit, explicit) if isinstance(explicit, str) else (SINGLE_FILE, INDEX)
     try:
-        if not single.endswith(".json") and (found := _header_of(repository, single, commit)) is not None:
+        if not single.endswith(".json") and (found := _header_of(commit, single)) is not None:
             return found
-        return _sharded(repository, index, commit)
+        return _sharded(commit, index)
     except CheckpointError:
         raise
     except Exception:  # the client's errors have no common type, and without headers nothing is said of the checkpoint
         return None
 
 
-def _sharded(repository: str, index: str, commit: str) -> Checkpoint | None:
+def _sharded(commit: _Commit, index: str) -> Checkpoint | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        text = Path(hf_hub_download(repository, index, revision=commit)).read_text(encoding="utf-8")
+        text = Path(hf_hub_download(commit.repository, index, revision=commit.sha, token=commit.token)).read_text(
+            encoding="utf-8"
+        )
     except EntryNotFoundError:
-        _refuse_pickles(repository, commit)
+        _refuse_pickles(commit)
         return None
     files = index_files(json.loads(text), index)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        found = list(pool.map(lambda file: _header_of(repository, file, commit), files))
+        found = list(pool.map(lambda file: _header_of(commit, file), files))
     parts = [part for part in found if part is not None]
     if len(parts) < len(found):
         return None
@@ -128,24 +145,24 @@ def _sharded(repository: str, index: str, commit: str) -> Checkpoint | None:
     return Checkpoint(file_bytes, {name: tensor for part in parts for name, tensor in part.tensors.items()})
 
 
-def _refuse_pickles(repository: str, commit: str) -> None:
-    if any(_range(repository, name, commit, 0, LENGTH_BYTES) is not None for name in PICKLES):
+def _refuse_pickles(commit: _Commit) -> None:
+    if any(_range(commit, name, 0, LENGTH_BYTES) is not None for name in PICKLES):
         raise CheckpointError(
             "no-safetensors",
-            f"`{repository}` holds pickles only: loading them may run any code, and they tell nothing before",
+            f"`{commit.repository}` holds pickles only: loading them may run any code, and they tell nothing before",
             "name a revision that holds safetensors (the hub's conversion makes one: `revision: refs/pr/1`, say), or a"
             " folder with a copy that was converted",
         )
 
 
-def _header_of(repository: str, filename: str, commit: str) -> Checkpoint | None:
+def _header_of(commit: _Commit, filename: str) -> Checkpoint | None:
     """What one file's header says; `None` where the server does not send parts of it."""
-    first = _range(repository, filename, commit, 0, LENGTH_BYTES)
+    first = _range(commit, filename, 0, LENGTH_BYTES)
     if first is None:
         return None
     first_bytes, size_bytes = first
     length = header_length(first_bytes, size_bytes, filename)
-    second = _range(repository, filename, commit, LENGTH_BYTES, LENGTH_BYTES + length)
+    second = _range(commit, filename, LENGTH_BYTES, LENGTH_BYTES + length)
     if second is None:
         return None
     header = parse_header(second[0], size_bytes, filename)
@@ -153,13 +170,17 @@ def _header_of(repository: str, filename: str, commit: str) -> Checkpoint | None
     return Checkpoint({filename: size_bytes}, tensors)
 
 
-def _range(repository: str, filename: str, commit: str, start: int, end: int) -> tuple[bytes, int] | None:
+def _range(commit: _Commit, filename: str, start: int, end: int) -> tuple[bytes, int] | None:
     """The bytes of a file from `start` to before `end`, and its size; nothing is read of an answer that is another."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
-    url = hf_hub_url(repository, filename, revision=commit)
-    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    url = hf_hub_url(commit.repository, filename, revision=commit.sha)
+    headers = {
+        **build_hf_headers(token=commit.token),
+        "Range": f"bytes={start}-{end - 1}",
+        "Accept-Encoding": "identity",
+    }
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response:
         size = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status_code != PARTIAL_CONTENT or size is None:

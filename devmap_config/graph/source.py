@@ -247,7 +247,8 @@ def hub_source(
     from devmap_config.graph.hub_checkpoint import hub_checkpoint
 
     config, resolved = _read_config(path), path.parent.name
-    checkpoint = hub_checkpoint(repository, resolved, config, path.parent, may_ask=_hub_answers)
+    token = _ACCESS.get(_AS_CONFIGURED).token
+    checkpoint = hub_checkpoint(repository, resolved, config, path.parent, may_ask=_hub_answers, token=token)
     stored_dtype = _undeclared_dtype(config, checkpoint)
     return ModelSource(path.parent, config, repository, resolved, stored_dtype, checkpoint)
 
