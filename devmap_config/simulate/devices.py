@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -191,7 +192,10 @@ class SimulatedDevices(Recorder):
 
     def put(self, tensor: torch.Tensor, device: DeviceId) -> None:
         """Say where something is that was there before."""
-        self._put[storage_key(tensor)] = device
+        key = storage_key(tensor)
+        if key not in self._put:  # once it is gone, something else may have its address
+            finalize(tensor.untyped_storage(), self._put.pop, key, None)
+        self._put[key] = device
 
     def of(self, tensor: torch.Tensor) -> DeviceId | None:
         """The device of a tensor; `None` where that cannot be told, as of what a model keeps on meta for itself."""

@@ -21,7 +21,9 @@ from devmap_config import ProfileError, compile_profile
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.simulate import simulate
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.simulate import memory
+from devmap_config.simulate.devices import SimulatedDevices
 from devmap_config.simulate.memory import simulation_of
 from devmap_config.simulate.simulation import Simulation, Verdict
 
@@ -461,3 +463,11 @@ def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
     assert (done.return_value, value["plan"], value["simulation"]["outcome"]) == (1, None, "mismatch")
     assert value["simulation"]["mismatch"]["running"] == "model.layers.2"
     assert [step["block"] for step in value["simulation"]["steps"]][-1] == "model.layers.1"
+
+
+def test_what_has_the_address_of_something_that_is_gone_is_not_where_that_was():
+    with tensors_without_data():
+        devices = SimulatedDevices(("cuda:0",), {}, (), {}, frozenset())
+        for _ in range(100):
+            devices.put(torch.ones(3), "cuda:0")
+            assert devices.of(torch.ones(3)) == "cpu"
