@@ -109,6 +109,8 @@ class SimulatedDevices(Recorder):
         self.accelerators = tuple(accelerators)
         self.weights = weights
         self.transfers: list[Transfer] = []
+        self.asked: torch.Tensor | None = None
+        """The weight that was last asked where it is while it was not copied in: what is sent there is lost."""
         self.origins: dict[int, dict[str, None]] = {}
         """The blocks that each storage that was noted comes of, by its number."""
         self.at: dict[int, DeviceId] = {}
@@ -127,7 +129,12 @@ class SimulatedDevices(Recorder):
 
         def device(tensor: torch.Tensor, of_torch: Callable[[], torch.device]) -> torch.device:
             # torch's own code, which runs within a function or an operation, must go on seeing the CPU.
-            return of_torch() if self._depth else self.torch_device(self.of(tensor))
+            if self._depth:
+                return of_torch()
+            at = self.of(tensor)
+            if at == NOWHERE:
+                self.asked = tensor
+            return self.torch_device(at)
 
         with answering_for_devices(device), super().watching(model), _Functions(self):
             yield
@@ -372,6 +379,8 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
         elif rest and (rest[0] is None or isinstance(rest[0], (str, int, torch.device))):
             wanted = rest.pop(0)
             target = None if wanted is None else self.devices.named(wanted)
+        if target == NOWHERE and self.devices.asked is not None:
+            self.devices.require_present("to", [self.devices.asked, tensor])
         moved = tensor if target in (None, NOWHERE) else self.devices.moved(tensor, target)
         options.pop("other", None)
         options.pop("non_blocking", None)
