@@ -169,7 +169,7 @@ def violations(value: Mapping[str, Any]) -> list[str]:
     if _is_early(value):
         return []
     missing = [key for key in ("hardware", "values") if key not in value]
-    missing += [] if "offload_buffers" in value["plan"] else ["plan.offload_buffers"]
+    missing += [f"plan.{key}" for key in ("loading_ram_bytes", "offload_buffers") if key not in value["plan"]]
     missing += [] if "checkpoint" in value["inputs"] else ["inputs.checkpoint"]
     return [f"`{key}` is missing" for key in missing]
 

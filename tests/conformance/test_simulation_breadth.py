@@ -51,12 +51,17 @@ def write_model(model_type):
 
 
 def card_bytes(graph, measurement):
-    """What a card has: room for no more than some two thirds of the model, but for its largest block."""
+    """What a card has: room for no more than some two thirds of the model, but for its largest block.
+
+    Experts that are merged while loading are there twice meanwhile.
+    """
     largest = max(
         graph.weights_bytes(tuple(tensor.name for tensor in graph.modules[path].tensors())) for path in graph.blocks
     )
     running = measurement.cache_bytes + 2 * max(cost.peak_bytes for cost in measurement.modules)
-    return max(int(0.6 * graph.size_bytes), int(1.2 * largest)) + running
+    experts = [tensor for tensor in graph.tensors.values() if len(tensor.shape) == 3 and "experts" in tensor.name]
+    loading = max((tensor.size_bytes for tensor in experts), default=0)
+    return max(int(0.6 * graph.size_bytes), int(1.2 * largest)) + running + loading
 
 
 def compiled(strategy, cards, memory_bytes):
