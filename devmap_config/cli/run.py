@@ -88,6 +88,8 @@ def run(
         for finding in deployment.compilation.diagnostics:
             if finding.code in SAID_OF_LIBRARIES:
                 sink.report(finding)
+        if deployment.left_out is not None:
+            sink.warning("unexpected-tensors", f"the checkpoint holds more than is loaded: {deployment.left_out}")
         if not no_probe:
             for finding in require_fit_machine(deployment):
                 sink.report(finding)

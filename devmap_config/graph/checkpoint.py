@@ -44,6 +44,9 @@ DTYPE_BITS = {
 }
 """Bits of an element by the dtypes of a header (safetensors' `Dtype`)."""
 
+GIT_LFS = b"version "
+"""How a pointer of git-lfs begins, in as many bytes as a safetensors file has for the length of its header."""
+
 COMPARED_BYTES = 2**20
 """How much of two tensors is compared at once."""
 
@@ -249,6 +252,12 @@ def header_length(first_bytes: bytes, size_bytes: int, name: str) -> int:
     Raises:
         CheckpointError: where that cannot be.
     """
+    if first_bytes == GIT_LFS:
+        raise CheckpointError(
+            "unreadable-checkpoint",
+            f"`{name}` is a pointer of git-lfs, and not the file that it stands for",
+            "run `git lfs pull` in its folder",
+        )
     length = int.from_bytes(first_bytes, "little")
     if len(first_bytes) < LENGTH_BYTES:
         raise _unreadable(name, "is empty" if not first_bytes else "is cut off in its first bytes")

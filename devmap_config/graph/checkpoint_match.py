@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.loading import LoadedModel
 
-SCHEMA = "devmap-checkpoint-match/1"
+SCHEMA = "devmap-checkpoint-match/2"
 """Moves whenever something else is found."""
 
 NAMES_SHOWN = 3
@@ -41,7 +41,7 @@ class CheckpointMatch:
 
     Attributes:
         class_name: the class that was loaded.
-        base_prefix: the path of its base model; what is beside it is a head.
+        absent: the largest modules all of whose tensors are missing.
         tensor_count: how many tensors it holds.
         missing: tensors of the model that the checkpoint does not hold.
         unexpected: tensors of the checkpoint that the model does not hold, and that transformers' lists do not name.
@@ -50,8 +50,8 @@ class CheckpointMatch:
     """
 
     class_name: str = ""
-    base_prefix: str = ""
     tensor_count: int = 0
+    absent: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
@@ -64,7 +64,7 @@ class CheckpointMatch:
         Raises:
             KeyError, TypeError: where the value is not one.
         """
-        names = {field: tuple(value[field]) for field in ("missing", "unexpected")}
+        names = {field: tuple(value[field]) for field in ("absent", "missing", "unexpected")}
         mismatched = tuple(Mismatch(*each) for each in value["mismatched"])
         return cls(**{**value, **names, "mismatched": mismatched})
 
@@ -148,14 +148,16 @@ def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[
     mismatched = tuple(each for each in match.mismatched if each.name not in allowed)
     new = tuple(name for name in match.missing if name in allowed)
     unexpected = _listed("is not in the model", "are not in the model", [f"`{name}`" for name in match.unexpected])
-    if not missing and not mismatched:
+    if not missing and not mismatched and 2 * len(new) <= match.tensor_count:
         return Judgement(warning=unexpected or None, new=new)
     count = match.tensor_count
     parts = [
         _listed(f"of {count} tensors is missing", f"of {count} tensors are missing", [f"`{name}`" for name in missing]),
-        _listed("does not have the model's shape", "do not have the model's shape", [m.text for m in mismatched]),
+        _listed("is stored otherwise", "are stored otherwise", [each.text for each in mismatched]),
         unexpected,
     ]
+    if not missing and not mismatched:
+        parts[0] = f"{len(new)} of {count} tensors are new, by `allow_new`"
     looks_like, help = _kind_of_mistake(match, missing, mismatched, config)
     found = "; ".join(filter(None, parts))
     message = f"the checkpoint does not hold this {match.class_name}, and looks like {looks_like}: {found}"
@@ -175,15 +177,27 @@ def _kind_of_mistake(
 ) -> tuple[str, str]:
     """Which mistake it looks like, and what to do about that."""
     saved = next((name for name in config.get("architectures") or () if isinstance(name, str)), None)
-    heads = tuple(dict.fromkeys(name.partition(".")[0] for name in missing))
-    if missing and not mismatched and match.base_prefix and match.base_prefix not in heads:
-        listed = ", ".join(heads)
-        other = f"; to load what was saved, say `class: {saved}`" if saved not in (None, match.class_name) else ""
-        return "one without its head", f"if it is to be trained, say so: `allow_new: [{listed}]` under `model`{other}"
-    wrong = len(missing) + len(mismatched)
-    if len(mismatched) * 2 > match.tensor_count or (mismatched and len(mismatched) > len(missing) and wrong > 8):
-        return "one of another size", "name the folder whose config.json and weights are of one model"
-    if wrong * 2 > match.tensor_count:
-        which = "another class of it" if saved not in (None, match.class_name) else "another model"
+    is_other_class = saved not in (None, match.class_name)
+    heads = [part for part in match.absent if not any(segment.isdigit() for segment in part.split("."))]
+    if missing and not mismatched and all(_is_within(name, heads) for name in missing):
+        listed, which = ", ".join(heads), "it is" if len(heads) == 1 else "they are"
+        other = f"; to load what was saved, say `class: {saved}`" if is_other_class else ""
+        advice = f"if {which} to be trained, say so: `allow_new: [{listed}]` under `model`{other}; else get it anew"
+        return f"one without {' and '.join(f'`{part}`' for part in heads)}", advice
+    strange = len(missing) + len(match.unexpected)
+    if strange * FEW > match.tensor_count and (match.unexpected or 2 * len(missing) > match.tensor_count):
+        which = "another class of it" if is_other_class else "another model"
         return which, "name the checkpoint of this model, or the class that was saved, as `class`"
-    return "a part of it", "get the checkpoint anew: files are missing, cut off or changed"
+    if not missing and all(mismatch.stored for mismatch in mismatched) and len(mismatched) != 1:
+        return "one of another size", "name the folder whose config.json and weights are of one model"
+    if missing and match.unexpected:
+        return "one with other names", "see which class and version saved it; else get it anew"
+    return "a damaged or unfinished one", "get the checkpoint anew: files are missing, cut off or changed"
+
+
+FEW = 5
+"""More than a fifth of the names amiss is no damage."""
+
+
+def _is_within(name: str, parts: list[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)

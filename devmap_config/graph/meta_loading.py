@@ -12,11 +12,12 @@ from transformers.utils import logging
 
 from devmap_config.graph.checkpoint_match import CheckpointMatch, Mismatch
 from devmap_config.graph.introspection import config_and_class
+from devmap_config.graph.model import ancestors
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.libraries.transformers import merged_names, taking_loading_reports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -100,14 +101,26 @@ def match_names(
     other_kinds = _of_quantized(checkpoint, shapes) if is_quantized else _of_other_kinds(checkpoint, wanted)
     found = [*_gaps(checkpoint, model), *other_kinds, *unconverted, *reshaped]
     mismatched = {mismatch.name: mismatch for mismatch in found}
+    missing = tuple(sorted(set(info.missing_keys) - mismatched.keys()))
     return CheckpointMatch(
         class_name=type(model).__name__,
-        base_prefix=model.base_model_prefix,
         tensor_count=len(wanted),
-        missing=tuple(sorted(set(info.missing_keys) - mismatched.keys())),
+        absent=_absent_modules(wanted, missing),
+        missing=missing,
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(sorted(mismatched.values())),
     )
+
+
+def _absent_modules(names: Iterable[str], missing: tuple[str, ...]) -> tuple[str, ...]:
+    """The largest modules all of whose tensors are missing; a tensor of the model's own is one by itself."""
+    present = {module for name in set(names) - set(missing) for module in (name, *ancestors(name))}
+    found = {
+        next(path for path in (*reversed([*ancestors(name)]), name) if path not in present)
+        for name in missing
+        if "" in present
+    }
+    return tuple(sorted(found))
 
 
 def _empty(tensor: StoredTensor) -> torch.Tensor:
@@ -140,7 +153,7 @@ def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) 
             continue
         if held.is_floating_point() and (not dtype.is_floating_point or dtype.itemsize == 1):
             shape, name_of_dtype = _shown(tensor.shape), str(held.dtype).removeprefix("torch.")
-            yield Mismatch(name, f"{shape} of {tensor.dtype}", f"{shape} of {name_of_dtype}")
+            yield Mismatch(name, f"{shape} of {TORCH_DTYPES[tensor.dtype]}", f"{shape} of {name_of_dtype}")
 
 
 def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Mismatch]:

@@ -56,6 +56,13 @@ class Deployment:
         return self.match.unchecked if self.match is not None and reads_disk else None
 
     @property
+    def left_out(self) -> str | None:
+        """What the checkpoint holds besides, and is not loaded; `None` where it is nothing."""
+        if self.match is None or self.compilation.model is None or self.match.unchecked is not None:
+            return None
+        return judge(self.match, self.compilation.model.source.config, _allowed(self.compilation)).warning
+
+    @property
     def new(self) -> tuple[str, ...]:
         """The tensors that are new on purpose, and that the checkpoint does not hold."""
         lacking = () if self.match is None else (*self.match.missing, *(each.name for each in self.match.mismatched))

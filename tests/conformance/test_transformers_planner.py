@@ -98,7 +98,7 @@ def check_valid(graph, model, placement, where):
     ample = dict.fromkeys(placement.values(), 100 * graph.size_bytes) | {"cpu": 100 * graph.size_bytes}
     homes = {name: (device, None) for name, device in placement.items()}
     plan = assemble(graph, fold(graph, homes), ample, strategy="auto", executor=Executor())
-    # What cannot be read from where transformers puts it is kept elsewhere afterwards (tests/integration/test_stranded.py).
+    # What cannot be read from where transformers puts it is kept elsewhere afterwards.
     assert [each for each in verify(plan, graph, ample) if each.kind != "stranded-tensor"] == [], where
     check_device_map(model, plan.device_map)
     read = expand_device_map(plan.device_map, list(graph.tensors))

@@ -22,6 +22,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -329,17 +331,26 @@ def another_model(tensors):
 
 
 DAMAGE = {
-    "missing": (lambda tensors: tensors.pop(LAST), "a part of it: 1 of 57 tensors is missing"),
-    "renamed": (lambda tensors: tensors.update({f"{LAST}_old": tensors.pop(LAST)}), "1 of 57 tensors is missing"),
+    "missing": (lambda tensors: tensors.pop(LAST), "unfinished one: 1 of 57 tensors is missing"),
+    "renamed": (
+        lambda tensors: tensors.update({f"{LAST}_old": tensors.pop(LAST)}),
+        "one with other names: 1 of 57 tensors is missing",
+    ),
     "reshaped": (lambda tensors: tensors.update({LAST: torch.zeros(96, 64)}), "is 96 × 64, and 128 × 64 in the model"),
     "integers": (
         lambda tensors: tensors.update({LAST: torch.zeros(128, 64, dtype=torch.int8)}),
-        "128 × 64 of I8, and 128 × 64 of bfloat16",
+        "1 is stored otherwise (`model.layers.5.mlp.up_proj.weight` is 128 × 64 of int8, and 128 × 64 of bfloat16",
     ),
     "another model": (another_model, "looks like another model: 57 of 57 tensors are missing"),
     "another size": (
         lambda tensors: tensors.update({name: torch.zeros(3, 3) for name in tensors}),
         "one of another size",
+    ),
+    "another vocabulary": (
+        lambda tensors: tensors.update(
+            {name: torch.zeros(200, 64) for name in ("lm_head.weight", "model.embed_tokens.weight")}
+        ),
+        "one of another size: 2 are stored otherwise",
     ),
     "without its head": (lambda tensors: tensors.pop("lm_head.weight"), "`allow_new: [lm_head]`"),
 }
@@ -384,11 +395,36 @@ def test_a_head_that_is_new_on_purpose(llama):
     profile = ON_CPU.replace("random", "random, class: LlamaForSequenceClassification")
     Path("profile.yaml").write_text(profile)
     done = invoke(compile_command, ["profile.yaml"])
-    help = "`allow_new: [score]` under `model`; to load what was saved, say `class: LlamaForCausalLM`"
+    help = "`allow_new: [score]` under `model`; to load what was saved, say `class: LlamaForCausalLM`; else get it anew"
     assert (done.return_value, help in " ".join(done.stderr.split())) == (1, True)
     write_profile(profile.replace("Classification}", "Classification, allow_new: [score]}"))
     ran = invoke(run_model, ["profile.yaml"])
     assert (ran.return_value, "but for what is new on purpose: `score.weight`" in ran.stderr) == (0, True), ran.stderr
+
+
+def test_several_parts_that_are_new_are_named_as_they_are_to_be_written(workspace):
+    """The usual start of a fine-tune: an encoder without its pooler, and a head for labels."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+    BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(workspace / "random")
+    profile = ON_CPU.replace("random", "random, class: BertForSequenceClassification")
+    Path("profile.yaml").write_text(profile)
+    refused = invoke(compile_command, ["profile.yaml"])
+    said = " ".join(refused.stderr.split())
+    assert (refused.return_value, "one without `bert.pooler` and `classifier`" in said) == (1, True), said
+    assert "`allow_new: [bert.pooler, classifier]`" in said
+    write_profile(profile.replace("Classification}", "Classification, allow_new: [bert.pooler, classifier]}"))
+    ran = run_command("--no-generate")
+    assert (ran.return_value, "warning[unexpected-tensors]" in ran.stderr) == (0, True), ran.stderr
+
+
+def test_a_model_that_is_new_for_the_most_part_is_no_model_of_this_checkpoint(llama):
+    rewrite(llama, another_model)
+    Path("profile.yaml").write_text(ON_CPU.replace("random", 'random, allow_new: ["**"]'))
+    refused = invoke(compile_command, ["profile.yaml"])
+    assert (refused.return_value, "57 of 57 tensors are new, by `allow_new`" in " ".join(refused.stderr.split())) == (
+        1,
+        True,
+    )
 
 
 def test_what_is_said_to_be_new_and_is_not(llama):

@@ -78,6 +78,7 @@ UNREADABLE = {
     "is empty": b"",
     "is cut off in its first bytes": b"abc",
     "does not begin with a header": b"\xff" * 4096,
+    "is a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
     "cut off in its header": (500).to_bytes(8, "little") + b"{}",
     "header is no JSON": (4).to_bytes(8, "little") + b"{{{{",
     "no JSON object": (2).to_bytes(8, "little") + b"[]",
