@@ -240,7 +240,7 @@ def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[
 DISPATCH = Private(
     "transformers.integrations.accelerate.dispatch_model",
     "accelerate's function, patched while loading: transformers passes no main device, and accelerate takes any",
-    takes=("main_device",),
+    takes=("main_device", "force_hooks"),
 )
 
 
@@ -248,12 +248,13 @@ DISPATCH = Private(
 def streaming_to(device: int | str) -> Iterator[None]:
     """Make accelerate stream offloaded modules to this device.
 
-    transformers does not pass `main_device` on, and accelerate then takes the first of a set.
+    transformers does not pass `main_device` on, and accelerate then takes the first of a set. Hooks are forced, since
+    older versions of accelerate refuse a model that is on disk as a whole.
     """
     original = DISPATCH.find()
     from transformers.integrations import accelerate as integration
 
-    integration.dispatch_model = partial(original, main_device=device)
+    integration.dispatch_model = partial(original, main_device=device, force_hooks=True)
     try:
         yield
     finally:
