@@ -7,10 +7,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Sink
-from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, source_from_here
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError, Sink
+from devmap_config.graph.failures import failure_of
+from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, report_failure, source_from_here
 from devmap_config.graph.model import TensorName
 from devmap_config.hardware.inventory import build_inventory, declared_devices
+from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried
 from devmap_config.placement.buffers import (
     are_to_be_compared,
@@ -157,6 +159,7 @@ def compile_profile(
 
     Raises:
         ProfileError: where the profile is missing, is wrong or cannot be satisfied; it carries every diagnostic.
+        DevmapError, TypeError: where the name of a variable is not text.
 
     Example:
         >>> plan = compile_profile("profiles/quickstart.yaml")
@@ -165,7 +168,7 @@ def compile_profile(
         >>> plan.prediction.streamed_bytes_per_token > 0
         True
     """
-    texts = {name: str(value) for name, value in (variables or {}).items()}
+    texts = texts_of(variables)
     compilation = run_pipeline(
         Request.for_profile(
             profile_of(Path(path)),
@@ -182,9 +185,39 @@ def compile_profile(
     return replace(compilation.plan, diagnostics=compilation.diagnostics)
 
 
+class VariableNameError(DevmapError, TypeError):
+    """The name of a variable is not text."""
+
+    def __init__(self, name: object) -> None:
+        message, help = f"the names of variables are text, and {name!r} is none", f'write it as text: "{name}"'
+        finding = Diagnostic(code="unknown-variable", severity="error", message=message, help=help)
+        super().__init__(f"{message}: {help}", (finding,))
+
+
+def texts_of(variables: Mapping[str, object] | None) -> dict[str, str]:
+    """Return the values of variables as `--set` gives them.
+
+    Raises:
+        VariableNameError: where a name is not text.
+    """
+    for name in variables or {}:
+        if not isinstance(name, str):
+            raise VariableNameError(name)
+    return {name: str(value) for name, value in (variables or {}).items()}
+
+
 def run_pipeline(request: Request) -> Compilation:
     """Every stage in turn; one that cannot go on leaves its reasons in the sink, and the others say what they can."""
     sink = Sink()
+    try:
+        return _run_stages(request, sink)
+    except LibraryChangedError as error:  # of which no stage could say what comes of it
+        place = whole_file(str(request.path))
+        report_failure(failure_of(error), "the profile cannot be compiled", place, sink, allowed=None)
+        return Compilation(diagnostics=sink.diagnostics, texts=sink.texts)
+
+
+def _run_stages(request: Request, sink: Sink) -> Compilation:
     loaded = load_profile(
         request.path,
         sink,
@@ -215,7 +248,14 @@ def run_pipeline(request: Request) -> Compilation:
     check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
     if request.checks_checkpoint:
-        check_checkpoint(loaded, model, resolution, sink, trust_remote_code=request.trust_remote_code)
+        check_checkpoint(
+            loaded,
+            model,
+            resolution,
+            sink,
+            trust_remote_code=request.trust_remote_code,
+            allow_unmeasured=request.allow_unmeasured,
+        )
     placing = _Placing(request, loaded, inventory, model, resolution, sink)
     reached = Compilation(
         diagnostics=(), texts=sink.texts, loaded=loaded, inventory=inventory, model=model, resolution=resolution

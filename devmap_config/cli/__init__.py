@@ -24,6 +24,7 @@ from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
 from devmap_config.cli.update import update
 from devmap_config.diagnostics.diagnostic import DevmapError
+from devmap_config.libraries.private import LibraryChangedError
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
@@ -76,6 +77,8 @@ def _run(command: click.Command, name: str) -> None:
         code = EXIT_INTERRUPTED
     except DevmapError as error:
         code = _report(error)
+    except LibraryChangedError as error:
+        code = _report_change(error)
     except click.ClickException as error:
         error.show()
         _print_failure("usage", error.format_message())
@@ -99,6 +102,19 @@ def _report(error: DevmapError) -> int:
 
     report(error.diagnostics, {}, _output_format(), data={"plan": None})
     return EXIT_USAGE
+
+
+def _report_change(error: LibraryChangedError) -> int:
+    """Print that a library is not as it was tried, where no part of a command could say what comes of it."""
+    from devmap_config.cli.reporting import report
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.failures import failure_of
+    from devmap_config.graph.loading import report_failure
+
+    sink = Sink()
+    report_failure(failure_of(error), "this cannot be done", None, sink, allowed=None)
+    report(sink, {}, _output_format(), data={"plan": None})
+    return 1
 
 
 def _output_format() -> str:

@@ -34,7 +34,7 @@ def cached_graph(
     """The graph under this key, made where it is not kept yet.
 
     A file that cannot be read or written is never an error: the graph is then made again. What a library or a mistake
-    of ours kept from being measured is not kept: it is to be measured once that is mended.
+    of ours kept from being read or measured is not kept: it is to be measured once that is mended.
     """
     made_by = {"schema": SCHEMA, "libraries": library_versions(), "code": code_digest("graph", "libraries")}
     name = digest({**key, **made_by}).removeprefix("sha256:")
@@ -43,7 +43,7 @@ def cached_graph(
         return graph_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         graph = make()
-    if graph.measurement is not None and graph.measurement.cause != "model":
+    if graph.unread is not None or (graph.measurement is not None and graph.measurement.cause != "model"):
         return graph
     keep(path, json.dumps(graph_to_json(graph), separators=(",", ":")))
     return graph

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from devmap_config.graph.cache import default_directory, keep, library_versions
 from devmap_config.graph.digest import digest
 from devmap_config.graph.introspection import UntrustedCodeError
+from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,6 +74,9 @@ def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> 
     """Return whether the checkpoint of a model holds it, as it was found before, else tried with transformers' loader.
 
     `None` where no checkpoint is at hand. Imports torch where it was not tried before.
+
+    Raises:
+        LibraryChangedError: where something is not there that this rests on.
     """
     checkpoint = model.source.checkpoint
     if checkpoint is None:
@@ -118,6 +122,8 @@ def _tried(model: LoadedModel, *, trust_remote_code: bool) -> CheckpointMatch:
             )
     except UntrustedCodeError as error:
         return CheckpointMatch(unchecked=str(error))
+    except LibraryChangedError:
+        raise
     except Exception as error:
         if quantization is None or not quantization.is_prequantized:
             raise

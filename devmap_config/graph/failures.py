@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.libraries.torch import needs_data
 from devmap_config.libraries.versions import TRIED, moved, untried
 
 if TYPE_CHECKING:
@@ -43,16 +44,17 @@ def failure_of(error: Exception) -> Failure:
     What torch raises where data is missing is the model's doing under every version of the libraries. Anything else is
     so only where the installed versions were tried; where one was not, it is taken for what came of that.
     """
-    from devmap_config.libraries.torch import needs_data
-
     causes = tuple(_chain(error))
     if (changed := next((each for each in causes if isinstance(each, LibraryChangedError)), None)) is not None:
-        return Failure("library", _shortened(f"{moved(changed.library)}: {changed.what}"))
+        return _of_change(changed)
     if (other := next((each for each in causes if isinstance(each, OtherInputsError)), None)) is not None:
         return Failure("model", str(other))
     described = _described(error)
-    if any(map(needs_data, causes)):
-        return Failure("model", described)
+    try:
+        if any(map(needs_data, causes)):
+            return Failure("model", described)
+    except LibraryChangedError as unknown:  # what torch raises where data is missing cannot be told any more
+        return _of_change(unknown)
     packages = _packages(error)
     if (new := untried()) and (library := next((each for each in packages if each in new), new[0])):
         where = f" ({_raised_at(error)})" if packages[0] == OWN_CODE.name else ""
@@ -60,6 +62,10 @@ def failure_of(error: Exception) -> Failure:
     if packages[0] == OWN_CODE.name:
         return Failure("own", _shortened(f"{described} ({_raised_at(error)})"))
     return Failure("model", described)
+
+
+def _of_change(change: LibraryChangedError) -> Failure:
+    return Failure("library", _shortened(f"{moved(change.library)}: {change.what}"))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

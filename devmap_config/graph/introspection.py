@@ -13,6 +13,7 @@ from devmap_config.graph.quantization import METHODS, Storage, quantized, stored
 from devmap_config.graph.remote_code import class_reference, code_files, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
+from devmap_config.libraries.torch import non_persistent_buffers
 from devmap_config.libraries.transformers import (
     init_contexts,
     is_auto_class,
@@ -252,8 +253,6 @@ def build_meta_model(
 
 def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelGraph:
     """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised."""
-    from devmap_config.libraries.torch import non_persistent_buffers
-
     loaded_dtypes = kept_dtypes(model, dtype)
     stored = {} if quantization is None else stored_tensors(model, quantization)
     first_names: dict[int, TensorName] = {}
@@ -298,14 +297,25 @@ def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantizat
             children=tuple(module_of(child, prefix + name) for name, child in module.named_children()),
         )
 
+    merged, unread = _made_while_loading(model)
     return ModelGraph(
         root=module_of(model, ""),
         ties=tuple((TensorName(target), TensorName(source)) for target, source in ties(model).items()),
         no_split_classes=no_split_classes(model),
         no_placement_parameters=no_placement_parameters(model),
         skip_keys=tuple(sorted(_as_names(skip_keys(model)))),
-        merged=tuple(map(TensorName, is_made_while_loading(model, [name for name, _ in model.named_parameters()]))),
+        merged=merged,
+        unread=unread,
     )
+
+
+def _made_while_loading(model: PreTrainedModel) -> tuple[tuple[TensorName, ...], str | None]:
+    """The parameters that transformers makes of several tensors while it loads; else why that cannot be told."""
+    try:
+        made = is_made_while_loading(model, [name for name, _ in model.named_parameters()])
+    except LibraryChangedError as error:
+        return (), failure_of(error).reason
+    return tuple(map(TensorName, made)), None
 
 
 def _as_names(value: object) -> Iterator[str]:

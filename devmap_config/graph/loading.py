@@ -20,7 +20,7 @@ from devmap_config.graph.quantization import (
     effective_quantization,
     format_of,
 )
-from devmap_config.graph.remote_code import READ_IT_FIRST
+from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, listed
 from devmap_config.graph.source import (
     ASSUMED_DTYPE,
     ModelNotFoundError,
@@ -126,7 +126,7 @@ def load_model_graph(
         )
         return None
     if model is not None:
-        _warn(loaded, model, sink, allow_unmeasured=allow_unmeasured)
+        _warn(loaded, model, sink, trust_remote_code=trust_remote_code, allow_unmeasured=allow_unmeasured)
     return model
 
 
@@ -234,7 +234,7 @@ def quantised_to_eight_bit(model: LoadedModel, loaded: LoadedProfile) -> LoadedM
             workload=_workload(loaded),
             quantization=quantization,
         )
-    except (ImportError, UnbuildableModelError, QuantizationError):
+    except (ImportError, UnbuildableModelError, QuantizationError, LibraryChangedError):
         return None
     return replace(model, graph=graph, quantization=quantization)
 
@@ -269,7 +269,7 @@ def _built(
         return None
     except LibraryChangedError as error:
         report_failure(
-            failure_of(error), "the model cannot be read", loaded.span("model", "source"), sink, allowed=False
+            failure_of(error), "the model cannot be read", loaded.span("model", "source"), sink, allowed=None
         )
         return None
     except UnbuildableModelError as error:
@@ -470,8 +470,12 @@ def _quantization_json(quantization: Quantization | None) -> dict[str, object] |
     return None if quantization is None else quantization.to_json()
 
 
-def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink, *, allow_unmeasured: bool) -> None:
+def _warn(
+    loaded: LoadedProfile, model: LoadedModel, sink: Sink, *, trust_remote_code: bool, allow_unmeasured: bool
+) -> None:
     source, graph = model.source, model.graph
+    if trust_remote_code:
+        _warn_of_code_left_out(model, loaded.span("model", "source"), sink)
     if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
             "unknown-dtype",
@@ -485,8 +489,29 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, sink: Sink, *, allow_unmeas
             "the plan counts the weights as they are before quantization: it is an upper bound",
             loaded.span("model", "quantization"),
         )
+    if graph.unread is not None:
+        _report_unread(graph, graph.unread, loaded.span("model", "source"), sink, allowed=allow_unmeasured)
     if graph.measurement is not None:
         report_unmeasured(graph.measurement, loaded.span("workload"), sink, allowed=allow_unmeasured)
+
+
+def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) -> None:
+    """Say that code which may run is not run: the class is one of transformers, for which the config has none."""
+    files, name = code_files(model.source.config), model.class_name
+    if files and not name.startswith("Auto") and class_reference(model.source.config, name) is None:
+        sink.warning(
+            "remote-code",
+            f"transformers' own `{name}` is taken, and none of the code that the config names: {listed(files)}",
+            span,
+            help="to have that code run, name its class, or the Auto class that `auto_map` gives it, as `class`",
+        )
+
+
+def _report_unread(graph: ModelGraph, reason: str, span: Span | None, sink: Sink, *, allowed: bool) -> None:
+    """Report that it is not known what is merged while loading: an error of a model that has what may be merged."""
+    may_be_merged = any(len(tensor.shape) > 2 for tensor in graph.root.tensors() if tensor.kind == "parameter")
+    consequence = "what loading takes besides the weights is not known, and the plan has no room for it"
+    report_failure(Failure("library", reason), consequence, span, sink, allowed=allowed or not may_be_merged)
 
 
 def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
@@ -509,7 +534,7 @@ def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *
 ALLOW_UNMEASURED = "`--allow-unmeasured`"
 
 
-def report_failure(failure: Failure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool) -> None:
+def report_failure(failure: Failure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool | None) -> None:
     """Report that it was not for the model that something of it could not be found out.
 
     Args:
@@ -517,7 +542,7 @@ def report_failure(failure: Failure, consequence: str, span: Span | None, sink: 
         consequence: what comes of it.
         span: what of the profile asks for it.
         sink: takes what is found.
-        allowed: whether the user said that it may be so.
+        allowed: whether the user said that it may be so; `None` where it may not, whatever the user says.
     """
     if failure.cause == "library":
         code, message = "library-changed", f"{failure.reason}: {consequence}"
@@ -528,6 +553,8 @@ def report_failure(failure: Failure, consequence: str, span: Span | None, sink: 
     if allowed:
         help = f"{mend}; leave more room than usual, by `reserve` on the accelerators"
         sink.warning(code, message, span, help=help)
+    elif allowed is None:
+        sink.error(code, message, span, help=mend)
     else:
         sink.error(code, message, span, help=f"{mend}, or pass {ALLOW_UNMEASURED} to go on without")
 

@@ -172,6 +172,8 @@ def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:
 
     transformers merges them in their order, so that each after a gap would be taken for the one before it.
     """
+    if all(name in checkpoint.tensors for name, _ in model.named_parameters()):
+        return  # nothing is made of others: what is merged is not in the checkpoint under its own name
     patterns = [re.compile(re.escape(name).replace(r"\*", r"(\d+)")) for name in merged_names(model)]
     numbers: dict[str, set[int]] = {}
     for name in checkpoint.tensors:

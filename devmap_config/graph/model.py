@@ -116,7 +116,8 @@ class ModelGraph:
     `no_split_classes`, `no_placement_parameters` and `skip_keys` are the model's `_no_split_modules`,
     `_no_placement_params` (`None` where the model has no such attribute) and `_skip_keys_device_placement`.
     `measurement` is what running it costs under a workload, where one was named. `merged` are tensors that loading
-    makes of several (the weights of experts); `loading` is what it depends on for this profile, where that is known.
+    makes of several (the weights of experts); where a library that changed keeps these from being known, `unread` says
+    so. `loading` is what loading depends on for this profile, where that is known.
     """
 
     root: Module
@@ -126,6 +127,7 @@ class ModelGraph:
     skip_keys: tuple[str, ...] = ()
     measurement: Measurement | None = None
     merged: tuple[TensorName, ...] = ()
+    unread: str | None = None
     loading: LoadingFacts | None = field(default=None, compare=False)
 
     @property

@@ -12,10 +12,9 @@ from weakref import finalize
 import torch
 
 from devmap_config.libraries.torch import (
-    ATTENTION,
-    TorchDispatchMode,
     allocates,
     attending_with,
+    dispatch_mode,
     flop_registry,
     is_grouped_product,
     operation_packet,
@@ -23,6 +22,7 @@ from devmap_config.libraries.torch import (
     own_parameters,
     sdpa_flop_count,
     storage_identity,
+    torch_attention,
     tree_leaves,
 )
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel
+
+TORCH_ATTENTION = torch_attention()
+"""torch's own, before it is patched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Event:
     running: tuple[str, ...]
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[misc]  # torch is not read by the type checker
+class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
     """Notes storages as they come and go, and the modules that are running meanwhile."""
 
     def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...]) -> None:
@@ -182,8 +185,8 @@ class Meter(Recorder):
         """Attention as a fused kernel runs it, and counted as one, where there is one for the shape."""
         output = fused_attention(query, key, value, *rest, **options)
         if output is None:
-            return ATTENTION(query, key, value, *rest, **options)
-        self.add(int(sdpa_flop_count(query.shape, key.shape, value.shape)), [query, key, value], [output])
+            return TORCH_ATTENTION(query, key, value, *rest, **options)
+        self.add(sdpa_flop_count(query.shape, key.shape, value.shape), [query, key, value], [output])
         return output
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
@@ -339,8 +342,8 @@ def _grouped_product(arguments: Any) -> torch.Tensor | None:
 def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
     """Floating-point operations of a product or an attention; others are bound by memory and count as none."""
     packet = operation_packet(function)
-    if packet in flop_registry:
-        return int(flop_registry[packet](*arguments, **options, out_val=result))
+    if packet in (registry := flop_registry()):
+        return int(registry[packet](*arguments, **options, out_val=result))
     if is_grouped_product(function):
         rows, inner = arguments[0].shape[-2:]
         return int(2 * rows * inner * arguments[1].shape[-1])

@@ -21,6 +21,7 @@ def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
         "no_placement_parameters": _list_or_none(graph.no_placement_parameters),
         "skip_keys": list(graph.skip_keys),
         **({"merged": list(graph.merged)} if graph.merged else {}),
+        **({} if graph.unread is None else {"unread": graph.unread}),
         "measurement": None if graph.measurement is None else graph.measurement.to_json(),
     }
 
@@ -41,6 +42,7 @@ def graph_from_json(value: dict[str, Any]) -> ModelGraph:
         no_placement_parameters=None if no_placement is None else tuple(no_placement),
         skip_keys=tuple(value["skip_keys"]),
         merged=tuple(map(TensorName, value.get("merged", []))),
+        unread=value.get("unread"),
         measurement=None if value["measurement"] is None else Measurement.from_json(value["measurement"]),
     )
 

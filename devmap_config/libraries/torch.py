@@ -1,4 +1,7 @@
-"""What is used of torch that it does not promise to keep. Imports torch."""
+"""What is used of torch that it does not promise to keep. Imports torch where it is called.
+
+Nothing is looked up before it is used: what one part of a command rests on must not keep the others from working.
+"""
 
 from __future__ import annotations
 
@@ -91,13 +94,27 @@ FUSED_ATTENTION = Private(
     "patched while measuring, to be counted as a fused kernel runs it: models look it up where they call it",
 )
 
-TorchDispatchMode: Any = DISPATCH_MODE.find()
-ATTENTION: Callable[..., Any] = FUSED_ATTENTION.find()
-flop_registry: dict[Any, Callable[..., int]] = FLOP_REGISTRY.find()
-sdpa_flop_count: Callable[..., int] = SDPA_FLOP_COUNT.find()
 
-_functions_disabled: Callable[[], Any] = DISABLE_FUNCTIONS.find()
-_grouped_product: Any = GROUPED_PRODUCT.find()
+def dispatch_mode() -> Any:
+    """Return the class of modes that see every operation."""
+    return DISPATCH_MODE.find()
+
+
+def torch_attention() -> Callable[..., Any]:
+    """Return torch's attention, or what was put in its place."""
+    attention: Callable[..., Any] = FUSED_ATTENTION.find()
+    return attention
+
+
+def flop_registry() -> dict[Any, Callable[..., int]]:
+    """Return the functions that count floating-point operations, by operation."""
+    registry: dict[Any, Callable[..., int]] = FLOP_REGISTRY.find()
+    return registry
+
+
+def sdpa_flop_count(query: Any, key: Any, value: Any) -> int:
+    """Return the floating-point operations of attention over these shapes."""
+    return int(SDPA_FLOP_COUNT.find()(query, key, value))
 
 
 @contextmanager
@@ -111,7 +128,7 @@ def attending_with(attend: Callable[..., torch.Tensor]) -> Iterator[None]:
 
 def without_functions() -> Any:
     """Return a context within which modes around torch's functions see none."""
-    return _functions_disabled()
+    return DISABLE_FUNCTIONS.find()()
 
 
 def operation_name(operation: Any) -> str:
@@ -133,7 +150,7 @@ def operation_packet(operation: Any) -> Any:
 
 def is_grouped_product(operation: Any) -> bool:
     """Return whether an operation is the product of rows with the weights of their experts."""
-    return operation_packet(operation) is _grouped_product
+    return operation_packet(operation) is GROUPED_PRODUCT.find()
 
 
 def allocates(operation: Any) -> bool:
@@ -150,9 +167,22 @@ TREE_LEAVES = Private("torch.utils._pytree.tree_leaves", "the tensors within wha
 TREE_FLATTEN = Private("torch.utils._pytree.tree_flatten", "the same, with how they stand")
 TREE_UNFLATTEN = Private("torch.utils._pytree.tree_unflatten", "the output of a block that stands still, put together")
 
-tree_leaves: Callable[[Any], list[Any]] = TREE_LEAVES.find()
-tree_flatten: Callable[[Any], tuple[list[Any], Any]] = TREE_FLATTEN.find()
-tree_unflatten: Callable[[Any, Any], Any] = TREE_UNFLATTEN.find()
+
+def tree_leaves(value: Any) -> list[Any]:
+    """Return all that is within a value, in order."""
+    leaves: list[Any] = TREE_LEAVES.find()(value)
+    return leaves
+
+
+def tree_flatten(value: Any) -> tuple[list[Any], Any]:
+    """Return all that is within a value, in order, and how it stands there."""
+    flat: tuple[list[Any], Any] = TREE_FLATTEN.find()(value)
+    return flat
+
+
+def tree_unflatten(leaves: Any, structure: Any) -> Any:
+    """Return the value in which these stand so."""
+    return TREE_UNFLATTEN.find()(leaves, structure)
 
 
 # -- what a module holds -----------------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ def moved(library: str) -> str:
 
 def never_tried(library: str) -> str:
     """Return the line that says of the installed version of a library that it was never tried."""
-    tried = ", ".join(TRIED[library])
-    return (
-        f"{library} {installed(library)} was never tried with devmap-config {version('devmap-config')} (tried: {tried})"
-    )
+    tried, own = ", ".join(TRIED[library]), version("devmap-config")
+    found = f"{library} {installed(library)} was never tried with devmap-config {own} (tried: {tried})"
+    return f"{found}: install one of these if something is off"

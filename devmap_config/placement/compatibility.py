@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
+from devmap_config.graph.failures import failure_of
+from devmap_config.graph.loading import report_failure
+from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,13 +112,24 @@ def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, 
 
 
 def check_checkpoint(
-    loaded: LoadedProfile, model: LoadedModel, resolution: Resolution, sink: Sink, *, trust_remote_code: bool = False
+    loaded: LoadedProfile,
+    model: LoadedModel,
+    resolution: Resolution,
+    sink: Sink,
+    *,
+    trust_remote_code: bool = False,
+    allow_unmeasured: bool = False,
 ) -> None:
     """Report a checkpoint that does not hold the model, as far as a checkpoint is at hand."""
-    match = match_checkpoint(model, trust_remote_code=trust_remote_code)
+    span = loaded.span("model", "source")
+    try:
+        match = match_checkpoint(model, trust_remote_code=trust_remote_code)
+    except LibraryChangedError as error:
+        consequence = "whether the checkpoint holds this model was not checked"
+        report_failure(failure_of(error), consequence, span, sink, allowed=allow_unmeasured)
+        return
     if match is None:
         return
-    span = loaded.span("model", "source")
     if match.unchecked is not None:
         sink.warning(
             "unchecked-checkpoint",

@@ -29,7 +29,7 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
     return Inputs(
         profile=digest(profile),
         config=model.source.config_digest,
-        graph=digest({key: part for key, part in graph.items() if key not in (*MEASURED, "schema")}),
+        graph=digest({key: part for key, part in graph.items() if key not in (*MEASURED, "schema", "unread")}),
         measurement=digest({key: graph[key] for key in MEASURED if key in graph}),
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
@@ -44,4 +44,6 @@ def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -
 
 def early_graph_digest(graph: ModelGraph) -> str:
     """Return the digest that early locks hold: of the module tree and its measurement together."""
-    return digest({key: part for key, part in graph_to_json(graph).items() if key not in ("schema", "merged")})
+    return digest(
+        {key: part for key, part in graph_to_json(graph).items() if key not in ("schema", "merged", "unread")}
+    )

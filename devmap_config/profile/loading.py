@@ -151,7 +151,7 @@ def _check_overrides(document: MappingNode, overrides: Mapping[str, str], path: 
             close = difflib.get_close_matches(name, known, n=1)
             sink.error(
                 "unknown-variable",
-                f"`--set {name}=…` sets a variable that the profile does not have",
+                f"a value is given for `{name}`, which is no variable of the profile",
                 document.key_span("variables") or whole_file(str(path)),
                 help=f"did you mean `{close[0]}`?" if close else f"add `{name}` under `variables:`",
             )

@@ -95,7 +95,7 @@ def _render(environment: _Environment, text: str, variables: Mapping[str, object
         raise TemplateRefusedError(
             "undefined-variable",
             message,
-            help=f"give it under `variables:` or with `--set`; defined are: {known}",
+            help=f"give it under `variables:` or with `--set` (`variables=` in Python); defined are: {known}",
             line=_line_of(error),
         ) from None
     except TemplateSyntaxError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from devmap_config.plan.plan import transformers_device
 from devmap_config.runner.arguments import HUB_ARGUMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -57,6 +58,19 @@ class UnfitMachineError(RunnerError):
         errors = [each for each in diagnostics if each.severity == "error"]
         message = "; ".join(each.message for each in errors)
         super().__init__(errors[0].code, message, errors[0].help, diagnostics)
+
+
+@contextmanager
+def telling_of_changes(consequence: str) -> Iterator[None]:
+    """Raise as a `RunnerError` what a library that changed comes to, within."""
+    try:
+        yield
+    except LibraryChangedError as error:
+        raise RunnerError(
+            "library-changed",
+            f"{failure_of(error).reason}: {consequence}",
+            "install a version that was tried (docs/libraries.md)",
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +125,10 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
         arguments["attn_implementation"] = request.attention
     if request.revision is not None:
         arguments["revision"] = request.revision
-    try:
+    with telling_of_changes("the model cannot be loaded as it is planned"):
         with streaming_to(transformers_device(plan.main_device)), code_of_models(allowed=request.trust_remote_code):
             loaded = _loaded(request, arguments)
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
-    except LibraryChangedError as error:
-        raise RunnerError(
-            "library-changed",
-            f"{failure_of(error).reason}: the model cannot be loaded as it is planned",
-            "install a version that was tried (docs/libraries.md)",
-        ) from error
 
 
 def _device_map(plan: Plan) -> dict[str, Any]:
@@ -168,8 +176,13 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    """What an error says first: a line, with what it announces by a colon."""
+    said: list[str] = []
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        said.append(line)
+        if not line.endswith((":", ",")):
+            break
+    return " ".join(said).rstrip(".:, ")
 
 
 def _model_class(request: LoadRequest) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.compiler import Compilation, compile_locked
+from devmap_config.compiler import Compilation, compile_locked, texts_of
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
 from devmap_config.graph.source import HubAccess, cached_checkpoint
@@ -16,7 +16,7 @@ from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile
 from devmap_config.plan.readiness import differences, kind_needed
 from devmap_config.profile.document import whole_file
 from devmap_config.runner.arguments import require_passable
-from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load
+from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load, telling_of_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +106,7 @@ def load_model(
         'LlamaForCausalLM'
     """
     require_passable(from_pretrained)
-    texts = {name: str(value) for name, value in (variables or {}).items()}
+    texts = texts_of(variables)
     access = HubAccess(**{name: from_pretrained[name] for name in HubAccess.NAMES if name in from_pretrained})
     with access.used():
         deployment = prepare(
@@ -123,6 +123,7 @@ def load_model(
         return load_verified(deployment)
 
 
+@telling_of_changes("whether the checkpoint holds this model cannot be told")
 def prepare(
     path: Path,
     *,
@@ -221,6 +222,7 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     return found
 
 
+@telling_of_changes("whether the loaded model is what was planned cannot be told")
 def load_verified(deployment: Deployment) -> PreTrainedModel:
     """Return the model, loaded: every tensor is from the checkpoint and sits, and every module runs, where planned.
 

@@ -17,8 +17,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from devmap_config.graph.model import ancestors
-from devmap_config.graph.recording import Recorder, fused_attention, shown_bytes, storage_key, tensors_in
-from devmap_config.libraries.torch import ATTENTION, answering_for_devices, operation_name, without_functions
+from devmap_config.graph.recording import (
+    TORCH_ATTENTION,
+    Recorder,
+    fused_attention,
+    shown_bytes,
+    storage_key,
+    tensors_in,
+)
+from devmap_config.libraries.torch import answering_for_devices, operation_name, without_functions
 from devmap_config.simulate.simulation import NOWHERE
 
 if TYPE_CHECKING:
@@ -348,10 +355,10 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
                 return devices.moved(function(*arguments, **options), explicit)
         tensors = list(tensors_in((arguments, options)))
         inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), "cpu")
-        if function is ATTENTION:
+        if function is TORCH_ATTENTION:
             devices.check("scaled_dot_product_attention", tensors)
         with devices.making_on(explicit, inherited), devices.within_torch():
-            output = fused_attention(*arguments, **options) if function is ATTENTION else None
+            output = fused_attention(*arguments, **options) if function is TORCH_ATTENTION else None
             return function(*arguments, **options) if output is None else output
 
     def _answer(self, getter: str, tensor: torch.Tensor) -> Any:

@@ -1,0 +1,166 @@
+"""Whatever is used of a library without a promise may be gone: every command then says so, or does without it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import LLAMA, MIXTURE
+from libraries_page import privates
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from devmap_config import cli, compile_profile
+from devmap_config.libraries.private import Private
+
+EVERY = sorted({private.name for named in privates().values() for private in named.values()})
+
+LOOKED_UP_WHEN_IMPORTED = (
+    "devmap_config.graph.recording",
+    "devmap_config.graph.repetition",
+    "devmap_config.graph.measurement",
+    "devmap_config.simulate.devices",
+    "devmap_config.simulate.hooks",
+    "devmap_config.simulate.dry_run",
+)
+"""Modules that need something of a library to be imported at all, and what imports them."""
+
+CONVERSIONS = "transformers.conversion_mapping.get_model_conversion_mapping"
+
+
+def write(name, config):
+    Path(name).mkdir()
+    Path(name, "config.json").write_text(json.dumps(config))
+    write_profile(name)
+
+
+def write_profile(name):
+    profile = {
+        "version": 1,
+        "model": {"source": name},
+        "workload": {"context_length": 16},
+        "hardware": {"devices": {"cpu": {"memory": "1GiB"}}},
+    }
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(profile))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(folder):
+    """A profile of a small model with weights, and its lock."""
+    values = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype", "model_type")}
+    LlamaForCausalLM(LlamaConfig(**values | {"num_hidden_layers": 2})).save_pretrained("llama")
+    write_profile("llama")
+    compile_profile("llama.yaml")
+
+
+@pytest.fixture
+def hide(monkeypatch):
+    """Let a name of a library be gone from here on."""
+
+    def hidden(name):
+        find, of = Private.find, Private.of
+        monkeypatch.setattr(Private, "find", lambda self: _raise(self) if self.name == name else find(self))
+        monkeypatch.setattr(Private, "of", lambda self, owner: _raise(self) if self.name == name else of(self, owner))
+        for module in LOOKED_UP_WHEN_IMPORTED:
+            monkeypatch.delitem(sys.modules, module, raising=False)
+
+    def _raise(private):
+        raise private.changed()
+
+    return hidden
+
+
+@pytest.fixture
+def devmap(monkeypatch, capsys):
+    """Run the command; the exit code, and what it printed with single spaces."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["devmap", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, " ".join(f"{printed.out} {printed.err}".split())
+
+    return run
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", EVERY)
+def test_a_name_that_is_gone_is_said_or_not_missed(name, checkpoint, folder, hide, devmap, monkeypatch):
+    assert devmap("compile", "llama.yaml")[0] == 0
+    hide(name)
+    for number, command in enumerate(
+        (
+            ("check", "llama.yaml"),
+            ("run", "llama.yaml", "--max-new-tokens", "1"),
+            ("compile", "llama.yaml"),
+            ("compile", "llama.yaml", "--allow-unmeasured"),
+        )
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / f"cache{number}"))  # nothing is remembered
+        code, said = devmap(*command)
+        assert "Traceback" not in said, (command, said)
+        if code != 0:
+            assert code in (1, 4), (command, said)
+            assert "error[library-changed]" in said, (command, said)
+            assert f"`{name}` is not there" in said, (command, said)
+        if "--allow-unmeasured" in command:
+            assert "pass `--allow-unmeasured`" not in said
+
+
+@pytest.mark.parametrize("name", ["torch.utils.flop_counter.flop_registry", "torch.utils._pytree.tree_leaves"])
+def test_what_measuring_rests_on_is_not_needed_to_read_a_model(name, folder, hide, devmap):
+    write("llama", LLAMA)
+    hide(name)
+    code, said = devmap("compile", "llama.yaml")
+    assert (code, "error[library-changed]" in said, f"`{name}` is not there" in said) == (1, True, True)
+    code, said = devmap("compile", "llama.yaml", "--allow-unmeasured")
+    assert (code, "warning[library-changed]" in said) == (0, True)
+
+
+def test_what_is_merged_while_loading_concerns_models_of_experts(folder, hide, devmap):
+    write("llama", LLAMA)
+    write("mixture", MIXTURE)
+    hide(CONVERSIONS)
+    code, said = devmap("compile", "llama.yaml")
+    assert (code, "warning[library-changed]" in said, "error" in said) == (0, True, False)
+    code, said = devmap("compile", "mixture.yaml")
+    assert (code, "error[library-changed]" in said, "pass `--allow-unmeasured`" in said) == (1, True, True)
+    code, said = devmap("compile", "mixture.yaml", "--allow-unmeasured")
+    assert (code, "warning[library-changed]" in said, "pass `--allow-unmeasured`" in said) == (0, True, False)
+
+
+def test_what_was_read_without_it_is_not_remembered(folder, hide, devmap, monkeypatch):
+    write("mixture", MIXTURE)
+    with monkeypatch.context() as context:
+        find = Private.find
+        gone = Private.changed
+        context.setattr(
+            Private, "find", lambda self: (_ for _ in ()).throw(gone(self)) if self.name == CONVERSIONS else find(self)
+        )
+        assert devmap("compile", "mixture.yaml", "--allow-unmeasured")[0] == 0
+    code, said = devmap("compile", "mixture.yaml")
+    assert (code, "library-changed" in said) == (0, False)
+
+
+def test_no_way_out_is_advised_that_is_none(folder, hide, devmap):
+    write("llama", LLAMA)
+    hide("transformers.PreTrainedModel._get_dtype_plan")
+    for arguments in ((), ("--allow-unmeasured",)):
+        code, said = devmap("compile", "llama.yaml", *arguments)
+        assert (code, "error[library-changed]" in said, "--allow-unmeasured" in said) == (1, True, False)
+
+
+def test_the_names_of_variables_are_text(folder):
+    write("llama", LLAMA)
+    with pytest.raises(TypeError, match="the names of variables are text, and 1 is none"):
+        compile_profile("llama.yaml", variables={1: 1})
