@@ -38,8 +38,8 @@ EXIT_CODES = {
 
 EXIT_UNLIKE_LOCK = 4
 
-SAID_OF_LIBRARIES = ("untried-version", "library-changed", "measuring-failed", "figures-moved")
-"""What is said of the plan's libraries again where it is run; the rest was said when it was compiled."""
+SAID_AGAIN = ("untried-version", "library-changed", "measuring-failed", "figures-moved", "remote-code")
+"""What is said again where a plan is run, of its libraries and of code that comes with the model."""
 
 
 @click.command("run")
@@ -86,7 +86,7 @@ def run(
             allow_unmeasured=allow_unmeasured,
         )
         for finding in deployment.compilation.diagnostics:
-            if finding.code in SAID_OF_LIBRARIES:
+            if finding.code in SAID_AGAIN:
                 sink.report(finding)
         if deployment.left_out is not None:
             sink.warning("unexpected-tensors", f"the checkpoint holds more than is loaded: {deployment.left_out}")

@@ -50,6 +50,18 @@ def taken_down(messages: list[Message]) -> Iterator[None]:
             logger.handlers = handlers
 
 
+@contextmanager
+def without_retries() -> Iterator[None]:
+    """Let the hub's client be silent within of what it tries again: what comes of it is told."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class _Scribe(logging.Handler):
     def __init__(self, messages: list[Message]) -> None:
         super().__init__()

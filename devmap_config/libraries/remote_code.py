@@ -7,6 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from devmap_config.libraries.messages import without_retries
 from devmap_config.libraries.private import Private
 
 if TYPE_CHECKING:
@@ -38,13 +39,14 @@ def code_of_models(*, allowed: bool) -> Iterator[None]:
     """Let code that comes with a model run within only where it is `allowed`, and nothing ask on standard input.
 
     transformers asks wherever it was not told, which it is not for the models within a model: there, too, this is the
-    answer. What the libraries and the model's code print goes to stderr, for stdout is for results.
+    answer. What the libraries and the model's code print goes to stderr, for stdout is for
+    results; of its retries the hub's client says nothing.
     """
     TIME_TO_ANSWER.find()
     IMPORT_CLASS.find()
     from transformers import dynamic_module_utils
 
-    with patch.object(sys, "stdin", None), redirect_stdout(sys.stderr):
+    with patch.object(sys, "stdin", None), redirect_stdout(sys.stderr), without_retries():
         if allowed:
             with patch.object(dynamic_module_utils, "input", lambda _question: "y", create=True):
                 yield

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.remote_code import READ_IT_FIRST, code_files, listed
 from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.libraries.remote_code import code_of_models, tokenizer_config
-from devmap_config.runner.loading import RunnerError, first_line
+from devmap_config.runner.loading import RunnerError, first_line, telling_of_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 FALLBACK_LENGTH = 8
 """Tokens of the made-up input of a model that has no tokenizer."""
 
+OTHER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
+"""Files that transformers takes a vocabulary of, whatever the tokenizer's class."""
 
+
+@telling_of_changes("the model is loaded and verified, and cannot be shown")
 def demonstrate(model: PreTrainedModel, request: LoadRequest, prompt: str, sink: Sink, *, max_new_tokens: int) -> str:
     """What the model makes of a prompt: generated text, or the shapes that a forward gives.
 
@@ -59,7 +64,7 @@ def demonstrate(model: PreTrainedModel, request: LoadRequest, prompt: str, sink:
 def _spoken(model: PreTrainedModel, tokenizer: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> str:
     if model.can_generate():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return _as_text(tokens[0], tokenizer)
+        return as_text(tokens[0], tokenizer)
     return "\n".join(_described(model(**inputs)))
 
 
@@ -73,7 +78,8 @@ def _tokenizer(request: LoadRequest, sink: Sink) -> Any:
             request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
         )
     except Exception as error:  # whatever a tokenizer's own code raises; without files, what transformers makes of that
-        if (files := code_files(stated)) and not request.trust_remote_code:
+        files = code_files(stated)
+        if files and not request.trust_remote_code:
             sink.warning(
                 "remote-code",
                 f"the tokenizer is code that comes with the model, which was not run: {listed(files)}; tokens stand in"
@@ -81,15 +87,56 @@ def _tokenizer(request: LoadRequest, sink: Sink) -> Any:
                 help=READ_IT_FIRST,
             )
         elif stated:
-            sink.warning(
-                "no-tokenizer",
-                f"the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)}): tokens stand in"
-                " for text",
-                help="see that the checkpoint has all of its tokenizer's files, and what these need is installed",
-            )
+            of_code = f", which is code ({listed(files)}), cannot be had or run" if files else " cannot be loaded"
+            _warn_without_tokenizer(f"the tokenizer{of_code}: {_why(error)}", sink)
         return None  # a checkpoint without a tokenizer is a checkpoint still
-    # For some models, transformers makes one up then, which knows no words.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+    if not _is_made_up(tokenizer, request):
+        return tokenizer
+    if stated:
+        names = ", ".join(f"`{name}`" for name in _vocabulary_files(tokenizer))
+        _warn_without_tokenizer(f"the tokenizer's vocabulary is not there, in none of {names}", sink)
+    return None
+
+
+def _warn_without_tokenizer(message: str, sink: Sink) -> None:
+    sink.warning(
+        "no-tokenizer",
+        f"{message}; tokens stand in for text",
+        help="see that the checkpoint has all of its tokenizer's files, and what these need is installed",
+    )
+
+
+def _why(error: Exception) -> str:
+    """Why a tokenizer could not be loaded, in words of ours where transformers' are a list of all that might be."""
+    if "backend tokenizer" in first_line(error):
+        return "no file with its vocabulary is there that what is installed here can read"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _is_made_up(tokenizer: Any, request: LoadRequest) -> bool:
+    """Whether there are no files of a tokenizer: for some models, transformers makes one up then, which knows no words.
+
+    Some need no file, such as those of bytes.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        return True
+    names = _vocabulary_files(tokenizer)
+    return bool(names) and not any(_is_at_hand(name, request) for name in names)
+
+
+def _vocabulary_files(tokenizer: Any) -> tuple[str, ...]:
+    """The files of which a tokenizer of this class has its words; any of them may do."""
+    named = [each for each in tokenizer.vocab_files_names.values() if isinstance(each, str)]
+    return tuple(dict.fromkeys([*named, *(OTHER_VOCABULARIES if named else ())]))
+
+
+def _is_at_hand(name: str, request: LoadRequest) -> bool:
+    """Whether a file is in the model's folder, or, of the hub, was fetched."""
+    if Path(request.weights).is_dir():
+        return Path(request.weights, name).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(request.weights, name, revision=request.revision), str)
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
@@ -114,10 +161,12 @@ def _device_of_tokens(model: PreTrainedModel) -> Any:
     return next((device for device in devices if device is not None), model.device)
 
 
-def _as_text(tokens: torch.Tensor, tokenizer: Any) -> str:
+def as_text(tokens: torch.Tensor, tokenizer: Any) -> str:
+    """Return what was generated as text; as tokens where no tokenizer makes any of it."""
     if tokenizer is None:
         return f"tokens {tokens.tolist()}"
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return text if text.strip() else f"tokens {tokens.tolist()}"
 
 
 def _described(output: Any) -> Iterator[str]:

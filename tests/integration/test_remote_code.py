@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers.integrations import hub_kernels
 
 from devmap_config import load_model
 from devmap_config.cli import devmap
+from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.loading import RunnerError
 
 MARK = "from pathlib import Path\nPath(__MARK__).touch()\nprint('printed by the code of a model')\n"
@@ -209,6 +211,30 @@ def test_a_tokenizer_that_is_code_gives_tokens_and_a_warning(marker):
     assert [(each["code"], each["severity"]) for each in value["diagnostics"]] == [("remote-code", "warning")]
     assert value["output"].startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
     assert not marker.exists()
+
+
+def test_code_that_may_run_and_does_not_is_named(marker):
+    """The class is one of transformers, and the code is that of another repository, which cannot be had."""
+    save_known()
+    config = json.loads(Path("known/config.json").read_text())
+    references = {"AutoModelForCausalLM": "stranger/other--code_of_model.Other"}
+    Path("known/config.json").write_text(json.dumps({**config, "auto_map": references}))
+    Path("known/tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["stranger/other--code_of_tokenizer.Other", None]}})
+    )
+    assert command("compile", "known.yaml", "--trust-remote-code").return_value == 0
+    done = command("run", "known.yaml", "--max-new-tokens", "2", "--trust-remote-code", "--format", "json")
+    found = {each["code"]: each["message"] for each in json.loads(done.stdout)["diagnostics"]}
+    assert found["remote-code"].endswith("none of the code that the config names: `stranger/other: code_of_model.py`")
+    assert "which is code (`stranger/other: code_of_tokenizer.py`), cannot be had or run" in found["no-tokenizer"]
+
+
+def test_what_the_hub_is_asked_for_again_is_not_printed():
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    before = hub.isEnabledFor(logging.ERROR)
+    with code_of_models(allowed=True):
+        assert not hub.isEnabledFor(logging.ERROR)
+    assert hub.isEnabledFor(logging.ERROR) == before
 
 
 def test_a_model_within_the_model_brings_code_neither(marker):

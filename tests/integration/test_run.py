@@ -49,7 +49,7 @@ from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.hardware import probe
 from devmap_config.hardware.machine import SeenDisk, SeenHost
-from devmap_config.runner import inspection, loading, runner
+from devmap_config.runner import generation, inspection, loading, runner
 from devmap_config.runner.inspection import Misrun, misread_tensors, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError, UnfitMachineError
 from devmap_config.runner.runner import load_verified, prepare
@@ -266,6 +266,48 @@ def test_a_tokenizer_that_transformers_makes_up_is_none(workspace):
     write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
     done = run_command("--max-new-tokens", "3")
     assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
+
+
+@pytest.fixture
+def t5(workspace):
+    """A model for which transformers makes up a tokenizer of special tokens, and two more."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 2000}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained("random")
+    write_profile("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
+
+
+def test_a_tokenizer_without_files_is_none_though_it_has_more_than_special_tokens(t5):
+    done = run_command("--max-new-tokens", "3")
+    assert (done.return_value, done.stdout.startswith("tokens [0, "), "no-tokenizer" in done.stderr) == (0, True, False)
+
+
+def test_a_tokenizer_that_lacks_its_vocabulary_is_said_to(t5):
+    Path("random/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    done = run_command("--max-new-tokens", "3")
+    assert (done.return_value, done.stdout.startswith("tokens [0, ")) == (0, True)
+    said = " ".join(done.stderr.split())
+    assert "warning[no-tokenizer]: the tokenizer's vocabulary is not there, in none of `spiece.model`" in said
+
+
+def test_a_tokenizer_of_which_nothing_can_be_made_is_told_in_our_words(llama):
+    Path("random/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    write_profile(SPLIT)
+    said = " ".join(run_command("--max-new-tokens", "3").stderr.split())
+    assert "warning[no-tokenizer]: the tokenizer cannot be loaded: no file with its vocabulary is there" in said
+    assert "from one of" not in said
+
+
+def test_what_is_announced_by_a_colon_is_told_too():
+    assert loading.first_line(ValueError("none of these:\n\n  one,\n two.\nthree")) == "none of these: one, two"
+    assert loading.first_line(ValueError("nothing was found in:\n")) == "nothing was found in"
+
+
+def test_an_empty_text_is_shown_as_its_tokens():
+    class Mute:
+        def decode(self, _tokens, skip_special_tokens):
+            return " " if skip_special_tokens else "</s>"
+
+    assert generation.as_text(torch.tensor([1, 2]), Mute()) == "tokens [1, 2]"
 
 
 def test_a_model_that_runs_elsewhere_is_noticed(llama):
