@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError, Sink
 from devmap_config.graph.failures import failure_of
-from devmap_config.graph.loading import load_model_graph, quantised_to_eight_bit, report_failure, source_from_here
+from devmap_config.graph.loading import load_model_graph, report_failure, source_from_here
 from devmap_config.graph.model import TensorName
 from devmap_config.hardware.inventory import build_inventory, declared_devices
 from devmap_config.libraries.private import LibraryChangedError
@@ -22,10 +22,10 @@ from devmap_config.placement.buffers import (
 )
 from devmap_config.placement.compatibility import check_checkpoint, check_dtype, check_quantizer
 from devmap_config.placement.constraints import keeping, problem_of, settle_aim, settle_single_device
-from devmap_config.placement.executor import OFFLOADED
 from devmap_config.placement.shortage import report_shortages
 from devmap_config.placement.strategies import Infeasible, place
 from devmap_config.placement.units import fold, whole_model
+from devmap_config.placement.ways_out import Change
 from devmap_config.plan.comparison import best_of
 from devmap_config.plan.drift import Asked, Drift, Held, disproofs, held
 from devmap_config.plan.inputs import inputs_of
@@ -37,6 +37,7 @@ from devmap_config.plan.review import review
 from devmap_config.plan.verify import stranded_tensors
 from devmap_config.profile.document import whole_file
 from devmap_config.profile.loading import load_profile, on_other_hardware
+from devmap_config.profile.schema import Device
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
 from devmap_config.simulate.rehearsal import (
@@ -385,16 +386,11 @@ class _Placing:
         if (posed := self.posed(mending)) is None:
             return None
         problem, single_device, aim = posed
-        tries: list[Plan | Infeasible | tuple[Diagnostic, ...]] = []
-        for executor in self.executors:
-            tries.append(self.tried(replace(problem, executor=executor), single_device, aim))
-            if isinstance(tries[-1], Plan) and not are_to_be_compared(self.loaded, self.model.graph):
-                break
+        tries = self.tries(problem, single_device, aim)
         plans = [each for each in tries if isinstance(each, Plan)]
         if not plans:
             # Of all tries, the last needs the least room.
-            problem = replace(problem, executor=self.executors[-1])
-            self.report_failure(tries[-1], problem, single_device, aim, mending)
+            self.report_failure(tries[-1], replace(problem, executor=self.executors[-1]), aim, mending)
             return None
         plan = best_of(plans, aim)
         if found := self.kept.get(plan.executor):
@@ -402,6 +398,17 @@ class _Placing:
         if self.request.keep is not None:
             plan = kept(plan, self.request.keep, self.model.graph, self.inventory, self.resolution)
         return self.accepted(plan)
+
+    def tries(
+        self, problem: Problem, single_device: DeviceId | None, aim: Aim | None
+    ) -> list[Plan | Infeasible | tuple[Diagnostic, ...]]:
+        """What trying gave with each of what may run the plan, up to the first that fits unless more may be better."""
+        found: list[Plan | Infeasible | tuple[Diagnostic, ...]] = []
+        for executor in self.executors:
+            found.append(self.tried(replace(problem, executor=executor), single_device, aim))
+            if isinstance(found[-1], Plan) and not are_to_be_compared(self.loaded, self.model.graph):
+                break
+        return found
 
     def stranded(self, plan: Plan, problem: Problem) -> dict[TensorName, DeviceId]:
         """The tensors that this plan, and no rule, leaves where they are of no use, and where to keep them."""
@@ -439,23 +446,22 @@ class _Placing:
         self,
         failure: Plan | Infeasible | tuple[Diagnostic, ...],
         problem: Problem,
-        single_device: DeviceId | None,
         aim: Aim | None,
         mending: Mending,
     ) -> None:
         """Say why there is no plan; where the profile wants buffers left and that is all, say so."""
-        loaded = self.loaded
+        loaded, trials = self.loaded, _Trials(self, mending)
         is_left = loaded.profile.placement.offload.buffers is False
         if is_left and can_be_offloaded(problem.graph, problem.capacities):
-            other = self.tried(replace(problem, executor=OFFLOADED), single_device, aim)
-            if isinstance(other, Plan):
-                report_left_buffers(failure if isinstance(failure, Infeasible) else None, loaded, self.sink)
-                return
+            infeasible = failure if isinstance(failure, Infeasible) else None
+            for strategy in (None, ANY_FIT):
+                if strategy is not None and trials.compiles(Change(strategy=strategy)):
+                    break  # then the buffers are not what is in the way
+                if trials.compiles(Change(strategy=strategy, offload_buffers=True)):
+                    report_left_buffers(infeasible, strategy, loaded, self.sink)
+                    return
         if isinstance(failure, Infeasible):
-            strategy, quantised = loaded.profile.placement.strategy, partial(self.quantised, mending)
-            report_shortages(
-                failure, problem, self.resolution, loaded, strategy, self.sink, aim=aim, quantised=quantised
-            )
+            report_shortages(failure, problem, self.resolution, self.model, loaded, self.sink, trials=trials, aim=aim)
         elif not isinstance(failure, Plan):
             for each in failure:
                 self.sink.report(each)
@@ -503,16 +509,91 @@ class _Placing:
         )
         return held(lock, asked)
 
-    def quantised(self, mending: Mending) -> Problem | None:
-        """The placement problem of the model with weights of 8 bits: a way out where nothing fits."""
-        model = quantised_to_eight_bit(self.model, self.loaded)
+    def changed(self, change: Change, *, measures: bool) -> _Placing | None:
+        """The same of a profile that says this otherwise, as compiling it would have it; `None` where that is wrong.
+
+        Unless it `measures`, another context is reckoned from the measurement at hand.
+        """
+        loaded, sink = _with(self.loaded, change), Sink()
+        model: LoadedModel | None = self.model
+        if change.quantization is not None or (measures and change.is_of_model):
+            try:
+                model = load_model_graph(
+                    loaded,
+                    sink,
+                    resolved=self.request.resolved,
+                    trust_remote_code=self.request.trust_remote_code,
+                    use_vendored=self.request.use_vendored,
+                    allow_unmeasured=self.request.allow_unmeasured,
+                )
+            except LibraryChangedError:
+                return None
+        elif change.context_length is not None and (measurement := self.model.graph.measurement) is not None:
+            graph = replace(self.model.graph, measurement=measurement.at(change.context_length))
+            model = replace(self.model, graph=graph)
         if model is None:
             return None
-        return problem_of(
-            model,
-            self.inventory,
-            self.resolution,
-            Sink(),
-            together=mending.together,
-            executor=self.executors[0],
+        inventory = build_inventory(loaded, sink)
+        check_dtype(loaded, inventory, model, sink)
+        left_out = {rule.span for rule in change.without}
+        rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
+        resolution = resolve(
+            tuple(rule for rule in rules if rule.span not in left_out), model.graph, source_from_here(loaded), sink
         )
+        return None if sink.has_errors else _Placing(self.request, loaded, inventory, model, resolution, sink)
+
+
+ANY_FIT = "fewest-devices"
+"""The strategy that finds what fits without knowing how fast anything is."""
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Tries changed profiles, as they would be compiled: up to the dry run."""
+
+    placing: _Placing
+    mending: Mending
+
+    def fits(self, change: Change) -> bool:
+        """Whether there is a plan, whatever it takes; the model is not measured anew."""
+        placing = self.placing.changed(change, measures=False)
+        posed = None if placing is None else placing.posed(self.mending)
+        if placing is None or posed is None:
+            return False
+        problem, single_device, aim = posed
+        if aim is not None:
+            strategy = _with(placing.loaded, Change(strategy="fastest"))
+            placing, aim = replace(placing, loaded=strategy), replace(aim, phases=())
+        return _is_planned(placing.tries(problem, single_device, aim))
+
+    def compiles(self, change: Change) -> bool:
+        """Whether compiling the changed profile gives a plan."""
+        placing = self.placing.changed(change, measures=True)
+        posed = None if placing is None else placing.posed(self.mending)
+        return placing is not None and posed is not None and _is_planned(placing.tries(*posed))
+
+
+def _is_planned(tries: list[Plan | Infeasible | tuple[Diagnostic, ...]]) -> bool:
+    return any(isinstance(each, Plan) for each in tries)
+
+
+def _with(loaded: LoadedProfile, change: Change) -> LoadedProfile:
+    """The profile as it is with this change."""
+    profile = loaded.profile
+    model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
+    if change.quantization is not None:
+        model = model.model_copy(update={"quantization": change.quantization})
+    if change.context_length is not None:
+        workload = workload.model_copy(update={"context_length": change.context_length})
+    devices = dict(hardware.devices)
+    for name, description in change.devices.items():
+        devices[name] = devices.get(name, Device()).model_copy(update=dict(description))
+    offload = placement.offload
+    if "disk" in change.devices and offload.folder is None:
+        offload = offload.model_copy(update={"folder": "offload"})
+    if change.offload_buffers is not None:
+        offload = offload.model_copy(update={"buffers": change.offload_buffers})
+    placement = placement.model_copy(update={"offload": offload, "strategy": change.strategy or placement.strategy})
+    hardware = hardware.model_copy(update={"devices": devices})
+    changed = {"model": model, "workload": workload, "hardware": hardware, "placement": placement}
+    return replace(loaded, profile=profile.model_copy(update=changed))

@@ -216,29 +216,6 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
     )
 
 
-EIGHT_BIT: Mapping[str, Any] = {"method": "bitsandbytes", "load_in_8bit": True}
-"""What quantises any model of matrices while it is loaded, to half of bfloat16."""
-
-
-def quantised_to_eight_bit(model: LoadedModel, loaded: LoadedProfile) -> LoadedModel | None:
-    """The same model as `EIGHT_BIT` would load it; `None` where it is quantised already, or cannot be built here."""
-    quantization = effective_quantization(EIGHT_BIT, model.source.config)
-    if model.quantization is not None or quantization is None or not _has_accelerator(loaded):
-        return None
-    try:
-        graph = graph_from_source(
-            model.source,
-            class_name=model.class_name,
-            dtype=model.dtype,
-            attention=model.attention,
-            workload=_workload(loaded),
-            quantization=quantization,
-        )
-    except (ImportError, UnbuildableModelError, QuantizationError, LibraryChangedError):
-        return None
-    return replace(model, graph=graph, quantization=quantization)
-
-
 def _built(
     source: ModelSource,
     class_name: str,

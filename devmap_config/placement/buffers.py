@@ -55,8 +55,11 @@ def are_to_be_compared(loaded: LoadedProfile, graph: ModelGraph) -> bool:
     return is_optimal and any(tensor.in_buffer for tensor in graph.tensors.values())
 
 
-def report_left_buffers(infeasible: Infeasible | None, loaded: LoadedProfile, sink: Sink) -> None:
-    """Say that the model would fit if the profile did not want buffers left where streamed modules run."""
+def report_left_buffers(infeasible: Infeasible | None, strategy: str | None, loaded: LoadedProfile, sink: Sink) -> None:
+    """Say that the model would fit if the profile did not want buffers left where streamed modules run.
+
+    `strategy` is one with which it would, where it would not with the profile's.
+    """
     shortage = next((each for each in infeasible.shortages if each.device), None) if infeasible else None
     lack = (
         f"{shortage.device} would hold {rounded(shortage.needed_bytes)} and has {rounded(shortage.capacity_bytes)}:"
@@ -68,5 +71,7 @@ def report_left_buffers(infeasible: Infeasible | None, loaded: LoadedProfile, si
         "over-capacity",
         f"with `buffers: false` the buffers of what is streamed stay where it runs, and {lack}",
         loaded.span("placement", "offload", "buffers"),
-        help="say `buffers: true`, or leave it out: it was tried, and fits",
+        help="say `buffers: true`, or leave it out"
+        + (f", and `strategy: {strategy}`" if strategy else "")
+        + ": it was tried, and fits",
     )

@@ -88,6 +88,14 @@ def refused_devices(model: LoadedModel) -> tuple[str, ...]:
     return () if refusal.unless and quantization.arguments.get(refusal.unless) else refusal.devices
 
 
+def accepting_argument(model: LoadedModel) -> str | None:
+    """The argument with which the model's quantizer would load onto the devices that it now refuses, if any."""
+    quantization = model.quantization
+    if quantization is None or quantization.is_prequantized or not refused_devices(model):
+        return None
+    return REFUSALS[quantization.method].unless
+
+
 def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
     """Report a map that the model's quantizer refuses to load by."""
     quantization = model.quantization

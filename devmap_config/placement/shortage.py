@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage, place
-from devmap_config.placement.ways_out import impasse_of
+from devmap_config.placement.devices import STORAGE_DEVICES
+from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
+from devmap_config.placement.ways_out import GIBIBYTE, MOST_GIBIBYTES, Change, impasse_of
 from devmap_config.placement.weighing import heaviest_weights
 from devmap_config.placement.words import amount, rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.problem import Aim, Problem
-    from devmap_config.placement.ways_out import Impasse
+    from devmap_config.placement.ways_out import Impasse, Trials
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
@@ -24,34 +24,46 @@ def report_shortages(
     infeasible: Infeasible,
     problem: Problem,
     resolution: Resolution,
+    model: LoadedModel,
     loaded: LoadedProfile,
-    strategy: str,
     sink: Sink,
     *,
+    trials: Trials,
     aim: Aim | None = None,
-    quantised: Callable[[], Problem | None] = lambda: None,
 ) -> None:
-    """Put the reasons of an infeasible placement into the sink; with an aim also what would mend it.
-
-    `quantised` makes the same problem of the model with weights of 8 bits, where that is one.
-    """
+    """Put the reasons of an infeasible placement into the sink, with what `trials` show to mend it."""
+    strategy = loaded.profile.placement.strategy
     if aim is not None and not any(shortage.device for shortage in infeasible.shortages):
-        impasse = impasse_of(problem, resolution, aim, quantised)
-        _report_impasse(impasse, infeasible, problem, loaded, sink)
+        impasse = impasse_of(problem, resolution, aim, model, loaded.profile, trials)
+        _report_impasse(impasse, infeasible, problem, model, loaded, sink)
         return
     if not infeasible.shortages:
         _report_forbidden(infeasible, problem, resolution, strategy, sink)
     for shortage in infeasible.shortages:
         if shortage.device is None:
-            _report_unplaced(infeasible, shortage, problem, loaded, strategy, sink)
+            _report_unplaced(infeasible, shortage, problem, loaded, sink, trials)
         else:
-            _report_device(shortage, problem, resolution, loaded, strategy, sink)
+            _report_device(shortage, problem, resolution, loaded, sink, trials)
 
 
 def _report_impasse(
-    impasse: Impasse, infeasible: Infeasible, problem: Problem, loaded: LoadedProfile, sink: Sink
+    impasse: Impasse,
+    infeasible: Infeasible,
+    problem: Problem,
+    model: LoadedModel,
+    loaded: LoadedProfile,
+    sink: Sink,
 ) -> None:
-    listed = ", ".join(f"{device} ({rounded(capacity)})" for device, capacity in problem.capacities.items())
+    pinned = set(problem.pinned.values())
+    refused = [each for each in problem.refused if problem.accelerators and each not in pinned]
+    listed = ", ".join(
+        f"{device} ({rounded(size_bytes)})"
+        for device, size_bytes in problem.capacities.items()
+        if device not in refused
+    )
+    if kept_off := [device for device in problem.capacities if device in refused]:
+        method = model.quantization.method if model.quantization is not None else "quantization"
+        listed += f" ({method} loads nothing onto {' or '.join(kept_off)})"
     measurement = problem.graph.measurement
     cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""
     what = f"the model's {rounded(problem.graph.size_bytes)}{cache}"
@@ -99,27 +111,39 @@ def _cause(problem: Problem) -> str:
 
 
 def _report_unplaced(
-    infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, strategy: str, sink: Sink
+    infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, sink: Sink, trials: Trials
 ) -> None:
     listed = ", ".join(f"{device} ({rounded(capacity)})" for device, capacity in problem.capacities.items())
     total = problem.graph.size_bytes
-    room = sum(problem.capacities.values())
+    missing_bytes = total - sum(problem.capacities.values())
+    if missing_bytes <= 0:
+        what = f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}"
+        what += ", though there is room in total"
+    else:
+        what = f"the model's {rounded(total)} find no place on {listed}: {amount(missing_bytes)} are missing"
+        if len(problem.capacities) > 1 and shortage.missing_bytes > missing_bytes:
+            what += f" in total, and blocks of {rounded(shortage.missing_bytes)} are left over"
     sink.error(
         "over-capacity",
-        f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}{_cause(problem)}",
+        f"{what}{_cause(problem)}",
         loaded.span("placement", "strategy")
         if loaded.scalar("placement", "strategy")
         else loaded.key_span("hardware", "devices"),
         label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
-        help=_mend(problem, strategy, fits_in_total=total <= room),
+        help=_mend(problem, loaded.profile.placement.strategy, trials, fits_in_total=missing_bytes <= 0),
     )
 
 
-def _mend(problem: Problem, strategy: str, *, fits_in_total: bool) -> str:
-    for other in (*TRANSFORMERS_STRATEGIES, "single"):
-        if other != strategy and not isinstance(place(problem, other), Infeasible):
+def _mend(problem: Problem, strategy: str, trials: Trials, *, fits_in_total: bool) -> str:
+    for other in (*TRANSFORMERS_STRATEGIES, "fewest-devices", "single"):
+        if other != strategy and trials.compiles(Change(strategy=other)):
             return f"`strategy: {other}` places all of it"
-    missing = [device for device in ("cpu", "disk") if device not in problem.capacities]
+    plenty = {"memory": MOST_GIBIBYTES * GIBIBYTE}
+    missing = [
+        device
+        for device in STORAGE_DEVICES
+        if device not in problem.capacities and trials.compiles(Change(devices={device: plenty}))
+    ]
     if missing:
         named = " or ".join(f"`{device}`" for device in missing)
         return f"list {named} under `hardware.devices` for what is to be offloaded"
@@ -129,7 +153,7 @@ def _mend(problem: Problem, strategy: str, *, fits_in_total: bool) -> str:
 
 
 def _report_device(
-    shortage: Shortage, problem: Problem, resolution: Resolution, loaded: LoadedProfile, strategy: str, sink: Sink
+    shortage: Shortage, problem: Problem, resolution: Resolution, loaded: LoadedProfile, sink: Sink, trials: Trials
 ) -> None:
     device = str(shortage.device)
     pinned_bytes = problem.pinned_bytes.get(device, 0)
@@ -149,5 +173,10 @@ def _report_device(
         f"{device} would hold {rounded(shortage.needed_bytes)} and has {rounded(shortage.capacity_bytes)}:"
         f" {amount(shortage.missing_bytes)} are missing{_cause(problem)}",
         loaded.key_span("hardware", "devices", device),
-        help=_mend(problem, strategy, fits_in_total=problem.graph.size_bytes <= sum(problem.capacities.values())),
+        help=_mend(
+            problem,
+            loaded.profile.placement.strategy,
+            trials,
+            fits_in_total=problem.graph.size_bytes <= sum(problem.capacities.values()),
+        ),
     )

@@ -1,17 +1,19 @@
-"""Why nothing fits, and what would mend it: every way out was tried, and a placement was found."""
+"""Why nothing fits, and what would mend it: every way out was tried as compiling it would, and gave a plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-from devmap_config.hardware.inventory import Device, Inventory
+from devmap_config.placement.compatibility import accepting_argument
 from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.problem import Aim, Problem
+    from devmap_config.profile.schema import Profile
     from devmap_config.rules.resolution import Resolution
     from devmap_config.rules.rule import Rule
 
@@ -23,6 +25,40 @@ MOST_GIBIBYTES = 2**14
 CONTEXT_MULTIPLE = 64
 """A context that is proposed is a multiple of this, where it is longer."""
 
+EIGHT_BIT: Mapping[str, Any] = {"method": "bitsandbytes", "load_in_8bit": True}
+"""What quantises any model of matrices while it is loaded, to half of bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a profile would say otherwise; `None` is as it is.
+
+    `without` are rules that are left out. `devices` gives, by name, what the description of a device says instead; one
+    that is not listed is added.
+    """
+
+    without: tuple[Rule, ...] = ()
+    context_length: int | None = None
+    quantization: Mapping[str, Any] | None = None
+    strategy: str | None = None
+    offload_buffers: bool | None = None
+    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether the model has to be measured anew."""
+        return self.context_length is not None or self.quantization is not None
+
+
+class Trials(Protocol):
+    """What tries a changed profile."""
+
+    def fits(self, change: Change) -> bool:
+        """Whether there is a plan, whatever it takes and as far as it is known without measuring anew: quickly."""
+
+    def compiles(self, change: Change) -> bool:
+        """Whether compiling the changed profile gives a plan."""
+
 
 @dataclass(frozen=True)
 class Impasse:
@@ -32,14 +68,17 @@ class Impasse:
     ways_out: tuple[str, ...]
 
 
-def impasse_of(problem: Problem, resolution: Resolution, aim: Aim, quantised: Callable[[], Problem | None]) -> Impasse:
-    """The impasse of a problem for which no placement was found; `quantised` is the same with weights of 8 bits."""
-    search = _Search(problem, resolution, replace(aim, phases=()))
+def impasse_of(
+    problem: Problem, resolution: Resolution, aim: Aim, model: LoadedModel, profile: Profile, trials: Trials
+) -> Impasse:
+    """The impasse of a problem for which no placement was found."""
+    search = _Search(problem, resolution, aim, model, profile, trials)
     pins = search.contradicting_pins()
     ways = [
         *search.dropped_pins(pins),
+        search.told_to_offload(),
         search.shorter_context(),
-        search.fewer_bits(quantised),
+        search.fewer_bits(),
         search.another_card(),
         search.more_memory(),
     ]
@@ -51,32 +90,19 @@ class _Search:
     problem: Problem
     resolution: Resolution
     aim: Aim
-
-    def fits(self, problem: Problem, inventory: Inventory | None = None) -> bool:
-        from devmap_config.placement.optimal import place_fastest
-
-        aim = self.aim if inventory is None else replace(self.aim, inventory=inventory)
-        room = dict(problem.capacities)
-        for device, size_bytes in problem.pinned_bytes.items():
-            room[device] = room.get(device, 0) - size_bytes
-        return min(room.values()) >= 0 and place_fastest(problem, aim) is not None
-
-    def without(self, rules: tuple[Rule, ...]) -> Problem:
-        """The problem without what these rules pin."""
-        dropped = {name for name, decision in self.resolution.decisions.items() if decision.rule in rules}
-        pinned = {name: device for name, device in self.problem.pinned.items() if name not in dropped}
-        computed = {name: device for name, device in self.problem.computed.items() if name not in dropped}
-        return replace(self.problem, pinned=pinned, computed=computed)
+    model: LoadedModel
+    profile: Profile
+    trials: Trials
 
     def contradicting_pins(self) -> tuple[Rule, ...]:
         """The fewest pins, left out one after another, that leave no placement together with the machine."""
         rules = tuple(dict.fromkeys(decision.rule for decision in self.resolution.decisions.values()))
-        if not rules or not self.fits(self.without(rules)):
+        if not rules or not self.trials.compiles(Change(without=rules)):
             return ()
         kept = sorted(rules, key=lambda rule: rule.span)
         for rule in tuple(kept):
             others = [other for other in kept if other is not rule]
-            if not self.fits(self.without(tuple(rule for rule in rules if rule not in others))):
+            if not self.trials.fits(Change(without=tuple(rule for rule in rules if rule not in others))):
                 kept = others
         return tuple(kept)
 
@@ -84,30 +110,35 @@ class _Search:
         return [
             f"drop the pin of `{rule.text}` (line {rule.span.line})"
             for rule in pins
-            if self.fits(self.without((rule,)))
+            if self.trials.compiles(Change(without=(rule,)))
         ]
+
+    def told_to_offload(self) -> str | None:
+        """Let the quantizer leave on the CPU and the disk what it does not quantise, where it can be told to."""
+        argument, asked = accepting_argument(self.model), self.profile.model.quantization
+        if argument is None or not asked:
+            return None
+        tried = self.trials.compiles(Change(quantization={**asked, argument: True}))
+        return f"say `{argument}: true`" if tried else None
 
     def shorter_context(self) -> str | None:
         measurement = self.problem.graph.measurement
         if measurement is None:
             return None
-
-        def fits(context_length: int) -> bool:
-            graph = replace(self.problem.graph, measurement=measurement.at(context_length))
-            return self.fits(replace(self.problem, graph=graph))
-
-        most = _most(fits, measurement.workload.context_length - 1)
+        most = _most(
+            lambda length: self.trials.fits(Change(context_length=length)), measurement.workload.context_length - 1
+        )
         if most > CONTEXT_MULTIPLE:
             most -= most % CONTEXT_MULTIPLE
-        return f"lower `context_length` to {most}" if most else None
+        tried = most and self.trials.compiles(Change(context_length=most))
+        return f"lower `context_length` to {most}" if tried else None
 
-    def fewer_bits(self, quantised: Callable[[], Problem | None]) -> str | None:
+    def fewer_bits(self) -> str | None:
         room = sum(size for device, size in self.problem.capacities.items() if is_accelerator(device))
-        if 2 * room < self.problem.graph.size_bytes or (problem := quantised()) is None:
+        if self.model.quantization is not None or not room or 2 * room < self.problem.graph.size_bytes:
             return None
-        offered = {device: size for device, size in problem.capacities.items() if device not in problem.refused}
-        fits = bool(offered) and self.fits(replace(problem, capacities=offered))
-        return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if fits else None
+        tried = self.trials.compiles(Change(quantization=EIGHT_BIT))
+        return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if tried else None
 
     def another_card(self) -> str | None:
         """One more of the last accelerator, where it is one of the catalogue."""
@@ -115,33 +146,27 @@ class _Search:
         if not cards or cards[-1].accelerator is None or ":" not in cards[-1].id:
             return None
         kind, _, index = cards[-1].id.partition(":")
-        added = replace(cards[-1], id=f"{kind}:{int(index) + 1}")
-        return f"add `{added.id}: {cards[-1].accelerator.name}`" if self.fits_with(added) else None
+        added, name = f"{kind}:{int(index) + 1}", cards[-1].accelerator.name
+        tried = self.trials.compiles(Change(devices={added: {"accelerator": name}}))
+        return f"add `{added}: {name}`" if tried else None
 
     def more_memory(self) -> str | None:
         """The least more of the CPU, or of the first accelerator that is described by its memory."""
         devices = {device.id: device for device in self.aim.inventory.devices}
         described = next((each for each in devices.values() if each.is_accelerator and each.accelerator is None), None)
-        device = described or devices.get("cpu") or Device(id="cpu", memory_bytes=0, capacity_bytes=0)
+        device = described or devices.get("cpu")
+        name, before = (device.id, device.memory_bytes) if device is not None else ("cpu", 0)
 
-        def enlarged(gibibytes: int) -> Device:
-            return replace(device, capacity_bytes=device.capacity_bytes + gibibytes * GIBIBYTE)
+        def enlarged(gibibytes: int) -> Change:
+            return Change(devices={name: {"memory": before + gibibytes * GIBIBYTE}})
 
-        least = MOST_GIBIBYTES - _most(lambda spared: self.fits_with(enlarged(MOST_GIBIBYTES - spared)), MOST_GIBIBYTES)
-        if not self.fits_with(enlarged(least)):
+        spared = _most(lambda spared: self.trials.fits(enlarged(MOST_GIBIBYTES - spared)), MOST_GIBIBYTES - 1)
+        least = MOST_GIBIBYTES - spared
+        if not self.trials.compiles(enlarged(least)):
             return None
-        if device.id not in devices:
+        if device is None:
             return f"list `cpu: {{memory: {least}GiB}}` for what is to be offloaded"
-        return f"give {device.id} {least} GiB more"
-
-    def fits_with(self, device: Device) -> bool:
-        """Whether there is a placement with this device added, or in place of the one of its name."""
-        others = [each for each in self.aim.inventory.devices if each.id != device.id]
-        accelerators = [each for each in (*others, device) if is_accelerator(each.id)]
-        ordered = sorted(accelerators, key=lambda each: int(each.id.partition(":")[2] or 0))
-        ordered += [each for name in ("cpu", "disk") for each in (*others, device) if each.id == name]
-        inventory = Inventory(tuple(ordered), self.aim.inventory.links)
-        return self.fits(replace(self.problem, capacities=inventory.capacities), inventory)
+        return f"give {name} {least} GiB more"
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
