@@ -145,6 +145,8 @@ def _story(compilation: Compilation) -> Iterator[str]:
         yield f"A token takes {duration(decode)}; no plan can take less than {duration(bound)}, {gap:.1f} % less."
     elif decode is not None:
         yield f"A token takes {duration(decode)}; whether another plan is faster, `strategy: fastest` would tell."
+    elif not graph.decodes and prediction.prefill_nanoseconds is not None:
+        yield f"A prefill takes {duration(prediction.prefill_nanoseconds)}; the model does not decode token by token."
     if prediction.longest_context is not None and measurement is not None:
         yield (
             f"The context may grow from {measurement.workload.context_length:,} to"
@@ -195,7 +197,7 @@ def _reasons(compilation: Compilation, name: str) -> Iterator[str]:
         yield f"It is a part of the block `{block}`, which is placed as a whole."
     yield f"No rule is about it: `{plan.strategy}` put it there. Elsewhere, all else as it is:"
     for other in alternatives(plan, graph, inventory, block):
-        yield f"- {_alternative(other)}"
+        yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
 
 
 def _rules_about(compilation: Compilation, name: str, graph: ModelGraph) -> list[str]:
@@ -227,7 +229,7 @@ def _at(rule: Rule) -> str:
     return f"`{rule.text}` ({rule.span.file}:{rule.span.line})"
 
 
-def _alternative(other: Alternative) -> str:
+def _alternative(other: Alternative, what: str) -> str:
     from devmap_config.placement.words import rounded
     from devmap_config.plan.prediction import duration
 
@@ -238,9 +240,9 @@ def _alternative(other: Alternative) -> str:
     else:
         where = f"on {other.stored_on}"
     slower = other.slower_nanoseconds
-    pace = "how long a token would take is not known"
+    pace = f"how long {what} would take is not known"
     if slower is not None:
-        pace = f"a token would take {duration(abs(slower))} {'more' if slower >= 0 else 'less'}"
+        pace = f"{what} would take {duration(abs(slower))} {'more' if slower >= 0 else 'less'}"
     blocked = (
         f"; {rounded(other.missing_bytes)} are missing on {other.full_device}"
         if other.full_device

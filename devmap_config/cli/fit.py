@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 STRATEGY = "fastest"
 """What is asked where the profile's own strategy does not look for the best."""
+
+WITHOUT_FIGURES = "fewest-devices"
+"""What is asked where the machine does not say how fast it is: whether the model fits does not depend on that."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def fit(
     """Say of every MACHINE whether PROFILE's model and workload fit there, with what context, and how fast.
 
     The profile's hardware and `max_memory` are left aside, its pins are not. Its strategy is asked if it is one of
-    fastest, longest-context and fewest-devices; else fastest.
+    fastest, longest-context and fewest-devices; else fastest. Of a machine that does not say how fast it is, the
+    times are not known, and fewest-devices is asked in place of fastest.
     """
     from devmap_config.cli.reporting import print_json
     from devmap_config.compiler import Request, run_pipeline
@@ -91,6 +95,8 @@ def fit(
             strategy=STRATEGY,
         )
         compilation = run_pipeline(request)
+        if any(each.code == "missing-figure" for each in compilation.diagnostics):
+            compilation = run_pipeline(replace(request, strategy=WITHOUT_FIGURES))
         errors = [each for each in compilation.diagnostics if each.severity == "error"]
         if any(compilation.loaded is None or compilation.model is None for _ in errors[:1]):
             from devmap_config.cli.reporting import report
@@ -168,6 +174,8 @@ def _print_table(rows: list[Row]) -> None:
             continue
         prediction = plan.prediction
         remarks = []
+        if plan.prediction.prefill_nanoseconds is None and plan.strategy == WITHOUT_FIGURES:
+            remarks.append("its speed is not known")
         used = [use.id for use in plan.devices if use.weights_bytes]
         listed = [use.id for use in plan.devices]
         if len(used) < len(listed):
@@ -176,11 +184,15 @@ def _print_table(rows: list[Row]) -> None:
             remarks.append(f"{rounded(prediction.streamed_bytes_per_token)} copied in at every forward")
         if plan.compute:
             remarks.append("partly computed on the CPU")
-        times = (prediction.decode_nanoseconds_per_token, prediction.prefill_nanoseconds)
+        decodes = row.compilation.model is None or row.compilation.model.graph.decodes
+        token_nanoseconds = prediction.decode_nanoseconds_per_token
+        token = duration(token_nanoseconds) if token_nanoseconds is not None else "?" if decodes else "–"
+        prefill_nanoseconds = prediction.prefill_nanoseconds
         context = prediction.longest_context
         table.add_row(
             row.machine,
-            *(duration(nanoseconds) if nanoseconds is not None else "?" for nanoseconds in times),
+            token,
+            duration(prefill_nanoseconds) if prefill_nanoseconds is not None else "?",
             f"{context:,}" if context is not None else "?",
             ", ".join(remarks),
         )

@@ -45,7 +45,7 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
         table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table
-    yield from _notes(plan, loaded.profile.workload.context_length)
+    yield from _notes(plan, model, loaded.profile.workload.context_length)
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:
@@ -71,9 +71,11 @@ def _held(plan: Plan, device: str) -> str:
     return "\n".join(shown) or "–"
 
 
-def _notes(plan: Plan, context_length: int | None) -> Iterator[Text]:
+def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterator[Text]:
     if predicted := _predicted(plan):
         yield Text(predicted)
+    if plan.strategy == "fastest" and not model.graph.decodes:
+        yield Text("the model does not decode token by token: `fastest` makes its prefill fast")
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
         yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")

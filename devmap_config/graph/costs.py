@@ -132,6 +132,11 @@ class Measurement:
         """Bytes of the whole cache after a prefill of the context."""
         return sum(cost.cache_bytes for cost in self.modules)
 
+    @cached_property
+    def decodes(self) -> bool:
+        """Whether there is a step of decoding: an encoder has none, nor has a model without a cache."""
+        return not self.measured or any(cost.decode_launches for cost in self.modules)
+
     def at(self, context_length: int) -> Measurement:
         """What memory the same takes at another length of the context."""
         workload = self.workload

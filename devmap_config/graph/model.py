@@ -167,6 +167,11 @@ class ModelGraph:
             groups.setdefault(storage, []).append(name)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the model has steps of decoding, as far as it was measured."""
+        return self.measurement is None or self.measurement.decodes
+
     @cached_property
     def size_bytes(self) -> int:
         """Bytes of all weights and buffers once loaded; what is tied counts once."""

@@ -125,6 +125,8 @@ def settle_aim(loaded: LoadedProfile, inventory: Inventory, problem: Problem, si
     phases: tuple[tuple[Phase, int], ...] = ((workload.optimize, 1),) if workload.optimize != "request" else ()
     if workload.optimize == "request":
         phases = (("prefill", 1), ("decode", workload.new_tokens or DEFAULT_NEW_TOKENS))
+    if not problem.graph.decodes:
+        phases = (("prefill", 1),)  # all that such a model does
     if strategy == "longest-context" and workload.context_length is None:
         sink.error(
             "missing-workload",
@@ -134,7 +136,7 @@ def settle_aim(loaded: LoadedProfile, inventory: Inventory, problem: Problem, si
         )
         return None
     apart = frozenset(problem.computed.values())
-    missing = _missing_figures(inventory, apart, prefills=workload.optimize != "decode")
+    missing = _missing_figures(inventory, apart, prefills=("prefill", 1) in phases)
     if missing and strategy != "fastest":
         return Aim(phases=(), inventory=inventory)
     for device, figure, example in missing:

@@ -69,10 +69,8 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
             devices=device_uses(graph, assignments, inventory.capacities, plan.executor),
         )
         fullest = min(moved.devices, key=lambda use: use.free_bytes)
-        times = (
-            predict(moved, graph, inventory).decode_nanoseconds_per_token,
-            plan.prediction.decode_nanoseconds_per_token,
-        )
+        figure = "decode_nanoseconds_per_token" if graph.decodes else "prefill_nanoseconds"
+        times = tuple(getattr(each, figure) for each in (predict(moved, graph, inventory), plan.prediction))
         found.append(
             Alternative(
                 stored_on=stored_on,

@@ -33,6 +33,8 @@ def predict(
     def nanoseconds(phase: Phase) -> int | None:
         if graph.measurement is None or not graph.measurement.measured:
             return None
+        if phase == "decode" and not graph.decodes:
+            return None
         try:
             return forward_nanoseconds(Timing(graph, inventory, phase, plan.executor, plan.main_device), homes)
         except MissingFigureError:
@@ -41,7 +43,7 @@ def predict(
     decode_nanoseconds = nanoseconds("decode")
     return Prediction(
         decode_nanoseconds_per_token=decode_nanoseconds,
-        # Formulas that stand in for a measurement give no time, and so no bound of one.
+        # Formulas that stand in for a measurement give no time, and so no bound of one; nor do models without decoding.
         bound_decode_nanoseconds_per_token=None if decode_nanoseconds is None else bound_decode_nanoseconds,
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,

@@ -89,11 +89,11 @@ def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str |
     Args:
         loaded: the profile.
         hardware: the machine.
-        strategy: what to ask, unless the profile asks for one of ours.
+        strategy: what to ask, unless the profile asks for one of ours that is not after speed alone.
     """
     placement = loaded.profile.placement
     changed: dict[str, object] = {"max_memory": {}, "device": None}
-    if strategy is not None and placement.strategy not in OPTIMAL_STRATEGIES:
+    if strategy is not None and placement.strategy not in OPTIMAL_STRATEGIES[1:]:
         changed |= {"strategy": strategy, "device_map": None}
     profile = loaded.profile.model_copy(
         update={"hardware": hardware, "placement": placement.model_copy(update=changed)}

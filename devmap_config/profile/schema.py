@@ -30,7 +30,7 @@ from devmap_config.profile.quantities import (
 )
 
 OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
-"""Those that compare times; the first has to, the others do where they can."""
+"""Those that compare times; the first has to and is after nothing else, the others do where they can."""
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRATEGIES, "single", "manual")
 
