@@ -591,6 +591,15 @@ def test_fit_says_what_each_machine_would_do(workspace):
     assert "l4" in shown
 
 
+def test_fit_asks_no_speed_of_a_machine(workspace):
+    Path("profile.yaml").write_text(FASTEST)
+    Path("auto.yaml").write_text(FASTEST.replace("fastest", "auto"))
+    for name in ("profile.yaml", "auto.yaml"):
+        (row,) = json.loads(devmap("fit", name, "--on", "cpu:8GiB", "--format", "json").stdout)["machines"]
+        assert (row["fits"], row["strategy"]) == (True, "fewest-devices")
+        assert row["prediction"]["decode_nanoseconds_per_token"] is None
+
+
 def test_fit_on_what_is_no_machine(workspace):
     Path("profile.yaml").write_text(FASTEST)
     Path("box.yaml").write_text("hardware: {devices: {cuda:0: {memry: 1GiB}}}\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from conftest import LLAMA
 
 from devmap_config.compiler import Request, run_pipeline
 
@@ -170,3 +172,33 @@ def test_what_a_rule_computes_on_the_cpu_wants_its_bandwidth(workspace):
     finding = refusal_of(devices, pins=pins)
     assert (finding.code, "the bandwidth of cpu" in finding.message) == ("missing-figure", True)
     assert plan_of(devices.replace("1GiB", "1GiB, bandwidth: 50GB/s"), pins=pins).compute
+
+
+def test_every_way_out_of_a_quantizer_that_refuses_the_cpu_compiles(workspace):
+    text = PROFILE.format(
+        devices=f"cuda:0: {CARD.replace('440KiB', '270KiB')}, cpu: {{memory: 1GiB}}",
+        strategy="fastest",
+        pins="",
+        workload="",
+    )
+    text = text.replace("source: llama", "source: llama, quantization: {method: bitsandbytes, load_in_4bit: true}")
+    Path("profile.yaml").write_text(text)
+    (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert "bitsandbytes loads nothing onto cpu" in finding.message
+    assert "0 GiB more" not in finding.help.replace("10 GiB more", "")
+    told = "llm_int8_enable_fp32_cpu_offload: true"
+    assert f"say `{told}`" in finding.help
+    Path("profile.yaml").write_text(text.replace("load_in_4bit: true", f"load_in_4bit: true, {told}"))
+    assert run_pipeline(Request(path=Path("profile.yaml"))).plan is not None
+
+
+def test_of_a_model_that_does_not_decode_the_prefill_is_made_fast_and_no_token_has_a_time(workspace):
+    encoder = {**LLAMA, "architectures": ["BertModel"], "model_type": "bert"}
+    Path("llama/config.json").write_text(json.dumps(encoder))
+    card = "{memory: 100MiB, bandwidth: 1TB/s, flops: 1TFLOP/s}"
+    devices = f"cuda:0: {card}, cuda:1: {card.replace('1TFLOP', '100TFLOP')}"
+    plan = plan_of(devices)
+    assert {each.stored_on for each in plan.assignments} == {"cuda:1"}
+    assert plan.prediction.decode_nanoseconds_per_token is None
+    assert plan.prediction.bound_decode_nanoseconds_per_token is None
+    assert plan.prediction.prefill_nanoseconds > 0

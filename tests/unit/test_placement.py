@@ -134,3 +134,27 @@ def test_the_order_of_keys_changes_nothing(workspace):
         assert compilation.inputs is not None
         plans.add(str(compilation.inputs.hardware))
     assert len(plans) == 2
+
+
+def test_what_is_missing_is_what_would_have_to_be_added(workspace):
+    [finding] = compile_text("  strategy: auto\n", devices="{cpu: {memory: 420KiB}}").diagnostics
+    missing = int(finding.message.split("(")[-1].split(" bytes")[0].replace(",", ""))
+    for more, fits in ((missing, True), (missing - 1, False)):
+        found = compile_text("  strategy: auto\n", devices=f"{{cpu: {{memory: {420 * 1024 + more}}}}}")
+        assert (found.plan is not None) == fits
+
+
+def test_buffers_that_are_left_are_named_where_offloading_them_mends_it(workspace):
+    text = """\
+version: 1
+model: {source: quantized}
+hardware: {devices: {cuda:0: {memory: 120KiB}, cpu: {memory: 1GiB}}}
+placement: {strategy: auto, offload: {buffers: false}}
+"""
+    Path("profile.yaml").write_text(text)
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert finding.message.startswith("with `buffers: false` the buffers of what is streamed stay where it runs")
+    *_, strategy = f"`strategy: auto`{finding.help}".split("`strategy: ")
+    strategy = strategy.split("`")[0]
+    Path("profile.yaml").write_text(text.replace("auto", strategy).replace("buffers: false", "buffers: true"))
+    assert run_pipeline(Request(path=Path("profile.yaml"))).plan is not None
