@@ -55,12 +55,13 @@ def failure_of(error: Exception) -> Failure:
             return Failure("model", described)
     except LibraryChangedError as unknown:  # what torch raises where data is missing cannot be told any more
         return _of_change(unknown)
-    packages = _packages(error)
+    frames = _frames(error)
+    packages = [_package(frame.filename) for frame in reversed(frames)] or [""]
     if (new := untried()) and (library := next((each for each in packages if each in new), new[0])):
-        where = f" ({_raised_at(error)})" if packages[0] == OWN_CODE.name else ""
+        where = f" ({_raised_at(frames)})" if packages[0] == OWN_CODE.name else ""
         return Failure("library", _shortened(f"{moved(library)}: {described}{where}"))
     if packages[0] == OWN_CODE.name:
-        return Failure("own", _shortened(f"{described} ({_raised_at(error)})"))
+        return Failure("own", _shortened(f"{described} ({_raised_at(frames)})"))
     return Failure("model", described)
 
 
@@ -75,9 +76,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _packages(error: Exception) -> list[str]:
-    """The packages whose code ran when something was raised, the innermost first; others stand as they are called."""
-    return [_package(frame.filename) for frame in reversed(traceback.extract_tb(error.__traceback__))] or [""]
+HANDED_ON = ("__torch_function__", "__torch_dispatch__")
+"""The methods in which a mode hands on what a model asks of torch."""
+
+
+def _frames(error: Exception) -> list[traceback.FrameSummary]:
+    """Where something was raised, the innermost last: what torch refuses is refused of who asked, not of a mode."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    while isinstance(error, RuntimeError) and frames and frames[-1].name in HANDED_ON:
+        frames.pop()
+    return frames
 
 
 def _package(filename: str) -> str:
@@ -87,9 +95,9 @@ def _package(filename: str) -> str:
     return next((part for part in reversed(path.parts) if part in TRIED), path.name)
 
 
-def _raised_at(error: Exception) -> str:
+def _raised_at(frames: list[traceback.FrameSummary]) -> str:
     """The line of ours that raised something."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _package(frame.filename) == OWN_CODE.name]
+    own = [frame for frame in frames if _package(frame.filename) == OWN_CODE.name]
     path = Path(own[-1].filename).relative_to(OWN_CODE.parent)
     return f"{path.as_posix()}:{own[-1].lineno}"
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.costs import Workload
 
+OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
+"""What models for images and sounds take, and models that go on with what others made."""
+
 SOUND_LENGTH = 1500
 PATCHES_ACROSS = 8
 """How much a tower is given of what its config does not bound."""
@@ -96,11 +99,15 @@ class Forwards:
     def _require_text(self) -> None:
         """Check that the model takes what it is to be given, before its code runs on it."""
         name = self.model.main_input_name
+        if type(self.model).forward is torch.nn.Module.forward:
+            raise OtherInputsError("it has no forward of its own")
         if not {"input_ids", "input_features"} & set(self._accepted):
+            # Models for images often keep the name that every model's main input has where its class says none.
+            other = next((each for each in OTHER_INPUTS if each in self._accepted), name)
             raise (
                 self._unlike(f"takes no `{name}`")
-                if name == "input_ids"
-                else OtherInputsError(f"it takes `{name}`, and no text")
+                if other == "input_ids"
+                else OtherInputsError(f"it takes `{other}`, and no text")
             )
         given = {"input_ids", "input_features", "decoder_input_ids"}
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -21,6 +21,7 @@ from devmap_config.libraries.torch import (
     own_buffers,
     own_parameters,
     sdpa_flop_count,
+    shown_storage,
     storage_identity,
     torch_attention,
     tree_leaves,
@@ -328,7 +329,7 @@ def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """The identity of the storage that a tensor shows."""
-    return storage_identity(tensor.untyped_storage())
+    return storage_identity(shown_storage(tensor))
 
 
 def _grouped_product(arguments: Any) -> torch.Tensor | None:

@@ -188,6 +188,10 @@ def tree_unflatten(leaves: Any, structure: Any) -> Any:
 # -- what a module holds -----------------------------------------------------------------------------------------------
 
 STORAGE_IDENTITY = Private("torch.UntypedStorage._cdata", "tells storages apart: what is allocated, kept alive, shared")
+IS_BATCHED = Private(
+    "torch._C._functorch.is_batchedtensor", "tells the tensors that `torch.vmap` gives a function: they show no storage"
+)
+UNBATCHED = Private("torch._C._functorch.get_unwrapped", "the tensor of all that such a one stands for")
 MODULE_PARAMETERS = Private(
     "torch.nn.Module._parameters", "puts a tensor in a parameter's place; the public way would copy"
 )
@@ -204,6 +208,17 @@ def storage_identity(storage: Any) -> int:
     except AttributeError as error:
         raise STORAGE_IDENTITY.changed() from error
     return identity
+
+
+_is_batched: Callable[[torch.Tensor], bool] = IS_BATCHED.find()
+_unbatched: Callable[[torch.Tensor], torch.Tensor] = UNBATCHED.find()
+
+
+def shown_storage(tensor: torch.Tensor) -> Any:
+    """Return the storage that a tensor shows, also within `torch.vmap`."""
+    while _is_batched(tensor):
+        tensor = _unbatched(tensor)
+    return tensor.untyped_storage()
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:

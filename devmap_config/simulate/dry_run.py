@@ -14,12 +14,13 @@ import torch
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
-from devmap_config.graph.model import ModulePath
+from devmap_config.graph.model import ModulePath, TensorName
 from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key, tensors_in
 from devmap_config.libraries.torch import tensors_without_data, tree_leaves
 from devmap_config.placement.problem import is_accelerator
 from devmap_config.simulate.devices import DeviceMismatchError, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights
+from devmap_config.simulate.reads import read_without_a_call
 from devmap_config.simulate.simulation import NOWHERE, LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
     except Exception as error:  # a model's own code may raise anything where there is no data
         failure = failure_of(error)
         absent = _absent_beyond(model, graph, plan, workload) if failure.cause == "model" else None
+        if absent is None and failure.cause == "model":
+            absent = _absent_by_its_code(model, graph, plan)
         return absent or Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
     return run.simulation()
 
@@ -99,6 +102,24 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
             return run.simulation(mismatch=error) if error.operands[0].device == NOWHERE else None
         except Exception:
             return None
+    return None
+
+
+def _absent_by_its_code(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation | None:
+    """A weight that nothing copies in, and that a module's code reads without calling what holds it; `None` without."""
+    homes = {str(name): each for each in plan.assignments for name in each.tensors}
+    for path, name in read_without_a_call(model):
+        if (home := homes.get(name)) is None:  # one of several names of a tensor
+            continue
+        tensor = graph.tensors[TensorName(name)]
+        if plan.executor.residence(tensor, home.stored_on, home.executes_on) != home.executes_on:
+            holder = name.rpartition(".")[0]
+            block = next((each for each in _and_around(holder) if each in graph.blocks), "")
+            absent = Party(device=NOWHERE, block=block, made_by=holder, tensor=name)
+            return Simulation(
+                outcome="mismatch",
+                mismatch=Mismatch(operation="forward", phase="prefill", running=path, parties=(absent,)),
+            )
     return None
 
 

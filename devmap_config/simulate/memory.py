@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
 
-SCHEMA = "devmap-dry-run/3"
+SCHEMA = "devmap-dry-run/4"
 """Moves whenever a dry run comes to see something else."""
 
 

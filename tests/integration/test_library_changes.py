@@ -24,6 +24,7 @@ from devmap_config.libraries import torch as torch_adapter
 from devmap_config.libraries import transformers as transformers_adapter
 from devmap_config.libraries import versions
 from devmap_config.libraries.private import LibraryChangedError, Private
+from devmap_config.simulate.devices import SimulatedDevices
 
 PROFILE = {
     "version": 1,
@@ -274,6 +275,32 @@ def test_what_our_code_raises_is_ours_or_comes_of_the_version(monkeypatch):
     failure = raised(own)
     assert failure.cause == "library"
     assert "(devmap_config/graph/forwards.py:" in failure.reason
+
+
+def test_what_torch_refuses_of_a_models_call_is_the_models_doing():
+    """Though it is within a method of ours that the call is handed on."""
+
+    def handed_on():
+        with SimulatedDevices((), {}, (), {}, frozenset()).watching(torch.nn.Identity()):
+            torch.ones(2, 3) @ torch.ones(2, 3)
+
+    assert raised(handed_on).cause == "model"
+
+
+def with_pixels(self, pixel_values):
+    raise AssertionError("it is not to be called")
+
+
+@pytest.mark.parametrize("forward", [with_pixels, torch.nn.Module.forward])
+def test_a_model_that_takes_no_text_is_no_change(forward, monkeypatch):
+    """Its class may still say `input_ids`, which every class says that does not say otherwise."""
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    code, found, _ = compiled()
+    assert code == 0
+    assert "library-changed" not in found
+    severity, message = found["not-simulated"]
+    assert severity == "warning"
+    assert ("pixel_values" in message) == (forward is with_pixels)
 
 
 def test_a_change_is_found_behind_what_was_made_of_it():

@@ -159,3 +159,23 @@ def test_a_weight_that_its_parent_reads_is_found_beyond_code_that_needs_data():
     error = error_of(compiled())
     assert (error.code, error.span.line) == ("stranded-tensor", 6)
     assert "`model.layers.1.mlp.router.classifier.weight`, which nothing brings there from disk" in error.message
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_without_a_call_is_found_where_nothing_runs_without_data():
+    """An encoder of sounds adds its table of positions; given text alone, no dry run comes to it."""
+    plain = tiny.save("qwen2_audio_encoder", Path("random"))
+    write("strategy: single\n  device: disk")
+    compilation = compiled()
+    assert any(each.code == "not-simulated" for each in compilation.diagnostics)
+    assert any("`embed_positions.weight`" in each.message for each in compilation.diagnostics)
+    assert compilation.plan.placement["embed_positions"] == "cpu"
+    assert compilation.plan.placement["layers.0"] == "disk"
+    compile_command.main(["profile.yaml", "-q"], standalone_mode=False)
+    inputs = tiny.inputs_for(plain)
+    found = load_model("profile.yaml")(**inputs).last_hidden_state
+    assert torch.equal(found, plain(**inputs).last_hidden_state)
+    write("pins: [{match: embed_positions, device: disk}]")
+    error = error_of(compiled())
+    assert (error.code, error.span.line) == ("stranded-tensor", 6)
+    assert "`embed_positions.weight`, which nothing brings there from disk" in error.message

@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpPreTrainedModel
 
 from devmap_config.graph.introspection import build_meta_model
+from devmap_config.graph.recording import storage_key
 from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.libraries.private import LibraryChangedError, Private
 from devmap_config.libraries.transformers import CACHE_NAMES, chooses_experts_implementation
@@ -264,3 +265,15 @@ def test_what_runs_in_ci_is_named_in_the_readme():
     commands = re.findall(r"^make [\w-]+", (REPOSITORY / ".ci/run").read_text(), re.MULTILINE)
     readme = (REPOSITORY / "README.md").read_text()
     assert [command for command in commands if not re.search(rf"{command}\b(?!-)", readme)] == []
+
+
+def test_the_storage_of_a_tensor_is_told_also_where_a_function_is_mapped_over_it():
+    """T5Gemma 2 makes its masks so."""
+    rows, seen = torch.ones(3, 2), []
+
+    def noted(row):
+        seen.append(storage_key(row))
+        return row
+
+    torch.vmap(torch.vmap(noted))(rows)
+    assert seen == [storage_key(rows)]
