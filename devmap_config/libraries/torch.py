@@ -210,14 +210,11 @@ def storage_identity(storage: Any) -> int:
     return identity
 
 
-_is_batched: Callable[[torch.Tensor], bool] = IS_BATCHED.find()
-_unbatched: Callable[[torch.Tensor], torch.Tensor] = UNBATCHED.find()
-
-
 def shown_storage(tensor: torch.Tensor) -> Any:
     """Return the storage that a tensor shows, also within `torch.vmap`."""
-    while _is_batched(tensor):
-        tensor = _unbatched(tensor)
+    is_batched = IS_BATCHED.find()
+    while is_batched(tensor):
+        tensor = UNBATCHED.find()(tensor)
     return tensor.untyped_storage()
 
 
