@@ -429,10 +429,13 @@ class _Placing:
         found = self.findings(plan)
         if not any(each.severity == "error" for each in found):
             return plan
-        missing = {use.id: use.loading_bytes - use.capacity_bytes for use in plan.devices if use.id != "disk"}
-        if self.is_placed_here and any(size_bytes > 0 for size_bytes in missing.values()):
-            # What loading takes besides is not for the strategy to fill.
-            room = {device: size - max(missing.get(device, 0), 0) for device, size in problem.capacities.items()}
+        # What loading takes besides is not for the strategy to fill: so much less than the plan takes there.
+        room = dict(problem.capacities)
+        for use in plan.devices:
+            missing_bytes = use.loading_bytes - use.capacity_bytes
+            if use.id in room and use.id != "disk" and missing_bytes > 0:
+                room[use.id] = min(room[use.id], use.capacity_bytes - use.free_bytes) - missing_bytes
+        if self.is_placed_here and room != problem.capacities and min(room.values()) >= 0:
             again = self.tried(replace(problem, capacities=room), single_device, aim)
             return again if isinstance(again, Plan) else found
         return found

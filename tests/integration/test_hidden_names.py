@@ -63,7 +63,21 @@ def checkpoint(folder):
 
 
 @pytest.fixture
-def hide(monkeypatch):
+def own_modules():
+    """Our modules as they are now, afterwards: what is imported while a name is gone is of this test alone."""
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "devmap_config"}
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "devmap_config"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+    for name, module in before.items():
+        package, _, last = name.rpartition(".")
+        if package in before:
+            setattr(before[package], last, module)
+
+
+@pytest.fixture
+def hide(own_modules, monkeypatch):
     """Let a name of a library be gone from here on."""
 
     def hidden(name):

@@ -564,6 +564,7 @@ def test_what_the_libraries_warn_of_is_passed_on_but_for_what_is_answered(worksp
         "version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}, disk: {memory: 1GiB}}}\n"
         'placement: {strategy: sequential, offload: {folder: offload}, pins: [{match: "**.layers.1", device: disk}]}\n'
     )
+    logging.disable(logging.NOTSET)  # tests over many models silence it for the whole process
     said, printed = [], logging.getLogger("accelerate.big_modeling")
     monkeypatch.setattr(printed, "filters", [lambda record: said.append(record.getMessage()) or True])
     monkeypatch.setattr(hub_kernels.logger, "warning_once", hub_kernels.logger.warning)  # it warns once a process

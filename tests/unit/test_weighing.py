@@ -66,4 +66,4 @@ def test_the_matrices_of_a_vocabulary():
 
 
 def test_nothing_is_named_where_no_one_thing_is_most():
-    assert message(LLAMA, "100KiB", strategy="sequential").endswith("cuda:0 (100.0 KiB)")
+    assert message(LLAMA, "100KiB", strategy="sequential").endswith("bytes) are missing")
