@@ -249,7 +249,7 @@ def _run_stages(request: Request, sink: Sink) -> Compilation:
     check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
     if request.checks_checkpoint:
-        check_checkpoint(
+        model = check_checkpoint(
             loaded,
             model,
             resolution,

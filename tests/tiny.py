@@ -55,7 +55,7 @@ def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -
             found[key] = value // factor
         elif HEADS.match(key):
             found[key] = max(value // factor, 1)
-        elif key in ("vocab_size", "unpadded_vocab_size") and words:
+        elif key in ("vocab_size", "unpadded_vocab_size", "decoder_vocab_size") and words:
             found[key] = min(value, FEW_WORDS)
         elif TOKENS.search(key) and words and value >= FEW_WORDS:
             found[key] = 100 + value % 300

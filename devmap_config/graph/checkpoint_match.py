@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.loading import LoadedModel
 
-SCHEMA = "devmap-checkpoint-match/2"
+SCHEMA = "devmap-checkpoint-match/3"
 """Moves whenever something else is found."""
 
 NAMES_SHOWN = 3
@@ -45,6 +45,7 @@ class CheckpointMatch:
         absent: the largest modules all of whose tensors are missing.
         tensor_count: how many tensors it holds.
         missing: tensors of the model that the checkpoint does not hold.
+        computed: tensors that it does not hold either, and that transformers computes, as its lists say.
         unexpected: tensors of the checkpoint that the model does not hold, and that transformers' lists do not name.
         mismatched: tensors that are stored in another shape, or kind of number.
         unchecked: why names could not be compared; `None` where they were.
@@ -54,6 +55,7 @@ class CheckpointMatch:
     tensor_count: int = 0
     absent: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
     unchecked: str | None = None
@@ -65,7 +67,7 @@ class CheckpointMatch:
         Raises:
             KeyError, TypeError: where the value is not one.
         """
-        names = {field: tuple(value[field]) for field in ("absent", "missing", "unexpected")}
+        names = {field: tuple(value[field]) for field in ("absent", "missing", "computed", "unexpected")}
         mismatched = tuple(Mismatch(*each) for each in value["mismatched"])
         return cls(**{**value, **names, "mismatched": mismatched})
 

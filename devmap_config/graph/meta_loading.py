@@ -14,7 +14,7 @@ from devmap_config.graph.checkpoint_match import CheckpointMatch, Mismatch
 from devmap_config.graph.introspection import config_and_class
 from devmap_config.graph.model import ancestors
 from devmap_config.libraries.remote_code import code_of_models
-from devmap_config.libraries.transformers import merged_names, taking_loading_reports
+from devmap_config.libraries.transformers import merged_names, noting_what_is_lacking, taking_loading_reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -83,7 +83,12 @@ def match_names(
     `shapes` are those of the model's tensors, of a quantised one before quantization.
     """
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
-    with _without_progress_bars(), taking_loading_reports() as reports, code_of_models(allowed=trust_remote_code):
+    with (
+        _without_progress_bars(),
+        taking_loading_reports() as reports,
+        code_of_models(allowed=trust_remote_code),
+        noting_what_is_lacking(model_class) as lacking,
+    ):
         model, _ = model_class.from_pretrained(
             None,
             config=config,
@@ -107,6 +112,7 @@ def match_names(
         tensor_count=len(wanted),
         absent=_absent_modules(wanted, missing),
         missing=missing,
+        computed=tuple(sorted(lacking & wanted.keys() - set(info.missing_keys) - mismatched.keys())),
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(sorted(mismatched.values())),
     )

@@ -117,7 +117,8 @@ class ModelGraph:
     `_no_placement_params` (`None` where the model has no such attribute) and `_skip_keys_device_placement`.
     `measurement` is what running it costs under a workload, where one was named. `merged` are tensors that loading
     makes of several (the weights of experts); where a library that changed keeps these from being known, `unread` says
-    so. `loading` is what loading depends on for this profile, where that is known.
+    so. `computed` are tensors that the checkpoint at hand does not hold, and that transformers computes instead.
+    `loading` is what loading depends on for this profile, where that is known.
     """
 
     root: Module
@@ -128,6 +129,7 @@ class ModelGraph:
     measurement: Measurement | None = None
     merged: tuple[TensorName, ...] = ()
     unread: str | None = None
+    computed: frozenset[TensorName] = field(default=frozenset(), compare=False)
     loading: LoadingFacts | None = field(default=None, compare=False)
 
     @property

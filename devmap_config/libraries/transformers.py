@@ -220,6 +220,23 @@ def taking_loading_reports() -> Iterator[list[Any]]:
         yield reports
 
 
+@contextmanager
+def noting_what_is_lacking(model_class: Any) -> Iterator[set[str]]:
+    """Note what a checkpoint lacks, before transformers leaves out what its lists say that it computes.
+
+    It ties weights in between, by a public method that it tells what is missing.
+    """
+    lacking: set[str] = set()
+    tie_weights = model_class.tie_weights
+
+    def noting(self: Any, missing_keys: set[str] | None = None, **others: Any) -> None:
+        tie_weights(self, missing_keys=missing_keys, **others)
+        lacking.update(missing_keys or ())  # of which what is tied was taken out
+
+    with patch.object(model_class, "tie_weights", noting):
+        yield lacking
+
+
 def merged_names(model: PreTrainedModel) -> list[str]:
     """Return the names, `*` for a number, of lists of tensors that become one while a model is loaded."""
     conversions = CONVERSIONS.find()(model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import report_failure
+from devmap_config.graph.model import TensorName
 from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
@@ -127,17 +128,21 @@ def check_checkpoint(
     *,
     trust_remote_code: bool = False,
     allow_unmeasured: bool = False,
-) -> None:
-    """Report a checkpoint that does not hold the model, as far as a checkpoint is at hand."""
+) -> LoadedModel:
+    """Report a checkpoint that does not hold the model, as far as a checkpoint is at hand.
+
+    Returns:
+        The model, with what is now known of it: the tensors that are in no file, since transformers computes them.
+    """
     span = loaded.span("model", "source")
     try:
         match = match_checkpoint(model, trust_remote_code=trust_remote_code)
     except LibraryChangedError as error:
         consequence = "whether the checkpoint holds this model was not checked"
         report_failure(failure_of(error), consequence, span, sink, allowed=allow_unmeasured)
-        return
+        return model
     if match is None:
-        return
+        return model
     if match.unchecked is not None:
         sink.warning(
             "unchecked-checkpoint",
@@ -145,7 +150,7 @@ def check_checkpoint(
             span,
             help="install what is missing, and compile again",
         )
-        return
+        return model
     found = judge(match, model.source.config, frozenset(resolution.new))
     if found.error is not None:
         sink.error("wrong-checkpoint", found.error, span, help=found.error_help)
@@ -166,3 +171,4 @@ def check_checkpoint(
                 rule.span,
                 help="leave it out of `allow_new`",
             )
+    return replace(model, graph=replace(model.graph, computed=frozenset(map(TensorName, match.computed))))

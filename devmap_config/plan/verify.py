@@ -195,7 +195,9 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
             continue
         for name in each.tensors:
             home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
-            if each.unit == name:
+            if home == "disk" and name in graph.computed:
+                found[str(name)] = "is in no file of the checkpoint, since transformers computes it"
+            elif each.unit == name:
                 if home != each.executes_on or (home != "cpu" and "." in name):
                     found[str(name)] = "is placed apart from its module"
             elif home != each.executes_on and _class_around(name, graph) in USED_BY_THEIR_PARENT:

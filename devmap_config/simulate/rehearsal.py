@@ -335,7 +335,7 @@ def tell_what_stays(kept: Mapping[TensorName, DeviceId], plan: Plan, loaded: Loa
     patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(kept))
     sink.warning(
         "stranded-tensor",
-        f"accelerate would not bring {patterns} to where it is used, so it is kept on {plan.main_device}",
+        f"nothing would bring {patterns} to where it is used, so it is kept on {plan.main_device}",
         loaded.span("placement", "strategy"),
         help="nothing is to be done; a pin says the same",
     )

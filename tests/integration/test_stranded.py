@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     BartConfig,
@@ -179,3 +180,44 @@ def test_a_weight_that_is_read_without_a_call_is_found_where_nothing_runs_withou
     error = error_of(compiled())
     assert (error.code, error.span.line) == ("stranded-tensor", 6)
     assert "`embed_positions.weight`, which nothing brings there from disk" in error.message
+
+
+POSITIONS = ("model.encoder.embed_positions", "model.decoder.embed_positions")
+
+
+def compiled_with_its_checkpoint():
+    return run_pipeline(Request(path=Path("profile.yaml"), checks_checkpoint=True))
+
+
+@torch.no_grad()
+def test_what_transformers_computes_and_no_checkpoint_holds_is_kept_off_the_disk():
+    plain = tiny.save("marian", Path("random"))
+    write("strategy: single\n  device: disk")
+    compilation = compiled_with_its_checkpoint()
+    assert [compilation.plan.placement[positions] for positions in POSITIONS] == ["cpu", "cpu"]
+    assert compilation.plan.placement["model.encoder.layers.0"] == "disk"
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    inputs = tiny.inputs_for(plain)
+    assert torch.equal(load_model("profile.yaml")(**inputs).logits, plain(**inputs).logits)
+
+
+def test_what_transformers_computes_is_refused_where_a_rule_puts_it_on_disk():
+    tiny.save("marian", Path("random"))
+    write("pins: [{match: model.encoder, device: disk}]")
+    error = error_of(compiled_with_its_checkpoint())
+    assert (error.code, error.span.line) == ("stranded-tensor", 6)
+    assert f"`{POSITIONS[0]}.weight` is in no file of the checkpoint" in error.message
+    assert f"`{POSITIONS[0]}` to cpu" in error.help
+
+
+def test_what_a_checkpoint_holds_of_what_transformers_would_compute_is_read_from_disk():
+    plain = tiny.save("marian", Path("random"))
+    tensors = load_file("random/model.safetensors")
+    for positions in POSITIONS:
+        tensors[f"{positions}.weight"] = plain.get_submodule(positions).weight.detach().clone()
+    save_file(tensors, "random/model.safetensors", metadata={"format": "pt"})
+    write("pins: [{match: model.encoder, device: disk}]")
+    compilation = compiled_with_its_checkpoint()
+    assert compilation.model.graph.computed == frozenset()
+    assert compilation.plan is not None, compilation.diagnostics
+    assert compilation.plan.placement[POSITIONS[0]] == "disk"
