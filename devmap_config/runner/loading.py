@@ -14,7 +14,7 @@ from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fail
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
-from devmap_config.libraries.versions import release
+from devmap_config.libraries.versions import TRIED, release
 from devmap_config.plan.plan import transformers_device
 from devmap_config.runner.arguments import HUB_ARGUMENTS
 
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.plan.plan import Plan
-
-MINIMUM_ACCELERATE = (1, 1, 0)
-"""The oldest accelerate that transformers 5 takes a device_map with."""
-
 
 COMPUTE_HELP = "say `compute: cpu` of the module around it, or drop it: the weights are then streamed at every forward"
 
@@ -225,13 +221,13 @@ def require_accelerate() -> None:
     Raises:
         RunnerError: where it is not; its help names the command that mends it.
     """
-    wanted = ".".join(map(str, MINIMUM_ACCELERATE))
+    wanted = TRIED["accelerate"][0]  # older ones were tried too, and mix up tied weights that are on disk
     command = f"run `pip install 'accelerate>={wanted}'`"
     try:
         found = version("accelerate")
     except PackageNotFoundError:
         raise RunnerError("accelerate-missing", "loading by a device map needs accelerate", command) from None
-    if release(found) < MINIMUM_ACCELERATE:
+    if release(found) < release(wanted):
         raise RunnerError(
             "accelerate-too-old", f"accelerate {found} is installed, and {wanted} or newer is needed", command
         )

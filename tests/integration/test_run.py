@@ -202,7 +202,7 @@ def test_a_lock_that_is_missing_stale_or_edited(llama):
     assert error.value.code == "unreadable-lock"
 
 
-@pytest.mark.parametrize(("found", "code"), [(None, "accelerate-missing"), ("1.0.1", "accelerate-too-old")])
+@pytest.mark.parametrize(("found", "code"), [(None, "accelerate-missing"), ("1.14.0", "accelerate-too-old")])
 def test_accelerate_that_is_missing_or_old_names_the_command(llama, monkeypatch, found, code):
     def version(package):
         if found is None:
@@ -214,7 +214,7 @@ def test_accelerate_that_is_missing_or_old_names_the_command(llama, monkeypatch,
     with pytest.raises(RunnerError) as error:
         load_model("profile.yaml")
     assert error.value.code == code
-    assert "pip install 'accelerate>=1.1.0'" in error.value.help
+    assert "pip install 'accelerate>=1.15.0'" in error.value.help
 
 
 def test_a_machine_without_the_planned_accelerator(llama):
