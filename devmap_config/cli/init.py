@@ -62,8 +62,8 @@ def init(source: str, machine_name: str | None, output: Path | None, force: bool
 
 
 def _this_machine() -> Machine:
-    from devmap_config.hardware.block import as_machine
-    from devmap_config.hardware.probe import probe_machine
+    from devmap_config.probe.block import as_machine
+    from devmap_config.probe.probe import probe_machine
 
     return as_machine(probe_machine(os.environ, None))
 

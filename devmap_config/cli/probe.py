@@ -13,10 +13,10 @@ from devmap_config.cli.options import format_option, quiet_option
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.hardware.block import Measured
-    from devmap_config.hardware.machine import SeenMachine
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.readiness import Demand
+    from devmap_config.probe.block import Measured
+    from devmap_config.probe.machine import SeenMachine
 
 EXIT_MISSING_FILE = 2
 EXIT_UNREADABLE = 3
@@ -38,8 +38,8 @@ EXIT_UNFIT = 4
 def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> int:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
     from devmap_config.cli.reporting import report
-    from devmap_config.hardware.block import block_text, hardware_block
-    from devmap_config.hardware.probe import probe_machine
+    from devmap_config.probe.block import block_text, hardware_block
+    from devmap_config.probe.probe import probe_machine
 
     if lock_file is not None:
         if measure:
@@ -65,8 +65,8 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
     from rich.progress import BarColumn, Progress, TextColumn
 
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.hardware.measuring import Step, measured, steps
-    from devmap_config.hardware.torch_measurement import Devices
+    from devmap_config.probe.measuring import Step, measured, steps
+    from devmap_config.probe.torch_rates import Devices
 
     planned = steps(seen, disk_folder, Devices())
     console = Console(stderr=True)
@@ -94,8 +94,8 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
 
 def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> int:
     from devmap_config.cli.reporting import report
-    from devmap_config.hardware.probe import probe_machine
     from devmap_config.plan.readiness import demands, differences
+    from devmap_config.probe.probe import probe_machine
     from devmap_config.profile.document import whole_file
 
     lock = _read(file, output_format)

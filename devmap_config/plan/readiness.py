@@ -11,8 +11,8 @@ from devmap_config.placement.words import rounded
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Severity, Span
-    from devmap_config.hardware.machine import SeenMachine
     from devmap_config.plan.lock import Lock
+    from devmap_config.probe.machine import SeenMachine
 
 
 @dataclass(frozen=True, kw_only=True)

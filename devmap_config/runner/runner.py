@@ -210,7 +210,7 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     Raises:
         UnfitMachineError: where it cannot; it carries every reason.
     """
-    from devmap_config.hardware.probe import probe_machine
+    from devmap_config.probe.probe import probe_machine
 
     loaded, folder = deployment.compilation.loaded, deployment.request.offload_folder
     seen = probe_machine(os.environ, folder or Path(), kind=kind_needed(deployment.lock))

@@ -27,11 +27,11 @@ from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch.cpu_compute import CpuComputeHook
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
-from devmap_config.hardware import torch_measurement
-from devmap_config.hardware.block import block_text, hardware_block
-from devmap_config.hardware.measuring import measured, steps
-from devmap_config.hardware.probe import probe_machine
-from devmap_config.hardware.torch_measurement import Devices
+from devmap_config.probe import torch_rates
+from devmap_config.probe.block import block_text, hardware_block
+from devmap_config.probe.measuring import measured, steps
+from devmap_config.probe.probe import probe_machine
+from devmap_config.probe.torch_rates import Devices
 from devmap_config.runner import loading, receipts
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
@@ -361,8 +361,8 @@ def test_a_receipt_of_a_card_takes_back_that_none_was_ever_run_on(monkeypatch, t
 
 
 def test_the_probe_sees_and_measures_the_cards(monkeypatch):
-    monkeypatch.setattr(torch_measurement, "COPY_BYTES", 2**20)
-    monkeypatch.setattr(torch_measurement, "LARGEST_MATRIX", 256)
+    monkeypatch.setattr(torch_rates, "COPY_BYTES", 2**20)
+    monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 256)
     seen = probe_machine({}, None, kind="npu")
     assert [(each.id, each.memory_bytes) for each in seen.accelerators] == [("npu:0", 2**40), ("npu:1", 2**40)]
     planned = [step for step in steps(seen, Path(), Devices()) if step.subject != "cpu"]

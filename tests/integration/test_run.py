@@ -47,8 +47,8 @@ from devmap_config.cli.run import run as run_model
 from devmap_config.graph.checkpoint import read_checkpoint
 from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
-from devmap_config.hardware import probe
-from devmap_config.hardware.machine import SeenDisk, SeenHost
+from devmap_config.probe import probe
+from devmap_config.probe.machine import SeenDisk, SeenHost
 from devmap_config.runner import generation, inspection, loading, runner
 from devmap_config.runner.inspection import Misrun, misread_tensors, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError, UnfitMachineError

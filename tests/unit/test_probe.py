@@ -18,15 +18,15 @@ from fake_nvml import FakeCard, FakeNvml
 
 from devmap_config import compile_profile
 from devmap_config.cli.probe import probe as probe_command
-from devmap_config.hardware import probe as probe_module
-from devmap_config.hardware import torch_probe
-from devmap_config.hardware.block import hardware_block, rate_text
 from devmap_config.hardware.catalogue import load_catalogue
-from devmap_config.hardware.cgroup import GroupMemory, limiting_groups
-from devmap_config.hardware.drivers import kinds_torch_is_built_for, kinds_with_a_driver
-from devmap_config.hardware.nvml import NvmlUnavailableError, read_cards
-from devmap_config.hardware.probe import probe_machine, seen_disk, seen_host
-from devmap_config.hardware.recognition import recognised
+from devmap_config.probe import probe as probe_module
+from devmap_config.probe import torch_probe
+from devmap_config.probe.block import hardware_block, rate_text
+from devmap_config.probe.cgroup import GroupMemory, limiting_groups
+from devmap_config.probe.drivers import kinds_torch_is_built_for, kinds_with_a_driver
+from devmap_config.probe.nvml import NvmlUnavailableError, read_cards
+from devmap_config.probe.probe import probe_machine, seen_disk, seen_host
+from devmap_config.probe.recognition import recognised
 
 GIB = 2**30
 RTX_4090 = 25757220864
@@ -337,7 +337,7 @@ def test_recognition_by_name_and_memory(name, memory_bytes, kind, expected):
 
 
 def test_every_reported_name_is_of_an_accelerator_of_the_catalogue():
-    from devmap_config.hardware.recognition import _names
+    from devmap_config.probe.recognition import _names
 
     assert set(_names().values()) <= set(load_catalogue())
     assert set(load_catalogue()) - set(_names().values()) == {"a100-pcie-40", "gaudi2", "gaudi3"} & set(
@@ -347,7 +347,7 @@ def test_every_reported_name_is_of_an_accelerator_of_the_catalogue():
 
 def test_torch_build_is_read_without_importing_it():
     code = (
-        "import sys; from devmap_config.hardware.drivers import kinds_torch_is_built_for as built;"
+        "import sys; from devmap_config.probe.drivers import kinds_torch_is_built_for as built;"
         "print(sorted(built()), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -364,7 +364,7 @@ def test_torch_build_for_xpu(tmp_path, monkeypatch):
     )
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r});"
-        "from devmap_config.hardware.drivers import kinds_torch_is_built_for as built; print(*built())"
+        "from devmap_config.probe.drivers import kinds_torch_is_built_for as built; print(*built())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "xpu\n"

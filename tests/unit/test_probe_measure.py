@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from devmap_config import compile_profile
 from devmap_config.cli.probe import probe as probe_command
-from devmap_config.hardware import measurement, torch_measurement
-from devmap_config.hardware.measurement import MEBIBYTE, NotMeasuredError, disk_bandwidth, memory_bandwidth
-from devmap_config.hardware.torch_measurement import Devices, peer_links
+from devmap_config.probe import rates, torch_rates
+from devmap_config.probe.rates import MEBIBYTE, NotMeasuredError, disk_bandwidth, memory_bandwidth
+from devmap_config.probe.torch_rates import Devices, peer_links
 
 SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
 
@@ -89,11 +89,11 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_layers_grow_until_they_take_long_enough(monkeypatch):
-    monkeypatch.setattr(torch_measurement, "LARGEST_MATRIX", 512)
+    monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 512)
     quick = Devices(Clock(0.001)).flops("cpu")
     assert quick.method == "bfloat16 linear layers of 512 by 512"
     slow = Devices(Clock()).flops("cpu")
-    assert slow.per_second == 2 * torch_measurement.SMALLEST_MATRIX**3
+    assert slow.per_second == 2 * torch_rates.SMALLEST_MATRIX**3
 
 
 def test_pairs_with_a_bridge_have_a_line_of_their_own():
@@ -106,7 +106,7 @@ def small(monkeypatch):
     """Little is measured: defaults are bound where the functions are made."""
     monkeypatch.setitem(memory_bandwidth.__kwdefaults__, "buffer_bytes", SMALL["MEMORY_BUFFER_BYTES"])
     monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
-    monkeypatch.setattr(torch_measurement, "LARGEST_MATRIX", 256)
+    monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 256)
 
 
 def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, workspace):
@@ -132,7 +132,7 @@ def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, mon
     def refuse(*arguments, **more):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(measurement.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(rates.tempfile, "NamedTemporaryFile", refuse)
     done = CliRunner().invoke(probe_command, ["--measure", "--format", "json"], standalone_mode=False)
     value = json.loads(done.stdout)
     assert [each["code"] for each in value["diagnostics"]] == ["not-measured"]
@@ -143,10 +143,10 @@ def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, mon
 
 def test_a_terminal_sees_the_progress_on_stderr_and_a_pipe_does_not(tmp_path):
     code = (
-        "from devmap_config.hardware import measuring, torch_measurement\n"
-        "from devmap_config.hardware.measurement import Rate\n"
+        "from devmap_config.probe import measuring, torch_rates\n"
+        "from devmap_config.probe.rates import Rate\n"
         "measuring.memory_bandwidth = measuring.disk_bandwidth = lambda *a: Rate(10**9, 'said')\n"
-        "torch_measurement.Devices.is_there = False\n"
+        "torch_rates.Devices.is_there = False\n"
         "from devmap_config.cli.probe import probe\n"
         "probe.main(['--measure'], standalone_mode=False)\n"
     )

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.probe import probe as probe_command
-from devmap_config.hardware import probe as probe_module
-from devmap_config.hardware.machine import SeenAccelerator, SeenDisk, SeenHost, SeenMachine
 from devmap_config.plan.lock import read_lock
 from devmap_config.plan.readiness import demands, differences, kind_needed
+from devmap_config.probe import probe as probe_module
+from devmap_config.probe.machine import SeenAccelerator, SeenDisk, SeenHost, SeenMachine
 
 GIB = 2**30
 

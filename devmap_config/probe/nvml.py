@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from devmap_config.hardware.machine import SeenAccelerator
-from devmap_config.hardware.recognition import recognised
+from devmap_config.probe.machine import SeenAccelerator
+from devmap_config.probe.recognition import recognised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

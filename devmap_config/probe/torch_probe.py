@@ -10,14 +10,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.hardware.machine import SeenAccelerator
-from devmap_config.hardware.nvml import seen_card
-from devmap_config.hardware.recognition import recognised
+from devmap_config.probe.machine import SeenAccelerator
+from devmap_config.probe.nvml import seen_card
+from devmap_config.probe.recognition import recognised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from devmap_config.hardware.nvml import Card
+    from devmap_config.probe.nvml import Card
 
 KINDS = ("cuda", "xpu", "npu", "hpu")
 """torch's modules that number their devices; AMD's cards are `cuda` as well."""

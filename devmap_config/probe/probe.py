@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Diagnostic
-from devmap_config.hardware.cgroup import limiting_groups
-from devmap_config.hardware.drivers import MAKERS, kinds_torch_is_built_for, kinds_with_a_driver
-from devmap_config.hardware.machine import SeenAccelerator, SeenDisk, SeenHost, SeenMachine
-from devmap_config.hardware.nvml import NvmlUnavailableError, read_cards, seen_card
-from devmap_config.hardware.visibility import visible_cards
+from devmap_config.probe.cgroup import limiting_groups
+from devmap_config.probe.drivers import MAKERS, kinds_torch_is_built_for, kinds_with_a_driver
+from devmap_config.probe.machine import SeenAccelerator, SeenDisk, SeenHost, SeenMachine
+from devmap_config.probe.nvml import NvmlUnavailableError, read_cards, seen_card
+from devmap_config.probe.visibility import visible_cards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.hardware.nvml import Card
-    from devmap_config.hardware.visibility import Visible
+    from devmap_config.probe.nvml import Card
+    from devmap_config.probe.visibility import Visible
 
 
 def probe_machine(
@@ -59,7 +59,7 @@ def _accelerators(
         if visible is not None and cards and _tells_all(visible):
             return _numbered(visible), ()
     if wanted is not None or usable:
-        from devmap_config.hardware.torch_probe import torch_accelerators
+        from devmap_config.probe.torch_probe import torch_accelerators
 
         if seen := torch_accelerators(cards):
             return seen, ()

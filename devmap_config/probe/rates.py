@@ -1,7 +1,7 @@
 """How fast this machine reads its memory and its disk, measured within bounds of time and size.
 
 What plans are predicted with is what is reached, so the best of several passes is taken: neighbours only make a pass
-slower. The torch half is `torch_measurement`.
+slower. The torch half is `torch_rates`.
 """
 
 from __future__ import annotations

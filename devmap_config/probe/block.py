@@ -11,7 +11,7 @@ from devmap_config.hardware.machines import Machine
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.hardware.machine import SeenAccelerator, SeenMachine
+    from devmap_config.probe.machine import SeenAccelerator, SeenMachine
 
 MEBIBYTE = 2**20
 SIGNIFICANT_DIGITS = 3

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from devmap_config.hardware.nvml import Card
+    from devmap_config.probe.nvml import Card
 
 LEGACY_SLICE = re.compile(r"MIG-(?P<card>GPU-[^/]+)/(?P<gpu_instance>[0-9]+)/(?P<compute_instance>[0-9]+)")
 

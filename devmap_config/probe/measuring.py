@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from devmap_config.hardware.block import Measured
-from devmap_config.hardware.measurement import NotMeasuredError, Rate, disk_bandwidth, memory_bandwidth
+from devmap_config.probe.block import Measured
+from devmap_config.probe.rates import NotMeasuredError, Rate, disk_bandwidth, memory_bandwidth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from devmap_config.hardware.machine import SeenMachine
-    from devmap_config.hardware.torch_measurement import Devices
+    from devmap_config.probe.machine import SeenMachine
+    from devmap_config.probe.torch_rates import Devices
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def measured(planned: tuple[Step, ...], begun: Callable[[Step], None]) -> tuple[
 
 
 def _gathered(rates: dict[Step, Rate]) -> Measured:
-    from devmap_config.hardware.torch_measurement import peer_links
+    from devmap_config.probe.torch_rates import peer_links
 
     of_kind = {
         kind: {step.subject: rate.per_second for step, rate in rates.items() if step.kind == kind}

@@ -10,12 +10,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.hardware.measurement import MEBIBYTE, PASSES, SHARE_OF_FREE, Rate
+from devmap_config.probe.rates import MEBIBYTE, PASSES, SHARE_OF_FREE, Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from devmap_config.hardware.machine import SeenAccelerator
+    from devmap_config.probe.machine import SeenAccelerator
 
 COPY_BYTES = 256 * MEBIBYTE
 SMALLEST_MATRIX, LARGEST_MATRIX = 256, 8192

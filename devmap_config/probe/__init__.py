@@ -1,0 +1,1 @@
+"""What this machine has, asked of the machine itself."""
