@@ -53,7 +53,7 @@ def explain(
             simulates=True,
         )
         return _explain_profile(request, module)
-    if subject.endswith((".yaml", ".yml", ".j2")):
+    if subject.endswith((".yaml", ".yml")):
         raise click.UsageError(f"there is no profile `{subject}`")
     known = codes()
     if subject not in known:

@@ -63,7 +63,7 @@ def _side(text: str, options: _Options) -> Side:
     revision, colon, inside = text.partition(":")
     if colon and inside:
         return _locked(text, _lock_at_revision(revision, Path(inside), text))
-    if options.files and not text.endswith((".yaml", ".yml", ".j2", ".json")):
+    if options.files and not text.endswith((".yaml", ".yml", ".json")):
         other = options.files[0]
         return _locked(text, _lock_at_revision(text, other, text))
     raise _refused("missing-file", f"`{text}` does not exist", "name a profile, a lock, or a git revision beside one")

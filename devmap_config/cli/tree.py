@@ -144,7 +144,7 @@ def graph_of_source(
     path = Path(source)
     if path.name.endswith(".lock.json"):
         path = profile_of(path)
-    if path.is_file() and path.name.endswith((".yaml", ".yml", ".j2")):
+    if path.is_file() and path.name.endswith((".yaml", ".yml")):
         return _graph_of_profile(path, trust_remote_code, output_format, context_length)
     workload = None
     if context_length is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 Severity = Literal["error", "warning"]
 
@@ -45,14 +45,6 @@ class Diagnostic:
     label: str | None = None
     help: str | None = None
     related: tuple[Related, ...] = ()
-
-    def moved(self, place: Callable[[Span], Span]) -> Diagnostic:
-        """The same finding with every span mapped, for text that was made from other text."""
-        return replace(
-            self,
-            span=None if self.span is None else place(self.span),
-            related=tuple(Related(message=each.message, span=place(each.span)) for each in self.related),
-        )
 
 
 class Sink:

@@ -71,13 +71,13 @@ class VendoredGraph:
 
 
 def vendored_path(profile: Path) -> Path:
-    """`x.graph.json` beside `x.yaml` or `x.yaml.j2`."""
+    """`x.graph.json` beside `x.yaml`."""
     return beside(profile, ".graph.json")
 
 
 def beside(profile: Path, suffix: str) -> Path:
     """A file of a profile's name with another suffix, beside it."""
-    name = profile.name.removesuffix(".j2").removesuffix(".yaml").removesuffix(".yml")
+    name = profile.name.removesuffix(".yaml").removesuffix(".yml")
     return profile.with_name(name + suffix)
 
 

@@ -115,11 +115,11 @@ class Lock:
 
 LOCK_SUFFIX = ".lock.json"
 
-PROFILE_SUFFIXES = (".yaml", ".yml", ".yaml.j2", ".yml.j2")
+PROFILE_SUFFIXES = (".yaml", ".yml")
 
 
 def lock_path(profile: Path) -> Path:
-    """`x.lock.json` beside `x.yaml` or `x.yaml.j2`."""
+    """`x.lock.json` beside `x.yaml`."""
     return beside(profile, LOCK_SUFFIX)
 
 

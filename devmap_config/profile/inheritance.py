@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os.path
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -59,28 +59,37 @@ class Reader:
 
     boundary: Boundary
     sink: Sink
-    overrides: Mapping[str, str] = field(default_factory=dict)
     files_read: int = 0
     is_incomplete: bool = False
 
-    def read(self, shown: str, trail: tuple[Path, ...] = (), variables: tuple[Entry, ...] = ()) -> list[MappingNode]:
+    def read(self, shown: str, trail: tuple[Path, ...] = ()) -> list[MappingNode]:
         """The documents of a file and of those it extends, in the order in which they are merged."""
         path = Path(shown)
         text = self.text_of(path, shown)
-        document = None if text is None else self.document(text, shown, variables)
+        document = None if text is None or self.is_template_file(shown) else parse_document(text, shown, self.sink)
         if document is None:
             self.is_incomplete = True
             return []
         if trail:
             self.check_version(document)
-        own_variables = document.get("variables")
-        inner = (*_entries(own_variables), *variables)
         documents: list[MappingNode] = []
         for base in base_files(document):
-            found = self.read_base(base, path, (*trail, path.resolve()), inner)
+            found = self.read_base(base, path, (*trail, path.resolve()))
             self.is_incomplete |= not found
             documents += found
         return [*documents, document]
+
+    def is_template_file(self, shown: str) -> bool:
+        """Report a file that is named as a template of a whole file, such as `x.yaml.j2`."""
+        if shown.endswith(".j2"):
+            self.sink.error(
+                "template-error",
+                f"`{shown}` is a template of a whole file, and those are not read",
+                whole_file(shown),
+                help=f"name it `{PurePosixPath(shown).stem}`: templates stand in values, and where a loop wrote"
+                " devices, a range such as `cuda:[0-7]` names them",
+            )
+        return shown.endswith(".j2")
 
     def check_version(self, document: MappingNode) -> None:
         """A base file may leave its version out, but not be of another one."""
@@ -93,9 +102,7 @@ class Reader:
                 help="this devmap-config reads `version: 1`; a newer one may read more",
             )
 
-    def read_base(
-        self, base: ScalarNode, extending: Path, trail: tuple[Path, ...], variables: tuple[Entry, ...]
-    ) -> list[MappingNode]:
+    def read_base(self, base: ScalarNode, extending: Path, trail: tuple[Path, ...]) -> list[MappingNode]:
         """The documents of a file that another extends; a file that must not be read is reported."""
         shown = str(PurePosixPath(*_normal(extending.parent / base.text).parts))
         path = Path(shown)
@@ -130,7 +137,7 @@ class Reader:
             self.sink.error("too-large", message, base.span, help="extend fewer files")
             return []
         self.sink.origins.setdefault(shown, base.span)
-        return self.read(shown, trail, variables)
+        return self.read(shown, trail)
 
     def text_of(self, path: Path, shown: str) -> str | None:
         """A file's text, kept for those who show what is wrong in it."""
@@ -151,32 +158,6 @@ class Reader:
             return None
         self.sink.texts[shown] = text
         return text
-
-    def document(self, text: str, shown: str, variables: tuple[Entry, ...]) -> MappingNode | None:
-        """A file's document, rendered first where it is a template."""
-        if not shown.endswith(".j2"):
-            return parse_document(text, shown, self.sink)
-        return self.rendered_document(text, shown, variables)
-
-    def rendered_document(self, text: str, shown: str, variables: tuple[Entry, ...]) -> MappingNode | None:
-        """A template file: rendered with its own `variables:` block, those of who extends it, and the overrides."""
-        from devmap_config.profile.template import TemplateRefusedError, render_file  # with it comes jinja2
-
-        own = parse_document(_variables_block(text) or "variables: {}", shown, self.sink)
-        entries = (*_entries(own.get("variables") if own else None), *variables)
-        try:
-            rendered, lines = render_file(text, variable_values(entries, self.overrides))
-        except TemplateRefusedError as error:
-            self.sink.error(error.code, error.message, _line_span(text, shown, error.line), help=error.help)
-            return None
-        found = Sink()
-        document = parse_document(rendered, shown, found)
-        for diagnostic in found:
-            self.sink.report(diagnostic.moved(lambda span: _template_span(span, text, rendered, lines)))
-        if document is None:
-            return None
-        located = _with_template_spans(document, text, rendered, lines)
-        return located if isinstance(located, MappingNode) else None
 
 
 def base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
@@ -319,57 +300,3 @@ def _moved_to(path: Path) -> str:
         return ""
     found = sorted(candidate for candidate in (*folder.glob(path.name), *folder.glob(f"*/{path.name}")))
     return f"; a file of that name is at `{found[0]}`" if found else ""
-
-
-def _variables_block(text: str) -> str:
-    """The top-level `variables:` of a template file, which holds no template, as YAML of its own; same line numbers."""
-    lines = text.split("\n")
-    kept = [""] * len(lines)
-    inside = False
-    for number, line in enumerate(lines):
-        if line.startswith("variables:"):
-            inside = True
-        elif inside and line[:1] not in ("", " ", "\t", "#", "\r"):
-            break
-        if inside:
-            kept[number] = line
-    return "\n".join(kept) if inside else ""
-
-
-def _line_span(text: str, shown: str, line: int) -> Span:
-    lines = LINE_BREAK.split(text)
-    line = min(max(line, 1), len(lines))
-    content = lines[line - 1]
-    start = len(content) - len(content.lstrip())
-    return Span(
-        file=shown, line=line, column=start + 1, end_line=line, end_column=max(len(content.rstrip()), start + 1) + 1
-    )
-
-
-def _template_span(span: Span, text: str, rendered: str, lines: tuple[int, ...]) -> Span:
-    """The template's place of a place in what was rendered: exact where the line is the same, else the line."""
-    rendered_lines, template_lines = rendered.split("\n"), text.split("\n")
-    line = lines[min(span.line, len(lines)) - 1]
-    same = rendered_lines[min(span.line, len(rendered_lines)) - 1] == template_lines[line - 1]
-    if same and span.end_line == span.line:
-        return replace(span, line=line, end_line=line)
-    return _line_span(text, span.file, line)
-
-
-def _with_template_spans(node: Node, text: str, rendered: str, lines: tuple[int, ...]) -> Node:
-    span = _template_span(node.span, text, rendered, lines)
-    if isinstance(node, ScalarNode):
-        exact = node.is_verbatim and span == replace(node.span, line=span.line, end_line=span.end_line)
-        return replace(node, span=span, is_verbatim=exact)
-    if isinstance(node, SequenceNode):
-        return SequenceNode(tuple(_with_template_spans(item, text, rendered, lines) for item in node.items), span)
-    return MappingNode(
-        tuple(
-            Entry(
-                _with_template_spans(entry.key, text, rendered, lines),  # type: ignore[arg-type]
-                _with_template_spans(entry.value, text, rendered, lines),
-            )
-            for entry in node.entries
-        ),
-        span,
-    )

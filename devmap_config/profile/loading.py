@@ -120,7 +120,7 @@ def load_profile(
     """
     overrides = overrides or {}
     boundary = boundary_of(path, allow_outside=allow_outside)
-    reader = Reader(boundary, sink, {**(remembered or {}), **overrides})
+    reader = Reader(boundary, sink)
     documents = reader.read(str(path))
     if not documents:
         return None
@@ -144,8 +144,6 @@ def _variables(document: MappingNode) -> tuple[Entry, ...]:
 
 def _check_overrides(document: MappingNode, overrides: Mapping[str, str], path: Path, sink: Sink) -> None:
     known = [entry.key.text for entry in _variables(document)]
-    if path.name.endswith(".j2"):
-        return  # a template file may use variables that it gives no value of its own
     for name in overrides:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -172,10 +170,10 @@ def _render(
 
     def rendered_scalar(node: ScalarNode) -> ScalarNode:
         """What a template renders to, as if it had been written without quotes: its field's type reads it."""
-        from devmap_config.profile.template import TemplateRefusedError, render_scalar  # with it comes jinja2
+        from devmap_config.profile.template import TemplateRefusedError, render  # with it comes jinja2
 
         try:
-            text = render_scalar(node.text, variables)
+            text = render(node.text, variables)
         except TemplateRefusedError as error:
             sink.error(error.code, error.message, node.span, help=error.help)
             failed.add(node)

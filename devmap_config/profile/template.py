@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.lexer import Token
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from jinja2.lexer import TokenStream
+    from collections.abc import Callable, Iterable, Mapping
 
 MAX_STEPS = 20_000
 """Loop rounds, calls and operations of one template."""
-MAX_CHARACTERS = 200_000
-MAX_SCALAR_CHARACTERS = 10_000
+MAX_CHARACTERS = 10_000
 MAX_NUMBER_BITS = 256
 
 FILTERS = frozenset(
@@ -33,50 +28,26 @@ FILTERS = frozenset(
 
 METHODS = frozenset(["endswith", "get", "items", "keys", "lower", "startswith", "strip", "upper", "values"])
 
-LINE_MARK = re.compile("\ue000([0-9]+)\ue001")
-"""What notes, in a rendered file, the template's line; characters that no profile holds."""
+HELP = "templates are jinja2 expressions such as `{{ context * 2 }}`"
 
 
 class TemplateRefusedError(Exception):
-    """A template cannot be rendered. `code` is a diagnostic's; `line` counts from 1 within the template."""
+    """A template cannot be rendered. `code` is a diagnostic's."""
 
-    def __init__(self, code: str, message: str, *, help: str, line: int = 1) -> None:
+    def __init__(self, code: str, message: str, help: str = HELP) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.help = help
-        self.line = line
 
 
-def render_scalar(text: str, variables: Mapping[str, object]) -> str:
-    """A single value rendered.
-
-    Raises:
-        TemplateRefusedError: where it cannot be, or grows too large.
-    """
-    return _render(_Environment(MAX_SCALAR_CHARACTERS), text, variables)
-
-
-def render_file(text: str, variables: Mapping[str, object]) -> tuple[str, tuple[int, ...]]:
-    """A whole file rendered, and for each of its lines the template's line that it came from, from 1.
+def render(text: str, variables: Mapping[str, object]) -> str:
+    """Return a text rendered.
 
     Raises:
         TemplateRefusedError: where it cannot be, or grows too large.
     """
-    if "\ue000" in text or "\ue001" in text:
-        raise TemplateRefusedError(
-            "template-error", "a template must not hold the characters U+E000 and U+E001", help="remove them"
-        )
-    environment = _Environment(MAX_CHARACTERS, extensions=[_LineMarks], trim_blocks=True, lstrip_blocks=True)
-    marked = _render(environment, text, variables).split("\n")
-    lines: list[int] = []
-    for line in marked:
-        found = LINE_MARK.search(line)
-        lines.append(int(found.group(1)) if found else (lines[-1] if lines else 1))
-    return "\n".join(LINE_MARK.sub("", line) for line in marked), tuple(lines)
-
-
-def _render(environment: _Environment, text: str, variables: Mapping[str, object]) -> str:
+    environment = _Environment()
     try:
         template = environment.from_string(environment.parse(text))
         parts: list[str] = []
@@ -86,48 +57,22 @@ def _render(environment: _Environment, text: str, variables: Mapping[str, object
             length += len(part)
             environment.check_length(length)
         return "".join(parts)
-    except TemplateRefusedError:
-        raise
     except UndefinedError as error:
         name = re.match(r"'([^']+)' is undefined", error.message or "")
         known = ", ".join(f"`{name}`" for name in variables) or "none"
         message = f"the variable `{name.group(1)}` is not defined" if name else str(error.message)
-        raise TemplateRefusedError(
-            "undefined-variable",
-            message,
-            help=f"give it under `variables:` or with `--set` (`variables=` in Python); defined are: {known}",
-            line=_line_of(error),
-        ) from None
+        help = f"give it under `variables:` or with `--set` (`variables=` in Python); defined are: {known}"
+        raise TemplateRefusedError("undefined-variable", message, help) from None
     except TemplateSyntaxError as error:
-        raise TemplateRefusedError(
-            "template-error", f"the template cannot be read: {_lower(error.message)}", help=HELP, line=error.lineno
-        ) from None
+        raise TemplateRefusedError("template-error", f"the template cannot be read: {_lower(error.message)}") from None
     except (RecursionError, MemoryError, OverflowError) as error:
         raise _limit(f"the template does not end ({type(error).__name__})") from None
     except (TemplateError, SecurityError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise TemplateRefusedError(
-            "template-error", f"the template fails: {_lower(str(error))}", help=HELP, line=_line_of(error)
-        ) from None
-
-
-HELP = "templates are jinja2 expressions such as `{{ context * 2 }}`"
+        raise TemplateRefusedError("template-error", f"the template fails: {_lower(str(error))}") from None
 
 
 def _limit(message: str) -> TemplateRefusedError:
-    return TemplateRefusedError(
-        "template-limit", message, help="templates fill in values; compute large things elsewhere"
-    )
-
-
-def _line_of(error: BaseException) -> int:
-    """The template's line in which an error was raised."""
-    line = 1
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == "<template>":
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return line
+    return TemplateRefusedError("template-limit", message, "templates fill in values; compute large things elsewhere")
 
 
 def _lower(text: str | None) -> str:
@@ -146,34 +91,16 @@ class _CodeGenerator(CodeGenerator):
         self.write("))")
 
 
-class _LineMarks(Extension):
-    """Notes the template's line before the first character of each line of its text."""
-
-    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        for token in stream:
-            if token.type != "data":
-                yield token
-                continue
-            lines = str(token.value).split("\n")
-            for number, line in enumerate(lines):
-                text = line.lstrip()
-                if text:
-                    indentation = line[: len(line) - len(text)]
-                    lines[number] = f"{indentation}\ue000{token.lineno + number}\ue001{text}"
-            yield Token(token.lineno, "data", "\n".join(lines))
-
-
 class _Environment(ImmutableSandboxedEnvironment):
     """jinja2 with a budget: every loop round, call and operation counts, every result has a largest size."""
 
     code_generator_class = _CodeGenerator
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
-    def __init__(self, max_characters: int, **options: Any) -> None:
+    def __init__(self) -> None:
         super().__init__(
-            undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=self.check_size, **options
+            undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=self.check_size
         )
-        self.max_characters = max_characters
         self.steps = 0
         self.filters = {name: self._counted(self.filters[name]) for name in self.filters if name in FILTERS}
         self.filters["_rounds"] = self._rounds
@@ -184,9 +111,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         tree = super().parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             if loop.recursive:
-                raise TemplateRefusedError(
-                    "template-error", "recursive loops are not allowed", help=HELP, line=loop.lineno
-                )
+                raise TemplateRefusedError("template-error", "recursive loops are not allowed")
             loop.iter = nodes.Filter(loop.iter, "_rounds", [], [], None, None, lineno=loop.lineno)
         return tree
 
@@ -218,7 +143,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         product = 1
         for size in sizes:
             product *= max(size, 1)
-        if product > 100 * self.max_characters:
+        if product > 100 * MAX_CHARACTERS:
             raise _limit("the template's text grows too large")
 
     def call(self, context: Any, function: Any, *arguments: Any, **options: Any) -> Any:
@@ -267,8 +192,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def check_length(self, length: int) -> None:
         """Refuse a text, or a list, of this length."""
-        if length > self.max_characters:
-            raise _limit(f"the template's text grows beyond {self.max_characters:,} characters")
+        if length > MAX_CHARACTERS:
+            raise _limit(f"the template's text grows beyond {MAX_CHARACTERS:,} characters")
 
     def check_size(self, value: Any) -> Any:
         """The value, where it is not too large."""

@@ -154,7 +154,7 @@ def test_a_lock_that_is_damaged_or_newer(compilation, change, message):
         read_lock(change(lock_text(compilation)))
 
 
-@pytest.mark.parametrize("name", ["x.yaml", "x.yml", "x.yaml.j2"])
+@pytest.mark.parametrize("name", ["x.yaml", "x.yml"])
 def test_the_lock_lies_beside_the_profile(name):
     assert lock_path(Path("a") / name) == Path("a/x.lock.json")
 
