@@ -1,10 +1,285 @@
-"""Writes files whole or not at all."""
+"""Reads files within bounds, and writes them whole or not at all. Nothing else in the package opens a file.
+
+A profile, the model that it names and the locks beside it may be a stranger's. What is read of them is regular files
+alone, not larger than their kind can be, and none that a link leads to from a repository to somewhere else.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
+import stat
 import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Kind(NamedTuple):
+    """What one kind of file may be: its size in bytes, for which `reason`, and how deep its JSON is nested."""
+
+    max_bytes: int
+    reason: str
+    max_depth: int = 32
+
+
+PROFILE = Kind(4_000_000, "a million characters of four bytes each, and no more is read of a YAML file")
+CONFIG = Kind(16_000_000, "eight times a config that names 21,841 classes")
+INDEX = Kind(100_000_000, "twenty times the index of a model of 90,000 tensors")
+HEADER = Kind(100_000_000, "the bound that safetensors has on a header (`MAX_HEADER_SIZE`)")
+LOCK = Kind(64_000_000, "eight times a lock that places 90,000 tensors one by one")
+DEVICE_MAP = Kind(64_000_000, "ten times a map that names 90,000 tensors")
+GRAPH = Kind(200_000_000, "ten times the graph of a model of 90,000 tensors", max_depth=200)  # modules lie in modules
+PACKAGED = Kind(10_000_000, "more than any file of code or of figures that comes with a package")
+KERNEL = Kind(16_000_000, "more than the mounts of a host with ten thousand containers")
+
+
+Code = Literal["missing-file", "outside-repository", "syntax", "too-large"]
+
+
+class FileError(Exception):
+    """A file cannot be read; the text says why, as the predicate of its name.
+
+    Attributes:
+        code: the code of a diagnostic that says so.
+        help: what to do.
+        is_absent: whether there is nothing at all of that name.
+        line: where in the file, from 1, if that is one place.
+        column: where in that line, from 1.
+    """
+
+    def __init__(
+        self, message: str, code: Code, help: str, *, is_absent: bool = False, line: int = 1, column: int = 1
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.help = help
+        self.is_absent = is_absent
+        self.line = line
+        self.column = column
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The folder that links lead out of in vain; `None` where they may lead anywhere."""
+
+    folder: Path | None
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a path, its links followed, stays within."""
+        return self.folder is None or Path(os.path.realpath(path)).is_relative_to(self.folder)
+
+
+ANYWHERE = Boundary(None)
+
+
+def boundary_of(file: Path, *, allow_outside: bool = False) -> Boundary:
+    """Return the repository of a file: the nearest folder above it with a `.git`, else its own folder.
+
+    In the cache of the hub's client it is the folder of a model, whose snapshots are links to its blobs.
+    """
+    if allow_outside:
+        return ANYWHERE
+    folder = Path(os.path.realpath(file.parent))
+    return Boundary(next((parent for parent in (folder, *folder.parents) if _is_repository(parent)), folder))
+
+
+def _is_repository(folder: Path) -> bool:
+    # These say no, and raise nothing, where a folder above may not be looked into.
+    return os.path.lexists(folder / ".git") or all(os.path.isdir(folder / name) for name in ("snapshots", "blobs"))  # noqa: PTH112
+
+
+@contextmanager
+def opened(path: Path, within: Boundary | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; what is read of it is for the caller to bound.
+
+    Args:
+        path: the file.
+        within: the folder that its links may not lead out of; its repository where it is `None`.
+
+    Raises:
+        FileError: where there is none, it is something else, it lies outside, or it may not be read.
+    """
+    try:
+        descriptor = _descriptor(path, within or boundary_of(path))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            yield file
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _descriptor(path: Path, boundary: Boundary) -> int:
+    resolved = Path(os.path.realpath(path, strict=True))
+    if boundary.folder is not None and not resolved.is_relative_to(boundary.folder):
+        raise _outside()
+    descriptor = os.open(resolved, FLAGS)
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+    except FileError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_NOFOLLOW", "O_BINARY"))
+"""Not to wait for who writes to a pipe, and not to follow a link that was put there since."""
+
+
+def require_regular(path: Path) -> None:
+    """Raise `FileError` where a path, its links followed, is no regular file; nothing is opened."""
+    try:
+        _require_regular(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+        raise FileError(what, "missing-file", "name a file")
+
+
+def _outside() -> FileError:
+    help = "name the file that it leads to, keep it within the repository, or pass `--allow-outside` where there is one"
+    return FileError("is a link that leads out of the repository", "outside-repository", help)
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> FileError:
+    if not isinstance(error, OSError):
+        return FileError("is no name that a file can have", "missing-file", "name a file")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        is_link = path.is_symlink()
+        what = "is a link to a file that is not there" if is_link else "does not exist"
+        return FileError(what, "missing-file", "name a file that is there", is_absent=not is_link)
+    if error.errno == errno.ELOOP:
+        return FileError("is a link that leads back to itself", "missing-file", "name a file that is there")
+    if error.errno == errno.ENXIO:
+        return FileError("is no regular file", "missing-file", "name a file")  # a socket
+    return FileError(f"cannot be read: {error.strerror}", "missing-file", "check that it may be read")
+
+
+def read_bytes(path: Path, kind: Kind, within: Boundary | None = None) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        FileError: as `opened`, and where it is larger than its kind may be.
+    """
+    with opened(path, within) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        # What the kernel writes has no size before it is read, and a file may grow meanwhile.
+        data = b"" if size_bytes > kind.max_bytes else file.read(kind.max_bytes + 1)
+    if max(size_bytes, len(data)) > kind.max_bytes:
+        help = f"name another file: {kind.max_bytes:,} bytes are {kind.reason}"
+        raise FileError(f"is larger than {kind.max_bytes:,} bytes", "too-large", help)
+    return data
+
+
+def read_text(path: Path, kind: Kind, within: Boundary | None = None) -> str:
+    """Return the text that a file holds.
+
+    Raises:
+        FileError: as `read_bytes`, and where it is not UTF-8, or begins with a byte order mark.
+    """
+    return decoded(read_bytes(path, kind, within))
+
+
+def kernel_text(path: Path) -> str:
+    """Return what the kernel says in a file of `/proc` or `/sys`; nothing where there is no such file."""
+    try:
+        return read_bytes(path, KERNEL, ANYWHERE).decode("utf-8", errors="replace")
+    except FileError:
+        return ""
+
+
+def decoded(data: bytes) -> str:
+    """Return the text of UTF-8.
+
+    Raises:
+        FileError: where it is none, or begins with a byte order mark; it says at which place.
+    """
+    if data.startswith(BYTE_ORDER_MARKS):
+        raise FileError("begins with a byte order mark", "syntax", "save it as UTF-8 without one")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8").splitlines(keepends=True) or [""]
+        line, column = len(before), len(before[-1]) + 1
+        if before[-1].endswith(("\n", "\r")):
+            line, column = line + 1, 1
+        message = f"is not UTF-8 at line {line}, column {column}"
+        raise FileError(message, "syntax", "save it as UTF-8", line=line, column=column) from error
+
+
+BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+"""Of UTF-8, and of UTF-16, which is not read."""
+
+
+def read_json(path: Path, kind: Kind, within: Boundary | None = None) -> Any:
+    """Return the JSON value that a file holds.
+
+    Raises:
+        FileError: as `read_text`, and as `parse_json`.
+    """
+    return parse_json(read_text(path, kind, within), kind)
+
+
+Pairs = list[tuple[str, Any]]
+
+
+def parse_json(text: str, kind: Kind, *, object_of: Callable[[Pairs], Any] | None = None) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: the text.
+        kind: of what it is the text.
+        object_of: makes an object of its pairs, as `json.loads` takes it.
+
+    Raises:
+        FileError: where it is none, is nested deeper than its kind may be, or holds half a character.
+    """
+    if _is_deeper(text, kind.max_depth):
+        raise FileError(f"is nested deeper than {kind.max_depth}", "too-large", "flatten it")
+    try:
+        value = json.loads(text, object_pairs_hook=object_of)
+        if HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        message = f"is no JSON at line {error.lineno}, column {error.colno}"
+        raise FileError(message, "syntax", "mend it", line=error.lineno, column=error.colno) from error
+    except ValueError as error:  # numbers of thousands of digits, and text that no encoding has
+        raise FileError(f"is no JSON that can be read: {error}", "syntax", "mend it") from error
+    return value
+
+
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a pair as UTF-16 has them, which is none of Unicode's characters by itself."""
+
+ESCAPE = re.compile(rb"\\.", re.DOTALL)
+STRING = re.compile(rb'"[^"]*"?')
+ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
+
+
+def _is_deeper(text: str, limit: int) -> bool:
+    """Return whether a JSON text is nested deeper than a limit: by its brackets, outside of strings."""
+    data = text.encode("utf-8", "surrogatepass")
+    unescaped = ESCAPE.sub(b"", data) if b"\\" in data else data
+    # Most strings hold no brackets: with these alone left, they are empty.
+    brackets = STRING.sub(b"", unescaped.translate(None, ALL_BUT_BRACKETS).replace(b'""', b""))
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > limit:
+            return True
+    return False
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.metadata import files
 from pathlib import Path
 
+from devmap_config.files import ANYWHERE, PACKAGED, read_text
+
 CHECKOUT = Path(__file__).parents[2] / "docs" / "codes"
 
 
@@ -15,7 +17,7 @@ def codes() -> list[str]:
 
 def page(code: str) -> str:
     """The page of a code, in Markdown."""
-    return _pages()[code].read_text(encoding="utf-8")
+    return read_text(_pages()[code], PACKAGED, ANYWHERE)
 
 
 def _pages() -> dict[str, Path]:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devmap_config.files import write_atomically
+from devmap_config.files import ANYWHERE, PACKAGED, read_text, write_atomically
 from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import SCHEMA, graph_from_json, graph_to_json
 
@@ -67,7 +67,7 @@ def code_digest(*packages: str) -> str:
     """Return a digest of the code of these packages of ours: what they make may change when it does."""
     root = Path(__file__).parent.parent
     sources = sorted(source for package in packages for source in (root / package).glob("*.py"))
-    return digest({source.relative_to(root).as_posix(): source.read_text(encoding="utf-8") for source in sources})
+    return digest({source.relative_to(root).as_posix(): read_text(source, PACKAGED, ANYWHERE) for source in sources})
 
 
 def _version(package: str) -> str | None:

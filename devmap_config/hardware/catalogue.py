@@ -15,9 +15,11 @@ import difflib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from devmap_config.files import ANYWHERE, PACKAGED, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,7 +120,7 @@ def _known(figure: str) -> int | None:
     return int(figure) if figure else None
 
 
-def catalogue_rows() -> tuple[dict[str, str], ...]:
-    """The catalogue as it stands in its file, in the order of the file."""
-    file = resources.files("devmap_config.hardware").joinpath("accelerators.csv")
-    return tuple(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+def catalogue_rows(table: str = "accelerators.csv") -> tuple[dict[str, str], ...]:
+    """Return the rows of the catalogue, or of another table beside it, in the order of the file."""
+    text = read_text(Path(__file__).with_name(table), PACKAGED, ANYWHERE)
+    return tuple(csv.DictReader(text.splitlines()))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from devmap_config.files import kernel_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,11 +30,8 @@ class GroupMemory:
 
 def limiting_groups(root: Path = Path("/")) -> tuple[GroupMemory, ...]:
     """Every group with a limit, from this process's outwards; none where the machine has no control groups."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return ()
+    groups = kernel_text(root / "proc/self/cgroup").splitlines()
+    mounts = kernel_text(root / "proc/self/mountinfo").splitlines()
     found = [_version_2(folder) for folder in _folders(root, groups, mounts, "")]
     found += [_version_1(folder) for folder in _folders(root, groups, mounts, "memory")]
     return tuple(group for group in found if group is not None)
@@ -92,16 +91,10 @@ def _version_1(folder: Path) -> GroupMemory | None:
 
 def _number(file: Path) -> int | None:
     """A file's number; `max` is none."""
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
+    text = kernel_text(file).strip()
     return int(text) if text.isdigit() else None
 
 
 def _statistics(folder: Path, *wanted: str) -> int:
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
+    lines = kernel_text(folder / "memory.stat").splitlines()
     return sum(int(value) for name, _, value in (line.partition(" ") for line in lines) if name in wanted)

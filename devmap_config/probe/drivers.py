@@ -9,6 +9,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_text
+
 DRIVER_FILES = {
     "cuda": ("dev/nvidiactl", "proc/driver/nvidia/version", "dev/nvhost-gpu", "dev/nvgpu"),
     "hip": ("dev/kfd",),
@@ -43,8 +45,8 @@ def kinds_torch_is_built_for() -> frozenset[str]:
         return frozenset()
     file = Path(next(iter(specification.submodule_search_locations))) / "version.py"
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError):
+        tree = ast.parse(read_text(file, PACKAGED, ANYWHERE))
+    except (FileError, SyntaxError):
         return frozenset()
     stated: dict[str, object] = {}
     for node in tree.body:

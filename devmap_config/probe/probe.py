@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Diagnostic
+from devmap_config.files import kernel_text
 from devmap_config.probe.cgroup import limiting_groups
 from devmap_config.probe.drivers import MAKERS, kinds_torch_is_built_for, kinds_with_a_driver
 from devmap_config.probe.machine import SeenAccelerator, SeenDisk, SeenHost, SeenMachine
@@ -124,9 +125,8 @@ def usable_threads() -> int:
 
 
 def _processor_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    lines = kernel_text(Path("/proc/cpuinfo")).splitlines()
+    if not lines:
         return platform.processor() or None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import csv
 from functools import cache
-from importlib import resources
 
-from devmap_config.hardware.catalogue import load_catalogue
+from devmap_config.hardware.catalogue import catalogue_rows, load_catalogue
 
 LEAST_SHARE_SEEN = 0.9
 """torch reports some 1.5 % less than the driver does, which keeps it for itself; error correction takes up to 6 %."""
@@ -32,9 +30,7 @@ def recognised(reported_name: str, memory_bytes: int | None, kind: str) -> str |
 
 @cache
 def _names() -> dict[str, str]:
-    file = resources.files("devmap_config.hardware").joinpath("reported_names.csv")
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-    return {_spelling(row["reported"]): row["accelerator"] for row in rows}
+    return {_spelling(row["reported"]): row["accelerator"] for row in catalogue_rows("reported_names.csv")}
 
 
 def _spelling(name: str) -> str:

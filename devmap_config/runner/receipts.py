@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devmap_config.files import ANYWHERE, PACKAGED, read_json
 from devmap_config.placement.devices import is_accelerator
 
 if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
+
+FOLDER = Path(__file__).with_name("receipts")
 
 NEVER_RUN = (
     "devmap-config has never been run on real cards: what is said of this one rests on simulation and on what the"
@@ -19,12 +21,7 @@ NEVER_RUN = (
 
 def has_receipt_of_accelerator() -> bool:
     """Whether a receipt tells of a run on an accelerator: `receipts/*.json` beside this file, with its `devices`."""
-    folder = files("devmap_config.runner") / "receipts"
-    if not folder.is_dir():
-        return False
-    receipts = [
-        json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir() if file.name.endswith(".json")
-    ]
+    receipts = [read_json(file, PACKAGED, ANYWHERE) for file in sorted(FOLDER.glob("*.json"))]
     return any(is_accelerator(device) for receipt in receipts for device in receipt["devices"])
 
 

@@ -351,7 +351,7 @@ def test_devmap_run_warns_of_nothing_that_the_plan_answers():
 def test_a_receipt_of_a_card_takes_back_that_none_was_ever_run_on(monkeypatch, tmp_path):
     save(LLAMA)
     load('match: "model.layers.4", device: npu:1')
-    monkeypatch.setattr(receipts, "files", lambda package: tmp_path)
+    monkeypatch.setattr(receipts, "FOLDER", tmp_path / "receipts")
     (tmp_path / "receipts").mkdir()
     (tmp_path / "receipts" / "laptop.json").write_text('{"devices": ["cpu", "disk"]}')
     plan = compile_profile("profile.yaml")
