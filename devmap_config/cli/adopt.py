@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from devmap_config.amounts import profile_bytes_at_least
 from devmap_config.cli.options import dtype_option, remote_code_option
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def profile_text(
 ) -> str:
     """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
     from devmap_config.hardware.inventory import fill_order
-    from devmap_config.profile.writing import rounded_up, yaml_text
+    from devmap_config.profile.writing import yaml_text
     from devmap_config.rules.compression import compress
 
     lines = [f"# {title}", "version: 1", "", "model:", f"  source: {yaml_text(source)}"]
@@ -147,7 +148,7 @@ def profile_text(
         lines.append("    # Just what the map needs: write what each device has.")
     for device in sorted({*used, *(machine.devices if machine else ())}, key=fill_order):
         described = machine.devices.get(device) if machine else None
-        lines.append(f"    {device}: {specification(described or rounded_up(used.get(device, 0)))}")
+        lines.append(f"    {device}: {specification(described or profile_bytes_at_least(used.get(device, 0)))}")
     patterns = compress(graph, homes)
     if set(patterns) == {""}:
         lines += ["", "placement:", "  strategy: single", f"  device: {patterns['']}"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from devmap_config.amounts import format_bytes, format_change, format_duration
 from devmap_config.cli.options import format_option, outside_option, quiet_option, remote_code_option
 
 if TYPE_CHECKING:
@@ -137,10 +138,9 @@ _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
 
 def _device_rows(found: Difference) -> list[tuple[str, ...]]:
     """A heading, and each device that holds something else or has another capacity."""
-    from devmap_config.placement.words import rounded
 
     def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
-        return _arrow(None if before is None else of(before), None if after is None else of(after), rounded)
+        return _arrow(None if before is None else of(before), None if after is None else of(after), format_bytes)
 
     parts: tuple[Callable[[dict[str, int]], int], ...] = (
         lambda use: use["capacity_bytes"],
@@ -159,14 +159,11 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
 
 def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
     """Each figure that is known of one of the plans, and by how much it changes."""
-    from devmap_config.placement.words import rounded
-    from devmap_config.plan.prediction import duration
-
     shown: dict[str, tuple[str, Callable[[int], str]]] = {
-        "decode_nanoseconds_per_token": ("a token", duration),
-        "bound_decode_nanoseconds_per_token": ("no plan is below", duration),
-        "prefill_nanoseconds": ("a prefill", duration),
-        "streamed_bytes_per_token": ("copied at every forward", rounded),
+        "decode_nanoseconds_per_token": ("a token", format_duration),
+        "bound_decode_nanoseconds_per_token": ("no plan is below", format_duration),
+        "prefill_nanoseconds": ("a prefill", format_duration),
+        "streamed_bytes_per_token": ("copied at every forward", format_bytes),
         "hops": ("hops between devices", lambda count: f"{count:,}"),
         "longest_context": ("longest context", lambda count: f"{count:,} tokens"),
     }
@@ -175,15 +172,9 @@ def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
         change = found.figures[name]
         if change.before is None and change.after is None:
             continue
-        share = "" if name == "hops" else _percentage(change.before, change.after)
+        share = "" if name == "hops" else format_change(change.before, change.after)
         rows.append((words, _arrow(change.before, change.after, show), share))
     return rows
-
-
-def _percentage(before: int | None, after: int | None) -> str:
-    if not before or after is None or before == after:
-        return ""
-    return f"{(after - before) / before:+.1%}"
 
 
 def _arrow(before: Any, after: Any, show: Callable[[Any], str]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.options import outside_option, remote_code_option, set_option, unmeasured_option
 
 if TYPE_CHECKING:
@@ -107,8 +108,6 @@ def _story(compilation: Compilation) -> Iterator[str]:
     from shutil import get_terminal_size
 
     from devmap_config.cli.plan_table import bar_lines, weights_in_words
-    from devmap_config.placement.words import rounded
-    from devmap_config.plan.prediction import duration
     from devmap_config.rules.folding import fold_paths
 
     plan, model, resolution = compilation.plan, compilation.model, compilation.resolution
@@ -116,7 +115,7 @@ def _story(compilation: Compilation) -> Iterator[str]:
         return
     graph = model.graph
     measurement = graph.measurement
-    cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""
+    cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
     yield f"{model.class_name}, weights of {weights_in_words(model, plan)}{cache}, by `{plan.strategy}`."
     yield from bar_lines(plan, get_terminal_size().columns)
     for use in plan.devices:
@@ -129,7 +128,8 @@ def _story(compilation: Compilation) -> Iterator[str]:
         used_bytes = use.capacity_bytes - use.free_bytes
         yield (
             f"{use.id} holds {', '.join(patterns[:PATTERNS_SHOWN])}{more}:"
-            f" {rounded(used_bytes)} of {rounded(use.capacity_bytes)} used, {rounded(use.free_bytes)} free."
+            f" {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)} used,"
+            f" {format_bytes(use.free_bytes)} free."
         )
     pinned = len({id(decision.rule) for decision in resolution.decisions.values()})
     decided = len(resolution.decisions)
@@ -142,11 +142,14 @@ def _story(compilation: Compilation) -> Iterator[str]:
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     if decode is not None and bound is not None:
         gap = 100 * (decode - bound) / bound
-        yield f"A token takes {duration(decode)}; no plan can take less than {duration(bound)}, {gap:.1f} % less."
+        token, least = format_duration(decode), format_duration(bound)
+        yield f"A token takes {token}; no plan can take less than {least}, {gap:.1f} % less."
     elif decode is not None:
-        yield f"A token takes {duration(decode)}; whether another plan is faster, `strategy: fastest` would tell."
+        token = format_duration(decode)
+        yield f"A token takes {token}; whether another plan is faster, `strategy: fastest` would tell."
     elif not graph.decodes and prediction.prefill_nanoseconds is not None:
-        yield f"A prefill takes {duration(prediction.prefill_nanoseconds)}; the model does not decode token by token."
+        prefill = format_duration(prediction.prefill_nanoseconds)
+        yield f"A prefill takes {prefill}; the model does not decode token by token."
     if prediction.longest_context is not None and measurement is not None:
         yield (
             f"The context may grow from {measurement.workload.context_length:,} to"
@@ -156,13 +159,12 @@ def _story(compilation: Compilation) -> Iterator[str]:
 
 def _pace(plan: Plan) -> Iterator[str]:
     """What crosses, is copied in, and computes elsewhere."""
-    from devmap_config.placement.words import rounded
     from devmap_config.rules.folding import fold_paths
 
     if plan.prediction.hops:
         yield f"Activations change devices {plan.prediction.hops} times in a forward."
     if plan.prediction.streamed_bytes_per_token:
-        streamed = rounded(plan.prediction.streamed_bytes_per_token)
+        streamed = format_bytes(plan.prediction.streamed_bytes_per_token)
         yield f"{streamed} of weights are copied to {plan.main_device} at every forward."
     if plan.streams_buffers:
         yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
@@ -230,8 +232,6 @@ def _at(rule: Rule) -> str:
 
 
 def _alternative(other: Alternative, what: str) -> str:
-    from devmap_config.placement.words import rounded
-    from devmap_config.plan.prediction import duration
 
     if other.stored_on == other.executes_on == "cpu":
         where = "stored and computed on the CPU"
@@ -242,9 +242,9 @@ def _alternative(other: Alternative, what: str) -> str:
     slower = other.slower_nanoseconds
     pace = f"how long {what} would take is not known"
     if slower is not None:
-        pace = f"{what} would take {duration(abs(slower))} {'more' if slower >= 0 else 'less'}"
+        pace = f"{what} would take {format_duration(abs(slower))} {'more' if slower >= 0 else 'less'}"
     blocked = (
-        f"; {rounded(other.missing_bytes)} are missing on {other.full_device}"
+        f"; {format_bytes(other.missing_bytes)} are missing on {other.full_device}"
         if other.full_device
         else "; it would fit"
     )

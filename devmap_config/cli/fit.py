@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.options import (
     format_option,
     outside_option,
@@ -158,9 +159,6 @@ def _print_table(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from devmap_config.placement.words import rounded
-    from devmap_config.plan.prediction import duration
-
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=console.width)
     table.add_column("machine", overflow="fold", min_width=14)
@@ -181,18 +179,18 @@ def _print_table(rows: list[Row]) -> None:
         if len(used) < len(listed):
             remarks.append(f"{len(used)} of {len(listed)} devices used")
         if prediction.streamed_bytes_per_token:
-            remarks.append(f"{rounded(prediction.streamed_bytes_per_token)} copied in at every forward")
+            remarks.append(f"{format_bytes(prediction.streamed_bytes_per_token)} copied in at every forward")
         if plan.compute:
             remarks.append("partly computed on the CPU")
         decodes = row.compilation.model is None or row.compilation.model.graph.decodes
         token_nanoseconds = prediction.decode_nanoseconds_per_token
-        token = duration(token_nanoseconds) if token_nanoseconds is not None else "?" if decodes else "–"
+        token = format_duration(token_nanoseconds) if token_nanoseconds is not None else "?" if decodes else "–"
         prefill_nanoseconds = prediction.prefill_nanoseconds
         context = prediction.longest_context
         table.add_row(
             row.machine,
             token,
-            duration(prefill_nanoseconds) if prefill_nanoseconds is not None else "?",
+            format_duration(prefill_nanoseconds) if prefill_nanoseconds is not None else "?",
             f"{context:,}" if context is not None else "?",
             ", ".join(remarks),
         )

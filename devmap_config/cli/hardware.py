@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from devmap_config.amounts import format_bandwidth, format_bytes, format_flops
 from devmap_config.cli.options import format_option
 
 
@@ -30,8 +31,6 @@ def hardware(name: str | None, output_format: str) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from devmap_config.placement.words import rounded
-
     console = Console(highlight=False)
     if name is not None:
         for key, value in rows[name].items():
@@ -47,9 +46,9 @@ def hardware(name: str | None, output_format: str) -> int:
         table.add_row(
             each.name,
             each.kind,
-            rounded(each.memory_bytes) + ("*" if "memory_bytes" in each.unverified else ""),
-            f"{each.memory_bandwidth_bytes_per_second / 1e9:,.0f} GB/s",
-            f"{each.dense_bf16_flops_per_second / 1e12:,.0f} TFLOP/s" if each.supports_bf16 else "–",
+            format_bytes(each.memory_bytes) + ("*" if "memory_bytes" in each.unverified else ""),
+            format_bandwidth(each.memory_bandwidth_bytes_per_second),
+            format_flops(each.dense_bf16_flops_per_second) if each.supports_bf16 else "–",
         )
     console.print(table)
     console.print("* nobody was seen reporting it; `devmap hardware NAME` shows each figure's source", style="dim")

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from devmap_config.placement.words import rounded
+from devmap_config.amounts import format_bytes, format_operations
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
-
-OPERATION_UNITS = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +41,7 @@ def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> I
     workload = measurement.workload
     yield Text.assemble(
         (graph.class_name, "bold"),
-        f": {rounded(graph.size_bytes)}, batch {workload.batch_size}, {workload.prompt_length:,} tokens prefilled,"
+        f": {format_bytes(graph.size_bytes)}, batch {workload.batch_size}, {workload.prompt_length:,} tokens prefilled,"
         f" {workload.context_length:,} in the cache",
     )
     alike: dict[tuple[str, BlockCost], list[str]] = {}
@@ -58,8 +56,8 @@ def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> I
         sizes = (cost.weights_bytes, cost.cache_bytes, cost.peak_bytes)
         operations = (cost.prefill_operations, cost.decode_operations)
         table.add_row(
-            *(rounded(size_bytes) if size_bytes else "–" for size_bytes in sizes),
-            *(f"{_operations(count)}flop" if count else "–" for count in operations),
+            *(format_bytes(size_bytes) if size_bytes else "–" for size_bytes in sizes),
+            *(format_operations(count) if count else "–" for count in operations),
             "\n".join(fold_paths(paths)),
         )
     yield table
@@ -67,8 +65,8 @@ def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> I
         sum(getattr(cost, f"{phase}_operations") for cost in measurement.modules) for phase in ("prefill", "decode")
     )
     yield Text(
-        f"each block's own figures; together {rounded(measurement.cache_bytes)} of cache,"
-        f" {_operations(prefill)}flop a prefill, {_operations(decode)}flop a token"
+        f"each block's own figures; together {format_bytes(measurement.cache_bytes)} of cache,"
+        f" {format_operations(prefill)} a prefill, {format_operations(decode)} a token"
     )
     if not measurement.measured:
         is_models = measurement.cause == "model"
@@ -91,11 +89,3 @@ def _block_costs(graph: ModelGraph, measurement: Measurement) -> dict[str, Block
             decode_operations=sum(cost.decode_operations for cost in within),
         )
     return costs
-
-
-def _operations(count: int) -> str:
-    """A number of operations with three digits or so: `1.25 T`."""
-    for size, prefix in OPERATION_UNITS:
-        if count >= size:
-            return f"{count / size:.3g} {prefix}"
-    return str(count)

@@ -8,9 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from devmap_config.amounts import format_bytes, format_duration, largest_unit
 from devmap_config.graph.quantization import described
-from devmap_config.placement.words import rounded, unit_of
-from devmap_config.plan.prediction import duration
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
     plan, model, loaded = compilation.plan, compilation.model, compilation.loaded
     if plan is None or model is None or loaded is None:
         return
-    unit_bytes, unit = unit_of(model.graph.size_bytes)
+    unit_bytes, unit = largest_unit(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"), f": {weights_in_words(model, plan)}, placed by `{plan.strategy}`; sizes in {unit}"
     )
@@ -50,7 +49,7 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:
     """How much the weights are, and in what: `6.9 GiB in float16, gptq 4 bit`."""
-    words = f"{rounded(model.graph.size_bytes)} in {model.dtype}"
+    words = f"{format_bytes(model.graph.size_bytes)} in {model.dtype}"
     if model.quantization is None:
         return words
     if not model.is_counted:
@@ -58,7 +57,7 @@ def weights_in_words(model: LoadedModel, plan: Plan) -> str:
     words += f", {described(model.quantization)}"
     if any(tensor.offloaded_bytes is not None for tensor in model.graph.tensors.values()):
         held_bytes = sum(use.weights_bytes for use in plan.devices)
-        words += f" (what is on the CPU stays in {model.dtype}: {rounded(held_bytes)} in all)"
+        words += f" (what is on the CPU stays in {model.dtype}: {format_bytes(held_bytes)} in all)"
     return words
 
 
@@ -78,12 +77,12 @@ def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterat
         yield Text("the model does not decode token by token: `fastest` makes its prefill fast")
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
-        yield Text(f"{rounded(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
+        yield Text(f"{format_bytes(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
     if plan.streams_buffers:
         yield Text("buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`")
     for use in plan.devices:
         if use.id != "disk" and use.loading_bytes > use.capacity_bytes - use.free_bytes:
-            yield Text(f"loading holds {rounded(use.loading_bytes)} at once on {use.id}", style="dim")
+            yield Text(f"loading holds {format_bytes(use.loading_bytes)} at once on {use.id}", style="dim")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")
@@ -97,10 +96,10 @@ def _predicted(plan: Plan) -> str:
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     words = []
     if decode is not None:
-        proof = f" (no plan is below {duration(bound)})" if bound is not None else ""
-        words.append(f"{duration(decode)} a token{proof}")
+        proof = f" (no plan is below {format_duration(bound)})" if bound is not None else ""
+        words.append(f"{format_duration(decode)} a token{proof}")
     if prediction.prefill_nanoseconds is not None:
-        words.append(f"{duration(prediction.prefill_nanoseconds)} a prefill")
+        words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill")
     if prediction.longest_context is not None:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     return f"predicted: {', '.join(words)}" if words else ""
@@ -127,5 +126,5 @@ def bar_lines(plan: Plan, width: int) -> Iterator[str]:
         holds = ", ".join(
             fold_paths(each.unit or "everything" for each in plan.assignments if each.stored_on == use.id)
         )
-        line = f"{use.id:<{longest}}  {bar}  {rounded(use.capacity_bytes):>9}  {holds}"
+        line = f"{use.id:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}  {holds}"
         yield line if len(line) <= width else f"{line[: width - 1]}…"

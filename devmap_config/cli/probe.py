@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from devmap_config.amounts import format_bytes
 from devmap_config.cli.options import format_option, quiet_option
 
 if TYPE_CHECKING:
@@ -115,16 +116,15 @@ def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> 
 
 
 def _sentence(demand: Demand) -> str:
-    from devmap_config.placement.words import rounded
 
     needed_bytes = demand.needed_bytes + demand.context_bytes
     named = f"{demand.device} ({demand.name})" if demand.name else demand.device
     memory, free = demand.memory_bytes, demand.free_bytes
     if not demand.is_there:
-        return f"{named}: {rounded(needed_bytes)} needed, and it is not there"
-    there = f"{rounded(memory)} there" if memory is not None else "what is there is not known"
-    now = f", {rounded(free)} free now" if free is not None and demand.device != "disk" else ""
-    return f"{named}: {rounded(needed_bytes)} needed, {there}{now}"
+        return f"{named}: {format_bytes(needed_bytes)} needed, and it is not there"
+    there = f"{format_bytes(memory)} there" if memory is not None else "what is there is not known"
+    now = f", {format_bytes(free)} free now" if free is not None and demand.device != "disk" else ""
+    return f"{named}: {format_bytes(needed_bytes)} needed, {there}{now}"
 
 
 def _read(file: Path, output_format: str) -> Lock | int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from devmap_config.amounts import format_bytes
 from devmap_config.cli.options import (
     format_option,
     outside_option,
@@ -131,11 +132,10 @@ def _speak(model: Any, deployment: Deployment, prompt: str, max_new_tokens: int,
 
 
 def _summary(deployment: Deployment) -> str:
-    from devmap_config.placement.words import rounded
 
     plan, new = deployment.plan, deployment.new
     tensors = sum(len(each.tensors) for each in plan.assignments)
-    held = ", ".join(f"{use.id} {rounded(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
+    held = ", ".join(f"{use.id} {format_bytes(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
     where = f"{tensors} tensors where the lock says ({held})"
     if deployment.unchecked is not None:
         return f"loaded: {where}; whether they are from the checkpoint was not checked: {deployment.unchecked}"

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from devmap_config.placement.words import rounded, unit_of
+from devmap_config.amounts import format_bytes, largest_unit
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def simulation_lines(
     model = compilation.model
     if model is None:
         return
-    unit_bytes, unit = unit_of(model.graph.size_bytes)
+    unit_bytes, unit = largest_unit(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"), f" on simulated accelerators: {_outcome(simulation)}; sizes in {unit}"
     )
@@ -82,7 +82,7 @@ def _timeline(steps: list[Step], width: int) -> Table:
     for device, run in groupby(steps, key=lambda step: step.device):
         blocks = list(run)
         live_bytes = max(dict(step.live_bytes).get(device, 0) for step in blocks)
-        table.add_row(device, f"+{rounded(live_bytes)}", ", ".join(fold_paths(step.block for step in blocks)))
+        table.add_row(device, f"+{format_bytes(live_bytes)}", ", ".join(fold_paths(step.block for step in blocks)))
     return table
 
 
@@ -97,7 +97,7 @@ def _links(simulation: Simulation) -> Table:
             link.phase,
             f"{link.source} → {link.target}",
             f"{link.transfers:,}",
-            rounded(link.size_bytes),
-            rounded(link.weights_bytes) if link.weights_bytes else "–",
+            format_bytes(link.size_bytes),
+            format_bytes(link.weights_bytes) if link.weights_bytes else "–",
         )
     return table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from devmap_config.placement.words import rounded
+from devmap_config.amounts import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,14 +30,14 @@ def tree_lines(graph: ModelGraph, matched: tuple[str, ...] | None, depth: int | 
     """The tree, a line a module or tensor; with `matched`, only those, marked, and what leads to them."""
     marks = frozenset(matched or ())
     yield Text.assemble(
-        (graph.class_name, "bold"), f"  {rounded(graph.size_bytes)}", *([("  ←", MATCHED)] if "" in marks else [])
+        (graph.class_name, "bold"), f"  {format_bytes(graph.size_bytes)}", *([("  ←", MATCHED)] if "" in marks else [])
     )
     yield from _below(graph, graph.root, marks, "", depth, filtered=matched is not None and "" not in marks)
     if matched is not None:
         names = [name for name in matched if name in graph.modules or name in graph.tensors]
         tensors = {tensor.name for name in names for tensor in _tensors(graph, name)}
         size_bytes = graph.weights_bytes(tuple(sorted(tensors)))  # what is tied counts once
-        yield Text(f"{len(names)} matched, {rounded(size_bytes)}", style=MATCHED)
+        yield Text(f"{len(names)} matched, {format_bytes(size_bytes)}", style=MATCHED)
 
 
 def tree_to_json(graph: ModelGraph, matched: tuple[str, ...] | None) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def _tensor_line(tensor: Tensor, lead: str, marks: frozenset[str]) -> Text:
         (lead, "dim"),
         tensor.name.rpartition(".")[2],
         (f"  {shape} {tensor.dtype}", "dim"),
-        f"  {rounded(tensor.size_bytes)}",
+        f"  {format_bytes(tensor.size_bytes)}",
     )
     return _marked(line, tensor.name in marks, len(lead))
 
 
 def _run_line(graph: ModelGraph, run: _Run, lead: str, marks: frozenset[str]) -> Text:
     size_bytes = graph.weights_bytes(tuple(tensor.name for tensor in run.module.tensors()))
-    size = f"  {rounded(size_bytes)}" if size_bytes else ""
+    size = f"  {format_bytes(size_bytes)}" if size_bytes else ""
     each = f" each, {run.count} of them" if run.count > 1 and size else ""
     line = Text.assemble((lead, "dim"), run.name, (f"  {run.module.class_name}", "cyan"), f"{size}{each}")
     return _marked(line, run.module.path in marks, len(lead))

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import GIBIBYTE
 from devmap_config.files import ANYWHERE, PACKAGED, read_text
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Accelerator:
     def most_memory_bytes(self) -> int:
         """More than this no such card has: what it reports, or its nominal size in GiB while that is unverified."""
         if "memory_bytes" in self.unverified:
-            return self.nominal_memory_gigabytes * 2**30
+            return self.nominal_memory_gigabytes * GIBIBYTE
         return self.memory_bytes
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes
 from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
 from devmap_config.hardware.links import links_between
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from devmap_config.hardware.links import Link
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Device as DeviceSpecification
-
-GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +143,8 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
     if accelerator is not None and memory_bytes > accelerator.most_memory_bytes:
         sink.error(
             "memory-beyond-card",
-            f"{name} is given {_gib(memory_bytes)}, and a {accelerator.name} has {_gib(accelerator.most_memory_bytes)}",
+            f"{name} is given {format_bytes(memory_bytes)},"
+            f" and a {accelerator.name} has {format_bytes(accelerator.most_memory_bytes)}",
             loaded.span(*route, "memory"),
             help="lower it, or name another accelerator; without `memory` the catalogue's is taken",
         )
@@ -292,7 +292,3 @@ def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
 def declared_devices(loaded: LoadedProfile) -> tuple[str, ...]:
     """Every device that the profile lists, also those whose description is wrong."""
     return tuple(sorted(loaded.profile.hardware.devices, key=fill_order))
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIBIBYTE:.1f} GiB"

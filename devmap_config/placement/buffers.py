@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.placement.devices import STORAGE_DEVICES
 from devmap_config.placement.executor import LEFT, OFFLOADED
-from devmap_config.placement.words import amount, rounded
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def report_left_buffers(infeasible: Infeasible | None, strategy: str | None, loa
     """
     shortage = next((each for each in infeasible.shortages if each.device), None) if infeasible else None
     lack = (
-        f"{shortage.device} would hold {rounded(shortage.needed_bytes)} and has {rounded(shortage.capacity_bytes)}:"
-        f" {amount(shortage.missing_bytes)} are missing"
+        f"{shortage.device} would hold {format_bytes(shortage.needed_bytes)}"
+        f" and has {format_bytes(shortage.capacity_bytes)}: {format_exact_bytes(shortage.missing_bytes)} are missing"
         if shortage
         else "it does not fit"
     )

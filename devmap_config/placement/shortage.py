@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import GIBIBYTE, format_bytes, format_exact_bytes
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.placement.devices import STORAGE_DEVICES
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
-from devmap_config.placement.ways_out import GIBIBYTE, MOST_GIBIBYTES, Change, impasse_of
+from devmap_config.placement.ways_out import MOST_GIBIBYTES, Change, impasse_of
 from devmap_config.placement.weighing import heaviest_weights
-from devmap_config.placement.words import amount, rounded
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
@@ -57,7 +57,7 @@ def _report_impasse(
     pinned = set(problem.pinned.values())
     refused = [each for each in problem.refused if problem.accelerators and each not in pinned]
     listed = ", ".join(
-        f"{device} ({rounded(size_bytes)})"
+        f"{device} ({format_bytes(size_bytes)})"
         for device, size_bytes in problem.capacities.items()
         if device not in refused
     )
@@ -65,13 +65,13 @@ def _report_impasse(
         method = model.quantization.method if model.quantization is not None else "quantization"
         listed += f" ({method} loads nothing onto {' or '.join(kept_off)})"
     measurement = problem.graph.measurement
-    cache = f" and {rounded(measurement.cache_bytes)} of cache" if measurement else ""
-    what = f"the model's {rounded(problem.graph.size_bytes)}{cache}"
+    cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
+    what = f"the model's {format_bytes(problem.graph.size_bytes)}{cache}"
     missing_bytes = sum(shortage.missing_bytes for shortage in infeasible.shortages)
     if impasse.pins:
         message = f"{what} would fit, but not with {'these pins' if len(impasse.pins) > 1 else 'this pin'}, on {listed}"
     elif missing_bytes > 0:
-        message = f"{amount(missing_bytes)} of {what} find no place on {listed}"
+        message = f"{format_exact_bytes(missing_bytes)} of {what} find no place on {listed}"
     else:
         message = f"{what}, with what is needed while it runs, find no place on {listed}, though there is room in total"
     message += _cause(problem)
@@ -113,16 +113,18 @@ def _cause(problem: Problem) -> str:
 def _report_unplaced(
     infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, sink: Sink, trials: Trials
 ) -> None:
-    listed = ", ".join(f"{device} ({rounded(capacity)})" for device, capacity in problem.capacities.items())
+    listed = ", ".join(f"{device} ({format_bytes(capacity)})" for device, capacity in problem.capacities.items())
     total = problem.graph.size_bytes
     missing_bytes = total - sum(problem.capacities.values())
     if missing_bytes <= 0:
-        what = f"{amount(shortage.missing_bytes)} of the model's {rounded(total)} find no place on {listed}"
+        missing = format_exact_bytes(shortage.missing_bytes)
+        what = f"{missing} of the model's {format_bytes(total)} find no place on {listed}"
         what += ", though there is room in total"
     else:
-        what = f"the model's {rounded(total)} find no place on {listed}: {amount(missing_bytes)} are missing"
+        missing = format_exact_bytes(missing_bytes)
+        what = f"the model's {format_bytes(total)} find no place on {listed}: {missing} are missing"
         if len(problem.capacities) > 1 and shortage.missing_bytes > missing_bytes:
-            what += f" in total, and blocks of {rounded(shortage.missing_bytes)} are left over"
+            what += f" in total, and blocks of {format_bytes(shortage.missing_bytes)} are left over"
     sink.error(
         "over-capacity",
         f"{what}{_cause(problem)}",
@@ -162,16 +164,16 @@ def _report_device(
         what = "the pins put" if rule.origin == "pin" else "the map puts"
         sink.error(
             "over-capacity",
-            f"{what} {rounded(pinned_bytes)} on {device}, which has {rounded(shortage.capacity_bytes)}:"
-            f" {amount(shortage.missing_bytes)} are missing{_cause(problem)}",
+            f"{what} {format_bytes(pinned_bytes)} on {device}, which has {format_bytes(shortage.capacity_bytes)}:"
+            f" {format_exact_bytes(shortage.missing_bytes)} are missing{_cause(problem)}",
             rule.span,
             help=f"move something off {device}, or give it more memory",
         )
         return
     sink.error(
         "over-capacity",
-        f"{device} would hold {rounded(shortage.needed_bytes)} and has {rounded(shortage.capacity_bytes)}:"
-        f" {amount(shortage.missing_bytes)} are missing{_cause(problem)}",
+        f"{device} would hold {format_bytes(shortage.needed_bytes)} and has {format_bytes(shortage.capacity_bytes)}:"
+        f" {format_exact_bytes(shortage.missing_bytes)} are missing{_cause(problem)}",
         loaded.key_span("hardware", "devices", device),
         help=_mend(
             problem,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from devmap_config.amounts import GIBIBYTE
 from devmap_config.placement.compatibility import accepting_argument
 from devmap_config.placement.problem import is_accelerator
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import Profile
     from devmap_config.rules.resolution import Resolution
     from devmap_config.rules.rule import Rule
-
-GIBIBYTE = 2**30
 
 MOST_GIBIBYTES = 2**14
 """More memory than this is not proposed."""

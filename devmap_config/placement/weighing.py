@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes
 from devmap_config.placement.loading import ITEM_BYTES
-from devmap_config.placement.words import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -65,8 +65,8 @@ def heaviest_weights(graph: ModelGraph, names: Iterable[TensorName], total_bytes
     if 2 * max(experts_bytes, words_bytes) < total_bytes:
         return None
     if words_bytes > experts_bytes:
-        return f"the vocabulary's matrices are {rounded(words_bytes)} of {rounded(total_bytes)}"
-    share = f"{rounded(experts_bytes)} of {rounded(total_bytes)}"
+        return f"the vocabulary's matrices are {format_bytes(words_bytes)} of {format_bytes(total_bytes)}"
+    share = f"{format_bytes(experts_bytes)} of {format_bytes(total_bytes)}"
     method = None if graph.loading is None else graph.loading.method
     dtype = graph.tensors[merged[0]].dtype
     if method is not None and dtype in ITEM_BYTES:
@@ -89,7 +89,7 @@ def _heaviest_activation(graph: ModelGraph, measurement: Measurement, there: set
     if not costs:
         return None
     peaking = max(costs, key=lambda cost: cost.own_peak_bytes)
-    tokens, size = f"{workload.prompt_length:,} tokens", rounded(peaking.own_peak_bytes)
+    tokens, size = f"{workload.prompt_length:,} tokens", format_bytes(peaking.own_peak_bytes)
     if _is_quadratic(peaking):
         return f"attention that is not fused in `{peaking.path}`: {size}, most of it scores, at {tokens}"
     if workload.all_logits and _gives_words(graph, peaking.path):

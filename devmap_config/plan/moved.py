@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.placement.words import rounded
-from devmap_config.plan.prediction import duration
+from devmap_config.amounts import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +17,9 @@ MEASURED_BYTES = {
 """What a device holds besides weights."""
 
 PREDICTED: Mapping[str, tuple[str, Callable[[int], str]]] = {
-    "decode_nanoseconds_per_token": ("predicted token", duration),
-    "prefill_nanoseconds": ("predicted prefill", duration),
-    "streamed_bytes_per_token": ("copied at every forward", rounded),
+    "decode_nanoseconds_per_token": ("predicted token", format_duration),
+    "prefill_nanoseconds": ("predicted prefill", format_duration),
+    "streamed_bytes_per_token": ("copied at every forward", format_bytes),
     "hops": ("hops between devices", "{:,}".format),
     "longest_context": ("longest context", "{:,} tokens".format),
 }
@@ -41,7 +40,7 @@ def _moved_bytes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterato
     for then, now in zip(before["devices"], after["devices"], strict=False):
         for key, words in MEASURED_BYTES.items():
             if then[key] != now[key]:
-                yield f"{words} on {now['id']} {_arrow(then[key], now[key], rounded)}"
+                yield f"{words} on {now['id']} {_arrow(then[key], now[key], format_bytes)}"
 
 
 def _moved_predictions(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

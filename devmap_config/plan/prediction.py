@@ -68,13 +68,3 @@ def longest_context(plan: Plan, graph: ModelGraph) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def duration(nanoseconds: int) -> str:
-    """A time with three digits or so: `28.6 ms`."""
-    for size, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
-        if nanoseconds >= size:
-            return (
-                f"{nanoseconds / size:.3g} {unit}" if nanoseconds < 1000 * size else f"{nanoseconds // size:,} {unit}"
-            )
-    return f"{nanoseconds} ns"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.amounts import format_bytes
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.placement.words import rounded
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Severity, Span
@@ -156,24 +156,24 @@ def _other_cards(lock: Lock, seen: SeenMachine) -> list[Diagnostic]:
 
 def _memory(demand: Demand) -> list[Diagnostic]:
     needed_bytes = demand.needed_bytes + demand.context_bytes
-    context = f", {rounded(demand.context_bytes)} of it for a context" if demand.context_bytes else ""
-    needed = f"the plan needs {rounded(needed_bytes)} there{context}"
+    context = f", {format_bytes(demand.context_bytes)} of it for a context" if demand.context_bytes else ""
+    needed = f"the plan needs {format_bytes(needed_bytes)} there{context}"
     if demand.memory_bytes is not None and demand.memory_bytes < needed_bytes:
         return [
             Diagnostic(
                 code="too-little-memory",
                 severity="error",
-                message=f"{demand.device} has {rounded(demand.memory_bytes)}, and {needed}",
+                message=f"{demand.device} has {format_bytes(demand.memory_bytes)}, and {needed}",
                 help=f"give {demand.device} the memory that it has here in the profile, and compile again",
             )
         ]
     if demand.free_bytes is not None and demand.free_bytes < needed_bytes:
-        held = "" if demand.memory_bytes is None else f" of its {rounded(demand.memory_bytes)}"
+        held = "" if demand.memory_bytes is None else f" of its {format_bytes(demand.memory_bytes)}"
         return [
             Diagnostic(
                 code="memory-held",
                 severity="error",
-                message=f"{demand.device} has {rounded(demand.free_bytes)}{held} free now, and {needed}",
+                message=f"{demand.device} has {format_bytes(demand.free_bytes)}{held} free now, and {needed}",
                 help="end what holds the rest; if it stays, write it into the profile as the device's `reserve`, "
                 "and compile again",
             )
@@ -188,8 +188,8 @@ def _disk(demand: Demand, severity: Severity) -> list[Diagnostic]:
         Diagnostic(
             code="too-little-disk",
             severity=severity,
-            message=f"the disk has {rounded(demand.free_bytes)} free, "
-            f"and the plan puts {rounded(demand.needed_bytes)} there",
+            message=f"the disk has {format_bytes(demand.free_bytes)} free, "
+            f"and the plan puts {format_bytes(demand.needed_bytes)} there",
             help="free some of it, or offload to another; weights that are read where the checkpoint lies need no more",
         )
     ]

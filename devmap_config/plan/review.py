@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.placement.weighing import heaviest
-from devmap_config.placement.words import amount, rounded
 from devmap_config.plan.verify import Violation, verify
 from devmap_config.rules.folding import fold_paths
 
@@ -127,14 +127,15 @@ def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: 
         "activations": fullest.activation_bytes,
         "streamed weights": fullest.overhead_bytes,
     }
-    listed = ", ".join(f"{name} {rounded(size_bytes)}" for name, size_bytes in parts.items() if size_bytes)
-    others = "".join(f"; and {amount(-use.free_bytes)} on {use.id}" for use in uses[1:])
+    listed = ", ".join(f"{name} {format_bytes(size_bytes)}" for name, size_bytes in parts.items() if size_bytes)
+    others = "".join(f"; and {format_exact_bytes(-use.free_bytes)} on {use.id}" for use in uses[1:])
     cause = heaviest(graph, plan.assignments, plan.executor, fullest.id, parts)
     others += f"; {cause}" if cause else ""
     sink.error(
         "over-capacity",
-        f"{fullest.id} would hold {rounded(sum(parts.values()))} ({listed}) and has {rounded(fullest.capacity_bytes)}:"
-        f" {amount(-fullest.free_bytes)} are missing{others}",
+        f"{fullest.id} would hold {format_bytes(sum(parts.values()))} ({listed})"
+        f" and has {format_bytes(fullest.capacity_bytes)}:"
+        f" {format_exact_bytes(-fullest.free_bytes)} are missing{others}",
         loaded.span("workload", "context_length"),
         help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or say `strategy: fastest`,"
         " which counts with all of this",
@@ -147,9 +148,10 @@ def _report_overfull_loading(uses: list[DeviceUse], graph: ModelGraph, loaded: L
     extra_bytes = fullest.loading_bytes - fullest.weights_bytes
     sink.error(
         "over-capacity",
-        f"{fullest.id} would hold {rounded(fullest.loading_bytes)} at once while the model is loaded, and has"
-        f" {rounded(fullest.capacity_bytes)}: {amount(fullest.loading_bytes - fullest.capacity_bytes)} are missing;"
-        f" besides {rounded(fullest.weights_bytes)} of weights, {rounded(extra_bytes)} are what"
+        f"{fullest.id} would hold {format_bytes(fullest.loading_bytes)} at once while the model is loaded, and has"
+        f" {format_bytes(fullest.capacity_bytes)}:"
+        f" {format_exact_bytes(fullest.loading_bytes - fullest.capacity_bytes)} are missing;"
+        f" besides {format_bytes(fullest.weights_bytes)} of weights, {format_bytes(extra_bytes)} are what"
         f" {_made_while_loading(graph)} takes",
         loaded.key_span("hardware", "devices", fullest.id)
         if fullest.id in loaded.profile.hardware.devices

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.amounts import FLOPS_UNITS, format_bytes, profile_bytes, profile_rate
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.hardware.machines import Machine
 
@@ -12,10 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.probe.machine import SeenAccelerator, SeenMachine
-
-MEBIBYTE = 2**20
-SIGNIFICANT_DIGITS = 3
-"""Of a measured rate: more would not be found again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +33,10 @@ def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[
     for each in seen.accelerators:
         if (described := _device(each, measured)) is not None:
             devices[each.id] = described
-    devices["cpu"] = {"memory": _mebibytes(seen.host.memory_bytes), **_rates("cpu", measured)}
+    devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes), **_rates("cpu", measured)}
     if seen.disk is not None:
-        devices["disk"] = {"memory": _mebibytes(seen.disk.free_bytes), **_rates("disk", measured)}
-    links = {name: rate_text(rate) for name, rate in measured.links.items()}
+        devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes), **_rates("disk", measured)}
+    links = {name: profile_rate(rate) for name, rate in measured.links.items()}
     return {"devices": devices, **({"links": links} if links else {})}
 
 
@@ -55,7 +52,7 @@ def as_machine(seen: SeenMachine) -> Machine:
 def _device(seen: SeenAccelerator, measured: Measured) -> dict[str, Any] | str | None:
     """A catalogue name alone where that says all; nothing where not even the memory is known."""
     rates = _rates(seen.id, measured)
-    memory = None if seen.memory_bytes is None else _mebibytes(seen.memory_bytes)
+    memory = None if seen.memory_bytes is None else profile_bytes(seen.memory_bytes)
     if seen.accelerator is None:
         return None if memory is None else {"memory": memory, **rates}
     if memory is None or seen.memory_bytes == load_catalogue()[seen.accelerator].memory_bytes:
@@ -67,27 +64,12 @@ def _rates(device: str, measured: Measured) -> dict[str, str]:
     """What was measured is reached, so no efficiency of the catalogue's counts besides."""
     rates = {}
     if device in measured.bandwidths:
-        rates["bandwidth"] = rate_text(measured.bandwidths[device])
+        rates["bandwidth"] = profile_rate(measured.bandwidths[device])
     if device in measured.flops:
-        rates["flops"] = _in_units(measured.flops[device], (("TFLOP/s", 10**12), ("GFLOP/s", 10**9)))
+        rates["flops"] = profile_rate(measured.flops[device], FLOPS_UNITS)
     if rates and device not in ("cpu", "disk"):
         rates["efficiency"] = "100%"
     return rates
-
-
-def rate_text(bytes_per_second: int) -> str:
-    """A bandwidth as profiles write it: `25.3GB/s`."""
-    return _in_units(bytes_per_second, (("GB/s", 10**9), ("MB/s", 10**6)))
-
-
-def _in_units(rate: int, units: tuple[tuple[str, int], ...]) -> str:
-    unit, size = next(((unit, size) for unit, size in units if rate >= size), units[-1])
-    whole_digits = len(str(rate // size))
-    return f"{rate / size:.{max(SIGNIFICANT_DIGITS - whole_digits, 0)}f}{unit}"
-
-
-def _mebibytes(size_bytes: int) -> str:
-    return f"{size_bytes // MEBIBYTE}MiB"
 
 
 def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
@@ -95,7 +77,7 @@ def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
     remarks = {each.id: _remark(each) for each in seen.accelerators}
     remarks["cpu"] = _host_remark(seen)
     if seen.disk is not None:
-        remarks["disk"] = f"free of {_gibibytes(seen.disk.memory_bytes)}"
+        remarks["disk"] = f"free of {format_bytes(seen.disk.memory_bytes)}"
     lines = ["hardware:", "  devices:"]
     lines += [f"    {device}: {_flow(what)}   # {remarks[device]}" for device, what in block["devices"].items()]
     if links := block.get("links"):
@@ -118,7 +100,7 @@ def _remark(seen: SeenAccelerator) -> str:
         "a slice: its speed is not the card's" if seen.is_slice else "",
     ]
     if seen.held_bytes:
-        parts.append(f"{_gibibytes(seen.held_bytes)} held by processes now")
+        parts.append(f"{format_bytes(seen.held_bytes)} held by processes now")
     return ", ".join(part for part in parts if part)
 
 
@@ -126,9 +108,5 @@ def _host_remark(seen: SeenMachine) -> str:
     host = seen.host
     threads = f"{host.threads} thread{'' if host.threads == 1 else 's'}"
     limit = "as its container's limit" if host.is_limited else ""
-    available = f"{_gibibytes(host.available_bytes)} available now"
+    available = f"{format_bytes(host.available_bytes)} available now"
     return ", ".join(part for part in (host.name or "", threads, limit, available) if part)
-
-
-def _gibibytes(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.amounts import MEBIBYTE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MEBIBYTE = 2**20
 
 MEMORY_BUFFER_BYTES = 1024 * MEBIBYTE
 """More than the caches of all but a few processors hold."""

@@ -10,7 +10,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.probe.rates import MEBIBYTE, PASSES, SHARE_OF_FREE, Rate
+from devmap_config.amounts import MEBIBYTE
+from devmap_config.probe.rates import PASSES, SHARE_OF_FREE, Rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

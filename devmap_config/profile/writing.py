@@ -25,11 +25,3 @@ def _escaped(character: str) -> str:
     if character.isprintable():
         return character
     return f"\\U{ord(character):08x}"
-
-
-def rounded_up(size_bytes: int) -> str:
-    """At least these bytes, in a unit that reads well: `19GiB`."""
-    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size_bytes >= 4 * unit_bytes:
-            return f"{-(-size_bytes // unit_bytes)}{unit}"
-    return f"{-(-max(size_bytes, 1) // 2**10)}KiB"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.failures import Failure
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import ModulePath, TensorName
-from devmap_config.placement.words import amount, rounded
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 from devmap_config.simulate.memory import plan_digest, verdict_on
@@ -322,9 +322,9 @@ def _overfull(verdict: Verdict, plan: Plan, model: LoadedModel) -> list[tuple[Si
 def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: LoadedProfile, sink: Sink) -> None:
     sink.error(
         "over-capacity",
-        f"{device.id} holds {rounded(device.peak_bytes)} at once in {device.peak_phase}, in"
-        f" `{device.peak_module or 'the model'}`, and has {rounded(device.peak_bytes - missing_bytes)}:"
-        f" {amount(missing_bytes)} are missing",
+        f"{device.id} holds {format_bytes(device.peak_bytes)} at once in {device.peak_phase}, in"
+        f" `{device.peak_module or 'the model'}`, and has {format_bytes(device.peak_bytes - missing_bytes)}:"
+        f" {format_exact_bytes(missing_bytes)} are missing",
         loaded.span("workload", "context_length"),
         help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
     )

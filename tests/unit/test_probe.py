@@ -17,11 +17,12 @@ from click.testing import CliRunner
 from fake_nvml import FakeCard, FakeNvml
 
 from devmap_config import compile_profile
+from devmap_config.amounts import profile_rate
 from devmap_config.cli.probe import probe as probe_command
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.probe import probe as probe_module
 from devmap_config.probe import torch_probe
-from devmap_config.probe.block import hardware_block, rate_text
+from devmap_config.probe.block import hardware_block
 from devmap_config.probe.cgroup import GroupMemory, limiting_groups
 from devmap_config.probe.drivers import kinds_torch_is_built_for, kinds_with_a_driver
 from devmap_config.probe.nvml import NvmlUnavailableError, read_cards
@@ -522,7 +523,7 @@ def test_a_device_of_which_nothing_is_known_is_named_in_a_comment(machine):
 def test_rates_are_written_as_they_are_read(rate, text):
     from devmap_config.profile.quantities import parse_bandwidth
 
-    assert rate_text(rate) == text
+    assert profile_rate(rate) == text
     assert parse_bandwidth(text) == pytest.approx(rate, rel=0.01)
 
 

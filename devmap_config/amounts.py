@@ -1,0 +1,137 @@
+"""Amounts as text: bytes, times, rates and operations, for people and as profiles write them."""
+
+from __future__ import annotations
+
+GIBIBYTE = 2**30
+MEBIBYTE = 2**20
+KIBIBYTE = 2**10
+
+Units = tuple[tuple[int, str], ...]
+"""Sizes of units with their names, the largest first."""
+
+BYTE_UNITS: Units = ((GIBIBYTE, "GiB"), (MEBIBYTE, "MiB"), (KIBIBYTE, "KiB"))
+TIME_UNITS: Units = ((10**9, "s"), (10**6, "ms"), (10**3, "µs"), (1, "ns"))
+OPERATION_UNITS: Units = (
+    (10**15, "Pflop"),
+    (10**12, "Tflop"),
+    (10**9, "Gflop"),
+    (10**6, "Mflop"),
+    (10**3, "kflop"),
+    (1, "flop"),
+)
+BANDWIDTH_UNITS: Units = ((10**9, "GB/s"), (10**6, "MB/s"))
+FLOPS_UNITS: Units = ((10**12, "TFLOP/s"), (10**9, "GFLOP/s"))
+
+
+def largest_unit(amount: int, units: Units = BYTE_UNITS) -> tuple[int, str]:
+    """Return the size and name of the largest unit of which an amount holds at least one, else of the smallest.
+
+    >>> largest_unit(3_000_000)
+    (1048576, 'MiB')
+    """
+    return next((unit for unit in units if abs(amount) >= unit[0]), units[-1])
+
+
+def format_bytes(size_bytes: int) -> str:
+    """Return bytes in the largest unit of which there is one.
+
+    >>> format_bytes(1_503_238_553), format_bytes(-2_048), format_bytes(100)
+    ('1.4 GiB', '-2.0 KiB', '100 B')
+    """
+    if abs(size_bytes) < KIBIBYTE:
+        return f"{size_bytes} B"
+    unit_bytes, unit = largest_unit(size_bytes)
+    return f"{size_bytes / unit_bytes:.1f} {unit}"
+
+
+def format_exact_bytes(size_bytes: int) -> str:
+    """Return bytes for people and for machines.
+
+    >>> format_exact_bytes(1_503_238_553), format_exact_bytes(100)
+    ('1.4 GiB (1,503,238,553 bytes)', '100 bytes')
+    """
+    exact = f"{size_bytes:,} bytes"
+    return f"{format_bytes(size_bytes)} ({exact})" if size_bytes >= KIBIBYTE else exact
+
+
+def format_duration(nanoseconds: int) -> str:
+    """Return a time with three significant digits.
+
+    >>> format_duration(28_614_000), format_duration(999_999), format_duration(7_000_000_000_000)
+    ('28.6 ms', '1,000 µs', '7,000 s')
+    """
+    return _with_three_digits(nanoseconds, TIME_UNITS)
+
+
+def format_operations(count: int) -> str:
+    """Return a number of floating-point operations with three significant digits.
+
+    >>> format_operations(1_254_000_000_000), format_operations(12)
+    ('1.25 Tflop', '12 flop')
+    """
+    return _with_three_digits(count, OPERATION_UNITS)
+
+
+def _with_three_digits(amount: int, units: Units) -> str:
+    size, unit = largest_unit(amount, units)
+    value = amount / size
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+
+
+def format_bandwidth(bytes_per_second: int) -> str:
+    """Return a bandwidth in whole gigabytes a second.
+
+    >>> format_bandwidth(3_352_000_000_000)
+    '3,352 GB/s'
+    """
+    return f"{bytes_per_second / 10**9:,.0f} GB/s"
+
+
+def format_flops(flops_per_second: int) -> str:
+    """Return a rate of computing in whole teraflops a second.
+
+    >>> format_flops(989_400_000_000_000)
+    '989 TFLOP/s'
+    """
+    return f"{flops_per_second / 10**12:,.0f} TFLOP/s"
+
+
+def format_change(before: int | None, after: int | None) -> str:
+    """Return by which share an amount changes; nothing where it does not, or where that cannot be said.
+
+    >>> format_change(200, 205), format_change(0, 5), format_change(None, 5)
+    ('+2.5%', '', '')
+    """
+    if not before or after is None or before == after:
+        return ""
+    return f"{(after - before) / before:+.1%}"
+
+
+def profile_bytes(size_bytes: int) -> str:
+    """Return whole mebibytes as a profile writes them, of which there are at most so many.
+
+    >>> profile_bytes(25_769_803_776)
+    '24576MiB'
+    """
+    return f"{size_bytes // MEBIBYTE}MiB"
+
+
+def profile_bytes_at_least(size_bytes: int) -> str:
+    """Return at least so many bytes as a profile writes them, in the unit of which there are four or more.
+
+    >>> profile_bytes_at_least(20_000_000_000), profile_bytes_at_least(0)
+    ('19GiB', '1KiB')
+    """
+    unit_bytes, unit = largest_unit(size_bytes // 4)
+    return f"{-(-max(size_bytes, 1) // unit_bytes)}{unit}"
+
+
+def profile_rate(per_second: int, units: Units = BANDWIDTH_UNITS) -> str:
+    """Return a rate as a profile writes it, with the digits that a measurement finds again.
+
+    >>> profile_rate(25_312_000_000), profile_rate(165_200_000_000_000, FLOPS_UNITS)
+    ('25.3GB/s', '165TFLOP/s')
+    """
+    size, unit = largest_unit(per_second, units)
+    whole_digits = len(str(per_second // size))
+    return f"{per_second / size:.{max(3 - whole_digits, 0)}f}{unit}"
