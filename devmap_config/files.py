@@ -211,13 +211,14 @@ def decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8").splitlines(keepends=True) or [""]
+        before = LINE_BREAK.split(data[: error.start].decode("utf-8"))
         line, column = len(before), len(before[-1]) + 1
-        if before[-1].endswith(("\n", "\r")):
-            line, column = line + 1, 1
         message = f"is not UTF-8 at line {line}, column {column}"
         raise FileError(message, "syntax", "save it as UTF-8", line=line, column=column) from error
 
+
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+"""What ends a line, as libyaml counts them."""
 
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 """Of UTF-8, and of UTF-16, which is not read."""

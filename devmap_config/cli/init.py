@@ -70,7 +70,7 @@ def _this_machine() -> Machine:
 
 def relative_source(source: str, output: Path | None) -> str:
     """A source as the profile is to name it: local paths relative to where the profile lies."""
-    if not Path(source).exists():
+    if not os.path.lexists(source):
         return source
     relative = os.path.relpath(source, output.parent if output else ".")
     return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"

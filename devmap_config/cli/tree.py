@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +151,7 @@ def graph_of_source(
         length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
         workload = Workload(batch_size=1, context_length=length, prompt_length=length)
     try:
-        found = local_source(path) if path.exists() else hub_source(source, revision)
+        found = local_source(path) if os.path.lexists(path) else hub_source(source, revision)
         name = class_name or found.class_name
         if name is None:
             raise click.UsageError("the config does not name the model's class: give `--class AutoModel`")
@@ -164,7 +164,7 @@ def graph_of_source(
             quantization=effective_quantization(None, found.config),
             trust_remote_code=trust_remote_code,
         )
-    except (ModelNotFoundError, CheckpointError, json.JSONDecodeError) as error:
+    except (ModelNotFoundError, CheckpointError) as error:
         raise click.UsageError(str(error)) from None
     except UntrustedCodeError as error:
         raise click.ClickException(f"{error}; {READ_IT_FIRST}") from None

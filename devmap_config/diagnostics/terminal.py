@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
-from devmap_config.diagnostics.source import LINE_BREAK
+from devmap_config.files import LINE_BREAK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

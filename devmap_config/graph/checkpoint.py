@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import stat
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from devmap_config.files import ANYWHERE, HEADER, INDEX, FileError, decoded, opened, parse_json, read_json
 from devmap_config.graph.digest import digest
 
 if TYPE_CHECKING:
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeGuard
 
+    from devmap_config.files import Boundary
+
 SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 """The files that transformers looks for, in this order."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -27,12 +29,6 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, as a little-endian integer."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""safetensors' own bound on a header (`MAX_HEADER_SIZE`)."""
-
-MAX_INDEX_BYTES = 100_000_000
-"""Twenty times the index of a model of 90,000 tensors."""
 
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -107,7 +103,8 @@ class Checkpoint:
         remaining = one.end - one.start
         if remaining != other.end - other.start:
             return False
-        with (self.folder / one.file).open("rb") as left, (self.folder / other.file).open("rb") as right:
+        # That these may be read was seen when their headers were.
+        with opened(self.folder / one.file, ANYWHERE) as left, opened(self.folder / other.file, ANYWHERE) as right:
             left.seek(one.start)
             right.seek(other.start)
             while remaining > 0:
@@ -118,34 +115,35 @@ class Checkpoint:
         return True
 
 
-def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint | None:
+def read_checkpoint(folder: Path, config: Mapping[str, Any], within: Boundary | None = None) -> Checkpoint | None:
     """Return what the checkpoint in a folder holds, of the files that transformers would load; `None` without weights.
 
     Args:
         folder: the model's folder.
         config: its config, which may name the file of weights (`transformers_weights`).
+        within: what its links may not lead out of; its repository where it is `None`.
 
     Raises:
         CheckpointError: where there are weights that cannot be loaded: pickles, files that are cut off or garbage,
             broken links, shards that an index names and that are not there.
     """
-    names = _file_names(folder, config)
+    names = _file_names(folder, config, within)
     if names is None:
         return None
     file_bytes: dict[str, int] = {}
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        file_bytes[name], header = _read_file(folder / name)
+        file_bytes[name], header = _read_file(folder / name, within)
         tensors |= {tensor: StoredTensor(*entry[:2], name, *entry[2:]) for tensor, entry in header.items()}
     return Checkpoint(file_bytes, tensors, folder)
 
 
-def _file_names(folder: Path, config: Mapping[str, Any]) -> list[str] | None:
+def _file_names(folder: Path, config: Mapping[str, Any], within: Boundary | None) -> list[str] | None:
     explicit = config.get("transformers_weights")
-    for name in [explicit] if isinstance(explicit, str) else [SINGLE_FILE, INDEX]:
+    for name in [explicit] if isinstance(explicit, str) else [SINGLE_FILE, INDEX_FILE]:
         path = folder / name
-        if path.is_symlink() or path.exists():
-            return index_files(_read_index(path), name) if name.endswith(".json") else [_within(name, name)]
+        if os.path.lexists(path):
+            return index_files(read_index(path, within), name) if name.endswith(".json") else [_within(name, name)]
     if isinstance(explicit, str):
         raise _unreadable(explicit, "is named by the config's `transformers_weights`, and is not there")
     _refuse_other_weights(folder)
@@ -200,27 +198,16 @@ def _within(file: str, name: str) -> str:
     return file
 
 
-def _read_index(path: Path) -> Any:
-    if _regular_size(path) > MAX_INDEX_BYTES:
-        raise _unreadable(path.name, f"is larger than {MAX_INDEX_BYTES:,} bytes")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path.name, f"is no JSON ({error})") from error
+def read_index(path: Path, within: Boundary | None = None) -> Any:
+    """Return the JSON value of an index.
 
-
-def _regular_size(path: Path) -> int:
-    """Return the size of a regular file, links followed."""
+    Raises:
+        CheckpointError: where there is none that can be read.
+    """
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        what = "is a link to a file that is not there" if path.is_symlink() else "is named by the index, and missing"
-        raise _unreadable(path.name, what) from None
-    except OSError as error:
-        raise _unreadable(path.name, f"cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise _unreadable(path.name, "is a folder" if stat.S_ISDIR(status.st_mode) else "is no regular file")
-    return status.st_size
+        return read_json(path, INDEX, within)
+    except FileError as error:
+        raise _unreadable(path.name, str(error)) from error
 
 
 Header = dict[str, tuple[str, tuple[int, ...], int, int]]
@@ -228,22 +215,22 @@ Header = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
 def read_header(path: Path) -> Header:
-    """Return the tensors of one safetensors file.
+    """Return the tensors of one safetensors file, which a library reads as well.
 
     Raises:
         CheckpointError: where it is none.
     """
-    return _read_file(path)[1]
+    return _read_file(path, ANYWHERE)[1]
 
 
-def _read_file(path: Path) -> tuple[int, Header]:
-    size = _regular_size(path)
+def _read_file(path: Path, within: Boundary | None) -> tuple[int, Header]:
     try:
-        with path.open("rb") as file:
-            length = header_length(file.read(LENGTH_BYTES), size, path.name)
-            return size, parse_header(file.read(length), size, path.name)
-    except OSError as error:
-        raise _unreadable(path.name, f"cannot be read: {error.strerror}") from error
+        with opened(path, within) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            length = header_length(file.read(LENGTH_BYTES), size_bytes, path.name)
+            return size_bytes, parse_header(file.read(length), size_bytes, path.name)
+    except FileError as error:
+        raise _unreadable(path.name, "is named by the index, and missing" if error.is_absent else str(error)) from error
 
 
 def header_length(first_bytes: bytes, size_bytes: int, name: str) -> int:
@@ -261,7 +248,7 @@ def header_length(first_bytes: bytes, size_bytes: int, name: str) -> int:
     length = int.from_bytes(first_bytes, "little")
     if len(first_bytes) < LENGTH_BYTES:
         raise _unreadable(name, "is empty" if not first_bytes else "is cut off in its first bytes")
-    if length > MAX_HEADER_BYTES or not length:
+    if length > HEADER.max_bytes or not length:
         raise _unreadable(name, "is no safetensors file: it does not begin with a header")
     if LENGTH_BYTES + length > size_bytes:
         raise _unreadable(name, "is cut off in its header, or is no safetensors file")
@@ -283,9 +270,9 @@ def parse_header(text: bytes, size_bytes: int, name: str) -> Header:
     {'weight': ('F16', (2, 3), 79, 91)}
     """
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise _unreadable(name, "is no safetensors file: its header is no JSON") from None
+        value = parse_json(decoded(text), HEADER)
+    except FileError as error:
+        raise _unreadable(name, f"is no safetensors file: its header {error}") from None
     if not isinstance(value, dict):
         raise _unreadable(name, "is no safetensors file: its header is no JSON object")
     data_start = LENGTH_BYTES + len(text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.graph.cache import default_directory, keep
 from devmap_config.graph.checkpoint import (
-    INDEX,
+    INDEX_FILE,
     LENGTH_BYTES,
     SINGLE_FILE,
     Checkpoint,
@@ -20,6 +20,7 @@ from devmap_config.graph.checkpoint import (
     index_files,
     parse_header,
     read_checkpoint,
+    read_index,
 )
 from devmap_config.graph.digest import digest
 
@@ -113,7 +114,7 @@ class _Commit(NamedTuple):
 
 def _asked_for(commit: _Commit, config: Mapping[str, Any]) -> Checkpoint | None:
     explicit = config.get("transformers_weights")
-    single, index = (explicit, explicit) if isinstance(explicit, str) else (SINGLE_FILE, INDEX)
+    single, index = (explicit, explicit) if isinstance(explicit, str) else (SINGLE_FILE, INDEX_FILE)
     try:
         if not single.endswith(".json") and (found := _header_of(commit, single)) is not None:
             return found
@@ -129,13 +130,11 @@ def _sharded(commit: _Commit, index: str) -> Checkpoint | None:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        text = Path(hf_hub_download(commit.repository, index, revision=commit.sha, token=commit.token)).read_text(
-            encoding="utf-8"
-        )
+        path = Path(hf_hub_download(commit.repository, index, revision=commit.sha, token=commit.token))
     except EntryNotFoundError:
         _refuse_pickles(commit)
         return None
-    files = index_files(json.loads(text), index)
+    files = index_files(read_index(path), index)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         found = list(pool.map(lambda file: _header_of(commit, file), files))
     parts = [part for part in found if part is not None]
@@ -185,5 +184,9 @@ def _range(commit: _Commit, filename: str, start: int, end: int) -> tuple[bytes,
         size = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status_code != PARTIAL_CONTENT or size is None:
             return None
-        content: bytes = response.read()
-    return (content, int(size[1])) if len(content) == min(end, int(size[1])) - start else None
+        content = bytearray()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > end - start:  # more than was asked for, and nobody knows how much
+                return None
+    return (bytes(content), int(size[1])) if len(content) == min(end, int(size[1])) - start else None

@@ -266,7 +266,7 @@ def source_from_here(loaded: LoadedProfile) -> str:
 
 
 def _is_local(loaded: LoadedProfile) -> bool:
-    return loaded.beside(loaded.profile.model.source, "model", "source").exists()
+    return os.path.lexists(loaded.beside(loaded.profile.model.source, "model", "source"))
 
 
 def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
@@ -390,7 +390,7 @@ def _find_source(loaded: LoadedProfile, resolved: Resolved | None, must_ask: boo
     span = loaded.span("model", "source")
     path = loaded.beside(text, "model", "source")
     try:
-        if path.exists():
+        if os.path.lexists(path):
             if not loaded.boundary.holds(path):
                 sink.error(
                     "outside-repository",
@@ -399,7 +399,7 @@ def _find_source(loaded: LoadedProfile, resolved: Resolved | None, must_ask: boo
                     help="keep the model's config in the repository, or pass `--allow-outside`",
                 )
                 return None
-            return local_source(path)
+            return local_source(path, loaded.boundary)
         if text.startswith(("./", "../", "/")) or text.endswith(".json") or not is_hub_id(text):
             sink.error(
                 "model-not-found",

@@ -12,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from devmap_config.files import CONFIG, FileError, read_json
 from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
 from devmap_config.graph.digest import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from devmap_config.files import Boundary
     from devmap_config.graph.checkpoint import Checkpoint
     from devmap_config.graph.model import TensorName
 
@@ -136,27 +138,29 @@ class ModelSource:
         return wanted if wanted != "auto" else self.checkpoint_dtype() or ASSUMED_DTYPE
 
 
-def local_source(path: Path) -> ModelSource:
+def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
     """The model in a directory, or that of a `config.json` alone.
+
+    Links of its files lead nowhere out of `within`, or else of its own repository.
 
     Raises:
         ModelNotFoundError: where there is no readable config.
         CheckpointError: where there are weights that cannot be loaded.
     """
     if path.is_dir():
-        config = _read_config(path / "config.json")
-        checkpoint = read_checkpoint(path, config)
+        config = _read_config(path / "config.json", within)
+        checkpoint = read_checkpoint(path, config, within)
         weights = None if checkpoint is None else str(path)
     else:
-        config, weights, checkpoint = _read_config(path), None, None
-    beside = checkpoint if path.is_dir() else _checkpoint_beside(path, config)
+        config, weights, checkpoint = _read_config(path, within), None, None
+    beside = checkpoint if path.is_dir() else _checkpoint_beside(path, config, within)
     return ModelSource(path, config, weights, stored_dtype=_undeclared_dtype(config, beside), checkpoint=checkpoint)
 
 
-def _checkpoint_beside(path: Path, config: Mapping[str, Any]) -> Checkpoint | None:
+def _checkpoint_beside(path: Path, config: Mapping[str, Any], within: Boundary | None) -> Checkpoint | None:
     """The weights in the folder of a config: they tell the dtype, and are not what is to be loaded."""
     try:
-        return read_checkpoint(path.parent, config)
+        return read_checkpoint(path.parent, config, within)
     except (CheckpointError, OSError):
         return None
 
@@ -313,13 +317,12 @@ def _declared_dtype(config: Mapping[str, Any]) -> str | None:
     return declared.removeprefix("torch.") if isinstance(declared, str) and declared != "auto" else None
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path, within: Boundary | None = None) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"there is no `{path.name}` in `{path.parent.name}`") from error
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"`{path.name}` is not a config that can be read: {error}") from error
+        config = read_json(path, CONFIG, within)
+    except FileError as error:
+        missing = f"there is no `{path.name}` in `{path.parent.name}`"
+        raise ModelNotFoundError(missing if error.is_absent else f"`{path.name}` {error}") from error
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"`{path.name}` is not a config: it holds no JSON object")
     return config

@@ -11,7 +11,7 @@ import yaml
 from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceEndEvent, SequenceStartEvent
 
 from devmap_config.diagnostics.diagnostic import Related, Span
-from devmap_config.diagnostics.source import LINE_BREAK
+from devmap_config.files import LINE_BREAK
 from devmap_config.profile.quoting import closed, unquoted_text
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ def plain_value(text: str) -> Value:
 
 def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
     """The mapping that a file holds, or `None` and what is wrong with it in the sink."""
-    text = text.removeprefix("\ufeff")
     lines = LINE_BREAK.split(text)
     if len(text) > MAX_CHARACTERS:
         message = f"the file is longer than {MAX_CHARACTERS:,} characters"

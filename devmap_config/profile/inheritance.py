@@ -8,10 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related, Sink, Span
-from devmap_config.diagnostics.source import LINE_BREAK
+from devmap_config.files import PROFILE, FileError, decoded, read_bytes, require_regular
 from devmap_config.profile.devices import DeviceNameError, expand_devices, is_range, kind_of
 from devmap_config.profile.document import (
-    MAX_CHARACTERS,
     Entry,
     MappingNode,
     Node,
@@ -24,29 +23,12 @@ from devmap_config.profile.document import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.files import Boundary
+
 MAX_FILES = 100
 
 APPENDED = (("placement", "pins"),)
 """Lists that grow instead of being replaced."""
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """The folder that no path of a profile leads out of, unless `allow_outside`."""
-
-    root: Path
-    allow_outside: bool = False
-
-    def holds(self, path: Path) -> bool:
-        """Whether a path, its links followed, stays within."""
-        return self.allow_outside or path.resolve().is_relative_to(self.root)
-
-
-def boundary_of(profile: Path, *, allow_outside: bool = False) -> Boundary:
-    """The repository of a profile: the nearest folder above it with a `.git`, else its own folder."""
-    folder = profile.resolve().parent
-    root = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), folder)
-    return Boundary(root, allow_outside)
 
 
 @dataclass
@@ -114,13 +96,12 @@ class Reader:
                 help="keep what a profile extends within its repository, or pass `--allow-outside`",
             )
             return []
-        if not path.is_file():
-            self.sink.error(
-                "missing-file",
-                f"`{base.text}` is a folder" if path.is_dir() else f"there is no file `{base.text}`",
-                base.span,
-                help=f"paths are relative to the file that writes them: `{shown}` was looked for{_moved_to(path)}",
-            )
+        try:
+            require_regular(path)
+        except FileError as error:
+            moved_to = _moved_to(path) if error.is_absent else ""
+            help = f"paths are relative to the file that writes them: `{shown}` was looked for{moved_to}"
+            self.sink.error(error.code, f"`{base.text}` {error}", base.span, help=help)
             return []
         if path.resolve() in trail:
             names = [*(step.name for step in trail[trail.index(path.resolve()) :]), path.name]
@@ -142,22 +123,14 @@ class Reader:
     def text_of(self, path: Path, shown: str) -> str | None:
         """A file's text, kept for those who show what is wrong in it."""
         try:
-            data = path.read_bytes()[: 4 * MAX_CHARACTERS + 1]
-        except OSError as error:
-            message = f"`{shown}` cannot be read: {error.strerror}"
-            self.sink.error("missing-file", message, whole_file(shown), help="check that it may be read")
-            return None
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            before = LINE_BREAK.split(data[: error.start].decode("utf-8"))
-            span = replace(whole_file(shown), line=len(before), column=len(before[-1]) + 1)
-            span = replace(span, end_line=span.line, end_column=span.column + 1)
+            data = read_bytes(path, PROFILE, self.boundary)
             self.sink.texts[shown] = data.decode("utf-8", errors="replace")
-            self.sink.error("syntax", "the file is not UTF-8 here", span, help="save it as UTF-8")
+            return decoded(data)
+        except FileError as error:
+            line, column = error.line, error.column
+            place = Span(file=shown, line=line, column=column, end_line=line, end_column=column + 1)
+            self.sink.error(error.code, f"`{shown}` {error}", place, help=error.help)
             return None
-        self.sink.texts[shown] = text
-        return text
 
 
 def base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
@@ -295,8 +268,6 @@ def _moved_to(path: Path) -> str:
     """Where a file of that name lies nearby: it may have moved."""
     folder = path.parent if path.parent.is_dir() else path.parent.parent
     if not folder.is_dir():
-        return ""
-    if path.is_dir():
         return ""
     found = sorted(candidate for candidate in (*folder.glob(path.name), *folder.glob(f"*/{path.name}")))
     return f"; a file of that name is at `{found[0]}`" if found else ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union, get_args, ge
 
 from pydantic import BaseModel, ValidationError
 
+from devmap_config.files import Boundary, boundary_of
 from devmap_config.profile.document import (
     Entry,
     MappingNode,
@@ -21,7 +22,7 @@ from devmap_config.profile.document import (
     routes,
     whole_file,
 )
-from devmap_config.profile.inheritance import Boundary, Reader, boundary_of, merge, variable_values
+from devmap_config.profile.inheritance import Reader, merge, variable_values
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, PlainText, Profile
 
 if TYPE_CHECKING:
