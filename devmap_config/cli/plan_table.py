@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_duration, largest_unit
-from devmap_config.graph.quantization import described
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ def weights_in_words(model: LoadedModel, plan: Plan) -> str:
     if model.quantization is None:
         return words
     if not model.is_counted:
-        return f"{words}, counted as before {model.quantization.method}"
-    words += f", {described(model.quantization)}"
+        return f"{words}, counted as before {model.quantization.method.name}"
+    words += f", {model.quantization}"
     if any(tensor.offloaded_bytes is not None for tensor in model.graph.tensors.values()):
         held_bytes = sum(use.weights_bytes for use in plan.devices)
         words += f" (what is on the CPU stays in {model.dtype}: {format_bytes(held_bytes)} in all)"

@@ -136,10 +136,11 @@ def graph_of_source(
     from devmap_config.graph.costs import Workload
     from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError
     from devmap_config.graph.loading import graph_from_source
-    from devmap_config.graph.quantization import QuantizationError, effective_quantization
     from devmap_config.graph.remote_code import READ_IT_FIRST
     from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
     from devmap_config.plan.lock import profile_of
+    from devmap_config.quantization.arguments import QuantizationError
+    from devmap_config.quantization.registry import effective_quantization
 
     path = Path(source)
     if path.name.endswith(".lock.json"):

@@ -130,7 +130,7 @@ def _tried(model: LoadedModel, *, trust_remote_code: bool) -> CheckpointMatch:
         if quantization is None or not quantization.is_prequantized:
             raise
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return CheckpointMatch(unchecked=f"transformers needs more for {quantization.method}: {first_line}"[:300])
+        return CheckpointMatch(unchecked=f"transformers needs more for {quantization.method.name}: {first_line}"[:300])
 
 
 @dataclass(frozen=True)

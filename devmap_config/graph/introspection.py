@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.estimation import estimate
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
-from devmap_config.graph.quantization import METHODS, Storage, quantized, stored_tensors
+from devmap_config.graph.quantized_costs import quantized
 from devmap_config.graph.remote_code import class_reference, code_files, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
@@ -26,6 +26,7 @@ from devmap_config.libraries.transformers import (
     skip_keys,
     ties,
 )
+from devmap_config.quantization.storage import Storage, stored_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from devmap_config.graph.costs import Measurement, Workload
-    from devmap_config.graph.quantization import Quantization
+    from devmap_config.quantization.method import Quantization
 
 
 class UnbuildableModelError(Exception):
@@ -89,12 +90,12 @@ def build_graph(
     graph = graph_of(model, getattr(torch, dtype), quantization)
     if workload is None:
         return graph
-    converted = {} if quantization is None else stored_tensors(model, quantization)
+    converted = stored_tensors(model, quantization)
     with code_of_models(allowed=trust_remote_code):
         measurement = _measured(model, graph, workload)
     if converted and quantization is not None:
         dense_bytes = {name: graph.tensors[TensorName(name)].element_count * model.dtype.itemsize for name in converted}
-        measurement = quantized(measurement, graph, dense_bytes, dequantizes=METHODS[quantization.method].dequantizes)
+        measurement = quantized(measurement, graph, dense_bytes, dequantizes=quantization.method.dequantizes)
     return replace(graph, measurement=measurement)
 
 
@@ -254,7 +255,7 @@ def build_meta_model(
 def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelGraph:
     """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised."""
     loaded_dtypes = kept_dtypes(model, dtype)
-    stored = {} if quantization is None else stored_tensors(model, quantization)
+    stored = stored_tensors(model, quantization)
     first_names: dict[int, TensorName] = {}
 
     def tensor_of(name: str, value: torch.Tensor, kind: TensorKind, persistent: bool) -> Tensor:

@@ -12,14 +12,6 @@ from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.model import LoadingFacts
-from devmap_config.graph.quantization import (
-    METHODS,
-    UNCHANGED,
-    Quantization,
-    QuantizationError,
-    effective_quantization,
-    format_of,
-)
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, listed
 from devmap_config.graph.source import (
     ASSUMED_DTYPE,
@@ -34,6 +26,9 @@ from devmap_config.graph.source import (
 )
 from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
 from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.quantization.arguments import QuantizationError
+from devmap_config.quantization.method import UNCHANGED
+from devmap_config.quantization.registry import effective_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +38,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
     from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.quantization.method import Quantization
 
 BUILDABLE_ATTENTION = ("eager", "sdpa")
 """Implementations that need no package of their own; the module tree is the same under all of them."""
@@ -75,18 +71,17 @@ class LoadedModel:
     @property
     def is_counted(self) -> bool:
         """Whether the graph counts the weights as transformers holds them, and not as before quantization."""
-        return self.quantization is None or format_of(self.quantization) is not None
+        return self.quantization is None or self.quantization.format() is not None
 
     @property
     def counts_quantized_weights(self) -> bool:
         """Whether the graph counts on weights that stay quantised."""
-        return self.quantization is not None and format_of(self.quantization) not in (None, UNCHANGED)
+        return self.quantization is not None and self.quantization.format() not in (None, UNCHANGED)
 
     @property
     def lowers_budgets(self) -> bool:
         """Whether the quantizer takes a tenth off every budget before transformers' planner fills it."""
-        method = None if self.quantization is None else METHODS.get(self.quantization.method)
-        return method is not None and method.lowers_budgets
+        return self.quantization is not None and self.quantization.method.lowers_budgets
 
 
 def load_model_graph(
@@ -162,7 +157,7 @@ def _load_model_graph(
         profile_model.quantization, source.config, has_accelerator=_has_accelerator(loaded)
     )
     try:
-        counted = quantization if quantization is not None and format_of(quantization) is not None else None
+        counted = quantization if quantization is not None and quantization.format() is not None else None
     except QuantizationError as error:
         sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
         return None
@@ -193,7 +188,7 @@ def _loading_facts(
         stored_dtype=source.checkpoint_dtype() or dtype,
         dtype=dtype,
         quantises=quantization is not None and "quantization_config" not in source.config,
-        method=None if quantization is None else quantization.method,
+        method=None if quantization is None else quantization.method.name,
     )
 
 
@@ -377,7 +372,7 @@ def graph_from_source(
     key: dict[str, object] = {"config": source.config_digest, "class": class_name, "dtype": dtype}
     if workload is not None:
         key |= {"workload": asdict(workload), "attention": attention}
-    if quantization is not None and format_of(quantization) is not None:
+    if quantization is not None and quantization.format() is not None:
         key["quantization"] = quantization.to_json()
     # Code that comes with a model may change without its config.
     graph = make() if trust_remote_code else cached_graph(key, make, directory=cache_directory)

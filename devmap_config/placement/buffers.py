@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 
-ALWAYS_OFFLOADED = ("fbgemm_fp8",)
-"""Methods of quantization with which transformers sets `offload_buffers` itself (`accelerate_dispatch`)."""
-
-
 def executors_for(
     loaded: LoadedProfile, model: LoadedModel, capacities: Mapping[DeviceId, int]
 ) -> tuple[Executor, ...]:
@@ -34,7 +30,7 @@ def executors_for(
     streamed as the plan counts them.
     """
     asked = loaded.profile.placement.offload.buffers
-    if model.quantization is not None and model.quantization.method in ALWAYS_OFFLOADED:
+    if model.quantization is not None and model.quantization.method.offloads_buffers:
         return (OFFLOADED,)
     if asked is not None:
         return (OFFLOADED if asked else LEFT,)

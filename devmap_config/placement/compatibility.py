@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
@@ -20,46 +20,11 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
-FP8_METHODS = ("fp8", "fbgemm_fp8")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """The storage devices that a quantizer's `validate_environment` refuses in a map, and when.
-
-    `alone_is_fine`: a map with nothing but the CPU is accepted. `prequantized_is_fine`: so is a checkpoint that is
-    quantised already. `unless` is an argument of the quantization that makes it accept them, and leave there what it
-    does not quantise: which it cannot of a checkpoint that is quantised already.
-    """
-
-    devices: tuple[str, ...]
-    alone_is_fine: bool = False
-    prequantized_is_fine: bool = False
-    unless: str | None = None
-
-
-REFUSALS = {
-    "bitsandbytes": Refusal(devices=("cpu", "disk"), alone_is_fine=True, unless="llm_int8_enable_fp32_cpu_offload"),
-    "bitnet": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
-    "eetq": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
-    "fbgemm_fp8": Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
-    "fp8": Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
-    "fp_quant": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
-    "gguf": Refusal(devices=("disk",)),
-    "higgs": Refusal(devices=("cpu", "disk")),
-    "hqq": Refusal(devices=("cpu", "disk")),
-    "metal": Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
-    "mxfp4": Refusal(devices=("disk",), prequantized_is_fine=True),
-    "nvfp4": Refusal(devices=("cpu", "disk")),
-    "quanto": Refusal(devices=("cpu", "disk"), alone_is_fine=True),
-}
-"""By method, as transformers 5.24's quantizers have it (`transformers/quantizers/quantizer_*.py`)."""
-
 
 def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel, sink: Sink) -> None:
     """Report accelerators of the catalogue that do not compute in the model's dtype."""
     method = None if model.quantization is None else model.quantization.method
-    wants_fp8 = model.dtype.startswith("float8") or method in FP8_METHODS
+    wants_fp8 = model.dtype.startswith("float8") or (method is not None and method.needs_fp8)
     for device in inventory.devices:
         card = device.accelerator
         if card is None:
@@ -78,45 +43,24 @@ def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel,
         )
 
 
-def refused_devices(model: LoadedModel) -> tuple[str, ...]:
-    """The devices onto which the model's quantizer loads nothing, where accelerators are at hand."""
-    quantization = model.quantization
-    refusal = None if quantization is None else REFUSALS.get(quantization.method)
-    if quantization is None or refusal is None:
-        return ()
-    if quantization.is_prequantized:
-        return () if refusal.prequantized_is_fine else refusal.devices
-    return () if refusal.unless and quantization.arguments.get(refusal.unless) else refusal.devices
-
-
-def accepting_argument(model: LoadedModel) -> str | None:
-    """The argument with which the model's quantizer would load onto the devices that it now refuses, if any."""
-    quantization = model.quantization
-    if quantization is None or quantization.is_prequantized or not refused_devices(model):
-        return None
-    return REFUSALS[quantization.method].unless
-
-
 def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
     """Report a map that the model's quantizer refuses to load by."""
     quantization = model.quantization
-    refused = refused_devices(model)
-    if quantization is None or not refused:
+    if quantization is None:
         return
-    refusal = REFUSALS[quantization.method]
-    used = {device for device in device_map.values() if device in refused}
-    is_told = refusal.unless is not None and bool(quantization.arguments.get(refusal.unless))
-    if not used or (refusal.alone_is_fine and not is_told and set(device_map.values()) == {"cpu"}):
+    devices = set(device_map.values())
+    used = devices.intersection(quantization.refused_devices)
+    accepts_alone = quantization.method.refusal.alone_is_fine and not quantization.is_told_to_accept
+    if not used or (accepts_alone and devices == {"cpu"}):
         return
     advice = "give the accelerators more room, or leave these devices out of the profile"
+    argument = quantization.accepting_argument
+    nothing = "nothing of a quantised checkpoint" if quantization.is_prequantized else "nothing"
     sink.error(
         "quantizer-refuses",
-        f"{quantization.method} loads nothing{' of a quantised checkpoint' if quantization.is_prequantized else ''}"
-        f" onto {' or '.join(sorted(map(str, used)))}",
+        f"{quantization.method.name} loads {nothing} onto {' or '.join(sorted(map(str, used)))}",
         loaded.span("model", "quantization"),
-        help=f"say `{refusal.unless}: true`, or {advice}"
-        if refusal.unless and not quantization.is_prequantized
-        else advice,
+        help=f"say `{argument}: true`, or {advice}" if argument else advice,
     )
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.placement.compatibility import refused_devices
 from devmap_config.placement.problem import Aim, Problem
 from devmap_config.placement.units import fold
 from devmap_config.profile.devices import expand_devices
@@ -62,7 +61,7 @@ def problem_of(
         groups=(*(names for _, names in resolution.groups), *together),
         forbidden={name: tuple(rules) for name, rules in resolution.forbidden.items()},
         quantizer_lowers_budgets=model.lowers_budgets,
-        refused=refused_devices(model),
+        refused=() if model.quantization is None else model.quantization.refused_devices,
         executor=executor,
     )
     _check_possible(problem, resolution, sink)

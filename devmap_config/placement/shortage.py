@@ -62,7 +62,7 @@ def _report_impasse(
         if device not in refused
     )
     if kept_off := [device for device in problem.capacities if device in refused]:
-        method = model.quantization.method if model.quantization is not None else "quantization"
+        method = model.quantization.method.name if model.quantization is not None else "quantization"
         listed += f" ({method} loads nothing onto {' or '.join(kept_off)})"
     measurement = problem.graph.measurement
     cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from devmap_config.amounts import GIBIBYTE
-from devmap_config.placement.compatibility import accepting_argument
 from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
@@ -114,7 +113,8 @@ class _Search:
 
     def told_to_offload(self) -> str | None:
         """Let the quantizer leave on the CPU and the disk what it does not quantise, where it can be told to."""
-        argument, asked = accepting_argument(self.model), self.profile.model.quantization
+        quantization, asked = self.model.quantization, self.profile.model.quantization
+        argument = None if quantization is None else quantization.accepting_argument
         if argument is None or not asked:
             return None
         tried = self.trials.compiles(Change(quantization={**asked, argument: True}))

@@ -28,6 +28,7 @@ from devmap_config.profile.quantities import (
     parse_nanoseconds,
     parse_share,
 )
+from devmap_config.quantization.registry import METHODS
 
 OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
 """Those that compare times; the first has to and is after nothing else, the others do where they can."""
@@ -38,12 +39,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """transformers 5.24's implementations; a kernel of the hub is named by its repository, `owner/name`."""
-
-QUANTIZATION_METHODS = (
-    "aqlm auto-round awq bitnet bitsandbytes compressed-tensors eetq fbgemm_fp8 fouroversix fp8 fp_quant gemma gguf"
-    " gptq higgs hqq metal mxfp4 mxfp8 nvfp4 quanto quark sinq spqr torchao vptq"
-)
-"""transformers 5.24's `QuantizationMethod`, a word each."""
 
 TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
 """A template may stand for any scalar; what it renders to is checked by the compiler."""
@@ -89,7 +84,7 @@ def _quantization(value: object) -> object:
     if isinstance(value, dict):
         if "method" not in value:
             raise PydanticCustomError("quantization-method", "the method is missing")
-        _one_of("choice", tuple(QUANTIZATION_METHODS.split()))(value["method"])
+        _one_of("choice", tuple(METHODS))(value["method"])
     return _deeply_resolved(value)
 
 
@@ -221,7 +216,7 @@ Quantization = Annotated[
         {
             "type": "object",
             "required": ["method"],
-            "properties": {"method": {"anyOf": [{"enum": QUANTIZATION_METHODS.split()}, TEMPLATE_SCHEMA]}},
+            "properties": {"method": {"anyOf": [{"enum": list(METHODS)}, TEMPLATE_SCHEMA]}},
         }
     ),
 ]

@@ -12,6 +12,7 @@ from devmap_config.graph.model import Tensor, TensorName, ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk, streamed_from
 from devmap_config.libraries.torch import non_persistent_buffers, own_buffers
 from devmap_config.libraries.transformers import should_convert_module
+from devmap_config.quantization.storage import PACKED_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -211,10 +212,6 @@ def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> li
         if shape != graph.tensors[name].shape:
             wrong.append(f"`{name}` is {list(shape)} on disk, and {list(graph.tensors[name].shape)} in the model")
     return wrong
-
-
-PACKED_DTYPES = ("int8", "uint8", "int32", "float8_e4m3fn", "float8_e5m2")
-"""What quantised weights are held in."""
 
 
 def _read_from(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 from devmap_config.graph.failures import failure_of
-from devmap_config.graph.quantization import torchao_type
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
 from devmap_config.libraries.versions import TRIED, release
 from devmap_config.plan.plan import transformers_device
+from devmap_config.quantization.registry import transformers_arguments
 from devmap_config.runner.arguments import HUB_ARGUMENTS
 
 if TYPE_CHECKING:
@@ -155,7 +155,10 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
     try:
         model_class, arguments = _model_class(request), {**arguments, **_own_config(request)}
         if request.quantization:
-            arguments = {**arguments, "quantization_config": _quantization_config(request.quantization)}
+            arguments = {
+                **arguments,
+                "quantization_config": quantization_config(transformers_arguments(request.quantization)),
+            }
         model, info = model_class.from_pretrained(request.weights, **arguments)
     except LibraryChangedError:
         raise
@@ -248,10 +251,3 @@ def _require_devices(plan: Plan) -> None:
                 f"the plan uses {use.id}, and the number of {kind} devices of this machine is {count}",
                 "compile a profile that describes this machine, or run on the one that this profile describes",
             )
-
-
-def _quantization_config(quantization: Mapping[str, Any]) -> Any:
-    arguments = dict(quantization)
-    if arguments["method"] == "torchao":  # a profile may name the class alone
-        arguments["quant_type"] = {"default": torchao_type(arguments.get("quant_type"))}
-    return quantization_config({"quant_method": arguments.pop("method"), **arguments})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pkgutil import iter_modules
 
 import pytest
 import torch
@@ -20,15 +21,13 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.introspection import build_graph, build_meta_model, graph_of
 from devmap_config.graph.loading import vendor
-from devmap_config.graph.quantization import (
-    METHODS,
-    Quantization,
-    QuantizationError,
-    effective_quantization,
-    format_of,
-)
 from devmap_config.libraries.accelerate import hooks_of
-from devmap_config.runner.loading import _quantization_config
+from devmap_config.libraries.transformers import quantization_config
+from devmap_config.quantization import methods
+from devmap_config.quantization.arguments import QuantizationError
+from devmap_config.quantization.method import Quantization
+from devmap_config.quantization.registry import METHODS, effective_quantization, transformers_arguments
+from devmap_config.quantization.unsized import UNSIZED
 
 LLAMA = {
     "hidden_size": 256,
@@ -93,7 +92,11 @@ def loaded(folder, quantization=None):
     """The model as `from_pretrained` holds it, its graph, and the quantization."""
     config = json.loads((folder / "config.json").read_text())
     effective = effective_quantization(quantization, config)
-    arguments = {} if quantization is None else {"quantization_config": _quantization_config(quantization)}
+    arguments = (
+        {}
+        if quantization is None
+        else {"quantization_config": quantization_config(transformers_arguments(quantization))}
+    )
     name = config["architectures"][0]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, device_map="cpu", **arguments
@@ -148,7 +151,7 @@ def graph_bytes(graph, attribute="size_bytes"):
 def planner_sizes(folder, quantization=None):
     """Bytes by module as transformers' own planner counts them, on the meta model that its quantizer has prepared."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    arguments = None if quantization is None else _quantization_config(quantization)
+    arguments = None if quantization is None else quantization_config(transformers_arguments(quantization))
     quantizer, config, _ = get_hf_quantizer(config, arguments, None, True, {})
     model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = build_meta_model(model_class, config, torch.bfloat16)
@@ -182,7 +185,7 @@ ON_THE_FLY = {
 @pytest.mark.parametrize("name", ON_THE_FLY)
 def test_sizes_are_those_of_what_is_quantised_while_loading(name, kind, checkpoint):
     model, graph, quantization = loaded(checkpoint(kind), ON_THE_FLY[name])
-    assert format_of(quantization) is not None
+    assert quantization.format() is not None
     assert graph_bytes(graph) == held_bytes(model)
 
 
@@ -232,7 +235,10 @@ def test_bitsandbytes_leaves_as_it_is_what_a_map_offloads(name, kind, checkpoint
     offloaded = [path for path in graph.blocks if path.endswith(".1") or path == "lm_head"][:1]
     device_map = {path: "cpu" if path in offloaded else STANDING_IN_FOR_A_CARD for path in graph.blocks}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map=device_map, quantization_config=_quantization_config(asked)
+        folder,
+        dtype=torch.bfloat16,
+        device_map=device_map,
+        quantization_config=quantization_config(transformers_arguments(asked)),
     )
     assert offloaded
     held = held_bytes(model)
@@ -284,7 +290,7 @@ def test_compressed_tensors_are_dense_from_the_first_forward_on(form, kind, chec
     compressor.update_config(tmp_path)
 
     model, graph, quantization = loaded(tmp_path)
-    assert format_of(quantization) is not None
+    assert quantization.format() is not None
     assert 0 < sum(held_bytes(model).values()) < graph.size_bytes
     with torch.no_grad():
         model(torch.arange(4)[None])
@@ -341,7 +347,7 @@ def test_mxfp4_has_the_bytes_of_the_modules_that_transformers_builds():
     config = transformers.GptOssConfig(
         hidden_size=128, intermediate_size=96, num_hidden_layers=1, num_local_experts=4, vocab_size=256
     )
-    quantization = Quantization("mxfp4", {"modules_to_not_convert": ["lm_head"]}, is_prequantized=True)
+    quantization = Quantization(METHODS["mxfp4"], {"modules_to_not_convert": ["lm_head"]}, is_prequantized=True)
     model = build_meta_model(transformers.GptOssForCausalLM, config, torch.bfloat16)
     graph = graph_of(model, torch.bfloat16, quantization)
     with torch.device("meta"):
@@ -401,7 +407,7 @@ def test_a_checkpoint_that_is_dequantised_while_loading_is_counted_dense():
     ],
 )
 def test_what_is_not_known_is_left_as_it_is(quantization):
-    assert format_of(effective_quantization(quantization, {})) is None
+    assert effective_quantization(quantization, {}).format() is None
 
 
 @pytest.mark.parametrize(
@@ -427,7 +433,7 @@ def test_what_is_not_known_is_left_as_it_is(quantization):
 )
 def test_arguments_that_cannot_be_meant(quantization):
     with pytest.raises(QuantizationError):
-        format_of(effective_quantization(quantization, {}))
+        effective_quantization(quantization, {}).format()
 
 
 ARGUMENTS = {
@@ -470,12 +476,15 @@ ODD_VALUES = (
 )
 
 
-@pytest.mark.parametrize("method", METHODS)
+SIZED = sorted(METHODS.keys() - {method.name for method in UNSIZED})
+
+
+@pytest.mark.parametrize("method", SIZED)
 def test_whatever_the_arguments_are_there_is_a_size_or_a_diagnostic(method):
     model = build_meta_model(transformers.LlamaForCausalLM, MODELS["llama"], torch.bfloat16)
     for name in ARGUMENTS[method]:
         for value in ODD_VALUES:
-            quantization = Quantization(method, {**RIGHT.get(method, {}), name: value}, is_prequantized=True)
+            quantization = Quantization(METHODS[method], {**RIGHT.get(method, {}), name: value}, is_prequantized=True)
             try:
                 assert graph_of(model, torch.bfloat16, quantization).size_bytes > 0
             except QuantizationError as error:
@@ -503,10 +512,19 @@ def test_a_graph_is_kept_for_its_quantization(workspace):
     assert codes == ["stale-graph"]
 
 
+def test_every_method_of_transformers_is_known_once_and_by_its_name():
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    assert list(METHODS) == sorted(method.value for method in QuantizationMethod)
+    assert sorted(file.name.replace("_", "-") for file in iter_modules(methods.__path__)) == SIZED
+    assert len(METHODS) == len(SIZED) + len(UNSIZED)
+
+
 def test_what_lowers_the_planners_budgets_is_what_transformers_has():
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
 
     quantizers = {**AUTO_QUANTIZER_MAPPING, "bitsandbytes": AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]}
-    for name, method in METHODS.items():
+    for name in SIZED:
+        method = METHODS[name]
         assert method.lowers_budgets == (quantizers[name].adjust_max_memory is not HfQuantizer.adjust_max_memory), name

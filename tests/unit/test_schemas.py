@@ -14,11 +14,10 @@ from cases.test_cases import HERE, PAGES
 from cases.test_cases import read as read_case
 from conftest import REPOSITORY
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.quantization_config import QuantizationMethod
 
 from devmap_config.plan.lock_format import lock_schema
 from devmap_config.profile.json_schema import profile_schema
-from devmap_config.profile.schema import ATTENTIONS, QUANTIZATION_METHODS
+from devmap_config.profile.schema import ATTENTIONS
 
 SCHEMAS = REPOSITORY / "schemas"
 PROFILES = sorted((REPOSITORY / "profiles").glob("*.yaml"))
@@ -130,10 +129,6 @@ Yaml12Loader.yaml_implicit_resolvers = {
 }
 Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
 Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false$"), list("tf"))
-
-
-def test_quantization_methods_are_those_of_transformers():
-    assert QUANTIZATION_METHODS.split() == sorted(method.value for method in QuantizationMethod)
 
 
 def test_attentions_are_those_of_transformers():

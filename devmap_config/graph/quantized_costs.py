@@ -1,0 +1,58 @@
+"""What running a model costs with quantised weights, from what was measured with dense ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.model import TensorName, ancestors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.graph.costs import Measurement, ModuleCost
+    from devmap_config.graph.model import ModelGraph
+
+
+def quantized(
+    measurement: Measurement, graph: ModelGraph, dense_bytes: Mapping[str, int], *, dequantizes: bool
+) -> Measurement:
+    """Return what was measured with dense weights as it is with those that the graph holds.
+
+    Args:
+        measurement: of the model before quantization.
+        graph: with sizes after it.
+        dense_bytes: what each converted tensor takes in the dtype of the activations.
+        dequantizes: whether that much lives besides while its module runs.
+    """
+    dense: dict[str, int] = {}
+    held: dict[str, int] = {}
+    copied: dict[str, int] = {}
+    for name, size_bytes in dense_bytes.items():
+        module = name.rpartition(".")[0]
+        dense[module] = dense.get(module, 0) + size_bytes
+        held[module] = held.get(module, 0) + graph.tensors[TensorName(name)].size_bytes
+        for path in (module, *ancestors(module)) if dequantizes else ():
+            copied[path] = max(copied.get(path, 0), size_bytes)
+
+    def stored(cost: ModuleCost) -> ModuleCost:
+        copy_bytes = copied.get(cost.path, 0)
+        peaks = {
+            figure: getattr(cost, figure) + copy_bytes
+            for figure in ("prefill_peak_bytes", "decode_peak_bytes", "doubled_peak_bytes")
+        }
+        if cost.path not in dense:
+            return replace(cost, **peaks)
+        before, after = dense[cost.path], held[cost.path]
+        written_bytes = 2 * before if dequantizes else 0  # and read again
+        return replace(
+            cost,
+            **peaks,
+            own_peak_bytes=cost.own_peak_bytes + copy_bytes,
+            doubled_own_peak_bytes=cost.doubled_own_peak_bytes + copy_bytes,
+            prefill_touched_bytes=max(cost.prefill_touched_bytes - before, 0) + after + written_bytes,
+            # One token reads little but weights, of experts only the active ones.
+            decode_touched_bytes=cost.decode_touched_bytes * after // before,
+        )
+
+    return replace(measurement, modules=tuple(map(stored, measurement.modules)))

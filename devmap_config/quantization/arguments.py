@@ -1,0 +1,63 @@
+"""Reads the arguments of a quantization, which a profile or a checkpoint's config gives."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+class QuantizationError(Exception):
+    """The arguments of a quantization cannot be meant; the text says which, `help` what to write."""
+
+    def __init__(self, message: str, help: str) -> None:
+        self.help = help
+        super().__init__(message)
+
+
+@contextmanager
+def reported_as_error(method: str) -> Iterator[None]:
+    """Raise `QuantizationError` for what arguments of another shape than transformers writes make fail."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as error:
+        raise QuantizationError(
+            f"the arguments of {method} cannot be read: {error}",
+            "write them as transformers does into a checkpoint's `config.json`",
+        ) from error
+
+
+def flag(arguments: Mapping[str, Any], name: str) -> bool:
+    """Return an argument that is true or false; false where it is left out."""
+    value = arguments.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise QuantizationError(f"`{name}` is neither true nor false", f"say `{name}: true`, or leave it out")
+
+
+def positive(arguments: Mapping[str, Any], name: str, default: int) -> int:
+    """Return an argument that is a positive whole number."""
+    value = arguments.get(name, default)
+    if type(value) is not int or value <= 0:
+        raise QuantizationError(f"`{name}` is no positive whole number", f"such as `{name}: {default}`")
+    return value
+
+
+def check_names(arguments: Mapping[str, Any], name: str) -> None:
+    """Raise where an argument is given and is no list of names."""
+    value = arguments.get(name)
+    if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        raise QuantizationError(f"`{name}` is no list of names", f"such as `{name}: [lm_head]`")
+
+
+def bits_and_group(method: str, arguments: Mapping[str, Any], known: Sequence[int]) -> tuple[int, int | None]:
+    """Return `bits`, and the columns that share a scale: `None` for all of a row, which is written as -1."""
+    bits = positive(arguments, "bits", 4)
+    if bits not in known:
+        allowed = ", ".join(map(str, known))
+        raise QuantizationError(f"{method} has no weights of {bits} bits", f"say `bits:` with {allowed}")
+    group = arguments.get("group_size", 128)
+    return bits, None if group == -1 else positive(arguments, "group_size", 128)

@@ -1,0 +1,158 @@
+"""What there is to know of a method of quantization, and a quantization of a model by such a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from devmap_config.quantization.arguments import reported_as_error
+from devmap_config.quantization.weights import linear_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.quantization.weights import Weight
+
+Arguments = Mapping[str, Any]
+"""Those of transformers' config of a method, without the method."""
+
+
+class Format(NamedTuple):
+    """How converted weights are stored.
+
+    `size` gives the bytes of one matrix with all companions, or `None` for a shape that the quantizer leaves as it is;
+    `planner` what transformers' planner counts for it (`param_element_size`). `dtype` is torch's name of what is
+    packed, `None` where that is the model's own. `bias_dtype` is what the quantizer's modules hold biases in, where
+    that is not the model's dtype. `in_buffers`: these modules hold all in buffers, which accelerate treats in another
+    way than parameters. `is_dense_where_offloaded`: what a map has on `cpu` or `disk` is left as it is.
+    """
+
+    dtype: str | None
+    size: Callable[[Weight], int | None]
+    planner: Callable[[Weight], float]
+    bias_dtype: str | None = None
+    in_buffers: bool = False
+    is_dense_where_offloaded: bool = False
+
+
+UNCHANGED = Format(None, lambda _: None, lambda weight: weight.elements * weight.element_bytes)
+"""Of what is dequantised while loading: dense, as the model is without quantization."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """The storage devices that a quantizer's `validate_environment` refuses in a map, and when.
+
+    `alone_is_fine`: a map with nothing but the CPU is accepted. `prequantized_is_fine`: so is a checkpoint that is
+    quantised already. `unless` is an argument of the quantization that makes it accept them, and leave there what it
+    does not quantise: which it cannot of a checkpoint that is quantised already.
+    """
+
+    devices: tuple[str, ...] = ()
+    alone_is_fine: bool = False
+    prequantized_is_fine: bool = False
+    unless: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is known of one method of quantization; the defaults are for one whose sizes are not known.
+
+    Attributes:
+        name: transformers' name of it (`QuantizationMethod`).
+        format: how weights are stored; `None` where the arguments leave it open, or are not known here.
+        converts: yields the names of the tensors that are converted, of a model on the meta device.
+        details: the arguments in a few words, as in the heading of a plan.
+        dequantizes: whether a full copy of a weight, in the dtype of the activations, may live while its module runs.
+        source: where `dequantizes` is from.
+        refusal: what the quantizer does not load onto.
+        lowers_budgets: whether the quantizer's `adjust_max_memory` takes a tenth off every budget of the planner.
+        needs_accelerator: whether transformers dequantises the checkpoint while loading where there is none.
+        needs_fp8: whether accelerators have to compute in fp8.
+        offloads_buffers: whether transformers sets accelerate's `offload_buffers` itself (`accelerate_dispatch`).
+        loading_arguments: what a profile may change of a checkpoint's own quantization (`get_loading_attributes`).
+        completed: the arguments as transformers takes them, where a profile may say less.
+    """
+
+    name: str
+    format: Callable[[Quantization], Format | None] = lambda _: None
+    converts: Callable[[PreTrainedModel, Arguments], Iterator[tuple[str, Weight]]] = linear_weights
+    details: Callable[[Arguments], str] = lambda _: ""
+    dequantizes: bool = False
+    source: str = ""
+    refusal: Refusal = Refusal()
+    lowers_budgets: bool = False
+    needs_accelerator: bool = False
+    needs_fp8: bool = False
+    offloads_buffers: bool = False
+    loading_arguments: tuple[str, ...] = ()
+    completed: Callable[[Arguments], Arguments] = lambda arguments: arguments
+
+
+PATCHED_MODEL_TYPES = ("llama4", "llama4_text")
+"""Whose experts become other modules in a quantised checkpoint (`MODULES_TO_PATCH_FOR_QUANTIZATION`)."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantization of a model as transformers applies it.
+
+    `is_prequantized`: the checkpoint holds quantised weights, so that nothing is quantised while loading. `model_type`
+    is the model's.
+    """
+
+    method: Method
+    arguments: Arguments
+    is_prequantized: bool = False
+    model_type: str = ""
+
+    def format(self) -> Format | None:
+        """Return how its weights are stored, or `None` where that is not known.
+
+        Raises:
+            QuantizationError: where its arguments cannot be meant.
+        """
+        with reported_as_error(self.method.name):
+            return self.method.format(self)
+
+    def __str__(self) -> str:
+        """In a few words, as in the heading of a plan: `gptq 4 bit`, `bitsandbytes nf4 4 bit`."""
+        details = "dequantised" if self.format() is UNCHANGED else self.method.details(self.arguments)
+        return f"{self.method.name} {details}".rstrip()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that a graph depends on, as plain data."""
+        form = self.format()
+        in_buffers = {"in_buffers": True} if form is not None and form.in_buffers else {}  # older graphs do not say so
+        return {
+            "method": self.method.name,
+            "arguments": dict(self.arguments),
+            "prequantized": self.is_prequantized,
+            **in_buffers,
+        }
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether transformers replaces modules of the model, beside those that the quantizer does."""
+        return self.is_prequantized and self.model_type in PATCHED_MODEL_TYPES
+
+    @property
+    def refused_devices(self) -> tuple[str, ...]:
+        """The devices onto which the quantizer loads nothing, where accelerators are at hand."""
+        refusal = self.method.refusal
+        accepts = refusal.prequantized_is_fine if self.is_prequantized else self.is_told_to_accept
+        return () if accepts else refusal.devices
+
+    @property
+    def accepting_argument(self) -> str | None:
+        """The argument with which the quantizer would load onto the devices that it now refuses, if any."""
+        return self.method.refusal.unless if self.refused_devices and not self.is_prequantized else None
+
+    @property
+    def is_told_to_accept(self) -> bool:
+        """Whether the arguments say that the quantizer is to accept what it refuses by itself."""
+        unless = self.method.refusal.unless
+        return unless is not None and bool(self.arguments.get(unless))

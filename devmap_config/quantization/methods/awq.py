@@ -1,0 +1,49 @@
+"""AWQ: 4 bits in words of int32, as gptqmodel's kernels hold them."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from devmap_config.quantization.arguments import bits_and_group, check_names
+from devmap_config.quantization.method import Format, Method
+from devmap_config.quantization.weights import is_linear, left_as_they_are, matrices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.quantization.method import Arguments, Quantization
+    from devmap_config.quantization.weights import Weight
+
+
+def _format(quantization: Quantization) -> Format | None:
+    """`qweight` and `qzeros` in int32, `scales` in float16 (gptqmodel's `AWQuantLinear`)."""
+    bits, group = bits_and_group(METHOD.name, quantization.arguments, (4,))
+    check_names(quantization.arguments, "modules_to_not_convert")
+    form = quantization.arguments.get("format") or quantization.arguments.get("version") or "gemm"
+    if not quantization.is_prequantized or str(form).lower() != "gemm":
+        return None
+
+    def size(weight: Weight) -> int:
+        groups = weight.columns // (group or weight.columns)
+        packed_row = 4 * ceil(weight.rows * bits / 32)
+        return weight.columns * packed_row + groups * packed_row + 2 * groups * weight.rows
+
+    return Format("int32", size, size, bias_dtype="float16", in_buffers=True)
+
+
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+    return matrices(model, is_linear, left_as_they_are(model, arguments, add_default_skips=True))
+
+
+METHOD = Method(
+    name="awq",
+    format=_format,
+    converts=_converted,
+    details=lambda arguments: f"{arguments.get('bits', 4)} bit",
+    dequantizes=True,
+    source="gptqmodel's torch kernel and its GEMM kernel in prefill; Marlin and ExLlama do not",
+    loading_arguments=("backend",),
+)

@@ -1,0 +1,90 @@
+"""bitsandbytes: 8 bits with a scale a row, or 4 bits with one for each 64 elements."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from devmap_config.quantization.arguments import QuantizationError, check_names, flag
+from devmap_config.quantization.method import Format, Method, Refusal
+from devmap_config.quantization.weights import is_plain_linear, left_as_they_are, matrices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.quantization.method import Arguments, Quantization
+    from devmap_config.quantization.weights import Weight
+
+
+BLOCK = 64
+"""Elements that share one absolute maximum (`bitsandbytes.functional.quantize_4bit`, on CUDA and CPU)."""
+
+CODE_BYTES = 16 * 4
+"""The 16 values of nf4 or fp4 in float32, which every weight holds."""
+
+NESTED_BLOCK = 256
+NESTED_CODE_BYTES = 256 * 4 + 4
+"""The 256 values of the quantised maxima in float32, and their offset."""
+
+STORAGE_ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
+"""What 4 bits may be packed into (`bnb_4bit_quant_storage`)."""
+
+ACCEPT_OFFLOADING = "llm_int8_enable_fp32_cpu_offload"
+
+
+def _format(quantization: Quantization) -> Format | None:
+    arguments = quantization.arguments
+    in_4bit, in_8bit = flag(arguments, "load_in_4bit"), flag(arguments, "load_in_8bit")
+    if in_4bit == in_8bit:
+        wanted = "one of `load_in_4bit: true` and `load_in_8bit: true`"
+        raise QuantizationError(f"bitsandbytes takes {wanted}", f"say {wanted}")
+    check_names(arguments, "llm_int8_skip_modules")
+    # What a map has on the CPU is then not converted (`_process_model_before_weight_loading`), and not in fp32 either.
+    offloads = flag(arguments, ACCEPT_OFFLOADING) and not quantization.is_prequantized
+    if flag(arguments, "llm_int8_has_fp16_weight") or quantization.is_patched:
+        return None
+    if in_8bit:
+        return Format(
+            "int8",
+            lambda weight: weight.elements + 4 * weight.rows,
+            lambda weight: weight.elements,
+            is_dense_where_offloaded=offloads,
+        )
+    kind = arguments.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise QuantizationError(f"`{kind}` is no type of bitsandbytes", "say `bnb_4bit_quant_type: nf4`, or `fp4`")
+    dtype = str(arguments.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    item_bytes = STORAGE_ITEM_BYTES.get(dtype)
+    if item_bytes is None:
+        return None
+    is_nested = flag(arguments, "bnb_4bit_use_double_quant")
+
+    def size(weight: Weight) -> int:
+        packed = (weight.elements + 1) // (2 * item_bytes) * item_bytes
+        maxima = ceil(weight.elements / BLOCK)
+        nested = maxima + 4 * ceil(maxima / NESTED_BLOCK) + NESTED_CODE_BYTES
+        return packed + CODE_BYTES + (nested if is_nested else 4 * maxima)
+
+    return Format(dtype, size, lambda weight: weight.elements * 0.5, is_dense_where_offloaded=offloads)
+
+
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+    return matrices(model, is_plain_linear, left_as_they_are(model, arguments, "llm_int8_skip_modules"))
+
+
+def _details(arguments: Arguments) -> str:
+    return f"{arguments.get('bnb_4bit_quant_type', 'fp4')} 4 bit" if arguments.get("load_in_4bit") else "8 bit"
+
+
+METHOD = Method(
+    name="bitsandbytes",
+    format=_format,
+    converts=_converted,
+    details=_details,
+    dequantizes=True,
+    source="4 bit: bitsandbytes' `gemm_4bit` beyond a few tokens; 8 bit multiplies in int8 and does not",
+    refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True, unless=ACCEPT_OFFLOADING),
+    lowers_budgets=True,
+)

@@ -1,0 +1,76 @@
+"""GPTQ: whole numbers of 2 to 8 bits in words of int32, as gptqmodel's kernels hold them."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from devmap_config.quantization.arguments import bits_and_group
+from devmap_config.quantization.method import Format, Method
+from devmap_config.quantization.weights import is_plain_linear, matrices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.quantization.method import Arguments, Quantization
+    from devmap_config.quantization.weights import Weight
+
+
+BLOCKS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "model.language_model.layers",
+)
+"""Where the blocks are that are quantised, the first that a model has (`optimum.gptq.constants.BLOCK_PATTERNS`)."""
+
+
+def _format(quantization: Quantization) -> Format | None:
+    """`qweight` and `qzeros` in int32, `scales` in float16, and `g_idx` in int32 (gptqmodel's `GPTQQuantLinear`).
+
+    Beside them stand the shifts that unpack a word, as gptqmodel's torch kernels hold them; other kernels repack, and
+    hold a workspace of some hundred bytes. These hold all of it in buffers; Marlin, which holds parameters, repacks
+    them once they are loaded, which it cannot where they are streamed.
+    """
+    bits, group = bits_and_group(METHOD.name, quantization.arguments, (2, 3, 4, 8))
+    form = quantization.arguments.get("checkpoint_format") or quantization.arguments.get("format") or "gptq"
+    if not quantization.is_prequantized or form not in ("gptq", "gptq_v2") or bits == 3:
+        return None
+
+    def size(weight: Weight) -> int:
+        groups = ceil(weight.columns / (group or weight.columns))
+        packed = 4 * weight.rows * ceil(weight.columns * bits / 32)
+        zeros = 4 * groups * ceil(weight.rows * bits / 32)
+        shifts = 4 * (32 // bits)
+        return packed + zeros + 2 * groups * weight.rows + 4 * weight.columns + shifts
+
+    return Format("int32", size, size, bias_dtype="float16", in_buffers=True)
+
+
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+    names = [name for name, _ in model.named_modules()]
+    blocks = arguments.get("block_name_to_quantize") or next(
+        (prefix for prefix in BLOCKS if any(name.startswith(prefix) for name in names)), None
+    )
+    inside = arguments.get("modules_in_block_to_quantize")
+    endings = None if inside is None else tuple(ending for group in inside for ending in group)
+    if blocks is None:
+        return
+    for name, weight in matrices(model, is_plain_linear):
+        module = name.removesuffix(".weight")
+        if module.startswith(blocks) and (endings is None or module.endswith(endings)):
+            yield name, weight
+
+
+METHOD = Method(
+    name="gptq",
+    format=_format,
+    converts=_converted,
+    details=lambda arguments: f"{arguments.get('bits', 4)} bit",
+    dequantizes=True,
+    source="gptqmodel's `TorchLinear.forward`; Marlin and ExLlama do not",
+    loading_arguments=("backend",),
+)

@@ -1,0 +1,62 @@
+"""quanto: int8 and fp8 with a scale a row, int4 and int2 with one a group."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from devmap_config.quantization.arguments import QuantizationError, check_names
+from devmap_config.quantization.method import Format, Method, Refusal
+
+if TYPE_CHECKING:
+    from devmap_config.quantization.method import Quantization
+    from devmap_config.quantization.weights import Weight
+
+
+BITS = {"int8": 8, "float8": 8, "int4": 4, "int2": 2}
+SCALES_BYTES = 8
+"""`input_scale` and `output_scale` of a module in float32, which are held though activations are not quantised."""
+
+
+def _format(quantization: Quantization) -> Format | None:
+    weights = quantization.arguments.get("weights", "int8")
+    check_names(quantization.arguments, "modules_to_not_convert")
+    if not isinstance(weights, str) or weights not in BITS:
+        allowed = ", ".join(BITS)
+        raise QuantizationError(f"`{weights}` is no type of quanto's weights", f"say `weights:` with one of {allowed}")
+    if quantization.is_prequantized or quantization.arguments.get("activations") is not None:
+        return None
+    bits = BITS[weights]
+
+    def size(weight: Weight) -> int:
+        if bits == 8:
+            return weight.elements + weight.element_bytes * weight.rows + SCALES_BYTES
+        group = _group(weight.columns)
+        grouped_rows = weight.rows if group is None else weight.elements // group
+        packed = ceil(grouped_rows * bits / 8) * (group or weight.columns)
+        return packed + 2 * weight.element_bytes * grouped_rows + SCALES_BYTES
+
+    dtype = {"int8": "int8", "float8": "float8_e4m3fn"}.get(weights, "uint8")
+    # The planner sees those two scales in the model's dtype.
+    return Format(dtype, size, lambda weight: weight.elements * bits / 8 + 2 * weight.element_bytes)
+
+
+def _group(columns: int) -> int | None:
+    """Return the columns that share a scale, `None` for whole rows (`optimum.quanto.QModuleMixin.__init__`)."""
+    group = 128
+    if columns <= group:
+        return None
+    while columns % group and group > 32:
+        group -= 32
+    return group if columns % group == 0 else None
+
+
+METHOD = Method(
+    name="quanto",
+    format=_format,
+    details=lambda arguments: str(arguments.get("weights", "int8")),
+    dequantizes=True,
+    source="optimum-quanto's `qbytes_mm` and `QTensor` fall back to dense weights where no kernel fits",
+    refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True),
+    lowers_budgets=True,
+)

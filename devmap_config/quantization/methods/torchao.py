@@ -1,0 +1,114 @@
+"""torchao: int8, fp8 or int4, as its configs say."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.quantization.arguments import QuantizationError, check_names, flag, positive
+from devmap_config.quantization.method import Format, Method
+from devmap_config.quantization.weights import is_linear, left_as_they_are, matrices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.quantization.method import Arguments, Quantization
+    from devmap_config.quantization.weights import Weight
+
+
+TILE_ROWS, TILE_COLUMNS = 8, 1024
+"""What tinygemm's tiles are padded to (`Int4TilePackedTo4dTensor.from_hp`)."""
+
+
+def _format(quantization: Quantization) -> Format | None:
+    arguments = quantization.arguments
+    kind = _config(arguments.get("quant_type"))
+    check_names(arguments, "modules_to_not_convert")
+    if flag(arguments, "include_input_output_embeddings") or flag(arguments, "untie_embedding_weights"):
+        return None
+    if kind.get("_version", 2) != 2:
+        return None
+    name, data = kind["_type"], kind.get("_data") or {}
+    if name == "Int4WeightOnlyConfig":
+        return _int4(data)
+    block = _block(data.get("granularity"))
+    if block is None:
+        return None
+    if name == "Int8WeightOnlyConfig" and data.get("group_size") is None:
+        # A scale in float32 and a zero point in int8, though quantization is symmetric.
+        return Format("int8", lambda weight: weight.elements + 5 * weight.blocks(*block), lambda each: each.elements)
+    dtype = data.get("weight_dtype") or "float8_e4m3fn"
+    if isinstance(dtype, dict):
+        dtype = dtype.get("_data")
+    if name == "Float8WeightOnlyConfig" and dtype in ("float8_e4m3fn", "float8_e5m2"):
+        return Format(dtype, lambda weight: weight.elements + 4 * weight.blocks(*block), lambda each: each.elements)
+    return None
+
+
+def _config(value: Any) -> dict[str, Any]:
+    """Return a torchao config as torchao writes it: from that, or from the name of its class alone."""
+    if isinstance(value, str):
+        return {"_type": value, "_version": 2, "_data": {}}
+    if isinstance(value, dict):
+        value = value.get("default", value)
+        if isinstance(value, dict) and isinstance(value.get("_type"), str):
+            return value
+    raise QuantizationError("torchao takes `quant_type`", "such as `quant_type: Int8WeightOnlyConfig`")
+
+
+def _int4(data: Arguments) -> Format | None:
+    group = positive(data, "group_size", 128)
+    packing = data.get("int4_packing_format") or "plain"
+    packing = str(packing.get("_data") if isinstance(packing, dict) else packing).lower()
+
+    def plain(weight: Weight) -> int | None:
+        if weight.columns % group:
+            return None  # torchao leaves it as it is
+        return weight.elements // 2 + 2 * weight.element_bytes * weight.blocks(1, group)
+
+    def tiled(weight: Weight) -> int | None:
+        if weight.columns % group:
+            return None
+        columns = ceil(weight.columns / TILE_COLUMNS) * TILE_COLUMNS
+        rows = ceil(weight.rows / TILE_ROWS) * TILE_ROWS
+        return rows * columns // 2 + 4 * rows * ceil(columns / group)
+
+    size = {"plain": plain, "tile_packed_to_4d": tiled}.get(packing)
+    dtype = "uint8" if packing == "plain" else "int32"
+    return None if size is None else Format(dtype, size, lambda weight: weight.elements * 0.5)
+
+
+def _block(granularity: Any) -> tuple[int | None, int | None] | None:
+    """Return the rows and columns that share a scale."""
+    if granularity is None:
+        return (1, None)
+    data = granularity.get("_data") or {}
+    kind = (granularity.get("_type"), data.get("dim", -1), data.get("axis"))
+    if kind[0] == "PerGroup":
+        return (1, positive(data, "group_size", 0))
+    known: dict[Any, tuple[int | None, int | None]] = {
+        ("PerRow", -1, None): (1, None),
+        ("PerAxis", -1, 0): (1, None),
+        ("PerTensor", -1, None): (None, None),
+    }
+    return known.get(kind)
+
+
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+    left = left_as_they_are(model, arguments)
+    # The patterns are held against the parameter's name here, not the module's.
+    return matrices(model, is_linear, left, lambda name: f"{name}.weight")
+
+
+METHOD = Method(
+    name="torchao",
+    format=_format,
+    converts=_converted,
+    details=lambda arguments: str(_config(arguments.get("quant_type"))["_type"]),
+    dequantizes=True,
+    source="`Int8Tensor` and `Float8Tensor` convert a weight in `linear`; `Int4Tensor` has a kernel and does not",
+    lowers_budgets=True,
+    completed=lambda arguments: {**arguments, "quant_type": {"default": _config(arguments.get("quant_type"))}},
+)

@@ -1,0 +1,34 @@
+"""The methods whose sizes are not known: their weights are counted as they are before quantization, an upper bound.
+
+HQQ is among them because transformers 5.24 loads no such model (`HqqHfQuantizer` has no `get_quantize_ops`).
+"""
+
+from __future__ import annotations
+
+from devmap_config.quantization.method import Method, Refusal
+
+UNSIZED = (
+    Method(name="aqlm"),
+    Method(name="auto-round"),
+    Method(name="bitnet", refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True)),
+    Method(name="eetq", refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True)),
+    Method(
+        name="fbgemm_fp8",
+        refusal=Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
+        needs_fp8=True,
+        offloads_buffers=True,
+    ),
+    Method(name="fouroversix"),
+    Method(name="fp_quant", refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True)),
+    Method(name="gemma"),
+    Method(name="gguf", refusal=Refusal(devices=("disk",))),
+    Method(name="higgs", refusal=Refusal(devices=("cpu", "disk"))),
+    Method(name="hqq", refusal=Refusal(devices=("cpu", "disk"))),
+    Method(name="metal", refusal=Refusal(devices=("cpu", "disk"), prequantized_is_fine=True)),
+    Method(name="mxfp8"),
+    Method(name="nvfp4", refusal=Refusal(devices=("cpu", "disk"))),
+    Method(name="quark"),
+    Method(name="sinq"),
+    Method(name="spqr"),
+    Method(name="vptq"),
+)

@@ -1,0 +1,104 @@
+"""The weights of a model on the meta device that a quantizer converts."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from devmap_config.libraries.transformers import is_conv1d, modules_not_converted, should_convert_module
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+    from transformers import PreTrainedModel
+
+EXPERT_TENSORS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class Weight(NamedTuple):
+    """A matrix, or several of one shape in one tensor, whose elements take `element_bytes` before quantization."""
+
+    rows: int
+    columns: int
+    element_bytes: int
+    matrices: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Elements of one matrix."""
+        return self.rows * self.columns
+
+    def blocks(self, rows: int | None = 1, columns: int | None = None) -> int:
+        """Return the blocks of this many rows and columns in one matrix, begun ones included; `None` for all."""
+        return ceil(self.rows / (rows or self.rows)) * ceil(self.columns / (columns or self.columns))
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Return whether a module is torch's linear one, or of a class made from that."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear)
+
+
+def is_plain_linear(module: torch.nn.Module) -> bool:
+    """Return whether a module is torch's linear one or GPT-2's, and of no class made from these."""
+    import torch
+
+    return type(module) is torch.nn.Linear or is_conv1d(module)
+
+
+def left_as_they_are(
+    model: PreTrainedModel,
+    arguments: Mapping[str, Any],
+    name: str = "modules_to_not_convert",
+    *,
+    add_default_skips: bool = False,
+) -> list[str]:
+    """Return the patterns of modules that stay as they are, by transformers' own rule.
+
+    Args:
+        model: on the meta device.
+        arguments: of the quantization.
+        name: the argument that lists modules which are to stay.
+        add_default_skips: whether those that transformers finds itself stay beside the listed ones.
+    """
+    return modules_not_converted(model, arguments.get(name), add_default_skips=add_default_skips)
+
+
+def matrices(
+    model: PreTrainedModel,
+    is_converted: Callable[[Any], bool],
+    left: Sequence[str] = (),
+    matched_name: Callable[[str], str] = lambda name: name,
+) -> Iterator[tuple[str, Weight]]:
+    """Yield the weights of linear modules: `(out, in)`, or the other way round in a `Conv1D`.
+
+    Args:
+        model: on the meta device.
+        is_converted: tells of a module whether the quantizer replaces such.
+        left: the patterns of modules that stay as they are.
+        matched_name: what those are held against, from a module's name.
+    """
+    for name, module in model.named_modules():
+        if is_converted(module) and should_convert_module(matched_name(name), list(left)):
+            rows, columns = reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape
+            yield f"{name}.weight", Weight(rows, columns, module.weight.element_size())
+
+
+def linear_weights(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
+    """Yield the weights of all linear modules but those in `modules_to_not_convert`, as most quantizers do."""
+    return matrices(model, is_linear, left_as_they_are(model, arguments))
+
+
+def fused_experts(
+    model: PreTrainedModel, left: Sequence[str], is_converted: Callable[[str, Any], bool]
+) -> Iterator[tuple[str, Weight]]:
+    """Yield the tensors of experts that are kept as one: `(expert, out, in)`, or the last two the other way round."""
+    for path, module in model.named_modules():
+        if not is_converted(path, module) or not should_convert_module(path, list(left)):
+            continue
+        for name, value in module.named_parameters(recurse=False):
+            if name in EXPERT_TENSORS and value.ndim == 3:
+                count, rows, columns = value.shape
+                yield f"{path}.{name}", Weight(rows, columns, value.element_size(), count)
