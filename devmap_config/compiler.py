@@ -191,7 +191,7 @@ class VariableNameError(DevmapError, TypeError):
 
     def __init__(self, name: object) -> None:
         message, help = f"the names of variables are text, and {name!r} is none", f'write it as text: "{name}"'
-        finding = Diagnostic(code="unknown-variable", severity="error", message=message, help=help)
+        finding = Diagnostic.error("unknown-variable", message, help=help)
         super().__init__(f"{message}: {help}", (finding,))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from io import TextIOWrapper
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from devmap_config.cli.tree import tree
 from devmap_config.cli.update import update
 from devmap_config.diagnostics.diagnostic import DevmapError
 from devmap_config.libraries.private import LibraryChangedError
+
+if TYPE_CHECKING:
+    from devmap_config.diagnostics.codes import ErrorCode
 
 EXIT_USAGE = 2
 EXIT_BUG = 70
@@ -125,7 +128,7 @@ def _output_format() -> str:
     return given[-1] if given else "table"
 
 
-def _print_failure(code: str, message: str) -> None:
+def _print_failure(code: ErrorCode, message: str) -> None:
     """The one object that `--format json` promises, where a command came to none."""
     if _output_format() != "json":
         return
@@ -134,5 +137,5 @@ def _print_failure(code: str, message: str) -> None:
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.diagnostics.structured import diagnostics_to_json
 
-    finding: Any = Diagnostic(code=code, severity="error", message=message)
+    finding: Any = Diagnostic.error(code, message)
     click.echo(json.dumps({"diagnostics": diagnostics_to_json([finding]), "plan": None}, indent=2))

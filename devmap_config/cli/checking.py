@@ -111,13 +111,7 @@ def check_one(profile: Path, request: CheckRequest) -> Checked:
     if compilation.has_errors or problem is None:
         return _checked(profile, compilation, "wrong" if compilation.has_errors else "fresh")
     code, message = problem
-    finding = Diagnostic(
-        code=code,
-        severity="error",
-        message=f"`{path}` {message}",
-        span=whole_file(str(profile)),
-        help=remedy(code, profile),
-    )
+    finding = Diagnostic.error(code, f"`{path}` {message}", whole_file(str(profile)), help=remedy(code, profile))
     return _checked(profile, compilation, STATES[code], finding)
 
 

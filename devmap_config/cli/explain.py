@@ -39,7 +39,7 @@ def explain(
     allow_unmeasured: bool,
 ) -> int:
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
-    from devmap_config.diagnostics.pages import codes
+    from devmap_config.diagnostics.codes import CODES
 
     if Path(subject).is_file() or subject.endswith(".lock.json"):
         from devmap_config.compiler import Request
@@ -56,9 +56,8 @@ def explain(
         return _explain_profile(request, module)
     if subject.endswith((".yaml", ".yml")):
         raise click.UsageError(f"there is no profile `{subject}`")
-    known = codes()
-    if subject not in known:
-        close = difflib.get_close_matches(subject, known, n=1)
+    if subject not in CODES:
+        close = difflib.get_close_matches(subject, CODES, n=1)
         meant = f"; did you mean `{close[0]}`?" if close else ""
         raise click.UsageError(f"there is no diagnostic `{subject}`, and no profile of that name{meant}")
     if module is not None:
@@ -70,7 +69,7 @@ def explain(
 def _print_page(code: str) -> None:
     import sys
 
-    from devmap_config.diagnostics.pages import page
+    from devmap_config.diagnostics.codes import page
 
     if sys.stdout.isatty():
         from rich.console import Console

@@ -82,10 +82,9 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
 
         found, failures = measured(planned, begun)
     notes = tuple(
-        Diagnostic(
-            code="not-measured",
-            severity="warning",
-            message=f"{words} could not be measured: {reason}",
+        Diagnostic.warning(
+            "not-measured",
+            f"{words} could not be measured: {reason}",
             help="write what is known of it into the block by hand, or leave it to the catalogue",
         )
         for words, reason in failures.items()
@@ -139,19 +138,17 @@ def _read(file: Path, output_format: str) -> Lock | int:
         return lock
     data = {"fits": None, "needs": None, "seen": None}
     if not file.is_file():
-        missing = Diagnostic(
-            code="missing-file",
-            severity="error",
-            message=f"`{file}` {'is a folder' if file.is_dir() else 'does not exist'}",
+        missing = Diagnostic.error(
+            "missing-file",
+            f"`{file}` {'is a folder' if file.is_dir() else 'does not exist'}",
             help="name a lock, as `devmap compile` writes it",
         )
         report([missing], {}, output_format, data=data)
         return EXIT_MISSING_FILE
-    unreadable = Diagnostic(
-        code="unreadable-lock",
-        severity="error",
-        message=f"`{file}` cannot be used: {problem}",
-        span=whole_file(str(file)),
+    unreadable = Diagnostic.error(
+        "unreadable-lock",
+        f"`{file}` cannot be used: {problem}",
+        whole_file(str(file)),
         help="run `devmap compile` on its profile",
     )
     report([unreadable], {}, output_format, data=data)

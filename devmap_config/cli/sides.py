@@ -13,6 +13,7 @@ from devmap_config.plan.lock import LockError, lock_at, lock_path, read_lock
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.diagnostics.codes import ErrorCode, WarningCode
     from devmap_config.plan.lock import Lock
 
 EXIT_WRONG = 1
@@ -95,13 +96,12 @@ def _asked_for(profile: Path, options: _Options) -> Side:
     )
     if compilation.plan is None:
         raise SideError(EXIT_WRONG, *compilation.diagnostics, texts=compilation.texts)
-    problem = compilation.drift.message if compilation.drift is not None else problem
-    code = compilation.drift.code if compilation.drift is not None else "missing-lock"
-    notes = (
-        (_note(code, f"`{path}` {problem}", "compared is what the profile asks for now"),)
-        if problem is not None
-        else ()
-    )
+    code: WarningCode = "missing-lock"
+    if drift := compilation.drift:
+        problem, code = drift.message, "broken-lock" if drift.code == "broken-lock" else "stale-lock"
+    notes: tuple[Diagnostic, ...] = ()
+    if problem is not None:
+        notes = (Diagnostic.warning(code, f"`{path}` {problem}", help="compared is what the profile asks for now"),)
     return Side(str(profile), compilation.plan.to_json(), notes)
 
 
@@ -132,9 +132,5 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
 
 
-def _note(code: str, message: str, help: str | None) -> Diagnostic:
-    return Diagnostic(code=code, severity="warning", message=message, help=help)
-
-
-def _refused(code: str, message: str, help: str | None) -> SideError:
-    return SideError(EXIT_USAGE, Diagnostic(code=code, severity="error", message=message, help=help))
+def _refused(code: ErrorCode, message: str, help: str | None) -> SideError:
+    return SideError(EXIT_USAGE, Diagnostic.error(code, message, help=help))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-Severity = Literal["error", "warning"]
+    from typing_extensions import Unpack
+
+    from devmap_config.diagnostics.codes import Code, ErrorCode, Severity, WarningCode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -30,6 +32,14 @@ class Related:
     span: Span
 
 
+class Details(TypedDict, total=False):
+    """What a finding may say besides its message: beside the marked text, what to do next, and of other places."""
+
+    label: str | None
+    help: str | None
+    related: tuple[Related, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostic:
     """One finding.
@@ -38,13 +48,30 @@ class Diagnostic:
     `code` is stable and has a page under `docs/codes/`.
     """
 
-    code: str
+    code: Code
     severity: Severity
     message: str
     span: Span | None = None
     label: str | None = None
     help: str | None = None
     related: tuple[Related, ...] = ()
+
+    @classmethod
+    def error(cls, code: ErrorCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> Diagnostic:
+        """Return a finding that stops a command."""
+        return cls(code=code, severity="error", message=message, span=span, **details)
+
+    @classmethod
+    def warning(
+        cls, code: WarningCode, message: str, span: Span | None = None, **details: Unpack[Details]
+    ) -> Diagnostic:
+        """Return a finding that a user should know of and that stops nothing."""
+        return cls(code=code, severity="warning", message=message, span=span, **details)
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the finding stops a command."""
+        return self.severity == "error"
 
 
 class Sink:
@@ -59,37 +86,13 @@ class Sink:
         self.origins: dict[str, Span] = {}
         self.texts: dict[str, str] = {}
 
-    def error(
-        self,
-        code: str,
-        message: str,
-        span: Span | None = None,
-        *,
-        label: str | None = None,
-        help: str | None = None,
-        related: tuple[Related, ...] = (),
-    ) -> None:
+    def error(self, code: ErrorCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> None:
         """Record something that stops the compilation."""
-        self.report(
-            Diagnostic(code=code, severity="error", message=message, span=span, label=label, help=help, related=related)
-        )
+        self.report(Diagnostic.error(code, message, span, **details))
 
-    def warning(
-        self,
-        code: str,
-        message: str,
-        span: Span | None = None,
-        *,
-        label: str | None = None,
-        help: str | None = None,
-        related: tuple[Related, ...] = (),
-    ) -> None:
+    def warning(self, code: WarningCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> None:
         """Record something that a user should know but that stops nothing."""
-        self.report(
-            Diagnostic(
-                code=code, severity="warning", message=message, span=span, label=label, help=help, related=related
-            )
-        )
+        self.report(Diagnostic.warning(code, message, span, **details))
 
     def report(self, diagnostic: Diagnostic) -> None:
         """Record a finding that is already made; the same one twice is one."""
@@ -103,7 +106,7 @@ class Sink:
     @property
     def has_errors(self) -> bool:
         """Whether anything recorded so far stops the compilation."""
-        return any(diagnostic.severity == "error" for diagnostic in self._diagnostics)
+        return any(diagnostic.is_error for diagnostic in self._diagnostics)
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
@@ -137,7 +140,7 @@ class ProfileError(DevmapError):
     """A profile is wrong or cannot be satisfied; `diagnostics` say where and why, in which `texts`."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
-        errors = [diagnostic for diagnostic in diagnostics if diagnostic.severity == "error"]
+        errors = [diagnostic for diagnostic in diagnostics if diagnostic.is_error]
         super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors), diagnostics)
         self.texts = dict(texts or {})
 

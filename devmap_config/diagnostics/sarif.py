@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from devmap_config.diagnostics.codes import page, severities, summary
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from devmap_config.diagnostics.codes import Code
     from devmap_config.diagnostics.diagnostic import Diagnostic, Span
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -23,7 +26,7 @@ def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dic
         "runs": [
             {
                 "tool": {
-                    "driver": {"name": "devmap-config", "version": version, "rules": [{"id": code} for code in codes]}
+                    "driver": {"name": "devmap-config", "version": version, "rules": [_rule(code) for code in codes]}
                 },
                 "columnKind": "unicodeCodePoints",
                 "results": [_result(diagnostic, codes) for diagnostic in found],
@@ -32,7 +35,18 @@ def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dic
     }
 
 
-def _result(diagnostic: Diagnostic, codes: list[str]) -> dict[str, Any]:
+def _rule(code: Code) -> dict[str, Any]:
+    """What the registry says of a code, which code hosts show beside the finding."""
+    text = page(code)
+    return {
+        "id": code,
+        "shortDescription": {"text": summary(code)},
+        "help": {"text": text, "markdown": text},
+        "defaultConfiguration": {"level": severities(code)[0]},
+    }
+
+
+def _result(diagnostic: Diagnostic, codes: Sequence[Code]) -> dict[str, Any]:
     parts = [diagnostic.message, diagnostic.label, diagnostic.help]
     result: dict[str, Any] = {
         "ruleId": diagnostic.code,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeGuard
 
+    from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.files import Boundary
 
 SINGLE_FILE = "model.safetensors"
@@ -50,7 +51,7 @@ COMPARED_BYTES = 2**20
 class CheckpointError(Exception):
     """The files of a checkpoint cannot be used; the text names the file, `help` says what to do."""
 
-    def __init__(self, code: str, message: str, help: str) -> None:
+    def __init__(self, code: ErrorCode, message: str, help: str) -> None:
         self.code = code
         self.help = help
         super().__init__(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
@@ -516,6 +516,7 @@ def report_failure(failure: Failure, consequence: str, span: Span | None, sink: 
         sink: takes what is found.
         allowed: whether the user said that it may be so; `None` where it may not, whatever the user says.
     """
+    code: Literal["library-changed", "measuring-failed"]
     if failure.cause == "library":
         code, message = "library-changed", f"{failure.reason}: {consequence}"
         mend = "install a version that was tried (docs/libraries.md)"

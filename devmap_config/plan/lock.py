@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.problem import DeviceId
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 class LockError(DevmapError):
     """A lock cannot be had; the text says why, as the predicate of its file's name. `code` is a diagnostic's."""
 
-    def __init__(self, message: str, code: str = "unreadable-lock") -> None:
-        super().__init__(message, (Diagnostic(code=code, severity="error", message=f"the lock {message}"),))
+    def __init__(self, message: str, code: ErrorCode = "unreadable-lock") -> None:
+        super().__init__(message, (Diagnostic.error(code, f"the lock {message}"),))
         self.code = code
 
 
@@ -148,7 +149,7 @@ def profile_of(path: Path) -> Path:
 
 
 def _missing(message: str, help: str) -> ProfileError:
-    return ProfileError((Diagnostic(code="missing-file", severity="error", message=message, help=help),))
+    return ProfileError((Diagnostic.error("missing-file", message, help=help),))
 
 
 def lock_of(

@@ -65,7 +65,7 @@ class NotADeviceMapError(DevmapError):
         self.units = units
         message = f"this plan computes on the CPU, which a device_map cannot say: {', '.join(units)}"
         help = "load it with `devmap run` or `devmap_config.load_model`"
-        found = Diagnostic(code="not-a-device-map", severity="error", message=message, help=help)
+        found = Diagnostic.error("not-a-device-map", message, help=help)
         super().__init__(f"{message}; {help}", (found,))
 
 

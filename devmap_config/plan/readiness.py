@@ -10,7 +10,9 @@ from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
-    from devmap_config.diagnostics.diagnostic import Severity, Span
+    from collections.abc import Iterator
+
+    from devmap_config.diagnostics.diagnostic import Span
     from devmap_config.plan.lock import Lock
     from devmap_config.probe.machine import SeenMachine
 
@@ -67,7 +69,7 @@ def differences(
         found += _other_cards(lock, seen)
     for demand in wanted:
         if demand.device == "disk":
-            found += _disk(demand, "warning" if disk_may_be_read_in_place else "error")
+            found += _disk(demand, may_be_read_in_place=disk_may_be_read_in_place)
         else:
             found += _memory(demand)
     return tuple(replace(each, span=span) for each in found)
@@ -109,87 +111,58 @@ def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> De
     )
 
 
-def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> list[Diagnostic]:
+def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Iterator[Diagnostic]:
     there = [each.id for each in seen.accelerators]
     missing = [each.device for each in wanted if is_accelerator(each.device) and each.device not in there]
-    if not missing:
-        return []
     kind = kind_needed(lock)
     advice = "compile a profile that describes this machine, or run on the one that this profile describes"
-    if seen.kind not in (None, kind):
-        return [
-            Diagnostic(
-                code="other-accelerators",
-                severity="error",
-                message=f"the plan is for {kind} devices, and this machine has {', '.join(there)}",
-                help=advice,
-            )
-        ]
-    listed = ", ".join(missing)
-    return [
-        Diagnostic(
-            code="device-missing",
-            severity="error",
-            message=f"the plan uses {listed}, and the number of {kind} devices of this machine is {len(there)}",
-            help=advice,
-        )
-    ]
+    if missing and seen.kind not in (None, kind):
+        message = f"the plan is for {kind} devices, and this machine has {', '.join(there)}"
+        yield Diagnostic.error("other-accelerators", message, help=advice)
+    elif missing:
+        number = f"the number of {kind} devices of this machine is {len(there)}"
+        yield Diagnostic.error("device-missing", f"the plan uses {', '.join(missing)}, and {number}", help=advice)
 
 
-def _other_cards(lock: Lock, seen: SeenMachine) -> list[Diagnostic]:
+def _other_cards(lock: Lock, seen: SeenMachine) -> Iterator[Diagnostic]:
     """A card that is not the one that was planned with may do; what was predicted for the other is then not true."""
-    found = []
     used = _needs(lock)
     for each in seen.accelerators:
         planned = lock.hardware.get(each.id, {}).get("accelerator") if each.id in used else None
         if planned is not None and each.accelerator != planned:
-            found.append(
-                Diagnostic(
-                    code="another-card",
-                    severity="warning",
-                    message=f"{each.id} is {each.accelerator or each.name}, and the plan was made for {planned}",
-                    help="speeds were predicted for the other; describe this machine and compile again",
-                )
+            yield Diagnostic.warning(
+                "another-card",
+                f"{each.id} is {each.accelerator or each.name}, and the plan was made for {planned}",
+                help="speeds were predicted for the other; describe this machine and compile again",
             )
-    return found
 
 
-def _memory(demand: Demand) -> list[Diagnostic]:
+def _memory(demand: Demand) -> Iterator[Diagnostic]:
     needed_bytes = demand.needed_bytes + demand.context_bytes
     context = f", {format_bytes(demand.context_bytes)} of it for a context" if demand.context_bytes else ""
     needed = f"the plan needs {format_bytes(needed_bytes)} there{context}"
     if demand.memory_bytes is not None and demand.memory_bytes < needed_bytes:
-        return [
-            Diagnostic(
-                code="too-little-memory",
-                severity="error",
-                message=f"{demand.device} has {format_bytes(demand.memory_bytes)}, and {needed}",
-                help=f"give {demand.device} the memory that it has here in the profile, and compile again",
-            )
-        ]
-    if demand.free_bytes is not None and demand.free_bytes < needed_bytes:
+        yield Diagnostic.error(
+            "too-little-memory",
+            f"{demand.device} has {format_bytes(demand.memory_bytes)}, and {needed}",
+            help=f"give {demand.device} the memory that it has here in the profile, and compile again",
+        )
+    elif demand.free_bytes is not None and demand.free_bytes < needed_bytes:
         held = "" if demand.memory_bytes is None else f" of its {format_bytes(demand.memory_bytes)}"
-        return [
-            Diagnostic(
-                code="memory-held",
-                severity="error",
-                message=f"{demand.device} has {format_bytes(demand.free_bytes)}{held} free now, and {needed}",
-                help="end what holds the rest; if it stays, write it into the profile as the device's `reserve`, "
-                "and compile again",
-            )
-        ]
-    return []
+        yield Diagnostic.error(
+            "memory-held",
+            f"{demand.device} has {format_bytes(demand.free_bytes)}{held} free now, and {needed}",
+            help="end what holds the rest; if it stays, write it into the profile as the device's `reserve`, "
+            "and compile again",
+        )
 
 
-def _disk(demand: Demand, severity: Severity) -> list[Diagnostic]:
-    if demand.free_bytes is None or demand.free_bytes >= demand.needed_bytes:
-        return []
-    return [
-        Diagnostic(
-            code="too-little-disk",
-            severity=severity,
-            message=f"the disk has {format_bytes(demand.free_bytes)} free, "
-            f"and the plan puts {format_bytes(demand.needed_bytes)} there",
+def _disk(demand: Demand, *, may_be_read_in_place: bool) -> Iterator[Diagnostic]:
+    if demand.free_bytes is not None and demand.free_bytes < demand.needed_bytes:
+        report = Diagnostic.warning if may_be_read_in_place else Diagnostic.error
+        yield report(
+            "too-little-disk",
+            f"the disk has {format_bytes(demand.free_bytes)} free,"
+            f" and the plan puts {format_bytes(demand.needed_bytes)} there",
             help="free some of it, or offload to another; weights that are read where the checkpoint lies need no more",
         )
-    ]

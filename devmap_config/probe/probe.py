@@ -78,10 +78,9 @@ def _numbered(visible: Visible) -> tuple[SeenAccelerator, ...]:
 
 
 def _guessed_order() -> Diagnostic:
-    return Diagnostic(
-        code="guessed-order",
-        severity="warning",
-        message="how CUDA numbers these cards cannot be told without torch: they are given as they are on the PCI bus",
+    return Diagnostic.warning(
+        "guessed-order",
+        "how CUDA numbers these cards cannot be told without torch: they are given as they are on the PCI bus",
         help="set `CUDA_DEVICE_ORDER=PCI_BUS_ID`, here and where the model runs; or install torch for CUDA",
     )
 
@@ -93,10 +92,9 @@ def _unseen(kind: str) -> Diagnostic:
         if kind == "cuda"
         else f"torch for {maker}'s accelerators"
     )
-    return Diagnostic(
-        code="unseen-accelerator",
-        severity="warning",
-        message=f"there is a driver of {maker}'s, and nothing installed that can ask it for its accelerators",
+    return Diagnostic.warning(
+        "unseen-accelerator",
+        f"there is a driver of {maker}'s, and nothing installed that can ask it for its accelerators",
         help=f"install {can_tell}",
     )
 

@@ -17,6 +17,7 @@ from devmap_config.profile.quoting import closed, unquoted_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.diagnostics.diagnostic import Sink
 
 MAX_CHARACTERS = 1_000_000
@@ -317,7 +318,7 @@ class _Composer:
             self.sink.error("syntax", message, self.span(event), help=help)
         raise _RefusedError
 
-    def refuse(self, code: str, message: str, event: yaml.Event, help: str | None = None) -> NoReturn:
+    def refuse(self, code: ErrorCode, message: str, event: yaml.Event, help: str | None = None) -> NoReturn:
         self.sink.error(code, message, self.span(event), help=help)
         raise _RefusedError
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
+    from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.diagnostics.diagnostic import Sink, Span
 
 Route: TypeAlias = "tuple[str | int, ...]"
@@ -354,11 +355,12 @@ def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Si
         )
         return
     if kind in ("bad-quantity", "bad-device-name"):
-        sink.error(kind, context["text"], span, help=context["help"])
+        code: ErrorCode = "bad-quantity" if kind == "bad-quantity" else "bad-device-name"
+        sink.error(code, context["text"], span, help=context["help"])
         return
     if kind == "unsupported-version":
         sink.error(
-            kind,
+            "unsupported-version",
             f"version {context['value']} of the profile language is not known",
             span,
             help="this devmap-config reads `version: 1`; a newer one may read more",
@@ -369,7 +371,7 @@ def _refuse(details: ErrorDetails, route: Route, document: MappingNode, sink: Si
         close = difflib.get_close_matches(context["value"], choices, n=1)
         wanted = f"did you mean `{close[0]}`? " if close else ""
         listed = f"one of {', '.join(f'`{each}`' for each in choices)}"
-        code = kind if kind == "unknown-strategy" else "wrong-type"
+        code = "unknown-strategy" if kind == "unknown-strategy" else "wrong-type"
         message = f"`{context['value']}` is no strategy" if code == kind else f"{name} cannot be `{context['value']}`"
         sink.error(code, message, span, help=wanted + listed)
         return

@@ -15,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from devmap_config.diagnostics.codes import ErrorCode
+
 MAX_STEPS = 20_000
 """Loop rounds, calls and operations of one template."""
 MAX_CHARACTERS = 10_000
@@ -34,7 +36,7 @@ HELP = "templates are jinja2 expressions such as `{{ context * 2 }}`"
 class TemplateRefusedError(Exception):
     """A template cannot be rendered. `code` is a diagnostic's."""
 
-    def __init__(self, code: str, message: str, help: str = HELP) -> None:
+    def __init__(self, code: ErrorCode, message: str, help: str = HELP) -> None:
         super().__init__(message)
         self.code = code
         self.message = message

@@ -10,6 +10,8 @@ from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.diagnostics.codes import ErrorCode
+
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "token"})
 """How files are had from the hub: that changes nothing of what they hold, which is verified."""
 
@@ -61,8 +63,8 @@ RULED_OUT: Mapping[str, str] = {
 class ArgumentError(DevmapError, TypeError):
     """An argument is none that `load_model` may pass on to `from_pretrained`; `code` is a diagnostic's."""
 
-    def __init__(self, code: str, message: str, help: str) -> None:
-        super().__init__(f"{message}: {help}", (Diagnostic(code=code, severity="error", message=message, help=help),))
+    def __init__(self, code: ErrorCode, message: str, help: str) -> None:
+        super().__init__(f"{message}: {help}", (Diagnostic.error(code, message, help=help),))
         self.code = code
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.diagnostics.codes import Code, ErrorCode
     from devmap_config.plan.plan import Plan
 
 COMPUTE_HELP = "say `compute: cpu` of the module around it, or drop it: the weights are then streamed at every forward"
@@ -38,22 +39,19 @@ class RunnerError(DevmapError):
         diagnostics: the same, and what else is to be known.
     """
 
-    def __init__(
-        self, code: str, message: str, help: str | None = None, diagnostics: tuple[Diagnostic, ...] = ()
-    ) -> None:
-        self.code = code
+    def __init__(self, code: ErrorCode, message: str, help: str | None = None) -> None:
+        self.code: Code = code
         self.help = help
-        own = Diagnostic(code=code, severity="error", message=message, help=help)
-        super().__init__(message, diagnostics or (own,))
+        super().__init__(message, (Diagnostic.error(code, message, help=help),))
 
 
 class UnfitMachineError(RunnerError):
     """This machine cannot carry the plan, as it is now; `diagnostics` say what it lacks."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
-        errors = [each for each in diagnostics if each.severity == "error"]
-        message = "; ".join(each.message for each in errors)
-        super().__init__(errors[0].code, message, errors[0].help, diagnostics)
+        errors = [each for each in diagnostics if each.is_error]
+        self.code, self.help = errors[0].code, errors[0].help
+        DevmapError.__init__(self, "; ".join(each.message for each in errors), diagnostics)
 
 
 @contextmanager

@@ -1,48 +1,47 @@
-"""Every code that the program can print has a page, and every page a code."""
+"""Every diagnostic code is registered, reported somewhere, and explained on a page."""
 
 from __future__ import annotations
 
-import ast
 import re
 
+import pytest
 from conftest import REPOSITORY
 
-from devmap_config.diagnostics.pages import codes, page
+from devmap_config.diagnostics import codes
+from devmap_config.diagnostics.codes import CODES, page, severities, summary
+from devmap_config.diagnostics.diagnostic import Diagnostic
+from devmap_config.diagnostics.sarif import diagnostics_to_sarif
 
-CODE = re.compile(r"[a-z]+(-[a-z]+)+|syntax|usage")
-
-MAKERS = {"error", "warning", "report", "refuse", "RunnerError", "TemplateRefusedError", "Violation", "Diagnostic"}
-
-
-def codes_in_source():
-    """The first text argument, or `kind=`/`code=`, of every call that makes a finding."""
-    found = set()
-    for path in (REPOSITORY / "devmap_config").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name not in MAKERS:
-                continue
-            values = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg in ("kind", "code"))]
-            for value in values:
-                if isinstance(value, ast.Constant) and isinstance(value.value, str) and CODE.fullmatch(value.value):
-                    found.add(value.value)
-    return found
+PAGES = {path.stem for path in (REPOSITORY / "docs" / "codes").glob("*.md")}
 
 
-def test_every_code_has_a_page():
-    assert codes_in_source() <= set(codes())
+def test_the_codes_are_those_that_have_a_page():
+    assert set(CODES) == PAGES
+    assert len(set(CODES)) == len(CODES)
 
 
-def test_every_page_is_of_a_code_that_something_prints():
-    source = "".join(path.read_text() for path in (REPOSITORY / "devmap_config").rglob("*.py"))
-    assert [code for code in codes() if f'"{code}"' not in source] == []
+def test_every_code_is_reported_somewhere():
+    modules = (path for path in (REPOSITORY / "devmap_config").rglob("*.py") if str(path) != codes.__file__)
+    source = "".join(path.read_text() for path in modules)
+    assert [code for code in CODES if f'"{code}"' not in source] == []
 
 
-def test_every_page_says_what_it_means_shows_an_example_and_a_mend():
-    for code in codes():
-        text = page(code)
-        assert text.startswith(f"# {code}\n"), code
-        assert "```" in text, code
-        assert "**What to do.**" in text, code
+@pytest.mark.parametrize("code", CODES)
+def test_a_page_names_its_severities_and_has_an_example_and_a_remedy(code):
+    text = page(code)
+    assert text.startswith(f"# {code}\n\n*")
+    head, _, _ = text.partition(" · ")
+    assert set(re.findall(r"\*(error|warning)\*", head)) == set(severities(code))
+    assert "```" in text
+    assert "**What to do.**" in text
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_sarif_has_its_help_from_the_registry(code):
+    finding = Diagnostic(code=code, severity=severities(code)[0], message="so it is")
+    [rule] = diagnostics_to_sarif([finding], "0.1.0")["runs"][0]["tool"]["driver"]["rules"]
+    assert rule["id"] == code
+    assert rule["shortDescription"] == {"text": summary(code)}
+    assert re.fullmatch(r"[^\n]{15,300}\.", summary(code))
+    assert rule["help"]["markdown"] == page(code)
+    assert rule["defaultConfiguration"] == {"level": severities(code)[0]}

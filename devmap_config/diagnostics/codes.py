@@ -1,0 +1,171 @@
+"""The registry of diagnostic codes. Each has a page under `docs/codes/`, which says what it means and what to do.
+
+A diagnostic is added by an entry here, a page, and the call that reports it; CONTRIBUTING.md goes through it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.metadata import files
+from pathlib import Path
+from typing import Literal, get_args
+
+from devmap_config.files import ANYWHERE, PACKAGED, read_text
+
+Severity = Literal["error", "warning"]
+
+AlwaysError = Literal[
+    "accelerate-missing",
+    "accelerate-too-old",
+    "bad-compute",
+    "bad-device-name",
+    "bad-pattern",
+    "bad-quantity",
+    "bad-quantization",
+    "compute-on-cpu",
+    "conflicting-pins",
+    "decided-argument",
+    "dequantized",
+    "device-mismatch",
+    "device-missing",
+    "duplicate-key",
+    "empty-pin",
+    "extends-cycle",
+    "forbidden-device",
+    "forward-failed",
+    "internal-error",
+    "load-failed",
+    "memory-beyond-card",
+    "memory-held",
+    "misplaced-tensors",
+    "misread-map",
+    "missing-figure",
+    "missing-file",
+    "missing-key",
+    "missing-memory",
+    "missing-workload",
+    "mixed-accelerators",
+    "model-not-found",
+    "needs-quotes",
+    "newer-lock",
+    "no-architecture",
+    "no-capacity",
+    "no-safetensors",
+    "no-text-input",
+    "no-weights",
+    "not-a-device-map",
+    "other-accelerators",
+    "outside-repository",
+    "over-capacity",
+    "overlapping-units",
+    "quantizer-refuses",
+    "range-beyond-end",
+    "split-tie",
+    "syntax",
+    "template-error",
+    "template-limit",
+    "too-large",
+    "too-little-memory",
+    "torch-missing",
+    "uncovered-tensor",
+    "undefined-variable",
+    "unknown-accelerator",
+    "unknown-argument",
+    "unknown-device",
+    "unknown-key",
+    "unknown-strategy",
+    "unknown-unit",
+    "unknown-variable",
+    "unlisted-device",
+    "unmatched-pattern",
+    "unproven-lock",
+    "unreadable-checkpoint",
+    "unreadable-lock",
+    "unsupported-dtype",
+    "unsupported-model",
+    "unsupported-version",
+    "unused-key",
+    "usage",
+    "wrong-checkpoint",
+    "wrong-type",
+]
+"""What stops a command, wherever it is reported."""
+
+AlwaysWarning = Literal[
+    "another-card",
+    "figures-moved",
+    "guessed-order",
+    "kept-together",
+    "library-warning",
+    "never-on-cards",
+    "no-tokenizer",
+    "not-measured",
+    "not-new",
+    "not-simulated",
+    "quantization-not-measured",
+    "shadowed-pin",
+    "stale-graph",
+    "unchecked-checkpoint",
+    "unexpected-tensors",
+    "unknown-dtype",
+    "unmeasured-model",
+    "unseen-accelerator",
+    "untried-version",
+]
+"""What stops nothing."""
+
+ErrorOrWarning = Literal[
+    "broken-lock",
+    "library-changed",
+    "measuring-failed",
+    "missing-lock",
+    "missing-offload-folder",
+    "remote-code",
+    "split-block",
+    "stale-lock",
+    "stranded-tensor",
+    "too-little-disk",
+]
+"""What stops a command or not, by where it is reported; the page says when."""
+
+ErrorCode = Literal[AlwaysError, ErrorOrWarning]
+WarningCode = Literal[AlwaysWarning, ErrorOrWarning]
+Code = Literal[AlwaysError, AlwaysWarning, ErrorOrWarning]
+
+CODES: tuple[Code, ...] = tuple(sorted(get_args(Code)))
+
+CHECKOUT = Path(__file__).parents[2] / "docs" / "codes"
+
+
+def severities(code: Code) -> tuple[Severity, ...]:
+    """Return what a code may be reported as, the graver first."""
+    may_be: dict[Severity, tuple[Code, ...]] = {"error": get_args(ErrorCode), "warning": get_args(WarningCode)}
+    return tuple(severity for severity, codes in may_be.items() if code in codes)
+
+
+def page(code: str) -> str:
+    """Return the page of a code, in Markdown."""
+    return read_text(_pages()[code], PACKAGED, ANYWHERE)
+
+
+def summary(code: Code) -> str:
+    """Return what a code means in one sentence: the first of its page.
+
+    >>> summary("duplicate-key")
+    'A mapping gives one key twice.'
+    """
+    _, _, text = page(code).partition(" · ")
+    return SENTENCE_END.split(text, maxsplit=1)[0].replace("\n", " ")
+
+
+SENTENCE_END = re.compile(r"(?<=\.)\s")
+
+
+@cache
+def _pages() -> dict[str, Path]:
+    """Return the pages by code: of this checkout, else those that were installed (`share/devmap-config/codes`)."""
+    if CHECKOUT.is_dir():
+        return {path.stem: path for path in CHECKOUT.glob("*.md")}
+    installed = (Path(str(file.locate())) for file in files("devmap-config") or ())
+    return {path.stem: path.resolve() for path in installed if path.suffix == ".md" and path.parent.name == "codes"}
