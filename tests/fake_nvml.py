@@ -26,7 +26,6 @@ class FakeCard:
     has_own_memory: bool = True
     is_lost: bool = False
     own_process: bool = False
-    instance: tuple = (0, 0)
 
 
 @dataclass
@@ -110,7 +109,5 @@ class FakeNvml:
         made.nvmlDeviceGetMemoryInfo, made.nvmlDeviceGetMigMode = asked(memory), asked(partitions)
         made.nvmlDeviceGetMaxMigDeviceCount = asked(lambda card: len(card.slices))
         made.nvmlDeviceGetMigDeviceHandleByIndex = asked(part)
-        made.nvmlDeviceGetGpuInstanceId = asked(lambda card: card.instance[0])
-        made.nvmlDeviceGetComputeInstanceId = asked(lambda card: card.instance[1])
         made.nvmlDeviceGetComputeRunningProcesses = asked(processes)
         return made

@@ -69,7 +69,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
     from devmap_config.probe.measuring import Step, measured, steps
     from devmap_config.probe.torch_rates import Devices
 
-    planned = steps(seen, disk_folder, Devices())
+    planned = tuple(steps(seen, disk_folder, Devices()))
     console = Console(stderr=True)
     columns = (BarColumn(), TextColumn("{task.description}"))
     progress = Progress(*columns, console=console, transient=True)

@@ -45,12 +45,12 @@ def _folders(root: Path, groups: list[str], mounts: list[str], controller: str) 
         return
     mounted_group, mount_point = mount
     top = root / mount_point.lstrip("/")
-    if ".." in PurePosixPath(within).parts:  # moved out of what this namespace sees: its own top is all there is
+    group = PurePosixPath(within)
+    # Moved out of what this namespace sees, or in a container that sees its own group as the top, by another name:
+    if ".." in group.parts or not group.is_relative_to(mounted_group):
         relative = PurePosixPath()
-    elif PurePosixPath(within).is_relative_to(mounted_group):
-        relative = PurePosixPath(within).relative_to(mounted_group)
-    else:  # a container that sees its own group as the top, by another name
-        relative = PurePosixPath()
+    else:
+        relative = group.relative_to(mounted_group)
     yield from (top / folder for folder in (relative, *relative.parents) if (top / folder).is_dir())
 
 
@@ -74,19 +74,17 @@ def _mount(line: str, controller: str) -> tuple[str, str] | None:
 
 def _version_2(folder: Path) -> GroupMemory | None:
     limits = [limit for name in ("memory.max", "memory.high") if (limit := _number(folder / name)) is not None]
-    used, cached = _number(folder / "memory.current"), _statistics(folder, "inactive_file", "active_file")
-    return GroupMemory(min(limits), max((used or 0) - cached, 0)) if limits else None
+    used = _number(folder / "memory.current") or 0
+    cached = _statistics(folder, "inactive_file", "active_file")
+    return GroupMemory(min(limits), max(used - cached, 0)) if limits else None
 
 
 def _version_1(folder: Path) -> GroupMemory | None:
     limit = _number(folder / "memory.limit_in_bytes")
     if limit is None or limit >= UNLIMITED_BYTES:
         return None
-    used, cached = (
-        _number(folder / "memory.usage_in_bytes"),
-        _statistics(folder, "total_inactive_file", "total_active_file"),
-    )
-    return GroupMemory(limit, max((used or 0) - cached, 0))
+    used = _number(folder / "memory.usage_in_bytes") or 0
+    return GroupMemory(limit, max(used - _statistics(folder, "total_inactive_file", "total_active_file"), 0))
 
 
 def _number(file: Path) -> int | None:

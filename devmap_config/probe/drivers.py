@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import platform
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,9 @@ DRIVER_FILES = {
 
 # Of a driver for which nothing is installed, only these are spoken of: others' files are on many laptops too.
 MAKERS = {"cuda": "NVIDIA", "hip": "AMD", "npu": "Ascend"}
+
+STATED_KIND = re.compile(r"^(cuda|hip|xpu)\b[^=\n]*= *['\"]", re.MULTILINE)
+"""A line of torch's `version.py` that names a version; of a kind that torch is not built for it says `None`."""
 
 WINDOWS_BELOW = "dev/dxg"
 """Under Windows' Linux, any card is behind this."""
@@ -39,23 +42,15 @@ def kinds_with_a_driver(root: Path = Path("/")) -> frozenset[str]:
 
 
 def kinds_torch_is_built_for() -> frozenset[str]:
-    """Read from its `version.py`, without importing it; nothing where torch is built for the CPU or is not there."""
+    """Return what `version.py` says, without importing torch; nothing where that is for the CPU or is not there."""
     specification = find_spec("torch")
     if specification is None or not specification.submodule_search_locations:
         return frozenset()
     file = Path(next(iter(specification.submodule_search_locations))) / "version.py"
     try:
-        tree = ast.parse(read_text(file, PACKAGED, ANYWHERE))
-    except (FileError, SyntaxError):
+        built = set(STATED_KIND.findall(read_text(file, PACKAGED, ANYWHERE)))
+    except FileError:
         return frozenset()
-    stated: dict[str, object] = {}
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        for target in targets:
-            value = getattr(node, "value", None)
-            if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
-                stated[target.id] = value.value
-    built = {kind for kind in ("cuda", "hip", "xpu") if stated.get(kind)}
     if sys.platform == "darwin":
         built.add("mps")
     plugins = {"npu": "torch_npu", "hpu": "habana_frameworks"}

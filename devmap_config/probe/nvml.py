@@ -3,89 +3,54 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.probe.machine import SeenAccelerator
 from devmap_config.probe.recognition import recognised
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    """A card, or a MIG slice of one, as NVML sees it.
-
-    `held_bytes` is what processes hold there now, without what the driver keeps for itself; `free_bytes` what is left
-    for a new one. All three figures are `None` where the card has no memory of its own. `has_context` tells whether
-    this very process is among those that hold some.
-    """
-
-    name: str
-    uuid: str
-    bus: tuple[int, int, int]
-    memory_bytes: int | None
-    free_bytes: int | None
-    held_bytes: int | None
-    has_context: bool = False
-    is_partitioned: bool = False
-    slices: tuple[Card, ...] = ()
-    instance: tuple[int, int] | None = None
-    """Of a slice: its GPU instance and its compute instance."""
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
-class NvmlUnavailableError(Exception):
-    """NVML cannot be asked; the text says why. `is_installed` tells whether its Python package is there."""
+def read_cards() -> tuple[SeenAccelerator, ...]:
+    """Return every card by its place on the PCI bus, whatever `CUDA_VISIBLE_DEVICES` says; MIG slices for their card.
 
-    def __init__(self, reason: str, *, is_installed: bool) -> None:
-        self.is_installed = is_installed
-        super().__init__(reason)
-
-
-def read_cards() -> tuple[Card, ...]:
-    """Every card of the machine, whatever `CUDA_VISIBLE_DEVICES` says, by its place on the PCI bus.
-
-    Raises:
-        NvmlUnavailableError: where the package or the driver is missing, or a card does not answer.
+    There are none where the package or the driver is missing, or a card does not answer.
     """
     try:
         import pynvml
     except ImportError:
-        raise NvmlUnavailableError("`nvidia-ml-py` is not installed", is_installed=False) from None
+        return ()
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise NvmlUnavailableError(str(error), is_installed=True) from None
+    except pynvml.NVMLError:
+        return ()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(sorted((_card(pynvml, handle) for handle in handles), key=lambda card: card.bus))
-    except pynvml.NVMLError as error:
-        raise NvmlUnavailableError(str(error), is_installed=True) from None
+        handles.sort(key=lambda handle: _place(pynvml, handle))
+        parts = [part for handle in handles for part in _parts(pynvml, handle)]
+        return tuple(_seen(pynvml, f"cuda:{index}", *part) for index, part in enumerate(parts))
+    except pynvml.NVMLError:
+        return ()
     finally:
         pynvml.nvmlShutdown()
 
 
-def seen_card(identifier: str, card: Card) -> SeenAccelerator:
-    """A card, or a slice of one, that NVML described. A slice has its own memory and a share of the card's speed."""
-    is_slice = card.instance is not None
-    return SeenAccelerator(
-        id=identifier,
-        name=card.name,
-        memory_bytes=card.memory_bytes,
-        free_bytes=card.free_bytes,
-        held_bytes=card.held_bytes,
-        has_context=card.has_context,
-        uuid=card.uuid,
-        accelerator=None if is_slice else recognised(card.name, card.memory_bytes, identifier.partition(":")[0]),
-        is_slice=is_slice,
-    )
-
-
-def _card(nvml: Any, handle: Any) -> Card:
+def _place(nvml: Any, handle: Any) -> tuple[int, int, int]:
     place = nvml.nvmlDeviceGetPciInfo(handle)
-    bus = (int(place.domain), int(place.bus), int(place.device))
-    is_partitioned = _is_partitioned(nvml, handle)
-    return _described(
-        nvml, handle, bus, is_partitioned=is_partitioned, slices=_slices(nvml, handle, bus) if is_partitioned else ()
-    )
+    return int(place.domain), int(place.bus), int(place.device)
+
+
+def _parts(nvml: Any, handle: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield what of a card can be computed on, and whether that is a slice: itself, or its MIG slices."""
+    if not _is_partitioned(nvml, handle):
+        yield handle, False
+        return
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            yield nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index), True
+        except nvml.NVMLError:  # nothing was made there
+            continue
 
 
 def _is_partitioned(nvml: Any, handle: Any) -> bool:
@@ -96,29 +61,20 @@ def _is_partitioned(nvml: Any, handle: Any) -> bool:
     return bool(current == nvml.NVML_DEVICE_MIG_ENABLE)
 
 
-def _slices(nvml: Any, handle: Any, bus: tuple[int, int, int]) -> tuple[Card, ...]:
-    found = []
-    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-        try:
-            part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
-        except nvml.NVMLError:  # nothing was made there
-            continue
-        instance = (nvml.nvmlDeviceGetGpuInstanceId(part), nvml.nvmlDeviceGetComputeInstanceId(part))
-        found.append(_described(nvml, part, bus, instance=instance))
-    return tuple(found)
-
-
-def _described(nvml: Any, handle: Any, bus: tuple[int, int, int], **more: Any) -> Card:
+def _seen(nvml: Any, identifier: str, handle: Any, is_slice: bool) -> SeenAccelerator:
+    """Return a card, or a slice of one, which has its own memory and a share of the card's speed."""
     memory_bytes, free_bytes, held_bytes = _memory(nvml, handle)
-    return Card(
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        bus=bus,
+    name = _text(nvml.nvmlDeviceGetName(handle))
+    return SeenAccelerator(
+        id=identifier,
+        name=name,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         held_bytes=held_bytes,
         has_context=_runs_here(nvml, handle),
-        **more,
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        accelerator=None if is_slice else recognised(name, memory_bytes, "cuda"),
+        is_slice=is_slice,
     )
 
 
@@ -136,7 +92,7 @@ def _memory(nvml: Any, handle: Any) -> tuple[int | None, int | None, int | None]
 
 def _runs_here(nvml: Any, handle: Any) -> bool:
     try:
-        return any(each.pid == os.getpid() for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return any(process.pid == os.getpid() for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except nvml.NVMLError:
         return False
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.amounts import MEBIBYTE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 MEMORY_BUFFER_BYTES = 1024 * MEBIBYTE
@@ -72,20 +72,22 @@ def memory_bandwidth(
     buffer = np.ones(size_bytes // 4, dtype=np.float32)  # written to: memory that never was is not there to be read
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
-        best = min(_passes(lambda: list(pool.map(np.max, parts)), clock))
+        best = fastest_pass(lambda: list(pool.map(np.max, parts)), clock, LIMIT_SECONDS)
     return Rate(int(buffer.nbytes / best), f"{threads} threads read {size_bytes // MEBIBYTE} MiB")
 
 
-def _passes(action: Callable[[], Any], clock: Callable[[], float]) -> Iterator[float]:
-    """The seconds of each of several passes, of at least one, until the time is up."""
+def fastest_pass(action: Callable[[], object], clock: Callable[[], float], limit_seconds: float) -> float:
+    """Return the seconds of the fastest of several passes, of at least one, until the time is up."""
+    seconds = []
     begin = clock()
     for _ in range(PASSES):
         before = clock()
         action()
         after = clock()
-        yield max(after - before, 1e-9)
-        if after - begin > LIMIT_SECONDS:
-            return
+        seconds.append(max(after - before, 1e-9))
+        if after - begin > limit_seconds:
+            break
+    return min(seconds)
 
 
 def disk_bandwidth(

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.probe.machine import SeenAccelerator
-from devmap_config.probe.nvml import seen_card
 from devmap_config.probe.recognition import recognised
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from devmap_config.probe.nvml import Card
+    from collections.abc import Mapping, Sequence
 
 KINDS = ("cuda", "xpu", "npu", "hpu")
 """torch's modules that number their devices; AMD's cards are `cuda` as well."""
 
 
-def torch_accelerators(cards: Sequence[Card] = ()) -> tuple[SeenAccelerator, ...]:
+def torch_accelerators(cards: Sequence[SeenAccelerator] = ()) -> tuple[SeenAccelerator, ...]:
     """The accelerators of the first kind of which torch has any; `cards` are those that NVML knows."""
     try:
         import torch
@@ -33,8 +31,8 @@ def torch_accelerators(cards: Sequence[Card] = ()) -> tuple[SeenAccelerator, ...
     for kind in KINDS:
         backend = getattr(torch, kind, None)
         if backend is not None and backend.is_available() and (count := backend.device_count()):
-            by_identifier = {part.uuid: part for card in cards for part in (card, *card.slices)}
-            return tuple(_accelerator(kind, backend, index, by_identifier) for index in range(count))
+            by_uuid = {card.uuid: card for card in cards}
+            return tuple(_accelerator(kind, backend, index, by_uuid) for index in range(count))
     return (_apple(torch),) if torch.backends.mps.is_available() else ()
 
 
@@ -51,25 +49,25 @@ def _load_plugins() -> None:
                 continue
 
 
-def _accelerator(kind: str, backend: Any, index: int, cards: dict[str, Card]) -> SeenAccelerator:
+def _accelerator(kind: str, backend: Any, index: int, cards: Mapping[str | None, SeenAccelerator]) -> SeenAccelerator:
     properties = _asked(backend, "get_device_properties", index)
     uuid = getattr(properties, "uuid", None)
     card = next((cards[name] for name in (f"GPU-{uuid}", f"MIG-{uuid}", str(uuid)) if name in cards), None)
-    name = _asked(backend, "get_device_name", index) or getattr(properties, "name", None) or f"{kind} device"
     if card is not None:
-        return seen_card(f"{kind}:{index}", card)
+        return replace(card, id=f"{kind}:{index}")
+    name = str(_asked(backend, "get_device_name", index) or getattr(properties, "name", None) or f"{kind} device")
     free_bytes, total_bytes = _asked(backend, "mem_get_info", index) or (None, None)
     memory_bytes = getattr(properties, "total_memory", None) or total_bytes
     held_bytes = None if free_bytes is None or memory_bytes is None else max(memory_bytes - free_bytes, 0)
     return SeenAccelerator(
         id=f"{kind}:{index}",
-        name=str(name),
+        name=name,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         held_bytes=held_bytes,
         has_context=free_bytes is not None,  # reading it made one
         uuid=None if uuid is None else str(uuid),
-        accelerator=recognised(str(name), memory_bytes, kind),
+        accelerator=recognised(name, memory_bytes, kind),
     )
 
 

@@ -11,10 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import MEBIBYTE
-from devmap_config.probe.rates import PASSES, SHARE_OF_FREE, Rate
+from devmap_config.probe.rates import SHARE_OF_FREE, Rate, fastest_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable
 
     from devmap_config.probe.machine import SeenAccelerator
 
@@ -24,9 +24,6 @@ LONG_ENOUGH_SECONDS = 0.05
 """A layer that takes as long says how fast the device is, and not how fast a kernel is launched."""
 
 LIMIT_SECONDS = 1.0
-
-PAIR_APART = 1.2
-"""A pair of accelerators that is so much faster than the slowest gets a line of its own: it has a bridge, say."""
 
 
 class Devices:
@@ -47,91 +44,76 @@ class Devices:
         return self._torch is not None
 
     def memory_bandwidth(self, seen: SeenAccelerator) -> Rate:
-        """Bytes that a copy within the device reads and writes, a second."""
+        """Return the bytes that a copy within the device reads and writes, a second."""
         size_bytes = self._size(seen)
-        source, target = self._buffer(size_bytes, seen.id), self._buffer(size_bytes, seen.id)
-        seconds = self._best(partial(target.copy_, source), (seen.id,))
-        return Rate(int(2 * size_bytes / seconds), f"{size_bytes // MEBIBYTE} MiB copied within the device")
+        per_second = 2 * self._copied_per_second(size_bytes, seen.id, seen.id)
+        return Rate(per_second, f"{size_bytes // MEBIBYTE} MiB copied within the device")
 
     def flops(self, device: str) -> Rate:
-        """Operations a second of a square linear layer in bfloat16, or in float16 where it has none.
+        """Return the operations a second of a square linear layer in bfloat16, or in float16 where it has none.
 
         As models call it, and not as a plain product: on CPUs, the two are different kernels.
         """
-        torch = self._torch
-        size = SMALLEST_MATRIX
-        dtype = torch.bfloat16
-        while True:
-            try:
-                left = torch.ones(size, size, dtype=dtype).to(device)
-            except RuntimeError:
-                if dtype is torch.float16:
-                    raise
-                dtype = torch.float16
-                continue
-            right = left.clone()
-            seconds = self._best(partial(torch.nn.functional.linear, left, right), (device,))
-            if seconds >= LONG_ENOUGH_SECONDS or size >= LARGEST_MATRIX:
-                named = str(dtype).removeprefix("torch.")
-                return Rate(int(2 * size**3 / seconds), f"{named} linear layers of {size} by {size}")
+        dtype = self._half_precision(device)
+        size, seconds = SMALLEST_MATRIX // 2, 0.0
+        while seconds < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
             size *= 2
+            inputs = self._torch.ones(size, size, dtype=dtype).to(device)
+            layer = partial(self._torch.nn.functional.linear, inputs, inputs.clone())
+            seconds = self._fastest(layer, device)
+        named = str(dtype).removeprefix("torch.")
+        return Rate(int(2 * size**3 / seconds), f"{named} linear layers of {size} by {size}")
 
     def from_host(self, accelerators: Iterable[SeenAccelerator]) -> Rate:
-        """Bytes a second from the CPU to the accelerator that is slowest to reach."""
+        """Return the bytes a second from the CPU to the accelerator that is slowest to reach."""
         rates = []
         for seen in accelerators:
             size_bytes = self._size(seen)
-            source, target = self._buffer(size_bytes, "cpu"), self._buffer(size_bytes, seen.id)
-            seconds = self._best(partial(target.copy_, source), (seen.id,))
-            rates.append(Rate(int(size_bytes / seconds), f"{size_bytes // MEBIBYTE} MiB of unpinned memory copied"))
+            per_second = self._copied_per_second(size_bytes, "cpu", seen.id)
+            rates.append(Rate(per_second, f"{size_bytes // MEBIBYTE} MiB of unpinned memory copied"))
         return min(rates, key=lambda rate: rate.per_second)
 
     def between(self, first: SeenAccelerator, second: SeenAccelerator) -> Rate:
-        """Bytes a second from one accelerator to another, in the slower direction."""
+        """Return the bytes a second from one accelerator to another, in the slower direction."""
         size_bytes = min(self._size(first), self._size(second))
-        rates = []
-        for start, end in ((first.id, second.id), (second.id, first.id)):
-            source, target = self._buffer(size_bytes, start), self._buffer(size_bytes, end)
-            seconds = self._best(partial(target.copy_, source), (start, end))
-            rates.append(int(size_bytes / seconds))
-        return Rate(min(rates), f"{size_bytes // MEBIBYTE} MiB copied each way")
+        ways = ((first.id, second.id), (second.id, first.id))
+        per_second = min(self._copied_per_second(size_bytes, *way) for way in ways)
+        return Rate(per_second, f"{size_bytes // MEBIBYTE} MiB copied each way")
 
     def _size(self, seen: SeenAccelerator) -> int:
         free_bytes = seen.free_bytes if seen.free_bytes is not None else seen.memory_bytes
         return COPY_BYTES if free_bytes is None else max(min(COPY_BYTES, free_bytes // SHARE_OF_FREE), MEBIBYTE)
 
+    def _half_precision(self, device: str) -> Any:
+        try:
+            self._torch.ones(1, dtype=self._torch.bfloat16).to(device)
+        except RuntimeError:
+            return self._torch.float16
+        return self._torch.bfloat16
+
+    def _copied_per_second(self, size_bytes: int, start: str, end: str) -> int:
+        source, target = (self._buffer(size_bytes, device) for device in (start, end))
+        return int(size_bytes / self._fastest(partial(target.copy_, source), start, end))
+
     def _buffer(self, size_bytes: int, device: str) -> Any:
-        """Written to: memory that never was is not there to be copied."""
+        """Return memory that was written to: what never was is not there to be copied."""
         return self._torch.ones(size_bytes, dtype=self._torch.uint8).to(device)
 
-    def _best(self, action: Callable[[], Any], devices: Sequence[str]) -> float:
-        return min(self._passes(action, devices))
+    def _fastest(self, action: Callable[[], Any], *devices: str) -> float:
+        """Return the seconds in which the devices have done what an action gives them."""
 
-    def _passes(self, action: Callable[[], Any], devices: Sequence[str]) -> Iterator[float]:
-        action()  # the first time, kernels are loaded and buffers made
-        begin = self._clock()
-        for _ in range(PASSES):
-            self._wait(devices)
-            before = self._clock()
+        def run() -> None:
             action()
-            self._wait(devices)
-            after = self._clock()
-            yield max(after - before, 1e-9)
-            if after - begin > LIMIT_SECONDS:
-                return
+            for device in devices:
+                self._wait(device)
 
-    def _wait(self, devices: Sequence[str]) -> None:
-        """Until the devices have done what they were given: they work on their own."""
-        for device in devices:
-            kind, _, index = device.partition(":")
-            wait = getattr(getattr(self._torch, kind, None), "synchronize", None)
-            if wait is not None and kind != "cpu":
-                with suppress(NotImplementedError):
-                    wait(*([int(index)] if index else []))
+        run()  # the first time, kernels are loaded and buffers made
+        return fastest_pass(run, self._clock, LIMIT_SECONDS)
 
-
-def peer_links(rates: dict[tuple[str, str], int]) -> dict[str, int]:
-    """`peer`, which is the slowest pair, and the pairs that are much faster."""
-    slowest = min(rates.values())
-    apart = {f"{first}-{second}": rate for (first, second), rate in rates.items() if rate > slowest * PAIR_APART}
-    return {"peer": slowest, **apart}
+    def _wait(self, device: str) -> None:
+        """Wait until a device has done what it was given: accelerators work on their own."""
+        kind, _, index = device.partition(":")
+        wait = getattr(getattr(self._torch, kind, None), "synchronize", None)
+        if wait is not None and kind != "cpu":
+            with suppress(NotImplementedError):
+                wait(*([int(index)] if index else []))

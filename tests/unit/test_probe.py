@@ -20,13 +20,16 @@ from devmap_config import compile_profile
 from devmap_config.amounts import profile_rate
 from devmap_config.cli.probe import probe as probe_command
 from devmap_config.hardware.catalogue import load_catalogue
+from devmap_config.probe import host as host_module
 from devmap_config.probe import probe as probe_module
 from devmap_config.probe import torch_probe
 from devmap_config.probe.block import hardware_block
 from devmap_config.probe.cgroup import GroupMemory, limiting_groups
 from devmap_config.probe.drivers import kinds_torch_is_built_for, kinds_with_a_driver
-from devmap_config.probe.nvml import NvmlUnavailableError, read_cards
-from devmap_config.probe.probe import probe_machine, seen_disk, seen_host
+from devmap_config.probe.host import seen_disk, seen_host
+from devmap_config.probe.machine import SeenMachine
+from devmap_config.probe.nvml import read_cards
+from devmap_config.probe.probe import probe_machine
 from devmap_config.probe.recognition import recognised
 
 GIB = 2**30
@@ -64,77 +67,53 @@ def machine(monkeypatch):
     return make
 
 
-def uuids(environment=None):
-    return [each.uuid[4] for each in probe_machine(environment or {}, None).accelerators]
-
-
-def test_like_cards_are_numbered_by_the_bus_and_torch_is_not_asked(machine):
-    asked = machine(B, A, C, built=["cuda"])
-    seen = probe_machine({}, None)
+@pytest.mark.parametrize(
+    ("cards", "environment", "is_certain"),
+    [
+        ((B, A, C), {}, True),
+        ((A, SLOW), {}, False),
+        ((A, SLOW), {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, True),
+        ((A, B), {"CUDA_VISIBLE_DEVICES": "1"}, False),
+    ],
+)
+def test_without_torch_cards_are_numbered_by_the_bus_and_a_warning_says_where_that_is_a_guess(
+    machine, cards, environment, is_certain
+):
+    asked = machine(*cards)
+    seen = probe_machine(environment, None)
+    by_bus = sorted(cards, key=lambda each: each.bus)
     assert [(each.id, each.uuid) for each in seen.accelerators] == [
-        ("cuda:0", A.uuid),
-        ("cuda:1", B.uuid),
-        ("cuda:2", C.uuid),
+        (f"cuda:{index}", each.uuid) for index, each in enumerate(by_bus)
     ]
-    assert seen.notes == ()
+    assert [each.code for each in seen.notes] == ([] if is_certain else ["guessed-order"])
     assert asked == []
     assert machine.nvml.initialised == 0
 
 
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    [
-        ("1,0", "ba"),
-        ("2", "c"),
-        (" 2 , 0 ", "ca"),
-        ("0,2,-1,1", "ac"),
-        ("0,7,1", "a"),
-        ("1gpu,0", "ba"),
-        ("0,0", ""),
-        ("", ""),
-        ("-1", ""),
-        ("NoDevFiles", ""),
-        (f"{C.uuid},{A.uuid}", "ca"),
-        ("GPU-b", "b"),
-        ("GPU-", ""),
-        ("GPU-b,GPU-f,GPU-a", "b"),
-        ("GPU-b,GPU-bb", ""),
-        ("GPU-b,0", "b"),
-    ],
-)
-def test_visible_devices(machine, listed, expected):
-    machine(A, B, C)
-    assert "".join(uuids({"CUDA_VISIBLE_DEVICES": listed})) == expected
-
-
-def test_unlike_cards_are_numbered_by_the_bus_where_the_environment_says_so(machine):
-    asked = machine(A, SLOW, built=["cuda"])
-    assert uuids({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == ["d", "a"]
-    assert uuids({"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}) == ["a"]
-    assert uuids({"CUDA_VISIBLE_DEVICES": f"{A.uuid},{SLOW.uuid}"}) == ["a", "d"]
-    assert asked == []
-
-
-def test_unlike_cards_are_numbered_as_torch_numbers_them_with_the_memory_that_nvml_saw(machine, monkeypatch):
+def test_where_torch_is_there_cards_are_as_it_numbers_them_with_the_memory_that_nvml_saw(machine, monkeypatch):
     """The fastest first is CUDA's default; what it takes for fast is not documented."""
     held = card("a", bus=1, held_bytes=3 * GIB)
     original = torch_probe.torch_accelerators
-    asked = machine(SLOW, held, built=["cuda"], torch_sees=original)
+    machine(SLOW, held, built=["cuda"], torch_sees=original)
     fake_torch_backend(monkeypatch, "cuda", [held, SLOW])
     seen = probe_machine({}, None)
-    assert [(each.id, each.uuid, each.held_bytes) for each in seen.accelerators] == [
-        ("cuda:0", held.uuid, 3 * GIB),
-        ("cuda:1", SLOW.uuid, 0),
+    assert [(each.id, each.uuid, each.held_bytes, each.has_context) for each in seen.accelerators] == [
+        ("cuda:0", held.uuid, 3 * GIB, False),
+        ("cuda:1", SLOW.uuid, 0, False),
     ]
     assert seen.notes == ()
+
+
+def test_cards_that_the_environment_hides_from_torch_are_not_there(machine):
+    machine(A, built=["cuda"])
+    assert probe_machine({"CUDA_VISIBLE_DEVICES": ""}, None).accelerators == ()
+
+
+def test_cards_that_torch_does_not_get_at_are_as_nvml_sees_them(machine):
+    """As under a driver that is too old for this torch."""
+    asked = machine(A, built=["cuda"])
+    assert [each.uuid for each in probe_machine({}, None).accelerators] == [A.uuid]
     assert len(asked) == 1
-
-
-def test_where_nobody_can_tell_the_order_a_warning_says_so(machine):
-    machine(A, SLOW)
-    seen = probe_machine({}, None)
-    assert [each.uuid[4] for each in seen.accelerators] == ["d", "a"]
-    assert [each.code for each in seen.notes] == ["guessed-order"]
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["second version", "first version"])
@@ -164,10 +143,8 @@ def a100(*slices, uuid="a"):
     )
 
 
-def mig(letter, instance=(1, 0)):
-    return FakeCard(
-        "NVIDIA A100-SXM4-40GB MIG 1g.5gb", f"MIG-{letter * 8}", 0, 5 * GIB, knows_partitions=False, instance=instance
-    )
+def mig(letter):
+    return FakeCard("NVIDIA A100-SXM4-40GB MIG 1g.5gb", f"MIG-{letter * 8}", 0, 5 * GIB, knows_partitions=False)
 
 
 def test_a_slice_is_a_device_with_its_own_memory_and_not_the_card_of_the_catalogue(machine):
@@ -181,43 +158,21 @@ def test_a_slice_is_a_device_with_its_own_memory_and_not_the_card_of_the_catalog
     assert seen.notes == ()
 
 
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    [
-        ("MIG-yyyyyyyy", "MIG-yyyyyyyy"),
-        ("MIG-y", "MIG-yyyyyyyy"),
-        (f"MIG-{a100().uuid}/9/0", "MIG-yyyyyyyy"),
-        (f"MIG-{a100().uuid}/1/0", "MIG-xxxxxxxx"),
-        (f"MIG-{a100().uuid}/8/0", None),
-        ("MIG-nothing", None),
-    ],
-)
-def test_slices_by_name(machine, listed, expected):
-    asked = machine(a100(mig("x"), mig("y", (9, 0))), built=["cuda"])
-    seen = probe_machine({"CUDA_VISIBLE_DEVICES": listed}, None)
-    assert [each.uuid for each in seen.accelerators] == ([expected] if expected else [])
-    assert asked == []
-
-
-@pytest.mark.parametrize("environment", [{}, {"CUDA_VISIBLE_DEVICES": "MIG-x,MIG-y"}, {"CUDA_VISIBLE_DEVICES": "0"}])
-def test_of_several_slices_the_first_is_seen_unless_torch_says_more(machine, environment):
-    asked = machine(a100(mig("x"), mig("y", (9, 0))), built=["cuda"])
-    seen = probe_machine(environment, None)
-    assert [each.uuid for each in seen.accelerators] == ["MIG-xxxxxxxx"]
+def test_of_several_slices_cuda_may_show_only_one(machine):
+    machine(a100(mig("x"), mig("y")))
+    seen = probe_machine({}, None)
+    assert [each.uuid for each in seen.accelerators] == ["MIG-xxxxxxxx", "MIG-yyyyyyyy"]
     assert [each.code for each in seen.notes] == ["guessed-order"]
-    assert len(asked) == 1
 
 
 def test_a_partitioned_card_without_slices_is_of_no_use(machine):
     machine(a100(), B)
-    assert uuids() == ["b"]
+    assert [each.uuid for each in probe_machine({}, None).accelerators] == [B.uuid]
 
 
-def test_a_card_that_shares_the_hosts_memory_is_asked_of_torch(machine, monkeypatch):
-    spark = card("a", name="NVIDIA GB10", has_own_memory=False)
-    asked = machine(spark, built=["cuda"])
+def test_a_card_that_shares_the_hosts_memory_is_the_one_of_the_catalogue(machine):
+    machine(card("a", name="NVIDIA GB10", has_own_memory=False))
     seen = probe_machine({}, None)
-    assert len(asked) == 1
     assert hardware_block(seen)["devices"]["cuda:0"] == "dgx-spark-gb10"
 
 
@@ -246,9 +201,7 @@ def test_the_simulated_library_has_the_names_of_the_real_one(monkeypatch):
         real.nvmlMemory_v2,
     )
     if kinds_with_a_driver().isdisjoint({"cuda"}):
-        with pytest.raises(NvmlUnavailableError) as error:
-            read_cards()
-        assert error.value.is_installed
+        assert read_cards() == ()
 
 
 def test_a_laptop_is_described_without_asking_torch(machine):
@@ -258,8 +211,8 @@ def test_a_laptop_is_described_without_asking_torch(machine):
 
 
 @pytest.mark.parametrize("kind", ["hip", "xpu", "npu", "mps"])
-def test_where_torch_is_built_for_what_is_there_it_is_asked_and_nvml_is_not(machine, kind):
-    asked = machine(A, drivers=("cuda", kind), built=[kind])
+def test_torch_is_asked_for_what_is_there_and_it_is_built_for(machine, kind):
+    asked = machine(drivers=("cuda", kind), built=[kind])
     probe_machine({}, None)
     assert asked == [()]
 
@@ -296,7 +249,7 @@ def test_torch_alone(monkeypatch, kind, name, memory_bytes, expected):
     fake_torch_backend(monkeypatch, kind, [card("a", name=name, memory_bytes=memory_bytes, held_bytes=GIB)])
     [seen] = torch_probe.torch_accelerators()
     assert (seen.id, seen.held_bytes, seen.has_context) == (f"{kind}:0", GIB, True)
-    machine = probe_module.SeenMachine(accelerators=(seen,), host=seen_host(), disk=None)
+    machine = SeenMachine(accelerators=(seen,), host=seen_host(), disk=None)
     assert hardware_block(machine)["devices"][f"{kind}:0"] == expected
 
 
@@ -463,7 +416,7 @@ def test_this_host():
 
 
 def test_a_limit_around_this_host_counts(monkeypatch):
-    monkeypatch.setattr(probe_module, "limiting_groups", lambda: (GroupMemory(GIB, GIB // 4), GroupMemory(2 * GIB, 0)))
+    monkeypatch.setattr(host_module, "limiting_groups", lambda: (GroupMemory(GIB, GIB // 4), GroupMemory(2 * GIB, 0)))
     host = seen_host()
     assert (host.memory_bytes, host.available_bytes, host.is_limited) == (GIB, GIB - GIB // 4, True)
 

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from devmap_config import compile_profile
 from devmap_config.cli.probe import probe as probe_command
 from devmap_config.probe import rates, torch_rates
+from devmap_config.probe.measuring import peer_links
 from devmap_config.probe.rates import MEBIBYTE, NotMeasuredError, disk_bandwidth, memory_bandwidth
-from devmap_config.probe.torch_rates import Devices, peer_links
+from devmap_config.probe.torch_rates import Devices
 
 SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
 
@@ -97,7 +98,7 @@ def test_layers_grow_until_they_take_long_enough(monkeypatch):
 
 
 def test_pairs_with_a_bridge_have_a_line_of_their_own():
-    rates = {("cuda:0", "cuda:1"): 50, ("cuda:0", "cuda:2"): 10, ("cuda:1", "cuda:2"): 11}
+    rates = {"cuda:0-cuda:1": 50, "cuda:0-cuda:2": 10, "cuda:1-cuda:2": 11}
     assert peer_links(rates) == {"peer": 10, "cuda:0-cuda:1": 50}
 
 
