@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compiled
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 State = Literal["fresh", "stale", "missing", "damaged", "wrong", "absent"]
@@ -80,7 +80,7 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
 
 def check_one(profile: Path, request: CheckRequest) -> Checked:
     """One profile checked against its lock."""
-    from devmap_config.compiler import Request, compile_locked, prove
+    from devmap_config.compiler import Rejected, Request, compile_locked, prove
     from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError
     from devmap_config.plan.drift import remedy
     from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of
@@ -102,26 +102,27 @@ def check_one(profile: Path, request: CheckRequest) -> Checked:
         "trust_remote_code": request.trust_remote_code,
         "allow_unmeasured": request.allow_unmeasured,
     }
-    compilation = compile_locked(profile, lock, **options)
-    drift = compilation.drift
-    if request.proves and lock is not None and drift is None and not compilation.has_errors:
+    compilation, drift = compile_locked(profile, lock, **options)
+    if isinstance(compilation, Rejected):
+        return Checked(profile=profile, state="wrong", diagnostics=compilation.diagnostics, texts=compilation.texts)
+    if request.proves and lock is not None and drift is None:
         drift = prove(Request.for_profile(profile, lock=lock, **options), lock)
     if drift is not None:
         problem = (drift.code, drift.message)
-    if compilation.has_errors or problem is None:
-        return _checked(profile, compilation, "wrong" if compilation.has_errors else "fresh")
+    if problem is None:
+        return _checked(profile, compilation, "fresh")
     code, message = problem
     finding = Diagnostic.error(code, f"`{path}` {message}", whole_file(str(profile)), help=remedy(code, profile))
     return _checked(profile, compilation, STATES[code], finding)
 
 
-def _checked(profile: Path, compilation: Compilation, state: State, *findings: Diagnostic) -> Checked:
+def _checked(profile: Path, compiled: Compiled, state: State, *findings: Diagnostic) -> Checked:
     return Checked(
         profile=profile,
         state=state,
-        diagnostics=(*compilation.diagnostics, *findings),
-        texts=compilation.texts,
-        plan=compilation.plan.to_json() if compilation.plan else None,
+        diagnostics=(*compiled.diagnostics, *findings),
+        texts=compiled.texts,
+        plan=compiled.plan.to_json(),
     )
 
 

@@ -18,7 +18,7 @@ from devmap_config.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compiled
 
 
 @click.command("compile", context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +53,7 @@ def compile_command(
     """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
     from devmap_config.cli.locking import existing_lock, require_replaceable, write_results
     from devmap_config.cli.reporting import print_json, report, report_on_terminal
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import Rejected, Request, run_pipeline
     from devmap_config.plan.lock import lock_path
     from devmap_config.plan.plan import NotADeviceMapError
 
@@ -70,12 +70,12 @@ def compile_command(
             trust_remote_code=trust_remote_code,
             allow_unmeasured=allow_unmeasured,
             use_vendored=not vendor,
-            keep=earlier if keep else None,
+            keeps_plan=keep and earlier is not None,
             checks_checkpoint=True,
             simulates=simulates,
         )
     )
-    plan, texts = compilation.plan, compilation.texts
+    plan, texts = None if isinstance(compilation, Rejected) else compilation.plan, compilation.texts
     if output_format == "device-map":
         report_on_terminal([each for each in compilation.diagnostics if not quiet or each.severity == "error"], texts)
         try:
@@ -90,12 +90,12 @@ def compile_command(
     else:
         data = {"plan": plan.to_json() if plan else None}
         report(compilation.diagnostics, texts, output_format, quiet=quiet, data=data)
-        if plan is not None and output_format == "table" and not quiet:
+        if not isinstance(compilation, Rejected) and output_format == "table" and not quiet:
             print_plan(compilation)
-    if plan is None or compilation.inputs is None:
+    if isinstance(compilation, Rejected):
         return 1
     if not dry_run:
-        used = compilation.loaded.overrides if compilation.loaded else {}
+        used = compilation.loaded.overrides
         written = write_results(compilation, target, with_graph=vendor)
         if output_format == "table" and not quiet:
             again = ", ".join(f"{name}={used[name]}" for name in used if name not in variables)
@@ -104,12 +104,12 @@ def compile_command(
     return 0
 
 
-def print_plan(compilation: Compilation) -> None:
+def print_plan(compiled: Compiled) -> None:
     """Print the plan as a table."""
     from rich.console import Console
 
     from devmap_config.cli.plan_table import plan_lines
 
     console = Console(highlight=False)
-    for line in plan_lines(compilation, console.width):
+    for line in plan_lines(compiled, console.width):
         console.print(line)

@@ -14,10 +14,11 @@ from devmap_config.cli.options import outside_option, remote_code_option, set_op
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from devmap_config.compiler import Compilation, Request
+    from devmap_config.compiler import Compiled, Request
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.explanation import Alternative
     from devmap_config.plan.plan import Plan
+    from devmap_config.rules.resolution import Resolution
     from devmap_config.rules.rule import Rule
 
 PATTERNS_SHOWN = 4
@@ -82,10 +83,10 @@ def _print_page(code: str) -> None:
 
 def _explain_profile(request: Request, module: str | None) -> int:
     from devmap_config.cli.reporting import report
-    from devmap_config.compiler import run_pipeline
+    from devmap_config.compiler import Rejected, run_pipeline
 
     compilation = run_pipeline(request)
-    if compilation.plan is None or compilation.model is None:
+    if isinstance(compilation, Rejected):
         report(compilation.diagnostics, compilation.texts, "table", data={"plan": None})
         return 1
     if module is None:
@@ -102,16 +103,14 @@ def _explain_profile(request: Request, module: str | None) -> int:
     return 0
 
 
-def _story(compilation: Compilation) -> Iterator[str]:
+def _story(compiled: Compiled) -> Iterator[str]:
     """The plan in some ten lines."""
     from shutil import get_terminal_size
 
     from devmap_config.cli.plan_table import bar_lines, weights_in_words
     from devmap_config.rules.folding import fold_paths
 
-    plan, model, resolution = compilation.plan, compilation.model, compilation.resolution
-    if plan is None or model is None or resolution is None:
-        return
+    plan, model, resolution = compiled.plan, compiled.model, compiled.resolution
     graph = model.graph
     measurement = graph.measurement
     cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
@@ -171,25 +170,17 @@ def _pace(plan: Plan) -> Iterator[str]:
         yield f"{', '.join(fold_paths(plan.compute))} compute on the CPU, where they are stored."
 
 
-def _reasons(compilation: Compilation, name: str) -> Iterator[str]:
+def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     """Why a module or tensor is where it is, and what another place would take."""
     from devmap_config.plan.explanation import alternatives, block_of
 
-    plan, model, resolution, inventory = (
-        compilation.plan,
-        compilation.model,
-        compilation.resolution,
-        compilation.inventory,
-    )
-    if plan is None or model is None or resolution is None or inventory is None:
-        return
-    graph = model.graph
+    plan, graph = compiled.plan, compiled.graph
     below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
     around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
     for each in below or around:
         runs = "" if each.stored_on == each.executes_on else f", and runs on {each.executes_on}"
         yield f"`{each.unit or 'the whole model'}` is on {each.stored_on}{runs}."
-    rules = _rules_about(compilation, name, graph)
+    rules = _rules_about(compiled.resolution, name, graph)
     yield from rules
     if rules:
         return
@@ -197,17 +188,14 @@ def _reasons(compilation: Compilation, name: str) -> Iterator[str]:
     if block != name:
         yield f"It is a part of the block `{block}`, which is placed as a whole."
     yield f"No rule is about it: `{plan.strategy}` put it there. Elsewhere, all else as it is:"
-    for other in alternatives(plan, graph, inventory, block):
+    for other in alternatives(plan, graph, compiled.inventory, block):
         yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
 
 
-def _rules_about(compilation: Compilation, name: str, graph: ModelGraph) -> list[str]:
+def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[str]:
     """The rules that match, the one that wins first."""
     from devmap_config.graph.model import ModulePath, TensorName
 
-    resolution = compilation.resolution
-    if resolution is None:
-        return []
     module = graph.modules.get(ModulePath(name))
     tensors = [TensorName(name)] if module is None else [tensor.name for tensor in module.tensors()]
     winning = list(dict.fromkeys(resolution.decisions[each].rule for each in tensors if each in resolution.decisions))

@@ -19,7 +19,7 @@ from devmap_config.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compiled
     from devmap_config.profile.schema import Hardware
 
 STRATEGY = "fastest"
@@ -34,16 +34,15 @@ class Row:
     """What was found on one machine; `reason` says why it does not fit."""
 
     machine: str
-    compilation: Compilation
+    compiled: Compiled | None
     reason: str | None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        plan = self.compilation.plan
-        found = None if plan is None else plan.to_json()
+        found = None if self.compiled is None else self.compiled.plan.to_json()
         return {
             "machine": self.machine,
-            "fits": plan is not None,
+            "fits": found is not None,
             "reason": self.reason,
             "strategy": None if found is None else found["strategy"],
             "prediction": None if found is None else found["prediction"],
@@ -82,7 +81,7 @@ def fit(
     times are not known, and fewest-devices is asked in place of fastest.
     """
     from devmap_config.cli.reporting import print_json
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import Compiled, Request, run_pipeline
 
     rows = []
     for name in (each.strip() for text in machines for each in text.split(",")):
@@ -98,18 +97,20 @@ def fit(
         compilation = run_pipeline(request)
         if any(each.code == "missing-figure" for each in compilation.diagnostics):
             compilation = run_pipeline(replace(request, strategy=WITHOUT_FIGURES))
-        errors = [each for each in compilation.diagnostics if each.severity == "error"]
-        if any(compilation.loaded is None or compilation.model is None for _ in errors[:1]):
+        if isinstance(compilation, Compiled):
+            rows.append(Row(name, compilation, None))
+            continue
+        if compilation.reached is None:  # no machine helps where the model cannot be had
             from devmap_config.cli.reporting import report
 
             report(compilation.diagnostics, compilation.texts, output_format, data={"machines": None})
             return 1
-        rows.append(Row(name, compilation, errors[0].message if errors else None))
+        rows.append(Row(name, None, next(each.message for each in compilation.diagnostics if each.severity == "error")))
     if output_format == "json":
         print_json({"diagnostics": [], "machines": [row.to_json() for row in rows]})
     else:
         _print_table(rows)
-    return 0 if any(row.compilation.plan is not None for row in rows) else 1
+    return 0 if any(row.compiled is not None for row in rows) else 1
 
 
 def _hardware(name: str) -> Hardware:
@@ -166,10 +167,10 @@ def _print_table(rows: list[Row]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", overflow="fold", ratio=1)
     for row in rows:
-        plan = row.compilation.plan
-        if plan is None:
+        if row.compiled is None:
             table.add_row(row.machine, "–", "–", "–", row.reason or "", style="dim")
             continue
+        plan, decodes = row.compiled.plan, row.compiled.graph.decodes
         prediction = plan.prediction
         remarks = []
         if plan.prediction.prefill_nanoseconds is None and plan.strategy == WITHOUT_FIGURES:
@@ -182,7 +183,6 @@ def _print_table(rows: list[Row]) -> None:
             remarks.append(f"{format_bytes(prediction.streamed_bytes_per_token)} copied in at every forward")
         if plan.compute:
             remarks.append("partly computed on the CPU")
-        decodes = row.compilation.model is None or row.compilation.model.graph.decodes
         token_nanoseconds = prediction.decode_nanoseconds_per_token
         token = format_duration(token_nanoseconds) if token_nanoseconds is not None else "?" if decodes else "–"
         prefill_nanoseconds = prediction.prefill_nanoseconds

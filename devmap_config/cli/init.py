@@ -16,7 +16,7 @@ from devmap_config.cli.options import remote_code_option
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compilation, Rejected
     from devmap_config.hardware.machines import Machine
 
 OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
@@ -34,6 +34,7 @@ OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
 def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> int:
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
     from devmap_config.cli.locking import require_new, write
+    from devmap_config.compiler import Compiled
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
     if output is not None:
@@ -43,13 +44,13 @@ def init(source: str, machine_name: str | None, output: Path | None, force: bool
     except UnknownMachineError as error:
         raise click.UsageError(str(error)) from None
     folder = output.parent if output else Path()
-    failure: Compilation | None = None
+    failure: Rejected | None = None
     for text in _candidates(relative_source(source, output), machine, machine_name or "this machine"):
         compilation = _compile_text(text, folder, trust_remote_code=trust_remote_code)
-        if compilation.plan is not None:
+        if isinstance(compilation, Compiled):
             break
         failure = failure or compilation
-        if compilation.model is None:  # no machine helps where the model cannot be had
+        if compilation.reached is None:  # no machine helps where the model cannot be had
             return _report(compilation)
     else:
         return _report(failure) if failure else 1
@@ -137,14 +138,15 @@ def _profile(
 def _compile_text(text: str, folder: Path, *, trust_remote_code: bool) -> Compilation:
     """Compile a profile as if it lay in a folder already."""
     from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.profile.permissions import Permissions
 
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".init-", suffix=".yaml", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        return run_pipeline(Request(path=Path(file.name), trust_remote_code=trust_remote_code))
+        return run_pipeline(Request(path=Path(file.name), permissions=Permissions(trust_remote_code=trust_remote_code)))
 
 
-def _report(compilation: Compilation) -> int:
+def _report(compilation: Rejected) -> int:
     # The places are in a file that nobody wrote: what is wrong is the model or the machine.
 
     from devmap_config.cli.reporting import report_on_terminal

@@ -11,7 +11,7 @@ from devmap_config.files import write_atomically
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compiled
     from devmap_config.plan.lock import Lock, LockError
 
 
@@ -54,8 +54,8 @@ def require_new(path: Path, *, force: bool) -> None:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 
 
-def write_results(compilation: Compilation, target: Path, *, with_graph: bool) -> list[Path]:
-    """Write the lock of a compilation that gave a plan, and the graph beside the profile; gives what was written.
+def write_results(compiled: Compiled, target: Path, *, with_graph: bool) -> list[Path]:
+    """Write the lock of a compiled profile, and the graph beside the profile; gives what was written.
 
     Raises:
         click.UsageError: where a file cannot be written.
@@ -65,14 +65,12 @@ def write_results(compilation: Compilation, target: Path, *, with_graph: bool) -
     from devmap_config.graph.vendoring import vendored_path
     from devmap_config.plan.lock import lock_of
 
-    loaded, model, plan, inputs = compilation.loaded, compilation.model, compilation.plan, compilation.inputs
-    if loaded is None or model is None or plan is None or inputs is None:
-        return []
-    accelerators = compilation.inventory.accelerators_to_json() if compilation.inventory else {}
-    texts = {target: lock_of(plan, inputs, loaded.overrides, library_versions(), accelerators).to_text()}
+    loaded, accelerators = compiled.loaded, compiled.inventory.accelerators_to_json()
+    lock = lock_of(compiled.plan, compiled.inputs, loaded.overrides, library_versions(), accelerators)
+    texts = {target: lock.to_text()}
     if with_graph:
-        dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compilation.verdicts.items()}
-        texts[vendored_path(loaded.path)] = vendor(loaded, model, dry_runs).to_text()
+        dry_runs = {plan_digest: verdict.to_json() for plan_digest, verdict in compiled.verdicts.items()}
+        texts[vendored_path(loaded.path)] = vendor(loaded, compiled.model, dry_runs).to_text()
     for path, text in texts.items():
         write(path, text)
     return list(texts)

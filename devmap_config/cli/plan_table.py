@@ -14,18 +14,16 @@ from devmap_config.rules.folding import fold_paths
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.compiler import Compiled
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
 
 PATTERNS_SHOWN = 6
 
 
-def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
+def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
     """The plan for a terminal of this width."""
-    plan, model, loaded = compilation.plan, compilation.model, compilation.loaded
-    if plan is None or model is None or loaded is None:
-        return
+    plan, model = compiled.plan, compiled.model
     unit_bytes, unit = largest_unit(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"), f": {weights_in_words(model, plan)}, placed by `{plan.strategy}`; sizes in {unit}"
@@ -43,7 +41,7 @@ def plan_lines(compilation: Compilation, width: int) -> Iterator[Text | Table]:
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
         table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table
-    yield from _notes(plan, model, loaded.profile.workload.context_length)
+    yield from _notes(plan, model, compiled.loaded.profile.workload.context_length)
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:

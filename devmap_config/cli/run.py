@@ -86,7 +86,7 @@ def run(
             trust_remote_code=trust_remote_code,
             allow_unmeasured=allow_unmeasured,
         )
-        for finding in deployment.compilation.diagnostics:
+        for finding in deployment.compiled.diagnostics:
             if finding.code in SAID_AGAIN:
                 sink.report(finding)
         if deployment.left_out is not None:

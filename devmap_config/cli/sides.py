@@ -83,7 +83,7 @@ def _lock_in(path: Path) -> Lock:
 
 def _asked_for(profile: Path, options: _Options) -> Side:
     """The locked plan of a profile, or what it asks for now where there is none that holds."""
-    from devmap_config.compiler import compile_locked
+    from devmap_config.compiler import Rejected, compile_locked
 
     path = lock_path(profile)
     lock, problem = None, None
@@ -91,13 +91,13 @@ def _asked_for(profile: Path, options: _Options) -> Side:
         lock = lock_at(path)
     except LockError as error:
         problem = str(error)
-    compilation = compile_locked(
+    compilation, drift = compile_locked(
         profile, lock, allow_outside=options.allow_outside, trust_remote_code=options.trust_remote_code
     )
-    if compilation.plan is None:
+    if isinstance(compilation, Rejected):
         raise SideError(EXIT_WRONG, *compilation.diagnostics, texts=compilation.texts)
     code: WarningCode = "missing-lock"
-    if drift := compilation.drift:
+    if drift is not None:
         problem, code = drift.message, "broken-lock" if drift.code == "broken-lock" else "stale-lock"
     notes: tuple[Diagnostic, ...] = ()
     if problem is not None:

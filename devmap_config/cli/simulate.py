@@ -46,7 +46,7 @@ def simulate(
 
     from devmap_config.cli.reporting import report
     from devmap_config.cli.simulation_view import simulation_lines
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import Rejected, Request, run_pipeline
     from devmap_config.simulate.memory import can_simulate, simulation_of
 
     compilation = run_pipeline(
@@ -60,18 +60,21 @@ def simulate(
         )
     )
     # A plan that does not run is shown as far as it came.
-    tried = compilation.plan or compilation.refused
+    if isinstance(compilation, Rejected):
+        plan, reached, tried = None, compilation.reached, compilation.refused
+    else:
+        plan, reached, tried = compilation.plan, compilation, compilation.plan
     simulation = None
-    if tried is not None and compilation.model is not None and can_simulate():
-        simulation = simulation_of(tried, compilation.model, decoded_tokens=tokens, trust_remote_code=trust_remote_code)
+    if tried is not None and reached is not None and can_simulate():
+        simulation = simulation_of(tried, reached.model, decoded_tokens=tokens, trust_remote_code=trust_remote_code)
     data = {
-        "plan": compilation.plan.to_json() if compilation.plan else None,
+        "plan": plan.to_json() if plan else None,
         "simulation": simulation.to_json() if simulation else None,
     }
     report(compilation.diagnostics, compilation.texts, output_format, quiet=quiet, data=data)
-    if simulation is not None and tried is not None and output_format == "table" and not quiet:
+    if simulation is not None and reached is not None and tried is not None and output_format == "table" and not quiet:
         console = Console(highlight=False)
-        for line in simulation_lines(compilation, tried, simulation, console.width):
+        for line in simulation_lines(reached.model, tried, simulation, console.width):
             console.print(line)
     runs = simulation is None or simulation.mismatch is None
-    return 0 if compilation.plan is not None and runs else 1
+    return 0 if plan is not None and runs else 1

@@ -15,18 +15,13 @@ from devmap_config.rules.folding import fold_paths
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.simulation import Simulation, Step
 
 
-def simulation_lines(
-    compilation: Compilation, plan: Plan, simulation: Simulation, width: int
-) -> Iterator[Text | Table]:
+def simulation_lines(model: LoadedModel, plan: Plan, simulation: Simulation, width: int) -> Iterator[Text | Table]:
     """The dry run for a terminal of this width."""
-    model = compilation.model
-    if model is None:
-        return
     unit_bytes, unit = largest_unit(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"), f" on simulated accelerators: {_outcome(simulation)}; sizes in {unit}"

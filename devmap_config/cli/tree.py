@@ -184,7 +184,7 @@ def _graph_of_profile(
     from devmap_config.graph.loading import load_model_graph
     from devmap_config.profile.loading import load_profile
 
-    sink, request = Sink(), Request.for_profile(path)
+    sink, request = Sink(), Request.for_profile(path, trust_remote_code=trust_remote_code)
     loaded = load_profile(path, sink, remembered=request.remembered)
     if loaded is not None and context_length is not None:
         workload = loaded.profile.workload
@@ -194,7 +194,7 @@ def _graph_of_profile(
             loaded = replace(loaded, profile=loaded.profile.model_copy(update={"workload": workload}))
     model = None
     if loaded is not None:
-        model = load_model_graph(loaded, sink, resolved=request.resolved, trust_remote_code=trust_remote_code)
+        model = load_model_graph(loaded, request.lookup, sink)
     if model is None:
         report(sink, sink.texts, output_format, data={"modules": None})
         raise click.exceptions.Exit(1)

@@ -19,7 +19,7 @@ from devmap_config.cli.options import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from devmap_config.compiler import Compilation
+    from devmap_config.profile.schema import Model
 
 DIGITS_SHOWN = 12
 
@@ -50,7 +50,7 @@ def update(
     from devmap_config.cli.diff import table_lines
     from devmap_config.cli.locking import existing_lock, require_replaceable, write_results
     from devmap_config.cli.reporting import report
-    from devmap_config.compiler import Request, run_pipeline
+    from devmap_config.compiler import Rejected, Request, run_pipeline
     from devmap_config.graph.vendoring import vendored_path
     from devmap_config.plan.diff import difference
     from devmap_config.plan.lock import lock_path
@@ -74,8 +74,9 @@ def update(
         )
     )
     before = earlier.inputs.get("commit") if earlier else None
-    after = compilation.inputs.commit if compilation.inputs else None
-    plan = compilation.plan
+    reached = compilation.reached if isinstance(compilation, Rejected) else compilation
+    after = reached.model.source.commit if reached else None
+    plan = None if isinstance(compilation, Rejected) else compilation.plan
     found = difference(earlier.plan, plan.to_json()) if earlier and plan else None
     data = {
         "plan": plan.to_json() if plan else None,
@@ -83,11 +84,11 @@ def update(
         "diff": found.to_json() if found else None,
     }
     report(compilation.diagnostics, compilation.texts, output_format, quiet=quiet, data=data)
-    if plan is None:
+    if isinstance(compilation, Rejected):
         return 1
     written = [] if dry_run else write_results(compilation, target, with_graph=vendored_path(profile).is_file())
     if output_format == "table" and not quiet:
-        click.echo(_summary(compilation, before, after))
+        click.echo(_summary(compilation.loaded.profile.model, before, after))
         for line in table_lines(found, "before", "now") if found and not found.is_none else ():
             click.echo(line)
         if written:
@@ -95,10 +96,9 @@ def update(
     return 0
 
 
-def _summary(compilation: Compilation, before: str | None, after: str | None) -> str:
+def _summary(model: Model, before: str | None, after: str | None) -> str:
     """What became of the revision, in one line."""
-    model = compilation.loaded.profile.model if compilation.loaded else None
-    if model is None or after is None:
+    if after is None:
         return "the model is a local one: it has no revision to update"
     revision = model.revision or "main"
     name = f"{model.source} at `{revision}`"

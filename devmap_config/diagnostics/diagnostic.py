@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from typing_extensions import Unpack
 
@@ -102,6 +102,11 @@ class Sink:
                 diagnostic = replace(diagnostic, related=(*diagnostic.related, came_in))
         if diagnostic not in self._diagnostics:
             self._diagnostics.append(diagnostic)
+
+    def report_all(self, diagnostics: Iterable[Diagnostic]) -> None:
+        """Record findings that are already made."""
+        for diagnostic in diagnostics:
+            self.report(diagnostic)
 
     @property
     def has_errors(self) -> bool:

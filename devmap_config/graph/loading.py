@@ -26,13 +26,13 @@ from devmap_config.graph.source import (
 )
 from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
 from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.quantization.arguments import QuantizationError
 from devmap_config.quantization.method import UNCHANGED
 from devmap_config.quantization.registry import effective_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.graph.costs import Measurement
@@ -84,31 +84,25 @@ class LoadedModel:
         return self.quantization is not None and self.quantization.method.lowers_budgets
 
 
-def load_model_graph(
-    loaded: LoadedProfile,
-    sink: Sink,
-    *,
-    resolved: Resolved | None = None,
-    must_ask: bool = False,
-    trust_remote_code: bool = False,
-    use_vendored: bool = True,
-    allow_unmeasured: bool = False,
-    cache_directory: Path | None = None,
-) -> LoadedModel | None:
-    """The graph of the model that a profile names, or `None` and the reason in the sink.
+@dataclass(frozen=True, kw_only=True)
+class Lookup:
+    """How a model is looked up.
 
-    Args:
-        loaded: the profile.
-        sink: takes what is wrong.
-        resolved: what the revision of a hub id resolved to before, which holds while they are the same.
-        must_ask: whether the hub is to say what a revision resolves to, and nothing that is remembered.
-        trust_remote_code: whether code that comes with the model may run.
-        use_vendored: whether a graph beside the profile is used where it is still the model's.
-        allow_unmeasured: whether formulas may stand in where it was not for the model that it could not be measured.
-        cache_directory: where graphs are kept, if not in the user's cache.
+    `resolved` is what the revision of a hub id resolved to before, which holds while they are the same; one that
+    `must_ask` has the hub say it anew. With `use_vendored` a graph beside the profile is used where it is still the
+    model's. `permissions` say whether code that comes with the model may run, and formulas stand in for measuring it.
     """
+
+    resolved: Resolved | None = None
+    must_ask: bool = False
+    use_vendored: bool = True
+    permissions: Permissions = NO_PERMISSIONS
+
+
+def load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> LoadedModel | None:
+    """Return the graph of the model that a profile names, or `None` with the reason in the sink."""
     try:
-        model = _load_model_graph(loaded, sink, resolved, must_ask, trust_remote_code, use_vendored, cache_directory)
+        model = _load_model_graph(loaded, lookup, sink)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in LIBRARIES_FOR_GRAPHS:
             raise
@@ -121,24 +115,16 @@ def load_model_graph(
         )
         return None
     if model is not None:
-        _warn(loaded, model, sink, trust_remote_code=trust_remote_code, allow_unmeasured=allow_unmeasured)
+        _warn(loaded, model, lookup.permissions, sink)
     return model
 
 
-def _load_model_graph(
-    loaded: LoadedProfile,
-    sink: Sink,
-    resolved: Resolved | None,
-    must_ask: bool,
-    trust_remote_code: bool,
-    use_vendored: bool,
-    cache_directory: Path | None,
-) -> LoadedModel | None:
-    vendored = _vendored(loaded, sink) if use_vendored else None
+def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> LoadedModel | None:
+    vendored = _vendored(loaded, sink) if lookup.use_vendored else None
     if vendored is not None and not _is_local(loaded):
         source: ModelSource | None = _at_hand(_vendored_source(vendored, loaded))  # the hub need not be asked
     else:
-        source = _find_source(loaded, resolved, must_ask, sink)
+        source = _find_source(loaded, lookup, sink)
     if source is None:
         return None
     profile_model = loaded.profile.model
@@ -168,11 +154,9 @@ def _load_model_graph(
     else:
         if vendored is not None:
             _warn_stale_graph(loaded, sink, _differing(wanted, _made_from(vendored, loaded)))
-        if not (
-            found := _built(
-                source, class_name, dtype, attention, counted, loaded, sink, trust_remote_code, cache_directory
-            )
-        ):
+        trusted = lookup.permissions.trust_remote_code
+        found = _built(source, class_name, dtype, attention, counted, loaded, sink, trust_remote_code=trusted)
+        if found is None:
             return None
         graph = found
     graph = replace(graph, loading=_loading_facts(graph, source, dtype, quantization))
@@ -219,8 +203,8 @@ def _built(
     quantization: Quantization | None,
     loaded: LoadedProfile,
     sink: Sink,
+    *,
     trust_remote_code: bool,
-    cache_directory: Path | None,
 ) -> ModelGraph | None:
     try:
         return graph_from_source(
@@ -231,7 +215,6 @@ def _built(
             workload=_workload(loaded),
             quantization=quantization,
             trust_remote_code=trust_remote_code,
-            cache_directory=cache_directory,
         )
     except QuantizationError as error:
         sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
@@ -346,7 +329,6 @@ def graph_from_source(
     workload: Workload | None = None,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
-    cache_directory: Path | None = None,
 ) -> ModelGraph:
     """The graph of a model, from the cache where it is kept.
 
@@ -375,12 +357,12 @@ def graph_from_source(
     if quantization is not None and quantization.format() is not None:
         key["quantization"] = quantization.to_json()
     # Code that comes with a model may change without its config.
-    graph = make() if trust_remote_code else cached_graph(key, make, directory=cache_directory)
+    graph = make() if trust_remote_code else cached_graph(key, make)
     apart = source.stored_apart(graph.ties)
     return replace(graph, ties=tuple(tie for tie in graph.ties if tie not in apart)) if apart else graph
 
 
-def _find_source(loaded: LoadedProfile, resolved: Resolved | None, must_ask: bool, sink: Sink) -> ModelSource | None:
+def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSource | None:
     text, revision = loaded.profile.model.source, loaded.profile.model.revision
     span = loaded.span("model", "source")
     path = loaded.beside(text, "model", "source")
@@ -403,8 +385,8 @@ def _find_source(loaded: LoadedProfile, resolved: Resolved | None, must_ask: boo
                 help="paths are relative to the file that writes them; else name a hub id such as `Qwen/Qwen2.5-7B`",
             )
             return None
-        known = resolved if resolved is not None and resolved.holds_for(text, revision) else None
-        source = hub_source(text, revision, commit=known.commit if known else None, must_ask=must_ask)
+        known = lookup.resolved if lookup.resolved is not None and lookup.resolved.holds_for(text, revision) else None
+        source = hub_source(text, revision, commit=known.commit if known else None, must_ask=lookup.must_ask)
         same = known is not None and known.commit == source.commit
         return replace(source, known_checkpoint=known.checkpoint) if known is not None and same else source
     except CheckpointError as error:
@@ -442,11 +424,9 @@ def _quantization_json(quantization: Quantization | None) -> dict[str, object] |
     return None if quantization is None else quantization.to_json()
 
 
-def _warn(
-    loaded: LoadedProfile, model: LoadedModel, sink: Sink, *, trust_remote_code: bool, allow_unmeasured: bool
-) -> None:
-    source, graph = model.source, model.graph
-    if trust_remote_code:
+def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, sink: Sink) -> None:
+    source, graph, allowed = model.source, model.graph, permissions.allow_unmeasured
+    if permissions.trust_remote_code:
         _warn_of_code_left_out(model, loaded.span("model", "source"), sink)
     if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
@@ -462,9 +442,9 @@ def _warn(
             loaded.span("model", "quantization"),
         )
     if graph.unread is not None:
-        _report_unread(graph, graph.unread, loaded.span("model", "source"), sink, allowed=allow_unmeasured)
+        _report_unread(graph, graph.unread, loaded.span("model", "source"), sink, allowed=allowed)
     if graph.measurement is not None:
-        report_unmeasured(graph.measurement, loaded.span("workload"), sink, allowed=allow_unmeasured)
+        report_unmeasured(graph.measurement, loaded.span("workload"), sink, allowed=allowed)
 
 
 def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) -> None:

@@ -13,30 +13,28 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.devices import DeviceId
     from devmap_config.placement.executor import Executor
+    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.strategies import Infeasible
     from devmap_config.profile.loading import LoadedProfile
 
 
-def executors_for(
-    loaded: LoadedProfile, model: LoadedModel, capacities: Mapping[DeviceId, int]
-) -> tuple[Executor, ...]:
-    """What may run a plan of this profile, the first that fits is to be taken: buffers stay unless they have to go.
+def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
+    """Return what may run a plan of this profile, the first that fits is to be taken: buffers stay unless they must go.
 
     They go of a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then
     streamed as the plan counts them.
     """
-    asked = loaded.profile.placement.offload.buffers
+    asked, model = prepared.loaded.profile.placement.offload.buffers, prepared.model
     if model.quantization is not None and model.quantization.method.offloads_buffers:
         return (OFFLOADED,)
     if asked is not None:
         return (OFFLOADED if asked else LEFT,)
     if not model.is_counted:
         return (OFFLOADED,)
-    return (LEFT, OFFLOADED) if can_be_offloaded(model.graph, capacities) else (LEFT,)
+    return (LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (LEFT,)
 
 
 def can_be_offloaded(graph: ModelGraph, capacities: Mapping[DeviceId, int]) -> bool:
@@ -45,10 +43,10 @@ def can_be_offloaded(graph: ModelGraph, capacities: Mapping[DeviceId, int]) -> b
     return is_held and any(device in STORAGE_DEVICES for device in capacities)
 
 
-def are_to_be_compared(loaded: LoadedProfile, graph: ModelGraph) -> bool:
-    """Whether the plan that streams buffers may be the better one though the other fits: where weights are in them."""
-    is_optimal = loaded.profile.placement.strategy in OPTIMAL_STRATEGIES
-    return is_optimal and any(tensor.in_buffer for tensor in graph.tensors.values())
+def are_to_be_compared(prepared: Prepared) -> bool:
+    """Return whether the plan that streams buffers may be the better though the other fits: they hold weights."""
+    is_optimal = prepared.strategy in OPTIMAL_STRATEGIES
+    return is_optimal and any(tensor.in_buffer for tensor in prepared.graph.tensors.values())
 
 
 def report_left_buffers(infeasible: Infeasible | None, strategy: str | None, loaded: LoadedProfile, sink: Sink) -> None:

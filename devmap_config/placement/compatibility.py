@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
-    from devmap_config.rules.resolution import Resolution
+    from devmap_config.profile.permissions import Permissions
 
 
 def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel, sink: Sink) -> None:
@@ -43,9 +44,9 @@ def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel,
         )
 
 
-def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, model: LoadedModel, sink: Sink) -> None:
+def check_quantizer(device_map: Mapping[str, int | str], prepared: Prepared, sink: Sink) -> None:
     """Report a map that the model's quantizer refuses to load by."""
-    quantization = model.quantization
+    quantization = prepared.model.quantization
     if quantization is None:
         return
     devices = set(device_map.values())
@@ -59,34 +60,27 @@ def check_quantizer(device_map: Mapping[str, int | str], loaded: LoadedProfile, 
     sink.error(
         "quantizer-refuses",
         f"{quantization.method.name} loads {nothing} onto {' or '.join(sorted(map(str, used)))}",
-        loaded.span("model", "quantization"),
+        prepared.loaded.span("model", "quantization"),
         help=f"say `{argument}: true`, or {advice}" if argument else advice,
     )
 
 
-def check_checkpoint(
-    loaded: LoadedProfile,
-    model: LoadedModel,
-    resolution: Resolution,
-    sink: Sink,
-    *,
-    trust_remote_code: bool = False,
-    allow_unmeasured: bool = False,
-) -> LoadedModel:
+def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -> Prepared:
     """Report a checkpoint that does not hold the model, as far as a checkpoint is at hand.
 
     Returns:
-        The model, with what is now known of it: the tensors that are in no file, since transformers computes them.
+        The profile, with what is now known of its model: the tensors that are in no file, since transformers computes
+        them.
     """
-    span = loaded.span("model", "source")
+    model, resolution, span = prepared.model, prepared.resolution, prepared.loaded.span("model", "source")
     try:
-        match = match_checkpoint(model, trust_remote_code=trust_remote_code)
+        match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
     except LibraryChangedError as error:
         consequence = "whether the checkpoint holds this model was not checked"
-        report_failure(failure_of(error), consequence, span, sink, allowed=allow_unmeasured)
-        return model
+        report_failure(failure_of(error), consequence, span, sink, allowed=permissions.allow_unmeasured)
+        return prepared
     if match is None:
-        return model
+        return prepared
     if match.unchecked is not None:
         sink.warning(
             "unchecked-checkpoint",
@@ -94,7 +88,7 @@ def check_checkpoint(
             span,
             help="install what is missing, and compile again",
         )
-        return model
+        return prepared
     found = judge(match, model.source.config, frozenset(resolution.new))
     if found.error is not None:
         sink.error("wrong-checkpoint", found.error, span, help=found.error_help)
@@ -115,4 +109,5 @@ def check_checkpoint(
                 rule.span,
                 help="leave it out of `allow_new`",
             )
-    return replace(model, graph=replace(model.graph, computed=frozenset(map(TensorName, match.computed))))
+    graph = replace(model.graph, computed=frozenset(map(TensorName, match.computed)))
+    return replace(prepared, model=replace(model, graph=graph))

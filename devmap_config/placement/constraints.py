@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.executor import Executor
+    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.timing import Phase
     from devmap_config.profile.loading import LoadedProfile
@@ -30,21 +29,43 @@ if TYPE_CHECKING:
     from devmap_config.rules.rule import Rule
 
 
-def problem_of(
-    model: LoadedModel,
-    inventory: Inventory,
-    resolution: Resolution,
-    sink: Sink,
-    *,
-    together: tuple[tuple[TensorName, ...], ...] = (),
-    executor: Executor,
-) -> Problem:
-    """The placement problem that rules and machine pose; what contradicts itself goes to the sink.
+@dataclass(frozen=True)
+class Repairs:
+    """What a plan must keep to besides its rules, so that it runs.
 
-    `together` are groups that must share a device besides, since the model does not run with them apart. `executor` is
-    what is to run it.
+    `together` are groups of tensors that must share a device, `reserved_bytes` what must stay free on one, and `kept`
+    the device of tensors that are of use only where they are used.
     """
-    graph = model.graph
+
+    together: tuple[tuple[TensorName, ...], ...] = ()
+    reserved_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
+    kept: Mapping[TensorName, DeviceId] = field(default_factory=dict)
+
+
+NO_REPAIRS = Repairs()
+
+
+def build_problem(prepared: Prepared, sink: Sink, repairs: Repairs = NO_REPAIRS) -> Problem | None:
+    """Return the placement problem that rules and machine pose; `None` where they contradict each other.
+
+    Args:
+        prepared: the profile.
+        sink: takes what contradicts itself.
+        repairs: what the plan must keep to besides.
+    """
+    problem = _constrained(prepared, sink, repairs.together)
+    reserved = repairs.reserved_bytes
+    capacities = {device: size - reserved.get(device, 0) for device, size in problem.capacities.items()}
+    problem = keeping(replace(problem, capacities=capacities), repairs.kept)
+    problem = replace(problem, single_device=_single_device(prepared.loaded, problem, sink))
+    if sink.has_errors:
+        return None
+    problem = replace(problem, aim=_aim(prepared, problem, sink))
+    return None if sink.has_errors else problem
+
+
+def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorName, ...], ...]) -> Problem:
+    graph, resolution, quantization = prepared.graph, prepared.resolution, prepared.model.quantization
     pinned: dict[TensorName, str] = {}
     for group in _united([*graph.tied_groups, *(names for _, names in resolution.groups), *together], graph):
         deciding = [resolution.decisions[name] for name in group if name in resolution.decisions]
@@ -55,14 +76,13 @@ def problem_of(
     _check_forbidden(pinned, resolution, sink)
     problem = Problem(
         graph=graph,
-        capacities=inventory.capacities,
+        capacities=prepared.capacities,
         pinned=pinned,
         computed={name: compute for name in pinned if (compute := resolution.compute_of(name)) is not None},
         groups=(*(names for _, names in resolution.groups), *together),
         forbidden={name: tuple(rules) for name, rules in resolution.forbidden.items()},
-        quantizer_lowers_budgets=model.lowers_budgets,
-        refused=() if model.quantization is None else model.quantization.refused_devices,
-        executor=executor,
+        quantizer_lowers_budgets=prepared.model.lowers_budgets,
+        refused=() if quantization is None else quantization.refused_devices,
     )
     _check_possible(problem, resolution, sink)
     return problem
@@ -78,7 +98,7 @@ def keeping(problem: Problem, kept: Mapping[TensorName, DeviceId]) -> Problem:
     return replace(problem, pinned=pinned)
 
 
-def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str | None:
+def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str | None:
     """The device that `single` is told to use; checks that strategy and the keys beside it agree.
 
     `manual` must say of every tensor where it goes.
@@ -115,9 +135,9 @@ def settle_single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) ->
     return device
 
 
-def settle_aim(loaded: LoadedProfile, inventory: Inventory, problem: Problem, sink: Sink) -> Aim | None:
+def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
     """What is to be fast under our own strategies; reports every figure that `fastest` needs and is not given."""
-    strategy = loaded.profile.placement.strategy
+    loaded, inventory, strategy = prepared.loaded, prepared.inventory, prepared.strategy
     if strategy not in OPTIMAL_STRATEGIES:
         return None
     workload = loaded.profile.workload

@@ -35,9 +35,9 @@ class Problem:
     `capacities` is in the order in which devices are filled (accelerators by index, then `cpu`, then `disk`), in
     bytes. `pinned` tensors are decided already, and `computed` says where they run where a rule does. `groups` are
     tensors that must share a device besides those that share a storage; `forbidden` are devices that a tensor must not
-    be on. `quantizer_lowers_budgets` tells of a quantizer
-    that takes a tenth off every budget before transformers' planner fills it, `refused` the devices that it loads
-    nothing onto. `executor` is what runs it.
+    be on. `quantizer_lowers_budgets` tells of a quantizer that takes a tenth off every budget before transformers'
+    planner fills it, `refused` the devices that it loads nothing onto. `executor` is what runs it. `single_device` is
+    the one that `single` is told to use, `aim` what our own strategies are to make fast.
     """
 
     graph: ModelGraph
@@ -49,6 +49,8 @@ class Problem:
     quantizer_lowers_budgets: bool = False
     refused: tuple[DeviceId, ...] = ()
     executor: Executor = LEFT
+    single_device: DeviceId | None = None
+    aim: Aim | None = None
 
     @property
     def accelerators(self) -> tuple[DeviceId, ...]:

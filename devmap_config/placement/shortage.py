@@ -14,31 +14,22 @@ from devmap_config.placement.weighing import heaviest_weights
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
-    from devmap_config.placement.problem import Aim, Problem
+    from devmap_config.placement.prepared import Prepared
+    from devmap_config.placement.problem import Problem
     from devmap_config.placement.ways_out import Impasse, Trials
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
 
-def report_shortages(
-    infeasible: Infeasible,
-    problem: Problem,
-    resolution: Resolution,
-    model: LoadedModel,
-    loaded: LoadedProfile,
-    sink: Sink,
-    *,
-    trials: Trials,
-    aim: Aim | None = None,
-) -> None:
+def report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
     """Put the reasons of an infeasible placement into the sink, with what `trials` show to mend it."""
-    strategy = loaded.profile.placement.strategy
-    if aim is not None and not any(shortage.device for shortage in infeasible.shortages):
-        impasse = impasse_of(problem, resolution, aim, model, loaded.profile, trials)
-        _report_impasse(impasse, infeasible, problem, model, loaded, sink)
+    loaded, resolution = prepared.loaded, prepared.resolution
+    if problem.aim is not None and not any(shortage.device for shortage in infeasible.shortages):
+        impasse = impasse_of(problem, prepared, trials)
+        _report_impasse(impasse, infeasible, problem, prepared.model, loaded, sink)
         return
     if not infeasible.shortages:
-        _report_forbidden(infeasible, problem, resolution, strategy, sink)
+        _report_forbidden(infeasible, resolution, prepared.strategy, sink)
     for shortage in infeasible.shortages:
         if shortage.device is None:
             _report_unplaced(infeasible, shortage, problem, loaded, sink, trials)
@@ -90,9 +81,7 @@ def _report_impasse(
     )
 
 
-def _report_forbidden(
-    infeasible: Infeasible, problem: Problem, resolution: Resolution, strategy: str, sink: Sink
-) -> None:
+def _report_forbidden(infeasible: Infeasible, resolution: Resolution, strategy: str, sink: Sink) -> None:
     name = infeasible.unplaced[0]
     rules = resolution.forbidden[name]
     rule = next(iter(rules.values()))

@@ -54,23 +54,24 @@ class Infeasible:
     unplaced: tuple[TensorName, ...] = ()
 
 
-def place(
-    problem: Problem, strategy: str, *, single_device: DeviceId | None = None, aim: Aim | None = None
-) -> Placed | Infeasible:
-    """The device of every tensor of the problem, pinned ones included.
+UNREPAIRED_STRATEGIES = ("manual", "single")
+"""These place nothing themselves."""
+
+
+def place(problem: Problem, strategy: str) -> Placed | Infeasible:
+    """Return the device of every tensor of the problem, pinned ones included.
 
     Args:
-        problem: what is to be placed, and within what.
-        strategy: `single`, `manual` (all is pinned already), or one of the others' names.
-        single_device: for `single`: the device; without it the first accelerator, else `cpu`.
-        aim: for `fastest`, `longest-context` and `fewest-devices`: what is to be fast, on which machine.
+        problem: what is to be placed, within what, and what is to be fast where it has an aim.
+        strategy: `single` (on its device, else the first accelerator, else `cpu`), `manual` (all is pinned already), or
+            one of the others' names.
     """
     if shortages := _shortages(problem, problem.pinned_bytes):
         return Infeasible(shortages)
-    if aim is not None:
-        return _optimal(problem, strategy, aim)
+    if problem.aim is not None:
+        return _optimal(problem, strategy, problem.aim)
     if strategy == "single":
-        device = single_device or first_device(problem)
+        device = problem.single_device or first_device(problem)
         placement: dict[TensorName, DeviceId] = dict.fromkeys(problem.graph.tensors, device)
     elif strategy == "manual":
         placement = {}

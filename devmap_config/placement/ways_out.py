@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from devmap_config.amounts import GIBIBYTE
 from devmap_config.placement.problem import is_accelerator
+from devmap_config.profile.schema import Device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from devmap_config.graph.loading import LoadedModel
-    from devmap_config.placement.problem import Aim, Problem
-    from devmap_config.profile.schema import Profile
-    from devmap_config.rules.resolution import Resolution
+    from devmap_config.placement.prepared import Prepared
+    from devmap_config.placement.problem import Problem
+    from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.rule import Rule
 
 MOST_GIBIBYTES = 2**14
@@ -47,6 +47,27 @@ class Change:
         """Whether the model has to be measured anew."""
         return self.context_length is not None or self.quantization is not None
 
+    def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
+        """Return the profile as it is with this change; `without` is left to who reads its rules."""
+        profile = loaded.profile
+        model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
+        if self.quantization is not None:
+            model = model.model_copy(update={"quantization": self.quantization})
+        if self.context_length is not None:
+            workload = workload.model_copy(update={"context_length": self.context_length})
+        devices = dict(hardware.devices)
+        for name, description in self.devices.items():
+            devices[name] = devices.get(name, Device()).model_copy(update=dict(description))
+        offload = placement.offload
+        if "disk" in self.devices and offload.folder is None:
+            offload = offload.model_copy(update={"folder": "offload"})
+        if self.offload_buffers is not None:
+            offload = offload.model_copy(update={"buffers": self.offload_buffers})
+        placement = placement.model_copy(update={"offload": offload, "strategy": self.strategy or placement.strategy})
+        hardware = hardware.model_copy(update={"devices": devices})
+        changed = {"model": model, "workload": workload, "hardware": hardware, "placement": placement}
+        return replace(loaded, profile=profile.model_copy(update=changed))
+
 
 class Trials(Protocol):
     """What tries a changed profile."""
@@ -66,11 +87,9 @@ class Impasse:
     ways_out: tuple[str, ...]
 
 
-def impasse_of(
-    problem: Problem, resolution: Resolution, aim: Aim, model: LoadedModel, profile: Profile, trials: Trials
-) -> Impasse:
-    """The impasse of a problem for which no placement was found."""
-    search = _Search(problem, resolution, aim, model, profile, trials)
+def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
+    """Return the impasse of a problem for which no placement was found."""
+    search = _Search(problem, prepared, trials)
     pins = search.contradicting_pins()
     ways = [
         *search.dropped_pins(pins),
@@ -86,15 +105,12 @@ def impasse_of(
 @dataclass(frozen=True)
 class _Search:
     problem: Problem
-    resolution: Resolution
-    aim: Aim
-    model: LoadedModel
-    profile: Profile
+    prepared: Prepared
     trials: Trials
 
     def contradicting_pins(self) -> tuple[Rule, ...]:
         """The fewest pins, left out one after another, that leave no placement together with the machine."""
-        rules = tuple(dict.fromkeys(decision.rule for decision in self.resolution.decisions.values()))
+        rules = tuple(dict.fromkeys(decision.rule for decision in self.prepared.resolution.decisions.values()))
         if not rules or not self.trials.compiles(Change(without=rules)):
             return ()
         kept = sorted(rules, key=lambda rule: rule.span)
@@ -113,7 +129,7 @@ class _Search:
 
     def told_to_offload(self) -> str | None:
         """Let the quantizer leave on the CPU and the disk what it does not quantise, where it can be told to."""
-        quantization, asked = self.model.quantization, self.profile.model.quantization
+        quantization, asked = self.prepared.model.quantization, self.prepared.loaded.profile.model.quantization
         argument = None if quantization is None else quantization.accepting_argument
         if argument is None or not asked:
             return None
@@ -134,14 +150,14 @@ class _Search:
 
     def fewer_bits(self) -> str | None:
         room = sum(size for device, size in self.problem.capacities.items() if is_accelerator(device))
-        if self.model.quantization is not None or not room or 2 * room < self.problem.graph.size_bytes:
+        if self.prepared.model.quantization is not None or not room or 2 * room < self.problem.graph.size_bytes:
             return None
         tried = self.trials.compiles(Change(quantization=EIGHT_BIT))
         return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if tried else None
 
     def another_card(self) -> str | None:
         """One more of the last accelerator, where it is one of the catalogue."""
-        cards = [device for device in self.aim.inventory.devices if device.is_accelerator]
+        cards = [device for device in self.prepared.inventory.devices if device.is_accelerator]
         if not cards or cards[-1].accelerator is None or ":" not in cards[-1].id:
             return None
         kind, _, index = cards[-1].id.partition(":")
@@ -151,7 +167,7 @@ class _Search:
 
     def more_memory(self) -> str | None:
         """The least more of the CPU, or of the first accelerator that is described by its memory."""
-        devices = {device.id: device for device in self.aim.inventory.devices}
+        devices = {device.id: device for device in self.prepared.inventory.devices}
         described = next((each for each in devices.values() if each.is_accelerator and each.accelerator is None), None)
         device = described or devices.get("cpu")
         name, before = (device.id, device.memory_bytes) if device is not None else ("cpu", 0)

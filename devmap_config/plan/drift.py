@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from devmap_config.placement.buffers import executors_for
 from devmap_config.plan.changes import changed_inputs, changed_versions
 from devmap_config.plan.inputs import early_graph_digest
 from devmap_config.plan.lock import LockError, locked_units
@@ -20,17 +21,18 @@ from devmap_config.plan.plan import assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
 from devmap_config.plan.verify import coverage
+from devmap_config.profile.document import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.executor import Executor
+    from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
-    from devmap_config.rules.resolution import Resolution
+    from devmap_config.profile.loading import LoadedProfile
 
 BOUND = "bound_decode_nanoseconds_per_token"
 
@@ -68,55 +70,56 @@ class Held:
     moved: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a profile asks for now, as far as a lock is held to it.
-
-    `variables` are the `--set` values in use, `proves_bound` whether the strategy proves a bound of the decode time.
-    `executors` are what may run the plan; the first runs that of an early lock, which does not say.
-    """
-
-    inputs: Inputs
-    variables: Mapping[str, str]
-    strategy: str
-    proves_bound: bool
-    graph: ModelGraph
-    inventory: Inventory
-    resolution: Resolution
-    executors: tuple[Executor, ...]
-
-
 def remedy(code: str, profile: Path) -> str:
     """What to do about a lock that is missing, cannot be read or does not hold."""
     return "upgrade devmap-config" if code == "newer-lock" else f"run `devmap compile {profile}` and commit the lock"
 
 
-def held(lock: Lock, asked: Asked) -> Held | Drift:
+def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: Inputs) -> Held | Drift:
     """Return the plan of a lock where it holds, derived and verified as one that was just made; else why it does not.
 
     Nothing is placed for this. Where nothing but what was measured has changed, and the libraries that measure are of
     other versions than those that made the lock, its plan is held to the new figures.
+
+    Args:
+        lock: a lock of the profile; an early one says less.
+        prepared: the profile.
+        inputs: the inputs of now.
     """
-    measured_otherwise = _is_measured_otherwise(lock, asked)
-    versions = changed_versions(lock) if measured_otherwise else ""
-    if not versions and (changed := changed_inputs(lock, _comparable(lock, asked), asked.variables)):
+    inputs = _comparable(inputs, lock, prepared.graph)
+    variables = prepared.loaded.overrides
+    versions = changed_versions(lock) if _is_measured_otherwise(lock, inputs, variables) else ""
+    if not versions and (changed := changed_inputs(lock, inputs, variables)):
         return Drift("stale-lock", changed)
     try:
-        plan = _derived(lock, asked)
+        plan = _derived(lock, prepared)
     except LockError as error:
         return _drift([str(error)], versions)
     stated = lock.plan["devices"]
     if versions and [use["weights_bytes"] for use in stated] != [use.weights_bytes for use in plan.devices]:
         return Drift("stale-lock", (f"the model's module tree changed ({versions})",))
-    if broken := broken_promises(plan, asked.graph, asked.inventory.capacities, asked.resolution):
+    if broken := broken_promises(plan, prepared):
         return _drift(broken, versions, moved_figures(lock.plan, plan.to_json()))
-    if broken := [*_contradictions(lock, plan, asked, follows_measurement=not versions), *_bad_bounds(lock, asked)]:
+    hardware = prepared.inventory.accelerators_to_json()
+    contradictions = _contradictions(lock, plan, hardware, inputs, follows_measurement=not versions)
+    if broken := [*contradictions, *_bad_bounds(lock, prepared)]:
         return Drift("broken-lock", tuple(broken))
     if not versions:
         bound = lock.plan["prediction"][BOUND]
         return Held(replace(plan, prediction=replace(plan.prediction, bound_decode_nanoseconds_per_token=bound)))
     moved = moved_figures(lock.plan, plan.to_json())
     return Held(plan, f"{versions} moves {', '.join(moved)}" if moved else None)
+
+
+def report_moved_figures(held: Held, loaded: LoadedProfile, sink: Sink) -> None:
+    """Warn where a locked plan holds by other figures than it was made with."""
+    if held.moved is not None:
+        sink.warning(
+            "figures-moved",
+            f"the lock's plan holds, by other figures than it was made with: {held.moved}",
+            whole_file(str(loaded.path)),
+            help="compile again where the new figures are wanted in the lock",
+        )
 
 
 def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
@@ -132,43 +135,43 @@ def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _is_measured_otherwise(lock: Lock, asked: Asked) -> bool:
+def _is_measured_otherwise(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> bool:
     """Return whether nothing has changed but what was measured.
 
     An early lock has one digest for that and the module tree: nothing else has changed then.
     """
-    inputs = _comparable(lock, asked)
     changed = {name for name, value in inputs.to_json().items() if lock.inputs.get(name, value) != value}
-    return changed == {"graph" if lock.is_early else "measurement"} and dict(lock.variables) == dict(asked.variables)
+    return changed == {"graph" if lock.is_early else "measurement"} and dict(lock.variables) == dict(variables)
 
 
-def _comparable(lock: Lock, asked: Asked) -> Inputs:
-    """The inputs of now as far as this lock has them: early ones know no measurement, nor what was not at hand."""
-    inputs, locked = asked.inputs, lock.inputs.get("checkpoint")
+def _comparable(inputs: Inputs, lock: Lock, graph: ModelGraph) -> Inputs:
+    """The inputs of now as far as a lock has them: early ones know no measurement, nor what was not at hand."""
+    locked = lock.inputs.get("checkpoint")
     if locked is None or inputs.checkpoint is None:
         inputs = replace(inputs, checkpoint=locked)
-    return replace(inputs, graph=early_graph_digest(asked.graph), measurement=None) if lock.is_early else inputs
+    return replace(inputs, graph=early_graph_digest(graph), measurement=None) if lock.is_early else inputs
 
 
-def _derived(lock: Lock, asked: Asked) -> Plan:
-    """The plan that follows from what a lock decides.
+def _derived(lock: Lock, prepared: Prepared) -> Plan:
+    """Return the plan that follows from what a lock decides; the first of what may run it runs that of an early lock.
 
     Raises:
         LockError: where it decides what cannot be.
     """
-    units = locked_units(lock, asked.graph, asked.inventory)
-    executor = asked.executors[0]
+    graph, executors = prepared.graph, executors_for(prepared)
+    units = locked_units(lock, graph, prepared.inventory)
+    executor = executors[0]
     executor = replace(executor, offload_buffers=lock.plan.get("offload_buffers", executor.offload_buffers))
-    if executor not in asked.executors:
+    if executor not in executors:
         raise LockError(f"`offload_buffers` is {_shown(executor.offload_buffers)}, which its profile rules out")
-    plan = assemble(asked.graph, units, asked.inventory.capacities, strategy=asked.strategy, executor=executor)
+    plan = assemble(graph, units, prepared.capacities, strategy=prepared.strategy, executor=executor)
     for each in plan.assignments:
         usual = plan.executor.executes_on(each.stored_on, plan.main_device, None)
         if each.executes_on not in (usual, each.stored_on) or each.executes_on == "disk":
             raise LockError(f"it runs `{each.unit}` on {each.executes_on}, which is stored on {each.stored_on}")
-    if uncovered := [violation.message for violation in coverage(plan, asked.graph)]:
+    if uncovered := [violation.message for violation in coverage(plan, graph)]:
         raise LockError(uncovered[0])
-    return replace(plan, prediction=predict(plan, asked.graph, asked.inventory))
+    return replace(plan, prediction=predict(plan, graph, prepared.inventory))
 
 
 def _drift(broken: list[str], versions: str, moved: tuple[str, ...] = ()) -> Drift:
@@ -178,7 +181,9 @@ def _drift(broken: list[str], versions: str, moved: tuple[str, ...] = ()) -> Dri
     return Drift("stale-lock", (f"{versions}{what}: {broken[0]}",))
 
 
-def _contradictions(lock: Lock, plan: Plan, asked: Asked, *, follows_measurement: bool) -> Iterator[str]:
+def _contradictions(
+    lock: Lock, plan: Plan, hardware: Mapping[str, Any], inputs: Inputs, *, follows_measurement: bool
+) -> Iterator[str]:
     """Everything that a lock says and that does not follow from what it decides and from its inputs."""
     if lock.plan["main_device"] != plan.main_device:
         yield f"its main device is {plan.main_device}, and it says {lock.plan['main_device']}"
@@ -196,10 +201,10 @@ def _contradictions(lock: Lock, plan: Plan, asked: Asked, *, follows_measurement
         if difference[0].rpartition(".")[2] not in skipped:
             yield _contradiction(*difference)
     if lock.hardware or not lock.is_early:
-        for difference in _differences(lock.hardware, asked.inventory.accelerators_to_json(), "hardware"):
+        for difference in _differences(lock.hardware, hardware, "hardware"):
             yield _contradiction(*difference)
     if lock.values or not lock.is_early:
-        for difference in _differences(lock.values, asked.inputs.values, "values"):
+        for difference in _differences(lock.values, inputs.values, "values"):
             yield _contradiction(*difference)
 
 
@@ -208,13 +213,13 @@ def _without_figures(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {**plan, "devices": [use["id"] for use in plan["devices"]]}
 
 
-def _bad_bounds(lock: Lock, asked: Asked) -> Iterator[str]:
+def _bad_bounds(lock: Lock, prepared: Prepared) -> Iterator[str]:
     """What is wrong with a bound whatever is proven: it is one only where there is a time, and is not above that."""
     decode, bound = lock.plan["prediction"]["decode_nanoseconds_per_token"], lock.plan["prediction"][BOUND]
-    is_due = asked.proves_bound and decode is not None
+    is_due = prepared.proves_bound and decode is not None
     if is_due != (bound is not None):
         proven = "one" if is_due else "none"
-        yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and `{asked.strategy}` proves {proven}"
+        yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and `{prepared.strategy}` proves {proven}"
     elif bound is not None and not 0 < bound <= decode:
         yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and the plan takes {_shown(decode)}"
 

@@ -10,10 +10,8 @@ from devmap_config.plan.lock import Inputs
 from devmap_config.plan.values import values_of, values_of_hardware
 
 if TYPE_CHECKING:
-    from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.hardware.inventory import Inventory
-    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.placement.prepared import Prepared
 
 INCIDENTAL = frozenset({"name", "description", "variables", "extends"})
 """Keys of a profile that change nothing by themselves: variables and bases count by what they lead to."""
@@ -22,8 +20,9 @@ MEASURED = ("measurement", "skip_keys", "merged")
 """Of a graph, what tells how the model runs and not what it is: it differs between versions of transformers."""
 
 
-def inputs_of(loaded: LoadedProfile, model: LoadedModel, inventory: Inventory) -> Inputs:
-    """The inputs of a compilation."""
+def inputs_of(prepared: Prepared) -> Inputs:
+    """Return the inputs of a compilation."""
+    loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
     graph = graph_to_json(model.graph)
     return Inputs(

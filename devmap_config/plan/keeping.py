@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.lock import Lock
-    from devmap_config.rules.resolution import Resolution
 
     Homes = dict[TensorName, tuple[DeviceId, DeviceId | None]]
     Block = tuple[TensorName, ...]
@@ -32,8 +31,8 @@ MAX_TRIALS = 48
 """Plans that are looked at on the way: each is verified and predicted anew."""
 
 
-def kept(plan: Plan, lock: Lock, graph: ModelGraph, inventory: Inventory, resolution: Resolution) -> Plan:
-    """The locked plan where it still is as good as the new one, else the new one with as much of it as can stay.
+def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
+    """Return the locked plan where it still is as good as the new one, else the new one with as much of it as can stay.
 
     Only a plan of the same strategy of ours is kept. One is taken where it breaks no rule, fits, and is as good: in the
     time of a token, or where that is not known in the context that it leaves room for. What cannot stay as a whole is
@@ -42,17 +41,17 @@ def kept(plan: Plan, lock: Lock, graph: ModelGraph, inventory: Inventory, resolu
     if plan.strategy not in OPTIMAL_STRATEGIES or lock.plan.get("strategy") != plan.strategy:
         return plan
     try:
-        units = locked_units(lock, graph, inventory)
+        units = locked_units(lock, prepared.graph, prepared.inventory)
     except LockError:
         return plan
     earlier = {name: home for unit, home in units for name in unit.tensors}
-    whole = _Search(plan, graph, inventory, resolution, earlier)
+    whole = _Search(plan, prepared, earlier)
     if whole.keep(tuple(earlier)):
         return whole.best
     found = []
     for order in (1, -1):
-        search = _Search(plan, graph, inventory, resolution, earlier)
-        for moved in _moved_together(graph, earlier, _homes(plan))[::order]:
+        search = _Search(plan, prepared, earlier)
+        for moved in _moved_together(prepared.graph, earlier, _homes(plan))[::order]:
             search.keep_most(moved[::order])
         found.append(search)
     return min(found, key=_Search.distance).best
@@ -83,9 +82,7 @@ class _Search:
     """Puts back what moved, as long as the plan stays as good as the new one; `best` is the nearest found so far."""
 
     new: Plan
-    graph: ModelGraph
-    inventory: Inventory
-    resolution: Resolution
+    prepared: Prepared
     earlier: Homes
     trials: int = 0
     best: Plan = field(init=False)
@@ -107,10 +104,11 @@ class _Search:
             return False
         self.trials += 1
         candidate = self.plan_with({**_homes(self.best), **{name: self.earlier[name] for name in names}})
-        if broken_promises(candidate, self.graph, self.inventory.capacities, self.resolution):
+        if broken_promises(candidate, self.prepared):
             return False
         bound = self.new.prediction.bound_decode_nanoseconds_per_token
-        prediction = predict(candidate, self.graph, self.inventory, bound_decode_nanoseconds=bound)
+        inventory = self.prepared.inventory
+        prediction = predict(candidate, self.prepared.graph, inventory, bound_decode_nanoseconds=bound)
         candidate = replace(candidate, prediction=prediction)
         if not _is_as_good(candidate, self.new):
             return False
@@ -125,15 +123,10 @@ class _Search:
 
     def plan_with(self, homes: Mapping[TensorName, tuple[DeviceId, DeviceId | None]]) -> Plan:
         """The plan that stores and runs everything there."""
-        ordered = {name: homes[name] for name in self.graph.tensors}
-        units = fold(self.graph, ordered)
-        return assemble(
-            self.graph,
-            units,
-            self.inventory.capacities,
-            strategy=self.new.strategy,
-            executor=self.new.executor,
-        )
+        graph = self.prepared.graph
+        units = fold(graph, {name: homes[name] for name in graph.tensors})
+        capacities = self.prepared.capacities
+        return assemble(graph, units, capacities, strategy=self.new.strategy, executor=self.new.executor)
 
 
 def _is_as_good(earlier: Plan, new: Plan) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
+from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.placement.compatibility import check_quantizer
 from devmap_config.placement.weighing import heaviest
 from devmap_config.plan.verify import Violation, verify
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.prepared import Prepared
+    from devmap_config.placement.problem import Placement
     from devmap_config.plan.plan import DeviceUse, Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
@@ -23,19 +25,14 @@ if TYPE_CHECKING:
 REPORT = "the verifier found what the placer should not have made: please report it, with the profile"
 
 
-def review(
-    plan: Plan,
-    graph: ModelGraph,
-    capacities: Mapping[str, int],
-    resolution: Resolution,
-    loaded: LoadedProfile,
-    sink: Sink,
-) -> None:
-    """Verify a plan, and report what does not hold, at the rule that brought it about where there is one."""
+def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
+    """Verify a plan, and return what does not hold, at the rule that brought it about where there is one."""
+    loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
+    check_quantizer(plan.placement, prepared, sink)
     split: dict[int, tuple[Rule, list[str]]] = {}
     stranded: dict[int, tuple[Decision, list[Violation]]] = {}
     overfull: list[str] = []
-    for violation in verify(plan, graph, capacities, resolution.forbidden):
+    for violation in verify(plan, graph, prepared.capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
         elif violation.kind == "split-block" and _computes_apart(violation, plan):
@@ -64,6 +61,18 @@ def review(
         )
     _check_compute(plan, resolution, sink)
     _check_offload_folder(plan, loaded, sink)
+    return sink.diagnostics
+
+
+def warn_of_kept_tensors(kept: Placement, plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
+    """Warn of tensors that are kept where they are used, since nothing would bring them there."""
+    patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(kept))
+    sink.warning(
+        "stranded-tensor",
+        f"nothing would bring {patterns} to where it is used, so it is kept on {plan.main_device}",
+        loaded.span("placement", "strategy"),
+        help="nothing is to be done; a pin says the same",
+    )
 
 
 def _report_stranded(
@@ -90,12 +99,13 @@ def _block_around(name: str, graph: ModelGraph) -> str:
     return next(block for block in graph.blocks if name.startswith(f"{block}."))
 
 
-def broken_promises(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int], resolution: Resolution) -> list[str]:
-    """What does not hold of a plan that was read from a lock: what the verifier finds, and pins that it does not keep.
+def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
+    """Return what does not hold of a plan that was read from a lock: what the verifier finds, and pins that it breaks.
 
     A block that is split is no such thing: where a rule asked for it, compiling has said so.
     """
-    found = verify(plan, graph, capacities, resolution.forbidden)
+    resolution = prepared.resolution
+    found = verify(plan, prepared.graph, prepared.capacities, resolution.forbidden)
     broken = [violation.message for violation in found if violation.kind != "split-block"]
     homes = {name: each for each in plan.assignments for name in each.tensors}
     for name, decision in resolution.decisions.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.compiler import Compilation, compile_locked, texts_of
+from devmap_config.compiler import Rejected, compile_locked
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
 from devmap_config.graph.source import HubAccess, cached_checkpoint
@@ -15,6 +15,7 @@ from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of
 from devmap_config.plan.readiness import differences, kind_needed
 from devmap_config.profile.document import whole_file
+from devmap_config.profile.variables import texts_of
 from devmap_config.runner.arguments import require_passable
 from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load, telling_of_changes
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.compiler import Compiled
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.checkpoint_match import CheckpointMatch
     from devmap_config.graph.loading import LoadedModel
@@ -40,11 +42,15 @@ class Deployment:
     names; `None` where they are not at hand before it is loaded.
     """
 
-    plan: Plan
-    compilation: Compilation
+    compiled: Compiled
     request: LoadRequest
     lock: Lock
     match: CheckpointMatch | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the lock."""
+        return self.compiled.plan
 
     @property
     def unchecked(self) -> str | None:
@@ -58,15 +64,15 @@ class Deployment:
     @property
     def left_out(self) -> str | None:
         """What the checkpoint holds besides, and is not loaded; `None` where it is nothing."""
-        if self.match is None or self.compilation.model is None or self.match.unchecked is not None:
+        if self.match is None or self.match.unchecked is not None:
             return None
-        return judge(self.match, self.compilation.model.source.config, _allowed(self.compilation)).warning
+        return judge(self.match, self.compiled.model.source.config, _allowed(self.compiled)).warning
 
     @property
     def new(self) -> tuple[str, ...]:
         """The tensors that are new on purpose, and that the checkpoint does not hold."""
         lacking = () if self.match is None else (*self.match.missing, *(each.name for each in self.match.mismatched))
-        return tuple(name for name in lacking if name in _allowed(self.compilation))
+        return tuple(name for name in lacking if name in _allowed(self.compiled))
 
 
 def load_model(
@@ -139,7 +145,7 @@ def prepare(
         RunnerError: where the lock is missing, damaged or stale, or there are no weights.
     """
     lock = _read(lock_path(path), path)
-    compilation = compile_locked(
+    compiled, drift = compile_locked(
         path,
         lock,
         variables=variables,
@@ -147,15 +153,14 @@ def prepare(
         trust_remote_code=trust_remote_code,
         allow_unmeasured=allow_unmeasured,
     )
-    loaded, model, plan = compilation.loaded, compilation.model, compilation.plan
-    if loaded is None or model is None or plan is None:
-        _raise_unreadable_checkpoint(compilation)
-        raise ProfileError(compilation.diagnostics, compilation.texts)
-    drift, match = compilation.drift, None
+    if isinstance(compiled, Rejected):
+        _raise_unreadable_checkpoint(compiled)
+        raise ProfileError(compiled.diagnostics, compiled.texts)
+    loaded, model, match = compiled.loaded, compiled.model, None
     # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
         match = match_checkpoint(model, trust_remote_code=trust_remote_code)
-        _require_match(match, compilation)
+        _require_match(match, compiled)
     if drift is not None:
         raise RunnerError(drift.code, f"`{lock_path(path)}` {drift.message}", remedy(drift.code, path))
     if model.source.weights is None:
@@ -176,30 +181,30 @@ def prepare(
         trust_remote_code=trust_remote_code,
         config=model.source.config,
     )
-    accelerators = {} if compilation.inventory is None else compilation.inventory.accelerators_to_json()
-    return Deployment(plan, compilation, request, replace(lock, plan=plan.to_json(), hardware=accelerators), match)
+    lock = replace(lock, plan=compiled.plan.to_json(), hardware=compiled.inventory.accelerators_to_json())
+    return Deployment(compiled, request, lock, match)
 
 
-def _raise_unreadable_checkpoint(compilation: Compilation) -> None:
+def _raise_unreadable_checkpoint(rejected: Rejected) -> None:
     """Where files of the checkpoint cannot be read, it is not the profile that is wrong."""
-    for each in compilation.diagnostics:
+    for each in rejected.diagnostics:
         if each.code in ("unreadable-checkpoint", "no-safetensors"):
             raise RunnerError(each.code, each.message, each.help)
 
 
-def _allowed(compilation: Compilation) -> frozenset[str]:
-    return frozenset() if compilation.resolution is None else frozenset(compilation.resolution.new)
+def _allowed(compiled: Compiled) -> frozenset[str]:
+    return frozenset(compiled.resolution.new)
 
 
-def _require_match(match: CheckpointMatch | None, compilation: Compilation) -> None:
+def _require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
     """Refuse a checkpoint that does not hold the model.
 
     Raises:
         RunnerError: where it does not; it names the tensors.
     """
-    if match is None or match.unchecked is not None or compilation.model is None:
+    if match is None or match.unchecked is not None:
         return
-    found = judge(match, compilation.model.source.config, _allowed(compilation))
+    found = judge(match, compiled.model.source.config, _allowed(compiled))
     if found.error is not None:
         raise RunnerError("wrong-checkpoint", found.error, found.error_help)
 
@@ -212,9 +217,9 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     """
     from devmap_config.probe.probe import probe_machine
 
-    loaded, folder = deployment.compilation.loaded, deployment.request.offload_folder
+    folder = deployment.request.offload_folder
     seen = probe_machine(os.environ, folder or Path(), kind=kind_needed(deployment.lock))
-    place = None if loaded is None else whole_file(str(loaded.path))
+    place = whole_file(str(deployment.compiled.loaded.path))
     # Weights that lie in the checkpoint as they are loaded are read there, and not written anew.
     found = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
     if any(each.severity == "error" for each in found):
@@ -237,9 +242,7 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
         unquantized_tensors,
     )
 
-    compiled = deployment.compilation.model
-    if compiled is None:
-        raise AssertionError("a deployment is prepared from a compiled model")
+    compiled = deployment.compiled.model
     if otherwise := misread_by_quantizer(deployment.plan, compiled.graph):
         raise RunnerError(
             "dequantized",
@@ -297,9 +300,9 @@ def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedMode
         source = compiled.source  # by now it is downloaded
         checkpoint = cached_checkpoint(compiled.source.weights, compiled.source.commit, source.config)
         _require_match(
-            match_checkpoint(replace(compiled, source=replace(source, checkpoint=checkpoint))), deployment.compilation
+            match_checkpoint(replace(compiled, source=replace(source, checkpoint=checkpoint))), deployment.compiled
         )
-    made_up = sorted((loaded.missing | loaded.mismatched) - _allowed(deployment.compilation))
+    made_up = sorted((loaded.missing | loaded.mismatched) - _allowed(deployment.compiled))
     if made_up:
         found = _some([f"`{name}`" for name in made_up])
         raise RunnerError("wrong-checkpoint", f"transformers filled tensors with random numbers: {found}", ANEW)

@@ -10,6 +10,9 @@ from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.failures import Failure
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import ModulePath, TensorName
+from devmap_config.placement.constraints import NO_REPAIRS
+from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES
+from devmap_config.plan.review import warn_of_kept_tensors
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 from devmap_config.simulate.memory import plan_digest, verdict_on
@@ -20,39 +23,20 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.constraints import Repairs
+    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.profile.permissions import Permissions
     from devmap_config.rules.resolution import Decision, Resolution
     from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
 
 MOST_REPAIRS = 8
 """So often a plan is made anew with more that is kept together."""
 
-UNREPAIRED_STRATEGIES = ("manual", "single")
-"""These place nothing themselves."""
-
 Together = tuple[tuple["TensorName", ...], ...]
 """Groups of tensors that must share a device."""
-
-
-@dataclass(frozen=True)
-class Mending:
-    """What a plan must keep to, so that it runs: groups on one device, bytes that are left free.
-
-    `kept` are tensors that only where they are used are of use.
-    """
-
-    together: Together = ()
-    reserved_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
-    kept: dict[TensorName, DeviceId] = field(default_factory=dict)
-
-    def room(self, capacities: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
-        """Capacities without what is to be left free."""
-        return {device: size - self.reserved_bytes.get(device, 0) for device, size in capacities.items()}
-
-
-UNMENDED = Mending()
 
 
 @dataclass(frozen=True)
@@ -66,68 +50,62 @@ class Rehearsal:
 
 def rehearse(
     plan: Plan,
-    model: LoadedModel,
-    loaded: LoadedProfile,
-    resolution: Resolution,
-    replan: Callable[[Mending], Plan | None],
+    prepared: Prepared,
+    replan: Callable[[Repairs], Plan | None],
+    permissions: Permissions,
     sink: Sink,
-    *,
-    trust_remote_code: bool = False,
-    allow_unmeasured: bool = False,
 ) -> Rehearsal:
     """Dry-run a plan; where a tensor is on the wrong device, keep together what must be and place anew.
 
     Args:
         plan: a plan that was verified.
-        model: its model.
-        loaded: its profile.
-        resolution: what its rules decided.
-        replan: makes a plan that is mended so, or reports why there is none.
+        prepared: its profile.
+        replan: makes a plan that keeps to repairs, or reports why there is none.
+        permissions: whether code of the model may run, and a plan be taken that could not be tried.
         sink: takes what is found.
-        trust_remote_code: whether code that comes with the model may run.
-        allow_unmeasured: whether a plan is taken that could not be tried, where that was not for the model.
     """
+    model, loaded, resolution = prepared.model, prepared.loaded, prepared.resolution
     verdicts: dict[str, Verdict] = {}
-    mending = UNMENDED
+    repairs = NO_REPAIRS
     current: Plan | None = plan
     while current is not None:
-        verdict = verdict_on(current, model, trust_remote_code=trust_remote_code)
+        verdict = verdict_on(current, model, trust_remote_code=permissions.trust_remote_code)
         if verdict is None:
             _warn_without_torch(loaded, sink)
             break
         verdicts[plan_digest(current)] = verdict
         if verdict.outcome == "unsimulated":
-            _tell_unsimulated(verdict, loaded, sink, allow_unmeasured=allow_unmeasured)
-        more = _mended(mending, verdict, current, model, resolution)
-        if more == mending or len(verdicts) > MOST_REPAIRS:
+            _tell_unsimulated(verdict, loaded, sink, allow_unmeasured=permissions.allow_unmeasured)
+        more = _repaired(repairs, verdict, current, model, resolution)
+        if more == repairs or len(verdicts) > MOST_REPAIRS:
             if verdict.mismatch is not None:
                 _refuse(verdict.mismatch, current, model.graph, resolution, loaded, sink)
             for device, missing_bytes in _overfull(verdict, current, model):
                 _report_overfull(device, missing_bytes, loaded, sink)
             break
-        mending = more
-        current = replan(mending)
-    if mending.together and (current is None or not sink.has_errors):
-        _tell_what_is_kept(mending.together, model.graph, resolution, (plan, current), loaded, sink)
-    if mending.kept and current is not None and not sink.has_errors:
-        tell_what_stays(mending.kept, current, loaded, sink)
+        repairs = more
+        current = replan(repairs)
+    if repairs.together and (current is None or not sink.has_errors):
+        _tell_what_is_kept(repairs.together, model.graph, resolution, (plan, current), loaded, sink)
+    if repairs.kept and current is not None and not sink.has_errors:
+        warn_of_kept_tensors(repairs.kept, current, loaded, sink)
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
 
 
-def _mended(mending: Mending, verdict: Verdict, plan: Plan, model: LoadedModel, resolution: Resolution) -> Mending:
+def _repaired(repairs: Repairs, verdict: Verdict, plan: Plan, model: LoadedModel, resolution: Resolution) -> Repairs:
     """What a plan must keep to besides, after this verdict; the same as before where all is well or nothing helps."""
     if verdict.mismatch is not None and verdict.mismatch.absent is not None:
         found = _to_keep(verdict.mismatch.absent, plan, model.graph, resolution)
-        return replace(mending, kept=mending.kept | found)
+        return replace(repairs, kept={**repairs.kept, **found})
     if verdict.mismatch is not None:
-        together = _to_keep_together(verdict.mismatch, plan, model.graph, resolution, mending.together)
-        return replace(mending, together=together)
+        together = _to_keep_together(verdict.mismatch, plan, model.graph, resolution, repairs.together)
+        return replace(repairs, together=together)
     if plan.strategy not in OPTIMAL_STRATEGIES:
-        return mending
-    reserved = dict(mending.reserved_bytes)
+        return repairs
+    reserved = dict(repairs.reserved_bytes)
     for device, missing_bytes in _overfull(verdict, plan, model):
         reserved[device.id] = reserved.get(device.id, 0) + missing_bytes
-    return replace(mending, reserved_bytes=reserved)
+    return replace(repairs, reserved_bytes=reserved)
 
 
 def _to_keep_together(
@@ -327,17 +305,6 @@ def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: Loaded
         f" {format_exact_bytes(missing_bytes)} are missing",
         loaded.span("workload", "context_length"),
         help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
-    )
-
-
-def tell_what_stays(kept: Mapping[TensorName, DeviceId], plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
-    """Warn of tensors that are kept where they are used, since nothing would bring them there."""
-    patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(kept))
-    sink.warning(
-        "stranded-tensor",
-        f"nothing would bring {patterns} to where it is used, so it is kept on {plan.main_device}",
-        loaded.span("placement", "strategy"),
-        help="nothing is to be done; a pin says the same",
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Rejected, Request, run_pipeline
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
 from devmap_config.plan.verify import verify
 
@@ -72,11 +72,11 @@ def check(compiler, model, machine):
     """What holds for every combination."""
     compiled = compiler.compile("fastest")
     if (model, machine) in INFEASIBLE:
-        assert compiled.plan is None
+        assert isinstance(compiled, Rejected)
         for strategy in TRANSFORMERS_STRATEGIES:
-            assert compiler.compile(strategy).plan is None, f"{strategy} holds it"
+            assert isinstance(compiler.compile(strategy), Rejected), f"{strategy} holds it"
         return
-    assert compiled.plan is not None, [each.message for each in compiled.diagnostics]
+    assert isinstance(compiled, Compiled), [each.message for each in compiled.diagnostics]
     check_valid(compiled)
     decode = compiled.plan.prediction.decode_nanoseconds_per_token
     bound = compiled.plan.prediction.bound_decode_nanoseconds_per_token

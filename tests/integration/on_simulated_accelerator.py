@@ -32,6 +32,7 @@ from devmap_config.probe.block import block_text, hardware_block
 from devmap_config.probe.measuring import measured, steps
 from devmap_config.probe.probe import probe_machine
 from devmap_config.probe.torch_rates import Devices
+from devmap_config.profile.permissions import Permissions
 from devmap_config.runner import loading, receipts
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
@@ -411,7 +412,7 @@ def test_a_plan_that_was_mended_runs_and_says_what_the_plain_model_says(join):
         "version: 1\nmodel: {source: random}\n"
         "hardware: {devices: {npu:0: {memory: 360KiB}, npu:1: {memory: 360KiB}}}\nplacement: {strategy: balanced}\n"
     )
-    compilation = run_pipeline(Request(path=Path("profile.yaml"), trust_remote_code=True))
+    compilation = run_pipeline(Request(path=Path("profile.yaml"), permissions=Permissions(trust_remote_code=True)))
     model = AutoModelForCausalLM.from_pretrained(
         "random", device_map=compilation.plan.device_map, trust_remote_code=True
     )

@@ -544,7 +544,7 @@ def test_tensors_on_disk_are_held_to_the_file_that_they_are_read_from(llama):
     write_profile(SPLIT)
     deployment = prepare(Path("profile.yaml"), variables={})
     model = load_verified(deployment)
-    graph = deployment.compilation.model.graph
+    graph = deployment.compiled.model.graph
     assert misread_tensors(model, deployment.plan, graph) == []
     rewrite(llama, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
     assert misread_tensors(model, deployment.plan, graph) == [
@@ -615,7 +615,8 @@ def test_names_that_cannot_be_compared_are_said_to_be_unchecked(workspace):
     assert (done.return_value, "warning[unchecked-checkpoint]" in done.stderr) == (0, True)
     deployment = prepare(Path("profile.yaml"), variables={})
     disk = replace(deployment.plan.assignments[0], stored_on="disk")
-    read_from_disk = replace(deployment, plan=replace(deployment.plan, assignments=(disk,)))
+    plan = replace(deployment.plan, assignments=(disk,))
+    read_from_disk = replace(deployment, compiled=replace(deployment.compiled, plan=plan))
     # What is loaded whole is in transformers' own report; what stays on disk is in none.
     assert (deployment.unchecked, "optimum" in (read_from_disk.unchecked or "")) == (None, True)
 

@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from devmap_config import ProfileError, compile_profile
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.simulate import simulate
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Rejected, Request, run_pipeline
 from devmap_config.libraries.torch import tensors_without_data
+from devmap_config.profile.permissions import Permissions
 from devmap_config.simulate import memory
 from devmap_config.simulate.devices import SimulatedDevices
 from devmap_config.simulate.memory import simulation_of
@@ -41,13 +42,13 @@ def write(config=LLAMA, *, devices=CARDS, context=64, placement="strategy: seque
     )
 
 
-def pipeline(**options):
-    return run_pipeline(Request(path=Path("profile.yaml"), simulates=True, **options))
+def pipeline(**permissions):
+    return run_pipeline(Request(path=Path("profile.yaml"), simulates=True, permissions=Permissions(**permissions)))
 
 
 def simulated(**options):
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
-    assert compilation.plan is not None, [each.message for each in compilation.diagnostics]
+    assert isinstance(compilation, Compiled), [each.message for each in compilation.diagnostics]
     return compilation, simulation_of(compilation.plan, compilation.model, **options)
 
 
@@ -70,7 +71,7 @@ def test_a_map_that_does_not_run_is_refused_with_what_to_change(workspace, name)
         Path("profile.yaml").write_text(text.replace("source: model}", "source: model, class: AutoModelForCausalLM}"))
     compilation = pipeline(trust_remote_code=broken.code is not None)
     error = error_of(compilation)
-    assert (compilation.plan, error.code) == (None, "device-mismatch")
+    assert (type(compilation), error.code) == (Rejected, "device-mismatch")
     assert f"in `{broken.running}`" in error.message
     assert "on cuda:0" in error.message
     assert "cuda:1" in error.message
@@ -82,7 +83,7 @@ def test_a_map_that_does_not_run_is_refused_with_what_to_change(workspace, name)
 def test_logits_that_do_not_fit_are_refused(workspace):
     config = {**LLAMA, "vocab_size": 32_000}
     write(config, devices="cuda:0: {memory: 24MiB}", context=2048)
-    assert pipeline().plan is not None
+    assert isinstance(pipeline(), Compiled)
     write(config, devices="cuda:0: {memory: 24MiB}", context=2048, workload=", logits: all")
     error = error_of(pipeline())
     assert error.code == "over-capacity"
@@ -161,7 +162,7 @@ def write_joining(join, *, layers=6, context=None, pins=""):
 @pytest.mark.parametrize("join", JOINS)
 def test_blocks_that_the_models_own_forward_joins_are_kept_together(workspace, join, context):
     write_joining(join, context=context)
-    before = run_pipeline(Request(path=Path("profile.yaml"), trust_remote_code=True)).plan
+    before = run_pipeline(Request(path=Path("profile.yaml"), permissions=Permissions(trust_remote_code=True))).plan
     compilation = pipeline(trust_remote_code=True)
     [warning] = compilation.diagnostics
     *tried, last = [verdict.outcome for verdict in compilation.verdicts.values()]
@@ -190,7 +191,7 @@ def test_blocks_that_are_joined_end_as_with_a_pin_that_keeps_them_together(works
 def test_many_layers_are_joined_in_a_few_rounds(workspace):
     write_joining("a weight of the first block", layers=40)
     compilation = pipeline(trust_remote_code=True)
-    assert compilation.plan is not None
+    assert isinstance(compilation, Compiled)
     assert len(compilation.verdicts) <= 4
     assert "`transformer.layers.[0-39]` on one device" in compilation.diagnostics[0].message
 
@@ -228,7 +229,7 @@ def test_a_model_whose_code_looks_at_data_is_a_warning(workspace):
     config |= {"num_hidden_layers": 2, "intermediate_size": 64, "kv_channels": 16, "vocab_size": 64}
     write({**config, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2})
     compilation = pipeline()
-    assert compilation.plan is not None
+    assert isinstance(compilation, Compiled)
     assert {each.code for each in compilation.diagnostics} == {"unmeasured-model", "not-simulated"}
     assert [verdict.outcome for verdict in compilation.verdicts.values()] == ["unsimulated"]
 
@@ -380,9 +381,9 @@ def test_it_leaves_nothing_behind(workspace):
 
 def test_a_plan_is_tried_once(workspace, monkeypatch):
     write()
-    assert pipeline().plan is not None
+    assert isinstance(pipeline(), Compiled)
     monkeypatch.setattr(memory, "simulation_of", lambda *_arguments, **_options: pytest.fail("it was tried again"))
-    assert pipeline().plan is not None
+    assert isinstance(pipeline(), Compiled)
 
 
 def test_a_damaged_memory_is_made_anew(workspace, monkeypatch):

@@ -18,7 +18,7 @@ from transformers import (
 
 from devmap_config import load_model
 from devmap_config.cli.compile import compile_command
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 
 HEAD = "model.vision_tower.head"
 
@@ -115,7 +115,7 @@ def test_such_a_matrix_that_a_rule_puts_on_disk_is_refused_at_the_rule_and_the_a
     assert f"pin `{HEAD}` to cpu" in error.help
     write(f"pins: [{pins}, {{match: {HEAD}, device: cpu}}]")
     compilation = compiled()
-    assert compilation.plan is not None
+    assert isinstance(compilation, Compiled)
     assert compilation.plan.placement["model.vision_tower.encoder.layers.0"] == "disk"
 
 
@@ -123,7 +123,7 @@ def test_a_weight_that_its_parent_reads_is_found_by_running_the_tower():
     """SigLIP 2 resizes the weight of its position embedding, which it never calls."""
     tiny.save("lfm2_vl", Path("random"))
     write(f"pins: [{{match: model.vision_tower, device: disk}}, {{match: {HEAD}, device: cpu}}]")
-    assert compiled(simulates=False).plan is not None
+    assert isinstance(compiled(simulates=False), Compiled)
     error = error_of(compiled())
     assert (error.code, error.span.line) == ("stranded-tensor", 6)
     assert "`model.vision_tower.embeddings.position_embedding.weight`, which nothing brings there" in error.message
@@ -219,5 +219,5 @@ def test_what_a_checkpoint_holds_of_what_transformers_would_compute_is_read_from
     write("pins: [{match: model.encoder, device: disk}]")
     compilation = compiled_with_its_checkpoint()
     assert compilation.model.graph.computed == frozenset()
-    assert compilation.plan is not None, compilation.diagnostics
+    assert isinstance(compilation, Compiled), compilation.diagnostics
     assert compilation.plan.placement[POSITIONS[0]] == "disk"

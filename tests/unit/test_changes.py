@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.graph.digest import digest
 from devmap_config.plan import changes
 from devmap_config.plan.changes import changed_inputs
@@ -31,7 +31,7 @@ placement:
 def compiled(text=PROFILE):
     Path("profile.yaml").write_text(text)
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
-    assert compilation.plan is not None, compilation.diagnostics
+    assert isinstance(compilation, Compiled), compilation.diagnostics
     return compilation
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import LLAMA
 from huggingface_hub import constants
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.graph.source import ModelNotFoundError, hub_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -46,5 +46,5 @@ def test_the_commit_stands_in_the_inputs(hub_cache, workspace):
         "version: 1\nmodel: {source: people/llama}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n"
     )
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
-    assert compilation.plan is not None, compilation.diagnostics
+    assert isinstance(compilation, Compiled), compilation.diagnostics
     assert compilation.inputs.commit == COMMIT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import LLAMA, MIXTURE
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, compile_locked, run_pipeline
 from devmap_config.plan.lock import read_lock
 
 CARD = "cuda:0: {memory: 1GiB}"
@@ -84,7 +84,7 @@ def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
     assert "at once while the model is loaded" in error.message
     assert "1 bytes are missing" in error.message
     assert "merging the weights of its experts" in error.message
-    assert compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES}}}", "strategy: single").plan is not None
+    assert isinstance(compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES}}}", "strategy: single"), Compiled)
 
 
 def test_a_strategy_leaves_the_room_that_loading_needs():
@@ -105,8 +105,8 @@ def test_a_lock_that_does_not_say_holds(source):
     del early["loading_ram_bytes"]
     for use in early["devices"]:
         del use["loading_bytes"]
-    again = run_pipeline(Request(path=Path("profile.yaml"), locked=type(lock)(**{**vars(lock), "plan": early})))
-    assert again.drift is None
+    _, drift = compile_locked(Path("profile.yaml"), type(lock)(**{**vars(lock), "plan": early}))
+    assert drift is None
 
 
 def test_the_models_are_as_large_as_is_said_here():

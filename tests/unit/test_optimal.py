@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import LLAMA
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 
 PROFILE = """\
 version: 1
@@ -33,7 +33,7 @@ def compiled(devices, strategy="fastest", pins="", workload=""):
 
 def plan_of(*arguments, **options):
     compilation = compiled(*arguments, **options)
-    assert compilation.plan is not None, [each.message for each in compilation.diagnostics]
+    assert isinstance(compilation, Compiled), [each.message for each in compilation.diagnostics]
     return compilation.plan
 
 
@@ -132,7 +132,7 @@ def test_where_nothing_fits_every_way_out_that_is_named_compiles(workspace):
     assert "find no place on cuda:0" in finding.message
     more = next(way for way in finding.help.split("; or ") if "more" in way)
     assert "give cuda:0 1 GiB more" in more
-    assert compiled("cuda:0: {memory: 1073741824, bandwidth: 1TB/s}").plan is not None
+    assert isinstance(compiled("cuda:0: {memory: 1073741824, bandwidth: 1TB/s}"), Compiled)
 
 
 def test_a_shorter_context_is_a_way_out(workspace):
@@ -145,7 +145,7 @@ def test_a_shorter_context_is_a_way_out(workspace):
     context_length = int(words.split(";")[0])
     text = Path("profile.yaml").read_text().replace("length: 4096", f"length: {context_length}")
     Path("profile.yaml").write_text(text)
-    assert run_pipeline(Request(path=Path("profile.yaml"))).plan is not None
+    assert isinstance(run_pipeline(Request(path=Path("profile.yaml"))), Compiled)
 
 
 def test_pins_that_contradict_the_machine_are_named_and_dropping_one_is_a_way_out(workspace):
@@ -154,7 +154,7 @@ def test_pins_that_contradict_the_machine_are_named_and_dropping_one_is_a_way_ou
     assert "would fit, but not with this pin" in finding.message
     assert finding.span.line == 10
     assert "drop the pin of `model.layers.[0-4]` (line 10)" in finding.help
-    assert compiled(f'"cuda:[0-1]": {CARD}', pins=pins[1:]).plan is not None
+    assert isinstance(compiled(f'"cuda:[0-1]": {CARD}', pins=pins[1:]), Compiled)
 
 
 def test_another_card_and_a_cpu_are_ways_out(workspace):
@@ -189,7 +189,7 @@ def test_every_way_out_of_a_quantizer_that_refuses_the_cpu_compiles(workspace):
     told = "llm_int8_enable_fp32_cpu_offload: true"
     assert f"say `{told}`" in finding.help
     Path("profile.yaml").write_text(text.replace("load_in_4bit: true", f"load_in_4bit: true, {told}"))
-    assert run_pipeline(Request(path=Path("profile.yaml"))).plan is not None
+    assert isinstance(run_pipeline(Request(path=Path("profile.yaml"))), Compiled)
 
 
 def test_of_a_model_that_does_not_decode_the_prefill_is_made_fast_and_no_token_has_a_time(workspace):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
 
 DEVICES = "{cuda:0: {memory: 400KiB}, cuda:1: {memory: 400KiB}, cpu: {memory: 2MiB}}"
@@ -21,7 +21,7 @@ def compile_text(text, model="llama", devices=DEVICES):
 
 
 def homes(compilation):
-    assert compilation.plan is not None, compilation.diagnostics
+    assert isinstance(compilation, Compiled), compilation.diagnostics
     return {name: each.stored_on for each in compilation.plan.assignments for name in each.tensors}
 
 
@@ -123,7 +123,7 @@ def test_a_strategy_that_would_fit_is_named(workspace):
     devices = "{cuda:0: {memory: 600KiB}, cuda:1: {memory: 60KiB}}"
     [finding] = compile_text("  strategy: auto\n", devices=devices).diagnostics
     assert "`strategy: sequential` places all of it" in finding.help
-    assert compile_text("  strategy: sequential\n", devices=devices).plan is not None
+    assert isinstance(compile_text("  strategy: sequential\n", devices=devices), Compiled)
 
 
 def test_the_order_of_keys_changes_nothing(workspace):
@@ -141,7 +141,7 @@ def test_what_is_missing_is_what_would_have_to_be_added(workspace):
     missing = int(finding.message.split("(")[-1].split(" bytes")[0].replace(",", ""))
     for more, fits in ((missing, True), (missing - 1, False)):
         found = compile_text("  strategy: auto\n", devices=f"{{cpu: {{memory: {420 * 1024 + more}}}}}")
-        assert (found.plan is not None) == fits
+        assert isinstance(found, Compiled) == fits
 
 
 def test_buffers_that_are_left_are_named_where_offloading_them_mends_it(workspace):
@@ -157,4 +157,4 @@ placement: {strategy: auto, offload: {buffers: false}}
     *_, strategy = f"`strategy: auto`{finding.help}".split("`strategy: ")
     strategy = strategy.split("`")[0]
     Path("profile.yaml").write_text(text.replace("auto", strategy).replace("buffers: false", "buffers: true"))
-    assert run_pipeline(Request(path=Path("profile.yaml"))).plan is not None
+    assert isinstance(run_pipeline(Request(path=Path("profile.yaml"))), Compiled)

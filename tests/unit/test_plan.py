@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers.integrations.accelerate import expand_device_map
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, compile_locked, run_pipeline
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.units import fold
@@ -30,7 +30,7 @@ placement: {strategy: sequential, pins: [{match: "model.layers.[4-]", device: cu
 def compilation(workspace):
     Path("profile.yaml").write_text(PROFILE)
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
-    assert compilation.plan is not None, compilation.diagnostics
+    assert isinstance(compilation, Compiled), compilation.diagnostics
     return compilation
 
 
@@ -126,8 +126,8 @@ MADE_WITH = {"accelerate": "1", "torch": "2", "transformers": "5"}
 
 def test_a_lock_gives_its_plan_back(compilation):
     lock = read_lock(lock_text(compilation))
-    again = run_pipeline(Request(path=Path("profile.yaml"), locked=lock))
-    assert (again.plan, again.drift) == (compilation.plan, None)
+    again, drift = compile_locked(Path("profile.yaml"), lock)
+    assert (again.plan, drift) == (compilation.plan, None)
     assert changed_inputs(lock, compilation.inputs, {}) == ()
     lock = replace(lock, variables={"a": "1"})
     assert changed_inputs(lock, compilation.inputs, {}) == ("the `--set` values: `a` is gone: it was 1",)

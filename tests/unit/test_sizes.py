@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.plan_table import plan_lines
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Request, compile_locked, run_pipeline
 from devmap_config.graph.cache import library_versions
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
@@ -73,9 +73,13 @@ GIB = 2**30
 IN_4_BIT = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
 
 
-def compiled(text, *, locked=None):
+def compiled(text):
     Path("profile.yaml").write_text(text)
-    return run_pipeline(Request(path=Path("profile.yaml"), locked=locked))
+    return run_pipeline(Request(path=Path("profile.yaml")))
+
+
+def drift_of(lock):
+    return compile_locked(Path("profile.yaml"), lock)[1]
 
 
 def errors(compilation):
@@ -213,13 +217,13 @@ def test_a_lock_keeps_whether_buffers_are_offloaded(big):
     made_with, hardware = library_versions(), compilation.inventory.accelerators_to_json()
     lock = read_lock(lock_of(compilation.plan, compilation.inputs, {}, made_with, hardware).to_text())
     assert lock.plan["offload_buffers"] is True
-    assert compiled(text, locked=lock).drift is None
+    assert drift_of(lock) is None
     forged = replace(lock, plan={**lock.plan, "offload_buffers": False})
-    assert isinstance(compiled(text, locked=forged).drift, Drift)
+    assert isinstance(drift_of(forged), Drift)
     text = MAP_OF_8_LAYERS.format(memory="4GiB", offload="buffers: true")
     compilation = compiled(text)
     lock = lock_of(replace(compilation.plan, executor=LEFT), compilation.inputs, {}, made_with, hardware)
-    assert "profile rules out" in compiled(text, locked=lock).drift.message
+    assert "profile rules out" in drift_of(lock).message
 
 
 def test_users_are_told_that_buffers_are_offloaded(big):
@@ -263,7 +267,7 @@ def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
 
     def placed(cpu_bytes):
         capacities = {**compilation.inventory.capacities, "cpu": cpu_bytes}
-        return place(Problem(compilation.model.graph, capacities), "fastest", aim=aim)
+        return place(Problem(compilation.model.graph, capacities, aim=aim), "fastest")
 
     assert isinstance(placed(needed), Placed)
     assert isinstance(placed(needed - 1), Infeasible)  # though as many bytes would do in 4 bit

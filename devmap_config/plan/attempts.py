@@ -1,0 +1,103 @@
+"""Places a problem and makes a plan of it, anew until the plan verifies or nothing more can be done for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.model import TensorName
+from devmap_config.placement.buffers import are_to_be_compared, executors_for
+from devmap_config.placement.constraints import keeping
+from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES, Infeasible, place
+from devmap_config.placement.units import fold, whole_model
+from devmap_config.plan.plan import assemble
+from devmap_config.plan.prediction import predict
+from devmap_config.plan.review import review
+from devmap_config.plan.verify import stranded_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.placement.devices import DeviceId
+    from devmap_config.placement.executor import Executor
+    from devmap_config.placement.prepared import Prepared
+    from devmap_config.placement.problem import Placement, Problem
+    from devmap_config.placement.strategies import Placed
+    from devmap_config.plan.plan import Plan
+
+    Obstacle = Infeasible | tuple[Diagnostic, ...]
+    """Why there is no plan: nothing can be placed, or what is wrong with what was."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that verifies; `kept` are tensors that were moved to where they are used, as nothing brings them there."""
+
+    plan: Plan
+    kept: Placement
+
+
+def attempts(problem: Problem, prepared: Prepared) -> list[Candidate | Obstacle]:
+    """Return an attempt for each of what may run the plan, up to the first that fits unless another may be better."""
+    results: list[Candidate | Obstacle] = []
+    for executor in executors_for(prepared):
+        results.append(_attempt(replace(problem, executor=executor), prepared))
+        if isinstance(results[-1], Candidate) and not are_to_be_compared(prepared):
+            break
+    return results
+
+
+def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
+    """Place the problem until no tensor is stranded and loading fits; the first obstacle tells most."""
+    obstacle: Obstacle = ()
+    kept: dict[TensorName, DeviceId] = {}
+    while True:
+        placed = place(problem, prepared.strategy)
+        if isinstance(placed, Infeasible):
+            return obstacle or placed
+        plan = _assembled(placed, problem.executor, prepared)
+        if stranded := _stranded(plan, problem):
+            kept |= stranded
+            problem = keeping(problem, stranded)
+            continue
+        findings = review(plan, prepared)
+        if not any(finding.severity == "error" for finding in findings):
+            return Candidate(plan, kept)
+        obstacle = obstacle or findings
+        capacities = _capacities_for_loading(plan, problem.capacities)
+        if prepared.strategy in UNREPAIRED_STRATEGIES or capacities in (None, problem.capacities):
+            return obstacle
+        problem = replace(problem, capacities=capacities)
+
+
+def _assembled(placed: Placed, executor: Executor, prepared: Prepared) -> Plan:
+    """Return a placement as a plan: in units, with what each device holds and what running it takes."""
+    graph, strategy = prepared.graph, prepared.strategy
+    homes = {
+        name: (device, placed.compute.get(name) or prepared.resolution.compute_of(name))
+        for name, device in placed.placement.items()
+    }
+    units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
+    plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=executor)
+    bound = placed.bound_nanoseconds if prepared.proves_bound else None
+    return replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
+
+
+def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, DeviceId]:
+    """Return the tensors that the plan, and no rule, leaves where they are of no use, and where they are used."""
+    names = [TensorName(name) for name in stranded_tensors(plan, problem.graph)]
+    return {name: plan.main_device for name in names if name not in problem.pinned}
+
+
+def _capacities_for_loading(plan: Plan, capacities: Mapping[DeviceId, int]) -> Mapping[DeviceId, int] | None:
+    """Return the capacities less what loading lacks beside the plan; `None` where there is not that much.
+
+    What loading takes besides the weights is not for the strategy to fill.
+    """
+    lowered = dict(capacities)
+    for use in plan.devices:
+        missing_bytes = use.loading_bytes - use.capacity_bytes
+        if use.id in lowered and use.id != "disk" and missing_bytes > 0:
+            lowered[use.id] = min(lowered[use.id], use.capacity_bytes - use.free_bytes) - missing_bytes
+    return lowered if min(lowered.values()) >= 0 else None

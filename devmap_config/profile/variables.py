@@ -1,0 +1,31 @@
+"""Values for a profile's variables, as Python gives them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class VariableNameError(DevmapError, TypeError):
+    """The name of a variable is not text."""
+
+    def __init__(self, name: object) -> None:
+        message, help = f"the names of variables are text, and {name!r} is none", f'write it as text: "{name}"'
+        finding = Diagnostic.error("unknown-variable", message, help=help)
+        super().__init__(f"{message}: {help}", (finding,))
+
+
+def texts_of(variables: Mapping[str, object] | None) -> dict[str, str]:
+    """Return the values of variables as `--set` gives them.
+
+    Raises:
+        VariableNameError: where a name is not text.
+    """
+    for name in variables or {}:
+        if not isinstance(name, str):
+            raise VariableNameError(name)
+    return {name: str(value) for name, value in (variables or {}).items()}
