@@ -10,11 +10,11 @@ from devmap_config.quantization.arguments import reported_as_error
 from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-    from devmap_config.quantization.weights import Weight
+    from devmap_config.quantization.weights import Weight, Weights
 
 Arguments = Mapping[str, Any]
 """Those of transformers' config of a method, without the method."""
@@ -79,7 +79,7 @@ class Method:
 
     name: str
     format: Callable[[Quantization], Format | None] = lambda _: None
-    converts: Callable[[PreTrainedModel, Arguments], Iterator[tuple[str, Weight]]] = linear_weights
+    converts: Callable[[PreTrainedModel, Arguments], Weights] = linear_weights
     details: Callable[[Arguments], str] = lambda _: ""
     dequantizes: bool = False
     source: str = ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.libraries.transformers import is_conv1d, modules_not_converted, should_convert_module
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -32,6 +33,10 @@ class Weight(NamedTuple):
     def blocks(self, rows: int | None = 1, columns: int | None = None) -> int:
         """Return the blocks of this many rows and columns in one matrix, begun ones included; `None` for all."""
         return ceil(self.rows / (rows or self.rows)) * ceil(self.columns / (columns or self.columns))
+
+
+Weights = Iterator[tuple[str, Weight]]
+"""Weights with the names of their tensors."""
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -67,33 +72,40 @@ def left_as_they_are(
 
 
 def matrices(
-    model: PreTrainedModel,
-    is_converted: Callable[[Any], bool],
-    left: Sequence[str] = (),
-    matched_name: Callable[[str], str] = lambda name: name,
-) -> Iterator[tuple[str, Weight]]:
+    model: PreTrainedModel, is_converted: Callable[[Any], bool], left: Sequence[str] = (), suffix: str = ""
+) -> Weights:
     """Yield the weights of linear modules: `(out, in)`, or the other way round in a `Conv1D`.
 
     Args:
         model: on the meta device.
         is_converted: tells of a module whether the quantizer replaces such.
         left: the patterns of modules that stay as they are.
-        matched_name: what those are held against, from a module's name.
+        suffix: comes behind a module's name before it is held against those.
     """
     for name, module in model.named_modules():
-        if is_converted(module) and should_convert_module(matched_name(name), list(left)):
+        if is_converted(module) and should_convert_module(name + suffix, list(left)):
             rows, columns = reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape
             yield f"{name}.weight", Weight(rows, columns, module.weight.element_size())
 
 
-def linear_weights(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Weight]]:
-    """Yield the weights of all linear modules but those in `modules_to_not_convert`, as most quantizers do."""
-    return matrices(model, is_linear, left_as_they_are(model, arguments))
+def linear_weights(
+    model: PreTrainedModel,
+    arguments: Mapping[str, Any],
+    *,
+    is_converted: Callable[[Any], bool] = is_linear,
+    skips: str = "modules_to_not_convert",
+    add_default_skips: bool = False,
+    suffix: str = "",
+) -> Weights:
+    """Yield the weights of all linear modules but those that an argument lists, as most quantizers do.
+
+    The arguments are those of `left_as_they_are` and `matrices`; `skips` is the argument that lists modules.
+    """
+    left = left_as_they_are(model, arguments, skips, add_default_skips=add_default_skips)
+    return matrices(model, is_converted, left, suffix)
 
 
-def fused_experts(
-    model: PreTrainedModel, left: Sequence[str], is_converted: Callable[[str, Any], bool]
-) -> Iterator[tuple[str, Weight]]:
+def fused_experts(model: PreTrainedModel, left: Sequence[str], is_converted: Callable[[str, Any], bool]) -> Weights:
     """Yield the tensors of experts that are kept as one: `(expert, out, in)`, or the last two the other way round."""
     for path, module in model.named_modules():
         if not is_converted(path, module) or not should_convert_module(path, list(left)):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
 from devmap_config.quantization.arguments import bits_and_group, check_names
 from devmap_config.quantization.method import Format, Method
-from devmap_config.quantization.weights import is_linear, left_as_they_are, matrices
+from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import PreTrainedModel
-
-    from devmap_config.quantization.method import Arguments, Quantization
+    from devmap_config.quantization.method import Quantization
     from devmap_config.quantization.weights import Weight
 
 
@@ -34,14 +31,10 @@ def _format(quantization: Quantization) -> Format | None:
     return Format("int32", size, size, bias_dtype="float16", in_buffers=True)
 
 
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
-    return matrices(model, is_linear, left_as_they_are(model, arguments, add_default_skips=True))
-
-
 METHOD = Method(
     name="awq",
     format=_format,
-    converts=_converted,
+    converts=partial(linear_weights, add_default_skips=True),
     details=lambda arguments: f"{arguments.get('bits', 4)} bit",
     dequantizes=True,
     source="gptqmodel's torch kernel and its GEMM kernel in prefill; Marlin and ExLlama do not",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag
 from devmap_config.quantization.method import Format, Method, Refusal
-from devmap_config.quantization.weights import is_plain_linear, left_as_they_are, matrices
+from devmap_config.quantization.weights import is_plain_linear, linear_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import PreTrainedModel
-
     from devmap_config.quantization.method import Arguments, Quantization
     from devmap_config.quantization.weights import Weight
 
@@ -70,10 +67,6 @@ def _format(quantization: Quantization) -> Format | None:
     return Format(dtype, size, lambda weight: weight.elements * 0.5, is_dense_where_offloaded=offloads)
 
 
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
-    return matrices(model, is_plain_linear, left_as_they_are(model, arguments, "llm_int8_skip_modules"))
-
-
 def _details(arguments: Arguments) -> str:
     return f"{arguments.get('bnb_4bit_quant_type', 'fp4')} 4 bit" if arguments.get("load_in_4bit") else "8 bit"
 
@@ -81,7 +74,7 @@ def _details(arguments: Arguments) -> str:
 METHOD = Method(
     name="bitsandbytes",
     format=_format,
-    converts=_converted,
+    converts=partial(linear_weights, is_converted=is_plain_linear, skips="llm_int8_skip_modules"),
     details=_details,
     dequantizes=True,
     source="4 bit: bitsandbytes' `gemm_4bit` beyond a few tokens; 8 bit multiplies in int8 and does not",

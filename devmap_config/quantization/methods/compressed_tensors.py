@@ -11,13 +11,13 @@ from devmap_config.quantization.method import UNCHANGED, Format, Method
 from devmap_config.quantization.weights import is_linear, matrices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
     from transformers import PreTrainedModel
 
     from devmap_config.quantization.method import Arguments, Quantization
-    from devmap_config.quantization.weights import Weight
+    from devmap_config.quantization.weights import Weight, Weights
 
 
 FORMATS = {"pack-quantized": 16, "int-quantized": 0, "float-quantized": 0}
@@ -64,7 +64,7 @@ def _format(quantization: Quantization) -> Format | None:
     return Format(None, lambda weight: weight.elements * weight.element_bytes + beside(weight), planner)
 
 
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Weights:
     group = next(iter(arguments["config_groups"].values()))
     ignored = arguments.get("ignore") or ()
     for name, weight in matrices(model, is_linear):

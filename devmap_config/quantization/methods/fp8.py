@@ -9,13 +9,11 @@ from devmap_config.quantization.method import UNCHANGED, Format, Method, Refusal
 from devmap_config.quantization.weights import fused_experts, left_as_they_are, matrices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from transformers import PreTrainedModel
 
     from devmap_config.quantization.method import Arguments, Quantization
-    from devmap_config.quantization.weights import Weight
+    from devmap_config.quantization.weights import Weight, Weights
 
 
 def _format(quantization: Quantization) -> Format | None:
@@ -55,7 +53,7 @@ def _is_block(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
 
 
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Weights:
     import torch
 
     left = left_as_they_are(model, arguments)

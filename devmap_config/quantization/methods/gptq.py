@@ -10,21 +10,13 @@ from devmap_config.quantization.method import Format, Method
 from devmap_config.quantization.weights import is_plain_linear, matrices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
     from devmap_config.quantization.method import Arguments, Quantization
-    from devmap_config.quantization.weights import Weight
+    from devmap_config.quantization.weights import Weight, Weights
 
 
-BLOCKS = (
-    "transformer.h",
-    "model.decoder.layers",
-    "gpt_neox.layers",
-    "model.layers",
-    "model.language_model.layers",
-)
+BLOCKS = "transformer.h model.decoder.layers gpt_neox.layers model.layers model.language_model.layers".split()
 """Where the blocks are that are quantised, the first that a model has (`optimum.gptq.constants.BLOCK_PATTERNS`)."""
 
 
@@ -50,7 +42,7 @@ def _format(quantization: Quantization) -> Format | None:
     return Format("int32", size, size, bias_dtype="float16", in_buffers=True)
 
 
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Weights:
     names = [name for name, _ in model.named_modules()]
     blocks = arguments.get("block_name_to_quantize") or next(
         (prefix for prefix in BLOCKS if any(name.startswith(prefix) for name in names)), None

@@ -10,12 +10,10 @@ from devmap_config.quantization.method import UNCHANGED, Format, Method, Refusal
 from devmap_config.quantization.weights import fused_experts, left_as_they_are
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
     from devmap_config.quantization.method import Arguments, Quantization
-    from devmap_config.quantization.weights import Weight
+    from devmap_config.quantization.weights import Weights
 
 
 def _format(quantization: Quantization) -> Format | None:
@@ -31,7 +29,7 @@ def _format(quantization: Quantization) -> Format | None:
     )
 
 
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
+def _converted(model: PreTrainedModel, arguments: Arguments) -> Weights:
     left = left_as_they_are(model, arguments)
     return fused_experts(model, left, lambda _, module: type(module).__name__ == "GptOssExperts")
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag, positive
 from devmap_config.quantization.method import Format, Method
-from devmap_config.quantization.weights import is_linear, left_as_they_are, matrices
+from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import PreTrainedModel
-
     from devmap_config.quantization.method import Arguments, Quantization
     from devmap_config.quantization.weights import Weight
 
@@ -63,21 +60,21 @@ def _int4(data: Arguments) -> Format | None:
     packing = data.get("int4_packing_format") or "plain"
     packing = str(packing.get("_data") if isinstance(packing, dict) else packing).lower()
 
-    def plain(weight: Weight) -> int | None:
-        if weight.columns % group:
-            return None  # torchao leaves it as it is
+    def plain(weight: Weight) -> int:
         return weight.elements // 2 + 2 * weight.element_bytes * weight.blocks(1, group)
 
-    def tiled(weight: Weight) -> int | None:
-        if weight.columns % group:
-            return None
+    def tiled(weight: Weight) -> int:
         columns = ceil(weight.columns / TILE_COLUMNS) * TILE_COLUMNS
         rows = ceil(weight.rows / TILE_ROWS) * TILE_ROWS
         return rows * columns // 2 + 4 * rows * ceil(columns / group)
 
-    size = {"plain": plain, "tile_packed_to_4d": tiled}.get(packing)
-    dtype = "uint8" if packing == "plain" else "int32"
-    return None if size is None else Format(dtype, size, lambda weight: weight.elements * 0.5)
+    if packing not in ("plain", "tile_packed_to_4d"):
+        return None
+    dtype, size = ("uint8", plain) if packing == "plain" else ("int32", tiled)
+    # What groups do not divide, torchao leaves as it is.
+    return Format(
+        dtype, lambda weight: None if weight.columns % group else size(weight), lambda weight: weight.elements * 0.5
+    )
 
 
 def _block(granularity: Any) -> tuple[int | None, int | None] | None:
@@ -85,27 +82,20 @@ def _block(granularity: Any) -> tuple[int | None, int | None] | None:
     if granularity is None:
         return (1, None)
     data = granularity.get("_data") or {}
-    kind = (granularity.get("_type"), data.get("dim", -1), data.get("axis"))
-    if kind[0] == "PerGroup":
-        return (1, positive(data, "group_size", 0))
-    known: dict[Any, tuple[int | None, int | None]] = {
-        ("PerRow", -1, None): (1, None),
-        ("PerAxis", -1, 0): (1, None),
-        ("PerTensor", -1, None): (None, None),
-    }
-    return known.get(kind)
-
-
-def _converted(model: PreTrainedModel, arguments: Arguments) -> Iterator[tuple[str, Weight]]:
-    left = left_as_they_are(model, arguments)
-    # The patterns are held against the parameter's name here, not the module's.
-    return matrices(model, is_linear, left, lambda name: f"{name}.weight")
+    match granularity.get("_type"), data.get("dim", -1), data.get("axis"):
+        case "PerGroup", _, _:
+            return (1, positive(data, "group_size", 0))
+        case ("PerRow", -1, None) | ("PerAxis", -1, 0):
+            return (1, None)
+        case "PerTensor", -1, None:
+            return (None, None)
+    return None
 
 
 METHOD = Method(
     name="torchao",
     format=_format,
-    converts=_converted,
+    converts=partial(linear_weights, suffix=".weight"),  # patterns are held against the parameter here, not the module,
     details=lambda arguments: str(_config(arguments.get("quant_type"))["_type"]),
     dequantizes=True,
     source="`Int8Tensor` and `Float8Tensor` convert a weight in `linear`; `Int4Tensor` has a kernel and does not",
