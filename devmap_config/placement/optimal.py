@@ -90,7 +90,7 @@ def place_fastest(problem: Problem, aim: Aim) -> Optimal | None:
                     name: runs_on for name, (stored_on, runs_on) in homes.items() if stored_on == runs_on == "cpu"
                 },
                 nanoseconds=nanoseconds,
-                bound_nanoseconds=min(least, nanoseconds),
+                bound_nanoseconds=least,
             )
     if best is None or bound is None:
         return None
@@ -98,7 +98,7 @@ def place_fastest(problem: Problem, aim: Aim) -> Optimal | None:
         placement=best.placement,
         compute=best.compute if problem.accelerators else {},
         nanoseconds=best.nanoseconds,
-        bound_nanoseconds=min(bound, best.nanoseconds),
+        bound_nanoseconds=bound,
     )
 
 

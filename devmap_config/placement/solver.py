@@ -104,9 +104,7 @@ def solve_below(chain: Chain, at_most: int) -> Outcome:
     if choice is None:
         return Outcome(None, bound)
     choice = as_in(chain, ordered, choice)
-    nanoseconds = chain.nanoseconds(choice)
-    bound = min(bound, nanoseconds)
-    return Outcome(Solution(choice, nanoseconds, bound), bound)
+    return Outcome(Solution(choice, chain.nanoseconds(choice), bound), bound)
 
 
 def _ordered(chain: Chain) -> Chain:

@@ -280,15 +280,17 @@ def test_small_problems_are_solved_to_the_optimum(shard):
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_the_bound_and_the_answer_enclose_the_optimum_of_small_problems(shard, monkeypatch):
     monkeypatch.setattr(solver, "SEARCHED_CHOICES", 0)
+    infeasible = 0
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
         chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         optimum, outcome = optimum_by_looking(chain), solver.solve_below(chain, solver.UNREACHABLE)
+        assert (outcome.solution is None) == (optimum is None), seed
         if outcome.solution is None:
-            assert optimum is None or outcome.bound_nanoseconds <= optimum, seed
-        else:
-            assert optimum is not None, seed
-            check_answer(chain, outcome.solution, seed)
-            assert outcome.bound_nanoseconds <= optimum <= outcome.solution.nanoseconds, seed
+            infeasible += 1
+            continue
+        check_answer(chain, outcome.solution, seed)
+        assert outcome.bound_nanoseconds <= optimum <= outcome.solution.nanoseconds, seed
+    assert 0 < infeasible < SMALL_PROBLEMS // SHARDS // 2  # both are met
 
 
 # The optimum by a mixed-integer program
@@ -394,9 +396,8 @@ def test_bound_and_answer_of_medium_problems_are_near_each_other_and_what_the_pr
 @pytest.mark.parametrize("seed", range(110))
 def test_bound_and_answer_of_medium_problems_are_near_each_other(seed):
     solution = solve(medium_chain(seed))
-    if solution is not None:
-        check_answer(medium_chain(seed), solution, seed)
-        assert solution.nanoseconds <= solution.bound_nanoseconds * (1 + FURTHEST)
+    check_answer(medium_chain(seed), solution, seed)
+    assert solution.nanoseconds <= solution.bound_nanoseconds * (1 + FURTHEST)
 
 
 @pytest.mark.parametrize("seed", [12, 26, 38, 84, 85])
@@ -455,11 +456,13 @@ def kind_of(chain, device):
 
 @pytest.mark.parametrize("shuffled", [with_options_shuffled, with_equal_devices_shuffled])
 def test_the_order_of_options_and_equal_devices_does_not_change_what_is_searched_whole(shuffled):
+    answers = []
     for seed in range(SMALL_PROBLEMS):
         chain = small_chain(seed)
         solution, again = solve(chain), solve(shuffled(chain, random.Random(seed)))
-        assert (solution is None) == (again is None), seed
-        assert solution is None or solution.nanoseconds == again.nanoseconds, seed
+        answers.append((solution and solution.nanoseconds, again and again.nanoseconds))
+    assert [seed for seed, (one, other) in enumerate(answers) if one != other] == []
+    assert 0 < answers.count((None, None)) < SMALL_PROBLEMS // 2  # both are met
 
 
 def test_the_order_of_equal_devices_does_not_change_the_answer_of_medium_problems():
