@@ -54,7 +54,10 @@ def test_json_is_one_object(repository):
     [move] = value["diff"]["moved"]
     assert move["modules"] == ["model.layers.[4-5]"]
     assert (move["before"]["device"], move["after"]["device"]) == ("cuda:0", "cpu")
-    assert set(value["diff"]["prediction"]) >= {"decode_nanoseconds_per_token", "hops", "longest_context"}
+    assert set(value["diff"]["prediction"]) == {
+        "decode_nanoseconds_per_token", "bound_decode_nanoseconds_per_token", "prefill_nanoseconds",
+        "streamed_bytes_per_token", "hops", "longest_context",
+    }  # fmt: skip
     missing = devmap("diff", "nowhere", "profiles/x.yaml", "--format", "json")
     assert (missing.returncode, json.loads(missing.stdout)["diff"]) == (2, None)
 
