@@ -254,10 +254,12 @@ def parse_json(text: str, kind: Kind, *, object_of: Callable[[Pairs], Any] | Non
         if HALF_CHARACTER.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        message = f"is no JSON at line {error.lineno}, column {error.colno}"
+        message = f"is not JSON at line {error.lineno}, column {error.colno}"
         raise FileError(message, "syntax", "mend it", line=error.lineno, column=error.colno) from error
-    except ValueError as error:  # numbers of thousands of digits, and text that no encoding has
-        raise FileError(f"is no JSON that can be read: {error}", "syntax", "mend it") from error
+    except UnicodeEncodeError as error:
+        raise FileError("holds text that is no Unicode", "syntax", "mend it") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise FileError(f"is not JSON that can be read: {error}", "syntax", "mend it") from error
     return value
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("adopt")
-@click.argument("device_map", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="MAP.json")
+@click.argument("device_map", type=click.Path(path_type=Path), metavar="MAP.json")
 @click.option("--model", "source", required=True, help="The model: a hub id, a directory, or a config.json.")
 @click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
 @dtype_option
@@ -79,12 +78,13 @@ def adopt(
 
 def _read_map(path: Path) -> dict[str, str]:
     """The map with canonical device names."""
+    from devmap_config.files import DEVICE_MAP, FileError, read_json
     from devmap_config.profile.devices import DeviceNameError, expand_devices
 
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise click.UsageError(f"`{path}` is no JSON: {error}") from None
+        value = read_json(path, DEVICE_MAP)
+    except FileError as error:
+        raise click.UsageError(f"`{path}` {error}") from None
     if not isinstance(value, dict) or not value:
         raise click.UsageError(f"`{path}` is no device_map: it must be an object of modules and devices")
     kinds = [str(device).partition(":")[0] for device in value.values() if ":" in str(device)]

@@ -128,19 +128,20 @@ def _sentence(demand: Demand) -> str:
 
 def _read(file: Path, output_format: str) -> Lock | int:
     """The lock, or the exit code once it is said why there is none."""
-    from devmap_config.cli.locking import existing_lock
     from devmap_config.cli.reporting import report
     from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.plan.lock import LockError, lock_at
     from devmap_config.profile.document import whole_file
 
-    lock, problem = existing_lock(file)
-    if lock is not None:
-        return lock
+    try:
+        return lock_at(file)
+    except LockError as error:
+        problem = error
     data = {"fits": None, "needs": None, "seen": None}
     if not file.is_file():
         missing = Diagnostic.error(
             "missing-file",
-            f"`{file}` {'is a folder' if file.is_dir() else 'does not exist'}",
+            f"`{file}` {problem}",
             help="name a lock, as `devmap compile` writes it",
         )
         report([missing], {}, output_format, data=data)

@@ -158,13 +158,13 @@ def _looks_like_profile(sketch: _Sketch, sketches: Mapping[Path, _Sketch]) -> bo
 def _sketch_of(path: Path) -> _Sketch | None:
     """Return what can be made out of a file, or `None` where it cannot be read."""
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.profile.document import MAX_CHARACTERS, MappingNode, parse_document
+    from devmap_config.files import PROFILE, FileError, read_bytes
+    from devmap_config.profile.document import MappingNode, parse_document
     from devmap_config.profile.inheritance import base_files
 
     try:
-        with path.open("rb") as file:
-            text = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8", errors="replace")
-    except OSError:
+        text = read_bytes(path, PROFILE).decode("utf-8", errors="replace")
+    except FileError:
         return None
     document: MappingNode | None = parse_document(text, str(path), Sink())
     if document is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import Diagnostic
+from devmap_config.files import LOCK
 from devmap_config.plan.lock import LockError, lock_at, lock_path, read_lock
 
 if TYPE_CHECKING:
@@ -52,14 +54,14 @@ def sides_of(before: str, after: str, *, allow_outside: bool = False, trust_remo
     Raises:
         SideError: where one cannot be had.
     """
-    files = tuple(Path(text) for text in (before, after) if Path(text).exists())
+    files = tuple(Path(text) for text in (before, after) if os.path.lexists(text))
     options = _Options(allow_outside, trust_remote_code, files)
     return [_side(text, options) for text in (before, after)]
 
 
 def _side(text: str, options: _Options) -> Side:
     path = Path(text)
-    if path.exists():
+    if os.path.lexists(path):
         return _locked(text, _lock_in(path)) if path.suffix == ".json" else _asked_for(path, options)
     revision, colon, inside = text.partition(":")
     if colon and inside:
@@ -113,7 +115,11 @@ def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
         raise _refused(
             "missing-file", f"`{text}` is neither a file nor a git revision", "name a profile, a lock, or a revision"
         )
-    content = _git(path.parent, "show", f"{commit.strip()}:./{path.name}")
+    blob = f"{commit.strip()}:./{path.name}"
+    size_bytes = int(_git(path.parent, "cat-file", "-s", blob) or 0)
+    if size_bytes > LOCK.max_bytes:
+        raise _refused("too-large", f"`{path}` at `{revision}` is larger than {LOCK.max_bytes:,} bytes", None)
+    content = _git(path.parent, "cat-file", "blob", blob)
     if content is None:
         raise _refused("missing-lock", f"`{path}` is not in git at `{revision}`", "name a later revision")
     try:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from devmap_config.files import ANYWHERE, PACKAGED, read_text, write_atomically
+from devmap_config.files import ANYWHERE, GRAPH, PACKAGED, FileError, parse_json, read_text, write_atomically
 from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import SCHEMA, graph_from_json, graph_to_json
 
@@ -33,19 +33,18 @@ def cached_graph(
 ) -> ModelGraph:
     """The graph under this key, made where it is not kept yet.
 
-    A file that cannot be read or written is never an error: the graph is then made again. What a library or a mistake
-    of ours kept from being read or measured is not kept: it is to be measured once that is mended.
+    What a library or a mistake of ours kept from being read or measured is not kept: it is to be measured once that is
+    mended.
     """
     made_by = {"schema": SCHEMA, "libraries": library_versions(), "code": code_digest("graph", "libraries")}
     name = digest({**key, **made_by}).removeprefix("sha256:")
     path = (directory or default_directory()) / f"{name}.json"
-    try:
-        return graph_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        graph = make()
+    if (value := kept(path)) is not None:
+        return graph_from_json(value)
+    graph = make()
     if graph.unread is not None or (graph.measurement is not None and graph.measurement.cause != "model"):
         return graph
-    keep(path, json.dumps(graph_to_json(graph), separators=(",", ":")))
+    keep(path, graph_to_json(graph))
     return graph
 
 
@@ -55,11 +54,25 @@ def default_directory() -> Path:
     return Path(base) / "devmap-config" / "graphs"
 
 
-def keep(path: Path, text: str) -> None:
-    """Write a file of the cache whole or not at all; where that is not possible, it is not kept."""
+def keep(path: Path, value: object) -> None:
+    """Write a value to the cache under a digest over it and its name; where it cannot be written, it is not kept."""
+    text = json.dumps(value, separators=(",", ":"))
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, f"{_seal(path, text)}\n{text}")
+
+
+def kept(path: Path) -> Any:
+    """Return the value that was kept, or `None` where there is none or it is not what was written under this name."""
+    try:
+        seal, _, text = read_text(path, GRAPH).partition("\n")
+        return parse_json(text, GRAPH) if seal == _seal(path, text) else None
+    except FileError:
+        return None
+
+
+def _seal(path: Path, text: str) -> str:
+    return digest([path.name, text])
 
 
 @cache

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.graph.cache import default_directory, keep, library_versions
+from devmap_config.graph.cache import default_directory, keep, kept, library_versions
 from devmap_config.graph.digest import digest
 from devmap_config.graph.introspection import UntrustedCodeError
 from devmap_config.libraries.private import LibraryChangedError
@@ -62,11 +61,7 @@ class CheckpointMatch:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointMatch:
-        """What `dataclasses.asdict` made plain data of.
-
-        Raises:
-            KeyError, TypeError: where the value is not one.
-        """
+        """What `dataclasses.asdict` made plain data of."""
         names = {field: tuple(value[field]) for field in ("absent", "missing", "computed", "unexpected")}
         mismatched = tuple(Mismatch(*each) for each in value["mismatched"])
         return cls(**{**value, **names, "mismatched": mismatched})
@@ -92,14 +87,12 @@ def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> 
         "libraries": library_versions(),
     }
     path = default_directory().with_name("matches") / f"{digest(key).removeprefix('sha256:')}.json"
-    if not trust_remote_code:  # code that comes with a model may change without its config
-        try:
-            return CheckpointMatch.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # it was not tried yet, or what was written is damaged
+    # Code that comes with a model may change without its config.
+    if not trust_remote_code and (value := kept(path)) is not None:
+        return CheckpointMatch.from_json(value)
     match = _tried(model, trust_remote_code=trust_remote_code)
     if not trust_remote_code and match.unchecked is None:  # what is missing here may be installed later
-        keep(path, json.dumps(asdict(match), separators=(",", ":")))
+        keep(path, asdict(match))
     return match
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.graph.cache import default_directory, keep
+from devmap_config.graph.cache import default_directory, keep, kept
 from devmap_config.graph.checkpoint import (
     INDEX_FILE,
     LENGTH_BYTES,
@@ -69,15 +68,13 @@ def hub_checkpoint(
     """
     name = digest({"checkpoint": repository, "commit": commit, "schema": SCHEMA}).removeprefix("sha256:")
     path = default_directory().with_name("checkpoints") / f"{name}.json"
-    try:
-        return _from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # it was not asked for yet, or what was written is damaged
+    if (value := kept(path)) is not None:
+        return _from_json(value)
     if (found := _in_snapshot(snapshot, config)) is not None:
         return found
     asked = _asked_for(_Commit(repository, commit, token), config) if may_ask() else None
     if asked is not None:
-        keep(path, json.dumps(_to_json(asked), separators=(",", ":")))
+        keep(path, _to_json(asked))
     return asked
 
 

@@ -251,16 +251,16 @@ def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
     """The graph beside the profile, where there is one of this very model and revision."""
     path = vendored_path(loaded.path)
     try:
-        vendored = read_vendored(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, VendoredGraphError) as error:
+        vendored = read_vendored(path, loaded.boundary)
+    except VendoredGraphError as error:
         sink.warning(
             "stale-graph",
             f"the graph in `{path.name}` cannot be used: {error}",
             loaded.span("model", "source"),
             help="run `devmap compile --vendor` again",
         )
+        return None
+    if vendored is None:
         return None
     wanted = (loaded.profile.model.source, loaded.profile.model.revision)
     if (vendored.source, vendored.revision) != wanted or _differs_from_cache(vendored, loaded):

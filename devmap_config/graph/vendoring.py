@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.files import GRAPH, FileError, read_json
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from devmap_config.files import Boundary
     from devmap_config.graph.model import ModelGraph
 
 SCHEMA = "devmap-vendored-graph/2"
@@ -81,14 +83,14 @@ def beside(profile: Path, suffix: str) -> Path:
     return profile.with_name(name + suffix)
 
 
-def read_vendored(text: str) -> VendoredGraph:
-    """The vendored graph that a file holds.
+def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
+    """Return the vendored graph in a file within a boundary; `None` where there is no file.
 
     Raises:
-        VendoredGraphError: where it holds none.
+        VendoredGraphError: where it holds none that can be used.
     """
     try:
-        value = json.loads(text)
+        value = read_json(path, GRAPH, within)
         if value["schema"] != SCHEMA:
             raise VendoredGraphError("another version of devmap-config wrote it")
         if value.pop("digest") != digest(value):
@@ -108,5 +110,9 @@ def read_vendored(text: str) -> VendoredGraph:
             stored_dtype=value.get("stored_dtype"),
             checkpoint=value.get("checkpoint"),
         )
+    except FileError as error:
+        if error.is_absent:
+            return None
+        raise VendoredGraphError(f"it {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error

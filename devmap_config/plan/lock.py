@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
+from devmap_config.files import LOCK, FileError, parse_json, read_text, require_regular
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
@@ -137,15 +138,20 @@ def profile_of(path: Path) -> Path:
             return beside_it[0]
         found = " and ".join(f"`{each.name}`" for each in beside_it) or f"no `{name}.yaml`"
         raise _missing(f"`{path}` is a lock, and beside it is {found}", "name the profile")
-    if path.is_file():
-        return path
+    try:
+        require_regular(path)
+    except FileError as error:
+        raise _missing(f"`{path}` {error}", _meant(path)) from None
+    return path
+
+
+def _meant(path: Path) -> str:
+    """Return what to name in place of what is no file."""
     if path.is_dir():
-        raise _missing(f"`{path}` is a folder", "name a profile in it; `devmap check` takes folders as well")
+        return "name a profile in it; `devmap check` takes folders as well"
     names = [each.name for each in path.parent.glob("*") if each.name.endswith(PROFILE_SUFFIXES)]
     close = difflib.get_close_matches(path.name, sorted(names), n=1)
-    raise _missing(
-        f"`{path}` does not exist", f"did you mean `{path.with_name(close[0])}`?" if close else "name a profile"
-    )
+    return f"did you mean `{path.with_name(close[0])}`?" if close else "name a profile"
 
 
 def _missing(message: str, help: str) -> ProfileError:
@@ -177,12 +183,9 @@ def lock_at(path: Path) -> Lock:
         LockError: where there is none (`missing-lock`), or none that can be read.
     """
     try:
-        return read_lock(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LockError("does not exist", "missing-lock") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise LockError(f"cannot be read: {reason}") from error
+        return read_lock(read_text(path, LOCK))
+    except FileError as error:
+        raise LockError(str(error), "missing-lock" if error.is_absent else "unreadable-lock") from error
 
 
 def lock_beside(profile: Path) -> Lock | None:
@@ -209,11 +212,7 @@ def read_lock(text: str) -> Lock:
     if version > LOCK_VERSION:
         raise LockError(f"has lock_version {version}, and this devmap-config reads up to {LOCK_VERSION}", "newer-lock")
     sealed = {key: part for key, part in value.items() if key not in ("digest", "made_with")}
-    try:
-        is_sealed = value.get("digest") == digest(sealed)
-    except UnicodeEncodeError as error:
-        raise LockError("holds text that is no Unicode") from error
-    if not is_sealed:
+    if value.get("digest") != digest(sealed):
         raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
     if mistakes := violations(value):
         more = f" and {len(mistakes) - MISTAKES_SHOWN} more" if len(mistakes) > MISTAKES_SHOWN else ""
@@ -231,13 +230,11 @@ def read_lock(text: str) -> Lock:
 def _parsed(text: str) -> Any:
     """Return the JSON value of a text, in which no key of a mapping stands twice."""
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise LockError("is not a lock: it is nested too deeply") from error
-    except ValueError as error:
+        return parse_json(text, LOCK, object_of=_without_duplicates)
+    except FileError as error:
         if CONFLICT_MARK.search(text):
             raise LockError("holds the marks of a merge conflict") from error
-        raise LockError(f"is not JSON: it was cut off, or changed by hand ({error})") from error
+        raise LockError(f"{error}: it was cut off, or changed by hand") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.cache import LIBRARIES, code_digest, default_directory, keep, library_versions
+from devmap_config.graph.cache import LIBRARIES, code_digest, default_directory, keep, kept, library_versions
 from devmap_config.graph.digest import digest
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import buildable_attention
@@ -29,16 +28,14 @@ def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = Fals
     except (KeyError, TypeError, ValueError):
         pass  # it was not kept beside the profile, or by another version
     path = default_directory().parent / "dry-runs" / f"{_key(plan, model)}.json"
-    if not trust_remote_code:  # code that comes with a model may change without its config
-        try:
-            return Verdict.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # it was not tried yet, or what was written is damaged
+    # Code that comes with a model may change without its config.
+    if not trust_remote_code and (value := kept(path)) is not None:
+        return Verdict.from_json(value)
     if not can_simulate():
         return None
     verdict = Verdict.of(simulation_of(plan, model, trust_remote_code=trust_remote_code))
     if not trust_remote_code and verdict.cause == "model":
-        keep(path, json.dumps(verdict.to_json(), separators=(",", ":")))
+        keep(path, verdict.to_json())
     return verdict
 
 

@@ -311,7 +311,7 @@ def test_a_vendored_graph_of_something_else_is_made_anew(profile):
     Path("profile.graph.json").write_text("{")
     damaged = devmap("compile", "profile.yaml")
     assert damaged.returncode == 0
-    assert "JSONDecodeError" in damaged.stderr
+    assert "cannot be used: it is not JSON at line 1, column 2" in " ".join(damaged.stderr.split())
 
 
 def test_a_vendored_graph_that_was_edited_is_not_believed(profile):

@@ -80,7 +80,7 @@ UNREADABLE = {
     "does not begin with a header": b"\xff" * 4096,
     "is a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
     "cut off in its header": (500).to_bytes(8, "little") + b"{}",
-    "header is no JSON": (4).to_bytes(8, "little") + b"{{{{",
+    "header is not JSON": (4).to_bytes(8, "little") + b"{{{{",
     "no JSON object": (2).to_bytes(8, "little") + b"[]",
     "20 of": safetensors(TWO, missing=20),
     "5 bytes follow": safetensors(TWO, more=b"12345"),
@@ -118,7 +118,7 @@ def test_links_folders_and_pipes(tmp_path):
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "no `weight_map`"),
         ('{"weight_map": {}}', "no `weight_map`"),
         ('{"weight_map": {"a": 3}}', "no `weight_map`"),

@@ -205,14 +205,14 @@ def test_a_byte_order_mark_is_refused(encoding):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is no JSON at line 1, column 1"),
-        ('{"a": 1,\n "b" 2}', "is no JSON at line 2, column 6"),
+        ("", "is not JSON at line 1, column 1"),
+        ('{"a": 1,\n "b" 2}', "is not JSON at line 2, column 6"),
         ("[[[[[]]]]]", "is nested deeper than 4"),
         ('{"[": {"]": {"{": {"}": {}}}}}', "is nested deeper than 4"),
         ("[" * 200_000, "is nested deeper than 4"),
         ('{"a":' * 200_000, "is nested deeper than 4"),
-        ("1" * 5000, "is no JSON that can be read: "),
-        ('["\\ud800"]', "is no JSON that can be read: "),
+        ("1" * 5000, "is not JSON that can be read: "),
+        ('["\\ud800"]', "holds text that is no Unicode"),
     ],
 )
 def test_what_is_no_json_is_said(text, said):

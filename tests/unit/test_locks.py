@@ -217,7 +217,7 @@ def test_a_version_is_an_integer_of_at_least_1(lock, version):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested deeper than 32"),
         ('{"lock_version": 1, "lock_version": 1}', "`lock_version` stands in it twice"),
         ('{"lock_version": ' + "9" * 5000 + "}", "not JSON"),
         ("null", "no `lock_version`"),
