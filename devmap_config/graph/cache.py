@@ -36,7 +36,11 @@ def cached_graph(
     What a library or a mistake of ours kept from being read or measured is not kept: it is to be measured once that is
     mended.
     """
-    made_by = {"schema": SCHEMA, "libraries": library_versions(), "code": code_digest("graph", "libraries")}
+    made_by = {
+        "schema": SCHEMA,
+        "libraries": library_versions(),
+        "code": code_digest("graph", "libraries", "quantization"),
+    }
     name = digest({**key, **made_by}).removeprefix("sha256:")
     path = (directory or default_directory()) / f"{name}.json"
     if (value := kept(path)) is not None:

@@ -96,6 +96,6 @@ def _key(plan: Plan, model: LoadedModel) -> str:
         "workload": None if measurement is None else asdict(measurement.workload),
         "plan": plan_digest(plan),
         "libraries": library_versions(),
-        "code": code_digest("dispatch", "graph", "libraries", "simulate"),
+        "code": code_digest("dispatch", "graph", "libraries", "quantization", "simulate"),
     }
     return digest(key).removeprefix("sha256:")
