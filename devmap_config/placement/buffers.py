@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.placement.devices import STORAGE_DEVICES
 from devmap_config.placement.executor import LEFT, OFFLOADED
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
@@ -12,13 +11,10 @@ from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.devices import DeviceId
     from devmap_config.placement.executor import Executor
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.placement.strategies import Infeasible
-    from devmap_config.profile.loading import LoadedProfile
 
 
 def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
@@ -47,25 +43,3 @@ def are_to_be_compared(prepared: Prepared) -> bool:
     """Return whether the plan that streams buffers may be the better though the other fits: they hold weights."""
     is_optimal = prepared.strategy in OPTIMAL_STRATEGIES
     return is_optimal and any(tensor.in_buffer for tensor in prepared.graph.tensors.values())
-
-
-def report_left_buffers(infeasible: Infeasible | None, strategy: str | None, loaded: LoadedProfile, sink: Sink) -> None:
-    """Say that the model would fit if the profile did not want buffers left where streamed modules run.
-
-    `strategy` is one with which it would, where it would not with the profile's.
-    """
-    shortage = next((each for each in infeasible.shortages if each.device), None) if infeasible else None
-    lack = (
-        f"{shortage.device} would hold {format_bytes(shortage.needed_bytes)}"
-        f" and has {format_bytes(shortage.capacity_bytes)}: {format_exact_bytes(shortage.missing_bytes)} are missing"
-        if shortage
-        else "it does not fit"
-    )
-    sink.error(
-        "over-capacity",
-        f"with `buffers: false` the buffers of what is streamed stay where it runs, and {lack}",
-        loaded.span("placement", "offload", "buffers"),
-        help="say `buffers: true`, or leave it out"
-        + (f", and `strategy: {strategy}`" if strategy else "")
-        + ": it was tried, and fits",
-    )

@@ -5,29 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.buffers import can_be_offloaded, executors_for, report_left_buffers
+from devmap_config.placement.buffers import executors_for
 from devmap_config.placement.constraints import NO_REPAIRS, build_problem
-from devmap_config.placement.shortage import report_shortages
-from devmap_config.placement.strategies import Infeasible
-from devmap_config.placement.ways_out import Change
 from devmap_config.plan.attempts import Candidate, attempts
 from devmap_config.plan.comparison import best_of
 from devmap_config.plan.keeping import prefer_locked_plan
 from devmap_config.plan.review import review, warn_of_kept_tensors
-from devmap_config.plan.trials import ProfileTrials
+from devmap_config.plan.shortage import report_obstacle
+from devmap_config.plan.trials import Trials
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.placement.constraints import Repairs
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.placement.problem import Problem
-    from devmap_config.plan.attempts import Obstacle
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.trials import Prepare
-
-ANY_FIT = "fewest-devices"
-"""The strategy that finds what fits without knowing how fast anything is."""
 
 
 @dataclass(frozen=True)
@@ -54,32 +47,16 @@ class Planner:
         if not candidates:
             # Of what may run a plan, the last needs the least room.
             problem = replace(problem, executor=executors_for(self.prepared)[-1])
-            self._report(obstacles[-1], problem, ProfileTrials(self.prepared, self.prepare, repairs))
+            trials = Trials(self.prepared, self.prepare, repairs)
+            report_obstacle(obstacles[-1], problem, self.prepared, trials, self.sink)
             return None
         plan = best_of([candidate.plan for candidate in candidates], problem.aim)
         kept = next(candidate.kept for candidate in candidates if candidate.plan.executor == plan.executor)
         if kept:
             warn_of_kept_tensors(kept, plan, self.prepared.loaded, self.sink)
-        if self.previous is not None:
-            plan = prefer_locked_plan(plan, self.previous, self.prepared)
-        return accepted(plan, self.prepared, self.sink)
-
-    def _report(self, obstacle: Obstacle, problem: Problem, trials: ProfileTrials) -> None:
-        """Say why there is no plan; where the profile wants buffers left and that is all, say so."""
-        loaded = self.prepared.loaded
-        is_left = loaded.profile.placement.offload.buffers is False
-        if is_left and can_be_offloaded(problem.graph, problem.capacities):
-            for strategy in (None, ANY_FIT):
-                if strategy is not None and trials.compiles(Change(strategy=strategy)):
-                    break  # then the buffers are not what is in the way
-                if trials.compiles(Change(strategy=strategy, offload_buffers=True)):
-                    infeasible = obstacle if isinstance(obstacle, Infeasible) else None
-                    report_left_buffers(infeasible, strategy, loaded, self.sink)
-                    return
-        if isinstance(obstacle, Infeasible):
-            report_shortages(obstacle, problem, self.prepared, trials, self.sink)
-        else:
-            self.sink.report_all(obstacle)
+        if self.previous is None:
+            return plan
+        return accepted(prefer_locked_plan(plan, self.previous, self.prepared), self.prepared, self.sink)
 
 
 def accepted(plan: Plan, prepared: Prepared, sink: Sink) -> Plan | None:

@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.placement.constraints import build_problem
-from devmap_config.placement.ways_out import Change
 from devmap_config.plan.attempts import Candidate, attempts
+from devmap_config.profile.schema import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from devmap_config.diagnostics.diagnostic import Span
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.constraints import Repairs
     from devmap_config.placement.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.rules.rule import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a profile would say otherwise; `None` is as it is.
+
+    `without` are rules that are left out. `devices` gives, by name, what the description of a device says instead; one
+    that is not listed is added.
+    """
+
+    without: tuple[Rule, ...] = ()
+    context_length: int | None = None
+    quantization: Mapping[str, Any] | None = None
+    strategy: str | None = None
+    offload_buffers: bool | None = None
+    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether the model has to be measured anew."""
+        return self.context_length is not None or self.quantization is not None
+
+    def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
+        """Return the profile as it is with this change; `without` is left to who reads its rules."""
+        profile = loaded.profile
+        model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
+        if self.quantization is not None:
+            model = model.model_copy(update={"quantization": self.quantization})
+        if self.context_length is not None:
+            workload = workload.model_copy(update={"context_length": self.context_length})
+        devices = dict(hardware.devices)
+        for name, description in self.devices.items():
+            devices[name] = devices.get(name, Device()).model_copy(update=dict(description))
+        offload = placement.offload
+        if "disk" in self.devices and offload.folder is None:
+            offload = offload.model_copy(update={"folder": "offload"})
+        if self.offload_buffers is not None:
+            offload = offload.model_copy(update={"buffers": self.offload_buffers})
+        placement = placement.model_copy(update={"offload": offload, "strategy": self.strategy or placement.strategy})
+        hardware = hardware.model_copy(update={"devices": devices})
+        changed = {"model": model, "workload": workload, "hardware": hardware, "placement": placement}
+        return replace(loaded, profile=profile.model_copy(update=changed))
 
 
 class Prepare(Protocol):
@@ -31,7 +74,7 @@ class Prepare(Protocol):
 
 
 @dataclass(frozen=True)
-class ProfileTrials:
+class Trials:
     """Tries changes of a profile, up to the dry run, with repairs that a dry run asked for."""
 
     prepared: Prepared

@@ -166,7 +166,7 @@ def test_pins_that_contradict_the_machine_are_named_and_dropping_one_is_a_way_ou
     assert isinstance(compiled(f'"cuda:[0-1]": {CARD}', pins=pins[1:]), Compiled)
 
 
-def test_another_card_and_a_cpu_are_ways_out(workspace):
+def test_another_card_and_a_cpu_are_remedies(workspace):
     text = PROFILE.format(
         devices="cuda:0: {accelerator: t4, memory: 1370000000}", strategy="fastest", pins="", workload=""
     )

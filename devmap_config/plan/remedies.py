@@ -1,20 +1,20 @@
-"""Why nothing fits, and what would mend it: every way out was tried as compiling it would, and gave a plan."""
+"""What contradicts itself where nothing fits, and what would mend it: every remedy was tried, and gave a plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import GIBIBYTE
 from devmap_config.placement.problem import is_accelerator
-from devmap_config.profile.schema import Device
+from devmap_config.plan.trials import Change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Problem
-    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.plan.trials import Trials
     from devmap_config.rules.rule import Rule
 
 MOST_GIBIBYTES = 2**14
@@ -27,71 +27,19 @@ EIGHT_BIT: Mapping[str, Any] = {"method": "bitsandbytes", "load_in_8bit": True}
 """What quantises any model of matrices while it is loaded, to half of bfloat16."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What a profile would say otherwise; `None` is as it is.
-
-    `without` are rules that are left out. `devices` gives, by name, what the description of a device says instead; one
-    that is not listed is added.
-    """
-
-    without: tuple[Rule, ...] = ()
-    context_length: int | None = None
-    quantization: Mapping[str, Any] | None = None
-    strategy: str | None = None
-    offload_buffers: bool | None = None
-    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def is_of_model(self) -> bool:
-        """Whether the model has to be measured anew."""
-        return self.context_length is not None or self.quantization is not None
-
-    def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
-        """Return the profile as it is with this change; `without` is left to who reads its rules."""
-        profile = loaded.profile
-        model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
-        if self.quantization is not None:
-            model = model.model_copy(update={"quantization": self.quantization})
-        if self.context_length is not None:
-            workload = workload.model_copy(update={"context_length": self.context_length})
-        devices = dict(hardware.devices)
-        for name, description in self.devices.items():
-            devices[name] = devices.get(name, Device()).model_copy(update=dict(description))
-        offload = placement.offload
-        if "disk" in self.devices and offload.folder is None:
-            offload = offload.model_copy(update={"folder": "offload"})
-        if self.offload_buffers is not None:
-            offload = offload.model_copy(update={"buffers": self.offload_buffers})
-        placement = placement.model_copy(update={"offload": offload, "strategy": self.strategy or placement.strategy})
-        hardware = hardware.model_copy(update={"devices": devices})
-        changed = {"model": model, "workload": workload, "hardware": hardware, "placement": placement}
-        return replace(loaded, profile=profile.model_copy(update=changed))
-
-
-class Trials(Protocol):
-    """What tries a changed profile."""
-
-    def fits(self, change: Change) -> bool:
-        """Whether there is a plan, whatever it takes and as far as it is known without measuring anew: quickly."""
-
-    def compiles(self, change: Change) -> bool:
-        """Whether compiling the changed profile gives a plan."""
-
-
 @dataclass(frozen=True)
 class Impasse:
-    """What cannot hold together: `pins`, of which none can be left out of the contradiction, and ways out of it."""
+    """What cannot hold together: `pins`, of which none can be left out of the contradiction, and what would mend it."""
 
     pins: tuple[Rule, ...]
-    ways_out: tuple[str, ...]
+    remedies: tuple[str, ...]
 
 
 def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
     """Return the impasse of a problem for which no placement was found."""
     search = _Search(problem, prepared, trials)
     pins = search.contradicting_pins()
-    ways = [
+    remedies = [
         *search.dropped_pins(pins),
         search.told_to_offload(),
         search.shorter_context(),
@@ -99,7 +47,7 @@ def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
         search.another_card(),
         search.more_memory(),
     ]
-    return Impasse(pins, tuple(way for way in ways if way is not None))
+    return Impasse(pins, tuple(remedy for remedy in remedies if remedy is not None))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Says of a placement that cannot be where how many bytes are missing, and what would mend it."""
+"""Reports why there is no plan: where how many bytes are missing, and what would mend it."""
 
 from __future__ import annotations
 
@@ -6,45 +6,90 @@ from typing import TYPE_CHECKING
 
 from devmap_config.amounts import GIBIBYTE, format_bytes, format_exact_bytes
 from devmap_config.diagnostics.diagnostic import Related
+from devmap_config.placement.buffers import can_be_offloaded
 from devmap_config.placement.devices import STORAGE_DEVICES
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
-from devmap_config.placement.ways_out import MOST_GIBIBYTES, Change, impasse_of
 from devmap_config.placement.weighing import heaviest_weights
+from devmap_config.plan.remedies import MOST_GIBIBYTES, impasse_of
+from devmap_config.plan.trials import Change
 
 if TYPE_CHECKING:
-    from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Problem
-    from devmap_config.placement.ways_out import Impasse, Trials
+    from devmap_config.plan.attempts import Obstacle
+    from devmap_config.plan.trials import Trials
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
 
-def report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
+ANY_FIT = "fewest-devices"
+"""The strategy that finds what fits without knowing how fast anything is."""
+
+
+def report_obstacle(obstacle: Obstacle, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
+    """Report why there is no plan, with what `trials` show to mend it."""
+    if _report_left_buffers(obstacle, problem, prepared.loaded, trials, sink):
+        return
+    if isinstance(obstacle, Infeasible):
+        _report_shortages(obstacle, problem, prepared, trials, sink)
+    else:
+        sink.report_all(obstacle)
+
+
+def _report_left_buffers(
+    obstacle: Obstacle, problem: Problem, loaded: LoadedProfile, trials: Trials, sink: Sink
+) -> bool:
+    """Report that the profile wants buffers left where streamed modules run, where that is all that is in the way."""
+    if loaded.profile.placement.offload.buffers is not False:
+        return False
+    if not can_be_offloaded(problem.graph, problem.capacities):
+        return False
+    strategy = None
+    if not trials.compiles(Change(offload_buffers=True)):
+        strategy = ANY_FIT
+        if trials.compiles(Change(strategy=strategy)):
+            return False  # then the buffers are not what is in the way
+        if not trials.compiles(Change(strategy=strategy, offload_buffers=True)):
+            return False
+    shortages = obstacle.shortages if isinstance(obstacle, Infeasible) else ()
+    shortage = next((shortage for shortage in shortages if shortage.device), None)
+    sink.error(
+        "over-capacity",
+        "with `buffers: false` the buffers of what is streamed stay where it runs, and "
+        + (_lack(shortage) if shortage else "it does not fit"),
+        loaded.span("placement", "offload", "buffers"),
+        help="say `buffers: true`, or leave it out"
+        + (f", and `strategy: {strategy}`" if strategy else "")
+        + ": it was tried, and fits",
+    )
+    return True
+
+
+def _lack(shortage: Shortage) -> str:
+    return (
+        f"{shortage.device} would hold {format_bytes(shortage.needed_bytes)}"
+        f" and has {format_bytes(shortage.capacity_bytes)}: {format_exact_bytes(shortage.missing_bytes)} are missing"
+    )
+
+
+def _report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
     """Put the reasons of an infeasible placement into the sink, with what `trials` show to mend it."""
     loaded, resolution = prepared.loaded, prepared.resolution
     if problem.aim is not None and not any(shortage.device for shortage in infeasible.shortages):
-        impasse = impasse_of(problem, prepared, trials)
-        _report_impasse(impasse, infeasible, problem, prepared.model, loaded, sink)
+        _report_impasse(infeasible, problem, prepared, trials, sink)
         return
     if not infeasible.shortages:
         _report_forbidden(infeasible, resolution, prepared.strategy, sink)
     for shortage in infeasible.shortages:
         if shortage.device is None:
-            _report_unplaced(infeasible, shortage, problem, loaded, sink, trials)
+            _report_unplaced(infeasible, shortage, problem, loaded, trials, sink)
         else:
-            _report_device(shortage, problem, resolution, loaded, sink, trials)
+            _report_device(shortage, problem, resolution, loaded, trials, sink)
 
 
-def _report_impasse(
-    impasse: Impasse,
-    infeasible: Infeasible,
-    problem: Problem,
-    model: LoadedModel,
-    loaded: LoadedProfile,
-    sink: Sink,
-) -> None:
+def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
+    impasse, quantization = impasse_of(problem, prepared, trials), prepared.model.quantization
     pinned = set(problem.pinned.values())
     refused = [each for each in problem.refused if problem.accelerators and each not in pinned]
     listed = ", ".join(
@@ -53,7 +98,7 @@ def _report_impasse(
         if device not in refused
     )
     if kept_off := [device for device in problem.capacities if device in refused]:
-        method = model.quantization.method.name if model.quantization is not None else "quantization"
+        method = quantization.method.name if quantization is not None else "quantization"
         listed += f" ({method} loads nothing onto {' or '.join(kept_off)})"
     measurement = problem.graph.measurement
     cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
@@ -66,17 +111,14 @@ def _report_impasse(
     else:
         message = f"{what}, with what is needed while it runs, find no place on {listed}, though there is room in total"
     message += _cause(problem)
-    first, *others = [rule.span for rule in impasse.pins] or [
-        loaded.span("placement", "strategy")
-        if loaded.scalar("placement", "strategy")
-        else loaded.key_span("hardware", "devices")
-    ]
-    ways = "; or ".join(impasse.ways_out)
+    first, *others = [rule.span for rule in impasse.pins] or [_cause_span(prepared.loaded)]
+    remedies = "; or ".join(impasse.remedies)
+    help = f"each of these was tried, and fits: {remedies}" if remedies else "list more memory, or load a smaller dtype"
     sink.error(
         "over-capacity",
         message,
         first,
-        help=f"each of these was tried, and fits: {ways}" if ways else "list more memory, or load a smaller dtype",
+        help=help,
         related=tuple(Related(message="with this one", span=span) for span in others),
     )
 
@@ -93,6 +135,13 @@ def _report_forbidden(infeasible: Infeasible, resolution: Resolution, strategy: 
     )
 
 
+def _cause_span(loaded: LoadedProfile) -> Span:
+    """What of the profile the model does not fit: its strategy where it names one, else its machine."""
+    if loaded.scalar("placement", "strategy"):
+        return loaded.span("placement", "strategy")
+    return loaded.key_span("hardware", "devices")
+
+
 def _cause(problem: Problem) -> str:
     """What most of the model is, where that is one thing, as the end of a sentence."""
     cause = heaviest_weights(problem.graph, problem.graph.tensors, problem.graph.size_bytes)
@@ -100,7 +149,7 @@ def _cause(problem: Problem) -> str:
 
 
 def _report_unplaced(
-    infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, sink: Sink, trials: Trials
+    infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, trials: Trials, sink: Sink
 ) -> None:
     listed = ", ".join(f"{device} ({format_bytes(capacity)})" for device, capacity in problem.capacities.items())
     total = problem.graph.size_bytes
@@ -117,9 +166,7 @@ def _report_unplaced(
     sink.error(
         "over-capacity",
         f"{what}{_cause(problem)}",
-        loaded.span("placement", "strategy")
-        if loaded.scalar("placement", "strategy")
-        else loaded.key_span("hardware", "devices"),
+        _cause_span(loaded),
         label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
         help=_mend(problem, loaded.profile.placement.strategy, trials, fits_in_total=missing_bytes <= 0),
     )
@@ -144,7 +191,7 @@ def _mend(problem: Problem, strategy: str, trials: Trials, *, fits_in_total: boo
 
 
 def _report_device(
-    shortage: Shortage, problem: Problem, resolution: Resolution, loaded: LoadedProfile, sink: Sink, trials: Trials
+    shortage: Shortage, problem: Problem, resolution: Resolution, loaded: LoadedProfile, trials: Trials, sink: Sink
 ) -> None:
     device = str(shortage.device)
     pinned_bytes = problem.pinned_bytes.get(device, 0)
@@ -161,8 +208,7 @@ def _report_device(
         return
     sink.error(
         "over-capacity",
-        f"{device} would hold {format_bytes(shortage.needed_bytes)} and has {format_bytes(shortage.capacity_bytes)}:"
-        f" {format_exact_bytes(shortage.missing_bytes)} are missing{_cause(problem)}",
+        f"{_lack(shortage)}{_cause(problem)}",
         loaded.key_span("hardware", "devices", device),
         help=_mend(
             problem,
