@@ -10,7 +10,7 @@ from devmap_config.quantization.method import Method, Refusal
 UNSIZED = (
     Method(name="aqlm"),
     Method(name="auto-round"),
-    Method(name="bitnet", refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True)),
+    Method(name="bitnet", refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True), lowers_budgets=True),
     Method(name="eetq", refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True)),
     Method(
         name="fbgemm_fp8",

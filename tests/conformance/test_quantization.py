@@ -14,6 +14,7 @@ from pkgutil import iter_modules
 import pytest
 import torch
 import transformers
+from conftest import REPOSITORY
 from transformers.integrations.accelerate import compute_module_sizes
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -27,6 +28,7 @@ from devmap_config.quantization import methods
 from devmap_config.quantization.arguments import QuantizationError
 from devmap_config.quantization.method import Quantization
 from devmap_config.quantization.registry import METHODS, effective_quantization, transformers_arguments
+from devmap_config.quantization.storage import PACKED_DTYPES
 from devmap_config.quantization.unsized import UNSIZED
 
 LLAMA = {
@@ -476,6 +478,7 @@ ODD_VALUES = (
 )
 
 
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 SIZED = sorted(METHODS.keys() - {method.name for method in UNSIZED})
 
 
@@ -486,10 +489,13 @@ def test_whatever_the_arguments_are_there_is_a_size_or_a_diagnostic(method):
         for value in ODD_VALUES:
             quantization = Quantization(METHODS[method], {**RIGHT.get(method, {}), name: value}, is_prequantized=True)
             try:
-                assert graph_of(model, torch.bfloat16, quantization).size_bytes > 0
+                graph = graph_of(model, torch.bfloat16, quantization)
             except QuantizationError as error:
                 assert str(error)
                 assert error.help
+            else:
+                assert {tensor.dtype for tensor in graph.tensors.values()} <= {*PACKED_DTYPES, *FLOATS}
+                assert graph.size_bytes > 0
 
 
 def test_a_graph_is_kept_for_its_quantization(workspace):
@@ -518,6 +524,8 @@ def test_every_method_of_transformers_is_known_once_and_by_its_name():
     assert list(METHODS) == sorted(method.value for method in QuantizationMethod)
     assert sorted(file.name.replace("_", "-") for file in iter_modules(methods.__path__)) == SIZED
     assert len(METHODS) == len(SIZED) + len(UNSIZED)
+    readme = (REPOSITORY / "README.md").read_text().lower()
+    assert [name for name in SIZED if name not in readme] == []
 
 
 def test_what_lowers_the_planners_budgets_is_what_transformers_has():
@@ -525,6 +533,5 @@ def test_what_lowers_the_planners_budgets_is_what_transformers_has():
     from transformers.quantizers.base import HfQuantizer
 
     quantizers = {**AUTO_QUANTIZER_MAPPING, "bitsandbytes": AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]}
-    for name in SIZED:
-        method = METHODS[name]
+    for name, method in METHODS.items():
         assert method.lowers_budgets == (quantizers[name].adjust_max_memory is not HfQuantizer.adjust_max_memory), name
