@@ -16,7 +16,7 @@ from devmap_config.libraries.versions import never_tried, untried
 from devmap_config.placement.compatibility import check_checkpoint, check_dtype
 from devmap_config.placement.constraints import build_problem
 from devmap_config.placement.prepared import Prepared
-from devmap_config.plan.drift import Drift, Held, disproofs, report_moved_figures, reuse_locked_plan
+from devmap_config.plan.drift import Drift, Held, report_moved_figures, reuse_locked_plan
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.planner import Planner, accepted
@@ -182,57 +182,21 @@ def compile_profile(
 
 def run_pipeline(request: Request) -> Compilation:
     """Run every stage in turn, up to the one that cannot go on; its diagnostics say why, and those before it more."""
-    return _run(request, None)[0]
+    return hold_to_lock(request, None)[0]
 
 
-def compile_locked(path: Path, lock: Lock | None, **options: Any) -> tuple[Compilation, Drift | None]:
-    """Hold a profile to its lock: the plan is the lock's, or the drift says why not and the plan is a new one.
-
-    Args:
-        path: the profile.
-        lock: its lock; without one, the plan is a new one.
-        options: further options of `Request.for_profile`.
-    """
-    request = Request.for_profile(path, lock=lock, **options)
-    compilation, drift = _run(request, lock)
-    if isinstance(compilation, Compiled) or lock is None or not lock.variables:
-        return compilation, drift
-    without = run_pipeline(replace(request, lock=replace(lock, variables={})))
-    if isinstance(without, Rejected):
-        return compilation, drift
-    values = ", ".join(f"{name}={value}" for name, value in lock.variables.items())
-    reason = next(finding.message for finding in compilation.diagnostics if finding.severity == "error")
-    return without, Drift("broken-lock", (f"its `--set` values ({values}) do not fit: {reason}",))
-
-
-def prove(request: Request, lock: Lock) -> Drift | None:
-    """Place anew what a lock holds, and return what of its plan or bound that does not prove; `None` where it does.
-
-    A plan that is as good as the new one, and nearer to the lock, is its plan: `--keep` makes such locks.
-    """
-    unproven: tuple[str, ...] = ()
-    for simulates in (False, True):
-        compilation = run_pipeline(replace(request, keeps_plan=True, simulates=simulates))
-        if isinstance(compilation, Rejected):
-            return Drift("unproven-lock", ("placing anew gives no plan",))
-        plan = compilation.plan
-        unproven = disproofs(lock, plan)
-        if (plan.placement, plan.compute) == (lock.plan["device_map"], lock.plan["compute"]):
-            break  # else the dry run may have mended it, which takes longer to see
-    return Drift("unproven-lock", unproven) if unproven else None
-
-
-def _run(request: Request, locked: Lock | None) -> tuple[Compilation, Drift | None]:
+def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drift | None]:
+    """Run the stages with a lock's plan in place of placing, where it holds; else the drift says why not."""
     sink = Sink()
     try:
-        return _run_stages(request, locked, sink)
+        return _run_stages(request, lock, sink)
     except LibraryChangedError as error:  # of which no stage could say what comes of it
         place = whole_file(str(request.path))
         report_failure(failure_of(error), "the profile cannot be compiled", place, sink, allowed=None)
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts), None
 
 
-def _run_stages(request: Request, locked: Lock | None, sink: Sink) -> tuple[Compilation, Drift | None]:
+def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compilation, Drift | None]:
     loaded = _load(request, sink)
     prepare = partial(_prepare, request.lookup)
     prepared = None if loaded is None else prepare(loaded, sink)
@@ -242,35 +206,17 @@ def _run_stages(request: Request, locked: Lock | None, sink: Sink) -> tuple[Comp
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared), None
 
     inputs = inputs_of(prepared)
-    reused = None if locked is None else reuse_locked_plan(locked, prepared, inputs)
-    drift = reused if isinstance(reused, Drift) else None
+    reused = None if lock is None else reuse_locked_plan(lock, prepared, inputs)
     if isinstance(reused, Held):
-        rehearsal = Rehearsal(accepted(reused.plan, prepared, sink))
         report_moved_figures(reused, prepared.loaded, sink)
+        rehearsal = Rehearsal(accepted(reused.plan, prepared, sink))
     else:
         planner = Planner(prepared, sink, prepare, request.lock if request.keeps_plan else None)
         plan = planner.plan()
         rehearsal = Rehearsal(plan)
         if plan is not None and request.simulates:
             rehearsal = rehearse(plan, prepared, planner.plan, request.permissions, sink)
-
-    if (shown := rehearsal.plan or rehearsal.refused) is not None:
-        sink.report_all(review(shown, prepared))
-    if rehearsal.plan is None:
-        refused = rehearsal.refused
-        return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared, refused=refused), drift
-    compiled = Compiled(
-        loaded=prepared.loaded,
-        inventory=prepared.inventory,
-        model=prepared.model,
-        resolution=prepared.resolution,
-        plan=rehearsal.plan,
-        inputs=inputs,
-        verdicts=rehearsal.verdicts,
-        diagnostics=sink.diagnostics,
-        texts=sink.texts,
-    )
-    return compiled, drift
+    return _result(prepared, inputs, rehearsal, sink), reused if isinstance(reused, Drift) else None
 
 
 def _load(request: Request, sink: Sink) -> LoadedProfile | None:
@@ -305,3 +251,22 @@ def _prepare(
     rules = tuple(rule for rule in rules if rule.span not in without)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
     return Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
+
+
+def _result(prepared: Prepared, inputs: Inputs, rehearsal: Rehearsal, sink: Sink) -> Compilation:
+    plan, refused = rehearsal.plan, rehearsal.refused
+    if (shown := plan or refused) is not None:
+        sink.report_all(review(shown, prepared))
+    if plan is None:
+        return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared, refused=refused)
+    return Compiled(
+        loaded=prepared.loaded,
+        inventory=prepared.inventory,
+        model=prepared.model,
+        resolution=prepared.resolution,
+        plan=plan,
+        inputs=inputs,
+        verdicts=rehearsal.verdicts,
+        diagnostics=sink.diagnostics,
+        texts=sink.texts,
+    )

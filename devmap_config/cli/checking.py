@@ -68,7 +68,7 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
     from concurrent.futures.process import BrokenProcessPool
     from importlib import import_module
 
-    import_module("devmap_config.compiler")  # once: a fork has it
+    import_module("devmap_config.locked")  # once: a fork has it
     # No thread runs here and no accelerator is in use yet, which is what makes forking safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
@@ -80,8 +80,9 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
 
 def check_one(profile: Path, request: CheckRequest) -> Checked:
     """One profile checked against its lock."""
-    from devmap_config.compiler import Rejected, Request, compile_locked, prove
+    from devmap_config.compiler import Rejected, Request
     from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError
+    from devmap_config.locked import compile_locked, prove
     from devmap_config.plan.drift import remedy
     from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of
     from devmap_config.profile.document import whole_file

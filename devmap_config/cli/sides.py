@@ -85,7 +85,8 @@ def _lock_in(path: Path) -> Lock:
 
 def _asked_for(profile: Path, options: _Options) -> Side:
     """The locked plan of a profile, or what it asks for now where there is none that holds."""
-    from devmap_config.compiler import Rejected, compile_locked
+    from devmap_config.compiler import Rejected
+    from devmap_config.locked import compile_locked
 
     path = lock_path(profile)
     lock, problem = None, None

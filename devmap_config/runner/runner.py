@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.compiler import Rejected, compile_locked
+from devmap_config.compiler import Rejected
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.graph.checkpoint_match import judge, match_checkpoint
 from devmap_config.graph.source import HubAccess, cached_checkpoint
+from devmap_config.locked import compile_locked
 from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of
 from devmap_config.plan.readiness import differences, kind_needed

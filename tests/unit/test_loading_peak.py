@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import LLAMA, MIXTURE
 
-from devmap_config.compiler import Compiled, Request, compile_locked, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.locked import compile_locked
 from devmap_config.plan.lock import read_lock
 
 CARD = "cuda:0: {memory: 1GiB}"

@@ -13,8 +13,8 @@ from conftest import LLAMA
 from devmap_config.cli import devmap
 from devmap_config.cli.checking import CheckRequest, check_one
 from devmap_config.cli.compile import compile_command
-from devmap_config.compiler import compile_locked
 from devmap_config.graph.digest import digest
+from devmap_config.locked import compile_locked
 from devmap_config.plan.lock import LockError, read_lock
 from devmap_config.runner.loading import RunnerError
 from devmap_config.runner.runner import prepare

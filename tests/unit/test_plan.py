@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers.integrations.accelerate import expand_device_map
 
-from devmap_config.compiler import Compiled, Request, compile_locked, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+from devmap_config.locked import compile_locked
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.units import fold
 from devmap_config.plan.changes import changed_inputs

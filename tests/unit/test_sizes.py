@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.plan_table import plan_lines
-from devmap_config.compiler import Request, compile_locked, run_pipeline
+from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.cache import library_versions
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
 from devmap_config.graph.source import digest
+from devmap_config.locked import compile_locked
 from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.executor import LEFT, OFFLOADED
 from devmap_config.placement.problem import Aim, Problem
