@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from devmap_config.graph.checkpoint_match import judge, match_checkpoint
+from devmap_config.graph.checkpoint_check import match_checkpoint
+from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import TensorName

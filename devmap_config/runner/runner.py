@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.compiler import Rejected
 from devmap_config.diagnostics.diagnostic import ProfileError
-from devmap_config.graph.checkpoint_match import judge, match_checkpoint
+from devmap_config.graph.checkpoint_check import match_checkpoint
+from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.source import HubAccess, cached_checkpoint
 from devmap_config.locked import compile_locked
 from devmap_config.plan.drift import remedy

@@ -1,0 +1,76 @@
+"""Whether a checkpoint holds the model that a config describes: every tensor by its name, in its shape."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.cache import default_directory, keep, kept, library_versions
+from devmap_config.graph.checkpoint_match import CheckpointMatch
+from devmap_config.graph.digest import digest
+from devmap_config.graph.introspection import UntrustedCodeError
+from devmap_config.libraries.private import LibraryChangedError
+
+if TYPE_CHECKING:
+    from devmap_config.graph.checkpoint import Checkpoint
+    from devmap_config.graph.loading import LoadedModel
+
+SCHEMA = "devmap-checkpoint-match/3"
+"""Moves whenever something else is found."""
+
+
+def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> CheckpointMatch | None:
+    """Return whether the checkpoint of a model holds it, as it was found before, else tried with transformers' loader.
+
+    `None` where no checkpoint is at hand. Imports torch where it was not tried before.
+
+    Raises:
+        LibraryChangedError: where something is not there that this rests on.
+    """
+    checkpoint = model.source.checkpoint
+    if checkpoint is None:
+        return None
+    key = {
+        "schema": SCHEMA,
+        "checkpoint": checkpoint.digest,
+        "config": model.source.config_digest,
+        "class": model.class_name,
+        "dtype": model.dtype,
+        "libraries": library_versions(),
+    }
+    path = default_directory().with_name("matches") / f"{digest(key).removeprefix('sha256:')}.json"
+    # Code that comes with a model may change without its config.
+    if not trust_remote_code and (value := kept(path)) is not None:
+        return CheckpointMatch.from_json(value)
+    match = _tried(model, checkpoint, trust_remote_code=trust_remote_code)
+    if not trust_remote_code and match.unchecked is None:  # what is missing here may be installed later
+        keep(path, asdict(match))
+    return match
+
+
+def _tried(model: LoadedModel, checkpoint: Checkpoint, *, trust_remote_code: bool) -> CheckpointMatch:
+    try:
+        from devmap_config.graph.meta_loading import load_over_meta
+    except ModuleNotFoundError as error:
+        return CheckpointMatch(unchecked=f"{error.name} is not installed")
+    try:
+        with model.source.as_config() as config_path:
+            return load_over_meta(
+                config_path,
+                checkpoint,
+                {str(name): tensor.shape for name, tensor in model.graph.tensors.items()},
+                class_name=model.class_name,
+                dtype=model.dtype,
+                trust_remote_code=trust_remote_code,
+                repository=model.source.repository,
+            )
+    except UntrustedCodeError as error:
+        return CheckpointMatch(unchecked=str(error))
+    except LibraryChangedError:
+        raise
+    except Exception as error:
+        quantization = model.quantization
+        if quantization is None or not quantization.is_prequantized:
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return CheckpointMatch(unchecked=f"transformers needs more for {quantization.method.name}: {first_line}"[:300])
