@@ -41,7 +41,7 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
         table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table
-    yield from _notes(plan, model, compiled.loaded.profile.workload.context_length)
+    yield from _notes(plan, model, compiled.loaded.profile.workload.context_length.value)
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:

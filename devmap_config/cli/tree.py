@@ -188,10 +188,10 @@ def _graph_of_profile(
     loaded = load_profile(path, sink, remembered=request.remembered)
     if loaded is not None and context_length is not None:
         workload = loaded.profile.workload
-        if context_length > 0 or workload.context_length is None:
+        if context_length > 0 or workload.context_length.value is None:
             length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
-            workload = workload.model_copy(update={"context_length": length, "prompt_length": None})
-            loaded = replace(loaded, profile=loaded.profile.model_copy(update={"workload": workload}))
+            workload = workload.changed(context_length=length, prompt_length=None)
+            loaded = replace(loaded, profile=loaded.profile.changed(workload=workload))
     model = None
     if loaded is not None:
         model = load_model_graph(loaded, request.lookup, sink)

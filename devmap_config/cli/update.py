@@ -101,7 +101,7 @@ def _summary(model: Model, before: str | None, after: str | None) -> str:
     if after is None:
         return "the model is a local one: it has no revision to update"
     revision = model.revision or "main"
-    name = f"{model.source} at `{revision}`"
+    name = f"{model.source.value} at `{revision}`"
     if revision == after:
         return f"{name} is a commit, which never moves: change `model.revision` in the profile"
     if before is None:

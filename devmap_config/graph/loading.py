@@ -109,7 +109,7 @@ def load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Loade
         sink.error(
             "torch-missing",
             f"the model's graph has to be made, and {error.name} is not installed",
-            loaded.span("model", "source"),
+            loaded.profile.model.source.span,
             help=f"run `devmap compile --vendor {loaded.path}` where torch and transformers are, "
             f"and commit `{vendored_path(loaded.path).name}`",
         )
@@ -128,24 +128,24 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
     if source is None:
         return None
     profile_model = loaded.profile.model
-    class_name = profile_model.class_name or source.class_name
+    class_name = profile_model.class_name.value or source.class_name
     if class_name is None:
         sink.error(
             "no-architecture",
             "the model's config does not name its class",
-            loaded.span("model", "source"),
+            profile_model.source.span,
             help="name it: `class: AutoModelForCausalLM`",
         )
         return None
     attention = profile_model.attention if "attention" in profile_model.model_fields_set else None
-    dtype = source.dtype_for(profile_model.dtype)
+    dtype = source.dtype_for(profile_model.dtype.value)
     quantization = effective_quantization(
-        profile_model.quantization, source.config, has_accelerator=_has_accelerator(loaded)
+        profile_model.quantization.value, source.config, has_accelerator=_has_accelerator(loaded)
     )
     try:
         counted = quantization if quantization is not None and quantization.format() is not None else None
     except QuantizationError as error:
-        sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
+        sink.error("bad-quantization", str(error), profile_model.quantization.span, help=error.help)
         return None
     wanted = (source.config_digest, class_name, dtype, attention, _workload(loaded), _quantization_json(counted))
     dry_runs: Mapping[str, Any] = {}
@@ -181,7 +181,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
     return VendoredGraph(
         graph=model.graph,
         config=model.source.config,
-        source=loaded.profile.model.source,
+        source=loaded.profile.model.source.value,
         revision=loaded.profile.model.revision,
         commit=model.source.commit,
         class_name=model.class_name,
@@ -217,21 +217,22 @@ def _built(
             trust_remote_code=trust_remote_code,
         )
     except QuantizationError as error:
-        sink.error("bad-quantization", str(error), loaded.span("model", "quantization"), help=error.help)
+        sink.error("bad-quantization", str(error), loaded.profile.model.quantization.span, help=error.help)
         return None
     except UntrustedCodeError as error:
-        sink.error("remote-code", str(error), loaded.span("model", "source"), help=READ_IT_FIRST)
+        sink.error("remote-code", str(error), loaded.profile.model.source.span, help=READ_IT_FIRST)
         return None
     except LibraryChangedError as error:
         report_failure(
-            failure_of(error), "the model cannot be read", loaded.span("model", "source"), sink, allowed=None
+            failure_of(error), "the model cannot be read", loaded.profile.model.source.span, sink, allowed=None
         )
         return None
     except UnbuildableModelError as error:
+        wanted = loaded.profile.model
         sink.error(
             "unsupported-model",
             f"transformers cannot build this model: {error}",
-            loaded.span("model", "class" if loaded.profile.model.class_name else "source"),
+            wanted.class_name.span if wanted.class_name.value else wanted.source.span,
             help=_building_advice(str(error)),
         )
         return None
@@ -240,11 +241,11 @@ def _built(
 def source_from_here(loaded: LoadedProfile) -> str:
     """The model's source as a command names it: a local path from the working directory, not from the profile."""
     source = loaded.profile.model.source
-    return os.path.normpath(loaded.beside(source, "model", "source")) if _is_local(loaded) else source
+    return os.path.normpath(source.path) if _is_local(loaded) else source.value
 
 
 def _is_local(loaded: LoadedProfile) -> bool:
-    return os.path.lexists(loaded.beside(loaded.profile.model.source, "model", "source"))
+    return os.path.lexists(loaded.profile.model.source.path)
 
 
 def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
@@ -256,13 +257,13 @@ def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
         sink.warning(
             "stale-graph",
             f"the graph in `{path.name}` cannot be used: {error}",
-            loaded.span("model", "source"),
+            loaded.profile.model.source.span,
             help="run `devmap compile --vendor` again",
         )
         return None
     if vendored is None:
         return None
-    wanted = (loaded.profile.model.source, loaded.profile.model.revision)
+    wanted = (loaded.profile.model.source.value, loaded.profile.model.revision)
     if (vendored.source, vendored.revision) != wanted or _differs_from_cache(vendored, loaded):
         _warn_stale_graph(loaded, sink)
         return None
@@ -315,7 +316,7 @@ def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model
     sink.warning(
         "stale-graph",
         f"the graph in `{vendored_path(loaded.path).name}` is of another {differing}: it is made anew",
-        loaded.span("model", "source"),
+        loaded.profile.model.source.span,
         help="run `devmap compile --vendor` again",
     )
 
@@ -363,9 +364,8 @@ def graph_from_source(
 
 
 def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSource | None:
-    text, revision = loaded.profile.model.source, loaded.profile.model.revision
-    span = loaded.span("model", "source")
-    path = loaded.beside(text, "model", "source")
+    source, revision = loaded.profile.model.source, loaded.profile.model.revision
+    text, span, path = source.value, source.span, source.path
     try:
         if os.path.lexists(path):
             if not loaded.boundary.holds(path):
@@ -386,9 +386,9 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
             )
             return None
         known = lookup.resolved if lookup.resolved is not None and lookup.resolved.holds_for(text, revision) else None
-        source = hub_source(text, revision, commit=known.commit if known else None, must_ask=lookup.must_ask)
-        same = known is not None and known.commit == source.commit
-        return replace(source, known_checkpoint=known.checkpoint) if known is not None and same else source
+        found = hub_source(text, revision, commit=known.commit if known else None, must_ask=lookup.must_ask)
+        same = known is not None and known.commit == found.commit
+        return replace(found, known_checkpoint=known.checkpoint) if known is not None and same else found
     except CheckpointError as error:
         sink.error(error.code, str(error), span, help=error.help)
         return None
@@ -405,19 +405,19 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
 def _workload(loaded: LoadedProfile) -> Workload | None:
     """What is to be measured; nothing where the profile names no context."""
     wanted = loaded.profile.workload
-    if wanted.context_length is None:
+    if (context_length := wanted.context_length.value) is None:
         return None
     return Workload(
         batch_size=wanted.batch_size,
-        context_length=wanted.context_length,
-        prompt_length=wanted.prompt_length or wanted.context_length,
+        context_length=context_length,
+        prompt_length=wanted.prompt_length or context_length,
         all_logits=wanted.logits == "all",
         cache=wanted.cache,
     )
 
 
 def _has_accelerator(loaded: LoadedProfile) -> bool:
-    return any(device not in ("cpu", "disk") for device in loaded.profile.hardware.devices)
+    return any(device not in ("cpu", "disk") for device in loaded.profile.hardware.devices.value)
 
 
 def _quantization_json(quantization: Quantization | None) -> dict[str, object] | None:
@@ -427,24 +427,24 @@ def _quantization_json(quantization: Quantization | None) -> dict[str, object] |
 def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, sink: Sink) -> None:
     source, graph, allowed = model.source, model.graph, permissions.allow_unmeasured
     if permissions.trust_remote_code:
-        _warn_of_code_left_out(model, loaded.span("model", "source"), sink)
-    if loaded.profile.model.dtype == "auto" and source.checkpoint_dtype() is None:
+        _warn_of_code_left_out(model, loaded.profile.model.source.span, sink)
+    if loaded.profile.model.dtype.value == "auto" and source.checkpoint_dtype() is None:
         sink.warning(
             "unknown-dtype",
             f"neither config nor checkpoint tells the dtype: {ASSUMED_DTYPE} is assumed",
-            loaded.span("model", "dtype"),
+            loaded.profile.model.dtype.span,
             help="say `dtype: bfloat16`, or what the checkpoint holds",
         )
     if not model.is_counted:
         sink.warning(
             "quantization-not-measured",
             "the plan counts the weights as they are before quantization: it is an upper bound",
-            loaded.span("model", "quantization"),
+            loaded.profile.model.quantization.span,
         )
     if graph.unread is not None:
-        _report_unread(graph, graph.unread, loaded.span("model", "source"), sink, allowed=allowed)
+        _report_unread(graph, graph.unread, loaded.profile.model.source.span, sink, allowed=allowed)
     if graph.measurement is not None:
-        report_unmeasured(graph.measurement, loaded.span("workload"), sink, allowed=allowed)
+        report_unmeasured(graph.measurement, loaded.profile.workload.span, sink, allowed=allowed)
 
 
 def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.hardware.links import Link
     from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.profile.located import Located
     from devmap_config.profile.schema import Device as DeviceSpecification
 
 
@@ -94,7 +95,7 @@ class Inventory:
 
 def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     """The machine that a profile describes; what is wrong with its description goes to the sink."""
-    specifications = loaded.profile.hardware.devices
+    specifications = loaded.profile.hardware.devices.value
     devices = [
         device
         for name, specification in specifications.items()
@@ -114,27 +115,26 @@ def fill_order(device: str) -> tuple[int, str, int]:
 
 
 def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile, sink: Sink) -> Device | None:
-    route = ("hardware", "devices", name)
-    accelerator = _accelerator(name, specification, loaded, sink)
-    if specification.accelerator is not None and accelerator is None:
+    accelerator = _accelerator(name, specification.accelerator, sink)
+    if specification.accelerator.value is not None and accelerator is None:
         return None
-    memory = specification.memory
+    memory = specification.memory.value
     if isinstance(memory, Share):
         if accelerator is None:
             sink.error(
                 "bad-quantity",
                 f"the memory of {name} is a share of nothing",
-                loaded.span(*route, "memory"),
+                specification.memory.span,
                 help="write it in bytes, such as `24GiB`, or name the `accelerator`",
             )
             return None
         memory = int(accelerator.memory_bytes * memory.fraction)
     if memory is None and accelerator is None:
-        if not any(wrong[:3] == route for wrong in loaded.invalid):
+        if specification.is_sound:
             sink.error(
                 "missing-memory",
                 f"{name} has no memory",
-                loaded.key_span(*route),
+                specification.key_span,
                 help=f"write `{name}: {{memory: 24GiB}}`"
                 + ("" if name in ("cpu", "disk") else ", or an accelerator that `devmap hardware` lists"),
             )
@@ -145,7 +145,7 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
             "memory-beyond-card",
             f"{name} is given {format_bytes(memory_bytes)},"
             f" and a {accelerator.name} has {format_bytes(accelerator.most_memory_bytes)}",
-            loaded.span(*route, "memory"),
+            specification.memory.span,
             help="lower it, or name another accelerator; without `memory` the catalogue's is taken",
         )
     capacity_bytes = _capacity_bytes(memory_bytes, accelerator, specification)
@@ -153,13 +153,13 @@ def _device(name: str, specification: DeviceSpecification, loaded: LoadedProfile
         sink.error(
             "no-capacity",
             f"nothing is left of the memory of {name} once slack, reserve and overhead are taken off",
-            loaded.key_span(*route),
+            specification.key_span,
             help="lower its `reserve`, `overhead` or `slack`, or leave the device out",
         )
         return None
     cap = loaded.profile.placement.max_memory.get(name)
     if cap is not None:
-        capacity_bytes = min(capacity_bytes, _absolute(cap, memory_bytes))
+        capacity_bytes = min(capacity_bytes, _absolute(cap.value, memory_bytes))
     if specification.efficiency is not None:
         reached = (specification.efficiency, specification.efficiency)
     elif accelerator is not None:
@@ -199,28 +199,26 @@ def _absolute(quantity: int | Share, memory_bytes: int) -> int:
     return int(memory_bytes * quantity.fraction) if isinstance(quantity, Share) else quantity
 
 
-def _accelerator(
-    name: str, specification: DeviceSpecification, loaded: LoadedProfile, sink: Sink
-) -> Accelerator | None:
-    if specification.accelerator is None:
+def _accelerator(name: str, named: Located[str | None], sink: Sink) -> Accelerator | None:
+    if named.value is None:
         return None
-    span = loaded.span("hardware", "devices", name, "accelerator")
+    span = named.span
     if name in ("cpu", "disk"):
         sink.error(
             "unknown-accelerator",
             f"{name} is no accelerator",
             span,
-            help=f"describe it by `{{memory: {_as_memory(specification.accelerator) or '64GiB'}}}`",
+            help=f"describe it by `{{memory: {_as_memory(named.value) or '64GiB'}}}`",
         )
         return None
-    found = load_catalogue().get(specification.accelerator)
+    found = load_catalogue().get(named.value)
     if found is None:
-        meant = nearest(specification.accelerator)
-        memory = _as_memory(specification.accelerator)
+        meant = nearest(named.value)
+        memory = _as_memory(named.value)
         advice = f"did you mean `{meant}`? " if meant else ""
         sink.error(
             "unknown-accelerator",
-            f"the catalogue has no accelerator `{specification.accelerator}`",
+            f"the catalogue has no accelerator `{named.value}`",
             span,
             help=f"write `{{memory: {memory}}}`" if memory else f"{advice}`devmap hardware` lists them all",
         )
@@ -249,23 +247,23 @@ def _check_kinds(names: tuple[str, ...], loaded: LoadedProfile, sink: Sink) -> N
     kinds: Mapping[str, str] = {name.partition(":")[0]: name for name in reversed(names) if name not in ("cpu", "disk")}
     if len(kinds) > 1:
         listed = " and ".join(sorted(kinds))
-        last = max(kinds.values(), key=lambda name: loaded.key_span("hardware", "devices", name))
+        last = max(kinds.values(), key=loaded.profile.hardware.device_span)
         sink.error(
             "mixed-accelerators",
             f"one machine cannot run {listed} devices together",
-            loaded.key_span("hardware", "devices", last),
+            loaded.profile.hardware.device_span(last),
             help="torch is built for one kind: keep a profile for each",
         )
 
 
 def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
     known = declared_devices(loaded)
-    for name in loaded.profile.placement.max_memory:
+    for name, cap in loaded.profile.placement.max_memory.items():
         if name not in known:
             sink.error(
                 "unknown-device",
                 f"`max_memory` caps {name}, which the profile does not list",
-                loaded.key_span("placement", "max_memory", name),
+                cap.key_span,
                 help=f"list it under `hardware.devices`, or remove the cap; listed are {', '.join(known)}",
             )
 
@@ -275,7 +273,7 @@ LINKS = ("host", "peer", "disk", "network")
 
 def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
     known = declared_devices(loaded)
-    for name in loaded.profile.hardware.links:
+    for name, described in loaded.profile.hardware.links.items():
         ends = name.split("-")
         if name in LINKS or (len(ends) == 2 and all(end in known for end in ends)):
             continue
@@ -284,11 +282,11 @@ def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
         sink.error(
             "unknown-key",
             f"`{name}` is no link of this machine",
-            loaded.key_span("hardware", "links", name),
+            described.key_span,
             help=f"did you mean `{close[0]}`?" if close else listed,
         )
 
 
 def declared_devices(loaded: LoadedProfile) -> tuple[str, ...]:
     """Every device that the profile lists, also those whose description is wrong."""
-    return tuple(sorted(loaded.profile.hardware.devices, key=fill_order))
+    return tuple(sorted(loaded.profile.hardware.devices.value, key=fill_order))

@@ -23,7 +23,7 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
     They go of a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then
     streamed as the plan counts them.
     """
-    asked, model = prepared.loaded.profile.placement.offload.buffers, prepared.model
+    asked, model = prepared.loaded.profile.placement.offload.buffers.value, prepared.model
     if model.quantization is not None and model.quantization.method.offloads_buffers:
         return (OFFLOADED,)
     if asked is not None:

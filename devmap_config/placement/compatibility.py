@@ -27,6 +27,7 @@ def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel,
     """Report accelerators of the catalogue that do not compute in the model's dtype."""
     method = None if model.quantization is None else model.quantization.method
     wants_fp8 = model.dtype.startswith("float8") or (method is not None and method.needs_fp8)
+    profile = loaded.profile.model
     for device in inventory.devices:
         card = device.accelerator
         if card is None:
@@ -40,7 +41,7 @@ def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel,
         sink.error(
             "unsupported-dtype",
             f"a {card.name} ({device.id}) does not compute in {wanted}",
-            loaded.span("model", "quantization" if wants_fp8 and method else "dtype"),
+            (profile.quantization if wants_fp8 and method else profile.dtype).span,
             help=mend,
         )
 
@@ -61,7 +62,7 @@ def check_quantizer(device_map: Mapping[str, int | str], prepared: Prepared, sin
     sink.error(
         "quantizer-refuses",
         f"{quantization.method.name} loads {nothing} onto {' or '.join(sorted(map(str, used)))}",
-        prepared.loaded.span("model", "quantization"),
+        prepared.loaded.profile.model.quantization.span,
         help=f"say `{argument}: true`, or {advice}" if argument else advice,
     )
 
@@ -73,7 +74,7 @@ def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -
         The profile, with what is now known of its model: the tensors that are in no file, since transformers computes
         them.
     """
-    model, resolution, span = prepared.model, prepared.resolution, prepared.loaded.span("model", "source")
+    model, resolution, span = prepared.model, prepared.resolution, prepared.loaded.profile.model.source.span
     try:
         match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
     except LibraryChangedError as error:

@@ -104,32 +104,33 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str |
     `manual` must say of every tensor where it goes.
     """
     placement = loaded.profile.placement
-    if placement.device_map is not None and placement.strategy != "manual":
+    strategy, device_map = placement.strategy.value, placement.device_map
+    if device_map.value is not None and strategy != "manual":
         sink.error(
             "unused-key",
-            f"`device_map` has no effect under `strategy: {placement.strategy}`",
-            loaded.key_span("placement", "device_map"),
+            f"`device_map` has no effect under `strategy: {strategy}`",
+            device_map.key_span,
             help="say `strategy: manual`, or remove it; to decide for a part of the model, use `pins`",
         )
-    if placement.strategy == "manual" and not _has_errors_in_map(loaded, sink):
+    if strategy == "manual" and not _has_errors_in_map(loaded, sink):
         _check_covered(loaded, problem, sink)
-    if placement.device is None:
+    if placement.device.value is None:
         return None
-    if placement.strategy != "single":
+    if strategy != "single":
         sink.error(
             "unused-key",
-            f"`device` has no effect under `strategy: {placement.strategy}`",
-            loaded.key_span("placement", "device"),
+            f"`device` has no effect under `strategy: {strategy}`",
+            placement.device.key_span,
             help="say `strategy: single`, or remove it",
         )
         return None
     kind = next((device.partition(":")[0] for device in problem.accelerators), "cuda")
-    device = expand_devices(placement.device, kind)[0]
+    device = expand_devices(placement.device.value, kind)[0]
     if device not in problem.capacities:
         sink.error(
             "unknown-device",
             f"{device} is not a device of this profile",
-            loaded.span("placement", "device"),
+            placement.device.span,
             help=f"list it under `hardware.devices`; listed are {', '.join(problem.capacities)}",
         )
     return device
@@ -146,11 +147,11 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
         phases = (("prefill", 1), ("decode", workload.new_tokens or DEFAULT_NEW_TOKENS))
     if not problem.graph.decodes:
         phases = (("prefill", 1),)  # all that such a model does
-    if strategy == "longest-context" and workload.context_length is None:
+    if strategy == "longest-context" and workload.context_length.value is None:
         sink.error(
             "missing-workload",
             "`longest-context` looks for the length that fits, and the profile names no workload",
-            loaded.span("placement", "strategy"),
+            loaded.profile.placement.strategy.span,
             help="name the least that must fit: `workload: {context_length: 4096}`",
         )
         return None
@@ -159,11 +160,10 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
     if missing and strategy != "fastest":
         return Aim(phases=(), inventory=inventory)
     for device, figure, example in missing:
-        listed = device in loaded.profile.hardware.devices
         sink.error(
             "missing-figure",
             f"`{strategy}` compares times, and {figure} is not known",
-            loaded.key_span("hardware", "devices", device) if listed else loaded.key_span("hardware", "devices"),
+            loaded.profile.hardware.device_span(device),
             help=f"write {example}, or name an `accelerator` of the catalogue",
         )
     return None if missing else Aim(phases=phases, inventory=inventory)
@@ -199,7 +199,7 @@ def _missing_figures(inventory: Inventory, apart: frozenset[str], *, prefills: b
 
 def _has_errors_in_map(loaded: LoadedProfile, sink: Sink) -> bool:
     """Whether something is wrong with the map itself: what it then leaves uncovered follows from that."""
-    place = loaded.span("placement", "device_map")
+    place = loaded.profile.placement.device_map.span
     begin, end = (place.line, place.column), (place.end_line, place.end_column)
     return any(
         each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end
@@ -218,7 +218,7 @@ def _check_covered(loaded: LoadedProfile, problem: Problem, sink: Sink) -> None:
     sink.error(
         "uncovered-tensor",
         f"the map gives no device to {len(uncovered)} tensor{'s' if len(uncovered) > 1 else ''}: {shown}",
-        loaded.key_span("placement", "device_map"),
+        loaded.profile.placement.device_map.key_span,
         help=f'add `"{patterns[0]}": 0`, or whatever device is right, for each of them',
     )
 

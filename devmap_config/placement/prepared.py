@@ -28,7 +28,7 @@ class Prepared:
     @property
     def strategy(self) -> str:
         """The strategy that decides where everything is."""
-        return self.loaded.profile.placement.strategy
+        return self.loaded.profile.placement.strategy.value
 
     @property
     def proves_bound(self) -> bool:

@@ -77,7 +77,7 @@ class _Search:
 
     def told_to_offload(self) -> str | None:
         """Let the quantizer leave on the CPU and the disk what it does not quantise, where it can be told to."""
-        quantization, asked = self.prepared.model.quantization, self.prepared.loaded.profile.model.quantization
+        quantization, asked = self.prepared.model.quantization, self.prepared.loaded.profile.model.quantization.value
         argument = None if quantization is None else quantization.accepting_argument
         if argument is None or not asked:
             return None

@@ -45,7 +45,7 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
             help = (
                 "what is on the disk needs `cpu` to run on: list it" if violation.kind == "unlisted-device" else REPORT
             )
-            sink.error(violation.kind, violation.message, loaded.key_span("hardware", "devices"), help=help)
+            sink.error(violation.kind, violation.message, loaded.profile.hardware.devices.key_span, help=help)
     if overfull:
         _report_overfull(overfull, plan, graph, loaded, sink)
     for decision, violations in stranded.values():
@@ -70,7 +70,7 @@ def warn_of_kept_tensors(kept: Placement, plan: Plan, loaded: LoadedProfile, sin
     sink.warning(
         "stranded-tensor",
         f"nothing would bring {patterns} to where it is used, so it is kept on {plan.main_device}",
-        loaded.span("placement", "strategy"),
+        loaded.profile.placement.strategy.span,
         help="nothing is to be done; a pin says the same",
     )
 
@@ -146,7 +146,7 @@ def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: 
         f"{fullest.id} would hold {format_bytes(sum(parts.values()))} ({listed})"
         f" and has {format_bytes(fullest.capacity_bytes)}:"
         f" {format_exact_bytes(-fullest.free_bytes)} are missing{others}",
-        loaded.span("workload", "context_length"),
+        loaded.profile.workload.context_length.span,
         help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or say `strategy: fastest`,"
         " which counts with all of this",
     )
@@ -163,9 +163,7 @@ def _report_overfull_loading(uses: list[DeviceUse], graph: ModelGraph, loaded: L
         f" {format_exact_bytes(fullest.loading_bytes - fullest.capacity_bytes)} are missing;"
         f" besides {format_bytes(fullest.weights_bytes)} of weights, {format_bytes(extra_bytes)} are what"
         f" {_made_while_loading(graph)} takes",
-        loaded.key_span("hardware", "devices", fullest.id)
-        if fullest.id in loaded.profile.hardware.devices
-        else loaded.key_span("hardware", "devices"),
+        loaded.profile.hardware.device_span(fullest.id),
         help=f"give {fullest.id} that much more memory, or keep less of the model there",
     )
 
@@ -230,24 +228,23 @@ def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
 
 def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
     folder = loaded.profile.placement.offload.folder
-    if folder is not None:
-        path = loaded.beside(folder, "placement", "offload", "folder")
-        if not loaded.boundary.holds(path):
+    if folder.value is not None:
+        if not loaded.boundary.holds(folder.path):
             sink.error(
                 "outside-repository",
-                f"the offload folder `{folder}` lies outside of the repository",
-                loaded.span("placement", "offload", "folder"),
+                f"the offload folder `{folder.value}` lies outside of the repository",
+                folder.span,
                 help="keep it within, or pass `--allow-outside`",
             )
-        elif path.exists() and not path.is_dir():
+        elif folder.path.exists() and not folder.path.is_dir():
             sink.error(
                 "missing-offload-folder",
-                f"`{folder}` is a file, and a folder is wanted",
-                loaded.span("placement", "offload", "folder"),
+                f"`{folder.value}` is a file, and a folder is wanted",
+                folder.span,
                 help="name a folder; it need not exist",
             )
         return
-    if "disk" not in loaded.profile.hardware.devices:
+    if "disk" not in loaded.profile.hardware.devices.value:
         return
     used = any(each.stored_on == "disk" for each in plan.assignments)
     report = sink.error if used else sink.warning
@@ -256,6 +253,6 @@ def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None
         "the plan keeps weights on disk, and no folder is given for them"
         if used
         else "the disk is listed, and no folder is given for what might go there",
-        loaded.key_span("hardware", "devices", "disk"),
+        loaded.profile.hardware.device_span("disk"),
         help="add `placement: {offload: {folder: ./offload}}`",
     )

@@ -41,7 +41,7 @@ def _report_left_buffers(
     obstacle: Obstacle, problem: Problem, loaded: LoadedProfile, trials: Trials, sink: Sink
 ) -> bool:
     """Report that the profile wants buffers left where streamed modules run, where that is all that is in the way."""
-    if loaded.profile.placement.offload.buffers is not False:
+    if loaded.profile.placement.offload.buffers.value is not False:
         return False
     if not can_be_offloaded(problem.graph, problem.capacities):
         return False
@@ -58,7 +58,7 @@ def _report_left_buffers(
         "over-capacity",
         "with `buffers: false` the buffers of what is streamed stay where it runs, and "
         + (_lack(shortage) if shortage else "it does not fit"),
-        loaded.span("placement", "offload", "buffers"),
+        loaded.profile.placement.offload.buffers.span,
         help="say `buffers: true`, or leave it out"
         + (f", and `strategy: {strategy}`" if strategy else "")
         + ": it was tried, and fits",
@@ -137,9 +137,9 @@ def _report_forbidden(infeasible: Infeasible, resolution: Resolution, strategy: 
 
 def _cause_span(loaded: LoadedProfile) -> Span:
     """What of the profile the model does not fit: its strategy where it names one, else its machine."""
-    if loaded.scalar("placement", "strategy"):
-        return loaded.span("placement", "strategy")
-    return loaded.key_span("hardware", "devices")
+    if loaded.profile.placement.strategy.is_written:
+        return loaded.profile.placement.strategy.span
+    return loaded.profile.hardware.devices.key_span
 
 
 def _cause(problem: Problem) -> str:
@@ -168,7 +168,7 @@ def _report_unplaced(
         f"{what}{_cause(problem)}",
         _cause_span(loaded),
         label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
-        help=_mend(problem, loaded.profile.placement.strategy, trials, fits_in_total=missing_bytes <= 0),
+        help=_mend(problem, loaded.profile.placement.strategy.value, trials, fits_in_total=missing_bytes <= 0),
     )
 
 
@@ -209,10 +209,10 @@ def _report_device(
     sink.error(
         "over-capacity",
         f"{_lack(shortage)}{_cause(problem)}",
-        loaded.key_span("hardware", "devices", device),
+        loaded.profile.hardware.device_span(device),
         help=_mend(
             problem,
-            loaded.profile.placement.strategy,
+            loaded.profile.placement.strategy.value,
             trials,
             fits_in_total=problem.graph.size_bytes <= sum(problem.capacities.values()),
         ),

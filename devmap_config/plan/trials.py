@@ -47,21 +47,21 @@ class Change:
         profile = loaded.profile
         model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
         if self.quantization is not None:
-            model = model.model_copy(update={"quantization": self.quantization})
+            model = model.changed(quantization=self.quantization)
         if self.context_length is not None:
-            workload = workload.model_copy(update={"context_length": self.context_length})
-        devices = dict(hardware.devices)
+            workload = workload.changed(context_length=self.context_length)
+        devices = dict(hardware.devices.value)
         for name, description in self.devices.items():
-            devices[name] = devices.get(name, Device()).model_copy(update=dict(description))
+            devices[name] = devices.get(name, Device()).changed(**description)
         offload = placement.offload
-        if "disk" in self.devices and offload.folder is None:
-            offload = offload.model_copy(update={"folder": "offload"})
+        if "disk" in self.devices and offload.folder.value is None:
+            offload = offload.changed(folder="offload")
         if self.offload_buffers is not None:
-            offload = offload.model_copy(update={"buffers": self.offload_buffers})
-        placement = placement.model_copy(update={"offload": offload, "strategy": self.strategy or placement.strategy})
-        hardware = hardware.model_copy(update={"devices": devices})
-        changed = {"model": model, "workload": workload, "hardware": hardware, "placement": placement}
-        return replace(loaded, profile=profile.model_copy(update=changed))
+            offload = offload.changed(buffers=self.offload_buffers)
+        placement = placement.changed(offload=offload, strategy=self.strategy or placement.strategy.value)
+        hardware = hardware.changed(devices=devices)
+        changed = profile.changed(model=model, workload=workload, hardware=hardware, placement=placement)
+        return replace(loaded, profile=changed)
 
 
 class Prepare(Protocol):

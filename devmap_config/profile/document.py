@@ -15,7 +15,7 @@ from devmap_config.files import LINE_BREAK
 from devmap_config.profile.quoting import closed, unquoted_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.diagnostics.diagnostic import Sink
@@ -43,7 +43,8 @@ Value: TypeAlias = "str | int | float | bool | None"
 class ScalarNode:
     """One value as it was written. `is_plain` is false for quoted and block text, which is text whatever it holds.
 
-    `is_verbatim` says that `text` stands in the file character for character, from `content_column` on.
+    `is_verbatim` says that `text` stands in the file character for character, from `content_column` on;
+    `is_unrendered` that it is a template that could not be rendered, which is reported.
     """
 
     text: str
@@ -51,6 +52,7 @@ class ScalarNode:
     is_plain: bool = True
     is_verbatim: bool = False
     content_column: int = 0
+    is_unrendered: bool = False
 
     @property
     def value(self) -> Value:
@@ -84,9 +86,9 @@ class MappingNode:
         """The value under a key."""
         return next((entry.value for entry in self.entries if entry.key.text == key), None)
 
-    def key_span(self, key: str) -> Span | None:
-        """The place of a key."""
-        return next((entry.key.span for entry in self.entries if entry.key.text == key), None)
+    def only(self, is_wanted: Callable[[str], bool]) -> MappingNode:
+        """The mapping with those of its entries whose key is wanted."""
+        return replace(self, entries=tuple(entry for entry in self.entries if is_wanted(entry.key.text)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,22 @@ def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
         help="begin with `version: 1`",
     )
     return None
+
+
+def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...]:
+    """Return the entries without those whose key an earlier one has, which are reported."""
+    first: dict[str, Entry] = {}
+    for entry in entries:
+        earlier = first.setdefault(entry.key.text, entry)
+        if earlier is not entry:
+            report_duplicate(entry.key.text, entry.key, earlier.key, sink)
+    return tuple(first.values())
+
+
+def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink) -> None:
+    """Report that what a name stands for is given twice."""
+    related = (Related(message="first given here", span=earlier.span),)
+    sink.error("duplicate-key", f"`{name}` is given twice", key.span, help="remove one of them", related=related)
 
 
 def whole_file(file: str) -> Span:
@@ -254,7 +272,7 @@ class _Composer:
                 merged += self.merge_sources(value, key)
             else:
                 entries.append(Entry(key, value))
-        self.report_duplicates(entries)
+        entries = list(without_duplicates(entries, self.sink))
         named = {entry.key.text for entry in entries}
         for source in merged:  # YAML: the mapping's own keys win, then the earlier of several merged ones
             for entry in source.entries:
@@ -274,19 +292,6 @@ class _Composer:
                     help="write `<<: *anchor`",
                 )
         return [source for source in sources if isinstance(source, MappingNode)]
-
-    def report_duplicates(self, entries: list[Entry]) -> None:
-        first: dict[str, ScalarNode] = {}
-        for entry in entries:
-            earlier = first.setdefault(entry.key.text, entry.key)
-            if earlier is not entry.key:
-                self.sink.error(
-                    "duplicate-key",
-                    f"`{entry.key.text}` is given twice",
-                    entry.key.span,
-                    help="remove one of them",
-                    related=(Related(message="first given here", span=earlier.span),),
-                )
 
     def count(self, nodes: int, event: yaml.Event) -> None:
         self.node_count += nodes
@@ -453,26 +458,3 @@ def _report_unquoted(file: str, lines: list[str], line: int, column: int, sink: 
         help=f"write `{quoted}`",
     )
     return True
-
-
-def routes(node: Node, route: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Node]]:
-    """Every node at or below this one, with the keys and indices that lead to it."""
-    yield route, node
-    if isinstance(node, MappingNode):
-        for entry in node.entries:
-            yield from routes(entry.value, (*route, entry.key.text))
-    elif isinstance(node, SequenceNode):
-        for index, item in enumerate(node.items):
-            yield from routes(item, (*route, index))
-
-
-def at(node: Node, route: tuple[str | int, ...]) -> Node | None:
-    """The node that a route leads to."""
-    for step in route:
-        if isinstance(node, MappingNode) and (child := node.get(str(step))) is not None:
-            node = child
-        elif isinstance(node, SequenceNode) and isinstance(step, int) and step < len(node.items):
-            node = node.items[step]
-        else:
-            return None
-    return node

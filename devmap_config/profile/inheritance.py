@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from devmap_config.diagnostics.diagnostic import Related, Sink, Span
+from devmap_config.diagnostics.diagnostic import Sink, Span
 from devmap_config.files import PROFILE, FileError, decoded, read_bytes, require_regular
 from devmap_config.profile.devices import DeviceNameError, expand_devices, is_range, kind_of
 from devmap_config.profile.document import (
@@ -17,11 +17,12 @@ from devmap_config.profile.document import (
     ScalarNode,
     SequenceNode,
     parse_document,
+    report_duplicate,
     whole_file,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from devmap_config.files import Boundary
 
@@ -146,12 +147,24 @@ def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
     Device names are made canonical and ranges expanded first, so that `cuda:[0-1]` and `cuda:0` meet.
     """
     kind = accelerator_kind(documents)
-    merged = MappingNode((), documents[-1].span)
+    return _merged([_with_canonical_devices(document, kind, sink) for document in documents])
+
+
+def variables_of(documents: list[MappingNode]) -> MappingNode:
+    """The `variables` of all documents, with the place of that key; of the last file where there is none."""
+    merged = _merged([document.only(lambda key: key == "variables") for document in documents])
+    for entry in merged.entries:
+        if isinstance(entry.value, MappingNode):
+            return replace(entry.value, span=entry.key.span)
+    return merged.only(lambda _: False)
+
+
+def _merged(documents: list[MappingNode]) -> MappingNode:
+    merged = MappingNode((), whole_file(documents[-1].span.file))
     for document in documents:
-        entries = tuple(entry for entry in document.entries if not entry.key.text.startswith("x-"))
-        own = _with_canonical_devices(MappingNode(entries, document.span), kind, sink)
-        merged = _merge_mappings(merged, own, ())
-    return MappingNode(merged.entries, documents[-1].span)
+        own = document.only(lambda key: not key.startswith("x-"))
+        merged = replace(_merge_mappings(merged, own, ()), span=merged.span)
+    return merged
 
 
 def accelerator_kind(documents: list[MappingNode]) -> str:
@@ -208,13 +221,27 @@ def _merge_values(inherited: Node, own: Node, route: tuple[str, ...]) -> Node:
 
 
 def _with_canonical_devices(document: MappingNode, kind: str, sink: Sink) -> MappingNode:
-    for section, key, is_spec in (("hardware", "devices", True), ("placement", "max_memory", False)):
-        holder = document.get(section)
-        mapping = holder.get(key) if isinstance(holder, MappingNode) else None
-        if isinstance(holder, MappingNode) and isinstance(mapping, MappingNode):
-            expanded = _expand(mapping, kind, sink, is_spec=is_spec)
-            document = _replace(document, section, _replace(holder, key, expanded))
-    return document
+    document = change_mapping(
+        document, ("hardware", "devices"), lambda mapping: _expand(mapping, kind, sink, is_spec=True)
+    )
+    return change_mapping(
+        document, ("placement", "max_memory"), lambda mapping: _expand(mapping, kind, sink, is_spec=False)
+    )
+
+
+def change_mapping(
+    document: MappingNode, route: tuple[str, ...], change: Callable[[MappingNode], MappingNode]
+) -> MappingNode:
+    """Return a document with the mapping at a route changed, where there is one."""
+    if not route:
+        return change(document)
+    entries = (
+        replace(entry, value=change_mapping(entry.value, route[1:], change))
+        if entry.key.text == route[0] and isinstance(entry.value, MappingNode)
+        else entry
+        for entry in document.entries
+    )
+    return replace(document, entries=tuple(entries))
 
 
 def _expand(mapping: MappingNode, kind: str, sink: Sink, *, is_spec: bool) -> MappingNode:
@@ -232,13 +259,7 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink, *, is_spec: bool) -> Ma
             earlier = written.get(name)
             is_first = all(written.get(other) is not earlier for other in names[: names.index(name)])
             if earlier is not None and is_range(earlier.text) == is_range(entry.key.text) and is_first:
-                sink.error(
-                    "duplicate-key",
-                    f"`{name}` is given twice",
-                    entry.key.span,
-                    help="remove one of them",
-                    related=(Related(message="first given here", span=earlier.span),),
-                )
+                report_duplicate(name, entry.key, earlier, sink)
             written[name] = entry.key
             key = replace(entry.key, text=name, is_verbatim=False)
             value = _as_specification(entry.value) if is_spec else entry.value
@@ -252,11 +273,6 @@ def _as_specification(value: Node) -> Node:
         key = ScalarNode("accelerator", value.span, is_plain=True)
         return MappingNode((Entry(key, value),), value.span)
     return value
-
-
-def _replace(mapping: MappingNode, key: str, value: Node) -> MappingNode:
-    entries = tuple(Entry(entry.key, value) if entry.key.text == key else entry for entry in mapping.entries)
-    return MappingNode(entries, mapping.span)
 
 
 def _normal(path: Path) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     WithJsonSchema,
@@ -18,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from devmap_config.profile.devices import DeviceNameError, expand_devices
-from devmap_config.profile.document import plain_value
+from devmap_config.profile.located import Located, WrittenNothing, WrittenText
 from devmap_config.profile.quantities import (
     QuantityError,
     Share,
@@ -28,7 +27,12 @@ from devmap_config.profile.quantities import (
     parse_nanoseconds,
     parse_share,
 )
+from devmap_config.profile.section import REFUSED, Each, Section, refusal
 from devmap_config.quantization.registry import METHODS
+
+if TYPE_CHECKING:
+    from devmap_config.diagnostics.codes import ErrorCode
+    from devmap_config.diagnostics.diagnostic import Span
 
 OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
 """Those that compare times; the first has to and is after nothing else, the others do where they can."""
@@ -44,47 +48,54 @@ TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
 """A template may stand for any scalar; what it renders to is checked by the compiler."""
 
 
-class PlainText(str):
-    """An unquoted scalar: the type of the field that it fills decides whether it is text or a number."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> object:
-        """What YAML reads when it is not told that text is wanted."""
-        return plain_value(str(self))
-
-
 def _or_template(schema: Mapping[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [dict(schema), TEMPLATE_SCHEMA]})
 
 
 def _resolved(value: object) -> object:
-    return value.value if isinstance(value, PlainText) else value
+    return value.value if isinstance(value, (WrittenText, WrittenNothing)) else value
 
 
 def _plain_str(value: object) -> object:
     return str(value) if isinstance(value, str) else value
 
 
-def _one_of(code: str, choices: tuple[str, ...]) -> Callable[[object], object]:
+def _one_of(
+    *choices: str, code: ErrorCode = "wrong-type", message: str = "{{route}} cannot be `{value}`", **context: object
+) -> Callable[[object], object]:
     def check(value: object) -> object:
         if isinstance(value, str) and value in choices:
             return str(value)
-        raise PydanticCustomError(code, "{value}", {"value": str(value), "choices": choices})
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        meant = f"did you mean `{close[0]}`? " if close else ""
+        listed = f"one of {', '.join(f'`{each}`' for each in choices)}"
+        raise refusal(code, message.format(value=value), meant + listed, **context)
 
     return check
 
 
 def _attention(value: object) -> object:
-    return str(value) if isinstance(value, str) and "/" in value else _one_of("choice", ATTENTIONS)(value)
+    return str(value) if isinstance(value, str) and "/" in value else _one_of(*ATTENTIONS)(value)
+
+
+def _version(value: object) -> object:
+    if str(value) != "1":
+        raise unsupported_version(str(value))
+    return 1
+
+
+def unsupported_version(version: str) -> PydanticCustomError:
+    """Return the error of a profile of another version of the language."""
+    message = f"version {version} of the profile language is not known"
+    help = "this devmap-config reads `version: 1`; a newer one may read more"
+    return refusal("unsupported-version", message, help)
 
 
 def _quantization(value: object) -> object:
     if isinstance(value, dict):
         if "method" not in value:
-            raise PydanticCustomError("quantization-method", "the method is missing")
-        _one_of("choice", tuple(METHODS))(value["method"])
+            raise refusal("missing-key", "`method` is missing in {route}", "such as `method: bitsandbytes`")
+        _one_of(*METHODS, key="method")(value["method"])
     return _deeply_resolved(value)
 
 
@@ -98,7 +109,7 @@ def _quantity(parse: Callable[[str], Parsed]) -> Callable[[object], Parsed]:
         try:
             return parse(str(value).strip())
         except QuantityError as error:
-            raise PydanticCustomError("bad-quantity", "{text}", {"text": error.message, "help": error.help}) from None
+            raise refusal("bad-quantity", error.message, error.help) from None
 
     return check
 
@@ -109,13 +120,10 @@ def _device_name(value: object) -> str:
     try:
         names = expand_devices(str(value), "cuda")
     except DeviceNameError as error:
-        raise PydanticCustomError("bad-device-name", "{text}", {"text": error.message, "help": error.help}) from None
+        raise refusal("bad-device-name", error.message, error.help) from None
     if len(names) > 1:
-        raise PydanticCustomError(
-            "bad-device-name",
-            "{text}",
-            {"text": f"`{value}` is several devices, and one is wanted here", "help": f"write `{names[0]}`"},
-        )
+        message = f"`{value}` is several devices, and one is wanted here"
+        raise refusal("bad-device-name", message, f"write `{names[0]}`")
     return str(value)
 
 
@@ -187,9 +195,11 @@ DeviceName = Annotated[
 ]
 PatternText = Annotated[str, BeforeValidator(_pattern_text), WithJsonSchema({"type": ["string", "integer"]})]
 Strategy = Annotated[
-    str, BeforeValidator(_one_of("unknown-strategy", STRATEGIES)), _or_template({"enum": list(STRATEGIES)})
+    str,
+    BeforeValidator(_one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is no strategy")),
+    _or_template({"enum": list(STRATEGIES)}),
 ]
-Dtype = Annotated[str, BeforeValidator(_one_of("choice", DTYPES)), _or_template({"enum": list(DTYPES)})]
+Dtype = Annotated[str, BeforeValidator(_one_of(*DTYPES)), _or_template({"enum": list(DTYPES)})]
 
 
 def _deeply_resolved(value: object) -> object:
@@ -223,37 +233,35 @@ Quantization = Annotated[
 
 
 def _choice(*choices: str) -> Any:
-    return Annotated[str, BeforeValidator(_one_of("choice", choices)), _or_template({"enum": list(choices)})]
-
-
-class Section(BaseModel):
-    """What all parts of a profile share: frozen, and without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    return Annotated[str, BeforeValidator(_one_of(*choices)), _or_template({"enum": list(choices)})]
 
 
 class Model(Section):
     """Which model, and how it is loaded."""
 
-    source: Text = Field(examples=["meta-llama/Llama-3.1-8B", "models/llama-3.1-8b/config.json"])
+    source: Located[Text] = Field(examples=["meta-llama/Llama-3.1-8B", "models/llama-3.1-8b/config.json"])
     """A hub id, a local directory, or a `config.json`; an existing path wins. Paths are relative to this file."""
 
     revision: Text | None = Field(default=None, examples=["main"])
     """A branch, tag or commit of a hub id. The commit that it resolves to stands in the lock."""
 
-    class_name: Text | None = Field(default=None, alias="class", examples=["AutoModelForCausalLM", "LlamaForCausalLM"])
+    class_name: Located[Text | None] = Field(
+        default=Located(None), alias="class", examples=["AutoModelForCausalLM", "LlamaForCausalLM"]
+    )
     """An Auto class or a concrete class of transformers. Without it: the first of the config's `architectures`."""
 
-    dtype: Dtype = Field(default="auto", examples=["bfloat16"])
+    dtype: Located[Dtype] = Field(default=Located("auto"), examples=["bfloat16"])
     """The dtype in which weights are loaded; `auto` takes the checkpoint's own."""
 
-    quantization: Quantization = Field(default=None, examples=[{"method": "bitsandbytes", "load_in_8bit": True}])
+    quantization: Located[Quantization] = Field(
+        default=Located(None), examples=[{"method": "bitsandbytes", "load_in_8bit": True}]
+    )
     """`method` and the arguments of transformers' quantization config of that method."""
 
     attention: Attention = Field(default="sdpa", examples=["sdpa", "eager", "flash_attention_2"])
     """transformers' `attn_implementation`."""
 
-    allow_new: Annotated[tuple[PatternText, ...], BeforeValidator(_one_or_many)] = Field(
+    allow_new: Annotated[tuple[Located[PatternText], ...], BeforeValidator(_one_or_many)] = Field(
         default=(), examples=[["score"]]
     )
     """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
@@ -265,7 +273,7 @@ class Workload(Section):
     batch_size: Count = Field(default=1, examples=[4])
     """Sequences that run at once."""
 
-    context_length: Count | None = Field(default=None, examples=[8192])
+    context_length: Located[Count | None] = Field(default=Located(None), examples=[8192])
     """Tokens of prompt and answer together. Without it only weights are budgeted."""
 
     prompt_length: Count | None = Field(default=None, examples=[4096])
@@ -285,18 +293,20 @@ class Workload(Section):
 
     @model_validator(mode="after")
     def _prompt_within_context(self) -> Workload:
-        if self.prompt_length is not None and self.prompt_length > (self.context_length or self.prompt_length):
-            raise PydanticCustomError("prompt-beyond-context", "the prompt is longer than the context")
+        context_length = self.context_length.value
+        if self.prompt_length is not None and context_length is not None and self.prompt_length > context_length:
+            message = "`workload.prompt_length` must be at most `context_length`"
+            raise refusal("wrong-type", message, "the context holds prompt and answer", key="prompt_length")
         return self
 
 
 class Device(Section):
     """One device, or each of a range of them."""
 
-    accelerator: Text | None = Field(default=None, examples=["rtx-4090", "h100-sxm"])
+    accelerator: Located[Text | None] = Field(default=Located(None), examples=["rtx-4090", "h100-sxm"])
     """A name of the catalogue (`devmap hardware` lists it), for memory and figures that are not given here."""
 
-    memory: Quantity | None = Field(default=None, examples=["24GiB"])
+    memory: Located[Quantity | None] = Field(default=Located(None), examples=["24GiB"])
     """What the device has. Required without `accelerator`."""
 
     reserve: Quantity = Field(default=0, examples=["2GiB"])
@@ -341,28 +351,33 @@ class Link(Section):
 class Hardware(Section):
     """The machine. A device that is not listed here does not exist."""
 
-    devices: Mapping[str, Device] = Field(
-        examples=[{"cuda:[0-1]": "rtx-4090", "cpu": {"memory": "64GiB"}}], min_length=1
+    devices: Located[Annotated[Mapping[str, Each[Device]], Field(min_length=1)]] = Field(
+        examples=[{"cuda:[0-1]": "rtx-4090", "cpu": {"memory": "64GiB"}}]
     )
     """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
 
-    links: Mapping[str, Link] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
+    links: Mapping[str, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
     """`host`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's."""
+
+    def device_span(self, name: str) -> Span:
+        """Return the place of a device's name; of `devices` where it is not listed."""
+        device = self.devices.value.get(name)
+        return self.devices.key_span if device is None else device.key_span
 
 
 class Pin(Section):
     """What is asked of a part of the model."""
 
-    match: PatternText = Field(examples=["lm_head", "model.layers.[0-15]"])
+    match: Located[PatternText] = Field(examples=["lm_head", "model.layers.[0-15]"])
     """A pattern of module paths; a match means all below it."""
 
-    device: DeviceName | None = Field(default=None, examples=["cuda:0", 0, "cpu"])
+    device: Located[DeviceName | None] = Field(default=Located(None), examples=["cuda:0", 0, "cpu"])
     """Where its weights are stored."""
 
-    compute: DeviceName | None = Field(default=None, examples=["cpu"])
+    compute: Located[DeviceName | None] = Field(default=Located(None), examples=["cpu"])
     """Where it runs, if not where the executor would run it."""
 
-    not_on: Annotated[tuple[DeviceName, ...], BeforeValidator(_one_or_many)] = Field(
+    not_on: Annotated[tuple[Located[DeviceName], ...], BeforeValidator(_one_or_many)] = Field(
         default=(), examples=[["cuda:1", "disk"]]
     )
     """Devices on which nothing of it may be stored."""
@@ -378,18 +393,21 @@ class Pin(Section):
 
     @model_validator(mode="after")
     def _says_something(self) -> Pin:
-        if self.device is None and self.compute is None and not self.not_on and not self.keep_together:
-            raise PydanticCustomError("empty-pin", "the pin asks for nothing")
+        if not self.is_sound:
+            raise REFUSED
+        if self.device.value is None and self.compute.value is None and not self.not_on and not self.keep_together:
+            help = "give it `device`, `compute`, `not_on` or `keep_together`"
+            raise refusal("empty-pin", "the pin asks for nothing", help)
         return self
 
 
 class Offload(Section):
     """A folder, and what is kept there."""
 
-    folder: Text | None = Field(default=None, examples=["./offload"])
+    folder: Located[Text | None] = Field(default=Located(None), examples=["./offload"])
     """Where weights on `disk` are written. Relative to this file."""
 
-    buffers: Flag | None = Field(default=None, examples=[True])
+    buffers: Located[Flag | None] = Field(default=Located(None), examples=[True])
     """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`). Without it the plan
     decides: they are where it fits no other way, such as GPTQ's weights, which are buffers."""
 
@@ -397,21 +415,21 @@ class Offload(Section):
 class PlacementSection(Section):
     """A strategy, and what it must hold to."""
 
-    strategy: Strategy = Field(default="auto", examples=list(STRATEGIES))
+    strategy: Located[Strategy] = Field(default=Located("auto"), examples=list(STRATEGIES))
     """How what is not pinned is placed."""
 
-    device: DeviceName | None = Field(default=None, examples=["cuda:0"])
+    device: Located[DeviceName | None] = Field(default=Located(None), examples=["cuda:0"])
     """For `single`: the device. Without it: the first accelerator, else the CPU."""
 
-    device_map: Mapping[str, DeviceName] | None = Field(
-        default=None, examples=[{"model.embed_tokens": 0, "model.layers.[0-15]": 0, "model.layers.[16-31]": 1}]
+    device_map: Located[Mapping[Located[PatternText], Each[Located[DeviceName]]] | None] = Field(
+        default=Located(None), examples=[{"model.embed_tokens": 0, "model.layers.[0-15]": 0, "model.layers.[16-31]": 1}]
     )
     """For `manual`: pattern to device, pasted as it is."""
 
-    max_memory: Mapping[str, Quantity] = Field(default={}, examples=[{0: "20GiB", "cpu": "30GiB"}])
+    max_memory: Mapping[str, Each[Located[Quantity]]] = Field(default={}, examples=[{0: "20GiB", "cpu": "30GiB"}])
     """Caps by device; a device that is not named keeps its capacity."""
 
-    pins: tuple[Pin, ...] = Field(default=(), examples=[[{"match": "lm_head", "device": "cuda:1"}]])
+    pins: tuple[Each[Pin], ...] = Field(default=(), examples=[[{"match": "lm_head", "device": "cuda:1"}]])
     """Rules for parts of the model; they hold under every strategy."""
 
     offload: Offload = Field(default_factory=Offload)
@@ -421,9 +439,9 @@ class PlacementSection(Section):
 class Profile(Section):
     """A model, a machine, and where the one goes on the other."""
 
-    version: Annotated[int, BeforeValidator(_one_of("unsupported-version", ("1",))), WithJsonSchema({"const": 1})] = (
-        Field(examples=[1])
-    )
+    STAND_INS: ClassVar = {"version": "1"}
+
+    version: Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})] = Field(examples=[1])
     """The version of this language: 1."""
 
     name: Text | None = Field(default=None, examples=["llama-3.1-70b-two-24gb"])
@@ -454,7 +472,3 @@ class Profile(Section):
 
     targets: tuple[_choice("transformers"), ...] = Field(default=("transformers",), examples=[["transformers"]])  # type: ignore[valid-type]
     """What the plan is made for."""
-
-    @model_validator(mode="after")
-    def _known_version(self) -> Profile:
-        return self

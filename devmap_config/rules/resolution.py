@@ -96,7 +96,7 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
         sink.error(
             "unmatched-pattern",
             f"`{rule.text[start:end]}` of `{rule.text}` matches no module of {graph.class_name}",
-            rule.place(start, end),
+            rule.source.span_within(start, end),
             help=f"correct it, or leave it out; {tree_command(source, '**')} shows all there is",
         )
     for beyond in found.beyond[:1]:

@@ -168,7 +168,7 @@ def prepare(
     if model.source.weights is None:
         raise RunnerError(
             "no-weights",
-            f"there is only a config at `{loaded.profile.model.source}`, and no weights",
+            f"there is only a config at `{loaded.profile.model.source.value}`, and no weights",
             "name a directory with weights, or a hub id, as `model.source`",
         )
     folder = loaded.profile.placement.offload.folder
@@ -178,8 +178,8 @@ def prepare(
         dtype=model.dtype,
         attention=model.attention,
         revision=model.source.commit,
-        quantization=dict(loaded.profile.model.quantization or {}),
-        offload_folder=None if folder is None else loaded.beside(folder, "placement", "offload", "folder"),
+        quantization=dict(loaded.profile.model.quantization.value or {}),
+        offload_folder=None if folder.value is None else folder.path,
         trust_remote_code=trust_remote_code,
         config=model.source.config,
     )

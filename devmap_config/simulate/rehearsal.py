@@ -213,7 +213,7 @@ def _refuse(
             if decision.rule is not decided[-1][1].rule
         )
     else:
-        span = loaded.span("placement", "strategy")
+        span = loaded.profile.placement.strategy.span
     sink.error(
         "device-mismatch",
         f"the plan does not run: in {where}, `{mismatch.operation}` takes {_described(first)} and {_described(second)}",
@@ -240,7 +240,7 @@ def _refuse_absent(
         "stranded-tensor",
         f"the plan does not run: `{mismatch.operation}` in `{mismatch.running or 'the model'}` takes `{name}`, which"
         f" nothing brings there from {home}",
-        decision.rule.span if decision is not None else loaded.span("placement", "strategy"),
+        decision.rule.span if decision is not None else loaded.profile.placement.strategy.span,
         help=f"pin `{module or name}` to {plan.main_device}, where it is used: accelerate brings in what a module holds"
         " when that module is called",
     )
@@ -303,7 +303,7 @@ def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: Loaded
         f"{device.id} holds {format_bytes(device.peak_bytes)} at once in {device.peak_phase}, in"
         f" `{device.peak_module or 'the model'}`, and has {format_bytes(device.peak_bytes - missing_bytes)}:"
         f" {format_exact_bytes(missing_bytes)} are missing",
-        loaded.span("workload", "context_length"),
+        loaded.profile.workload.context_length.span,
         help="lower `context_length` or `batch_size`, or prefill in parts (`prompt_length`)",
     )
 
@@ -326,7 +326,7 @@ def _tell_what_is_kept(
     sink.warning(
         "kept-together",
         f"the model does not run as `{strategy}` placed it: it needs {' and '.join(needs)}{_moves(*plans, graph)}",
-        loaded.span("placement", "strategy"),
+        loaded.profile.placement.strategy.span,
         help="nothing is to be done; a pin with `keep_together: true` says the same",
         related=tuple(
             Related(message=f"what is kept together with this goes along to {rule.device}", span=rule.span)
@@ -384,12 +384,12 @@ def _tell_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, al
     if verdict.cause != "model":
         failure = Failure(verdict.cause, verdict.reason or "")
         consequence = "whether the plan runs could not be tried"
-        report_failure(failure, consequence, loaded.span("model", "source"), sink, allowed=allow_unmeasured)
+        report_failure(failure, consequence, loaded.profile.model.source.span, sink, allowed=allow_unmeasured)
         return
     sink.warning(
         "not-simulated",
         f"whether the plan runs could not be tried: the model's code cannot be run without data ({verdict.reason})",
-        loaded.span("model", "source"),
+        loaded.profile.model.source.span,
         help="try it where it is to run: `devmap run`",
     )
 
@@ -398,6 +398,6 @@ def _warn_without_torch(loaded: LoadedProfile, sink: Sink) -> None:
     sink.warning(
         "not-simulated",
         "whether the plan runs was not tried: torch is not installed here",
-        loaded.span("model", "source"),
+        loaded.profile.model.source.span,
         help="compile with `--vendor` where torch is, or pass `--no-simulate`",
     )

@@ -1,0 +1,68 @@
+"""Renders the templates in a document's values, and in the keys that are names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from devmap_config.profile.document import Entry, MappingNode, Node, ScalarNode, SequenceNode, without_duplicates
+from devmap_config.profile.inheritance import change_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+
+UNRENDERED = ("variables", "extends")
+"""Top-level keys that templates cannot stand in: they are what templates are rendered with."""
+
+NAMED = (("hardware", "devices"), ("hardware", "links"), ("placement", "max_memory"), ("placement", "device_map"))
+"""Mappings whose keys are names, of devices or of modules."""
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders templates with these variables; what cannot be rendered is reported."""
+
+    variables: Mapping[str, object]
+    sink: Sink
+
+    def values(self, document: MappingNode) -> MappingNode:
+        """Return a document with its values rendered."""
+        entries = (
+            entry if entry.key.text in UNRENDERED else replace(entry, value=self.node(entry.value))
+            for entry in document.entries
+        )
+        return replace(document, entries=tuple(entries))
+
+    def names(self, document: MappingNode) -> MappingNode:
+        """Return a document with the keys rendered that are names; one that cannot be is left out."""
+        for route in NAMED:
+            document = change_mapping(document, route, self.keys)
+        return document
+
+    def keys(self, mapping: MappingNode) -> MappingNode:
+        """Return a mapping with its keys rendered; of two that render to the same, the second is reported."""
+        rendered = (Entry(self.scalar(entry.key), entry.value) for entry in mapping.entries)
+        entries = [entry for entry in rendered if not entry.key.is_unrendered]
+        return replace(mapping, entries=without_duplicates(entries, self.sink))
+
+    def node(self, node: Node) -> Node:
+        """Return a node with its scalars rendered."""
+        if isinstance(node, ScalarNode):
+            return self.scalar(node)
+        if isinstance(node, SequenceNode):
+            return replace(node, items=tuple(map(self.node, node.items)))
+        return replace(node, entries=tuple(replace(entry, value=self.node(entry.value)) for entry in node.entries))
+
+    def scalar(self, node: ScalarNode) -> ScalarNode:
+        """Return a scalar rendered, as if it had been written without quotes: its field's type reads it."""
+        if not any(mark in node.text for mark in ("{{", "{%", "{#")):
+            return node
+        from devmap_config.profile.template import TemplateRefusedError, render  # with it comes jinja2
+
+        try:
+            return ScalarNode(render(node.text, self.variables), node.span)
+        except TemplateRefusedError as error:
+            self.sink.error(error.code, error.message, node.span, help=error.help)
+            return replace(node, is_unrendered=True)
