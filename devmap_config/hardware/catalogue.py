@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import csv
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import GIBIBYTE
 from devmap_config.files import ANYWHERE, PACKAGED, read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,34 +91,22 @@ def _spelling(name: str) -> str:
     return letters.removeprefix("nvidia").removeprefix("amd").removeprefix("geforce")
 
 
+READERS: Mapping[str, Callable[[str], object]] = {
+    "str": str,
+    "int": int,
+    "int | None": lambda figure: int(figure) if figure else None,
+    "bool": lambda word: word == "yes",
+    "Fraction": Fraction,
+    "tuple[str, ...]": lambda words: tuple(words.split()),
+}
+"""How a column is read, by the type of its field."""
+
+
 def _accelerator(row: Mapping[str, str]) -> Accelerator:
-    return Accelerator(
-        name=row["name"],
-        kind=row["kind"],
-        nominal_memory_gigabytes=int(row["nominal_memory_gigabytes"]),
-        memory_bytes=int(row["memory_bytes"]),
-        memory_source=row["memory_source"],
-        memory_bandwidth_bytes_per_second=int(row["memory_bandwidth_bytes_per_second"]),
-        dense_bf16_flops_per_second=int(row["dense_bf16_flops_per_second"]),
-        host_link_bytes_per_second=_known(row["host_link_bytes_per_second"]),
-        peer_link_bytes_per_second=_known(row["peer_link_bytes_per_second"]),
-        supports_bf16=row["supports_bf16"] == "yes",
-        supports_fp8=row["supports_fp8"] == "yes",
-        overhead_bytes=int(row["overhead_bytes"]),
-        slack=Fraction(row["slack"]),
-        overhead_source=row["overhead_source"],
-        memory_efficiency=Fraction(row["memory_efficiency"]),
-        compute_efficiency=Fraction(row["compute_efficiency"]),
-        link_efficiency=Fraction(row["link_efficiency"]),
-        efficiency_source=row["efficiency_source"],
-        source=row["source"],
-        unverified=tuple(row["unverified"].split()),
-        note=row["note"],
-    )
-
-
-def _known(figure: str) -> int | None:
-    return int(figure) if figure else None
+    figures: dict[str, Any] = {
+        column.name: READERS[str(column.type)](row[column.name]) for column in fields(Accelerator)
+    }
+    return Accelerator(**figures)
 
 
 def catalogue_rows(table: str = "accelerators.csv") -> tuple[dict[str, str], ...]:
