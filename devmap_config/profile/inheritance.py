@@ -69,8 +69,8 @@ class Reader:
                 "template-error",
                 f"`{shown}` is a template of a whole file, and those are not read",
                 whole_file(shown),
-                help=f"name it `{PurePosixPath(shown).stem}`: templates stand in values, and where a loop wrote"
-                " devices, a range such as `cuda:[0-7]` names them",
+                help=f"name it `{PurePosixPath(shown).stem}`: templates stand in values and in names, and where a loop"
+                ' wrote devices, a range such as `"cuda:[0-{{ count - 1 }}]"` names them',
             )
         return shown.endswith(".j2")
 
@@ -250,6 +250,9 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink, *, is_spec: bool) -> Ma
     ranges_first = sorted(mapping.entries, key=lambda entry: not is_range(entry.key.text))
     written: dict[str, ScalarNode] = {}
     for entry in ranges_first:
+        if entry.key.is_unrendered:
+            entries[entry.key.text] = entry
+            continue
         try:
             names = expand_devices(entry.key.text, kind)
         except DeviceNameError as error:

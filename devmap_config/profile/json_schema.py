@@ -12,6 +12,7 @@ from devmap_config.profile import schema as schema_module
 from devmap_config.profile.schema import (
     BANDWIDTH_SCHEMA,
     DEVICE_KEY_PATTERN,
+    TEMPLATE_SCHEMA,
     Device,
     Link,
     Profile,
@@ -82,11 +83,11 @@ def _documented_fields() -> dict[str, dict[str, str]]:
 
 
 def _set_keys(mapping: Schema) -> None:
-    """Name the devices that may be keys."""
+    """Name the devices that may be keys, or have a template do so."""
     for alternative in mapping.get("anyOf", [mapping]):
         if "additionalProperties" in alternative:
             value = {"anyOf": [alternative["additionalProperties"], {"type": "null"}]}
-            alternative["patternProperties"] = {DEVICE_KEY_PATTERN: value}
+            alternative["patternProperties"] = {DEVICE_KEY_PATTERN: value, TEMPLATE_SCHEMA["pattern"]: value}
             alternative["additionalProperties"] = False
 
 

@@ -81,7 +81,7 @@ def load_profile(
         profile = Profile.model_validate(written(document), context=refusals)
     except ValidationError:  # which is reported; too little is left
         return None
-    return LoadedProfile(path, profile, boundary, used)
+    return None if renderer.lacks_names else LoadedProfile(path, profile, boundary, used)
 
 
 def _check_overrides(variables: MappingNode, overrides: Mapping[str, str], sink: Sink) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from devmap_config.profile.document import Entry, MappingNode, Node, ScalarNode, SequenceNode, without_duplicates
+from devmap_config.profile.document import MappingNode, Node, ScalarNode, SequenceNode, without_duplicates
 from devmap_config.profile.inheritance import change_mapping
 
 if TYPE_CHECKING:
@@ -20,12 +20,16 @@ NAMED = (("hardware", "devices"), ("hardware", "links"), ("placement", "max_memo
 """Mappings whose keys are names, of devices or of modules."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Renderer:
-    """Renders templates with these variables; what cannot be rendered is reported."""
+    """Renders templates with these variables; what cannot be rendered is reported, and stays as it is.
+
+    `lacks_names` says that this was so of a key: what is named elsewhere may be what it stands for.
+    """
 
     variables: Mapping[str, object]
     sink: Sink
+    lacks_names: bool = False
 
     def values(self, document: MappingNode) -> MappingNode:
         """Return a document with its values rendered."""
@@ -36,15 +40,15 @@ class Renderer:
         return replace(document, entries=tuple(entries))
 
     def names(self, document: MappingNode) -> MappingNode:
-        """Return a document with the keys rendered that are names; one that cannot be is left out."""
+        """Return a document with the keys rendered that are names."""
         for route in NAMED:
             document = change_mapping(document, route, self.keys)
         return document
 
     def keys(self, mapping: MappingNode) -> MappingNode:
         """Return a mapping with its keys rendered; of two that render to the same, the second is reported."""
-        rendered = (Entry(self.scalar(entry.key), entry.value) for entry in mapping.entries)
-        entries = [entry for entry in rendered if not entry.key.is_unrendered]
+        entries = [replace(entry, key=self.scalar(entry.key)) for entry in mapping.entries]
+        self.lacks_names |= any(entry.key.is_unrendered for entry in entries)
         return replace(mapping, entries=without_duplicates(entries, self.sink))
 
     def node(self, node: Node) -> Node:

@@ -34,6 +34,7 @@ BEYOND_A_SCHEMA = (
     "half a byte",
     "a share of nothing",
     "a value cannot inject structure",
+    "a name cannot inject structure",
     "a template that renders to the wrong type",
     "a merge of what is no mapping",
     "more than all",
