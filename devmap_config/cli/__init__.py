@@ -103,7 +103,7 @@ def _report(error: DevmapError) -> int:
     """Print what a command could not begin with, in the format that was asked for; give the exit code."""
     from devmap_config.cli.reporting import report
 
-    report(error.diagnostics, {}, _output_format(), data={"plan": None})
+    report(error.diagnostics, getattr(error, "texts", {}), _output_format(), data={"plan": None})
     return EXIT_USAGE
 
 

@@ -137,22 +137,14 @@ def _hardware(name: str) -> Hardware:
 
 
 def _hardware_of_file(path: Path) -> Hardware:
-    import yaml
-    from pydantic import ValidationError
+    from devmap_config.diagnostics.diagnostic import ProfileError, Sink
+    from devmap_config.profile.loading import load_hardware
 
-    from devmap_config.profile.schema import Hardware
-
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Hardware.model_validate(value["hardware"])
-    except OSError as error:
-        raise click.UsageError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, KeyError):
-        raise click.UsageError(f"{path}: it holds no `hardware:` block that can be read") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("hardware", *first["loc"]))
-        raise click.UsageError(f"{path}: {where}: {first['msg']}") from None
+    sink = Sink()
+    hardware = load_hardware(path, sink)
+    if hardware is None or sink.has_errors:
+        raise ProfileError(tuple(sink), sink.texts)
+    return hardware
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.files import LOCK
-from devmap_config.plan.lock import LockError, lock_at, lock_path, read_lock
+from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of, read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +62,7 @@ def sides_of(before: str, after: str, *, allow_outside: bool = False, trust_remo
 def _side(text: str, options: _Options) -> Side:
     path = Path(text)
     if os.path.lexists(path):
-        return _locked(text, _lock_in(path)) if path.suffix == ".json" else _asked_for(path, options)
+        return _locked(text, _lock_in(path)) if path.suffix == ".json" else _asked_for(profile_of(path), options)
     revision, colon, inside = text.partition(":")
     if colon and inside:
         return _locked(text, _lock_at_revision(revision, Path(inside), text))

@@ -141,8 +141,8 @@ def _opened(path: Path) -> tuple[int, str]:
     """A file that is to be read from the disk, and how its cache is avoided."""
     if hasattr(os, "O_DIRECT"):
         with suppress(OSError):  # not every file system has it
-            return os.open(path, os.O_RDONLY | os.O_DIRECT), "around the cache (O_DIRECT)"
-    descriptor = os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY | os.O_DIRECT), "around the cache (O_DIRECT)"  # noqa: TID251  its own file
+    descriptor = os.open(path, os.O_RDONLY)  # noqa: TID251  its own file
     if sys.platform == "darwin":
         import fcntl
 

@@ -13,7 +13,7 @@ from devmap_config.profile.inheritance import Reader, merge, variable_values, va
 from devmap_config.profile.located import written
 from devmap_config.profile.rendering import Renderer
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, Profile
-from devmap_config.profile.section import Refusals
+from devmap_config.profile.section import Refusals, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,13 +75,42 @@ def load_profile(
     used = {name: text for name, text in (remembered or {}).items() if name in known} | dict(overrides)
     _check_overrides(variables, overrides, sink)
     renderer = Renderer(variable_values(variables.entries, used), sink)
-    document = renderer.values(merge([renderer.names(document) for document in documents], sink))
+    document = _merged(documents, renderer)
     refusals = Refusals(sink, Profile, is_incomplete=reader.is_incomplete)
     try:
         profile = Profile.model_validate(written(document), context=refusals)
     except ValidationError:  # which is reported; too little is left
         return None
     return None if renderer.lacks_names else LoadedProfile(path, profile, boundary, used)
+
+
+def load_hardware(path: Path, sink: Sink) -> Hardware | None:
+    """The machine that the `hardware:` of a file describes, or `None` where that is wrong; other keys are left aside.
+
+    Args:
+        path: the file, which may extend others.
+        sink: takes everything that is wrong.
+    """
+    reader = Reader(boundary_of(path), sink)
+    documents = reader.read(str(path))
+    if not documents:
+        return None
+    renderer = Renderer(variable_values(variables_of(documents).entries, {}), sink)
+    document = _merged(documents, renderer).only(lambda key: key == "hardware")
+    refusals = Refusals(sink, _Machine, is_incomplete=reader.is_incomplete)
+    try:
+        return _Machine.model_validate(written(document), context=refusals).hardware
+    except ValidationError:  # which is reported
+        return None
+
+
+class _Machine(Section):
+    hardware: Hardware
+
+
+def _merged(documents: list[MappingNode], renderer: Renderer) -> MappingNode:
+    """One document of several, with their templates rendered."""
+    return renderer.values(merge([renderer.names(document) for document in documents], renderer.sink))
 
 
 def _check_overrides(variables: MappingNode, overrides: Mapping[str, str], sink: Sink) -> None:

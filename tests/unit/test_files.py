@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from devmap_config.files import (
     ANYWHERE,
@@ -234,3 +238,72 @@ def test_brackets_in_strings_are_no_depth(tmp_path, value):
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
         (tmp_path / "x").write_text(text, encoding="utf-8")
         assert read_json(tmp_path / "x", SMALL) == value
+
+
+# -- nobody else reads -------------------------------------------------------------------------------------------------
+
+READER = REPOSITORY / "devmap_config" / "files.py"
+
+SOURCES = sorted({*READER.parent.rglob("*.py")} - {READER})
+
+OPENING = ("open", "read_text", "read_bytes")
+"""Functions and methods that open a file; what modules have (`json.load`, `os.open`), ruff keeps out by their names."""
+
+
+def openings(source):
+    """What opens a file in code by other means than the reader's."""
+    tree = ast.parse(source)
+    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    for node in ast.walk(tree):
+        called = node.func if isinstance(node, ast.Call) else None
+        by_name = isinstance(called, ast.Name) and called.id in OPENING and called.id not in imported
+        as_method = isinstance(called, ast.Attribute) and called.attr in OPENING and ast.unparse(called) != "os.open"
+        if by_name or as_method:
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_files_are_opened_in_one_place(path):
+    assert list(openings(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["open(path)", "path.open()", "Path(x).read_text(encoding='utf-8')", "file.read_bytes()", "gzip.open(path)"],
+)
+def test_each_way_of_opening_one_is_seen(source):
+    assert list(openings(source)) == [source]
+
+
+def test_what_is_read_by_the_reader_is_passed_over():
+    source = "from devmap_config.files import read_text\nread_text(path, LOCK)\nopened(path)"
+    assert list(openings(source)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import json\njson.loads(text)",
+        "from json import load",
+        "import os\nos.open(path, 0)",
+        "import io\nio.open(path)",
+        "import yaml\nyaml.safe_load(text)",
+        "from safetensors import safe_open",
+        "import tomllib",
+        "import pickle",
+    ],
+)
+def test_what_modules_open_files_with_is_kept_out_by_ruff(source):
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--select",
+        "TID251",
+        "--stdin-filename",
+        "devmap_config/plan/x.py",
+        "-",
+    ]
+    done = subprocess.run(command, input=source, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("TID251")) == (1, 1)

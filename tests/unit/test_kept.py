@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from bad_files import BAD, put
 from conftest import LLAMA
 
 from devmap_config.cli.compile import compile_command
@@ -105,6 +106,16 @@ def test_an_entry_that_is_damaged_is_none(tmp_path, damage):
     path = tmp_path / "x.json"
     keep(path, {"a": [1, 2]})
     path.write_text(damage(path.read_text()))
+    assert kept(path) is None
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_no_entry_is_none(tmp_path, monkeypatch, bad):
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(tmp_path / "cache")
+    path = Path("x.json").absolute()
+    keep(path, {"a": [1, 2]})
+    put(bad, path)
     assert kept(path) is None
 
 

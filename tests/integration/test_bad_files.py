@@ -1,0 +1,150 @@
+"""Whatever lies where a file is expected, each command names it, soon, in little memory, and with its exit code."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+from bad_files import BAD, NO_FILES, UNTOLD, put
+from conftest import LLAMA
+
+from devmap_config.cli import main
+
+PROFILE = """\
+extends: base.yaml
+version: 1
+model: {source: small}
+placement: {strategy: single}
+"""
+
+BASE = "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+
+SECONDS = 10
+"""Of the processor; what is slow here is the machine."""
+
+GROWTH_BYTES = 100 * 2**20
+
+
+def devmap(*arguments):
+    """The exit code of a command in this process."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(sys, "argv", ["devmap", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A repository with a profile, what it extends, its model in one file and in several, its lock and its graph."""
+    folder = tmp_path_factory.mktemp("compiled") / "repository"
+    values = {**LLAMA, "num_hidden_layers": 1, "dtype": "float32"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
+    model.save_pretrained(folder / "small")
+    model.save_pretrained(folder / "sharded", max_shard_size="100KB")
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        Path(".git").mkdir()
+        Path("base.yaml").write_text(BASE)
+        Path("p.yaml").write_text(PROFILE)
+        Path("q.yaml").write_text(PROFILE.replace("small", "sharded"))
+        Path("machine.yaml").write_text(BASE)
+        Path("map.json").write_text('{"": 0}')
+        assert devmap("compile", "p.yaml", "-q", "--vendor") == 0
+        assert devmap("compile", "q.yaml", "-q") == 0
+        assert devmap("check", "p.yaml", "q.yaml", "-q") == 0
+    return folder
+
+
+@pytest.fixture
+def repository(compiled, tmp_path, monkeypatch):
+    """A copy of it, which is the working directory."""
+    shutil.copytree(compiled, tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "repository")
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
+DONE, WRONG, ABSENT, STALE, UNLIKE_LOCK = range(5)
+
+PROFILES = {
+    command: ("p.yaml", (*command.split(), "p.yaml"), WRONG, ABSENT)
+    for command in ("compile", "check", "explain", "fit --on 1xrtx-4090", "simulate", "run", "tree", "update")
+}
+
+OTHERS = {
+    "diff a profile": ("p.yaml", ("diff", "p.yaml", "q.yaml"), WRONG, ABSENT),
+    "compile what it extends": ("base.yaml", ("compile", "p.yaml"), WRONG, WRONG),
+    "check what it extends": ("base.yaml", ("check", "p.yaml"), WRONG, WRONG),
+    "compile a config": ("small/config.json", ("compile", "p.yaml"), WRONG, WRONG),
+    "tree of a folder": ("small/config.json", ("tree", "small"), ABSENT, ABSENT),
+    "tree of a config": ("small/config.json", ("tree", "small/config.json"), ABSENT, ABSENT),
+    "init of a folder": ("small/config.json", ("init", "small", "--on", "1xrtx-4090"), WRONG, WRONG),
+    "adopt for a folder": ("small/config.json", ("adopt", "map.json", "--model", "small"), ABSENT, ABSENT),
+    "compile weights": ("small/model.safetensors", ("compile", "p.yaml"), WRONG, WRONG),
+    "check weights": ("small/model.safetensors", ("check", "p.yaml"), WRONG, WRONG),
+    "run weights": ("small/model.safetensors", ("run", "p.yaml"), UNLIKE_LOCK, UNLIKE_LOCK),
+    "tree of weights": ("small/model.safetensors", ("tree", "small"), ABSENT, ABSENT),
+    "compile an index": ("sharded/model.safetensors.index.json", ("compile", "q.yaml"), WRONG, WRONG),
+    "compile a shard": ("sharded/model-00001-of-00003.safetensors", ("compile", "q.yaml"), WRONG, WRONG),
+    "check a lock": ("p.lock.json", ("check", "p.yaml"), STALE, STALE),
+    "run a lock": ("p.lock.json", ("run", "p.yaml"), STALE, STALE),
+    "compile over a lock": ("p.lock.json", ("compile", "p.yaml"), DONE, ABSENT),
+    "update a lock": ("p.lock.json", ("update", "p.yaml"), DONE, ABSENT),
+    "diff a lock": ("p.lock.json", ("diff", "p.lock.json", "q.lock.json"), ABSENT, ABSENT),
+    "diff beside a lock": ("p.lock.json", ("diff", "p.yaml", "q.yaml"), DONE, DONE),
+    "probe against a lock": ("p.lock.json", ("probe", "--against", "p.lock.json"), STALE, ABSENT),
+    "compile beside a graph": ("p.graph.json", ("compile", "p.yaml"), DONE, DONE),
+    "check beside a graph": ("p.graph.json", ("check", "p.yaml"), DONE, DONE),
+    "fit on a machine": ("machine.yaml", ("fit", "p.yaml", "--on", "machine.yaml"), ABSENT, ABSENT),
+    "adopt a map": ("map.json", ("adopt", "map.json", "--model", "small"), ABSENT, ABSENT),
+}
+
+READS = PROFILES | OTHERS
+"""By what is done: the file that is bad, the command, its exit codes where it is a file, and where it is none."""
+
+
+def refuse_to_open(path, context):
+    """Have the system say that a file may not be read: what permissions forbid, they do not forbid to root."""
+    real_open = os.open
+
+    def opened(name, *arguments, **options):
+        if os.path.realpath(name) == os.path.realpath(path):
+            raise PermissionError(13, os.strerror(13), str(name))
+        return real_open(name, *arguments, **options)
+
+    context.setattr(os, "open", opened)
+
+
+def spent_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("bad", [*BAD, "unreadable"])
+@pytest.mark.parametrize("read", READS)
+def test_what_is_bad_is_named_soon_and_in_little_memory(repository, capsys, monkeypatch, read, bad):
+    file, arguments, as_file, as_none = READS[read]
+    if bad == "unreadable":
+        refuse_to_open(file, monkeypatch)
+    else:
+        put(bad, Path(file))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(120)  # what waits for a writer waits for ever
+    begin_seconds, before_bytes = time.process_time(), spent_bytes()
+    try:
+        code = devmap(*arguments)
+    finally:
+        signal.alarm(0)
+    said = "".join(capsys.readouterr())
+    assert "Traceback" not in said
+    assert Path(file).name in said
+    assert UNTOLD not in said
+    assert code == (as_none if bad in NO_FILES else as_file), said
+    assert time.process_time() - begin_seconds < SECONDS
+    assert spent_bytes() - before_bytes < GROWTH_BYTES
