@@ -30,9 +30,9 @@ from devmap_config.rules.rule import rules_of
 from devmap_config.simulate.rehearsal import Rehearsal, rehearse
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
-    from devmap_config.diagnostics.diagnostic import Diagnostic, Span
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
@@ -199,7 +199,7 @@ def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drif
 def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compilation, Drift | None]:
     loaded = _load(request, sink)
     prepare = partial(_prepare, request.lookup)
-    prepared = None if loaded is None else prepare(loaded, sink)
+    prepared = None if loaded is None else prepare(loaded, None, sink)
     if prepared is not None and request.checks_checkpoint:
         prepared = check_checkpoint(prepared, sink, request.permissions)
     if prepared is None or build_problem(prepared, sink) is None:
@@ -234,21 +234,13 @@ def _load(request: Request, sink: Sink) -> LoadedProfile | None:
     return loaded if request.hardware is None else on_other_hardware(loaded, request.hardware, request.strategy)
 
 
-def _prepare(
-    lookup: Lookup,
-    loaded: LoadedProfile,
-    sink: Sink,
-    *,
-    model: LoadedModel | None = None,
-    without: Collection[Span] = (),
-) -> Prepared | None:
+def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, sink: Sink) -> Prepared | None:
     inventory = build_inventory(loaded, sink)
     rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
     model = model or load_model_graph(loaded, lookup, sink)
     if model is None:
         return None
     check_dtype(loaded, inventory, model, sink)
-    rules = tuple(rule for rule in rules if rule.span not in without)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
     return Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.libraries.private import LibraryChangedError
@@ -12,22 +12,23 @@ from devmap_config.plan.attempts import Candidate, attempts
 from devmap_config.profile.schema import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Mapping
 
-    from devmap_config.diagnostics.diagnostic import Span
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.constraints import Repairs
     from devmap_config.placement.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.rule import Rule
 
+    Prepare = Callable[[LoadedProfile, LoadedModel | None, Sink], Prepared | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """What a profile would say otherwise; `None` is as it is.
 
-    `without` are rules that are left out. `devices` gives, by name, what the description of a device says instead; one
-    that is not listed is added.
+    `without` are the rules of pins that are left out. `devices` gives, by name, what the description of a device says
+    instead; one that is not listed is added.
     """
 
     without: tuple[Rule, ...] = ()
@@ -43,7 +44,7 @@ class Change:
         return self.context_length is not None or self.quantization is not None
 
     def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
-        """Return the profile as it is with this change; `without` is left to who reads its rules."""
+        """Return the profile as it is with this change."""
         profile = loaded.profile
         model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
         if self.quantization is not None:
@@ -58,24 +59,20 @@ class Change:
             offload = offload.changed(folder="offload")
         if self.offload_buffers is not None:
             offload = offload.changed(buffers=self.offload_buffers)
-        placement = placement.changed(offload=offload, strategy=self.strategy or placement.strategy.value)
+        pins = tuple(pin for pin in placement.pins if all(pin.match is not rule.source for rule in self.without))
+        strategy = self.strategy or placement.strategy.value
+        placement = placement.changed(offload=offload, strategy=strategy, pins=pins)
         hardware = hardware.changed(devices=devices)
         changed = profile.changed(model=model, workload=workload, hardware=hardware, placement=placement)
         return replace(loaded, profile=changed)
 
 
-class Prepare(Protocol):
-    """The stages before placing."""
-
-    def __call__(
-        self, loaded: LoadedProfile, sink: Sink, *, model: LoadedModel | None = None, without: Collection[Span] = ()
-    ) -> Prepared | None:
-        """Prepare a profile, with a model that is at hand already, without the rules at these places."""
-
-
 @dataclass(frozen=True)
 class Trials:
-    """Tries changes of a profile, up to the dry run, with repairs that a dry run asked for."""
+    """Tries changes of a profile, up to the dry run, with repairs that a dry run asked for.
+
+    `prepare` runs the stages before placing, with a model that is at hand or with the profile's.
+    """
 
     prepared: Prepared
     prepare: Prepare
@@ -94,9 +91,8 @@ class Trials:
 
     def _has_plan(self, change: Change, model: LoadedModel | None, *, at_any_speed: bool = False) -> bool:
         sink = Sink()
-        without = [rule.span for rule in change.without]
         try:
-            prepared = self.prepare(change.applied_to(self.prepared.loaded), sink, model=model, without=without)
+            prepared = self.prepare(change.applied_to(self.prepared.loaded), model, sink)
         except LibraryChangedError:
             return False
         if prepared is None or sink.has_errors or (problem := build_problem(prepared, sink, self.repairs)) is None:

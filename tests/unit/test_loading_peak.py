@@ -88,6 +88,12 @@ def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
     assert isinstance(compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES}}}", "strategy: single"), Compiled)
 
 
+def test_where_a_strategy_cannot_leave_that_room_it_is_loading_that_is_reported():
+    held = compiled("mixture", CARD).plan.devices[0].weights_bytes
+    (error,) = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}}}").diagnostics
+    assert "at once while the model is loaded" in error.message
+
+
 def test_a_strategy_leaves_the_room_that_loading_needs():
     held = compiled("mixture", CARD).plan.devices[0].weights_bytes
     plan = compiled("mixture", f"cuda:0: {{memory: {held}}}, {CPU}").plan
