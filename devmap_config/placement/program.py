@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import DeviceId
 
 NANOSECONDS_PER_UNIT = 1_000
-"""The program's time is in microseconds: its coefficients are then near those of bytes, which are shares of a device."""
+"""The program counts microseconds: its coefficients are then near those of bytes, which are shares of a device."""
 
 RELATIVE_GAP = 5e-4
 """HiGHS stops where its best answer is above its bound by at most this part."""
@@ -41,6 +41,17 @@ MOST_UNITS = 2**40
 """No sum of hops is above this, in units."""
 
 INFINITY = highspy.kHighsInf
+
+
+class _QuietHighs(highspy.Highs):
+    """HiGHS without a word on stdout: it greets as soon as callbacks are there, which is before it can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def enableCallbacks(self) -> None:  # noqa: N802
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -161,8 +172,7 @@ class Rows:
         matrix.start_ = np.cumsum([0, *map(len, self.terms)], dtype=np.int32)
         matrix.index_ = np.array([column for terms in self.terms for column in terms], np.int32)
         matrix.value_ = np.array([value for terms in self.terms for value in terms.values()], float)
-        solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        solver.silent()
+        solver = _QuietHighs()
         options = {
             "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_max_nodes": MOST_NODES,
             "mip_feasibility_tolerance": TOLERANCE, "primal_feasibility_tolerance": TOLERANCE,

@@ -278,12 +278,8 @@ def test_small_problems_are_solved_to_the_optimum(shard):
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_the_bound_and_the_answer_enclose_the_optimum_of_small_problems(shard, monkeypatch):
-<<<<<<< HEAD
-    monkeypatch.setattr(solver, "SEARCHED_CHOICES", 0)
-    infeasible = 0
-=======
     monkeypatch.setattr(solver, "FEW_CHOICES", 0)
->>>>>>> 05ae7b3 (State the placement as a mixed-integer program over numbers of equal blocks, and have HiGHS solve it)
+    infeasible = 0
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
         chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         optimum, outcome = optimum_by_looking(chain), solver.solve_below(chain, solver.UNREACHABLE)
