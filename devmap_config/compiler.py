@@ -212,10 +212,7 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
         rehearsal = Rehearsal(accepted(reused.plan, prepared, sink))
     else:
         planner = Planner(prepared, sink, prepare, request.lock if request.keeps_plan else None)
-        plan = planner.plan()
-        rehearsal = Rehearsal(plan)
-        if plan is not None and request.simulates:
-            rehearsal = rehearse(plan, prepared, planner.plan, request.permissions, sink)
+        rehearsal = _place(planner, request, sink)
     return _result(prepared, inputs, rehearsal, sink), reused if isinstance(reused, Drift) else None
 
 
@@ -240,9 +237,17 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     model = model or load_model_graph(loaded, lookup, sink)
     if model is None:
         return None
-    check_dtype(loaded, inventory, model, sink)
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
-    return Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
+    prepared = Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
+    check_dtype(prepared, sink)
+    return prepared
+
+
+def _place(planner: Planner, request: Request, sink: Sink) -> Rehearsal:
+    plan = planner.plan()
+    if plan is None or not request.simulates:
+        return Rehearsal(plan)
+    return rehearse(plan, planner.prepared, planner.plan, request.permissions, sink)
 
 
 def _result(prepared: Prepared, inputs: Inputs, rehearsal: Rehearsal, sink: Sink) -> Compilation:

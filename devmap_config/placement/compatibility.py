@@ -16,19 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.loading import LoadedModel
-    from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.permissions import Permissions
 
 
-def check_dtype(loaded: LoadedProfile, inventory: Inventory, model: LoadedModel, sink: Sink) -> None:
+def check_dtype(prepared: Prepared, sink: Sink) -> None:
     """Report accelerators of the catalogue that do not compute in the model's dtype."""
+    model, profile = prepared.model, prepared.loaded.profile.model
     method = None if model.quantization is None else model.quantization.method
     wants_fp8 = model.dtype.startswith("float8") or (method is not None and method.needs_fp8)
-    profile = loaded.profile.model
-    for device in inventory.devices:
+    for device in prepared.inventory.devices:
         card = device.accelerator
         if card is None:
             continue
