@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,25 +13,22 @@ from devmap_config.cli.adopt import adopt
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.diff import diff
+from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
 from devmap_config.cli.probe import probe
+from devmap_config.cli.reporting import report
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
 from devmap_config.cli.update import update
-from devmap_config.diagnostics.diagnostic import DevmapError
-from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.diagnostics.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
-
-EXIT_USAGE = 2
-EXIT_BUG = 70
-EXIT_INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -77,47 +74,22 @@ def _run(command: click.Command, name: str) -> None:
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
-        code = EXIT_INTERRUPTED
-    except DevmapError as error:
-        code = _report(error)
-    except LibraryChangedError as error:
-        code = _report_change(error)
+        code = ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
         _print_failure("usage", error.format_message())
-        code = EXIT_USAGE
+        code = ExitCode.USAGE
     except BrokenPipeError:
         sys.stderr.close()
-        code = 1
+        code = ExitCode.WRONG
     except Exception as error:
         from traceback import print_exc
 
         print_exc()
         click.echo("this is a bug of devmap-config; please report it with the lines above", err=True)
         _print_failure("internal-error", f"{type(error).__name__}: {error}")
-        code = EXIT_BUG
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _report(error: DevmapError) -> int:
-    """Print what a command could not begin with, in the format that was asked for; give the exit code."""
-    from devmap_config.cli.reporting import report
-
-    report(error.diagnostics, getattr(error, "texts", {}), _output_format(), data={"plan": None})
-    return EXIT_USAGE
-
-
-def _report_change(error: LibraryChangedError) -> int:
-    """Print that a library is not as it was tried, where no part of a command could say what comes of it."""
-    from devmap_config.cli.reporting import report
-    from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.failures import failure_of
-    from devmap_config.graph.loading import report_failure
-
-    sink = Sink()
-    report_failure(failure_of(error), "this cannot be done", None, sink, allowed=None)
-    report(sink, {}, _output_format(), data={"plan": None})
-    return 1
+        code = ExitCode.BUG
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
 
 
 def _output_format() -> str:
@@ -130,12 +102,5 @@ def _output_format() -> str:
 
 def _print_failure(code: ErrorCode, message: str) -> None:
     """The one object that `--format json` promises, where a command came to none."""
-    if _output_format() != "json":
-        return
-    import json
-
-    from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.diagnostics.structured import diagnostics_to_json
-
-    finding: Any = Diagnostic.error(code, message)
-    click.echo(json.dumps({"diagnostics": diagnostics_to_json([finding]), "plan": None}, indent=2))
+    if _output_format() == "json":
+        report([Diagnostic.error(code, message)], {}, "json", data={"plan": None})

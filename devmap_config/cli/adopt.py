@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from devmap_config.amounts import profile_bytes_at_least
-from devmap_config.cli.options import dtype_option, remote_code_option
+from devmap_config.cli.command import command
+from devmap_config.cli.new_profile import machine_of, print_or_write, relative_source, require_new, specification
+from devmap_config.cli.options import FILE, class_option, dtype_option, force_option, output_option, remote_code_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.machines import Machine
 
 
-@click.command("adopt")
-@click.argument("device_map", type=click.Path(path_type=Path), metavar="MAP.json")
+@command("adopt")
+@click.argument("device_map", type=FILE, metavar="MAP.json")
 @click.option("--model", "source", required=True, help="The model: a hub id, a directory, or a config.json.")
-@click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
+@class_option
 @dtype_option
 @click.option("--on", "machine", metavar="MACHINE", help="The machine, such as `2xrtx-4090,cpu:64GiB`.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the profile; to stdout else.")
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@output_option
+@force_option
 @remote_code_option
 def adopt(
     device_map: Path,
@@ -36,31 +38,23 @@ def adopt(
     output: Path | None,
     force: bool,
     trust_remote_code: bool,
-) -> int:
+) -> None:
     """Write a profile that places a model as MAP.json does: a `device_map`, or what `model.hf_device_map` held.
 
     Tensors that the map does not name go where transformers puts them, which is the CPU.
     """
-    from devmap_config.cli.init import relative_source
-    from devmap_config.cli.locking import require_new, write
     from devmap_config.cli.tree import graph_of_source
-    from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
-    if output is not None:
-        require_new(output, force=force)
+    require_new(output, force=force)
     graph = graph_of_source(source, class_name, dtype, None, trust_remote_code)
     homes, uncovered = _homes(_read_map(device_map), graph)
-    try:
-        described = named_machine(machine) if machine else None
-    except UnknownMachineError as error:
-        raise click.UsageError(str(error)) from None
     text = profile_text(
         graph,
         homes,
         source=relative_source(source, output),
         class_name=class_name,
         dtype=dtype,
-        machine=described,
+        machine=machine_of(machine) if machine else None,
         title=f"Adopted from {device_map.name}: the same placement, as patterns.",
     )
     if uncovered:
@@ -68,12 +62,7 @@ def adopt(
             f"the map names no device for {uncovered} tensors: they are on the CPU, where transformers puts them",
             err=True,
         )
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        write(output, text)
-        click.echo(f"wrote {output}", err=True)
-    return 0
+    print_or_write(text, output)
 
 
 def _read_map(path: Path) -> dict[str, str]:
@@ -167,13 +156,6 @@ def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[
     problem = Problem(graph, dict.fromkeys(homes.values(), 0))
     main_device = problem.executor.main_device(homes.values())
     return dict.fromkeys(homes.values(), 0) | bytes_by_device(problem, homes, main_device=main_device)
-
-
-def specification(described: str) -> str:
-    """A device as a profile writes it: a catalogue name as it is, memory as a mapping."""
-    from devmap_config.hardware.catalogue import load_catalogue
-
-    return described if described in load_catalogue() else f"{{memory: {described}}}"
 
 
 def _as_in_maps(device: str) -> str:

@@ -6,23 +6,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.cli.options import (
-    PROFILE,
-    format_option,
-    outside_option,
-    quiet_option,
-    remote_code_option,
-    set_option,
-    unmeasured_option,
-)
+from devmap_config.cli.command import ProfileOptions, profile_command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from devmap_config.cli.checking import Checked
+    from devmap_config.cli.checking import Checked, State
 
-EXIT_CODES = {"wrong": 1, "absent": 2, "stale": 3, "missing": 3, "damaged": 3, "fresh": 0}
+EXIT_CODES: dict[State, ExitCode] = {
+    "wrong": ExitCode.WRONG,
+    "absent": ExitCode.USAGE,
+    "stale": ExitCode.STALE,
+    "missing": ExitCode.STALE,
+    "damaged": ExitCode.STALE,
+    "fresh": ExitCode.DONE,
+}
 """By state, the graver first: the first that occurs is the command's."""
 
 WORDS = {
@@ -35,57 +36,31 @@ WORDS = {
 }
 
 
-@click.command("check")
-@click.argument("profiles", metavar="PROFILE…", type=PROFILE, nargs=-1, required=True)
-@format_option("table", "json", "sarif", "github")
+PROFILES = click.argument("profiles", metavar="PROFILE…", type=FILE, nargs=-1, required=True)
+
+
+@profile_command("check", "table", "json", "sarif", "github", argument=PROFILES)
 @click.option(
     "--prove", "proves", is_flag=True, help="Place anew: is each plan what its strategy makes, its bound proven?"
 )
-@set_option
-@quiet_option
-@outside_option
-@remote_code_option
-@unmeasured_option
-def check(
-    profiles: tuple[Path, ...],
-    output_format: str,
-    proves: bool,
-    variables: dict[str, str],
-    quiet: bool,
-    allow_outside: bool,
-    trust_remote_code: bool,
-    allow_unmeasured: bool,
-) -> int:
+def check(profiles: tuple[Path, ...], options: ProfileOptions, proves: bool) -> ExitCode:
     """Check that each PROFILE has a lock, and that it still is what the profile asks for.
 
     A folder stands for all profiles in it and below. What a lock says is derived again and compared; only the bound
     of `fastest` is taken as it was compiled, unless `--prove` is given.
     """
-    from devmap_config.cli.checking import CheckRequest, check_all
+    from devmap_config.cli.checking import check_all
     from devmap_config.cli.profiles import profiles_named
-    from devmap_config.cli.reporting import report
 
     named = profiles_named(profiles)
     if not named:
         raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
-    request = CheckRequest(
-        variables=variables,
-        allow_outside=allow_outside,
-        trust_remote_code=trust_remote_code,
-        allow_unmeasured=allow_unmeasured,
-        proves=proves,
-    )
-    results = check_all(named, request)
+    results = check_all(named, options, proves=proves)
     texts = {name: text for checked in results for name, text in checked.texts.items()}
-    found = (diagnostic for checked in results for diagnostic in checked.diagnostics)
-    report(
-        dict.fromkeys(found),  # what is said of the installed libraries is the same for every profile
-        texts,
-        output_format,
-        quiet=quiet,
-        data=_data(results),
-    )
-    if output_format == "table" and not quiet:
+    # What is said of the installed libraries is the same for every profile.
+    found = dict.fromkeys(diagnostic for checked in results for diagnostic in checked.diagnostics)
+    options.report(found, texts, _data(results))
+    if options.shows_tables:
         click.echo(_summary(results))
     states = {checked.state for checked in results}
     return next(code for state, code in EXIT_CODES.items() if state in states)

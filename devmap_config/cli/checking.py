@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from devmap_config.cli.command import ProfileOptions
     from devmap_config.compiler import Compiled
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
@@ -34,17 +36,6 @@ MAX_PROCESSES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckRequest:
-    """What holds for every profile that is checked; one that `proves` has each placed anew."""
-
-    variables: Mapping[str, str]
-    allow_outside: bool
-    trust_remote_code: bool
-    allow_unmeasured: bool = False
-    proves: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checked:
     """What checking one profile found, as data that passes between processes."""
 
@@ -55,14 +46,14 @@ class Checked:
     plan: Mapping[str, Any] | None = None
 
 
-def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
+def check_all(profiles: Sequence[Path], options: ProfileOptions, *, proves: bool = False) -> list[Checked]:
     """Every profile checked, in the order in which they are given, by as many processes as that is worth.
 
     Processes, since it is Python that takes the time: threads would wait for each other.
     """
     workers = min(_cores(), MAX_PROCESSES, len(profiles) // WORTH_A_PROCESS)
     if workers <= 1:
-        return [check_one(profile, request) for profile in profiles]
+        return [check_one(profile, options, proves=proves) for profile in profiles]
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
@@ -73,14 +64,14 @@ def check_all(profiles: Sequence[Path], request: CheckRequest) -> list[Checked]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with ProcessPoolExecutor(workers, mp_context=context) as executor:
-            return list(executor.map(check_one, profiles, [request] * len(profiles)))
+            return list(executor.map(partial(check_one, options=options, proves=proves), profiles))
     except (OSError, ImportError, BrokenProcessPool):  # no semaphores here, or too little memory for more than one
-        return [check_one(profile, request) for profile in profiles]
+        return [check_one(profile, options, proves=proves) for profile in profiles]
 
 
-def check_one(profile: Path, request: CheckRequest) -> Checked:
-    """One profile checked against its lock."""
-    from devmap_config.compiler import Rejected, Request
+def check_one(profile: Path, options: ProfileOptions, *, proves: bool = False) -> Checked:
+    """Check one profile against its lock; one that `proves` places it anew."""
+    from devmap_config.compiler import Rejected
     from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError
     from devmap_config.locked import compile_locked, prove
     from devmap_config.plan.drift import remedy
@@ -97,17 +88,11 @@ def check_one(profile: Path, request: CheckRequest) -> Checked:
         lock = lock_at(path)
     except LockError as error:
         problem = (error.code, str(error))
-    options: dict[str, Any] = {
-        "variables": request.variables,
-        "allow_outside": request.allow_outside,
-        "trust_remote_code": request.trust_remote_code,
-        "allow_unmeasured": request.allow_unmeasured,
-    }
-    compilation, drift = compile_locked(profile, lock, **options)
+    compilation, drift = compile_locked(profile, lock, **options.of_request)
     if isinstance(compilation, Rejected):
         return Checked(profile=profile, state="wrong", diagnostics=compilation.diagnostics, texts=compilation.texts)
-    if request.proves and lock is not None and drift is None:
-        drift = prove(Request.for_profile(profile, lock=lock, **options), lock)
+    if proves and lock is not None and drift is None:
+        drift = prove(options.request(profile, lock=lock), lock)
     if drift is not None:
         problem = (drift.code, drift.message)
     if problem is None:

@@ -7,40 +7,37 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from devmap_config.amounts import format_bytes, format_change, format_duration
-from devmap_config.cli.options import format_option, outside_option, quiet_option, remote_code_option
+from devmap_config.cli.command import command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import outside_option, quiet_option, remote_code_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from devmap_config.plan.diff import Difference, Home
 
-EXIT_DIFFER = 3
-
 ARROW = "→"
 
 
-@click.command("diff")
+@command("diff", "table", "json", "markdown")
 @click.argument("before", metavar="A")
 @click.argument("after", metavar="B")
-@format_option("table", "json", "markdown")
 @quiet_option
 @outside_option
 @remote_code_option
-def diff(before: str, after: str, output_format: str, quiet: bool, allow_outside: bool, trust_remote_code: bool) -> int:
+def diff(
+    before: str, after: str, output_format: str, quiet: bool, allow_outside: bool, trust_remote_code: bool
+) -> ExitCode:
     """Show what is different in the plan of B, seen from that of A.
 
     Each is a lock, a profile (its lock, or what it asks for now where that does not hold), or a git revision: the
     other's lock as it was there.
     """
     from devmap_config.cli.reporting import report
-    from devmap_config.cli.sides import SideError, sides_of
+    from devmap_config.cli.sides import sides_of
     from devmap_config.plan.diff import difference
 
-    try:
-        sides = sides_of(before, after, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
-    except SideError as error:
-        report(error.diagnostics, error.texts, _of_findings(output_format), data={"diff": None})
-        return error.exit_code
+    sides = sides_of(before, after, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
     found = difference(sides[0].plan, sides[1].plan)
     notes = [note for side in sides for note in side.notes]
     if output_format == "json":
@@ -51,12 +48,7 @@ def diff(before: str, after: str, output_format: str, quiet: bool, allow_outside
         lines = _markdown(found, *names) if output_format == "markdown" else table_lines(found, *names)
         for line in () if quiet else lines:
             click.echo(line)
-    return 0 if found.is_none else EXIT_DIFFER
-
-
-def _of_findings(output_format: str) -> str:
-    """Markdown is for what was compared; what went wrong is said as in a table."""
-    return "json" if output_format == "json" else "table"
+    return ExitCode.DONE if found.is_none else ExitCode.STALE
 
 
 def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from devmap_config.amounts import format_bytes, format_duration
-from devmap_config.cli.options import outside_option, remote_code_option, set_option, unmeasured_option
+from devmap_config.cli.command import ProfileOptions, profile_command
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from devmap_config.compiler import Compiled, Request
+    from devmap_config.compiler import Compiled
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.explanation import Alternative
     from devmap_config.plan.plan import Plan
@@ -24,47 +24,31 @@ if TYPE_CHECKING:
 PATTERNS_SHOWN = 4
 
 
-@click.command("explain")
-@click.argument("subject", metavar="CODE | PROFILE")
+@profile_command("explain", argument=click.argument("subject", metavar="CODE | PROFILE"))
 @click.argument("module", required=False)
-@set_option
-@outside_option
-@remote_code_option
-@unmeasured_option
-def explain(
-    subject: str,
-    module: str | None,
-    variables: dict[str, str],
-    allow_outside: bool,
-    trust_remote_code: bool,
-    allow_unmeasured: bool,
-) -> int:
+def explain(subject: str, options: ProfileOptions, module: str | None) -> None:
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
     from devmap_config.diagnostics.codes import CODES
+    from devmap_config.plan.lock import profile_of
 
     if Path(subject).is_file() or subject.endswith(".lock.json"):
-        from devmap_config.compiler import Request
-        from devmap_config.plan.lock import profile_of
-
-        request = Request.for_profile(
-            profile_of(Path(subject)),
-            variables=variables,
-            allow_outside=allow_outside,
-            trust_remote_code=trust_remote_code,
-            allow_unmeasured=allow_unmeasured,
-            simulates=True,
-        )
-        return _explain_profile(request, module)
-    if subject.endswith((".yaml", ".yml")):
+        lines = _explanation(options.compile(profile_of(Path(subject)), simulates=True), module)
+        for line in () if options.quiet else lines:
+            click.echo(line)
+    elif subject.endswith((".yaml", ".yml")):
         raise click.UsageError(f"there is no profile `{subject}`")
-    if subject not in CODES:
-        close = difflib.get_close_matches(subject, CODES, n=1)
-        meant = f"; did you mean `{close[0]}`?" if close else ""
-        raise click.UsageError(f"there is no diagnostic `{subject}`, and no profile of that name{meant}")
-    if module is not None:
+    elif subject not in CODES:
+        message = f"there is no diagnostic `{subject}`, and no profile of that name"
+        raise click.UsageError(message + _meant(subject, CODES))
+    elif module is not None:
         raise click.UsageError("a module is explained in a profile: `devmap explain PROFILE MODULE`")
-    _print_page(subject)
-    return 0
+    else:
+        _print_page(subject)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _print_page(code: str) -> None:
@@ -81,26 +65,15 @@ def _print_page(code: str) -> None:
         click.echo(page(code).rstrip())
 
 
-def _explain_profile(request: Request, module: str | None) -> int:
-    from devmap_config.cli.reporting import report
-    from devmap_config.compiler import Rejected, run_pipeline
-
-    compilation = run_pipeline(request)
-    if isinstance(compilation, Rejected):
-        report(compilation.diagnostics, compilation.texts, "table", data={"plan": None})
-        return 1
+def _explanation(compiled: Compiled, module: str | None) -> Iterator[str]:
+    graph = compiled.graph
     if module is None:
-        lines = _story(compilation)
-    else:
-        graph = compilation.model.graph
-        if module not in graph.modules and module not in graph.tensors:
-            close = difflib.get_close_matches(module, [*graph.modules, *graph.tensors], n=1)
-            meant = f"; did you mean `{close[0]}`?" if close else ""
-            raise click.UsageError(f"{graph.class_name} has no `{module}`{meant}")
-        lines = _reasons(compilation, module)
-    for line in lines:
-        click.echo(line)
-    return 0
+        return _story(compiled)
+    if module not in graph.modules and module not in graph.tensors:
+        raise click.UsageError(
+            f"{graph.class_name} has no `{module}`{_meant(module, [*graph.modules, *graph.tensors])}"
+        )
+    return _reasons(compiled, module)
 
 
 def _story(compiled: Compiled) -> Iterator[str]:

@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from devmap_config.amounts import format_bytes, format_duration
-from devmap_config.cli.options import (
-    format_option,
-    outside_option,
-    profile_argument,
-    remote_code_option,
-    set_option,
-    unmeasured_option,
-)
+from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
+from devmap_config.cli.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from devmap_config.compiler import Compiled
+    from devmap_config.compiler import Compiled, Request
     from devmap_config.profile.schema import Hardware
 
 STRATEGY = "fastest"
@@ -50,8 +44,7 @@ class Row:
         }
 
 
-@click.command("fit")
-@profile_argument
+@profile_command("fit", "table", "json")
 @click.option(
     "--on",
     "machines",
@@ -60,57 +53,32 @@ class Row:
     metavar="MACHINE,…",
     help="Machines: `2xrtx-4090`, `h100-sxm+cpu:256GiB`, or a YAML file with a `hardware:` block.",
 )
-@set_option
-@format_option("table", "json")
-@outside_option
-@remote_code_option
-@unmeasured_option
-def fit(
-    profile: Path,
-    machines: tuple[str, ...],
-    variables: dict[str, str],
-    output_format: str,
-    allow_outside: bool,
-    trust_remote_code: bool,
-    allow_unmeasured: bool,
-) -> int:
+def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> ExitCode:
     """Say of every MACHINE whether PROFILE's model and workload fit there, with what context, and how fast.
 
     The profile's hardware and `max_memory` are left aside, its pins are not. Its strategy is asked if it is one of
     fastest, longest-context and fewest-devices; else fastest. Of a machine that does not say how fast it is, the
     times are not known, and fewest-devices is asked in place of fastest.
     """
-    from devmap_config.cli.reporting import print_json
-    from devmap_config.compiler import Compiled, Request, run_pipeline
-
-    rows = []
-    for name in (each.strip() for text in machines for each in text.split(",")):
-        request = Request.for_profile(
-            profile,
-            variables=variables,
-            allow_outside=allow_outside,
-            trust_remote_code=trust_remote_code,
-            allow_unmeasured=allow_unmeasured,
-            hardware=_hardware(name),
-            strategy=STRATEGY,
-        )
-        compilation = run_pipeline(request)
-        if any(each.code == "missing-figure" for each in compilation.diagnostics):
-            compilation = run_pipeline(replace(request, strategy=WITHOUT_FIGURES))
-        if isinstance(compilation, Compiled):
-            rows.append(Row(name, compilation, None))
-            continue
-        if compilation.reached is None:  # no machine helps where the model cannot be had
-            from devmap_config.cli.reporting import report
-
-            report(compilation.diagnostics, compilation.texts, output_format, data={"machines": None})
-            return 1
-        rows.append(Row(name, None, next(each.message for each in compilation.diagnostics if each.severity == "error")))
-    if output_format == "json":
-        print_json({"diagnostics": [], "machines": [row.to_json() for row in rows]})
-    else:
+    names = [name.strip() for text in machines for name in text.split(",")]
+    rows = [_row(name, options.request(profile, hardware=_hardware(name), strategy=STRATEGY)) for name in names]
+    options.report([], {}, {"machines": [row.to_json() for row in rows]})
+    if options.shows_tables:
         _print_table(rows)
-    return 0 if any(row.compiled is not None for row in rows) else 1
+    return ExitCode.DONE if any(row.compiled is not None for row in rows) else ExitCode.WRONG
+
+
+def _row(machine: str, request: Request) -> Row:
+    from devmap_config.compiler import Compiled, run_pipeline
+
+    compilation = run_pipeline(request)
+    if any(each.code == "missing-figure" for each in compilation.diagnostics):
+        compilation = run_pipeline(replace(request, strategy=WITHOUT_FIGURES))
+    if isinstance(compilation, Compiled):
+        return Row(machine, compilation, None)
+    if compilation.reached is None:  # no machine helps where the model cannot be had
+        raise CommandError(compilation.diagnostics, compilation.texts, data={"machines": None})
+    return Row(machine, None, next(each.message for each in compilation.diagnostics if each.is_error))
 
 
 def _hardware(name: str) -> Hardware:

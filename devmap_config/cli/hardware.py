@@ -5,13 +5,12 @@ from __future__ import annotations
 import click
 
 from devmap_config.amounts import format_bandwidth, format_bytes, format_flops
-from devmap_config.cli.options import format_option
+from devmap_config.cli.command import command
 
 
-@click.command("hardware")
+@command("hardware", "table", "json")
 @click.argument("name", required=False)
-@format_option("table", "json")
-def hardware(name: str | None, output_format: str) -> int:
+def hardware(name: str | None, output_format: str) -> None:
     """List known accelerators, or all that is known of one, with its sources."""
     from devmap_config.cli.reporting import print_json
     from devmap_config.hardware.catalogue import catalogue_rows, load_catalogue, nearest
@@ -26,7 +25,7 @@ def hardware(name: str | None, output_format: str) -> int:
     if output_format == "json":
         values = {each: {key: _value(key, text) for key, text in row.items()} for each, row in rows.items()}
         print_json(values if name is None else values[name])
-        return 0
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +35,7 @@ def hardware(name: str | None, output_format: str) -> int:
         for key, value in rows[name].items():
             mark = "  (unverified)" if key in catalogue[name].unverified else ""
             console.print(f"{key}: {value or '–'}{mark}", soft_wrap=True)
-        return 0
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     table.add_column("accelerator", no_wrap=True)
     table.add_column("device", no_wrap=True)
@@ -52,7 +51,6 @@ def hardware(name: str | None, output_format: str) -> int:
         )
     console.print(table)
     console.print("* nobody was seen reporting it; `devmap hardware NAME` shows each figure's source", style="dim")
-    return 0
 
 
 def _value(key: str, text: str) -> int | float | bool | str | list[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import os.path
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.cli.options import remote_code_option
+from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.new_profile import machine_of, print_or_write, relative_source, require_new, specification
+from devmap_config.cli.options import force_option, output_option, remote_code_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,43 +24,33 @@ OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
 """What is written down where the machine's own is not known and the model does not fit without."""
 
 
-@click.command("init")
+@command("init")
 @click.argument("source")
 @click.option(
     "--on", "machine_name", metavar="MACHINE", help="Such as `2xrtx-4090`, `2x24GiB,cpu:64GiB`; else this one."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the profile; to stdout else.")
-@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@output_option
+@force_option
 @remote_code_option
-def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> int:
+def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> None:
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
-    from devmap_config.cli.locking import require_new, write
     from devmap_config.compiler import Compiled
-    from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
-    if output is not None:
-        require_new(output, force=force)
-    try:
-        machine = named_machine(machine_name) if machine_name else _this_machine()
-    except UnknownMachineError as error:
-        raise click.UsageError(str(error)) from None
+    require_new(output, force=force)
+    machine = machine_of(machine_name) if machine_name else _this_machine()
     folder = output.parent if output else Path()
-    failure: Rejected | None = None
+    failures: list[Rejected] = []
     for text in _candidates(relative_source(source, output), machine, machine_name or "this machine"):
         compilation = _compile_text(text, folder, trust_remote_code=trust_remote_code)
         if isinstance(compilation, Compiled):
-            break
-        failure = failure or compilation
+            print_or_write(text, output, f"; next: devmap-compile {output}")
+            return
         if compilation.reached is None:  # no machine helps where the model cannot be had
-            return _report(compilation)
-    else:
-        return _report(failure) if failure else 1
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        write(output, text)
-        click.echo(f"wrote {output}; next: devmap-compile {output}", err=True)
-    return 0
+            failures = [compilation]
+            break
+        failures.append(compilation)
+    # The places are in a file that nobody wrote: what is wrong is the model or the machine.
+    raise CommandError(replace(each, span=None) for each in failures[0].diagnostics)
 
 
 def _this_machine() -> Machine:
@@ -67,14 +58,6 @@ def _this_machine() -> Machine:
     from devmap_config.probe.probe import probe_machine
 
     return as_machine(probe_machine(os.environ, None))
-
-
-def relative_source(source: str, output: Path | None) -> str:
-    """A source as the profile is to name it: local paths relative to where the profile lies."""
-    if not os.path.lexists(source):
-        return source
-    relative = os.path.relpath(source, output.parent if output else ".")
-    return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"
 
 
 def _candidates(source: str, machine: Machine, named: str) -> Iterator[str]:
@@ -95,7 +78,6 @@ def _candidates(source: str, machine: Machine, named: str) -> Iterator[str]:
 def _profile(
     source: str, devices: dict[str, str], named: str, strategy: str, dtype: str, spare: dict[str, str] | None = None
 ) -> str:
-    from devmap_config.cli.adopt import specification
     from devmap_config.profile.writing import yaml_text
 
     explained = {
@@ -144,12 +126,3 @@ def _compile_text(text: str, folder: Path, *, trust_remote_code: bool) -> Compil
         file.write(text)
         file.flush()
         return run_pipeline(Request(path=Path(file.name), permissions=Permissions(trust_remote_code=trust_remote_code)))
-
-
-def _report(compilation: Rejected) -> int:
-    # The places are in a file that nobody wrote: what is wrong is the model or the machine.
-
-    from devmap_config.cli.reporting import report_on_terminal
-
-    report_on_terminal([replace(each, span=None) for each in compilation.diagnostics], {})
-    return 1

@@ -15,17 +15,23 @@ if TYPE_CHECKING:
     from devmap_config.plan.lock import Lock, LockError
 
 
-def existing_lock(path: Path) -> tuple[Lock | None, LockError | None]:
-    """The lock at a path, or why there is none that can be read; neither where there is nothing."""
+def lock_to_replace(path: Path, *, writes: bool = True) -> Lock | None:
+    """Return the lock at a path that a command is about to write; `None` where there is none that can be read.
+
+    Raises:
+        click.UsageError: where what is there may not be replaced, and the command `writes`.
+    """
     from devmap_config.plan.lock import LockError, lock_at
 
     try:
-        return lock_at(path), None
+        return lock_at(path)
     except LockError as error:
-        return None, None if error.code == "missing-lock" and path.parent.is_dir() else error
+        if writes and not (error.code == "missing-lock" and path.parent.is_dir()):
+            _require_replaceable(path, error)
+        return None
 
 
-def require_replaceable(path: Path, problem: LockError) -> None:
+def _require_replaceable(path: Path, problem: LockError) -> None:
     """Refuse to write a lock over what is none, or over a newer one; a damaged lock may be replaced.
 
     Raises:
@@ -38,20 +44,6 @@ def require_replaceable(path: Path, problem: LockError) -> None:
         return
     advice = "upgrade devmap-config" if problem.code == "newer-lock" else "name another file"
     raise click.UsageError(f"`{path}` is not replaced: it {problem}; {advice}")
-
-
-def require_new(path: Path, *, force: bool) -> None:
-    """Refuse to write over a file that exists, or into a folder that does not.
-
-    Raises:
-        click.UsageError: with the reason.
-    """
-    if not path.parent.is_dir():
-        raise click.UsageError(f"the folder `{path.parent}` does not exist")
-    if path.is_dir():
-        raise click.UsageError(f"`{path}` is a folder")
-    if path.exists() and not force:
-        raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 
 
 def write_results(compiled: Compiled, target: Path, *, with_graph: bool) -> list[Path]:

@@ -8,72 +8,8 @@ from typing import Any
 
 import click
 
-Command = Callable[..., Any]
-
-PROFILE = click.Path(path_type=Path)
-
-
-def profile_argument(command: Command) -> Command:
-    """PROFILE; its lock may be named instead."""
-    return click.argument("profile", type=PROFILE, callback=_profile)(command)
-
-
-def _profile(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
-    del context, parameter
-    from devmap_config.plan.lock import profile_of
-
-    return profile_of(path)
-
-
-def format_option(*formats: str) -> Callable[[Command], Command]:
-    """`--format`; the first is the default."""
-    return click.option(
-        "--format",
-        "output_format",
-        type=click.Choice(formats),
-        default=formats[0],
-        show_default=True,
-        help="What to print.",
-    )
-
-
-def set_option(command: Command) -> Command:
-    """`--set name=value`."""
-    return click.option(
-        "--set", "variables", multiple=True, metavar="NAME=VALUE", callback=_variables, help="Give a variable a value."
-    )(command)
-
-
-def quiet_option(command: Command) -> Command:
-    """`-q`."""
-    return click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(command)
-
-
-def dtype_option(command: Command) -> Command:
-    """`--dtype`."""
-    choices = click.Choice(("bfloat16", "float16", "float32", "float64"))
-    return click.option("--dtype", type=choices, help="The dtype it is loaded in, if not the checkpoint's.")(command)
-
-
-def outside_option(command: Command) -> Command:
-    """`--allow-outside`."""
-    return click.option("--allow-outside", is_flag=True, help="Let paths of the profile lead out of its repository.")(
-        command
-    )
-
-
-def remote_code_option(command: Command) -> Command:
-    """`--trust-remote-code`."""
-    return click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")(command)
-
-
-def unmeasured_option(command: Command) -> Command:
-    """`--allow-unmeasured`."""
-    return click.option(
-        "--allow-unmeasured",
-        is_flag=True,
-        help="Let formulas stand in where a library that changed keeps the model from being measured.",
-    )(command)
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
 
 
 def _variables(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -84,3 +20,46 @@ def _variables(context: click.Context, parameter: click.Parameter, values: tuple
             raise click.BadParameter(f"`{value}` is not of the form NAME=VALUE", context, parameter)
         variables[name] = text
     return variables
+
+
+FILE = click.Path(path_type=Path)
+
+profile_argument: Decorator = click.argument("profile", type=FILE)
+set_option: Decorator = click.option(
+    "--set", "variables", multiple=True, metavar="NAME=VALUE", callback=_variables, help="Give a variable a value."
+)
+quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+outside_option: Decorator = click.option(
+    "--allow-outside", is_flag=True, help="Let paths of the profile lead out of its repository."
+)
+remote_code_option: Decorator = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."
+)
+unmeasured_option: Decorator = click.option(
+    "--allow-unmeasured",
+    is_flag=True,
+    help="Let formulas stand in where a library that changed keeps the model from being measured.",
+)
+class_option: Decorator = click.option(
+    "--class", "class_name", help="The model's class, if not the first that its config names."
+)
+dtype_option: Decorator = click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32", "float64")),
+    help="The dtype it is loaded in, if not the checkpoint's.",
+)
+dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Write nothing.")
+output_option: Decorator = click.option("-o", "--output", type=FILE, help="Where to write the profile; to stdout else.")
+force_option: Decorator = click.option("--force", is_flag=True, help="Replace a file that exists.")
+
+
+def format_option(*formats: str) -> Decorator:
+    """`--format`; the first is the default."""
+    return click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(formats),
+        default=formats[0],
+        show_default=True,
+        help="What to print.",
+    )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from devmap_config.amounts import format_bytes
-from devmap_config.cli.options import format_option, quiet_option
+from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import FILE, quiet_option
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
@@ -19,24 +21,19 @@ if TYPE_CHECKING:
     from devmap_config.probe.block import Measured
     from devmap_config.probe.machine import SeenMachine
 
-EXIT_MISSING_FILE = 2
-EXIT_UNREADABLE = 3
-EXIT_UNFIT = 4
 
-
-@click.command("probe")
-@click.option("--disk", "disk_folder", type=click.Path(path_type=Path), help="A folder on the disk that is meant.")
+@command("probe", "table", "json")
+@click.option("--disk", "disk_folder", type=FILE, help="A folder on the disk that is meant.")
 @click.option(
     "--against",
     "lock_file",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="LOCK",
     help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
 )
 @click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and matrices are; some seconds.")
-@format_option("table", "json")
 @quiet_option
-def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> int:
+def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> ExitCode:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
     from devmap_config.cli.reporting import report
     from devmap_config.probe.block import block_text, hardware_block
@@ -58,7 +55,7 @@ def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, outpu
         click.echo(block_text(seen, block), nl=False)
         for words, method in methods.items():
             click.echo(f"# {words}: {method}")
-    return 0
+    return ExitCode.DONE
 
 
 def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measured, tuple[Diagnostic, ...]]:
@@ -92,18 +89,16 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
     return found, notes
 
 
-def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> int:
+def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> ExitCode:
     from devmap_config.cli.reporting import report
     from devmap_config.plan.readiness import demands, differences
     from devmap_config.probe.probe import probe_machine
     from devmap_config.profile.document import whole_file
 
-    lock = _read(file, output_format)
-    if isinstance(lock, int):
-        return lock
+    lock = _read(file)
     seen = probe_machine(os.environ, disk_folder)
     found = differences(lock, seen, whole_file(str(file)))
-    is_fit = not any(each.severity == "error" for each in found)
+    is_fit = not any(each.is_error for each in found)
     wanted = demands(lock, seen)
     data = {"fits": is_fit, "needs": [each.to_json() for each in wanted], "seen": seen.to_json()}
     report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
@@ -111,11 +106,10 @@ def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> 
         for demand in wanted:
             click.echo(_sentence(demand))
         click.echo(f"this machine {'can' if is_fit else 'cannot'} carry {file}")
-    return 0 if is_fit else EXIT_UNFIT
+    return ExitCode.DONE if is_fit else ExitCode.UNLIKE_LOCK
 
 
 def _sentence(demand: Demand) -> str:
-
     needed_bytes = demand.needed_bytes + demand.context_bytes
     named = f"{demand.device} ({demand.name})" if demand.name else demand.device
     memory, free = demand.memory_bytes, demand.free_bytes
@@ -126,9 +120,7 @@ def _sentence(demand: Demand) -> str:
     return f"{named}: {format_bytes(needed_bytes)} needed, {there}{now}"
 
 
-def _read(file: Path, output_format: str) -> Lock | int:
-    """The lock, or the exit code once it is said why there is none."""
-    from devmap_config.cli.reporting import report
+def _read(file: Path) -> Lock:
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.lock import LockError, lock_at
     from devmap_config.profile.document import whole_file
@@ -139,18 +131,9 @@ def _read(file: Path, output_format: str) -> Lock | int:
         problem = error
     data = {"fits": None, "needs": None, "seen": None}
     if not file.is_file():
-        missing = Diagnostic.error(
-            "missing-file",
-            f"`{file}` {problem}",
-            help="name a lock, as `devmap compile` writes it",
-        )
-        report([missing], {}, output_format, data=data)
-        return EXIT_MISSING_FILE
-    unreadable = Diagnostic.error(
-        "unreadable-lock",
-        f"`{file}` cannot be used: {problem}",
-        whole_file(str(file)),
-        help="run `devmap compile` on its profile",
-    )
-    report([unreadable], {}, output_format, data=data)
-    return EXIT_UNREADABLE
+        message = f"`{file}` {problem}"
+        missing = Diagnostic.error("missing-file", message, help="name a lock, as `devmap compile` writes it")
+        raise CommandError([missing], exit_code=ExitCode.USAGE, data=data)
+    message, advice = f"`{file}` cannot be used: {problem}", "run `devmap compile` on its profile"
+    unreadable = Diagnostic.error("unreadable-lock", message, whole_file(str(file)), help=advice)
+    raise CommandError([unreadable], exit_code=ExitCode.STALE, data=data)

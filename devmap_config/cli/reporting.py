@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from rich.table import Table
+    from rich.text import Text
 
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
@@ -38,7 +41,7 @@ def report(
         for line in diagnostics_to_github(found):
             click.echo(line)
     else:
-        report_on_terminal([each for each in found if not quiet or each.severity == "error"], texts)
+        report_on_terminal([each for each in found if not quiet or each.is_error], texts)
 
 
 def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) -> None:
@@ -51,10 +54,19 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
 
     console = Console(stderr=True, highlight=False)
     print_diagnostics(diagnostics, texts, console)
-    errors = sum(diagnostic.severity == "error" for diagnostic in diagnostics)
+    errors = sum(diagnostic.is_error for diagnostic in diagnostics)
     warnings = len(diagnostics) - errors
     counts = [_counted(errors, "error"), _counted(warnings, "warning")]
     console.print(" and ".join(count for count in counts if count), style="bold")
+
+
+def print_lines(lines: Callable[[int], Iterable[Text | Table]]) -> None:
+    """Print what is made for a width, for that of the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for line in lines(console.width):
+        console.print(line)
 
 
 def print_json(value: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import click
 
+from devmap_config.cli.command import command
 
-@click.command("schema")
+
+@command("schema")
 @click.argument("name", type=click.Choice(("profile", "lock")), default="profile")
-def schema(name: str) -> int:
+def schema(name: str) -> None:
     """Print the JSON Schema (draft 7) of a profile or a lock."""
     from devmap_config.cli.reporting import print_json
 
@@ -19,4 +21,3 @@ def schema(name: str) -> int:
         from devmap_config.profile.json_schema import profile_schema
 
         print_json(profile_schema())
-    return 0

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.cli.command import CommandError
+from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.files import LOCK
 from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of, read_lock
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode, WarningCode
     from devmap_config.plan.lock import Lock
 
-EXIT_WRONG = 1
-EXIT_USAGE = 2
+
+NOTHING = {"diff": None}
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,6 @@ class Side:
     name: str
     plan: Mapping[str, Any]
     notes: tuple[Diagnostic, ...] = ()
-
-
-class SideError(Exception):
-    """A plan cannot be had; `diagnostics` say why."""
-
-    def __init__(self, exit_code: int, *diagnostics: Diagnostic, texts: Mapping[str, str] | None = None) -> None:
-        super().__init__("; ".join(diagnostic.message for diagnostic in diagnostics))
-        self.exit_code = exit_code
-        self.diagnostics = diagnostics
-        self.texts = texts or {}
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ def sides_of(before: str, after: str, *, allow_outside: bool = False, trust_remo
     """The plans of both arguments.
 
     Raises:
-        SideError: where one cannot be had.
+        CommandError: where one cannot be had.
     """
     files = tuple(Path(text) for text in (before, after) if os.path.lexists(text))
     options = _Options(allow_outside, trust_remote_code, files)
@@ -98,7 +90,7 @@ def _asked_for(profile: Path, options: _Options) -> Side:
         profile, lock, allow_outside=options.allow_outside, trust_remote_code=options.trust_remote_code
     )
     if isinstance(compilation, Rejected):
-        raise SideError(EXIT_WRONG, *compilation.diagnostics, texts=compilation.texts)
+        raise CommandError(compilation.diagnostics, compilation.texts, data=NOTHING)
     code: WarningCode = "missing-lock"
     if drift is not None:
         problem, code = drift.message, "broken-lock" if drift.code == "broken-lock" else "stale-lock"
@@ -139,5 +131,5 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
 
 
-def _refused(code: ErrorCode, message: str, help: str | None) -> SideError:
-    return SideError(EXIT_USAGE, Diagnostic.error(code, message, help=help))
+def _refused(code: ErrorCode, message: str, help: str | None) -> CommandError:
+    return CommandError([Diagnostic.error(code, message, help=help)], exit_code=ExitCode.USAGE, data=NOTHING)

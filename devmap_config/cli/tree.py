@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.cli.options import dtype_option, format_option, remote_code_option, unmeasured_option
+from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import class_option, dtype_option, remote_code_option, unmeasured_option
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT_LENGTH = 4096
 
 
-@click.command("tree")
+@command("tree", "table", "json")
 @click.argument("source")
 @click.option("--match", "pattern", help="Mark what this pattern matches, and show only that and what is around it.")
 @click.option("--measure", "is_measured", is_flag=True, help="What every block weighs, caches, needs and computes.")
@@ -29,10 +32,9 @@ DEFAULT_CONTEXT_LENGTH = 4096
     help=f"How many tokens `--measure` prefills and caches: a profile's, else {DEFAULT_CONTEXT_LENGTH}.",
 )
 @click.option("--depth", type=click.IntRange(min=1), help="How many levels to show.")
-@click.option("--class", "class_name", help="The model's class, if not the first that its config names.")
+@class_option
 @dtype_option
 @click.option("--revision", help="A branch, tag or commit of a hub id.")
-@format_option("table", "json")
 @remote_code_option
 @unmeasured_option
 def tree(
@@ -47,7 +49,7 @@ def tree(
     output_format: str,
     trust_remote_code: bool,
     allow_unmeasured: bool,
-) -> int:
+) -> ExitCode:
     """Show the module tree of SOURCE (a hub id, a directory, a config.json, or a profile) with classes and bytes."""
     from devmap_config.cli.reporting import print_json
     from devmap_config.cli.tree_view import tree_lines, tree_to_json
@@ -59,7 +61,7 @@ def tree(
     if is_measured and pattern is not None:
         raise click.UsageError("`--measure` shows every block: leave `--match` out")
     context = (context_length or -1) if is_measured else None
-    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, output_format, context)
+    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, context)
     if is_measured:
         return _show_measured(graph, output_format, allow_unmeasured=allow_unmeasured)
     matched: tuple[str, ...] | None = None
@@ -84,22 +86,20 @@ def tree(
         click.echo(
             f"`{pattern}` asks for more than there is: the last index in `{beyond[0].parent}` is {last}", err=True
         )
-        return 1
+        return ExitCode.WRONG
     if matched == ():
         from devmap_config.rules.suggestion import nearest_to
 
         found = match(parse_pattern(pattern or ""), graph)
         label = nearest_to(parse_pattern(pattern or ""), found.stuck, graph).label
         click.echo(f"`{pattern}` matches nothing of {graph.class_name}" + (f"; {label}" if label else ""), err=True)
-        return 1
-    return 0
+        return ExitCode.WRONG
+    return ExitCode.DONE
 
 
-def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: bool) -> int:
-    from rich.console import Console
-
+def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: bool) -> ExitCode:
     from devmap_config.cli.measure_view import measured_lines, measured_to_json
-    from devmap_config.cli.reporting import print_json, report
+    from devmap_config.cli.reporting import print_json, print_lines
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import report_unmeasured
 
@@ -108,15 +108,12 @@ def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: b
     sink = Sink()
     report_unmeasured(graph.measurement, None, sink, allowed=allow_unmeasured)
     if sink.has_errors:
-        report(sink, {}, output_format, data={"modules": None})
-        return 1
+        raise CommandError(sink, data={"modules": None})
     if output_format == "json":
         print_json({"class": graph.class_name, **measured_to_json(graph, graph.measurement)})
-        return 0
-    console = Console(highlight=False)
-    for line in measured_lines(graph, graph.measurement, console.width):
-        console.print(line)
-    return 0
+        return ExitCode.DONE
+    print_lines(partial(measured_lines, graph, graph.measurement))
+    return ExitCode.DONE
 
 
 def graph_of_source(
@@ -125,7 +122,6 @@ def graph_of_source(
     dtype: str | None,
     revision: str | None,
     trust_remote_code: bool,
-    output_format: str = "table",
     context_length: int | None = None,
 ) -> ModelGraph:
     """The graph of a source as a user names it on the command line.
@@ -146,7 +142,7 @@ def graph_of_source(
     if path.name.endswith(".lock.json"):
         path = profile_of(path)
     if path.is_file() and path.name.endswith((".yaml", ".yml")):
-        return _graph_of_profile(path, trust_remote_code, output_format, context_length)
+        return _graph_of_profile(path, trust_remote_code, context_length)
     workload = None
     if context_length is not None:
         length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
@@ -173,12 +169,9 @@ def graph_of_source(
         raise click.ClickException(f"transformers cannot build this model: {error}") from None
 
 
-def _graph_of_profile(
-    path: Path, trust_remote_code: bool, output_format: str, context_length: int | None
-) -> ModelGraph:
+def _graph_of_profile(path: Path, trust_remote_code: bool, context_length: int | None) -> ModelGraph:
     from dataclasses import replace
 
-    from devmap_config.cli.reporting import report
     from devmap_config.compiler import Request
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import load_model_graph
@@ -196,6 +189,5 @@ def _graph_of_profile(
     if loaded is not None:
         model = load_model_graph(loaded, request.lookup, sink)
     if model is None:
-        report(sink, sink.texts, output_format, data={"modules": None})
-        raise click.exceptions.Exit(1)
+        raise CommandError(sink, sink.texts, data={"modules": None})
     return model.graph

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from conftest import LLAMA
 
 from devmap_config.cli import devmap
-from devmap_config.cli.checking import CheckRequest, check_one
+from devmap_config.cli.checking import check_one
+from devmap_config.cli.command import ProfileOptions
 from devmap_config.cli.compile import compile_command
 from devmap_config.graph.digest import digest
 from devmap_config.locked import compile_locked
@@ -36,7 +37,7 @@ placement:
 
 FASTEST = PROFILE.replace("sequential", "fastest").replace("16}", "8}")
 
-REQUEST = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False)
+OPTIONS = ProfileOptions()
 
 NOTHING = object()
 
@@ -65,7 +66,7 @@ def resealed(lock):
 def judged(text):
     """What is said of a lock with this text: nothing where it holds, else the message; by `check` and `run` alike."""
     Path("p.lock.json").write_text(text)
-    checked = check_one(Path("p.yaml"), REQUEST)
+    checked = check_one(Path("p.yaml"), OPTIONS)
     try:
         prepare(Path("p.yaml"), variables={})
     except RunnerError as error:
@@ -245,12 +246,11 @@ def test_a_bound_is_one_where_the_strategy_proves_it_and_not_above_what_the_plan
 
 def test_a_bound_is_believed_as_it_was_compiled_unless_it_is_to_be_proven(workspace):
     lock = compiled(FASTEST)
-    proving = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False, proves=True)
-    assert check_one(Path("p.yaml"), proving).state == "fresh"
+    assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
     route = ("plan", "prediction", "bound_decode_nanoseconds_per_token")
     bound = lock["plan"]["prediction"][route[-1]]
     assert judged(resealed(changed(lock, route, bound - 1))) is None
-    checked = check_one(Path("p.yaml"), proving)
+    checked = check_one(Path("p.yaml"), OPTIONS, proves=True)
     assert (checked.state, checked.diagnostics[-1].code) == ("stale", "unproven-lock")
     assert f"is {bound - 1:,}, and {bound:,} is what is proven" in checked.diagnostics[-1].message
 
@@ -261,8 +261,7 @@ def test_a_plan_is_proven_to_be_what_its_strategy_makes(workspace):
     lock = compiled(PROFILE)
     forged = {**lock, "plan": pinned["plan"]}
     assert judged(resealed(forged)) is None
-    proving = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False, proves=True)
-    checked = check_one(Path("p.yaml"), proving)
+    checked = check_one(Path("p.yaml"), OPTIONS, proves=True)
     assert (checked.state, checked.diagnostics[-1].code) == ("stale", "unproven-lock")
     assert "`plan.device_map.model.layers.0` is 1, and placing anew gives 0" in checked.diagnostics[-1].message
 
@@ -271,8 +270,7 @@ def test_a_plan_that_was_kept_is_proven_as_good(workspace):
     compiled(FASTEST)
     Path("p.yaml").write_text(FASTEST.replace("cuda:1: {memory: 1GiB", "cuda:1: {memory: 2GiB"))
     compiled(Path("p.yaml").read_text(), "--keep")
-    proving = CheckRequest(variables={}, allow_outside=False, trust_remote_code=False, proves=True)
-    assert check_one(Path("p.yaml"), proving).state == "fresh"
+    assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
 
 
 def test_check_and_run_refuse_a_lock_into_which_facts_were_invented(lock):

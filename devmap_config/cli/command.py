@@ -1,0 +1,170 @@
+"""What commands have in common: options, failures reported in the format that was asked for, exit codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import (
+    format_option,
+    outside_option,
+    profile_argument,
+    quiet_option,
+    remote_code_option,
+    set_option,
+    unmeasured_option,
+)
+from devmap_config.cli.reporting import report
+from devmap_config.diagnostics.diagnostic import DevmapError, Sink
+from devmap_config.libraries.private import LibraryChangedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from devmap_config.cli.options import Decorator
+    from devmap_config.compiler import Compiled, Request
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+
+    Function = Callable[..., ExitCode | None]
+
+
+class CommandError(Exception):
+    """A command comes to nothing.
+
+    Attributes:
+        diagnostics: what is wrong.
+        texts: the files that they speak of, by name.
+        exit_code: what the command exits with.
+        data: the other keys of the object that `--format json` prints.
+    """
+
+    def __init__(
+        self,
+        diagnostics: Iterable[Diagnostic],
+        texts: Mapping[str, str] | None = None,
+        *,
+        exit_code: ExitCode = ExitCode.WRONG,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.diagnostics = tuple(diagnostics)
+        self.texts = texts or {}
+        self.exit_code = exit_code
+        self.data = data or {"plan": None}
+        super().__init__("; ".join(each.message for each in self.diagnostics))
+
+
+class Command(click.Command):
+    """A command whose failures are reported in the format that was asked for."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Call the command's function; what it raises for its user becomes an exit code."""
+        try:
+            return super().invoke(context) or ExitCode.DONE
+        except CommandError as error:
+            failed = error
+        except DevmapError as error:
+            failed = CommandError(error.diagnostics, getattr(error, "texts", {}), exit_code=ExitCode.USAGE)
+        except LibraryChangedError as error:
+            failed = CommandError(_change_of(error))
+        output_format, quiet = context.params.get("output_format", "table"), context.params.get("quiet", False)
+        report(failed.diagnostics, failed.texts, output_format, quiet=quiet, data=failed.data)
+        return failed.exit_code
+
+
+def command(name: str, *formats: str) -> Callable[[Function], Command]:
+    """Make a command of a function; with formats it has `--format`, of which the first is the default."""
+    return lambda function: _made(name, function, *formats)
+
+
+def _made(name: str, function: Function, *formats: str, options: tuple[Decorator, ...] = ()) -> Command:
+    """Return a command whose shared options are listed after its own."""
+    made = click.command(name, cls=Command, context_settings={"help_option_names": ["-h", "--help"]})(function)
+    for option in (format_option(*formats), *options) if formats else options:
+        made.params += click.command()(option(lambda: None)).params
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """What every command on profiles is told besides the profile."""
+
+    output_format: str = "table"
+    variables: Mapping[str, str] = field(default_factory=dict)
+    quiet: bool = False
+    allow_outside: bool = False
+    trust_remote_code: bool = False
+    allow_unmeasured: bool = False
+
+    @property
+    def shows_tables(self) -> bool:
+        """Whether what was found is printed for people."""
+        return self.output_format == "table" and not self.quiet
+
+    @property
+    def of_request(self) -> dict[str, Any]:
+        """The fields of a request to the pipeline that these options decide."""
+        names = ("variables", "allow_outside", "trust_remote_code", "allow_unmeasured")
+        return {name: getattr(self, name) for name in names}
+
+    def request(self, profile: Path, **options: Any) -> Request:
+        """Return the request for a profile, with what its lock remembers, as the pipeline takes it."""
+        from devmap_config.compiler import Request
+
+        return Request.for_profile(profile, **self.of_request, **options)
+
+    def compile(self, profile: Path, **options: Any) -> Compiled:
+        """Run the pipeline on a profile.
+
+        Raises:
+            CommandError: where the profile is wrong or cannot be satisfied.
+        """
+        from devmap_config.compiler import Rejected, run_pipeline
+
+        compilation = run_pipeline(self.request(profile, **options))
+        if isinstance(compilation, Rejected):
+            raise CommandError(compilation.diagnostics, compilation.texts)
+        return compilation
+
+    def report(self, diagnostics: Iterable[Diagnostic], texts: Mapping[str, str], data: Mapping[str, Any]) -> None:
+        """Print findings; `data` are the other keys of the object that `--format json` prints."""
+        report(diagnostics, texts, self.output_format, quiet=self.quiet, data=data)
+
+
+def profile_command(name: str, *formats: str, argument: Decorator = profile_argument) -> Callable[[Function], Command]:
+    """Make a command of a function of `profile`, `options` (of all such commands) and what it is told besides.
+
+    Args:
+        name: the command's.
+        formats: those of `--format`, the default first; none where it has no such option.
+        argument: what the command has in place of PROFILE, which may be named by its lock.
+    """
+    shared = (set_option, quiet_option, outside_option, remote_code_option, unmeasured_option)
+
+    def decorate(function: Function) -> Command:
+        @wraps(function)
+        def run(**values: Any) -> ExitCode | None:
+            from devmap_config.plan.lock import profile_of
+
+            given = {each.name: values.pop(each.name) for each in fields(ProfileOptions) if each.name in values}
+            if "profile" in values:
+                values["profile"] = profile_of(values["profile"])
+            return function(options=ProfileOptions(**given), **values)
+
+        return _made(name, argument(run), *formats, options=shared)
+
+    return decorate
+
+
+def _change_of(error: LibraryChangedError) -> Sink:
+    """Return that a library is not as it was tried, where no part of a command could say what comes of it."""
+    from devmap_config.graph.failures import failure_of
+    from devmap_config.graph.loading import report_failure
+
+    sink = Sink()
+    report_failure(failure_of(error), "this cannot be done", None, sink, allowed=None)
+    return sink

@@ -1,0 +1,22 @@
+"""What the commands exit with."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ended; scripts rely on these numbers."""
+
+    DONE = 0
+    WRONG = 1
+    """The profile is wrong or cannot be satisfied, also where its lock is stale besides."""
+    USAGE = 2
+    """The command line is wrong, or names a file that is not there."""
+    STALE = 3
+    """The lock is missing, stale or unreadable, or the plans differ."""
+    UNLIKE_LOCK = 4
+    """The machine or the loaded model is not what the lock says."""
+    BUG = 70
+    """A mistake of devmap-config."""
+    INTERRUPTED = 130
