@@ -23,6 +23,11 @@ class Span:
     end_line: int
     end_column: int
 
+    @classmethod
+    def within_line(cls, file: str, line: int, column: int, length: int = 1) -> Span:
+        """Return the place of characters of a line."""
+        return cls(file=file, line=line, column=column, end_line=line, end_column=column + length)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Related:

@@ -12,7 +12,7 @@ from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceEndE
 
 from devmap_config.diagnostics.diagnostic import Related, Span
 from devmap_config.files import LINE_BREAK
-from devmap_config.profile.quoting import closed, unquoted_text
+from devmap_config.profile.syntax import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -27,16 +27,18 @@ MAX_DEPTH = 40
 
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
-NULL = re.compile(r"~|null|Null|NULL|")
-TRUE = re.compile(r"true|True|TRUE")
-FALSE = re.compile(r"false|False|FALSE")
-DECIMAL = re.compile(r"[-+]?[0-9]{1,4000}")
-OCTAL = re.compile(r"0o[0-7]{1,1000}")
-HEXADECIMAL = re.compile(r"0x[0-9a-fA-F]{1,1000}")
-FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-
 Value: TypeAlias = "str | int | float | bool | None"
+
+CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Value]], ...] = (
+    (re.compile(r"~|null|Null|NULL|"), lambda _: None),
+    (re.compile(r"true|True|TRUE"), lambda _: True),
+    (re.compile(r"false|False|FALSE"), lambda _: False),
+    (re.compile(r"[-+]?[0-9]{1,4000}"), int),
+    (re.compile(r"0o[0-7]{1,1000}|0x[0-9a-fA-F]{1,1000}"), lambda text: int(text, 0)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", "", 1))),
+)
+"""What YAML 1.2 takes for anything but text, and how that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,51 +106,17 @@ Node: TypeAlias = "ScalarNode | SequenceNode | MappingNode"
 
 def plain_value(text: str) -> Value:
     """An unquoted scalar by YAML 1.2's core schema: `no` is text, `010` is ten, `12:30` is text."""
-    if NULL.fullmatch(text):
-        return None
-    if TRUE.fullmatch(text):
-        return True
-    if FALSE.fullmatch(text):
-        return False
-    if DECIMAL.fullmatch(text):
-        return int(text)
-    if OCTAL.fullmatch(text) or HEXADECIMAL.fullmatch(text):
-        return int(text, 0)
-    if FLOAT.fullmatch(text):
-        return float(text)
-    if SPECIAL_FLOAT.fullmatch(text):
-        return float(text.replace(".", "", 1))
-    return text
+    return next((read(text) for pattern, read in CORE_SCHEMA if pattern.fullmatch(text)), text)
 
 
-def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
-    """The mapping that a file holds, or `None` and what is wrong with it in the sink."""
-    lines = LINE_BREAK.split(text)
-    if len(text) > MAX_CHARACTERS:
-        message = f"the file is longer than {MAX_CHARACTERS:,} characters"
-        sink.error("too-large", message, whole_file(file), help="split it with `extends`")
-        return None
-    if found := UNPRINTABLE.search(text):
-        before = LINE_BREAK.split(text[: found.start()])
-        span = _point(file, len(before), len(before[-1]) + 1)
-        sink.error("syntax", f"the character U+{ord(found.group()):04X} is not allowed in YAML", span, help="remove it")
-        return None
-    try:
-        root = _Composer(text, file, lines, sink).document()
-    except yaml.MarkedYAMLError as error:
-        _report_syntax(error, file, lines, sink)
-        return None
-    except _RefusedError:
-        return None
-    if isinstance(root, MappingNode):
-        return root
-    sink.error(
-        "wrong-type",
-        "a profile is a mapping of keys to values" if root is not None else "the file is empty",
-        whole_file(file),
-        help="begin with `version: 1`",
-    )
-    return None
+def is_null(node: Node | None) -> bool:
+    """Return whether a node is a key's missing value, or a `null`."""
+    return isinstance(node, ScalarNode) and node.value is None
+
+
+def whole_file(file: str) -> Span:
+    """The place of what is wrong with a file as a whole: its beginning."""
+    return Span.within_line(file, 1, 1)
 
 
 def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...]:
@@ -167,13 +135,21 @@ def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink
     sink.error("duplicate-key", f"`{name}` is given twice", key.span, help="remove one of them", related=related)
 
 
-def whole_file(file: str) -> Span:
-    """The place of what is wrong with a file as a whole: its beginning."""
-    return _point(file, 1, 1)
-
-
-def _point(file: str, line: int, column: int, length: int = 1) -> Span:
-    return Span(file=file, line=line, column=column, end_line=line, end_column=column + length)
+def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
+    """The mapping that a file holds, or `None` and what is wrong with it in the sink."""
+    source = Source(text, file, sink)
+    try:
+        root = _Composer(source).document()
+    except yaml.MarkedYAMLError as error:
+        source.report(error)
+        return None
+    except _RefusedError:
+        return None
+    if isinstance(root, MappingNode):
+        return root
+    message = "a profile is a mapping of keys to values" if root is not None else "the file is empty"
+    source.error(message, whole_file(file), "begin with `version: 1`", "wrong-type")
+    return None
 
 
 class _RefusedError(Exception):
@@ -184,277 +160,141 @@ class _RefusedError(Exception):
 class _Composer:
     """Builds nodes from libyaml's events, which unlike its nodes come one by one and can be bounded."""
 
-    text: str
-    file: str
-    lines: list[str]
-    sink: Sink
+    source: Source
     anchors: dict[str, tuple[Node | None, int]] = field(default_factory=dict)
     node_count: int = 0
 
     def document(self) -> Node | None:
+        self.check_characters()
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        self.events: Iterator[yaml.Event] = yaml.parse(self.text, Loader=loader)
+        self.events: Iterator[Any] = yaml.parse(self.source.text, Loader=loader)
         next(self.events)  # the stream begins
-        start = next(self.events)
-        if not isinstance(start, yaml.DocumentStartEvent):
+        if not isinstance(next(self.events), yaml.DocumentStartEvent):
             return None
         root = self.node(next(self.events), 0)
         next(self.events)  # the document ends
         after = next(self.events)
         if isinstance(after, yaml.DocumentStartEvent):
-            self.refuse(
-                "syntax", "the file holds a second document", after, help="keep one profile a file, without `---`"
-            )
+            self.refuse("the file holds a second document", after, "keep one profile a file, without `---`")
         return root
 
-    def node(self, event: yaml.Event, depth: int) -> Node:
+    def check_characters(self) -> None:
+        text, file = self.source.text, self.source.file
+        if len(text) > MAX_CHARACTERS:
+            message = f"the file is longer than {MAX_CHARACTERS:,} characters"
+            self.refuse(message, whole_file(file), "split it with `extends`", "too-large")
+        if unprintable := UNPRINTABLE.search(text):
+            before = LINE_BREAK.split(text[: unprintable.start()])
+            message = f"the character U+{ord(unprintable.group()):04X} is not allowed in YAML"
+            self.refuse(message, self.source.span(len(before) - 1, len(before[-1])), "remove it")
+
+    def node(self, event: Any, depth: int) -> Node:
         if depth > MAX_DEPTH:
-            self.refuse("too-large", f"values are nested deeper than {MAX_DEPTH}", event, help="flatten it")
+            self.refuse(f"values are nested deeper than {MAX_DEPTH}", event, "flatten it", "too-large")
         if isinstance(event, AliasEvent):
             return self.alias(event)
         count_before = self.node_count
         self.count(1, event)
-        anchor: str | None = getattr(event, "anchor", None)
-        if anchor is not None:
-            self.anchors[anchor] = (None, 0)
-        if isinstance(event, ScalarEvent):
-            node: Node = self.scalar(event)
-        elif isinstance(event, SequenceStartEvent):
-            node = self.sequence(event, depth)
-        elif isinstance(event, MappingStartEvent):
-            node = self.mapping(event, depth)
-        else:
-            raise TypeError(f"libyaml gave {event} where a value begins")
-        if anchor is not None:
-            self.anchors[anchor] = (node, self.node_count - count_before)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = (None, 0)
+        node = self.scalar(event) if isinstance(event, ScalarEvent) else self.collection(event, depth)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = (node, self.node_count - count_before)
         return node
 
     def alias(self, event: AliasEvent) -> Node:
-        node, count = self.anchors.get(event.anchor or "", (None, 0))
-        if event.anchor not in self.anchors:
-            self.refuse_undefined_alias(event)
+        name = event.anchor or ""
+        if name not in self.anchors:
+            if close := difflib.get_close_matches(name, self.anchors, n=1):
+                self.refuse(f"there is no anchor `{name}`", event, f"did you mean `*{close[0]}`?")
+            self.refuse_unquoted(event, f"`*{name}` refers to no anchor", f"define it with `&{name}`")
+        node, count = self.anchors[name]
         if node is None:
-            self.refuse("syntax", f"`*{event.anchor}` stands within what it refers to", event, help="remove it")
+            self.refuse(f"`*{name}` stands within what it refers to", event, "remove it")
         self.count(count, event)
         return node
 
     def scalar(self, event: ScalarEvent) -> ScalarNode:
-        span = self.span(event)
-        tag = event.tag if event.tag != "!" else "tag:yaml.org,2002:str"
-        if tag is not None and tag != "tag:yaml.org,2002:str":
-            self.refuse("syntax", f"the tag `{_short_tag(tag)}` is not allowed in a profile", event, help="remove it")
-        is_plain = event.style in (None, "") and tag is None
-        quote = 0 if event.style in (None, "") else 1
-        column = span.column + quote
-        line = self.lines[span.line - 1] if span.line <= len(self.lines) else ""
+        self.check_tag(event)
+        span, is_quoted = self.span(event), event.style not in (None, "")
+        column = span.column + is_quoted
+        line = self.source.lines[span.line - 1] if span.line <= len(self.source.lines) else ""
         written = line[column - 1 : column - 1 + len(event.value)]
         one_line = span.line == span.end_line and event.style not in ("|", ">")
+        is_plain = not is_quoted and event.tag is None
         return ScalarNode(event.value, span, is_plain, one_line and written == event.value, column)
 
-    def sequence(self, event: SequenceStartEvent, depth: int) -> SequenceNode:
-        self.refuse_tag(event)
+    def collection(self, event: MappingStartEvent | SequenceStartEvent, depth: int) -> Node:
+        self.check_tag(event)
+        if isinstance(event, MappingStartEvent):
+            return self.mapping(event, depth)
         items: list[Node] = []
         while not isinstance(item := next(self.events), SequenceEndEvent):
             items.append(self.node(item, depth + 1))
         return SequenceNode(tuple(items), self.span(event, item))
 
     def mapping(self, event: MappingStartEvent, depth: int) -> MappingNode:
-        self.refuse_tag(event)
         entries: list[Entry] = []
-        merged: list[MappingNode] = []
+        merged: list[Entry] = []
         while not isinstance(key_event := next(self.events), yaml.MappingEndEvent):
             if not isinstance(key_event, ScalarEvent):
-                self.refuse_key(key_event)
+                self.refuse_unquoted(key_event, "a key must be text", "quote it")
             key = self.scalar(key_event)
             self.count(1, key_event)
             value = self.node(next(self.events), depth + 1)
             if key.text == "<<" and key.is_plain:
-                merged += self.merge_sources(value, key)
+                merged += self.merged_entries(value, key)
             else:
                 entries.append(Entry(key, value))
-        entries = list(without_duplicates(entries, self.sink))
-        named = {entry.key.text for entry in entries}
-        for source in merged:  # YAML: the mapping's own keys win, then the earlier of several merged ones
-            for entry in source.entries:
-                if entry.key.text not in named:
-                    named.add(entry.key.text)
-                    entries.append(entry)
-        return MappingNode(tuple(entries), self.span(event, key_event))
+        own = without_duplicates(entries, self.source.sink)
+        # YAML: the mapping's own keys win, then the earlier of several merged ones.
+        by_key = {entry.key.text: entry for entry in (*reversed(merged), *own)}
+        names = dict.fromkeys(entry.key.text for entry in (*own, *merged))
+        return MappingNode(tuple(by_key[name] for name in names), self.span(event, key_event))
 
-    def merge_sources(self, value: Node, key: ScalarNode) -> list[MappingNode]:
-        sources = value.items if isinstance(value, SequenceNode) else (value,)
-        for source in sources:
-            if not isinstance(source, MappingNode):
-                self.sink.error(
-                    "wrong-type",
-                    "a merge key takes a mapping or a list of mappings",
-                    key.span,
-                    help="write `<<: *anchor`",
-                )
-        return [source for source in sources if isinstance(source, MappingNode)]
+    def merged_entries(self, value: Node, key: ScalarNode) -> Iterator[Entry]:
+        for merged in value.items if isinstance(value, SequenceNode) else (value,):
+            if isinstance(merged, MappingNode):
+                yield from merged.entries
+            else:
+                message = "a merge key takes a mapping or a list of mappings"
+                self.source.error(message, key.span, "write `<<: *anchor`", "wrong-type")
 
     def count(self, nodes: int, event: yaml.Event) -> None:
         self.node_count += nodes
         if self.node_count > MAX_NODES:
-            self.refuse(
-                "too-large", f"the file expands to more than {MAX_NODES:,} values", event, help="use fewer anchors"
-            )
+            message = f"the file expands to more than {MAX_NODES:,} values"
+            self.refuse(message, event, "use fewer anchors", "too-large")
 
-    def refuse_tag(self, event: MappingStartEvent | SequenceStartEvent) -> None:
-        if event.tag is not None:
-            self.refuse(
-                "syntax", f"the tag `{_short_tag(event.tag)}` is not allowed in a profile", event, help="remove it"
-            )
+    def check_tag(self, event: ScalarEvent | MappingStartEvent | SequenceStartEvent) -> None:
+        allowed = (None, "!", "tag:yaml.org,2002:str") if isinstance(event, ScalarEvent) else (None,)
+        if event.tag not in allowed:
+            shown = str(event.tag).replace("tag:yaml.org,2002:", "!!")
+            self.refuse(f"the tag `{shown}` is not allowed in a profile", event, "remove it")
 
-    def refuse_key(self, event: yaml.Event) -> NoReturn:
-        line, column = _start_of(event)
-        if not _report_unquoted(self.file, self.lines, line, column, self.sink):
-            self.sink.error("syntax", "a key must be text", self.span(event), help="quote it")
+    def refuse_unquoted(self, event: Any, message: str, help: str) -> NoReturn:
+        """Refuse what stands for a pattern without its quotes; for something else, in these words."""
+        if self.source.report_unquoted(event.start_mark.line, event.start_mark.column):
+            raise _RefusedError
+        self.refuse(message, event, help)
+
+    def refuse(self, message: str, place: yaml.Event | Span, help: str, code: ErrorCode = "syntax") -> NoReturn:
+        self.source.error(message, place if isinstance(place, Span) else self.span(place), help, code)
         raise _RefusedError
 
-    def refuse_undefined_alias(self, event: AliasEvent) -> NoReturn:
-        line, column = _start_of(event)
-        close = difflib.get_close_matches(event.anchor or "", list(self.anchors), n=1)
-        if close:
-            message, help = f"there is no anchor `{event.anchor}`", f"did you mean `*{close[0]}`?"
-            self.sink.error("syntax", message, self.span(event), help=help)
-        elif not _report_unquoted(self.file, self.lines, line, column, self.sink):
-            message, help = f"`*{event.anchor}` refers to no anchor", f"define it with `&{event.anchor}`"
-            self.sink.error("syntax", message, self.span(event), help=help)
-        raise _RefusedError
-
-    def refuse(self, code: ErrorCode, message: str, event: yaml.Event, help: str | None = None) -> NoReturn:
-        self.sink.error(code, message, self.span(event), help=help)
-        raise _RefusedError
-
-    def span(self, first: yaml.Event, last: yaml.Event | None = None) -> Span:
-        line, column = _start_of(first)
-        end_line, end_column = _end_of(last or first)
-        if end_column == 0 and (end_line, end_column) > (line, column):
+    def span(self, first: Any, last: Any = None) -> Span:
+        """The place from one event to another; libyaml's lines and columns count from 0."""
+        start, end = first.start_mark, (last or first).end_mark
+        end_line, end_column = end.line, end.column
+        if end_column == 0 and (end_line, end_column) > (start.line, start.column):
             # A block ends where the next begins; it is shown up to the end of its own last line.
-            while end_line > line and not end_column:
+            while end_line > start.line and not end_column:
                 end_line -= 1
-                end_column = len(self.lines[end_line].rstrip())
-        return Span(file=self.file, line=line + 1, column=column + 1, end_line=end_line + 1, end_column=end_column + 1)
-
-
-def _start_of(event: yaml.Event) -> tuple[int, int]:
-    """Line and column, from 0."""
-    mark: Any = event.start_mark  # libyaml always sets it
-    return mark.line, mark.column
-
-
-def _end_of(event: yaml.Event) -> tuple[int, int]:
-    mark: Any = event.end_mark
-    return mark.line, mark.column
-
-
-def _short_tag(tag: str) -> str:
-    return tag.replace("tag:yaml.org,2002:", "!!")
-
-
-def _report_syntax(error: yaml.MarkedYAMLError, file: str, lines: list[str], sink: Sink) -> None:
-    mark = error.problem_mark or error.context_mark
-    line = min(mark.line if mark else 0, len(lines) - 1)
-    column = min(mark.column if mark else 0, len(lines[line]))
-    if _report_unquoted(file, lines, line, column, sink):
-        return
-    if lines[line][column : column + 1] == "\t" or "\t" in lines[line][:column]:
-        place = lines[line].index("\t")
-        sink.error(
-            "syntax",
-            "a tab stands where YAML wants spaces",
-            _point(file, line + 1, place + 1),
-            help="indent with spaces",
+                end_column = len(self.source.lines[end_line].rstrip())
+        return Span(
+            file=self.source.file,
+            line=start.line + 1,
+            column=start.column + 1,
+            end_line=end_line + 1,
+            end_column=end_column + 1,
         )
-        return
-    if _report_misplaced(error, file, lines, line, column, sink):
-        return
-    start = error.context_mark
-    if start is not None and error.context in UNCLOSED and (line > start.line or not lines[line][column:].strip()):
-        # libyaml complains where the text ends, which is seldom where the mistake is.
-        message, help = UNCLOSED[error.context]
-        sink.error("syntax", message, _point(file, start.line + 1, start.column + 1), help=help)
-        return
-    message, help = PROBLEMS.get(error.problem or "", (error.problem or "this is not YAML", ""))
-    sink.error(
-        "syntax",
-        message,
-        _point(file, line + 1, column + 1),
-        help=help or "check the quotes and the indentation",
-    )
-
-
-def _report_misplaced(
-    error: yaml.MarkedYAMLError, file: str, lines: list[str], line: int, column: int, sink: Sink
-) -> bool:
-    """Report a missing `:` or a wrong indentation at the line that has it, not where libyaml notices."""
-    start = error.context_mark
-    if error.problem == "could not find expected ':'" and start is not None and start.line < line:
-        text = lines[start.line].strip()
-        place = _point(file, start.line + 1, _indentation(lines[start.line]) + 1, max(len(text), 1))
-        sink.error("syntax", f"a `: ` is missing in `{text}`", place, help="write `key: value`")
-        return True
-    above = next((number for number in range(line - 1, -1, -1) if lines[number].strip()), None)
-    is_first_colon = ":" not in lines[line][:column]
-    if error.problem != "mapping values are not allowed in this context" or not is_first_colon or above is None:
-        return False
-    text = lines[above].strip()
-    if ": " in text and _indentation(lines[line]) > _indentation(lines[above]):
-        key = lines[line][:column].strip()
-        place = _point(file, line + 1, _indentation(lines[line]) + 1, len(key))
-        message, help = f"`{key}` is indented deeper than the line above", "align it with the keys beside it"
-        sink.error("syntax", message, place, help=help)
-    else:
-        place = _point(file, above + 1, _indentation(lines[above]) + 1, len(text))
-        sink.error("syntax", f"a `: ` is missing in `{text}`", place, help="write `key: value`")
-    return True
-
-
-def _indentation(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-UNCLOSED = {
-    "while scanning a quoted scalar": ("this quote is never closed", "close it"),
-    "while parsing a flow mapping": ("this `{` is not closed", "close it with `}`, or put a `,` between its entries"),
-    "while parsing a flow sequence": ("this `[` is not closed", "close it with `]`, or put a `,` between its items"),
-}
-
-PROBLEMS = {
-    "did not find expected ',' or '}'": ("a `,` or `}` is missing before this", "close the mapping with `}`"),
-    "did not find expected ',' or ']'": ("a `,` or `]` is missing before this", "close the list with `]`"),
-    "did not find expected key": ("a key was expected here", "check the indentation, and that quotes are closed"),
-    "did not find expected '-' indicator": ("a `- ` was expected here", "check the indentation of the list"),
-    "could not find expected ':'": ("a `:` is missing after this key", "write `key: value`"),
-    "mapping values are not allowed in this context": (
-        "a second `: ` stands in one value",
-        "quote the value, or begin a new line",
-    ),
-    "found unexpected end of stream": ("a quote is never closed", "close it"),
-    "found unknown escape character": (
-        "in double quotes a backslash begins an escape, and this is none",
-        "use single quotes: what stands in them is taken as it is",
-    ),
-    "found unexpected ':'": ("a space is missing after this `:`", "write `key: value`, or quote what holds the `:`"),
-    "found character that cannot start any token": (
-        "no value can begin with this character",
-        "quote the value",
-    ),
-}
-
-
-def _report_unquoted(file: str, lines: list[str], line: int, column: int, sink: Sink) -> bool:
-    """Report a value that holds what YAML reads as syntax, with the quoted text as the mend."""
-    found = unquoted_text(lines[line], column)
-    if found is None:
-        return False
-    start, text = found
-    quoted = '"' + closed(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
-    sink.error(
-        "needs-quotes",
-        f"`{text}` must be quoted",
-        _point(file, line + 1, start + 1, len(text)),
-        help=f"write `{quoted}`",
-    )
-    return True
