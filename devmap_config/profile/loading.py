@@ -74,7 +74,7 @@ def load_profile(
     known = {entry.key.text for entry in variables.entries}
     used = {name: text for name, text in (remembered or {}).items() if name in known} | dict(overrides)
     _check_overrides(variables, overrides, sink)
-    renderer = Renderer(variable_values(variables.entries, used), sink)
+    renderer = Renderer(variable_values(variables, used), sink)
     document = _merged(documents, renderer)
     refusals = Refusals(sink, Profile, is_incomplete=reader.is_incomplete)
     try:
@@ -95,7 +95,7 @@ def load_hardware(path: Path, sink: Sink) -> Hardware | None:
     documents = reader.read(str(path))
     if not documents:
         return None
-    renderer = Renderer(variable_values(variables_of(documents).entries, {}), sink)
+    renderer = Renderer(variable_values(variables_of(documents), {}), sink)
     document = _merged(documents, renderer).only(lambda key: key == "hardware")
     refusals = Refusals(sink, _Machine, is_incomplete=reader.is_incomplete)
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, get_args
 
 from pydantic_core import core_schema
 
-from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode, Value, whole_file
+from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode, Value, is_null, whole_file
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
@@ -85,14 +85,10 @@ def written(node: Node, route: str = "", key: ScalarNode | None = None) -> Writt
         values = (
             (at(WrittenText(each.key.text), Place(each.key)), written(each.value, f"{route}.{each.key.text}", each.key))
             for each in node.entries
-            if not _is_null(each.value)
+            if not is_null(each.value)
         )
         return at(WrittenMapping(values), place)
-    return at(WrittenNothing() if _is_null(node) or node.is_unrendered else WrittenText(node.text), place)
-
-
-def _is_null(node: Node) -> bool:
-    return isinstance(node, ScalarNode) and node.value is None
+    return at(WrittenNothing() if is_null(node) or node.is_unrendered else WrittenText(node.text), place)
 
 
 T_co = TypeVar("T_co", covariant=True)

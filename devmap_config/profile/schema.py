@@ -80,15 +80,14 @@ def _attention(value: object) -> object:
 
 def _version(value: object) -> object:
     if str(value) != "1":
-        raise unsupported_version(str(value))
+        raise refusal("unsupported-version", *unsupported_version(str(value)))
     return 1
 
 
-def unsupported_version(version: str) -> PydanticCustomError:
-    """Return the error of a profile of another version of the language."""
+def unsupported_version(version: str) -> tuple[str, str]:
+    """Return what is wrong with another version of the language, and what to do."""
     message = f"version {version} of the profile language is not known"
-    help = "this devmap-config reads `version: 1`; a newer one may read more"
-    return refusal("unsupported-version", message, help)
+    return message, "this devmap-config reads `version: 1`; a newer one may read more"
 
 
 def _quantization(value: object) -> object:
