@@ -73,7 +73,7 @@ class Boundary:
 
     def holds(self, path: Path) -> bool:
         """Return whether a path, its links followed, stays within."""
-        return self.folder is None or Path(os.path.realpath(path)).is_relative_to(self.folder)
+        return self.folder is None or real_path(path).is_relative_to(self.folder)
 
 
 ANYWHERE = Boundary(None)
@@ -86,13 +86,27 @@ def boundary_of(file: Path, *, allow_outside: bool = False) -> Boundary:
     """
     if allow_outside:
         return ANYWHERE
-    folder = Path(os.path.realpath(file.parent))
+    folder = real_path(file.parent)
     return Boundary(next((parent for parent in (folder, *folder.parents) if _is_repository(parent)), folder))
 
 
 def _is_repository(folder: Path) -> bool:
-    # These say no, and raise nothing, where a folder above may not be looked into.
-    return os.path.lexists(folder / ".git") or all(os.path.isdir(folder / name) for name in ("snapshots", "blobs"))  # noqa: PTH112
+    return exists(folder / ".git") or all(is_folder(folder / name) for name in ("snapshots", "blobs"))
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is anything of that name, be it a link to nowhere; unlike the method, it never raises."""
+    return os.path.lexists(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path, its links followed, is a folder; unlike the method, it never raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def real_path(path: Path) -> Path:
+    """Return where the links of a path lead; unlike the method, it never raises: a loop leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import ProfileError
+from devmap_config.files import PROFILE, FileError, exists, is_folder, read_bytes, real_path
 from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, lock_path, profile_of
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
     """
     found: dict[Path, None] = {}
     for argument in arguments:
-        if argument.is_dir():
+        if is_folder(argument):
             found |= dict.fromkeys(_profiles_below(argument))
-        elif not argument.exists() and has_magic(str(argument)):
+        elif not exists(argument) and has_magic(str(argument)):
             matched = [Path(name) for name in sorted(glob(str(argument), recursive=True))]  # noqa: PTH207  absolute ones too
-            named = [path for path in matched if path.is_file() and path.name.endswith(PROFILE_SUFFIXES)]
+            named = [path for path in matched if path.name.endswith(PROFILE_SUFFIXES)]
             found |= dict.fromkeys(named or [argument])
         else:
             found[_of_lock(argument)] = None
@@ -73,16 +74,15 @@ def _profiles_below(folder: Path) -> tuple[Path, ...]:
         for path in folder.rglob("*")
         if path.name.endswith(PROFILE_SUFFIXES)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and (path.is_file() or path.is_symlink())
     )
-    sketches = {path.resolve(): sketch for path in files if (sketch := _sketch_of(path)) is not None}
-    locked = {path.resolve() for path in files if _has_lock(path)}
+    sketches = {real_path(path): sketch for path in files if (sketch := _sketch_of(path)) is not None}
+    locked = {real_path(path) for path in files if exists(lock_path(path))}
     profiles = {path for path, sketch in sketches.items() if _looks_like_profile(sketch, sketches)} | locked
     extended = {base for path in profiles if path in sketches for base in sketches[path].bases}
     kept = {path for path in profiles if path not in extended or path in locked}
     # Of those that extend each other in a circle, none is left out for being extended.
     kept |= profiles - _built_on(kept, sketches)
-    return tuple(path for path in files if path.resolve() in kept)
+    return tuple(path for path in files if real_path(path) in kept)
 
 
 def _built_on(paths: Iterable[Path], sketches: Mapping[Path, _Sketch]) -> set[Path]:
@@ -158,7 +158,6 @@ def _looks_like_profile(sketch: _Sketch, sketches: Mapping[Path, _Sketch]) -> bo
 def _sketch_of(path: Path) -> _Sketch | None:
     """Return what can be made out of a file, or `None` where it cannot be read."""
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.files import PROFILE, FileError, read_bytes
     from devmap_config.profile.document import MappingNode, parse_document
     from devmap_config.profile.inheritance import base_files
 
@@ -174,9 +173,5 @@ def _sketch_of(path: Path) -> _Sketch | None:
     return _Sketch(
         keys=tuple(entry.key.text for entry in document.entries),
         mappings=frozenset(entry.key.text for entry in document.entries if isinstance(entry.value, MappingNode)),
-        bases=tuple((path.parent / base).resolve() for base in bases if base.endswith(PROFILE_SUFFIXES)),
+        bases=tuple(real_path(path.parent / base) for base in bases if base.endswith(PROFILE_SUFFIXES)),
     )
-
-
-def _has_lock(path: Path) -> bool:
-    return lock_path(path).is_file()

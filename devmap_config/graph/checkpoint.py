@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.files import ANYWHERE, HEADER, INDEX, FileError, decoded, opened, parse_json, read_json
+from devmap_config.files import ANYWHERE, HEADER, INDEX, FileError, decoded, exists, opened, parse_json, read_json
 from devmap_config.graph.digest import digest
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _file_names(folder: Path, config: Mapping[str, Any], within: Boundary | None
     explicit = config.get("transformers_weights")
     for name in [explicit] if isinstance(explicit, str) else [SINGLE_FILE, INDEX_FILE]:
         path = folder / name
-        if os.path.lexists(path):
+        if exists(path):
             return index_files(read_index(path, within), name) if name.endswith(".json") else [_within(name, name)]
     if isinstance(explicit, str):
         raise _unreadable(explicit, "is named by the config's `transformers_weights`, and is not there")

@@ -6,6 +6,7 @@ import os.path
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from devmap_config.files import exists
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import Workload
@@ -245,7 +246,7 @@ def source_from_here(loaded: LoadedProfile) -> str:
 
 
 def _is_local(loaded: LoadedProfile) -> bool:
-    return os.path.lexists(loaded.profile.model.source.path)
+    return exists(loaded.profile.model.source.path)
 
 
 def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
@@ -367,7 +368,7 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
     source, revision = loaded.profile.model.source, loaded.profile.model.revision
     text, span, path = source.value, source.span, source.path
     try:
-        if os.path.lexists(path):
+        if exists(path):
             if not loaded.boundary.holds(path):
                 sink.error(
                     "outside-repository",

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from devmap_config.files import CONFIG, FileError, read_json
+from devmap_config.files import CONFIG, FileError, is_folder, read_json
 from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
 from devmap_config.graph.digest import digest
 
@@ -80,7 +80,7 @@ class ModelSource:
     @contextmanager
     def as_config(self) -> Iterator[Path]:
         """What transformers reads the config from; one that stands in a vendored graph is written out for it."""
-        if self.location.is_dir() or not self.location.name.endswith(".graph.json"):
+        if is_folder(self.location) or not self.location.name.endswith(".graph.json"):
             yield self.location
             return
         with TemporaryDirectory() as directory:
@@ -147,13 +147,13 @@ def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
         ModelNotFoundError: where there is no readable config.
         CheckpointError: where there are weights that cannot be loaded.
     """
-    if path.is_dir():
+    if is_folder(path):
         config = _read_config(path / "config.json", within)
         checkpoint = read_checkpoint(path, config, within)
         weights = None if checkpoint is None else str(path)
     else:
         config, weights, checkpoint = _read_config(path, within), None, None
-    beside = checkpoint if path.is_dir() else _checkpoint_beside(path, config, within)
+    beside = checkpoint if is_folder(path) else _checkpoint_beside(path, config, within)
     return ModelSource(path, config, weights, stored_dtype=_undeclared_dtype(config, beside), checkpoint=checkpoint)
 
 

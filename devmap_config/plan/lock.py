@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
-from devmap_config.files import LOCK, FileError, parse_json, read_text, require_regular
+from devmap_config.files import LOCK, FileError, exists, is_folder, parse_json, read_text, require_regular
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
@@ -133,7 +133,7 @@ def profile_of(path: Path) -> Path:
     """
     if path.name.endswith(LOCK_SUFFIX):
         name = path.name.removesuffix(LOCK_SUFFIX)
-        beside_it = [candidate for suffix in PROFILE_SUFFIXES if (candidate := path.with_name(name + suffix)).is_file()]
+        beside_it = [candidate for suffix in PROFILE_SUFFIXES if exists(candidate := path.with_name(name + suffix))]
         if len(beside_it) == 1:
             return beside_it[0]
         found = " and ".join(f"`{each.name}`" for each in beside_it) or f"no `{name}.yaml`"
@@ -147,9 +147,10 @@ def profile_of(path: Path) -> Path:
 
 def _meant(path: Path) -> str:
     """Return what to name in place of what is no file."""
-    if path.is_dir():
+    if is_folder(path):
         return "name a profile in it; `devmap check` takes folders as well"
-    names = [each.name for each in path.parent.glob("*") if each.name.endswith(PROFILE_SUFFIXES)]
+    others = path.parent.glob("*") if is_folder(path.parent) else ()
+    names = [each.name for each in others if each.name.endswith(PROFILE_SUFFIXES)]
     close = difflib.get_close_matches(path.name, sorted(names), n=1)
     return f"did you mean `{path.with_name(close[0])}`?" if close else "name a profile"
 

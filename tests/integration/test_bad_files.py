@@ -79,6 +79,7 @@ PROFILES = {
 }
 
 OTHERS = {
+    "check a folder": ("p.yaml", ("check", "."), WRONG, ABSENT),
     "diff a profile": ("p.yaml", ("diff", "p.yaml", "q.yaml"), WRONG, ABSENT),
     "compile what it extends": ("base.yaml", ("compile", "p.yaml"), WRONG, WRONG),
     "check what it extends": ("base.yaml", ("check", "p.yaml"), WRONG, WRONG),

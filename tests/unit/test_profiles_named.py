@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from bad_files import BAD, put
 from click.testing import CliRunner
 
 from devmap_config.cli import devmap
@@ -113,6 +114,20 @@ def test_a_lock_makes_a_profile_of_what_is_beside_it_whatever_became_of_that(tmp
         Path(tmp_path, f"{name}.lock.json").write_text("{}")
     Path(tmp_path, "gone.yaml").symlink_to("nowhere.yaml")
     assert found(tmp_path, broken="version: [") == ["broken", "gone"]
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_bad_is_passed_over_unless_it_has_a_lock(tmp_path, monkeypatch, bad, is_locked):
+    (tmp_path / "profiles").mkdir()
+    monkeypatch.chdir(tmp_path / "profiles")
+    Path("bad.yaml").write_text("- a list\n")
+    Path("good.yaml").write_text(GOOD)
+    put(bad, Path("bad.yaml"))
+    if is_locked:
+        Path("bad.lock.json").write_text("{}")
+    found = [path.name for path in profiles_named([Path()])]
+    assert found == (["bad.yaml", "good.yaml"] if is_locked else ["good.yaml"])
 
 
 def test_check_of_a_folder_reports_each_profile_whose_version_is_missing_or_misspelt(workspace):
