@@ -13,12 +13,17 @@ RESOLVE = re.compile(r"/(?P<repository>.+)/resolve/(?P<revision>[^/]+)/(?P<file>
 
 @dataclass
 class Hub:
-    """Files by commit, commits by branch; `sent` is how many bytes of which file went out, in order."""
+    """Files by commit, commits by branch; `sent` is how many bytes of which file went out, in order.
+
+    A part that is asked for is followed by `surplus_megabytes` more; `flooded_megabytes` are those that went out.
+    """
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     sent: list[tuple[str, int, int]] = field(default_factory=list)
     ranges: bool = True
+    surplus_megabytes: int = 0
+    flooded_megabytes: int = 0
     endpoint: str = ""
 
     def sent_of(self, file):
@@ -43,22 +48,26 @@ def serving(hub):
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            start, end = 0, len(content)
+            start, end, surplus = 0, len(content), 0
             wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if wanted and hub.ranges:
                 start, end = int(wanted[1]), min(int(wanted[2]) + 1, len(content))
+                surplus = hub.surplus_megabytes
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
             else:
                 self.send_response(200)
             self.send_header("ETag", f'"{commit}-{found["file"]}"')
             self.send_header("X-Repo-Commit", commit)
-            self.send_header("Content-Length", str(end - start))
+            self.send_header("Content-Length", str(end - start + surplus * 2**20))
             self.end_headers()
             if with_body:
                 hub.sent.append((found["file"], start, end))
                 try:
                     self.wfile.write(content[start:end])
+                    for _ in range(surplus):
+                        self.wfile.write(bytes(2**20))
+                        hub.flooded_megabytes += 1
                 except ConnectionError:
                     return  # who asked has seen enough
 

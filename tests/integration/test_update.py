@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
+from bad_files import NESTED
 from conftest import LLAMA
 from hub_server import Hub, serving
 
@@ -209,3 +210,16 @@ def test_a_server_without_ranges_is_not_read_at_all(hub):
     hub.ranges = False
     done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
     assert (done.returncode, "warning[unknown-dtype]" in done.stderr) == (0, True)
+
+
+def test_a_server_that_sends_more_than_was_asked_for_is_not_read_on(hub):
+    hub.surplus_megabytes = 64
+    done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
+    assert (done.returncode, lock()["inputs"]["checkpoint"]) == (0, None), done.stderr
+    assert 0 < hub.flooded_megabytes < 32
+
+
+def test_a_header_on_the_hub_is_held_to_the_same_bounds_as_one_on_disk(hub):
+    hub.files[FIRST]["model.safetensors"] = len(NESTED).to_bytes(8, "little") + NESTED
+    done = devmap(hub, "compile", "profile.yaml", XDG_CACHE_HOME=str(Path("cache").absolute()))
+    assert (done.returncode, "its header is nested deeper than 32" in " ".join(done.stderr.split())) == (1, True)
