@@ -21,6 +21,7 @@ import torch
 import transformers
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
+from devmap_config.devices import Device
 from devmap_config.graph.introspection import graph_of
 from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.executor import Executor
@@ -73,7 +74,7 @@ def trial_of(model_type: str) -> Trial | None:
     return Trial(model_type, type(model).__name__, len(set(device_map.values())) > 1, simulation)
 
 
-def plan_by(device_map: Mapping[str, int | str], graph: ModelGraph, capacities: Mapping[str, int]) -> Plan:
+def plan_by(device_map: Mapping[str, int | str], graph: ModelGraph, capacities: Mapping[Device, int]) -> Plan:
     """A map as a plan, each key a unit: that is what hooks are attached by. What no key covers is on the CPU."""
     homes = expand_device_map(dict(device_map), list(graph.tensors))
     held: dict[str, list[TensorName]] = {key: [] for key in device_map}
@@ -86,8 +87,7 @@ def plan_by(device_map: Mapping[str, int | str], graph: ModelGraph, capacities: 
     executor = Executor()
     main_device = executor.main_device(device for _, _, device in placed)
     assignments = tuple(
-        Assignment(unit, names, device, executor.executes_on(device, main_device, None))
-        for unit, names, device in placed
+        Assignment(unit, names, executor.location(device, main_device)) for unit, names, device in placed
     )
     uses = device_uses(graph, assignments, capacities, executor)
     return Plan(strategy="auto", executor=executor, main_device=main_device, assignments=assignments, devices=uses)
@@ -99,8 +99,8 @@ def _largest_block_bytes(graph: ModelGraph) -> int:
     )
 
 
-def _device(key: int | str) -> str:
-    return f"cuda:{key}" if isinstance(key, int) else key
+def _device(key: int | str) -> Device:
+    return Device("cuda", key) if isinstance(key, int) else Device(key)
 
 
 # What is shown

@@ -40,7 +40,6 @@ from transformers.integrations.accelerate import infer_auto_device_map
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.introspection import build_meta_model
 from devmap_config.placement import optimal
-from devmap_config.placement.problem import is_accelerator
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES as STRATEGIES
 
 if TYPE_CHECKING:
@@ -181,10 +180,7 @@ def transformers_seconds(model: PreTrainedModel, compilation: Compilation) -> fl
     """What transformers' planner takes for the same budgets; `None` where it crashes."""
     if compilation.inventory is None:
         return None
-    budgets = {
-        int(device.split(":")[1]) if is_accelerator(device) else device: size_bytes
-        for device, size_bytes in compilation.inventory.capacities.items()
-    }
+    budgets = {device.in_device_map: size_bytes for device, size_bytes in compilation.inventory.capacities.items()}
     begin = time.perf_counter()
     try:
         infer_auto_device_map(model, max_memory=budgets, no_split_module_classes=sorted(model._no_split_modules or ()))  # noqa: SLF001

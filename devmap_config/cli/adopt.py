@@ -11,11 +11,13 @@ from devmap_config.amounts import profile_bytes_at_least
 from devmap_config.cli.command import command
 from devmap_config.cli.new_profile import machine_of, print_or_write, relative_source, require_new, specification
 from devmap_config.cli.options import FILE, class_option, dtype_option, force_option, output_option, remote_code_option
+from devmap_config.devices import CPU, DISK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.machines import Machine
 
@@ -65,10 +67,10 @@ def adopt(
     print_or_write(text, output)
 
 
-def _read_map(path: Path) -> dict[str, str]:
-    """The map with canonical device names."""
+def _read_map(path: Path) -> dict[str, Device]:
+    """The map, with what its names of devices stand for."""
     from devmap_config.files import DEVICE_MAP, FileError, read_json
-    from devmap_config.profile.devices import DeviceNameError, expand_devices
+    from devmap_config.profile.device_names import DeviceNameError, expand_devices, kind_of
 
     try:
         value = read_json(path, DEVICE_MAP)
@@ -76,22 +78,21 @@ def _read_map(path: Path) -> dict[str, str]:
         raise click.UsageError(f"`{path}` {error}") from None
     if not isinstance(value, dict) or not value:
         raise click.UsageError(f"`{path}` is no device_map: it must be an object of modules and devices")
-    kinds = [str(device).partition(":")[0] for device in value.values() if ":" in str(device)]
-    kind = next((kind for kind in kinds if kind != "cpu"), "cuda")
-    canonical: dict[str, str] = {}
+    kind = next(filter(None, (kind_of(str(device)) for device in value.values())), "cuda")
+    read: dict[str, Device] = {}
     for key, device in value.items():
         text = f"{device}:0" if device in ("cuda", "xpu", "npu", "hpu") else str(device)
         try:
-            names = expand_devices(text, kind)
+            devices = expand_devices(text, kind)
         except DeviceNameError as error:
             raise click.UsageError(f"`{key}` of the map: {error.message}; {error.help}") from None
-        if not isinstance(device, (int, str)) or len(names) > 1:
+        if not isinstance(device, (int, str)) or len(devices) > 1:
             raise click.UsageError(f"`{key}` of the map: `{device}` is no device")
-        canonical[key] = names[0]
-    return canonical
+        read[key] = devices[0]
+    return read
 
 
-def _homes(device_map: Mapping[str, str], graph: ModelGraph) -> tuple[dict[TensorName, str], int]:
+def _homes(device_map: Mapping[str, Device], graph: ModelGraph) -> tuple[dict[TensorName, Device], int]:
     """The device of every tensor, as transformers reads the map, and how many the map does not name."""
     keys = sorted((key for key in device_map if key), key=lambda key: (key.count("."), len(key)), reverse=True)
     unknown = [key for key in keys if key not in graph.modules and key not in graph.tensors]
@@ -99,12 +100,12 @@ def _homes(device_map: Mapping[str, str], graph: ModelGraph) -> tuple[dict[Tenso
         raise click.UsageError(f"{graph.class_name} has no `{unknown[0]}`, which the map names")
     # transformers joins the keys as they are, so that a dot takes any character and `layers.1` also `layers.10`.
     expression = re.compile("|".join(f"({key})" for key in keys)) if keys else None
-    homes: dict[TensorName, str] = {}
+    homes: dict[TensorName, Device] = {}
     uncovered = 0
     for name in graph.tensors:
         found = expression.match(name) if expression else None
         device = device_map.get(found.group()) if found else device_map.get("")
-        homes[name] = device or "cpu"
+        homes[name] = device or CPU
         uncovered += device is None
     for group in graph.tied_groups:  # one tensor, one home: that of the name that comes first
         homes |= dict.fromkeys(group, homes[group[0]])
@@ -113,7 +114,7 @@ def _homes(device_map: Mapping[str, str], graph: ModelGraph) -> tuple[dict[Tenso
 
 def profile_text(
     graph: ModelGraph,
-    homes: Mapping[TensorName, str],
+    homes: Mapping[TensorName, Device],
     *,
     source: str,
     class_name: str | None,
@@ -122,7 +123,6 @@ def profile_text(
     title: str,
 ) -> str:
     """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
-    from devmap_config.hardware.inventory import fill_order
     from devmap_config.profile.writing import yaml_text
     from devmap_config.rules.compression import compress
 
@@ -135,7 +135,7 @@ def profile_text(
     used = _resident_bytes(graph, homes)
     if machine is None:
         lines.append("    # Just what the map needs: write what each device has.")
-    for device in sorted({*used, *(machine.devices if machine else ())}, key=fill_order):
+    for device in sorted({*used, *(machine.devices if machine else ())}):
         described = machine.devices.get(device) if machine else None
         lines.append(f"    {device}: {specification(described or profile_bytes_at_least(used.get(device, 0)))}")
     patterns = compress(graph, homes)
@@ -143,20 +143,16 @@ def profile_text(
         lines += ["", "placement:", "  strategy: single", f"  device: {patterns['']}"]
     else:
         lines += ["", "placement:", "  strategy: manual", "  device_map:"]
-        lines += [f"    {yaml_text(pattern)}: {_as_in_maps(device)}" for pattern, device in patterns.items()]
-    if "disk" in used:
+        lines += [f"    {yaml_text(pattern)}: {device.in_device_map}" for pattern, device in patterns.items()]
+    if DISK in used:
         lines += ["  offload: {folder: ./offload}"]
     return "\n".join(lines) + "\n"
 
 
-def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[str, int]:
+def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[Device, int]:
     """Bytes on each device once loaded: some buffers of what is streamed stay where it runs."""
     from devmap_config.placement.problem import Problem, bytes_by_device
 
     problem = Problem(graph, dict.fromkeys(homes.values(), 0))
     main_device = problem.executor.main_device(homes.values())
     return dict.fromkeys(homes.values(), 0) | bytes_by_device(problem, homes, main_device=main_device)
-
-
-def _as_in_maps(device: str) -> str:
-    return device.partition(":")[2] or device

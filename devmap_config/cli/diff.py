@@ -122,7 +122,7 @@ def _move_rows(found: Difference) -> list[tuple[str, ...]]:
 
 
 def _home(home: Home) -> str:
-    return f"{home.device}, computed there" if home.computes_there else home.device
+    return f"{home.device}, computed there" if home.computes_there else str(home.device)
 
 
 _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")

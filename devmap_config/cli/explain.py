@@ -90,7 +90,7 @@ def _story(compiled: Compiled) -> Iterator[str]:
     yield f"{model.class_name}, weights of {weights_in_words(model, plan)}{cache}, by `{plan.strategy}`."
     yield from bar_lines(plan, get_terminal_size().columns)
     for use in plan.devices:
-        units = [each.unit or "everything" for each in plan.assignments if each.stored_on == use.id]
+        units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id]
         if not units:
             yield f"{use.id} stays empty."
             continue
@@ -151,8 +151,8 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
     around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
     for each in below or around:
-        runs = "" if each.stored_on == each.executes_on else f", and runs on {each.executes_on}"
-        yield f"`{each.unit or 'the whole model'}` is on {each.stored_on}{runs}."
+        runs = "" if each.location.stored_on == each.location.runs_on else f", and runs on {each.location.runs_on}"
+        yield f"`{each.unit or 'the whole model'}` is on {each.location.stored_on}{runs}."
     rules = _rules_about(compiled.resolution, name, graph)
     yield from rules
     if rules:
@@ -179,7 +179,7 @@ def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[s
         ]
         if matched and rule not in winning and rule.origin != "allow_new":
             if rule.not_on:
-                lines.append(f"{_at(rule)} keeps it off {' and '.join(rule.not_on)}.")
+                lines.append(f"{_at(rule)} keeps it off {' and '.join(map(str, rule.not_on))}.")
             elif rule.keep_together:
                 lines.append(f"{_at(rule)} keeps its matches together.")
             else:
@@ -192,13 +192,15 @@ def _at(rule: Rule) -> str:
 
 
 def _alternative(other: Alternative, what: str) -> str:
+    from devmap_config.devices import CPU
+    from devmap_config.placement.assignment import Location
 
-    if other.stored_on == other.executes_on == "cpu":
+    if other.location == Location(CPU, CPU):
         where = "stored and computed on the CPU"
-    elif other.stored_on != other.executes_on:
-        where = f"on {other.stored_on}, copied to {other.executes_on} at every forward"
+    elif other.location.stored_on != other.location.runs_on:
+        where = f"on {other.location.stored_on}, copied to {other.location.runs_on} at every forward"
     else:
-        where = f"on {other.stored_on}"
+        where = f"on {other.location.stored_on}"
     slower = other.slower_nanoseconds
     pace = f"how long {what} would take is not known"
     if slower is not None:

@@ -92,12 +92,11 @@ def _hardware(name: str) -> Hardware:
     if name.endswith((".yaml", ".yml")):
         return _hardware_of_file(Path(name))
     try:
-        devices = named_machine(name.replace("+", ",")).devices
-        accelerators = {
-            device: what if what[:1].isalpha() or "-" in what else {"memory": what} for device, what in devices.items()
+        devices = {
+            str(device): what if what[:1].isalpha() or "-" in what else {"memory": what}
+            for device, what in named_machine(name.replace("+", ",")).devices.items()
         }
-        stores = {device: {"memory": devices[device]} for device in ("cpu", "disk") if device in devices}
-        return Hardware.model_validate({"devices": accelerators | stores})
+        return Hardware.model_validate({"devices": devices})
     except (UnknownMachineError, QuantityError) as error:
         raise click.UsageError(f"{name}: {error}") from None
     except ValidationError as error:

@@ -13,14 +13,16 @@ import click
 from devmap_config.cli.command import CommandError, command
 from devmap_config.cli.new_profile import machine_of, print_or_write, relative_source, require_new, specification
 from devmap_config.cli.options import force_option, output_option, remote_code_option
+from devmap_config.devices import CPU, DISK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from devmap_config.compiler import Compilation, Rejected
+    from devmap_config.devices import Device
     from devmap_config.hardware.machines import Machine
 
-OFFLOAD_MEMORY = {"cpu": "1TiB", "disk": "4TiB"}
+OFFLOAD_MEMORY = {CPU: "1TiB", DISK: "4TiB"}
 """What is written down where the machine's own is not known and the model does not fit without."""
 
 
@@ -62,21 +64,26 @@ def _this_machine() -> Machine:
 
 def _candidates(source: str, machine: Machine, named: str) -> Iterator[str]:
     """Profiles from the simplest to the one that offloads most; the first that compiles is taken."""
-    storage = {device: what for device, what in machine.devices.items() if device in ("cpu", "disk")}
+    storage = {device: what for device, what in machine.devices.items() if not device.is_accelerator}
     accelerators = {device: machine.devices[device] for device in machine.accelerators}
     for dtype in ("auto", "float16"):
         if accelerators:
             yield _profile(source, accelerators, named, "single", dtype, spare=storage)
             yield _profile(source, accelerators, named, "balanced", dtype, spare=storage)
             yield _profile(source, accelerators, named, "sequential", dtype, spare=storage)
-        cpu = {"cpu": storage.get("cpu", OFFLOAD_MEMORY["cpu"])}
+        cpu = {CPU: storage.get(CPU, OFFLOAD_MEMORY[CPU])}
         yield _profile(source, accelerators | cpu, named, "sequential" if accelerators else "single", dtype)
-        disk = {"disk": storage.get("disk", OFFLOAD_MEMORY["disk"])}
+        disk = {DISK: storage.get(DISK, OFFLOAD_MEMORY[DISK])}
         yield _profile(source, accelerators | cpu | disk, named, "sequential", dtype)
 
 
 def _profile(
-    source: str, devices: dict[str, str], named: str, strategy: str, dtype: str, spare: dict[str, str] | None = None
+    source: str,
+    devices: dict[Device, str],
+    named: str,
+    strategy: str,
+    dtype: str,
+    spare: dict[Device, str] | None = None,
 ) -> str:
     from devmap_config.profile.writing import yaml_text
 
@@ -110,9 +117,9 @@ def _profile(
         "placement:",
         f"  strategy: {strategy}   # {explained}",
         "  # pins:   # parts of the model that must be somewhere; `devmap tree` shows their names",
-        "  #   - {match: lm_head, device: " + next(iter(devices)) + "}",
+        "  #   - {match: lm_head, device: " + str(next(iter(devices))) + "}",
     ]
-    if "disk" in devices:
+    if DISK in devices:
         lines.append("  offload: {folder: ./offload}")
     return "\n".join(lines) + "\n"
 

@@ -9,12 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_duration, largest_unit
+from devmap_config.devices import DISK
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from devmap_config.compiler import Compiled
+    from devmap_config.devices import Device
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
 
@@ -39,7 +41,7 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
     for use in plan.devices:
         running = (use.kv_cache_bytes, use.activation_bytes, use.overhead_bytes)[: len(running_headings)]
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
-        table.add_row(use.id, *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
+        table.add_row(str(use.id), *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
     yield table
     yield from _notes(plan, model, compiled.loaded.profile.workload.context_length.value)
 
@@ -58,8 +60,8 @@ def weights_in_words(model: LoadedModel, plan: Plan) -> str:
     return words
 
 
-def _held(plan: Plan, device: str) -> str:
-    units = [each.unit or "everything" for each in plan.assignments if each.stored_on == device]
+def _held(plan: Plan, device: Device) -> str:
+    units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == device]
     patterns = fold_paths(units)
     shown = list(patterns[:PATTERNS_SHOWN])
     if len(patterns) > len(shown):
@@ -78,7 +80,7 @@ def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterat
     if plan.streams_buffers:
         yield Text("buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`")
     for use in plan.devices:
-        if use.id != "disk" and use.loading_bytes > use.capacity_bytes - use.free_bytes:
+        if use.id != DISK and use.loading_bytes > use.capacity_bytes - use.free_bytes:
             yield Text(f"loading holds {format_bytes(use.loading_bytes)} at once on {use.id}", style="dim")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
@@ -110,7 +112,7 @@ BAR_PARTS = (("weights", "█"), ("cache", "▓"), ("running", "▒"), ("free", 
 def bar_lines(plan: Plan, width: int) -> Iterator[str]:
     """Each device as a bar, as long as its capacity: weights, cache, what is needed while it runs, what is free."""
     yield "  ".join(f"{character} {name}" for name, character in BAR_PARTS)
-    longest = max(len(use.id) for use in plan.devices)
+    longest = max(len(str(use.id)) for use in plan.devices)
     for use in plan.devices:
         sizes = (use.weights_bytes, use.kv_cache_bytes, use.activation_bytes + use.overhead_bytes)
         bar, filled, used_bytes = "", 0, 0
@@ -121,7 +123,7 @@ def bar_lines(plan: Plan, width: int) -> Iterator[str]:
             filled = end
         bar += BAR_PARTS[-1][1] * (BAR_COLUMNS - filled)
         holds = ", ".join(
-            fold_paths(each.unit or "everything" for each in plan.assignments if each.stored_on == use.id)
+            fold_paths(each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id)
         )
-        line = f"{use.id:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}  {holds}"
+        line = f"{use.id!s:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}  {holds}"
         yield line if len(line) <= width else f"{line[: width - 1]}…"

@@ -13,6 +13,7 @@ from devmap_config.amounts import format_bytes
 from devmap_config.cli.command import CommandError, command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE, quiet_option
+from devmap_config.devices import DISK
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
@@ -116,7 +117,7 @@ def _sentence(demand: Demand) -> str:
     if not demand.is_there:
         return f"{named}: {format_bytes(needed_bytes)} needed, and it is not there"
     there = f"{format_bytes(memory)} there" if memory is not None else "what is there is not known"
-    now = f", {format_bytes(free)} free now" if free is not None and demand.device != "disk" else ""
+    now = f", {format_bytes(free)} free now" if free is not None and demand.device != DISK else ""
     return f"{named}: {format_bytes(needed_bytes)} needed, {there}{now}"
 
 

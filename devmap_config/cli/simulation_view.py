@@ -64,7 +64,7 @@ def _devices(plan: Plan, simulation: Simulation, unit_bytes: int) -> Table:
     for device in simulation.devices:
         sizes = (device.weights_bytes, device.cache_bytes, device.peak_bytes, capacities[device.id])
         moment = f"{device.peak_phase}, {device.peak_module or 'the model'}" if device.peak_phase else "–"
-        table.add_row(device.id, *(f"{size_bytes / unit_bytes:,.2f}" for size_bytes in sizes), moment)
+        table.add_row(str(device.id), *(f"{size_bytes / unit_bytes:,.2f}" for size_bytes in sizes), moment)
     return table
 
 
@@ -77,7 +77,7 @@ def _timeline(steps: list[Step], width: int) -> Table:
     for device, run in groupby(steps, key=lambda step: step.device):
         blocks = list(run)
         live_bytes = max(dict(step.live_bytes).get(device, 0) for step in blocks)
-        table.add_row(device, f"+{format_bytes(live_bytes)}", ", ".join(fold_paths(step.block for step in blocks)))
+        table.add_row(str(device), f"+{format_bytes(live_bytes)}", ", ".join(fold_paths(step.block for step in blocks)))
     return table
 
 

@@ -418,7 +418,7 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
 
 
 def _has_accelerator(loaded: LoadedProfile) -> bool:
-    return any(device not in ("cpu", "disk") for device in loaded.profile.hardware.devices.value)
+    return any(device.is_accelerator for device in loaded.profile.hardware.devices.value)
 
 
 def _quantization_json(quantization: Quantization | None) -> dict[str, object] | None:

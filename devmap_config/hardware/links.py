@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import DISK
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from fractions import Fraction
 
-    from devmap_config.hardware.inventory import Device
+    from devmap_config.devices import Device
+    from devmap_config.hardware.inventory import InventoryDevice
     from devmap_config.profile.schema import Link as LinkSpecification
 
 NANOSECONDS_PER_SECOND = 10**9
@@ -37,14 +40,16 @@ class Link:
         )
 
 
-def links_between(devices: Sequence[Device], specified: Mapping[str, LinkSpecification]) -> dict[tuple[str, str], Link]:
+def links_between(
+    devices: Sequence[InventoryDevice], specified: Mapping[str, LinkSpecification]
+) -> dict[tuple[Device, Device], Link]:
     """The link of every ordered pair of devices of which it is known: the profile's, else the catalogue's.
 
     A pair by name comes before `peer`, `host` and `disk`. Accelerators that cannot reach each other go through the
     host's memory, and what is on the disk through it as well.
     """
     given = {name: _given(specification) for name, specification in specified.items()}
-    links: dict[tuple[str, str], Link] = {}
+    links: dict[tuple[Device, Device], Link] = {}
     for source in devices:
         for target in devices:
             if source is not target:
@@ -62,15 +67,14 @@ def _given(specification: LinkSpecification) -> Link:
     )
 
 
-def _usual(source: Device, target: Device, given: Mapping[str, Link]) -> Link | None:
-    kinds = {source.id, target.id}
-    if source.is_accelerator and target.is_accelerator:
+def _usual(source: InventoryDevice, target: InventoryDevice, given: Mapping[str, Link]) -> Link | None:
+    if source.id.is_accelerator and target.id.is_accelerator:
         return given.get("peer") or _peer(source, target) or _in_turn(_host(source, given), _host(target, given))
-    accelerator = next((device for device in (source, target) if device.is_accelerator), None)
-    disk = next((device for device in (source, target) if device.id == "disk"), None)
+    accelerator = next((device for device in (source, target) if device.id.is_accelerator), None)
+    disk = next((device for device in (source, target) if device.id == DISK), None)
     reading = None if disk is None else given.get("disk") or _reading(disk)
     if accelerator is None:
-        return reading if kinds == {"cpu", "disk"} else None
+        return reading
     host = _host(accelerator, given)
     return host if disk is None else _in_turn(reading, host)
 
@@ -79,7 +83,7 @@ def _in_turn(first: Link | None, second: Link | None) -> Link | None:
     return None if first is None or second is None else first.then(second)
 
 
-def _peer(source: Device, target: Device) -> Link | None:
+def _peer(source: InventoryDevice, target: InventoryDevice) -> Link | None:
     rates = [
         _share(device.accelerator.peer_link_bytes_per_second, device.accelerator.link_efficiency)
         for device in (source, target)
@@ -88,7 +92,7 @@ def _peer(source: Device, target: Device) -> Link | None:
     return Link(bytes_per_second=min(rates)) if len(rates) == 2 else None
 
 
-def _host(device: Device, given: Mapping[str, Link]) -> Link | None:
+def _host(device: InventoryDevice, given: Mapping[str, Link]) -> Link | None:
     if "host" in given:
         return given["host"]
     card = device.accelerator
@@ -97,7 +101,7 @@ def _host(device: Device, given: Mapping[str, Link]) -> Link | None:
     return Link(bytes_per_second=_share(card.host_link_bytes_per_second, card.link_efficiency))
 
 
-def _reading(disk: Device) -> Link | None:
+def _reading(disk: InventoryDevice) -> Link | None:
     rate = disk.bandwidth_bytes_per_second
     return None if rate is None else Link(bytes_per_second=_share(rate, disk.memory_efficiency))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from devmap_config.devices import Device, nth_accelerator
 from devmap_config.hardware.catalogue import load_catalogue, nearest
 from devmap_config.profile.quantities import QuantityError, parse_bytes
 
@@ -18,14 +19,14 @@ class UnknownMachineError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices by their canonical names; each a catalogue name, or an amount of memory."""
+    """Devices, each a catalogue name or an amount of memory."""
 
-    devices: dict[str, str]
+    devices: dict[Device, str]
 
     @property
-    def accelerators(self) -> tuple[str, ...]:
+    def accelerators(self) -> tuple[Device, ...]:
         """The names of all but the CPU and the disk."""
-        return tuple(device for device in self.devices if device not in ("cpu", "disk"))
+        return tuple(device for device in self.devices if device.is_accelerator)
 
 
 def named_machine(text: str) -> Machine:
@@ -35,10 +36,10 @@ def named_machine(text: str) -> Machine:
         UnknownMachineError: where it names none.
     """
     accelerators: list[tuple[str, str]] = []
-    storage: dict[str, str] = {}
+    storage: dict[Device, str] = {}
     for part in text.split(","):
         if stored := STORAGE.fullmatch(part.strip()):
-            storage[stored["device"]] = _memory(stored["memory"])
+            storage[Device(stored["device"])] = _memory(stored["memory"])
             continue
         match = PART.fullmatch(part.strip())
         if match is None:
@@ -48,13 +49,10 @@ def named_machine(text: str) -> Machine:
     if len(kinds) > 1:
         raise UnknownMachineError(f"one machine cannot run {' and '.join(kinds)} devices together")
     kind = kinds[0] if kinds else "cuda"
-    if kind == "mps":
-        if len(accelerators) > 1:
-            raise UnknownMachineError("a Mac has one `mps` device")
-        devices = {"mps": accelerators[0][1]}
-    else:
-        devices = {f"{kind}:{index}": what for index, (_, what) in enumerate(accelerators)}
-    return Machine(devices | {device: storage[device] for device in ("cpu", "disk") if device in storage})
+    if kind == "mps" and len(accelerators) > 1:
+        raise UnknownMachineError("a Mac has one `mps` device")
+    devices = {nth_accelerator(kind, index): what for index, (_, what) in enumerate(accelerators)}
+    return Machine(devices | dict(sorted(storage.items())))
 
 
 def _accelerator(text: str) -> tuple[str, str]:

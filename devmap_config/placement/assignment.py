@@ -1,4 +1,4 @@
-"""`Assignment`: what a plan is made of."""
+"""`Location` and `Assignment`: what a plan is made of."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.graph.model import TensorName
-    from devmap_config.placement.problem import DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where weights are stored, and where the module that they belong to runs."""
+
+    stored_on: Device
+    runs_on: Device
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A unit (module path or tensor name; `""` is the whole model), where it is stored and where it runs."""
+    """A unit (module path or tensor name; `""` is the whole model), and where it is stored and runs."""
 
     unit: str
     tensors: tuple[TensorName, ...]
-    stored_on: DeviceId
-    executes_on: DeviceId
+    location: Location

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.devices import STORAGE_DEVICES
+from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.placement.executor import LEFT, OFFLOADED
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.devices import DeviceId
     from devmap_config.placement.executor import Executor
     from devmap_config.placement.prepared import Prepared
 
@@ -33,7 +33,7 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
     return (LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (LEFT,)
 
 
-def can_be_offloaded(graph: ModelGraph, capacities: Mapping[DeviceId, int]) -> bool:
+def can_be_offloaded(graph: ModelGraph, capacities: Mapping[Device, int]) -> bool:
     """Whether there are buffers that a checkpoint holds, and a device from which they could be streamed."""
     is_held = any(tensor.is_held_in_buffer and tensor.persistent for tensor in graph.tensors.values())
     return is_held and any(device in STORAGE_DEVICES for device in capacities)

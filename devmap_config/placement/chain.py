@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from devmap_config.placement.problem import DeviceId
+    from devmap_config.devices import Device
 
-Bytes = tuple[tuple["DeviceId", int], ...]
+Mode = (
+    tuple[Literal["resident"]]
+    | tuple[Literal["computed"]]
+    | tuple[Literal["streamed"], "Device"]
+    | tuple[Literal["part"], str]
+)
+"""How a block is stored: where it runs, streamed from a device, or all but a part, which is computed on the CPU."""
+
+Place = tuple["Device", Mode]
+
+Bytes = tuple[tuple["Device", int], ...]
 """Bytes by device."""
 
 Choice = tuple[int, ...]
@@ -26,17 +36,17 @@ class Option:
     `mode` says how it is stored; it means nothing to the solver.
     """
 
-    home: DeviceId
+    home: Device
     nanoseconds: int
     demands: Bytes = ()
     peaks: Bytes = ()
     pieces: Bytes = ()
-    mode: tuple[str, ...] = ()
+    mode: Mode = ("resident",)
 
     @property
-    def place(self) -> tuple[str, ...]:
+    def place(self) -> Place:
         """Where and how: what blocks of one group share."""
-        return (self.home, *self.mode)
+        return (self.home, self.mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class Block:
     group: int | None = None
 
 
-Hops = Mapping[tuple["DeviceId", "DeviceId"], int]
+Hops = Mapping[tuple["Device", "Device"], int]
 """What it costs to get from one device to another, in nanoseconds; a pair that is not there costs nothing."""
 
 
@@ -70,7 +80,7 @@ class Chain:
     """
 
     blocks: tuple[Block, ...]
-    capacities: Mapping[DeviceId, int]
+    capacities: Mapping[Device, int]
     entering: tuple[Hops, ...]
     gifts: tuple[Gift, ...] = ()
 
@@ -85,11 +95,11 @@ class Chain:
             total += gift.hops.get((chosen[gift.maker].home, chosen[gift.reader].home), 0)
         return total
 
-    def used_bytes(self, choice: Choice) -> dict[DeviceId, int]:
+    def used_bytes(self, choice: Choice) -> dict[Device, int]:
         """What each device needs under a choice."""
-        demands: dict[DeviceId, int] = {}
-        peaks: dict[DeviceId, int] = {}
-        pieces: dict[DeviceId, int] = {}
+        demands: dict[Device, int] = {}
+        peaks: dict[Device, int] = {}
+        pieces: dict[Device, int] = {}
         for block, index in zip(self.blocks, choice, strict=True):
             option = block.options[index]
             for device, size_bytes in option.demands:
@@ -106,7 +116,7 @@ class Chain:
         used = self.used_bytes(choice)
         if any(size_bytes > self.capacities.get(device, 0) for device, size_bytes in used.items()):
             return False
-        places: dict[int, tuple[str, ...]] = {}
+        places: dict[int, Place] = {}
         for block, index in zip(self.blocks, choice, strict=True):
             place = block.options[index].place
             if block.group is not None and places.setdefault(block.group, place) != place:
@@ -114,7 +124,7 @@ class Chain:
         return True
 
     @cached_property
-    def devices(self) -> tuple[DeviceId, ...]:
+    def devices(self) -> tuple[Device, ...]:
         """Where any block could run, in the order of the capacities."""
         homes = {option.home for block in self.blocks for option in block.options}
         return tuple(device for device in self.capacities if device in homes)

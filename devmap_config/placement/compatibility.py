@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.failures import failure_of
@@ -13,8 +14,9 @@ from devmap_config.graph.model import TensorName
 from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.placement.prepared import Prepared
     from devmap_config.profile.permissions import Permissions
@@ -43,22 +45,22 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
         )
 
 
-def check_quantizer(device_map: Mapping[str, int | str], prepared: Prepared, sink: Sink) -> None:
-    """Report a map that the model's quantizer refuses to load by."""
+def check_quantizer(stored_on: Collection[Device], prepared: Prepared, sink: Sink) -> None:
+    """Report devices of a map onto which the model's quantizer refuses to load."""
     quantization = prepared.model.quantization
     if quantization is None:
         return
-    devices = set(device_map.values())
+    devices = set(stored_on)
     used = devices.intersection(quantization.refused_devices)
     accepts_alone = quantization.method.refusal.alone_is_fine and not quantization.is_told_to_accept
-    if not used or (accepts_alone and devices == {"cpu"}):
+    if not used or (accepts_alone and devices == {CPU}):
         return
     advice = "give the accelerators more room, or leave these devices out of the profile"
     argument = quantization.accepting_argument
     nothing = "nothing of a quantised checkpoint" if quantization.is_prequantized else "nothing"
     sink.error(
         "quantizer-refuses",
-        f"{quantization.method.name} loads {nothing} onto {' or '.join(sorted(map(str, used)))}",
+        f"{quantization.method.name} loads {nothing} onto {' or '.join(map(str, sorted(used)))}",
         prepared.loaded.profile.model.quantization.span,
         help=f"say `{argument}: true`, or {advice}" if argument else advice,
     )

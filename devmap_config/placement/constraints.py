@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.placement.problem import Aim, Problem
 from devmap_config.placement.units import fold
-from devmap_config.profile.devices import expand_devices
+from devmap_config.profile.device_names import device_meant
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 
@@ -18,11 +19,11 @@ DEFAULT_NEW_TOKENS = 256
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.timing import Phase
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
@@ -38,8 +39,8 @@ class Repairs:
     """
 
     together: tuple[tuple[TensorName, ...], ...] = ()
-    reserved_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
-    kept: Mapping[TensorName, DeviceId] = field(default_factory=dict)
+    reserved_bytes: Mapping[Device, int] = field(default_factory=dict)
+    kept: Mapping[TensorName, Device] = field(default_factory=dict)
 
 
 NO_REPAIRS = Repairs()
@@ -66,7 +67,7 @@ def build_problem(prepared: Prepared, sink: Sink, repairs: Repairs = NO_REPAIRS)
 
 def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorName, ...], ...]) -> Problem:
     graph, resolution, quantization = prepared.graph, prepared.resolution, prepared.model.quantization
-    pinned: dict[TensorName, str] = {}
+    pinned: dict[TensorName, Device] = {}
     for group in _united([*graph.tied_groups, *(names for _, names in resolution.groups), *together], graph):
         deciding = [resolution.decisions[name] for name in group if name in resolution.decisions]
         if not deciding:
@@ -88,7 +89,7 @@ def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorNam
     return problem
 
 
-def keeping(problem: Problem, kept: Mapping[TensorName, DeviceId]) -> Problem:
+def keeping(problem: Problem, kept: Mapping[TensorName, Device]) -> Problem:
     """The problem with these tensors, and what must be with them, on these devices, where no rule decides for them."""
     pinned = dict(problem.pinned)
     for group in _united([*problem.graph.tied_groups, *problem.groups], problem.graph) if kept else ():
@@ -98,7 +99,7 @@ def keeping(problem: Problem, kept: Mapping[TensorName, DeviceId]) -> Problem:
     return replace(problem, pinned=pinned)
 
 
-def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str | None:
+def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Device | None:
     """The device that `single` is told to use; checks that strategy and the keys beside it agree.
 
     `manual` must say of every tensor where it goes.
@@ -124,14 +125,14 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> str |
             help="say `strategy: single`, or remove it",
         )
         return None
-    kind = next((device.partition(":")[0] for device in problem.accelerators), "cuda")
-    device = expand_devices(placement.device.value, kind)[0]
+    kind = next((device.kind for device in problem.accelerators), "cuda")
+    device = device_meant(placement.device.value, kind)
     if device not in problem.capacities:
         sink.error(
             "unknown-device",
             f"{device} is not a device of this profile",
             placement.device.span,
-            help=f"list it under `hardware.devices`; listed are {', '.join(problem.capacities)}",
+            help=f"list it under `hardware.devices`; listed are {', '.join(map(str, problem.capacities))}",
         )
     return device
 
@@ -169,14 +170,16 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
     return None if missing else Aim(phases=phases, inventory=inventory)
 
 
-def _missing_figures(inventory: Inventory, apart: frozenset[str], *, prefills: bool) -> list[tuple[str, str, str]]:
+def _missing_figures(
+    inventory: Inventory, apart: frozenset[Device], *, prefills: bool
+) -> list[tuple[Device, str, str]]:
     """Device, figure and example of what is not known of accelerators, and of the ways to and between them.
 
     `apart` is where rules let something compute: on the CPU beside accelerators.
     """
-    missing: list[tuple[str, str, str]] = []
-    accelerators = [device for device in inventory.devices if device.is_accelerator]
-    computing = accelerators or [device for device in inventory.devices if device.id == "cpu"]
+    missing: list[tuple[Device, str, str]] = []
+    accelerators = inventory.accelerators
+    computing = accelerators or tuple(device for device in inventory.devices if device.id == CPU)
     for device in inventory.devices:
         if device not in computing and device.id not in apart:
             continue
@@ -184,11 +187,11 @@ def _missing_figures(inventory: Inventory, apart: frozenset[str], *, prefills: b
             missing.append((device.id, f"the bandwidth of {device.id}", f"`{device.id}: {{bandwidth: 1000GB/s}}`"))
         if prefills and device.flops_per_second is None:
             missing.append((device.id, f"what {device.id} computes", f"`{device.id}: {{flops: 150TFLOP/s}}`"))
-    first = computing[0].id if computing else "cpu"
-    stores = [device.id for device in inventory.devices if not device.is_accelerator and device.id != first]
+    first = computing[0].id if computing else CPU
+    stores = [device.id for device in inventory.devices if not device.id.is_accelerator and device.id != first]
     for store in stores:
         if computing and (store, first) not in inventory.links:
-            is_host = store == "cpu" or (("cpu", first) not in inventory.links and bool(accelerators))
+            is_host = store == CPU or ((CPU, first) not in inventory.links and bool(accelerators))
             figure, example = ("host", "`links: {host: 25GB/s}`") if is_host else ("disk", "`disk: {bandwidth: 6GB/s}`")
             missing.append((store, f"how fast {store} is reached ({figure})", example))
     for device in accelerators[1:]:
@@ -281,12 +284,12 @@ def _check_possible(problem: Problem, resolution: Resolution, sink: Sink) -> Non
                 "conflicting-pins",
                 f"`{name}` is forbidden on every device",
                 rule.span,
-                help=f"leave it one of {', '.join(problem.capacities)}",
+                help=f"leave it one of {', '.join(map(str, problem.capacities))}",
             )
             return
 
 
-def _check_forbidden(pinned: dict[TensorName, str], resolution: Resolution, sink: Sink) -> None:
+def _check_forbidden(pinned: dict[TensorName, Device], resolution: Resolution, sink: Sink) -> None:
     reported: set[tuple[int, int]] = set()
     for name, device in pinned.items():
         forbidding: Rule | None = resolution.forbidden.get(name, {}).get(device)

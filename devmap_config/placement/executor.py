@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.devices import is_accelerator
+from devmap_config.devices import CPU, DISK
+from devmap_config.placement.assignment import Location
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import Tensor
-    from devmap_config.placement.devices import DeviceId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,39 +25,41 @@ class Executor:
     name: str = "accelerate"
     offload_buffers: bool = False
 
-    def main_device(self, stored_on: Iterable[DeviceId]) -> DeviceId:
-        """The device on which streamed modules run: the first accelerator in use, else the CPU."""
-        accelerators = sorted((device for device in stored_on if is_accelerator(device)), key=_by_index)
-        return accelerators[0] if accelerators else "cpu"
+    def main_device(self, stored_on: Iterable[Device]) -> Device:
+        """Return the device on which streamed modules run: the first accelerator in use, else the CPU."""
+        return min((device for device in stored_on if device.is_accelerator), default=CPU)
 
-    def executes_on(self, stored_on: DeviceId, main_device: DeviceId, compute: DeviceId | None) -> DeviceId:
-        """Where a module runs that is stored here, given where its rule says that it computes."""
-        if compute is not None:
-            return compute
-        return stored_on if is_accelerator(stored_on) else main_device
+    def location(self, stored_on: Device, main_device: Device, compute: Device | None = None) -> Location:
+        """Return where a module is and runs that is stored here, given where its rule says that it computes."""
+        return Location(stored_on, compute or (stored_on if stored_on.is_accelerator else main_device))
 
-    def residence(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId) -> DeviceId:
+    def can_run(self, location: Location, main_device: Device) -> bool:
+        """Whether what is stored there can run there: in place, or where it is streamed to."""
+        usual = self.location(location.stored_on, main_device).runs_on
+        return location.runs_on in (usual, location.stored_on) and location.runs_on != DISK
+
+    def residence(self, tensor: Tensor, location: Location) -> Device:
         """Where a tensor occupies memory while nothing runs: accelerate leaves some buffers where they are needed."""
-        is_left = self.streams(stored_on, executes_on) and not self._is_offloaded_with_its_module(tensor)
-        return executes_on if is_left or _is_moved_for_good(stored_on, executes_on) else stored_on
+        is_left = self.streams(location) and not self._is_offloaded_with_its_module(tensor)
+        return location.runs_on if is_left or _is_moved_for_good(location) else location.stored_on
 
-    def streams(self, stored_on: DeviceId, executes_on: DeviceId) -> bool:
+    def streams(self, location: Location) -> bool:
         """Whether what is stored here is copied to where it runs at every forward."""
-        is_elsewhere = stored_on != executes_on and not _is_moved_for_good(stored_on, executes_on)
-        return stored_on == "disk" or is_elsewhere
+        is_elsewhere = location.stored_on != location.runs_on and not _is_moved_for_good(location)
+        return location.stored_on == DISK or is_elsewhere
 
-    def is_copied_in(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId) -> bool:
+    def is_copied_in(self, tensor: Tensor, location: Location) -> bool:
         """Whether a tensor is copied to where its module runs at every forward."""
-        return self.streams(stored_on, executes_on) and self._is_offloaded_with_its_module(tensor)
+        return self.streams(location) and self._is_offloaded_with_its_module(tensor)
 
-    def is_offloaded(self, stored_on: DeviceId, executes_on: DeviceId, main_device: DeviceId) -> bool:
+    def is_offloaded(self, location: Location, main_device: Device) -> bool:
         """Whether the map that loads it says `cpu` or `disk`; of what computes on the CPU beside cards it does not."""
-        computes_apart = stored_on == executes_on != main_device
-        return not is_accelerator(stored_on) and not computes_apart
+        computes_apart = location.stored_on == location.runs_on != main_device
+        return not location.stored_on.is_accelerator and not computes_apart
 
-    def held_bytes(self, tensor: Tensor, stored_on: DeviceId, executes_on: DeviceId, main_device: DeviceId) -> int:
+    def held_bytes(self, tensor: Tensor, location: Location, main_device: Device) -> int:
         """What a tensor occupies, wherever it resides: some quantizers leave as it is what a map has on `cpu`."""
-        return tensor.bytes_where(is_offloaded=self.is_offloaded(stored_on, executes_on, main_device))
+        return tensor.bytes_where(is_offloaded=self.is_offloaded(location, main_device))
 
     def _is_offloaded_with_its_module(self, tensor: Tensor) -> bool:
         return not tensor.is_held_in_buffer or (self.offload_buffers and tensor.persistent)
@@ -69,11 +72,6 @@ OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""
 
 
-def _is_moved_for_good(stored_on: DeviceId, executes_on: DeviceId) -> bool:
+def _is_moved_for_good(location: Location) -> bool:
     """Whether accelerate puts what a map has on the CPU where it runs, and leaves it there: beside Apple's GPU."""
-    return stored_on == "cpu" and executes_on == "mps"
-
-
-def _by_index(device: DeviceId) -> tuple[str, int]:
-    kind, _, index = device.partition(":")
-    return (kind, int(index or 0))
+    return location.stored_on == CPU and location.runs_on.kind == "mps"

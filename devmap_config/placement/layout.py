@@ -6,13 +6,13 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import Device
 from devmap_config.placement.program import INFINITY, NANOSECONDS_PER_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from devmap_config.placement.chain import Chain, Choice, Option
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.program import Program, Rows, Terms
 
 IMPROVING_PASSES = 8
@@ -25,7 +25,7 @@ def laid_out(program: Program, values: Sequence[int]) -> Choice:
     return _chosen(program, values, [devices] * len(program.chain.blocks))
 
 
-def _chosen(program: Program, values: Sequence[int], allowed: Sequence[Sequence[DeviceId]]) -> Choice:
+def _chosen(program: Program, values: Sequence[int], allowed: Sequence[Sequence[Device]]) -> Choice:
     """The numbers along the chain, each free block on a device that is allowed at its position."""
     left = {
         (number, index): values[column]
@@ -39,12 +39,12 @@ def _chosen(program: Program, values: Sequence[int], allowed: Sequence[Sequence[
         for position in member
     }
     choice: dict[int, int] = {}
-    home: DeviceId | None = None
+    home: Device | None = None
     for position, block in enumerate(program.chain.blocks):
         if position not in choice:
             number, member = member_at[position]
             options = program.classes[number].options
-            on_home = Counter[str]()
+            on_home = Counter[Device]()
             for (other, index), count in left.items():
                 on_home[program.classes[other].options[index].home] += count
             index = min(
@@ -62,7 +62,7 @@ def _chosen(program: Program, values: Sequence[int], allowed: Sequence[Sequence[
     return tuple(choice[position] for position in range(len(program.chain.blocks)))
 
 
-def in_runs(program: Program, order: Sequence[DeviceId]) -> tuple[Rows, Terms, list[list[int]]]:
+def in_runs(program: Program, order: Sequence[Device]) -> tuple[Rows, Terms, list[list[int]]]:
     """State that the free blocks are cut into one run for each device in this order; a run may be empty.
 
     Returns:
@@ -94,20 +94,20 @@ def in_runs(program: Program, order: Sequence[DeviceId]) -> tuple[Rows, Terms, l
     return rows, costs, ends
 
 
-def _columns_by_home(program: Program, number: int) -> dict[DeviceId, list[int]]:
-    found: dict[DeviceId, list[int]] = {}
+def _columns_by_home(program: Program, number: int) -> dict[Device, list[int]]:
+    found: dict[Device, list[int]] = {}
     for column, option in zip(program.numbers[number], program.classes[number].options, strict=True):
         found.setdefault(option.home, []).append(column)
     return found
 
 
 def laid_out_in_runs(
-    program: Program, values: Sequence[int], order: Sequence[DeviceId], ends: Sequence[Sequence[int]]
+    program: Program, values: Sequence[int], order: Sequence[Device], ends: Sequence[Sequence[int]]
 ) -> Choice:
     """Return the choice that the cuts make."""
     free = free_positions(program)
     last = [next(place for place, column in enumerate(columns) if values[column]) for columns in ends] + [len(free)]
-    allowed: list[Sequence[DeviceId]] = [program.chain.devices] * len(program.chain.blocks)
+    allowed: list[Sequence[Device]] = [program.chain.devices] * len(program.chain.blocks)
     begin = 0
     for device, end in zip(order, last, strict=True):
         for position in free[begin:end]:
@@ -127,9 +127,9 @@ def _is_free(program: Program, number: int) -> bool:
     return len(each.options) > 1 and len(each.members[0]) == 1
 
 
-def order_in(program: Program, choice: Choice) -> tuple[DeviceId, ...]:
+def order_in(program: Program, choice: Choice) -> tuple[Device, ...]:
     """Return the devices in the order in which the free blocks of a choice use them, by their mean position."""
-    positions: dict[DeviceId, list[int]] = {}
+    positions: dict[Device, list[int]] = {}
     for position in free_positions(program):
         home = program.chain.blocks[position].options[choice[position]].home
         positions.setdefault(home, []).append(position)
@@ -140,7 +140,7 @@ def improved(chain: Chain, choice: Choice) -> Choice:
     """The choice with single blocks moved to where a neighbour runs, as long as that makes it faster."""
     best = list(choice)
 
-    def homes_around(position: int) -> tuple[DeviceId | None, DeviceId | None]:
+    def homes_around(position: int) -> tuple[Device | None, Device | None]:
         before = chain.blocks[position - 1].options[best[position - 1]].home if position else None
         is_last = position == len(best) - 1
         after = None if is_last else chain.blocks[position + 1].options[best[position + 1]].home

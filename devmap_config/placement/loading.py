@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.problem import is_accelerator
+from devmap_config.devices import CPU, DISK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import LoadingFacts, ModelGraph, Tensor
     from devmap_config.placement.assignment import Assignment
-    from devmap_config.placement.problem import DeviceId
 
 THREADS = 4
 """How many tensors transformers takes ahead at once (`GLOBAL_WORKERS`)."""
@@ -27,21 +27,21 @@ THREADS = 4
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> dict[DeviceId, int]:
+def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> dict[Device, int]:
     """The bytes that each device holds at most while loading, beyond the weights that stay there."""
     facts = graph.loading
     if facts is None:
         return {}
     placed = [
-        (graph.tensors[name], each.stored_on)
+        (graph.tensors[name], each.location.stored_on)
         for each in assignments
         for name in each.tensors
         if graph.storage_of[name] == name and graph.tensors[name].persistent
     ]
-    one_by_one = facts.quantises or any(device == "disk" for _, device in placed)
-    found = {"cpu": _on_cpu(placed, facts, one_by_one=one_by_one)}
+    one_by_one = facts.quantises or any(device == DISK for _, device in placed)
+    found = {CPU: _on_cpu(placed, facts, one_by_one=one_by_one)}
     for tensor, device in placed:
-        if is_accelerator(device):
+        if device.is_accelerator:
             found[device] = max(found.get(device, 0), _made_bytes(tensor, facts))
     return found
 
@@ -53,10 +53,10 @@ def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
     return _dense_bytes(tensor, facts) if _is_quantised(tensor, facts) else 0
 
 
-def _on_cpu(placed: list[tuple[Tensor, DeviceId]], facts: LoadingFacts, *, one_by_one: bool) -> int:
-    here = [(tensor, device) for tensor, device in placed if not is_accelerator(device)]
+def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_one: bool) -> int:
+    here = [(tensor, device) for tensor, device in placed if not device.is_accelerator]
     cast_for_others = sorted(
-        (_part_bytes(tensor, facts) for tensor, device in placed if is_accelerator(device) and _is_cast(tensor, facts)),
+        (_part_bytes(tensor, facts) for tensor, device in placed if device.is_accelerator and _is_cast(tensor, facts)),
         reverse=True,
     )
     passing = sum(cast_for_others[: 1 if one_by_one else THREADS])
@@ -72,8 +72,8 @@ def _on_cpu(placed: list[tuple[Tensor, DeviceId]], facts: LoadingFacts, *, one_b
             made_bytes = _dense_bytes(tensor, facts) + tensor.size_bytes
         else:
             made_bytes = tensor.size_bytes * (2 * is_merged + is_cast)
-        alive.append(made_bytes - tensor.size_bytes if device == "cpu" and made_bytes else made_bytes)
-        if device == "disk" and made_bytes:
+        alive.append(made_bytes - tensor.size_bytes if device == CPU and made_bytes else made_bytes)
+        if device == DISK and made_bytes:
             last.append(tensor.size_bytes)
     return passing + max(alive) + max(last)
 

@@ -7,9 +7,10 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU, STORAGE_DEVICES
 from devmap_config.graph.model import ModulePath
+from devmap_config.placement.assignment import Location
 from devmap_config.placement.chain import Block, Chain, Gift, Option
-from devmap_config.placement.problem import is_accelerator
 from devmap_config.placement.solver import UNREACHABLE, solve_below
 from devmap_config.placement.timing import (
     MissingFigureError,
@@ -24,11 +25,12 @@ from devmap_config.placement.timing import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import Module, Tensor, TensorName
-    from devmap_config.hardware.inventory import Device, Inventory
-    from devmap_config.placement.chain import Hops
-    from devmap_config.placement.problem import Aim, DeviceId, Placement, Problem
+    from devmap_config.hardware.inventory import Inventory, InventoryDevice
+    from devmap_config.placement.chain import Hops, Mode
+    from devmap_config.placement.problem import Aim, Placement, Problem
 
 PARTS_CONSIDERED = 4
 """Of the modules within a block, the heaviest so many may be taken out of it to compute on the CPU."""
@@ -42,11 +44,10 @@ CONTEXT_STEPS = 64
 SMALLEST_PART = 8
 """A part that is worth it holds at least this part, an eighth, of its block's weights."""
 
+ON_CPU = Location(CPU, CPU)
+
 NEARLY_ALL = (19, 20)
 """A part that weighs at least so much of the one around it stands for that one."""
-
-Home = tuple["DeviceId", "DeviceId"]
-"""Where a tensor is stored, and where it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Optimal:
     """A placement with what computes on the CPU, the time of the objective, and a bound that none can be below."""
 
     placement: Placement
-    compute: Mapping[TensorName, DeviceId]
+    compute: Mapping[TensorName, Device]
     nanoseconds: int
     bound_nanoseconds: int
 
@@ -85,10 +86,8 @@ def place_fastest(problem: Problem, aim: Aim) -> Optimal | None:
         nanoseconds = stated.forward_nanoseconds(homes)
         if best is None or nanoseconds < best.nanoseconds:
             best = Optimal(
-                placement={name: stored_on for name, (stored_on, _) in homes.items()},
-                compute={
-                    name: runs_on for name, (stored_on, runs_on) in homes.items() if stored_on == runs_on == "cpu"
-                },
+                placement={name: location.stored_on for name, location in homes.items()},
+                compute={name: CPU for name, location in homes.items() if location == ON_CPU},
                 nanoseconds=nanoseconds,
                 bound_nanoseconds=least,
             )
@@ -138,7 +137,7 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
     devices = {device.id: device for device in aim.inventory.devices}
     pinned = set(problem.pinned.values())
     kept = [device for device in problem.capacities if device in pinned]
-    alike: dict[object, list[DeviceId]] = {}
+    alike: dict[object, list[Device]] = {}
     for accelerator in problem.accelerators:
         if accelerator not in pinned:
             alike.setdefault(_kind(devices[accelerator]), []).append(accelerator)
@@ -152,7 +151,7 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
             break
         chosen = {*kept, *(device for kind, count in zip(kinds, counts, strict=True) for device in kind[:count])}
         capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
-        if sum(capacities.values()) < least_bytes or not any(map(is_accelerator, capacities)):
+        if sum(capacities.values()) < least_bytes or not any(device.is_accelerator for device in capacities):
             continue
         found = place_fastest(replace(problem, capacities=capacities), aim)
         if found is not None:
@@ -161,13 +160,13 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
     return best or place_fastest(problem, aim)
 
 
-def _main_devices(problem: Problem, inventory: Inventory) -> list[DeviceId]:
+def _main_devices(problem: Problem, inventory: Inventory) -> list[Device]:
     """What may be the first accelerator in use: none before it may hold a pin. Of cards that are alike, the first."""
     if not problem.accelerators:
-        return ["cpu"]
-    pinned = {device for device in problem.pinned.values() if is_accelerator(device)}
+        return [CPU]
+    pinned = {device for device in problem.pinned.values() if device.is_accelerator}
     devices = {device.id: device for device in inventory.devices}
-    found: list[DeviceId] = []
+    found: list[Device] = []
     kinds: list[object] = []
     for accelerator in problem.accelerators:
         kind = _kind(devices[accelerator])
@@ -179,7 +178,7 @@ def _main_devices(problem: Problem, inventory: Inventory) -> list[DeviceId]:
     return found
 
 
-def _kind(device: Device) -> object:
+def _kind(device: InventoryDevice) -> object:
     return (
         device.capacity_bytes,
         device.bandwidth_bytes_per_second,
@@ -192,7 +191,7 @@ def _kind(device: Device) -> object:
 class _Statement:
     """A placement problem as a chain, with one accelerator as the first that is used."""
 
-    def __init__(self, problem: Problem, aim: Aim, main_device: DeviceId) -> None:
+    def __init__(self, problem: Problem, aim: Aim, main_device: Device) -> None:
         self._problem = problem
         self._graph = problem.graph
         self._executor = problem.executor
@@ -217,7 +216,7 @@ class _Statement:
         aside = [path for path in ordered if not has_weights(graph, path)]
         along = [path for path in ordered if has_weights(graph, path)]
         own = [tensor for path in sorted(graph.composites) for tensor in graph.modules[path].own_tensors]
-        fixed_homes: dict[str, DeviceId] = {"": self._main_device}
+        fixed_homes: dict[str, Device] = {"": self._main_device}
         blocks: list[Block] = []
         for tensor in own:
             blocks.append(Block(tensor.name, self._tensor_options(tensor), self._groups.get(tensor.name)))
@@ -252,19 +251,19 @@ class _Statement:
                     total += times * sum(timing.own_nanoseconds(each.path, self._main_device) for each in modules)
         return total
 
-    def homes(self, choice: Iterable[int]) -> dict[TensorName, Home]:
+    def homes(self, choice: Iterable[int]) -> dict[TensorName, Location]:
         """Where every tensor is stored and runs."""
-        found: dict[TensorName, Home] = {}
+        found: dict[TensorName, Location] = {}
         for block, index in zip(self.chain.blocks, choice, strict=True):
             option = block.options[index]
             if block.name in self._graph.modules:
                 module = self._graph.modules[ModulePath(block.name)]
                 found |= self._homes_of(module, option.home, option.mode)
             else:
-                found[self._graph.tensors[block.name].name] = (option.home, option.home)  # type: ignore[index]
+                found[self._graph.tensors[block.name].name] = Location(option.home, option.home)  # type: ignore[index]
         return {name: found[name] for name in self._graph.tensors}
 
-    def forward_nanoseconds(self, homes: Mapping[TensorName, Home]) -> int:
+    def forward_nanoseconds(self, homes: Mapping[TensorName, Location]) -> int:
         """What the objective takes, all that crosses included."""
         return sum(times * forward_nanoseconds(timing, homes) for timing, times in self._timings)
 
@@ -325,31 +324,30 @@ class _Statement:
                 peaks[first] = max(peaks.get(first, 0), cost.own_peak_bytes)
         return peaks
 
-    def _home_aside(self, path: ModulePath) -> DeviceId:
+    def _home_aside(self, path: ModulePath) -> Device:
         """Where a block without weights goes: to the main device, or the first that no rule forbids."""
         names = [tensor.name for tensor in self._graph.modules[path].tensors()]
         forbidden = {device for name in names for device in self._problem.forbidden.get(name, ())}
         homes = (self._main_device, *self._accelerators)
         return next((device for device in homes if device not in forbidden), self._main_device)
 
-    def _pinned_home(self, module: Module) -> DeviceId | None:
+    def _pinned_home(self, module: Module) -> Device | None:
         """Where a block runs that is pinned as a whole."""
         names = [tensor.name for tensor in module.tensors()]
         if not all(name in self._problem.pinned for name in names):
             return None
-        return home_of(self._pinned(name)[1] for name in names)
+        return home_of(self._pinned(name).runs_on for name in names)
 
-    def _pinned(self, name: TensorName) -> Home:
-        stored_on = self._problem.pinned[name]
+    def _pinned(self, name: TensorName) -> Location:
         compute = self._problem.computed.get(name)
-        return stored_on, self._executor.executes_on(stored_on, self._main_device, compute)
+        return self._executor.location(self._problem.pinned[name], self._main_device, compute)
 
     def _tensor_options(self, tensor: Tensor) -> tuple[Option, ...]:
         """A tensor of the model's own: on the main device, unless a rule or a tie says otherwise."""
         if tensor.name in self._problem.pinned:
-            homes: tuple[DeviceId, ...] = (self._problem.pinned[tensor.name],)
+            homes: tuple[Device, ...] = (self._problem.pinned[tensor.name],)
         elif tensor.name in self._groups:
-            homes = self._accelerators or ("cpu",)
+            homes = self._accelerators or (CPU,)
         else:
             homes = (self._main_device,)
         size_bytes = tensor.size_bytes if tensor.name in self._counted else 0
@@ -357,7 +355,7 @@ class _Statement:
             Option(home=home, nanoseconds=0, demands=((home, size_bytes),), mode=("resident",)) for home in homes
         )
 
-    def _options(self, module: Module, fixed_homes: Mapping[str, DeviceId], before: str | None) -> tuple[Option, ...]:
+    def _options(self, module: Module, fixed_homes: Mapping[str, Device], before: str | None) -> tuple[Option, ...]:
         """The ways of placing a block; blocks that are alike share them."""
         signature = self._signature(module, fixed_homes, before)
         if signature not in self._known_options:
@@ -367,14 +365,14 @@ class _Statement:
                 try:
                     option = self._option(module, home, mode, aside)
                 except MissingFigureError:
-                    if home == "cpu" or mode[0] == "part":
+                    if home == CPU or mode[0] == "part":
                         continue  # the CPU does not compute where it is not known how fast
                     raise
                 options.append(option)
             self._known_options[signature] = tuple(options)
         return self._known_options[signature]
 
-    def _ways(self, module: Module) -> Iterator[tuple[DeviceId, tuple[str, ...]]]:
+    def _ways(self, module: Module) -> Iterator[tuple[Device, Mode]]:
         pinned = self._pinned_home(module)
         if pinned is not None:
             yield pinned, ("resident",)
@@ -385,15 +383,15 @@ class _Statement:
         for accelerator in self._accelerators:
             if accelerator not in forbidden:
                 yield accelerator, ("resident",)
-        if not self._accelerators and "cpu" not in forbidden and "cpu" in capacities:
-            yield "cpu", ("resident",)
-        for store in ("cpu", "disk"):
+        if not self._accelerators and CPU not in forbidden and CPU in capacities:
+            yield CPU, ("resident",)
+        for store in STORAGE_DEVICES:
             is_offered = store in capacities and store not in forbidden and store != self._main_device
-            if is_offered and self._executor.streams(store, self._main_device):
+            if is_offered and self._executor.streams(Location(store, self._main_device)):
                 yield self._main_device, ("streamed", store)
-        computes_on_cpu = self._accelerators and "cpu" in capacities and "cpu" in self._computes
-        if computes_on_cpu and "cpu" not in forbidden and self._graph.measurement is not None:
-            yield "cpu", ("computed",)
+        computes_on_cpu = self._accelerators and CPU in capacities and CPU in self._computes
+        if computes_on_cpu and CPU not in forbidden and self._graph.measurement is not None:
+            yield CPU, ("computed",)
             if module.path not in self._groups:
                 for part in self._parts(module):
                     for accelerator in self._accelerators:
@@ -427,48 +425,47 @@ class _Statement:
     def _costs(self) -> Mapping[str, ModuleCost]:
         return {} if self._graph.measurement is None else self._graph.measurement.by_path
 
-    def _homes_of(self, module: Module, home: DeviceId, mode: tuple[str, ...]) -> dict[TensorName, Home]:
+    def _homes_of(self, module: Module, home: Device, mode: Mode) -> dict[TensorName, Location]:
         """Where the tensors of a block are stored and run when it is placed so; pins come first."""
         stored_on = mode[1] if mode[0] == "streamed" else home
         part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
-        homes: dict[TensorName, Home] = {}
+        homes: dict[TensorName, Location] = {}
         for tensor in module.tensors():
             if tensor.name in self._problem.pinned:
                 homes[tensor.name] = self._pinned(tensor.name)
             elif part is not None and tensor.name.startswith(part):
-                homes[tensor.name] = ("cpu", "cpu")
+                homes[tensor.name] = ON_CPU
             else:
-                homes[tensor.name] = (stored_on, home)
+                homes[tensor.name] = Location(stored_on, home)
         return homes
 
-    def _option(self, module: Module, home: DeviceId, mode: tuple[str, ...], aside: _Aside | None = None) -> Option:
+    def _option(self, module: Module, home: Device, mode: Mode, aside: _Aside | None = None) -> Option:
         homes = self._homes_of(module, home, mode)
-        home = home_of(runs_on for _, runs_on in homes.values())
+        home = home_of(location.runs_on for location in homes.values())
         nanoseconds = sum(times * timing.module_nanoseconds(module, homes) for timing, times in self._timings)
         for crossing, maker in aside or ():
             nanoseconds += sum(
                 times * timing.crossing_nanoseconds(crossing, maker, home) for timing, times in self._timings
             )
-        demands: dict[DeviceId, int] = {}
-        pieces: dict[DeviceId, int] = {}
+        demands: dict[Device, int] = {}
+        pieces: dict[Device, int] = {}
         for tensor in module.tensors():
-            stored_on, runs_on = homes[tensor.name]
-            residence = self._executor.residence(tensor, stored_on, runs_on)
+            residence = self._executor.residence(tensor, homes[tensor.name])
             if tensor.name in self._counted:
                 demands[residence] = demands.get(residence, 0) + self._held_bytes(tensor, homes)
         for each in module.walk():
-            copied = [tensor for tensor in each.own_tensors if self._executor.is_copied_in(tensor, *homes[tensor.name])]
+            copied = [tensor for tensor in each.own_tensors if self._executor.is_copied_in(tensor, homes[tensor.name])]
             if copied:
-                runs_on = homes[copied[0].name][1]
+                runs_on = homes[copied[0].name].runs_on
                 size_bytes = sum(self._held_bytes(tensor, homes) for tensor in copied)
                 pieces[runs_on] = max(pieces.get(runs_on, 0), size_bytes)
             if (cost := self._costs.get(each.path)) is not None:
-                within = [homes[tensor.name][1] for tensor in each.tensors()]
+                within = [homes[tensor.name].runs_on for tensor in each.tensors()]
                 runs_on = home if not within or len(set(within)) > 1 else within[0]
                 demands[runs_on] = demands.get(runs_on, 0) + cost.cache_bytes + cost.retained_bytes
         cost = self._costs.get(module.path)
         peak_bytes = max(0 if cost is None else cost.peak_bytes, self._composite_peaks.get(module.path, 0))
-        involved = dict.fromkeys([home, *(runs_on for _, runs_on in homes.values())])
+        involved = dict.fromkeys([home, *(location.runs_on for location in homes.values())])
         return Option(
             home=home,
             nanoseconds=nanoseconds,
@@ -478,10 +475,10 @@ class _Statement:
             mode=mode,
         )
 
-    def _held_bytes(self, tensor: Tensor, homes: Mapping[TensorName, Home]) -> int:
-        return self._executor.held_bytes(tensor, *homes[tensor.name], self._main_device)
+    def _held_bytes(self, tensor: Tensor, homes: Mapping[TensorName, Location]) -> int:
+        return self._executor.held_bytes(tensor, homes[tensor.name], self._main_device)
 
-    def _aside(self, path: str, fixed_homes: Mapping[str, DeviceId], before: str | None) -> _Aside:
+    def _aside(self, path: str, fixed_homes: Mapping[str, Device], before: str | None) -> _Aside:
         """What a block is given by what has its place already."""
         return [
             (crossing, fixed_homes[crossing.maker])
@@ -495,7 +492,7 @@ class _Statement:
         return {} if crossing is None else self._hops(crossing)
 
     def _gifts(
-        self, positions: Mapping[str, int], along: list[ModulePath], fixed_homes: Mapping[str, DeviceId]
+        self, positions: Mapping[str, int], along: list[ModulePath], fixed_homes: Mapping[str, Device]
     ) -> tuple[Gift, ...]:
         """What blocks are given that have no place yet by others than the one before."""
         return tuple(
@@ -513,8 +510,8 @@ class _Statement:
         return self._known_hops[figures]
 
     def _found_hops(self, crossing: Crossing) -> Hops:
-        devices = [*self._accelerators, *(["cpu"] if "cpu" in self._problem.capacities else [])]
-        found: dict[tuple[DeviceId, DeviceId], int] = {}
+        devices = [*self._accelerators, *([CPU] if CPU in self._problem.capacities else [])]
+        found: dict[tuple[Device, Device], int] = {}
         for maker in devices:
             for reader in devices:
                 if maker == reader:
@@ -524,11 +521,11 @@ class _Statement:
                         times * timing.crossing_nanoseconds(crossing, maker, reader) for timing, times in self._timings
                     )
                 except MissingFigureError:
-                    if is_accelerator(maker) and is_accelerator(reader):
+                    if maker.is_accelerator and reader.is_accelerator:
                         raise
         return found
 
-    def _signature(self, module: Module, fixed_homes: Mapping[str, DeviceId], before: str | None) -> tuple[object, ...]:
+    def _signature(self, module: Module, fixed_homes: Mapping[str, Device], before: str | None) -> tuple[object, ...]:
         """What the options of a block depend on."""
         start = len(module.path)
         problem = self._problem
@@ -555,7 +552,7 @@ class _Statement:
         return (tensors, costs, aside, self._composite_peaks.get(module.path, 0), module.path in self._groups)
 
 
-_Aside = list[tuple["Crossing", "DeviceId"]]
+_Aside = list[tuple["Crossing", "Device"]]
 
 
 def _sizes(crossing: Crossing) -> tuple[int, ...]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.devices import DeviceId
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Resolution
 
@@ -41,6 +41,6 @@ class Prepared:
         return self.model.graph
 
     @property
-    def capacities(self) -> Mapping[DeviceId, int]:
+    def capacities(self) -> Mapping[Device, int]:
         """The bytes that each device has, in the order in which devices are filled."""
         return self.inventory.capacities

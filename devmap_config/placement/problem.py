@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.devices import STORAGE_DEVICES, DeviceId, is_accelerator
+from devmap_config.devices import CPU, Device
 from devmap_config.placement.executor import LEFT, Executor
 
 if TYPE_CHECKING:
@@ -14,17 +14,7 @@ if TYPE_CHECKING:
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.timing import Phase
 
-__all__ = [
-    "STORAGE_DEVICES",
-    "Aim",
-    "DeviceId",
-    "Placement",
-    "Problem",
-    "bytes_by_device",
-    "is_accelerator",
-]
-
-Placement = Mapping["TensorName", DeviceId]
+Placement = Mapping["TensorName", Device]
 """The device of every tensor that has one."""
 
 
@@ -41,24 +31,24 @@ class Problem:
     """
 
     graph: ModelGraph
-    capacities: Mapping[DeviceId, int]
+    capacities: Mapping[Device, int]
     pinned: Placement = field(default_factory=dict)
     computed: Placement = field(default_factory=dict)
     groups: tuple[tuple[TensorName, ...], ...] = ()
-    forbidden: Mapping[TensorName, tuple[DeviceId, ...]] = field(default_factory=dict)
+    forbidden: Mapping[TensorName, tuple[Device, ...]] = field(default_factory=dict)
     quantizer_lowers_budgets: bool = False
-    refused: tuple[DeviceId, ...] = ()
+    refused: tuple[Device, ...] = ()
     executor: Executor = LEFT
-    single_device: DeviceId | None = None
+    single_device: Device | None = None
     aim: Aim | None = None
 
     @property
-    def accelerators(self) -> tuple[DeviceId, ...]:
+    def accelerators(self) -> tuple[Device, ...]:
         """The devices that compute without streaming, in order."""
-        return tuple(device for device in self.capacities if is_accelerator(device))
+        return tuple(device for device in self.capacities if device.is_accelerator)
 
     @property
-    def pinned_bytes(self) -> dict[DeviceId, int]:
+    def pinned_bytes(self) -> dict[Device, int]:
         """Bytes that the pins take on each device at least; what is tied counts once.
 
         Where streamed modules run, and so leave buffers, is known once the first accelerator is in use.
@@ -76,21 +66,19 @@ class Aim:
     inventory: Inventory
 
 
-def bytes_by_device(
-    problem: Problem, placement: Placement, *, main_device: DeviceId | None = None
-) -> dict[DeviceId, int]:
+def bytes_by_device(problem: Problem, placement: Placement, *, main_device: Device | None = None) -> dict[Device, int]:
     """Bytes that a placement takes on each device; what is tied counts once a device.
 
     Without a main device, on which streamed modules run, all of them count where they are stored.
     """
     executor, tensors = problem.executor, problem.graph.tensors
-    runs_streamed = main_device or next(iter(problem.accelerators), "cpu")
-    names: dict[DeviceId, list[TensorName]] = {}
+    runs_streamed = main_device or next(iter(problem.accelerators), CPU)
+    names: dict[Device, list[TensorName]] = {}
     offloaded: set[TensorName] = set()
     for name, device in placement.items():
-        runs_on = executor.executes_on(device, runs_streamed, problem.computed.get(name))
-        residence = device if main_device is None else executor.residence(tensors[name], device, runs_on)
+        location = executor.location(device, runs_streamed, problem.computed.get(name))
+        residence = device if main_device is None else executor.residence(tensors[name], location)
         names.setdefault(residence, []).append(name)
-        if executor.is_offloaded(device, runs_on, runs_streamed):
+        if executor.is_offloaded(location, runs_streamed):
             offloaded.add(name)
     return {device: problem.graph.weights_bytes(held, offloaded) for device, held in names.items()}

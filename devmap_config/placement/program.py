@@ -19,8 +19,8 @@ import numpy as np
 from devmap_config.placement.chain import Chain, Option
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.placement.chain import Block, Hops
-    from devmap_config.placement.problem import DeviceId
 
 NANOSECONDS_PER_UNIT = 1_000
 """The program counts microseconds: its coefficients are then near those of bytes, which are shares of a device."""
@@ -104,9 +104,9 @@ def _index_at(block: Block, place: tuple[object, ...]) -> int | None:
 
 def _together(options: list[Option]) -> Option:
     """What blocks hold, need and take that are placed as one."""
-    demands: Counter[DeviceId] = Counter()
-    peaks: dict[DeviceId, int] = {}
-    pieces: dict[DeviceId, int] = {}
+    demands: Counter[Device] = Counter()
+    peaks: dict[Device, int] = {}
+    pieces: dict[Device, int] = {}
     for option in options:
         demands.update(dict(option.demands))
         for largest, sizes in ((peaks, option.peaks), (pieces, option.pieces)):
@@ -227,8 +227,8 @@ def program_of(chain: Chain) -> Program:
 def _add_memory(program: Program) -> None:
     """A device holds all demands, the largest peak and the largest piece of what uses it."""
     chain, rows = program.chain, program.rows
-    held: dict[DeviceId, Counter[int]] = {device: Counter() for device in chain.capacities}
-    largest: dict[tuple[str, DeviceId], dict[int, list[tuple[int, int]]]] = {}
+    held: dict[Device, Counter[int]] = {device: Counter() for device in chain.capacities}
+    largest: dict[tuple[str, Device], dict[int, list[tuple[int, int]]]] = {}
     for column, most, option in program.ways:
         for device, size_bytes in option.demands:
             held.setdefault(device, Counter())[column] += size_bytes
@@ -270,9 +270,9 @@ def _add_gifts(program: Program, costs: dict[int, float]) -> None:
 
 def _add_flow(program: Program, costs: dict[int, float], maker: int, reader: int, hops: Hops) -> None:
     rows, readers = program.rows, len(program.classes[reader].members)
-    by_home: list[dict[DeviceId, dict[int, float]]] = []
+    by_home: list[dict[Device, dict[int, float]]] = []
     for number, weight in ((maker, readers), (reader, 1)):
-        homes: dict[DeviceId, dict[int, float]] = {}
+        homes: dict[Device, dict[int, float]] = {}
         for column, option in zip(program.numbers[number], program.classes[number].options, strict=True):
             homes.setdefault(option.home, {})[column] = -weight
         by_home.append(homes)
@@ -316,7 +316,7 @@ def _stretches(is_priced: Sequence[bool]) -> list[list[int]]:
     return [stretch for stretch in stretches if len(stretch) > 1]
 
 
-def _use_of(program: Program, device: DeviceId, positions: set[int]) -> int:
+def _use_of(program: Program, device: Device, positions: set[int]) -> int:
     """A switch that is on where one of these blocks runs on a device."""
     switch = program.rows.column(1)
     for each, columns in zip(program.classes, program.numbers, strict=True):

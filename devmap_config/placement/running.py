@@ -12,11 +12,11 @@ from devmap_config.graph.model import ancestors
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.costs import Workload
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.assignment import Assignment
     from devmap_config.placement.executor import Executor
-    from devmap_config.placement.problem import DeviceId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +46,12 @@ class Running:
     """
 
     workload: Workload
-    holding: Mapping[DeviceId, Mapping[ModuleCost, int]]
-    peaking: Mapping[DeviceId, tuple[ModuleCost, ...]]
-    own: Mapping[DeviceId, tuple[ModuleCost, ...]]
-    streaming: Mapping[DeviceId, int]
+    holding: Mapping[Device, Mapping[ModuleCost, int]]
+    peaking: Mapping[Device, tuple[ModuleCost, ...]]
+    own: Mapping[Device, tuple[ModuleCost, ...]]
+    streaming: Mapping[Device, int]
 
-    def costs(self, context_length: int | None = None) -> dict[DeviceId, RunningCost]:
+    def costs(self, context_length: int | None = None) -> dict[Device, RunningCost]:
         """What each device needs, at the context of the workload or at another."""
         workload = self.workload
 
@@ -78,15 +78,15 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
     if measurement is None:
         return None
     placed = tuple(assignments)
-    main_device = executor.main_device(each.stored_on for each in placed)
-    covering = {each.unit: each.executes_on for each in placed}
-    parts: dict[str, list[DeviceId]] = {}
+    main_device = executor.main_device(each.location.stored_on for each in placed)
+    covering = {each.unit: each.location.runs_on for each in placed}
+    parts: dict[str, list[Device]] = {}
     for each in placed:
         for ancestor in ancestors(each.unit):
-            parts.setdefault(ancestor, []).append(each.executes_on)
-    holding: dict[DeviceId, Counter[ModuleCost]] = {}
-    peaking: dict[DeviceId, list[ModuleCost]] = {}
-    own: dict[DeviceId, list[ModuleCost]] = {}
+            parts.setdefault(ancestor, []).append(each.location.runs_on)
+    holding: dict[Device, Counter[ModuleCost]] = {}
+    peaking: dict[Device, list[ModuleCost]] = {}
+    own: dict[Device, list[ModuleCost]] = {}
     for cost in measurement.modules:
         home = next((covering[path] for path in (cost.path, *ancestors(cost.path)) if path in covering), None)
         if home is not None:
@@ -135,18 +135,18 @@ def _peaks(cost: ModuleCost) -> tuple[int, ...]:
 
 
 def _streaming_bytes(
-    graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: DeviceId
-) -> dict[DeviceId, int]:
+    graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: Device
+) -> dict[Device, int]:
     """The largest module, with tensors of its own, that accelerate's hooks copy to where it runs: one at a time."""
-    largest: dict[DeviceId, int] = {}
+    largest: dict[Device, int] = {}
     for each in assignments:
         by_module: dict[str, int] = {}
         for name in each.tensors:
             tensor = graph.tensors[name]
-            if executor.is_copied_in(tensor, each.stored_on, each.executes_on):
+            if executor.is_copied_in(tensor, each.location):
                 module = name.rpartition(".")[0]
-                size_bytes = executor.held_bytes(tensor, each.stored_on, each.executes_on, main_device)
+                size_bytes = executor.held_bytes(tensor, each.location, main_device)
                 by_module[module] = by_module.get(module, 0) + size_bytes
         if by_module:
-            largest[each.executes_on] = max([largest.get(each.executes_on, 0), *by_module.values()])
+            largest[each.location.runs_on] = max([largest.get(each.location.runs_on, 0), *by_module.values()])
     return largest

@@ -11,8 +11,9 @@ from devmap_config.placement.transformers_planner import OVERFLOW, TransformersS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import TensorName
-    from devmap_config.placement.problem import Aim, DeviceId, Problem
+    from devmap_config.placement.problem import Aim, Problem
 
 TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -21,7 +22,7 @@ TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced",
 class Shortage:
     """Bytes that a device, or all of them together (`device` is `None`), would need beyond what they have."""
 
-    device: DeviceId | None
+    device: Device | None
     needed_bytes: int
     capacity_bytes: int
 
@@ -72,7 +73,7 @@ def place(problem: Problem, strategy: str) -> Placed | Infeasible:
         return _optimal(problem, strategy, problem.aim)
     if strategy == "single":
         device = problem.single_device or first_device(problem)
-        placement: dict[TensorName, DeviceId] = dict.fromkeys(problem.graph.tensors, device)
+        placement: dict[TensorName, Device] = dict.fromkeys(problem.graph.tensors, device)
     elif strategy == "manual":
         placement = {}
     else:
@@ -117,7 +118,7 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
     )
 
 
-def first_device(problem: Problem) -> DeviceId:
+def first_device(problem: Problem) -> Device:
     """Where transformers loads a model without any map: the first accelerator, else the CPU."""
     return next(iter(problem.capacities))
 
@@ -136,11 +137,11 @@ def _overflow(problem: Problem, placement: Placement, unplaced: tuple[TensorName
     return Infeasible((total, *_shortages(problem, _used_bytes(problem, held))), unplaced)
 
 
-def _used_bytes(problem: Problem, placement: Placement) -> dict[DeviceId, int]:
+def _used_bytes(problem: Problem, placement: Placement) -> dict[Device, int]:
     return bytes_by_device(problem, placement, main_device=problem.executor.main_device(placement.values()))
 
 
-def _shortages(problem: Problem, used: Mapping[DeviceId, int]) -> tuple[Shortage, ...]:
+def _shortages(problem: Problem, used: Mapping[Device, int]) -> tuple[Shortage, ...]:
     return tuple(
         Shortage(device=device, needed_bytes=used.get(device, 0), capacity_bytes=capacity)
         for device, capacity in problem.capacities.items()

@@ -11,20 +11,21 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from devmap_config.devices import CPU, DISK
 from devmap_config.graph.model import ModulePath
 from devmap_config.hardware.links import NANOSECONDS_PER_SECOND
-from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from fractions import Fraction
 
+    from devmap_config.devices import Device
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import ModelGraph, Module, TensorName
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.hardware.links import Link
+    from devmap_config.placement.assignment import Location
     from devmap_config.placement.executor import Executor
-    from devmap_config.placement.problem import DeviceId
 
 Phase = Literal["prefill", "decode"]
 
@@ -48,9 +49,9 @@ class Timing:
     inventory: Inventory
     phase: Phase
     executor: Executor
-    main_device: DeviceId
+    main_device: Device
 
-    def own_nanoseconds(self, path: str, device: DeviceId, added_bytes: int = 0) -> int:
+    def own_nanoseconds(self, path: str, device: Device, added_bytes: int = 0) -> int:
         """What a module does itself, without its children; with weights that are so much larger than usual."""
         if self.graph.measurement is None:  # then what is known is that its weights are read
             module = self.graph.modules.get(ModulePath(path))
@@ -63,7 +64,7 @@ class Timing:
         touched_bytes += added_bytes if launches else 0
         return self.work_nanoseconds(touched_bytes, operations, device) + launches * LAUNCH_NANOSECONDS
 
-    def work_nanoseconds(self, touched_bytes: int, operations: int, device: DeviceId) -> int:
+    def work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
         """The longer of reading so much and computing so much."""
         reading = computing = 0
         if touched_bytes:
@@ -72,26 +73,26 @@ class Timing:
             computing = operations * NANOSECONDS_PER_SECOND // rate
         return max(reading, computing)
 
-    def copy_nanoseconds(self, source: DeviceId, target: DeviceId, size_bytes: int, copies: int = 1) -> int:
+    def copy_nanoseconds(self, source: Device, target: Device, size_bytes: int, copies: int = 1) -> int:
         """What it takes to bring so much from one device to another."""
         if source == target or not copies:
             return 0
         return self._link(source, target).nanoseconds(size_bytes, copies)
 
-    def crossing_nanoseconds(self, crossing: Crossing, maker: DeviceId, reader: DeviceId) -> int:
+    def crossing_nanoseconds(self, crossing: Crossing, maker: Device, reader: Device) -> int:
         """What it takes to give a block what another made."""
         prefills = self.phase == "prefill"
         size_bytes = crossing.prefill_bytes if prefills else crossing.decode_bytes
         tensors = crossing.prefill_tensors if prefills else crossing.decode_tensors
         return self.copy_nanoseconds(maker, reader, size_bytes, tensors)
 
-    def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+    def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
-        home = home_of(homes[tensor.name][1] for tensor in module.tensors())
+        home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
         return self._below(module, homes, home) + self._streaming_nanoseconds(module, homes)
 
-    def _below(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], around: DeviceId) -> int:
-        running = {homes[tensor.name][1] for tensor in module.tensors()}
+    def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device) -> int:
+        running = {homes[tensor.name].runs_on for tensor in module.tensors()}
         here = next(iter(running)) if len(running) == 1 else around
         total = self.own_nanoseconds(module.path, here, self._added_bytes(module, homes))
         cost = self._costs.get(module.path)
@@ -105,25 +106,25 @@ class Timing:
             total += self.copy_nanoseconds(around, here, given) + self.copy_nanoseconds(here, around, given_back)
         return total + sum(self._below(child, homes, here) for child in module.children)
 
-    def _added_bytes(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+    def _added_bytes(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """By how much the module's own weights are larger where a map offloads them than elsewhere."""
         return sum(
-            self.executor.held_bytes(tensor, *homes[tensor.name], self.main_device) - tensor.size_bytes
+            self.executor.held_bytes(tensor, homes[tensor.name], self.main_device) - tensor.size_bytes
             for tensor in module.parameters
             if tensor.offloaded_bytes is not None
         )
 
-    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """What accelerate copies before a module runs: tensor by tensor, one after another. What is idle stays."""
         total = 0
         for each in module.walk():
             if not self._runs(each.path):
                 continue
             for tensor in each.own_tensors:
-                stored_on, runs_on = homes[tensor.name]
-                if self.executor.is_copied_in(tensor, stored_on, runs_on):
-                    size_bytes = self.executor.held_bytes(tensor, stored_on, runs_on, self.main_device)
-                    total += self.copy_nanoseconds(stored_on, runs_on, size_bytes)
+                location = homes[tensor.name]
+                if self.executor.is_copied_in(tensor, location):
+                    size_bytes = self.executor.held_bytes(tensor, location, self.main_device)
+                    total += self.copy_nanoseconds(location.stored_on, location.runs_on, size_bytes)
         return total
 
     def _runs(self, path: str) -> bool:
@@ -143,20 +144,20 @@ class Timing:
         measurement = self.graph.measurement
         return {} if measurement is None else measurement.by_path
 
-    def _bytes_per_second(self, device: DeviceId) -> int:
+    def _bytes_per_second(self, device: Device) -> int:
         rate = self._rates.get(device, (None, None))[0]
         if rate is None:
             raise MissingFigureError(f"the `bandwidth` of {device}")
         return rate
 
-    def _operations_per_second(self, device: DeviceId) -> int | None:
+    def _operations_per_second(self, device: Device) -> int | None:
         rate = self._rates.get(device, (None, None))[1]
         if rate is None and self.phase == "prefill":
             raise MissingFigureError(f"the `flops` of {device}")
         return rate  # without it, one token is bound by what is read
 
     @cached_property
-    def _rates(self) -> Mapping[DeviceId, tuple[int | None, int | None]]:
+    def _rates(self) -> Mapping[Device, tuple[int | None, int | None]]:
         """Bytes read and operations computed in a second, as they are reached."""
         return {
             device.id: (
@@ -166,11 +167,11 @@ class Timing:
             for device in self.inventory.devices
         }
 
-    def _link(self, source: DeviceId, target: DeviceId) -> Link:
+    def _link(self, source: Device, target: Device) -> Link:
         link = self.inventory.links.get((source, target))
         if link is None:
-            kind = "peer" if is_accelerator(source) and is_accelerator(target) else "host"
-            missing = "the `bandwidth` of disk" if {source, target} == {"cpu", "disk"} else f"`links: {{{kind}: …}}`"
+            kind = "peer" if source.is_accelerator and target.is_accelerator else "host"
+            missing = "the `bandwidth` of disk" if {source, target} == {CPU, DISK} else f"`links: {{{kind}: …}}`"
             raise MissingFigureError(missing)
         return link
 
@@ -180,13 +181,13 @@ def _reached(rate: int | None, efficiency: Fraction) -> int | None:
     return reached or None
 
 
-def home_of(running: Iterable[DeviceId]) -> DeviceId:
+def home_of(running: Iterable[Device]) -> Device:
     """Where a block runs whose parts run here: on the first accelerator among them, else on the first of them."""
     devices = list(dict.fromkeys(running))
-    return next((device for device in devices if is_accelerator(device)), devices[0] if devices else "cpu")
+    return next((device for device in devices if device.is_accelerator), devices[0] if devices else CPU)
 
 
-def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) -> int:
     """What one forward of a whole plan takes.
 
     Raises:
@@ -208,7 +209,7 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, tuple[DeviceI
     return total
 
 
-def hops(graph: ModelGraph, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]) -> int:
+def hops(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> int:
     """How often activations go on to another device: between blocks, and to a part of a block and back."""
     block_homes = homes_of_blocks(graph, homes)
     along = [block_homes[path] for path in execution_order(graph) if path in block_homes and has_weights(graph, path)]
@@ -240,21 +241,19 @@ def has_weights(graph: ModelGraph, path: ModulePath) -> bool:
     return any(tensor.kind == "parameter" for tensor in graph.modules[path].tensors())
 
 
-def _parts_elsewhere(module: Module, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]], around: DeviceId) -> int:
-    running = {homes[tensor.name][1] for tensor in module.tensors()}
+def _parts_elsewhere(module: Module, homes: Mapping[TensorName, Location], around: Device) -> int:
+    running = {homes[tensor.name].runs_on for tensor in module.tensors()}
     if not running:
         return 0
     here = next(iter(running)) if len(running) == 1 else around
     return int(here != around) + sum(_parts_elsewhere(child, homes, here) for child in module.children)
 
 
-def homes_of_blocks(
-    graph: ModelGraph, homes: Mapping[TensorName, tuple[DeviceId, DeviceId]]
-) -> dict[ModulePath, DeviceId]:
+def homes_of_blocks(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> dict[ModulePath, Device]:
     """Where each block runs that holds anything."""
-    found: dict[ModulePath, DeviceId] = {}
+    found: dict[ModulePath, Device] = {}
     for path in graph.blocks:
-        running = [homes[tensor.name][1] for tensor in graph.modules[path].tensors()]
+        running = [homes[tensor.name].runs_on for tensor in graph.modules[path].tensors()]
         if running:
             found[path] = home_of(running)
     return found

@@ -12,18 +12,19 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from devmap_config.devices import CPU, DISK
 from devmap_config.graph.model import Module, Tensor
-from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.placement.problem import DeviceId, Problem
+    from devmap_config.placement.problem import Problem
 
 TransformersStrategy = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
-OVERFLOW: DeviceId = "disk"
+OVERFLOW = DISK
 """Where their planner puts what fits nowhere, whether or not such a device was named."""
 
 BALANCE_BUFFER = 1.25
@@ -33,7 +34,7 @@ QUANTIZER_SHARE = 0.90
 """What several quantizers leave of every budget (`adjust_max_memory`), for buffers that quantising needs."""
 
 
-def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> dict[TensorName, DeviceId]:
+def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> dict[TensorName, Device]:
     """The device of every tensor that is not pinned, as transformers decides it for the same budgets.
 
     What fits on no device of the problem is put on `disk`, whether or not the problem has one: that is for the caller
@@ -80,11 +81,11 @@ class _Sizes:
 
 
 def _balanced(
-    graph: ModelGraph, root: Module, sizes: _Sizes, budgets: Mapping[DeviceId, int], *, low_zero: bool
-) -> dict[DeviceId, int]:
+    graph: ModelGraph, root: Module, sizes: _Sizes, budgets: Mapping[Device, int], *, low_zero: bool
+) -> dict[Device, int]:
     """Budgets lowered so that every accelerator but the last gets about its share (their `get_balanced_memory`)."""
     balanced = dict(budgets)
-    accelerators = [device for device in budgets if is_accelerator(device)]
+    accelerators = [device for device in budgets if device.is_accelerator]
     usable = [device for device in accelerators if budgets[device] > 0]
     if not usable:
         return balanced
@@ -93,7 +94,7 @@ def _balanced(
     blocks = [sizes[module.path] for module in root.walk() if module.class_name in graph.no_split_classes]
     largest = max(max(blocks, default=0), max(sizes.leaf_modules.values(), default=0))
     share = sizes[""] // (len(usable) - 1 if low_zero else len(usable)) + int(BALANCE_BUFFER * largest)
-    indexed = [device for device in usable if device != "mps"]
+    indexed = [device for device in usable if device.kind != "mps"]
     for device in indexed[:-1]:
         if not (low_zero and device == accelerators[0]):
             balanced[device] = min(share, budgets[device])
@@ -111,7 +112,7 @@ _Item = tuple[str, "Module | Tensor"]
 class _Filling:
     """One run of their `infer_auto_device_map` over the tree."""
 
-    def __init__(self, problem: Problem, root: Module, sizes: _Sizes, budgets: Mapping[DeviceId, int]) -> None:
+    def __init__(self, problem: Problem, root: Module, sizes: _Sizes, budgets: Mapping[Device, int]) -> None:
         self._graph = problem.graph
         self._sizes = sizes
         self._forbidden = problem.forbidden
@@ -124,17 +125,15 @@ class _Filling:
             *((child.path, child) for child in root.children),
             *((tensor.name, tensor) for tensor in root.buffers),
         ]
-        accelerators = [device for device in self._devices if is_accelerator(device)]
+        accelerators = [device for device in self._devices if device.is_accelerator]
         self._accelerators = accelerators
         # These keep room for the largest block, which may have to be streamed through them.
-        if "mps" in accelerators:
-            self._main_devices: tuple[DeviceId, ...] = ("mps",)
-        else:
-            self._main_devices = (*accelerators[:1], "cpu")
+        first = accelerators[:1]
+        self._main_devices = (*first,) if first and first[0].kind == "mps" else (*first, CPU)
 
-    def run(self) -> dict[str, DeviceId]:
+    def run(self) -> dict[str, Device]:
         """The device of each path that was placed whole."""
-        placed: dict[str, DeviceId] = {}
+        placed: dict[str, Device] = {}
         current = 0
         largest_bytes, largest_paths = self._largest_block(self._queue)
         while self._queue:
@@ -179,7 +178,7 @@ class _Filling:
             self._queue = [(path, node), *self._queue]
         return placed
 
-    def _allows(self, device: DeviceId, node: Module | Tensor, tied_items: Sequence[_Item]) -> bool:
+    def _allows(self, device: Device, node: Module | Tensor, tied_items: Sequence[_Item]) -> bool:
         if not self._forbidden:
             return True
         nodes = (node, *(item[1] for item in tied_items))
@@ -187,7 +186,7 @@ class _Filling:
 
     def _next_allowed(
         self, current: int, node: Module | Tensor, tied_items: Sequence[_Item], size_bytes: int
-    ) -> DeviceId:
+    ) -> Device:
         """Where something goes that a rule keeps off the device being filled, which stays the one being filled."""
         for device in self._devices[current + 1 :]:
             fits = device == OVERFLOW or self._used[device] + size_bytes <= self._budgets[device]
@@ -236,7 +235,7 @@ class _Filling:
         return False
 
     def _around_unplaced_parameters(
-        self, path: str, node: Module | Tensor, next_device: DeviceId, bytes_with_ties: int
+        self, path: str, node: Module | Tensor, next_device: Device, bytes_with_ties: int
     ) -> list[_Item]:
         """The parts of a no-split block without its `no_placement_parameters`, where these are what does not fit."""
         unplaced = self._graph.no_placement_parameters
@@ -272,12 +271,12 @@ class _Filling:
         return largest_bytes, paths
 
 
-def _complete(problem: Problem, root: Module, devices: Mapping[str, DeviceId]) -> dict[TensorName, DeviceId]:
+def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> dict[TensorName, Device]:
     """The device of every tensor, from those of the paths, with what their map leaves out put where it belongs."""
-    placement: dict[TensorName, DeviceId] = {}
+    placement: dict[TensorName, Device] = {}
     unplaced: list[Tensor] = []
 
-    def visit(module: Module, inherited: DeviceId | None) -> None:
+    def visit(module: Module, inherited: Device | None) -> None:
         device = devices.get(module.path, inherited)
         for tensor in module.own_tensors:
             own = devices.get(tensor.name, device)
@@ -292,7 +291,7 @@ def _complete(problem: Problem, root: Module, devices: Mapping[str, DeviceId]) -
     escaped = set(problem.graph.no_placement_parameters or ())
     for tensor in unplaced:
         if any(tensor.name.endswith(name) for name in escaped):
-            placement[tensor.name] = "cpu" if "cpu" in problem.capacities else OVERFLOW
+            placement[tensor.name] = CPU if CPU in problem.capacities else OVERFLOW
         elif not problem.forbidden.get(tensor.name):
             placement[tensor.name] = _device_of_siblings(tensor, placement, problem)
     for group in (*problem.graph.tied_groups, *problem.groups):
@@ -300,7 +299,7 @@ def _complete(problem: Problem, root: Module, devices: Mapping[str, DeviceId]) -
     return placement
 
 
-def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, DeviceId], problem: Problem) -> DeviceId:
+def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, Device], problem: Problem) -> Device:
     """The device of what is first placed next to or around a tensor."""
     parent = tensor.name
     while parent:
@@ -312,7 +311,7 @@ def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, DeviceId]
     return next(iter(problem.capacities), OVERFLOW)
 
 
-def _unite(group: Sequence[TensorName], placement: dict[TensorName, DeviceId], problem: Problem) -> None:
+def _unite(group: Sequence[TensorName], placement: dict[TensorName, Device], problem: Problem) -> None:
     """Put what must be together where the first of it is."""
     held = [name for name in group if name in placement]
     if len({placement[name] for name in held}) > 1:
@@ -330,7 +329,7 @@ def _tie_groups(graph: ModelGraph) -> list[tuple[TensorName, ...]]:
     return [tuple(sorted((*tied, source))) for source, tied in targets.items()]
 
 
-def _without(module: Module, pinned: Mapping[TensorName, DeviceId]) -> Module | None:
+def _without(module: Module, pinned: Mapping[TensorName, Device]) -> Module | None:
     """The tree less what is pinned; a module of which nothing is left is gone."""
     if not pinned:
         return module

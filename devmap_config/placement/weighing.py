@@ -10,11 +10,11 @@ from devmap_config.placement.loading import ITEM_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.costs import Measurement, ModuleCost
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.placement.assignment import Assignment
     from devmap_config.placement.executor import Executor
-    from devmap_config.placement.problem import DeviceId
 
 QUADRATIC = 3
 """By so much more than twice, what grows with the square of the prompt is told from what grows with the prompt."""
@@ -24,7 +24,7 @@ def heaviest(
     graph: ModelGraph,
     assignments: Iterable[Assignment],
     executor: Executor,
-    device: DeviceId,
+    device: Device,
     parts: Mapping[str, int],
 ) -> str | None:
     """Return what most of the bytes on a device are, and why; `None` where no one thing is.
@@ -40,7 +40,7 @@ def heaviest(
             name
             for each in placed
             for name in each.tensors
-            if executor.residence(graph.tensors[name], each.stored_on, each.executes_on) == device
+            if executor.residence(graph.tensors[name], each.location) == device
         ]
         return heaviest_weights(graph, names, parts[largest])
     measurement = graph.measurement
@@ -51,7 +51,7 @@ def heaviest(
         sequences = f" of {batch} sequences" if batch > 1 else ""
         return f"most of it is the cache{sequences} of {tokens:,} tokens"
     if largest == "activations":
-        there = {each.unit for each in placed if each.executes_on == device}
+        there = {each.unit for each in placed if each.location.runs_on == device}
         return _heaviest_activation(graph, measurement, there)
     return None
 

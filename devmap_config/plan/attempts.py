@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import DISK
 from devmap_config.graph.model import TensorName
 from devmap_config.placement.buffers import are_to_be_compared, executors_for
 from devmap_config.placement.constraints import keeping
@@ -18,8 +19,8 @@ from devmap_config.plan.verify import stranded_tensors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.placement.devices import DeviceId
     from devmap_config.placement.executor import Executor
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Placement, Problem
@@ -51,7 +52,7 @@ def attempts(problem: Problem, prepared: Prepared) -> list[Candidate | Obstacle]
 def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
     """Place the problem until no tensor is stranded and loading fits; the first obstacle tells most."""
     obstacle: Obstacle = ()
-    kept: dict[TensorName, DeviceId] = {}
+    kept: dict[TensorName, Device] = {}
     while True:
         placed = place(problem, prepared.strategy)
         if isinstance(placed, Infeasible):
@@ -84,13 +85,13 @@ def _assembled(placed: Placed, executor: Executor, prepared: Prepared) -> Plan:
     return replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
 
 
-def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, DeviceId]:
+def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, Device]:
     """Return the tensors that the plan, and no rule, leaves where they are of no use, and where they are used."""
     names = [TensorName(name) for name in stranded_tensors(plan, problem.graph)]
     return {name: plan.main_device for name in names if name not in problem.pinned}
 
 
-def _capacities_for_loading(plan: Plan, capacities: Mapping[DeviceId, int]) -> Mapping[DeviceId, int] | None:
+def _capacities_for_loading(plan: Plan, capacities: Mapping[Device, int]) -> Mapping[Device, int] | None:
     """Return the capacities less what loading lacks beside the plan; `None` where there is not that much.
 
     What loading takes besides the weights is not for the strategy to fill.
@@ -98,6 +99,6 @@ def _capacities_for_loading(plan: Plan, capacities: Mapping[DeviceId, int]) -> M
     lowered = dict(capacities)
     for use in plan.devices:
         missing_bytes = use.loading_bytes - use.capacity_bytes
-        if use.id in lowered and use.id != "disk" and missing_bytes > 0:
+        if use.id in lowered and use.id != DISK and missing_bytes > 0:
             lowered[use.id] = min(lowered[use.id], use.capacity_bytes - use.free_bytes) - missing_bytes
     return lowered if min(lowered.values()) >= 0 else None

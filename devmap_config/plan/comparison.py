@@ -30,5 +30,5 @@ def _rank(plan: Plan, aim: Aim | None) -> tuple[int, ...]:
     if plan.strategy == "longest-context":
         return (-(prediction.longest_context or 0), total)
     if plan.strategy == "fewest-devices":
-        return (len({each.executes_on for each in plan.assignments}), total)
+        return (len({each.location.runs_on for each in plan.assignments}), total)
     return (total,)

@@ -6,6 +6,9 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_jsonable_python
+
+from devmap_config.devices import Device
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -27,11 +30,11 @@ SETTINGS = {"strategy": None, "executor": None, "offload_buffers": False, "main_
 NUMBER = re.compile(r"(\d+)")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Home:
     """Where modules are stored, and whether they compute there though they would run elsewhere."""
 
-    device: str
+    device: Device
     computes_there: bool = False
 
 
@@ -76,7 +79,7 @@ class Difference:
         """As plain data."""
         return {
             "equal": self.is_none,
-            "moved": [asdict(move) for move in self.moves],
+            "moved": [to_jsonable_python(move, fallback=str) for move in self.moves],
             "devices": [{"id": device, **asdict(change)} for device, change in self.devices.items()],
             "prediction": {name: asdict(change) for name, change in self.figures.items()},
             "settings": {name: asdict(change) for name, change in self.settings.items()},
@@ -99,13 +102,12 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Differenc
 
 
 def _homes(plan: Mapping[str, Any]) -> dict[str, Home]:
-    """The home of each unit, accelerators by their names."""
-    accelerators = {
-        int(index): use["id"] for use in plan["devices"] for _, colon, index in [use["id"].partition(":")] if colon
-    }
+    """The home of each unit."""
+    devices = [Device.from_text(use["id"]) for use in plan["devices"]]
+    named = {device.in_device_map: device for device in devices}
     return {
-        unit: Home(accelerators.get(device, str(device)), unit in plan["compute"])
-        for unit, device in plan["device_map"].items()
+        unit: Home(named.get(name) or Device.from_text(str(name)), unit in plan["compute"])
+        for unit, name in plan["device_map"].items()
     }
 
 

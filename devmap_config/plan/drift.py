@@ -166,9 +166,9 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
         raise LockError(f"`offload_buffers` is {_shown(executor.offload_buffers)}, which its profile rules out")
     plan = assemble(graph, units, prepared.capacities, strategy=prepared.strategy, executor=executor)
     for each in plan.assignments:
-        usual = plan.executor.executes_on(each.stored_on, plan.main_device, None)
-        if each.executes_on not in (usual, each.stored_on) or each.executes_on == "disk":
-            raise LockError(f"it runs `{each.unit}` on {each.executes_on}, which is stored on {each.stored_on}")
+        stored_on, runs_on = each.location.stored_on, each.location.runs_on
+        if not plan.executor.can_run(each.location, plan.main_device):
+            raise LockError(f"it runs `{each.unit}` on {runs_on}, which is stored on {stored_on}")
     if uncovered := [violation.message for violation in coverage(plan, graph)]:
         raise LockError(uncovered[0])
     return replace(plan, prediction=predict(plan, graph, prepared.inventory))
@@ -185,7 +185,7 @@ def _contradictions(
     lock: Lock, plan: Plan, hardware: Mapping[str, Any], inputs: Inputs, *, follows_measurement: bool
 ) -> Iterator[str]:
     """Everything that a lock says and that does not follow from what it decides and from its inputs."""
-    if lock.plan["main_device"] != plan.main_device:
+    if lock.plan["main_device"] != str(plan.main_device):
         yield f"its main device is {plan.main_device}, and it says {lock.plan['main_device']}"
     derived = plan.to_json()
     if lock.is_early:

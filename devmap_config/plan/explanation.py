@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.assignment import Assignment
-from devmap_config.placement.problem import is_accelerator
+from devmap_config.placement.assignment import Assignment, Location
 from devmap_config.plan.plan import Plan, device_uses
 from devmap_config.plan.prediction import predict
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.problem import DeviceId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +25,10 @@ class Alternative:
     known; `missing_bytes` what is missing on `full_device` for it.
     """
 
-    stored_on: DeviceId
-    executes_on: DeviceId
+    location: Location
     slower_nanoseconds: int | None
     missing_bytes: int
-    full_device: DeviceId | None
+    full_device: Device | None
 
 
 def block_of(graph: ModelGraph, path: str) -> str:
@@ -47,22 +46,23 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
         return ()
     tensors = tuple(tensor.name for tensor in module.tensors())
     inside = [each for each in plan.assignments if each.unit == block or each.unit.startswith(f"{block}.")]
-    now = {(each.stored_on, each.executes_on) for each in inside}
+    now = {each.location for each in inside}
     others = [each for each in plan.assignments if each not in inside]
-    places: list[tuple[DeviceId, DeviceId]] = []
+    places: list[Location] = []
     for device in inventory.capacities:
-        if is_accelerator(device):
-            places.append((device, device))
+        if device.is_accelerator:
+            places.append(Location(device, device))
         else:
-            if device == plan.main_device or plan.executor.streams(device, plan.main_device):
-                places.append((device, plan.main_device))
-            if device == "cpu" and is_accelerator(plan.main_device):
-                places.append(("cpu", "cpu"))
+            streamed = Location(device, plan.main_device)
+            if device == plan.main_device or plan.executor.streams(streamed):
+                places.append(streamed)
+            if device == CPU and plan.main_device.is_accelerator:
+                places.append(Location(CPU, CPU))
     found = []
-    for stored_on, executes_on in places:
-        if now == {(stored_on, executes_on)}:
+    for location in places:
+        if now == {location}:
             continue
-        assignments = (*others, Assignment(block, tensors, stored_on, executes_on))
+        assignments = (*others, Assignment(block, tensors, location))
         moved = replace(
             plan,
             assignments=assignments,
@@ -73,8 +73,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
         times = tuple(getattr(each, figure) for each in (predict(moved, graph, inventory), plan.prediction))
         found.append(
             Alternative(
-                stored_on=stored_on,
-                executes_on=executes_on,
+                location=location,
                 slower_nanoseconds=None if times[0] is None or times[1] is None else times[0] - times[1],
                 missing_bytes=max(-fullest.free_bytes, 0),
                 full_device=fullest.id if fullest.free_bytes < 0 else None,

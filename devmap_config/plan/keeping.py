@@ -16,12 +16,12 @@ from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.lock import Lock
 
-    Homes = dict[TensorName, tuple[DeviceId, DeviceId | None]]
+    Homes = dict[TensorName, tuple[Device, Device | None]]
     Block = tuple[TensorName, ...]
 
 AS_GOOD = 200
@@ -60,7 +60,7 @@ def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
 def _homes(plan: Plan) -> Homes:
     """Where each tensor is stored and, where its unit computes elsewhere than usual, where it runs."""
     return {
-        name: (each.stored_on, each.executes_on if each.unit in plan.compute else None)
+        name: (each.location.stored_on, plan.compute.get(each.unit))
         for each in plan.assignments
         for name in each.tensors
     }
@@ -121,7 +121,7 @@ class _Search:
         moved = sum(homes[name] != self.earlier[name] for name in self.earlier)
         return moved, self.best.prediction.decode_nanoseconds_per_token or 0
 
-    def plan_with(self, homes: Mapping[TensorName, tuple[DeviceId, DeviceId | None]]) -> Plan:
+    def plan_with(self, homes: Mapping[TensorName, tuple[Device, Device | None]]) -> Plan:
         """The plan that stores and runs everything there."""
         graph = self.prepared.graph
         units = fold(graph, {name: homes[name] for name in graph.tensors})
@@ -143,4 +143,4 @@ def _is_as_good(earlier: Plan, new: Plan) -> bool:
 
 
 def _used(plan: Plan) -> int:
-    return len({each.executes_on for each in plan.assignments})
+    return len({each.location.runs_on for each in plan.assignments})

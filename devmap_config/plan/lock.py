@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import nth_accelerator
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
 from devmap_config.files import LOCK, FileError, exists, is_folder, parse_json, read_text, require_regular
 from devmap_config.graph.digest import digest
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.values import Values
 
@@ -265,7 +266,7 @@ INPUT_NAMES = {
 
 def locked_units(
     lock: Lock, graph: ModelGraph, inventory: Inventory
-) -> tuple[tuple[Unit, tuple[DeviceId, DeviceId | None]], ...]:
+) -> tuple[tuple[Unit, tuple[Device, Device | None]], ...]:
     """Return what a lock decides: each unit with the device that stores it and, where the lock says so, runs it.
 
     All else that a lock says follows from this and from its inputs.
@@ -273,21 +274,24 @@ def locked_units(
     Raises:
         LockError: where it names units that this model, or devices that this machine does not have.
     """
+    devices = {name: device for device in inventory.capacities for name in (device.in_device_map, str(device))}
+    compute = lock.plan["compute"]
     units = []
-    for name, device in lock.plan["device_map"].items():
+    for name, listed in lock.plan["device_map"].items():
         if name in graph.modules:
             tensors = tuple(tensor.name for tensor in graph.modules[name].tensors())
         elif name in graph.tensors:
             tensors = (name,)
         else:
             raise LockError(f"it places `{name}`, which {graph.class_name} does not have")
-        stored_on = f"{inventory.kind}:{device}" if isinstance(device, int) else device
-        if stored_on not in inventory.capacities:
-            raise LockError(f"it places `{name}` on {stored_on}, which is not a device of the profile")
+        for named in (listed, *([compute[name]] if name in compute else [])):
+            if named not in devices:
+                device = nth_accelerator(inventory.kind, named) if isinstance(named, int) else named
+                raise LockError(f"it places `{name}` on {device}, which is not a device of the profile")
         if not tensors:
             raise LockError(f"it places `{name}`, which holds nothing")
-        units.append((Unit(name, tensors), (stored_on, lock.plan["compute"].get(name))))
-    for name in lock.plan["compute"]:
+        units.append((Unit(name, tensors), (devices[listed], devices.get(compute.get(name)))))
+    for name in compute:
         if name not in lock.plan["device_map"]:
             raise LockError(f"it computes `{name}` somewhere, which it places nowhere")
     order = {name: position for position, name in enumerate(graph.tensors)}

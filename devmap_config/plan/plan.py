@@ -11,10 +11,12 @@ from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.placement.assignment import Location
     from devmap_config.placement.executor import Executor
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.placement.units import Unit
+from devmap_config.devices import CPU
 from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.loading import loading_extra_bytes
 from devmap_config.placement.running import RunningCost, running_of
@@ -27,7 +29,7 @@ class DeviceUse:
     `loading_bytes` is the most that it holds while the model is loaded, the weights that are there by then included.
     """
 
-    id: DeviceId
+    id: Device
     capacity_bytes: int
     weights_bytes: int
     kv_cache_bytes: int = 0
@@ -80,7 +82,7 @@ class Plan:
 
     strategy: str
     executor: Executor
-    main_device: DeviceId
+    main_device: Device
     assignments: tuple[Assignment, ...]
     devices: tuple[DeviceUse, ...]
     prediction: Prediction = field(default_factory=Prediction)
@@ -91,15 +93,20 @@ class Plan:
     @cached_property
     def placement(self) -> dict[str, int | str]:
         """Unit to device as transformers writes it: accelerators by index, `cpu`, `disk`."""
-        return {each.unit: transformers_device(each.stored_on) for each in self.assignments}
+        return {each.unit: each.location.stored_on.in_device_map for each in self.assignments}
 
     @cached_property
-    def compute(self) -> dict[str, str]:
+    def locations(self) -> dict[TensorName, Location]:
+        """Where each tensor is stored and its module runs."""
+        return {name: each.location for each in self.assignments for name in each.tensors}
+
+    @cached_property
+    def compute(self) -> dict[str, Device]:
         """The units that run somewhere else than the executor would run them by where they are stored."""
         return {
-            each.unit: each.executes_on
+            each.unit: each.location.runs_on
             for each in self.assignments
-            if each.executes_on != self.executor.executes_on(each.stored_on, self.main_device, None)
+            if each.location != self.executor.location(each.location.stored_on, self.main_device)
         }
 
     @property
@@ -121,9 +128,7 @@ class Plan:
     @property
     def streams_buffers(self) -> bool:
         """Whether it loads as it is planned only with `offload_buffers`: there is something that is streamed."""
-        return self.offload_buffers and any(
-            self.executor.streams(each.stored_on, each.executes_on) for each in self.assignments
-        )
+        return self.offload_buffers and any(self.executor.streams(each.location) for each in self.assignments)
 
     def to_json(self) -> dict[str, Any]:
         """The `plan` object of `--format json` and of the lock."""
@@ -131,11 +136,11 @@ class Plan:
             "strategy": self.strategy,
             "executor": self.executor.name,
             "offload_buffers": self.offload_buffers,
-            "main_device": self.main_device,
+            "main_device": str(self.main_device),
             "measured": self.measured,
             "device_map": self.placement,
-            "compute": self.compute,
-            "devices": [{**asdict(use), "free_bytes": use.free_bytes} for use in self.devices],
+            "compute": {unit: str(device) for unit, device in self.compute.items()},
+            "devices": [{**asdict(use), "id": str(use.id), "free_bytes": use.free_bytes} for use in self.devices],
             "loading_ram_bytes": self.loading_ram_bytes,
             "prediction": asdict(self.prediction),
         }
@@ -143,8 +148,8 @@ class Plan:
 
 def assemble(
     graph: ModelGraph,
-    units: Iterable[tuple[Unit, tuple[DeviceId, DeviceId | None]]],
-    capacities: Mapping[DeviceId, int],
+    units: Iterable[tuple[Unit, tuple[Device, Device | None]]],
+    capacities: Mapping[Device, int],
     *,
     strategy: str,
     executor: Executor,
@@ -153,11 +158,11 @@ def assemble(
     placed = tuple(units)
     main_device = executor.main_device(stored_on for _, (stored_on, _) in placed)
     assignments = tuple(
-        Assignment(unit.name, unit.tensors, stored_on, executor.executes_on(stored_on, main_device, compute))
+        Assignment(unit.name, unit.tensors, executor.location(stored_on, main_device, compute))
         for unit, (stored_on, compute) in placed
     )
     devices = device_uses(graph, assignments, capacities, executor)
-    on_cpu = next((use.loading_bytes for use in devices if use.id == "cpu"), None)
+    on_cpu = next((use.loading_bytes for use in devices if use.id == CPU), None)
     return Plan(
         strategy=strategy,
         executor=executor,
@@ -166,23 +171,23 @@ def assemble(
         devices=devices,
         prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments, executor, main_device)),
         measured=graph.measurement is not None and graph.measurement.measured,
-        loading_ram_bytes=loading_extra_bytes(graph, assignments).get("cpu", 0) if on_cpu is None else on_cpu,
+        loading_ram_bytes=loading_extra_bytes(graph, assignments).get(CPU, 0) if on_cpu is None else on_cpu,
     )
 
 
 def device_uses(
-    graph: ModelGraph, assignments: Iterable[Assignment], capacities: Mapping[DeviceId, int], executor: Executor
+    graph: ModelGraph, assignments: Iterable[Assignment], capacities: Mapping[Device, int], executor: Executor
 ) -> tuple[DeviceUse, ...]:
     """What each device of the profile holds under these assignments, in the profile's order."""
     placed = tuple(assignments)
-    main_device = executor.main_device(each.stored_on for each in placed)
-    held: dict[DeviceId, list[TensorName]] = {device: [] for device in capacities}
+    main_device = executor.main_device(each.location.stored_on for each in placed)
+    held: dict[Device, list[TensorName]] = {device: [] for device in capacities}
     offloaded: set[TensorName] = set()
     for each in placed:
-        if executor.is_offloaded(each.stored_on, each.executes_on, main_device):
+        if executor.is_offloaded(each.location, main_device):
             offloaded.update(each.tensors)
         for name in each.tensors:
-            home = executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+            home = executor.residence(graph.tensors[name], each.location)
             held.setdefault(home, []).append(name)
     running = running_of(graph, placed, executor)
     costs = {} if running is None else running.costs()
@@ -202,20 +207,14 @@ def device_uses(
     )
 
 
-def transformers_device(device: DeviceId) -> int | str:
-    """A device as transformers' device_map names it: `cuda:1` is `1`, `mps`, `cpu` and `disk` stay."""
-    _, colon, index = device.partition(":")
-    return int(index) if colon else device
-
-
 def _streamed_bytes(
-    graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor, main_device: DeviceId
+    graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor, main_device: Device
 ) -> int:
     """Bytes of weights that are copied to where they run at every forward."""
     copied = [
-        (name, executor.is_offloaded(each.stored_on, each.executes_on, main_device))
+        (name, executor.is_offloaded(each.location, main_device))
         for each in assignments
         for name in each.tensors
-        if executor.is_copied_in(graph.tensors[name], each.stored_on, each.executes_on)
+        if executor.is_copied_in(graph.tensors[name], each.location)
     ]
     return graph.weights_bytes([name for name, _ in copied], {name for name, is_offloaded in copied if is_offloaded})

@@ -28,7 +28,6 @@ def predict(
         inventory: its machine.
         bound_decode_nanoseconds: what no plan can be below, where that was proven.
     """
-    homes = {name: (each.stored_on, each.executes_on) for each in plan.assignments for name in each.tensors}
 
     def nanoseconds(phase: Phase) -> int | None:
         if graph.measurement is None or not graph.measurement.measured:
@@ -36,7 +35,7 @@ def predict(
         if phase == "decode" and not graph.decodes:
             return None
         try:
-            return forward_nanoseconds(Timing(graph, inventory, phase, plan.executor, plan.main_device), homes)
+            return forward_nanoseconds(Timing(graph, inventory, phase, plan.executor, plan.main_device), plan.locations)
         except MissingFigureError:
             return None
 
@@ -47,7 +46,7 @@ def predict(
         bound_decode_nanoseconds_per_token=None if decode_nanoseconds is None else bound_decode_nanoseconds,
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
-        hops=hops(graph, homes),
+        hops=hops(graph, plan.locations),
         longest_context=longest_context(plan, graph),
     )
 

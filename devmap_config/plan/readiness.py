@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import format_bytes
+from devmap_config.devices import CPU, DISK, Device
 from devmap_config.diagnostics.diagnostic import Diagnostic
-from devmap_config.placement.problem import is_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Demand:
     `context_bytes` is what the device's own context is expected to take besides, and has not taken yet.
     """
 
-    device: str
+    device: Device
     needed_bytes: int
     context_bytes: int = 0
     memory_bytes: int | None = None
@@ -35,7 +35,7 @@ class Demand:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return {
-            "id": self.device,
+            "id": str(self.device),
             "name": self.name,
             "is_there": self.is_there,
             "needed_bytes": self.needed_bytes,
@@ -47,7 +47,7 @@ class Demand:
 
 def kind_needed(lock: Lock) -> str | None:
     """The kind of the accelerators that a plan uses, if it uses any."""
-    return next((device.partition(":")[0] for device in _needs(lock) if is_accelerator(device)), None)
+    return next((device.kind for device in _needs(lock) if device.is_accelerator), None)
 
 
 def demands(lock: Lock, seen: SeenMachine) -> tuple[Demand, ...]:
@@ -68,25 +68,26 @@ def differences(
     if not found:
         found += _other_cards(lock, seen)
     for demand in wanted:
-        if demand.device == "disk":
+        if demand.device == DISK:
             found += _disk(demand, may_be_read_in_place=disk_may_be_read_in_place)
         else:
             found += _memory(demand)
     return tuple(replace(each, span=span) for each in found)
 
 
-def _needs(lock: Lock) -> dict[str, int]:
+def _needs(lock: Lock) -> dict[Device, int]:
     """Bytes by device, where there are any."""
     parts = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
     needs = {
-        use["id"]: max(sum(use[part] for part in parts), use.get("loading_bytes", 0)) for use in lock.plan["devices"]
+        Device.from_text(use["id"]): max(sum(use[part] for part in parts), use.get("loading_bytes", 0))
+        for use in lock.plan["devices"]
     }
-    needs.setdefault("cpu", lock.plan.get("loading_ram_bytes", 0))
+    needs.setdefault(CPU, lock.plan.get("loading_ram_bytes", 0))
     return {device: needed for device, needed in needs.items() if needed}
 
 
-def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> Demand:
-    if device == "cpu":
+def _demand(device: Device, needed_bytes: int, lock: Lock, seen: SeenMachine) -> Demand:
+    if device == CPU:
         host = seen.host
         return Demand(
             device=device,
@@ -95,7 +96,7 @@ def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> De
             free_bytes=host.available_bytes,
             name=host.name,
         )
-    if device == "disk":
+    if device == DISK:
         free_bytes = None if seen.disk is None else seen.disk.free_bytes
         return Demand(device=device, needed_bytes=needed_bytes, memory_bytes=free_bytes, free_bytes=free_bytes)
     card = next((each for each in seen.accelerators if each.id == device), None)
@@ -104,7 +105,7 @@ def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> De
     return Demand(
         device=device,
         needed_bytes=needed_bytes,
-        context_bytes=0 if card.has_context else lock.hardware.get(device, {}).get("overhead_bytes", 0),
+        context_bytes=0 if card.has_context else lock.hardware.get(str(device), {}).get("overhead_bytes", 0),
         memory_bytes=card.memory_bytes,
         free_bytes=card.free_bytes,
         name=card.name,
@@ -113,22 +114,24 @@ def _demand(device: str, needed_bytes: int, lock: Lock, seen: SeenMachine) -> De
 
 def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Iterator[Diagnostic]:
     there = [each.id for each in seen.accelerators]
-    missing = [each.device for each in wanted if is_accelerator(each.device) and each.device not in there]
+    missing = [each.device for each in wanted if each.device.is_accelerator and each.device not in there]
     kind = kind_needed(lock)
     advice = "compile a profile that describes this machine, or run on the one that this profile describes"
     if missing and seen.kind not in (None, kind):
-        message = f"the plan is for {kind} devices, and this machine has {', '.join(there)}"
+        message = f"the plan is for {kind} devices, and this machine has {', '.join(map(str, there))}"
         yield Diagnostic.error("other-accelerators", message, help=advice)
     elif missing:
         number = f"the number of {kind} devices of this machine is {len(there)}"
-        yield Diagnostic.error("device-missing", f"the plan uses {', '.join(missing)}, and {number}", help=advice)
+        yield Diagnostic.error(
+            "device-missing", f"the plan uses {', '.join(map(str, missing))}, and {number}", help=advice
+        )
 
 
 def _other_cards(lock: Lock, seen: SeenMachine) -> Iterator[Diagnostic]:
     """A card that is not the one that was planned with may do; what was predicted for the other is then not true."""
     used = _needs(lock)
     for each in seen.accelerators:
-        planned = lock.hardware.get(each.id, {}).get("accelerator") if each.id in used else None
+        planned = lock.hardware.get(str(each.id), {}).get("accelerator") if each.id in used else None
         if planned is not None and each.accelerator != planned:
             yield Diagnostic.warning(
                 "another-card",

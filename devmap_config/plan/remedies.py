@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import GIBIBYTE
-from devmap_config.placement.problem import is_accelerator
+from devmap_config.devices import CPU, Device
 from devmap_config.plan.trials import Change
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class _Search:
         return f"lower `context_length` to {most}" if tried else None
 
     def fewer_bits(self) -> str | None:
-        room = sum(size for device, size in self.problem.capacities.items() if is_accelerator(device))
+        room = sum(size for device, size in self.problem.capacities.items() if device.is_accelerator)
         if self.prepared.model.quantization is not None or not room or 2 * room < self.problem.graph.size_bytes:
             return None
         tried = self.trials.compiles(Change(quantization=EIGHT_BIT))
@@ -105,20 +105,19 @@ class _Search:
 
     def another_card(self) -> str | None:
         """One more of the last accelerator, where it is one of the catalogue."""
-        cards = [device for device in self.prepared.inventory.devices if device.is_accelerator]
-        if not cards or cards[-1].accelerator is None or ":" not in cards[-1].id:
+        last = next(reversed(self.prepared.inventory.accelerators), None)
+        if last is None or last.accelerator is None or last.id.index is None:
             return None
-        kind, _, index = cards[-1].id.partition(":")
-        added, name = f"{kind}:{int(index) + 1}", cards[-1].accelerator.name
+        added, name = Device(last.id.kind, last.id.index + 1), last.accelerator.name
         tried = self.trials.compiles(Change(devices={added: {"accelerator": name}}))
         return f"add `{added}: {name}`" if tried else None
 
     def more_memory(self) -> str | None:
         """The least more of the CPU, or of the first accelerator that is described by its memory."""
-        devices = {device.id: device for device in self.prepared.inventory.devices}
-        described = next((each for each in devices.values() if each.is_accelerator and each.accelerator is None), None)
-        device = described or devices.get("cpu")
-        name, before = (device.id, device.memory_bytes) if device is not None else ("cpu", 0)
+        inventory = self.prepared.inventory
+        described = next((each for each in inventory.accelerators if each.accelerator is None), None)
+        device = described or next((each for each in inventory.devices if each.id == CPU), None)
+        name, before = (device.id, device.memory_bytes) if device is not None else (CPU, 0)
 
         def enlarged(gibibytes: int) -> Change:
             return Change(devices={name: {"memory": before + gibibytes * GIBIBYTE}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
+from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.placement.compatibility import check_quantizer
 from devmap_config.placement.weighing import heaviest
@@ -28,7 +29,7 @@ REPORT = "the verifier found what the placer should not have made: please report
 def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     """Verify a plan, and return what does not hold, at the rule that brought it about where there is one."""
     loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
-    check_quantizer(plan.placement, prepared, sink)
+    check_quantizer({each.location.stored_on for each in plan.assignments}, prepared, sink)
     split: dict[int, tuple[Rule, list[str]]] = {}
     stranded: dict[int, tuple[Decision, list[Violation]]] = {}
     overfull: list[str] = []
@@ -107,25 +108,22 @@ def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
     resolution = prepared.resolution
     found = verify(plan, prepared.graph, prepared.capacities, resolution.forbidden)
     broken = [violation.message for violation in found if violation.kind != "split-block"]
-    homes = {name: each for each in plan.assignments for name in each.tensors}
     for name, decision in resolution.decisions.items():
-        home = homes.get(name)
-        if home is not None and decision.device != home.stored_on:
-            broken.append(f"`{name}` is on {home.stored_on}, and `{decision.rule.text}` puts it on {decision.device}")
-        elif home is not None and decision.compute not in (None, home.executes_on):
-            broken.append(
-                f"`{name}` runs on {home.executes_on}, and `{decision.rule.text}` computes it on {decision.compute}"
-            )
+        location, text = plan.locations.get(name), decision.rule.text
+        if location is not None and decision.device != location.stored_on:
+            broken.append(f"`{name}` is on {location.stored_on}, and `{text}` puts it on {decision.device}")
+        elif location is not None and decision.compute not in (None, location.runs_on):
+            broken.append(f"`{name}` runs on {location.runs_on}, and `{text}` computes it on {decision.compute}")
     for rule, names in resolution.groups:
-        devices = dict.fromkeys(homes[name].stored_on for name in names if name in homes)
+        devices = dict.fromkeys(plan.locations[name].stored_on for name in names if name in plan.locations)
         if len(devices) > 1:
-            broken.append(f"`{rule.text}` keeps together what is on {' and '.join(devices)}")
+            broken.append(f"`{rule.text}` keeps together what is on {' and '.join(map(str, devices))}")
     return broken
 
 
 def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
     """Weights fit by now: what does not is what the workload needs besides, or what loading does."""
-    uses = sorted((use for use in plan.devices if use.id in devices), key=lambda use: use.free_bytes)
+    uses = sorted((use for use in plan.devices if str(use.id) in devices), key=lambda use: use.free_bytes)
     if uses[0].free_bytes >= 0:
         _report_overfull_loading(uses, graph, loaded, sink)
         return
@@ -181,18 +179,22 @@ def _computes_apart(violation: Violation, plan: Plan) -> bool:
     """Whether what is elsewhere than the block computes there, on the CPU, or is where all of the block runs."""
     parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
     streamed = {
-        each.stored_on for each in parts if each.unit not in plan.compute and each.stored_on != each.executes_on
+        each.location.stored_on
+        for each in parts
+        if each.unit not in plan.compute and each.location.stored_on != each.location.runs_on
     }
-    stores = {each.stored_on for each in parts if each.unit not in plan.compute}
-    return len(stores) <= 1 or (len(streamed) == 1 and len({each.executes_on for each in parts}) == 1)
+    stores = {each.location.stored_on for each in parts if each.unit not in plan.compute}
+    return len(stores) <= 1 or (len(streamed) == 1 and len({each.location.runs_on for each in parts}) == 1)
 
 
 def _cost_of_split(plan: Plan, block: str) -> str:
     parts = [each for each in plan.assignments if each.unit.startswith(f"{block}.")]
-    running = sorted({each.executes_on for each in parts})
+    running = sorted({each.location.runs_on for each in parts})
     if len(running) == 1:
         return f"all of it runs on {running[0]}: what is stored elsewhere is copied there at every forward"
-    return f"activations pass between {' and '.join(running)} inside the block; pin the whole block if you can"
+    return (
+        f"activations pass between {' and '.join(map(str, running))} inside the block; pin the whole block if you can"
+    )
 
 
 def _cause_of_split(violation: Violation, graph: ModelGraph, resolution: Resolution) -> Decision | None:
@@ -211,8 +213,8 @@ def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
     """accelerate runs a module where it is stored or streams it to the main device; the CPU may run what it stores."""
     reported: set[int] = set()
     for each in plan.assignments:
-        usual = plan.executor.executes_on(each.stored_on, plan.main_device, None)
-        if each.executes_on in (usual, each.stored_on) and each.executes_on != "disk":
+        stored_on = each.location.stored_on
+        if plan.executor.can_run(each.location, plan.main_device):
             continue
         decision = next((resolution.decisions[name] for name in each.tensors if name in resolution.decisions), None)
         if decision is None or id(decision.rule) in reported:
@@ -220,9 +222,10 @@ def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
         reported.add(id(decision.rule))
         sink.error(
             "bad-compute",
-            f"what is stored on {each.stored_on} cannot run on {each.executes_on}",
+            f"what is stored on {stored_on} cannot run on {each.location.runs_on}",
             decision.rule.span,
-            help=f"accelerate runs it on {usual}; only what is stored on `cpu` may also say `compute: cpu`",
+            help=f"accelerate runs it on {plan.executor.location(stored_on, plan.main_device).runs_on};"
+            " only what is stored on `cpu` may also say `compute: cpu`",
         )
 
 
@@ -244,15 +247,15 @@ def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None
                 help="name a folder; it need not exist",
             )
         return
-    if "disk" not in loaded.profile.hardware.devices.value:
+    if DISK not in loaded.profile.hardware.devices.value:
         return
-    used = any(each.stored_on == "disk" for each in plan.assignments)
+    used = any(each.location.stored_on == DISK for each in plan.assignments)
     report = sink.error if used else sink.warning
     report(
         "missing-offload-folder",
         "the plan keeps weights on disk, and no folder is given for them"
         if used
         else "the disk is listed, and no folder is given for what might go there",
-        loaded.profile.hardware.device_span("disk"),
+        loaded.profile.hardware.device_span(DISK),
         help="add `placement: {offload: {folder: ./offload}}`",
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import GIBIBYTE, format_bytes, format_exact_bytes
+from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.placement.buffers import can_be_offloaded
-from devmap_config.placement.devices import STORAGE_DEVICES
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
 from devmap_config.placement.weighing import heaviest_weights
 from devmap_config.plan.remedies import MOST_GIBIBYTES, impasse_of
 from devmap_config.plan.trials import Change
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Problem
@@ -85,7 +86,7 @@ def _report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepar
         if shortage.device is None:
             _report_unplaced(infeasible, shortage, problem, loaded, trials, sink)
         else:
-            _report_device(shortage, problem, resolution, loaded, trials, sink)
+            _report_device(shortage, shortage.device, problem, resolution, loaded, trials, sink)
 
 
 def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
@@ -99,7 +100,7 @@ def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared
     )
     if kept_off := [device for device in problem.capacities if device in refused]:
         method = quantization.method.name if quantization is not None else "quantization"
-        listed += f" ({method} loads nothing onto {' or '.join(kept_off)})"
+        listed += f" ({method} loads nothing onto {' or '.join(map(str, kept_off))})"
     measurement = problem.graph.measurement
     cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
     what = f"the model's {format_bytes(problem.graph.size_bytes)}{cache}"
@@ -129,7 +130,7 @@ def _report_forbidden(infeasible: Infeasible, resolution: Resolution, strategy: 
     rule = next(iter(rules.values()))
     sink.error(
         "conflicting-pins",
-        f"`{strategy}` has no place for `{name}` but on {' or '.join(rules)}, which this rule forbids",
+        f"`{strategy}` has no place for `{name}` but on {' or '.join(map(str, rules))}, which this rule forbids",
         rule.span,
         help="pin it to the device where it is to be, or give the other devices more room",
     )
@@ -191,9 +192,14 @@ def _mend(problem: Problem, strategy: str, trials: Trials, *, fits_in_total: boo
 
 
 def _report_device(
-    shortage: Shortage, problem: Problem, resolution: Resolution, loaded: LoadedProfile, trials: Trials, sink: Sink
+    shortage: Shortage,
+    device: Device,
+    problem: Problem,
+    resolution: Resolution,
+    loaded: LoadedProfile,
+    trials: Trials,
+    sink: Sink,
 ) -> None:
-    device = str(shortage.device)
     pinned_bytes = problem.pinned_bytes.get(device, 0)
     rule = next((decision.rule for decision in resolution.decisions.values() if decision.device == device), None)
     if rule is not None and pinned_bytes > shortage.capacity_bytes:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.placement.constraints import build_problem
 from devmap_config.plan.attempts import Candidate, attempts
-from devmap_config.profile.schema import Device
+from devmap_config.profile.schema import DeviceSection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.constraints import Repairs
     from devmap_config.placement.prepared import Prepared
@@ -36,7 +38,7 @@ class Change:
     quantization: Mapping[str, Any] | None = None
     strategy: str | None = None
     offload_buffers: bool | None = None
-    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    devices: Mapping[Device, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def is_of_model(self) -> bool:
@@ -52,10 +54,10 @@ class Change:
         if self.context_length is not None:
             workload = workload.changed(context_length=self.context_length)
         devices = dict(hardware.devices.value)
-        for name, description in self.devices.items():
-            devices[name] = devices.get(name, Device()).changed(**description)
+        for device, description in self.devices.items():
+            devices[device] = devices.get(device, DeviceSection()).changed(**description)
         offload = placement.offload
-        if "disk" in self.devices and offload.folder.value is None:
+        if DISK in self.devices and offload.folder.value is None:
             offload = offload.changed(folder="offload")
         if self.offload_buffers is not None:
             offload = offload.changed(buffers=self.offload_buffers)

@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from devmap_config.devices import CPU, DISK
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.plan.plan import Plan
 
@@ -40,8 +43,8 @@ class Violation:
 def verify(
     plan: Plan,
     graph: ModelGraph,
-    capacities: Mapping[str, int],
-    forbidden: Mapping[TensorName, Collection[str]] | None = None,
+    capacities: Mapping[Device, int],
+    forbidden: Mapping[TensorName, Collection[Device]] | None = None,
 ) -> tuple[Violation, ...]:
     """Everything that is wrong with a plan; nothing, for a plan that loads, fits and keeps together what must be.
 
@@ -51,8 +54,8 @@ def verify(
     return (*found, *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
 
 
-def _stored_on(plan: Plan) -> dict[str, str]:
-    return {str(name): each.stored_on for each in plan.assignments for name in each.tensors}
+def _stored_on(plan: Plan) -> dict[str, Device]:
+    return {str(name): location.stored_on for name, location in plan.locations.items()}
 
 
 def coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
@@ -106,7 +109,7 @@ def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     """The map read as transformers' `expand_device_map` reads it: keys joined to one unescaped regular expression."""
-    devices = {each.unit: each.stored_on for each in plan.assignments}
+    devices = {each.unit: each.location.stored_on for each in plan.assignments}
     if not devices:
         return
     keys = sorted(devices, key=lambda key: (key.count("."), len(key)), reverse=True)
@@ -114,7 +117,7 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     expected = _stored_on(plan)
     for name in graph.tensors:
         found = expression.match(name)
-        read = devices.get(found.group()) if found else devices.get("", "cpu")
+        read = devices.get(found.group()) if found else devices.get("", CPU)
         if name in expected and read != expected[name]:
             yield Violation(
                 kind="misread-map",
@@ -126,18 +129,14 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 def _quantizer_reading(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     """The map read by a quantizer that leaves what is offloaded as it is (transformers' `should_convert_module`)."""
     homes = {name: each for each in plan.assignments for name in each.tensors}
-    offloaded = [
-        each.unit
-        for each in plan.assignments
-        if plan.executor.is_offloaded(each.stored_on, each.executes_on, plan.main_device)
-    ]
+    offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
     for tensor in graph.tensors.values():
         if tensor.offloaded_bytes is None or tensor.name not in homes:
             continue
         module = tensor.name.rpartition(".")[0]
         keys = [key for key in offloaded if module.endswith(key) or module.startswith(f"{key}.")]
         if bool(keys) != (homes[tensor.name].unit in offloaded):
-            where, done = homes[tensor.name].stored_on, "left as it is" if keys else "quantised"
+            where, done = homes[tensor.name].location.stored_on, "left as it is" if keys else "quantised"
             yield Violation(
                 kind="misread-map",
                 message=f"transformers reads the map so that `{tensor.name}` on {where} is {done}",
@@ -154,7 +153,7 @@ def _blocks(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
         if len(devices) > 1:
             yield Violation(
                 kind="split-block",
-                message=f"`{module.path}` ({module.class_name}) is split over {', '.join(devices)}",
+                message=f"`{module.path}` ({module.class_name}) is split over {', '.join(map(str, devices))}",
                 subjects=(module.path,),
             )
 
@@ -162,7 +161,7 @@ def _blocks(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 def _ties(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     stored_on = _stored_on(plan)
     for group in graph.tied_groups:
-        devices = sorted({stored_on[name] for name in group if name in stored_on})
+        devices = [str(device) for device in sorted({stored_on[name] for name in group if name in stored_on})]
         if len(devices) > 1:
             yield Violation(
                 kind="split-tie",
@@ -191,16 +190,17 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
             if each.unit in each.tensors:
                 found[each.unit] = "is a tensor, and only a module computes on the CPU"
             continue
-        if each.stored_on not in ("disk", "cpu") or (each.stored_on == "cpu" == each.executes_on):
+        stored_on, runs_on = each.location.stored_on, each.location.runs_on
+        if stored_on.is_accelerator or stored_on == CPU == runs_on:
             continue
         for name in each.tensors:
-            home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
-            if home == "disk" and name in graph.computed:
+            home = plan.executor.residence(graph.tensors[name], each.location)
+            if home == DISK and name in graph.computed:
                 found[str(name)] = "is in no file of the checkpoint, since transformers computes it"
             elif each.unit == name:
-                if home != each.executes_on or (home != "cpu" and "." in name):
+                if home != runs_on or (home != CPU and "." in name):
                     found[str(name)] = "is placed apart from its module"
-            elif home != each.executes_on and _class_around(name, graph) in USED_BY_THEIR_PARENT:
+            elif home != runs_on and _class_around(name, graph) in USED_BY_THEIR_PARENT:
                 found[str(name)] = "is used without its module being called"
     return found
 
@@ -213,7 +213,7 @@ def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     homes = {name: each for each in plan.assignments for name in each.tensors}
     for name, reason in stranded_tensors(plan, graph).items():
         home = homes[name]  # type: ignore[index]
-        consequence = f": nothing brings it from {home.stored_on} to {home.executes_on}"
+        consequence = f": nothing brings it from {home.location.stored_on} to {home.location.runs_on}"
         yield Violation(
             kind="stranded-tensor",
             message=f"`{name}` {reason}{'' if home.unit in plan.compute else consequence}",
@@ -221,14 +221,14 @@ def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
         )
 
 
-def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> Iterator[Violation]:
+def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[Device, int]) -> Iterator[Violation]:
     """Adds up what each device holds anew, from the tensors."""
-    held: dict[str, dict[TensorName, int]] = {}
+    held: dict[Device, dict[TensorName, int]] = {}
     for each in plan.assignments:
         for name in each.tensors:
-            home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+            home = plan.executor.residence(graph.tensors[name], each.location)
             tensor = graph.tensors[graph.storage_of[name]]
-            size_bytes = plan.executor.held_bytes(tensor, each.stored_on, each.executes_on, plan.main_device)
+            size_bytes = plan.executor.held_bytes(tensor, each.location, plan.main_device)
             held.setdefault(home, {})[tensor.name] = max(size_bytes, held.get(home, {}).get(tensor.name, 0))
     rows = {use.id: use for use in plan.devices}
     for device in sorted(held):
@@ -238,7 +238,7 @@ def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> I
             if device == plan.main_device and weights_bytes == 0:
                 continue
             yield Violation(
-                kind="unlisted-device", message=f"{device} is not a device of the profile", subjects=(device,)
+                kind="unlisted-device", message=f"{device} is not a device of the profile", subjects=(str(device),)
             )
             continue
         row = rows[device]
@@ -247,24 +247,24 @@ def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[str, int]) -> I
             yield Violation(
                 kind="over-capacity",
                 message=f"{device} would hold {used:,} bytes, {used - capacities[device]:,} more than it has",
-                subjects=(device,),
+                subjects=(str(device),),
             )
         elif row.loading_bytes > capacities[device]:
             yield Violation(
                 kind="over-capacity",
                 message=f"{device} would hold {row.loading_bytes:,} bytes while the model is loaded,"
                 f" {row.loading_bytes - capacities[device]:,} more than it has",
-                subjects=(device,),
+                subjects=(str(device),),
             )
 
 
-def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[str]]) -> Iterator[Violation]:
+def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[Device]]) -> Iterator[Violation]:
     for each in plan.assignments:
         for name in each.tensors:
-            if each.stored_on in forbidden.get(name, ()):
+            if each.location.stored_on in forbidden.get(name, ()):
                 yield Violation(
                     kind="forbidden-device",
-                    message=f"`{name}` is stored on {each.stored_on}, which a rule forbids",
+                    message=f"`{name}` is stored on {each.location.stored_on}, which a rule forbids",
                     subjects=(name,),
                 )
 

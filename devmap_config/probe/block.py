@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import FLOPS_UNITS, format_bytes, profile_bytes, profile_rate
+from devmap_config.devices import CPU, DISK, Device
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.hardware.machines import Machine
 
@@ -32,10 +33,10 @@ def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[
     devices: dict[str, Any] = {}
     for each in seen.accelerators:
         if (described := _device(each, measured)) is not None:
-            devices[each.id] = described
-    devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes), **_rates("cpu", measured)}
+            devices[str(each.id)] = described
+    devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes), **_rates(CPU, measured)}
     if seen.disk is not None:
-        devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes), **_rates("disk", measured)}
+        devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes), **_rates(DISK, measured)}
     links = {name: profile_rate(rate) for name, rate in measured.links.items()}
     return {"devices": devices, **({"links": links} if links else {})}
 
@@ -43,8 +44,8 @@ def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[
 def as_machine(seen: SeenMachine) -> Machine:
     """The devices by what says most of each: the catalogue's name, or its memory."""
     described = {
-        device: what if isinstance(what, str) else what["memory"]
-        for device, what in hardware_block(seen)["devices"].items()
+        Device.from_text(name): what if isinstance(what, str) else what["memory"]
+        for name, what in hardware_block(seen)["devices"].items()
     }
     return Machine(described)
 
@@ -60,21 +61,21 @@ def _device(seen: SeenAccelerator, measured: Measured) -> dict[str, Any] | str |
     return {"accelerator": seen.accelerator, "memory": memory, **rates}
 
 
-def _rates(device: str, measured: Measured) -> dict[str, str]:
+def _rates(device: Device, measured: Measured) -> dict[str, str]:
     """What was measured is reached, so no efficiency of the catalogue's counts besides."""
-    rates = {}
-    if device in measured.bandwidths:
-        rates["bandwidth"] = profile_rate(measured.bandwidths[device])
-    if device in measured.flops:
-        rates["flops"] = profile_rate(measured.flops[device], FLOPS_UNITS)
-    if rates and device not in ("cpu", "disk"):
+    rates, name = {}, str(device)
+    if name in measured.bandwidths:
+        rates["bandwidth"] = profile_rate(measured.bandwidths[name])
+    if name in measured.flops:
+        rates["flops"] = profile_rate(measured.flops[name], FLOPS_UNITS)
+    if rates and device.is_accelerator:
         rates["efficiency"] = "100%"
     return rates
 
 
 def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
     """The block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`."""
-    remarks = {each.id: _remark(each) for each in seen.accelerators}
+    remarks = {str(each.id): _remark(each) for each in seen.accelerators}
     remarks["cpu"] = _host_remark(seen)
     if seen.disk is not None:
         remarks["disk"] = f"free of {format_bytes(seen.disk.memory_bytes)}"
@@ -82,8 +83,8 @@ def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
     lines += [f"    {device}: {_flow(what)}   # {remarks[device]}" for device, what in block["devices"].items()]
     if links := block.get("links"):
         lines.append(f"  links: {_flow(links)}")
-    left_out = [each for each in seen.accelerators if each.id not in block["devices"]]
-    lines += [f"  # {each.id} is left out, for nothing tells its memory: {remarks[each.id]}" for each in left_out]
+    left_out = [each for each in seen.accelerators if str(each.id) not in block["devices"]]
+    lines += [f"  # {each.id} is left out, for nothing tells its memory: {remarks[str(each.id)]}" for each in left_out]
     return "\n".join(lines) + "\n"
 
 

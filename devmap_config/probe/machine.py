@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 
@@ -18,7 +19,7 @@ class SeenAccelerator:
     context of this process is among what is held.
     """
 
-    id: str
+    id: Device
     name: str
     memory_bytes: int | None
     free_bytes: int | None = None
@@ -61,12 +62,12 @@ class SeenMachine:
     @property
     def kind(self) -> str | None:
         """The kind of the accelerators, if there are any."""
-        return self.accelerators[0].id.partition(":")[0] if self.accelerators else None
+        return self.accelerators[0].id.kind if self.accelerators else None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return {
-            "accelerators": [asdict(each) for each in self.accelerators],
+            "accelerators": [{**asdict(each), "id": str(each.id)} for each in self.accelerators],
             "cpu": asdict(self.host),
             "disk": None if self.disk is None else asdict(self.disk),
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from devmap_config.devices import CPU
 from devmap_config.probe.block import Measured
 from devmap_config.probe.host import existing_folder
 from devmap_config.probe.rates import NotMeasuredError, Rate, disk_bandwidth, memory_bandwidth
@@ -41,10 +42,10 @@ def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[St
         yield Step("bandwidth", "disk", "disk", partial(disk_bandwidth, folder, disk.free_bytes))
     if not devices.is_there:
         return
-    yield Step("flops", "cpu", "layers on the CPU", partial(devices.flops, "cpu"))
+    yield Step("flops", "cpu", "layers on the CPU", partial(devices.flops, CPU))
     for card in seen.accelerators:
-        yield Step("bandwidth", card.id, f"memory of {card.id}", partial(devices.memory_bandwidth, card))
-        yield Step("flops", card.id, f"layers on {card.id}", partial(devices.flops, card.id))
+        yield Step("bandwidth", str(card.id), f"memory of {card.id}", partial(devices.memory_bandwidth, card))
+        yield Step("flops", str(card.id), f"layers on {card.id}", partial(devices.flops, card.id))
     if seen.accelerators:
         yield Step("link", "host", "copies from the CPU", partial(devices.from_host, seen.accelerators))
     for first, second in itertools.combinations(seen.accelerators, 2):

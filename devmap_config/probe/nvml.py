@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import Device
 from devmap_config.probe.machine import SeenAccelerator
 from devmap_config.probe.recognition import recognised
 
@@ -29,7 +30,7 @@ def read_cards() -> tuple[SeenAccelerator, ...]:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         handles.sort(key=lambda handle: _place(pynvml, handle))
         parts = [part for handle in handles for part in _parts(pynvml, handle)]
-        return tuple(_seen(pynvml, f"cuda:{index}", *part) for index, part in enumerate(parts))
+        return tuple(_seen(pynvml, Device("cuda", index), *part) for index, part in enumerate(parts))
     except pynvml.NVMLError:
         return ()
     finally:
@@ -61,12 +62,12 @@ def _is_partitioned(nvml: Any, handle: Any) -> bool:
     return bool(current == nvml.NVML_DEVICE_MIG_ENABLE)
 
 
-def _seen(nvml: Any, identifier: str, handle: Any, is_slice: bool) -> SeenAccelerator:
+def _seen(nvml: Any, device: Device, handle: Any, is_slice: bool) -> SeenAccelerator:
     """Return a card, or a slice of one, which has its own memory and a share of the card's speed."""
     memory_bytes, free_bytes, held_bytes = _memory(nvml, handle)
     name = _text(nvml.nvmlDeviceGetName(handle))
     return SeenAccelerator(
-        id=identifier,
+        id=device,
         name=name,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import Device
 from devmap_config.probe.machine import SeenAccelerator
 from devmap_config.probe.recognition import recognised
 
@@ -54,13 +55,13 @@ def _accelerator(kind: str, backend: Any, index: int, cards: Mapping[str | None,
     uuid = getattr(properties, "uuid", None)
     card = next((cards[name] for name in (f"GPU-{uuid}", f"MIG-{uuid}", str(uuid)) if name in cards), None)
     if card is not None:
-        return replace(card, id=f"{kind}:{index}")
+        return replace(card, id=Device(kind, index))
     name = str(_asked(backend, "get_device_name", index) or getattr(properties, "name", None) or f"{kind} device")
     free_bytes, total_bytes = _asked(backend, "mem_get_info", index) or (None, None)
     memory_bytes = getattr(properties, "total_memory", None) or total_bytes
     held_bytes = None if free_bytes is None or memory_bytes is None else max(memory_bytes - free_bytes, 0)
     return SeenAccelerator(
-        id=f"{kind}:{index}",
+        id=Device(kind, index),
         name=name,
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
@@ -76,7 +77,7 @@ def _apple(torch: Any) -> SeenAccelerator:
     memory_bytes = int(torch.mps.recommended_max_memory())
     name = _processor_name()
     return SeenAccelerator(
-        id="mps", name=name, memory_bytes=memory_bytes, accelerator=recognised(name, memory_bytes, "mps")
+        id=Device("mps"), name=name, memory_bytes=memory_bytes, accelerator=recognised(name, memory_bytes, "mps")
     )
 
 

@@ -11,11 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import MEBIBYTE
+from devmap_config.devices import CPU
 from devmap_config.probe.rates import SHARE_OF_FREE, Rate, fastest_pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from devmap_config.devices import Device
     from devmap_config.probe.machine import SeenAccelerator
 
 COPY_BYTES = 256 * MEBIBYTE
@@ -49,7 +51,7 @@ class Devices:
         per_second = 2 * self._copied_per_second(size_bytes, seen.id, seen.id)
         return Rate(per_second, f"{size_bytes // MEBIBYTE} MiB copied within the device")
 
-    def flops(self, device: str) -> Rate:
+    def flops(self, device: Device) -> Rate:
         """Return the operations a second of a square linear layer in bfloat16, or in float16 where it has none.
 
         As models call it, and not as a plain product: on CPUs, the two are different kernels.
@@ -58,7 +60,7 @@ class Devices:
         size, seconds = SMALLEST_MATRIX // 2, 0.0
         while seconds < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
             size *= 2
-            inputs = self._torch.ones(size, size, dtype=dtype).to(device)
+            inputs = self._torch.ones(size, size, dtype=dtype).to(str(device))
             layer = partial(self._torch.nn.functional.linear, inputs, inputs.clone())
             seconds = self._fastest(layer, device)
         named = str(dtype).removeprefix("torch.")
@@ -69,7 +71,7 @@ class Devices:
         rates = []
         for seen in accelerators:
             size_bytes = self._size(seen)
-            per_second = self._copied_per_second(size_bytes, "cpu", seen.id)
+            per_second = self._copied_per_second(size_bytes, CPU, seen.id)
             rates.append(Rate(per_second, f"{size_bytes // MEBIBYTE} MiB of unpinned memory copied"))
         return min(rates, key=lambda rate: rate.per_second)
 
@@ -84,22 +86,22 @@ class Devices:
         free_bytes = seen.free_bytes if seen.free_bytes is not None else seen.memory_bytes
         return COPY_BYTES if free_bytes is None else max(min(COPY_BYTES, free_bytes // SHARE_OF_FREE), MEBIBYTE)
 
-    def _half_precision(self, device: str) -> Any:
+    def _half_precision(self, device: Device) -> Any:
         try:
-            self._torch.ones(1, dtype=self._torch.bfloat16).to(device)
+            self._torch.ones(1, dtype=self._torch.bfloat16).to(str(device))
         except RuntimeError:
             return self._torch.float16
         return self._torch.bfloat16
 
-    def _copied_per_second(self, size_bytes: int, start: str, end: str) -> int:
+    def _copied_per_second(self, size_bytes: int, start: Device, end: Device) -> int:
         source, target = (self._buffer(size_bytes, device) for device in (start, end))
         return int(size_bytes / self._fastest(partial(target.copy_, source), start, end))
 
-    def _buffer(self, size_bytes: int, device: str) -> Any:
+    def _buffer(self, size_bytes: int, device: Device) -> Any:
         """Return memory that was written to: what never was is not there to be copied."""
-        return self._torch.ones(size_bytes, dtype=self._torch.uint8).to(device)
+        return self._torch.ones(size_bytes, dtype=self._torch.uint8).to(str(device))
 
-    def _fastest(self, action: Callable[[], Any], *devices: str) -> float:
+    def _fastest(self, action: Callable[[], Any], *devices: Device) -> float:
         """Return the seconds in which the devices have done what an action gives them."""
 
         def run() -> None:
@@ -110,10 +112,9 @@ class Devices:
         run()  # the first time, kernels are loaded and buffers made
         return fastest_pass(run, self._clock, LIMIT_SECONDS)
 
-    def _wait(self, device: str) -> None:
+    def _wait(self, device: Device) -> None:
         """Wait until a device has done what it was given: accelerators work on their own."""
-        kind, _, index = device.partition(":")
-        wait = getattr(getattr(self._torch, kind, None), "synchronize", None)
-        if wait is not None and kind != "cpu":
+        wait = getattr(getattr(self._torch, device.kind, None), "synchronize", None)
+        if wait is not None and device != CPU:
             with suppress(NotImplementedError):
-                wait(*([int(index)] if index else []))
+                wait(*(() if device.index is None else (device.index,)))

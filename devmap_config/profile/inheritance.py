@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Sink, Span
 from devmap_config.files import PROFILE, FileError, decoded, read_bytes, require_regular
-from devmap_config.profile.devices import DeviceNameError, expand_devices, is_range, kind_of
+from devmap_config.profile.device_names import DeviceNameError, expand_devices, is_range, kind_of
 from devmap_config.profile.document import (
     Entry,
     MappingNode,
@@ -237,7 +237,7 @@ def _names(key: ScalarNode, kind: str, sink: Sink) -> tuple[str, ...]:
     if key.is_unrendered:
         return (key.text,)
     try:
-        return expand_devices(key.text, kind)
+        return tuple(map(str, expand_devices(key.text, kind)))
     except DeviceNameError as error:
         sink.error("bad-device-name", error.message, key.span, help=error.help)
         return ()

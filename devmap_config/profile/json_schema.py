@@ -13,7 +13,7 @@ from devmap_config.profile.schema import (
     BANDWIDTH_SCHEMA,
     DEVICE_KEY_PATTERN,
     TEMPLATE_SCHEMA,
-    Device,
+    DeviceSection,
     Link,
     Profile,
 )
@@ -43,7 +43,10 @@ def profile_schema() -> Schema:
         _one_or_many(holder["properties"], key)
     for definition in (schema, *definitions.values()):
         _nullable(definition)
-    definitions["Device"] = {"anyOf": [{"type": "string"}, definitions["Device"]], "description": Device.__doc__}
+    definitions["DeviceSection"] = {
+        "anyOf": [{"type": "string"}, definitions["DeviceSection"]],
+        "description": DeviceSection.__doc__,
+    }
     definitions["Link"] = {"anyOf": [BANDWIDTH_SCHEMA, definitions["Link"]], "description": Link.__doc__}
     schema["patternProperties"] = {"^x-": {"description": "Ignored: a place for YAML anchors."}}
     schema["if"] = {"not": {"required": ["extends"]}}

@@ -11,12 +11,14 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainSerializer,
+    PlainValidator,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from devmap_config.profile.devices import DeviceNameError, expand_devices
+from devmap_config.devices import Device
+from devmap_config.profile.device_names import DeviceNameError, expand_devices
 from devmap_config.profile.located import Located, WrittenNothing, WrittenText
 from devmap_config.profile.quantities import (
     QuantityError,
@@ -113,17 +115,23 @@ def _quantity(parse: Callable[[str], Parsed]) -> Callable[[object], Parsed]:
     return check
 
 
-def _device_name(value: object) -> str:
+def _device(value: object) -> Device:
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise PydanticCustomError("device_type", "a device")
     try:
-        names = expand_devices(str(value), "cuda")
+        devices = expand_devices(str(value), "cuda")
     except DeviceNameError as error:
         raise refusal("bad-device-name", error.message, error.help) from None
-    if len(names) > 1:
+    if len(devices) > 1:
         message = f"`{value}` is several devices, and one is wanted here"
-        raise refusal("bad-device-name", message, f"write `{names[0]}`")
-    return str(value)
+        raise refusal("bad-device-name", message, f"write `{devices[0]}`")
+    return devices[0]
+
+
+def _device_or_number(value: object) -> Device | int:
+    """A number stays one: of which kind it is, the machine says."""
+    device = _device(value)
+    return int(str(value)) if str(value).isdecimal() else device
 
 
 def _pattern_text(value: object) -> object:
@@ -187,9 +195,12 @@ Latency = Annotated[
     BeforeValidator(_quantity(parse_nanoseconds)),
     _or_template({"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"}),
 ]
-DeviceName = Annotated[
-    str,
-    BeforeValidator(_device_name),
+ListedDevice = Annotated[Device, PlainValidator(_device), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+"""A key that names a device; merging has made it canonical."""
+NamedDevice = Annotated[
+    Device | int,
+    PlainValidator(_device_or_number),
+    PlainSerializer(str),
     _or_template({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": DEVICE_PATTERN}]}),
 ]
 PatternText = Annotated[str, BeforeValidator(_pattern_text), WithJsonSchema({"type": ["string", "integer"]})]
@@ -299,7 +310,7 @@ class Workload(Section):
         return self
 
 
-class Device(Section):
+class DeviceSection(Section):
     """One device, or each of a range of them."""
 
     accelerator: Located[Text | None] = Field(default=Located(None), examples=["rtx-4090", "h100-sxm"])
@@ -350,7 +361,7 @@ class Link(Section):
 class Hardware(Section):
     """The machine. A device that is not listed here does not exist."""
 
-    devices: Located[Annotated[Mapping[str, Each[Device]], Field(min_length=1)]] = Field(
+    devices: Located[Annotated[Mapping[ListedDevice, Each[DeviceSection]], Field(min_length=1)]] = Field(
         examples=[{"cuda:[0-1]": "rtx-4090", "cpu": {"memory": "64GiB"}}]
     )
     """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
@@ -358,10 +369,10 @@ class Hardware(Section):
     links: Mapping[str, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
     """`host`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's."""
 
-    def device_span(self, name: str) -> Span:
+    def device_span(self, device: Device) -> Span:
         """Return the place of a device's name; of `devices` where it is not listed."""
-        device = self.devices.value.get(name)
-        return self.devices.key_span if device is None else device.key_span
+        section = self.devices.value.get(device)
+        return self.devices.key_span if section is None else section.key_span
 
 
 class Pin(Section):
@@ -370,13 +381,13 @@ class Pin(Section):
     match: Located[PatternText] = Field(examples=["lm_head", "model.layers.[0-15]"])
     """A pattern of module paths; a match means all below it."""
 
-    device: Located[DeviceName | None] = Field(default=Located(None), examples=["cuda:0", 0, "cpu"])
+    device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:0", 0, "cpu"])
     """Where its weights are stored."""
 
-    compute: Located[DeviceName | None] = Field(default=Located(None), examples=["cpu"])
+    compute: Located[NamedDevice | None] = Field(default=Located(None), examples=["cpu"])
     """Where it runs, if not where the executor would run it."""
 
-    not_on: Annotated[tuple[Located[DeviceName], ...], BeforeValidator(_one_or_many)] = Field(
+    not_on: Annotated[tuple[Located[NamedDevice], ...], BeforeValidator(_one_or_many)] = Field(
         default=(), examples=[["cuda:1", "disk"]]
     )
     """Devices on which nothing of it may be stored."""
@@ -417,15 +428,17 @@ class PlacementSection(Section):
     strategy: Located[Strategy] = Field(default=Located("auto"), examples=list(STRATEGIES))
     """How what is not pinned is placed."""
 
-    device: Located[DeviceName | None] = Field(default=Located(None), examples=["cuda:0"])
+    device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:0"])
     """For `single`: the device. Without it: the first accelerator, else the CPU."""
 
-    device_map: Located[Mapping[Located[PatternText], Each[Located[DeviceName]]] | None] = Field(
+    device_map: Located[Mapping[Located[PatternText], Each[Located[NamedDevice]]] | None] = Field(
         default=Located(None), examples=[{"model.embed_tokens": 0, "model.layers.[0-15]": 0, "model.layers.[16-31]": 1}]
     )
     """For `manual`: pattern to device, pasted as it is."""
 
-    max_memory: Mapping[str, Each[Located[Quantity]]] = Field(default={}, examples=[{0: "20GiB", "cpu": "30GiB"}])
+    max_memory: Mapping[ListedDevice, Each[Located[Quantity]]] = Field(
+        default={}, examples=[{0: "20GiB", "cpu": "30GiB"}]
+    )
     """Caps by device; a device that is not named keeps its capacity."""
 
     pins: tuple[Each[Pin], ...] = Field(default=(), examples=[[{"match": "lm_head", "device": "cuda:1"}]])

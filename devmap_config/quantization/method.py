@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.devices import Device
     from devmap_config.quantization.weights import Weight, Weights
 
 Arguments = Mapping[str, Any]
@@ -51,7 +52,7 @@ class Refusal:
     does not quantise: which it cannot of a checkpoint that is quantised already.
     """
 
-    devices: tuple[str, ...] = ()
+    devices: tuple[Device, ...] = ()
     alone_is_fine: bool = False
     prequantized_is_fine: bool = False
     unless: str | None = None
@@ -140,7 +141,7 @@ class Quantization:
         return self.is_prequantized and self.model_type in PATCHED_MODEL_TYPES
 
     @property
-    def refused_devices(self) -> tuple[str, ...]:
+    def refused_devices(self) -> tuple[Device, ...]:
         """The devices onto which the quantizer loads nothing, where accelerators are at hand."""
         refusal = self.method.refusal
         accepts = refusal.prequantized_is_fine if self.is_prequantized else self.is_told_to_accept

@@ -12,16 +12,17 @@ from devmap_config.rules.matching import children_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, Tensor, TensorName
 
 Node: TypeAlias = "Module | Tensor"
 Segment: TypeAlias = "str | tuple[int, ...]"
 """A name, or the numbers of several children that are alike."""
-Rules: TypeAlias = "tuple[tuple[tuple[Segment, ...], str], ...]"
+Rules: TypeAlias = "tuple[tuple[tuple[Segment, ...], Device], ...]"
 """Relative paths and their devices, in order of definition."""
 
 
-def compress(graph: ModelGraph, homes: Mapping[TensorName, str]) -> dict[str, str]:
+def compress(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[str, Device]:
     """Patterns and their devices, fewest first of all; under them the deeper pattern wins over the shallower.
 
     A default for the whole model is used only where everything has one device.
@@ -41,11 +42,11 @@ def _pattern(segments: tuple[Segment, ...]) -> str:
 class _Search:
     """Dynamic programming over the tree: the fewest rules below a node, given what it inherits."""
 
-    homes: Mapping[TensorName, str]
-    _devices: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    _best: dict[tuple[str, str | None], Rules] = field(default_factory=dict)
+    homes: Mapping[TensorName, Device]
+    _devices: dict[str, tuple[Device, ...]] = field(default_factory=dict)
+    _best: dict[tuple[str, Device | None], Rules] = field(default_factory=dict)
 
-    def devices(self, node: Node) -> tuple[str, ...]:
+    def devices(self, node: Node) -> tuple[Device, ...]:
         """The devices of a node's tensors, in order of definition."""
         if not isinstance(node, Module):
             return (self.homes[node.name],)
@@ -54,7 +55,7 @@ class _Search:
             self._devices[node.path] = tuple(dict.fromkeys(device for devices in below for device in devices))
         return self._devices[node.path]
 
-    def best(self, node: Node, inherited: str | None) -> Rules:
+    def best(self, node: Node, inherited: Device | None) -> Rules:
         """The fewest rules for a node and what is below it; their paths are relative to it."""
         devices = self.devices(node)
         if len(devices) <= 1:
@@ -67,9 +68,9 @@ class _Search:
             self._best[key] = min(ways, key=len)  # of equally many, the first: no default where none is needed
         return self._best[key]
 
-    def below(self, node: Node, inherited: str | None) -> Rules:
+    def below(self, node: Node, inherited: Device | None) -> Rules:
         """The fewest rules for what is below a node; numbered children with the same rule share it."""
-        entries: dict[tuple[Segment | None, tuple[Segment, ...], str], list[int]] = {}
+        entries: dict[tuple[Segment | None, tuple[Segment, ...], Device], list[int]] = {}
         for name, child in children_of(node).items():
             for rest, device in self.best(child, inherited):
                 is_number = name.isdecimal() and str(int(name)) == name

@@ -13,6 +13,7 @@ from devmap_config.rules.suggestion import nearest_to, tree_command
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph, Module, TensorName
     from devmap_config.rules.rule import Rule
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Decision:
     """What the rules say of a tensor: where it is stored and, if said, where it runs; and the rule that won."""
 
-    device: str
-    compute: str | None
+    device: Device
+    compute: Device | None
     rule: Rule
 
 
@@ -38,11 +39,11 @@ class Resolution:
 
     decisions: Mapping[TensorName, Decision] = field(default_factory=dict)
     groups: tuple[tuple[Rule, tuple[TensorName, ...]], ...] = ()
-    forbidden: Mapping[TensorName, Mapping[str, Rule]] = field(default_factory=dict)
+    forbidden: Mapping[TensorName, Mapping[Device, Rule]] = field(default_factory=dict)
     new: Mapping[TensorName, Rule] = field(default_factory=dict)
     matches: tuple[tuple[Rule, Match], ...] = ()
 
-    def compute_of(self, name: TensorName) -> str | None:
+    def compute_of(self, name: TensorName) -> Device | None:
         """Where the module of a tensor is to run, if a rule says."""
         decision = self.decisions.get(name)
         return decision.compute if decision else None
@@ -121,24 +122,23 @@ def _decide(
     matches: list[tuple[Rule, Match]], graph: ModelGraph, sink: Sink
 ) -> tuple[dict[TensorName, Decision], set[int]]:
     """What rules of one origin decide, and the (ids of) rules that conflict."""
-    at: dict[str, list[Rule]] = {}
+    at: dict[str, list[Decision]] = {}
     for rule, found in matches:
-        if rule.device is not None or rule.compute is not None:
+        if (device := rule.device or rule.compute) is not None:
             for name in found.names:
-                at.setdefault(name, []).append(rule)
+                at.setdefault(name, []).append(Decision(device, rule.compute, rule))
     reported: set[tuple[Rule, Rule]] = set()
     decisions: dict[TensorName, Decision] = {}
 
     def settled(name: str, inherited: Decision | None) -> Decision | None:
         decision: Decision | None = None
-        for rule in at.get(name, ()):
-            own = Decision(rule.device or rule.compute or "", rule.compute, rule)
-            if decision is None or rule.override:
+        for own in at.get(name, ()):
+            if decision is None or own.rule.override:
                 decision = own
             elif (merged := _merged(decision, own)) is not None:
                 decision = merged
-            elif (decision.rule, rule) not in reported:
-                reported.add((decision.rule, rule))
+            elif (decision.rule, own.rule) not in reported:
+                reported.add((decision.rule, own.rule))
                 _report_conflict(name, decision, own, sink)
         return decision or inherited
 
@@ -176,7 +176,7 @@ def _report_conflict(name: str, first: Decision, second: Decision, sink: Sink) -
 
 def _said(decision: Decision) -> str:
     if decision.compute is None or decision.compute == decision.device:
-        return decision.device
+        return str(decision.device)
     return f"{decision.device} computed on {decision.compute}"
 
 
@@ -221,8 +221,8 @@ def _tensors_of(found: Match, graph: ModelGraph) -> tuple[TensorName, ...]:
     return tuple(names)
 
 
-def _forbidden(matches: list[tuple[Rule, Match]], graph: ModelGraph) -> dict[TensorName, dict[str, Rule]]:
-    forbidden: dict[TensorName, dict[str, Rule]] = {}
+def _forbidden(matches: list[tuple[Rule, Match]], graph: ModelGraph) -> dict[TensorName, dict[Device, Rule]]:
+    forbidden: dict[TensorName, dict[Device, Rule]] = {}
     for rule, found in matches:
         if rule.not_on:
             for name in _tensors_of(found, graph):

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from devmap_config.devices import DISK
+from devmap_config.profile.device_names import device_meant
 from devmap_config.rules.pattern import Pattern, PatternError, parse_pattern
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.located import Located
     from devmap_config.profile.schema import Pin
 
-from devmap_config.profile.devices import expand_devices
 
 Origin = Literal["pin", "device_map", "allow_new"]
 
@@ -29,9 +31,9 @@ class Rule:
     pattern: Pattern
     source: Located[str]
     origin: Origin = "pin"
-    device: str | None = None
-    compute: str | None = None
-    not_on: tuple[str, ...] = ()
+    device: Device | None = None
+    compute: Device | None = None
+    not_on: tuple[Device, ...] = ()
     keep_together: bool = False
     override: bool = False
     optional: bool = False
@@ -47,14 +49,14 @@ class Rule:
         return self.source.span
 
 
-def rules_of(loaded: LoadedProfile, devices: tuple[str, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
+def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
     """The rules of a profile: what may be new, the keys of its `device_map`, then its pins.
 
     Wrong ones are left out and reported.
 
     Args:
         loaded: the profile.
-        devices: the canonical names of the devices that it lists.
+        devices: the devices that it lists.
         kind: the kind of accelerator that a bare number stands for.
         sink: takes bad patterns and unknown devices.
     """
@@ -73,7 +75,7 @@ def _rule_of_new(source: Located[str], sink: Sink) -> Rule | None:
     return None if pattern is None else Rule(pattern=pattern, source=source, origin="allow_new")
 
 
-def _rule_of_key(source: Located[str], named: Located[str], listed: _Listed, sink: Sink) -> Rule | None:
+def _rule_of_key(source: Located[str], named: Located[Device | int], listed: _Listed, sink: Sink) -> Rule | None:
     pattern, device = _parse(source, sink), listed.known(named)
     if pattern is None or device is None:
         return None
@@ -82,19 +84,19 @@ def _rule_of_key(source: Located[str], named: Located[str], listed: _Listed, sin
 
 def _rule_of_pin(pin: Pin, listed: _Listed, sink: Sink) -> Rule | None:
     pattern, device, compute = _parse(pin.match, sink), listed.known(pin.device), listed.known(pin.compute)
-    for name in pin.not_on:
-        listed.known(name)
-    if compute == "disk":
+    for named in pin.not_on:
+        listed.known(named)
+    if compute == DISK:
         sink.error("bad-device-name", "nothing runs on the disk", pin.compute.span, help="write `compute: cpu`")
     is_unknown = (device is None) != (pin.device.value is None) or (compute is None) != (pin.compute.value is None)
-    if pattern is None or is_unknown or compute == "disk":
+    if pattern is None or is_unknown or compute == DISK:
         return None
     return Rule(
         pattern=pattern,
         source=pin.match,
         device=device,
         compute=compute,
-        not_on=tuple(_canonical(name.value, listed.kind) for name in pin.not_on),
+        not_on=tuple(device_meant(named.value, listed.kind) for named in pin.not_on),
         keep_together=pin.keep_together,
         override=pin.override,
         optional=pin.optional,
@@ -117,25 +119,21 @@ def _parse(source: Located[str], sink: Sink) -> Pattern | None:
 class _Listed:
     """The devices that the profile lists, with the kind that a bare number stands for."""
 
-    devices: tuple[str, ...]
+    devices: tuple[Device, ...]
     kind: str
     sink: Sink
 
-    def known(self, named: Located[str | None]) -> str | None:
-        """The canonical name of a device; `None` where there is none, or it is not listed, which is reported."""
+    def known(self, named: Located[Device | int | None]) -> Device | None:
+        """The device that is named; `None` where there is none, or it is not listed, which is reported."""
         if named.value is None:
             return None
-        name = _canonical(named.value, self.kind)
-        if name in self.devices:
-            return name
+        device = device_meant(named.value, self.kind)
+        if device in self.devices:
+            return device
         self.sink.error(
             "unknown-device",
-            f"{name} is not a device of this profile",
+            f"{device} is not a device of this profile",
             named.span,
-            help=f"list it under `hardware.devices`; listed are {', '.join(self.devices)}",
+            help=f"list it under `hardware.devices`; listed are {', '.join(map(str, self.devices))}",
         )
         return None
-
-
-def _canonical(device: str, kind: str) -> str:
-    return expand_devices(device, kind)[0]

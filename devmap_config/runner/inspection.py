@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import CPU, DISK, Device, nth_accelerator
 from devmap_config.graph.checkpoint import read_header
 from devmap_config.graph.model import Tensor, TensorName, ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk, streamed_from
 from devmap_config.libraries.torch import non_persistent_buffers, own_buffers
 from devmap_config.libraries.transformers import should_convert_module
 from devmap_config.quantization.storage import PACKED_DTYPES
+from devmap_config.simulate.simulation import NOWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.assignment import Location
     from devmap_config.plan.plan import Plan
 
 
@@ -51,9 +54,7 @@ def misplaced_tensors(
     beside it: these are then held to where tensors of their kind are, of a module that is stored and runs there.
     """
     planned = {
-        name: plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
-        for each in plan.assignments
-        for name in each.tensors
+        name: plan.executor.residence(graph.tensors[name], location) for name, location in plan.locations.items()
     }
     added = [name for name in _names_of(model) if name not in planned]
     companions: dict[str, list[str]] = {}
@@ -63,19 +64,19 @@ def misplaced_tensors(
     for name, expected in planned.items():
         module = name.rpartition(".")[0]
         found = tensor_home(model, name)
-        is_renamed = found == "missing" and is_quantized and module in companions
+        is_renamed = found is None and is_quantized and module in companions
         if found != expected and not is_renamed:
-            wrong.append(Misplaced(name, expected, found))
-    homes: dict[str, set[tuple[str, str]]] = {}
-    for each in plan.assignments if is_quantized else ():
-        for name in each.tensors:
-            homes.setdefault(name.rpartition(".")[0], set()).add((each.stored_on, each.executes_on))
+            wrong.append(Misplaced(name, str(expected), "missing" if found is None else str(found)))
+    locations: dict[str, set[Location]] = {}
+    for name, location in plan.locations.items() if is_quantized else ():
+        locations.setdefault(name.rpartition(".")[0], set()).add(location)
     for name in added:
         found = tensor_home(model, name)
         described = _described(model, name)
-        expected_here = {plan.executor.residence(described, *home) for home in homes.get(name.rpartition(".")[0], ())}
+        around = locations.get(name.rpartition(".")[0], ())
+        expected_here = {plan.executor.residence(described, location) for location in around}
         if found not in expected_here:
-            wrong.append(Misplaced(name, " or ".join(sorted(expected_here)) or "nowhere", found))
+            wrong.append(Misplaced(name, " or ".join(map(str, sorted(expected_here))) or "nowhere", str(found)))
     return tuple(wrong)
 
 
@@ -98,11 +99,7 @@ def _described(model: PreTrainedModel, name: str) -> Tensor:
 def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
     """What this version of transformers would quantise against the plan, or leave as it is against it."""
     homes = {name: each for each in plan.assignments for name in each.tensors}
-    offloaded = [
-        each.unit
-        for each in plan.assignments
-        if plan.executor.is_offloaded(each.stored_on, each.executes_on, plan.main_device)
-    ]
+    offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
     return tuple(
         name
         for name, tensor in graph.tensors.items()
@@ -115,7 +112,7 @@ def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -
     """What the plan counts quantised, of a quantizer that leaves as it is what is offloaded, and is not."""
     found: list[str] = []
     for each in plan.assignments:
-        is_offloaded = plan.executor.is_offloaded(each.stored_on, each.executes_on, plan.main_device)
+        is_offloaded = plan.executor.is_offloaded(each.location, plan.main_device)
         for name in () if is_offloaded else each.tensors:
             planned = graph.tensors[name]
             if planned.offloaded_bytes is None:
@@ -130,18 +127,19 @@ def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
     """Every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is not."""
     wrong: dict[str, Misrun] = {}
     for each in plan.assignments:
-        is_streamed = plan.executor.streams(each.stored_on, each.executes_on)
+        is_streamed = plan.executor.streams(each.location)
         for name in each.tensors:
             module = name.rpartition(".")[0]
             if (found := running_place(model, name)) is None:
                 continue
             device, streams = found
-            if device != each.executes_on or (streams and not is_streamed):
-                wrong.setdefault(module, Misrun(module, each.executes_on, f"{device}, streamed" if streams else device))
+            if device != each.location.runs_on or (streams and not is_streamed):
+                found_there = f"{device}, streamed" if streams else str(device)
+                wrong.setdefault(module, Misrun(module, str(each.location.runs_on), found_there))
     return tuple(wrong.values())
 
 
-def running_place(model: PreTrainedModel, name: str) -> tuple[str, bool] | None:
+def running_place(model: PreTrainedModel, name: str) -> tuple[Device, bool] | None:
     """Where the module that holds a tensor runs, and whether its weights are streamed there; `None` if it has none.
 
     accelerate's hook says so: the module's own, or that of a module around it which placed everything within. Without
@@ -150,21 +148,21 @@ def running_place(model: PreTrainedModel, name: str) -> tuple[str, bool] | None:
     import torch
 
     home = tensor_home(model, name)
-    if home == "missing":
+    if home is None:
         return None
     own = path = name.rpartition(".")[0]
     while True:
         for hook in hooks_of(model.get_submodule(path)):
             device = getattr(hook, "execution_device", None)
             if device is not None and (path == own or getattr(hook, "place_submodules", False)):
-                return _canonical(torch.device(device)), bool(getattr(hook, "offload", False))
+                return _device_of(torch.device(device)), bool(getattr(hook, "offload", False))
         if not path:
             return home, False
         path = path.rpartition(".")[0]
 
 
-def tensor_home(model: PreTrainedModel, name: str) -> str:
-    """Where a tensor of a loaded model is: a device, or where accelerate streams it from (`cpu` or `disk`)."""
+def tensor_home(model: PreTrainedModel, name: str) -> Device | None:
+    """Where a tensor of a loaded model is, or where accelerate streams it from; `None` where there is none."""
     parent_path, _, attribute = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_path)
@@ -172,21 +170,19 @@ def tensor_home(model: PreTrainedModel, name: str) -> str:
     except AttributeError:
         tensor = None
     if tensor is None:
-        return "missing"
-    if tensor.device.type != "meta":
-        return _canonical(tensor.device)
-    return _streamed_from(model, name)
+        return None
+    return _streamed_from(model, name) if tensor.is_meta else _device_of(tensor.device)
 
 
-def _streamed_from(model: PreTrainedModel, name: str) -> str:
+def _streamed_from(model: PreTrainedModel, name: str) -> Device:
     """The place behind accelerate's hook for a tensor that it offloaded."""
     path = name
     while path:
         path = path.rpartition(".")[0]
         for hook in hooks_of(model.get_submodule(path)):
             if (home := streamed_from(hook, path, name)) is not None:
-                return home
-    return "meta"
+                return Device(home)
+    return NOWHERE
 
 
 def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> list[str]:
@@ -216,7 +212,7 @@ def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> li
 
 def _read_from(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
     """From where accelerate's hook reads a tensor that is on disk."""
-    if tensor_home(model, name) != "disk":
+    if tensor_home(model, name) != DISK:
         return None
     for path in ancestors(name):
         for hook in hooks_of(model.get_submodule(path)):
@@ -232,8 +228,5 @@ def _names_of(model: PreTrainedModel) -> list[str]:
     return parameters + buffers
 
 
-def _canonical(device: torch.device) -> str:
-    kind = str(device.type)
-    if kind in ("cpu", "mps"):
-        return kind
-    return f"{kind}:{device.index or 0}"
+def _device_of(device: torch.device) -> Device:
+    return CPU if device.type == "cpu" else nth_accelerator(device.type, device.index or 0)

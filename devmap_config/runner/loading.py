@@ -14,7 +14,6 @@ from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
 from devmap_config.libraries.transformers import quantization_config, streaming_to
 from devmap_config.libraries.versions import TRIED, release
-from devmap_config.plan.plan import transformers_device
 from devmap_config.quantization.registry import transformers_arguments
 from devmap_config.runner.arguments import HUB_ARGUMENTS
 
@@ -120,7 +119,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     if request.revision is not None:
         arguments["revision"] = request.revision
     with telling_of_changes("the model cannot be loaded as it is planned"):
-        with streaming_to(transformers_device(plan.main_device)), code_of_models(allowed=request.trust_remote_code):
+        with streaming_to(plan.main_device.in_device_map), code_of_models(allowed=request.trust_remote_code):
             loaded = _loaded(request, arguments)
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
 
@@ -238,12 +237,12 @@ def _require_devices(plan: Plan) -> None:
     import torch
 
     for use in plan.devices:
-        if ":" not in use.id or not use.weights_bytes:
+        kind, index = use.id.kind, use.id.index
+        if index is None or not use.weights_bytes:
             continue
-        kind, _, index = use.id.partition(":")
         backend = getattr(torch, kind, None)
         count = backend.device_count() if backend is not None and backend.is_available() else 0
-        if int(index) >= count:
+        if index >= count:
             raise RunnerError(
                 "device-missing",
                 f"the plan uses {use.id}, and the number of {kind} devices of this machine is {count}",

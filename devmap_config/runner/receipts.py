@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import Device
 from devmap_config.files import ANYWHERE, PACKAGED, read_json
-from devmap_config.placement.devices import is_accelerator
 
 if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
@@ -22,10 +22,10 @@ NEVER_RUN = (
 def has_receipt_of_accelerator() -> bool:
     """Whether a receipt tells of a run on an accelerator: `receipts/*.json` beside this file, with its `devices`."""
     receipts = [read_json(file, PACKAGED, ANYWHERE) for file in sorted(FOLDER.glob("*.json"))]
-    return any(is_accelerator(device) for receipt in receipts for device in receipt["devices"])
+    return any(Device.from_text(name).is_accelerator for receipt in receipts for name in receipt["devices"])
 
 
 def runs_untried(plan: Plan) -> bool:
     """Whether a plan uses accelerators, and no receipt tells of a run on one."""
-    used = {device for each in plan.assignments for device in (each.stored_on, each.executes_on)}
-    return any(map(is_accelerator, used)) and not has_receipt_of_accelerator()
+    used = {device for each in plan.assignments for device in (each.location.stored_on, each.location.runs_on)}
+    return any(device.is_accelerator for device in used) and not has_receipt_of_accelerator()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.compiler import Rejected
+from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import ProfileError
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
@@ -60,7 +61,7 @@ class Deployment:
 
         transformers' own report tells it as well, but not of what is on disk.
         """
-        reads_disk = any(each.stored_on == "disk" for each in self.plan.assignments)
+        reads_disk = any(each.location.stored_on == DISK for each in self.plan.assignments)
         return self.match.unchecked if self.match is not None and reads_disk else None
 
     @property

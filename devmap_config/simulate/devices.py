@@ -16,6 +16,7 @@ from weakref import finalize
 import torch
 from torch.overrides import TorchFunctionMode
 
+from devmap_config.devices import CPU, Device
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import (
     TORCH_ATTENTION,
@@ -31,12 +32,11 @@ from devmap_config.simulate.simulation import NOWHERE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from devmap_config.placement.problem import DeviceId
 
 ACCELERATOR = "privateuseone"
 """The type of torch device that a simulated accelerator has: no code of a model or library takes it for a real one."""
 
-CPU = torch.device("cpu")
+TORCH_CPU = torch.device("cpu")
 
 
 MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::resize_")
@@ -64,7 +64,7 @@ class Operand:
     of.
     """
 
-    device: DeviceId
+    device: Device
     made_by: str
     weight: str | None
     blocks: tuple[str, ...]
@@ -80,15 +80,17 @@ class DeviceMismatchError(Exception):
         self.operation = operation
         self.operands = tuple(operands)
         self.running = running
-        super().__init__(f"{operation} in {running or 'the model'}: {', '.join(each.device for each in self.operands)}")
+        super().__init__(
+            f"{operation} in {running or 'the model'}: {', '.join(str(each.device) for each in self.operands)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Bytes that went from one device to another as a module was entered, ran or was left."""
 
-    source: DeviceId
-    target: DeviceId
+    source: Device
+    target: Device
     size_bytes: int
     running: str
     is_weight: bool = False
@@ -103,7 +105,7 @@ class SimulatedDevices(Recorder):
 
     def __init__(
         self,
-        accelerators: Sequence[DeviceId],
+        accelerators: Sequence[Device],
         modules: dict[int, str],
         known: tuple[torch.Tensor, ...],
         weights: Mapping[int, str],
@@ -120,14 +122,14 @@ class SimulatedDevices(Recorder):
         """The weight that was last asked where it is while it was not copied in: what is sent there is lost."""
         self.origins: dict[int, dict[str, None]] = {}
         """The blocks that each storage that was noted comes of, by its number."""
-        self.at: dict[int, DeviceId] = {}
+        self.at: dict[int, Device] = {}
         """The device of each storage that was noted, by its number."""
-        self._put: dict[int, DeviceId] = {}
+        self._put: dict[int, Device] = {}
         self._torch_devices = {
             device: torch.device(ACCELERATOR, index) for index, device in enumerate(self.accelerators)
-        } | {NOWHERE: torch.device(NOWHERE)}
-        self._explicit: DeviceId | None = None
-        self._inherited: DeviceId = "cpu"
+        } | {NOWHERE: torch.device(str(NOWHERE))}
+        self._explicit: Device | None = None
+        self._inherited = CPU
         self._depth = 0
 
     @contextmanager
@@ -168,12 +170,12 @@ class SimulatedDevices(Recorder):
         inputs = list(tensors_in((arguments, options)))
         if function.namespace != "prim" and name not in MAY_BE_ABSENT:
             self.require_present(name.removeprefix("aten::"), inputs)
-        device: DeviceId | None = None
+        device: Device | None = None
         if name in MAY_MIX:
             device = self.of(inputs[0]) if inputs else None
         elif self._explicit is None:
             if name in INDEXES:
-                indices = (each for each in tensors_in(arguments[1]) if self.of(each) != "cpu")
+                indices = (each for each in tensors_in(arguments[1]) if self.of(each) != CPU)
                 inputs = [arguments[0], *indices, *tensors_in(arguments[2:])]
             device = self.check(name.removeprefix("aten::"), inputs)
         with self.within_torch():
@@ -181,7 +183,7 @@ class SimulatedDevices(Recorder):
                 arguments = (inputs[0].float(), *arguments[1:])
             result = super().__torch_dispatch__(function, types, arguments, options)
         outputs = list(tensors_in(result))
-        self.label(outputs, device or "cpu")
+        self.label(outputs, device or CPU)
         self.trace(inputs, outputs)
         return result
 
@@ -204,41 +206,41 @@ class SimulatedDevices(Recorder):
         """The block that is running, if any."""
         return next((path for path in reversed(self.running) if path in self.blocks), None)
 
-    def put(self, tensor: torch.Tensor, device: DeviceId) -> None:
+    def put(self, tensor: torch.Tensor, device: Device) -> None:
         """Say where something is that was there before."""
         key = storage_key(tensor)
         if key not in self._put:  # once it is gone, something else may have its address
             finalize(tensor.untyped_storage(), self._put.pop, key, None)
         self._put[key] = device
 
-    def of(self, tensor: torch.Tensor) -> DeviceId | None:
+    def of(self, tensor: torch.Tensor) -> Device | None:
         """The device of a tensor; `None` where that cannot be told, as of what a model keeps on meta for itself."""
         serial = self.serial_of(tensor)
         if serial is not None:
-            return self.at.get(serial, "cpu")
+            return self.at.get(serial, CPU)
         if (device := self._put.get(storage_key(tensor))) is not None:
             return device
-        return None if tensor.is_meta else "cpu"
+        return None if tensor.is_meta else CPU
 
-    def torch_device(self, device: DeviceId | None) -> torch.device:
+    def torch_device(self, device: Device | None) -> torch.device:
         """What a tensor on this device says of it."""
-        return CPU if device is None else self._torch_devices.get(device, CPU)
+        return TORCH_CPU if device is None else self._torch_devices.get(device, TORCH_CPU)
 
-    def named(self, device: Any) -> DeviceId:
+    def named(self, device: Any) -> Device:
         """The device that torch's own name for it means here; without an index, the first accelerator."""
         if isinstance(device, int) and not isinstance(device, bool):
             return self.accelerators[device]
         wanted = torch.device(device)
         if wanted.type in ("cpu", "meta") or not self.accelerators:
-            return str(wanted.type)
+            return Device(wanted.type)
         return self.accelerators[wanted.index or 0]
 
     def moved(
         self,
         tensor: torch.Tensor,
-        target: DeviceId,
+        target: Device,
         *,
-        source: DeviceId | None = None,
+        source: Device | None = None,
         size_bytes: int | None = None,
     ) -> torch.Tensor:
         """A copy of a tensor on another device; one that is there already stays as it is.
@@ -257,7 +259,7 @@ class SimulatedDevices(Recorder):
         return copy
 
     @contextmanager
-    def making_on(self, device: DeviceId | None, inherited: DeviceId = "cpu") -> Iterator[None]:
+    def making_on(self, device: Device | None, inherited: Device = CPU) -> Iterator[None]:
         """What is made within is on this device; without one, on that of what it is made from, else the inherited."""
         before = (self._explicit, self._inherited)
         self._explicit, self._inherited = device or self._explicit, inherited
@@ -271,19 +273,19 @@ class SimulatedDevices(Recorder):
         """The innermost module that is running."""
         return self.running[-1] if self.running else ""
 
-    def check(self, name: str, tensors: Iterable[torch.Tensor]) -> DeviceId:
+    def check(self, name: str, tensors: Iterable[torch.Tensor]) -> Device:
         """The device of an operation over these tensors. A number on the CPU goes with any.
 
         Raises:
             DeviceMismatchError: where there are two.
         """
-        found: dict[DeviceId, list[torch.Tensor]] = {}
+        found: dict[Device, list[torch.Tensor]] = {}
         numbers = False
         for tensor in tensors:
             device = self.of(tensor)
             if device is None:
                 continue
-            if device == "cpu" and tensor.dim() == 0:
+            if device == CPU and tensor.dim() == 0:
                 numbers = True
                 continue
             found.setdefault(device, []).append(tensor)
@@ -292,7 +294,7 @@ class SimulatedDevices(Recorder):
             raise DeviceMismatchError(name, operands, self.innermost)
         if found:
             return next(iter(found))
-        return "cpu" if numbers else self._inherited
+        return CPU if numbers else self._inherited
 
     def require_present(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Refuse an operation over a weight that is not copied in: there is nothing in its place.
@@ -305,10 +307,10 @@ class SimulatedDevices(Recorder):
             present = next((tensor for tensor in tensors if self.of(tensor) not in (NOWHERE, None)), None)
             operands = [self._operand(NOWHERE, absent)]
             if present is not None:
-                operands.append(self._operand(self.of(present) or "cpu", present))
+                operands.append(self._operand(self.of(present) or CPU, present))
             raise DeviceMismatchError(name, operands, self.innermost)
 
-    def label(self, tensors: Iterable[torch.Tensor], device: DeviceId) -> None:
+    def label(self, tensors: Iterable[torch.Tensor], device: Device) -> None:
         """Note where the results of an operation are; what was there before stays where it is."""
         for tensor in tensors:
             if self._explicit is not None:
@@ -317,7 +319,7 @@ class SimulatedDevices(Recorder):
             if serial is not None:
                 self.at.setdefault(serial, self._explicit or device)
 
-    def _operand(self, device: DeviceId, tensors: Sequence[torch.Tensor]) -> Operand:
+    def _operand(self, device: Device, tensors: Sequence[torch.Tensor]) -> Operand:
         """The tensors of an operation that are on one device, by the first of them and the blocks that all come of."""
         weight = self.weights.get(storage_key(tensors[0]))
         serial = self.serial_of(tensors[0])
@@ -350,11 +352,11 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
         explicit = None
         if (wanted := options.get("device")) is not None:
             explicit = devices.named(wanted)
-            options["device"] = explicit if explicit == NOWHERE else "cpu"
+            options["device"] = str(explicit if explicit == NOWHERE else CPU)
             if function in (torch.as_tensor, torch.asarray) and isinstance(arguments[0], torch.Tensor):
                 return devices.moved(function(*arguments, **options), explicit)
         tensors = list(tensors_in((arguments, options)))
-        inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), "cpu")
+        inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), CPU)
         if function is TORCH_ATTENTION:
             devices.check("scaled_dot_product_attention", tensors)
         with devices.making_on(explicit, inherited), devices.within_torch():
@@ -372,9 +374,9 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
     def _converted(self, function: Any, arguments: Any, options: dict[str, Any]) -> torch.Tensor:
         """A tensor on the device, and in the dtype, that `to` and its like ask for."""
         tensor, *rest = arguments
-        target: DeviceId | None = None
+        target: Device | None = None
         if function is torch.Tensor.cpu:
-            target, rest = "cpu", []
+            target, rest = CPU, []
         elif function is torch.Tensor.cuda:
             wanted = rest.pop(0) if rest else options.pop("device", None)
             target = self.devices.named(0 if wanted is None else wanted)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from devmap_config.devices import CPU
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
 from devmap_config.graph.model import ModulePath, TensorName
 from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key, tensors_in
 from devmap_config.libraries.torch import tensors_without_data, tree_leaves
-from devmap_config.placement.problem import is_accelerator
 from devmap_config.simulate.devices import DeviceMismatchError, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights
 from devmap_config.simulate.reads import read_without_a_call
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.devices import Device
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import Operand
 
@@ -107,12 +107,10 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
 
 def _absent_by_its_code(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation | None:
     """A weight that nothing copies in, and that a module's code reads without calling what holds it; `None` without."""
-    homes = {str(name): each for each in plan.assignments for name in each.tensors}
     for path, name in read_without_a_call(model):
-        if (home := homes.get(name)) is None:  # one of several names of a tensor
+        if (location := plan.locations.get(TensorName(name))) is None:  # one of several names of a tensor
             continue
-        tensor = graph.tensors[TensorName(name)]
-        if plan.executor.residence(tensor, home.stored_on, home.executes_on) != home.executes_on:
+        if plan.executor.residence(graph.tensors[TensorName(name)], location) != location.runs_on:
             holder = name.rpartition(".")[0]
             block = next((each for each in _and_around(holder) if each in graph.blocks), "")
             absent = Party(device=NOWHERE, block=block, made_by=holder, tensor=name)
@@ -183,8 +181,8 @@ class _Run:
     phase: str = ""
     phase_starts: list[tuple[str, int, int]] = field(default_factory=list)
     """Each phase with how many events and transfers there were before it."""
-    calls: list[tuple[str, str, DeviceId]] = field(default_factory=list)
-    cache_bytes: dict[DeviceId, int] = field(default_factory=dict)
+    calls: list[tuple[str, str, Device]] = field(default_factory=list)
+    cache_bytes: dict[Device, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _Run:
@@ -194,7 +192,7 @@ class _Run:
         held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
         paths = {id(module): path for path, module in model.named_modules()}
-        accelerators = tuple(use.id for use in plan.devices if is_accelerator(use.id))
+        accelerators = tuple(use.id for use in plan.devices if use.id.is_accelerator)
         names = {storage_key(tensor): name for tensors in (held, absent) for name, tensor in reversed(tensors.items())}
         devices = SimulatedDevices(accelerators, paths, (*known, *absent.values()), names, frozenset(graph.blocks))
         for tensor in absent.values():
@@ -259,13 +257,13 @@ class _Run:
             if any(other == path or other.startswith(f"{path}.") for other in called):
                 continue
             found.append(path)
-            homes = {(each.stored_on, each.executes_on) for each in self.plan.assignments if _is_part(each.unit, path)}
-            if len(homes) > 1 or any(stored_on != executes_on for stored_on, executes_on in homes):
+            locations = {each.location for each in self.plan.assignments if _is_part(each.unit, path)}
+            if len(locations) > 1 or any(each.stored_on != each.runs_on for each in locations):
                 yield module
 
     def _note_cache(self, cache: Any) -> None:
         for tensor in cache_tensors(cache):  # of which none may be held on to: what a step makes anew, it lets go
-            device = self.devices.of(tensor) or "cpu"
+            device = self.devices.of(tensor) or CPU
             self.cache_bytes[device] = self.cache_bytes.get(device, 0) + shown_bytes(tensor)
 
     def _given(self, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
@@ -354,12 +352,12 @@ class _Run:
         weights = {use.id: use.weights_bytes for use in self.plan.devices}
         live = dict.fromkeys(weights, 0)
         peaks = dict.fromkeys(weights, (0, "", ""))
-        steps: dict[tuple[str, str], dict[DeviceId, int]] = {}
+        steps: dict[tuple[str, str], dict[Device, int]] = {}
         starts = {events: phase for phase, events, _ in self.phase_starts}
         phase = ""
         for place, event in enumerate(self.devices.events):
             phase = starts.get(place, phase)
-            device = self.devices.at.get(event.storage, "cpu")
+            device = self.devices.at.get(event.storage, CPU)
             live[device] = live.get(device, 0) + event.size_bytes
             if phase in UNOBSERVED:
                 continue
@@ -397,7 +395,7 @@ class _Run:
             if phase in UNOBSERVED:
                 continue
             ranges[phase] = (begin, following[0][2] if following else len(self.devices.transfers))
-        found: dict[tuple[str, DeviceId, DeviceId], list[int]] = {}
+        found: dict[tuple[str, Device, Device], list[int]] = {}
         for phase, (begin, end) in ranges.items():
             for transfer in self.devices.transfers[begin:end]:
                 use = found.setdefault((phase, transfer.source, transfer.target), [0, 0, 0])

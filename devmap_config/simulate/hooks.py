@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import hooks
 
+from devmap_config.devices import DISK
 from devmap_config.dispatch.cpu_compute import compute_on_cpu
 from devmap_config.libraries.accelerate import placing_tensors_with
 from devmap_config.libraries.torch import own_buffers, own_parameters
@@ -41,7 +42,7 @@ def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices
     for each in plan.assignments:
         for name in each.tensors:
             if name in held:
-                home = plan.executor.residence(graph.tensors[name], each.stored_on, each.executes_on)
+                home = plan.executor.residence(graph.tensors[name], each.location)
                 devices.put(held[name], home)
 
 
@@ -58,19 +59,19 @@ def dispatched(
     Where a plan has one device and nothing is streamed, `from_pretrained` attaches none, and neither does this.
     `absent` has, for the name of each tensor that is streamed, what is in its place while it is not copied in.
     """
-    stores = {each.stored_on for each in plan.assignments}
-    if len(stores) == 1 and "disk" not in stores and not plan.compute:
+    stores = {each.location.stored_on for each in plan.assignments}
+    if len(stores) == 1 and DISK not in stores and not plan.compute:
         yield
         return
     main_device = devices.torch_device(plan.main_device)
-    streamed = {each.unit: plan.executor.streams(each.stored_on, each.executes_on) for each in plan.assignments}
+    streamed = {each.unit: plan.executor.streams(each.location) for each in plan.assignments}
     execution_device: dict[str, torch.device] = {
-        each.unit: devices.torch_device(each.executes_on) for each in plan.assignments
+        each.unit: devices.torch_device(each.location.runs_on) for each in plan.assignments
     }
     execution_device[""] = main_device
     # Of a quantised weight, not its matrix is copied but what is held of it.
     held_bytes = {
-        str(name): plan.executor.held_bytes(graph.tensors[name], each.stored_on, each.executes_on, plan.main_device)
+        str(name): plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
         for each in plan.assignments
         for name in each.tensors
     }

@@ -76,10 +76,12 @@ def plan_digest(plan: Plan) -> str:
     """What a plan's dry run depends on besides the model."""
     return digest(
         {
-            "assignments": [[each.unit, each.stored_on, each.executes_on] for each in plan.assignments],
-            "devices": [use.id for use in plan.devices],
+            "assignments": [
+                [each.unit, str(each.location.stored_on), str(each.location.runs_on)] for each in plan.assignments
+            ],
+            "devices": [str(use.id) for use in plan.devices],
             "executor": asdict(plan.executor),
-            "main_device": plan.main_device,
+            "main_device": str(plan.main_device),
         }
     )
 

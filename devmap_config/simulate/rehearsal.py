@@ -20,12 +20,12 @@ from devmap_config.simulate.memory import plan_digest, verdict_on
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.constraints import Repairs
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.placement.problem import DeviceId
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.permissions import Permissions
@@ -143,9 +143,9 @@ def _involved(mismatch: Mismatch, plan: Plan, graph: ModelGraph) -> list[str]:
     return list(places)
 
 
-def _first_on(device: DeviceId, plan: Plan, graph: ModelGraph) -> str:
+def _first_on(device: Device, plan: Plan, graph: ModelGraph) -> str:
     """The first block with tensors that runs on a device."""
-    running = {name for each in plan.assignments if each.executes_on == device for name in each.tensors}
+    running = {name for each in plan.assignments if each.location.runs_on == device for name in each.tensors}
     return next((path for path in graph.blocks if running & set(_tensors(graph, path))), "")
 
 
@@ -156,7 +156,7 @@ def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
     return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
 
 
-def _to_keep(absent: Party, plan: Plan, graph: ModelGraph, resolution: Resolution) -> dict[TensorName, DeviceId]:
+def _to_keep(absent: Party, plan: Plan, graph: ModelGraph, resolution: Resolution) -> dict[TensorName, Device]:
     """What must be where it is used: all that the weight's module holds, and modules at its place in blocks alike."""
     module = (absent.tensor or "").rpartition(".")[0]
     block = _block_of(graph, module)
@@ -234,7 +234,8 @@ def _refuse_absent(
 ) -> None:
     name = absent.tensor or ""
     decision = resolution.decisions.get(TensorName(name))
-    home = next((each.stored_on for each in plan.assignments if name in each.tensors), "elsewhere")
+    location = plan.locations.get(TensorName(name))
+    home = "elsewhere" if location is None else str(location.stored_on)
     module = name.rpartition(".")[0]
     sink.error(
         "stranded-tensor",
@@ -364,18 +365,20 @@ def _moves(before: Plan, after: Plan | None, graph: ModelGraph) -> str:
     moves: dict[tuple[str, str], list[str]] = {}
     homes = [_homes(plan, graph) for plan in (before, after)]
     for path in graph.blocks:
-        old, new = (" and ".join(found.get(path, ())) for found in homes)
+        old, new = (" and ".join(map(str, found.get(path, ()))) for found in homes)
         if old != new:
             moves.setdefault((old, new), []).append(path)
     told = [f"{_folded(paths)} from {old} to {new}" for (old, new), paths in moves.items()]
     return f"; moved: {'; '.join(told)}" if told else ""
 
 
-def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[str, None]]:
+def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[Device, None]]:
     """The devices that each block is stored on."""
-    stored = {name: each.stored_on for each in plan.assignments for name in each.tensors}
+    places = plan.locations
     return {
-        path: dict.fromkeys(stored[tensor.name] for tensor in graph.modules[path].tensors() if tensor.name in stored)
+        path: dict.fromkeys(
+            places[tensor.name].stored_on for tensor in graph.modules[path].tensors() if tensor.name in places
+        )
         for path in graph.blocks
     }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic_core import to_jsonable_python
+
+from devmap_config.devices import Device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.graph.failures import Cause
-    from devmap_config.placement.problem import DeviceId
 
-NOWHERE = "meta"
+NOWHERE = Device("meta")
 """Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
 
 Outcome = Literal["runs", "mismatch", "unsimulated"]
@@ -26,7 +29,7 @@ class Party:
     block; `blocks` then are all that made what it was made of.
     """
 
-    device: DeviceId
+    device: Device
     block: str
     made_by: str
     tensor: str | None = None
@@ -35,7 +38,7 @@ class Party:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Party:
         """What `asdict` gave."""
-        return cls(**{**value, "blocks": tuple(value["blocks"])})
+        return cls(**{**value, "device": Device.from_text(value["device"]), "blocks": tuple(value["blocks"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ class SimulatedDevice:
     `cache_bytes` is what the cache's tensors show there after the prefill.
     """
 
-    id: DeviceId
+    id: Device
     weights_bytes: int
     cache_bytes: int
     peak_bytes: int
@@ -77,8 +80,8 @@ class LinkUse:
     """What went over a link in one phase; `weights_bytes` of `size_bytes` were weights that are streamed."""
 
     phase: str
-    source: DeviceId
-    target: DeviceId
+    source: Device
+    target: Device
     transfers: int
     size_bytes: int
     weights_bytes: int
@@ -90,8 +93,8 @@ class Step:
 
     phase: str
     block: str
-    device: DeviceId
-    live_bytes: tuple[tuple[DeviceId, int], ...]
+    device: Device
+    live_bytes: tuple[tuple[Device, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ class Simulation:
     devices: tuple[SimulatedDevice, ...] = ()
     links: tuple[LinkUse, ...] = ()
     steps: tuple[Step, ...] = ()
-    calls: tuple[tuple[str, str, DeviceId], ...] = ()
+    calls: tuple[tuple[str, str, Device], ...] = ()
     idle: tuple[str, ...] = ()
     hops: int = 0
     mismatch: Mismatch | None = None
@@ -117,16 +120,11 @@ class Simulation:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
+        plain: dict[str, Any] = to_jsonable_python(self, fallback=str)
         return {
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "mismatch": None if self.mismatch is None else asdict(self.mismatch),
-            "hops": self.hops,
-            "idle": list(self.idle),
-            "devices": [asdict(device) for device in self.devices],
-            "links": [asdict(link) for link in self.links],
-            "steps": [{**asdict(step), "live_bytes": dict(step.live_bytes)} for step in self.steps],
-            "calls": [{"phase": phase, "module": path, "device": device} for phase, path, device in self.calls],
+            **{key: plain[key] for key in ("outcome", "reason", "mismatch", "hops", "idle", "devices", "links")},
+            "steps": [{**step, "live_bytes": dict(step["live_bytes"])} for step in plain["steps"]],
+            "calls": [{"phase": phase, "module": path, "device": device} for phase, path, device in plain["calls"]],
         }
 
 
@@ -153,7 +151,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
-        value = asdict(self)
+        value: dict[str, Any] = to_jsonable_python(self, fallback=str)
         if self.cause == "model":
             del value["cause"]
         return value
@@ -170,7 +168,9 @@ class Verdict:
         mismatch = value["mismatch"]
         return cls(
             outcome=value["outcome"],
-            devices=tuple(SimulatedDevice(**device) for device in value["devices"]),
+            devices=tuple(
+                SimulatedDevice(**{**device, "id": Device.from_text(device["id"])}) for device in value["devices"]
+            ),
             mismatch=None
             if mismatch is None
             else Mismatch(**{**mismatch, "parties": tuple(map(Party.from_json, mismatch["parties"]))}),

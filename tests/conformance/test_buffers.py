@@ -12,13 +12,15 @@ import pytest
 import torch
 from accelerate import big_modeling, dispatch_model
 
+from devmap_config.devices import CPU, DISK, Device
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
-from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.assignment import Assignment, Location
 from devmap_config.placement.executor import LEFT, OFFLOADED, Executor
 from devmap_config.plan.plan import Plan
 from devmap_config.runner.inspection import misplaced_tensors
 
 CARD = torch.device("cpu")
+FIRST_CARD = Device("cuda", 0)
 
 KINDS = {
     "weight": {"kind": "parameter"},
@@ -28,7 +30,7 @@ KINDS = {
 }
 """How a graph describes the tensors of `Layer`."""
 
-STORES = {"kept": "cuda:0", "in_ram": "cpu", "on_disk": "disk"}
+STORES = {"kept": FIRST_CARD, "in_ram": CPU, "on_disk": DISK}
 
 
 class Layer(torch.nn.Module):
@@ -66,9 +68,9 @@ def test_tensors_are_where_accelerate_leaves_them(offload_buffers, tmp_path):
     for store, name in itertools.product(STORES, KINDS):
         tensor = Tensor(TensorName(name), (1,), "float32", 4, 4, **KINDS[name])
         found = getattr(model.get_submodule(store), name)
-        is_elsewhere = executor.residence(tensor, STORES[store], "cuda:0") != "cuda:0"
+        is_elsewhere = executor.residence(tensor, Location(STORES[store], FIRST_CARD)) != FIRST_CARD
         assert is_elsewhere == (found.device.type == "meta"), (store, name)
-        assert executor.is_copied_in(tensor, STORES[store], "cuda:0") == is_elsewhere
+        assert executor.is_copied_in(tensor, Location(STORES[store], FIRST_CARD)) == is_elsewhere
     total = model(torch.zeros(1)).item()
     assert total == 3 * 17  # what was elsewhere was copied in
     for store, name in itertools.product(STORES, KINDS):
@@ -85,11 +87,11 @@ def test_what_is_streamed_is_what_accelerate_offloads(card, monkeypatch):
     monkeypatch.setattr(big_modeling, "attach_align_device_hook_on_blocks", lambda _, **options: told.update(options))
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("first", "second")})
     dispatch_model(model, {"first": card, "second": "cpu"}, main_device=card)
-    executor, runs_on = Executor(), {"mps": "mps", 0: "cuda:0"}[card]
+    executor, runs_on = Executor(), {"mps": Device("mps"), 0: FIRST_CARD}[card]
     weight = Tensor(TensorName("second.weight"), (2, 2), "float32", 16, 16)
     assert told["execution_device"]["second"] == card
-    assert told["offload"] == {"first": False, "second": executor.streams("cpu", runs_on)}
-    assert executor.residence(weight, "cpu", runs_on) == ("cpu" if told["offload"]["second"] else runs_on)
+    assert told["offload"] == {"first": False, "second": executor.streams(Location(CPU, runs_on))}
+    assert executor.residence(weight, Location(CPU, runs_on)) == (CPU if told["offload"]["second"] else runs_on)
 
 
 class Packed(torch.nn.Module):
@@ -119,10 +121,10 @@ def test_a_quantised_module_is_where_a_plan_has_it_only_with_its_buffers_treated
     )
     graph = ModelGraph(Module(ModulePath(""), "Model", children=children))
     assignments = (
-        Assignment("first", tuple(each.name for each in first), "cpu", "cpu"),
-        Assignment("packed", (packed.name,), "disk", "cpu"),
+        Assignment("first", tuple(each.name for each in first), Location(CPU, CPU)),
+        Assignment("packed", (packed.name,), Location(DISK, CPU)),
     )
-    plan = Plan(strategy="manual", executor=planned, main_device="cpu", assignments=assignments, devices=())
+    plan = Plan(strategy="manual", executor=planned, main_device=CPU, assignments=assignments, devices=())
     found = {
         each.tensor: (each.planned, each.found) for each in misplaced_tensors(model, plan, graph, is_quantized=True)
     }

@@ -95,10 +95,10 @@ def check_valid(compiled):
         assert violation.kind == "split-block", violation.message
         [block] = violation.subjects
         elsewhere = {
-            name: each.stored_on
+            name: str(each.location.stored_on)
             for each in compiled.plan.assignments
             for name in each.tensors
-            if name.startswith(f"{block}.") and each.stored_on != each.executes_on
+            if name.startswith(f"{block}.") and str(each.location.stored_on) != str(each.location.runs_on)
         }
         assert not elsewhere, violation.message
         assert any(unit.startswith(f"{block}.") for unit in compiled.plan.compute), violation.message

@@ -12,6 +12,7 @@ import zoo
 from accelerate.utils import check_device_map
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
+from devmap_config.devices import CPU, Device
 from devmap_config.graph.introspection import graph_of
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.problem import Problem
@@ -52,7 +53,7 @@ def budgets(total_bytes):
 
 
 def canonical(device):
-    return f"cuda:{device}" if isinstance(device, int) else device
+    return Device("cuda", device) if isinstance(device, int) else Device(device)
 
 
 def by_prefix(device_map, name):
@@ -92,7 +93,7 @@ def compare(model_type):
 
 def check_valid(graph, model, placement, where):
     """A placement, as a plan, is one that both libraries read as it is meant."""
-    ample = dict.fromkeys(placement.values(), 100 * graph.size_bytes) | {"cpu": 100 * graph.size_bytes}
+    ample = dict.fromkeys(placement.values(), 100 * graph.size_bytes) | {CPU: 100 * graph.size_bytes}
     homes = {name: (device, None) for name, device in placement.items()}
     plan = assemble(graph, fold(graph, homes), ample, strategy="auto", executor=Executor())
     # What cannot be read from where transformers puts it is kept elsewhere afterwards.

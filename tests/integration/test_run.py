@@ -44,6 +44,7 @@ from devmap_config import compile_profile, load_model
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
+from devmap_config.devices import CPU, DISK
 from devmap_config.graph.checkpoint import read_checkpoint
 from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
@@ -84,8 +85,8 @@ placement:
 def test_a_llama_over_cpu_and_disk_generates_the_same_tokens(llama):
     write_profile(SPLIT)
     model = load_model("profile.yaml")
-    assert tensor_home(model, "model.layers.0.mlp.up_proj.weight") == "disk"
-    assert tensor_home(model, "model.embed_tokens.weight") == "cpu"
+    assert tensor_home(model, "model.layers.0.mlp.up_proj.weight") == DISK
+    assert tensor_home(model, "model.embed_tokens.weight") == CPU
     plain = LlamaForCausalLM.from_pretrained(llama)
     expected = plain.generate(TOKENS, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(TOKENS, max_new_tokens=12, do_sample=False), expected)
@@ -127,7 +128,7 @@ placement:
 def test_embeddings_of_minilm_over_cpu_and_disk(workspace):
     write_profile(MINILM)
     deployment = prepare(Path("profile.yaml"), variables={}, allow_outside=True)
-    assert {each.stored_on for each in deployment.plan.assignments} == {"cpu", "disk"}
+    assert {str(each.location.stored_on) for each in deployment.plan.assignments} == {"cpu", "disk"}
     model = load_verified(deployment)
     inputs = AutoTokenizer.from_pretrained(WEIGHTS)("where does every layer go?", return_tensors="pt")
     with torch.no_grad():
@@ -141,7 +142,7 @@ def test_a_tied_head_follows_its_embedding(workspace):
     LlamaForCausalLM(config).save_pretrained(workspace / "random")
     write_profile(SPLIT.replace("300KiB", "1MiB").replace("model.layers.0", "lm_head"))
     model = load_model("profile.yaml")
-    assert tensor_home(model, "lm_head.weight") == tensor_home(model, "model.embed_tokens.weight") == "disk"
+    assert tensor_home(model, "lm_head.weight") == tensor_home(model, "model.embed_tokens.weight") == DISK
 
 
 def test_a_head_that_the_checkpoint_holds_apart_is_loaded_apart(workspace):
@@ -614,7 +615,8 @@ def test_names_that_cannot_be_compared_are_said_to_be_unchecked(workspace):
     done = invoke(compile_command, ["profile.yaml"])
     assert (done.return_value, "warning[unchecked-checkpoint]" in done.stderr) == (0, True)
     deployment = prepare(Path("profile.yaml"), variables={})
-    disk = replace(deployment.plan.assignments[0], stored_on="disk")
+    first = deployment.plan.assignments[0]
+    disk = replace(first, location=replace(first.location, stored_on=DISK))
     plan = replace(deployment.plan, assignments=(disk,))
     read_from_disk = replace(deployment, compiled=replace(deployment.compiled, plan=plan))
     # What is loaded whole is in transformers' own report; what stays on disk is in none.

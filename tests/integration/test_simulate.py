@@ -21,6 +21,7 @@ from devmap_config import ProfileError, compile_profile
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.simulate import simulate
 from devmap_config.compiler import Compiled, Rejected, Request, run_pipeline
+from devmap_config.devices import CPU, Device
 from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.profile.permissions import Permissions
 from devmap_config.simulate import memory
@@ -129,7 +130,7 @@ def test_blocks_that_a_strategy_split_are_kept_together(workspace):
     [warning] = compilation.diagnostics  # and nothing of the plan that was split
     assert warning.code == "kept-together"
     assert "`biogpt.layers.[0-5]`" in warning.message
-    units = {each.unit: each.stored_on for each in compilation.plan.assignments}
+    units = {each.unit: str(each.location.stored_on) for each in compilation.plan.assignments}
     assert {units[f"biogpt.layers.{index}"] for index in range(6)} == {"cuda:0", "cuda:1"}
     assert [verdict.outcome for verdict in compilation.verdicts.values()] == ["mismatch", "runs"]
     assert pipeline().plan == compilation.plan  # as it is remembered
@@ -241,17 +242,17 @@ def test_what_every_device_holds_and_what_goes_over_each_link(workspace):
     write(placement='strategy: sequential\npins: [{match: "{model.layers.[3-5],model.norm,lm_head}", device: 1}]')
     compilation, simulation = simulated()
     assert simulation.outcome == "runs"
-    planned = {use.id: use for use in compilation.plan.devices}
+    planned = {str(use.id): use for use in compilation.plan.devices}
     for device in simulation.devices:
-        use = planned[device.id]
+        use = planned[str(device.id)]
         assert (device.weights_bytes, device.cache_bytes) == (use.weights_bytes, use.kv_cache_bytes)
         assert device.weights_bytes < device.peak_bytes <= use.capacity_bytes - use.free_bytes
     assert simulation.hops == 1
     hidden_bytes = 64 * 64 * 2
-    links = {(link.phase, link.source, link.target): link for link in simulation.links}
+    links = {(link.phase, str(link.source), str(link.target)): link for link in simulation.links}
     assert links["prefill", "cuda:0", "cuda:1"].size_bytes >= hidden_bytes
     assert not any(link.weights_bytes for link in simulation.links)
-    assert {step.device for step in simulation.steps if step.block == "model.layers.3"} == {"cuda:1"}
+    assert {str(step.device) for step in simulation.steps if step.block == "model.layers.3"} == {"cuda:1"}
     assert {phase for phase, _, _ in simulation.calls} == {"prefill", "decode"}
 
 
@@ -265,9 +266,9 @@ def test_streamed_weights_go_over_their_link_at_every_forward(workspace):
     layer_bytes = compilation.model.graph.weights_bytes(
         tuple(tensor.name for tensor in compilation.model.graph.modules["model.layers.1"].tensors())
     )
-    weights = {(link.phase, link.source): link.weights_bytes for link in simulation.links if link.weights_bytes}
+    weights = {(link.phase, str(link.source)): link.weights_bytes for link in simulation.links if link.weights_bytes}
     assert weights == {(phase, store): layer_bytes for phase in ("prefill", "decode") for store in ("cpu", "disk")}
-    assert {device for _, path, device in simulation.calls if path.startswith("model.layers.")} == {"cuda:0"}
+    assert {str(device) for _, path, device in simulation.calls if path.startswith("model.layers.")} == {"cuda:0"}
 
 
 def test_what_computes_on_the_cpu_runs_there_and_comes_back(workspace):
@@ -277,22 +278,24 @@ def test_what_computes_on_the_cpu_runs_there_and_comes_back(workspace):
     )
     _, simulation = simulated()
     assert simulation.outcome == "runs"
-    ran_on = {path: device for phase, path, device in simulation.calls if phase == "decode"}
+    ran_on = {path: str(device) for phase, path, device in simulation.calls if phase == "decode"}
     assert ran_on["model.layers.1.mlp.down_proj"] == "cpu"
     assert ran_on["model.layers.1.mlp"] == "cpu"
     assert ran_on["model.layers.1"] == ran_on["model.layers.1.self_attn"] == "cuda:0"
-    assert ("decode", "cpu", "cuda:0") in {(link.phase, link.source, link.target) for link in simulation.links}
+    assert ("decode", "cpu", "cuda:0") in {
+        (link.phase, str(link.source), str(link.target)) for link in simulation.links
+    }
 
 
 def test_decoding_is_on_a_cache_that_is_full_though_the_prompt_is_short(workspace):
     write(context=512, workload=", prompt_length: 16")
     compilation, simulation = simulated()
-    planned = {use.id: use for use in compilation.plan.devices}
+    planned = {str(use.id): use for use in compilation.plan.devices}
     for device in simulation.devices:
-        use = planned[device.id]
+        use = planned[str(device.id)]
         assert device.cache_bytes == use.kv_cache_bytes
         assert device.peak_bytes <= use.capacity_bytes - use.free_bytes
-    [first] = (device for device in simulation.devices if device.id == "cuda:0")
+    [first] = (device for device in simulation.devices if str(device.id) == "cuda:0")
     assert (first.peak_phase, first.cache_bytes > 0) == ("decode", True)
     assert {phase for phase, _, _ in simulation.calls} == {"prefill", "decode"}
 
@@ -348,9 +351,9 @@ def test_memory_and_devices_are_those_of_a_real_run_over_cpu_and_disk(workspace,
     for path, module in model.named_modules():
         module.register_forward_hook(lambda _module, _arguments, output, path=path: called(path, output))
     peak = profiled_peak(model, torch.ones((1, 256), dtype=torch.long))
-    prefill = [dict(step.live_bytes).get("cpu", 0) for step in simulation.steps if step.phase == "prefill"]
+    prefill = [dict(step.live_bytes).get(CPU, 0) for step in simulation.steps if step.phase == "prefill"]
     assert max(prefill) == pytest.approx(peak, rel=0.1)
-    expected = [(path, device) for phase, path, device in simulation.calls if phase == "prefill"]
+    expected = [(path, str(device)) for phase, path, device in simulation.calls if phase == "prefill"]
     assert ran_on[: len(expected)] == expected
 
 
@@ -468,7 +471,7 @@ def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
 
 def test_what_has_the_address_of_something_that_is_gone_is_not_where_that_was():
     with tensors_without_data():
-        devices = SimulatedDevices(("cuda:0",), {}, (), {}, frozenset())
+        devices = SimulatedDevices((Device("cuda", 0),), {}, (), {}, frozenset())
         for _ in range(100):
-            devices.put(torch.ones(3), "cuda:0")
-            assert devices.of(torch.ones(3)) == "cpu"
+            devices.put(torch.ones(3), Device("cuda", 0))
+            assert devices.of(torch.ones(3)) == CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from devmap_config.devices import Device
 from devmap_config.plan.diff import Home, Move, difference
 
 NOTHING = {
@@ -12,6 +13,10 @@ NOTHING = {
     "hops": 0,
     "longest_context": None,
 }
+
+
+def home(device, **computing):
+    return Home(Device.from_text(device), **computing)
 
 
 def use(device, weights_bytes=0):
@@ -53,8 +58,8 @@ def test_a_plan_does_not_differ_from_itself():
 def test_what_moves_is_folded_into_runs():
     found = difference(plan(layers([0] * 12 + [1] * 4)), plan(layers([0] * 8 + [1] * 5 + ["cpu"] * 3)))
     assert found.moves == (
-        Move(("model.layers.[8-11]",), Home("cuda:0"), Home("cuda:1")),
-        Move(("model.layers.[13-15]",), Home("cuda:1"), Home("cpu")),
+        Move(("model.layers.[8-11]",), home("cuda:0"), home("cuda:1")),
+        Move(("model.layers.[13-15]",), home("cuda:1"), home("cpu")),
     )
     assert not found.is_none
 
@@ -62,24 +67,24 @@ def test_what_moves_is_folded_into_runs():
 def test_a_block_that_one_plan_splits_is_looked_at_in_its_parts():
     whole = {"layer.0": 0}
     parts = {"layer.0.attention": 0, "layer.0.mlp": "cpu"}
-    assert difference(plan(whole), plan(parts)).moves == (Move(("layer.0.mlp",), Home("cuda:0"), Home("cpu")),)
-    assert difference(plan({"": 0}), plan(parts)).moves == (Move(("layer.0.mlp",), Home("cuda:0"), Home("cpu")),)
+    assert difference(plan(whole), plan(parts)).moves == (Move(("layer.0.mlp",), home("cuda:0"), home("cpu")),)
+    assert difference(plan({"": 0}), plan(parts)).moves == (Move(("layer.0.mlp",), home("cuda:0"), home("cpu")),)
 
 
 def test_computing_where_it_is_stored_is_a_home_of_its_own():
     found = difference(plan({"a": "cpu"}), plan({"a": "cpu"}, {"a": "cpu"}))
-    assert found.moves == (Move(("a",), Home("cpu"), Home("cpu", computes_there=True)),)
+    assert found.moves == (Move(("a",), home("cpu"), home("cpu", computes_there=True)),)
 
 
 def test_what_only_one_plan_has():
     found = difference(plan({"a": 0}), plan({"a": 0, "b": 1}, devices=("cuda:0", "cuda:1", "cpu", "disk")))
-    assert found.moves == (Move(("b",), None, Home("cuda:1")),)
+    assert found.moves == (Move(("b",), None, home("cuda:1")),)
     assert found.devices["disk"].before is None
 
 
 def test_accelerators_go_by_their_own_names():
     found = difference(plan({"a": 0}, devices=("xpu:0", "xpu:1")), plan({"a": 1}, devices=("xpu:0", "xpu:1")))
-    assert found.moves == (Move(("a",), Home("xpu:0"), Home("xpu:1")),)
+    assert found.moves == (Move(("a",), home("xpu:0"), home("xpu:1")),)
 
 
 def test_bytes_times_and_settings_count_without_a_move():

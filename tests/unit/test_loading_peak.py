@@ -38,7 +38,7 @@ def compiled(source, devices, placement="strategy: sequential", model=""):
 
 def extras(*arguments, **options):
     plan = compiled(*arguments, **options).plan
-    found = {use.id: use.loading_bytes - use.weights_bytes for use in plan.devices}
+    found = {str(use.id): use.loading_bytes - use.weights_bytes for use in plan.devices}
     return found | ({} if "cpu" in found else {"ram": plan.loading_ram_bytes})
 
 

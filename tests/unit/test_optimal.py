@@ -9,6 +9,7 @@ import pytest
 from conftest import LLAMA
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.devices import CPU
 
 PROFILE = """\
 version: 1
@@ -57,15 +58,15 @@ def refusal_of(*arguments, **options):
 def test_what_fits_on_one_card_stays_there(workspace, optimize):
     card = "{memory: 100MiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
     plan = plan_of(f'"cuda:[0-3]": {card}', workload=f", optimize: {optimize}")
-    assert {each.stored_on for each in plan.assignments} == {"cuda:0"}
+    assert {str(each.location.stored_on) for each in plan.assignments} == {"cuda:0"}
     assert plan.prediction.hops == 0
 
 
 def test_the_faster_card_is_used_wherever_it_is_listed(workspace):
     slow, fast = "{memory: 100MiB, bandwidth: 1GB/s}", "{memory: 100MiB, bandwidth: 3TB/s}"
     plan = plan_of(f"cuda:0: {slow}, cuda:1: {fast}")
-    assert {each.stored_on for each in plan.assignments} == {"cuda:1"}
-    assert plan.main_device == "cuda:1"
+    assert {str(each.location.stored_on) for each in plan.assignments} == {"cuda:1"}
+    assert str(plan.main_device) == "cuda:1"
 
 
 def test_the_bound_is_at_most_what_the_plan_takes(workspace):
@@ -73,7 +74,7 @@ def test_the_bound_is_at_most_what_the_plan_takes(workspace):
     prediction = plan.prediction
     assert prediction.bound_decode_nanoseconds_per_token <= prediction.decode_nanoseconds_per_token
     assert prediction.decode_nanoseconds_per_token <= 1.01 * prediction.bound_decode_nanoseconds_per_token
-    assert {each.stored_on for each in plan.assignments} == {"cuda:0", "cuda:1"}
+    assert {str(each.location.stored_on) for each in plan.assignments} == {"cuda:0", "cuda:1"}
 
 
 def test_pins_groups_and_prohibitions_hold(workspace):
@@ -83,7 +84,7 @@ def test_pins_groups_and_prohibitions_hold(workspace):
         '{match: "model.layers.2", not_on: cuda:0}',
     ]
     plan = plan_of(f'"cuda:[0-1]": {CARD.replace("440KiB", "600KiB")}', pins=pins)
-    home = {each.unit: each.stored_on for each in plan.assignments}
+    home = {each.unit: str(each.location.stored_on) for each in plan.assignments}
     assert home["lm_head"] == "cuda:1"
     assert home["model.layers.0"] == home["model.layers.5"]
     assert home["model.layers.2"] == "cuda:1"
@@ -92,7 +93,7 @@ def test_pins_groups_and_prohibitions_hold(workspace):
 def test_what_has_no_weights_is_kept_off_a_device_too(workspace):
     pins = ["{match: model.rotary_emb, not_on: cuda:0}"]
     plan = plan_of(f'"cuda:[0-1]": {CARD}', pins=pins)
-    assert {each.stored_on for each in plan.assignments if each.unit == "model.rotary_emb"} == {"cuda:1"}
+    assert {str(each.location.stored_on) for each in plan.assignments if each.unit == "model.rotary_emb"} == {"cuda:1"}
 
 
 def test_without_the_speed_of_the_cpu_weights_are_copied_in(workspace):
@@ -103,7 +104,7 @@ def test_without_the_speed_of_the_cpu_weights_are_copied_in(workspace):
 
 def test_a_cpu_that_reads_faster_than_the_link_computes(workspace):
     plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}")
-    assert set(plan.compute.values()) == {"cpu"}
+    assert set(plan.compute.values()) == {CPU}
 
 
 def test_a_cpu_that_reads_slowly_does_not(workspace):
@@ -114,19 +115,19 @@ def test_a_cpu_that_reads_slowly_does_not(workspace):
 
 def test_without_an_accelerator_all_runs_on_the_cpu(workspace):
     plan = plan_of("cpu: {memory: 1GiB, bandwidth: 50GB/s}")
-    assert {(each.stored_on, each.executes_on) for each in plan.assignments} == {("cpu", "cpu")}
+    assert {(str(each.location.stored_on), str(each.location.runs_on)) for each in plan.assignments} == {("cpu", "cpu")}
 
 
 def test_fewest_devices_leaves_the_others_empty(workspace):
     plan = plan_of(f'"cuda:[0-3]": {CARD}', strategy="fewest-devices")
-    assert len({each.stored_on for each in plan.assignments}) == 2
+    assert len({str(each.location.stored_on) for each in plan.assignments}) == 2
 
 
 def test_fewest_devices_compares_unlike_cards_and_needs_no_figures(workspace):
     plan = plan_of(
         "cuda:0: {memory: 300KiB}, cuda:1: {memory: 440KiB}, cuda:2: {memory: 10MiB}", strategy="fewest-devices"
     )
-    assert {each.stored_on for each in plan.assignments} == {"cuda:2"}
+    assert {str(each.location.stored_on) for each in plan.assignments} == {"cuda:2"}
     assert plan.prediction.decode_nanoseconds_per_token is None
 
 
@@ -209,7 +210,7 @@ def test_of_a_model_that_does_not_decode_the_prefill_is_made_fast_and_no_token_h
     card = "{memory: 100MiB, bandwidth: 1TB/s, flops: 1TFLOP/s}"
     devices = f"cuda:0: {card}, cuda:1: {card.replace('1TFLOP', '100TFLOP')}"
     plan = plan_of(devices)
-    assert {each.stored_on for each in plan.assignments} == {"cuda:1"}
+    assert {str(each.location.stored_on) for each in plan.assignments} == {"cuda:1"}
     assert plan.prediction.decode_nanoseconds_per_token is None
     assert plan.prediction.bound_decode_nanoseconds_per_token is None
     assert plan.prediction.prefill_nanoseconds > 0

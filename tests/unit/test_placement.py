@@ -22,7 +22,7 @@ def compile_text(text, model="llama", devices=DEVICES):
 
 def homes(compilation):
     assert isinstance(compilation, Compiled), compilation.diagnostics
-    return {name: each.stored_on for each in compilation.plan.assignments for name in each.tensors}
+    return {name: str(each.location.stored_on) for each in compilation.plan.assignments for name in each.tensors}
 
 
 @pytest.mark.parametrize("strategy", [*TRANSFORMERS_STRATEGIES, "single"])
@@ -90,7 +90,7 @@ def test_caps_take_integer_keys_cpu_and_disk(workspace):
         "  strategy: sequential\n  max_memory: {0: 300KiB, cpu: 200KiB, disk: 1MiB}\n  offload: {folder: offload}\n",
         devices="{cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}, disk: {memory: 1GiB}}",
     )
-    assert {use.id: use.capacity_bytes for use in compilation.plan.devices} == {
+    assert {str(use.id): use.capacity_bytes for use in compilation.plan.devices} == {
         "cuda:0": 300 * 1024,
         "cpu": 200 * 1024,
         "disk": 1024 * 1024,

@@ -10,13 +10,15 @@ import pytest
 from transformers.integrations.accelerate import expand_device_map
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.devices import CPU, Device
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.locked import compile_locked
+from devmap_config.placement.assignment import Assignment, Location
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.units import fold
 from devmap_config.plan.changes import changed_inputs
 from devmap_config.plan.lock import LockError, lock_of, lock_path, read_lock
-from devmap_config.plan.plan import Assignment, NotADeviceMapError, assemble
+from devmap_config.plan.plan import NotADeviceMapError, assemble
 from devmap_config.plan.verify import verify
 
 PROFILE = """\
@@ -33,6 +35,10 @@ def compilation(workspace):
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
     assert isinstance(compilation, Compiled), compilation.diagnostics
     return compilation
+
+
+CARD, OTHER_CARD = Device("cuda", 0), Device("cuda", 1)
+ON_CARD = Location(CARD, CARD)
 
 
 def kinds(compilation, *assignments, capacities=None):
@@ -56,9 +62,7 @@ def test_a_buffer_without_a_device(compilation):
 
 def test_a_unit_within_another(compilation):
     layer = next(each for each in compilation.plan.assignments if each.unit == "model.layers.0")
-    inner = Assignment(
-        "model.layers.0.mlp", tuple(name for name in layer.tensors if ".mlp." in name), "cuda:0", "cuda:0"
-    )
+    inner = Assignment("model.layers.0.mlp", tuple(name for name in layer.tensors if ".mlp." in name), ON_CARD)
     assert "overlapping-units" in kinds(compilation, *compilation.plan.assignments, inner)
 
 
@@ -69,19 +73,23 @@ def test_a_unit_that_the_model_does_not_have(compilation):
 
 def test_a_device_that_is_not_listed(compilation):
     first, *others = compilation.plan.assignments
-    assert "unlisted-device" in kinds(compilation, replace(first, stored_on="cuda:5", executes_on="cuda:5"), *others)
+    assert "unlisted-device" in kinds(
+        compilation, replace(first, location=Location(Device("cuda", 5), Device("cuda", 5))), *others
+    )
 
 
 def test_a_block_that_is_split(compilation):
     layer = next(each for each in compilation.plan.assignments if each.unit == "model.layers.0")
     others = [each for each in compilation.plan.assignments if each is not layer]
     parts = [
-        Assignment(f"model.layers.0.{part}", tuple(n for n in layer.tensors if f".{part}." in n), device, device)
+        Assignment(
+            f"model.layers.0.{part}", tuple(n for n in layer.tensors if f".{part}." in n), Location(device, device)
+        )
         for part, device in {
-            "self_attn": "cuda:0",
-            "mlp": "cuda:1",
-            "input_layernorm": "cuda:0",
-            "post_attention_layernorm": "cuda:0",
+            "self_attn": CARD,
+            "mlp": OTHER_CARD,
+            "input_layernorm": CARD,
+            "post_attention_layernorm": CARD,
         }.items()
     ]
     assert kinds(compilation, *others, *parts) == {"split-block"}
@@ -89,14 +97,14 @@ def test_a_block_that_is_split(compilation):
 
 def test_a_tie_that_is_split(compilation):
     moved = [
-        replace(each, stored_on="cpu", executes_on="cuda:0") if each.unit == "lm_head" else each
+        replace(each, location=Location(CPU, CARD)) if each.unit == "lm_head" else each
         for each in compilation.plan.assignments
     ]
     assert "split-tie" in kinds(compilation, *moved)
 
 
 def test_a_device_that_holds_too_much(compilation):
-    capacities = {**compilation.inventory.capacities, "cuda:1": 1000}
+    capacities = {**compilation.inventory.capacities, OTHER_CARD: 1000}
     assert kinds(compilation, *compilation.plan.assignments, capacities=capacities) == {"over-capacity"}
 
 
@@ -109,8 +117,8 @@ def test_a_map_that_transformers_would_read_otherwise():
 
     block = Module(ModulePath("block"), "ModuleList", (), (linear("block.1"),))
     graph = ModelGraph(Module(ModulePath(""), "Model", (), (block, linear("block_1x"))))
-    homes = {"block.1.weight": ("cuda:0", None), "block_1x.weight": ("cuda:1", None)}
-    capacities = {"cuda:0": 100, "cuda:1": 100}
+    homes = {"block.1.weight": (CARD, None), "block_1x.weight": (OTHER_CARD, None)}
+    capacities = {CARD: 100, OTHER_CARD: 100}
     plan = assemble(graph, fold(graph, homes), capacities, strategy="manual", executor=Executor())
     with pytest.raises(KeyError):
         expand_device_map(plan.device_map, list(graph.tensors))
@@ -165,6 +173,6 @@ def test_a_plan_that_computes_on_the_cpu_is_no_device_map(workspace):
         PROFILE.replace('"model.layers.[4-]", device: cuda:1', "model.layers.4, compute: cpu")
     )
     plan = run_pipeline(Request(path=Path("profile.yaml"))).plan
-    assert plan.compute == {"model.layers.4": "cpu"}
+    assert plan.compute == {"model.layers.4": CPU}
     with pytest.raises(NotADeviceMapError, match=r"model\.layers\.4"):
         _ = plan.device_map

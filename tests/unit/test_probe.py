@@ -82,7 +82,7 @@ def test_without_torch_cards_are_numbered_by_the_bus_and_a_warning_says_where_th
     asked = machine(*cards)
     seen = probe_machine(environment, None)
     by_bus = sorted(cards, key=lambda each: each.bus)
-    assert [(each.id, each.uuid) for each in seen.accelerators] == [
+    assert [(str(each.id), each.uuid) for each in seen.accelerators] == [
         (f"cuda:{index}", each.uuid) for index, each in enumerate(by_bus)
     ]
     assert [each.code for each in seen.notes] == ([] if is_certain else ["guessed-order"])
@@ -97,7 +97,7 @@ def test_where_torch_is_there_cards_are_as_it_numbers_them_with_the_memory_that_
     machine(SLOW, held, built=["cuda"], torch_sees=original)
     fake_torch_backend(monkeypatch, "cuda", [held, SLOW])
     seen = probe_machine({}, None)
-    assert [(each.id, each.uuid, each.held_bytes, each.has_context) for each in seen.accelerators] == [
+    assert [(str(each.id), each.uuid, each.held_bytes, each.has_context) for each in seen.accelerators] == [
         ("cuda:0", held.uuid, 3 * GIB, False),
         ("cuda:1", SLOW.uuid, 0, False),
     ]
@@ -151,7 +151,7 @@ def test_a_slice_is_a_device_with_its_own_memory_and_not_the_card_of_the_catalog
     machine(a100(None, mig("x"), None))
     seen = probe_machine({}, None)
     [part] = seen.accelerators
-    assert (part.id, part.uuid, part.memory_bytes, part.accelerator, part.is_slice) == (
+    assert (str(part.id), part.uuid, part.memory_bytes, part.accelerator, part.is_slice) == (
         "cuda:0", "MIG-xxxxxxxx", 5 * GIB, None, True
     )  # fmt: skip
     assert hardware_block(seen)["devices"]["cuda:0"] == {"memory": "5120MiB"}
@@ -248,7 +248,7 @@ def fake_torch_backend(monkeypatch, kind, cards, **more):
 def test_torch_alone(monkeypatch, kind, name, memory_bytes, expected):
     fake_torch_backend(monkeypatch, kind, [card("a", name=name, memory_bytes=memory_bytes, held_bytes=GIB)])
     [seen] = torch_probe.torch_accelerators()
-    assert (seen.id, seen.held_bytes, seen.has_context) == (f"{kind}:0", GIB, True)
+    assert (str(seen.id), seen.held_bytes, seen.has_context) == (f"{kind}:0", GIB, True)
     machine = SeenMachine(accelerators=(seen,), host=seen_host(), disk=None)
     assert hardware_block(machine)["devices"][f"{kind}:0"] == expected
 
@@ -267,7 +267,7 @@ def test_apple(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 96 * 10**9)
     monkeypatch.setattr(torch_probe, "_processor_name", lambda: "Apple M4 Max")
     [seen] = torch_probe.torch_accelerators()
-    assert (seen.id, seen.accelerator, seen.memory_bytes) == ("mps", "m4-max", 96 * 10**9)
+    assert (str(seen.id), seen.accelerator, seen.memory_bytes) == ("mps", "m4-max", 96 * 10**9)
 
 
 @pytest.mark.parametrize(
@@ -439,8 +439,8 @@ def test_the_block_can_be_extended_and_pasted(machine, workspace):
     Path("box.yaml").write_text(done.stdout)
     Path("extending.yaml").write_text("version: 1\nextends: [box.yaml]\nmodel: {source: llama}\n")
     Path("pasted.yaml").write_text("version: 1\nmodel: {source: llama}\n" + done.stdout)
-    devices = [use.id for use in compile_profile("extending.yaml").devices]
-    assert devices == [use.id for use in compile_profile("pasted.yaml").devices] == list(block)
+    devices = [str(use.id) for use in compile_profile("extending.yaml").devices]
+    assert devices == [str(use.id) for use in compile_profile("pasted.yaml").devices] == list(block)
 
 
 def test_json_has_the_block_and_what_was_seen(machine, tmp_path):

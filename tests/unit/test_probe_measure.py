@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from devmap_config import compile_profile
 from devmap_config.cli.probe import probe as probe_command
+from devmap_config.devices import CPU
 from devmap_config.probe import rates, torch_rates
 from devmap_config.probe.measuring import peer_links
 from devmap_config.probe.rates import MEBIBYTE, NotMeasuredError, disk_bandwidth, memory_bandwidth
@@ -91,9 +92,9 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 def test_layers_grow_until_they_take_long_enough(monkeypatch):
     monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 512)
-    quick = Devices(Clock(0.001)).flops("cpu")
+    quick = Devices(Clock(0.001)).flops(CPU)
     assert quick.method == "bfloat16 linear layers of 512 by 512"
-    slow = Devices(Clock()).flops("cpu")
+    slow = Devices(Clock()).flops(CPU)
     assert slow.per_second == 2 * torch_rates.SMALLEST_MATRIX**3
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.probe import probe as probe_command
+from devmap_config.devices import Device
 from devmap_config.plan.lock import read_lock
 from devmap_config.plan.readiness import demands, differences, kind_needed
 from devmap_config.probe import probe as probe_module
@@ -39,7 +40,11 @@ placement:
 
 CARDS = tuple(
     SeenAccelerator(
-        id=f"cuda:{index}", name=f"card {index}", memory_bytes=24 * GIB, free_bytes=23 * GIB, accelerator=accelerator
+        id=Device("cuda", index),
+        name=f"card {index}",
+        memory_bytes=24 * GIB,
+        free_bytes=23 * GIB,
+        accelerator=accelerator,
     )
     for index, accelerator in enumerate(("rtx-4090", None))
 )
@@ -74,7 +79,7 @@ def test_a_machine_with_enough_of_everything(lock):
 
 
 def test_what_is_wanted_of_each_device_and_of_no_other(lock):
-    wanted = {each.device: each for each in demands(lock, MACHINE)}
+    wanted = {str(each.device): each for each in demands(lock, MACHINE)}
     assert list(wanted) == ["cuda:0", "cuda:1", "cpu", "disk"]
     weights = {use["id"]: use["weights_bytes"] for use in lock.plan["devices"]}
     assert wanted["cuda:1"].needed_bytes == weights["cuda:1"]
@@ -89,7 +94,7 @@ def test_missing_devices_are_one_finding(lock):
 
 
 def test_another_kind_of_accelerator(lock):
-    other = SeenAccelerator(id="xpu:0", name="Arc", memory_bytes=GIB)
+    other = SeenAccelerator(id=Device("xpu", 0), name="Arc", memory_bytes=GIB)
     [finding] = differences(lock, replace(MACHINE, accelerators=(other,)))
     assert (finding.severity, finding.code) == ("error", "other-accelerators")
     assert finding.message == "the plan is for cuda devices, and this machine has xpu:0"
@@ -102,7 +107,7 @@ def test_another_card_is_a_warning(lock):
 
 
 def needed(lock, device):
-    demand = next(each for each in demands(lock, MACHINE) if each.device == device)
+    demand = next(each for each in demands(lock, MACHINE) if str(each.device) == device)
     return demand.needed_bytes + demand.context_bytes
 
 

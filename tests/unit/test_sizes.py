@@ -15,12 +15,13 @@ from click.testing import CliRunner
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.plan_table import plan_lines
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.devices import CPU, DISK, Device
 from devmap_config.graph.cache import library_versions
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
 from devmap_config.graph.source import digest
 from devmap_config.locked import compile_locked
-from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.assignment import Assignment, Location
 from devmap_config.placement.executor import LEFT, OFFLOADED
 from devmap_config.placement.problem import Aim, Problem
 from devmap_config.placement.strategies import Infeasible, Placed, place
@@ -70,6 +71,7 @@ placement: {strategy: fastest}
 """
 
 GIB = 2**30
+FIRST_CARD, SECOND_CARD = Device("cuda", 0), Device("cuda", 1)
 
 IN_4_BIT = "llama, quantization: {method: bitsandbytes, load_in_4bit: true, llm_int8_enable_fp32_cpu_offload: true}"
 
@@ -88,7 +90,7 @@ def errors(compilation):
 
 
 def used_bytes(plan, device):
-    (use,) = (each for each in plan.devices if each.id == device)
+    (use,) = (each for each in plan.devices if str(each.id) == device)
     return use.capacity_bytes - use.free_bytes
 
 
@@ -178,7 +180,7 @@ hardware: {{devices: {{mps: {{memory: MEMORY, bandwidth: 1TB/s}}, cpu: {{memory:
 placement: {{strategy: {strategy}, pins: [{{match: "model.layers.0", device: cpu}}]}}
 """
     plan = compiled(text.replace("MEMORY", "1GiB")).plan
-    held = {use.id: use.weights_bytes for use in plan.devices}
+    held = {str(use.id): use.weights_bytes for use in plan.devices}
     assert held["cpu"] == 0
     assert plan.prediction.streamed_bytes_per_token == 0
     (finding,) = errors(compiled(text.replace("MEMORY", f"{held['mps'] - 1}")))
@@ -202,7 +204,7 @@ def test_our_strategies_offload_buffers_where_it_is_better(workspace, strategy):
     compilation = compiled(SMALL.replace("STRATEGY", strategy))
     plan = compilation.plan
     assert plan.executor.offload_buffers
-    assert any(each.stored_on == "cpu" for each in plan.assignments)
+    assert any(str(each.location.stored_on) == "cpu" for each in plan.assignments)
     assert plan.prediction.streamed_bytes_per_token > 0
     (finding,) = errors(compiled(SMALL.replace("STRATEGY}", f"{strategy}, offload: {{buffers: false}}}}")))
     assert "`buffers: true`" in finding.help
@@ -247,8 +249,12 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     compilation = compiled(FASTEST_IN_4_BIT)
     assert [each.code for each in compilation.diagnostics] == []
     plan, graph = compilation.plan, compilation.model.graph
-    layers = {each.stored_on: each for each in plan.assignments if each.unit.startswith("model.layers.")}
-    on_card = [each for each in plan.assignments if each.unit.startswith("model.layers.") and each.stored_on != "cpu"]
+    layers = {str(each.location.stored_on): each for each in plan.assignments if each.unit.startswith("model.layers.")}
+    on_card = [
+        each
+        for each in plan.assignments
+        if each.unit.startswith("model.layers.") and str(each.location.stored_on) != "cpu"
+    ]
     assert 24 <= len(on_card) <= 27
     layer_bytes = {
         device: graph.weights_bytes(each.tensors, each.tensors if device == "cpu" else ())
@@ -267,7 +273,7 @@ def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
     aim = Aim(phases=(("decode", 1),), inventory=compilation.inventory)
 
     def placed(cpu_bytes):
-        capacities = {**compilation.inventory.capacities, "cpu": cpu_bytes}
+        capacities = {**compilation.inventory.capacities, CPU: cpu_bytes}
         return place(Problem(compilation.model.graph, capacities, aim=aim), "fastest")
 
     assert isinstance(placed(needed), Placed)
@@ -322,29 +328,29 @@ hardware: {devices: {cuda:0: {memory: 1GiB}}}
 @pytest.mark.parametrize("executor", [LEFT, OFFLOADED])
 def test_what_a_plan_says_is_the_sum_of_its_parts(graphs, executor):
     choice = random.Random(0)
-    places = [("cuda:0", None), ("cuda:1", None), ("cpu", None), ("cpu", "cpu"), ("disk", None)]
+    places = [(FIRST_CARD, None), (SECOND_CARD, None), (CPU, None), (CPU, CPU), (DISK, None)]
     for graph in graphs * 5:
         homes = {}
         for block in graph.blocks:
             homes |= dict.fromkeys((tensor.name for tensor in graph.modules[block].tensors()), choice.choice(places))
-        homes[next(iter(graph.tensors))] = ("cuda:0", None)
+        homes[next(iter(graph.tensors))] = (FIRST_CARD, None)
         plan = assemble(
             graph,
             fold(graph, homes),
-            dict.fromkeys(["cuda:0", "cuda:1", "cpu", "disk"], GIB),
+            dict.fromkeys([FIRST_CARD, SECOND_CARD, CPU, DISK], GIB),
             strategy="manual",
             executor=executor,
         )
         held, copied, pieces = {}, 0, {}
         for name, tensor in graph.tensors.items():
             stored_on, compute = homes[name]
-            is_streamed = stored_on in ("cpu", "disk") and compute is None
+            is_streamed = stored_on in (CPU, DISK) and compute is None
             size_bytes = tensor.size_bytes
             if is_streamed and tensor.offloaded_bytes is not None:
                 size_bytes = tensor.element_count * 2
             is_buffer = tensor.kind == "buffer" or tensor.in_buffer
             leaves = is_streamed and is_buffer and not (executor.offload_buffers and tensor.persistent)
-            home = "cuda:0" if leaves else stored_on
+            home = FIRST_CARD if leaves else stored_on
             held[home] = held.get(home, 0) + size_bytes
             if is_streamed and not leaves:
                 copied += size_bytes
@@ -357,7 +363,7 @@ def test_what_a_plan_says_is_the_sum_of_its_parts(graphs, executor):
         assert "over-capacity" not in kinds
         tight = {use.id: max(use.capacity_bytes - use.free_bytes, use.loading_bytes) for use in plan.devices}
         assert "over-capacity" not in {each.kind for each in verify(plan, graph, tight)}
-        tight["cuda:0"] -= 1
+        tight[FIRST_CARD] -= 1
         assert "over-capacity" in {each.kind for each in verify(plan, graph, tight)}
 
 
@@ -381,9 +387,11 @@ def plan_with(graph, homes):
     return Plan(
         strategy="manual",
         executor=LEFT,
-        main_device="cuda:0",
+        main_device=FIRST_CARD,
         assignments=tuple(
-            Assignment(unit, tuple(n for n in graph.tensors if f"{n}.".startswith(f"{unit}.")), home, "cuda:0")
+            Assignment(
+                unit, tuple(n for n in graph.tensors if f"{n}.".startswith(f"{unit}.")), Location(home, FIRST_CARD)
+            )
             for unit, home in homes.items()
         ),
         devices=(),
@@ -393,10 +401,10 @@ def plan_with(graph, homes):
 @pytest.mark.parametrize(
     ("homes", "subject"),
     [
-        ({"head": "cpu", "inner_head": "cuda:0"}, "inner_head.weight"),  # a key is also the end of another's name
-        ({"head.weight": "cpu", "inner_head": "cuda:0"}, "head.weight"),  # the key of a tensor is no module's name
-        ({"head": "cpu", "inner_head": "cpu"}, None),
-        ({"head": "cuda:0", "inner_head": "cpu"}, None),
+        ({"head": CPU, "inner_head": FIRST_CARD}, "inner_head.weight"),  # a key is also the end of another's name
+        ({"head.weight": CPU, "inner_head": FIRST_CARD}, "head.weight"),  # the key of a tensor is no module's name
+        ({"head": CPU, "inner_head": CPU}, None),
+        ({"head": FIRST_CARD, "inner_head": CPU}, None),
     ],
 )
 def test_a_map_that_a_quantizer_reads_in_another_way(homes, subject):
@@ -410,7 +418,7 @@ def test_a_map_that_a_quantizer_reads_in_another_way(homes, subject):
 def test_a_layer_whose_name_begins_as_that_of_one_on_the_cpu():
     layers = Module(ModulePath("layers"), "ModuleList", children=(linear("layers.1"), linear("layers.10")))
     graph = ModelGraph(Module(ModulePath(""), "Model", children=(layers,)))
-    plan = plan_with(graph, {"layers.1": "cpu", "layers.10": "cuda:0"})
+    plan = plan_with(graph, {"layers.1": CPU, "layers.10": FIRST_CARD})
     before_5_21 = tuple(map(int, version("transformers").split(".")[:2])) < (5, 21)
     assert misread_by_quantizer(plan, graph) == (("layers.10.weight",) if before_5_21 else ())
 
@@ -430,7 +438,7 @@ def test_what_was_left_unquantised_is_found():
 
     root = Module(ModulePath(""), "Model", children=(linear("head"), linear("inner_head"), linear("packed")))
     graph = ModelGraph(root)
-    plan = plan_with(graph, {"head": "cpu", "inner_head": "cuda:0", "packed": "cuda:0"})
+    plan = plan_with(graph, {"head": CPU, "inner_head": FIRST_CARD, "packed": FIRST_CARD})
     assert unquantized_tensors(Model(), plan, graph) == ("inner_head.weight",)
 
 

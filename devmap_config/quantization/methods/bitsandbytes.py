@@ -6,6 +6,7 @@ from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag
 from devmap_config.quantization.method import Format, Method, Refusal
 from devmap_config.quantization.weights import is_plain_linear, linear_weights
@@ -78,6 +79,6 @@ METHOD = Method(
     details=_details,
     dequantizes=True,
     source="4 bit: bitsandbytes' `gemm_4bit` beyond a few tokens; 8 bit multiplies in int8 and does not",
-    refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True, unless=ACCEPT_OFFLOADING),
+    refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True, unless=ACCEPT_OFFLOADING),
     lowers_budgets=True,
 )

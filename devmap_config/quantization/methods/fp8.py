@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag
 from devmap_config.quantization.method import UNCHANGED, Format, Method, Refusal
 from devmap_config.quantization.weights import fused_experts, left_as_they_are, matrices
@@ -71,7 +72,7 @@ METHOD = Method(
     format=_format,
     converts=_converted,
     source="`integrations/finegrained_fp8.py`: Triton and DeepGEMM multiply in fp8",
-    refusal=Refusal(devices=("cpu", "disk"), prequantized_is_fine=True),
+    refusal=Refusal(devices=STORAGE_DEVICES, prequantized_is_fine=True),
     needs_accelerator=True,
     needs_fp8=True,
     loading_arguments=("dequantize", "modules_to_not_convert"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import DISK
 from devmap_config.quantization.arguments import check_names, flag
 from devmap_config.quantization.method import UNCHANGED, Format, Method, Refusal
 from devmap_config.quantization.weights import fused_experts, left_as_they_are
@@ -39,7 +40,7 @@ METHOD = Method(
     format=_format,
     converts=_converted,
     source="`integrations/mxfp4.py`: `matmul_ogs` multiplies packed weights",
-    refusal=Refusal(devices=("disk",), prequantized_is_fine=True),
+    refusal=Refusal(devices=(DISK,), prequantized_is_fine=True),
     needs_accelerator=True,
     loading_arguments=("dequantize",),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names
 from devmap_config.quantization.method import Format, Method, Refusal
 
@@ -57,6 +58,6 @@ METHOD = Method(
     details=lambda arguments: str(arguments.get("weights", "int8")),
     dequantizes=True,
     source="optimum-quanto's `qbytes_mm` and `QTensor` fall back to dense weights where no kernel fits",
-    refusal=Refusal(devices=("cpu", "disk"), alone_is_fine=True),
+    refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True),
     lowers_budgets=True,
 )

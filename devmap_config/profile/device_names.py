@@ -1,8 +1,10 @@
-"""Names of devices: `cuda:0`, `0`, ranges such as `cuda:[0-7]`, `cpu`, `disk`."""
+"""The names that a profile gives devices: `cuda:0`, `0`, ranges such as `cuda:[0-7]`, `cpu`, `disk`."""
 
 from __future__ import annotations
 
 import re
+
+from devmap_config.devices import Device, nth_accelerator
 
 ACCELERATOR_KINDS = ("cuda", "xpu", "npu", "hpu", "mps")
 """torch's device types that a map may name; AMD's cards are `cuda` as well."""
@@ -23,32 +25,37 @@ class DeviceNameError(ValueError):
         self.help = help
 
 
-def expand_devices(text: str, default_kind: str) -> tuple[str, ...]:
-    """The canonical names that a name or a range stands for; a bare number is of the default kind.
+def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
+    """Return the devices that a name or a range stands for; a bare number is of this kind.
+
+    Example:
+        >>> expand_devices("xpu:[0,2]", "cuda")
+        (Device('xpu:0'), Device('xpu:2'))
 
     Raises:
         DeviceNameError: where it is neither.
     """
-    if text in ("cpu", "disk", "mps"):
-        return (text,)
-    if text == "cpu:0":
-        return ("cpu",)
+    if text in ("cpu", "cpu:0", "disk", "mps"):
+        return (Device(text.removesuffix(":0")),)
     match = _NAME.fullmatch(text)
     if match is None:
         if text in ACCELERATOR_KINDS:
             raise DeviceNameError(f"`{text}` does not say which one", f"write `{text}:0`")
         raise DeviceNameError(f"`{text}` is no device", "devices are `cuda:0`, `0`, `cpu`, `disk`")
-    kind = match["kind"] or default_kind
+    kind = match["kind"] or kind
     if kind not in ACCELERATOR_KINDS:
         raise DeviceNameError(
             f"`{kind}` is no kind of device", f"kinds are {', '.join(f'`{known}`' for known in ACCELERATOR_KINDS)}"
         )
     indices = [int(match["index"])] if match["index"] else _indices(match["items"])
-    if kind == "mps":
-        if indices != [0]:
-            raise DeviceNameError(f"`{text}` does not exist: a machine has one `mps`", "write `mps`")
-        return ("mps",)
-    return tuple(f"{kind}:{index}" for index in indices)
+    if kind == "mps" and indices != [0]:
+        raise DeviceNameError(f"`{text}` does not exist: a machine has one `mps`", "write `mps`")
+    return tuple(nth_accelerator(kind, index) for index in indices)
+
+
+def device_meant(named: Device | int, kind: str) -> Device:
+    """Return the device that a profile names, in which a number is an accelerator of the machine's kind."""
+    return nth_accelerator(kind, named) if isinstance(named, int) else named
 
 
 def is_range(text: str) -> bool:
@@ -57,8 +64,9 @@ def is_range(text: str) -> bool:
 
 
 def kind_of(text: str) -> str | None:
-    """The kind of accelerator that a name or range states, if it states one."""
-    kind = text.partition(":")[0]
+    """Return the kind of accelerator that a name or range states, if it states one."""
+    match = _NAME.fullmatch(text)
+    kind = text if match is None else match["kind"]
     return kind if kind in ACCELERATOR_KINDS else None
 
 

@@ -1,0 +1,78 @@
+"""`Device`: one device of a machine, as a value that every room has in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class Device:
+    """One device: `cuda:0`, `mps`, `cpu`, `disk`. Devices sort as they are filled: accelerators, the CPU, the disk.
+
+    There is one object for each device, which never changes: comparing and hashing cost what they do for any object.
+
+    Attributes:
+        kind: torch's type of device, or `disk`.
+        index: its number among those of its kind; `None` where a machine has one at most.
+
+    Example:
+        >>> sorted([DISK, Device("cuda", 10), CPU, Device("cuda", 9)])
+        [Device('cuda:9'), Device('cuda:10'), Device('cpu'), Device('disk')]
+    """
+
+    __slots__ = ("index", "kind")
+    kind: str
+    index: int | None
+    _known: ClassVar[dict[tuple[str, int | None], Device]] = {}
+
+    def __new__(cls, kind: str, index: int | None = None) -> Device:
+        """Return the object that stands for this device."""
+        device = object.__new__(cls)
+        object.__setattr__(device, "kind", kind)
+        object.__setattr__(device, "index", index)
+        return cls._known.setdefault((kind, index), device)
+
+    @classmethod
+    def from_text(cls, text: str) -> Device:
+        """Return the device of which this is the text: what `str` gave."""
+        kind, _, index = text.partition(":")
+        return cls(kind, int(index) if index else None)
+
+    def __reduce__(self) -> tuple[type[Device], tuple[str, int | None]]:
+        return Device, (self.kind, self.index)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"`{name}` of a device cannot be set")
+
+    def __str__(self) -> str:
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+    def __repr__(self) -> str:
+        return f"Device('{self}')"
+
+    def __lt__(self, other: Device) -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, str, int]:
+        return (STORAGE_DEVICES.index(self) + 1 if self in STORAGE_DEVICES else 0, self.kind, self.index or 0)
+
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether modules on this device run there without being streamed: all but the CPU and the disk."""
+        return self not in STORAGE_DEVICES
+
+    @property
+    def in_device_map(self) -> int | str:
+        """The device as transformers writes it: `cuda:1` is `1`; `mps`, `cpu` and `disk` stay."""
+        return self.kind if self.index is None else self.index
+
+
+CPU = Device("cpu")
+DISK = Device("disk")
+STORAGE_DEVICES = (CPU, DISK)
+"""What is not an accelerator, in the order in which it is filled."""
+
+
+def nth_accelerator(kind: str, index: int) -> Device:
+    """Return an accelerator by its number, which Apple's, of which a machine has one, goes without."""
+    return Device(kind) if kind == "mps" and index == 0 else Device(kind, index)
