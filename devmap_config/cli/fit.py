@@ -93,7 +93,7 @@ def _hardware(name: str) -> Hardware:
         return _hardware_of_file(Path(name))
     try:
         devices = {
-            str(device): what if what[:1].isalpha() or "-" in what else {"memory": what}
+            str(device): {"accelerator" if what[:1].isalpha() or "-" in what else "memory": what}
             for device, what in named_machine(name.replace("+", ",")).devices.items()
         }
         return Hardware.model_validate({"devices": devices})

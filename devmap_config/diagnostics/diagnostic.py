@@ -100,7 +100,9 @@ class Sink:
         self.report(Diagnostic.warning(code, message, span, **details))
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Record a finding that is already made; the same one twice is one."""
+        """Record a finding that is already made; the same one twice is one. A place in no file is none."""
+        if diagnostic.span is not None and not diagnostic.span.file:
+            diagnostic = replace(diagnostic, span=None)
         if diagnostic.span is not None and (origin := self.origins.get(diagnostic.span.file)):
             came_in = Related(message="extended from here", span=origin)
             if came_in not in diagnostic.related:

@@ -337,11 +337,6 @@ class DeviceSection(Section):
     efficiency: ShareOfMemory | None = Field(default=None, examples=["80%"])
     """How much of bandwidth and flops is reached. Without it: the catalogue's."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _catalogue_name(cls, value: object) -> object:
-        return {"accelerator": value} if isinstance(value, str) else value
-
 
 class Link(Section):
     """A connection between devices."""
