@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from devmap_config.diagnostics.diagnostic import ProfileError, Sink
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import Lookup, load_model_graph, report_failure, source_from_here
-from devmap_config.hardware.inventory import build_inventory, declared_devices
+from devmap_config.hardware.declared import build_inventory, declared_devices
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried
 from devmap_config.placement.compatibility import check_checkpoint, check_dtype

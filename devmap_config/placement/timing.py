@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
 from devmap_config.graph.model import ModulePath
-from devmap_config.hardware.links import NANOSECONDS_PER_SECOND
+from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import ModelGraph, Module, TensorName
-    from devmap_config.hardware.inventory import Inventory
-    from devmap_config.hardware.links import Link
+    from devmap_config.hardware.inventory import Inventory, Link
     from devmap_config.placement.assignment import Location
     from devmap_config.placement.executor import Executor
 

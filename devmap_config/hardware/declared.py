@@ -1,0 +1,226 @@
+"""The machine that a profile declares, as an inventory; what is wrong with its description goes to a sink."""
+
+from __future__ import annotations
+
+import difflib
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from devmap_config.amounts import format_bytes
+from devmap_config.devices import nth_accelerator
+from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
+from devmap_config.hardware.inventory import Inventory, InventoryDevice
+from devmap_config.hardware.links import links_between
+from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
+
+if TYPE_CHECKING:
+    from devmap_config.devices import Device
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.profile.loading import LoadedProfile
+    from devmap_config.profile.located import Located
+    from devmap_config.profile.schema import DeviceSection
+
+T = TypeVar("T")
+
+
+class Usual(NamedTuple):
+    """What holds of a device where the profile does not say: what the catalogue has of its accelerator, if any."""
+
+    slack: Fraction = Fraction(0)
+    overhead_bytes: int = 0
+    bandwidth: int | None = None
+    flops: int | None = None
+    memory_efficiency: Fraction = Fraction(1)
+    compute_efficiency: Fraction = Fraction(1)
+
+
+def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
+    """Return the machine that a profile describes; what is wrong with its description goes to the sink."""
+    sections = loaded.profile.hardware.devices.value
+    caps = loaded.profile.placement.max_memory
+    devices = [_device(device, section, caps.get(device), sink) for device, section in sections.items()]
+    _check_kinds(tuple(sections), loaded, sink)
+    _check_max_memory(loaded, sink)
+    _check_links(loaded, sink)
+    ordered = tuple(sorted(filter(None, devices), key=lambda device: device.id))
+    return Inventory(ordered, links_between(ordered, loaded.profile.hardware.links))
+
+
+def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
+    """Return every device that the profile lists, also those whose description is wrong."""
+    return tuple(sorted(loaded.profile.hardware.devices.value))
+
+
+def _device(
+    device: Device, section: DeviceSection, cap: Located[int | Share] | None, sink: Sink
+) -> InventoryDevice | None:
+    accelerator = _accelerator(device, section.accelerator, sink)
+    if section.accelerator.value is not None and accelerator is None:
+        return None
+    memory_bytes = _memory_bytes(device, section, accelerator, sink)
+    if memory_bytes is None:
+        return None
+    usual = _usual(accelerator)
+    overhead_bytes = usual.overhead_bytes if section.overhead is None else _absolute(section.overhead, memory_bytes)
+    left_bytes = int(memory_bytes * (1 - _given(section.slack, usual.slack)))
+    capacity_bytes = left_bytes - _absolute(section.reserve, memory_bytes) - overhead_bytes
+    if capacity_bytes <= 0:
+        sink.error(
+            "no-capacity",
+            f"nothing is left of the memory of {device} once slack, reserve and overhead are taken off",
+            section.key_span,
+            help="lower its `reserve`, `overhead` or `slack`, or leave the device out",
+        )
+        return None
+    return InventoryDevice(
+        id=device,
+        memory_bytes=memory_bytes,
+        capacity_bytes=capacity_bytes if cap is None else min(capacity_bytes, _absolute(cap.value, memory_bytes)),
+        overhead_bytes=overhead_bytes,
+        accelerator=accelerator,
+        bandwidth_bytes_per_second=section.bandwidth or usual.bandwidth,
+        flops_per_second=section.flops or usual.flops,
+        memory_efficiency=_given(section.efficiency, usual.memory_efficiency),
+        compute_efficiency=_given(section.efficiency, usual.compute_efficiency),
+    )
+
+
+def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerator | None, sink: Sink) -> int | None:
+    memory = section.memory.value
+    if accelerator is not None:
+        memory_bytes = accelerator.memory_bytes if memory is None else _absolute(memory, accelerator.memory_bytes)
+        if memory_bytes > accelerator.most_memory_bytes:
+            sink.error(
+                "memory-beyond-card",
+                f"{device} is given {format_bytes(memory_bytes)},"
+                f" and a {accelerator.name} has {format_bytes(accelerator.most_memory_bytes)}",
+                section.memory.span,
+                help="lower it, or name another accelerator; without `memory` the catalogue's is taken",
+            )
+        return memory_bytes
+    if isinstance(memory, Share):
+        sink.error(
+            "bad-quantity",
+            f"the memory of {device} is a share of nothing",
+            section.memory.span,
+            help="write it in bytes, such as `24GiB`, or name the `accelerator`",
+        )
+        return None
+    if memory is None and section.is_sound:
+        sink.error(
+            "missing-memory",
+            f"{device} has no memory",
+            section.key_span,
+            help=f"write `{device}: {{memory: 24GiB}}`"
+            + (", or an accelerator that `devmap hardware` lists" if device.is_accelerator else ""),
+        )
+    return memory
+
+
+def _usual(accelerator: Accelerator | None) -> Usual:
+    if accelerator is None:
+        return Usual()
+    return Usual(
+        slack=accelerator.slack,
+        overhead_bytes=accelerator.overhead_bytes,
+        bandwidth=accelerator.memory_bandwidth_bytes_per_second,
+        flops=accelerator.dense_bf16_flops_per_second,
+        memory_efficiency=accelerator.memory_efficiency,
+        compute_efficiency=accelerator.compute_efficiency,
+    )
+
+
+def _given(value: T | None, usual: T) -> T:
+    return usual if value is None else value
+
+
+def _absolute(quantity: int | Share, memory_bytes: int) -> int:
+    return int(memory_bytes * quantity.fraction) if isinstance(quantity, Share) else quantity
+
+
+def _accelerator(device: Device, named: Located[str | None], sink: Sink) -> Accelerator | None:
+    if named.value is None:
+        return None
+    span = named.span
+    if not device.is_accelerator:
+        sink.error(
+            "unknown-accelerator",
+            f"{device} is no accelerator",
+            span,
+            help=f"describe it by `{{memory: {_as_memory(named.value) or '64GiB'}}}`",
+        )
+        return None
+    found = load_catalogue().get(named.value)
+    if found is None:
+        meant = nearest(named.value)
+        memory = _as_memory(named.value)
+        advice = f"did you mean `{meant}`? " if meant else ""
+        sink.error(
+            "unknown-accelerator",
+            f"the catalogue has no accelerator `{named.value}`",
+            span,
+            help=f"write `{{memory: {memory}}}`" if memory else f"{advice}`devmap hardware` lists them all",
+        )
+        return None
+    if found.kind != device.kind:
+        sink.error(
+            "unknown-accelerator",
+            f"a {found.name} is no {device.kind} device",
+            span,
+            help=f"it is named `{nth_accelerator(found.kind, 0)}`",
+        )
+        return None
+    return found
+
+
+def _as_memory(text: str) -> str | None:
+    """The text, where it is an amount of memory that was meant for `memory`."""
+    try:
+        parse_bytes(text)
+    except QuantityError:
+        return None
+    return text
+
+
+def _check_kinds(devices: tuple[Device, ...], loaded: LoadedProfile, sink: Sink) -> None:
+    kinds = {device.kind: device for device in reversed(devices) if device.is_accelerator}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(kinds))
+        last = max(kinds.values(), key=loaded.profile.hardware.device_span)
+        sink.error(
+            "mixed-accelerators",
+            f"one machine cannot run {listed} devices together",
+            loaded.profile.hardware.device_span(last),
+            help="torch is built for one kind: keep a profile for each",
+        )
+
+
+def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
+    known = declared_devices(loaded)
+    for device, cap in loaded.profile.placement.max_memory.items():
+        if device not in known:
+            sink.error(
+                "unknown-device",
+                f"`max_memory` caps {device}, which the profile does not list",
+                cap.key_span,
+                help=f"list it under `hardware.devices`, or remove the cap; listed are {', '.join(map(str, known))}",
+            )
+
+
+LINKS = ("host", "peer", "disk", "network")
+
+
+def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
+    known = {str(device) for device in declared_devices(loaded)}
+    for name, described in loaded.profile.hardware.links.items():
+        ends = name.split("-")
+        if name in LINKS or (len(ends) == 2 and all(end in known for end in ends)):
+            continue
+        close = difflib.get_close_matches(name, LINKS, n=1)
+        listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"
+        sink.error(
+            "unknown-key",
+            f"`{name}` is no link of this machine",
+            described.key_span,
+            help=f"did you mean `{close[0]}`?" if close else listed,
+        )
