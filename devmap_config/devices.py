@@ -16,7 +16,7 @@ class Device:
 
     Example:
         >>> sorted([DISK, Device("cuda", 10), CPU, Device("cuda", 9)])
-        [Device('cuda:9'), Device('cuda:10'), Device('cpu'), Device('disk')]
+        [Device('cuda', 9), Device('cuda', 10), Device('cpu'), Device('disk')]
     """
 
     __slots__ = ("index", "kind")
@@ -47,7 +47,7 @@ class Device:
         return self.kind if self.index is None else f"{self.kind}:{self.index}"
 
     def __repr__(self) -> str:
-        return f"Device('{self}')"
+        return f"Device({self.kind!r})" if self.index is None else f"Device({self.kind!r}, {self.index})"
 
     def __lt__(self, other: Device) -> bool:
         return self._order < other._order

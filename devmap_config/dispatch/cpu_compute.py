@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-CPU = torch.device("cpu")
+TORCH_CPU = torch.device("cpu")
 """As a value of a device_map: modules under the string `"cpu"` are streamed, those under this stay and run there."""
 
 CPU_EXPERTS = "eager"
@@ -41,7 +41,7 @@ class CpuComputeHook(AlignDevicesHook):  # type: ignore[misc]
     """
 
     def __init__(self, skip_keys: str | list[str] | None, *, switches_experts: bool = True) -> None:
-        super().__init__(execution_device=CPU, io_same_device=True, skip_keys=skip_keys)
+        super().__init__(execution_device=TORCH_CPU, io_same_device=True, skip_keys=skip_keys)
         self._switches_experts = switches_experts
         self._shared_configs: list[tuple[torch.nn.Module, Any]] = []
 
@@ -62,7 +62,7 @@ class CpuComputeHook(AlignDevicesHook):  # type: ignore[misc]
 
 
 def compute_on_cpu(model: PreTrainedModel, units: Iterable[str], *, switches_experts: bool = True) -> None:
-    """Make these modules, which were dispatched to `CPU`, return what they compute to where they are called from.
+    """Make these modules, which were dispatched to `TORCH_CPU`, return what they compute to where they are called from.
 
     A cache is not copied: its layers are made where their first keys come from. Without data, experts are not to be
     switched: which of them are chosen is then not known.

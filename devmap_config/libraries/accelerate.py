@@ -6,12 +6,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from devmap_config.devices import CPU, DISK
 from devmap_config.libraries.private import Private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     import torch
+
+    from devmap_config.devices import Device
 
 PLACE_TENSOR = Private(
     "accelerate.hooks.set_module_tensor_to_device",
@@ -42,8 +45,8 @@ def hooks_of(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(getattr(hook, "hooks", (hook,)))
 
 
-def streamed_from(hook: Any, path: str, name: str) -> str | None:
-    """Return whether a hook copies a tensor in from `cpu` or from `disk`; `None` where it does neither.
+def streamed_from(hook: Any, path: str, name: str) -> Device | None:
+    """Return from where a hook copies a tensor in, the CPU or the disk; `None` where it does not.
 
     Args:
         hook: a hook of the module at `path`.
@@ -56,8 +59,8 @@ def streamed_from(hook: Any, path: str, name: str) -> str | None:
     loader = getattr(weights, "dataset", weights)
     full_name = getattr(weights, "prefix", "") + name.removeprefix(f"{path}." if path else "")
     if full_name in (getattr(loader, "state_dict", None) or {}):
-        return "cpu"
-    return None if place_on_disk(hook, path, name) is None else "disk"
+        return CPU
+    return None if place_on_disk(hook, path, name) is None else DISK
 
 
 def place_on_disk(hook: Any, path: str, name: str) -> Mapping[str, Any] | None:

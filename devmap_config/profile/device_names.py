@@ -30,7 +30,7 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
 
     Example:
         >>> expand_devices("xpu:[0,2]", "cuda")
-        (Device('xpu:0'), Device('xpu:2'))
+        (Device('xpu', 0), Device('xpu', 2))
 
     Raises:
         DeviceNameError: where it is neither.

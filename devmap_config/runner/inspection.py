@@ -181,7 +181,7 @@ def _streamed_from(model: PreTrainedModel, name: str) -> Device:
         path = path.rpartition(".")[0]
         for hook in hooks_of(model.get_submodule(path)):
             if (home := streamed_from(hook, path, name)) is not None:
-                return Device(home)
+                return home
     return NOWHERE
 
 

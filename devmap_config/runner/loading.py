@@ -127,9 +127,9 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
 def _device_map(plan: Plan) -> dict[str, Any]:
     """The plan's map; where there is but one device, without parts: some quantizers take these for offloading."""
     if plan.compute:
-        from devmap_config.dispatch.cpu_compute import CPU
+        from devmap_config.dispatch.cpu_compute import TORCH_CPU
 
-        return {**plan.placement, **dict.fromkeys(plan.compute, CPU)}
+        return {**plan.placement, **dict.fromkeys(plan.compute, TORCH_CPU)}
     devices = set(plan.placement.values())
     return {"": devices.pop()} if len(devices) == 1 else dict(plan.placement)
 

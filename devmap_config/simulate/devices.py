@@ -17,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from devmap_config.devices import CPU, Device
+from devmap_config.dispatch.cpu_compute import TORCH_CPU
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import (
     TORCH_ATTENTION,
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 ACCELERATOR = "privateuseone"
 """The type of torch device that a simulated accelerator has: no code of a model or library takes it for a real one."""
-
-TORCH_CPU = torch.device("cpu")
-
 
 MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::resize_")
 """Operations that take tensors of several devices."""
