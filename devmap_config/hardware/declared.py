@@ -141,40 +141,25 @@ def _absolute(quantity: int | Share, memory_bytes: int) -> int:
 def _accelerator(device: Device, named: Located[str | None], sink: Sink) -> Accelerator | None:
     if named.value is None:
         return None
-    span = named.span
+    found, memory = load_catalogue().get(named.value), _as_memory(named.value)
     if not device.is_accelerator:
-        sink.error(
-            "unknown-accelerator",
-            f"{device} is no accelerator",
-            span,
-            help=f"describe it by `{{memory: {_as_memory(named.value) or '64GiB'}}}`",
-        )
-        return None
-    found = load_catalogue().get(named.value)
-    if found is None:
+        message, help = f"{device} is no accelerator", f"describe it by `{{memory: {memory or '64GiB'}}}`"
+    elif found is None:
         meant = nearest(named.value)
-        memory = _as_memory(named.value)
         advice = f"did you mean `{meant}`? " if meant else ""
-        sink.error(
-            "unknown-accelerator",
-            f"the catalogue has no accelerator `{named.value}`",
-            span,
-            help=f"write `{{memory: {memory}}}`" if memory else f"{advice}`devmap hardware` lists them all",
-        )
-        return None
-    if found.kind != device.kind:
-        sink.error(
-            "unknown-accelerator",
-            f"a {found.name} is no {device.kind} device",
-            span,
-            help=f"it is named `{nth_accelerator(found.kind, 0)}`",
-        )
-        return None
-    return found
+        message = f"the catalogue has no accelerator `{named.value}`"
+        help = f"write `{{memory: {memory}}}`" if memory else f"{advice}`devmap hardware` lists them all"
+    elif found.kind != device.kind:
+        message = f"a {found.name} is no {device.kind} device"
+        help = f"it is named `{nth_accelerator(found.kind, 0)}`"
+    else:
+        return found
+    sink.error("unknown-accelerator", message, named.span, help=help)
+    return None
 
 
 def _as_memory(text: str) -> str | None:
-    """The text, where it is an amount of memory that was meant for `memory`."""
+    """Return the text where it is an amount of memory, which was meant for `memory`."""
     try:
         parse_bytes(text)
     except QuantityError:
