@@ -66,30 +66,15 @@ class Request:
     checks_checkpoint: bool = False
 
     @classmethod
-    def for_profile(
-        cls,
-        path: Path,
-        *,
-        lock: Lock | None = None,
-        allow_outside: bool = False,
-        trust_remote_code: bool = False,
-        allow_unmeasured: bool = False,
-        **options: Any,
-    ) -> Request:
+    def for_profile(cls, path: Path, *, lock: Lock | None = None, **options: Any) -> Request:
         """Return the request for a profile with what its lock remembers: `--set` values, and the model's commit.
 
         Args:
             path: the profile.
             lock: its lock, where that was read already; else the one beside it, if that can be read.
-            allow_outside: whether paths of the profile may lead out of its repository.
-            trust_remote_code: whether Python code that comes with the model may run.
-            allow_unmeasured: whether formulas may stand in where a library that changed keeps it from being measured.
             options: further fields of the request; `variables` outrank those of the lock.
         """
-        permissions = Permissions(
-            allow_outside=allow_outside, trust_remote_code=trust_remote_code, allow_unmeasured=allow_unmeasured
-        )
-        return cls(path=path, lock=lock or lock_beside(path), permissions=permissions, **options)
+        return cls(path=path, lock=lock or lock_beside(path), **options)
 
     @property
     def remembered(self) -> Mapping[str, str]:
@@ -168,11 +153,11 @@ def compile_profile(
         Request.for_profile(
             profile_of(Path(path)),
             variables=texts,
-            allow_outside=allow_outside,
-            trust_remote_code=trust_remote_code,
+            permissions=Permissions(
+                allow_outside=allow_outside, trust_remote_code=trust_remote_code, allow_unmeasured=allow_unmeasured
+            ),
             simulates=True,
             checks_checkpoint=True,
-            allow_unmeasured=allow_unmeasured,
         )
     )
     if isinstance(compilation, Rejected):

@@ -21,6 +21,7 @@ from devmap_config.cli.options import (
 from devmap_config.cli.reporting import report
 from devmap_config.diagnostics.diagnostic import DevmapError, Sink
 from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -96,9 +97,7 @@ class ProfileOptions:
     output_format: str = "table"
     variables: Mapping[str, str] = field(default_factory=dict)
     quiet: bool = False
-    allow_outside: bool = False
-    trust_remote_code: bool = False
-    allow_unmeasured: bool = False
+    permissions: Permissions = NO_PERMISSIONS
 
     @property
     def shows_tables(self) -> bool:
@@ -108,8 +107,7 @@ class ProfileOptions:
     @property
     def of_request(self) -> dict[str, Any]:
         """The fields of a request to the pipeline that these options decide."""
-        names = ("variables", "allow_outside", "trust_remote_code", "allow_unmeasured")
-        return {name: getattr(self, name) for name in names}
+        return {"variables": self.variables, "permissions": self.permissions}
 
     def request(self, profile: Path, **options: Any) -> Request:
         """Return the request for a profile, with what its lock remembers, as the pipeline takes it."""
@@ -150,10 +148,11 @@ def profile_command(name: str, *formats: str, argument: Decorator = profile_argu
         def run(**values: Any) -> ExitCode | None:
             from devmap_config.plan.lock import profile_of
 
+            permissions = Permissions(**{each.name: values.pop(each.name) for each in fields(Permissions)})
             given = {each.name: values.pop(each.name) for each in fields(ProfileOptions) if each.name in values}
             if "profile" in values:
                 values["profile"] = profile_of(values["profile"])
-            return function(options=ProfileOptions(**given), **values)
+            return function(options=ProfileOptions(permissions=permissions, **given), **values)
 
         return _made(name, argument(run), *formats, options=shared)
 

@@ -36,8 +36,10 @@ def diff(
     from devmap_config.cli.reporting import report
     from devmap_config.cli.sides import sides_of
     from devmap_config.plan.diff import difference
+    from devmap_config.profile.permissions import Permissions
 
-    sides = sides_of(before, after, allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    permissions = Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    sides = sides_of(before, after, permissions)
     found = difference(sides[0].plan, sides[1].plan)
     notes = [note for side in sides for note in side.notes]
     if output_format == "json":

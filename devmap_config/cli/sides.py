@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.codes import ErrorCode, WarningCode
     from devmap_config.plan.lock import Lock
+    from devmap_config.profile.permissions import Permissions
 
 
 NOTHING = {"diff": None}
@@ -35,19 +36,18 @@ class Side:
 
 @dataclass(frozen=True)
 class _Options:
-    allow_outside: bool = False
-    trust_remote_code: bool = False
-    files: tuple[Path, ...] = field(default=())
+    files: tuple[Path, ...]
+    permissions: Permissions
 
 
-def sides_of(before: str, after: str, *, allow_outside: bool = False, trust_remote_code: bool = False) -> list[Side]:
+def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
     """The plans of both arguments.
 
     Raises:
         CommandError: where one cannot be had.
     """
     files = tuple(Path(text) for text in (before, after) if os.path.lexists(text))
-    options = _Options(allow_outside, trust_remote_code, files)
+    options = _Options(files, permissions)
     return [_side(text, options) for text in (before, after)]
 
 
@@ -86,9 +86,7 @@ def _asked_for(profile: Path, options: _Options) -> Side:
         lock = lock_at(path)
     except LockError as error:
         problem = str(error)
-    compilation, drift = compile_locked(
-        profile, lock, allow_outside=options.allow_outside, trust_remote_code=options.trust_remote_code
-    )
+    compilation, drift = compile_locked(profile, lock, permissions=options.permissions)
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts, data=NOTHING)
     code: WarningCode = "missing-lock"

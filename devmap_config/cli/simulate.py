@@ -33,7 +33,7 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int) -> ExitCode:
         plan, reached, tried = compilation.plan, compilation, compilation.plan
     simulation = None
     if tried is not None and reached is not None and can_simulate():
-        may_run_code = options.trust_remote_code
+        may_run_code = options.permissions.trust_remote_code
         simulation = simulation_of(tried, reached.model, decoded_tokens=tokens, trust_remote_code=may_run_code)
     data = {
         "plan": plan.to_json() if plan else None,

@@ -176,8 +176,9 @@ def _graph_of_profile(path: Path, trust_remote_code: bool, context_length: int |
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.loading import load_model_graph
     from devmap_config.profile.loading import load_profile
+    from devmap_config.profile.permissions import Permissions
 
-    sink, request = Sink(), Request.for_profile(path, trust_remote_code=trust_remote_code)
+    sink, request = Sink(), Request.for_profile(path, permissions=Permissions(trust_remote_code=trust_remote_code))
     loaded = load_profile(path, sink, remembered=request.remembered)
     if loaded is not None and context_length is not None:
         workload = loaded.profile.workload

@@ -18,6 +18,7 @@ from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of
 from devmap_config.plan.readiness import differences, kind_needed
 from devmap_config.profile.document import whole_file
+from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.runner.arguments import require_passable
 from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load, telling_of_changes
@@ -121,9 +122,9 @@ def load_model(
         deployment = prepare(
             profile_of(Path(path)),
             variables=texts,
-            allow_outside=allow_outside,
-            trust_remote_code=trust_remote_code,
-            allow_unmeasured=allow_unmeasured,
+            permissions=Permissions(
+                allow_outside=allow_outside, trust_remote_code=trust_remote_code, allow_unmeasured=allow_unmeasured
+            ),
         )
         request = replace(deployment.request, arguments=from_pretrained)
         deployment = replace(deployment, request=request)
@@ -137,9 +138,7 @@ def prepare(
     path: Path,
     *,
     variables: Mapping[str, str],
-    allow_outside: bool = False,
-    trust_remote_code: bool = False,
-    allow_unmeasured: bool = False,
+    permissions: Permissions = NO_PERMISSIONS,
 ) -> Deployment:
     """Read a profile's lock and see that it still holds; loads nothing.
 
@@ -152,9 +151,7 @@ def prepare(
         path,
         lock,
         variables=variables,
-        allow_outside=allow_outside,
-        trust_remote_code=trust_remote_code,
-        allow_unmeasured=allow_unmeasured,
+        permissions=permissions,
     )
     if isinstance(compiled, Rejected):
         _raise_unreadable_checkpoint(compiled)
@@ -162,7 +159,7 @@ def prepare(
     loaded, model, match = compiled.loaded, compiled.model, None
     # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
-        match = match_checkpoint(model, trust_remote_code=trust_remote_code)
+        match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
         _require_match(match, compiled)
     if drift is not None:
         raise RunnerError(drift.code, f"`{lock_path(path)}` {drift.message}", remedy(drift.code, path))
@@ -181,7 +178,7 @@ def prepare(
         revision=model.source.commit,
         quantization=dict(loaded.profile.model.quantization.value or {}),
         offload_folder=None if folder.value is None else folder.path,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=permissions.trust_remote_code,
         config=model.source.config,
     )
     lock = replace(lock, plan=compiled.plan.to_json(), hardware=compiled.inventory.accelerators_to_json())

@@ -50,6 +50,7 @@ from devmap_config.graph.loading import graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.probe import probe
 from devmap_config.probe.machine import SeenDisk, SeenHost
+from devmap_config.profile.permissions import Permissions
 from devmap_config.runner import generation, inspection, loading, runner
 from devmap_config.runner.inspection import Misrun, misread_tensors, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError, UnfitMachineError
@@ -127,7 +128,7 @@ placement:
 
 def test_embeddings_of_minilm_over_cpu_and_disk(workspace):
     write_profile(MINILM)
-    deployment = prepare(Path("profile.yaml"), variables={}, allow_outside=True)
+    deployment = prepare(Path("profile.yaml"), variables={}, permissions=Permissions(allow_outside=True))
     assert {str(each.location.stored_on) for each in deployment.plan.assignments} == {"cpu", "disk"}
     model = load_verified(deployment)
     inputs = AutoTokenizer.from_pretrained(WEIGHTS)("where does every layer go?", return_tensors="pt")
