@@ -24,7 +24,7 @@ from devmap_config.profile.document import (
     report_duplicate,
     whole_file,
 )
-from devmap_config.profile.schema import unsupported_version
+from devmap_config.profile.field_types import unsupported_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

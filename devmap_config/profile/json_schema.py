@@ -9,10 +9,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.profile import schema as schema_module
+from devmap_config.profile.field_types import BANDWIDTH, DEVICE_KEY_PATTERN, TEMPLATE_SCHEMA
 from devmap_config.profile.schema import (
-    BANDWIDTH_SCHEMA,
-    DEVICE_KEY_PATTERN,
-    TEMPLATE_SCHEMA,
     DeviceSection,
     Link,
     Profile,
@@ -47,7 +45,10 @@ def profile_schema() -> Schema:
         "anyOf": [{"type": "string"}, definitions["DeviceSection"]],
         "description": DeviceSection.__doc__,
     }
-    definitions["Link"] = {"anyOf": [BANDWIDTH_SCHEMA, definitions["Link"]], "description": Link.__doc__}
+    definitions["Link"] = {
+        "anyOf": [*BANDWIDTH.schemas, TEMPLATE_SCHEMA, definitions["Link"]],
+        "description": Link.__doc__,
+    }
     schema["patternProperties"] = {"^x-": {"description": "Ignored: a place for YAML anchors."}}
     schema["if"] = {"not": {"required": ["extends"]}}
     schema["then"] = {

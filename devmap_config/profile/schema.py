@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
-from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from devmap_config.devices import Device
-from devmap_config.profile.device_names import DeviceNameError, expand_devices
-from devmap_config.profile.located import Located, WrittenNothing, WrittenText
-from devmap_config.profile.quantities import (
-    QuantityError,
-    Share,
-    parse_bandwidth,
-    parse_bytes,
-    parse_flops,
-    parse_nanoseconds,
-    parse_share,
+from devmap_config.profile.field_types import (
+    Anything,
+    Bandwidth,
+    Count,
+    Flag,
+    Flops,
+    Latency,
+    ListedDevice,
+    NamedDevice,
+    PatternText,
+    Quantity,
+    Quantization,
+    ShareOfMemory,
+    Text,
+    Version,
+    one_of,
+    one_of_or_repository,
 )
+from devmap_config.profile.located import Located
 from devmap_config.profile.section import REFUSED, Each, Section, refusal
-from devmap_config.quantization.registry import METHODS
 
 if TYPE_CHECKING:
-    from devmap_config.diagnostics.codes import ErrorCode
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Span
 
 OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
@@ -46,204 +42,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """transformers 5.24's implementations; a kernel of the hub is named by its repository, `owner/name`."""
 
-TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
-"""A template may stand for any scalar; what it renders to is checked by the compiler."""
-
-
-def _or_template(schema: Mapping[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [dict(schema), TEMPLATE_SCHEMA]})
-
-
-def _resolved(value: object) -> object:
-    return value.value if isinstance(value, (WrittenText, WrittenNothing)) else value
-
-
-def _plain_str(value: object) -> object:
-    return str(value) if isinstance(value, str) else value
-
-
-def _one_of(
-    *choices: str, code: ErrorCode = "wrong-type", message: str = "{{route}} cannot be `{value}`", **context: object
-) -> Callable[[object], object]:
-    def check(value: object) -> object:
-        if isinstance(value, str) and value in choices:
-            return str(value)
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        meant = f"did you mean `{close[0]}`? " if close else ""
-        listed = f"one of {', '.join(f'`{each}`' for each in choices)}"
-        raise refusal(code, message.format(value=value), meant + listed, **context)
-
-    return check
-
-
-def _attention(value: object) -> object:
-    return str(value) if isinstance(value, str) and "/" in value else _one_of(*ATTENTIONS)(value)
-
-
-def _version(value: object) -> object:
-    if str(value) != "1":
-        raise refusal("unsupported-version", *unsupported_version(str(value)))
-    return 1
-
-
-def unsupported_version(version: str) -> tuple[str, str]:
-    """Return what is wrong with another version of the language, and what to do."""
-    message = f"version {version} of the profile language is not known"
-    return message, "this devmap-config reads `version: 1`; a newer one may read more"
-
-
-def _quantization(value: object) -> object:
-    if isinstance(value, dict):
-        if "method" not in value:
-            raise refusal("missing-key", "`method` is missing in {route}", "such as `method: bitsandbytes`")
-        _one_of(*METHODS, key="method")(value["method"])
-    return _deeply_resolved(value)
-
-
-Parsed = TypeVar("Parsed")
-
-
-def _quantity(parse: Callable[[str], Parsed]) -> Callable[[object], Parsed]:
-    def check(value: object) -> Parsed:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise PydanticCustomError("quantity_type", "a quantity")
-        try:
-            return parse(str(value).strip())
-        except QuantityError as error:
-            raise refusal("bad-quantity", error.message, error.help) from None
-
-    return check
-
-
-def _device(value: object) -> Device:
-    if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise PydanticCustomError("device_type", "a device")
-    try:
-        devices = expand_devices(str(value), "cuda")
-    except DeviceNameError as error:
-        raise refusal("bad-device-name", error.message, error.help) from None
-    if len(devices) > 1:
-        message = f"`{value}` is several devices, and one is wanted here"
-        raise refusal("bad-device-name", message, f"write `{devices[0]}`")
-    return devices[0]
-
-
-def _device_or_number(value: object) -> Device | int:
-    """A number stays one: of which kind it is, the machine says."""
-    device = _device(value)
-    return int(str(value)) if str(value).isdecimal() else device
-
-
-def _pattern_text(value: object) -> object:
-    """A pattern is text, also where YAML reads a number (`0`)."""
-    return str(value) if isinstance(value, str) else value
-
 
 def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
-
-
-BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB|%)?$"
-RATE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?((B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)/s)?$"
-DEVICE_PATTERN = r"^((cuda|xpu|npu|hpu):)?[0-9]+$|^cpu(:0)?$|^disk$|^mps(:0)?$"
-DEVICE_KEY_PATTERN = (
-    r"^((cuda|xpu|npu|hpu|mps):)?([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])$|^cpu(:0)?$|^disk$|^mps$"
-)
-
-Text = Annotated[str, BeforeValidator(_plain_str), WithJsonSchema({"type": ["string", "number", "boolean"]})]
-Count = Annotated[
-    int, BeforeValidator(_resolved), Field(strict=True, ge=1), _or_template({"type": "integer", "minimum": 1})
-]
-Flag = Annotated[bool, BeforeValidator(_resolved), Field(strict=True), _or_template({"type": "boolean"})]
-Quantity = Annotated[
-    int | Share,
-    BeforeValidator(_quantity(parse_bytes)),
-    PlainSerializer(lambda value: str(value.fraction) if isinstance(value, Share) else value),
-    _or_template({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": BYTES_PATTERN}]}),
-]
-ShareOfMemory = Annotated[
-    Fraction,
-    BeforeValidator(_quantity(parse_share)),
-    PlainSerializer(str),
-    _or_template(
-        {
-            "anyOf": [
-                {"type": "number", "minimum": 0, "maximum": 1},
-                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?%?$"},
-            ]
-        }
-    ),
-]
-BANDWIDTH_SCHEMA = {
-    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": RATE_PATTERN}, TEMPLATE_SCHEMA]
-}
-Bandwidth = Annotated[int, BeforeValidator(_quantity(parse_bandwidth)), WithJsonSchema(BANDWIDTH_SCHEMA)]
-Flops = Annotated[
-    int,
-    BeforeValidator(_quantity(parse_flops)),
-    _or_template(
-        {
-            "anyOf": [
-                {"type": "number", "minimum": 0},
-                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?([GTP]FLOP/s)?$"},
-            ]
-        }
-    ),
-]
-Latency = Annotated[
-    int,
-    BeforeValidator(_quantity(parse_nanoseconds)),
-    _or_template({"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"}),
-]
-ListedDevice = Annotated[Device, PlainValidator(_device), PlainSerializer(str), WithJsonSchema({"type": "string"})]
-"""A key that names a device; merging has made it canonical."""
-NamedDevice = Annotated[
-    Device | int,
-    PlainValidator(_device_or_number),
-    PlainSerializer(str),
-    _or_template({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": DEVICE_PATTERN}]}),
-]
-PatternText = Annotated[str, BeforeValidator(_pattern_text), WithJsonSchema({"type": ["string", "integer"]})]
-Strategy = Annotated[
-    str,
-    BeforeValidator(_one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is no strategy")),
-    _or_template({"enum": list(STRATEGIES)}),
-]
-Dtype = Annotated[str, BeforeValidator(_one_of(*DTYPES)), _or_template({"enum": list(DTYPES)})]
-
-
-def _deeply_resolved(value: object) -> object:
-    """Every unquoted scalar within a value as what YAML reads."""
-    if isinstance(value, dict):
-        return {str(key): _deeply_resolved(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_deeply_resolved(each) for each in value]
-    return _resolved(value)
-
-
-Anything = Annotated[Any, BeforeValidator(_deeply_resolved), WithJsonSchema({})]
-
-
-Attention = Annotated[
-    str,
-    BeforeValidator(_attention),
-    _or_template({"anyOf": [{"enum": list(ATTENTIONS)}, {"type": "string", "pattern": "/"}]}),
-]
-Quantization = Annotated[
-    Mapping[str, Any] | None,
-    BeforeValidator(_quantization),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "required": ["method"],
-            "properties": {"method": {"anyOf": [{"enum": list(METHODS)}, TEMPLATE_SCHEMA]}},
-        }
-    ),
-]
-
-
-def _choice(*choices: str) -> Any:
-    return Annotated[str, BeforeValidator(_one_of(*choices)), _or_template({"enum": list(choices)})]
 
 
 class Model(Section):
@@ -260,7 +61,7 @@ class Model(Section):
     )
     """An Auto class or a concrete class of transformers. Without it: the first of the config's `architectures`."""
 
-    dtype: Located[Dtype] = Field(default=Located("auto"), examples=["bfloat16"])
+    dtype: Located[Annotated[str, one_of(*DTYPES)]] = Field(default=Located("auto"), examples=["bfloat16"])
     """The dtype in which weights are loaded; `auto` takes the checkpoint's own."""
 
     quantization: Located[Quantization] = Field(
@@ -268,7 +69,9 @@ class Model(Section):
     )
     """`method` and the arguments of transformers' quantization config of that method."""
 
-    attention: Attention = Field(default="sdpa", examples=["sdpa", "eager", "flash_attention_2"])
+    attention: Annotated[str, one_of_or_repository(*ATTENTIONS)] = Field(
+        default="sdpa", examples=["sdpa", "eager", "flash_attention_2"]
+    )
     """transformers' `attn_implementation`."""
 
     allow_new: Annotated[tuple[Located[PatternText], ...], BeforeValidator(_one_or_many)] = Field(
@@ -289,13 +92,15 @@ class Workload(Section):
     prompt_length: Count | None = Field(default=None, examples=[4096])
     """How many tokens are prefilled at once. Without it: `context_length`."""
 
-    logits: _choice("last", "all") = Field(default="last", examples=["last", "all"])  # type: ignore[valid-type]
+    logits: Annotated[str, one_of("last", "all")] = Field(default="last", examples=["last", "all"])
     """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""
 
-    cache: _choice("dynamic", "static") = Field(default="dynamic", examples=["dynamic", "static"])  # type: ignore[valid-type]
+    cache: Annotated[str, one_of("dynamic", "static")] = Field(default="dynamic", examples=["dynamic", "static"])
     """transformers' cache implementation."""
 
-    optimize: _choice("decode", "prefill", "request") = Field(default="decode", examples=["decode", "request"])  # type: ignore[valid-type]
+    optimize: Annotated[Literal["decode", "prefill", "request"], one_of("decode", "prefill", "request")] = Field(
+        default="decode", examples=["decode", "request"]
+    )
     """What is to be fast: a decoded token, the prompt, or a whole request."""
 
     new_tokens: Count | None = Field(default=None, examples=[512])
@@ -420,7 +225,9 @@ class Offload(Section):
 class PlacementSection(Section):
     """A strategy, and what it must hold to."""
 
-    strategy: Located[Strategy] = Field(default=Located("auto"), examples=list(STRATEGIES))
+    strategy: Located[
+        Annotated[str, one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is no strategy")]
+    ] = Field(default=Located("auto"), examples=list(STRATEGIES))
     """How what is not pinned is placed."""
 
     device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:0"])
@@ -448,7 +255,7 @@ class Profile(Section):
 
     STAND_INS: ClassVar = {"version": "1"}
 
-    version: Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})] = Field(examples=[1])
+    version: Version = Field(examples=[1])
     """The version of this language: 1."""
 
     name: Text | None = Field(default=None, examples=["llama-3.1-70b-two-24gb"])
@@ -477,5 +284,7 @@ class Profile(Section):
     placement: PlacementSection = Field(default_factory=PlacementSection)
     """Where the model goes."""
 
-    targets: tuple[_choice("transformers"), ...] = Field(default=("transformers",), examples=[["transformers"]])  # type: ignore[valid-type]
+    targets: tuple[Annotated[str, one_of("transformers")], ...] = Field(
+        default=("transformers",), examples=[["transformers"]]
+    )
     """What the plan is made for."""

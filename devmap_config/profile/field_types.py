@@ -1,0 +1,208 @@
+"""What the values of a profile may be: how each is read, and what its JSON Schema says of it to editors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic_core import PydanticCustomError, core_schema
+
+from devmap_config.devices import Device
+from devmap_config.profile.device_names import DeviceNameError, expand_devices
+from devmap_config.profile.located import WrittenNothing, WrittenText
+from devmap_config.profile.quantities import (
+    QuantityError,
+    Share,
+    parse_bandwidth,
+    parse_bytes,
+    parse_flops,
+    parse_nanoseconds,
+    parse_share,
+)
+from devmap_config.profile.section import refusal
+from devmap_config.quantization.registry import METHODS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+
+    from devmap_config.diagnostics.codes import ErrorCode
+
+TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
+"""A template may stand for any scalar; what it renders to is checked by the compiler."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """An annotation of a type: the function that reads a written value, and the JSON Schemas that this may have."""
+
+    read: Callable[[object], object]
+    schemas: tuple[Mapping[str, Any], ...]
+
+    def __get_pydantic_core_schema__(self, _: object, __: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Validate by the function."""
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(self, _: core_schema.CoreSchema, __: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Allow each of the schemas, and a template in their stead."""
+        return {"anyOf": [*self.schemas, TEMPLATE_SCHEMA]}
+
+
+def one_of(
+    *choices: str, code: ErrorCode = "wrong-type", message: str = "{{route}} cannot be `{value}`", **context: object
+) -> Reads:
+    """Return the annotation of a text that is one of these.
+
+    Args:
+        choices: the texts.
+        code: the code of the diagnostic that says that another one is none of them.
+        message: its message, with `{value}` for the other one.
+        context: further context of that error (`refusal`).
+    """
+
+    def read(value: object) -> object:
+        if isinstance(value, str) and value in choices:
+            return str(value)
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        meant = f"did you mean `{close[0]}`? " if close else ""
+        listed = f"one of {', '.join(f'`{choice}`' for choice in choices)}"
+        raise refusal(code, message.format(value=value), meant + listed, **context)
+
+    return Reads(read, ({"enum": list(choices)},))
+
+
+def one_of_or_repository(*choices: str) -> Reads:
+    """Return the annotation of a text that is one of these, or names a repository of the hub (`owner/name`)."""
+    named = one_of(*choices)
+    return Reads(
+        lambda value: str(value) if isinstance(value, str) and "/" in value else named.read(value),
+        (*named.schemas, {"type": "string", "pattern": "/"}),
+    )
+
+
+def _quantity(parse: Callable[[str], object], *schemas: Mapping[str, Any]) -> Reads:
+    def read(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise PydanticCustomError("quantity_type", "a quantity")
+        try:
+            return parse(str(value).strip())
+        except QuantityError as error:
+            raise refusal("bad-quantity", error.message, error.help) from None
+
+    return Reads(read, schemas)
+
+
+def _device(value: object) -> Device:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise PydanticCustomError("device_type", "a device")
+    try:
+        devices = expand_devices(str(value), "cuda")
+    except DeviceNameError as error:
+        raise refusal("bad-device-name", error.message, error.help) from None
+    if len(devices) > 1:
+        message = f"`{value}` is several devices, and one is wanted here"
+        raise refusal("bad-device-name", message, f"write `{devices[0]}`")
+    return devices[0]
+
+
+def _device_or_number(value: object) -> Device | int:
+    """A number stays one: of which kind it is, the machine says."""
+    device = _device(value)
+    return int(str(value)) if str(value).isdecimal() else device
+
+
+def _version(value: object) -> object:
+    if str(value) != "1":
+        raise refusal("unsupported-version", *unsupported_version(str(value)))
+    return 1
+
+
+def unsupported_version(version: str) -> tuple[str, str]:
+    """Return what is wrong with another version of the language, and what to do."""
+    message = f"version {version} of the profile language is not known"
+    return message, "this devmap-config reads `version: 1`; a newer one may read more"
+
+
+def _quantization(value: object) -> object:
+    if isinstance(value, dict):
+        if "method" not in value:
+            raise refusal("missing-key", "`method` is missing in {route}", "such as `method: bitsandbytes`")
+        QUANTIZATION_METHOD.read(value["method"])
+    return _as_yaml_reads(value)
+
+
+def _as_yaml_reads(value: object) -> object:
+    """A value, and every one within it, as YAML reads it when it is not told what is wanted."""
+    if isinstance(value, dict):
+        return {str(key): _as_yaml_reads(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_yaml_reads(item) for item in value]
+    return value.value if isinstance(value, (WrittenText, WrittenNothing)) else value
+
+
+def _as_text(value: object) -> object:
+    """A scalar as it is written, also where YAML reads a number."""
+    return str(value) if isinstance(value, str) else value
+
+
+def _matching(pattern: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": pattern}
+
+
+NUMBER: dict[str, Any] = {"type": "number", "minimum": 0}
+INTEGER: dict[str, Any] = {"type": "integer", "minimum": 0}
+UNITS = "B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB"
+DEVICE_KEY_PATTERN = (
+    r"^((cuda|xpu|npu|hpu|mps):)?([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])$|^cpu(:0)?$|^disk$|^mps$"
+)
+
+BANDWIDTH = _quantity(parse_bandwidth, NUMBER, _matching(rf"^[0-9]+(\.[0-9]+)? ?(({UNITS})/s)?$"))
+QUANTIZATION_METHOD = one_of(*METHODS, key="method")
+QUANTIZATION_SCHEMA = {
+    "type": "object",
+    "required": ["method"],
+    "properties": {"method": {"anyOf": [*QUANTIZATION_METHOD.schemas, TEMPLATE_SCHEMA]}},
+}
+
+Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "number", "boolean"]})]
+PatternText = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": ["string", "integer"]})]
+Anything = Annotated[Any, BeforeValidator(_as_yaml_reads), WithJsonSchema({})]
+Count = Annotated[
+    int,
+    Field(strict=True, ge=1),
+    BeforeValidator(_as_yaml_reads),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, TEMPLATE_SCHEMA]}),
+]
+Flag = Annotated[
+    bool,
+    Field(strict=True),
+    BeforeValidator(_as_yaml_reads),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, TEMPLATE_SCHEMA]}),
+]
+Version = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})]
+Quantity = Annotated[
+    int | Share,
+    _quantity(parse_bytes, INTEGER, _matching(rf"^[0-9]+(\.[0-9]+)? ?({UNITS}|%)?$")),
+    PlainSerializer(lambda value: str(value.fraction) if isinstance(value, Share) else value),
+]
+ShareOfMemory = Annotated[
+    Fraction,
+    _quantity(parse_share, NUMBER | {"maximum": 1}, _matching(r"^[0-9]+(\.[0-9]+)?%?$")),
+    PlainSerializer(str),
+]
+Bandwidth = Annotated[int, BANDWIDTH]
+Flops = Annotated[int, _quantity(parse_flops, NUMBER, _matching(r"^[0-9]+(\.[0-9]+)? ?([GTP]FLOP/s)?$"))]
+Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"))]
+ListedDevice = Annotated[Device, Reads(_device, ()), PlainSerializer(str)]
+"""A key that names a device; merging has made it canonical."""
+NamedDevice = Annotated[
+    Device | int,
+    Reads(_device_or_number, (INTEGER, _matching(r"^((cuda|xpu|npu|hpu):)?[0-9]+$|^cpu(:0)?$|^disk$|^mps(:0)?$"))),
+    PlainSerializer(str),
+]
+Quantization = Annotated[Mapping[str, Any] | None, BeforeValidator(_quantization), WithJsonSchema(QUANTIZATION_SCHEMA)]
