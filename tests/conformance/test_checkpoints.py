@@ -20,13 +20,6 @@ from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.meta_loading import match_names
 
 
-def built(model_type):
-    try:
-        return build_shallow(model_type)
-    except Exception:  # a package that is missing, or a default config that builds nothing: counted elsewhere
-        return None
-
-
 def saved(model):
     """The names and shapes that `save_pretrained` writes: of what is tied, only where it is tied to."""
     tied = set(model.all_tied_weights_keys)
@@ -67,10 +60,7 @@ def damaged(model, shapes, other):
 OTHER = {f"some.other.{number}.weight": (3, 5) for number in range(20)}
 
 
-def faults(model_type):
-    model = built(model_type)
-    if model is None:
-        return []
+def faults(model):
     shapes = saved(model)
     found = judged(model, shapes)
     said = [] if found.error is None else [f"its own: {found.error}"]
@@ -81,7 +71,7 @@ def faults(model_type):
     "model_type", ["llama", "gpt2", "t5", "bert", "qwen3_moe", "whisper", "gemma3", "mamba", "llava"]
 )
 def test_a_checkpoint_holds_the_model_that_saved_it_and_no_other(model_type):
-    assert faults(model_type) == []
+    assert faults(build_shallow(model_type)) == []
 
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
@@ -154,4 +144,8 @@ def test_names_of_quantised_checkpoints_that_need_no_package(model_class, config
 @pytest.mark.zoo
 @pytest.mark.parametrize("model_type", model_types())
 def test_every_checkpoint_holds_the_model_that_saved_it_and_no_other(model_type):
-    assert faults(model_type) == []
+    try:
+        model = build_shallow(model_type)
+    except Exception as error:
+        pytest.skip(f"transformers does not build it from a default config: {type(error).__name__}")
+    assert faults(model) == []

@@ -178,7 +178,7 @@ def test_no_kernel_forms_the_matrix_of_scores():
         return 2 * 4 * length * length * 4
 
     measurement = measured("latent attention", context_length=2048, prompt_length=2048)
-    assert measurement.by_path["model.layers.1.self_attn"].prefill_peak_bytes < scores_bytes(2048) / 2
+    assert 0 < measurement.by_path["model.layers.1.self_attn"].prefill_peak_bytes < scores_bytes(2048) / 2
 
 
 def test_a_batch_costs_its_multiple():
@@ -198,13 +198,14 @@ def test_prefilling_in_parts_needs_less_while_the_cache_is_the_same():
 def test_all_logits_cost_their_rows():
     last, every = measured("dense"), measured("dense", all_logits=True)
     rows = 2 * (LENGTH - 1) * 512 * 4
-    assert every.by_path["lm_head"].prefill_peak_bytes - last.by_path["lm_head"].prefill_peak_bytes >= rows
+    assert every.by_path["lm_head"].prefill_peak_bytes - last.by_path["lm_head"].prefill_peak_bytes == rows
 
 
 def test_a_static_cache_is_full_from_the_beginning():
     measurement = measured("dense", cache="static")
     # One position more than the context, for the token that follows.
-    assert measurement.cache_bytes >= 4 * 2 * 2 * 128 * 4 * (LENGTH + 1)
+    full_bytes = 4 * 2 * 2 * 128 * 4 * (LENGTH + 1)
+    assert full_bytes <= measurement.cache_bytes <= full_bytes + 4 * 8  # and how far each layer has come
 
 
 def test_products_are_counted_as_arithmetic_says():
@@ -212,14 +213,14 @@ def test_products_are_counted_as_arithmetic_says():
     by_path = measurement.by_path
     assert by_path["model.layers.0.mlp.up_proj"].prefill_operations == 2 * LENGTH * 128 * 256
     assert by_path["model.layers.0.mlp.up_proj"].decode_operations == 2 * 128 * 256
-    assert by_path["lm_head"].decode_touched_bytes >= 512 * 128 * 4
+    assert 512 * 128 * 4 <= by_path["lm_head"].decode_touched_bytes < 1.05 * 512 * 128 * 4
 
 
 def test_few_experts_are_touched_for_one_token():
     by_path = measured("many experts", batch_size=1).by_path
     experts = next(cost for path, cost in by_path.items() if path.endswith("mlp.experts"))
     weights_bytes = 8 * 3 * 128 * 64 * 4
-    assert experts.decode_touched_bytes < weights_bytes * 2 / 8 * 1.3
+    assert weights_bytes * 2 / 8 <= experts.decode_touched_bytes < weights_bytes * 2 / 8 * 1.3
     assert experts.prefill_touched_bytes > weights_bytes
 
 
@@ -464,10 +465,10 @@ def test_a_longer_context_is_foretold_by_one_measurement(name):
 def test_a_shorter_context_never_takes_more_than_was_foretold(name):
     foretold = measured(name).at(LENGTH // 2)
     seen = measured(name, context_length=LENGTH // 2, prompt_length=LENGTH // 2).by_path
+    assert {cost.path for cost in foretold.modules} == set(seen)
     for cost in foretold.modules:
-        if cost.path in seen:
-            assert cost.cache_bytes >= seen[cost.path].cache_bytes
-            assert cost.prefill_peak_bytes >= 0.98 * seen[cost.path].prefill_peak_bytes
+        assert cost.cache_bytes >= seen[cost.path].cache_bytes
+        assert cost.prefill_peak_bytes >= 0.98 * seen[cost.path].prefill_peak_bytes
 
 
 def test_what_crosses_is_the_hidden_states_and_what_every_layer_is_given():
