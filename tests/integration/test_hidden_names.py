@@ -111,6 +111,7 @@ def devmap(monkeypatch, capsys):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_name_that_is_gone_is_said_or_not_missed(name, checkpoint, folder, hide, devmap, monkeypatch):
     assert devmap("compile", "llama.yaml")[0] == 0
+    lock = Path("llama.lock.json").read_text()
     hide(name)
     for number, command in enumerate(
         (
@@ -127,6 +128,8 @@ def test_a_name_that_is_gone_is_said_or_not_missed(name, checkpoint, folder, hid
             assert code in (1, 4), (command, said)
             assert "error[library-changed]" in said, (command, said)
             assert f"`{name}` is not there" in said, (command, said)
+        if "library-changed" not in said:  # then it was not missed
+            assert Path("llama.lock.json").read_text() == lock, command
         if "--allow-unmeasured" in command:
             assert "pass `--allow-unmeasured`" not in said
 

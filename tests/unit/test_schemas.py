@@ -73,13 +73,12 @@ def fields(schema, route=()):
         yield from fields(alternative, route)
 
 
-def test_every_field_says_what_it_means_and_shows_an_example():
+def test_every_field_says_what_it_means_and_all_but_sections_show_an_example():
     schema = profile_schema()
-    for holder in (schema, *schema["definitions"].values()):
-        for route, field in fields(holder):
-            assert field.get("description"), route
-            is_section = "$ref" in json.dumps(field) and "examples" not in field
-            assert is_section or field.get("examples"), route
+    found = [pair for holder in (schema, *schema["definitions"].values()) for pair in fields(holder)]
+    assert [route for route, field in found if not field.get("description")] == []
+    sections = {"model", "workload", "hardware", "placement", "offload"}
+    assert {route[-1] for route, field in found if not field.get("examples")} == sections
 
 
 def blocks():
@@ -100,10 +99,7 @@ STRUCTURAL_CASES = [
 
 @pytest.mark.parametrize(("text", "expected"), STRUCTURAL_CASES)
 def test_the_schema_refuses_what_the_compiler_refuses(text, expected):
-    try:
-        value = keyed_by_text(yaml.load(text, Loader=Yaml12Loader))  # noqa: S506 - it is a safe loader
-    except yaml.YAMLError:
-        pytest.skip("no YAML, so no schema either")
+    value = keyed_by_text(yaml.load(text, Loader=Yaml12Loader))  # noqa: S506 - it is a safe loader
     if isinstance(value, dict):
         value = COMPLETE | value
     with pytest.raises(jsonschema.ValidationError):
