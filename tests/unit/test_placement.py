@@ -82,7 +82,9 @@ def test_nothing_spills_to_what_is_not_listed(workspace, strategy):
     compilation = compile_text(f"  strategy: {strategy}\n", devices="{cuda:0: {memory: 300KiB}}")
     [finding] = compilation.diagnostics
     assert finding.code == "over-capacity"
-    assert "bytes" in finding.message
+    assert finding.message == (
+        "the model's 497.7 KiB find no place on cuda:0 (300.0 KiB): 197.7 KiB (202,432 bytes) are missing"
+    )
 
 
 def test_caps_take_integer_keys_cpu_and_disk(workspace):
