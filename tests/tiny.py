@@ -23,23 +23,49 @@ LAYERS = re.compile(
 WIDTHS = re.compile(
     r"^(hidden_size|d_model|n_embd|embed_dim|dim|intermediate_size|ffn_dim|.*_ffn_dim|d_ff|n_inner|ffn_hidden_size"
     r"|moe_intermediate_size|shared_expert_intermediate_size|.*hidden_size|.*intermediate_size|.*hidden_dim|.*embed_dim"
-    r"|projection_dim|projection_size|.*_dim_feedforward|lru_width|embedding_size|word_embed_proj_dim)$"
+    r"|projection_dim|projection_size|.*_dim_feedforward|lru_width|embedding_size|word_embed_proj_dim|emb_dim"
+    r"|mamba_d_ssm)$"
 )
-HEADS = re.compile(r"^(num_|n_)?(.*_)?(attention_|key_value_|query_|kv_)?heads?$|^n_head$|^num_.*heads$")
+HEADS = re.compile(r"^(?!.*d_head$)(num_|n_)?(.*_)?(attention_|key_value_|query_|kv_)?heads?$|^n_head$|^num_.*heads$")
 EXPERTS = re.compile(r"^(num_|n_)(local_|routed_)?experts$|^moe_num_experts$")
 CHOSEN = re.compile(r"^(num_experts_per_tok|num_selected_experts|moe_k|moe_topk|top_k_experts|experts_per_token)$")
+WORDS = re.compile(r"^(unpadded_|decoder_)?vocab_size(_per_layer_input)?$|^n_words$")
+LAYERS_OF_A_KIND = re.compile(r"^num_\w+_layers$")
 TOKENS = re.compile(r"_token_(id|index)$|^decoder_start_token_id$")
 CACHES = ("cache", "past_key_values", "cache_params")
 FACTORS = (32, 16, 8, 4, 3, 2, 1)
 FEW_LAYERS, FEW_EXPERTS, FEW_WORDS = 4, 16, 512
 
+LEFT_OUT = {
+    "head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "indexer_head_dim": 16,
+    "indexer_kv_heads": 1,
+    "indexer_n_heads": 2,
+    "layer_types": ["conv", "full_attention"] * 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 1,
+    "prediction_length": 4,
+}
+"""Fields without which models do not build, and that default configs leave out."""
+
+OTHERWISE = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "esm": {"vocab_size": FEW_WORDS, "mask_token_id": 3},
+    "reformer": {"is_decoder": True},
+}
+"""Values with which a type builds, where those of its default config do not."""
+
 
 def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -> dict[str, Any]:
     """A config's values, and those of the configs within, with widths and heads divided, and few layers and words."""
     found: dict[str, Any] = {}
-    layers = next((values[key] for key in values if LAYERS.match(key) and isinstance(values[key], int)), None)
+    layers = number_of_layers(values)
     for key, value in values.items():
-        if isinstance(value, dict) and key not in ("rope_parameters", "rope_scaling", "id2label", "label2id"):
+        if isinstance(value, dict) and key not in NO_CONFIGS:
             found[key] = shrunk(value, factor, shallow=shallow, words=words)
         elif isinstance(value, list) and shallow and layers is not None and len(value) == layers:
             found[key] = value[:FEW_LAYERS]
@@ -55,7 +81,7 @@ def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -
             found[key] = value // factor
         elif HEADS.match(key):
             found[key] = max(value // factor, 1)
-        elif key in ("vocab_size", "unpadded_vocab_size", "decoder_vocab_size") and words:
+        elif WORDS.match(key) and words:
             found[key] = min(value, FEW_WORDS)
         elif TOKENS.search(key) and words and value >= FEW_WORDS:
             found[key] = 100 + value % 300
@@ -64,26 +90,80 @@ def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -
     return found
 
 
-def class_of(config: Any) -> Any:
-    """The class with the most telling head that a type has: the one that uses the most of its tensors."""
+NO_CONFIGS = ("rope_parameters", "rope_scaling", "id2label", "label2id")
+
+
+def number_of_layers(values: dict[str, Any]) -> int | None:
+    """How many layers a config has, where it says so."""
+    return next((values[key] for key in values if LAYERS.match(key) and isinstance(values[key], int)), None)
+
+
+def kept_layers(values: dict[str, Any], layers: int) -> list[int]:
+    """Few layers of so many: of each kind the first and the last, as long as there is room."""
+    kinds = values.get("layer_types") or values.get("layers_block_type") or [None] * layers
+    last = {kind: place for place, kind in enumerate(kinds)}
+    chosen = dict.fromkeys([*(kinds.index(kind) for kind in last), *last.values(), *range(layers)])
+    return sorted(list(chosen)[:FEW_LAYERS])
+
+
+def prepared(values: dict[str, Any], *, shallow: bool) -> dict[str, Any]:
+    """A config's values, and those of the configs within, that stay consistent when they are made smaller.
+
+    What is left out is there, the number of heads is a power of two, and of what is said by layer few layers are left.
+    """
+    found = {key: LEFT_OUT.get(key) if value is None else value for key, value in values.items()}
+    found |= with_even_heads(found)
+    layers = number_of_layers(values)
+    kept = kept_layers(values, layers) if layers is not None and shallow else None
+    for key, value in found.items():
+        if isinstance(value, dict) and key not in NO_CONFIGS:
+            is_by_layer = value and all(str(place).isdigit() for place in value)
+            if is_by_layer and kept is not None:
+                by_layer = {int(place): each for place, each in value.items()}
+                found[key] = {str(new): by_layer[old] for new, old in enumerate(kept) if old in by_layer}
+            elif not is_by_layer:
+                found[key] = prepared(value, shallow=shallow)
+        elif isinstance(value, list) and kept is not None and len(value) == layers:
+            found[key] = [value[place] for place in kept]
+        elif isinstance(value, int) and kept is not None and LAYERS.match(key):
+            found[key] = min(value, FEW_LAYERS)
+        elif isinstance(value, int) and kept is not None and LAYERS_OF_A_KIND.match(key):
+            found[key] = min(value, FEW_LAYERS // 2)
+    return found
+
+
+def with_even_heads(values: dict[str, Any]) -> dict[str, Any]:
+    """The width and the numbers of heads of a config, heads as wide as they were and a power of two of them."""
+    width = next((key for key in ("hidden_size", "d_model", "n_embd", "emb_dim") if values.get(key)), None)
+    heads = next((values[key] for key in ("num_attention_heads", "n_heads", "n_head") if values.get(key)), None)
+    if width is None or not isinstance(heads, int):
+        return {}
+    even = 1 << (heads.bit_length() - 1)
+    same = {key: even for key, value in values.items() if HEADS.match(key) and value == heads}
+    return {**same, width: values[width] // heads * even}
+
+
+def classes_of(config_class: Any) -> list[Any]:
+    """The classes that a type has, the one with the most telling head first: it uses the most of its tensors."""
     from transformers.models.auto import modeling_auto as auto
 
-    for mapping in (
+    telling = (
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_MASKED_LM_MAPPING,
         auto.MODEL_MAPPING,
-    ):
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, (list, tuple)) else found
-    raise LookupError(f"no model class for {type(config).__name__}")
+    )
+    others = (mapping for name, mapping in vars(auto).items() if re.match(r"MODEL_FOR_\w+_MAPPING$", name))
+    found = [mapping[config_class] for mapping in (*telling, *others) if config_class in mapping]
+    return list(dict.fromkeys(each[0] if isinstance(each, (list, tuple)) else each for each in found))
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
     """The narrowest and shallowest model of a type that transformers builds and that runs, with random weights.
+
+    A default config is made smaller as it is, and where that leads to nothing, once it is prepared for it.
 
     Raises:
         LookupError: where there is none, or none that is small.
@@ -91,32 +171,41 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    values = config_class(**zoo.SENSIBLE.get(model_type, {})).to_dict()
-    found = []
-    built, tried = None, 0
+    classes = classes_of(config_class)
+    if not classes:
+        raise LookupError(f"no model class for {config_class.__name__}")
+    values = config_class(**zoo.SENSIBLE.get(model_type, {}) | OTHERWISE.get(model_type, {})).to_dict()
+    refused: dict[str, None] = {}
+    for model_class, prepare in ((classes[0], False), *((each, True) for each in classes)):
+        if (model := smallest(model_class, config_class, values, refused, prepare=prepare)) is not None:
+            return model
+    raise LookupError("; ".join(refused))
+
+
+def smallest(model_class, config_class, values, refused, *, prepare) -> PreTrainedModel | None:
+    """The first that runs, else that is built, of ever wider and deeper models; why others are not, in `refused`."""
+    built: list[PreTrainedModel] = []
     for factor in FACTORS:
         for shallow, words in ((True, True), (True, False), (False, True), (False, False)):
             try:
-                config = config_class.from_dict(shrunk(values, factor, shallow=shallow, words=words))
+                ready = prepared(values, shallow=shallow) if prepare else values
+                config = config_class.from_dict(shrunk(ready, factor, shallow=shallow, words=words))
                 with torch.device("meta"):
-                    size = sum(parameter.numel() for parameter in class_of(config)(config).parameters())
+                    size = sum(parameter.numel() for parameter in model_class(config).parameters())
                 if size > LARGEST:
-                    found.append(f"{size:,} parameters")
+                    refused[f"{size:,} parameters"] = None
                     continue
                 torch.manual_seed(0)
-                model = class_of(config)(config).eval()
-                built, tried = built or model, tried + 1
+                built.append(model_class(config).eval())
                 with torch.no_grad():
-                    model(**inputs_for(model))
+                    built[-1](**inputs_for(built[-1]))
             except Exception as error:
-                found.append(f"{type(error).__name__}: {error}"[:150])
-                if tried >= 3:
-                    return built
+                refused[f"{type(error).__name__}: {error}"[:150]] = None
+                if len(built) >= 3:
+                    return built[0]
                 continue
-            return model
-    if built is not None:
-        return built
-    raise LookupError("; ".join(dict.fromkeys(found)))
+            return built[-1]
+    return built[0] if built else None
 
 
 def save(model_type: str, folder: Path, dtype=torch.float32) -> PreTrainedModel:
