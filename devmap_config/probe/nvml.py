@@ -74,7 +74,7 @@ def _seen(nvml: Any, device: Device, handle: Any, is_slice: bool) -> SeenAcceler
         held_bytes=held_bytes,
         has_context=_runs_here(nvml, handle),
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        accelerator=None if is_slice else recognised(name, memory_bytes, "cuda"),
+        accelerator=recognised(name, memory_bytes, "cuda"),  # of a slice it has neither the name nor the memory
         is_slice=is_slice,
     )
 

@@ -8,17 +8,20 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from devmap_config import compile_profile
+from devmap_config.amounts import MEBIBYTE
 from devmap_config.cli.probe import probe as probe_command
-from devmap_config.devices import CPU
+from devmap_config.devices import CPU, Device
 from devmap_config.probe import rates, torch_rates
 from devmap_config.probe.measuring import peer_links
-from devmap_config.probe.rates import MEBIBYTE, NotMeasuredError, disk_bandwidth, memory_bandwidth
+from devmap_config.probe.rates import NotMeasuredError, disk_bandwidth, fastest_pass, memory_bandwidth
 from devmap_config.probe.torch_rates import Devices
 
 SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
@@ -39,6 +42,20 @@ def test_memory_is_read_and_its_rate_is_the_best_pass():
     rate = memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE, clock=Clock())
     assert (rate.per_second, rate.method) == (8 * MEBIBYTE, "2 threads read 8 MiB")
     assert memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE).per_second > 10 * MEBIBYTE
+
+
+def test_passes_end_with_the_time_or_after_a_few():
+    passes = []
+    fastest_pass(lambda: passes.append("slow"), Clock(), limit_seconds=3.0)
+    fastest_pass(lambda: passes.append("quick"), Clock(0.001), limit_seconds=3.0)
+    assert (passes.count("slow"), passes.count("quick")) == (2, rates.PASSES)
+
+
+def test_an_accelerator_is_waited_for_after_each_pass(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch, "xpu", SimpleNamespace(synchronize=lambda index: done.append(f"waited for {index}")))
+    Devices(Clock())._fastest(lambda: done.append("given"), CPU, Device("xpu", 1))
+    assert done == ["given", "waited for 1"] * 2
 
 
 def test_memory_that_is_not_free_is_not_taken():
