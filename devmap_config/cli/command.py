@@ -69,7 +69,7 @@ class Command(click.Command):
         except CommandError as error:
             failed = error
         except DevmapError as error:
-            failed = CommandError(error.diagnostics, getattr(error, "texts", {}), exit_code=ExitCode.USAGE)
+            failed = CommandError(error.diagnostics, error.texts, exit_code=ExitCode.USAGE)
         except LibraryChangedError as error:
             failed = CommandError(_change_of(error))
         output_format, quiet = context.params.get("output_format", "table"), context.params.get("quiet", False)

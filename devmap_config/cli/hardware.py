@@ -26,9 +26,9 @@ def hardware(name: str | None, output_format: str) -> None:
         values = {each: {key: _value(key, text) for key, text in row.items()} for each, row in rows.items()}
         print_json(values if name is None else values[name])
         return
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from devmap_config.cli.tables import new_table
 
     console = Console(highlight=False)
     if name is not None:
@@ -36,11 +36,7 @@ def hardware(name: str | None, output_format: str) -> None:
             mark = "  (unverified)" if key in catalogue[name].unverified else ""
             console.print(f"{key}: {value or '–'}{mark}", soft_wrap=True)
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    table.add_column("accelerator", no_wrap=True)
-    table.add_column("device", no_wrap=True)
-    for heading in ("memory", "bandwidth", "bf16"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("accelerator", "device", figures=("memory", "bandwidth", "bf16"))
     for each in catalogue.values():
         table.add_row(
             each.name,

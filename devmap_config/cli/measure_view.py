@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_operations
+from devmap_config.cli.tables import new_table
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rich.table import Table
 
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
@@ -48,10 +49,8 @@ def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> I
     costs = _block_costs(graph, measurement)
     for path, cost in costs.items():
         alike.setdefault((graph.modules[path].class_name, cost), []).append(path)  # type: ignore[index]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
-    for heading in ("weights", "cache", "peak", "prefill", "decode"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("block", overflow="fold", ratio=1)
+    figures = ("weights", "cache", "peak", "prefill", "decode")
+    table = new_table(figures=figures, rest="block", width=min(width, 140))
     for (_, cost), paths in alike.items():
         sizes = (cost.weights_bytes, cost.cache_bytes, cost.peak_bytes)
         operations = (cost.prefill_operations, cost.decode_operations)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_duration, largest_unit
+from devmap_config.cli.tables import new_table
 from devmap_config.devices import DISK
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rich.table import Table
 
     from devmap_config.compiler import Compiled
     from devmap_config.devices import Device
@@ -30,14 +31,11 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
     yield Text.assemble(
         (model.class_name, "bold"), f": {weights_in_words(model, plan)}, placed by `{plan.strategy}`; sizes in {unit}"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=min(width, 140), header_style="bold")
     is_running = model.graph.measurement is not None
-    table.add_column("device", no_wrap=True)
     is_streaming = is_running and any(use.overhead_bytes for use in plan.devices)
     running_headings = ("cache", "active", "overhead")[: 2 * is_running + is_streaming]
-    for heading in ("capacity", "weights", *running_headings, "free"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("holds", overflow="fold", ratio=1)
+    figures = ("capacity", "weights", *running_headings, "free")
+    table = new_table("device", figures=figures, rest="holds", width=min(width, 140))
     for use in plan.devices:
         running = (use.kv_cache_bytes, use.activation_bytes, use.overhead_bytes)[: len(running_headings)]
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)

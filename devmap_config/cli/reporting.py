@@ -60,13 +60,13 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
     console.print(" and ".join(count for count in counts if count), style="bold")
 
 
-def print_lines(lines: Callable[[int], Iterable[Text | Table]]) -> None:
-    """Print what is made for a width, for that of the terminal."""
+def print_lines(lines: Callable[[int], Iterable[str | Text | Table]], *, soft_wrap: bool = False) -> None:
+    """Print what is made for a width, for that of the terminal; with `soft_wrap` the terminal breaks long lines."""
     from rich.console import Console
 
     console = Console(highlight=False)
     for line in lines(console.width):
-        console.print(line)
+        console.print(line, soft_wrap=soft_wrap)
 
 
 def print_json(value: Any) -> None:

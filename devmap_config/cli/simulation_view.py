@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, largest_unit
+from devmap_config.cli.tables import new_table
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -50,17 +50,9 @@ def _outcome(simulation: Simulation) -> str:
     return f"it cannot be told ({simulation.reason})"
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-
-
 def _devices(plan: Plan, simulation: Simulation, unit_bytes: int) -> Table:
     capacities = {use.id: use.capacity_bytes for use in plan.devices}
-    table = _table()
-    table.add_column("device", no_wrap=True)
-    for heading in ("weights", "cache", "most at once", "capacity"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("which was in", overflow="fold", ratio=1)
+    table = new_table("device", figures=("weights", "cache", "most at once", "capacity"), rest="which was in")
     for device in simulation.devices:
         sizes = (device.weights_bytes, device.cache_bytes, device.peak_bytes, capacities[device.id])
         moment = f"{device.peak_phase}, {device.peak_module or 'the model'}" if device.peak_phase else "–"
@@ -82,11 +74,7 @@ def _timeline(steps: list[Step], width: int) -> Table:
 
 
 def _links(simulation: Simulation) -> Table:
-    table = _table()
-    table.add_column("phase")
-    table.add_column("from, to", no_wrap=True)
-    for heading in ("copies", "bytes", "weights"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("phase", "from, to", figures=("copies", "bytes", "weights"))
     for link in simulation.links:
         table.add_row(
             link.phase,

@@ -15,7 +15,7 @@ from devmap_config.cli.options import class_option, dtype_option, remote_code_op
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.rules.matching import BeyondEnd
+    from devmap_config.rules.matching import Match
 
 
 DEFAULT_CONTEXT_LENGTH = 4096
@@ -51,10 +51,8 @@ def tree(
     allow_unmeasured: bool,
 ) -> ExitCode:
     """Show the module tree of SOURCE (a hub id, a directory, a config.json, or a profile) with classes and bytes."""
-    from devmap_config.cli.reporting import print_json
+    from devmap_config.cli.reporting import print_json, print_lines
     from devmap_config.cli.tree_view import tree_lines, tree_to_json
-    from devmap_config.rules.matching import match
-    from devmap_config.rules.pattern import PatternError, parse_pattern
 
     if context_length is not None and not is_measured:
         raise click.UsageError("`--context` says what `--measure` measures: give both")
@@ -63,41 +61,44 @@ def tree(
     context = (context_length or -1) if is_measured else None
     graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, context)
     if is_measured:
-        return _show_measured(graph, output_format, allow_unmeasured=allow_unmeasured)
-    matched: tuple[str, ...] | None = None
-    beyond: tuple[BeyondEnd, ...] = ()
-    if pattern is not None:
-        try:
-            found = match(parse_pattern(pattern), graph)
-            matched, beyond = found.names, found.beyond
-        except PatternError as error:
-            marks = " " * error.start + "^" * max(error.end - error.start, 1)
-            raise click.UsageError(f"no pattern: {error.message}\n  {pattern}\n  {marks} {error.help or ''}") from None
+        _show_measured(graph, output_format, allow_unmeasured=allow_unmeasured)
+        return ExitCode.DONE
+    found = None if pattern is None else _matched(pattern, graph)
+    names = None if found is None else found.names
     if output_format == "json":
-        print_json({"class": graph.class_name, "size_bytes": graph.size_bytes, **tree_to_json(graph, matched)})
+        print_json({"class": graph.class_name, "size_bytes": graph.size_bytes, **tree_to_json(graph, names)})
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        for line in tree_lines(graph, matched, depth):
-            console.print(line, soft_wrap=True)
-    if beyond:
-        last = beyond[0].existing[-1]
-        click.echo(
-            f"`{pattern}` asks for more than there is: the last index in `{beyond[0].parent}` is {last}", err=True
-        )
-        return ExitCode.WRONG
-    if matched == ():
-        from devmap_config.rules.suggestion import nearest_to
-
-        found = match(parse_pattern(pattern or ""), graph)
-        label = nearest_to(parse_pattern(pattern or ""), found.stuck, graph).label
-        click.echo(f"`{pattern}` matches nothing of {graph.class_name}" + (f"; {label}" if label else ""), err=True)
-        return ExitCode.WRONG
-    return ExitCode.DONE
+        print_lines(lambda _: tree_lines(graph, names, depth), soft_wrap=True)
+    if found is None or (found.names and not found.beyond):
+        return ExitCode.DONE
+    click.echo(_shortcoming(pattern or "", found, graph), err=True)
+    return ExitCode.WRONG
 
 
-def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: bool) -> ExitCode:
+def _matched(pattern: str, graph: ModelGraph) -> Match:
+    from devmap_config.rules.matching import match
+    from devmap_config.rules.pattern import PatternError, parse_pattern
+
+    try:
+        return match(parse_pattern(pattern), graph)
+    except PatternError as error:
+        marks = " " * error.start + "^" * max(error.end - error.start, 1)
+        raise click.UsageError(f"no pattern: {error.message}\n  {pattern}\n  {marks} {error.help or ''}") from None
+
+
+def _shortcoming(pattern: str, found: Match, graph: ModelGraph) -> str:
+    """Return why a pattern is no rule for this model: it asks for more than there is, or for nothing that there is."""
+    from devmap_config.rules.pattern import parse_pattern
+    from devmap_config.rules.suggestion import nearest_to
+
+    if found.beyond:
+        parent, last = found.beyond[0].parent, found.beyond[0].existing[-1]
+        return f"`{pattern}` asks for more than there is: the last index in `{parent}` is {last}"
+    label = nearest_to(parse_pattern(pattern), found.stuck, graph).label
+    return f"`{pattern}` matches nothing of {graph.class_name}" + (f"; {label}" if label else "")
+
+
+def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: bool) -> None:
     from devmap_config.cli.measure_view import measured_lines, measured_to_json
     from devmap_config.cli.reporting import print_json, print_lines
     from devmap_config.diagnostics.diagnostic import Sink
@@ -111,9 +112,8 @@ def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: b
         raise CommandError(sink, data={"modules": None})
     if output_format == "json":
         print_json({"class": graph.class_name, **measured_to_json(graph, graph.measurement)})
-        return ExitCode.DONE
-    print_lines(partial(measured_lines, graph, graph.measurement))
-    return ExitCode.DONE
+    else:
+        print_lines(partial(measured_lines, graph, graph.measurement))
 
 
 def graph_of_source(

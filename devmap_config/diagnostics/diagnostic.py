@@ -141,11 +141,15 @@ class DevmapError(Exception):
 
     Attributes:
         diagnostics: what is wrong, where that is known, and what to do next.
+        texts: the files that they speak of, by the names under which they are shown.
     """
 
-    def __init__(self, message: str, diagnostics: tuple[Diagnostic, ...] = ()) -> None:
+    def __init__(
+        self, message: str, diagnostics: tuple[Diagnostic, ...] = (), texts: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.diagnostics = diagnostics
+        self.texts = dict(texts or {})
 
 
 class ProfileError(DevmapError):
@@ -153,8 +157,7 @@ class ProfileError(DevmapError):
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.is_error]
-        super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors), diagnostics)
-        self.texts = dict(texts or {})
+        super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors), diagnostics, texts)
 
 
 def _one_line(diagnostic: Diagnostic) -> str:
