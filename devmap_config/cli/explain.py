@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from devmap_config.compiler import Compiled
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.explanation import Alternative
-    from devmap_config.plan.plan import Plan
+    from devmap_config.plan.plan import DeviceUse, Plan, Prediction
     from devmap_config.rules.resolution import Resolution
     from devmap_config.rules.rule import Rule
 
@@ -81,35 +81,40 @@ def _story(compiled: Compiled) -> Iterator[str]:
     from shutil import get_terminal_size
 
     from devmap_config.cli.plan_table import bar_lines, weights_in_words
-    from devmap_config.rules.folding import fold_paths
 
-    plan, model, resolution = compiled.plan, compiled.model, compiled.resolution
-    graph = model.graph
-    measurement = graph.measurement
-    cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
+    plan, model, graph = compiled.plan, compiled.model, compiled.graph
+    cache = f" and {format_bytes(graph.measurement.cache_bytes)} of cache" if graph.measurement else ""
     yield f"{model.class_name}, weights of {weights_in_words(model, plan)}{cache}, by `{plan.strategy}`."
     yield from bar_lines(plan, get_terminal_size().columns)
     for use in plan.devices:
-        units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id]
-        if not units:
-            yield f"{use.id} stays empty."
-            continue
-        patterns = list(fold_paths(units))
-        more = f" and {len(patterns) - PATTERNS_SHOWN} more" if len(patterns) > PATTERNS_SHOWN else ""
-        used_bytes = use.capacity_bytes - use.free_bytes
-        yield (
-            f"{use.id} holds {', '.join(patterns[:PATTERNS_SHOWN])}{more}:"
-            f" {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)} used,"
-            f" {format_bytes(use.free_bytes)} free."
-        )
-    pinned = len({id(decision.rule) for decision in resolution.decisions.values()})
-    decided = len(resolution.decisions)
-    if pinned:
-        yield f"{pinned} rule{'s' if pinned > 1 else ''} decide{'' if pinned > 1 else 's'} for {decided} tensors."
+        yield _holdings(plan, use)
+    decisions = compiled.resolution.decisions.values()
+    if pinned := len({id(decision.rule) for decision in decisions}):
+        rules_decide = "1 rule decides" if pinned == 1 else f"{pinned} rules decide"
+        yield f"{rules_decide} for {len(decisions)} tensors."
     for group in graph.tied_groups[:2]:
         yield f"{' and '.join(group)} are one tensor, and move together."
     yield from _pace(plan)
-    prediction = plan.prediction
+    yield from _predictions(plan.prediction, graph)
+
+
+def _holdings(plan: Plan, use: DeviceUse) -> str:
+    from devmap_config.rules.folding import fold_paths
+
+    units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id]
+    if not units:
+        return f"{use.id} stays empty."
+    patterns = list(fold_paths(units))
+    more = f" and {len(patterns) - PATTERNS_SHOWN} more" if len(patterns) > PATTERNS_SHOWN else ""
+    used_bytes = use.capacity_bytes - use.free_bytes
+    return (
+        f"{use.id} holds {', '.join(patterns[:PATTERNS_SHOWN])}{more}:"
+        f" {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)} used, {format_bytes(use.free_bytes)} free."
+    )
+
+
+def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
+    """How fast the plan is, and how far its context may grow."""
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     if decode is not None and bound is not None:
         gap = 100 * (decode - bound) / bound
@@ -121,9 +126,9 @@ def _story(compiled: Compiled) -> Iterator[str]:
     elif not graph.decodes and prediction.prefill_nanoseconds is not None:
         prefill = format_duration(prediction.prefill_nanoseconds)
         yield f"A prefill takes {prefill}; the model does not decode token by token."
-    if prediction.longest_context is not None and measurement is not None:
+    if prediction.longest_context is not None and graph.measurement is not None:
         yield (
-            f"The context may grow from {measurement.workload.context_length:,} to"
+            f"The context may grow from {graph.measurement.workload.context_length:,} to"
             f" {prediction.longest_context:,} tokens before a device is full."
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,12 @@ from devmap_config.cli.command import CommandError, ProfileOptions, profile_comm
 from devmap_config.cli.exit_codes import ExitCode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.table import Table
+
     from devmap_config.compiler import Compiled, Request
+    from devmap_config.plan.plan import Plan
     from devmap_config.profile.schema import Hardware
 
 STRATEGY = "fastest"
@@ -60,11 +66,13 @@ def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> Ex
     fastest, longest-context and fewest-devices; else fastest. Of a machine that does not say how fast it is, the
     times are not known, and fewest-devices is asked in place of fastest.
     """
+    from devmap_config.cli.reporting import print_lines
+
     names = [name.strip() for text in machines for name in text.split(",")]
     rows = [_row(name, options.request(profile, hardware=_hardware(name), strategy=STRATEGY)) for name in names]
     options.report([], {}, {"machines": [row.to_json() for row in rows]})
     if options.shows_tables:
-        _print_table(rows)
+        print_lines(partial(_table, rows))
     return ExitCode.DONE if any(row.compiled is not None for row in rows) else ExitCode.WRONG
 
 
@@ -114,43 +122,39 @@ def _hardware_of_file(path: Path) -> Hardware:
     return hardware
 
 
-def _print_table(rows: list[Row]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _table(rows: list[Row], width: int) -> Iterator[Table]:
+    from rich.table import Column
 
-    console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=console.width)
-    table.add_column("machine", overflow="fold", min_width=14)
-    for heading in ("a token", "a prefill", "context up to"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold", ratio=1)
+    from devmap_config.cli.tables import new_table
+
+    machine = Column("machine", overflow="fold", min_width=14)
+    table = new_table(machine, figures=("a token", "a prefill", "context up to"), rest="", width=width)
     for row in rows:
         if row.compiled is None:
-            table.add_row(row.machine, "–", "–", "–", row.reason or "", style="dim")
-            continue
-        plan, decodes = row.compiled.plan, row.compiled.graph.decodes
-        prediction = plan.prediction
-        remarks = []
-        if plan.prediction.prefill_nanoseconds is None and plan.strategy == WITHOUT_FIGURES:
-            remarks.append("its speed is not known")
-        used = [use.id for use in plan.devices if use.weights_bytes]
-        listed = [use.id for use in plan.devices]
-        if len(used) < len(listed):
-            remarks.append(f"{len(used)} of {len(listed)} devices used")
-        if prediction.streamed_bytes_per_token:
-            remarks.append(f"{format_bytes(prediction.streamed_bytes_per_token)} copied in at every forward")
-        if plan.compute:
-            remarks.append("partly computed on the CPU")
-        token_nanoseconds = prediction.decode_nanoseconds_per_token
-        token = format_duration(token_nanoseconds) if token_nanoseconds is not None else "?" if decodes else "–"
-        prefill_nanoseconds = prediction.prefill_nanoseconds
-        context = prediction.longest_context
-        table.add_row(
-            row.machine,
-            token,
-            format_duration(prefill_nanoseconds) if prefill_nanoseconds is not None else "?",
-            f"{context:,}" if context is not None else "?",
-            ", ".join(remarks),
-        )
-    console.print(table)
+            table.add_row(row.machine, "–", "–", "–", row.reason, style="dim")
+        else:
+            table.add_row(row.machine, *_figures(row.compiled), ", ".join(_remarks(row.compiled.plan)))
+    yield table
+
+
+def _figures(compiled: Compiled) -> tuple[str, str, str]:
+    prediction = compiled.plan.prediction
+    token, prefill = prediction.decode_nanoseconds_per_token, prediction.prefill_nanoseconds
+    context = prediction.longest_context
+    return (
+        format_duration(token) if token is not None else "?" if compiled.graph.decodes else "–",
+        format_duration(prefill) if prefill is not None else "?",
+        f"{context:,}" if context is not None else "?",
+    )
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    if plan.prediction.prefill_nanoseconds is None and plan.strategy == WITHOUT_FIGURES:
+        yield "its speed is not known"
+    used = sum(use.weights_bytes > 0 for use in plan.devices)
+    if used < len(plan.devices):
+        yield f"{used} of {len(plan.devices)} devices used"
+    if plan.prediction.streamed_bytes_per_token:
+        yield f"{format_bytes(plan.prediction.streamed_bytes_per_token)} copied in at every forward"
+    if plan.compute:
+        yield "partly computed on the CPU"

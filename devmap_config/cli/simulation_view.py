@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, largest_unit
@@ -74,7 +74,7 @@ def _timeline(steps: list[Step], width: int) -> Table:
 
 
 def _links(simulation: Simulation) -> Table:
-    table = new_table("phase", "from, to", figures=("copies", "bytes", "weights"))
+    table = new_table(Column("phase"), "from, to", figures=("copies", "bytes", "weights"))
     for link in simulation.links:
         table.add_row(
             link.phase,
