@@ -135,7 +135,8 @@ Code = Literal[AlwaysError, AlwaysWarning, ErrorOrWarning]
 
 CODES: tuple[Code, ...] = tuple(sorted(get_args(Code)))
 
-CHECKOUT = Path(__file__).parents[2] / "docs" / "codes"
+AROUND = Path(__file__).parents[2]
+PAGES = Path("share", "devmap-config", "codes")
 
 
 def severities(code: Code) -> tuple[Severity, ...]:
@@ -164,8 +165,9 @@ SENTENCE_END = re.compile(r"(?<=\.)\s")
 
 @cache
 def _pages() -> dict[str, Path]:
-    """Return the pages by code: of this checkout, else those that were installed (`share/devmap-config/codes`)."""
-    if CHECKOUT.is_dir():
-        return {path.stem: path for path in CHECKOUT.glob("*.md")}
+    """Return the pages by code: of this checkout, of `pip install --target`, or of an environment."""
+    for folder in (AROUND / "docs" / "codes", AROUND / PAGES):
+        if folder.is_dir():
+            return {path.stem: path for path in folder.glob("*.md")}
     installed = (Path(str(file.locate())) for file in files("devmap-config") or ())
-    return {path.stem: path.resolve() for path in installed if path.suffix == ".md" and path.parent.name == "codes"}
+    return {path.stem: path.resolve() for path in installed if path.suffix == ".md" and path.parent.name == PAGES.name}
