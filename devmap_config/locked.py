@@ -31,7 +31,7 @@ def compile_locked(path: Path, lock: Lock | None, **options: Any) -> tuple[Compi
     if isinstance(without, Rejected):
         return compilation, drift
     values = ", ".join(f"{name}={value}" for name, value in lock.variables.items())
-    reason = next(finding.message for finding in compilation.diagnostics if finding.severity == "error")
+    reason = next(finding.message for finding in compilation.diagnostics if finding.is_error)
     return without, Drift("broken-lock", (f"its `--set` values ({values}) do not fit: {reason}",))
 
 

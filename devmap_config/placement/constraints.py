@@ -207,7 +207,7 @@ def _has_errors_in_map(loaded: LoadedProfile, sink: Sink) -> bool:
     return any(
         each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end
         for each in sink
-        if each.span is not None and each.severity == "error"
+        if each.span is not None and each.is_error
     )
 
 

@@ -63,7 +63,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
             problem = keeping(problem, stranded)
             continue
         findings = review(plan, prepared)
-        if not any(finding.severity == "error" for finding in findings):
+        if not any(finding.is_error for finding in findings):
             return Candidate(plan, kept)
         obstacle = obstacle or findings
         capacities = _capacities_for_loading(plan, problem.capacities)

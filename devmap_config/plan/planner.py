@@ -62,7 +62,7 @@ class Planner:
 def accepted(plan: Plan, prepared: Prepared, sink: Sink) -> Plan | None:
     """Return the plan, where it verifies; else what is wrong with it goes to the sink."""
     findings = review(plan, prepared)
-    if not any(finding.severity == "error" for finding in findings):
+    if not any(finding.is_error for finding in findings):
         return plan
     sink.report_all(findings)
     return None

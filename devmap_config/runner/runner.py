@@ -222,7 +222,7 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     place = whole_file(str(deployment.compiled.loaded.path))
     # Weights that lie in the checkpoint as they are loaded are read there, and not written anew.
     found = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
-    if any(each.severity == "error" for each in found):
+    if any(each.is_error for each in found):
         raise UnfitMachineError(found)
     return found
 
