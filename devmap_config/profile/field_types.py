@@ -23,7 +23,7 @@ from devmap_config.profile.quantities import (
     parse_nanoseconds,
     parse_share,
 )
-from devmap_config.profile.section import refusal
+from devmap_config.profile.refusals import refusal
 from devmap_config.quantization.registry import METHODS
 
 if TYPE_CHECKING:

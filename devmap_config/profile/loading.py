@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from devmap_config.files import Boundary, boundary_of
 from devmap_config.profile.inheritance import Reader, merge, variable_values, variables_of
 from devmap_config.profile.located import written
+from devmap_config.profile.refusals import Refusals
 from devmap_config.profile.rendering import Renderer
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, Profile
-from devmap_config.profile.section import Refusals, Section
+from devmap_config.profile.section import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -29,6 +29,16 @@ class Place:
     key: ScalarNode | None = field(default=None, compare=False)
     route: str = field(default="", compare=False)
 
+    @property
+    def span(self) -> Span:
+        """The place of the value."""
+        return self.node.span
+
+    @property
+    def key_span(self) -> Span:
+        """The place of the key before the value; of the value where there is none."""
+        return (self.key or self.node).span
+
 
 NOWHERE = Place(MappingNode((), whole_file("")))
 """The place of what no file holds, such as a machine that is named on the command line."""
@@ -118,12 +128,12 @@ class Located(Generic[T_co]):
     @property
     def span(self) -> Span:
         """The place of the value."""
-        return self.place.node.span
+        return self.place.span
 
     @property
     def key_span(self) -> Span:
         """The place of the key before the value; of the value where there is none."""
-        return (self.place.key or self.place.node).span
+        return self.place.key_span
 
     def span_within(self, start: int, end: int) -> Span:
         """Return the place of characters `start` to `end` (exclusive) of a text; of all of it where that is unknown."""

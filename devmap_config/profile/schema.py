@@ -26,7 +26,8 @@ from devmap_config.profile.field_types import (
     one_of_or_repository,
 )
 from devmap_config.profile.located import Located
-from devmap_config.profile.section import REFUSED, Each, Section, refusal
+from devmap_config.profile.refusals import REFUSED, refusal
+from devmap_config.profile.section import Each, Section
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device

@@ -1,0 +1,165 @@
+"""Says what pydantic refuses in our words, and where it stands."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode
+from devmap_config.profile.located import Written, WrittenMapping
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pydantic import ValidationError
+    from pydantic.fields import FieldInfo
+
+    from devmap_config.diagnostics.codes import ErrorCode
+    from devmap_config.diagnostics.diagnostic import Sink, Span
+    from devmap_config.profile.document import Node
+
+ADVICE = {
+    "version": "begin with `version: 1`",
+    "model": "add `model: {source: …}` with a hub id, a directory or a `config.json`",
+    "hardware": "add `hardware: {devices: …}`; `devmap hardware` lists known accelerators",
+    "devices": "list the machine's devices, such as `cuda:0: rtx-4090`",
+    "source": "name a hub id, a directory or a `config.json`",
+    "match": "name what the pin is about, such as `match: lm_head`",
+    "bandwidth": "give it as `25GB/s`",
+}
+"""By required key, what to write."""
+
+TYPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "bool_type": "`true` or `false`",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+    "too_short": "not empty",
+    "greater_than_equal": "at least {ge}",
+    "quantity_type": "a quantity such as `20GiB`",
+    "device_type": "a device such as `cuda:0`, `cpu` or `disk`",
+}
+"""By type of pydantic's errors, and of those of our validators that only a wrong type brings about, what is wanted."""
+
+
+REFUSED = PydanticCustomError("refused", "what is wrong with it is reported")
+
+
+def refusal(code: ErrorCode, message: str, help: str, **context: object) -> PydanticCustomError:
+    """Return the error of a validator that says in our words what is wrong.
+
+    Args:
+        code: a diagnostic's.
+        message: a sentence, in which `{route}` stands for the value's.
+        help: what to write instead.
+        context: `key`, where the error is in the value under that key.
+    """
+    return PydanticCustomError(code, "{message}", {"message": message, "help": help, **context})
+
+
+def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a section by their keys."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+@dataclass
+class Refusals:
+    """Reports what is wrong with the values of one document; once, where ranges or anchors repeat a value.
+
+    `root` is the section that holds all others. With `is_incomplete`, a file that it extends could not be read: what
+    seems to be missing may stand there. `count` is how many values were refused.
+    """
+
+    sink: Sink
+    root: type[BaseModel]
+    is_incomplete: bool = False
+    count: int = 0
+    said: set[tuple[str, Span]] = field(default_factory=set)
+
+    def check_keys(self, section: type[BaseModel], value: WrittenMapping) -> None:
+        """Report the keys that a section does not have, and those that it lacks unless one was meant for it."""
+        fields, place = fields_by_key(section), value.place
+        keys = (
+            {entry.key.text: entry.key for entry in place.node.entries} if isinstance(place.node, MappingNode) else {}
+        )
+        within = f" in `{place.route}`" if place.route else ""
+        unknown = [key for key in keys if key not in fields]
+        for key in unknown:
+            self.report("unknown-key", f"unknown key `{key}`{within}", keys[key].span, self.advice_on_key(key, section))
+        meant = {_nearest(key, fields) for key in unknown}
+        missing = [key for key, field in fields.items() if field.is_required() and key not in value]
+        for key in () if self.is_incomplete else missing:
+            if key not in meant:
+                self.count += 1
+                message = f"`{key}` is empty" if key in keys else f"`{key}` is missing{within}"
+                self.sink.error("missing-key", message, (keys.get(key) or place).span, help=ADVICE.get(key))
+
+    def advice_on_key(self, key: str, section: type[BaseModel]) -> str:
+        """Return what was meant by an unknown key."""
+        fields = fields_by_key(section)
+        if key[:3].isdigit():
+            return "a `,` separates entries: write large numbers without it"
+        if close := _nearest(key, fields):
+            return f"did you mean `{close}`?"
+        for name, owner in fields_by_key(self.root).items() if section is self.root else ():
+            kind = owner.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and key in fields_by_key(kind):
+                return f"it belongs under `{name}`: check the indentation"
+        return f"known here are {', '.join(f'`{name}`' for name in sorted(fields))}"
+
+    def refuse(self, error: ValidationError, value: Written, field: FieldInfo | None = None) -> None:
+        """Report the errors of a value, which is that of a field where one is given."""
+        for details in error.errors(include_url=False):
+            kind, context, given = details["type"], details.get("ctx") or {}, details["input"]
+            if not isinstance(given, Written):
+                given = value
+            if isinstance(given, WrittenMapping) and "key" in context:
+                given = given[context["key"]]
+            node, route = given.place.node, f"`{given.place.route}`" if given.place.route else "the profile"
+            if kind in ("missing", REFUSED.type) or (isinstance(node, ScalarNode) and node.is_unrendered):
+                self.count += 1  # it is reported already
+            elif "help" in context:
+                message = context["message"].replace("{route}", route)
+                self.report(cast("ErrorCode", kind), message, given.place.span, context["help"])
+            else:
+                message = f"{route} must be {TYPES[kind].format(**context)}, not {_found(node)}"
+                help = _advice_on_type(kind, given, field if given is value else None)
+                self.report("wrong-type", message, given.place.span, help)
+
+    def report(self, code: ErrorCode, message: str, span: Span, help: str) -> None:
+        """Report a mistake, unless one of its kind is reported there."""
+        self.count += 1
+        if (code, span) not in self.said:
+            self.said.add((code, span))
+            self.sink.error(code, message, span, help=help)
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(key, sorted(keys), n=1)), None)
+
+
+def _found(node: Node) -> str:
+    if isinstance(node, SequenceNode):
+        return "a list"
+    if isinstance(node, MappingNode):
+        return "a mapping" if node.entries else "an empty mapping"
+    return f"`{node.text}`" if node.is_plain else f'the text "{node.text}"'
+
+
+def _advice_on_type(kind: str, value: Written, field: FieldInfo | None) -> str:
+    node, key = value.place.node, value.place.key
+    if kind == "int_type" and isinstance(node, ScalarNode) and not node.is_plain and node.text.isdigit():
+        return "remove the quotes"
+    if field is None or not field.examples or key is None:
+        return "`devmap schema` prints what each key takes"
+    example = field.examples[0]
+    shown = json.dumps(example) if isinstance(example, (dict, list, bool)) else str(example)
+    return f"for example `{key.text}: {shown}`"
