@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
     from devmap_config.cli.command import ProfileOptions
     from devmap_config.compiler import Compiled
+    from devmap_config.diagnostics.codes import Code
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 State = Literal["fresh", "stale", "missing", "damaged", "wrong", "absent"]
 """Of a lock: it holds; it does not any more; there is none; it cannot be read. Of a profile: it is wrong; not there."""
 
-STATES: Mapping[str, State] = {
+LOCK_STATES: Mapping[Code, State] = {
     "stale-lock": "stale",
     "broken-lock": "stale",
     "unproven-lock": "stale",
@@ -99,7 +100,7 @@ def check_one(profile: Path, options: ProfileOptions, *, proves: bool = False) -
         return _checked(profile, compilation, "fresh")
     code, message = problem
     finding = Diagnostic.error(code, f"`{path}` {message}", whole_file(str(profile)), help=remedy(code, profile))
-    return _checked(profile, compilation, STATES[code], finding)
+    return _checked(profile, compilation, LOCK_STATES[code], finding)
 
 
 def _checked(profile: Path, compiled: Compiled, state: State, *findings: Diagnostic) -> Checked:

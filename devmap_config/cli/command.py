@@ -34,12 +34,10 @@ if TYPE_CHECKING:
     Function = Callable[..., ExitCode | None]
 
 
-class CommandError(Exception):
+class CommandError(DevmapError):
     """A command comes to nothing.
 
     Attributes:
-        diagnostics: what is wrong.
-        texts: the files that they speak of, by name.
         exit_code: what the command exits with.
         data: the other keys of the object that `--format json` prints.
     """
@@ -52,11 +50,10 @@ class CommandError(Exception):
         exit_code: ExitCode = ExitCode.WRONG,
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        self.diagnostics = tuple(diagnostics)
-        self.texts = texts or {}
+        found = tuple(diagnostics)
+        super().__init__("; ".join(each.message for each in found), found, texts)
         self.exit_code = exit_code
         self.data = data or {"plan": None}
-        super().__init__("; ".join(each.message for each in self.diagnostics))
 
 
 class Command(click.Command):

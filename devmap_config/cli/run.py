@@ -10,22 +10,33 @@ from typing import TYPE_CHECKING
 import click
 
 from devmap_config.amounts import format_bytes
+from devmap_config.cli.checking import LOCK_STATES
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from devmap_config.diagnostics.codes import Code
     from devmap_config.diagnostics.diagnostic import Diagnostic, Sink
     from devmap_config.runner.runner import Deployment
 
-EXIT_CODES = dict.fromkeys(
-    ("missing-lock", "stale-lock", "unreadable-lock", "newer-lock", "broken-lock"), ExitCode.STALE
-) | dict.fromkeys(("no-weights", "no-text-input", "compute-on-cpu"), ExitCode.WRONG)
+EXIT_CODES: Mapping[Code, ExitCode] = {
+    **dict.fromkeys(LOCK_STATES, ExitCode.STALE),
+    "no-weights": ExitCode.WRONG,
+    "no-text-input": ExitCode.WRONG,
+    "compute-on-cpu": ExitCode.WRONG,
+}
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 
-SAID_AGAIN = ("untried-version", "library-changed", "measuring-failed", "figures-moved", "remote-code")
+SAID_AGAIN: tuple[Code, ...] = (
+    "untried-version",
+    "library-changed",
+    "measuring-failed",
+    "figures-moved",
+    "remote-code",
+)
 """What is said again where a plan is run, of its libraries and of code that comes with the model."""
 
 
