@@ -104,6 +104,11 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def is_file(path: Path) -> bool:
+    """Return whether a path, its links followed, is a regular file; unlike the method, it never raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def real_path(path: Path) -> Path:
     """Return where the links of a path lead; unlike the method, it never raises: a loop leads to itself."""
     return Path(os.path.realpath(path))

@@ -10,6 +10,7 @@ import click
 
 from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.command import ProfileOptions, profile_command
+from devmap_config.files import exists
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,14 +30,12 @@ PATTERNS_SHOWN = 4
 def explain(subject: str, options: ProfileOptions, module: str | None) -> None:
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
     from devmap_config.diagnostics.codes import CODES
-    from devmap_config.plan.lock import profile_of
+    from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
 
-    if Path(subject).is_file() or subject.endswith(".lock.json"):
+    if subject.endswith((*PROFILE_SUFFIXES, LOCK_SUFFIX)) or (subject not in CODES and exists(Path(subject))):
         lines = _explanation(options.compile(profile_of(Path(subject)), simulates=True), module)
         for line in () if options.quiet else lines:
             click.echo(line)
-    elif subject.endswith((".yaml", ".yml")):
-        raise click.UsageError(f"there is no profile `{subject}`")
     elif subject not in CODES:
         message = f"there is no diagnostic `{subject}`, and no profile of that name"
         raise click.UsageError(message + _meant(subject, CODES))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.files import write_atomically
+from devmap_config.files import is_file, is_folder, write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ def lock_to_replace(path: Path, *, writes: bool = True) -> Lock | None:
     try:
         return lock_at(path)
     except LockError as error:
-        if writes and not (error.code == "missing-lock" and path.parent.is_dir()):
+        if writes and not (error.code == "missing-lock" and is_folder(path.parent)):
             _require_replaceable(path, error)
         return None
 
@@ -37,9 +37,9 @@ def _require_replaceable(path: Path, problem: LockError) -> None:
     Raises:
         click.UsageError: with the reason.
     """
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise click.UsageError(f"`{path}` cannot be written: the folder `{path.parent}` does not exist")
-    if path.is_file() and path.name.endswith(".lock.json") and problem.code != "newer-lock":
+    if is_file(path) and path.name.endswith(".lock.json") and problem.code != "newer-lock":
         click.echo(f"`{path}` {problem}; it is replaced, and `--set` values that it held are lost", err=True)
         return
     advice = "upgrade devmap-config" if problem.code == "newer-lock" else "name another file"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os.path
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from devmap_config.files import exists, is_folder
 
+if TYPE_CHECKING:
     from devmap_config.hardware.machines import Machine
 
 
@@ -21,11 +22,11 @@ def require_new(path: Path | None, *, force: bool) -> None:
     """
     if path is None:
         return
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise click.UsageError(f"the folder `{path.parent}` does not exist")
-    if path.is_dir():
+    if is_folder(path):
         raise click.UsageError(f"`{path}` is a folder")
-    if path.exists() and not force:
+    if exists(path) and not force:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 
 
@@ -56,7 +57,7 @@ def machine_of(name: str) -> Machine:
 
 def relative_source(source: str, output: Path | None) -> str:
     """Return a source as the profile is to name it: local paths relative to where the profile lies."""
-    if not os.path.lexists(source):
+    if not exists(Path(source)):
         return source
     relative = os.path.relpath(source, output.parent if output else ".")
     return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"

@@ -14,6 +14,7 @@ from devmap_config.cli.command import CommandError, command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE, quiet_option
 from devmap_config.devices import DISK
+from devmap_config.files import is_file
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
@@ -131,7 +132,7 @@ def _read(file: Path) -> Lock:
     except LockError as error:
         problem = error
     data = {"fits": None, "needs": None, "seen": None}
-    if not file.is_file():
+    if not is_file(file):
         message = f"`{file}` {problem}"
         missing = Diagnostic.error("missing-file", message, help="name a lock, as `devmap compile` writes it")
         raise CommandError([missing], exit_code=ExitCode.USAGE, data=data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.cli.command import CommandError
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.diagnostics.diagnostic import Diagnostic
-from devmap_config.files import LOCK
+from devmap_config.files import LOCK, exists
 from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of, read_lock
 
 if TYPE_CHECKING:
@@ -46,14 +45,14 @@ def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
     Raises:
         CommandError: where one cannot be had.
     """
-    files = tuple(Path(text) for text in (before, after) if os.path.lexists(text))
+    files = tuple(Path(text) for text in (before, after) if exists(Path(text)))
     options = _Options(files, permissions)
     return [_side(text, options) for text in (before, after)]
 
 
 def _side(text: str, options: _Options) -> Side:
     path = Path(text)
-    if os.path.lexists(path):
+    if exists(path):
         return _locked(text, _lock_in(path)) if path.suffix == ".json" else _asked_for(profile_of(path), options)
     revision, colon, inside = text.partition(":")
     if colon and inside:

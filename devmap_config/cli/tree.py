@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import click
 from devmap_config.cli.command import CommandError, command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import class_option, dtype_option, remote_code_option, unmeasured_option
+from devmap_config.files import exists
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
@@ -134,21 +134,19 @@ def graph_of_source(
     from devmap_config.graph.loading import graph_from_source
     from devmap_config.graph.remote_code import READ_IT_FIRST
     from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
-    from devmap_config.plan.lock import profile_of
+    from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
     from devmap_config.quantization.arguments import QuantizationError
     from devmap_config.quantization.registry import effective_quantization
 
     path = Path(source)
-    if path.name.endswith(".lock.json"):
-        path = profile_of(path)
-    if path.is_file() and path.name.endswith((".yaml", ".yml")):
-        return _graph_of_profile(path, trust_remote_code, context_length)
+    if path.name.endswith((*PROFILE_SUFFIXES, LOCK_SUFFIX)):
+        return _graph_of_profile(profile_of(path), trust_remote_code, context_length)
     workload = None
     if context_length is not None:
         length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
         workload = Workload(batch_size=1, context_length=length, prompt_length=length)
     try:
-        found = local_source(path) if os.path.lexists(path) else hub_source(source, revision)
+        found = local_source(path) if exists(path) else hub_source(source, revision)
         name = class_name or found.class_name
         if name is None:
             raise click.UsageError("the config does not name the model's class: give `--class AutoModel`")

@@ -8,6 +8,7 @@ import click
 
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.options import dry_run_option
+from devmap_config.files import is_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +52,7 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts, data=data)
     options.report(compilation.diagnostics, compilation.texts, data)
-    written = [] if dry_run else write_results(compilation, target, with_graph=vendored_path(profile).is_file())
+    written = [] if dry_run else write_results(compilation, target, with_graph=is_file(vendored_path(profile)))
     if options.shows_tables:
         click.echo(_summary(compilation.loaded.profile.model, before, after))
         for line in table_lines(found, "before", "now") if found and not found.is_none else ():

@@ -73,10 +73,9 @@ def repository(compiled, tmp_path, monkeypatch):
 
 DONE, WRONG, ABSENT, STALE, UNLIKE_LOCK = range(5)
 
-PROFILES = {
-    command: ("p.yaml", (*command.split(), "p.yaml"), WRONG, ABSENT)
-    for command in ("compile", "check", "explain", "fit --on 1xrtx-4090", "simulate", "run", "tree", "update")
-}
+COMMANDS = ("compile", "check", "explain", "fit --on 1xrtx-4090", "simulate", "run", "tree", "update")
+
+PROFILES = {command: ("p.yaml", (*command.split(), "p.yaml"), WRONG, ABSENT) for command in COMMANDS}
 
 OTHERS = {
     "check a folder": ("p.yaml", ("check", "."), WRONG, ABSENT),
@@ -149,3 +148,32 @@ def test_what_is_bad_is_named_soon_and_in_little_memory(repository, capsys, monk
     assert code == (as_none if bad in NO_FILES else as_file), said
     assert time.process_time() - begin_seconds < SECONDS
     assert spent_bytes() - before_bytes < GROWTH_BYTES
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([*command.split(), f"{LONG}.yaml"] for command in COMMANDS),
+        ["explain", LONG],
+        ["tree", LONG],
+        ["init", LONG, "--on", "1xrtx-4090"],
+        ["adopt", LONG, "--model", "small"],
+        ["adopt", "map.json", "--model", LONG],
+        ["diff", LONG, "p.yaml"],
+        ["fit", "p.yaml", "--on", f"{LONG}.yaml"],
+        ["probe", "--against", LONG],
+        ["compile", "p.yaml", "-o", LONG],
+        ["compile", f"{LONG}/p.yaml"],
+        ["init", "small", "--on", "1xrtx-4090", "-o", LONG],
+        ["adopt", "map.json", "--model", "small", "-o", f"{LONG}/p.yaml"],
+    ],
+)
+def test_a_name_that_no_file_can_have_is_said(repository, capsys, arguments):
+    code = devmap(*arguments)
+    said = "".join(capsys.readouterr())
+    assert "Traceback" not in said
+    assert LONG in said
+    assert code in (WRONG, ABSENT)

@@ -237,7 +237,7 @@ def test_adopt_of_a_map_with_gaps_says_where_they_went(profile):
     [
         ("[]", "`map.json` is no device_map: it must be an object"),
         ("{}", "`map.json` is no device_map: it must be an object"),
-        ("{", "`map.json` is no JSON: "),
+        ("{", "`map.json` is not JSON at line 1, column 2"),
         ('{"model.nothing": 0}', "LlamaForCausalLM has no `model.nothing`, which the map names"),
         ('{"model": "gpu"}', "`model` of the map: `gpu` is no device; devices are `cuda:0`,"),
         ('{"model": [0]}', "`model` of the map: `[0]` is no device"),
@@ -650,7 +650,7 @@ def test_explain_says_why_a_module_is_there(profile):
 def test_explain_of_what_is_not_there(profile):
     done = devmap("explain", "profile.yaml", "model.layer.1")
     assert (done.returncode, "did you mean `model.layers.1`?" in done.stderr) == (2, True)
-    assert "no profile `nothing.yaml`" in devmap("explain", "nothing.yaml").stderr
+    assert "`nothing.yaml` does not exist" in devmap("explain", "nothing.yaml").stderr
     assert devmap("explain", "unmatched-pattern", "lm_head").returncode == 2
 
 
