@@ -139,7 +139,8 @@ def opened(path: Path, within: Boundary | None = None) -> Iterator[BinaryIO]:
 def _descriptor(path: Path, boundary: Boundary) -> int:
     resolved = Path(os.path.realpath(path, strict=True))
     if boundary.folder is not None and not resolved.is_relative_to(boundary.folder):
-        raise _outside()
+        help = "keep the file within the repository, name it itself, or pass `--allow-outside` where there is one"
+        raise FileError("is a link that leads out of the repository", "outside-repository", help)
     descriptor = os.open(resolved, FLAGS)
     try:
         _require_regular(os.fstat(descriptor).st_mode)
@@ -165,11 +166,6 @@ def _require_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
         what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
         raise FileError(what, "missing-file", "name a file")
-
-
-def _outside() -> FileError:
-    help = "name the file that it leads to, keep it within the repository, or pass `--allow-outside` where there is one"
-    return FileError("is a link that leads out of the repository", "outside-repository", help)
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> FileError:
@@ -264,10 +260,9 @@ def parse_json(text: str, kind: Kind, *, object_of: Callable[[Pairs], Any] | Non
         object_of: makes an object of its pairs, as `json.loads` takes it.
 
     Raises:
-        FileError: where it is none, is nested deeper than its kind may be, or holds half a character.
+        FileError: where it is none, is nested deeper than its kind may be, holds too many values, or half a character.
     """
-    if _is_deeper(text, kind.max_depth):
-        raise FileError(f"is nested deeper than {kind.max_depth}", "too-large", "flatten it")
+    _check_size(text, kind.max_depth)
     try:
         value = json.loads(text, object_pairs_hook=object_of)
         if HALF_CHARACTER.search(text):
@@ -290,18 +285,23 @@ STRING = re.compile(rb'"[^"]*"?')
 ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
 
 
-def _is_deeper(text: str, limit: int) -> bool:
-    """Return whether a JSON text is nested deeper than a limit: by its brackets, outside of strings."""
+MAX_VALUES = 4_000_000
+"""Five times those of a header of 90,000 tensors; each takes some hundred bytes once it is parsed."""
+
+
+def _check_size(text: str, max_depth: int) -> None:
+    """Refuse a JSON text that is too deep or would take too much memory: by its brackets and commas, before parsing."""
     data = text.encode("utf-8", "surrogatepass")
     unescaped = ESCAPE.sub(b"", data) if b"\\" in data else data
     # Most strings hold no brackets: with these alone left, they are empty.
     brackets = STRING.sub(b"", unescaped.translate(None, ALL_BUT_BRACKETS).replace(b'""', b""))
+    if len(brackets) // 2 + data.count(b",") > MAX_VALUES:
+        raise FileError(f"holds more than {MAX_VALUES:,} values", "too-large", "name another file")
     depth = 0
     for bracket in brackets:
         depth += 1 if bracket in b"[{" else -1
-        if depth > limit:
-            return True
-    return False
+        if depth > max_depth:
+            raise FileError(f"is nested deeper than {max_depth}", "too-large", "flatten it")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import transformers
 from bad_files import BAD, NO_FILES, UNTOLD, put
 from conftest import LLAMA
 
-from devmap_config.cli import main
+from devmap_config.cli import main, sides
 
 PROFILE = """\
 extends: base.yaml
@@ -25,6 +27,8 @@ placement: {strategy: single}
 """
 
 BASE = "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+
+AS_SOMEONE = ["-c", "user.name=someone", "-c", "user.email=someone@example.com"]
 
 SECONDS = 10
 """Of the processor; what is slow here is the machine."""
@@ -177,3 +181,28 @@ def test_a_name_that_no_file_can_have_is_said(repository, capsys, arguments):
     assert "Traceback" not in said
     assert LONG in said
     assert code in (WRONG, ABSENT)
+
+
+def test_a_lock_that_git_has_is_held_to_the_same_bounds(repository, capsys, monkeypatch):
+    Path(".git").rmdir()
+    for command in (["init", "-q"], ["add", "p.lock.json"], [*AS_SOMEONE, "commit", "-q", "-m", "a lock"]):
+        subprocess.run(["git", *command], check=True)
+    assert devmap("diff", "HEAD:p.lock.json", "p.lock.json") == DONE
+    monkeypatch.setattr(sides, "LOCK", sides.LOCK._replace(max_bytes=1000))
+    capsys.readouterr()
+    assert devmap("diff", "HEAD:p.lock.json", "p.lock.json") == ABSENT
+    assert "error[too-large]: `p.lock.json` at `HEAD` is larger than 1,000 bytes" in capsys.readouterr().err
+
+
+def test_a_machine_is_read_as_a_profile_is_with_ranges_and_what_it_extends(repository, capsys):
+    Path("machine.yaml").write_text('extends: base.yaml\nhardware: {devices: {"cuda:[1-2]": rtx-4090}}\n')
+    assert devmap("fit", "p.yaml", "--on", "machine.yaml", "--format", "json") == DONE
+    [row] = json.loads(capsys.readouterr().out)["machines"]
+    assert [device["id"] for device in row["devices"]] == ["cuda:0", "cuda:1", "cuda:2", "cpu"]
+
+
+def test_what_is_wrong_in_a_machine_is_told_by_its_place(repository, capsys):
+    Path("machine.yaml").write_text("hardware:\n  devices:\n    cuda:0: {memry: 1GiB}\n")
+    assert devmap("fit", "p.yaml", "--on", "machine.yaml", "--format", "json") == ABSENT
+    [found] = json.loads(capsys.readouterr().out)["diagnostics"]
+    assert (found["code"], found["file"], found["line"], found["column"]) == ("unknown-key", "machine.yaml", 3, 14)

@@ -215,6 +215,8 @@ def test_a_byte_order_mark_is_refused(encoding):
         ('{"[": {"]": {"{": {"}": {}}}}}', "is nested deeper than 4"),
         ("[" * 200_000, "is nested deeper than 4"),
         ('{"a":' * 200_000, "is nested deeper than 4"),
+        ("[" + "[]," * 4_000_000, "holds more than 4,000,000 values"),
+        ("[" + "0," * 4_000_001, "holds more than 4,000,000 values"),
         ("1" * 5000, "is not JSON that can be read: "),
         ('["\\ud800"]', "holds text that is no Unicode"),
     ],
