@@ -21,6 +21,7 @@ from devmap_config.placement.timing import (
     has_weights,
     home_of,
 )
+from devmap_config.placement.wishes import Contexts, preferred, with_times_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
     from devmap_config.placement.chain import Hops, Mode
     from devmap_config.placement.problem import Aim, Placement, Problem
+    from devmap_config.placement.solver import Solution
 
 PARTS_CONSIDERED = 4
 """Of the modules within a block, the heaviest so many may be taken out of it to compute on the CPU."""
@@ -52,51 +54,59 @@ NEARLY_ALL = (19, 20)
 
 @dataclass(frozen=True, kw_only=True)
 class Optimal:
-    """A placement with what computes on the CPU, the time of the objective, and a bound that none can be below."""
+    """A placement with what computes on the CPU, and the time of the objective.
+
+    `fastest_nanoseconds` is that of the fastest placement that was found, and no placement is below the bound.
+    """
 
     placement: Placement
     compute: Mapping[TensorName, Device]
     nanoseconds: int
+    fastest_nanoseconds: int
     bound_nanoseconds: int
 
 
-def place_fastest(problem: Problem, aim: Aim) -> Optimal | None:
+@dataclass(frozen=True, slots=True)
+class Wished:
+    """What is wished for among placements that are nearly as fast: a context of so many tokens at least, if known."""
+
+    least_context: int | None = None
+
+
+def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> Optimal | None:
     """The fastest placement, or `None` where none was found that fits.
 
     Args:
         problem: what is to be placed, and within what.
         aim: what is to be fast; without any phase, whatever fits is as good.
+        wished: what else is wished for among what is nearly as fast; without it, nothing is.
 
     Raises:
         MissingFigureError: where the machine does not say how fast something is.
     """
-    best: Optimal | None = None
+    best: tuple[int, _Statement, Solution] | None = None
     bound: int | None = None
     for main_device in _main_devices(problem, aim.inventory):
         stated = _Statement(problem, aim, main_device)
-        known = UNREACHABLE if best is None else best.nanoseconds - stated.constant_nanoseconds
+        known = UNREACHABLE if best is None else best[0] - stated.constant_nanoseconds
         outcome = solve_below(stated.chain, known)
         # Even with nothing found with this card as the first, what it might take at least bounds the plan.
         least = outcome.bound_nanoseconds + stated.constant_nanoseconds
         bound = least if bound is None else min(bound, least)
-        solution = outcome.solution
-        if solution is None:
-            continue
-        homes = stated.homes(solution.choice)
-        nanoseconds = stated.forward_nanoseconds(homes)
-        if best is None or nanoseconds < best.nanoseconds:
-            best = Optimal(
-                placement={name: location.stored_on for name, location in homes.items()},
-                compute={name: CPU for name, location in homes.items() if location == ON_CPU},
-                nanoseconds=nanoseconds,
-                bound_nanoseconds=least,
-            )
+        if outcome.solution is not None:
+            nanoseconds = stated.forward_nanoseconds(stated.homes(outcome.solution.choice))
+            if best is None or nanoseconds < best[0]:
+                best = (nanoseconds, stated, outcome.solution)
     if best is None or bound is None:
         return None
+    fastest_nanoseconds, stated, solution = best
+    choice = solution.choice if wished is None else preferred(stated.chain, solution, stated.contexts(wished))
+    homes = stated.homes(choice)
     return Optimal(
-        placement=best.placement,
-        compute=best.compute if problem.accelerators else {},
-        nanoseconds=best.nanoseconds,
+        placement={name: location.stored_on for name, location in homes.items()},
+        compute={name: CPU for name, location in homes.items() if location == ON_CPU} if problem.accelerators else {},
+        nanoseconds=stated.forward_nanoseconds(homes),
+        fastest_nanoseconds=fastest_nanoseconds,
         bound_nanoseconds=bound,
     )
 
@@ -193,6 +203,7 @@ class _Statement:
 
     def __init__(self, problem: Problem, aim: Aim, main_device: Device) -> None:
         self._problem = problem
+        self._aim = aim
         self._graph = problem.graph
         self._executor = problem.executor
         self._main_device = main_device
@@ -250,6 +261,23 @@ class _Statement:
                     modules = graph.modules[path].walk()
                     total += times * sum(timing.own_nanoseconds(each.path, self._main_device) for each in modules)
         return total
+
+    def contexts(self, wished: Wished) -> Contexts | None:
+        """The chain at other context lengths, in the times of this; `None` where its cache does not grow."""
+        measurement, problem = self._graph.measurement, self._problem
+        if measurement is None or not self._graph.decodes:
+            return None
+        length = measurement.workload.context_length
+        if measurement.at(2 * length).cache_bytes == measurement.cache_bytes:
+            return None
+
+        def chain_at(context_length: int) -> Chain:
+            graph = replace(self._graph, measurement=measurement.at(context_length))
+            other = _Statement(replace(problem, graph=graph), self._aim, self._main_device)
+            return with_times_of(other.chain, self.chain)
+
+        least = wished.least_context or length
+        return Contexts(length=length, least=max(least, length), longest=LONGEST_CONTEXT, chain_at=chain_at)
 
     def homes(self, choice: Iterable[int]) -> dict[TensorName, Location]:
         """Where every tensor is stored and runs."""

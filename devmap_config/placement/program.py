@@ -299,7 +299,7 @@ def _add_hops(program: Program, costs: dict[int, float]) -> None:
     for price in sorted(set(cheapest) - {0}):
         terms: dict[int, float] = {}
         for stretch in _stretches([cost >= price for cost in cheapest]):
-            switches = [_use_of(program, device, set(stretch)) for device in chain.devices]
+            switches = [use_of(program, rows, device, set(stretch)) for device in chain.devices]
             first = rows.column(1)
             rows.row(dict.fromkeys(switches, 1.0) | {first: -len(switches)}, -INFINITY, 0)
             terms |= dict.fromkeys(switches, price / NANOSECONDS_PER_UNIT) | {first: -price / NANOSECONDS_PER_UNIT}
@@ -316,13 +316,13 @@ def _stretches(is_priced: Sequence[bool]) -> list[list[int]]:
     return [stretch for stretch in stretches if len(stretch) > 1]
 
 
-def _use_of(program: Program, device: Device, positions: set[int]) -> int:
-    """A switch that is on where one of these blocks runs on a device."""
-    switch = program.rows.column(1)
+def use_of(program: Program, rows: Rows, device: Device, positions: set[int]) -> int:
+    """Add a switch that is on where one of these blocks runs on a device, and return its column."""
+    switch = rows.column(1)
     for each, columns in zip(program.classes, program.numbers, strict=True):
         inside = sum(bool(positions.intersection(member)) for member in each.members)
         here = [column for column, option in zip(columns, each.options, strict=True) if option.home == device]
         if inside and here:
             outside = len(each.members) - inside
-            program.rows.row(dict.fromkeys(here, 1.0) | {switch: -inside}, -INFINITY, outside)
+            rows.row(dict.fromkeys(here, 1.0) | {switch: -inside}, -INFINITY, outside)
     return switch

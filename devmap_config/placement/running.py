@@ -109,6 +109,24 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
     )
 
 
+LONGEST_CONTEXT = 2**24
+"""Where a model's cache does not grow, no length is the longest; this one is stated."""
+
+
+def longest_context(running: Running, room: Mapping[Device, int]) -> int:
+    """The longest context, in tokens, with which every device has room beside its weights; 0 where none fits."""
+
+    def fits(context_length: int) -> bool:
+        costs = running.costs(context_length)
+        return all(cost.total_bytes <= room.get(device, 0) for device, cost in costs.items())
+
+    low, high = 0, LONGEST_CONTEXT
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 def _held(cost: ModuleCost) -> ModuleCost:
     """Of a cost, what concerns the cache."""
     return ModuleCost(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.problem import Placement, bytes_by_device
+from devmap_config.placement.running import longest_context, running_of
 from devmap_config.placement.transformers_planner import OVERFLOW, TransformersStrategy, plan_like_transformers
+from devmap_config.placement.units import fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,12 +104,12 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
             if device not in problem.refused or device in pinned
         }
         problem = replace(problem, capacities=offered)
-    placing = {
-        "fastest": optimal.place_fastest,
-        "longest-context": optimal.place_longest_context,
-        "fewest-devices": optimal.place_fewest_devices,
-    }
-    found = placing[strategy](problem, aim)
+    if strategy == "fastest":
+        found = optimal.place_fastest(problem, aim, optimal.Wished(_context_of_sequential(problem)))
+    elif strategy == "longest-context":
+        found = optimal.place_longest_context(problem, aim)
+    else:
+        found = optimal.place_fewest_devices(problem, aim)
     if found is not None:
         bound = found.bound_nanoseconds if strategy == "fastest" else None
         return Placed(placement=found.placement, compute=found.compute, bound_nanoseconds=bound)
@@ -115,6 +118,26 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
     room = sum(problem.capacities.values())
     return Infeasible(
         (Shortage(device=None, needed_bytes=problem.graph.size_bytes + cache_bytes, capacity_bytes=room),)
+    )
+
+
+def _context_of_sequential(problem: Problem) -> int | None:
+    """The longest context, in tokens, of transformers' plan that fills one device after another; `None` without one."""
+    placed = place(replace(problem, aim=None), "sequential")
+    if isinstance(placed, Infeasible):
+        return None
+    executor, placement = problem.executor, placed.placement
+    main_device = executor.main_device(placement.values())
+    assignments = [
+        Assignment(unit.name, unit.tensors, executor.location(device, main_device))
+        for unit, device in fold(problem.graph, placement)
+    ]
+    running = running_of(problem.graph, assignments, executor)
+    if running is None:
+        return None
+    weights_bytes = bytes_by_device(problem, placement, main_device=main_device)
+    return longest_context(
+        running, {device: size - weights_bytes.get(device, 0) for device, size in problem.capacities.items()}
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.running import running_of
+from devmap_config.placement.running import longest_context, running_of
 from devmap_config.placement.timing import MissingFigureError, Timing, forward_nanoseconds, hops
 from devmap_config.plan.plan import Plan, Prediction
 
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.placement.timing import Phase
-
-LONGEST_CONTEXT = 2**24
-"""Where a model's cache does not grow, no length is the longest; this one is stated."""
 
 
 def predict(
@@ -40,6 +37,8 @@ def predict(
             return None
 
     decode_nanoseconds = nanoseconds("decode")
+    running = running_of(graph, plan.assignments, plan.executor)
+    room = {use.id: use.capacity_bytes - use.weights_bytes for use in plan.devices}
     return Prediction(
         decode_nanoseconds_per_token=decode_nanoseconds,
         # Formulas that stand in for a measurement give no time, and so no bound of one; nor do models without decoding.
@@ -47,23 +46,5 @@ def predict(
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
         hops=hops(graph, plan.locations),
-        longest_context=longest_context(plan, graph),
+        longest_context=None if running is None else longest_context(running, room),
     )
-
-
-def longest_context(plan: Plan, graph: ModelGraph) -> int | None:
-    """The longest context, in tokens, with which the plan's devices hold what they must; 0 where none fits."""
-    running = running_of(graph, plan.assignments, plan.executor)
-    if running is None:
-        return None
-    room = {use.id: use.capacity_bytes - use.weights_bytes for use in plan.devices}
-
-    def fits(context_length: int) -> bool:
-        costs = running.costs(context_length)
-        return all(cost.total_bytes <= room.get(device, 0) for device, cost in costs.items())
-
-    low, high = 0, LONGEST_CONTEXT
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

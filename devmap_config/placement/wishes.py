@@ -1,0 +1,162 @@
+"""Among placements that are nearly as fast as the fastest, the one that users would rather have: docs/placement.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from devmap_config.placement.chain import Block
+from devmap_config.placement.layout import in_runs, laid_out, laid_out_in_runs, order_in
+from devmap_config.placement.program import INFINITY, NANOSECONDS_PER_UNIT, program_of, use_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from devmap_config.placement.chain import Chain, Choice
+    from devmap_config.placement.program import Program, Rows, Terms
+    from devmap_config.placement.solver import Solution
+
+NEARLY_AS_FAST = 100
+"""Within a hundredth of the fastest, other things than time decide."""
+
+CONTEXT_STEPS = 16
+"""The longest context is looked for until it is known to this part of itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """The same chain at other context lengths.
+
+    `length` is the workload's, `least` what is wished for at least, and `longest` as far as is looked. `chain_at` gives
+    the chain with what its blocks hold and need at a length.
+    """
+
+    length: int
+    least: int
+    longest: int
+    chain_at: Callable[[int], Chain]
+
+
+@dataclass
+class _Wishing:
+    """A chain's program with what was already granted: a limit of time, and limits of wishes."""
+
+    limit: float
+    granted: list[tuple[Callable[[Program, Rows], Terms], float]]
+
+    def stated(self, chain: Chain) -> tuple[Program, Rows]:
+        program = program_of(chain)
+        rows = program.rows.copy()
+        rows.row(program.costs, -INFINITY, self.limit)
+        for wish, most in self.granted:
+            rows.row(wish(program, rows), -INFINITY, most)
+        return program, rows
+
+    def is_possible(self, chain: Chain) -> bool:
+        """Whether a placement of this chain keeps to all of it."""
+        return self.stated(chain)[1].minimized({}).values is not None
+
+    def grant(self, chain: Chain, wish: Callable[[Program, Rows], Terms]) -> bool:
+        """Hold what comes to the least of a wish; whether it could be found."""
+        program, rows = self.stated(chain)
+        terms = wish(program, rows)
+        solved = rows.minimized(terms, relative_gap=0)
+        if solved.values is None:
+            return False
+        self.granted.append((wish, sum(factor * solved.values[column] for column, factor in terms.items()) + 0.5))
+        return True
+
+
+def preferred(chain: Chain, fastest: Solution, contexts: Contexts | None) -> Choice:
+    """Return what is wished for most among what takes hardly longer than the fastest: its own choice, or another.
+
+    Each wish is granted as far as those before it leave room.
+
+    Args:
+        chain: what is placed.
+        fastest: the fastest choice that was found.
+        contexts: the chain at other context lengths, where it has such.
+    """
+    most = max(fastest.nanoseconds, fastest.bound_nanoseconds + fastest.bound_nanoseconds // NEARLY_AS_FAST)
+    wishing = _Wishing(most / NANOSECONDS_PER_UNIT, [])
+    if not (wishing.grant(chain, _apart_from_a_map) and wishing.grant(chain, _copied_in)):
+        return fastest.choice
+    tried, start = chain, 0 if contexts is None else contexts.length
+    if contexts is not None and contexts.least > start:
+        longer = contexts.chain_at(contexts.least)
+        if wishing.is_possible(longer):
+            tried, start = longer, contexts.least
+    if not wishing.grant(tried, _devices_used):
+        return fastest.choice
+    if contexts is not None:
+        tried = _with_longest_context(wishing, tried, start, contexts)
+    wishing.grant(tried, _late_devices)
+    program, rows = wishing.stated(tried)
+    for choice in _choices(program, rows):
+        if tried.is_feasible(choice) and chain.is_feasible(choice) and chain.nanoseconds(choice) <= most:
+            return choice
+    return fastest.choice
+
+
+def _apart_from_a_map(program: Program, _: Rows) -> Terms:
+    """The blocks that no `device_map` can say: something of them computes on the CPU beside accelerators."""
+    return {column: 1 for column, _, option in program.ways if option.mode[:1] in (("part",), ("computed",))}
+
+
+def _copied_in(program: Program, _: Rows) -> Terms:
+    """The blocks that are stored on the CPU or the disk."""
+    return {column: 1 for column, _, option in program.ways if option.mode[:1] == ("streamed",)}
+
+
+def _devices_used(program: Program, rows: Rows) -> Terms:
+    every = set(range(len(program.chain.blocks)))
+    return {use_of(program, rows, device, every): 1 for device in program.chain.devices}
+
+
+def _late_devices(program: Program, rows: Rows) -> Terms:
+    """The places of the devices that are used in the order in which they are listed."""
+    return {column: place for place, column in enumerate(_devices_used(program, rows))}
+
+
+def _with_longest_context(wishing: _Wishing, chain: Chain, start: int, contexts: Contexts) -> Chain:
+    """The chain, which starts at one context length, at the longest at which all that was granted still is."""
+    best, fits, too_long = chain, start, contexts.longest + 1
+    while too_long - fits > max(fits // CONTEXT_STEPS, 1):
+        length = min(2 * fits, (fits + too_long) // 2)
+        longer = contexts.chain_at(length)
+        if wishing.is_possible(longer):
+            best, fits = longer, length
+        else:
+            too_long = length
+    return best
+
+
+def _choices(program: Program, rows: Rows) -> Iterator[Choice]:
+    """The fastest that is granted, laid out along the chain: in one run a device, or as the numbers have it."""
+    values = rows.minimized(program.costs).values
+    if values is None:
+        return
+    choice = laid_out(program, values)
+    order = order_in(program, choice)
+    listed = tuple(device for device in program.chain.devices if device in order)
+    for each in dict.fromkeys((listed, order)):
+        cut_rows, costs, ends = in_runs(replace(program, rows=rows), each)
+        if (cut := cut_rows.minimized(costs).values) is not None:
+            yield laid_out_in_runs(program, cut, each, ends)
+    yield choice
+
+
+def with_times_of(chain: Chain, other: Chain) -> Chain:
+    """The chain with the times of another that has the same options."""
+    blocks = (
+        Block(
+            block.name,
+            tuple(
+                replace(option, nanoseconds=timed.nanoseconds)
+                for option, timed in zip(block.options, timing.options, strict=True)
+            ),
+            block.group,
+        )
+        for block, timing in zip(chain.blocks, other.blocks, strict=True)
+    )
+    return replace(chain, blocks=tuple(blocks), entering=other.entering, gifts=other.gifts)
