@@ -43,6 +43,9 @@ LONGEST_CONTEXT = 2**24
 CONTEXT_STEPS = 64
 """The longest context is looked for until it is known to this part of itself."""
 
+NEARLY_AS_FAST = 100
+"""Within a hundredth of the bound, other things than time decide."""
+
 SMALLEST_PART = 8
 """A part that is worth it holds at least this part, an eighth, of its block's weights."""
 
@@ -100,7 +103,10 @@ def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> O
     if best is None or bound is None:
         return None
     fastest_nanoseconds, stated, solution = best
-    choice = solution.choice if wished is None else preferred(stated.chain, solution, stated.contexts(wished))
+    choice = solution.choice
+    if wished is not None:
+        most = max(fastest_nanoseconds, bound + bound // NEARLY_AS_FAST) - stated.constant_nanoseconds
+        choice = preferred(stated.chain, solution, most, stated.contexts(wished))
     homes = stated.homes(choice)
     return Optimal(
         placement={name: location.stored_on for name, location in homes.items()},
@@ -227,7 +233,7 @@ class _Statement:
         aside = [path for path in ordered if not has_weights(graph, path)]
         along = [path for path in ordered if has_weights(graph, path)]
         own = [tensor for path in sorted(graph.composites) for tensor in graph.modules[path].own_tensors]
-        fixed_homes: dict[str, Device] = {"": self._main_device}
+        fixed_homes: dict[str, Device] = dict.fromkeys(map(str, sorted(graph.composites)), self._main_device)
         blocks: list[Block] = []
         for tensor in own:
             blocks.append(Block(tensor.name, self._tensor_options(tensor), self._groups.get(tensor.name)))

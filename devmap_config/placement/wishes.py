@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from devmap_config.placement.chain import Block
 from devmap_config.placement.layout import in_runs, laid_out, laid_out_in_runs, order_in
 from devmap_config.placement.program import INFINITY, NANOSECONDS_PER_UNIT, program_of, use_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+    from devmap_config.devices import Device
     from devmap_config.placement.chain import Chain, Choice
     from devmap_config.placement.program import Program, Rows, Terms
     from devmap_config.placement.solver import Solution
 
-NEARLY_AS_FAST = 100
-"""Within a hundredth of the fastest, other things than time decide."""
+    Wish = Callable[[Program, Rows], Terms]
+    """What there is to be little of: adds the columns and rows that it takes, and gives what it counts."""
 
 CONTEXT_STEPS = 16
 """The longest context is looked for until it is known to this part of itself."""
@@ -39,46 +40,68 @@ class Contexts:
 
 @dataclass
 class _Wishing:
-    """A chain's program with what was already granted: a limit of time, and limits of wishes."""
+    """What was granted so far: a limit of time, limits of wishes, and the order of devices that are used in one run."""
 
     limit: float
-    granted: list[tuple[Callable[[Program, Rows], Terms], float]]
+    granted: list[tuple[Wish, float]] = field(default_factory=list)
+    order: tuple[Device, ...] | None = None
 
-    def stated(self, chain: Chain) -> tuple[Program, Rows]:
+    def stated(self, chain: Chain) -> _Stated:
+        """State the program of a chain within all of it."""
         program = program_of(chain)
-        rows = program.rows.copy()
-        rows.row(program.costs, -INFINITY, self.limit)
+        rows, costs = program.rows.copy(), program.costs
+        ends: list[list[int]] = []
+        if self.order:
+            rows, costs, ends = in_runs(program, self.order)
+        rows.row(costs, -INFINITY, self.limit)
         for wish, most in self.granted:
             rows.row(wish(program, rows), -INFINITY, most)
-        return program, rows
+        return _Stated(program, rows, costs, ends)
 
     def is_possible(self, chain: Chain) -> bool:
         """Whether a placement of this chain keeps to all of it."""
-        return self.stated(chain)[1].minimized({}).values is not None
+        return self.stated(chain).rows.minimized({}).values is not None
 
-    def grant(self, chain: Chain, wish: Callable[[Program, Rows], Terms]) -> bool:
+    def grant(self, chain: Chain, wish: Wish) -> bool:
         """Hold what comes to the least of a wish; whether it could be found."""
-        program, rows = self.stated(chain)
-        terms = wish(program, rows)
-        solved = rows.minimized(terms, relative_gap=0)
+        stated = self.stated(chain)
+        terms = wish(stated.program, stated.rows)
+        solved = stated.rows.minimized(terms, relative_gap=0)
         if solved.values is None:
             return False
         self.granted.append((wish, sum(factor * solved.values[column] for column, factor in terms.items()) + 0.5))
         return True
 
+    def choice(self, chain: Chain) -> Choice | None:
+        """The fastest that keeps to all of it, laid out along the chain."""
+        stated = self.stated(chain)
+        values = stated.rows.minimized(stated.costs).values
+        if values is None:
+            return None
+        if self.order:
+            return laid_out_in_runs(stated.program, values, self.order, stated.ends)
+        return laid_out(stated.program, values)
 
-def preferred(chain: Chain, fastest: Solution, contexts: Contexts | None) -> Choice:
-    """Return what is wished for most among what takes hardly longer than the fastest: its own choice, or another.
+
+class _Stated(NamedTuple):
+    program: Program
+    rows: Rows
+    costs: Terms
+    ends: list[list[int]]
+
+
+def preferred(chain: Chain, fastest: Solution, most_nanoseconds: int, contexts: Contexts | None) -> Choice:
+    """Return what is wished for most among what takes no longer than that: the fastest choice, or another.
 
     Each wish is granted as far as those before it leave room.
 
     Args:
         chain: what is placed.
         fastest: the fastest choice that was found.
+        most_nanoseconds: what the choice may take.
         contexts: the chain at other context lengths, where it has such.
     """
-    most = max(fastest.nanoseconds, fastest.bound_nanoseconds + fastest.bound_nanoseconds // NEARLY_AS_FAST)
-    wishing = _Wishing(most / NANOSECONDS_PER_UNIT, [])
+    wishing = _Wishing(most_nanoseconds / NANOSECONDS_PER_UNIT)
     if not (wishing.grant(chain, _apart_from_a_map) and wishing.grant(chain, _copied_in)):
         return fastest.choice
     tried, start = chain, 0 if contexts is None else contexts.length
@@ -86,16 +109,27 @@ def preferred(chain: Chain, fastest: Solution, contexts: Contexts | None) -> Cho
         longer = contexts.chain_at(contexts.least)
         if wishing.is_possible(longer):
             tried, start = longer, contexts.least
-    if not wishing.grant(tried, _devices_used):
+    if not (wishing.grant(tried, _devices_used) and wishing.grant(tried, _late_devices)):
         return fastest.choice
+    wishing.order = _order_of_runs(wishing, tried)
     if contexts is not None:
         tried = _with_longest_context(wishing, tried, start, contexts)
-    wishing.grant(tried, _late_devices)
-    program, rows = wishing.stated(tried)
-    for choice in _choices(program, rows):
-        if tried.is_feasible(choice) and chain.is_feasible(choice) and chain.nanoseconds(choice) <= most:
-            return choice
-    return fastest.choice
+    choice = wishing.choice(tried)
+    if choice is None or not (tried.is_feasible(choice) and chain.is_feasible(choice)):
+        return fastest.choice
+    return choice if chain.nanoseconds(choice) <= most_nanoseconds else fastest.choice
+
+
+def _order_of_runs(wishing: _Wishing, chain: Chain) -> tuple[Device, ...] | None:
+    """The devices as they are listed, or as the fastest has them, where one run of blocks on each is possible."""
+    choice = wishing.choice(chain)
+    if choice is None:
+        return None
+    order = order_in(program_of(chain), choice)
+    for each in dict.fromkeys((tuple(device for device in chain.devices if device in order), order)):
+        if replace(wishing, order=each).is_possible(chain):
+            return each
+    return None
 
 
 def _apart_from_a_map(program: Program, _: Rows) -> Terms:
@@ -129,21 +163,6 @@ def _with_longest_context(wishing: _Wishing, chain: Chain, start: int, contexts:
         else:
             too_long = length
     return best
-
-
-def _choices(program: Program, rows: Rows) -> Iterator[Choice]:
-    """The fastest that is granted, laid out along the chain: in one run a device, or as the numbers have it."""
-    values = rows.minimized(program.costs).values
-    if values is None:
-        return
-    choice = laid_out(program, values)
-    order = order_in(program, choice)
-    listed = tuple(device for device in program.chain.devices if device in order)
-    for each in dict.fromkeys((listed, order)):
-        cut_rows, costs, ends = in_runs(replace(program, rows=rows), each)
-        if (cut := cut_rows.minimized(costs).values) is not None:
-            yield laid_out_in_runs(program, cut, each, ends)
-    yield choice
 
 
 def with_times_of(chain: Chain, other: Chain) -> Chain:
