@@ -103,11 +103,12 @@ def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> O
     if best is None or bound is None:
         return None
     fastest_nanoseconds, stated, solution = best
-    choice = solution.choice
+    homes = stated.homes(solution.choice)
     if wished is not None:
-        most = max(fastest_nanoseconds, bound + bound // NEARLY_AS_FAST) - stated.constant_nanoseconds
-        choice = preferred(stated.chain, solution, most, stated.contexts(wished))
-    homes = stated.homes(choice)
+        most = max(fastest_nanoseconds, bound + bound // NEARLY_AS_FAST)
+        limit = most - stated.constant_nanoseconds
+        wanted = stated.homes(preferred(stated.chain, solution, limit, stated.contexts(wished)))
+        homes = wanted if stated.forward_nanoseconds(wanted) <= most else homes
     return Optimal(
         placement={name: location.stored_on for name, location in homes.items()},
         compute={name: CPU for name, location in homes.items() if location == ON_CPU} if problem.accelerators else {},
