@@ -155,7 +155,7 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
     around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
     for each in below or around:
-        runs = "" if each.location.stored_on == each.location.runs_on else f", and runs on {each.location.runs_on}"
+        runs = "" if each.location.is_one_device else f", and runs on {each.location.runs_on}"
         yield f"`{each.unit or 'the whole model'}` is on {each.location.stored_on}{runs}."
     rules = _rules_about(compiled.resolution, name, graph)
     yield from rules
@@ -196,12 +196,11 @@ def _at(rule: Rule) -> str:
 
 
 def _alternative(other: Alternative, what: str) -> str:
-    from devmap_config.devices import CPU
-    from devmap_config.placement.assignment import Location
+    from devmap_config.placement.assignment import ON_CPU
 
-    if other.location == Location(CPU, CPU):
+    if other.location == ON_CPU:
         where = "stored and computed on the CPU"
-    elif other.location.stored_on != other.location.runs_on:
+    elif not other.location.is_one_device:
         where = f"on {other.location.stored_on}, copied to {other.location.runs_on} at every forward"
     else:
         where = f"on {other.location.stored_on}"

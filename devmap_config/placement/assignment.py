@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
+
 if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.graph.model import TensorName
@@ -16,6 +18,15 @@ class Location:
 
     stored_on: Device
     runs_on: Device
+
+    @property
+    def is_one_device(self) -> bool:
+        """Whether what is stored there runs where it is."""
+        return self.stored_on == self.runs_on
+
+
+ON_CPU = Location(CPU, CPU)
+"""Where what computes on the CPU is."""
 
 
 @dataclass(frozen=True, slots=True)

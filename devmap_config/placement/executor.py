@@ -45,7 +45,7 @@ class Executor:
 
     def streams(self, location: Location) -> bool:
         """Whether what is stored here is copied to where it runs at every forward."""
-        is_elsewhere = location.stored_on != location.runs_on and not _is_moved_for_good(location)
+        is_elsewhere = not location.is_one_device and not _is_moved_for_good(location)
         return location.stored_on == DISK or is_elsewhere
 
     def is_copied_in(self, tensor: Tensor, location: Location) -> bool:
@@ -54,7 +54,7 @@ class Executor:
 
     def is_offloaded(self, location: Location, main_device: Device) -> bool:
         """Whether the map that loads it says `cpu` or `disk`; of what computes on the CPU beside cards it does not."""
-        computes_apart = location.stored_on == location.runs_on != main_device
+        computes_apart = location.is_one_device and location.runs_on != main_device
         return not location.stored_on.is_accelerator and not computes_apart
 
     def held_bytes(self, tensor: Tensor, location: Location, main_device: Device) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, STORAGE_DEVICES
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.assignment import Location
+from devmap_config.placement.assignment import ON_CPU, Location
 from devmap_config.placement.chain import Block, Chain, Gift, Option
 from devmap_config.placement.solver import UNREACHABLE, solve_below
 from devmap_config.placement.timing import (
@@ -48,8 +48,6 @@ NEARLY_AS_FAST = 100
 
 SMALLEST_PART = 8
 """A part that is worth it holds at least this part, an eighth, of its block's weights."""
-
-ON_CPU = Location(CPU, CPU)
 
 NEARLY_ALL = (19, 20)
 """A part that weighs at least so much of the one around it stands for that one."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.assignment import Assignment, Location
+from devmap_config.placement.assignment import ON_CPU, Assignment, Location
 from devmap_config.plan.plan import Plan, device_uses
 from devmap_config.plan.prediction import predict
 
@@ -57,7 +57,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
             if device == plan.main_device or plan.executor.streams(streamed):
                 places.append(streamed)
             if device == CPU and plan.main_device.is_accelerator:
-                places.append(Location(CPU, CPU))
+                places.append(ON_CPU)
     found = []
     for location in places:
         if now == {location}:

@@ -179,9 +179,7 @@ def _computes_apart(violation: Violation, plan: Plan) -> bool:
     """Whether what is elsewhere than the block computes there, on the CPU, or is where all of the block runs."""
     parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
     streamed = {
-        each.location.stored_on
-        for each in parts
-        if each.unit not in plan.compute and each.location.stored_on != each.location.runs_on
+        each.location.stored_on for each in parts if each.unit not in plan.compute and not each.location.is_one_device
     }
     stores = {each.location.stored_on for each in parts if each.unit not in plan.compute}
     return len(stores) <= 1 or (len(streamed) == 1 and len({each.location.runs_on for each in parts}) == 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
+from devmap_config.placement.assignment import ON_CPU
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -190,8 +191,8 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
             if each.unit in each.tensors:
                 found[each.unit] = "is a tensor, and only a module computes on the CPU"
             continue
-        stored_on, runs_on = each.location.stored_on, each.location.runs_on
-        if stored_on.is_accelerator or stored_on == CPU == runs_on:
+        runs_on = each.location.runs_on
+        if each.location.stored_on.is_accelerator or each.location == ON_CPU:
             continue
         for name in each.tensors:
             home = plan.executor.residence(graph.tensors[name], each.location)

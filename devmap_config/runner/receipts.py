@@ -27,5 +27,5 @@ def has_receipt_of_accelerator() -> bool:
 
 def runs_untried(plan: Plan) -> bool:
     """Whether a plan uses accelerators, and no receipt tells of a run on one."""
-    used = {device for each in plan.assignments for device in (each.location.stored_on, each.location.runs_on)}
-    return any(device.is_accelerator for device in used) and not has_receipt_of_accelerator()
+    uses_accelerators = any(each.location.runs_on.is_accelerator for each in plan.assignments)
+    return uses_accelerators and not has_receipt_of_accelerator()

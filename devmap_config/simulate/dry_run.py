@@ -258,7 +258,7 @@ class _Run:
                 continue
             found.append(path)
             locations = {each.location for each in self.plan.assignments if _is_part(each.unit, path)}
-            if len(locations) > 1 or any(each.stored_on != each.runs_on for each in locations):
+            if len(locations) > 1 or not all(each.is_one_device for each in locations):
                 yield module
 
     def _note_cache(self, cache: Any) -> None:
