@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
@@ -51,6 +51,29 @@ class Reads:
     def __get_pydantic_json_schema__(self, _: core_schema.CoreSchema, __: GetJsonSchemaHandler) -> dict[str, Any]:
         """Allow each of the schemas, and a template in their stead."""
         return {"anyOf": [*self.schemas, TEMPLATE_SCHEMA]}
+
+
+class _OneOrMany:
+    """The annotation of a list of which one item may stand without brackets."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Validate a single scalar as a list of it."""
+        return core_schema.no_info_before_validator_function(
+            lambda value: (value,) if isinstance(value, str) else value, handler(source)
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Allow the list and its item."""
+        many = handler(schema)
+        return {"anyOf": [many, many["items"]]}
+
+
+Item = TypeVar("Item")
+
+OneOrMany = Annotated[tuple[Item, ...], _OneOrMany()]
+"""A list; one item may stand without brackets."""
 
 
 def one_of(

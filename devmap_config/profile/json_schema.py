@@ -37,8 +37,6 @@ def profile_schema() -> Schema:
         _describe(definition["properties"], section)
     _set_keys(definitions["Hardware"]["properties"]["devices"])
     _set_keys(definitions["PlacementSection"]["properties"]["max_memory"])
-    for holder, key in ((schema, "extends"), (definitions["Pin"], "not_on")):
-        _one_or_many(holder["properties"], key)
     for definition in (schema, *definitions.values()):
         _nullable(definition)
     definitions["DeviceSection"] = {
@@ -93,13 +91,6 @@ def _set_keys(mapping: Schema) -> None:
             value = {"anyOf": [alternative["additionalProperties"], {"type": "null"}]}
             alternative["patternProperties"] = {DEVICE_KEY_PATTERN: value, TEMPLATE_SCHEMA["pattern"]: value}
             alternative["additionalProperties"] = False
-
-
-def _one_or_many(properties: Schema, key: str) -> None:
-    """A list of one may be written without its brackets."""
-    many = properties[key]
-    described = {name: many.pop(name) for name in ("description", "examples", "default") if name in many}
-    properties[key] = {"anyOf": [many, many["items"]], **described}
 
 
 def _nullable(definition: Schema) -> None:

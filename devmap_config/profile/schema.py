@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from devmap_config.profile.field_types import (
     Anything,
@@ -16,6 +16,7 @@ from devmap_config.profile.field_types import (
     Latency,
     ListedDevice,
     NamedDevice,
+    OneOrMany,
     PatternText,
     Quantity,
     Quantization,
@@ -42,10 +43,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """transformers 5.24's implementations; a kernel of the hub is named by its repository, `owner/name`."""
-
-
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
 
 
 class Model(Section):
@@ -75,9 +72,7 @@ class Model(Section):
     )
     """transformers' `attn_implementation`."""
 
-    allow_new: Annotated[tuple[Located[PatternText], ...], BeforeValidator(_one_or_many)] = Field(
-        default=(), examples=[["score"]]
-    )
+    allow_new: OneOrMany[Located[PatternText]] = Field(default=(), examples=[["score"]])
     """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
 
 
@@ -188,9 +183,7 @@ class Pin(Section):
     compute: Located[NamedDevice | None] = Field(default=Located(None), examples=["cpu"])
     """Where it runs, if not where the executor would run it."""
 
-    not_on: Annotated[tuple[Located[NamedDevice], ...], BeforeValidator(_one_or_many)] = Field(
-        default=(), examples=[["cuda:1", "disk"]]
-    )
+    not_on: OneOrMany[Located[NamedDevice]] = Field(default=(), examples=[["cuda:1", "disk"]])
     """Devices on which nothing of it may be stored."""
 
     keep_together: Flag = Field(default=False, examples=[True])
@@ -265,9 +258,7 @@ class Profile(Section):
     description: Text | None = Field(default=None, examples=["two cards and what the CPU can hold"])
     """What it is for."""
 
-    extends: Annotated[tuple[Text, ...], BeforeValidator(_one_or_many)] = Field(
-        default=(), examples=[["hardware/mixed-box.yaml"]]
-    )
+    extends: OneOrMany[Text] = Field(default=(), examples=[["hardware/mixed-box.yaml"]])
     """Files that this one builds on, merged in order, this file last."""
 
     variables: Mapping[str, Anything] = Field(default={}, examples=[{"context": 8192}])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Section(BaseModel):
     """What all parts of a profile share: frozen, without unknown keys, and with a place in the document."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     STAND_INS: ClassVar[Mapping[str, object]] = {}
     """By required key, what stands in where it is missing or wrong, so that the rest can be looked at."""
