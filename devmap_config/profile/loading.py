@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from devmap_config.files import Boundary, boundary_of
-from devmap_config.profile.inheritance import Reader, merge, variable_values, variables_of
+from devmap_config.profile.inheritance import Reader
 from devmap_config.profile.located import written
+from devmap_config.profile.merging import merge, variable_values, variables_of
 from devmap_config.profile.refusals import Refusals
 from devmap_config.profile.rendering import Renderer
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, Profile

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.profile.document import MappingNode, Node, ScalarNode, SequenceNode, without_duplicates
-from devmap_config.profile.inheritance import change_mapping
+from devmap_config.profile.merging import change_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

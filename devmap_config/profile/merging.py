@@ -1,0 +1,153 @@
+"""Merges the documents of a profile and of what it extends into one, with an entry for each device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from devmap_config.profile.device_names import DeviceNameError, expand_devices, is_range, kind_of
+from devmap_config.profile.document import (
+    Entry,
+    MappingNode,
+    Node,
+    ScalarNode,
+    SequenceNode,
+    is_null,
+    plain_value,
+    report_duplicate,
+    whole_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from devmap_config.diagnostics.diagnostic import Sink
+
+APPENDED = (("placement", "pins"),)
+"""Lists that grow instead of being replaced."""
+
+
+def variables_of(documents: list[MappingNode]) -> MappingNode:
+    """The `variables` of all documents, with the place of that key; of the last file where there is none."""
+    merged = _merged([document.only(lambda key: key == "variables") for document in documents])
+    for entry in merged.entries:
+        if isinstance(entry.value, MappingNode):
+            return replace(entry.value, span=entry.key.span)
+    return merged.only(lambda _: False)
+
+
+def variable_values(variables: MappingNode, overrides: Mapping[str, str]) -> dict[str, object]:
+    """The variables by name; overrides are read as if they had been written there."""
+    values: dict[str, object] = {entry.key.text: _plain(entry.value) for entry in variables.entries}
+    return values | {name: plain_value(text) for name, text in overrides.items()}
+
+
+def _plain(node: Node) -> object:
+    if isinstance(node, ScalarNode):
+        return node.value
+    if isinstance(node, SequenceNode):
+        return [_plain(item) for item in node.items]
+    return {entry.key.text: _plain(entry.value) for entry in node.entries}
+
+
+def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
+    """One document: mappings merge, lists replace, pins append, `null` removes, `x-` keys vanish.
+
+    Device names are made canonical and ranges expanded first, so that `cuda:[0-1]` and `cuda:0` meet.
+    """
+    expand = partial(_expand, kind=_accelerator_kind(documents), sink=sink)
+    documents = [change_mapping(document, ("placement", "max_memory"), expand) for document in documents]
+    documents = [
+        change_mapping(document, ("hardware", "devices"), lambda mapping: _described(expand(mapping)))
+        for document in documents
+    ]
+    return _merged(documents)
+
+
+def _merged(documents: list[MappingNode]) -> MappingNode:
+    merged = MappingNode((), whole_file(documents[-1].span.file))
+    for document in documents:
+        own = document.only(lambda key: not key.startswith("x-"))
+        merged = replace(_merge_mappings(merged, own, ()), span=merged.span)
+    return merged
+
+
+def _merge_mappings(base: MappingNode, over: MappingNode, route: tuple[str, ...]) -> MappingNode:
+    # A `null` stays, and is looked at once more: its key may be misspelt.
+    entries = {entry.key.text: entry for entry in base.entries}
+    for entry in over.entries:
+        name = entry.key.text
+        value = _merge_values(entries[name].value, entry.value, (*route, name)) if name in entries else entry.value
+        entries[name] = Entry(entry.key, value)
+    return MappingNode(tuple(entries.values()), over.span)
+
+
+def _merge_values(inherited: Node, own: Node, route: tuple[str, ...]) -> Node:
+    if isinstance(inherited, MappingNode) and isinstance(own, MappingNode):
+        return _merge_mappings(inherited, own, route)
+    if route in APPENDED and isinstance(inherited, SequenceNode) and isinstance(own, SequenceNode):
+        return SequenceNode(inherited.items + own.items, own.span)
+    return own
+
+
+def change_mapping(
+    document: MappingNode, route: tuple[str, ...], change: Callable[[MappingNode], MappingNode]
+) -> MappingNode:
+    """Return a document with the mapping at a route changed, where there is one."""
+    if not route:
+        return change(document)
+    entries = (
+        replace(entry, value=change_mapping(entry.value, route[1:], change))
+        if entry.key.text == route[0] and isinstance(entry.value, MappingNode)
+        else entry
+        for entry in document.entries
+    )
+    return replace(document, entries=tuple(entries))
+
+
+def _accelerator_kind(documents: list[MappingNode]) -> str:
+    """The kind of the accelerators that a profile lists: that of the first one named with it, else `cuda`."""
+    for document in documents:
+        hardware = document.get("hardware")
+        devices = hardware.get("devices") if isinstance(hardware, MappingNode) else None
+        for entry in devices.entries if isinstance(devices, MappingNode) else ():
+            if kind := kind_of(entry.key.text):
+                return kind
+    return "cuda"
+
+
+def _expand(mapping: MappingNode, kind: str, sink: Sink) -> MappingNode:
+    """One entry a device; what names a device by itself beats a range that holds it, whatever their order."""
+    entries: dict[str, Entry] = {}
+    written: dict[str, ScalarNode] = {}
+    for entry in sorted(mapping.entries, key=lambda entry: not is_range(entry.key.text)):
+        names = _names(entry.key, kind, sink)
+        alike = [name for name in names if name in written and is_range(written[name].text) == is_range(entry.key.text)]
+        if alike:
+            report_duplicate(alike[0], entry.key, written[alike[0]], sink)
+        for name in names:
+            written[name] = entry.key
+            entries[name] = Entry(replace(entry.key, text=name, is_verbatim=False), entry.value)
+    return replace(mapping, entries=tuple(entries.values()))
+
+
+def _names(key: ScalarNode, kind: str, sink: Sink) -> tuple[str, ...]:
+    if key.is_unrendered:
+        return (key.text,)
+    try:
+        return tuple(map(str, expand_devices(key.text, kind)))
+    except DeviceNameError as error:
+        sink.error("bad-device-name", error.message, key.span, help=error.help)
+        return ()
+
+
+def _described(devices: MappingNode) -> MappingNode:
+    """Bare catalogue names as the mappings that they stand for, so that files can add to them."""
+    entries: list[Entry] = []
+    for entry in devices.entries:
+        value = entry.value
+        if isinstance(value, ScalarNode) and not is_null(value):
+            value = MappingNode((Entry(ScalarNode("accelerator", value.span), value),), value.span)
+        entries.append(Entry(entry.key, value))
+    return replace(devices, entries=tuple(entries))
