@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.failures import Failure
 from devmap_config.graph.loading import report_failure
-from devmap_config.graph.model import ModulePath, TensorName
+from devmap_config.graph.model import TensorName
 from devmap_config.placement.constraints import NO_REPAIRS
-from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES
 from devmap_config.plan.review import warn_of_kept_tensors
-from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 from devmap_config.simulate.memory import plan_digest, verdict_on
+from devmap_config.simulate.repairs import block_of, involved_in, overfull, repaired, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.constraints import Repairs
     from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.permissions import Permissions
-    from devmap_config.rules.resolution import Decision, Resolution
+    from devmap_config.rules.resolution import Decision
+    from devmap_config.simulate.repairs import Together
     from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
 
 MOST_REPAIRS = 8
 """So often a plan is made anew with more that is kept together."""
-
-Together = tuple[tuple["TensorName", ...], ...]
-"""Groups of tensors that must share a device."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def rehearse(
         permissions: whether code of the model may run, and a plan be taken that could not be tried.
         sink: takes what is found.
     """
-    model, loaded, resolution = prepared.model, prepared.loaded, prepared.resolution
+    model, loaded = prepared.model, prepared.loaded
     verdicts: dict[str, Verdict] = {}
     repairs = NO_REPAIRS
     current: Plan | None = plan
@@ -76,131 +72,28 @@ def rehearse(
         verdicts[plan_digest(current)] = verdict
         if verdict.outcome == "unsimulated":
             _tell_unsimulated(verdict, loaded, sink, allow_unmeasured=permissions.allow_unmeasured)
-        more = _repaired(repairs, verdict, current, model, resolution)
+        more = repaired(repairs, verdict, current, prepared)
         if more == repairs or len(verdicts) > MOST_REPAIRS:
             if verdict.mismatch is not None:
-                _refuse(verdict.mismatch, current, model.graph, resolution, loaded, sink)
-            for device, missing_bytes in _overfull(verdict, current, model):
+                _refuse(verdict.mismatch, current, prepared, sink)
+            for device, missing_bytes in overfull(verdict, current, model):
                 _report_overfull(device, missing_bytes, loaded, sink)
             break
         repairs = more
         current = replan(repairs)
     if repairs.together and (current is None or not sink.has_errors):
-        _tell_what_is_kept(repairs.together, model.graph, resolution, (plan, current), loaded, sink)
+        _tell_what_is_kept(repairs.together, prepared, (plan, current), sink)
     if repairs.kept and current is not None and not sink.has_errors:
         warn_of_kept_tensors(repairs.kept, current, loaded, sink)
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
 
 
-def _repaired(repairs: Repairs, verdict: Verdict, plan: Plan, model: LoadedModel, resolution: Resolution) -> Repairs:
-    """What a plan must keep to besides, after this verdict; the same as before where all is well or nothing helps."""
-    if verdict.mismatch is not None and verdict.mismatch.absent is not None:
-        found = _to_keep(verdict.mismatch.absent, plan, model.graph, resolution)
-        return replace(repairs, kept={**repairs.kept, **found})
-    if verdict.mismatch is not None:
-        together = _to_keep_together(verdict.mismatch, plan, model.graph, resolution, repairs.together)
-        return replace(repairs, together=together)
-    if plan.strategy not in OPTIMAL_STRATEGIES:
-        return repairs
-    reserved = dict(repairs.reserved_bytes)
-    for device, missing_bytes in _overfull(verdict, plan, model):
-        reserved[device.id] = reserved.get(device.id, 0) + missing_bytes
-    return replace(repairs, reserved_bytes=reserved)
-
-
-def _to_keep_together(
-    mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution, before: Together
-) -> Together:
-    """What must be kept together so that this does not come about; the same as before where that cannot help.
-
-    What is inside of one block concerns every block of its class. What passes between blocks brings in all that the
-    measurement saw to belong together; where more of that comes up again, all blocks that are alike.
-    """
-    if plan.strategy in UNREPAIRED_STRATEGIES:
-        return before
-    involved = _involved(mismatch, plan, graph)
-    if involved == [_block_of(graph, mismatch.running)]:
-        found = [_tensors(graph, path) for path in _alike(graph, involved)]
-    else:
-        bonds = () if graph.measurement is None else graph.measurement.bonds
-        joined = [blocks for names in before if len(blocks := {_block_of(graph, name) for name in names}) > 1]
-        comes_again = any(blocks & set(involved) for blocks in joined)
-        bond = [*involved, *_alike(graph, involved)] if comes_again else involved
-        found = [sum((_tensors(graph, path) for path in bond), ()) for bond in (*bonds, bond)]
-    kept = dict.fromkeys([*before, *(names for names in found if _can_be_together(names, resolution))])
-    return tuple(kept)
-
-
-def _involved(mismatch: Mismatch, plan: Plan, graph: ModelGraph) -> list[str]:
-    """What must share a device for an operation to run: blocks, and tensors of a model's own."""
-    places: dict[str, None] = {}
-    for party in mismatch.parties:
-        own = party.block or party.tensor
-        if not own and not party.blocks and party.device == plan.main_device:
-            own = _first_on(plan.main_device, plan, graph)  # an input, which is where the model begins
-        places |= dict.fromkeys(filter(None, (own, *party.blocks)))
-    places |= dict.fromkeys(filter(None, [_block_of(graph, mismatch.running)]))
-    return list(places)
-
-
-def _first_on(device: Device, plan: Plan, graph: ModelGraph) -> str:
-    """The first block with tensors that runs on a device."""
-    running = {name for each in plan.assignments if each.location.runs_on == device for name in each.tensors}
-    return next((path for path in graph.blocks if running & set(_tensors(graph, path))), "")
-
-
-def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
-    """The blocks of the same classes as these."""
-    modules = [graph.modules[ModulePath(place)] for place in places if place in graph.modules]
-    class_names = {module.class_name for module in modules}
-    return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
-
-
-def _to_keep(absent: Party, plan: Plan, graph: ModelGraph, resolution: Resolution) -> dict[TensorName, Device]:
-    """What must be where it is used: all that the weight's module holds, and modules at its place in blocks alike."""
-    module = (absent.tensor or "").rpartition(".")[0]
-    block = _block_of(graph, module)
-    modules = [module]
-    if block and block in graph.modules:
-        class_name, rest = graph.modules[ModulePath(block)].class_name, module.removeprefix(block)
-        alike = (f"{path}{rest}" for path in graph.blocks if graph.modules[path].class_name == class_name)
-        modules += [path for path in alike if path in graph.modules]
-    tensors = [tensor.name for path in modules if path in graph.modules for tensor in graph.modules[path].own_tensors]  # type: ignore[index]
-    if any(name in resolution.decisions for name in tensors if name == absent.tensor):
-        return {}
-    return {name: plan.main_device for name in tensors if name not in resolution.decisions}
-
-
-def _can_be_together(names: tuple[TensorName, ...], resolution: Resolution) -> bool:
-    devices = {resolution.decisions[name].device for name in names if name in resolution.decisions}
-    return len(names) > 1 and len(devices) <= 1
-
-
-def _block_of(graph: ModelGraph, path: str) -> str:
-    while path and ModulePath(path) not in graph.blocks:
-        path = path.rpartition(".")[0]
-    return path
-
-
-def _tensors(graph: ModelGraph, place: str) -> tuple[TensorName, ...]:
-    """The tensors of a block; a tensor of a model's own stands for all that are its own: it uses one after another."""
-    if ModulePath(place) in graph.modules:
-        return tuple(tensor.name for tensor in graph.modules[ModulePath(place)].tensors())
-    owner = graph.modules.get(ModulePath(place.rpartition(".")[0]))
-    return () if owner is None else tuple(tensor.name for tensor in owner.own_tensors)
-
-
-# What is said
-
-
-def _refuse(
-    mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution, loaded: LoadedProfile, sink: Sink
-) -> None:
+def _refuse(mismatch: Mismatch, plan: Plan, prepared: Prepared, sink: Sink) -> None:
     if mismatch.absent is not None:
-        _refuse_absent(mismatch.absent, mismatch, plan, graph, resolution, loaded, sink)
+        _refuse_absent(mismatch.absent, mismatch, plan, prepared, sink)
         return
     first, second = mismatch.parties[:2]
-    decisions = [(party, _decision(party, plan, graph, resolution)) for party in (first, second)]
+    decisions = [(party, _decision(party, plan, prepared)) for party in (first, second)]
     decided = [(party, decision) for party, decision in decisions if decision is not None]
     where = f"`{mismatch.running}`" if mismatch.running else "the model"
     related: tuple[Related, ...] = ()
@@ -213,27 +106,19 @@ def _refuse(
             if decision.rule is not decided[-1][1].rule
         )
     else:
-        span = loaded.profile.placement.strategy.span
+        span = prepared.loaded.profile.placement.strategy.span
     sink.error(
         "device-mismatch",
         f"the plan does not run: in {where}, `{mismatch.operation}` takes {_described(first)} and {_described(second)}",
         span,
-        help=_mend(mismatch, plan, graph, resolution),
+        help=_mend(mismatch, plan, prepared),
         related=related,
     )
 
 
-def _refuse_absent(
-    absent: Party,
-    mismatch: Mismatch,
-    plan: Plan,
-    graph: ModelGraph,
-    resolution: Resolution,
-    loaded: LoadedProfile,
-    sink: Sink,
-) -> None:
+def _refuse_absent(absent: Party, mismatch: Mismatch, plan: Plan, prepared: Prepared, sink: Sink) -> None:
     name = absent.tensor or ""
-    decision = resolution.decisions.get(TensorName(name))
+    decision = prepared.resolution.decisions.get(TensorName(name))
     location = plan.locations.get(TensorName(name))
     home = "elsewhere" if location is None else str(location.stored_on)
     module = name.rpartition(".")[0]
@@ -241,7 +126,7 @@ def _refuse_absent(
         "stranded-tensor",
         f"the plan does not run: `{mismatch.operation}` in `{mismatch.running or 'the model'}` takes `{name}`, which"
         f" nothing brings there from {home}",
-        decision.rule.span if decision is not None else loaded.profile.placement.strategy.span,
+        decision.rule.span if decision is not None else prepared.loaded.profile.placement.strategy.span,
         help=f"pin `{module or name}` to {plan.main_device}, where it is used: accelerate brings in what a module holds"
         " when that module is called",
     )
@@ -253,22 +138,22 @@ def _described(party: Party) -> str:
     return f"what `{party.made_by}` made on {party.device}" if party.made_by else f"a tensor on {party.device}"
 
 
-def _decision(party: Party, plan: Plan, graph: ModelGraph, resolution: Resolution) -> Decision | None:
+def _decision(party: Party, plan: Plan, prepared: Prepared) -> Decision | None:
     """The rule that put a party where it is: of its module, or of the next one around it that a rule decides for."""
     path = party.tensor or party.made_by
     while path:
-        names = [name for name in graph.tensors if name == path or name.startswith(f"{path}.")]
+        names = [name for name in prepared.graph.tensors if name == path or name.startswith(f"{path}.")]
         for name in names:
-            decision = resolution.decisions.get(name)
+            decision = prepared.resolution.decisions.get(name)
             if decision is not None and party.device in (decision.device, plan.main_device):
                 return decision
         path = path.rpartition(".")[0]
     return None
 
 
-def _mend(mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolution) -> str:
+def _mend(mismatch: Mismatch, plan: Plan, prepared: Prepared) -> str:
     """What to change: what must share a device, and the rules that hold it apart."""
-    involved = _involved(mismatch, plan, graph)
+    involved = involved_in(mismatch, plan, prepared.graph)
     if not involved:
         return "give what it reads and what it is one device"
     if len(involved) == 1:
@@ -277,25 +162,13 @@ def _mend(mismatch: Mismatch, plan: Plan, graph: ModelGraph, resolution: Resolut
     rules = dict.fromkeys(
         decision.rule
         for place in involved
-        for name in _tensors(graph, place)
-        if (decision := resolution.decisions.get(name)) is not None
+        for name in tensors_of(prepared.graph, place)
+        if (decision := prepared.resolution.decisions.get(name)) is not None
     )
     if len({rule.device for rule in rules}) > 1 and all(rule.origin == "pin" for rule in rules):
         pins = ", ".join(f"`{rule.text}` (line {rule.span.line}, {rule.device})" for rule in rules)
         return f"give {patterns} one device: change the pins that hold them apart, {pins}"
     return f"give {patterns} one device, or pin them by one rule with `keep_together: true`"
-
-
-def _overfull(verdict: Verdict, plan: Plan, model: LoadedModel) -> list[tuple[SimulatedDevice, int]]:
-    """The devices that held more at once than they have, and by how many bytes.
-
-    Of a quantised model the dry run saw the dense one, and cannot tell; nor without a workload.
-    """
-    if model.quantization is not None or not plan.measured:
-        return []
-    capacities = {use.id: use.capacity_bytes for use in plan.devices}
-    missing = [(device, device.peak_bytes - capacities[device.id]) for device in verdict.devices]
-    return [(device, missing_bytes) for device, missing_bytes in missing if missing_bytes > 0]
 
 
 def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: LoadedProfile, sink: Sink) -> None:
@@ -309,25 +182,17 @@ def _report_overfull(device: SimulatedDevice, missing_bytes: int, loaded: Loaded
     )
 
 
-def _tell_what_is_kept(
-    together: Together,
-    graph: ModelGraph,
-    resolution: Resolution,
-    plans: tuple[Plan, Plan | None],
-    loaded: LoadedProfile,
-    sink: Sink,
-) -> None:
+def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan, Plan | None], sink: Sink) -> None:
+    graph, decisions = prepared.graph, prepared.resolution.decisions
     whole, joined = _kept(together, graph)
     needs = [f"{_folded(whole)} whole"] if whole else []
     needs += [f"{_folded(blocks)} on one device" for blocks in joined]
     strategy = plans[0].strategy
-    rules = dict.fromkeys(
-        decision.rule for names in together for name in names if (decision := resolution.decisions.get(name))
-    )
+    rules = dict.fromkeys(decision.rule for names in together for name in names if (decision := decisions.get(name)))
     sink.warning(
         "kept-together",
         f"the model does not run as `{strategy}` placed it: it needs {' and '.join(needs)}{_moves(*plans, graph)}",
-        loaded.profile.placement.strategy.span,
+        prepared.loaded.profile.placement.strategy.span,
         help="nothing is to be done; a pin with `keep_together: true` says the same",
         related=tuple(
             Related(message=f"what is kept together with this goes along to {rule.device}", span=rule.span)
@@ -341,7 +206,7 @@ def _kept(together: Together, graph: ModelGraph) -> tuple[list[str], list[list[s
     whole: dict[str, None] = {}
     joined: list[dict[str, None]] = []
     for names in together:
-        blocks = dict.fromkeys(_block_of(graph, name) or name for name in names)
+        blocks = dict.fromkeys(block_of(graph, name) or name for name in names)
         if len(blocks) == 1:
             whole |= blocks
             continue

@@ -1,0 +1,132 @@
+"""What a plan must keep to so that it runs: read off a dry run that shows it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.model import ModulePath, TensorName
+from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES
+from devmap_config.profile.schema import OPTIMAL_STRATEGIES
+
+if TYPE_CHECKING:
+    from devmap_config.devices import Device
+    from devmap_config.graph.loading import LoadedModel
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.placement.constraints import Repairs
+    from devmap_config.placement.prepared import Prepared
+    from devmap_config.plan.plan import Plan
+    from devmap_config.rules.resolution import Resolution
+    from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
+
+Together = tuple[tuple["TensorName", ...], ...]
+"""Groups of tensors that must share a device."""
+
+
+def repaired(repairs: Repairs, verdict: Verdict, plan: Plan, prepared: Prepared) -> Repairs:
+    """Return what a plan must keep to after this verdict; the same as before where all is well or nothing helps."""
+    if verdict.mismatch is not None and verdict.mismatch.absent is not None:
+        return replace(repairs, kept={**repairs.kept, **_to_keep(verdict.mismatch.absent, plan, prepared)})
+    if verdict.mismatch is not None:
+        return replace(repairs, together=_to_keep_together(verdict.mismatch, plan, prepared, repairs.together))
+    if plan.strategy not in OPTIMAL_STRATEGIES:
+        return repairs
+    reserved = dict(repairs.reserved_bytes)
+    for device, missing_bytes in overfull(verdict, plan, prepared.model):
+        reserved[device.id] = reserved.get(device.id, 0) + missing_bytes
+    return replace(repairs, reserved_bytes=reserved)
+
+
+def _to_keep_together(mismatch: Mismatch, plan: Plan, prepared: Prepared, before: Together) -> Together:
+    """Return what must be kept together so that this does not come about; the same as before where that cannot help.
+
+    What is inside of one block concerns every block of its class. What passes between blocks brings in all that the
+    measurement saw to belong together; where more of that comes up again, all blocks that are alike.
+    """
+    if plan.strategy in UNREPAIRED_STRATEGIES:
+        return before
+    graph = prepared.graph
+    involved = involved_in(mismatch, plan, graph)
+    if involved == [block_of(graph, mismatch.running)]:
+        found = [tensors_of(graph, path) for path in _alike(graph, involved)]
+    else:
+        bonds = () if graph.measurement is None else graph.measurement.bonds
+        joined = [blocks for names in before if len(blocks := {block_of(graph, name) for name in names}) > 1]
+        comes_again = any(blocks & set(involved) for blocks in joined)
+        bond = [*involved, *_alike(graph, involved)] if comes_again else involved
+        found = [sum((tensors_of(graph, path) for path in bond), ()) for bond in (*bonds, bond)]
+    kept = dict.fromkeys([*before, *(names for names in found if _can_be_together(names, prepared.resolution))])
+    return tuple(kept)
+
+
+def involved_in(mismatch: Mismatch, plan: Plan, graph: ModelGraph) -> list[str]:
+    """Return what must share a device for an operation to run: blocks, and tensors of a model's own."""
+    places: dict[str, None] = {}
+    for party in mismatch.parties:
+        own = party.block or party.tensor
+        if not own and not party.blocks and party.device == plan.main_device:
+            own = _first_on(plan.main_device, plan, graph)  # an input, which is where the model begins
+        places |= dict.fromkeys(filter(None, (own, *party.blocks)))
+    places |= dict.fromkeys(filter(None, [block_of(graph, mismatch.running)]))
+    return list(places)
+
+
+def _first_on(device: Device, plan: Plan, graph: ModelGraph) -> str:
+    """The first block with tensors that runs on a device."""
+    running = {name for each in plan.assignments if each.location.runs_on == device for name in each.tensors}
+    return next((path for path in graph.blocks if running & set(tensors_of(graph, path))), "")
+
+
+def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
+    """The blocks of the same classes as these."""
+    modules = [graph.modules[ModulePath(place)] for place in places if place in graph.modules]
+    class_names = {module.class_name for module in modules}
+    return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
+
+
+def _to_keep(absent: Party, plan: Plan, prepared: Prepared) -> dict[TensorName, Device]:
+    """Return what must be where it is used: all of the weight's module, and of those at its place in blocks alike."""
+    graph, decisions = prepared.graph, prepared.resolution.decisions
+    module = (absent.tensor or "").rpartition(".")[0]
+    block = block_of(graph, module)
+    modules = [module]
+    if block and block in graph.modules:
+        class_name, rest = graph.modules[ModulePath(block)].class_name, module.removeprefix(block)
+        alike = (f"{path}{rest}" for path in graph.blocks if graph.modules[path].class_name == class_name)
+        modules += [path for path in alike if path in graph.modules]
+    tensors = [tensor.name for path in modules if path in graph.modules for tensor in graph.modules[path].own_tensors]  # type: ignore[index]
+    if any(name in decisions for name in tensors if name == absent.tensor):
+        return {}
+    return {name: plan.main_device for name in tensors if name not in decisions}
+
+
+def _can_be_together(names: tuple[TensorName, ...], resolution: Resolution) -> bool:
+    devices = {resolution.decisions[name].device for name in names if name in resolution.decisions}
+    return len(names) > 1 and len(devices) <= 1
+
+
+def block_of(graph: ModelGraph, path: str) -> str:
+    """Return the block that a module or tensor belongs to; no name where it belongs to none."""
+    while path and ModulePath(path) not in graph.blocks:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def tensors_of(graph: ModelGraph, place: str) -> tuple[TensorName, ...]:
+    """Return a block's tensors; one of a model's own stands for all its own, which it uses one after another."""
+    if ModulePath(place) in graph.modules:
+        return tuple(tensor.name for tensor in graph.modules[ModulePath(place)].tensors())
+    owner = graph.modules.get(ModulePath(place.rpartition(".")[0]))
+    return () if owner is None else tuple(tensor.name for tensor in owner.own_tensors)
+
+
+def overfull(verdict: Verdict, plan: Plan, model: LoadedModel) -> list[tuple[SimulatedDevice, int]]:
+    """Return the devices that held more at once than they have, and by how many bytes.
+
+    Of a quantised model the dry run saw the dense one, and cannot tell; nor without a workload.
+    """
+    if model.quantization is not None or not plan.measured:
+        return []
+    capacities = {use.id: use.capacity_bytes for use in plan.devices}
+    missing = [(device, device.peak_bytes - capacities[device.id]) for device in verdict.devices]
+    return [(device, missing_bytes) for device, missing_bytes in missing if missing_bytes > 0]
