@@ -50,11 +50,7 @@ class Device:
         return f"Device({self.kind!r})" if self.index is None else f"Device({self.kind!r}, {self.index})"
 
     def __lt__(self, other: Device) -> bool:
-        return self._order < other._order
-
-    @property
-    def _order(self) -> tuple[int, str, int]:
-        return (STORAGE_DEVICES.index(self) + 1 if self in STORAGE_DEVICES else 0, self.kind, self.index or 0)
+        return fill_order(self) < fill_order(other)
 
     @property
     def is_accelerator(self) -> bool:
@@ -71,6 +67,12 @@ CPU = Device("cpu")
 DISK = Device("disk")
 STORAGE_DEVICES = (CPU, DISK)
 """What is not an accelerator, in the order in which it is filled."""
+
+
+def fill_order(device: Device) -> tuple[int, str, int]:
+    """Return what devices are sorted by: accelerators by their numbers, then what is not one."""
+    place = STORAGE_DEVICES.index(device) + 1 if device in STORAGE_DEVICES else 0
+    return place, device.kind, device.index or 0
 
 
 def nth_accelerator(kind: str, index: int) -> Device:
