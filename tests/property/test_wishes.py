@@ -1,0 +1,132 @@
+"""What is wished for beside time, beside every choice looked at; and the plan that users would rather have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_solver import all_figures, medium_chain, small_chain
+
+from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.placement.solver import solve
+from devmap_config.placement.wishes import Contexts, preferred
+from devmap_config.profile.permissions import Permissions
+
+SHARE = 0.3
+"""So much longer than the fastest a choice may take here: more than it may in a plan, so that wishes have room."""
+
+
+def options_of(chain, choice):
+    return [block.options[index] for block, index in zip(chain.blocks, choice, strict=True)]
+
+
+def wishes_of(chain, choice):
+    """What there is to be little of, the first wish first."""
+    options = options_of(chain, choice)
+    used = sorted({chain.devices.index(option.home) for option in options})
+    return (
+        sum(option.mode[0] in ("part", "computed") for option in options),
+        sum(option.mode[0] == "streamed" for option in options),
+        len(used),
+        sum(used),
+    )
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_wishes_are_granted_in_order_as_far_as_time_allows(shard):
+    """Without hops, which the program knows from below only, the answer is the best of all choices."""
+    granted = 0
+    for seed in range(shard, 160, 4):
+        chain = small_chain(seed)
+        chain = replace(chain, entering=tuple({} for _ in chain.blocks))
+        fastest = solve(chain)
+        if fastest is None:
+            continue
+        most = int(fastest.nanoseconds * (1 + SHARE))
+        choice = preferred(chain, fastest, most, None)
+        shape = [len(block.options) for block in chain.blocks]
+        choices = np.indices(shape).reshape(len(shape), -1).T
+        total, feasible = all_figures(chain, choices)
+        within = choices[feasible & (total <= most)]
+        best = min(wishes_of(chain, each) for each in within)
+        assert wishes_of(chain, choice) == best, seed
+        granted += best < wishes_of(chain, fastest.choice)
+    assert granted  # they do change something
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_wished_for_takes_no_longer_than_it_may_and_fits(seed):
+    chain = medium_chain(seed)
+    fastest = solve(chain)
+    if fastest is None:
+        pytest.fail(f"{seed} has no answer: it is to be left out")
+    most = int(fastest.nanoseconds * (1 + SHARE))
+    choice = preferred(chain, fastest, most, None)
+    assert chain.is_feasible(choice)
+    assert chain.nanoseconds(choice) <= most
+    assert wishes_of(chain, choice) <= wishes_of(chain, fastest.choice)
+
+
+def longer_chains(chain):
+    """The chain whose blocks hold a byte more on each device for every token beyond 100."""
+
+    def chain_at(length):
+        def held(option):
+            demands = tuple((device, size + length - 100) for device, size in option.demands)
+            return replace(option, demands=demands)
+
+        blocks = (replace(block, options=tuple(map(held, block.options))) for block in chain.blocks)
+        return replace(chain, blocks=tuple(blocks))
+
+    return chain_at
+
+
+@pytest.mark.parametrize("least", [100, 120])
+def test_a_longer_context_is_wished_for_within_the_same_devices(least):
+    """Blocks that are spread evenly leave every device the same room for a context."""
+    chain = medium_chain(3, equal_cards=2)
+    roomy = replace(chain, capacities={device: size * 2 for device, size in chain.capacities.items()})
+    fastest = solve(roomy)
+    contexts = Contexts(length=100, least=least, longest=10_000, chain_at=longer_chains(roomy))
+    plain = preferred(roomy, fastest, fastest.nanoseconds * 2, None)
+    longer = preferred(roomy, fastest, fastest.nanoseconds * 2, contexts)
+
+    def longest(choice):
+        return max(length for length in range(100, 2_000) if contexts.chain_at(length).is_feasible(choice))
+
+    assert wishes_of(roomy, longer)[:3] == wishes_of(roomy, plain)[:3]
+    assert longest(longer) >= longest(plain)
+    assert longest(longer) >= least
+
+
+CARD = "{memory: 12GiB, bandwidth: 360GB/s, flops: 100TFLOP/s}"
+
+
+def compiled(config, strategy):
+    Path("profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: {config}, dtype: bfloat16}}\n"
+        "workload: {batch_size: 1, context_length: 4096}\n"
+        f'hardware:\n  devices: {{"cuda:[0-1]": {CARD}, cpu: {{memory: 64GiB, bandwidth: 60GB/s, flops: 1TFLOP/s}}}}\n'
+        "  links: {host: 25GB/s, peer: 25GB/s}\n"
+        f"placement: {{strategy: {strategy}, offload: {{folder: ./off}}}}\n"
+    )
+    compilation = run_pipeline(Request(path=Path("profile.yaml"), permissions=Permissions(allow_outside=True)))
+    assert isinstance(compilation, Compiled), compilation.diagnostics
+    return compilation.plan
+
+
+def test_what_fits_on_cards_is_a_plain_map_with_a_long_context(tmp_path, monkeypatch):
+    """An embedding on the CPU would be half a hundredth faster."""
+    config = Path(__file__).parents[2] / "profiles" / "models" / "llama-3.1-8b" / "config.json"
+    assert config.exists()
+    monkeypatch.chdir(tmp_path)
+    fastest, sequential = compiled(config, "fastest"), compiled(config, "sequential")
+    assert fastest.device_map
+    assert not fastest.compute
+    assert {str(each.location.stored_on) for each in fastest.assignments} == {"cuda:0", "cuda:1"}
+    assert fastest.prediction.longest_context > 4 * sequential.prediction.longest_context
+    assert fastest.prediction.hops == 1
+    bound = fastest.prediction.bound_decode_nanoseconds_per_token
+    assert bound <= fastest.prediction.decode_nanoseconds_per_token <= 1.01 * bound
