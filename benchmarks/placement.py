@@ -37,7 +37,7 @@ from rich.table import Table
 from transformers import AutoConfig
 from transformers.integrations.accelerate import infer_auto_device_map
 
-from devmap_config.compiler import Request, run_pipeline
+from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.graph.introspection import build_meta_model
 from devmap_config.placement import optimal
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES as STRATEGIES
@@ -148,7 +148,7 @@ def compiled(folder: Path, devices: Any, strategy: str) -> Compilation:
 
 def outcome_of(compilation: Compilation) -> Outcome | None:
     """What is predicted of a plan, where there is one."""
-    if compilation.plan is None:
+    if not isinstance(compilation, Compiled):
         return None
     prediction = compilation.plan.prediction
     if prediction.decode_nanoseconds_per_token is None or prediction.longest_context is None:
@@ -178,7 +178,7 @@ def solved(folder: Path, devices: Any) -> tuple[Compilation, float | None]:
 
 def transformers_seconds(model: PreTrainedModel, compilation: Compilation) -> float | None:
     """What transformers' planner takes for the same budgets; `None` where it crashes."""
-    if compilation.inventory is None:
+    if not isinstance(compilation, Compiled):
         return None
     budgets = {device.in_device_map: size_bytes for device, size_bytes in compilation.inventory.capacities.items()}
     begin = time.perf_counter()
