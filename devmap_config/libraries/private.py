@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 
@@ -31,7 +33,7 @@ class Private:
     use: str
     takes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def library(self) -> str:
         """The library's name."""
         return self.name.partition(".")[0]
@@ -48,6 +50,19 @@ class Private:
             LibraryChangedError: where it is not there, or does not take what it is called with.
             ModuleNotFoundError: where the library is not installed.
         """
+        try:
+            found = self._within(import_module(self.library))
+        except (AttributeError, ImportError):  # a module within, which nothing has imported yet
+            found = self._imported()
+        if self.takes:
+            self._check_parameters(found)
+        return found
+
+    @cached_property
+    def _within(self) -> attrgetter[Any]:
+        return attrgetter(self.name.partition(".")[2])
+
+    def _imported(self) -> Any:
         found = import_module(self.library)
         path = self.library
         for part in self.name.split(".")[1:]:
@@ -56,8 +71,6 @@ class Private:
                 found = getattr(found, part) if hasattr(found, part) else import_module(path)
             except ImportError as error:
                 raise self.changed() from error
-        if self.takes:
-            self._check_parameters(found)
         return found
 
     def of(self, owner: Any) -> Any:
