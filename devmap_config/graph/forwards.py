@@ -50,7 +50,7 @@ class Forwards:
             if self.model.main_input_name == "input_features":
                 del inputs["input_ids"]
                 inputs["input_features"] = self._features()
-        if self.workload.cache == "static" and self._cache_name is not None:
+        if self.has_static_cache and self._cache_name is not None:
             inputs[self._cache_name] = self._static_cache(length)
         return inputs | self._options()
 
@@ -87,6 +87,11 @@ class Forwards:
         if cache is None and (name := unnamed_cache(output)) is not None:
             raise self._unlike(f"returns its cache as `{name}`")
         return cache
+
+    @property
+    def has_static_cache(self) -> bool:
+        """Whether a cache is made beforehand for every block, also for one that does not fill it."""
+        return self.workload.cache == "static"
 
     @property
     def _accepted(self) -> Any:

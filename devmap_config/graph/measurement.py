@@ -17,8 +17,9 @@ import torch
 from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
+from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
-from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
+from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, moved_to, spread
 from devmap_config.libraries.torch import tensors_without_data
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
         ):
             weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
-            runner = partial(_Runner, Forwards(model, workload), names, weights, traffic)
-            # A static cache is made for every block beforehand, also for one that does not fill it.
-            kinds = () if workload.cache == "static" else kinds_of(model, graph.blocks)
+            forwards = Forwards(model, workload)
+            runner = partial(_Runner, forwards, names, weights, traffic)
+            kinds = () if forwards.has_static_cache else kinds_of(model, graph.blocks)
             return _measured(runner, kinds)
     except Exception as error:  # a model's own code may raise anything where there is no data
         raise UnmeasurableModelError(failure_of(error)) from error
@@ -135,6 +136,7 @@ class _Runner:
         with recorder.watching(model), repetition.within(model):
             returned = self.forwards.run(inputs)
         repetition.complete(cache_tensors(returned))
+        _count_repeated(recorder)
         return recorder, returned
 
     def add_cache(self, recorder: Meter, tensors: list[torch.Tensor]) -> None:
@@ -158,7 +160,7 @@ class _Runner:
     def add_peaks(self, recorder: Meter, phase: str) -> None:
         """Replay what came and went, without what the cache keeps, and note each module's peak."""
         live = 0
-        for event in recorder.events:
+        for event in recorder.allocations:
             if event.storage in recorder.kept:
                 continue
             live += event.size_bytes
@@ -229,6 +231,29 @@ class _Runner:
 
     def cost(self, module: str) -> dict[str, int]:
         return self.costs.setdefault(module, {})
+
+
+def _count_repeated(recorder: Meter) -> None:
+    """Count for the blocks that stood still what was counted for those whose doings they repeated."""
+    repeated, traffic = recorder.repeated, recorder.traffic
+    recorder.operations = spread(recorder.operations, repeated)
+    recorder.touched_bytes = spread(recorder.touched_bytes, repeated)
+    recorder.launches = spread(recorder.launches, repeated)
+    traffic.input_bytes = spread(traffic.input_bytes, repeated)
+    traffic.output_bytes = spread(traffic.output_bytes, repeated)
+    recorder.order = _whole_order(recorder.order, repeated)
+
+
+def _whole_order(order: Mapping[str, None], repeated: Mapping[str, str]) -> dict[str, None]:
+    ran: dict[str, list[str]] = {}
+    for path in order:
+        for block in (path, *ancestors(path)):
+            ran.setdefault(block, []).append(path)
+    return {
+        moved_to(each, repeated[path], path) if path in repeated else each: None
+        for path in order
+        for each in (ran[repeated[path]] if path in repeated else [path])
+    }
 
 
 def _crossing(

@@ -38,28 +38,43 @@ TORCH_ATTENTION = torch_attention()
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A storage that came to be (positive) or went (negative), while these modules were running."""
+    """Something that happened while these modules were running, the innermost last."""
 
-    storage: int
-    size_bytes: int
     running: tuple[str, ...]
 
 
-class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
-    """Notes storages as they come and go, and the modules that are running meanwhile."""
+@dataclass(frozen=True, slots=True)
+class Allocation(Event):
+    """A storage that came to be (positive) or went (negative); which one it was tells no two apart."""
 
-    def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...]) -> None:
+    storage: int = field(compare=False)
+    size_bytes: int
+
+
+class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
+    """Notes storages as they come and go, the modules that are running meanwhile, and what passes between blocks."""
+
+    def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...], traffic: Traffic) -> None:
         """What is `known` was there before, and is kept: were it let go, what is made later could have its address."""
         super().__init__()
         self._held = known
         self.names = names
+        self.traffic = traffic
         self.running: tuple[str, ...] = ()
         self.events: list[Event] = []
+        self.repeated: dict[str, str] = {}  # by blocks that stood still, the block whose doings they repeated
+        self.stands_for: dict[int, tuple[str, int]] = {}
+        """By storages that a block left, that block, and how many repeated it: theirs go when the storage goes."""
         self.maker: dict[int, str] = {}
         self._known = {storage_key(tensor) for tensor in known}
         self._alive: dict[int, int] = {}
         self._serial = len(known)
         self._ignores = False
+
+    @property
+    def allocations(self) -> Iterator[Allocation]:
+        """The storages that came and went."""
+        return (event for event in self.events if isinstance(event, Allocation))
 
     @contextmanager
     def ignoring(self) -> Iterator[None]:
@@ -70,13 +85,16 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         finally:
             self._ignores = False
 
-    def enter(self, module: torch.nn.Module, _arguments: Any, _options: Any) -> None:
+    def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
         """A module begins to run."""
-        self.running = (*self.running, self.names[id(module)])
+        path = self.names[id(module)]
+        self.running = (*self.running, path)
+        self.traffic.enter(path, arguments, options, self.serial_of)
 
-    def leave(self, _module: torch.nn.Module, _arguments: Any, _options: Any, _output: Any) -> None:
+    def leave(self, module: torch.nn.Module, _arguments: Any, _options: Any, output: Any) -> None:
         """A module has run."""
         self.running = self.running[:-1]
+        self.traffic.leave(self.names[id(module)], output)
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -108,6 +126,8 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
         """See an operation that was run, the storages of whose outputs are noted."""
+        del function, result
+        self.traffic.operate(map(self.serial_of, tensors_in((arguments, options))), map(self.serial_of, outputs))
 
     def note(self, tensor: torch.Tensor) -> None:
         """Note a storage that is new."""
@@ -123,7 +143,7 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         self._serial += 1  # an address may be used again
         self._alive[key] = self._serial
         self.maker[self._serial] = self.running[-1] if self.running else ""
-        self.events.append(Event(self._serial, size_bytes, self.running))
+        self.events.append(Allocation(self.running, self._serial, size_bytes))
         finalize(storage, self.forget, key, self._serial, size_bytes)
 
     def watch_for_release(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -137,13 +157,15 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
     def release(self, key: int, size_bytes: int) -> None:
         """A storage that was there before is gone."""
         self._known.discard(key)
-        self.events.append(Event(-1, -size_bytes, self.running))
+        self.events.append(Allocation(self.running, -1, -size_bytes))
 
     def forget(self, key: int, serial: int, size_bytes: int) -> None:
         """A storage that was noted is gone."""
         if self._alive.get(key) == serial:
             del self._alive[key]
-            self.events.append(Event(serial, -size_bytes, self.running))
+            block, others = self.stands_for.pop(serial, ("", 0))
+            gone = Allocation(self.running, serial, -size_bytes)
+            self.events += [gone] * (1 if block in self.running else 1 + others)
 
     def serial_of(self, tensor: torch.Tensor) -> int | None:
         """Under which number a tensor's storage was noted."""
@@ -154,26 +176,17 @@ class Meter(Recorder):
     """Counts besides what modules compute and touch, and notes what passes between blocks."""
 
     def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...], traffic: Traffic) -> None:
-        super().__init__(names, known)
-        self.traffic = traffic
+        super().__init__(names, known, traffic)
         self.operations: dict[str, int] = {}
         self.touched_bytes: dict[str, int] = {}
         self.launches: dict[str, int] = {}
         self.order: dict[str, None] = {}
         self.kept: frozenset[int] = frozenset()  # what the cache holds in the end
-        self.repeated: dict[str, str] = {}  # by blocks that stood still, the block whose doings they repeated
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
         """A module begins to run."""
         super().enter(module, arguments, options)
-        path = self.running[-1]
-        self.order.setdefault(path)
-        self.traffic.enter(path, arguments, options, self.serial_of)
-
-    def leave(self, module: torch.nn.Module, arguments: Any, options: Any, output: Any) -> None:
-        """A module has run."""
-        super().leave(module, arguments, options, output)
-        self.traffic.leave(self.names[id(module)], output)
+        self.order.setdefault(self.running[-1])
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -192,8 +205,8 @@ class Meter(Recorder):
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
         """Count an operation."""
+        super().observe(function, arguments, options, result, outputs)
         inputs = list(tensors_in((arguments, options)))
-        self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
         self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
 
     def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:

@@ -7,15 +7,16 @@ given, runs twice), this is an error, and the caller runs every block.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from devmap_config.graph.model import ancestors
-from devmap_config.graph.recording import Event, brought_along, storage_key
+from devmap_config.graph.recording import Allocation, brought_along, storage_key
 from devmap_config.libraries.torch import tree_flatten, tree_leaves, tree_unflatten
 from devmap_config.libraries.transformers import is_own_model
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from devmap_config.graph.recording import Meter
+    from devmap_config.graph.recording import Event, Recorder
 
 Figure = TypeVar("Figure")
 
@@ -37,8 +38,10 @@ Kind = tuple[str, ...]
 """The paths of blocks that are made alike: more than the two that are run."""
 
 
-def kinds_of(model: PreTrainedModel, blocks: Iterable[str]) -> tuple[Kind, ...]:
-    """The blocks of a model that are made alike, where there are enough of them to spare any.
+def kinds_of(
+    model: PreTrainedModel, blocks: Iterable[str], placed: Callable[[str], object] = lambda _path: None
+) -> tuple[Kind, ...]:
+    """The blocks of a model that are made alike and `placed` alike, where there are enough of them to spare any.
 
     Code that comes with a model is not trusted with this: a block of it may look at its position while it runs. That
     transformers' own do not is tested for every type, with its default config.
@@ -56,7 +59,8 @@ def kinds_of(model: PreTrainedModel, blocks: Iterable[str]) -> tuple[Kind, ...]:
         for path in paths:
             block, place = model.get_submodule(path), _position(path)
             if all(_is_within(first_names[id(module)], path) for module in block.modules()):  # it shares none
-                traits = (_module_traits(block, place), *_settings_at(model.config, place, len(paths)))
+                settings = _settings_at(model.config, place, len(paths))
+                traits = (_module_traits(block, place), placed(path), *settings)
                 kinds.setdefault((parent, *traits), []).append(path)
     return tuple(tuple(kind) for kind in kinds.values() if len(kind) > 2)
 
@@ -71,32 +75,33 @@ class _Stretch:
     """Of every leaf of its output which input it was, or the shape of a new tensor."""
     structure: Any
     events: tuple[Event, ...]
-    left: frozenset[int | None]
+    left: frozenset[int]
     """The storages that it made and left behind, besides its output."""
     returned: frozenset[int | None]
     """The storages of its output that it made."""
 
     def moved_to(self, path: str) -> list[Event]:
         """What would have happened, had another block run."""
-        return [
-            Event(e.storage, e.size_bytes, tuple(_moved(r, self.path, path) for r in e.running)) for e in self.events
-        ]
+        moved = {
+            running: tuple(moved_to(module, self.path, path) for module in running)
+            for running in dict.fromkeys(event.running for event in self.events)
+        }
+        return [replace(event, running=moved[event.running]) for event in self.events]
 
     def is_like(self, other: _Stretch) -> bool:
         """Whether two blocks did the same."""
-        mine = [(event.size_bytes, event.running) for event in self.moved_to(other.path)]
-        others = [(event.size_bytes, event.running) for event in other.events]
         same = (self.given, self.gave, self.structure) == (other.given, other.gave, other.structure)
-        return same and mine == others
+        return same and self.moved_to(other.path) == list(other.events)
 
 
 @dataclass
 class Repetition:
     """What the first two blocks of each kind do under a recorder, and who repeated it."""
 
-    recorder: Meter
+    recorder: Recorder
     kinds: tuple[Kind, ...]
     _stretches: dict[str, _Stretch] = field(default_factory=dict)
+    _repeated: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def within(self, model: PreTrainedModel) -> Iterator[None]:
@@ -107,12 +112,12 @@ class Repetition:
                     self._observe(stack, model.get_submodule(path), path)
                 for path in others:
                     block = model.get_submodule(path)
+                    stack.callback(_restore_forward, block, vars(block).get("forward"))
                     block.forward = self._repeating(path, second)
-                    stack.callback(block.__dict__.pop, "forward")
             yield
 
     def complete(self, cache: Iterable[torch.Tensor]) -> None:
-        """Count for the blocks that stood still what was counted for those whose doings they repeated.
+        """Check that the blocks that stood still would have done what they repeated.
 
         Args:
             cache: what the model returned as its cache; a block may leave that behind.
@@ -121,24 +126,20 @@ class Repetition:
             NotAlikeError: where the first two of a kind did not do the same, or one left something else, or read what
                 it was not given.
         """
-        recorder, traffic = self.recorder, self.recorder.traffic
-        cached = {recorder.serial_of(tensor) for tensor in cache}
-        likes = dict.fromkeys(recorder.repeated.values())
+        cached = {self.recorder.serial_of(tensor) for tensor in cache}
+        likes = Counter(self._repeated.values())
         for first, second, *_others in self.kinds:
             if second in likes and not self._stretches[second].is_like(self._stretches[first]):
                 raise NotAlikeError("blocks that are made alike do not do the same")
-        if any(self._stretches[path].left - cached for path in likes):
+        if any(not self._stretches[path].left <= cached for path in likes):
             raise NotAlikeError("a block keeps what it made")
         if any(self._stretches[path].returned & cached for path in likes):
             raise NotAlikeError("a block gives what the cache holds")
-        if any(path in likes for bond in traffic.bonds for path in bond):
+        if any(path in likes for bond in self.recorder.traffic.bonds for path in bond):
             raise NotAlikeError("a block reads what it was not given")
-        recorder.operations = spread(recorder.operations, recorder.repeated)
-        recorder.touched_bytes = spread(recorder.touched_bytes, recorder.repeated)
-        recorder.launches = spread(recorder.launches, recorder.repeated)
-        traffic.input_bytes = spread(traffic.input_bytes, recorder.repeated)
-        traffic.output_bytes = spread(traffic.output_bytes, recorder.repeated)
-        recorder.order = _whole_order(recorder.order, recorder.repeated)
+        self.recorder.stands_for |= {
+            storage: (path, count) for path, count in likes.items() for storage in self._stretches[path].left
+        }
 
     def _observe(self, stack: ExitStack, block: torch.nn.Module, path: str) -> None:
         given: list[Any] = []
@@ -158,8 +159,9 @@ class Repetition:
                 raise NotAlikeError("a block changes what it was given")
             leaves, structure = tree_flatten(output)
             events = tuple(self.recorder.events[mark:])
-            made = {event.storage for event in events if event.size_bytes > 0}
-            gone = {event.storage for event in events if event.size_bytes < 0}
+            allocations = [event for event in events if isinstance(event, Allocation)]
+            made = {event.storage for event in allocations if event.size_bytes > 0}
+            gone = {event.storage for event in allocations if event.size_bytes < 0}
             given_back = {id(leaf) for leaf in inputs}
             new = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in given_back]
             returned = {self.recorder.serial_of(leaf) for leaf in new}
@@ -176,25 +178,34 @@ class Repetition:
             )
 
         stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
-        stack.callback(block.register_forward_hook(left, with_kwargs=True).remove)
+        # Before the recorder's own: that the block was left is not among its doings, for who repeats them is left too.
+        stack.callback(block.register_forward_hook(left, with_kwargs=True, prepend=True).remove)
 
     def _repeating(self, path: str, like: str) -> Callable[..., Any]:
         position = _position(path)
 
         def forward(*arguments: Any, **options: Any) -> Any:
             stretch = self._stretches.get(like)
-            if stretch is None or path in self.recorder.repeated:
+            if stretch is None or path in self._repeated:
                 raise NotAlikeError("blocks do not run one after the other")
             inputs = tree_leaves((arguments, options))
             if _given_traits(arguments, options, position) != stretch.given:
                 raise NotAlikeError("blocks that are made alike are not given the same")
-            self.recorder.repeated[path] = like
+            self._repeated[path] = self.recorder.repeated[path] = like
             mark = len(self.recorder.events)
             output = tree_unflatten([_given(gift, inputs) for gift in stretch.gave], stretch.structure)
             self.recorder.events[mark:] = stretch.moved_to(path)  # which tell of the output as well
             return output
 
         return forward
+
+
+def _restore_forward(block: torch.nn.Module, own: Any) -> None:
+    """Give back to a block the forward of its own that accelerate gave it, or let it have that of its class."""
+    if own is None:
+        del block.forward
+    else:
+        block.forward = own
 
 
 def spread(figures: Mapping[str, Figure], repeated: Mapping[str, str]) -> dict[str, Figure]:
@@ -208,20 +219,8 @@ def spread(figures: Mapping[str, Figure], repeated: Mapping[str, str]) -> dict[s
         if block not in repeated:
             result[path] = figure
         for repeater in repeaters.get(block, ()):
-            result[_moved(path, block, repeater)] = figure
+            result[moved_to(path, block, repeater)] = figure
     return result
-
-
-def _whole_order(order: Mapping[str, None], repeated: Mapping[str, str]) -> dict[str, None]:
-    ran: dict[str, list[str]] = {}
-    for path in order:
-        for block in (path, *ancestors(path)):
-            ran.setdefault(block, []).append(path)
-    return {
-        _moved(each, repeated[path], path) if path in repeated else each: None
-        for path in order
-        for each in (ran[repeated[path]] if path in repeated else [path])
-    }
 
 
 @dataclass(frozen=True)
@@ -229,6 +228,11 @@ class _Tensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> _Tensor:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,7 @@ def _gifts(leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
             raise NotAlikeError("a block gives a part of a tensor")
         else:
             old.add(storage_key(leaf))
-            gifts.append(_Tensor(tuple(leaf.shape), leaf.stride(), leaf.dtype))
+            gifts.append(_Tensor.like(leaf))
     return tuple(gifts)
 
 
@@ -267,7 +271,7 @@ def _given(gift: object, inputs: list[Any]) -> Any:
     if isinstance(gift, _Input):
         return inputs[gift.place]
     if isinstance(gift, _Tensor):
-        return torch.empty_strided(gift.shape, gift.stride, dtype=gift.dtype)
+        return torch.empty_strided(gift.shape, gift.stride, dtype=gift.dtype, device=gift.device)
     return None
 
 
@@ -290,7 +294,7 @@ def _module_traits(module: torch.nn.Module, position: int) -> object:
 def _trait(value: Any, position: int) -> object:
     """What can be compared of a value: a number that is a block's own position is the same as another's."""
     if isinstance(value, torch.Tensor):
-        return _Tensor(tuple(value.shape), value.stride(), value.dtype)
+        return _Tensor.like(value)
     if isinstance(value, (bool, float, str, torch.dtype)) or value is None:
         return (type(value), value)
     if isinstance(value, int):
@@ -322,5 +326,6 @@ def _is_within(path: str, block: str) -> bool:
     return path == block or path.startswith(f"{block}.")
 
 
-def _moved(path: str, block: str, other: str) -> str:
+def moved_to(path: str, block: str, other: str) -> str:
+    """A path within a block, as it is within another; others as they are."""
     return other + path[len(block) :] if _is_within(path, block) else path

@@ -21,18 +21,20 @@ from devmap_config.dispatch.cpu_compute import TORCH_CPU
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import (
     TORCH_ATTENTION,
+    Event,
     Recorder,
     fused_attention,
     shown_bytes,
     storage_key,
     tensors_in,
 )
-from devmap_config.libraries.torch import answering_for_devices, operation_name, without_functions
+from devmap_config.libraries.torch import answering_for_devices, operation_name, tree_leaves, without_functions
 from devmap_config.simulate.simulation import NOWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from devmap_config.graph.recording import Traffic
 
 ACCELERATOR = "privateuseone"
 """The type of torch device that a simulated accelerator has: no code of a model or library takes it for a real one."""
@@ -84,21 +86,34 @@ class DeviceMismatchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """Bytes that went from one device to another as a module was entered, ran or was left."""
+class Phase(Event):
+    """A part of the dry run begins, before anything runs."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer(Event):
+    """Bytes that went from one device to another."""
 
     source: Device
     target: Device
     size_bytes: int
-    running: str
-    is_weight: bool = False
+    is_weight: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Event):
+    """The innermost running module is left: where what it returns is."""
+
+    device: Device
 
 
 class SimulatedDevices(Recorder):
     """Where every tensor is, and what went from one device to another.
 
     `accelerators` are the plan's, in the order of their simulated indices; `weights` the names of the weights by their
-    storage, `known` all the tensors that were there before; `blocks` are what is placed as a whole.
+    storage, `known` all the tensors that were there before; `traffic` tells what is placed as a whole.
     """
 
     def __init__(
@@ -107,15 +122,14 @@ class SimulatedDevices(Recorder):
         modules: dict[int, str],
         known: tuple[torch.Tensor, ...],
         weights: Mapping[int, str],
-        blocks: frozenset[str],
+        traffic: Traffic,
     ) -> None:
-        super().__init__(modules, known)
-        self.blocks = blocks
+        super().__init__(modules, known, traffic)
+        self.blocks = traffic.blocks
         self.given: frozenset[int] = frozenset()
         """The numbers of what the block that runs was given: wherever it is, it was brought along."""
         self.accelerators = tuple(accelerators)
         self.weights = weights
-        self.transfers: list[Transfer] = []
         self.asked: torch.Tensor | None = None
         """The weight that was last asked where it is while it was not copied in: what is sent there is lost."""
         self.origins: dict[int, dict[str, None]] = {}
@@ -148,10 +162,19 @@ class SimulatedDevices(Recorder):
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
         """A module begins to run."""
-        super().enter(module, arguments, options)
-        if self.innermost in self.blocks:
-            serials = map(self.serial_of, tensors_in((arguments, options)))
-            self.given = frozenset(serial for serial in serials if serial is not None)
+        with self.within_torch():
+            super().enter(module, arguments, options)
+            if self.innermost in self.blocks:
+                serials = map(self.serial_of, tensors_in((arguments, options)))
+                self.given = frozenset(serial for serial in serials if serial is not None)
+
+    def leave(self, module: torch.nn.Module, arguments: Any, options: Any, output: Any) -> None:
+        """A module has run, or failed, which returns nothing."""
+        with self.within_torch():
+            first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+            if first is not None and (device := self.of(first)) is not None:
+                self.events.append(Call(self.running, device))
+            super().leave(module, arguments, options, output)
 
     @contextmanager
     def within_torch(self) -> Iterator[None]:
@@ -253,7 +276,7 @@ class SimulatedDevices(Recorder):
             copy = tensor.detach().clone()
         crossing_bytes = shown_bytes(tensor) if size_bytes is None else size_bytes
         is_weight = storage_key(tensor) in self.weights
-        self.transfers.append(Transfer(here, target, crossing_bytes, self.innermost, is_weight))
+        self.events.append(Transfer(self.running, here, target, crossing_bytes, is_weight))
         return copy
 
     @contextmanager
@@ -357,6 +380,7 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
         inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), CPU)
         if function is TORCH_ATTENTION:
             devices.check("scaled_dot_product_attention", tensors)
+            devices.traffic.operate(map(devices.serial_of, tensors), ())
         with devices.making_on(explicit, inherited), devices.within_torch():
             output = fused_attention(*arguments, **options) if function is TORCH_ATTENTION else None
             return function(*arguments, **options) if output is None else output

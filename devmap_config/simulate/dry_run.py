@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +13,15 @@ from devmap_config.devices import CPU
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
-from devmap_config.graph.model import ModulePath, TensorName
-from devmap_config.graph.recording import replace_tensors, shown_bytes, storage_key, tensors_in
-from devmap_config.libraries.torch import tensors_without_data, tree_leaves
-from devmap_config.simulate.devices import DeviceMismatchError, SimulatedDevices
+from devmap_config.graph.model import TensorName, ancestors
+from devmap_config.graph.recording import Traffic, replace_tensors, shown_bytes, storage_key, tensors_in
+from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
+from devmap_config.libraries.torch import tensors_without_data
+from devmap_config.simulate.devices import DeviceMismatchError, Phase, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights
 from devmap_config.simulate.reads import read_without_a_call
-from devmap_config.simulate.simulation import NOWHERE, LinkUse, Mismatch, Party, SimulatedDevice, Simulation, Step
+from devmap_config.simulate.replay import FILLING, TOWERS, Replay
+from devmap_config.simulate.simulation import NOWHERE, Mismatch, Party, Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,16 +31,10 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
+    from devmap_config.graph.repetition import Kind
+    from devmap_config.placement.assignment import Location
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import Operand
-
-FILLING = "filling"
-"""Fills the cache up to the context, where a prompt is a part of it; what that takes by itself is not looked at."""
-
-TOWERS = "towers"
-"""Runs what a prompt of text alone does not call (towers for images); only whether that runs is looked at."""
-
-UNOBSERVED = (FILLING, TOWERS)
 
 INPUT_NAMES = ("input_ids", "decoder_input_ids", "input_features")
 
@@ -66,23 +60,43 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
     """
     workload = WITHOUT_WORKLOAD if graph.measurement is None else _runnable(graph.measurement)
     model.eval()
-    run: _Run | None = None
+    # What comes of blocks that stand still and is no dry run comes again, or does not, where all are run.
+    with suppress(Exception):
+        return _simulation(model, graph, plan, workload, decoded_tokens, spares_blocks=True)
     try:
-        with torch.no_grad(), tensors_without_data():
-            run = _Run.of(model, graph, plan)
-            with run.dispatched():
-                run.forwards(workload, decoded_tokens)
-                run.towers()
-    except DeviceMismatchError as error:
-        if run is None:
-            raise
-        return run.simulation(mismatch=error)
+        return _simulation(model, graph, plan, workload, decoded_tokens, spares_blocks=False)
     except Exception as error:  # a model's own code may raise anything where there is no data
         failure = failure_of(error)
         absent = _absent_beyond(model, graph, plan, workload) if failure.cause == "model" else None
         if absent is None and failure.cause == "model":
             absent = _absent_by_its_code(model, graph, plan)
         return absent or Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
+
+
+def _simulation(
+    model: PreTrainedModel,
+    graph: ModelGraph,
+    plan: Plan,
+    workload: Workload,
+    decoded_tokens: int,
+    *,
+    spares_blocks: bool,
+) -> Simulation:
+    """Run the model; with `spares_blocks`, only two of those that are alike and placed alike.
+
+    Raises:
+        NotAlikeError: where blocks are not as much alike as that, or the plan does not run after one stood still.
+    """
+    with torch.no_grad(), tensors_without_data():
+        run = _Run.of(model, graph, plan)
+        try:
+            with run.dispatched(spares_blocks=spares_blocks):
+                run.forwards(workload, decoded_tokens)
+                run.towers()
+        except DeviceMismatchError as error:
+            if run.devices.repeated:
+                raise NotAlikeError("of what does not run, all that ran before is told") from error
+            return run.simulation(mismatch=error)
     return run.simulation()
 
 
@@ -112,8 +126,7 @@ def _absent_by_its_code(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -
             continue
         if plan.executor.residence(graph.tensors[TensorName(name)], location) != location.runs_on:
             holder = name.rpartition(".")[0]
-            block = next((each for each in _and_around(holder) if each in graph.blocks), "")
-            absent = Party(device=NOWHERE, block=block, made_by=holder, tensor=name)
+            absent = Party(device=NOWHERE, block=_block_around(holder, graph), made_by=holder, tensor=name)
             return Simulation(
                 outcome="mismatch",
                 mismatch=Mismatch(operation="forward", phase="prefill", running=path, parties=(absent,)),
@@ -158,15 +171,29 @@ def _runnable(measurement: Measurement) -> Workload:
     return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT))
 
 
+def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
+    """Where the parts of each block are stored and run, and where the block before it runs, which gives to it."""
+    parts: dict[str, list[tuple[str, Location]]] = {path: [] for path in graph.blocks}
+    for each in plan.assignments:
+        if block := _block_around(each.unit, graph):
+            parts[block].append((each.unit[len(block) :], each.location))
+    runs_on = {
+        block: tuple(dict.fromkeys(location.runs_on for _, location in placed)) for block, placed in parts.items()
+    }
+    before = ("", *graph.blocks)
+    return {
+        block: (tuple(parts[block]), *runs_on.get(previous, ()))
+        for block, previous in zip(graph.blocks, before, strict=False)
+    }
+
+
 def _is_part(unit: str, path: str) -> bool:
     return unit == path or unit.startswith(f"{path}.") or path.startswith(f"{unit}.") or not unit
 
 
-def _and_around(path: str) -> Iterator[str]:
-    """A path, and the modules around it, nearest first."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+def _block_around(path: str, graph: ModelGraph) -> str:
+    """The block that a module is, or is within; `""` where it is in none."""
+    return next((each for each in (path, *ancestors(path)) if each in graph.blocks), "")
 
 
 @dataclass
@@ -179,9 +206,7 @@ class _Run:
     devices: SimulatedDevices
     absent: dict[str, torch.Tensor]
     phase: str = ""
-    phase_starts: list[tuple[str, int, int]] = field(default_factory=list)
-    """Each phase with how many events and transfers there were before it."""
-    calls: list[tuple[str, str, Device]] = field(default_factory=list)
+    kinds: tuple[Kind, ...] = ()
     cache_bytes: dict[Device, int] = field(default_factory=dict)
 
     @classmethod
@@ -194,41 +219,44 @@ class _Run:
         paths = {id(module): path for path, module in model.named_modules()}
         accelerators = tuple(use.id for use in plan.devices if use.id.is_accelerator)
         names = {storage_key(tensor): name for tensors in (held, absent) for name, tensor in reversed(tensors.items())}
-        devices = SimulatedDevices(accelerators, paths, (*known, *absent.values()), names, frozenset(graph.blocks))
+        traffic = Traffic(dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
+        devices = SimulatedDevices(accelerators, paths, (*known, *absent.values()), names, traffic)
         for tensor in absent.values():
             devices.put(tensor, NOWHERE)
         place_weights(model, plan, graph, devices)
         return cls(model, graph, plan, devices, absent)
 
     @contextmanager
-    def dispatched(self) -> Iterator[None]:
+    def dispatched(self, *, spares_blocks: bool = False) -> Iterator[None]:
         """The model with its hooks, on simulated devices, watched."""
-        handles = [module.register_forward_hook(self._called, always_call=False) for module in self.model.modules()]
-        try:
-            with (
-                self.devices.watching(self.model),
-                dispatched(self.model, self.plan, self.graph, self.devices, self.absent),
-            ):
+        with self.devices.watching(self.model):
+            if spares_blocks:  # a tensor then says where the plan has it, which makes blocks alike or not
+                self.kinds = kinds_of(self.model, self.graph.blocks, _placement_of_blocks(self.graph, self.plan).get)
+            with dispatched(self.model, self.plan, self.graph, self.devices, self.absent):
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def forwards(self, workload: Workload, decoded_tokens: int) -> None:
         """A prefill, and tokens after it where the model keeps a cache."""
         forwards = Forwards(self.model, workload)
         self._begin("prefill")
-        cache = forwards.run(self._given(forwards.prefill_inputs, workload.prompt_length))
+        cache = self._run(forwards, self._given(forwards.prefill_inputs, workload.prompt_length))
         if cache_tensors(cache) and workload.context_length > workload.prompt_length:
             cache = None
             self._begin(FILLING)
-            cache = forwards.run(self._given(forwards.prefill_inputs, workload.context_length))
+            cache = self._run(forwards, self._given(forwards.prefill_inputs, workload.context_length))
         self._note_cache(cache)
         if not any(self.cache_bytes.values()):
             return
         for _ in range(decoded_tokens):
             self._begin("decode")
-            cache = forwards.run(self._given(forwards.decode_inputs, cache))
+            cache = self._run(forwards, self._given(forwards.decode_inputs, cache))
+
+    def _run(self, forwards: Forwards, inputs: dict[str, Any]) -> Any:
+        repetition = Repetition(self.devices, () if forwards.has_static_cache else self.kinds)
+        with repetition.within(self.model):
+            cache = forwards.run(inputs)
+        repetition.complete(cache_tensors(cache))
+        return cache
 
     def towers(self) -> None:
         """Run the models within the model that text alone does not call, where not all of one is in one place."""
@@ -248,7 +276,7 @@ class _Run:
         self.phase = before
 
     def _idle_towers(self) -> Iterator[PreTrainedModel]:
-        called = {path for _, path, _ in self.calls}
+        called = {path for _, path, _ in self._replay.calls}
         found: list[str] = []
         for path, module in self.model.named_modules():
             is_within = any(path.startswith(f"{other}.") for other in found)
@@ -262,9 +290,16 @@ class _Run:
                 yield module
 
     def _note_cache(self, cache: Any) -> None:
+        shown: dict[Device, dict[str, int]] = {}
         for tensor in cache_tensors(cache):  # of which none may be held on to: what a step makes anew, it lets go
-            device = self.devices.of(tensor) or CPU
-            self.cache_bytes[device] = self.cache_bytes.get(device, 0) + shown_bytes(tensor)
+            if not tensor.dim():  # a number that a layer keeps of itself, also where its block stood still
+                continue
+            maker = self.devices.maker.get(self.devices.serial_of(tensor) or -1, "")
+            on_device = shown.setdefault(self.devices.of(tensor) or CPU, {})
+            on_device[maker] = on_device.get(maker, 0) + shown_bytes(tensor)
+        self.cache_bytes = {
+            device: sum(spread(sizes, self.devices.repeated).values()) for device, sizes in shown.items()
+        }
 
     def _given(self, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
         """Inputs, tokens and features on the main device, where `generate` wants them."""
@@ -277,55 +312,27 @@ class _Run:
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
-        self.phase_starts.append((phase, len(self.devices.events), len(self.devices.transfers)))
-        # What a call is told of is the last time that each phase ran.
-        self.calls = [call for call in self.calls if call[0] != phase]
-
-    def _called(self, module: torch.nn.Module, _arguments: Any, output: Any) -> None:
-        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
-        device = None if first is None else self.devices.of(first)
-        if device is None or self.phase in UNOBSERVED:
-            return
-        path = self.devices.names[id(module)]
-        # What computes on the CPU has its result brought back before it is seen here.
-        computed = next((self.plan.compute[each] for each in _and_around(path) if each in self.plan.compute), None)
-        self.calls.append((self.phase, path, computed or device))
+        self.devices.events.append(Phase((), phase))
 
     # What was seen
 
     def simulation(self, *, mismatch: DeviceMismatchError | None = None) -> Simulation:
         """What was seen until now."""
-        blocks = {path: device for phase, path, device in self.calls if phase == self.phase}
-        along = [blocks[path] for path in dict.fromkeys(blocks) if path in self.graph.modules and self._is_block(path)]
-        devices, steps = self._memory()
+        replay = self._replay
         return Simulation(
             outcome="runs" if mismatch is None else "mismatch",
-            devices=devices,
-            links=self._links(),
-            steps=steps,
-            calls=tuple(self.calls),
-            idle=self._idle if mismatch is None else (),
-            hops=sum(before != after for before, after in itertools.pairwise(along)),
+            devices=replay.devices(self.cache_bytes),
+            links=replay.links,
+            steps=replay.steps,
+            calls=replay.calls,
+            idle=replay.idle if mismatch is None else (),
+            hops=replay.hops(self.phase),
             mismatch=None if mismatch is None else self._mismatch(mismatch),
         )
 
     @property
-    def _idle(self) -> tuple[str, ...]:
-        """The blocks with weights that nothing called."""
-        called = {path for _, path, _ in self.calls}
-        return tuple(
-            path
-            for path in self.graph.blocks
-            if self._is_block(path) and not any(module.path in called for module in self.graph.modules[path].walk())
-        )
-
-    def _is_block(self, path: str) -> bool:
-        tensors = self.graph.modules[ModulePath(path)].tensors() if path in self._blocks else ()
-        return any(tensor.kind == "parameter" for tensor in tensors)
-
-    @cached_property
-    def _blocks(self) -> dict[str, None]:
-        return dict.fromkeys(self.graph.blocks)
+    def _replay(self) -> Replay:
+        return Replay(self.devices.events, self.devices.at, self.graph, self.plan)
 
     def _mismatch(self, error: DeviceMismatchError) -> Mismatch:
         return Mismatch(
@@ -338,71 +345,8 @@ class _Run:
     def _party(self, operand: Operand) -> Party:
         return Party(
             device=operand.device,
-            block=self._block_of(operand.made_by),
+            block=_block_around(operand.made_by, self.graph),
             made_by=operand.made_by,
             tensor=operand.weight,
             blocks=operand.blocks,
-        )
-
-    def _block_of(self, path: str) -> str:
-        return next((each for each in _and_around(path) if each in self._blocks), "")
-
-    def _memory(self) -> tuple[tuple[SimulatedDevice, ...], tuple[Step, ...]]:
-        """Replay what came and went."""
-        weights = {use.id: use.weights_bytes for use in self.plan.devices}
-        live = dict.fromkeys(weights, 0)
-        peaks = dict.fromkeys(weights, (0, "", ""))
-        steps: dict[tuple[str, str], dict[Device, int]] = {}
-        starts = {events: phase for phase, events, _ in self.phase_starts}
-        phase = ""
-        for place, event in enumerate(self.devices.events):
-            phase = starts.get(place, phase)
-            device = self.devices.at.get(event.storage, CPU)
-            live[device] = live.get(device, 0) + event.size_bytes
-            if phase in UNOBSERVED:
-                continue
-            innermost = event.running[-1] if event.running else ""
-            if device in peaks and live[device] > peaks[device][0]:
-                peaks[device] = (live[device], phase, innermost)
-            block = next((path for path in event.running if path in self._blocks), None)
-            if block is not None:
-                seen = steps.setdefault((phase, block), {})
-                seen[device] = max(seen.get(device, 0), live[device])
-        used = tuple(
-            SimulatedDevice(
-                id=device,
-                weights_bytes=size_bytes,
-                cache_bytes=self.cache_bytes.get(device, 0),
-                peak_bytes=size_bytes + peaks[device][0],
-                peak_phase=peaks[device][1],
-                peak_module=peaks[device][2],
-            )
-            for device, size_bytes in weights.items()
-        )
-        ran_on = {(phase, path): device for phase, path, device in self.calls}
-        timeline = tuple(
-            Step(phase=phase, block=block, device=ran_on[phase, block], live_bytes=tuple(sorted(seen.items())))
-            for (phase, block), seen in steps.items()
-            if (phase, block) in ran_on
-        )
-        return used, timeline
-
-    def _links(self) -> tuple[LinkUse, ...]:
-        """What went over each link in each phase, by the last time that it ran."""
-        ranges: dict[str, tuple[int, int]] = {}
-        for number, (phase, _, begin) in enumerate(self.phase_starts):
-            following = self.phase_starts[number + 1 :]
-            if phase in UNOBSERVED:
-                continue
-            ranges[phase] = (begin, following[0][2] if following else len(self.devices.transfers))
-        found: dict[tuple[str, Device, Device], list[int]] = {}
-        for phase, (begin, end) in ranges.items():
-            for transfer in self.devices.transfers[begin:end]:
-                use = found.setdefault((phase, transfer.source, transfer.target), [0, 0, 0])
-                use[0] += 1
-                use[1] += transfer.size_bytes
-                use[2] += transfer.size_bytes if transfer.is_weight else 0
-        return tuple(
-            LinkUse(phase=phase, source=source, target=target, transfers=count, size_bytes=total, weights_bytes=weights)
-            for (phase, source, target), (count, total, weights) in found.items()
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from broken_maps import SHARED_CACHE, SHARING_CODE
+from kinds import GROUPED, MODELS, config_of, config_of_shared_caches, deep_config_of
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
@@ -22,68 +23,6 @@ from devmap_config.graph.measurement import measure
 from devmap_config.graph.repetition import kinds_of
 from devmap_config.libraries.torch import tensors_without_data
 
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "vocab_size": 512,
-}
-GROUPED = {**SMALL, "num_key_value_heads": 2}
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 32}
-EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32}
-
-SLIDING = {**GROUPED, "head_dim": 32, "sliding_window": 64, "sliding_window_pattern": 2}
-HYBRID = {
-    **SMALL,
-    "num_key_value_heads": 4,
-    "mamba_d_state": 16,
-    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-    "n_mamba_heads": 8,
-    "num_mem_blocks": 1,
-}
-
-MODELS = {
-    "dense": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "tie_word_embeddings": False}),
-    "grouped queries": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
-    "one key-value head": ("FalconForCausalLM", "FalconConfig", {**SMALL, "multi_query": True}),
-    "tied": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
-    "learned positions": (
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512},
-    ),
-    "latent attention": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**SMALL, **LATENT, **EXPERTS}),
-    "sliding window": ("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 64}),
-    "sliding and full": ("Gemma3ForCausalLM", "Gemma3TextConfig", SLIDING),
-    "experts": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 4, "sliding_window": None}),
-    "many experts": (
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        {**GROUPED, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
-    ),
-    "encoder-decoder": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {"d_model": 128, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 512, "d_kv": 32},
-    ),
-    "state space": (
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 512, "state_size": 8},
-    ),
-    "hybrid": ("Zamba2ForCausalLM", "Zamba2Config", HYBRID),
-}
-"""Kinds of models, small enough to be run for real."""
-
-if hasattr(transformers, "DoryConfig"):  # newer than the oldest version that is tried
-    LOOPED = {**GROUPED, "head_dim": 32, "num_hidden_layers": 6, "sliding_window": 64}
-    MODELS["looped"] = (
-        "DoryForCausalLM",
-        "DoryConfig",
-        {**LOOPED, "n_input_layers": 1, "n_output_layers": 1},
-    )
-
 LENGTH = 200
 
 CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaModel.forward).parameters)
@@ -91,11 +30,6 @@ CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaMode
 
 BLOCK_FORWARD = LlamaDecoderLayer.forward
 NORM_FORWARD = LlamaRMSNorm.forward
-
-
-def config_of(name, **arguments):
-    _, config_class, own = MODELS[name]
-    return getattr(transformers, config_class)(**{**own, **arguments})
 
 
 def measured(name, *, config=None, **workload):
@@ -224,18 +158,11 @@ def test_few_experts_are_touched_for_one_token():
     assert experts.prefill_touched_bytes > weights_bytes
 
 
-DEEP = {
-    "learned positions": {"n_layer": 7},
-    "encoder-decoder": {"num_layers": 7},
-    "hybrid": {"num_hidden_layers": 8, "layers_block_type": ["mamba", "hybrid"] * 4},
-}
-"""How to have more blocks than the two that are run of each kind."""
-
-
 def measured_deep(name, **workload):
-    config = config_of(name, **DEEP.get(name, {"num_hidden_layers": 7}))
     length = 20 if name == "state space" else LENGTH  # it goes from token to token
-    return measured(name, config=config, **{"context_length": length, "prompt_length": length, **workload})
+    return measured(
+        name, config=deep_config_of(name), **{"context_length": length, "prompt_length": length, **workload}
+    )
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -373,12 +300,7 @@ def test_what_a_block_does_besides_is_not_lost(what, monkeypatch):
 
 def test_what_a_shared_cache_brings_along_counts_where_it_is_brought(monkeypatch):
     """It grows between blocks that are made alike: those after it are given more than those before."""
-    sizes = {**GROUPED, "head_dim": 32, "num_hidden_layers": 12, "num_kv_shared_layers": 7, "sliding_window": 16}
-    config = transformers.Gemma3nTextConfig(
-        **{**sizes, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "vocab_size_per_layer_input": 512},
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 4,
-        activation_sparsity_pattern=[0.0] * 12,
-    )
+    config = config_of_shared_caches()
     workload = Workload(batch_size=2, context_length=40, prompt_length=40)
 
     def measured_once():

@@ -22,6 +22,7 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.simulate import simulate
 from devmap_config.compiler import Compiled, Rejected, Request, run_pipeline
 from devmap_config.devices import CPU, Device
+from devmap_config.graph.recording import Traffic
 from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.profile.permissions import Permissions
 from devmap_config.simulate import memory
@@ -472,7 +473,7 @@ def test_the_command_gives_json_and_fails_where_the_plan_does(workspace):
 
 def test_what_has_the_address_of_something_that_is_gone_is_not_where_that_was():
     with tensors_without_data():
-        devices = SimulatedDevices((Device("cuda", 0),), {}, (), {}, frozenset())
+        devices = SimulatedDevices((Device("cuda", 0),), {}, (), {}, Traffic({}, frozenset()))
         for _ in range(100):
             devices.put(torch.ones(3), Device("cuda", 0))
             assert devices.of(torch.ones(3)) == CPU

@@ -1,0 +1,140 @@
+"""Goes through what happened in a dry run: what each device held, what crossed, and where every module ran."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from devmap_config.devices import CPU
+from devmap_config.graph.model import ModulePath, ancestors
+from devmap_config.graph.recording import Allocation
+from devmap_config.simulate.devices import Call, Phase, Transfer
+from devmap_config.simulate.simulation import LinkUse, SimulatedDevice, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.devices import Device
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.graph.recording import Event
+    from devmap_config.plan.plan import Plan
+
+FILLING = "filling"
+"""Fills the cache up to the context, where a prompt is a part of it; what that takes by itself is not looked at."""
+
+TOWERS = "towers"
+"""Runs what a prompt of text alone does not call (towers for images); only whether that runs is looked at."""
+
+UNOBSERVED = (FILLING, TOWERS)
+
+
+class Replay:
+    """What events show; of links and calls, in each phase by the last time that it ran."""
+
+    def __init__(self, events: Iterable[Event], at: Mapping[int, Device], graph: ModelGraph, plan: Plan) -> None:
+        """Args: the events in order, the device of each storage, the model, and how it was placed."""
+        self._at, self._graph, self._plan = at, graph, plan
+        self._blocks = dict.fromkeys(graph.blocks)
+        self._phase = ""
+        self._live: dict[Device, int] = {}
+        self._peaks: dict[Device, tuple[int, str, str]] = {}
+        self._held: dict[tuple[str, str], dict[Device, int]] = {}
+        self._calls: dict[str, list[tuple[str, Device]]] = {}
+        self._links: dict[str, dict[tuple[Device, Device], list[int]]] = {}
+        for event in events:
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Phase(name=name):
+                self._phase = name
+                if name not in UNOBSERVED:
+                    self._calls[name], self._links[name] = [], {}
+            case Allocation():
+                self._allocate(event)
+            case Call() if self._phase not in UNOBSERVED:
+                path = event.running[-1]
+                # What computes on the CPU has its result brought back before the call ends.
+                around = (self._plan.compute[unit] for unit in (path, *ancestors(path)) if unit in self._plan.compute)
+                self._calls[self._phase].append((path, next(around, event.device)))
+            case Transfer() if self._phase not in UNOBSERVED:
+                use = self._links[self._phase].setdefault((event.source, event.target), [0, 0, 0])
+                use[0] += 1
+                use[1] += event.size_bytes
+                use[2] += event.size_bytes if event.is_weight else 0
+
+    def _allocate(self, event: Allocation) -> None:
+        device = self._at.get(event.storage, CPU)
+        live = self._live[device] = self._live.get(device, 0) + event.size_bytes
+        if self._phase in UNOBSERVED:
+            return
+        if live > self._peaks.get(device, (0, "", ""))[0]:
+            self._peaks[device] = (live, self._phase, event.running[-1] if event.running else "")
+        block = next((path for path in event.running if path in self._blocks), None)
+        if block is not None:
+            held = self._held.setdefault((self._phase, block), {})
+            held[device] = max(held.get(device, 0), live)
+
+    def devices(self, cache_bytes: Mapping[Device, int]) -> tuple[SimulatedDevice, ...]:
+        """What each device of the plan held, of which the cache showed so much after the prefill."""
+        none = (0, "", "")
+        return tuple(
+            SimulatedDevice(
+                id=use.id,
+                weights_bytes=use.weights_bytes,
+                cache_bytes=cache_bytes.get(use.id, 0),
+                peak_bytes=use.weights_bytes + self._peaks.get(use.id, none)[0],
+                peak_phase=self._peaks.get(use.id, none)[1],
+                peak_module=self._peaks.get(use.id, none)[2],
+            )
+            for use in self._plan.devices
+        )
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The blocks that ran to their end, and the most that was held meanwhile."""
+        ran_on = {(phase, path): device for phase, path, device in self.calls}
+        return tuple(
+            Step(phase=phase, block=block, device=ran_on[phase, block], live_bytes=tuple(sorted(held.items())))
+            for (phase, block), held in self._held.items()
+            if (phase, block) in ran_on
+        )
+
+    @property
+    def links(self) -> tuple[LinkUse, ...]:
+        """What went over each link."""
+        return tuple(
+            LinkUse(phase=phase, source=source, target=target, transfers=count, size_bytes=total, weights_bytes=weights)
+            for phase, links in self._links.items()
+            for (source, target), (count, total, weights) in links.items()
+        )
+
+    @cached_property
+    def calls(self) -> tuple[tuple[str, str, Device], ...]:
+        """In which phase each module was called, and where it ran."""
+        return tuple((phase, path, device) for phase, calls in self._calls.items() for path, device in calls)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The blocks with weights that nothing called."""
+        called = {path for _, path, _ in self.calls}
+        return tuple(
+            path
+            for path in self._with_weights
+            if not any(module.path in called for module in self._graph.modules[path].walk())
+        )
+
+    def hops(self, phase: str) -> int:
+        """How often a phase went on to another device, from block to block."""
+        ran_on = dict(self._calls.get(phase, ()))
+        along = [device for path, device in ran_on.items() if path in self._with_weights]
+        return sum(before != after for before, after in itertools.pairwise(along))
+
+    @cached_property
+    def _with_weights(self) -> dict[ModulePath, None]:
+        """The blocks that hold a parameter."""
+        blocks = self._graph.blocks
+        return dict.fromkeys(
+            path for path in blocks if any(tensor.kind == "parameter" for tensor in self._graph.modules[path].tensors())
+        )
