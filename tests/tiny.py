@@ -38,11 +38,6 @@ FEW_LAYERS, FEW_EXPERTS, FEW_WORDS = 4, 16, 512
 
 LEFT_OUT = {
     "head_dim": 16,
-    "indexer_budget": 16,
-    "indexer_compress_ratio": 4,
-    "indexer_head_dim": 16,
-    "indexer_kv_heads": 1,
-    "indexer_n_heads": 2,
     "layer_types": ["conv", "full_attention"] * 2,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
@@ -53,11 +48,17 @@ LEFT_OUT = {
 """Fields without which models do not build, and that default configs leave out."""
 
 OTHERWISE = {
+    "bailing_hybrid": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "esm": {"vocab_size": FEW_WORDS, "mask_token_id": 3},
+    "nemotron_h": {"n_groups": 1},
     "reformer": {"is_decoder": True},
 }
-"""Values with which a type builds, where those of its default config do not."""
+"""Values with which a type builds and runs, where those of its default config do not."""
 
 
 def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -> dict[str, Any]:

@@ -160,10 +160,11 @@ def test_a_type_that_is_held_gives_what_plain_transformers_gives_or_is_refused(m
 
 
 @pytest.mark.zoo
-def test_experts_on_the_cpu_give_what_plain_transformers_gives():
+@pytest.mark.parametrize("share", ["1/4", "2/4", "3/4", "4/4"])
+def test_experts_on_the_cpu_give_what_plain_transformers_gives(share):
     """On a simulated accelerator, which takes a process of its own."""
     tests = REPOSITORY / "tests" / "conformance" / "experts_on_the_cpu.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--share", share, str(tests)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
