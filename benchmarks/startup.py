@@ -5,11 +5,15 @@ imports transformers, builds the model on the meta device from its config and ca
 `device_map="auto"`; that it gives the locked map, tensor by tensor, is checked first. `check` runs in a folder of its
 own with the graph that `devmap compile --vendor` kept: it builds no model, which is why it is quick. A profile by
 `fastest`, with a workload, stands beside it: its graph holds the measurements as well.
+
+With `--compile`, `devmap compile` with nothing cached, its dry run included, beside the script, for every published
+model on eight equal cards.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -25,7 +29,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PROFILES = Path(__file__).parent.parent / "profiles"
+REPOSITORY = Path(__file__).parent.parent
+PROFILES = REPOSITORY / "profiles"
 MODEL = Path("models/llama-3.1-70b")
 COMPARED = "llama-3.1-70b-auto"
 OPTIMISED = "llama-3.1-70b-fastest"
@@ -34,12 +39,13 @@ PLANNER = """
 import json, logging, sys
 logging.disable(logging.WARNING)
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
 budgets = {int(key) if key.isdigit() else key: value for key, value in json.loads(sys.argv[2]).items()}
 with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+    config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+    model = getattr(transformers, config.architectures[0])._from_config(config)
 device_map = _get_device_map(model, "auto", budgets, None)
 if len(sys.argv) > 3:
     names = list(model.state_dict())
@@ -47,6 +53,17 @@ if len(sys.argv) > 3:
     sys.exit(expand_device_map(device_map, names) != expand_device_map(locked, names))
 """
 
+CARDS = 8
+CARD_BYTES = 200 << 30
+PROFILE = f"""
+version: 1
+model: {{source: model}}
+workload: {{context_length: 2048}}
+hardware: {{devices: {{"cuda:[0-{CARDS - 1}]": {{memory: {CARD_BYTES}}}}}}}
+placement: {{strategy: auto}}
+"""
+
+COMPILE = "from devmap_config.cli import compile_main; compile_main()"
 CHECK = "import sys; from devmap_config.cli import main; sys.argv = ['devmap', 'check', *sys.argv[1:]]; main()"
 
 
@@ -54,7 +71,12 @@ def main() -> None:
     """Measure, and print the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=5, help="how often each is run")
-    runs = parser.parse_args().runs
+    parser.add_argument("--compile", action="store_true", help="time compiling, of every published model")
+    arguments = parser.parse_args()
+    runs = arguments.runs
+    if arguments.compile:
+        compare_compiling(runs)
+        return
     with TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
@@ -76,8 +98,28 @@ def prepare(folder: Path) -> None:
     shutil.copytree(PROFILES / MODEL, folder / MODEL)
     for profile in (COMPARED, OPTIMISED):
         shutil.copy(PROFILES / f"{profile}.yaml", folder)
-        compiling = "from devmap_config.cli import compile_main; compile_main()"
-        run(folder, ["-c", compiling, f"{profile}.yaml", "--vendor"]).check_returncode()
+        run(folder, ["-c", COMPILE, f"{profile}.yaml", "--vendor"]).check_returncode()
+
+
+def compare_compiling(runs: int) -> None:
+    """Print of each model what the script takes, what compiling takes, their ratio and their difference."""
+    with (REPOSITORY / "benchmarks/published.csv").open(encoding="utf-8", newline="") as file:
+        models = {row["model"]: REPOSITORY / row["config"] for row in csv.DictReader(file)}
+    models["Llama-3.1-405B"] = PROFILES / "models/llama-3.1-405b"
+    budgets = json.dumps({"cpu": 0} | {str(index): CARD_BYTES for index in range(CARDS)})
+    print_versions(runs)
+    for name, directory in models.items():
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            shutil.copytree(directory, folder / "model")
+            (folder / "profile.yaml").write_text(PROFILE, encoding="utf-8")
+            commands = {
+                "script": ["-c", PLANNER, "model", budgets],
+                "compile": ["-c", COMPILE, "profile.yaml", "--dry-run"],
+            }
+            script, compiling = measure(folder, commands, runs).values()
+        difference = f"1.3 x script + {compiling - 1.3 * script:.2f} s"
+        print(f"{name:<20}{script:>8.2f} s{compiling:>8.2f} s{compiling / script:>7.2f} x   {difference}", flush=True)
 
 
 def budgets_of(lock: Path) -> dict[str, int]:
@@ -106,10 +148,15 @@ def measure(folder: Path, commands: dict[str, list[str]], runs: int) -> dict[str
     return {name: median(values) for name, values in seconds.items()}
 
 
+def print_versions(runs: int) -> None:
+    """Print what was measured, and with what."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "accelerate"))
+    print(f"median of {runs} runs each, Python {sys.version.split()[0]}, {versions}")
+
+
 def print_results(seconds: dict[str, float], runs: int) -> None:
     """Print a row for each command, with what part of the planner's time it takes."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "accelerate"))
-    print(f"Llama-3.1-70B, median of {runs} runs each, Python {sys.version.split()[0]}, {versions}")
+    print_versions(runs)
     reference = next(iter(seconds.values()))
     for name, value in seconds.items():
         print(f"{name:<42}{value:>8.2f} s   1/{reference / value:.1f}")
