@@ -247,7 +247,7 @@ class PlacementSection(Section):
 class Profile(Section):
     """A model, a machine, and where the one goes on the other."""
 
-    STAND_INS: ClassVar = {"version": "1"}
+    STAND_INS: ClassVar[Mapping[str, object]] = {"version": "1"}
 
     version: Version = Field(examples=[1])
     """The version of this language: 1."""
