@@ -46,7 +46,7 @@ test-index:
 
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
 # quantizers' packages, every causal language model dry-run on several cards, every checkpoint as it saves itself and
-# damaged, and outputs over CPU and disk: an hour and a half. `ZOO_SHARE=1/16` runs the first of every sixteen.
+# damaged, and outputs over CPU and disk: two hours. `ZOO_SHARE=1/8` runs the first of every eight.
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
 	$(BIN)/pytest -n $(WORKERS) -m zoo --share $(ZOO_SHARE) -q
