@@ -158,8 +158,17 @@ class Rows:
         """Return the same, to which more can be added."""
         return Rows(list(self.upper), list(self.is_integer), list(self.terms), list(self.limits))
 
-    def minimized(self, costs: Terms, *, relative_gap: float = RELATIVE_GAP) -> Solved:
-        """Return the least sum of the costs: one thread and a fixed seed, so that the answer is always the same."""
+    def minimized(
+        self, costs: Terms, *, relative_gap: float = RELATIVE_GAP, counts: bool = False, nodes: int = MOST_NODES
+    ) -> Solved:
+        """Return the least sum of the costs: one thread and a fixed seed, so that the answer is always the same.
+
+        Args:
+            costs: what is to be little of, by column.
+            relative_gap: by what part of it the answer may be above what is proven.
+            counts: whether the sum is a whole number, so that less than one below the answer is nothing.
+            nodes: how much of the tree is searched at most.
+        """
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = len(self.upper), len(self.terms)
         model.col_cost_ = np.array([costs.get(column, 0) for column in range(len(self.upper))], float)
@@ -174,7 +183,8 @@ class Rows:
         matrix.value_ = np.array([value for terms in self.terms for value in terms.values()], float)
         solver = _QuietHighs()
         options = {
-            "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_max_nodes": MOST_NODES,
+            "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_max_nodes": nodes,
+            "mip_abs_gap": 0.99 if counts else 1e-6, "presolve": "off",  # which now and then takes minutes
             "mip_feasibility_tolerance": TOLERANCE, "primal_feasibility_tolerance": TOLERANCE,
         }  # fmt: skip
         for name, value in options.items():

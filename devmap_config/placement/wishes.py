@@ -24,6 +24,10 @@ CONTEXT_STEPS = 16
 """The longest context is looked for until it is known to this part of itself."""
 
 
+WISH_NODES = 50
+"""So much of the tree is searched for a wish: what is not found soon is not granted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contexts:
     """The same chain at other context lengths.
@@ -60,13 +64,13 @@ class _Wishing:
 
     def is_possible(self, chain: Chain) -> bool:
         """Whether a placement of this chain keeps to all of it."""
-        return self.stated(chain).rows.minimized({}).values is not None
+        return self.stated(chain).rows.minimized({}, nodes=WISH_NODES).values is not None
 
     def grant(self, chain: Chain, wish: Wish) -> bool:
         """Hold what comes to the least of a wish; whether it could be found."""
         stated = self.stated(chain)
         terms = wish(stated.program, stated.rows)
-        solved = stated.rows.minimized(terms, relative_gap=0)
+        solved = stated.rows.minimized(terms, relative_gap=0, counts=True, nodes=WISH_NODES)
         if solved.values is None:
             return False
         self.granted.append((wish, sum(factor * solved.values[column] for column, factor in terms.items()) + 0.5))
