@@ -182,7 +182,7 @@ class Rows:
         matrix.index_ = np.array([column for terms in self.terms for column in terms], np.int32)
         matrix.value_ = np.array([value for terms in self.terms for value in terms.values()], float)
         solver = _QuietHighs()
-        options = {
+        options: dict[str, bool | float | str] = {
             "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_max_nodes": nodes,
             "mip_abs_gap": 0.99 if counts else 1e-6, "presolve": "off",  # which now and then takes minutes
             "mip_feasibility_tolerance": TOLERANCE, "primal_feasibility_tolerance": TOLERANCE,
