@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from devmap_config.files import CONFIG, FileError, is_folder, read_json
 from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
 from devmap_config.graph.digest import digest
+from devmap_config.libraries.messages import without_retries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -197,6 +198,7 @@ _AS_CONFIGURED = HubAccess()
 _ACCESS: ContextVar[HubAccess] = ContextVar("hub access")
 
 
+@without_retries()
 def hub_source(
     repository: str, revision: str | None, *, commit: str | None = None, must_ask: bool = False
 ) -> ModelSource:
@@ -212,12 +214,9 @@ def hub_source(
         ModelNotFoundError: where the hub and its cache have no such repository, revision or config.
         CheckpointError: where its weights cannot be loaded.
     """
-    import logging
-
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries are told by what comes of them
     wanted = commit or revision
     is_fixed = wanted is not None and COMMIT.fullmatch(wanted) is not None
     if must_ask and not is_fixed and not _hub_answers():
