@@ -58,8 +58,15 @@ def test_it_shows_the_same_on_cards_and_from_the_disk(name, monkeypatch):
     assert (shown, spared) == (shown, whole)
 
 
-@pytest.mark.parametrize("name", ["dense", "sliding and full"])
-def test_it_shows_the_same_wherever_a_plan_has_blocks_and_parts(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("dense", {"model.layers.4", "model.layers.5", "model.layers.6"}),
+        # A norm behind the part brings back what it gives, but in the first block on a card.
+        ("sliding and full", {"model.layers.4"}),
+    ],
+)
+def test_it_shows_the_same_wherever_a_plan_has_blocks_and_parts(name, broken, monkeypatch):
     graph = measured_graph(name)
     outcomes = {}
     for shown, plan in (*plans_that_run(graph), *plans_that_do_not(graph)):
@@ -67,7 +74,7 @@ def test_it_shows_the_same_wherever_a_plan_has_blocks_and_parts(name, monkeypatc
         assert (shown, spared) == (shown, whole)
         outcomes[shown] = spared.mismatch.running if spared.mismatch else spared.outcome
     assert list(outcomes.values()).count("runs") >= 9
-    assert {"model.layers.5", "model.layers.6"} & set(outcomes.values())
+    assert set(outcomes.values()) == {"runs", *broken}
 
 
 @pytest.mark.zoo

@@ -19,7 +19,7 @@ from devmap_config import ProfileError, compile_profile, load_model
 from devmap_config.cli import devmap
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards
-from devmap_config.graph.recording import Recorder
+from devmap_config.graph.recording import Recorder, Traffic
 from devmap_config.libraries import torch as torch_adapter
 from devmap_config.libraries import transformers as transformers_adapter
 from devmap_config.libraries import versions
@@ -281,7 +281,8 @@ def test_what_torch_refuses_of_a_models_call_is_the_models_doing():
     """Though it is within a method of ours that the call is handed on."""
 
     def handed_on():
-        with SimulatedDevices((), {}, (), {}, frozenset()).watching(torch.nn.Identity()):
+        traffic = Traffic(blocks={}, skipped=frozenset())
+        with SimulatedDevices((), {}, (), {}, traffic).watching(torch.nn.Identity()):
             torch.ones(2, 3) @ torch.ones(2, 3)
 
     assert raised(handed_on).cause == "model"
