@@ -148,7 +148,7 @@ def interpreter(version):
     return None
 
 
-WITHOUT_TORCH = "pydantic pyyaml jinja2 numpy click rich psutil google-re2 huggingface-hub safetensors".split()
+WITHOUT_TORCH = "pydantic pyyaml jinja2 highspy numpy click rich psutil google-re2 huggingface-hub safetensors".split()
 
 
 @pytest.mark.zoo
