@@ -11,6 +11,7 @@ import torch
 from devmap_config.graph.failures import OtherInputsError
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.transformers import CACHE_NAMES, is_own_model, unnamed_cache
+from devmap_config.libraries.versions import is_tried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +87,7 @@ class Forwards:
         cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
         if cache is None and (name := unnamed_cache(output)) is not None:
             raise self._unlike(f"returns its cache as `{name}`")
-        return cache
+        return None if self._only_returns_its_cache else cache
 
     @property
     def has_static_cache(self) -> bool:
@@ -96,6 +97,11 @@ class Forwards:
     @property
     def _accepted(self) -> Any:
         return inspect.signature(self.model.forward).parameters
+
+    @property
+    def _only_returns_its_cache(self) -> bool:
+        """Whether no further token can be given with what it returns: ColPali makes an embedding of a page."""
+        return self._cache_name is None and not self.model.can_generate() and is_tried("transformers")
 
     @property
     def _cache_name(self) -> str | None:

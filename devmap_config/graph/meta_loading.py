@@ -89,14 +89,13 @@ def match_names(
         code_of_models(allowed=trust_remote_code),
         noting_what_is_lacking(model_class) as lacking,
     ):
-        model, _ = model_class.from_pretrained(
+        model = model_class.from_pretrained(
             None,
             config=config,
             state_dict=stored,
             device_map={"": "meta"},
             dtype=dtype,
             ignore_mismatched_sizes=True,
-            output_loading_info=True,
         )
     info = reports[0]
     wanted = model.state_dict()
