@@ -95,6 +95,7 @@ def _story(compiled: Compiled) -> Iterator[str]:
         yield f"{' and '.join(group)} are one tensor, and move together."
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
+    yield from _preference(plan)
 
 
 def _holdings(plan: Plan, use: DeviceUse) -> str:
@@ -130,6 +131,21 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
             f"The context may grow from {graph.measurement.workload.context_length:,} to"
             f" {prediction.longest_context:,} tokens before a device is full."
         )
+
+
+def _preference(plan: Plan) -> Iterator[str]:
+    """What the fastest plan takes, and by which wish beside time this one was preferred to it."""
+    from devmap_config.plan.comparison import deciding_wish
+    from devmap_config.plan.plan import FASTEST, OWN
+
+    for phase, name in FASTEST.items():
+        own, fastest = getattr(plan.prediction, OWN[phase]), getattr(plan.prediction, name)
+        if fastest is not None:
+            share = f"{100 * abs(own - fastest) / own:.1f} % {'less' if fastest <= own else 'more'}"
+            what = "token" if phase == "decode" else phase
+            yield f"The fastest plan that was found takes {format_duration(fastest)} a {what}, {share}."
+    if (wish := deciding_wish(plan)) is not None:
+        yield f"What decided for this one: {wish}."
 
 
 def _pace(plan: Plan) -> Iterator[str]:

@@ -93,13 +93,24 @@ def _predicted(plan: Plan) -> str:
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     words = []
     if decode is not None:
-        proof = f" (no plan is below {format_duration(bound)})" if bound is not None else ""
-        words.append(f"{format_duration(decode)} a token{proof}")
+        proof = f"no plan is below {format_duration(bound)}" if bound is not None else ""
+        fastest = _fastest(prediction.fastest_decode_nanoseconds_per_token)
+        words.append(f"{format_duration(decode)} a token{_in_parentheses(fastest, proof)}")
     if prediction.prefill_nanoseconds is not None:
-        words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill")
+        fastest = _fastest(prediction.fastest_prefill_nanoseconds)
+        words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill{_in_parentheses(fastest)}")
     if prediction.longest_context is not None:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     return f"predicted: {', '.join(words)}" if words else ""
+
+
+def _fastest(nanoseconds: int | None) -> str:
+    return f"the fastest plan takes {format_duration(nanoseconds)}" if nanoseconds is not None else ""
+
+
+def _in_parentheses(*phrases: str) -> str:
+    said = "; ".join(phrase for phrase in phrases if phrase)
+    return f" ({said})" if said else ""
 
 
 BAR_COLUMNS = 30

@@ -57,14 +57,15 @@ NEARLY_ALL = (19, 20)
 class Optimal:
     """A placement with what computes on the CPU, and the time of the objective.
 
-    `fastest_nanoseconds` is that of the fastest placement that was found, and no placement is below the bound.
+    `fastest` is the fastest placement that was found with what it computes there, where wishes chose another; no
+    placement is below the bound.
     """
 
     placement: Placement
-    compute: Mapping[TensorName, Device]
+    compute: Placement
     nanoseconds: int
-    fastest_nanoseconds: int
     bound_nanoseconds: int
+    fastest: tuple[Placement, Placement] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +102,26 @@ def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> O
     if best is None or bound is None:
         return None
     fastest_nanoseconds, stated, solution = best
-    homes = stated.homes(solution.choice)
+    homes = fastest = stated.homes(solution.choice)
     if wished is not None:
         most = max(fastest_nanoseconds, bound + bound // NEARLY_AS_FAST)
         limit = most - stated.constant_nanoseconds
         wanted = stated.homes(preferred(stated.chain, solution, limit, stated.contexts(wished)))
         homes = wanted if stated.forward_nanoseconds(wanted) <= most else homes
+    placement, compute = _as_placed(homes, problem)
     return Optimal(
-        placement={name: location.stored_on for name, location in homes.items()},
-        compute={name: CPU for name, location in homes.items() if location == ON_CPU} if problem.accelerators else {},
+        placement=placement,
+        compute=compute,
         nanoseconds=stated.forward_nanoseconds(homes),
-        fastest_nanoseconds=fastest_nanoseconds,
         bound_nanoseconds=bound,
+        fastest=None if homes == fastest else _as_placed(fastest, problem),
     )
+
+
+def _as_placed(homes: Mapping[TensorName, Location], problem: Problem) -> tuple[Placement, Placement]:
+    """Return the device of every tensor, and of those that compute on the CPU beside accelerators that one."""
+    computed = {name: CPU for name, location in homes.items() if location == ON_CPU} if problem.accelerators else {}
+    return {name: location.stored_on for name, location in homes.items()}, computed
 
 
 def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:

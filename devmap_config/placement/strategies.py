@@ -39,12 +39,14 @@ class Shortage:
 class Placed:
     """The device of every tensor, what runs elsewhere than where it is stored, and a bound where one was proven.
 
-    `bound_nanoseconds` is what no placement can be below, of what the strategy makes fast.
+    `bound_nanoseconds` is what no placement can be below, of what the strategy makes fast; `fastest` is the fastest
+    placement that was found, where other wishes than time chose this one.
     """
 
     placement: Placement
     compute: Placement = field(default_factory=dict)
     bound_nanoseconds: int | None = None
+    fastest: Placed | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,12 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
     else:
         found = optimal.place_fewest_devices(problem, aim)
     if found is not None:
-        bound = found.bound_nanoseconds if strategy == "fastest" else None
-        return Placed(placement=found.placement, compute=found.compute, bound_nanoseconds=bound)
+        if strategy != "fastest":
+            return Placed(placement=found.placement, compute=found.compute)
+        fastest = None if found.fastest is None else Placed(placement=found.fastest[0], compute=found.fastest[1])
+        return Placed(
+            placement=found.placement, compute=found.compute, bound_nanoseconds=found.bound_nanoseconds, fastest=fastest
+        )
     measurement = problem.graph.measurement
     cache_bytes = 0 if measurement is None else measurement.cache_bytes
     room = sum(problem.capacities.values())

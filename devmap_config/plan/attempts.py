@@ -11,6 +11,7 @@ from devmap_config.placement.buffers import are_to_be_compared, executors_for
 from devmap_config.placement.constraints import keeping
 from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES, Infeasible, place
 from devmap_config.placement.units import fold, whole_model
+from devmap_config.plan.comparison import beside_fastest
 from devmap_config.plan.plan import assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import review
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.placement.executor import Executor
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Placement, Problem
     from devmap_config.placement.strategies import Placed
@@ -57,7 +57,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
         placed = place(problem, prepared.strategy)
         if isinstance(placed, Infeasible):
             return obstacle or placed
-        plan = _assembled(placed, problem.executor, prepared)
+        plan = _assembled(placed, problem, prepared)
         if stranded := _stranded(plan, problem):
             kept |= stranded
             problem = keeping(problem, stranded)
@@ -72,7 +72,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
         problem = replace(problem, capacities=capacities)
 
 
-def _assembled(placed: Placed, executor: Executor, prepared: Prepared) -> Plan:
+def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
     """Return a placement as a plan: in units, with what each device holds and what running it takes."""
     graph, strategy = prepared.graph, prepared.strategy
     homes = {
@@ -80,9 +80,12 @@ def _assembled(placed: Placed, executor: Executor, prepared: Prepared) -> Plan:
         for name, device in placed.placement.items()
     }
     units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
-    plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=executor)
+    plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=problem.executor)
     bound = placed.bound_nanoseconds if prepared.proves_bound else None
-    return replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
+    plan = replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
+    if placed.fastest is None:
+        return plan
+    return beside_fastest(plan, _assembled(placed.fastest, problem, prepared), problem.aim)
 
 
 def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, Device]:

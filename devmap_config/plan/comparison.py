@@ -1,12 +1,15 @@
-"""Which of several plans of one profile is the best, by what its strategy is after."""
+"""Which of several plans of one profile is the best, and what a plan has that the fastest one has not."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes
+from devmap_config.plan.plan import FASTEST, OWN
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from devmap_config.placement.problem import Aim
     from devmap_config.plan.plan import Plan
@@ -17,18 +20,76 @@ def best_of(plans: Sequence[Plan], aim: Aim | None) -> Plan:
     best = min(plans, key=lambda plan: _rank(plan, aim))
     bounds = [plan.prediction.bound_decode_nanoseconds_per_token for plan in plans]
     least = min((bound for bound in bounds if bound is not None), default=None)
-    return replace(best, prediction=replace(best.prediction, bound_decode_nanoseconds_per_token=least))
+    best = replace(best, prediction=replace(best.prediction, bound_decode_nanoseconds_per_token=least))
+    fastest = min((plan.fastest or plan for plan in plans), key=lambda plan: objective_nanoseconds(plan, aim))
+    return beside_fastest(best, fastest, aim) if best.fastest else best
+
+
+def objective_nanoseconds(plan: Plan, aim: Aim | None) -> int:
+    """Return what is to be little under an aim: the time of a token, a prefill or a request, as far as it is known."""
+    phases = () if aim is None else aim.phases
+    return sum(times * (getattr(plan.prediction, OWN[phase]) or 0) for phase, times in phases)
+
+
+def beside_fastest(plan: Plan, fastest: Plan, aim: Aim | None) -> Plan:
+    """Return the plan with the fastest that was found, and with its times where the plan takes longer."""
+    figures: dict[str, int | None] = dict.fromkeys(FASTEST.values())
+    if aim is not None and objective_nanoseconds(plan, aim) > objective_nanoseconds(fastest, aim):
+        figures |= {FASTEST[phase]: getattr(fastest.prediction, OWN[phase]) for phase, _ in aim.phases}
+    return replace(plan, fastest=fastest, prediction=replace(plan.prediction, **figures))
+
+
+def deciding_wish(plan: Plan) -> str | None:
+    """Return the first wish beside time by which a plan is better than the fastest; `None` where it is not, by any.
+
+    The order is that in which wishes are granted (`placement/wishes.py`).
+    """
+    fastest = plan.fastest
+    if fastest is None:
+        return None
+    for figure_of, show in _WISHES:
+        before, after = figure_of(fastest), figure_of(plan)
+        if after < before:
+            return show(after, before)
+    return None
+
+
+_WISHES: tuple[tuple[Callable[[Plan], int], Callable[[int, int], str]], ...] = (
+    (
+        lambda plan: len(plan.compute),
+        lambda after, before: (
+            f"{_modules(after)} on the CPU instead of {before:,}"
+            + ("" if after else ", so that a plain device_map says it")
+        ),
+    ),
+    (
+        lambda plan: plan.prediction.streamed_bytes_per_token or 0,
+        lambda after, before: f"{format_bytes(after)} are copied in at every forward instead of {format_bytes(before)}",
+    ),
+    (
+        lambda plan: len({each.location.runs_on for each in plan.assignments}),
+        lambda after, before: f"{after:,} devices run it instead of {before:,}",
+    ),
+    (
+        lambda plan: plan.prediction.hops or 0,
+        lambda after, before: f"activations change devices {after:,} times in a forward instead of {before:,}",
+    ),
+    (
+        lambda plan: -(plan.prediction.longest_context or 0),
+        lambda after, before: f"the context may grow to {-after:,} tokens instead of {-before:,}",
+    ),
+)
+"""What there is to be little of, and how it is said, after what it is in the fastest plan."""
+
+
+def _modules(count: int) -> str:
+    return "no module computes" if not count else "1 module computes" if count == 1 else f"{count:,} modules compute"
 
 
 def _rank(plan: Plan, aim: Aim | None) -> tuple[int, ...]:
-    prediction = plan.prediction
-    nanoseconds = {
-        "prefill": prediction.prefill_nanoseconds or 0,
-        "decode": prediction.decode_nanoseconds_per_token or 0,
-    }
-    total = sum(times * nanoseconds[phase] for phase, times in aim.phases) if aim is not None else 0
+    total = objective_nanoseconds(plan, aim)
     if plan.strategy == "longest-context":
-        return (-(prediction.longest_context or 0), total)
+        return (-(plan.prediction.longest_context or 0), total)
     if plan.strategy == "fewest-devices":
         return (len({each.location.runs_on for each in plan.assignments}), total)
     return (total,)

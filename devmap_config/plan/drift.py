@@ -17,7 +17,7 @@ from devmap_config.plan.changes import changed_inputs, changed_versions
 from devmap_config.plan.inputs import early_graph_digest
 from devmap_config.plan.lock import LockError, locked_units
 from devmap_config.plan.moved import FOLLOW_FROM_MEASUREMENT, LOADING, moved_figures
-from devmap_config.plan.plan import assemble
+from devmap_config.plan.plan import FASTEST, OWN, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
 from devmap_config.plan.verify import coverage
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 BOUND = "bound_decode_nanoseconds_per_token"
+
+PROVEN = (BOUND, *FASTEST.values())
+"""What a lock says of other plans than its own."""
 
 DriftCode = Literal["stale-lock", "broken-lock", "unproven-lock"]
 
@@ -102,11 +105,11 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: Inputs) -> Held | 
         return _drift(broken, versions, moved_figures(lock.plan, plan.to_json()))
     hardware = prepared.inventory.accelerators_to_json()
     contradictions = _contradictions(lock, plan, hardware, inputs, follows_measurement=not versions)
-    if broken := [*contradictions, *_bad_bounds(lock, prepared)]:
+    if broken := [*contradictions, *_bad_bounds(lock, prepared), *_bad_fastest(lock, prepared)]:
         return Drift("broken-lock", tuple(broken))
     if not versions:
-        bound = lock.plan["prediction"][BOUND]
-        return Held(replace(plan, prediction=replace(plan.prediction, bound_decode_nanoseconds_per_token=bound)))
+        stated = {name: lock.plan["prediction"].get(name) for name in PROVEN}
+        return Held(replace(plan, prediction=replace(plan.prediction, **stated)))
     moved = moved_figures(lock.plan, plan.to_json())
     return Held(plan, f"{versions} moves {', '.join(moved)}" if moved else None)
 
@@ -129,9 +132,11 @@ def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
         now = plan.to_json()[part]
         for route, before, after in _differences(lock.plan.get(part, now), now, f"plan.{part}"):
             found.append(f"`{route}` is {_shown(before)}, and placing anew gives {_shown(after)}")
-    before, after = lock.plan["prediction"][BOUND], plan.prediction.bound_decode_nanoseconds_per_token
-    if before != after:
-        found.append(f"`plan.prediction.{BOUND}` is {_shown(before)}, and {_shown(after)} is what is proven")
+    for name in PROVEN:
+        before, after = lock.plan["prediction"].get(name), getattr(plan.prediction, name)
+        if before != after:
+            what = "is what is proven" if name == BOUND else "is what placing anew gives"
+            found.append(f"`plan.prediction.{name}` is {_shown(before)}, and {_shown(after)} {what}")
     return tuple(found)
 
 
@@ -190,7 +195,7 @@ def _contradictions(
     derived = plan.to_json()
     if lock.is_early:
         derived = {key: part for key, part in derived.items() if key in lock.plan}
-    skipped = {BOUND, *(() if follows_measurement else FOLLOW_FROM_MEASUREMENT)}
+    skipped = {*PROVEN, *(() if follows_measurement else FOLLOW_FROM_MEASUREMENT)}
     if "loading_ram_bytes" not in lock.plan:
         skipped |= LOADING
     for index, (use, now) in enumerate(zip(lock.plan["devices"], derived["devices"], strict=False)):
@@ -222,6 +227,22 @@ def _bad_bounds(lock: Lock, prepared: Prepared) -> Iterator[str]:
         yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and `{prepared.strategy}` proves {proven}"
     elif bound is not None and not 0 < bound <= decode:
         yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and the plan takes {_shown(decode)}"
+
+
+def _bad_fastest(lock: Lock, prepared: Prepared) -> Iterator[str]:
+    """What is wrong with the times of the fastest plan: none is looked for, they are below the bound, or no shorter."""
+    prediction = lock.plan["prediction"]
+    stated = {phase: prediction[name] for phase, name in FASTEST.items() if name in prediction}
+    least = {phase: (prediction[BOUND] if phase == "decode" else None) or 1 for phase in stated}
+    is_shorter = any(nanoseconds < (prediction[OWN[phase]] or 0) for phase, nanoseconds in stated.items())
+    for phase, nanoseconds in stated.items():
+        place = f"`plan.prediction.{FASTEST[phase]}` is {_shown(nanoseconds)}"
+        if prepared.strategy != "fastest":
+            yield f"{place}, and `{prepared.strategy}` looks for none"
+        elif nanoseconds < least[phase]:
+            yield f"{place}, and no plan is below {_shown(least[phase])}"
+        elif not is_shorter:
+            yield f"{place}, and the plan takes {_shown(prediction[OWN[phase]])}"
 
 
 def _contradiction(route: str, stated: object, follows: object) -> str:

@@ -88,6 +88,16 @@ class LockedPrediction(_Part):
         description="What no plan takes less than, as proven when the lock was compiled; `null` where nothing was."
     )
     decode_nanoseconds_per_token: Count | None
+    fastest_decode_nanoseconds_per_token: Count = Field(
+        default=0,
+        description="What the fastest plan that was found takes, where other wishes than time chose a slower one.",
+        json_schema_extra=_without_default,
+    )
+    fastest_prefill_nanoseconds: Count = Field(
+        default=0,
+        description="The same of a prefill, where that was to be fast.",
+        json_schema_extra=_without_default,
+    )
     hops: Count | None
     longest_context: Count | None
     prefill_nanoseconds: Count | None

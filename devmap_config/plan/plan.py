@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.placement.assignment import Location
     from devmap_config.placement.executor import Executor
+    from devmap_config.placement.timing import Phase
     from devmap_config.placement.units import Unit
 from devmap_config.devices import CPU
 from devmap_config.placement.assignment import Assignment
@@ -46,7 +47,11 @@ class DeviceUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What running the plan costs; a field is `None` where its inputs are missing."""
+    """What running the plan costs; a field is `None` where its inputs are missing.
+
+    The two that begin with `fastest` are those of the fastest plan that was found, of what was to be fast; they are
+    `None` where this plan takes no longer.
+    """
 
     decode_nanoseconds_per_token: int | None = None
     bound_decode_nanoseconds_per_token: int | None = None
@@ -54,6 +59,23 @@ class Prediction:
     streamed_bytes_per_token: int | None = None
     hops: int | None = None
     longest_context: int | None = None
+    fastest_decode_nanoseconds_per_token: int | None = None
+    fastest_prefill_nanoseconds: int | None = None
+
+    def to_json(self) -> dict[str, int | None]:
+        """As it stands in a lock: what the fastest plan takes, only where that is less."""
+        figures = asdict(self)
+        return {name: figure for name, figure in figures.items() if figure is not None or name not in FASTEST.values()}
+
+
+OWN: Mapping[Phase, str] = {"decode": "decode_nanoseconds_per_token", "prefill": "prefill_nanoseconds"}
+"""The figure of a plan's own time, by phase."""
+
+FASTEST: Mapping[Phase, str] = {
+    "decode": "fastest_decode_nanoseconds_per_token",
+    "prefill": "fastest_prefill_nanoseconds",
+}
+"""That of the fastest plan that was found."""
 
 
 class NotADeviceMapError(DevmapError):
@@ -78,6 +100,7 @@ class Plan:
     `measured` tells whether more than weights was measured and budgeted. `diagnostics` are the warnings of the
     compilation that made it; two plans are the same whatever was said of them.
     `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
+    `fastest` is the fastest plan that was found, where other wishes than time chose this one.
     """
 
     strategy: str
@@ -89,6 +112,7 @@ class Plan:
     measured: bool = False
     loading_ram_bytes: int = 0
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
+    fastest: Plan | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def placement(self) -> dict[str, int | str]:
@@ -142,7 +166,7 @@ class Plan:
             "compute": {unit: str(device) for unit, device in self.compute.items()},
             "devices": [{**asdict(use), "id": str(use.id), "free_bytes": use.free_bytes} for use in self.devices],
             "loading_ram_bytes": self.loading_ram_bytes,
-            "prediction": asdict(self.prediction),
+            "prediction": self.prediction.to_json(),
         }
 
 

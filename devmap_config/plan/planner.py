@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from devmap_config.placement.buffers import executors_for
 from devmap_config.placement.constraints import NO_REPAIRS, build_problem
 from devmap_config.plan.attempts import Candidate, attempts
-from devmap_config.plan.comparison import best_of
+from devmap_config.plan.comparison import beside_fastest, best_of
 from devmap_config.plan.keeping import prefer_locked_plan
 from devmap_config.plan.review import review, warn_of_kept_tensors
 from devmap_config.plan.shortage import report_obstacle
@@ -56,7 +56,10 @@ class Planner:
             warn_of_kept_tensors(kept, plan, self.prepared.loaded, self.sink)
         if self.previous is None:
             return plan
-        return accepted(prefer_locked_plan(plan, self.previous, self.prepared), self.prepared, self.sink)
+        preferred = prefer_locked_plan(plan, self.previous, self.prepared)
+        if preferred is not plan and plan.strategy == "fastest":
+            preferred = beside_fastest(preferred, plan.fastest or plan, problem.aim)
+        return accepted(preferred, self.prepared, self.sink)
 
 
 def accepted(plan: Plan, prepared: Prepared, sink: Sink) -> Plan | None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import LLAMA
 
+from devmap_config.amounts import format_duration
 from devmap_config.cli import devmap
 from devmap_config.cli.checking import check_one
 from devmap_config.cli.command import ProfileOptions
@@ -48,9 +49,9 @@ def lock(workspace):
     return compiled(PROFILE)
 
 
-def compiled(text, *arguments):
+def compiled(text, *arguments, layers=2):
     Path("small").mkdir(exist_ok=True)
-    Path("small/config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 2}))
+    Path("small/config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": layers}))
     Path("p.yaml").write_text(text)
     options = ["-q", "--no-simulate", "--set", "context=24", *arguments]
     assert compile_command.main(["p.yaml", *options], standalone_mode=False) == 0
@@ -253,6 +254,53 @@ def test_a_bound_is_believed_as_it_was_compiled_unless_it_is_to_be_proven(worksp
     checked = check_one(Path("p.yaml"), OPTIONS, proves=True)
     assert (checked.state, checked.diagnostics[-1].code) == ("stale", "unproven-lock")
     assert f"is {bound - 1:,}, and {bound:,} is what is proven" in checked.diagnostics[-1].message
+
+
+SPREAD = """\
+version: 1
+variables: {context: 24}
+model: {source: small}
+workload: {context_length: "{{ context }}"}
+hardware:
+  devices: {"cuda:[0-1]": {memory: 3000KiB, bandwidth: 1TB/s}}
+  links: {host: 25GB/s, peer: 12GB/s}
+placement: {strategy: fastest}
+"""
+"""Of many layers, those that are not on the first card take a little longer: what it makes is brought to each."""
+
+FASTEST_DECODE = ("plan", "prediction", "fastest_decode_nanoseconds_per_token")
+
+
+def test_the_time_of_the_fastest_plan_is_shorter_than_that_of_the_plan_and_not_below_the_bound(workspace):
+    lock = compiled(SPREAD, layers=60)
+    prediction = lock["plan"]["prediction"]
+    bound, decode = prediction["bound_decode_nanoseconds_per_token"], prediction["decode_nanoseconds_per_token"]
+    fastest = prediction[FASTEST_DECODE[-1]]
+    assert bound <= fastest < decode
+    shown = CliRunner().invoke(devmap, ["compile", "p.yaml", "--no-simulate"]).output
+    times = f"(the fastest plan takes {format_duration(fastest)}; no plan is below {format_duration(bound)})"
+    assert times in " ".join(shown.split())
+    story = CliRunner().invoke(devmap, ["explain", "p.yaml"]).output
+    share = 100 * (decode - fastest) / decode
+    assert f"The fastest plan that was found takes {format_duration(fastest)} a token, {share:.1f} % less." in story
+    assert "What decided for this one: the context may grow to 77 tokens instead of " in story
+    assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
+    for other, said in (
+        (decode, f"is {decode:,}, and the plan takes {decode:,}"),
+        (bound - 1, f"is {bound - 1:,}, and no plan is below {bound:,}"),
+        (None, "cannot be null"),
+    ):
+        assert said in judged(resealed(changed(lock, FASTEST_DECODE, other)))
+    for believed in (decode - 1, NOTHING):  # until it is to be proven; early locks do not say
+        assert judged(resealed(changed(lock, FASTEST_DECODE, believed))) is None
+        checked = check_one(Path("p.yaml"), OPTIONS, proves=True)
+        assert (checked.state, checked.diagnostics[-1].code) == ("stale", "unproven-lock")
+        assert f"{fastest:,} is what placing anew gives" in checked.diagnostics[-1].message
+
+
+def test_only_where_the_fastest_is_looked_for_is_there_a_time_of_it(lock):
+    said = judged(resealed(changed(lock, FASTEST_DECODE, 1)))
+    assert f"`{'.'.join(FASTEST_DECODE)}` is 1, and `sequential` looks for none" in said
 
 
 def test_a_plan_is_proven_to_be_what_its_strategy_makes(workspace):
