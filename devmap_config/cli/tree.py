@@ -131,7 +131,7 @@ def graph_of_source(
     from devmap_config.graph.checkpoint import CheckpointError
     from devmap_config.graph.costs import Workload
     from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError
-    from devmap_config.graph.loading import graph_from_source
+    from devmap_config.graph.loading import GraphInputs, graph_from_source
     from devmap_config.graph.remote_code import READ_IT_FIRST
     from devmap_config.graph.source import ModelNotFoundError, hub_source, local_source
     from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
@@ -151,13 +151,14 @@ def graph_of_source(
         if name is None:
             raise click.UsageError("the config does not name the model's class: give `--class AutoModel`")
         return graph_from_source(
-            found,
-            class_name=name,
-            dtype=found.dtype_for(dtype or "auto"),
-            attention=None,
-            workload=workload,
-            quantization=effective_quantization(None, found.config),
-            trust_remote_code=trust_remote_code,
+            GraphInputs(
+                source=found,
+                class_name=name,
+                dtype=found.dtype_for(dtype or "auto"),
+                workload=workload,
+                quantization=effective_quantization(None, found.config),
+                trust_remote_code=trust_remote_code,
+            )
         )
     except (ModelNotFoundError, CheckpointError) as error:
         raise click.UsageError(str(error)) from None

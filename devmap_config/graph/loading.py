@@ -100,6 +100,30 @@ class Lookup:
     permissions: Permissions = NO_PERMISSIONS
 
 
+@dataclass(frozen=True, kw_only=True)
+class GraphInputs:
+    """What a graph is made from. Without a workload nothing is measured; `quantization` is what is counted."""
+
+    source: ModelSource
+    class_name: str
+    dtype: str
+    attention: str | None = None
+    workload: Workload | None = None
+    quantization: Quantization | None = None
+    trust_remote_code: bool = False
+
+    def compared(self) -> Mapping[str, object]:
+        """What tells whether a graph is of these, by the words for messages."""
+        return {
+            "config": self.source.config_digest,
+            "class": self.class_name,
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "workload": self.workload,
+            "quantization": _quantization_json(self.quantization),
+        }
+
+
 def load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> LoadedModel | None:
     """Return the graph of the model that a profile names, or `None` with the reason in the sink."""
     try:
@@ -138,30 +162,37 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
             help="name it: `class: AutoModelForCausalLM`",
         )
         return None
-    attention = profile_model.attention if "attention" in profile_model.model_fields_set else None
-    dtype = source.dtype_for(profile_model.dtype.value)
     quantization = effective_quantization(
         profile_model.quantization.value, source.config, has_accelerator=_has_accelerator(loaded)
     )
     try:
-        counted = quantization if quantization is not None and quantization.format() is not None else None
+        is_counted = quantization is not None and quantization.format() is not None
     except QuantizationError as error:
         sink.error("bad-quantization", str(error), profile_model.quantization.span, help=error.help)
-        return None
-    wanted = (source.config_digest, class_name, dtype, attention, _workload(loaded), _quantization_json(counted))
-    dry_runs: Mapping[str, Any] = {}
-    if vendored is not None and wanted == _made_from(vendored, loaded):
+        if quantization is not None and quantization.is_prequantized:
+            return None
+        quantization, is_counted = None, False  # what else is wrong is told by the model without it
+    inputs = GraphInputs(
+        source=source,
+        class_name=class_name,
+        dtype=source.dtype_for(profile_model.dtype.value),
+        attention=profile_model.attention if "attention" in profile_model.model_fields_set else None,
+        workload=_workload(loaded),
+        quantization=quantization if is_counted else None,
+        trust_remote_code=lookup.permissions.trust_remote_code,
+    )
+    made_from = None if vendored is None else _made_from(vendored, loaded)
+    if vendored is not None and made_from is not None and inputs.compared() == made_from:
         graph, dry_runs = vendored.graph, vendored.dry_runs
     else:
-        if vendored is not None:
-            _warn_stale_graph(loaded, sink, _differing(wanted, _made_from(vendored, loaded)))
-        trusted = lookup.permissions.trust_remote_code
-        found = _built(source, class_name, dtype, attention, counted, loaded, sink, trust_remote_code=trusted)
-        if found is None:
+        if made_from is not None:
+            _warn_stale_graph(loaded, sink, _differing(inputs.compared(), made_from))
+        built, dry_runs = _built(inputs, loaded, sink), {}
+        if built is None:
             return None
-        graph = found
-    graph = replace(graph, loading=_loading_facts(graph, source, dtype, quantization))
-    return LoadedModel(graph, source, class_name, dtype, attention, quantization, dry_runs)
+        graph = built
+    graph = replace(graph, loading=_loading_facts(graph, source, inputs.dtype, quantization))
+    return LoadedModel(graph, source, class_name, inputs.dtype, inputs.attention, quantization, dry_runs)
 
 
 def _loading_facts(
@@ -196,27 +227,9 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
     )
 
 
-def _built(
-    source: ModelSource,
-    class_name: str,
-    dtype: str,
-    attention: str | None,
-    quantization: Quantization | None,
-    loaded: LoadedProfile,
-    sink: Sink,
-    *,
-    trust_remote_code: bool,
-) -> ModelGraph | None:
+def _built(inputs: GraphInputs, loaded: LoadedProfile, sink: Sink) -> ModelGraph | None:
     try:
-        return graph_from_source(
-            source,
-            class_name=class_name,
-            dtype=dtype,
-            attention=attention,
-            workload=_workload(loaded),
-            quantization=quantization,
-            trust_remote_code=trust_remote_code,
-        )
+        return graph_from_source(inputs)
     except QuantizationError as error:
         sink.error("bad-quantization", str(error), loaded.profile.model.quantization.span, help=error.help)
         return None
@@ -299,18 +312,20 @@ def _at_hand(source: ModelSource) -> ModelSource:
     return replace(source, checkpoint=cached_checkpoint(source.weights, source.commit, source.config))
 
 
-def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> tuple[object, ...]:
-    digest = _vendored_source(vendored, loaded).config_digest
-    of_model = (digest, vendored.class_name, vendored.dtype, vendored.attention)
-    return (*of_model, vendored.workload, vendored.quantization)
+def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> Mapping[str, object]:
+    """What a vendored graph was made from, as `GraphInputs.compared` gives it."""
+    return {
+        "config": _vendored_source(vendored, loaded).config_digest,
+        "class": vendored.class_name,
+        "dtype": vendored.dtype,
+        "attention": vendored.attention,
+        "workload": vendored.workload,
+        "quantization": vendored.quantization,
+    }
 
 
-MADE_FROM = ("config", "class", "dtype", "attention", "workload", "quantization")
-"""What a vendored graph was made from, in the order of `_made_from`."""
-
-
-def _differing(wanted: tuple[object, ...], made_from: tuple[object, ...]) -> str:
-    return " and ".join(name for name, now, then in zip(MADE_FROM, wanted, made_from, strict=True) if now != then)
+def _differing(inputs: Mapping[str, object], made_from: Mapping[str, object]) -> str:
+    return " and ".join(name for name, value in inputs.items() if value != made_from[name])
 
 
 def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model or revision") -> None:
@@ -322,16 +337,7 @@ def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model
     )
 
 
-def graph_from_source(
-    source: ModelSource,
-    *,
-    class_name: str,
-    dtype: str,
-    attention: str | None,
-    workload: Workload | None = None,
-    quantization: Quantization | None = None,
-    trust_remote_code: bool = False,
-) -> ModelGraph:
+def graph_from_source(inputs: GraphInputs) -> ModelGraph:
     """The graph of a model, from the cache where it is kept.
 
     Raises:
@@ -339,27 +345,28 @@ def graph_from_source(
         UnbuildableModelError: where transformers cannot build it.
         QuantizationError: where the quantization's arguments cannot be meant.
     """
+    source, workload, quantization = inputs.source, inputs.workload, inputs.quantization
 
     def make() -> ModelGraph:
         with source.as_config() as config_path:
             return build_graph(
                 config_path,
-                class_name=class_name,
-                dtype=dtype,
-                attention=buildable_attention(attention),
+                class_name=inputs.class_name,
+                dtype=inputs.dtype,
+                attention=buildable_attention(inputs.attention),
                 workload=workload,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=inputs.trust_remote_code,
                 repository=source.repository,
                 quantization=quantization,
             )
 
-    key: dict[str, object] = {"config": source.config_digest, "class": class_name, "dtype": dtype}
+    key: dict[str, object] = {"config": source.config_digest, "class": inputs.class_name, "dtype": inputs.dtype}
     if workload is not None:
-        key |= {"workload": asdict(workload), "attention": attention}
+        key |= {"workload": asdict(workload), "attention": inputs.attention}
     if quantization is not None and quantization.format() is not None:
         key["quantization"] = quantization.to_json()
     # Code that comes with a model may change without its config.
-    graph = make() if trust_remote_code else cached_graph(key, make)
+    graph = make() if inputs.trust_remote_code else cached_graph(key, make)
     apart = source.stored_apart(graph.ties)
     return replace(graph, ties=tuple(tie for tie in graph.ties if tie not in apart)) if apart else graph
 

@@ -7,14 +7,14 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from devmap_config.amounts import format_bytes
-from devmap_config.devices import nth_accelerator
+from devmap_config.devices import Device, nth_accelerator
 from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
 from devmap_config.hardware.inventory import Inventory, InventoryDevice
 from devmap_config.hardware.links import links_between
+from devmap_config.profile.document import MappingNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 
 if TYPE_CHECKING:
-    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.located import Located
@@ -48,7 +48,11 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
 
 def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
     """Return every device that the profile lists, also those whose description is wrong."""
-    return tuple(sorted(loaded.profile.hardware.devices.value))
+    devices = loaded.profile.hardware.devices
+    node = devices.place.node
+    keys = [entry.key for entry in node.entries if not is_null(entry.value)] if isinstance(node, MappingNode) else []
+    named = (Device.from_text(key.text) for key in keys if not key.is_unrendered)
+    return tuple(sorted({*devices.value, *named}))
 
 
 def _device(
@@ -106,7 +110,7 @@ def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerat
             help="write it in bytes, such as `24GiB`, or name the `accelerator`",
         )
         return None
-    if memory is None and section.is_sound:
+    if memory is None and not section.doubtful & {"memory", "accelerator"}:
         sink.error(
             "missing-memory",
             f"{device} has no memory",
@@ -183,7 +187,7 @@ def _check_kinds(devices: tuple[Device, ...], loaded: LoadedProfile, sink: Sink)
 def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
     known = declared_devices(loaded)
     for device, cap in loaded.profile.placement.max_memory.items():
-        if device not in known:
+        if device not in known and loaded.knows_devices:
             sink.error(
                 "unknown-device",
                 f"`max_memory` caps {device}, which the profile does not list",
@@ -199,7 +203,7 @@ def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
     known = {str(device) for device in declared_devices(loaded)}
     for name, described in loaded.profile.hardware.links.items():
         ends = name.split("-")
-        if name in LINKS or (len(ends) == 2 and all(end in known for end in ends)):
+        if name in LINKS or (len(ends) == 2 and all(end in known or not loaded.knows_devices for end in ends)):
             continue
         close = difflib.get_close_matches(name, LINKS, n=1)
         listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"

@@ -17,12 +17,12 @@ DEFAULT_NEW_TOKENS = 256
 """How much a request generates, where the profile does not say: `optimize: request`."""
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from devmap_config.devices import Device
-    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.diagnostics.diagnostic import Sink, Span
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.hardware.inventory import Inventory, InventoryDevice
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.timing import Phase
     from devmap_config.profile.loading import LoadedProfile
@@ -58,10 +58,9 @@ def build_problem(prepared: Prepared, sink: Sink, repairs: Repairs = NO_REPAIRS)
     reserved = repairs.reserved_bytes
     capacities = {device: size - reserved.get(device, 0) for device, size in problem.capacities.items()}
     problem = keeping(replace(problem, capacities=capacities), repairs.kept)
-    problem = replace(problem, single_device=_single_device(prepared.loaded, problem, sink))
-    if sink.has_errors:
-        return None
-    problem = replace(problem, aim=_aim(prepared, problem, sink))
+    if "strategy" not in prepared.loaded.profile.placement.doubtful:
+        problem = replace(problem, single_device=_single_device(prepared.loaded, problem, sink))
+        problem = replace(problem, aim=_aim(prepared, problem, sink))
     return None if sink.has_errors else problem
 
 
@@ -113,7 +112,8 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
             device_map.key_span,
             help="say `strategy: manual`, or remove it; to decide for a part of the model, use `pins`",
         )
-    if strategy == "manual" and not _has_errors_in_map(loaded, sink):
+    deciding = [pin.span for pin in placement.pins] + ([device_map.span] if device_map.is_written else [])
+    if strategy == "manual" and not any(_has_errors_within(place, sink) for place in deciding):
         _check_covered(loaded, problem, sink)
     if placement.device.value is None:
         return None
@@ -127,7 +127,7 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
         return None
     kind = next((device.kind for device in problem.accelerators), "cuda")
     device = device_meant(placement.device.value, kind)
-    if device not in problem.capacities:
+    if device not in problem.capacities and loaded.knows_devices:
         sink.error(
             "unknown-device",
             f"{device} is not a device of this profile",
@@ -149,60 +149,75 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
     if not problem.graph.decodes:
         phases = (("prefill", 1),)  # all that such a model does
     if strategy == "longest-context" and workload.context_length.value is None:
-        sink.error(
-            "missing-workload",
-            "`longest-context` looks for the length that fits, and the profile names no workload",
-            loaded.profile.placement.strategy.span,
-            help="name the least that must fit: `workload: {context_length: 4096}`",
-        )
+        if "context_length" not in workload.doubtful:
+            sink.error(
+                "missing-workload",
+                "`longest-context` looks for the length that fits, and the profile names no workload",
+                loaded.profile.placement.strategy.span,
+                help="name the least that must fit: `workload: {context_length: 4096}`",
+            )
         return None
     apart = frozenset(problem.computed.values())
-    missing = _missing_figures(inventory, apart, prefills=("prefill", 1) in phases)
+    missing = [
+        *_missing_rates(inventory, loaded, apart, prefills=("prefill", 1) in phases),
+        *_missing_links(inventory, loaded, sink),
+    ]
     if missing and strategy != "fastest":
         return Aim(phases=(), inventory=inventory)
+    hardware = loaded.profile.hardware
     for device, figure, example in missing:
         sink.error(
             "missing-figure",
             f"`{strategy}` compares times, and {figure} is not known",
-            loaded.profile.hardware.device_span(device),
+            hardware.device_span(device),
             help=f"write {example}, or name an `accelerator` of the catalogue",
         )
     return None if missing else Aim(phases=phases, inventory=inventory)
 
 
-def _missing_figures(
-    inventory: Inventory, apart: frozenset[Device], *, prefills: bool
-) -> list[tuple[Device, str, str]]:
-    """Device, figure and example of what is not known of accelerators, and of the ways to and between them.
+def _computing(inventory: Inventory) -> tuple[InventoryDevice, ...]:
+    return inventory.accelerators or tuple(device for device in inventory.devices if device.id == CPU)
+
+
+def _missing_rates(
+    inventory: Inventory, loaded: LoadedProfile, apart: frozenset[Device], *, prefills: bool
+) -> Iterator[tuple[Device, str, str]]:
+    """Device, figure and example of what is not known of the devices that compute, and not for another mistake.
 
     `apart` is where rules let something compute: on the CPU beside accelerators.
     """
-    missing: list[tuple[Device, str, str]] = []
-    accelerators = inventory.accelerators
-    computing = accelerators or tuple(device for device in inventory.devices if device.id == CPU)
+    computing = _computing(inventory)
     for device in inventory.devices:
         if device not in computing and device.id not in apart:
             continue
-        if device.bandwidth_bytes_per_second is None:
-            missing.append((device.id, f"the bandwidth of {device.id}", f"`{device.id}: {{bandwidth: 1000GB/s}}`"))
-        if prefills and device.flops_per_second is None:
-            missing.append((device.id, f"what {device.id} computes", f"`{device.id}: {{flops: 150TFLOP/s}}`"))
-    first = computing[0].id if computing else CPU
-    stores = [device.id for device in inventory.devices if not device.id.is_accelerator and device.id != first]
-    for store in stores:
-        if computing and (store, first) not in inventory.links:
-            is_host = store == CPU or ((CPU, first) not in inventory.links and bool(accelerators))
-            figure, example = ("host", "`links: {host: 25GB/s}`") if is_host else ("disk", "`disk: {bandwidth: 6GB/s}`")
-            missing.append((store, f"how fast {store} is reached ({figure})", example))
-    for device in accelerators[1:]:
+        doubtful = loaded.profile.hardware.devices.value[device.id].doubtful
+        if device.bandwidth_bytes_per_second is None and not doubtful & {"accelerator", "bandwidth"}:
+            yield device.id, f"the bandwidth of {device.id}", f"`{device.id}: {{bandwidth: 1000GB/s}}`"
+        if prefills and device.flops_per_second is None and not doubtful & {"accelerator", "flops"}:
+            yield device.id, f"what {device.id} computes", f"`{device.id}: {{flops: 150TFLOP/s}}`"
+
+
+def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> Iterator[tuple[Device, str, str]]:
+    """The same of the ways to and between them."""
+    computing, hardware = _computing(inventory), loaded.profile.hardware
+    wrong = [link for link in hardware.links.values() if _has_errors_within(link.key_span, sink)]
+    if not computing or wrong or "links" in hardware.doubtful:
+        return
+    first = computing[0].id
+    for device in inventory.devices:
+        store = device.id
+        if store.is_accelerator or store == first or (store, first) in inventory.links:
+            continue
+        is_host = store == CPU or ((CPU, first) not in inventory.links and first.is_accelerator)
+        figure, example = ("host", "`links: {host: 25GB/s}`") if is_host else ("disk", "`disk: {bandwidth: 6GB/s}`")
+        yield store, f"how fast {store} is reached ({figure})", example
+    for device in inventory.accelerators[1:]:
         if (first, device.id) not in inventory.links:
-            missing.append((device.id, f"the link between {first} and {device.id}", "`links: {peer: 12GB/s}`"))
-    return missing
+            yield device.id, f"the link between {first} and {device.id}", "`links: {peer: 12GB/s}`"
 
 
-def _has_errors_in_map(loaded: LoadedProfile, sink: Sink) -> bool:
-    """Whether something is wrong with the map itself: what it then leaves uncovered follows from that."""
-    place = loaded.profile.placement.device_map.span
+def _has_errors_within(place: Span, sink: Sink) -> bool:
+    """Whether something is wrong with what stands there: that it then lacks something follows from that."""
     begin, end = (place.line, place.column), (place.end_line, place.end_column)
     return any(
         each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end

@@ -46,7 +46,7 @@ class ScalarNode:
     """One value as it was written. `is_plain` is false for quoted and block text, which is text whatever it holds.
 
     `is_verbatim` says that `text` stands in the file character for character, from `content_column` on;
-    `is_unrendered` that it is a template that could not be rendered, which is reported.
+    `is_unrendered` that it is a template that could not be rendered, or the name of no device: which is reported.
     """
 
     text: str

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError, PydanticOmit, core_schema
 
 from devmap_config.devices import Device
 from devmap_config.profile.device_names import DeviceNameError, expand_devices
@@ -133,6 +133,12 @@ def _device(value: object) -> Device:
     return devices[0]
 
 
+def _listed_device(value: object) -> Device:
+    if isinstance(value, WrittenText) and value.is_unrendered:
+        raise PydanticOmit
+    return _device(value)
+
+
 def _device_or_number(value: object) -> Device | int:
     """A number stays one: of which kind it is, the machine says."""
     device = _device(value)
@@ -170,6 +176,8 @@ def _as_yaml_reads(value: object) -> object:
 
 def _as_text(value: object) -> object:
     """A scalar as it is written, also where YAML reads a number."""
+    if isinstance(value, WrittenText) and value.is_unrendered:
+        raise PydanticOmit
     return str(value) if isinstance(value, str) else value
 
 
@@ -221,8 +229,8 @@ ShareOfMemory = Annotated[
 Bandwidth = Annotated[int, BANDWIDTH]
 Flops = Annotated[int, _quantity(parse_flops, NUMBER, _matching(r"^[0-9]+(\.[0-9]+)? ?([GTP]FLOP/s)?$"))]
 Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"))]
-ListedDevice = Annotated[Device, Reads(_device, ()), PlainSerializer(str)]
-"""A key that names a device; merging has made it canonical."""
+ListedDevice = Annotated[Device, Reads(_listed_device, ()), PlainSerializer(str)]
+"""A key that names a device; merging has made it canonical, or reported that it names none."""
 NamedDevice = Annotated[
     Device | int,
     Reads(_device_or_number, (INTEGER, _matching(r"^((cuda|xpu|npu|hpu):)?[0-9]+$|^cpu(:0)?$|^disk$|^mps(:0)?$"))),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from devmap_config.files import Boundary, boundary_of
+from devmap_config.files import Boundary, boundary_of, exists, is_folder
+from devmap_config.profile.document import MappingNode
 from devmap_config.profile.inheritance import Reader
 from devmap_config.profile.located import written
 from devmap_config.profile.merging import merge, variable_values, variables_of
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.profile.document import MappingNode
+    from devmap_config.profile.located import Located
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class LoadedProfile:
     profile: Profile
     boundary: Boundary
     overrides: Mapping[str, str]
+
+    @property
+    def knows_devices(self) -> bool:
+        """Whether the names of all devices could be read: one that is named elsewhere may else be among them."""
+        node = self.profile.hardware.devices.place.node
+        return not (isinstance(node, MappingNode) and any(entry.key.is_unrendered for entry in node.entries))
 
 
 def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str | None) -> LoadedProfile:
@@ -83,7 +90,8 @@ def load_profile(
         profile = Profile.model_validate(written(document), context=refusals)
     except ValidationError:  # which is reported; too little is left
         return None
-    return None if renderer.lacks_names else LoadedProfile(path, profile, boundary, used)
+    _check_offload_folder(profile.placement.offload.folder, boundary, sink)
+    return LoadedProfile(path, profile, boundary, used)
 
 
 def load_hardware(path: Path, sink: Sink) -> Hardware | None:
@@ -113,6 +121,25 @@ class _Machine(Section):
 def _merged(documents: list[MappingNode], renderer: Renderer) -> MappingNode:
     """One document of several, with their templates rendered."""
     return renderer.values(merge([renderer.names(document) for document in documents], renderer.sink))
+
+
+def _check_offload_folder(folder: Located[str | None], boundary: Boundary, sink: Sink) -> None:
+    if folder.value is None:
+        return
+    if not boundary.holds(folder.path):
+        sink.error(
+            "outside-repository",
+            f"the offload folder `{folder.value}` lies outside of the repository",
+            folder.span,
+            help="keep it within, or pass `--allow-outside`",
+        )
+    elif exists(folder.path) and not is_folder(folder.path):
+        sink.error(
+            "missing-offload-folder",
+            f"`{folder.value}` is a file, and a folder is wanted",
+            folder.span,
+            help="name a folder; it need not exist",
+        )
 
 
 def _check_overrides(variables: MappingNode, overrides: Mapping[str, str], sink: Sink) -> None:

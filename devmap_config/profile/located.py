@@ -59,6 +59,12 @@ class WrittenText(Written, str):
         node = self.place.node
         return node.value if isinstance(node, ScalarNode) else str(self)
 
+    @property
+    def is_unrendered(self) -> bool:
+        """Whether it is reported already that this is no value."""
+        node = self.place.node
+        return isinstance(node, ScalarNode) and node.is_unrendered
+
 
 class WrittenList(Written, list[Written]):
     """A list."""

@@ -123,6 +123,8 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink) -> MappingNode:
     written: dict[str, ScalarNode] = {}
     for entry in sorted(mapping.entries, key=lambda entry: not is_range(entry.key.text)):
         names = _names(entry.key, kind, sink)
+        if not names:
+            entries[entry.key.text] = replace(entry, key=replace(entry.key, is_unrendered=True))
         alike = [name for name in names if name in written and is_range(written[name].text) == is_range(entry.key.text)]
         if alike:
             report_duplicate(alike[0], entry.key, written[alike[0]], sink)
@@ -133,8 +135,9 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink) -> MappingNode:
 
 
 def _names(key: ScalarNode, kind: str, sink: Sink) -> tuple[str, ...]:
+    """The devices that a key names; none where it names none, which is reported."""
     if key.is_unrendered:
-        return (key.text,)
+        return ()
     try:
         return tuple(map(str, expand_devices(key.text, kind)))
     except DeviceNameError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -75,13 +76,13 @@ class Refusals:
     """Reports what is wrong with the values of one document; once, where ranges or anchors repeat a value.
 
     `root` is the section that holds all others. With `is_incomplete`, a file that it extends could not be read: what
-    seems to be missing may stand there. `count` is how many values were refused.
+    seems to be missing may stand there. `doubted` are the routes of what was refused or is missing.
     """
 
     sink: Sink
     root: type[BaseModel]
     is_incomplete: bool = False
-    count: int = 0
+    doubted: set[str] = field(default_factory=set)
     said: set[tuple[str, Span]] = field(default_factory=set)
 
     def check_keys(self, section: type[BaseModel], value: WrittenMapping) -> None:
@@ -94,13 +95,20 @@ class Refusals:
         unknown = [key for key in keys if key not in fields]
         for key in unknown:
             self.report("unknown-key", f"unknown key `{key}`{within}", keys[key].span, self.advice_on_key(key, section))
-        meant = {_nearest(key, fields) for key in unknown}
-        missing = [key for key, field in fields.items() if field.is_required() and key not in value]
-        for key in () if self.is_incomplete else missing:
-            if key not in meant:
-                self.count += 1
+        meant = {_nearest(key, fields) or key for key in unknown}
+        missing = {key for key, field in fields.items() if field.is_required() and key not in value}
+        self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
+        may_be_elsewhere = self.is_incomplete and "[" not in place.route  # an item of a list is whole where it stands
+        for key in fields if not may_be_elsewhere else ():
+            if key in missing - meant:
                 message = f"`{key}` is empty" if key in keys else f"`{key}` is missing{within}"
                 self.sink.error("missing-key", message, (keys.get(key) or place).span, help=ADVICE.get(key))
+
+    def doubtful_keys(self, route: str) -> frozenset[str]:
+        """Return the keys of the section at a route below which something was refused or is missing."""
+        above = f"{route}." if route else ""
+        below = (doubted[len(above) :] for doubted in self.doubted if doubted.startswith(above))
+        return frozenset(re.split(r"[.[]", doubted, maxsplit=1)[0] for doubted in below)
 
     def advice_on_key(self, key: str, section: type[BaseModel]) -> str:
         """Return what was meant by an unknown key."""
@@ -117,6 +125,7 @@ class Refusals:
 
     def refuse(self, error: ValidationError, value: Written, field: FieldInfo | None = None) -> None:
         """Report the errors of a value, which is that of a field where one is given."""
+        self.doubted.add(value.place.route)
         for details in error.errors(include_url=False):
             kind, context, given = details["type"], details.get("ctx") or {}, details["input"]
             if not isinstance(given, Written):
@@ -124,9 +133,14 @@ class Refusals:
             if isinstance(given, WrittenMapping) and "key" in context:
                 given = given[context["key"]]
             node, route = given.place.node, f"`{given.place.route}`" if given.place.route else "the profile"
-            if kind in ("missing", REFUSED.type) or (isinstance(node, ScalarNode) and node.is_unrendered):
-                self.count += 1  # it is reported already
-            elif "help" in context:
+            is_reported = kind == "too_short" and isinstance(given, WrittenMapping) and given  # of each of its items
+            if (
+                kind in ("missing", REFUSED.type)
+                or is_reported
+                or (isinstance(node, ScalarNode) and node.is_unrendered)
+            ):
+                continue
+            if "help" in context:
                 message = context["message"].replace("{route}", route)
                 self.report(cast("ErrorCode", kind), message, given.place.span, context["help"])
             else:
@@ -136,7 +150,6 @@ class Refusals:
 
     def report(self, code: ErrorCode, message: str, span: Span, help: str) -> None:
         """Report a mistake, unless one of its kind is reported there."""
-        self.count += 1
         if (code, span) not in self.said:
             self.said.add((code, span))
             self.sink.error(code, message, span, help=help)

@@ -22,14 +22,10 @@ NAMED = (("hardware", "devices"), ("hardware", "links"), ("placement", "max_memo
 
 @dataclass
 class Renderer:
-    """Renders templates with these variables; what cannot be rendered is reported, and stays as it is.
-
-    `lacks_names` says that this was so of a key: what is named elsewhere may be what it stands for.
-    """
+    """Renders templates with these variables; what cannot be rendered is reported, and stays as it is."""
 
     variables: Mapping[str, object]
     sink: Sink
-    lacks_names: bool = False
 
     def values(self, document: MappingNode) -> MappingNode:
         """Return a document with its values rendered."""
@@ -48,7 +44,6 @@ class Renderer:
     def keys(self, mapping: MappingNode) -> MappingNode:
         """Return a mapping with its keys rendered; of two that render to the same, the second is reported."""
         entries = [replace(entry, key=self.scalar(entry.key)) for entry in mapping.entries]
-        self.lacks_names |= any(entry.key.is_unrendered for entry in entries)
         return replace(mapping, entries=without_duplicates(entries, self.sink))
 
     def node(self, node: Node) -> Node:

@@ -27,7 +27,7 @@ from devmap_config.profile.field_types import (
     one_of_or_repository,
 )
 from devmap_config.profile.located import Located
-from devmap_config.profile.refusals import REFUSED, refusal
+from devmap_config.profile.refusals import refusal
 from devmap_config.profile.section import Each, Section
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Hardware(Section):
     )
     """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
 
-    links: Mapping[str, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
+    links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
     """`host`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's."""
 
     def device_span(self, device: Device) -> Span:
@@ -173,6 +173,8 @@ class Hardware(Section):
 
 class Pin(Section):
     """What is asked of a part of the model."""
+
+    STAND_INS: ClassVar[Mapping[str, object]] = {"match": "**"}
 
     match: Located[PatternText] = Field(examples=["lm_head", "model.layers.[0-15]"])
     """A pattern of module paths; a match means all below it."""
@@ -197,8 +199,8 @@ class Pin(Section):
 
     @model_validator(mode="after")
     def _says_something(self) -> Pin:
-        if not self.is_sound:
-            raise REFUSED
+        if self.doubtful:
+            return self  # the rest of it is looked at, but what it asks for is not known
         if self.device.value is None and self.compute.value is None and not self.not_on and not self.keep_together:
             help = "give it `device`, `compute`, `not_on` or `keep_together`"
             raise refusal("empty-pin", "the pin asks for nothing", help)

@@ -43,7 +43,7 @@ class Section(BaseModel):
     """By required key, what stands in where it is missing or wrong, so that the rest can be looked at."""
 
     _place: Place = PrivateAttr(default=NOWHERE)
-    _is_sound: bool = PrivateAttr(default=True)
+    _doubtful: frozenset[str] = PrivateAttr(default=frozenset())
 
     @property
     def span(self) -> Span:
@@ -56,9 +56,9 @@ class Section(BaseModel):
         return self._place.key_span
 
     @property
-    def is_sound(self) -> bool:
-        """Whether nothing in it was wrong."""
-        return self._is_sound
+    def doubtful(self) -> frozenset[str]:
+        """Its keys below which something was wrong, or that an unknown one was meant for: they are not known."""
+        return self._doubtful
 
     def changed(self, **values: object) -> Self:
         """Return the section with other values, each at the place of the one before."""
@@ -67,9 +67,9 @@ class Section(BaseModel):
                 values[name] = Located(value, before.place)
         return self.model_copy(update=values)
 
-    def remember(self, place: Place, *, is_sound: bool) -> None:
-        """Note where the section was read, and whether nothing in it was wrong."""
-        self._place, self._is_sound = place, is_sound
+    def remember(self, place: Place, doubtful: frozenset[str]) -> None:
+        """Note where the section was read, and which of its keys are in doubt."""
+        self._place, self._doubtful = place, doubtful
 
     @model_validator(mode="wrap")
     @classmethod
@@ -77,9 +77,8 @@ class Section(BaseModel):
         if not isinstance(value, Written):
             return handler(value)
         refusals = cast("Refusals", info.context)
-        refused_before = refusals.count
         section = handler(cls._data(value, refusals) if isinstance(value, WrittenMapping) else value)
-        section.remember(value.place, is_sound=refusals.count == refused_before)
+        section.remember(value.place, refusals.doubtful_keys(value.place.route))
         return section
 
     @classmethod

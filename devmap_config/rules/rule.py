@@ -52,7 +52,7 @@ class Rule:
 def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
     """The rules of a profile: what may be new, the keys of its `device_map`, then its pins.
 
-    Wrong ones are left out and reported.
+    Of wrong ones, which are reported, the pattern alone is left, so that it is held to the model.
 
     Args:
         loaded: the profile.
@@ -60,7 +60,7 @@ def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink
         kind: the kind of accelerator that a bare number stands for.
         sink: takes bad patterns and unknown devices.
     """
-    profile, listed = loaded.profile, _Listed(devices, kind, sink)
+    profile, listed = loaded.profile, _Listed(devices, kind, sink, are_all=loaded.knows_devices)
     new = [_rule_of_new(source, sink) for source in profile.model.allow_new]
     mapped = [
         _rule_of_key(source, device, listed, sink)
@@ -77,9 +77,7 @@ def _rule_of_new(source: Located[str], sink: Sink) -> Rule | None:
 
 def _rule_of_key(source: Located[str], named: Located[Device | int], listed: _Listed, sink: Sink) -> Rule | None:
     pattern, device = _parse(source, sink), listed.known(named)
-    if pattern is None or device is None:
-        return None
-    return Rule(pattern=pattern, source=source, origin="device_map", device=device)
+    return None if pattern is None else Rule(pattern=pattern, source=source, origin="device_map", device=device)
 
 
 def _rule_of_pin(pin: Pin, listed: _Listed, sink: Sink) -> Rule | None:
@@ -88,9 +86,11 @@ def _rule_of_pin(pin: Pin, listed: _Listed, sink: Sink) -> Rule | None:
         listed.known(named)
     if compute == DISK:
         sink.error("bad-device-name", "nothing runs on the disk", pin.compute.span, help="write `compute: cpu`")
-    is_unknown = (device is None) != (pin.device.value is None) or (compute is None) != (pin.compute.value is None)
-    if pattern is None or is_unknown or compute == DISK:
+    if pattern is None:
         return None
+    is_unknown = (device is None) != (pin.device.value is None) or (compute is None) != (pin.compute.value is None)
+    if is_unknown or compute == DISK or pin.doubtful:
+        return Rule(pattern=pattern, source=pin.match, optional=pin.optional or "optional" in pin.doubtful)
     return Rule(
         pattern=pattern,
         source=pin.match,
@@ -117,11 +117,12 @@ def _parse(source: Located[str], sink: Sink) -> Pattern | None:
 
 @dataclass(frozen=True)
 class _Listed:
-    """The devices that the profile lists, with the kind that a bare number stands for."""
+    """The devices that the profile lists, if they `are_all`; and the kind that a bare number stands for."""
 
     devices: tuple[Device, ...]
     kind: str
     sink: Sink
+    are_all: bool
 
     def known(self, named: Located[Device | int | None]) -> Device | None:
         """The device that is named; `None` where there is none, or it is not listed, which is reported."""
@@ -130,6 +131,8 @@ class _Listed:
         device = device_meant(named.value, self.kind)
         if device in self.devices:
             return device
+        if not self.are_all:
+            return None
         self.sink.error(
             "unknown-device",
             f"{device} is not a device of this profile",

@@ -46,7 +46,7 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.devices import CPU, DISK
 from devmap_config.graph.checkpoint import read_checkpoint
-from devmap_config.graph.loading import graph_from_source
+from devmap_config.graph.loading import GraphInputs, graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.probe import probe
 from devmap_config.probe.machine import SeenDisk, SeenHost
@@ -153,7 +153,7 @@ def test_a_head_that_the_checkpoint_holds_apart_is_loaded_apart(workspace):
     model.lm_head.weight = torch.nn.Parameter(torch.ones(64, 32))
     model.save_pretrained(workspace / "random")
     graph = graph_from_source(
-        local_source(Path("random")), class_name="T5ForConditionalGeneration", dtype="float32", attention=None
+        GraphInputs(source=local_source(Path("random")), class_name="T5ForConditionalGeneration", dtype="float32")
     )
     loaded = T5ForConditionalGeneration.from_pretrained("random")
     held = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in loaded.state_dict().values()}

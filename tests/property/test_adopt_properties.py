@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from devmap_config.cli.adopt import adopt
 from devmap_config.compiler import Request, run_pipeline
-from devmap_config.graph.loading import graph_from_source
+from devmap_config.graph.loading import GraphInputs, graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.placement.units import fold
 from devmap_config.rules.compression import compress
@@ -26,7 +26,9 @@ def graphs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_models(folder)
     return {
-        name: graph_from_source(local_source(folder / name), class_name=class_name, dtype="bfloat16", attention=None)
+        name: graph_from_source(
+            GraphInputs(source=local_source(folder / name), class_name=class_name, dtype="bfloat16")
+        )
         for name, class_name in (("llama", "LlamaForCausalLM"), ("mixture", "Qwen3MoeForCausalLM"))
     }
 
