@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from devmap_config.libraries.torch import (
     operation_packet,
     own_buffers,
     own_parameters,
-    sdpa_flop_count,
     shown_storage,
     storage_identity,
     torch_attention,
@@ -200,7 +200,7 @@ class Meter(Recorder):
         output = fused_attention(query, key, value, *rest, **options)
         if output is None:
             return TORCH_ATTENTION(query, key, value, *rest, **options)
-        self.add(sdpa_flop_count(query.shape, key.shape, value.shape), [query, key, value], [output])
+        self.add(_attention_operations(query, key, value), [query, key, value], [output])
         return output
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
@@ -362,6 +362,15 @@ def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int
         rows, inner = arguments[0].shape[-2:]
         return int(2 * rows * inner * arguments[1].shape[-1])
     return 0
+
+
+def _attention_operations(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """Floating-point operations of the two products of attention: of queries with keys, and of scores with values.
+
+    Keys and values may have fewer heads, which several of the queries' share.
+    """
+    products = math.prod(query.shape[:-1]) * key.shape[-2]
+    return int(2 * products * (query.shape[-1] + value.shape[-1]))
 
 
 def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:

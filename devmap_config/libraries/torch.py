@@ -84,7 +84,6 @@ OPERATION_NAMESPACE = Private(
 )
 OPERATION_IS_VIEW = Private("torch._ops.OpOverload.is_view", "tells what allocates nothing")
 FLOP_REGISTRY = Private("torch.utils.flop_counter.flop_registry", "floating-point operations by operation")
-SDPA_FLOP_COUNT = Private("torch.utils.flop_counter.sdpa_flop_count", "the same of fused attention, which is not run")
 GROUPED_PRODUCT = Private(
     "torch.ops.aten._grouped_mm", "the product with many experts, whose shape torch knows for bfloat16 only"
 )
@@ -110,11 +109,6 @@ def flop_registry() -> dict[Any, Callable[..., int]]:
     """Return the functions that count floating-point operations, by operation."""
     registry: dict[Any, Callable[..., int]] = FLOP_REGISTRY.find()
     return registry
-
-
-def sdpa_flop_count(query: Any, key: Any, value: Any) -> int:
-    """Return the floating-point operations of attention over these shapes."""
-    return int(SDPA_FLOP_COUNT.find()(query, key, value))
 
 
 @contextmanager
