@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20
 KIBIBYTE = 2**10
@@ -135,3 +140,14 @@ def profile_rate(per_second: int, units: Units = BANDWIDTH_UNITS) -> str:
     size, unit = largest_unit(per_second, units)
     whole_digits = len(str(per_second // size))
     return f"{per_second / size:.{max(3 - whole_digits, 0)}f}{unit}"
+
+
+def exact_amount(amount: int, units: Mapping[str, int]) -> str:
+    """Return an amount in the largest of the units that divides it; the smallest is 1.
+
+    >>> exact_amount(68_719_476_736, {"GiB": 2**30, "B": 1}), exact_amount(1001, {"KiB": 2**10, "B": 1})
+    ('64GiB', '1001B')
+    """
+    largest_first = sorted(units, key=units.__getitem__, reverse=True)
+    unit = next(unit for unit in largest_first if amount % units[unit] == 0 and (amount or units[unit] == 1))
+    return f"{amount // units[unit]}{unit}"

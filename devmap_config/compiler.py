@@ -48,9 +48,9 @@ class Request:
     `variables` are as `--set` gives them, and `lock` is one whose values and commit hold where nothing else is given;
     with `must_ask` only the hub may say what the model's revision resolves to. With `use_vendored` a graph that is kept
     beside the profile is used where it is still right. With `hardware` another machine than the profile's is asked, by
-    `strategy` if the profile's is not one of ours. With `keeps_plan` the lock's plan is preferred to a new one where it
+    `strategy`. With `keeps_plan` the lock's plan is preferred to a new one where it
     is as good. The plan is dry-run where this `simulates`. The checkpoint, where one is at hand, is held to the model
-    where this `checks_checkpoint`.
+    where this `checks_checkpoint`. Where there is no plan, one that `advises` tries what would help.
     """
 
     path: Path
@@ -60,10 +60,11 @@ class Request:
     must_ask: bool = False
     use_vendored: bool = True
     hardware: Hardware | None = None
-    strategy: str | None = None
+    strategy: str = "fastest"
     keeps_plan: bool = False
     simulates: bool = False
     checks_checkpoint: bool = False
+    advises: bool = True
 
     @classmethod
     def for_profile(cls, path: Path, *, lock: Lock | None = None, **options: Any) -> Request:
@@ -196,7 +197,8 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
         report_moved_figures(reused, prepared.loaded, sink)
         rehearsal = Rehearsal(accepted(reused.plan, prepared, sink))
     else:
-        planner = Planner(prepared, sink, prepare, request.lock if request.keeps_plan else None)
+        previous = request.lock if request.keeps_plan else None
+        planner = Planner(prepared, sink, prepare if request.advises else None, previous)
         rehearsal = _place(planner, request, sink)
     return _result(prepared, inputs, rehearsal, sink), reused if isinstance(reused, Drift) else None
 

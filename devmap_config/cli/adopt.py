@@ -9,7 +9,8 @@ import click
 
 from devmap_config.amounts import profile_bytes_at_least
 from devmap_config.cli.command import command
-from devmap_config.cli.new_profile import machine_of, print_or_write, relative_source, require_new, specification
+from devmap_config.cli.machines import MACHINE_HELP, machine_of
+from devmap_config.cli.new_profile import NewProfile, deliver, device_lines, require_new
 from devmap_config.cli.options import FILE, class_option, dtype_option, force_option, output_option, remote_code_option
 from devmap_config.devices import CPU, DISK
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.hardware.machines import Machine
+    from devmap_config.profile.schema import Hardware
 
 
 @command("adopt")
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--model", "source", required=True, help="The model: a hub id, a directory, or a config.json.")
 @class_option
 @dtype_option
-@click.option("--on", "machine", metavar="MACHINE", help="The machine, such as `2xrtx-4090,cpu:64GiB`.")
+@click.option("--on", "machine", metavar="MACHINE", help=f"The machine: {MACHINE_HELP}.")
 @output_option
 @force_option
 @remote_code_option
@@ -53,10 +54,11 @@ def adopt(
     text = profile_text(
         graph,
         homes,
-        source=relative_source(source, output),
+        source=source,
         class_name=class_name,
         dtype=dtype,
         machine=machine_of(machine) if machine else None,
+        output=output,
         title=f"Adopted from {device_map.name}: the same placement, as patterns.",
     )
     if uncovered:
@@ -64,7 +66,7 @@ def adopt(
             f"the map names no device for {uncovered} tensors: they are on the CPU, where transformers puts them",
             err=True,
         )
-    print_or_write(text, output)
+    deliver(text, output, "table")
 
 
 def _read_map(path: Path) -> dict[str, Device]:
@@ -119,34 +121,40 @@ def profile_text(
     source: str,
     class_name: str | None,
     dtype: str | None,
-    machine: Machine | None,
+    machine: Hardware | None,
+    output: Path | None,
     title: str,
 ) -> str:
     """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
-    from devmap_config.profile.writing import yaml_text
+    from devmap_config.profile.schema import DeviceSection
+    from devmap_config.profile.writing import link_lines, yaml_text
     from devmap_config.rules.compression import compress
 
-    lines = [f"# {title}", "version: 1", "", "model:", f"  source: {yaml_text(source)}"]
-    if class_name:
-        lines.append(f"  class: {class_name}")
-    if dtype:
-        lines.append(f"  dtype: {dtype}")
-    lines += ["", "hardware:", "  devices:"]
     used = _resident_bytes(graph, homes)
-    if machine is None:
-        lines.append("    # Just what the map needs: write what each device has.")
-    for device in sorted({*used, *(machine.devices if machine else ())}):
-        described = machine.devices.get(device) if machine else None
-        lines.append(f"    {device}: {specification(described or profile_bytes_at_least(used.get(device, 0)))}")
+    described = {} if machine is None else dict(machine.devices.value)
+    just_enough = {
+        device: DeviceSection.model_validate({"memory": profile_bytes_at_least(used[device])})
+        for device in sorted(used)
+        if device not in described
+    }
+    hardware = ["devices:", *device_lines(described), *device_lines(just_enough, "just what the map needs")]
     patterns = compress(graph, homes)
     if set(patterns) == {""}:
-        lines += ["", "placement:", "  strategy: single", f"  device: {patterns['']}"]
+        placement = ["strategy: single", f"device: {patterns['']}"]
     else:
-        lines += ["", "placement:", "  strategy: manual", "  device_map:"]
-        lines += [f"    {yaml_text(pattern)}: {device.in_device_map}" for pattern, device in patterns.items()]
+        placement = ["strategy: manual", "device_map:"]
+        placement += [f"  {yaml_text(pattern)}: {device.in_device_map}" for pattern, device in patterns.items()]
     if DISK in used:
-        lines += ["  offload: {folder: ./offload}"]
-    return "\n".join(lines) + "\n"
+        placement.append("offload: {folder: ./offload}")
+    return NewProfile(
+        title=title,
+        output=output,
+        source=source,
+        class_name=class_name,
+        dtype=dtype,
+        hardware=[*hardware, *(link_lines(machine) if machine is not None else ())],
+        placement=placement,
+    ).text
 
 
 def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[Device, int]:

@@ -1,10 +1,9 @@
-"""`devmap fit`: on which machines a profile's model runs, how long its context may be there, and how fast it is."""
+"""`devmap fit`: on which machines a profile's model runs, how fast it is there, and how long its context may be."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,18 +11,17 @@ import click
 from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
+from devmap_config.cli.progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from rich.table import Table
 
     from devmap_config.compiler import Compiled, Request
     from devmap_config.plan.plan import Plan
-    from devmap_config.profile.schema import Hardware
-
-STRATEGY = "fastest"
-"""What is asked where the profile's own strategy does not look for the best."""
 
 WITHOUT_FIGURES = "fewest-devices"
 """What is asked where the machine does not say how fast it is: whether the model fits does not depend on that."""
@@ -31,110 +29,105 @@ WITHOUT_FIGURES = "fewest-devices"
 
 @dataclass(frozen=True)
 class Row:
-    """What was found on one machine; `reason` says why it does not fit."""
+    """What was found on one machine: the fastest plan, the one with the longest context; or why nothing fits."""
 
     machine: str
-    compiled: Compiled | None
-    reason: str | None
+    fastest: Compiled | None = None
+    longest: Compiled | None = None
+    reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        found = None if self.compiled is None else self.compiled.plan.to_json()
+        nothing = dict.fromkeys(("strategy", "prediction", "devices"))
         return {
             "machine": self.machine,
-            "fits": found is not None,
+            "fits": self.fastest is not None,
             "reason": self.reason,
-            "strategy": None if found is None else found["strategy"],
-            "prediction": None if found is None else found["prediction"],
-            "devices": None if found is None else found["devices"],
+            **(_plan_to_json(self.fastest) or nothing),
+            "longest_context": _plan_to_json(self.longest),
         }
+
+    @property
+    def plans(self) -> dict[str, Compiled]:
+        """Return the plans by what they are best at; one where none is better than the other."""
+        plans = {"speed": self.fastest, "context": self.longest}
+        found = {aim: compiled for aim, compiled in plans.items() if compiled is not None}
+        if len({_figures(compiled) for compiled in found.values()}) == 1 < len(found):
+            return {"both": found["speed"]}
+        return found
+
+
+def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:
+    if compiled is None:
+        return None
+    plan = compiled.plan.to_json()
+    return {key: plan[key] for key in ("strategy", "prediction", "devices")}
 
 
 @profile_command("fit", "table", "json")
-@click.option(
-    "--on",
-    "machines",
-    required=True,
-    multiple=True,
-    metavar="MACHINE,…",
-    help="Machines: `2xrtx-4090`, `h100-sxm+cpu:256GiB`, or a YAML file with a `hardware:` block.",
-)
+@click.option("--on", "machines", required=True, multiple=True, metavar="MACHINE,…", help=f"Machines: {MACHINE_HELP}.")
 def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> ExitCode:
-    """Say of every MACHINE whether PROFILE's model and workload fit there, with what context, and how fast.
+    """Say of every MACHINE whether PROFILE's model and workload fit there, how fast, and with what context.
 
-    The profile's hardware and `max_memory` are left aside, its pins are not. Its strategy is asked if it is one of
-    fastest, longest-context and fewest-devices; else fastest. Of a machine that does not say how fast it is, the
-    times are not known, and fewest-devices is asked in place of fastest.
+    Two plans are made for each: the fastest (and how far the context goes with it), and the one with the longest
+    context (and how fast it is). A token and a prefill are those of the profile's workload. The profile's hardware,
+    strategy and `max_memory` are left aside, its pins are not. Where a machine does not say how fast it is, times are
+    not known, and the plan on the fewest devices stands for the fastest.
     """
     from devmap_config.cli.reporting import print_lines
 
-    names = [name.strip() for text in machines for name in text.split(",")]
-    rows = [_row(name, options.request(profile, hardware=_hardware(name), strategy=STRATEGY)) for name in names]
+    named = {name.strip(): machine_of(name.strip()) for text in machines for name in text.split(",")}
+    rows: list[Row] = []
+    with progress(len(named), quiet=options.quiet) as begin:
+        for name, hardware in named.items():
+            begin(f"{name} ({len(rows) + 1} of {len(named)})")
+            rows.append(_row(name, partial(options.request, profile, hardware=hardware, advises=False)))
     options.report([], {}, {"machines": [row.to_json() for row in rows]})
     if options.shows_tables:
-        print_lines(partial(_table, rows))
-    return ExitCode.DONE if any(row.compiled is not None for row in rows) else ExitCode.WRONG
+        print_lines(lambda _: _table(rows))
+    return ExitCode.DONE if any(row.fastest is not None for row in rows) else ExitCode.WRONG
 
 
-def _row(machine: str, request: Request) -> Row:
-    from devmap_config.compiler import Compiled, run_pipeline
+def _row(machine: str, request: Callable[..., Request]) -> Row:
+    """Return what is found on a machine.
 
-    compilation = run_pipeline(request)
-    if any(each.code == "missing-figure" for each in compilation.diagnostics):
-        compilation = run_pipeline(replace(request, strategy=WITHOUT_FIGURES))
-    if isinstance(compilation, Compiled):
-        return Row(machine, compilation, None)
-    if compilation.reached is None:  # no machine helps where the model cannot be had
-        raise CommandError(compilation.diagnostics, compilation.texts, data={"machines": None})
-    return Row(machine, None, next(each.message for each in compilation.diagnostics if each.is_error))
+    Raises:
+        CommandError: where the profile is wrong, whatever the machine.
+    """
+    from devmap_config.compiler import Compiled, Rejected, run_pipeline
 
-
-def _hardware(name: str) -> Hardware:
-    """The machine that a name or a file describes."""
-    from pydantic import ValidationError
-
-    from devmap_config.hardware.machines import UnknownMachineError, named_machine
-    from devmap_config.profile.quantities import QuantityError
-    from devmap_config.profile.schema import Hardware
-
-    if name.endswith((".yaml", ".yml")):
-        return _hardware_of_file(Path(name))
-    try:
-        devices = {
-            str(device): {"accelerator" if what[:1].isalpha() or "-" in what else "memory": what}
-            for device, what in named_machine(name.replace("+", ",")).devices.items()
-        }
-        return Hardware.model_validate({"devices": devices})
-    except (UnknownMachineError, QuantityError) as error:
-        raise click.UsageError(f"{name}: {error}") from None
-    except ValidationError as error:
-        raise click.UsageError(f"{name}: {error.errors()[0]['msg']}") from None
+    fastest = run_pipeline(request(strategy="fastest"))
+    if any(each.code == "missing-figure" for each in fastest.diagnostics):
+        fastest = run_pipeline(request(strategy=WITHOUT_FIGURES))
+    if isinstance(fastest, Rejected):
+        if not is_of_machine(fastest.diagnostics):
+            raise CommandError(fastest.diagnostics, fastest.texts, data={"machines": None})
+        return Row(machine, reason="; ".join(each.message for each in fastest.diagnostics if each.is_error))
+    longest = run_pipeline(request(strategy="longest-context"))
+    return Row(machine, fastest, longest if isinstance(longest, Compiled) else None)
 
 
-def _hardware_of_file(path: Path) -> Hardware:
-    from devmap_config.diagnostics.diagnostic import ProfileError, Sink
-    from devmap_config.profile.loading import load_hardware
-
-    sink = Sink()
-    hardware = load_hardware(path, sink)
-    if hardware is None or sink.has_errors:
-        raise ProfileError(tuple(sink), sink.texts)
-    return hardware
-
-
-def _table(rows: list[Row], width: int) -> Iterator[Table]:
+def _table(rows: list[Row]) -> Iterator[Table | str]:
     from rich.table import Column
 
     from devmap_config.cli.tables import new_table
 
     machine = Column("machine", overflow="fold", min_width=14)
-    table = new_table(machine, figures=("a token", "a prefill", "context up to"), rest="", width=width)
+    table = new_table(machine, "best at", figures=("a token", "a prefill", "context"))
     for row in rows:
-        if row.compiled is None:
-            table.add_row(row.machine, "–", "–", "–", row.reason, style="dim")
-        else:
-            table.add_row(row.machine, *_figures(row.compiled), ", ".join(_remarks(row.compiled.plan)))
+        if row.fastest is None:
+            table.add_row(row.machine, *"––––", style="dim")
+        for number, (aim, compiled) in enumerate(row.plans.items()):
+            table.add_row("" if number else row.machine, aim, *_figures(compiled))
     yield table
+    if any(row.fastest and row.fastest.graph.measurement is None for row in rows):
+        yield "the profile names no workload: of the model only the weights are counted"
+    for row in rows:
+        if row.reason is not None:
+            yield f"{row.machine} does not fit: {row.reason}"
+        for aim, compiled in row.plans.items():
+            if remarks := list(_remarks(compiled.plan)):
+                yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
 
 
 def _figures(compiled: Compiled) -> tuple[str, str, str]:
@@ -149,12 +142,10 @@ def _figures(compiled: Compiled) -> tuple[str, str, str]:
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
-    if plan.prediction.prefill_nanoseconds is None and plan.strategy == WITHOUT_FIGURES:
-        yield "its speed is not known"
     used = sum(use.weights_bytes > 0 for use in plan.devices)
     if used < len(plan.devices):
-        yield f"{used} of {len(plan.devices)} devices used"
+        yield f"{used} of {len(plan.devices)} devices are used"
     if plan.prediction.streamed_bytes_per_token:
-        yield f"{format_bytes(plan.prediction.streamed_bytes_per_token)} copied in at every forward"
+        yield f"{format_bytes(plan.prediction.streamed_bytes_per_token)} are copied in at every forward"
     if plan.compute:
-        yield "partly computed on the CPU"
+        yield "a part is computed on the CPU"

@@ -4,132 +4,250 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from devmap_config.cli.command import CommandError, command
-from devmap_config.cli.new_profile import machine_of, print_or_write, relative_source, require_new, specification
-from devmap_config.cli.options import force_option, output_option, remote_code_option
+from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
+from devmap_config.cli.new_profile import NewProfile, deliver, device_lines, require_new
+from devmap_config.cli.options import (
+    class_option,
+    force_option,
+    output_option,
+    outside_option,
+    quiet_option,
+    remote_code_option,
+)
+from devmap_config.cli.progress import progress
 from devmap_config.devices import CPU, DISK
+from devmap_config.profile.permissions import Permissions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from devmap_config.compiler import Compilation, Rejected
+    from devmap_config.compiler import Compilation, Compiled, Rejected
     from devmap_config.devices import Device
-    from devmap_config.hardware.machines import Machine
+    from devmap_config.profile.schema import DeviceSection, Hardware
 
-OFFLOAD_MEMORY = {CPU: "1TiB", DISK: "4TiB"}
-"""What is written down where the machine's own is not known and the model does not fit without."""
+ASSUMED_MEMORY = {CPU: 2**40, DISK: 2**42}
+"""Bytes that are written down where the machine's own are not known and the model does not fit without."""
 
+CONTEXT_LENGTHS = (4096, 2048, 1024, 512, 256, 128, None)
+"""The contexts that are tried, where a user asks for none; the last counts the weights alone."""
 
-@command("init")
-@click.argument("source")
-@click.option(
-    "--on", "machine_name", metavar="MACHINE", help="Such as `2xrtx-4090`, `2x24GiB,cpu:64GiB`; else this one."
+CHOICES = (
+    *("fastest", "longest-context", "fewest-devices"),
+    *("auto", "balanced", "balanced_low_0", "sequential"),
+    "single",
 )
+"""The strategies that need nothing besides a machine."""
+
+WITHOUT_FIGURES = "fewest-devices"
+"""The strategy where the machine does not say how fast it is."""
+
+OFFERED = (
+    "fastest, longest-context, fewest-devices: the best of all plans, by what is measured of the model",
+    "auto, balanced, balanced_low_0, sequential: as transformers fills the devices",
+    "single: all on one device; manual: by a `device_map` of your own",
+)
+"""What is said of the strategies that a user may choose."""
+
+
+@command("init", "table", "json")
+@click.argument("source")
+@click.option("--on", "machine_name", metavar="MACHINE", help=f"{MACHINE_HELP}; else this one.")
+@click.option(
+    "--workload",
+    "context_length",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help=f"The context that must fit; else {CONTEXT_LENGTHS[0]:,}, or as much of it as the model takes.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(CHOICES),
+    metavar="STRATEGY",
+    help="How the model is placed; else fastest, where the machine says how fast it is.",
+)
+@class_option
 @output_option
 @force_option
+@quiet_option
+@outside_option
 @remote_code_option
-def init(source: str, machine_name: str | None, output: Path | None, force: bool, trust_remote_code: bool) -> None:
+def init(
+    source: str,
+    machine_name: str | None,
+    context_length: int | None,
+    strategy: str | None,
+    class_name: str | None,
+    output: Path | None,
+    output_format: str,
+    force: bool,
+    quiet: bool,
+    allow_outside: bool,
+    trust_remote_code: bool,
+) -> None:
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
-    from devmap_config.compiler import Compiled
-
     require_new(output, force=force)
-    machine = machine_of(machine_name) if machine_name else _this_machine()
-    folder = output.parent if output else Path()
-    failures: list[Rejected] = []
-    for text in _candidates(relative_source(source, output), machine, machine_name or "this machine"):
-        compilation = _compile_text(text, folder, trust_remote_code=trust_remote_code)
-        if isinstance(compilation, Compiled):
-            print_or_write(text, output, f"; next: devmap-compile {output}")
-            return
-        if compilation.reached is None:  # no machine helps where the model cannot be had
-            failures = [compilation]
-            break
-        failures.append(compilation)
-    # The places are in a file that nobody wrote: what is wrong is the model or the machine.
-    raise CommandError(replace(each, span=None) for each in failures[0].diagnostics)
+    hardware = machine_of(machine_name) if machine_name else _this_machine()
+    asked = Asked(
+        source=source,
+        output=output,
+        class_name=class_name,
+        hardware=hardware,
+        machine_name=machine_name or "this machine",
+        context_length=context_length,
+        strategy=strategy,
+        permissions=Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code),
+    )
+    with progress(len(CONTEXT_LENGTHS), quiet=quiet) as begin:
+        text = first_profile(asked, begin=begin)
+    deliver(text, output, output_format, next_step=f"; next: devmap-compile {output}")
 
 
-def _this_machine() -> Machine:
-    from devmap_config.probe.block import as_machine
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a user asks of a first profile; `None` is left to be found."""
+
+    source: str
+    hardware: Hardware
+    machine_name: str
+    output: Path | None = None
+    class_name: str | None = None
+    context_length: int | None = None
+    strategy: str | None = None
+    permissions: Permissions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What may become the first profile; `spare` are devices of the machine that it does without."""
+
+    dtype: str | None = None
+    context_length: int | None
+    strategy: str
+    devices: dict[Device, DeviceSection]
+    spare: dict[Device, DeviceSection]
+
+
+def _this_machine() -> Hardware:
+    from devmap_config.probe.block import as_hardware
     from devmap_config.probe.probe import probe_machine
 
-    return as_machine(probe_machine(os.environ, None))
+    return as_hardware(probe_machine(os.environ, None))
 
 
-def _candidates(source: str, machine: Machine, named: str) -> Iterator[str]:
-    """Profiles from the simplest to the one that offloads most; the first that compiles is taken."""
-    storage = {device: what for device, what in machine.devices.items() if not device.is_accelerator}
-    accelerators = {device: machine.devices[device] for device in machine.accelerators}
-    for dtype in ("auto", "float16"):
-        if accelerators:
-            yield _profile(source, accelerators, named, "single", dtype, spare=storage)
-            yield _profile(source, accelerators, named, "balanced", dtype, spare=storage)
-            yield _profile(source, accelerators, named, "sequential", dtype, spare=storage)
-        cpu = {CPU: storage.get(CPU, OFFLOAD_MEMORY[CPU])}
-        yield _profile(source, accelerators | cpu, named, "sequential" if accelerators else "single", dtype)
-        disk = {DISK: storage.get(DISK, OFFLOAD_MEMORY[DISK])}
-        yield _profile(source, accelerators | cpu | disk, named, "sequential", dtype)
+def first_profile(asked: Asked, *, simulates: bool = True, begin: Callable[[str], None] = lambda _: None) -> str:
+    """Return the text of the first draft that compiles: the longest context first, then the fewest devices.
+
+    Args:
+        asked: what the user asks for.
+        simulates: whether it must pass a dry run as well.
+        begin: is told which context is tried.
+
+    Raises:
+        CommandError: where none does, with what is wrong with the first.
+    """
+    from devmap_config.compiler import Compiled
+
+    failures: list[Rejected] = []
+    contexts = CONTEXT_LENGTHS if asked.context_length is None else (asked.context_length,)
+    for context_length in contexts:
+        begin("the weights alone" if context_length is None else f"a context of {context_length:,} tokens")
+        for first in _drafts(asked, context_length):
+            draft, compilation = _settled(asked, first, simulates=simulates)
+            if isinstance(compilation, Compiled):
+                return _profile(asked, draft, compilation).text
+            failures.append(compilation)
+            if not is_of_machine(compilation.diagnostics):
+                break  # no other device helps
+        if failures[-1].reached is None:
+            break  # nor another context: the model cannot be had
+    # The places are in a file that nobody wrote: what is wrong is the model or the machine.
+    raise CommandError([replace(each, span=None) for each in failures[0].diagnostics], data={"profile": None})
 
 
-def _profile(
-    source: str,
-    devices: dict[Device, str],
-    named: str,
-    strategy: str,
-    dtype: str,
-    spare: dict[Device, str] | None = None,
-) -> str:
-    from devmap_config.profile.writing import yaml_text
+def _drafts(asked: Asked, context_length: int | None) -> Iterator[Draft]:
+    """Drafts from the one on the accelerators alone to the one that offloads most."""
+    from devmap_config.profile.schema import DeviceSection
 
-    explained = {
-        "single": "everything on one device; also: auto, balanced, balanced_low_0, sequential, manual",
-        "balanced": "spread over the accelerators; also: auto, balanced_low_0, sequential, single, manual",
-        "sequential": "device by device, in order; also: auto, balanced, balanced_low_0, single, manual",
-    }[strategy]
-    lines = [
-        f"# A first profile for {source} on {named}.",
-        "version: 1",
-        "",
-        "model:",
-        f"  source: {yaml_text(source)}",
-    ]
-    if dtype != "auto":
-        lines.append(f"  dtype: {dtype}   # what the accelerator computes in")
-    lines += [
-        "",
-        "hardware:",
-        "  # What is not listed here does not exist: nothing spills without a word.",
-        "  devices:",
-    ]
-    for device, what in devices.items():
-        assumed = "   # assumed: say what there is" if what == OFFLOAD_MEMORY.get(device) else ""
-        lines.append(f"    {device}: {specification(what)}{assumed}")
-    for device, what in (spare or {}).items():
-        lines.append(f"    # {device}: {specification(what)}   # for what is to be offloaded")
-    lines += [
-        "",
-        "placement:",
-        f"  strategy: {strategy}   # {explained}",
-        "  # pins:   # parts of the model that must be somewhere; `devmap tree` shows their names",
-        "  #   - {match: lm_head, device: " + str(next(iter(devices))) + "}",
-    ]
-    if DISK in devices:
-        lines.append("  offload: {folder: ./offload}")
-    return "\n".join(lines) + "\n"
+    devices = asked.hardware.devices.value
+    accelerators = {device: section for device, section in devices.items() if device.is_accelerator}
+    listed = dict(accelerators)
+    for storage in (None, CPU, DISK):
+        if storage is not None:
+            listed[storage] = devices.get(storage) or DeviceSection.model_validate({"memory": ASSUMED_MEMORY[storage]})
+        if listed:
+            spare = {device: section for device, section in devices.items() if device not in listed}
+            strategy = asked.strategy or "fastest"
+            yield Draft(context_length=context_length, strategy=strategy, devices=dict(listed), spare=spare)
 
 
-def _compile_text(text: str, folder: Path, *, trust_remote_code: bool) -> Compilation:
-    """Compile a profile as if it lay in a folder already."""
+def _settled(asked: Asked, draft: Draft, *, simulates: bool) -> tuple[Draft, Compilation]:
+    """Compile a draft, once more with what cards without bfloat16 or figures need."""
+    compilation = _compile(asked, draft, simulates=simulates)
+    codes = {each.code for each in compilation.diagnostics if each.is_error}
+    if "unsupported-dtype" in codes:
+        draft = replace(draft, dtype="float16")
+        compilation = _compile(asked, draft, simulates=simulates)
+        codes = {each.code for each in compilation.diagnostics if each.is_error}
+    if codes == {"missing-figure"} and asked.strategy is None:
+        draft = replace(draft, strategy=WITHOUT_FIGURES)
+        compilation = _compile(asked, draft, simulates=simulates)
+    return draft, compilation
+
+
+def _compile(asked: Asked, draft: Draft, *, simulates: bool) -> Compilation:
+    """Compile a draft as if it lay where the profile is to be written."""
     from devmap_config.compiler import Request, run_pipeline
-    from devmap_config.profile.permissions import Permissions
 
+    folder = asked.output.parent if asked.output else Path()
+    if not os.access(folder, os.W_OK):
+        raise click.UsageError(f"nothing can be written in `{folder}`, where drafts are tried")
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".init-", suffix=".yaml", encoding="utf-8") as file:
-        file.write(text)
+        file.write(_profile(asked, draft).text)
         file.flush()
-        return run_pipeline(Request(path=Path(file.name), permissions=Permissions(trust_remote_code=trust_remote_code)))
+        request = Request(path=Path(file.name), permissions=asked.permissions, simulates=simulates, advises=False)
+        return run_pipeline(request)
+
+
+def _profile(asked: Asked, draft: Draft, compiled: Compiled | None = None) -> NewProfile:
+    """Return a draft as a profile, with examples from the model once that is known."""
+    from devmap_config.profile.writing import link_lines, yaml_text
+
+    sections: dict[str, dict[Device, DeviceSection]] = {}
+    hardware = ["# What is not listed here does not exist: nothing spills without a word.", "devices:"]
+    for device, section in draft.devices.items():
+        is_assumed = device not in asked.hardware.devices.value
+        sections.setdefault("assumed: say what there is" if is_assumed else "", {})[device] = section
+    for remark, devices in sections.items():
+        hardware += device_lines(devices, remark)
+    hardware += device_lines(draft.spare, "for what is to be offloaded", is_comment=True)
+    placement = [*(f"# {line}" for line in OFFERED), f"strategy: {draft.strategy}"]
+    if compiled is not None and (example := _pinnable(compiled)) is not None:
+        placement += [
+            "# pins:   # parts of the model that must be somewhere; `devmap tree` shows their names",
+            f"#   - {{match: {yaml_text(example)}, device: {next(iter(draft.devices))}}}",
+        ]
+    if DISK in draft.devices:
+        placement.append("offload: {folder: ./offload}")
+    return NewProfile(
+        title=f"A first profile for {asked.source} on {asked.machine_name}.",
+        output=asked.output,
+        source=asked.source,
+        class_name=asked.class_name,
+        dtype=draft.dtype and f"{draft.dtype}   # what the accelerator computes in",
+        context_length=draft.context_length,
+        hardware=[*hardware, *link_lines(asked.hardware)],
+        placement=placement,
+    )
+
+
+def _pinnable(compiled: Compiled) -> str | None:
+    """Return a part of the model that a pin may name: the last, which is a head in most."""
+    parts = [child.path for child in compiled.graph.root.children if next(iter(child.tensors()), None) is not None]
+    return parts[-1] if len(parts) > 1 else None

@@ -1,17 +1,103 @@
-"""What writing a new profile takes, for `devmap init` and `devmap adopt` alike."""
+"""New profiles, for `devmap init` and `devmap adopt` alike: their text, and where it is written."""
 
 from __future__ import annotations
 
 import os.path
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.files import exists, is_folder
+from devmap_config.files import boundary_of, exists, is_folder
 
 if TYPE_CHECKING:
-    from devmap_config.hardware.machines import Machine
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from devmap_config.devices import Device
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.profile.schema import DeviceSection
+
+SCHEMA = Path("schemas", "profile.v1.schema.json")
+"""Where the schema of profiles is kept, from the root of the repository; `devmap schema profile` prints it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewProfile:
+    """A profile that is to be written; `hardware` and `placement` are the lines within these keys."""
+
+    title: str
+    output: Path | None
+    source: str
+    class_name: str | None = None
+    dtype: str | None = None
+    context_length: int | None = None
+    hardware: Sequence[str]
+    placement: Sequence[str]
+
+    @property
+    def text(self) -> str:
+        """The profile in YAML."""
+        from devmap_config.profile.writing import yaml_text
+
+        model = {"source": yaml_text(relative_source(self.source, self.output)), "class": self.class_name}
+        model |= {"dtype": self.dtype}
+        lines = [
+            f"# yaml-language-server: $schema={schema_beside(self.output)}",
+            f"# {self.title}",
+            "version: 1",
+            "",
+            "model:",
+            *(f"  {key}: {value}" for key, value in model.items() if value),
+        ]
+        if self.context_length is not None:
+            lines += [
+                "",
+                "workload:   # what must fit besides the weights",
+                f"  context_length: {self.context_length}   # tokens of prompt and answer together",
+            ]
+        lines += ["", "hardware:", *_indented(self.hardware), "", "placement:", *_indented(self.placement)]
+        return "\n".join(lines) + "\n"
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def device_lines(devices: Mapping[Device, DeviceSection], remark: str = "", *, is_comment: bool = False) -> list[str]:
+    """Return the lines of `hardware.devices`, equal accelerators in one.
+
+    Args:
+        devices: their descriptions.
+        remark: what is said of each.
+        is_comment: whether they are to be left out until a user puts them in.
+    """
+    from devmap_config.profile.writing import device_text, yaml_text
+    from devmap_config.rules.folding import ranges
+
+    alike: dict[tuple[str, str], list[int]] = {}
+    for device, section in devices.items():
+        alike.setdefault((device.kind, device_text(section)), []).extend([] if device.index is None else [device.index])
+    lines = (
+        f"{yaml_text(f'{kind}:{ranges(sorted(indices))}' if indices else kind)}: {text}"
+        for (kind, text), indices in alike.items()
+    )
+    return [f"  {'# ' if is_comment else ''}{line}{f'   # {remark}' if remark else ''}" for line in lines]
+
+
+def schema_beside(output: Path | None) -> str:
+    """Return the path of the schema of profiles from where a profile is written."""
+    folder = (output or Path("profile.yaml")).parent
+    root = boundary_of(folder / "profile.yaml").folder or folder
+    return Path(os.path.relpath(root / SCHEMA, folder.resolve())).as_posix()
+
+
+def relative_source(source: str, output: Path | None) -> str:
+    """Return a source as the profile is to name it: local paths relative to where the profile lies."""
+    if not exists(Path(source)):
+        return source
+    relative = os.path.relpath(source, output.parent if output else ".")
+    return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"
 
 
 def require_new(path: Path | None, *, force: bool) -> None:
@@ -30,41 +116,17 @@ def require_new(path: Path | None, *, force: bool) -> None:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 
 
-def print_or_write(text: str, path: Path | None, next_step: str = "") -> None:
-    """Write a profile, or print it where there is no file that it is to be written to."""
+def deliver(
+    text: str, path: Path | None, output_format: str, diagnostics: Sequence[Diagnostic] = (), next_step: str = ""
+) -> None:
+    """Write a profile, or print it where there is no file that it is to be written to; and what is to be said of it."""
     from devmap_config.cli.locking import write
+    from devmap_config.cli.reporting import report
 
-    if path is None:
-        click.echo(text, nl=False)
-    else:
+    if path is not None:
         write(path, text)
+    report(diagnostics, {}, output_format, data={"profile": text, "written": None if path is None else str(path)})
+    if path is not None:
         click.echo(f"wrote {path}{next_step}", err=True)
-
-
-def machine_of(name: str) -> Machine:
-    """Return the machine that a user names, such as `2xrtx-4090,cpu:64GiB`.
-
-    Raises:
-        click.UsageError: where there is none of that name.
-    """
-    from devmap_config.hardware.machines import UnknownMachineError, named_machine
-
-    try:
-        return named_machine(name)
-    except UnknownMachineError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def relative_source(source: str, output: Path | None) -> str:
-    """Return a source as the profile is to name it: local paths relative to where the profile lies."""
-    if not exists(Path(source)):
-        return source
-    relative = os.path.relpath(source, output.parent if output else ".")
-    return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"
-
-
-def specification(described: str) -> str:
-    """Return a device as a profile writes it: a catalogue name as it is, memory as a mapping."""
-    from devmap_config.hardware.catalogue import load_catalogue
-
-    return described if described in load_catalogue() else f"{{memory: {described}}}"
+    elif output_format == "table":
+        click.echo(text, nl=False)

@@ -1,13 +1,13 @@
-"""Machines by name: `2xrtx-4090`, `rtx-4090,rtx-3090`, `2x24GiB,cpu:64GiB`."""
+"""Machines by name: `2xrtx-4090`, `rtx-4090+rtx-3090`, `2x24GiB+cpu:64GiB`."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from devmap_config.devices import Device, nth_accelerator
+from devmap_config.devices import nth_accelerator
 from devmap_config.hardware.catalogue import load_catalogue, nearest
 from devmap_config.profile.quantities import QuantityError, parse_bytes
+from devmap_config.profile.schema import Hardware
 
 PART = re.compile(r"(?:(?P<count>[1-9][0-9]?)x)?(?P<what>[A-Za-z0-9][A-Za-z0-9._-]*)")
 STORAGE = re.compile(r"(?P<device>cpu|disk):(?P<memory>.+)")
@@ -17,33 +17,27 @@ class UnknownMachineError(ValueError):
     """A text names no machine; the message says why."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Devices, each a catalogue name or an amount of memory."""
+def named_machine(text: str) -> Hardware:
+    """Return the machine that a text names: devices, joined by `+`.
 
-    devices: dict[Device, str]
-
-    @property
-    def accelerators(self) -> tuple[Device, ...]:
-        """The names of all but the CPU and the disk."""
-        return tuple(device for device in self.devices if device.is_accelerator)
-
-
-def named_machine(text: str) -> Machine:
-    """The machine that a text names.
+    Example:
+        >>> list(map(str, named_machine("2xrtx-4090+cpu:64GiB").devices.value))
+        ['cuda:0', 'cuda:1', 'cpu']
 
     Raises:
         UnknownMachineError: where it names none.
     """
-    accelerators: list[tuple[str, str]] = []
-    storage: dict[Device, str] = {}
-    for part in text.split(","):
-        if stored := STORAGE.fullmatch(part.strip()):
-            storage[Device(stored["device"])] = _memory(stored["memory"])
+    accelerators: list[tuple[str, dict[str, str]]] = []
+    storage: dict[str, dict[str, str]] = {}
+    for part in map(str.strip, text.split("+")):
+        if stored := STORAGE.fullmatch(part):
+            storage[stored["device"]] = {"memory": _memory(stored["memory"])}
             continue
-        match = PART.fullmatch(part.strip())
+        match = PART.fullmatch(part)
         if match is None:
-            raise UnknownMachineError(f"`{part}` is no part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`")
+            raise UnknownMachineError(
+                f"`{part}` is no part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`, joined by `+`"
+            )
         accelerators += [_accelerator(match["what"])] * int(match["count"] or 1)
     kinds = list(dict.fromkeys(kind for kind, _ in accelerators if kind))
     if len(kinds) > 1:
@@ -51,16 +45,16 @@ def named_machine(text: str) -> Machine:
     kind = kinds[0] if kinds else "cuda"
     if kind == "mps" and len(accelerators) > 1:
         raise UnknownMachineError("a Mac has one `mps` device")
-    devices = {nth_accelerator(kind, index): what for index, (_, what) in enumerate(accelerators)}
-    return Machine(devices | dict(sorted(storage.items())))
+    devices = {str(nth_accelerator(kind, index)): what for index, (_, what) in enumerate(accelerators)}
+    return Hardware.model_validate({"devices": devices | dict(sorted(storage.items()))})
 
 
-def _accelerator(text: str) -> tuple[str, str]:
-    """Kind (empty where any) and description of an accelerator."""
+def _accelerator(text: str) -> tuple[str, dict[str, str]]:
+    """Return the kind (empty where any) and the description of an accelerator."""
     if found := load_catalogue().get(text):
-        return found.kind, found.name
+        return found.kind, {"accelerator": found.name}
     try:
-        return "", _memory(text)
+        return "", {"memory": _memory(text)}
     except UnknownMachineError:
         meant = nearest(text)
         advice = f"did you mean `{meant}`?" if meant else "`devmap hardware` lists them"

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 class Planner:
     """Makes plans of a prepared profile: one, and where that does not run, others with repairs.
 
-    `prepare` prepares changed profiles, to tell what would help where there is no plan. `previous` is a lock whose plan
-    is preferred to a new one where it is as good.
+    `prepare` prepares changed profiles, to tell what would help where there is no plan; `None` where nobody asks.
+    `previous` is a lock whose plan is preferred to a new one where it is as good.
     """
 
     prepared: Prepared
     sink: Sink
-    prepare: Prepare
+    prepare: Prepare | None
     previous: Lock | None = None
 
     def plan(self, repairs: Repairs = NO_REPAIRS) -> Plan | None:

@@ -73,11 +73,12 @@ class Change:
 class Trials:
     """Tries changes of a profile, up to the dry run, with repairs that a dry run asked for.
 
-    `prepare` runs the stages before placing, with a model that is at hand or with the profile's.
+    `prepare` runs the stages before placing, with a model that is at hand or with the profile's; without it nothing is
+    tried, and nothing found to help.
     """
 
     prepared: Prepared
-    prepare: Prepare
+    prepare: Prepare | None
     repairs: Repairs
 
     def fits(self, change: Change) -> bool:
@@ -92,6 +93,8 @@ class Trials:
         return self._has_plan(change, None if change.is_of_model else self.prepared.model)
 
     def _has_plan(self, change: Change, model: LoadedModel | None, *, at_any_speed: bool = False) -> bool:
+        if self.prepare is None:
+            return False
         sink = Sink()
         try:
             prepared = self.prepare(change.applied_to(self.prepared.loaded), model, sink)

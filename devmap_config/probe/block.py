@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import FLOPS_UNITS, format_bytes, profile_bytes, profile_rate
-from devmap_config.devices import CPU, DISK, Device
+from devmap_config.devices import CPU, DISK
 from devmap_config.hardware.catalogue import load_catalogue
-from devmap_config.hardware.machines import Machine
+from devmap_config.profile.schema import Hardware
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.probe.machine import SeenAccelerator, SeenMachine
 
 
@@ -41,13 +42,13 @@ def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[
     return {"devices": devices, **({"links": links} if links else {})}
 
 
-def as_machine(seen: SeenMachine) -> Machine:
-    """The devices by what says most of each: the catalogue's name, or its memory."""
-    described = {
-        Device.from_text(name): what if isinstance(what, str) else what["memory"]
+def as_hardware(seen: SeenMachine) -> Hardware:
+    """Return what a profile's `hardware` says of this machine, as it is read from there."""
+    devices = {
+        name: {"accelerator": what} if isinstance(what, str) else what
         for name, what in hardware_block(seen)["devices"].items()
     }
-    return Machine(described)
+    return Hardware.model_validate({"devices": devices})
 
 
 def _device(seen: SeenAccelerator, measured: Measured) -> dict[str, Any] | str | None:

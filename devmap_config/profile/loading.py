@@ -15,7 +15,7 @@ from devmap_config.profile.located import written
 from devmap_config.profile.merging import merge, variable_values, variables_of
 from devmap_config.profile.refusals import Refusals
 from devmap_config.profile.rendering import Renderer
-from devmap_config.profile.schema import OPTIMAL_STRATEGIES, Hardware, Profile
+from devmap_config.profile.schema import Hardware, Profile
 from devmap_config.profile.section import Section
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.located import Located
+
+
+OFFLOAD_FOLDER = "offload"
+"""Where a machine that is only thought of keeps what is on its disk."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,15 @@ class LoadedProfile:
         return not (isinstance(node, MappingNode) and any(entry.key.is_unrendered for entry in node.entries))
 
 
-def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str | None) -> LoadedProfile:
-    """A profile with another machine than its own, for which its caps mean nothing.
+def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) -> LoadedProfile:
+    """Return a profile with another machine than its own, and placed by this strategy.
 
-    Args:
-        loaded: the profile.
-        hardware: the machine.
-        strategy: what to ask, unless the profile asks for one of ours that is not after speed alone.
+    Its caps mean nothing there, nor does the folder on its disk.
     """
-    placement = loaded.profile.placement.changed(max_memory={}, device=None)
-    if strategy is not None and placement.strategy.value not in OPTIMAL_STRATEGIES[1:]:
-        placement = placement.changed(strategy=strategy, device_map=None)
+    offload = loaded.profile.placement.offload.changed(folder=OFFLOAD_FOLDER)
+    placement = loaded.profile.placement.changed(
+        max_memory={}, device=None, device_map=None, strategy=strategy, offload=offload
+    )
     return replace(loaded, profile=loaded.profile.changed(hardware=hardware, placement=placement))
 
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
+from devmap_config.amounts import exact_amount
 from devmap_config.profile.document import plain_value
+from devmap_config.profile.quantities import BYTE_UNITS, FLOP_UNITS, Share
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from fractions import Fraction
+
+    from devmap_config.profile.schema import DeviceSection, Hardware, Link
 
 PLAIN = re.compile(r"[A-Za-z0-9_./~-][A-Za-z0-9_./:~-]*")
 """What needs no quotes anywhere, not even in a flow mapping."""
@@ -25,3 +34,49 @@ def _escaped(character: str) -> str:
     if character.isprintable():
         return character
     return f"\\U{ord(character):08x}"
+
+
+BANDWIDTH_UNITS = {f"{unit}/s": size for unit, size in BYTE_UNITS.items()}
+
+
+def device_text(section: DeviceSection) -> str:
+    """Return what a profile says of a device: its catalogue name where that is all, else a flow mapping."""
+    described = {
+        "accelerator": section.accelerator.value,
+        "memory": _quantity(section.memory.value),
+        "reserve": _quantity(section.reserve or None),
+        "overhead": _quantity(section.overhead),
+        "slack": _share(section.slack),
+        "bandwidth": _amount(section.bandwidth, BANDWIDTH_UNITS),
+        "flops": _amount(section.flops, FLOP_UNITS | {"": 1}),
+        "efficiency": _share(section.efficiency),
+    }
+    given = {key: value for key, value in described.items() if value is not None}
+    return given["accelerator"] if set(given) == {"accelerator"} else _flow(given)
+
+
+def link_lines(hardware: Hardware) -> list[str]:
+    """Return the lines within a profile's `hardware` that say how its devices are linked, if it does."""
+    links = [f"  {yaml_text(name)}: {_link(link)}" for name, link in hardware.links.items()]
+    return ["links:", *links] if links else []
+
+
+def _link(link: Link) -> str:
+    bandwidth = exact_amount(link.bandwidth, BANDWIDTH_UNITS)
+    return bandwidth if link.latency is None else _flow({"bandwidth": bandwidth, "latency": f"{link.latency}ns"})
+
+
+def _flow(values: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+
+
+def _quantity(value: int | Share | None) -> str | None:
+    return _share(value.fraction) if isinstance(value, Share) else _amount(value, BYTE_UNITS)
+
+
+def _share(value: Fraction | None) -> str | None:
+    return None if value is None else f"{float(100 * value):.15g}%"
+
+
+def _amount(value: int | None, units: Mapping[str, int]) -> str | None:
+    return None if value is None else exact_amount(value, units)

@@ -223,10 +223,10 @@ def test_adopt_of_a_map_with_gaps_says_where_they_went(profile):
     Path("map.json").write_text(
         '{"model.embed_tokens": 0, "model.layers": "cuda:1", "model.norm": 1, "lm_head": "cpu"}'
     )
-    done = devmap("adopt", "map.json", "--model", "llama", "--on", "2xrtx-4090,cpu:8GiB", "-o", "adopted.yaml")
+    done = devmap("adopt", "map.json", "--model", "llama", "--on", "2xrtx-4090+cpu:8GiB", "-o", "adopted.yaml")
     assert done.returncode == 0
     assert "no device for 2 tensors" in done.stderr  # the rotary embedding's buffers
-    assert "cuda:1: rtx-4090" in Path("adopted.yaml").read_text()
+    assert '"cuda:[0-1]": rtx-4090' in Path("adopted.yaml").read_text()
     plan = json.loads(devmap("compile", "adopted.yaml", "--format", "json").stdout)["plan"]
     assert plan["device_map"]["model.layers.5"] == 1
     assert plan["device_map"]["model.rotary_emb"] == "cpu"
@@ -248,24 +248,6 @@ def test_adopt_of_what_is_no_map(profile, text, said):
     done = devmap("adopt", "map.json", "--model", "llama")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"Error: {said}" in " ".join(done.stderr.split())
-
-
-@pytest.mark.parametrize(
-    "machine", ["2xrtx-4090", "t4", "2x300KiB", "300KiB,cpu:8GiB", "200KiB,cpu:100KiB", "m4-max", None]
-)
-def test_init_writes_a_profile_that_compiles(workspace, machine):
-    on = ["--on", machine] if machine else []
-    assert devmap("init", "llama", *on, "-o", "first.yaml").returncode == 0
-    assert devmap("compile", "first.yaml").returncode == 0
-    assert devmap("init", "llama", *on, "-o", "first.yaml").returncode == 2
-    assert [path.name for path in Path().glob(".init*")] == []
-
-
-def test_init_says_what_is_wrong(workspace):
-    assert "did you mean `rtx-4090`?" in devmap("init", "llama", "--on", "rtx4090").stderr
-    unknown = devmap("init", "unknown")
-    assert unknown.returncode == 1
-    assert "unsupported-model" in unknown.stderr
 
 
 RUN = "import sys; sys.argv = ['devmap', *sys.argv[1:]]; from devmap_config.cli import main; main()"
@@ -591,42 +573,6 @@ workload: {context_length: 64}
 hardware: {devices: {cuda:0: rtx-4090}}
 placement: {strategy: fastest}
 """
-
-
-def test_fit_says_what_each_machine_would_do(workspace):
-    Path("profile.yaml").write_text(FASTEST)
-    Path("box.yaml").write_text("hardware: {devices: {cuda:0: {memory: 200KiB, bandwidth: 1TB/s}}}\n")
-    done = devmap("fit", "profile.yaml", "--on", "h100-sxm,2xt4,box.yaml", "--format", "json")
-    rows = json.loads(done.stdout)["machines"]
-    assert [row["machine"] for row in rows] == ["h100-sxm", "2xt4", "box.yaml"]
-    assert [row["fits"] for row in rows] == [True, False, False]
-    assert rows[0]["prediction"]["longest_context"] > 64
-    assert rows[0]["prediction"]["decode_nanoseconds_per_token"] > 0
-    assert "does not compute in bfloat16" in rows[1]["reason"]
-    assert "find no place" in rows[2]["reason"]
-    assert done.returncode == 0
-    shown = devmap("fit", "profile.yaml", "--on", "h100-sxm", "--on", "l4").stdout
-    assert "context up to" in shown
-    assert "l4" in shown
-
-
-def test_fit_asks_no_speed_of_a_machine(workspace):
-    Path("profile.yaml").write_text(FASTEST)
-    Path("auto.yaml").write_text(FASTEST.replace("fastest", "auto"))
-    for name in ("profile.yaml", "auto.yaml"):
-        (row,) = json.loads(devmap("fit", name, "--on", "cpu:8GiB", "--format", "json").stdout)["machines"]
-        assert (row["fits"], row["strategy"]) == (True, "fewest-devices")
-        assert row["prediction"]["decode_nanoseconds_per_token"] is None
-
-
-def test_fit_on_what_is_no_machine(workspace):
-    Path("profile.yaml").write_text(FASTEST)
-    Path("box.yaml").write_text("hardware: {devices: {cuda:0: {memry: 1GiB}}}\n")
-    for machine in ("h1000", "box.yaml", "missing.yaml"):
-        done = devmap("fit", "profile.yaml", "--on", machine)
-        assert done.returncode == 2
-        assert machine in done.stderr
-    assert devmap("fit", "nothing.yaml", "--on", "l4").returncode == 2
 
 
 def test_explain_tells_the_story_of_a_plan(workspace):

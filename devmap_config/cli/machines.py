@@ -1,0 +1,74 @@
+"""Machines as the command line names them: by what is in them, or by a file that describes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from devmap_config.diagnostics.codes import Code
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.profile.schema import Hardware
+
+MACHINE_HELP = "`2xrtx-4090+cpu:64GiB`, `2x24GiB`, or a YAML file with a `hardware:` block"
+
+MACHINE_CODES: frozenset[Code] = frozenset(
+    {
+        "bad-compute",
+        "compute-on-cpu",
+        "conflicting-pins",
+        "forbidden-device",
+        "memory-beyond-card",
+        "mixed-accelerators",
+        "no-capacity",
+        "over-capacity",
+        "quantizer-refuses",
+        "stranded-tensor",
+        "unknown-device",
+        "unlisted-device",
+        "unsupported-dtype",
+    }
+)
+"""Errors that another machine may not have; any other is the profile's, wherever it is to run."""
+
+
+def machine_of(name: str) -> Hardware:
+    """Return the machine that a user names: devices joined by `+`, or a file whose `hardware:` describes it.
+
+    Raises:
+        click.UsageError: where there is none of that name.
+        ProfileError: where the file, or what it says, is wrong.
+    """
+    from devmap_config.hardware.machines import UnknownMachineError, named_machine
+
+    if name.endswith((".yaml", ".yml")):
+        return _machine_in(Path(name))
+    if "," in name:
+        raise click.UsageError(
+            f"`{name}` is several machines, and one is wanted: `+` joins the devices of one, as in"
+            f" `{'+'.join(part.strip() for part in name.split(','))}`"
+        )
+    try:
+        return named_machine(name)
+    except UnknownMachineError as error:
+        raise click.UsageError(f"`{name}` is no machine: {error}") from None
+
+
+def _machine_in(path: Path) -> Hardware:
+    from devmap_config.diagnostics.diagnostic import ProfileError, Sink
+    from devmap_config.profile.loading import load_hardware
+
+    sink = Sink()
+    hardware = load_hardware(path, sink)
+    if hardware is None or sink.has_errors:
+        raise ProfileError(tuple(sink), sink.texts)
+    return hardware
+
+
+def is_of_machine(diagnostics: Iterable[Diagnostic]) -> bool:
+    """Return whether all that is wrong is so on this machine, and may not be on another."""
+    return all(each.code in MACHINE_CODES for each in diagnostics if each.is_error)

@@ -1,0 +1,146 @@
+"""`devmap fit`: one profile on several machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from devmap_config.cli import devmap
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware: {devices: {cuda:0: rtx-4090}}
+placement: {strategy: fastest}
+"""
+
+SMALL_BOX = """\
+hardware:
+  devices:
+    "cuda:[0-1]": {memory: 400KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}
+    cpu: {memory: 1GiB}
+  links: {host: 25GB/s, peer: 25GB/s}
+"""
+
+
+def fit(*machines, profile="profile.yaml"):
+    """The rows that the command gives as JSON, and its exit code."""
+    named = [argument for machine in machines for argument in ("--on", machine)]
+    done = CliRunner().invoke(devmap, ["fit", profile, *named, "--format", "json"], standalone_mode=False)
+    return json.loads(done.stdout)["machines"], done.return_value
+
+
+def shown(*machines, profile="profile.yaml"):
+    named = [argument for machine in machines for argument in ("--on", machine)]
+    return CliRunner().invoke(devmap, ["fit", profile, *named], standalone_mode=False).output
+
+
+@pytest.fixture(autouse=True)
+def profile(workspace):
+    Path("profile.yaml").write_text(PROFILE)
+    Path("box.yaml").write_text(SMALL_BOX)
+    return Path("profile.yaml")
+
+
+def test_says_what_each_machine_would_do():
+    Path("tiny.yaml").write_text("hardware: {devices: {cuda:0: {memory: 200KiB, bandwidth: 1TB/s}}}\n")
+    rows, code = fit("h100-sxm,2xt4,tiny.yaml")
+    assert [row["machine"] for row in rows] == ["h100-sxm", "2xt4", "tiny.yaml"]
+    assert [row["fits"] for row in rows] == [True, False, False]
+    assert rows[0]["prediction"]["decode_nanoseconds_per_token"] > 0
+    assert "does not compute in bfloat16" in rows[1]["reason"]
+    assert "find no place" in rows[2]["reason"]
+    assert code == 0
+
+
+def test_the_context_at_full_speed_and_the_longest_with_its_speed():
+    [row], _ = fit("box.yaml")
+    assert (row["strategy"], row["longest_context"]["strategy"]) == ("fastest", "longest-context")
+    fastest, longest = row["prediction"], row["longest_context"]["prediction"]
+    assert fastest["longest_context"] < longest["longest_context"]
+    assert fastest["decode_nanoseconds_per_token"] < longest["decode_nanoseconds_per_token"]
+    lines = shown("box.yaml").splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [["box.yaml", "speed"], ["context", lines[3].split()[1]]]
+    assert f"{fastest['longest_context']:,}" in lines[2]
+    assert f"{longest['longest_context']:,}" in lines[3]
+
+
+def test_one_line_where_one_plan_is_best_at_both():
+    lines = shown("h100-sxm").splitlines()
+    assert len(lines) == 3
+    assert lines[2].split()[:2] == ["h100-sxm", "both"]
+
+
+def test_the_strategy_of_the_profile_does_not_count(profile):
+    rows = fit("box.yaml")
+    for strategy in ("longest-context", "sequential", "fewest-devices"):
+        profile.write_text(PROFILE.replace("fastest", strategy))
+        assert fit("box.yaml") == rows
+
+
+def test_a_machine_that_does_not_say_how_fast_it_is_is_not_too_small():
+    [row], code = fit("2x24GiB")
+    assert (row["fits"], row["strategy"], code) == (True, "fewest-devices", 0)
+    for plan in (row, row["longest_context"]):
+        assert plan["prediction"]["decode_nanoseconds_per_token"] is None
+        assert plan["prediction"]["longest_context"] > 64
+    assert "?" in shown("2x24GiB")
+
+
+def test_without_a_workload_no_context_is_known(profile):
+    profile.write_text(PROFILE.replace("workload: {context_length: 64}\n", ""))
+    [row], code = fit("2x24GiB")
+    assert (row["fits"], row["longest_context"], code) == (True, None, 0)
+    assert "the profile names no workload" in shown("2x24GiB")
+
+
+def test_the_offload_folder_of_the_profile_does_not_count(profile):
+    profile.write_text(PROFILE.replace("fastest}", "fastest, offload: {folder: ../outside}}"))
+    [row], _ = fit("h100-sxm+disk:1TiB")
+    assert row["fits"]
+
+
+def test_a_machine_in_a_file_is_what_a_profile_would_make_of_it(profile):
+    profile.write_text(PROFILE.replace("hardware: {devices: {cuda:0: rtx-4090}}\n", SMALL_BOX))
+    [row], _ = fit("box.yaml")
+    compiled = CliRunner().invoke(
+        devmap, ["compile", "profile.yaml", "--no-simulate", "--format", "json"], standalone_mode=False
+    )
+    assert json.loads(compiled.stdout)["plan"]["devices"] == row["devices"]
+
+
+def test_a_machine_of_several_files_and_ranges():
+    Path("base.yaml").write_text('hardware: {devices: {"cuda:[0-3]": rtx-4090}}\n')
+    Path("more.yaml").write_text("extends: [base.yaml]\nhardware: {devices: {cuda:1: null, cpu: {memory: 8GiB}}}\n")
+    [row], _ = fit("more.yaml")
+    assert [device["id"] for device in row["devices"]] == ["cuda:0", "cuda:2", "cuda:3", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ("h1000", "did you mean `h100-sxm`?"),
+        ("2xrtx-4090+64GB/s", "`64GB/s` is no part of a machine"),
+        ("missing.yaml", "`missing.yaml` does not exist"),
+        ("wrong.yaml", "did you mean `memory`?"),
+    ],
+)
+def test_what_is_no_machine(machine, said):
+    Path("wrong.yaml").write_text("hardware: {devices: {cuda:0: {memry: 1GiB}}}\n")
+    done = CliRunner().invoke(devmap, ["fit", "profile.yaml", "--on", machine], standalone_mode=False)
+    message = done.exception.format_message() if done.exception else done.stderr
+    assert said in " ".join(message.split())
+    assert done.return_value in (2, None)
+
+
+def test_a_mistake_of_the_profile_is_none_of_the_machine(profile):
+    profile.write_text(PROFILE.replace("fastest}", "fastest, pins: [{match: lm_haed, device: cuda:0}]}"))
+    rows, code = fit("h100-sxm,l4")
+    assert (rows, code) == (None, 1)
+    profile.write_text(PROFILE.replace("fastest}", "fastest, pins: [{match: lm_head, device: cuda:1}]}"))
+    rows, code = fit("h100-sxm,2xl4")
+    assert ([row["fits"] for row in rows], code) == ([False, True], 0)

@@ -1,0 +1,150 @@
+"""`devmap init`: first profiles, which compile as they are."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import REPOSITORY
+
+from devmap_config.cli import devmap
+from devmap_config.cli.init import Asked, first_profile
+from devmap_config.cli.machines import machine_of
+from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.hardware.catalogue import load_catalogue
+from devmap_config.profile.permissions import NO_PERMISSIONS
+
+PUBLISHED = sorted(path.parent.name for path in (REPOSITORY / "profiles" / "models").glob("*/config.json"))
+MACHINES = tuple(load_catalogue())
+
+
+def run(*arguments):
+    return CliRunner().invoke(devmap, list(arguments), standalone_mode=False)
+
+
+def said(done):
+    return " ".join((done.exception.format_message() if done.exception else done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    "machine",
+    ["t4", "2x300KiB", "200KiB+cpu:100KiB", "m4-max", "box.yaml", None],
+)
+def test_writes_a_profile_that_compiles(workspace, machine):
+    Path("box.yaml").write_text('hardware: {devices: {"cuda:[0-1]": {accelerator: rtx-3090, reserve: 2GiB}}}\n')
+    on = ["--on", machine] if machine else []
+    assert run("init", "llama", *on, "-o", "first.yaml").return_value == 0
+    assert run("compile", "first.yaml").return_value == 0
+    assert "exists: pass `--force`" in said(run("init", "llama", *on, "-o", "first.yaml"))
+    assert run("init", "llama", *on, "-o", "first.yaml", "--force").return_value == 0
+    assert [path.name for path in Path().glob(".init*")] == []
+
+
+def test_what_it_writes(workspace):
+    text = run("init", "llama", "--on", "2xrtx-4090+cpu:64GiB").stdout
+    assert text.startswith("# yaml-language-server: $schema=schemas/profile.v1.schema.json\n")
+    assert '    "cuda:[0-1]": rtx-4090\n    # cpu: {memory: 64GiB}   # for what is to be offloaded\n' in text
+    assert "  context_length: 4096 " in text
+    assert "  strategy: fastest\n" in text
+    for strategy in ("longest-context", "fewest-devices", "balanced_low_0", "sequential", "single", "manual"):
+        assert strategy in text
+
+
+def test_what_is_in_comments_compiles_as_well(workspace):
+    text = run("init", "llama", "--on", "2xrtx-4090+cpu:64GiB").stdout
+    Path("first.yaml").write_text(re.sub(r"# (pins:|  - \{match|cpu:)", r"\1", text))
+    plan = json.loads(run("compile", "first.yaml", "--no-simulate", "--format", "json").stdout)["plan"]
+    assert plan["device_map"]["lm_head"] == 0
+    assert [device["id"] for device in plan["devices"]] == ["cuda:0", "cuda:1", "cpu"]
+
+
+def test_the_schema_is_that_of_the_repository(workspace):
+    Path(".git").mkdir()
+    Path("profiles").mkdir()
+    run("init", "llama", "--on", "l4", "-o", "profiles/first.yaml")
+    lines = Path("profiles/first.yaml").read_text().splitlines()
+    assert lines[0] == "# yaml-language-server: $schema=../schemas/profile.v1.schema.json"
+    assert "  source: ../llama" in lines
+
+
+def test_the_workload_and_the_strategy_that_are_asked_for(workspace):
+    done = run("init", "llama", "--on", "2xl4", "--workload", "512", "--strategy", "balanced", "--format", "json")
+    text = json.loads(done.stdout)["profile"]
+    assert "  context_length: 512 " in text
+    assert "  strategy: balanced\n" in text
+
+
+def test_a_machine_in_a_file_is_written_down_with_all_that_it_says(workspace):
+    box = """\
+hardware:
+  devices:
+    cuda:0: {accelerator: rtx-4090, memory: 20GiB, reserve: 2GiB, slack: 2.5%, efficiency: 80%}
+    cuda:1: {memory: 24GiB, overhead: 512MiB, bandwidth: 936GB/s, flops: 71TFLOP/s}
+  links: {host: 25GB/s, "cuda:0-cuda:1": {bandwidth: 12500MB/s, latency: 10us}}
+"""
+    Path("box.yaml").write_text(box)
+    run("init", "llama", "--on", "box.yaml", "-o", "first.yaml")
+    assert machine_of("first.yaml").model_dump() == machine_of("box.yaml").model_dump()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama", "--on", "rtx4090"), "did you mean `rtx-4090`?"),
+        (("llama", "--on", "2xrtx-4090,cpu:64GiB"), "as in `2xrtx-4090+cpu:64GiB`"),
+        (("unknown", "--on", "l4"), "unsupported-model"),
+        (("nameless", "--on", "l4"), "name it: `class: AutoModelForCausalLM`"),
+        (("llama", "--on", "300KiB", "--strategy", "single"), "cuda:0 would hold"),
+    ],
+)
+def test_says_what_is_wrong(workspace, arguments, message):
+    done = run("init", *arguments)
+    assert done.return_value != 0
+    assert message in said(done)
+
+
+def test_the_class_of_a_config_that_names_none(workspace):
+    text = run("init", "nameless", "--on", "l4", "--class", "LlamaForCausalLM").stdout
+    assert "  class: LlamaForCausalLM\n" in text
+
+
+def check(model, machine, folder, *, simulates):
+    """What is written for a published model on a machine of the catalogue compiles."""
+    source = REPOSITORY / "profiles" / "models" / model / "config.json"
+    (folder / "config.json").write_bytes(source.read_bytes())
+    asked = Asked(
+        source=str(folder / "config.json"),
+        hardware=machine_of(machine),
+        machine_name=machine,
+        output=folder / "first.yaml",
+        permissions=NO_PERMISSIONS,
+    )
+    (folder / "first.yaml").write_text(first_profile(asked, simulates=simulates))
+    compilation = run_pipeline(Request(path=folder / "first.yaml", simulates=simulates))
+    assert isinstance(compilation, Compiled), [each.message for each in compilation.diagnostics]
+
+
+PAIRS = [(model, machine) for model in PUBLISHED for machine in MACHINES]
+SMALL = [(model, machine) for model, machine in PAIRS if model in ("all-minilm-l6-v2", "llama-3.2-1b")]
+
+
+@pytest.mark.parametrize(("model", "machine"), random.Random(16).sample(SMALL, 4))
+def test_what_is_written_for_published_models(model, machine, tmp_path):
+    check(model, machine, tmp_path, simulates=False)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_what_is_written_for_every_published_model_and_machine(model, tmp_path):
+    for machine in MACHINES:
+        check(model, machine, tmp_path, simulates=False)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(("model", "machine"), random.Random(16).sample(PAIRS, len(PAIRS) // 20))
+def test_what_is_written_runs_dry(model, machine, tmp_path):
+    check(model, machine, tmp_path, simulates=True)
