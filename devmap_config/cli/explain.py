@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 PATTERNS_SHOWN = 4
 
 
-@profile_command("explain", argument=click.argument("subject", metavar="CODE | PROFILE"))
+@profile_command("explain", "table", "json", argument=click.argument("subject", metavar="CODE | PROFILE"))
 @click.argument("module", required=False)
 def explain(subject: str, options: ProfileOptions, module: str | None) -> None:
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
-    from devmap_config.diagnostics.codes import CODES
+    from devmap_config.diagnostics.codes import CODES, page
     from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
 
     if subject.endswith((*PROFILE_SUFFIXES, LOCK_SUFFIX)) or (subject not in CODES and exists(Path(subject))):
-        lines = _explanation(options.compile(profile_of(Path(subject)), simulates=True), module)
-        for line in () if options.quiet else lines:
-            click.echo(line)
+        _explain_plan(options.compile(profile_of(Path(subject)), simulates=True), module, options)
     elif subject not in CODES:
         message = f"there is no diagnostic `{subject}`, and no profile of that name"
         raise click.UsageError(message + _meant(subject, CODES))
     elif module is not None:
         raise click.UsageError("a module is explained in a profile: `devmap explain PROFILE MODULE`")
+    elif options.output_format == "json":
+        options.report((), {}, {"plan": None, "code": subject, "page": page(subject)})
     else:
         _print_page(subject)
 
@@ -64,27 +64,36 @@ def _print_page(code: str) -> None:
         click.echo(page(code).rstrip())
 
 
-def _explanation(compiled: Compiled, module: str | None) -> Iterator[str]:
+def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOptions) -> None:
+    """Print the story of a plan, after a picture of its devices; or that of a module."""
+    from shutil import get_terminal_size
+
+    from pydantic_core import to_jsonable_python
+
+    from devmap_config.cli.plan_table import bar_lines
+
     graph = compiled.graph
-    if module is None:
-        return _story(compiled)
-    if module not in graph.modules and module not in graph.tensors:
+    if module is not None and module not in graph.modules and module not in graph.tensors:
         raise click.UsageError(
             f"{graph.class_name} has no `{module}`{_meant(module, [*graph.modules, *graph.tensors])}"
         )
-    return _reasons(compiled, module)
+    lines = list(_story(compiled) if module is None else _reasons(compiled, module))
+    if options.output_format == "json":
+        others = () if module is None else _alternatives(compiled, module)
+        data = {"module": module, "explanation": lines, "alternatives": to_jsonable_python(others, fallback=str)}
+        options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **data})
+    elif not options.quiet:
+        bars = bar_lines(compiled.plan, get_terminal_size().columns) if module is None else ()
+        click.echo("\n".join([lines[0], *bars, *lines[1:]]))
 
 
 def _story(compiled: Compiled) -> Iterator[str]:
     """The plan in some ten lines."""
-    from shutil import get_terminal_size
-
-    from devmap_config.cli.plan_table import bar_lines, weights_in_words
+    from devmap_config.cli.plan_table import weights_in_words
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     cache = f" and {format_bytes(graph.measurement.cache_bytes)} of cache" if graph.measurement else ""
     yield f"{model.class_name}, weights of {weights_in_words(model, plan)}{cache}, by `{plan.strategy}`."
-    yield from bar_lines(plan, get_terminal_size().columns)
     for use in plan.devices:
         yield _holdings(plan, use)
     decisions = compiled.resolution.decisions.values()
@@ -165,7 +174,7 @@ def _pace(plan: Plan) -> Iterator[str]:
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     """Why a module or tensor is where it is, and what another place would take."""
-    from devmap_config.plan.explanation import alternatives, block_of
+    from devmap_config.plan.explanation import block_of
 
     plan, graph = compiled.plan, compiled.graph
     below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
@@ -181,8 +190,14 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     if block != name:
         yield f"It is a part of the block `{block}`, which is placed as a whole."
     yield f"No rule is about it: `{plan.strategy}` put it there. Elsewhere, all else as it is:"
-    for other in alternatives(plan, graph, compiled.inventory, block):
+    for other in _alternatives(compiled, name):
         yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
+
+
+def _alternatives(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
+    from devmap_config.plan.explanation import alternatives, block_of
+
+    return alternatives(compiled.plan, compiled.graph, compiled.inventory, block_of(compiled.graph, name))
 
 
 def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[str]:

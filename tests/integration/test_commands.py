@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from devmap_config.cli import devmap as devmap_command
 from devmap_config.plan.lock import read_lock
 
 GOOD = """\
@@ -591,6 +593,28 @@ def test_explain_says_why_a_module_is_there(profile):
     by_strategy = devmap("explain", "profile.yaml", "model.layers.1.mlp").stdout
     assert "part of the block `model.layers.1`" in by_strategy
     assert "- on cpu, copied to cuda:0 at every forward" in by_strategy
+
+
+def test_explain_as_json(profile):
+    def explained(*arguments):
+        return json.loads(CliRunner().invoke(devmap_command, ["explain", *arguments, "--format", "json"]).stdout)
+
+    story = explained("profile.yaml")
+    assert (story["plan"]["device_map"]["lm_head"], story["module"], story["alternatives"]) == ("cpu", None, [])
+    assert "stays empty" not in story["explanation"][0]
+    assert "by `auto`" in story["explanation"][0]
+    norm = explained("profile.yaml", "model.norm")
+    assert norm["explanation"][0] == "`model.norm` is on cuda:0."
+    assert [each["location"] for each in norm["alternatives"]] == [
+        {"stored_on": "cpu", "runs_on": "cuda:0"},
+        {"stored_on": "cpu", "runs_on": "cpu"},
+    ]
+    code = explained("unmatched-pattern")
+    assert (code["plan"], code["code"], code["page"].splitlines()[0]) == (
+        None,
+        "unmatched-pattern",
+        "# unmatched-pattern",
+    )
 
 
 def test_explain_of_what_is_not_there(profile):
