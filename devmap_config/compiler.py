@@ -67,15 +67,19 @@ class Request:
     advises: bool = True
 
     @classmethod
-    def for_profile(cls, path: Path, *, lock: Lock | None = None, **options: Any) -> Request:
+    def for_profile(
+        cls, path: Path, *, lock: Lock | None = None, permissions: Permissions = NO_PERMISSIONS, **options: Any
+    ) -> Request:
         """Return the request for a profile with what its lock remembers: `--set` values, and the model's commit.
 
         Args:
             path: the profile.
             lock: its lock, where that was read already; else the one beside it, if that can be read.
+            permissions: what its user allows it.
             options: further fields of the request; `variables` outrank those of the lock.
         """
-        return cls(path=path, lock=lock or lock_beside(path), **options)
+        lock = lock or lock_beside(path, allow_outside=permissions.allow_outside)
+        return cls(path=path, lock=lock, permissions=permissions, **options)
 
     @property
     def remembered(self) -> Mapping[str, str]:

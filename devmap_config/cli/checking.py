@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from devmap_config.cli.command import ProfileOptions
     from devmap_config.compiler import Compiled
-    from devmap_config.diagnostics.codes import Code
+    from devmap_config.diagnostics.codes import Code, ErrorCode
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 State = Literal["fresh", "stale", "missing", "damaged", "wrong", "absent"]
@@ -84,9 +84,10 @@ def check_one(profile: Path, options: ProfileOptions, *, proves: bool = False) -
     except ProfileError as error:
         return Checked(profile=profile, state="absent", diagnostics=error.diagnostics, texts={})
     path = lock_path(profile)
-    lock, problem = None, None
+    lock = None
+    problem: tuple[ErrorCode, str] | None = None
     try:
-        lock = lock_at(path)
+        lock = lock_at(path, allow_outside=options.permissions.allow_outside)
     except LockError as error:
         problem = (error.code, str(error))
     compilation, drift = compile_locked(profile, lock, **options.of_request)

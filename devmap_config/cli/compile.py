@@ -38,7 +38,7 @@ def compile_command(
     from devmap_config.plan.lock import lock_path
 
     target = output or lock_path(profile)
-    earlier = lock_to_replace(target, writes=not dry_run)
+    earlier = lock_to_replace(target, writes=not dry_run, allow_outside=options.permissions.allow_outside)
     compiled = options.compile(
         profile,
         lock=earlier,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from devmap_config.plan.lock import Lock, LockError
 
 
-def lock_to_replace(path: Path, *, writes: bool = True) -> Lock | None:
+def lock_to_replace(path: Path, *, writes: bool, allow_outside: bool) -> Lock | None:
     """Return the lock at a path that a command is about to write; `None` where there is none that can be read.
 
     Raises:
@@ -24,7 +24,7 @@ def lock_to_replace(path: Path, *, writes: bool = True) -> Lock | None:
     from devmap_config.plan.lock import LockError, lock_at
 
     try:
-        return lock_at(path)
+        return lock_at(path, allow_outside=allow_outside)
     except LockError as error:
         if writes and not (error.code == "missing-lock" and is_folder(path.parent)):
             _require_replaceable(path, error)

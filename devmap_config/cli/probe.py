@@ -137,5 +137,5 @@ def _read(file: Path) -> Lock:
         missing = Diagnostic.error("missing-file", message, help="name a lock, as `devmap compile` writes it")
         raise CommandError([missing], exit_code=ExitCode.USAGE, data=data)
     message, advice = f"`{file}` cannot be used: {problem}", "run `devmap compile` on its profile"
-    unreadable = Diagnostic.error("unreadable-lock", message, whole_file(str(file)), help=advice)
+    unreadable = Diagnostic.error(problem.code, message, whole_file(str(file)), help=advice)
     raise CommandError([unreadable], exit_code=ExitCode.STALE, data=data)

@@ -33,64 +33,53 @@ class Side:
     notes: tuple[Diagnostic, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Options:
-    files: tuple[Path, ...]
-    permissions: Permissions
-
-
 def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
     """The plans of both arguments.
 
     Raises:
         CommandError: where one cannot be had.
     """
-    files = tuple(Path(text) for text in (before, after) if exists(Path(text)))
-    options = _Options(files, permissions)
-    return [_side(text, options) for text in (before, after)]
+    return [_side(before, after, permissions), _side(after, before, permissions)]
 
 
-def _side(text: str, options: _Options) -> Side:
+def _side(text: str, other: str, permissions: Permissions) -> Side:
     path = Path(text)
     if exists(path):
-        return _locked(text, _lock_in(path)) if path.suffix == ".json" else _asked_for(profile_of(path), options)
+        if path.suffix == ".json":
+            return Side(text, _lock_in(path, permissions).plan)
+        return _asked_for(profile_of(path), permissions)
     revision, colon, inside = text.partition(":")
     if colon and inside:
-        return _locked(text, _lock_at_revision(revision, Path(inside), text))
-    if options.files and not text.endswith((".yaml", ".yml", ".json")):
-        other = options.files[0]
-        return _locked(text, _lock_at_revision(text, other, text))
+        return Side(text, _lock_at_revision(revision, Path(inside), text).plan)
+    if exists(Path(other)) and not text.endswith((".yaml", ".yml", ".json")):
+        return Side(text, _lock_at_revision(text, Path(other), text).plan)
     raise _refused("missing-file", f"`{text}` does not exist", "name a profile, a lock, or a git revision beside one")
 
 
-def _locked(name: str, lock: Lock) -> Side:
-    return Side(name, lock.plan)
-
-
-def _lock_in(path: Path) -> Lock:
+def _lock_in(path: Path, permissions: Permissions) -> Lock:
     try:
-        return lock_at(path)
+        return lock_at(path, allow_outside=permissions.allow_outside)
     except LockError as error:
         raise _refused(error.code, f"`{path}` {error}", None) from None
 
 
-def _asked_for(profile: Path, options: _Options) -> Side:
+def _asked_for(profile: Path, permissions: Permissions) -> Side:
     """The locked plan of a profile, or what it asks for now where there is none that holds."""
     from devmap_config.compiler import Rejected
     from devmap_config.locked import compile_locked
 
     path = lock_path(profile)
     lock, problem = None, None
+    code: WarningCode = "missing-lock"
     try:
-        lock = lock_at(path)
+        lock = lock_at(path, allow_outside=permissions.allow_outside)
     except LockError as error:
-        problem = str(error)
-    compilation, drift = compile_locked(profile, lock, permissions=options.permissions)
+        code, problem = error.code, str(error)
+    compilation, drift = compile_locked(profile, lock, permissions=permissions)
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts, data=NOTHING)
-    code: WarningCode = "missing-lock"
     if drift is not None:
-        problem, code = drift.message, "broken-lock" if drift.code == "broken-lock" else "stale-lock"
+        code, problem = "broken-lock" if drift.code == "broken-lock" else "stale-lock", drift.message
     notes: tuple[Diagnostic, ...] = ()
     if problem is not None:
         notes = (Diagnostic.warning(code, f"`{path}` {problem}", help="compared is what the profile asks for now"),)

@@ -33,7 +33,7 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     from devmap_config.plan.lock import lock_path
 
     target = lock_path(profile)
-    earlier = lock_to_replace(target, writes=not dry_run)
+    earlier = lock_to_replace(target, writes=not dry_run, allow_outside=options.permissions.allow_outside)
     compilation = run_pipeline(
         options.request(
             profile, lock=earlier, must_ask=True, checks_checkpoint=True, simulates=True, use_vendored=False

@@ -48,7 +48,6 @@ AlwaysError = Literal[
     "mixed-accelerators",
     "model-not-found",
     "needs-quotes",
-    "newer-lock",
     "no-architecture",
     "no-capacity",
     "no-safetensors",
@@ -81,7 +80,6 @@ AlwaysError = Literal[
     "unmatched-pattern",
     "unproven-lock",
     "unreadable-checkpoint",
-    "unreadable-lock",
     "unsupported-dtype",
     "unsupported-model",
     "unsupported-version",
@@ -121,11 +119,13 @@ ErrorOrWarning = Literal[
     "measuring-failed",
     "missing-lock",
     "missing-offload-folder",
+    "newer-lock",
     "remote-code",
     "split-block",
     "stale-lock",
     "stranded-tensor",
     "too-little-disk",
+    "unreadable-lock",
 ]
 """What stops a command or not, by where it is reported; the page says when."""
 

@@ -6,11 +6,11 @@ import difflib
 import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.devices import nth_accelerator
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
-from devmap_config.files import LOCK, FileError, exists, is_folder, parse_json, read_text, require_regular
+from devmap_config.files import LOCK, FileError, boundary_of, exists, is_folder, parse_json, read_text, require_regular
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.devices import Device
-    from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.values import Values
 
 
+LockCode = Literal["missing-lock", "newer-lock", "unreadable-lock"]
+
+
 class LockError(DevmapError):
     """A lock cannot be had; the text says why, as the predicate of its file's name. `code` is a diagnostic's."""
 
-    def __init__(self, message: str, code: ErrorCode = "unreadable-lock") -> None:
+    def __init__(self, message: str, code: LockCode = "unreadable-lock") -> None:
         super().__init__(message, (Diagnostic.error(code, f"the lock {message}"),))
         self.code = code
 
@@ -178,22 +180,22 @@ def lock_of(
     )
 
 
-def lock_at(path: Path) -> Lock:
-    """The lock in a file.
+def lock_at(path: Path, *, allow_outside: bool = False) -> Lock:
+    """The lock in a file, which may be a link that leads out of its repository where that is allowed.
 
     Raises:
         LockError: where there is none (`missing-lock`), or none that can be read.
     """
     try:
-        return read_lock(read_text(path, LOCK))
+        return read_lock(read_text(path, LOCK, boundary_of(path, allow_outside=allow_outside)))
     except FileError as error:
         raise LockError(str(error), "missing-lock" if error.is_absent else "unreadable-lock") from error
 
 
-def lock_beside(profile: Path) -> Lock | None:
+def lock_beside(profile: Path, *, allow_outside: bool) -> Lock | None:
     """Return the lock beside a profile, or `None` where there is none that can be read."""
     try:
-        return lock_at(lock_path(profile))
+        return lock_at(lock_path(profile), allow_outside=allow_outside)
     except LockError:
         return None
 

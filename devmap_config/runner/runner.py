@@ -146,13 +146,8 @@ def prepare(
         ProfileError: where the profile is wrong.
         RunnerError: where the lock is missing, damaged or stale, or there are no weights.
     """
-    lock = _read(lock_path(path), path)
-    compiled, drift = compile_locked(
-        path,
-        lock,
-        variables=variables,
-        permissions=permissions,
-    )
+    lock = _locked(path, permissions)
+    compiled, drift = compile_locked(path, lock, variables=variables, permissions=permissions)
     if isinstance(compiled, Rejected):
         _raise_unreadable_checkpoint(compiled)
         raise ProfileError(compiled.diagnostics, compiled.texts)
@@ -313,8 +308,9 @@ def _some(findings: list[str]) -> str:
     return "; ".join(findings[:EXAMPLES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _read(path: Path, profile: Path) -> Lock:
+def _locked(profile: Path, permissions: Permissions) -> Lock:
+    path = lock_path(profile)
     try:
-        return lock_at(path)
+        return lock_at(path, allow_outside=permissions.allow_outside)
     except LockError as error:
         raise RunnerError(error.code, f"`{path}` {error}", remedy(error.code, profile)) from None

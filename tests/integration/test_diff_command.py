@@ -95,3 +95,21 @@ def test_what_is_no_plan(repository, before, words):
     done = devmap("diff", before, "profiles/x.yaml")
     assert (done.returncode, words in " ".join(done.stderr.split())) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (None, "missing-lock"),
+        (lambda text: text[:300], "unreadable-lock"),
+        (lambda text: text.replace('"lock_version": 1', '"lock_version": 2'), "newer-lock"),
+    ],
+)
+def test_a_lock_that_cannot_be_read_is_said_by_what_is_wrong_with_it(repository, change, code):
+    lock = Path("profiles/x.lock.json")
+    text = lock.read_text()
+    lock.unlink()
+    if change is not None:
+        lock.write_text(change(text))
+    done = devmap("diff", "HEAD", "profiles/x.yaml")
+    assert (done.returncode, f"warning[{code}]" in done.stderr) == (0, True), done.stderr

@@ -256,6 +256,23 @@ def test_a_bound_is_believed_as_it_was_compiled_unless_it_is_to_be_proven(worksp
     assert f"is {bound - 1:,}, and {bound:,} is what is proven" in checked.diagnostics[-1].message
 
 
+def test_a_lock_that_is_a_link_out_of_the_repository_is_read_where_that_is_allowed(lock):
+    Path("home/.git").mkdir(parents=True)
+    for name in ("p.yaml", "small"):
+        Path(name).rename(f"home/{name}")
+    Path("home/p.lock.json").symlink_to("../p.lock.json")
+
+    def said(command, *arguments):
+        return CliRunner().invoke(devmap, [command, *arguments, "home/p.yaml"]).output
+
+    assert "1 lock cannot be read" in said("check")
+    assert "1 lock up to date" in said("check", "--allow-outside")
+    assert "error[unreadable-lock]" in said("run", "--no-probe")
+    assert "error[no-weights]" in said("run", "--no-probe", "--allow-outside")
+    assert "warning[unreadable-lock]" in said("diff", "home/p.yaml")
+    assert "are the same plan" in said("diff", "--allow-outside", "home/p.lock.json")
+
+
 SPREAD = """\
 version: 1
 variables: {context: 24}
