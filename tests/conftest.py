@@ -35,6 +35,7 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 6,
+    "max_position_embeddings": 2**17,
     "vocab_size": 256,
     "tie_word_embeddings": False,
 }
@@ -59,6 +60,16 @@ MODELS = {
     "llama": LLAMA,
     "tied": {**LLAMA, "tie_word_embeddings": True},
     "mixture": MIXTURE,
+    "learned": {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "dtype": "float32",
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 4,
+        "n_positions": 256,
+        "vocab_size": 320,
+    },
     "nameless": {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")},
     "unknown": {"architectures": ["NoSuchModel"], "model_type": "no-such-model"},
     "unmeasurable": {

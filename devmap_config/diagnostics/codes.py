@@ -115,6 +115,7 @@ AlwaysWarning = Literal[
 
 ErrorOrWarning = Literal[
     "broken-lock",
+    "context-too-long",
     "library-changed",
     "measuring-failed",
     "missing-lock",

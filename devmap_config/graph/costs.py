@@ -27,6 +27,13 @@ class Workload:
     all_logits: bool = False
     cache: str = "dynamic"
 
+    def decoding_before(self, end: int | None, tokens: int = 1) -> Workload:
+        """Return the same with a context after which so many tokens can be decoded before positions end."""
+        if end is None or self.context_length <= end - tokens:
+            return self
+        length = max(end - tokens, 1)
+        return replace(self, context_length=length, prompt_length=min(self.prompt_length, length))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleCost:
@@ -96,6 +103,23 @@ class Crossing:
     decode_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """How far a model's positions go, in tokens; `None` where that is without an end.
+
+    At `end` a table of positions has no further row, or the model's code refuses more. `trained` is how far a model is
+    meant to go that could be given more: its config's `max_position_embeddings`.
+    """
+
+    end: int | None = None
+    trained: int | None = None
+
+    @property
+    def most(self) -> int | None:
+        """The longest context that is worth stating."""
+        return min((length for length in (self.end, self.trained) if length is not None), default=None)
+
+
 COST_FIELDS = tuple(field.name for field in fields(ModuleCost))
 CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
 
@@ -110,6 +134,7 @@ class Measurement:
 
     `crossings` is what passes between blocks, `bonds` the pairs of blocks of which one reads what the other made
     without being given it (a shared cache), or whose results the model itself joins: they must run on one device.
+    `positions` tell how long a context the model takes, whatever room there is.
     `measured` is false where the model could not be run without data, for this `reason`, and formulas stand in; `cause`
     says whose doing it is.
     """
@@ -121,6 +146,7 @@ class Measurement:
     measured: bool = True
     reason: str | None = None
     cause: Cause = "model"
+    positions: Positions = Positions()
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleCost]:
@@ -159,6 +185,7 @@ class Measurement:
             "modules": [list(_cost_values(cost)) for cost in self.modules],
             "crossings": [list(_crossing_values(crossing)) for crossing in self.crossings],
             "bonds": [list(bond) for bond in self.bonds],
+            "positions": asdict(self.positions),
         }
 
     @classmethod
@@ -176,6 +203,7 @@ class Measurement:
             measured=value["measured"],
             reason=value["reason"],
             cause=value.get("cause", "model"),
+            positions=Positions(**value["positions"]),
         )
 
 

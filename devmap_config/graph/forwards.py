@@ -138,7 +138,15 @@ class Forwards:
         return "decoder_input_ids" in self._accepted
 
     def _tokens(self, length: int) -> torch.Tensor:
-        return torch.ones((self.workload.batch_size, length), dtype=torch.long)
+        return torch.full((self.workload.batch_size, length), self._word, dtype=torch.long)
+
+    @property
+    def _word(self) -> int:
+        """A word of the vocabulary that models treat as any other: some give padding no position."""
+        config = self.model.config.get_text_config(decoder=True)
+        names = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
+        special = [getattr(config, name, None) for name in names]
+        return next(word for word in range(1, len(names) + 2) if word not in special)
 
     def _features(self) -> torch.Tensor:
         """What Whisper's encoder hears: windows of one length, of which its first convolutions keep every second."""

@@ -213,7 +213,7 @@ def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> 
     try:
         return measure(model, graph, workload)
     except UnmeasurableModelError as error:
-        return estimate(graph, text_config.to_dict(), workload, error.failure)
+        return replace(estimate(graph, text_config.to_dict(), workload, error.failure), positions=error.positions)
 
 
 def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:

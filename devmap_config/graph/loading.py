@@ -452,7 +452,9 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
     if graph.unread is not None:
         _report_unread(graph, graph.unread, loaded.profile.model.source.span, sink, allowed=allowed)
     if graph.measurement is not None:
-        report_unmeasured(graph.measurement, loaded.profile.workload.span, sink, allowed=allowed)
+        workload = loaded.profile.workload
+        report_positions(graph.measurement, workload.context_length.span, sink)
+        report_unmeasured(graph.measurement, workload.span, sink, allowed=allowed)
 
 
 def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) -> None:
@@ -474,9 +476,30 @@ def _report_unread(graph: ModelGraph, reason: str, span: Span | None, sink: Sink
     report_failure(Failure("library", reason), consequence, span, sink, allowed=allowed or not may_be_merged)
 
 
+def report_positions(measurement: Measurement, span: Span | None, sink: Sink) -> None:
+    """Report a context that is longer than a model takes, or than it is meant to be given."""
+    positions, wanted = measurement.positions, measurement.workload.context_length
+    if positions.end is not None and wanted > positions.end:
+        sink.error(
+            "context-too-long",
+            f"the model's positions end at {positions.end:,} tokens, and {wanted:,} are wanted",
+            span,
+            help=f"say `context_length: {positions.end}` or less",
+        )
+    elif positions.trained is not None and wanted > positions.trained:
+        sink.warning(
+            "context-too-long",
+            f"the model is meant for {positions.trained:,} tokens, by its config, and {wanted:,} are wanted",
+            span,
+            help="it runs, but what it says beyond is seldom of use; if its rotations are to be stretched, its config"
+            " says so (`rope_parameters`)",
+        )
+
+
 def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
     """Report that formulas stand in for a measurement, where they do, and why: an error where they may not."""
-    if measurement.measured:
+    end = measurement.positions.end
+    if measurement.measured or (end is not None and measurement.workload.context_length > end):
         return
     failure = Failure(measurement.cause, measurement.reason or "")
     if failure.cause == "model":

@@ -7,17 +7,19 @@ experts transformers chooses the grouped product.
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Workload
+from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Positions, Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ancestors
+from devmap_config.graph.positions import SHORT_LENGTH, PositionReads, end_of_positions, stated_lengths, trained_length
 from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, moved_to, spread
 from devmap_config.libraries.torch import tensors_without_data
@@ -31,16 +33,25 @@ if TYPE_CHECKING:
     from devmap_config.graph.repetition import Kind
 
 
-class UnmeasurableModelError(Exception):
-    """The model could not be run without data: `failure` says why, and whose doing it is."""
+LOGGER = logging.getLogger(__name__)
 
-    def __init__(self, failure: Failure) -> None:
+
+class UnmeasurableModelError(Exception):
+    """The model could not be run without data: `failure` says why, and whose doing it is.
+
+    `positions` tell how long a context it takes, as far as that could be found out.
+    """
+
+    def __init__(self, failure: Failure, positions: Positions) -> None:
         self.failure = failure
+        self.positions = positions
         super().__init__(failure.reason)
 
 
 def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
     """The costs of a model that was built on the meta device. The model is of no use afterwards: its tensors are fake.
+
+    A context beyond the end of the model's positions is not measured: the measurement tells of that end alone.
 
     Args:
         model: the model.
@@ -52,7 +63,9 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
             as it was; where this package makes a mistake.
     """
     model.eval()
+    positions = Positions()
     try:
+        positions = Positions(trained=trained_length(model.config))
         with (
             torch.no_grad(),
             tensors_without_data(),
@@ -60,12 +73,40 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
         ):
             weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
-            forwards = Forwards(model, workload)
-            runner = partial(_Runner, forwards, names, weights, traffic)
-            kinds = () if forwards.has_static_cache else kinds_of(model, graph.blocks)
-            return _measured(runner, kinds)
+            runner = partial(_Runner, names, weights, traffic)
+            alike = kinds_of(model, graph.blocks)
+            reads = partial(PositionReads, weights, stated_lengths(model.config))
+            end = _end_of_positions(partial(runner, Forwards(model, SHORT)), alike, reads)
+            positions = replace(positions, end=end)
+            if end is not None and end < max(workload.context_length, workload.prompt_length):
+                reason = f"its positions end at {end:,} tokens"
+                return Measurement(workload, (), measured=False, reason=reason, positions=positions)
+            forwards = Forwards(model, workload.decoding_before(end))
+            measurement = _measured(partial(runner, forwards), () if forwards.has_static_cache else alike)
     except Exception as error:  # a model's own code may raise anything where there is no data
-        raise UnmeasurableModelError(failure_of(error)) from error
+        LOGGER.debug("%s could not be run without data", type(model).__name__, exc_info=True)
+        raise UnmeasurableModelError(failure_of(error), positions) from error
+    if measurement.workload != workload:
+        measurement = replace(measurement.at(workload.context_length), workload=workload)
+    return replace(measurement, positions=positions)
+
+
+SHORT = Workload(batch_size=1, context_length=SHORT_LENGTH, prompt_length=SHORT_LENGTH)
+
+
+def _end_of_positions(
+    runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...], reads: Callable[[], PositionReads]
+) -> int | None:
+    """Where positions end, by runs that spare blocks of a kind, if these are alike; nothing where none can be run."""
+
+    def run(length: int, reads: PositionReads, kinds: tuple[Kind, ...]) -> None:
+        with reads:
+            runner(kinds).prefill(length)
+
+    for spared in dict.fromkeys((kinds, ())):
+        with suppress(Exception):
+            return end_of_positions(partial(run, kinds=spared), reads)
+    return None
 
 
 def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...]) -> Measurement:
@@ -86,10 +127,10 @@ def _paths(model: PreTrainedModel) -> Iterator[dict[int, str]]:
 class _Runner:
     """Prefill and one decode step of a model whose tensors are fake."""
 
-    forwards: Forwards
     names: dict[int, str]
     weights: tuple[torch.Tensor, ...]
     traffic: Callable[[], Traffic]
+    forwards: Forwards
     kinds: tuple[Kind, ...]
     costs: dict[str, dict[str, int]] = field(default_factory=dict)
 

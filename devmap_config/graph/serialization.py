@@ -7,7 +7,7 @@ from typing import Any
 from devmap_config.graph.costs import Measurement
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 
-SCHEMA = "devmap-graph/5"
+SCHEMA = "devmap-graph/6"
 """Moves whenever the value below changes."""
 
 

@@ -5,6 +5,7 @@ Nothing is looked up before it is used: what one part of a command rests on must
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -23,6 +24,8 @@ FAKE_TENSOR_MODE = Private(
     "tensors with shapes and without data, on which models are measured and dry-run",
     takes=("allow_non_fake_inputs",),
 )
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+"""Where torch logs every operation that fails, with its traceback, whatever comes of it."""
 FAKE_TENSOR = Private("torch._subclasses.fake_tensor.FakeTensor", "the class of these tensors")
 FAKE_TENSOR_DEVICE = Private(
     "torch._subclasses.fake_tensor.FakeTensor.device",
@@ -38,10 +41,23 @@ def tensors_without_data() -> Iterator[None]:
     would copy the data that there is not, and the process ends in that.
     """
     with (
+        _logging_no_failures(),
         FAKE_TENSOR_MODE.find()(allow_non_fake_inputs=True),
         patch.object(FAKE_TENSOR.find(), "__deepcopy__", _deep_copy),
     ):
         yield
+
+
+@contextmanager
+def _logging_no_failures() -> Iterator[None]:
+    """Keep torch from logging what fails without data; what comes of it is told, or nothing does."""
+    logger = logging.getLogger(FAKE_TENSOR_LOGGER)
+    before = logger.disabled
+    logger.disabled = not logging.getLogger("devmap_config").isEnabledFor(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _deep_copy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -72,6 +88,11 @@ def answering_for_devices(answer: Callable[[Any, Callable[[], torch.device]], to
 DISPATCH_MODE = Private(
     "torch.utils._python_dispatch.TorchDispatchMode", "sees every operation: what allocates, what computes"
 )
+DISABLE_MODES = Private(
+    "torch.utils._python_dispatch._disable_current_modes",
+    "numbers that hang on no data are computed for real, beside tensors without data",
+)
+OPERATION_TAGS = Private("torch._ops.OpOverload.tags", "tells the operations that give something else each time")
 DISABLE_FUNCTIONS = Private(
     "torch._C.DisableTorchFunction", "functions that torch calls within a function are not seen a second time"
 )
@@ -123,6 +144,21 @@ def attending_with(attend: Callable[..., torch.Tensor]) -> Iterator[None]:
 def without_functions() -> Any:
     """Return a context within which modes around torch's functions see none."""
     return DISABLE_FUNCTIONS.find()()
+
+
+def without_modes() -> Any:
+    """Return a context within which no mode sees any operation: tensors have data there."""
+    return DISABLE_MODES.find()()
+
+
+def is_nondeterministic(operation: Any) -> bool:
+    """Return whether an operation draws numbers at random."""
+    import torch
+
+    try:
+        return torch.Tag.nondeterministic_seeded in operation.tags
+    except AttributeError as error:
+        raise OPERATION_TAGS.changed() from error
 
 
 def operation_name(operation: Any) -> str:

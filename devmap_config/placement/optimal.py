@@ -138,9 +138,11 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
         graph = replace(problem.graph, measurement=measurement.at(context_length))
         return place_fastest(replace(problem, graph=graph), aim)
 
-    fits, too_long = measurement.workload.context_length, 2 * measurement.workload.context_length
-    best = placed_at(fits)
-    while too_long <= LONGEST_CONTEXT and (found := placed_at(too_long)) is not None:
+    fits, most = measurement.workload.context_length, measurement.positions.most
+    if most is not None and (found := placed_at(max(most, fits))) is not None:
+        return found
+    best, too_long, longest = placed_at(fits), 2 * fits, most or LONGEST_CONTEXT
+    while too_long < longest and (found := placed_at(too_long)) is not None:
         best, fits, too_long = found, too_long, 2 * too_long
     while too_long - fits > max(fits // CONTEXT_STEPS, 1):
         middle = (fits + too_long) // 2
@@ -290,7 +292,8 @@ class _Statement:
             return with_times_of(other.chain, self.chain)
 
         least = wished.least_context or length
-        return Contexts(length=length, least=max(least, length), longest=LONGEST_CONTEXT, chain_at=chain_at)
+        longest = max(measurement.positions.most or LONGEST_CONTEXT, length)
+        return Contexts(length=length, least=max(least, length), longest=longest, chain_at=chain_at)
 
     def homes(self, choice: Iterable[int]) -> dict[TensorName, Location]:
         """Where every tensor is stored and runs."""

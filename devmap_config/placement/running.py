@@ -41,6 +41,7 @@ class RunningCost:
 class Running:
     """Which modules run on each device, alike ones counted together.
 
+    `most_tokens` is how long a context the model takes, whatever room there is.
     `holding` are those whose cache is there, `peaking` those whose peak is, `own` those of which only what they do
     themselves is there: modules that are spread over devices.
     """
@@ -50,6 +51,7 @@ class Running:
     peaking: Mapping[Device, tuple[ModuleCost, ...]]
     own: Mapping[Device, tuple[ModuleCost, ...]]
     streaming: Mapping[Device, int]
+    most_tokens: int | None = None
 
     def costs(self, context_length: int | None = None) -> dict[Device, RunningCost]:
         """What each device needs, at the context of the workload or at another."""
@@ -106,11 +108,12 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
         peaking={device: _largest(costs) for device, costs in peaking.items()},
         own={device: _largest(costs) for device, costs in own.items()},
         streaming=_streaming_bytes(graph, placed, executor, main_device),
+        most_tokens=measurement.positions.most,
     )
 
 
 LONGEST_CONTEXT = 2**24
-"""Where a model's cache does not grow, no length is the longest; this one is stated."""
+"""Where neither a model's cache grows nor its positions end, no length is the longest; this one is stated."""
 
 
 def longest_context(running: Running, room: Mapping[Device, int]) -> int:
@@ -120,7 +123,7 @@ def longest_context(running: Running, room: Mapping[Device, int]) -> int:
         costs = running.costs(context_length)
         return all(cost.total_bytes <= room.get(device, 0) for device, cost in costs.items())
 
-    low, high = 0, LONGEST_CONTEXT
+    low, high = 0, running.most_tokens or LONGEST_CONTEXT
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

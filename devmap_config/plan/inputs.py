@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import graph_to_json
@@ -24,7 +24,7 @@ def inputs_of(prepared: Prepared) -> Inputs:
     """Return the inputs of a compilation."""
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
-    graph = graph_to_json(model.graph)
+    graph = _as_digested(model.graph)
     return Inputs(
         profile=digest(profile),
         config=model.source.config_digest,
@@ -43,6 +43,14 @@ def inputs_of(prepared: Prepared) -> Inputs:
 
 def early_graph_digest(graph: ModelGraph) -> str:
     """Return the digest that early locks hold: of the module tree and its measurement together."""
-    return digest(
-        {key: part for key, part in graph_to_json(graph).items() if key not in ("schema", "merged", "unread")}
-    )
+    return digest({key: part for key, part in _as_digested(graph).items() if key not in ("schema", "merged", "unread")})
+
+
+def _as_digested(graph: ModelGraph) -> dict[str, Any]:
+    """A graph as plain data, but for where positions end: that follows from the config, and early locks know nothing
+    of it.
+    """
+    value = graph_to_json(graph)
+    if value["measurement"] is not None:
+        del value["measurement"]["positions"]
+    return value

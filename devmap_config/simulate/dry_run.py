@@ -58,7 +58,9 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
         plan: where everything is and runs.
         decoded_tokens: how many tokens are run after the prefill; what is told of decoding is of the last one.
     """
-    workload = WITHOUT_WORKLOAD if graph.measurement is None else _runnable(graph.measurement)
+    workload = WITHOUT_WORKLOAD
+    if graph.measurement is not None:
+        workload = _runnable(graph.measurement).decoding_before(graph.measurement.positions.end, decoded_tokens)
     model.eval()
     # What comes of blocks that stand still and is no dry run comes again, or does not, where all are run.
     with suppress(Exception):

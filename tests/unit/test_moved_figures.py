@@ -53,9 +53,9 @@ def reseal(value):
 
 def make_early(graph):
     """What the lock was before measurements had a digest of their own."""
-    value = lock()
-    del value["inputs"]["measurement"]
-    value["inputs"]["graph"] = digest({key: part for key, part in graph_to_json(graph).items() if key != "schema"})
+    value, then = lock(), graph_to_json(graph)
+    del value["inputs"]["measurement"], then["schema"], then["measurement"]["positions"]
+    value["inputs"]["graph"] = digest(then)
     reseal(value)
 
 

@@ -1,0 +1,92 @@
+"""Where positions end, as it is measured, is where models with real weights fail."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import tiny
+import torch
+import zoo
+
+from devmap_config.graph.costs import Workload
+from devmap_config.graph.introspection import build_meta_model, graph_of
+from devmap_config.graph.measurement import UnmeasurableModelError, measure
+
+SAMPLE = "bart bert deberta-v2 gptj llama mpt opt roberta t5 whisper".split()
+"""Tables that are read at an offset, by a mask's sum, as slices, relative to each other; and models that have none."""
+
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "max_source_positions")
+SHORT = 70
+"""Models are made for so many tokens, where that is possible: their real forwards take no time then."""
+
+LONGEST_RUN = 4096
+"""Models whose positions do not end are run on no more tokens than this."""
+
+PAST_NONE = 40
+"""Models of which nothing says how far they go are run on so many tokens."""
+
+
+def short_model(model_type):
+    """A tiny model of few positions."""
+    model = tiny.tiny_model(model_type)
+    config = copy.deepcopy(model.config)
+    for each in {id(each): each for each in (config, config.get_text_config(decoder=True))}.values():
+        for name in LENGTHS:
+            if isinstance(getattr(each, name, None), int):
+                setattr(each, name, SHORT)
+    try:
+        short = type(model)(config).eval()
+        return short if runs_on(short, PAST_NONE) else model
+    except Exception:
+        return model
+
+
+def measured_positions(model):
+    workload = Workload(batch_size=1, context_length=16, prompt_length=16)
+    meta = build_meta_model(type(model), copy.deepcopy(model.config), torch.float32)
+    try:
+        return measure(meta, graph_of(meta, torch.float32), workload).positions
+    except UnmeasurableModelError as error:
+        return error.positions
+
+
+def runs_on(model, length):
+    """Whether a model with weights takes so many tokens; the words are many, and none is special."""
+    inputs = tiny.inputs_for(model)
+    words = (torch.arange(length) * 7 % 90 + 5).unsqueeze(0)
+    inputs = {name: words if name.endswith("input_ids") else value for name, value in inputs.items()}
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def check_end(model_type):
+    logging.disable(logging.WARNING)
+    model = short_model(model_type)
+    if not runs_on(model, PAST_NONE):
+        pytest.skip("it takes other inputs than text")
+    positions = measured_positions(model)
+    if positions.end is not None:
+        assert runs_on(model, positions.end)
+        assert not runs_on(model, positions.end + 1)
+    else:
+        assert runs_on(model, min(positions.trained or PAST_NONE, LONGEST_RUN) + 1)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_positions_end_where_a_model_with_weights_fails(model_type):
+    check_end(model_type)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", [name for name in zoo.model_types() if name not in SAMPLE])
+def test_positions_of_the_zoo_end_where_a_model_with_weights_fails(model_type):
+    try:
+        check_end(model_type)
+    except LookupError as error:
+        pytest.skip(f"no tiny model: {error}"[:200])
