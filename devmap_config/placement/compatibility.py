@@ -14,7 +14,7 @@ from devmap_config.graph.model import TensorName
 from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
@@ -45,22 +45,27 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
         )
 
 
-def check_quantizer(stored_on: Collection[Device], prepared: Prepared, sink: Sink) -> None:
-    """Report devices of a map onto which the model's quantizer refuses to load."""
+def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: Sink) -> None:
+    """Report devices of a map, by its keys, onto which the model's quantizer refuses to load."""
     quantization = prepared.model.quantization
     if quantization is None:
         return
-    devices = set(stored_on)
+    devices, refusal = set(stored_on.values()), quantization.method.refusal
     used = devices.intersection(quantization.refused_devices)
-    accepts_alone = quantization.method.refusal.alone_is_fine and not quantization.is_told_to_accept
-    if not used or (accepts_alone and devices == {CPU}):
+    joined, advice = " or ", "give the accelerators more room, or leave these devices out of the profile"
+    if refusal.one_device_only and len(devices) > 1:
+        used, joined, advice = devices, " together with ", "say `strategy: single`"
+    elif devices == {CPU} and refusal.whole_is_fine:
+        used, advice = used if len(stored_on) > 1 else set(), "say `strategy: single`, whose map has one key"
+    elif devices == {CPU} and refusal.alone_is_fine and not quantization.is_told_to_accept:
         return
-    advice = "give the accelerators more room, or leave these devices out of the profile"
+    if not used:
+        return
     argument = quantization.accepting_argument
     nothing = "nothing of a quantised checkpoint" if quantization.is_prequantized else "nothing"
     sink.error(
         "quantizer-refuses",
-        f"{quantization.method.name} loads {nothing} onto {' or '.join(map(str, sorted(used)))}",
+        f"{quantization.method.name} loads {nothing} onto {joined.join(map(str, sorted(used)))}",
         prepared.loaded.profile.model.quantization.span,
         help=f"say `{argument}: true`, or {advice}" if argument else advice,
     )

@@ -29,7 +29,7 @@ REPORT = "the verifier found what the placer should not have made: please report
 def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     """Verify a plan, and return what does not hold, at the rule that brought it about where there is one."""
     loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
-    check_quantizer({each.location.stored_on for each in plan.assignments}, prepared, sink)
+    check_quantizer({each.unit: each.location.stored_on for each in plan.assignments}, prepared, sink)
     split: dict[int, tuple[Rule, list[str]]] = {}
     stranded: dict[int, tuple[Decision, list[Violation]]] = {}
     overfull: list[str] = []

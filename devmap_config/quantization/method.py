@@ -45,16 +45,22 @@ UNCHANGED = Format(None, lambda _: None, lambda weight: weight.elements * weight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """The storage devices that a quantizer's `validate_environment` refuses in a map, and when.
+    """The storage devices that a quantizer refuses in a map, and when: by its `validate_environment`, where no other
+    place is named.
 
-    `alone_is_fine`: a map with nothing but the CPU is accepted. `prequantized_is_fine`: so is a checkpoint that is
-    quantised already. `unless` is an argument of the quantization that makes it accept them, and leave there what it
-    does not quantise: which it cannot of a checkpoint that is quantised already.
+    `alone_is_fine`: a map with nothing but the CPU is accepted; `whole_is_fine`: one with a single key for it is.
+    `prequantized_is_fine` and `quantizing_is_fine`: so are a checkpoint that is quantised already, and one that is
+    quantised while it is loaded. `one_device_only`: nor are there several accelerators in it. `unless` is an argument
+    of the quantization that makes it accept these devices, and leave there what it does not quantise: which it cannot
+    of a checkpoint that is quantised already.
     """
 
     devices: tuple[Device, ...] = ()
     alone_is_fine: bool = False
+    whole_is_fine: bool = False
     prequantized_is_fine: bool = False
+    quantizing_is_fine: bool = False
+    one_device_only: bool = False
     unless: str | None = None
 
 
@@ -144,7 +150,8 @@ class Quantization:
     def refused_devices(self) -> tuple[Device, ...]:
         """The devices onto which the quantizer loads nothing, where accelerators are at hand."""
         refusal = self.method.refusal
-        accepts = refusal.prequantized_is_fine if self.is_prequantized else self.is_told_to_accept
+        accepts_quantizing = refusal.quantizing_is_fine or self.is_told_to_accept
+        accepts = refusal.prequantized_is_fine if self.is_prequantized else accepts_quantizing
         return () if accepts else refusal.devices
 
     @property

@@ -1,5 +1,8 @@
 """The methods whose sizes are not known: their weights are counted as they are before quantization, an upper bound.
 
+What a quantizer refuses is read off transformers 5.24: `quantizers/quantizer_METHOD.py`, `validate_environment`. Those
+without a `refusal` say nothing of the CPU or the disk there.
+
 HQQ is among them because transformers 5.24 loads no such model (`HqqHfQuantizer` has no `get_quantize_ops`).
 """
 
@@ -11,8 +14,9 @@ from devmap_config.quantization.method import Method, Refusal
 UNSIZED = (
     Method(name="aqlm"),
     Method(name="auto-round"),
-    Method(name="bitnet", refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True), lowers_budgets=True),
-    Method(name="eetq", refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True)),
+    # of these two `len(device_map) > 1`
+    Method(name="bitnet", refusal=Refusal(devices=STORAGE_DEVICES, whole_is_fine=True), lowers_budgets=True),
+    Method(name="eetq", refusal=Refusal(devices=STORAGE_DEVICES, whole_is_fine=True)),
     Method(
         name="fbgemm_fp8",
         refusal=Refusal(devices=STORAGE_DEVICES, prequantized_is_fine=True),
@@ -20,16 +24,20 @@ UNSIZED = (
         offloads_buffers=True,
     ),
     Method(name="fouroversix"),
-    Method(name="fp_quant", refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True)),
+    # `len(device_map) > 1`; with `pseudoquantization`, which no card needs, only the disk is refused
+    Method(name="fp_quant", refusal=Refusal(devices=STORAGE_DEVICES, whole_is_fine=True)),
     Method(name="gemma"),
+    # in `update_device_map`
     Method(name="gguf", refusal=Refusal(devices=(DISK,))),
     Method(name="higgs", refusal=Refusal(devices=STORAGE_DEVICES)),
     Method(name="hqq", refusal=Refusal(devices=STORAGE_DEVICES)),
     Method(name="metal", refusal=Refusal(devices=STORAGE_DEVICES, prequantized_is_fine=True)),
     Method(name="mxfp8"),
-    Method(name="nvfp4", refusal=Refusal(devices=STORAGE_DEVICES)),
+    # one CUDA device
+    Method(name="nvfp4", refusal=Refusal(devices=STORAGE_DEVICES, one_device_only=True)),
     Method(name="quark"),
-    Method(name="sinq"),
+    # `len(device_map_values) > 1`
+    Method(name="sinq", refusal=Refusal(one_device_only=True)),
     Method(name="spqr"),
     Method(name="vptq"),
 )

@@ -79,6 +79,7 @@ METHOD = Method(
     details=_details,
     dequantizes=True,
     source="4 bit: bitsandbytes' `gemm_4bit` beyond a few tokens; 8 bit multiplies in int8 and does not",
+    # transformers 5.24, `quantizers/quantizer_bnb_4bit.py` and `…_bnb_8bit.py`, `validate_environment`
     refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True, unless=ACCEPT_OFFLOADING),
     lowers_budgets=True,
 )

@@ -72,6 +72,7 @@ METHOD = Method(
     format=_format,
     converts=_converted,
     source="`integrations/finegrained_fp8.py`: Triton and DeepGEMM multiply in fp8",
+    # transformers 5.24, `quantizers/quantizer_finegrained_fp8.py`, `validate_environment`
     refusal=Refusal(devices=STORAGE_DEVICES, prequantized_is_fine=True),
     needs_accelerator=True,
     needs_fp8=True,

@@ -40,6 +40,7 @@ METHOD = Method(
     format=_format,
     converts=_converted,
     source="`integrations/mxfp4.py`: `matmul_ogs` multiplies packed weights",
+    # transformers 5.24, `quantizers/quantizer_mxfp4.py`, `validate_environment`
     refusal=Refusal(devices=(DISK,), prequantized_is_fine=True),
     needs_accelerator=True,
     loading_arguments=("dequantize",),

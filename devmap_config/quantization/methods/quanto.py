@@ -58,6 +58,7 @@ METHOD = Method(
     details=lambda arguments: str(arguments.get("weights", "int8")),
     dequantizes=True,
     source="optimum-quanto's `qbytes_mm` and `QTensor` fall back to dense weights where no kernel fits",
-    refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True),
+    # transformers 5.24, `quantizers/quantizer_quanto.py`, `validate_environment`: `len(device_map) > 1`
+    refusal=Refusal(devices=STORAGE_DEVICES, whole_is_fine=True),
     lowers_budgets=True,
 )

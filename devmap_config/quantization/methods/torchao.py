@@ -6,8 +6,9 @@ from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import DISK
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag, positive
-from devmap_config.quantization.method import Format, Method
+from devmap_config.quantization.method import Format, Method, Refusal
 from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ METHOD = Method(
     details=lambda arguments: str(_config(arguments.get("quant_type"))["_type"]),
     dequantizes=True,
     source="`Int8Tensor` and `Float8Tensor` convert a weight in `linear`; `Int4Tensor` has a kernel and does not",
+    # transformers 5.24, `quantizers/quantizer_torchao.py`, `validate_environment`
+    refusal=Refusal(devices=(DISK,), quantizing_is_fine=True),
     lowers_budgets=True,
     completed=lambda arguments: {**arguments, "quant_type": {"default": _config(arguments.get("quant_type"))}},
 )
