@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from devmap_config.amounts import profile_bytes_at_least
-from devmap_config.cli.command import command
+from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.machines import MACHINE_HELP, machine_of
-from devmap_config.cli.new_profile import NewProfile, deliver, device_lines, require_new
-from devmap_config.cli.options import FILE, class_option, dtype_option, force_option, output_option, remote_code_option
-from devmap_config.devices import CPU, DISK
+from devmap_config.cli.new_profile import NewProfile, compile_draft, deliver, device_lines, require_new
+from devmap_config.cli.options import (
+    FILE,
+    class_option,
+    dtype_option,
+    force_option,
+    output_option,
+    outside_option,
+    remote_code_option,
+)
+from devmap_config.devices import DISK
+from devmap_config.profile.permissions import Permissions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.diagnostics.diagnostic import Diagnostic, Sink
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.profile.schema import Hardware
 
 
-@command("adopt")
-@click.argument("device_map", type=FILE, metavar="MAP.json")
+@command("adopt", "table", "json")
+@click.argument("device_map", type=FILE, metavar="MAP")
 @click.option("--model", "source", required=True, help="The model: a hub id, a directory, or a config.json.")
 @class_option
 @dtype_option
 @click.option("--on", "machine", metavar="MACHINE", help=f"The machine: {MACHINE_HELP}.")
 @output_option
 @force_option
+@outside_option
 @remote_code_option
 def adopt(
     device_map: Path,
@@ -39,82 +51,88 @@ def adopt(
     dtype: str | None,
     machine: str | None,
     output: Path | None,
+    output_format: str,
     force: bool,
+    allow_outside: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Write a profile that places a model as MAP.json does: a `device_map`, or what `model.hf_device_map` held.
+    """Write a profile that places a model as MAP does: JSON, or a Python dict such as `model.hf_device_map` prints.
 
-    Tensors that the map does not name go where transformers puts them, which is the CPU.
+    `-` reads the map from stdin. Where the profile is not the map to the letter (keys that name nothing, tensors that
+    no key names, tied tensors apart) it is said, with what transformers makes of it.
     """
     from devmap_config.cli.tree import graph_of_source
+    from devmap_config.compiler import Rejected
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.rules.adoption import adopted_homes
+    from devmap_config.rules.written_map import read_device_map
 
     require_new(output, force=force)
-    graph = graph_of_source(source, class_name, dtype, None, trust_remote_code)
-    homes, uncovered = _homes(_read_map(device_map), graph)
-    text = profile_text(
+    hardware, sink = machine_of(machine) if machine else None, Sink()
+    name, text = _map_text(device_map)
+    entries = read_device_map(text, name, sink)
+    if entries is not None:
+        graph = graph_of_source(source, class_name, dtype, None, trust_remote_code)
+        homes = adopted_homes(entries, graph, name, sink)
+        _check_machine(homes.values(), hardware, machine or "", sink)
+    if entries is None or sink.has_errors:
+        exit_code = ExitCode.USAGE if entries is None else ExitCode.WRONG
+        raise CommandError(sink, sink.texts, exit_code=exit_code, data={"profile": None})
+    profile = adopted_profile(
         graph,
         homes,
         source=source,
         class_name=class_name,
         dtype=dtype,
-        machine=machine_of(machine) if machine else None,
+        machine=hardware,
         output=output,
-        title=f"Adopted from {device_map.name}: the same placement, as patterns.",
+        title=f"Adopted from {name}: the same placement, as patterns.",
     )
-    if uncovered:
-        click.echo(
-            f"the map names no device for {uncovered} tensors: they are on the CPU, where transformers puts them",
-            err=True,
-        )
-    deliver(text, output, "table")
+    deliver(profile.text, output, output_format, sink)
+    permissions = Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code)
+    compilation = compile_draft(profile, permissions, simulates=False)
+    if isinstance(compilation, Rejected):
+        _say_that_it_is_refused(compilation.diagnostics)
 
 
-def _read_map(path: Path) -> dict[str, Device]:
-    """The map, with what its names of devices stand for."""
-    from devmap_config.files import DEVICE_MAP, FileError, read_json
-    from devmap_config.profile.device_names import DeviceNameError, expand_devices, kind_of
+def _say_that_it_is_refused(diagnostics: Iterable[Diagnostic]) -> None:
+    """Say why a profile does not compile that says what a map does: transformers may take the map all the same."""
+    for each in diagnostics:
+        if each.is_error:
+            click.echo(f"as it is, the profile does not compile: {each.message} ({each.code})", err=True)
+
+
+STDIN = Path("-")
+
+
+def _map_text(path: Path) -> tuple[str, str]:
+    """Return what a map is called, and its text."""
+    from devmap_config.files import DEVICE_MAP, FileError, decoded, read_text
 
     try:
-        value = read_json(path, DEVICE_MAP)
+        if path != STDIN:
+            return path.name, read_text(path, DEVICE_MAP)
+        data = sys.stdin.buffer.read(DEVICE_MAP.max_bytes + 1)
+        if len(data) > DEVICE_MAP.max_bytes:
+            raise click.UsageError(f"stdin holds more than {DEVICE_MAP.max_bytes:,} bytes: that is no device_map")
+        return "stdin", decoded(data)
     except FileError as error:
         raise click.UsageError(f"`{path}` {error}") from None
-    if not isinstance(value, dict) or not value:
-        raise click.UsageError(f"`{path}` is no device_map: it must be an object of modules and devices")
-    kind = next(filter(None, (kind_of(str(device)) for device in value.values())), "cuda")
-    read: dict[str, Device] = {}
-    for key, device in value.items():
-        text = f"{device}:0" if device in ("cuda", "xpu", "npu", "hpu") else str(device)
-        try:
-            devices = expand_devices(text, kind)
-        except DeviceNameError as error:
-            raise click.UsageError(f"`{key}` of the map: {error.message}; {error.help}") from None
-        if not isinstance(device, (int, str)) or len(devices) > 1:
-            raise click.UsageError(f"`{key}` of the map: `{device}` is no device")
-        read[key] = devices[0]
-    return read
 
 
-def _homes(device_map: Mapping[str, Device], graph: ModelGraph) -> tuple[dict[TensorName, Device], int]:
-    """The device of every tensor, as transformers reads the map, and how many the map does not name."""
-    keys = sorted((key for key in device_map if key), key=lambda key: (key.count("."), len(key)), reverse=True)
-    unknown = [key for key in keys if key not in graph.modules and key not in graph.tensors]
-    if unknown:
-        raise click.UsageError(f"{graph.class_name} has no `{unknown[0]}`, which the map names")
-    # transformers joins the keys as they are, so that a dot takes any character and `layers.1` also `layers.10`.
-    expression = re.compile("|".join(f"({key})" for key in keys)) if keys else None
-    homes: dict[TensorName, Device] = {}
-    uncovered = 0
-    for name in graph.tensors:
-        found = expression.match(name) if expression else None
-        device = device_map.get(found.group()) if found else device_map.get("")
-        homes[name] = device or CPU
-        uncovered += device is None
-    for group in graph.tied_groups:  # one tensor, one home: that of the name that comes first
-        homes |= dict.fromkeys(group, homes[group[0]])
-    return homes, uncovered
+def _check_machine(used: Iterable[Device], hardware: Hardware | None, name: str, sink: Sink) -> None:
+    """Report accelerators of the map that the machine does not have; storage is added where it is used."""
+    listed = used if hardware is None else hardware.devices.value
+    for device in dict.fromkeys(used):
+        if device.is_accelerator and device not in listed:
+            sink.error(
+                "unknown-device",
+                f"the map uses {device}, and `{name}` has no such device",
+                help=f"it has {', '.join(map(str, listed))}; name a machine that has it, or leave `--on` out",
+            )
 
 
-def profile_text(
+def adopted_profile(
     graph: ModelGraph,
     homes: Mapping[TensorName, Device],
     *,
@@ -124,7 +142,7 @@ def profile_text(
     machine: Hardware | None,
     output: Path | None,
     title: str,
-) -> str:
+) -> NewProfile:
     """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
     from devmap_config.profile.schema import DeviceSection
     from devmap_config.profile.writing import link_lines, yaml_text
@@ -154,7 +172,7 @@ def profile_text(
         dtype=dtype,
         hardware=[*hardware, *(link_lines(machine) if machine is not None else ())],
         placement=placement,
-    ).text
+    )
 
 
 def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[Device, int]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from devmap_config.cli.command import CommandError, command
 from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
-from devmap_config.cli.new_profile import NewProfile, deliver, device_lines, require_new
+from devmap_config.cli.new_profile import NewProfile, compile_draft, deliver, device_lines, require_new
 from devmap_config.cli.options import (
     class_option,
     force_option,
@@ -27,6 +25,7 @@ from devmap_config.profile.permissions import Permissions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from devmap_config.compiler import Compilation, Compiled, Rejected
     from devmap_config.devices import Device
@@ -189,30 +188,17 @@ def _drafts(asked: Asked, context_length: int | None) -> Iterator[Draft]:
 
 def _settled(asked: Asked, draft: Draft, *, simulates: bool) -> tuple[Draft, Compilation]:
     """Compile a draft, once more with what cards without bfloat16 or figures need."""
-    compilation = _compile(asked, draft, simulates=simulates)
-    codes = {each.code for each in compilation.diagnostics if each.is_error}
+
+    def tried(draft: Draft) -> tuple[Draft, Compilation, set[str]]:
+        compilation = compile_draft(_profile(asked, draft), asked.permissions, simulates=simulates)
+        return draft, compilation, {each.code for each in compilation.diagnostics if each.is_error}
+
+    draft, compilation, codes = tried(draft)
     if "unsupported-dtype" in codes:
-        draft = replace(draft, dtype="float16")
-        compilation = _compile(asked, draft, simulates=simulates)
-        codes = {each.code for each in compilation.diagnostics if each.is_error}
+        draft, compilation, codes = tried(replace(draft, dtype="float16"))
     if codes == {"missing-figure"} and asked.strategy is None:
-        draft = replace(draft, strategy=WITHOUT_FIGURES)
-        compilation = _compile(asked, draft, simulates=simulates)
+        draft, compilation, _ = tried(replace(draft, strategy=WITHOUT_FIGURES))
     return draft, compilation
-
-
-def _compile(asked: Asked, draft: Draft, *, simulates: bool) -> Compilation:
-    """Compile a draft as if it lay where the profile is to be written."""
-    from devmap_config.compiler import Request, run_pipeline
-
-    folder = asked.output.parent if asked.output else Path()
-    if not os.access(folder, os.W_OK):
-        raise click.UsageError(f"nothing can be written in `{folder}`, where drafts are tried")
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".init-", suffix=".yaml", encoding="utf-8") as file:
-        file.write(_profile(asked, draft).text)
-        file.flush()
-        request = Request(path=Path(file.name), permissions=asked.permissions, simulates=simulates, advises=False)
-        return run_pipeline(request)
 
 
 def _profile(asked: Asked, draft: Draft, compiled: Compiled | None = None) -> NewProfile:

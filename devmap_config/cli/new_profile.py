@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os.path
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ from devmap_config.files import boundary_of, exists, is_folder
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from devmap_config.compiler import Compilation
     from devmap_config.devices import Device
-    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.profile.permissions import Permissions
     from devmap_config.profile.schema import DeviceSection
 
 SCHEMA = Path("schemas", "profile.v1.schema.json")
@@ -116,16 +119,33 @@ def require_new(path: Path | None, *, force: bool) -> None:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 
 
-def deliver(
-    text: str, path: Path | None, output_format: str, diagnostics: Sequence[Diagnostic] = (), next_step: str = ""
-) -> None:
+def compile_draft(draft: NewProfile, permissions: Permissions, *, simulates: bool) -> Compilation:
+    """Compile a profile as if it lay where it is to be written.
+
+    Raises:
+        click.UsageError: where nothing can be written there.
+    """
+    from devmap_config.compiler import Request, run_pipeline
+
+    folder = draft.output.parent if draft.output else Path()
+    if not os.access(folder, os.W_OK):
+        raise click.UsageError(f"nothing can be written in `{folder}`, where drafts are tried")
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".draft-", suffix=".yaml", encoding="utf-8") as file:
+        file.write(draft.text)
+        file.flush()
+        request = Request(path=Path(file.name), permissions=permissions, simulates=simulates, advises=False)
+        return run_pipeline(request)
+
+
+def deliver(text: str, path: Path | None, output_format: str, found: Sink | None = None, next_step: str = "") -> None:
     """Write a profile, or print it where there is no file that it is to be written to; and what is to be said of it."""
     from devmap_config.cli.locking import write
     from devmap_config.cli.reporting import report
 
     if path is not None:
         write(path, text)
-    report(diagnostics, {}, output_format, data={"profile": text, "written": None if path is None else str(path)})
+    texts = {} if found is None else found.texts
+    report(found or (), texts, output_format, data={"profile": text, "written": None if path is None else str(path)})
     if path is not None:
         click.echo(f"wrote {path}{next_step}", err=True)
     elif output_format == "table":

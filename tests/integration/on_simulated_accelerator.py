@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from devmap_config import compile_profile, load_model
+from devmap_config.cli.adopt import adopt
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
@@ -422,3 +423,68 @@ def test_a_plan_that_was_mended_runs_and_says_what_the_plain_model_says(join):
     assert compile_command.main(arguments, standalone_mode=False) == 0
     logits = load_model("profile.yaml", trust_remote_code=True)(TOKENS.to(CARD)).logits
     assert torch.equal(logits.cpu(), plain.eval()(TOKENS).logits)
+
+
+WHOLE_MAP = {
+    "model.embed_tokens": "npu:0",
+    **{f"model.layers.{index}": "npu:0" if index < 6 else "npu:1" for index in range(12)},
+    "model.norm": "npu:1",
+    "model.rotary_emb": "npu:0",
+    "lm_head": "npu:1",
+}
+ALL_ON_ONE = dict.fromkeys(WHOLE_MAP, "npu:0")
+
+
+def without(device_map, key):
+    return {name: device for name, device in device_map.items() if name != key}
+
+
+RUNS, REFUSED, FAILS = "runs", "is not loaded", "fails at the forward"
+
+WHAT_BECOMES_OF_MAPS = {
+    "whole": (WHOLE_MAP, False, RUNS, set()),
+    "a key that names nothing": ({**WHOLE_MAP, "model.layers.12": "npu:1"}, False, RUNS, {"ignored-key"}),
+    "a layer left out": (without(WHOLE_MAP, "model.layers.11"), False, REFUSED, {"uncovered-tensor"}),
+    "the head left out": (without(WHOLE_MAP, "lm_head"), False, REFUSED, {"uncovered-tensor"}),
+    "the tied head left out": (without(WHOLE_MAP, "lm_head"), True, REFUSED, {"uncovered-tensor"}),
+    "a buffer left out": (without(WHOLE_MAP, "model.rotary_emb"), False, RUNS, {"uncovered-tensor"}),  # it is copied
+    "one device, a layer left out": (without(ALL_ON_ONE, "model.layers.11"), False, RUNS, {"uncovered-tensor"}),
+    "one device, the head left out": (without(ALL_ON_ONE, "lm_head"), False, FAILS, {"uncovered-tensor"}),
+    "one device, the tied head left out": (without(ALL_ON_ONE, "lm_head"), True, RUNS, set()),
+    "tied tensors on two cards": (WHOLE_MAP, True, FAILS, {"split-tie"}),
+    "a tied head on the CPU": ({**WHOLE_MAP, "lm_head": "cpu"}, True, RUNS, {"split-tie"}),
+    "a pattern": ({**WHOLE_MAP, "model.layers.[1-3].mlp": "npu:1"}, False, REFUSED, {"misread-map"}),
+}
+
+
+@torch.no_grad()
+def what_becomes_of(device_map):
+    """What plain transformers makes of a map of the model in `random`."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained("random", device_map=device_map)
+    except (ValueError, KeyError):
+        return REFUSED
+    try:
+        model(TOKENS.to(CARD))
+    except RuntimeError as error:
+        assert "same device" in str(error)
+        return FAILS
+    return RUNS
+
+
+@pytest.mark.parametrize("name", WHAT_BECOMES_OF_MAPS)
+def test_what_adopt_says_of_a_map_is_what_plain_transformers_makes_of_it(name):
+    device_map, is_tied, outcome, codes = WHAT_BECOMES_OF_MAPS[name]
+    save({**LLAMA, "num_hidden_layers": 12, "tie_word_embeddings": is_tied})
+    assert what_becomes_of(device_map) == outcome
+    Path("map.json").write_text(json.dumps(device_map))
+    arguments = ["map.json", "--model", "random", "--format", "json", "-o", "adopted.yaml"]
+    done = CliRunner().invoke(adopt, arguments, standalone_mode=False)
+    found = json.loads(done.stdout)["diagnostics"]
+    assert {each["code"] for each in found} == codes
+    assert (done.return_value != 0) == (outcome == REFUSED)
+    said = " ".join(each["message"] for each in found)
+    assert ("refuses" in said or "fails over" in said) == (outcome == REFUSED)
+    assert ("fails at the forward" in said.replace("fails at the forward unless", "")) == (outcome == FAILS)
+    if outcome != REFUSED:
+        assert what_becomes_of(compile_profile("adopted.yaml").device_map) == RUNS

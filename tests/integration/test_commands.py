@@ -221,37 +221,6 @@ def test_compiling_with_a_cached_graph_imports_no_torch(profile):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_adopt_of_a_map_with_gaps_says_where_they_went(profile):
-    Path("map.json").write_text(
-        '{"model.embed_tokens": 0, "model.layers": "cuda:1", "model.norm": 1, "lm_head": "cpu"}'
-    )
-    done = devmap("adopt", "map.json", "--model", "llama", "--on", "2xrtx-4090+cpu:8GiB", "-o", "adopted.yaml")
-    assert done.returncode == 0
-    assert "no device for 2 tensors" in done.stderr  # the rotary embedding's buffers
-    assert '"cuda:[0-1]": rtx-4090' in Path("adopted.yaml").read_text()
-    plan = json.loads(devmap("compile", "adopted.yaml", "--format", "json").stdout)["plan"]
-    assert plan["device_map"]["model.layers.5"] == 1
-    assert plan["device_map"]["model.rotary_emb"] == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[]", "`map.json` is no device_map: it must be an object"),
-        ("{}", "`map.json` is no device_map: it must be an object"),
-        ("{", "`map.json` is not JSON at line 1, column 2"),
-        ('{"model.nothing": 0}', "LlamaForCausalLM has no `model.nothing`, which the map names"),
-        ('{"model": "gpu"}', "`model` of the map: `gpu` is no device; devices are `cuda:0`,"),
-        ('{"model": [0]}', "`model` of the map: `[0]` is no device"),
-    ],
-)
-def test_adopt_of_what_is_no_map(profile, text, said):
-    Path("map.json").write_text(text)
-    done = devmap("adopt", "map.json", "--model", "llama")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"Error: {said}" in " ".join(done.stderr.split())
-
-
 RUN = "import sys; sys.argv = ['devmap', *sys.argv[1:]]; from devmap_config.cli import main; main()"
 
 WITHOUT_TORCH = f"import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'accelerate'))); {RUN}"

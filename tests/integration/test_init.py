@@ -41,7 +41,7 @@ def test_writes_a_profile_that_compiles(workspace, machine):
     assert run("compile", "first.yaml").return_value == 0
     assert "exists: pass `--force`" in said(run("init", "llama", *on, "-o", "first.yaml"))
     assert run("init", "llama", *on, "-o", "first.yaml", "--force").return_value == 0
-    assert [path.name for path in Path().glob(".init*")] == []
+    assert [path.name for path in Path().glob(".draft*")] == []
 
 
 def test_what_it_writes(workspace):

@@ -1,0 +1,73 @@
+"""Reads a `device_map` as transformers does: which tensor goes where by which key, and what no key names.
+
+Its keys are joined into one regular expression, in which a dot takes any character and nothing is anchored at the end,
+so that `layers.1` takes `layers.10` as well; the device is then looked up by what matched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import re2
+
+from devmap_config.graph.model import ancestors
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from devmap_config.graph.model import ModelGraph, TensorName
+
+PLAIN = re.compile(r"[\w.\-]*")
+"""What means itself in a regular expression, but for the dot."""
+
+
+@dataclass(frozen=True)
+class MapReading:
+    """What transformers makes of a map.
+
+    Attributes:
+        taken_by: by tensor the key that takes it; without one it goes to the CPU.
+        left_out: the tensors that no key names, by themselves or by a module around them.
+        unknown: the keys that name nothing.
+        fatal: the keys over which transformers fails: expressions that match a tensor, or are none.
+    """
+
+    taken_by: Mapping[TensorName, str]
+    left_out: tuple[TensorName, ...]
+    unknown: tuple[str, ...]
+    fatal: tuple[str, ...]
+
+
+def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading:
+    """Return what transformers makes of a map with these keys."""
+    order = sorted(filter(None, keys), key=lambda key: (key.count("."), len(key)), reverse=True)
+    names = re.compile("|".join(f"({key})" for key in order if PLAIN.fullmatch(key)) or "(?!)")
+    expressions = {key: _compiled(key) for key in order if not PLAIN.fullmatch(key)}
+    fatal = [key for key, expression in expressions.items() if expression is None]
+    taken_by: dict[TensorName, str] = {}
+    for name in graph.tensors:
+        found = names.match(name)
+        key = found.group() if found else ""
+        before = order[: order.index(key)] if key in keys and key else order
+        fatal += [other for other in before if (expression := expressions.get(other)) and expression.match(name)]
+        if key in keys:
+            taken_by[name] = key
+    known = {str(name) for name in (*graph.modules, *graph.tensors)}
+    return MapReading(
+        taken_by=taken_by,
+        left_out=tuple(name for name in graph.tensors if not any(place in keys for place in (name, *ancestors(name)))),
+        unknown=tuple(key for key in keys if key not in known and key not in fatal),
+        fatal=tuple(dict.fromkeys(fatal)),
+    )
+
+
+def _compiled(key: str) -> Any | None:
+    """Return a key as the expression that it is read as, if it is one; by an engine that cannot run away."""
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(key, options)
+    except re2.error:
+        return None
