@@ -47,7 +47,9 @@ def compile_command(
         checks_checkpoint=True,
         simulates=simulates,
     )
-    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json()})
+    plan = compiled.plan
+    asked = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
+    options.report(compiled.diagnostics, compiled.texts, {"plan": plan.to_json(), **asked})
     if options.output_format == "device-map":
         _print_device_map(compiled.plan)
     elif options.shows_tables:

@@ -12,7 +12,7 @@ from devmap_config.devices import DISK
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from rich.table import Table
 
@@ -70,6 +70,8 @@ def _held(plan: Plan, device: Device) -> str:
 def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterator[Text]:
     if predicted := _predicted(plan):
         yield Text(predicted)
+    if plan.max_memory is not None:
+        yield Text(budgets_in_words(plan, plan.max_memory))
     if plan.strategy == "fastest" and not model.graph.decodes:
         yield Text("the model does not decode token by token: `fastest` makes its prefill fast")
     streamed = plan.prediction.streamed_bytes_per_token
@@ -85,6 +87,14 @@ def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterat
         yield Text(f"{', '.join(patterns)} run on {device}")
     if context_length is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
+
+
+def budgets_in_words(plan: Plan, max_memory: Mapping[int | str, int]) -> str:
+    """What plain transformers makes of the budgets with which its planner was asked."""
+    shown = f"max_memory={dict(max_memory)}"
+    if plan.follows_from_max_memory:
+        return f'plain transformers makes the same map of device_map="{plan.strategy}", {shown}'
+    return f"with {shown} as budgets; plain transformers makes this plan of the map alone, for rules decide as well"
 
 
 def _predicted(plan: Plan) -> str:

@@ -35,18 +35,32 @@ class Shortage:
         return self.needed_bytes - self.capacity_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes for which transformers' planner was asked, by device.
+
+    `is_mended` tells that its own map of them is another. `rounds` is how many were tried, where none leaves room for
+    what running needs besides weights.
+    """
+
+    max_memory: Mapping[Device, int]
+    is_mended: bool = False
+    rounds: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placed:
     """The device of every tensor, what runs elsewhere than where it is stored, and a bound where one was proven.
 
     `bound_nanoseconds` is what no placement can be below, of what the strategy makes fast; `fastest` is the fastest
-    placement that was found, where other wishes than time chose this one.
+    placement that was found, where other wishes than time chose this one. `budgets` are those of transformers' planner.
     """
 
     placement: Placement
     compute: Placement = field(default_factory=dict)
     bound_nanoseconds: int | None = None
     fastest: Placed | None = None
+    budgets: Budgets | None = None
 
 
 @dataclass(frozen=True)
@@ -76,23 +90,92 @@ def place(problem: Problem, strategy: str) -> Placed | Infeasible:
         return Infeasible(shortages)
     if problem.aim is not None:
         return _optimal(problem, strategy, problem.aim)
-    if strategy == "single":
+    if strategy in UNREPAIRED_STRATEGIES:
         device = problem.single_device or first_device(problem)
-        placement: dict[TensorName, Device] = dict.fromkeys(problem.graph.tensors, device)
-    elif strategy == "manual":
-        placement = {}
+        placed = _with_pins(problem, dict.fromkeys(problem.graph.tensors, device))
+    elif problem.graph.measurement is None:
+        placed = _like_transformers(problem, strategy, problem.capacities)
     else:
-        placement = plan_like_transformers(problem, _as_transformers(strategy))
-        if OVERFLOW not in problem.capacities:
-            unplaced = tuple(name for name, device in placement.items() if device == OVERFLOW)
-            if unplaced:
-                return _overflow(problem, placement, unplaced)
-    placement = {name: problem.pinned.get(name) or placement[name] for name in problem.graph.tensors}
+        placed = _with_room_to_run(problem, strategy)
+    if isinstance(placed, Placed) and (shortages := _shortages(problem, _used_bytes(problem, placed.placement))):
+        return Infeasible(shortages)
+    return placed
+
+
+def _with_pins(problem: Problem, devices: Placement, budgets: Budgets | None = None) -> Placed | Infeasible:
+    """Return where everything is that is put on these devices unless it is pinned."""
+    placement = {name: problem.pinned.get(name) or devices[name] for name in problem.graph.tensors}
     if misplaced := tuple(name for name, device in placement.items() if device in problem.forbidden.get(name, ())):
         return Infeasible((), misplaced)
-    if shortages := _shortages(problem, _used_bytes(problem, placement)):
-        return Infeasible(shortages)
-    return Placed(placement=placement)
+    return Placed(placement=placement, budgets=budgets)
+
+
+def _like_transformers(problem: Problem, strategy: str, max_memory: Mapping[Device, int]) -> Placed | Infeasible:
+    """Return what transformers' planner makes of the problem for these budgets, whatever is needed besides weights."""
+    found = plan_like_transformers(replace(problem, capacities=max_memory), _as_transformers(strategy))
+    if OVERFLOW not in max_memory:
+        unplaced = tuple(name for name, device in found.devices.items() if device == OVERFLOW)
+        if unplaced:
+            return _overflow(problem, found.devices, unplaced)
+    return _with_pins(problem, found.devices, Budgets(max_memory=max_memory, is_mended=found.is_mended))
+
+
+MOST_ROUNDS = 24
+"""So often budgets are lowered by what does not fit."""
+
+MOST_HALVINGS = 8
+"""So often the interval of a factor is halved that lowers all budgets, where that came to nothing."""
+
+
+def _with_room_to_run(problem: Problem, strategy: str) -> Placed | Infeasible:
+    """Return transformers' plan for budgets that leave room for what the measured workload needs.
+
+    Where there is none, it is the plan for all that the devices have, with the number of budgets that were tried.
+    """
+    first = placed = _like_transformers(problem, strategy, problem.capacities)
+    budgets, rounds = dict(problem.capacities), 1
+    while isinstance(placed, Placed) and rounds <= MOST_ROUNDS:
+        over = _overfull(problem, placed.placement)
+        if not over:
+            return placed
+        # They only fall, below what a device held that had too much.
+        for device, (weights_bytes, running_bytes) in over.items():
+            left_bytes = min(problem.capacities[device] - running_bytes, weights_bytes - 1)
+            budgets[device] = max(min(budgets[device], left_bytes), 0)
+        placed, rounds = _like_transformers(problem, strategy, dict(budgets)), rounds + 1
+    if isinstance(first, Infeasible):
+        return first
+    low, high, best = 0, 2**MOST_HALVINGS, None
+    while high - low > 1:
+        share, rounds = (low + high) // 2, rounds + 1
+        budgets = {device: size * share // 2**MOST_HALVINGS for device, size in problem.capacities.items()}
+        placed = _like_transformers(problem, strategy, budgets)
+        if isinstance(placed, Placed) and _overfull(problem, placed.placement):
+            high = share  # less of it is still too much
+            continue
+        low, best = share, placed if isinstance(placed, Placed) else best
+    return best or replace(first, budgets=Budgets(max_memory=problem.capacities, rounds=rounds))
+
+
+def _overfull(problem: Problem, placement: Placement) -> dict[Device, tuple[int, int]]:
+    """Return the bytes of weights, and of what running takes besides, of each device that has no room for both."""
+    executor, main_device = problem.executor, problem.executor.main_device(placement.values())
+    homes = {name: (device, problem.computed.get(name)) for name, device in placement.items()}
+    running = running_of(
+        problem.graph,
+        (
+            Assignment(unit.name, unit.tensors, executor.location(device, main_device, compute))
+            for unit, (device, compute) in fold(problem.graph, homes)
+        ),
+        executor,
+    )
+    costs = {} if running is None else running.costs()
+    weights = bytes_by_device(problem, placement, main_device=main_device)
+    needed = {
+        device: (weights.get(device, 0), costs[device].total_bytes if device in costs else 0)
+        for device in problem.capacities
+    }
+    return {device: both for device, both in needed.items() if sum(both) > problem.capacities[device]}
 
 
 def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
@@ -129,8 +212,8 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
 
 def _context_of_sequential(problem: Problem) -> int | None:
     """The longest context, in tokens, of transformers' plan that fills one device after another; `None` without one."""
-    placed = place(replace(problem, aim=None), "sequential")
-    if isinstance(placed, Infeasible):
+    placed = _like_transformers(problem, "sequential", problem.capacities)
+    if isinstance(placed, Infeasible) or _shortages(problem, _used_bytes(problem, placed.placement)):
         return None
     executor, placement = problem.executor, placed.placement
     main_device = executor.main_device(placement.values())

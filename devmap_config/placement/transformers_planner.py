@@ -34,7 +34,15 @@ QUANTIZER_SHARE = 0.90
 """What several quantizers leave of every budget (`adjust_max_memory`), for buffers that quantising needs."""
 
 
-def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> dict[TensorName, Device]:
+@dataclass(frozen=True)
+class TransformersPlacement:
+    """The device of every tensor that is not pinned; `is_mended` where transformers' own map is not as good as that."""
+
+    devices: Mapping[TensorName, Device]
+    is_mended: bool = False
+
+
+def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> TransformersPlacement:
     """The device of every tensor that is not pinned, as transformers decides it for the same budgets.
 
     What fits on no device of the problem is put on `disk`, whether or not the problem has one: that is for the caller
@@ -42,7 +50,7 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
     """
     remaining = _without(problem.graph.root, problem.pinned)
     if remaining is None:
-        return {}
+        return TransformersPlacement({})
     sizes = _Sizes.of(problem.graph, remaining)
     used = problem.pinned_bytes
     budgets = {device: max(0, capacity - used.get(device, 0)) for device, capacity in problem.capacities.items()}
@@ -51,7 +59,8 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
     if problem.quantizer_lowers_budgets:
         budgets = {device: int(budget * QUANTIZER_SHARE) for device, budget in budgets.items()}
     devices = _Filling(problem, remaining, sizes, budgets).run()
-    return _complete(problem, remaining, devices)
+    found, is_mended = _complete(problem, remaining, devices)
+    return TransformersPlacement(found, is_mended)
 
 
 @dataclass(frozen=True)
@@ -271,8 +280,11 @@ class _Filling:
         return largest_bytes, paths
 
 
-def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> dict[TensorName, Device]:
-    """The device of every tensor, from those of the paths, with what their map leaves out put where it belongs."""
+def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> tuple[dict[TensorName, Device], bool]:
+    """The device of every tensor, from those of the paths, with what their map leaves out put where it belongs.
+
+    Whether anything had to be put otherwise than their map has it is told besides.
+    """
     placement: dict[TensorName, Device] = {}
     unplaced: list[Tensor] = []
 
@@ -294,9 +306,10 @@ def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> 
             placement[tensor.name] = CPU if CPU in problem.capacities else OVERFLOW
         elif not problem.forbidden.get(tensor.name):
             placement[tensor.name] = _device_of_siblings(tensor, placement, problem)
+    before = dict(placement)
     for group in (*problem.graph.tied_groups, *problem.groups):
         _unite(group, placement, problem)
-    return placement
+    return placement, bool(unplaced) or placement != before
 
 
 def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, Device], problem: Problem) -> Device:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Placement, Problem
-    from devmap_config.placement.strategies import Placed
+    from devmap_config.placement.strategies import Budgets, Placed
     from devmap_config.plan.plan import Plan
 
     Obstacle = Infeasible | tuple[Diagnostic, ...]
@@ -65,7 +65,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
         findings = review(plan, prepared)
         if not any(finding.is_error for finding in findings):
             return Candidate(plan, kept)
-        obstacle = obstacle or findings
+        obstacle = obstacle or _told_of_budgets(findings, placed.budgets, prepared.strategy)
         capacities = _capacities_for_loading(plan, problem.capacities)
         if prepared.strategy in UNREPAIRED_STRATEGIES or capacities in (None, problem.capacities):
             return obstacle
@@ -83,9 +83,33 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
     plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=problem.executor)
     bound = placed.bound_nanoseconds if prepared.proves_bound else None
     plan = replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
+    if placed.budgets is not None and graph.measurement is not None:
+        plan = replace(
+            plan,
+            max_memory={device.in_device_map: size for device, size in placed.budgets.max_memory.items()},
+            follows_from_max_memory=not placed.budgets.is_mended and _decides_alone(problem),
+        )
     if placed.fastest is None:
         return plan
     return beside_fastest(plan, _assembled(placed.fastest, problem, prepared), problem.aim)
+
+
+def _decides_alone(problem: Problem) -> bool:
+    """Return whether nothing but budgets and sizes decides: transformers knows no pins, groups and the like."""
+    has_constraints = problem.pinned or problem.groups or problem.forbidden
+    return not has_constraints and all(each.offloaded_bytes is None for each in problem.graph.tensors.values())
+
+
+def _told_of_budgets(
+    findings: tuple[Diagnostic, ...], budgets: Budgets | None, strategy: str
+) -> tuple[Diagnostic, ...]:
+    """Return the findings, with how many budgets were tried where there is no room for what running needs."""
+    if budgets is None or budgets.rounds is None:
+        return findings
+    tried = f"no plan of `{strategy}` was found in {budgets.rounds} rounds of lower budgets; with all that there is, "
+    return tuple(
+        replace(each, message=tried + each.message) if each.code == "over-capacity" else each for each in findings
+    )
 
 
 def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, Device]:

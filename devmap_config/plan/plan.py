@@ -99,6 +99,8 @@ class Plan:
 
     `measured` tells whether more than weights was measured and budgeted. `diagnostics` are the warnings of the
     compilation that made it; two plans are the same whatever was said of them.
+    `max_memory` is what transformers' planner was asked with, where it is one of its strategies and a workload is to
+    have room: as `from_pretrained` takes it, which makes the same map by itself if it `follows_from_max_memory`.
     `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
     `fastest` is the fastest plan that was found, where other wishes than time chose this one.
     """
@@ -111,6 +113,8 @@ class Plan:
     prediction: Prediction = field(default_factory=Prediction)
     measured: bool = False
     loading_ram_bytes: int = 0
+    max_memory: Mapping[int | str, int] | None = field(default=None, compare=False)
+    follows_from_max_memory: bool = field(default=False, compare=False)
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
     fastest: Plan | None = field(default=None, compare=False, repr=False)
 

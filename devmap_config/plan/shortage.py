@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import GIBIBYTE, format_bytes, format_exact_bytes
@@ -35,7 +36,22 @@ def report_obstacle(obstacle: Obstacle, problem: Problem, prepared: Prepared, tr
     if isinstance(obstacle, Infeasible):
         _report_shortages(obstacle, problem, prepared, trials, sink)
     else:
-        sink.report_all(obstacle)
+        help = _what_counts_with_all(problem, prepared, trials)
+        for each in obstacle:
+            sink.report(replace(each, help=help) if help and each.code == "over-capacity" else each)
+
+
+def _what_counts_with_all(problem: Problem, prepared: Prepared, trials: Trials) -> str | None:
+    """Return what our own strategies do where transformers' leave no room for the workload."""
+    if prepared.strategy not in TRANSFORMERS_STRATEGIES or problem.graph.measurement is None:
+        return None
+    for ours in ("fastest", ANY_FIT):
+        if trials.compiles(Change(strategy=ours)):
+            return f"`strategy: {ours}` counts with all of this, and gives a plan: it was tried"
+    return (
+        f"`strategy: {ANY_FIT}` finds none either; lower `context_length` or `batch_size`, prefill in parts"
+        " (`prompt_length`), or list more memory"
+    )
 
 
 def _report_left_buffers(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from devmap_config.graph.model import ModulePath, TensorName
 from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES
-from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -29,7 +28,7 @@ def repaired(repairs: Repairs, verdict: Verdict, plan: Plan, prepared: Prepared)
         return replace(repairs, kept={**repairs.kept, **_to_keep(verdict.mismatch.absent, plan, prepared)})
     if verdict.mismatch is not None:
         return replace(repairs, together=_to_keep_together(verdict.mismatch, plan, prepared, repairs.together))
-    if plan.strategy not in OPTIMAL_STRATEGIES:
+    if plan.strategy in UNREPAIRED_STRATEGIES:
         return repairs
     reserved = dict(repairs.reserved_bytes)
     for device, missing_bytes in overfull(verdict, plan, prepared.model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from accelerate.utils import check_device_map
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
 from devmap_config.devices import CPU, Device
+from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import graph_of
+from devmap_config.graph.measurement import measure
 from devmap_config.placement.executor import Executor
 from devmap_config.placement.problem import Problem
-from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
+from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, place
 from devmap_config.placement.transformers_planner import plan_like_transformers
 from devmap_config.placement.units import fold
 from devmap_config.plan.plan import assemble
@@ -76,7 +80,7 @@ def compare(model_type):
         capacities = {canonical(device): size_bytes for device, size_bytes in budget.items()}
         for strategy in TRANSFORMERS_STRATEGIES:
             where = f"{model_type}, {budget_name}, {strategy}"
-            ours = plan_like_transformers(Problem(graph, capacities), strategy)
+            ours = plan_like_transformers(Problem(graph, capacities), strategy).devices
             check_valid(graph, model, ours, where)
             try:
                 theirs = _get_device_map(model, strategy, dict(budget), None)
@@ -101,6 +105,53 @@ def check_valid(graph, model, placement, where):
     check_device_map(model, plan.device_map)
     read = expand_device_map(plan.device_map, list(graph.tensors))
     assert {name: canonical(device) for name, device in read.items()} == placement, where
+
+
+WORKLOAD = Workload(batch_size=64, context_length=64, prompt_length=64)
+
+
+def zoo_graph_with_workload(model_type):
+    logging.disable(logging.WARNING)
+    model = zoo.build_shallow(model_type, "bfloat16")
+    graph = graph_of(model, torch.bfloat16)
+    measurement = measure(zoo.build_shallow(model_type, "bfloat16"), graph, WORKLOAD)
+    return replace(graph, measurement=measurement), model
+
+
+def check_budgets(graph, model):
+    """What is printed as `max_memory` makes transformers' planner give the plan that has room for the workload."""
+    total_bytes, lowered = graph.size_bytes, set()
+    for tenths, strategy in product(((5, 2), (6, 4), (8, 8), (9, 3)), TRANSFORMERS_STRATEGIES):
+        sizes = [total_bytes * share // 10 for share in tenths]
+        capacities = {canonical(0): sizes[0], canonical(1): sizes[1], CPU: 10 * total_bytes}
+        placed = place(Problem(graph, capacities), strategy)
+        if isinstance(placed, Infeasible) or placed.budgets.rounds is not None:
+            continue
+        budgets = placed.budgets.max_memory
+        lowered |= {strategy} if budgets != capacities else set()
+        if not placed.budgets.is_mended:
+            asked = {device.in_device_map: size for device, size in budgets.items()}
+            theirs = _get_device_map(model, strategy, asked, None)
+            assert {name: by_prefix(theirs, name) for name in graph.tensors} == placed.placement, (tenths, strategy)
+        homes = {name: (device, None) for name, device in placed.placement.items()}
+        plan = assemble(graph, fold(graph, homes), capacities, strategy=strategy, executor=Executor())
+        assert min(use.free_bytes for use in plan.devices) >= 0
+    return lowered
+
+
+@pytest.mark.parametrize("model_type", "falcon gpt2 llama mixtral opt t5".split())
+def test_budgets_that_leave_room_make_the_same_plan_in_transformers(model_type):
+    assert {"sequential", "auto"} & check_budgets(*zoo_graph_with_workload(model_type))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", sorted({*zoo.causal_model_types(), *zoo.sequence_model_types()}))
+def test_budgets_that_leave_room_make_the_same_plan_over_the_zoo(model_type):
+    try:
+        graph, model = zoo_graph_with_workload(model_type)
+    except Exception as error:
+        pytest.skip(f"transformers does not build it, or it is not measured: {type(error).__name__}")
+    check_budgets(graph, model)
 
 
 KNOWN_INVALID = sorted(set(INVALID_MAPS) & set(zoo.model_types()))
