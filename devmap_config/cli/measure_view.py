@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_operations
-from devmap_config.cli.tables import new_table
+from devmap_config.cli.tables import listing
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -49,17 +49,16 @@ def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> I
     costs = _block_costs(graph, measurement)
     for path, cost in costs.items():
         alike.setdefault((graph.modules[path].class_name, cost), []).append(path)  # type: ignore[index]
-    figures = ("weights", "cache", "peak", "prefill", "decode")
-    table = new_table(figures=figures, rest="block", width=min(width, 140))
+    rows = []
     for (_, cost), paths in alike.items():
         sizes = (cost.weights_bytes, cost.cache_bytes, cost.peak_bytes)
         operations = (cost.prefill_operations, cost.decode_operations)
-        table.add_row(
+        figures = (
             *(format_bytes(size_bytes) if size_bytes else "–" for size_bytes in sizes),
             *(format_operations(count) if count else "–" for count in operations),
-            "\n".join(fold_paths(paths)),
         )
-    yield table
+        rows.append((figures, fold_paths(paths)))
+    yield from listing(rows, width, figures=("weights", "cache", "peak", "prefill", "decode"), rest="block")
     prefill, decode = (
         sum(getattr(cost, f"{phase}_operations") for cost in measurement.modules) for phase in ("prefill", "decode")
     )

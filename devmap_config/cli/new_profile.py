@@ -82,7 +82,7 @@ def device_lines(devices: Mapping[Device, DeviceSection], remark: str = "", *, i
     for device, section in devices.items():
         alike.setdefault((device.kind, device_text(section)), []).extend([] if device.index is None else [device.index])
     lines = (
-        f"{yaml_text(f'{kind}:{ranges(sorted(indices))}' if indices else kind)}: {text}"
+        f"{yaml_text(f'{kind}:{ranges(sorted(indices), with_steps=False)}' if indices else kind)}: {text}"
         for (kind, text), indices in alike.items()
     )
     return [f"  {'# ' if is_comment else ''}{line}{f'   # {remark}' if remark else ''}" for line in lines]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_duration, largest_unit
-from devmap_config.cli.tables import new_table
+from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
 from devmap_config.rules.folding import fold_paths
 
@@ -34,13 +34,14 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
     is_running = model.graph.measurement is not None
     is_streaming = is_running and any(use.overhead_bytes for use in plan.devices)
     running_headings = ("cache", "active", "overhead")[: 2 * is_running + is_streaming]
-    figures = ("capacity", "weights", *running_headings, "free")
-    table = new_table("device", figures=figures, rest="holds", width=min(width, 140))
+    rows = []
     for use in plan.devices:
         running = (use.kv_cache_bytes, use.activation_bytes, use.overhead_bytes)[: len(running_headings)]
         sizes = (use.capacity_bytes, use.weights_bytes, *running, use.free_bytes)
-        table.add_row(str(use.id), *(f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes), _held(plan, use.id))
-    yield table
+        figures = (f"{size_bytes / unit_bytes:,.1f}" for size_bytes in sizes)
+        rows.append(((str(use.id), *figures), _held(plan, use.id)))
+    headings = ("capacity", "weights", *running_headings, "free")
+    yield from listing(rows, width, names=("device",), figures=headings, rest="holds")
     yield from _notes(plan, model, compiled.loaded.profile.workload.context_length.value)
 
 
@@ -58,13 +59,13 @@ def weights_in_words(model: LoadedModel, plan: Plan) -> str:
     return words
 
 
-def _held(plan: Plan, device: Device) -> str:
+def _held(plan: Plan, device: Device) -> list[str]:
     units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == device]
     patterns = fold_paths(units)
     shown = list(patterns[:PATTERNS_SHOWN])
     if len(patterns) > len(shown):
         shown = [*shown[:-1], f"and {len(patterns) - len(shown) + 1} more"]
-    return "\n".join(shown) or "–"
+    return shown or ["–"]
 
 
 def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterator[Text]:
@@ -144,5 +145,8 @@ def bar_lines(plan: Plan, width: int) -> Iterator[str]:
         holds = ", ".join(
             fold_paths(each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id)
         )
-        line = f"{use.id!s:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}  {holds}"
-        yield line if len(line) <= width else f"{line[: width - 1]}…"
+        line = f"{use.id!s:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}"
+        room = width - len(line) - 2
+        if len(holds) > room:  # as many names as there is room for, none of them cut
+            holds = f"{holds[: max(room - 1, 0)].rpartition(', ')[0]}…"
+        yield f"{line}  {holds}"

@@ -61,11 +61,17 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
 
 
 def print_lines(lines: Callable[[int], Iterable[str | Text | Table]], *, soft_wrap: bool = False) -> None:
-    """Print what is made for a width, for that of the terminal; with `soft_wrap` the terminal breaks long lines."""
+    """Print what is made for a width, for that of the terminal; with `soft_wrap` the terminal breaks long lines.
+
+    Words are not broken, for names are to be copied: a line with one that is too long is longer than the terminal.
+    """
     from rich.console import Console
 
-    console = Console(highlight=False)
-    for line in lines(console.width):
+    from devmap_config.cli.tables import least_width
+
+    width = Console().width
+    for line in lines(width):
+        console = Console(highlight=False, width=max(width, least_width(line)))
         console.print(line, soft_wrap=soft_wrap)
 
 

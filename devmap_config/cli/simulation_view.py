@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, largest_unit
-from devmap_config.cli.tables import new_table
+from devmap_config.cli.tables import listing, new_table
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def simulation_lines(model: LoadedModel, plan: Plan, simulation: Simulation, wid
     )
     if not simulation.devices:
         return
-    yield _devices(plan, simulation, unit_bytes)
+    yield from _devices(plan, simulation, unit_bytes, width)
     if model.counts_quantized_weights:
         yield Text("weights ran unquantised: what was live beside them is not what the quantizer's kernels need")
     for phase, steps in groupby(simulation.steps, key=lambda step: step.phase):
@@ -50,14 +51,15 @@ def _outcome(simulation: Simulation) -> str:
     return f"it cannot be told ({simulation.reason})"
 
 
-def _devices(plan: Plan, simulation: Simulation, unit_bytes: int) -> Table:
+def _devices(plan: Plan, simulation: Simulation, unit_bytes: int, width: int) -> Iterator[Text | Table]:
     capacities = {use.id: use.capacity_bytes for use in plan.devices}
-    table = new_table("device", figures=("weights", "cache", "most at once", "capacity"), rest="which was in")
+    rows = []
     for device in simulation.devices:
         sizes = (device.weights_bytes, device.cache_bytes, device.peak_bytes, capacities[device.id])
         moment = f"{device.peak_phase}, {device.peak_module or 'the model'}" if device.peak_phase else "–"
-        table.add_row(str(device.id), *(f"{size_bytes / unit_bytes:,.2f}" for size_bytes in sizes), moment)
-    return table
+        rows.append(((str(device.id), *(f"{size_bytes / unit_bytes:,.2f}" for size_bytes in sizes)), [moment]))
+    figures = ("weights", "cache", "most at once", "capacity")
+    yield from listing(rows, width, names=("device",), figures=figures, rest="which was in")
 
 
 def _timeline(steps: list[Step], width: int) -> Table:
@@ -65,11 +67,17 @@ def _timeline(steps: list[Step], width: int) -> Table:
     table = Table.grid(padding=(0, 2), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="fold", max_width=max(width - 30, 20))
+    table.add_column(no_wrap=True)
     for device, run in groupby(steps, key=lambda step: step.device):
         blocks = list(run)
         live_bytes = max(dict(step.live_bytes).get(device, 0) for step in blocks)
-        table.add_row(str(device), f"+{format_bytes(live_bytes)}", ", ".join(fold_paths(step.block for step in blocks)))
+        ran = textwrap.wrap(
+            ", ".join(fold_paths(step.block for step in blocks)),
+            max(width - 30, 20),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        table.add_row(str(device), f"+{format_bytes(live_bytes)}", "\n".join(ran))
     return table
 
 

@@ -1,26 +1,89 @@
-"""How tables look, whatever they hold."""
+"""How tables look, whatever they hold: as wide as the terminal, and no name in them broken."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 from rich import box
+from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+WIDEST = 140
 
 
-def new_table(
-    *names: str | Column, figures: tuple[str, ...], rest: str | None = None, width: int | None = None
-) -> Table:
+def new_table(*names: str | Column, figures: tuple[str, ...], rest: str | None = None) -> Table:
     """Return a table without rows.
 
     Args:
         names: the columns that say what a row is of; those given by their heading alone are never wrapped.
         figures: headings of the columns after these, aligned to the right.
         rest: the heading of the last column, which takes the room that there is.
-        width: that of the table, if it is to be as wide whatever it holds.
     """
     columns = [Column(name, no_wrap=True) if isinstance(name, str) else name for name in names]
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=width)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for figure in figures:
         table.add_column(figure, justify="right", no_wrap=True)
     if rest is not None:
-        table.add_column(rest, overflow="fold", ratio=1)
+        table.add_column(rest, no_wrap=True, ratio=1)
     return table
+
+
+def listing(
+    rows: Iterable[tuple[tuple[str, ...], Iterable[str]]],
+    width: int,
+    *,
+    names: tuple[str, ...] = (),
+    figures: tuple[str, ...],
+    rest: str,
+) -> Iterator[Table | Text]:
+    """Return rows of cells, each with the names that belong to it: beside the cells, or below where these are too long.
+
+    Args:
+        rows: the cells of each row, and the names.
+        width: of the terminal.
+        names: headings of the first cells.
+        figures: headings of the others.
+        rest: what the names are.
+    """
+    listed = [(cells, tuple(held)) for cells, held in rows]
+    table = new_table(*names, figures=figures, rest=rest)
+    for cells, held in listed:
+        table.add_row(*cells, "\n".join(held))
+    table.width = min(width, WIDEST)
+    if least_width(table) <= width:
+        yield table
+        return
+    lines = ((*names, *figures), *(cells for cells, _ in listed))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    gap = " " * max(min((width - sum(widths)) // max(len(widths) - 1, 1), 3), 1)
+
+    def line(cells: tuple[str, ...]) -> str:
+        placed = (
+            f"{cell:<{room}}" if place < len(names) else f"{cell:>{room}}"
+            for place, (cell, room) in enumerate(zip(cells, widths, strict=True))
+        )
+        return gap.join(placed).rstrip()
+
+    whole = partial(Text, no_wrap=True)
+    yield whole(line(lines[0]), style="bold")
+    yield whole("─" * min(width, WIDEST))
+    for cells, held in listed:
+        yield whole(line(cells))
+        yield from (whole(f"  {name}") for name in held)
+
+
+def least_width(line: str | Text | Table) -> int:
+    """Return how wide a line or a table is at least, none of its words broken."""
+    console = Console(width=10_000)
+    if isinstance(line, Table):
+        width, line.width = line.width, None
+        least = console.measure(line).minimum
+        line.width = width
+        return least
+    text = Text(line) if isinstance(line, str) else line
+    return text.cell_len if text.no_wrap else console.measure(text).minimum

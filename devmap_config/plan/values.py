@@ -51,7 +51,7 @@ def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
 def _folded(ids: Iterable[str]) -> tuple[str, ...]:
     """Devices, or pairs of them, as ranges."""
     paths = [re.sub(r"[:-]", lambda found: {":": ".", "-": ".-."}[found.group()], each) for each in ids]
-    return tuple(path.replace(".-.", "-").replace(".", ":") for path in fold_paths(paths))
+    return tuple(path.replace(".-.", "-").replace(".", ":") for path in fold_paths(paths, with_steps=False))
 
 
 def _scalars(data: object, route: str) -> Iterator[tuple[str, Scalar]]:

@@ -13,18 +13,18 @@ MAX_NUMBERS = 4
 """Numbered segments of one path that are folded; real trees have two."""
 
 
-def fold_paths(paths: Iterable[str]) -> tuple[str, ...]:
+def fold_paths(paths: Iterable[str], *, with_steps: bool = True) -> tuple[str, ...]:
     """Patterns that match exactly these paths: what differs in one number is folded to a range.
 
-    The order of first appearance is kept.
+    The order of first appearance is kept. Names of devices, which know no steps, are folded without.
     """
     folded: list[Segments] = [tuple(path.split(".")) for path in paths]
     for nth in range(MAX_NUMBERS):
-        folded = _fold_nth_number(folded, nth)
+        folded = _fold_nth_number(folded, nth, with_steps=with_steps)
     return tuple(".".join(segments) for segments in folded)
 
 
-def _fold_nth_number(paths: list[Segments], nth: int) -> list[Segments]:
+def _fold_nth_number(paths: list[Segments], nth: int, *, with_steps: bool) -> list[Segments]:
     """Paths that are alike but for their `nth` numbered segment, as one with a range there."""
     groups: dict[tuple[Segments, Segments] | Segments, list[int]] = {}
     for segments in paths:
@@ -38,21 +38,32 @@ def _fold_nth_number(paths: list[Segments], nth: int) -> list[Segments]:
     for key, numbers in groups.items():
         if numbers:
             before, after = key
-            folded.append((*before, ranges(sorted(numbers)), *after))
+            folded.append((*before, ranges(sorted(numbers), with_steps=with_steps), *after))
         else:
             folded.append(key)  # type: ignore[arg-type]  # a path of its own
     return folded
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as `[0-3,8]`; one alone as itself."""
+STEPS = 3
+"""So many numbers with one step between them are a range: `[1-5/2]`."""
+
+
+def ranges(numbers: Sequence[int], *, with_steps: bool = True) -> str:
+    """Ascending numbers as `[0-3,8,10-20/2]`; one alone as itself.
+
+    >>> ranges([1, 3, 5, 7]), ranges([0, 1, 4]), ranges([7])
+    ('[1-7/2]', '[0-1,4]', '7')
+    """
     if len(numbers) == 1:
         return str(numbers[0])
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    items = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    items: list[str] = []
+    rest = list(numbers)
+    while rest:
+        step = rest[1] - rest[0] if len(rest) > 1 else 1
+        count = next((place for place, number in enumerate(rest) if number != rest[0] + place * step), len(rest))
+        if step > 1 and (count < STEPS or not with_steps):
+            count = 1
+        stepped = f"/{step}" if step > 1 else ""
+        items.append(str(rest[0]) if count == 1 else f"{rest[0]}-{rest[count - 1]}{stepped}")
+        del rest[:count]
     return f"[{','.join(items)}]"

@@ -1,0 +1,49 @@
+"""Tables at every width: as wide as the terminal where they can be, and no name in them broken."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from devmap_config.cli import devmap
+from devmap_config.rules.folding import fold_paths, ranges
+
+PROFILE = """\
+version: 1
+model: {source: mixture}
+workload: {context_length: 64}
+hardware:
+  devices: {cuda:0: {memory: 700KiB}, cuda:1: {memory: 700KiB}, cpu: {memory: 1GiB}}
+placement:
+  strategy: sequential
+  pins: [{match: "model.layers.[1-3/2].mlp.experts.gate_up_proj", device: cuda:1}]
+"""
+
+NAMES = ("model.layers.[1,3].mlp.experts.gate_up_proj", "model.embed_tokens", "model.layers.[0,2]")
+
+
+@pytest.mark.parametrize("width", [40, 60, 70, 80, 120])
+@pytest.mark.parametrize("command", ["compile", "simulate"])
+def test_no_name_is_broken(command, width, workspace, monkeypatch):
+    (workspace / "p.yaml").write_text(PROFILE)
+    monkeypatch.setenv("COLUMNS", str(width))
+    options = ["--dry-run", "--no-simulate"] if command == "compile" else []
+    shown = CliRunner().invoke(devmap, [command, "p.yaml", *options], standalone_mode=False).stdout
+    for name in NAMES if command == "compile" else NAMES[1:2]:
+        assert name in shown, shown
+    tables = [line for line in shown.splitlines() if "model." not in line and "max_memory" not in line]
+    assert max(map(len, tables)) <= max(width, 60)
+
+
+def test_what_a_module_costs_has_whole_names(workspace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    shown = CliRunner().invoke(devmap, ["tree", "--measure", "llama"], standalone_mode=False).stdout
+    assert "\n  model.layers.[1-5]\n" in shown
+
+
+def test_even_steps_are_one_range():
+    assert ranges([1, 3, 5, 7, 9]) == "[1-9/2]"
+    assert ranges([0, 1, 2, 10, 20, 30, 31]) == "[0-2,10-30/10,31]"
+    assert ranges([0, 2]) == "[0,2]"
+    assert ranges([0, 2, 4], with_steps=False) == "[0,2,4]"
+    assert fold_paths(f"layers.{number}.mlp" for number in range(1, 24, 2)) == ("layers.[1-23/2].mlp",)
