@@ -162,7 +162,7 @@ def graph_of_source(
             )
         )
     except (ModelNotFoundError, CheckpointError) as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(f"{error}; {error.help}" if error.help else str(error)) from None
     except UntrustedCodeError as error:
         raise click.ClickException(f"{error}; {READ_IT_FIRST}") from None
     except (UnbuildableModelError, QuantizationError) as error:

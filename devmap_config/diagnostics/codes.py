@@ -90,6 +90,7 @@ AlwaysError = Literal[
 
 AlwaysWarning = Literal[
     "another-card",
+    "few-bytes",
     "figures-moved",
     "guessed-order",
     "ignored-key",

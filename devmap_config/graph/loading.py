@@ -405,7 +405,8 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
             "model-not-found",
             str(error),
             span,
-            help=f"`{path}` was looked for first; without a network, keep the model's config.json in the repository",
+            help=error.help
+            or f"`{path}` was looked for first; without a network, keep the model's config.json in the repository",
         )
         return None
 

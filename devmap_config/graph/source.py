@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from devmap_config.files import CONFIG, FileError, is_folder, read_json
 from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
 from devmap_config.graph.digest import digest
+from devmap_config.graph.other_formats import ORIGINAL, names_gguf, other_format
 from devmap_config.libraries.messages import without_retries
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ CONNECTION_TIMEOUT_SECONDS = 5
 
 
 class ModelNotFoundError(Exception):
-    """No config was found; the text says where was looked."""
+    """No config was found; the text says where was looked, `help` what to do where that is known."""
+
+    def __init__(self, message: str, help: str | None = None) -> None:
+        super().__init__(message)
+        self.help = help
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,8 @@ def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
         ModelNotFoundError: where there is no readable config.
         CheckpointError: where there are weights that cannot be loaded.
     """
+    if (other := other_format(path, within)) is not None:
+        raise ModelNotFoundError(other.message, other.help)
     if is_folder(path):
         config = _read_config(path / "config.json", within)
         checkpoint = read_checkpoint(path, config, within)
@@ -238,10 +245,12 @@ def hub_source(
             path = Path(hf_hub_download(repository, "config.json", revision=wanted, **had_by))
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
-            f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached"
+            f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached",
+            ORIGINAL if names_gguf(repository) else None,
         ) from error
     except EntryNotFoundError as error:
-        raise ModelNotFoundError(f"`{repository}` on the hub has no config.json") from error
+        help = f"if it holds an adapter or GGUF files, {ORIGINAL}"
+        raise ModelNotFoundError(f"`{repository}` on the hub has no config.json", help) from error
     except Exception as error:  # what the hub client raises has many types and no common one
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         message = f"`{repository}` is neither a local path nor to be had from the hub: {first_line.rstrip('.')}"
@@ -320,8 +329,10 @@ def _read_config(path: Path, within: Boundary | None = None) -> Mapping[str, Any
     try:
         config = read_json(path, CONFIG, within)
     except FileError as error:
-        missing = f"there is no `{path.name}` in `{path.parent.name}`"
-        raise ModelNotFoundError(missing if error.is_absent else f"`{path.name}` {error}") from error
+        if error.is_absent:
+            help = "name a folder with a model's `config.json`, as `save_pretrained` writes it"
+            raise ModelNotFoundError(f"there is no `{path.name}` in `{path.parent.name}`", help) from error
+        raise ModelNotFoundError(f"`{path.name}` {error}", error.help) from error
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"`{path.name}` is not a config: it holds no JSON object")
     return config

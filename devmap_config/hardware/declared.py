@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from devmap_config.amounts import format_bytes
+from devmap_config.amounts import KIBIBYTE, MEBIBYTE, format_bytes
 from devmap_config.devices import Device, nth_accelerator
 from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
 from devmap_config.hardware.inventory import Inventory, InventoryDevice
 from devmap_config.hardware.links import links_between
-from devmap_config.profile.document import MappingNode, is_null
+from devmap_config.profile.document import MappingNode, ScalarNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
+from devmap_config.profile.writing import device_text
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
@@ -91,6 +92,7 @@ def _device(
 
 def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerator | None, sink: Sink) -> int | None:
     memory = section.memory.value
+    _warn_of_few_bytes(section.memory, str(device), sink)
     if accelerator is not None:
         memory_bytes = accelerator.memory_bytes if memory is None else _absolute(memory, accelerator.memory_bytes)
         if memory_bytes > accelerator.most_memory_bytes:
@@ -99,7 +101,8 @@ def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerat
                 f"{device} is given {format_bytes(memory_bytes)},"
                 f" and a {accelerator.name} has {format_bytes(accelerator.most_memory_bytes)}",
                 section.memory.span,
-                help="lower it, or name another accelerator; without `memory` the catalogue's is taken",
+                help=f"lower it, or leave it out; a card that was modified is described by itself:"
+                f" `{device}: {_as_modified(section, accelerator)}`, and its links",
             )
         return memory_bytes
     if isinstance(memory, Share):
@@ -119,6 +122,19 @@ def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerat
             + (", or an accelerator that `devmap hardware` lists" if device.is_accelerator else ""),
         )
     return memory
+
+
+def _as_modified(section: DeviceSection, accelerator: Accelerator) -> str:
+    """Return the description of a card that has more memory than its kind, with the rest as it has it."""
+    described = section.changed(
+        accelerator=None,
+        overhead=accelerator.overhead_bytes,
+        slack=accelerator.slack,
+        bandwidth=accelerator.memory_bandwidth_bytes_per_second,
+        flops=accelerator.dense_bf16_flops_per_second,
+        efficiency=accelerator.memory_efficiency,
+    )
+    return device_text(described)
 
 
 def _usual(accelerator: Accelerator | None) -> Usual:
@@ -171,6 +187,19 @@ def _as_memory(text: str) -> str | None:
     return text
 
 
+def _warn_of_few_bytes(memory: Located[Any], whose: str, sink: Sink) -> None:
+    """Warn of a bare number that is so small that no bytes are meant by it."""
+    node = memory.place.node
+    if isinstance(node, ScalarNode) and node.text.isdigit() and 0 < int(node.text) < MEBIBYTE:
+        unit = "GiB" if int(node.text) < KIBIBYTE else "MiB"
+        sink.warning(
+            "few-bytes",
+            f"without a unit, {int(node.text):,} of {whose} are bytes",
+            memory.span,
+            help=f"write `{node.text}{unit}`, if that is meant; else `{node.text}B`",
+        )
+
+
 def _check_kinds(devices: tuple[Device, ...], loaded: LoadedProfile, sink: Sink) -> None:
     kinds = {device.kind: device for device in reversed(devices) if device.is_accelerator}
     if len(kinds) > 1:
@@ -187,6 +216,7 @@ def _check_kinds(devices: tuple[Device, ...], loaded: LoadedProfile, sink: Sink)
 def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
     known = declared_devices(loaded)
     for device, cap in loaded.profile.placement.max_memory.items():
+        _warn_of_few_bytes(cap, f"{device}'s cap", sink)
         if device not in known and loaded.knows_devices:
             sink.error(
                 "unknown-device",

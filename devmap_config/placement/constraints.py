@@ -166,17 +166,22 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
         return Aim(phases=(), inventory=inventory)
     hardware = loaded.profile.hardware
     for device, figure, example in missing:
+        source = (
+            "name an `accelerator` of the catalogue" if device.is_accelerator else "what `devmap probe --measure` finds"
+        )
         sink.error(
             "missing-figure",
             f"`{strategy}` compares times, and {figure} is not known",
             hardware.device_span(device),
-            help=f"write {example}, or name an `accelerator` of the catalogue",
+            help=f"write {example}, or {source}",
         )
     return None if missing else Aim(phases=phases, inventory=inventory)
 
 
-def _computing(inventory: Inventory) -> tuple[InventoryDevice, ...]:
-    return inventory.accelerators or tuple(device for device in inventory.devices if device.id == CPU)
+def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDevice, ...]:
+    """The devices that compute; nothing where accelerators may be among what is wrongly listed."""
+    cpu = tuple(device for device in inventory.devices if device.id == CPU and loaded.knows_devices)
+    return inventory.accelerators or cpu
 
 
 def _missing_rates(
@@ -186,20 +191,22 @@ def _missing_rates(
 
     `apart` is where rules let something compute: on the CPU beside accelerators.
     """
-    computing = _computing(inventory)
+    computing = _computing(inventory, loaded)
     for device in inventory.devices:
         if device not in computing and device.id not in apart:
             continue
         doubtful = loaded.profile.hardware.devices.value[device.id].doubtful
         if device.bandwidth_bytes_per_second is None and not doubtful & {"accelerator", "bandwidth"}:
-            yield device.id, f"the bandwidth of {device.id}", f"`{device.id}: {{bandwidth: 1000GB/s}}`"
+            example = f"`{device.id}: {{bandwidth: {'50' if device.id == CPU else '1000'}GB/s}}`"
+            yield device.id, f"the bandwidth of {device.id}", example
         if prefills and device.flops_per_second is None and not doubtful & {"accelerator", "flops"}:
-            yield device.id, f"what {device.id} computes", f"`{device.id}: {{flops: 150TFLOP/s}}`"
+            example = f"`{device.id}: {{flops: {'1' if device.id == CPU else '150'}TFLOP/s}}`"
+            yield device.id, f"what {device.id} computes", example
 
 
 def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> Iterator[tuple[Device, str, str]]:
     """The same of the ways to and between them."""
-    computing, hardware = _computing(inventory), loaded.profile.hardware
+    computing, hardware = _computing(inventory, loaded), loaded.profile.hardware
     wrong = [link for link in hardware.links.values() if _has_errors_within(link.key_span, sink)]
     if not computing or wrong or "links" in hardware.doubtful:
         return

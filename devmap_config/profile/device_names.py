@@ -16,6 +16,28 @@ _NAME = re.compile(
 )
 
 
+MEANT = {
+    "gpu": "cuda",
+    "nvidia": "cuda",
+    "amd": "cuda",
+    "rocm": "cuda",
+    "hip": "cuda",
+    "intel": "xpu",
+    "ascend": "npu",
+    "gaudi": "hpu",
+    "metal": "mps",
+    "apple": "mps",
+    "ram": "cpu",
+    "host": "cpu",
+    "ssd": "disk",
+    "nvme": "disk",
+    "hdd": "disk",
+}
+"""Other names of kinds of devices."""
+
+_OTHER = re.compile(r"(?P<kind>[A-Za-z]+)[:_ -]?(?P<index>0|[1-9][0-9]{0,3}|\[[0-9,-]+\])?")
+
+
 class DeviceNameError(ValueError):
     """A text names no device; the message says why, `help` what to write."""
 
@@ -41,16 +63,26 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
     if match is None:
         if text in ACCELERATOR_KINDS:
             raise DeviceNameError(f"`{text}` does not say which one", f"write `{text}:0`")
-        raise DeviceNameError(f"`{text}` is no device", "devices are `cuda:0`, `0`, `cpu`, `disk`")
+        raise DeviceNameError(f"`{text}` is no device", _advice(text))
     kind = match["kind"] or kind
     if kind not in ACCELERATOR_KINDS:
-        raise DeviceNameError(
-            f"`{kind}` is no kind of device", f"kinds are {', '.join(f'`{known}`' for known in ACCELERATOR_KINDS)}"
-        )
+        raise DeviceNameError(f"`{kind}` is no kind of device", _advice(text))
     indices = [int(match["index"])] if match["index"] else _indices(match["items"])
     if kind == "mps" and indices != [0]:
         raise DeviceNameError(f"`{text}` does not exist: a machine has one `mps`", "write `mps`")
     return tuple(nth_accelerator(kind, index) for index in indices)
+
+
+def _advice(text: str) -> str:
+    """Return what a name that is none was most likely meant to be."""
+    other = _OTHER.fullmatch(text)
+    kind = MEANT.get(other["kind"].lower(), other["kind"].lower()) if other else ""
+    if kind in ("cpu", "disk", "mps"):
+        return f"write `{kind}`: a machine has one"
+    if other is not None and kind in ACCELERATOR_KINDS:
+        return f"write `{kind}:{other['index'] or 0}`"
+    kinds = ", ".join(f"`{known}:0`" for known in ACCELERATOR_KINDS if known != "mps")
+    return f"devices are {kinds}, `mps`, `cpu` and `disk`; a number alone is an accelerator's"
 
 
 def device_meant(named: Device | int, kind: str) -> Device:

@@ -12,6 +12,7 @@ from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceEndE
 
 from devmap_config.diagnostics.diagnostic import Related, Span
 from devmap_config.files import LINE_BREAK
+from devmap_config.profile.device_names import kind_of
 from devmap_config.profile.syntax import Source
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...
 def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink) -> None:
     """Report that what a name stands for is given twice."""
     related = (Related(message="first given here", span=earlier.span),)
-    sink.error("duplicate-key", f"`{name}` is given twice", key.span, help="remove one of them", related=related)
+    help = "remove one of them"
+    if kind_of(name) is not None:
+        help += ", or give it a number of its own; equal devices are a range, as `cuda:[0-1]`"
+    sink.error("duplicate-key", f"`{name}` is given twice", key.span, help=help, related=related)
 
 
 def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:

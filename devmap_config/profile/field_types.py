@@ -24,6 +24,7 @@ from devmap_config.profile.quantities import (
     parse_share,
 )
 from devmap_config.profile.refusals import refusal
+from devmap_config.profile.synonyms import quantization_meant
 from devmap_config.quantization.registry import METHODS
 
 if TYPE_CHECKING:
@@ -77,7 +78,11 @@ OneOrMany = Annotated[tuple[Item, ...], _OneOrMany()]
 
 
 def one_of(
-    *choices: str, code: ErrorCode = "wrong-type", message: str = "{{route}} cannot be `{value}`", **context: object
+    *choices: str,
+    code: ErrorCode = "wrong-type",
+    message: str = "{{route}} cannot be `{value}`",
+    meant: Callable[[str], str | None] = lambda _: None,
+    **context: object,
 ) -> Reads:
     """Return the annotation of a text that is one of these.
 
@@ -85,6 +90,7 @@ def one_of(
         choices: the texts.
         code: the code of the diagnostic that says that another one is none of them.
         message: its message, with `{value}` for the other one.
+        meant: what is to be written for a text that is known to mean something else.
         context: further context of that error (`refusal`).
     """
 
@@ -92,9 +98,9 @@ def one_of(
         if isinstance(value, str) and value in choices:
             return str(value)
         close = difflib.get_close_matches(str(value), choices, n=1)
-        meant = f"did you mean `{close[0]}`? " if close else ""
+        guess = f"did you mean `{close[0]}`? " if close else ""
         listed = f"one of {', '.join(f'`{choice}`' for choice in choices)}"
-        raise refusal(code, message.format(value=value), meant + listed, **context)
+        raise refusal(code, message.format(value=value), meant(str(value)) or guess + listed, **context)
 
     return Reads(read, ({"enum": list(choices)},))
 
@@ -157,6 +163,11 @@ def unsupported_version(version: str) -> tuple[str, str]:
     return message, "this devmap-config reads `version: 1`; a newer one may read more"
 
 
+def _quantization_to_write(text: str) -> str | None:
+    line = quantization_meant(text)
+    return None if line is None else f"write `{line}`"
+
+
 def _quantization(value: object) -> object:
     if isinstance(value, dict):
         if "method" not in value:
@@ -193,7 +204,7 @@ DEVICE_KEY_PATTERN = (
 )
 
 BANDWIDTH = _quantity(parse_bandwidth, NUMBER, _matching(rf"^[0-9]+(\.[0-9]+)? ?(({UNITS})/s)?$"))
-QUANTIZATION_METHOD = one_of(*METHODS, key="method")
+QUANTIZATION_METHOD = one_of(*METHODS, meant=_quantization_to_write, key="method")
 QUANTIZATION_SCHEMA = {
     "type": "object",
     "required": ["method"],

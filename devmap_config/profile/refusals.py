@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode
 from devmap_config.profile.located import Written, WrittenMapping
+from devmap_config.profile.synonyms import key_meant, line_for_key, line_for_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,7 +96,7 @@ class Refusals:
         unknown = [key for key in keys if key not in fields]
         for key in unknown:
             self.report("unknown-key", f"unknown key `{key}`{within}", keys[key].span, self.advice_on_key(key, section))
-        meant = {_nearest(key, fields) or key for key in unknown}
+        meant = {key_meant(key, section.__name__, fields) or _nearest(key, fields) or key for key in unknown}
         missing = {key for key, field in fields.items() if field.is_required() and key not in value}
         self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
         may_be_elsewhere = self.is_incomplete and "[" not in place.route  # an item of a list is whole where it stands
@@ -115,12 +116,14 @@ class Refusals:
         fields = fields_by_key(section)
         if key[:3].isdigit():
             return "a `,` separates entries: write large numbers without it"
-        if close := _nearest(key, fields):
+        if close := key_meant(key, section.__name__, fields) or _nearest(key, fields):
             return f"did you mean `{close}`?"
-        for name, owner in fields_by_key(self.root).items() if section is self.root else ():
+        for name, owner in fields_by_key(self.root).items():
             kind = owner.annotation
             if isinstance(kind, type) and issubclass(kind, BaseModel) and key in fields_by_key(kind):
                 return f"it belongs under `{name}`: check the indentation"
+        if line := line_for_key(key, section.__name__):
+            return line
         return f"known here are {', '.join(f'`{name}`' for name in sorted(fields))}"
 
     def refuse(self, error: ValidationError, value: Written, field: FieldInfo | None = None) -> None:
@@ -171,6 +174,11 @@ def _advice_on_type(kind: str, value: Written, field: FieldInfo | None) -> str:
     node, key = value.place.node, value.place.key
     if kind == "int_type" and isinstance(node, ScalarNode) and not node.is_plain and node.text.isdigit():
         return "remove the quotes"
+    wants_mapping = kind in ("model_type", "mapping_type", "dict_type")
+    if wants_mapping and key is not None and isinstance(node, ScalarNode) and node.text:
+        line = line_for_scalar(key.text, node.text)
+        if line is not None:
+            return line
     if field is None or not field.examples or key is None:
         return "`devmap schema` prints what each key takes"
     example = field.examples[0]

@@ -29,6 +29,7 @@ from devmap_config.profile.field_types import (
 from devmap_config.profile.located import Located
 from devmap_config.profile.refusals import refusal
 from devmap_config.profile.section import Each, Section
+from devmap_config.profile.synonyms import dtype_meant
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -59,7 +60,9 @@ class Model(Section):
     )
     """An Auto class or a concrete class of transformers. Without it: the first of the config's `architectures`."""
 
-    dtype: Located[Annotated[str, one_of(*DTYPES)]] = Field(default=Located("auto"), examples=["bfloat16"])
+    dtype: Located[Annotated[str, one_of(*DTYPES, meant=dtype_meant)]] = Field(
+        default=Located("auto"), examples=["bfloat16"]
+    )
     """The dtype in which weights are loaded; `auto` takes the checkpoint's own."""
 
     quantization: Located[Quantization] = Field(

@@ -1,0 +1,110 @@
+"""What other tools call what a profile says: so that a mistake is answered by the line that is to be written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+WORDS = {
+    "Model.source": "path name name_or_path model_name_or_path pretrained_model_name_or_path model_path model_name"
+    " model_id id repo repo_id hub_id checkpoint",
+    "Model.class": "architecture architectures model_class auto_class",
+    "Model.dtype": "torch_dtype precision data_type",
+    "Model.attention": "attn attn_implementation attention_implementation",
+    "Workload.context_length": "context ctx ctx_size n_ctx num_ctx context_size context_window max_context_length"
+    " max_seq_len max_seq_length max_sequence_length max_model_len max_length max_position_embeddings seq_len"
+    " sequence_length",
+    "Workload.batch_size": "batch bs max_batch_size max_num_seqs num_seqs",
+    "Workload.prompt_length": "prompt prefill prefill_length input_length",
+    "Workload.new_tokens": "max_new_tokens max_tokens n_predict output_length",
+    "Workload.cache": "kv_cache cache_implementation",
+    "Hardware.devices": "gpu gpus cards accelerators",
+    "DeviceSection.accelerator": "gpu card name model type",
+    "DeviceSection.memory": "vram ram mem size capacity total_memory",
+    "DeviceSection.bandwidth": "bw speed memory_bandwidth mem_bandwidth",
+    "DeviceSection.flops": "compute tflops",
+    "DeviceSection.reserve": "reserved used free_for_others",
+    "PlacementSection.strategy": "policy mode method",
+    "PlacementSection.pins": "rules overrides pin override_tensor",
+    "PlacementSection.offload": "offload_dir offload_folder",
+    "Offload.folder": "dir directory path offload_folder",
+    "Offload.buffers": "offload_buffers",
+    "Pin.match": "pattern module modules layer layers name path tensor",
+    "Pin.device": "on to target",
+    "Profile.extends": "extend inherits include includes base",
+    "Profile.variables": "vars params parameters",
+}
+"""By what the key is called here, and in which section, what it is called elsewhere."""
+
+LINES = {
+    "load_in_4bit": "write `quantization: {method: bitsandbytes, load_in_4bit: true}` under `model`",
+    "load_in_8bit": "write `quantization: {method: bitsandbytes, load_in_8bit: true}` under `model`",
+    "trust_remote_code": "pass `--trust-remote-code` on the command line: a profile cannot allow it",
+    "n_gpu_layers": 'pin what is to be on the CPU: `pins: [{match: "model.layers.[24-]", device: cpu}]`',
+    "tensor_split": "give each device its memory under `hardware.devices`, or a cap under `placement.max_memory`",
+}
+"""By key, what is to be written in its stead."""
+
+SECTION_KEYS = {"Model": "model", "Workload": "workload", "Hardware": "hardware", "PlacementSection": "placement"}
+
+SHORT = {
+    "model": "model: {{source: {0}}}",
+    "workload": "workload: {{context_length: {0}}}",
+    "hardware": "hardware: {{devices: {{cuda:0: {0}}}}}",
+    "placement": "placement: {{strategy: {0}}}",
+    "offload": "offload: {{folder: {0}}}",
+}
+"""By the key of a section, the section that a scalar in its stead is meant for."""
+
+DTYPES = {
+    "float16": "fp16 f16 half",
+    "bfloat16": "bf16",
+    "float32": "fp32 f32 float full single",
+    "float64": "fp64 f64 double",
+}
+
+FOUR_BIT, EIGHT_BIT = (f"quantization: {{method: bitsandbytes, load_in_{bits}bit: true}}" for bits in (4, 8))
+
+QUANTIZED = {
+    FOUR_BIT: "int4 i4 4bit 4-bit q4 nf4 fp4 uint4 bnb-4bit bnb_4bit bitsandbytes-4bit load_in_4bit 4 q4_k_m q4_0",
+    EIGHT_BIT: "int8 i8 8bit 8-bit q8 uint8 bnb bnb-8bit bnb_8bit bitsandbytes-8bit load_in_8bit 8 q8_0",
+    "quantization: {method: fp8}": "fp8 float8 float8_e4m3fn e4m3",
+}
+
+
+def key_meant(key: str, section: str, fields: Collection[str]) -> str | None:
+    """Return the key of a section that a word stands for, if there is one."""
+    routes = (route.split(".") for route, words in WORDS.items() if key.lower() in words.split())
+    return next((name for owner, name in routes if owner == section and name in fields), None)
+
+
+def line_for_key(key: str, section: str) -> str | None:
+    """Return what is to be written in the stead of a key that means something elsewhere in the profile."""
+    if key.lower() in LINES:
+        return LINES[key.lower()]
+    routes = (route.split(".") for route, words in WORDS.items() if key.lower() in words.split())
+    owner, name = next(((owner, name) for owner, name in routes if owner in SECTION_KEYS), ("", ""))
+    return f"write `{name}` under `{SECTION_KEYS[owner]}`" if owner and owner != section else None
+
+
+def line_for_scalar(key: str, text: str) -> str | None:
+    """Return the section that a scalar was to be short for."""
+    if key == "quantization":
+        return f"write `{quantization_meant(text) or f'quantization: {{method: {text}}}'}`"
+    return f"write `{SHORT[key].format(text)}`" if key in SHORT else None
+
+
+def dtype_meant(text: str) -> str | None:
+    """Return what to write for a dtype by another name, or for what is no dtype but a quantization."""
+    name = next((name for name, words in DTYPES.items() if text.lower() in words.split()), None)
+    if name is not None:
+        return f"write `dtype: {name}`"
+    line = quantization_meant(text)
+    return None if line is None else f"write `{line}` in its stead"
+
+
+def quantization_meant(text: str) -> str | None:
+    """Return the quantization that a text stands for."""
+    return next((line for line, words in QUANTIZED.items() if text.lower() in words.split()), None)
