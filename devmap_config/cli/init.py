@@ -55,13 +55,19 @@ OFFERED = (
 """What is said of the strategies that a user may choose."""
 
 
+class Tokens(click.IntRange):
+    """A number of tokens."""
+
+    name = "number of tokens, such as 8192"
+
+
 @command("init", "table", "json")
 @click.argument("source")
 @click.option("--on", "machine_name", metavar="MACHINE", help=f"{MACHINE_HELP}; else this one.")
 @click.option(
     "--workload",
     "context_length",
-    type=click.IntRange(min=1),
+    type=Tokens(min=1),
     metavar="TOKENS",
     help=f"The context that must fit; else {CONTEXT_LENGTHS[0]:,}, or as much of it as the model takes.",
 )

@@ -47,6 +47,10 @@ def machine_of(name: str) -> Hardware:
 
     if name.endswith((".yaml", ".yml")):
         return _machine_in(Path(name))
+    if Path(name).suffix in (".json", ".toml", ".csv"):
+        raise click.UsageError(
+            f"`{name}` is no machine: a file that describes one is YAML, as `devmap probe` prints it"
+        )
     if "," in name:
         raise click.UsageError(
             f"`{name}` is several machines, and one is wanted: `+` joins the devices of one, as in"

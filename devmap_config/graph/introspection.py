@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -222,7 +223,9 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
 
     found = getattr(transformers, class_name, None)
     if found is None:
-        raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`")
+        close = difflib.get_close_matches(class_name, dir(transformers), n=1)
+        meant = f"; did you mean `{close[0]}`?" if close else ""
+        raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{meant}")
     if not is_auto_class(found):
         return found
     mapping = model_mapping(found)  # the public `from_config` would build, and initialise, the model

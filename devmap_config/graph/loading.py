@@ -13,6 +13,7 @@ from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.model import LoadingFacts
+from devmap_config.graph.other_formats import advice_on_missing
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, listed
 from devmap_config.graph.source import (
     ASSUMED_DTYPE,
@@ -390,7 +391,8 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
                 "model-not-found",
                 f"there is no `{text}`",
                 span,
-                help="paths are relative to the file that writes them; else name a hub id such as `Qwen/Qwen2.5-7B`",
+                help=advice_on_missing(text, path)
+                or "paths are relative to the file that writes them; else name a hub id such as `Qwen/Qwen2.5-7B`",
             )
             return None
         known = lookup.resolved if lookup.resolved is not None and lookup.resolved.holds_for(text, revision) else None
@@ -406,6 +408,7 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
             str(error),
             span,
             help=error.help
+            or advice_on_missing(text, path)
             or f"`{path}` was looked for first; without a network, keep the model's config.json in the repository",
         )
         return None

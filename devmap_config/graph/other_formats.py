@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from devmap_config.files import CONFIG, FileError, exists, is_folder, read_json
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.files import Boundary
+
+HUB_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.\-]+/[\w.\-]+)(?:[/?#].*)?")
 
 ORIGINAL = "name the repository of transformers that it was made from, such as `Qwen/Qwen3-8B`"
 
@@ -29,6 +33,8 @@ def other_format(path: Path, within: Boundary | None = None) -> OtherFormat | No
     """Return what a file or folder without a model's `config.json` is, where it is known."""
     if path.name.lower().endswith(".gguf"):
         return _gguf(path, str(path))
+    if path.name.endswith((".yaml", ".yml")):
+        return OtherFormat(f"`{path.name}` is YAML, and no model", "a profile is compiled by `devmap compile`")
     if not is_folder(path):
         return _weights(path) if path.name.lower().endswith(WEIGHTS) else None
     if exists(path / "config.json"):
@@ -52,6 +58,22 @@ def other_format(path: Path, within: Boundary | None = None) -> OtherFormat | No
             f"name the hub id, or the snapshot: `{snapshots[-1]}`",
         )
     return None
+
+
+def advice_on_missing(text: str, path: Path) -> str | None:
+    """Return what was meant by a source that is not there: a hub's address, a home folder, a name that is misspelt."""
+    if (address := HUB_ADDRESS.fullmatch(text)) is not None:
+        return f"name the hub id: `source: {address['id']}`"
+    if text.startswith("~"):
+        return "write the path out: `~` stands for nothing here"
+    folder = next((parent for parent in path.parents if is_folder(parent)), None)
+    if folder is None or text.count("/") < len(path.relative_to(folder).parts):  # where nothing of it is there
+        return None
+    missing = path.relative_to(folder).parts
+    close = difflib.get_close_matches(missing[0], sorted(os.listdir(folder)), n=1)  # noqa: PTH208
+    if not close:
+        return None
+    return f"did you mean `{'/'.join([*text.split('/')[: -len(missing)], close[0], *missing[1:]])}`?"
 
 
 def names_gguf(repository: str) -> bool:

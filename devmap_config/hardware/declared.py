@@ -92,7 +92,8 @@ def _device(
 
 def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerator | None, sink: Sink) -> int | None:
     memory = section.memory.value
-    _warn_of_few_bytes(section.memory, str(device), sink)
+    if not section.doubtful:
+        _warn_of_few_bytes(section.memory, str(device), sink)
     if accelerator is not None:
         memory_bytes = accelerator.memory_bytes if memory is None else _absolute(memory, accelerator.memory_bytes)
         if memory_bytes > accelerator.most_memory_bytes:
@@ -163,12 +164,16 @@ def _accelerator(device: Device, named: Located[str | None], sink: Sink) -> Acce
         return None
     found, memory = load_catalogue().get(named.value), _as_memory(named.value)
     if not device.is_accelerator:
-        message, help = f"{device} is no accelerator", f"describe it by `{{memory: {memory or '64GiB'}}}`"
+        message, help = f"{device} is no accelerator", f"write `{device}: {{memory: {memory or '64GiB'}}}`"
     elif found is None:
         meant = nearest(named.value)
-        advice = f"did you mean `{meant}`? " if meant else ""
         message = f"the catalogue has no accelerator `{named.value}`"
-        help = f"write `{{memory: {memory}}}`" if memory else f"{advice}`devmap hardware` lists them all"
+        if memory:
+            help = f"write `{device}: {{memory: {memory}}}`"
+        elif meant:
+            help = f"did you mean `{meant}`? `devmap hardware` lists them all"
+        else:
+            help = f"describe it: `{device}: {{memory: 12GiB, bandwidth: 650GB/s, flops: 110TFLOP/s}}`"
     elif found.kind != device.kind:
         message = f"a {found.name} is no {device.kind} device"
         help = f"it is named `{nth_accelerator(found.kind, 0)}`"
@@ -228,6 +233,20 @@ def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
 
 LINKS = ("host", "peer", "disk", "network")
 
+OTHER_LINKS = {
+    "pcie": ["host"],
+    "pci": ["host"],
+    "cpu": ["host"],
+    "nvlink": ["peer"],
+    "p2p": ["peer"],
+    "gpu": ["peer"],
+    "nvme": ["disk"],
+    "ssd": ["disk"],
+    "ethernet": ["network"],
+    "infiniband": ["network"],
+}
+"""By what else a link is called, the link."""
+
 
 def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
     known = {str(device) for device in declared_devices(loaded)}
@@ -235,7 +254,7 @@ def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
         ends = name.split("-")
         if name in LINKS or (len(ends) == 2 and all(end in known or not loaded.knows_devices for end in ends)):
             continue
-        close = difflib.get_close_matches(name, LINKS, n=1)
+        close = OTHER_LINKS.get(name.lower(), []) or difflib.get_close_matches(name, LINKS, n=1)
         listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"
         sink.error(
             "unknown-key",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from devmap_config.devices import nth_accelerator
+from devmap_config.devices import STORAGE_DEVICES, nth_accelerator
 from devmap_config.hardware.catalogue import load_catalogue, nearest
 from devmap_config.profile.quantities import QuantityError, parse_bytes
 from devmap_config.profile.schema import Hardware
@@ -33,6 +33,8 @@ def named_machine(text: str) -> Hardware:
         if stored := STORAGE.fullmatch(part):
             storage[stored["device"]] = {"memory": _memory(stored["memory"])}
             continue
+        if part in map(str, STORAGE_DEVICES):
+            raise UnknownMachineError(f"it does not say how much memory its {part} has: write `{part}:64GiB`")
         match = PART.fullmatch(part)
         if match is None:
             raise UnknownMachineError(
@@ -56,6 +58,8 @@ def _accelerator(text: str) -> tuple[str, dict[str, str]]:
     try:
         return "", {"memory": _memory(text)}
     except UnknownMachineError:
+        if text.isdigit() and len(text) < 4 and nearest(text) is None:
+            raise UnknownMachineError(f"`{text}` has no unit: write `{text}GiB`") from None
         meant = nearest(text)
         advice = f"did you mean `{meant}`?" if meant else "`devmap hardware` lists them"
         raise UnknownMachineError(f"the catalogue has no accelerator `{text}`; {advice}") from None

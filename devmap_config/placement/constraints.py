@@ -179,9 +179,10 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
 
 
 def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDevice, ...]:
-    """The devices that compute; nothing where accelerators may be among what is wrongly listed."""
-    cpu = tuple(device for device in inventory.devices if device.id == CPU and loaded.knows_devices)
-    return inventory.accelerators or cpu
+    """The devices that compute; nothing where accelerators are, or may be, among what is wrongly listed."""
+    if not loaded.knows_devices or any(device.is_accelerator for device in loaded.profile.hardware.devices.value):
+        return inventory.accelerators
+    return tuple(device for device in inventory.devices if device.id == CPU)
 
 
 def _missing_rates(

@@ -35,6 +35,8 @@ MEANT = {
 }
 """Other names of kinds of devices."""
 
+_RANGE = re.compile(r"(?P<kind>[A-Za-z]+)[:_ -]?\[?(?P<first>[0-9]{1,4})[-:,](?P<last>[0-9]{1,4})\]?")
+
 _OTHER = re.compile(r"(?P<kind>[A-Za-z]+)[:_ -]?(?P<index>0|[1-9][0-9]{0,3}|\[[0-9,-]+\])?")
 
 
@@ -62,7 +64,7 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
     match = _NAME.fullmatch(text)
     if match is None:
         if text in ACCELERATOR_KINDS:
-            raise DeviceNameError(f"`{text}` does not say which one", f"write `{text}:0`")
+            raise DeviceNameError(f"`{text}` does not say which one", f'write `{text}:0`, or `"{text}:[0-1]"` for two')
         raise DeviceNameError(f"`{text}` is no device", _advice(text))
     kind = match["kind"] or kind
     if kind not in ACCELERATOR_KINDS:
@@ -75,6 +77,8 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
 
 def _advice(text: str) -> str:
     """Return what a name that is none was most likely meant to be."""
+    if (several := _RANGE.fullmatch(text)) and (kind := MEANT.get(several["kind"].lower(), several["kind"].lower())):
+        return f'write `"{kind}:[{several["first"]}-{several["last"]}]"`'
     other = _OTHER.fullmatch(text)
     kind = MEANT.get(other["kind"].lower(), other["kind"].lower()) if other else ""
     if kind in ("cpu", "disk", "mps"):

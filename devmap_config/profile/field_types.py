@@ -105,9 +105,9 @@ def one_of(
     return Reads(read, ({"enum": list(choices)},))
 
 
-def one_of_or_repository(*choices: str) -> Reads:
+def one_of_or_repository(*choices: str, meant: Callable[[str], str | None]) -> Reads:
     """Return the annotation of a text that is one of these, or names a repository of the hub (`owner/name`)."""
-    named = one_of(*choices)
+    named = one_of(*choices, meant=meant)
     return Reads(
         lambda value: str(value) if isinstance(value, str) and "/" in value else named.read(value),
         (*named.schemas, {"type": "string", "pattern": "/"}),

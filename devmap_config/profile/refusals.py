@@ -118,12 +118,12 @@ class Refusals:
             return "a `,` separates entries: write large numbers without it"
         if close := key_meant(key, section.__name__, fields) or _nearest(key, fields):
             return f"did you mean `{close}`?"
+        if line := line_for_key(key, section.__name__):
+            return line
         for name, owner in fields_by_key(self.root).items():
             kind = owner.annotation
             if isinstance(kind, type) and issubclass(kind, BaseModel) and key in fields_by_key(kind):
                 return f"it belongs under `{name}`: check the indentation"
-        if line := line_for_key(key, section.__name__):
-            return line
         return f"known here are {', '.join(f'`{name}`' for name in sorted(fields))}"
 
     def refuse(self, error: ValidationError, value: Written, field: FieldInfo | None = None) -> None:

@@ -29,7 +29,7 @@ from devmap_config.profile.field_types import (
 from devmap_config.profile.located import Located
 from devmap_config.profile.refusals import refusal
 from devmap_config.profile.section import Each, Section
-from devmap_config.profile.synonyms import dtype_meant
+from devmap_config.profile.synonyms import attention_meant, dtype_meant
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -70,7 +70,7 @@ class Model(Section):
     )
     """`method` and the arguments of transformers' quantization config of that method."""
 
-    attention: Annotated[str, one_of_or_repository(*ATTENTIONS)] = Field(
+    attention: Annotated[str, one_of_or_repository(*ATTENTIONS, meant=attention_meant)] = Field(
         default="sdpa", examples=["sdpa", "eager", "flash_attention_2"]
     )
     """transformers' `attn_implementation`."""

@@ -39,6 +39,8 @@ WORDS = {
 """By what the key is called here, and in which section, what it is called elsewhere."""
 
 LINES = {
+    "device_map": "write `placement: {strategy: auto}`, or `placement: {strategy: manual, device_map: …}` for a map"
+    " of your own",
     "load_in_4bit": "write `quantization: {method: bitsandbytes, load_in_4bit: true}` under `model`",
     "load_in_8bit": "write `quantization: {method: bitsandbytes, load_in_8bit: true}` under `model`",
     "trust_remote_code": "pass `--trust-remote-code` on the command line: a profile cannot allow it",
@@ -91,6 +93,8 @@ def line_for_key(key: str, section: str) -> str | None:
 
 def line_for_scalar(key: str, text: str) -> str | None:
     """Return the section that a scalar was to be short for."""
+    if key == "device_map":
+        return f"write `strategy: {text}` in its stead"
     if key == "quantization":
         return f"write `{quantization_meant(text) or f'quantization: {{method: {text}}}'}`"
     return f"write `{SHORT[key].format(text)}`" if key in SHORT else None
@@ -103,6 +107,14 @@ def dtype_meant(text: str) -> str | None:
         return f"write `dtype: {name}`"
     line = quantization_meant(text)
     return None if line is None else f"write `{line}` in its stead"
+
+
+def attention_meant(text: str) -> str | None:
+    """Return what to write for an implementation of attention by another name."""
+    letters = text.lower().replace("-", "").replace("_", "")
+    return (
+        "write `attention: flash_attention_2`" if letters in ("flash", "flashattn", "flashattention", "fa2") else None
+    )
 
 
 def quantization_meant(text: str) -> str | None:

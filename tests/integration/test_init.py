@@ -97,11 +97,14 @@ hardware:
         (("llama", "--on", "rtx4090"), "did you mean `rtx-4090`?"),
         (("llama", "--on", "2xrtx-4090,cpu:64GiB"), "as in `2xrtx-4090+cpu:64GiB`"),
         (("unknown", "--on", "l4"), "unsupported-model"),
+        (("llama", "--on", "l4", "--workload", "8k"), "is not a valid number of tokens, such as 8192"),
+        (("first.yaml", "--on", "l4"), "`first.yaml` is YAML, and no model"),
         (("nameless", "--on", "l4"), "name it: `class: AutoModelForCausalLM`"),
         (("llama", "--on", "300KiB", "--strategy", "single"), "cuda:0 would hold"),
     ],
 )
 def test_says_what_is_wrong(workspace, arguments, message):
+    Path("first.yaml").write_text("version: 1\n")
     done = run("init", *arguments)
     assert done.return_value != 0
     assert message in said(done)
