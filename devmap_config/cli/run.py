@@ -106,7 +106,7 @@ def _failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterat
 
 def _review(deployment: Deployment, sink: Sink, options: ProfileOptions, *, asks_machine: bool) -> None:
     """Report what is to be known before a model is loaded."""
-    from devmap_config.runner.receipts import NEVER_RUN, runs_untried
+    from devmap_config.runner.receipts import never_seen
     from devmap_config.runner.runner import require_fit_machine
 
     for finding in deployment.compiled.diagnostics:
@@ -116,10 +116,10 @@ def _review(deployment: Deployment, sink: Sink, options: ProfileOptions, *, asks
         sink.warning("unexpected-tensors", f"the checkpoint holds more than is loaded: {deployment.left_out}")
     for finding in require_fit_machine(deployment) if asks_machine else ():
         sink.report(finding)
-    if runs_untried(deployment.plan):
-        sink.warning("never-on-cards", NEVER_RUN)
+    if (untried := never_seen(deployment.plan)) is not None:
+        sink.warning("never-on-cards", untried)
         if options.shows_tables:  # before anything is loaded, in a line of its own
-            click.echo(NEVER_RUN, err=True)
+            click.echo(untried, err=True)
 
 
 def _to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:

@@ -332,8 +332,8 @@ def test_devmap_run_speaks():
     assert done.return_value == 0
     assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
     assert done.stderr.splitlines()[0] == (
-        "devmap-config has never been run on real cards: what is said of this one rests on simulation and on what the"
-        " libraries document"
+        "devmap-config has never been run on real npu devices: what is said of this one rests on simulation and on what"
+        " the libraries document"
     )
     arguments = ["profile.yaml", "--no-generate", "--format", "json"]
     done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
@@ -350,16 +350,26 @@ def test_devmap_run_warns_of_nothing_that_the_plan_answers():
     assert [each["code"] for each in json.loads(done.stdout)["diagnostics"]] == ["never-on-cards"]
 
 
-def test_a_receipt_of_a_card_takes_back_that_none_was_ever_run_on(monkeypatch, tmp_path):
+def test_a_receipt_takes_back_that_none_was_ever_run_on_so_many_such_cards(monkeypatch, tmp_path):
     save(LLAMA)
     load('match: "model.layers.4", device: npu:1')
+    plan = compile_profile("profile.yaml")
     monkeypatch.setattr(receipts, "FOLDER", tmp_path / "receipts")
     (tmp_path / "receipts").mkdir()
-    (tmp_path / "receipts" / "laptop.json").write_text('{"devices": ["cpu", "disk"]}')
-    plan = compile_profile("profile.yaml")
-    assert receipts.runs_untried(plan)
-    (tmp_path / "receipts" / "card.json").write_text('{"devices": ["cuda:0", "cpu"]}')
-    assert not receipts.runs_untried(plan)
+
+    def said_with(name, devices):
+        (tmp_path / "receipts" / name).write_text(json.dumps({"devices": devices}))
+        return receipts.never_seen(plan)
+
+    rests_on = "rests on simulation and on what the libraries document"
+    never_at_all = f"devmap-config has never been run on real cards: what is said of this one {rests_on}"
+    assert receipts.never_seen(plan) == never_at_all
+    assert said_with("laptop.json", {"cpu": "cpu"}) == never_at_all
+    others = f"devmap-config has never been run on real npu devices: what is said of this one {rests_on}"
+    assert said_with("card.json", {"cuda:0": "NVIDIA H100"}) == others
+    fewer = "devmap-config was run on 1 real npu card at once (an NPU), never on 2: what is said of several "
+    assert said_with("one.json", {"npu:3": "an NPU", "cpu": "cpu"}) == fewer + rests_on
+    assert said_with("two.json", {"npu:0": "an NPU", "npu:1": "an NPU"}) is None
 
 
 def test_the_probe_sees_and_measures_the_cards(monkeypatch):
