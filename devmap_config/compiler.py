@@ -13,7 +13,7 @@ from devmap_config.graph.loading import Lookup, load_model_graph, report_failure
 from devmap_config.hardware.declared import build_inventory, declared_devices
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried
-from devmap_config.placement.compatibility import check_checkpoint, check_dtype
+from devmap_config.placement.compatibility import check_checkpoint, check_compute_dtype, check_dtype
 from devmap_config.placement.constraints import build_problem
 from devmap_config.placement.prepared import Prepared
 from devmap_config.plan.drift import Drift, Held, report_moved_figures, reuse_locked_plan
@@ -231,6 +231,7 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
     prepared = Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
     check_dtype(prepared, sink)
+    check_compute_dtype(prepared, sink)
     return prepared
 
 

@@ -90,6 +90,7 @@ AlwaysError = Literal[
 
 AlwaysWarning = Literal[
     "another-card",
+    "computes-in-float32",
     "few-bytes",
     "figures-moved",
     "guessed-order",

@@ -95,9 +95,23 @@ def build_graph(
     with code_of_models(allowed=trust_remote_code):
         measurement = _measured(model, graph, workload)
     if converted and quantization is not None:
-        dense_bytes = {name: graph.tensors[TensorName(name)].element_count * model.dtype.itemsize for name in converted}
-        measurement = quantized(measurement, graph, dense_bytes, dequantizes=quantization.method.dequantizes)
+        elements = {name: graph.tensors[TensorName(name)].element_count for name in converted}
+        dense_bytes = {name: count * model.dtype.itemsize for name, count in elements.items()}
+        copy_itemsize = _copy_itemsize(quantization, model.dtype)
+        copy_bytes = {name: count * copy_itemsize for name, count in elements.items()}
+        measurement = quantized(measurement, graph, dense_bytes, copy_bytes)
     return replace(graph, measurement=measurement)
+
+
+def _copy_itemsize(quantization: Quantization, dtype: torch.dtype) -> int:
+    """Bytes of an element of the copy that a module makes of its quantised weight to compute; 0 where it makes none."""
+    import torch
+
+    if not quantization.method.dequantizes:
+        return 0
+    computes_in = quantization.computes_in
+    found: torch.dtype = dtype if computes_in is None else getattr(torch, computes_in)
+    return int(found.itemsize)
 
 
 def meta_model(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def quantized(
-    measurement: Measurement, graph: ModelGraph, dense_bytes: Mapping[str, int], *, dequantizes: bool
+    measurement: Measurement, graph: ModelGraph, dense_bytes: Mapping[str, int], copy_bytes: Mapping[str, int]
 ) -> Measurement:
     """Return what was measured with dense weights as it is with those that the graph holds.
 
@@ -23,33 +23,35 @@ def quantized(
         measurement: of the model before quantization.
         graph: with sizes after it.
         dense_bytes: what each converted tensor takes in the dtype of the activations.
-        dequantizes: whether that much lives besides while its module runs.
+        copy_bytes: what lives besides, of each of these, while its module runs.
     """
     dense: dict[str, int] = {}
     held: dict[str, int] = {}
     copied: dict[str, int] = {}
+    written: dict[str, int] = {}
     for name, size_bytes in dense_bytes.items():
         module = name.rpartition(".")[0]
         dense[module] = dense.get(module, 0) + size_bytes
         held[module] = held.get(module, 0) + graph.tensors[TensorName(name)].size_bytes
-        for path in (module, *ancestors(module)) if dequantizes else ():
-            copied[path] = max(copied.get(path, 0), size_bytes)
+        written[module] = written.get(module, 0) + copy_bytes.get(name, 0)
+        for path in (module, *ancestors(module)):
+            copied[path] = max(copied.get(path, 0), copy_bytes.get(name, 0))
 
     def stored(cost: ModuleCost) -> ModuleCost:
-        copy_bytes = copied.get(cost.path, 0)
+        copied_bytes = copied.get(cost.path, 0)
         peaks = {
-            figure: getattr(cost, figure) + copy_bytes
+            figure: getattr(cost, figure) + copied_bytes
             for figure in ("prefill_peak_bytes", "decode_peak_bytes", "doubled_peak_bytes")
         }
         if cost.path not in dense:
             return replace(cost, **peaks)
         before, after = dense[cost.path], held[cost.path]
-        written_bytes = 2 * before if dequantizes else 0  # and read again
+        written_bytes = 2 * written.get(cost.path, 0)  # and read again
         return replace(
             cost,
             **peaks,
-            own_peak_bytes=cost.own_peak_bytes + copy_bytes,
-            doubled_own_peak_bytes=cost.doubled_own_peak_bytes + copy_bytes,
+            own_peak_bytes=cost.own_peak_bytes + copied_bytes,
+            doubled_own_peak_bytes=cost.doubled_own_peak_bytes + copied_bytes,
             prefill_touched_bytes=max(cost.prefill_touched_bytes - before, 0) + after + written_bytes,
             # One token reads little but weights, of experts only the active ones.
             decode_touched_bytes=cost.decode_touched_bytes * after // before,

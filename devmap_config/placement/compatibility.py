@@ -45,6 +45,22 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
         )
 
 
+def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
+    """Report a quantizer that computes in float32 what is a model of another dtype, unless it was asked to."""
+    model, wanted = prepared.model, prepared.loaded.profile.model.quantization
+    if model.quantization is None or model.quantization.computes_in != "float32" or model.dtype == "float32":
+        return
+    if "bnb_4bit_compute_dtype" in model.quantization.arguments:
+        return
+    sink.warning(
+        "computes-in-float32",
+        f"{model.quantization} computes in float32, though the model is in {model.dtype}: more slowly, and with a copy"
+        " of each weight that is twice as large while it is used",
+        wanted.span,
+        help=f"say `bnb_4bit_compute_dtype: {model.dtype}`; or `float32`, if that is meant",
+    )
+
+
 def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: Sink) -> None:
     """Report devices of a map, by its keys, onto which the model's quantizer refuses to load."""
     quantization = prepared.model.quantization

@@ -73,7 +73,8 @@ class Method:
         format: how weights are stored; `None` where the arguments leave it open, or are not known here.
         converts: yields the names of the tensors that are converted, of a model on the meta device.
         details: the arguments in a few words, as in the heading of a plan.
-        dequantizes: whether a full copy of a weight, in the dtype of the activations, may live while its module runs.
+        dequantizes: whether a full copy of a weight, in the dtype that its module computes in, may live while it runs.
+        computes_in: torch's name of that dtype, where it is not the activations'.
         source: where `dequantizes` is from.
         refusal: what the quantizer does not load onto.
         lowers_budgets: whether the quantizer's `adjust_max_memory` takes a tenth off every budget of the planner.
@@ -89,6 +90,7 @@ class Method:
     converts: Callable[[PreTrainedModel, Arguments], Weights] = linear_weights
     details: Callable[[Arguments], str] = lambda _: ""
     dequantizes: bool = False
+    computes_in: Callable[[Arguments], str | None] = lambda _: None
     source: str = ""
     refusal: Refusal = Refusal()
     lowers_budgets: bool = False
@@ -124,6 +126,11 @@ class Quantization:
         """
         with reported_as_error(self.method.name):
             return self.method.format(self)
+
+    @property
+    def computes_in(self) -> str | None:
+        """torch's name of the dtype that converted modules compute in, where that is not the activations'."""
+        return self.method.computes_in(self.arguments)
 
     def __str__(self) -> str:
         """In a few words, as in the heading of a plan: `gptq 4 bit`, `bitsandbytes nf4 4 bit`."""

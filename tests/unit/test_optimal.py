@@ -193,7 +193,8 @@ def test_every_way_out_of_a_quantizer_that_refuses_the_cpu_compiles(workspace):
         pins="",
         workload="",
     )
-    text = text.replace("source: llama", "source: llama, quantization: {method: bitsandbytes, load_in_4bit: true}")
+    quantization = "{method: bitsandbytes, load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16}"
+    text = text.replace("source: llama", f"source: llama, quantization: {quantization}")
     Path("profile.yaml").write_text(text)
     (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     assert "bitsandbytes loads nothing onto cpu" in finding.message

@@ -247,7 +247,11 @@ def test_users_are_told_that_buffers_are_offloaded(big):
 def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     big()
     compilation = compiled(FASTEST_IN_4_BIT)
-    assert [each.code for each in compilation.diagnostics] == []
+    (warning,) = compilation.diagnostics
+    assert (warning.code, warning.help) == (
+        "computes-in-float32",
+        "say `bnb_4bit_compute_dtype: float16`; or `float32`, if that is meant",
+    )
     plan, graph = compilation.plan, compilation.model.graph
     layers = {str(each.location.stored_on): each for each in plan.assignments if each.unit.startswith("model.layers.")}
     on_card = [
@@ -263,7 +267,19 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     assert 0.16 * GIB < layer_bytes["cuda:0"] < 0.17 * GIB
     assert layer_bytes["cpu"] == 2 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120)
     heading = next(plan_lines(compilation, 140)).plain
-    assert "bitsandbytes fp4 4 bit (what is on the CPU stays in float16: 13.2 GiB in all)" in heading
+    assert "bitsandbytes fp4 4 bit (what is on the CPU stays in float16: 13.6 GiB in all)" in heading
+
+
+def test_a_copy_of_a_weight_that_is_computed_with_takes_room_as_the_dtype_does(big):
+    big()
+
+    def active_bytes(computes_in):
+        said = f"load_in_4bit: true, bnb_4bit_compute_dtype: {computes_in}"
+        compilation = compiled(FASTEST_IN_4_BIT.replace("load_in_4bit: true", said))
+        assert compilation.diagnostics == ()
+        return next(use.activation_bytes for use in compilation.plan.devices if str(use.id) == "cuda:0")
+
+    assert active_bytes("float32") - active_bytes("float16") == 2 * 5120 * 13824
 
 
 def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):

@@ -29,6 +29,8 @@ NESTED_CODE_BYTES = 256 * 4 + 4
 STORAGE_ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
 """What 4 bits may be packed into (`bnb_4bit_quant_storage`)."""
 
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+
 ACCEPT_OFFLOADING = "llm_int8_enable_fp32_cpu_offload"
 
 
@@ -53,6 +55,10 @@ def _format(quantization: Quantization) -> Format | None:
     kind = arguments.get("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise QuantizationError(f"`{kind}` is no type of bitsandbytes", "say `bnb_4bit_quant_type: nf4`, or `fp4`")
+    if (computes_in := _computes_in(arguments)) not in COMPUTE_DTYPES:
+        raise QuantizationError(
+            f"bitsandbytes does not compute in `{computes_in}`", f"say one of {', '.join(COMPUTE_DTYPES)}"
+        )
     dtype = str(arguments.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     item_bytes = STORAGE_ITEM_BYTES.get(dtype)
     if item_bytes is None:
@@ -72,12 +78,20 @@ def _details(arguments: Arguments) -> str:
     return f"{arguments.get('bnb_4bit_quant_type', 'fp4')} 4 bit" if arguments.get("load_in_4bit") else "8 bit"
 
 
+def _computes_in(arguments: Arguments) -> str | None:
+    """transformers gives `Linear4bit` this dtype, to which inputs and weights are cast; without it, float32."""
+    if not arguments.get("load_in_4bit"):
+        return None
+    return str(arguments.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+
+
 METHOD = Method(
     name="bitsandbytes",
     format=_format,
     converts=partial(linear_weights, is_converted=is_plain_linear, skips="llm_int8_skip_modules"),
     details=_details,
     dequantizes=True,
+    computes_in=_computes_in,
     source="4 bit: bitsandbytes' `gemm_4bit` beyond a few tokens; 8 bit multiplies in int8 and does not",
     # transformers 5.24, `quantizers/quantizer_bnb_4bit.py` and `…_bnb_8bit.py`, `validate_environment`
     refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True, unless=ACCEPT_OFFLOADING),
