@@ -37,6 +37,15 @@ def largest_unit(amount: int, units: Units = BYTE_UNITS) -> tuple[int, str]:
     return next((unit for unit in units if abs(amount) >= unit[0]), units[-1])
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "tensor"), counted(1_200, "tensor")
+    ('1 tensor', '1,200 tensors')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(size_bytes: int) -> str:
     """Return bytes in the largest unit of which there is one.
 

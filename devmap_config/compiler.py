@@ -28,6 +28,7 @@ from devmap_config.profile.variables import texts_of
 from devmap_config.rules.resolution import resolve
 from devmap_config.rules.rule import rules_of
 from devmap_config.simulate.rehearsal import Rehearsal, rehearse
+from devmap_config.stages import begin
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -225,7 +226,9 @@ def _load(request: Request, sink: Sink) -> LoadedProfile | None:
 def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, sink: Sink) -> Prepared | None:
     inventory = build_inventory(loaded, sink)
     rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
-    model = model or load_model_graph(loaded, lookup, sink)
+    if model is None:
+        begin("read", f"reading {loaded.profile.model.source.value}")
+        model = load_model_graph(loaded, lookup, sink)
     if model is None:
         return None
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)

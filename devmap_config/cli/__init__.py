@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+class Commands(click.Group):
+    """Commands whose help is listed whole."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the first sentence of each command's help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, made.get_short_help_str(limit=500)) for name, made in self.commands.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
 @click.version_option(package_name="devmap-config", prog_name="devmap")
 def devmap() -> None:
     """A compiler for model placement: YAML profiles to verified device maps."""

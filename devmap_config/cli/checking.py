@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from devmap_config.cli.progress import progress
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from devmap_config.cli.command import ProfileOptions
@@ -52,22 +55,36 @@ def check_all(profiles: Sequence[Path], options: ProfileOptions, *, proves: bool
 
     Processes, since it is Python that takes the time: threads would wait for each other.
     """
-    workers = min(_cores(), MAX_PROCESSES, len(profiles) // WORTH_A_PROCESS)
-    if workers <= 1:
-        return [check_one(profile, options, proves=proves) for profile in profiles]
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from importlib import import_module
+    results = []
+    with progress(len(profiles), quiet=options.quiet, spins=False) as begin:
+        begin(str(profiles[0]))
+        for checked in _each_checked(profiles, partial(check_one, options=options, proves=proves)):
+            begin(str(checked.profile))
+            results.append(checked)
+    return results
 
-    import_module("devmap_config.locked")  # once: a fork has it
-    # No thread runs here and no accelerator is in use yet, which is what makes forking safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context) as executor:
-            return list(executor.map(partial(check_one, options=options, proves=proves), profiles))
-    except (OSError, ImportError, BrokenProcessPool):  # no semaphores here, or too little memory for more than one
-        return [check_one(profile, options, proves=proves) for profile in profiles]
+
+def _each_checked(profiles: Sequence[Path], check: Callable[[Path], Checked]) -> Iterator[Checked]:
+    workers = min(_cores(), MAX_PROCESSES, len(profiles) // WORTH_A_PROCESS)
+    done = 0
+    if workers > 1:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
+        from importlib import import_module
+
+        import_module("devmap_config.locked")  # once: a fork has it
+        # No thread runs here and no accelerator is in use yet, which is what makes forking safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        # Without semaphores, or with too little memory for more processes than one, this one checks what is left.
+        with (
+            suppress(OSError, ImportError, BrokenProcessPool),
+            ProcessPoolExecutor(workers, mp_context=context) as pool,
+        ):
+            for checked in pool.map(check, profiles):
+                yield checked
+                done += 1
+    yield from map(check, profiles[done:])
 
 
 def check_one(profile: Path, options: ProfileOptions, *, proves: bool = False) -> Checked:

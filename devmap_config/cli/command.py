@@ -17,7 +17,9 @@ from devmap_config.cli.options import (
     remote_code_option,
     set_option,
     unmeasured_option,
+    verbose_option,
 )
+from devmap_config.cli.progress import stages_shown
 from devmap_config.cli.reporting import report
 from devmap_config.diagnostics.diagnostic import DevmapError, Sink
 from devmap_config.libraries.private import LibraryChangedError
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.cli.options import Decorator
-    from devmap_config.compiler import Compiled, Request
+    from devmap_config.compiler import Compilation, Compiled, Request
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
     Function = Callable[..., ExitCode | None]
@@ -112,15 +114,22 @@ class ProfileOptions:
 
         return Request.for_profile(profile, **self.of_request, **options)
 
+    def run_pipeline(self, profile: Path, **options: Any) -> Compilation:
+        """Run the pipeline on a profile, and show on a terminal how far it is."""
+        from devmap_config.compiler import run_pipeline
+
+        with stages_shown(quiet=self.quiet):
+            return run_pipeline(self.request(profile, **options))
+
     def compile(self, profile: Path, **options: Any) -> Compiled:
         """Run the pipeline on a profile.
 
         Raises:
             CommandError: where the profile is wrong or cannot be satisfied.
         """
-        from devmap_config.compiler import Rejected, run_pipeline
+        from devmap_config.compiler import Rejected
 
-        compilation = run_pipeline(self.request(profile, **options))
+        compilation = self.run_pipeline(profile, **options)
         if isinstance(compilation, Rejected):
             raise CommandError(compilation.diagnostics, compilation.texts)
         return compilation
@@ -138,7 +147,7 @@ def profile_command(name: str, *formats: str, argument: Decorator = profile_argu
         formats: those of `--format`, the default first; none where it has no such option.
         argument: what the command has in place of PROFILE, which may be named by its lock.
     """
-    shared = (set_option, quiet_option, outside_option, remote_code_option, unmeasured_option)
+    shared = (set_option, quiet_option, verbose_option, outside_option, remote_code_option, unmeasured_option)
 
     def decorate(function: Function) -> Command:
         @wraps(function)

@@ -33,13 +33,15 @@ def diff(
     Each is a lock, a profile (its lock, or what it asks for now where that does not hold), or a git revision: the
     other's lock as it was there.
     """
+    from devmap_config.cli.progress import stages_shown
     from devmap_config.cli.reporting import report
     from devmap_config.cli.sides import sides_of
     from devmap_config.plan.diff import difference
     from devmap_config.profile.permissions import Permissions
 
     permissions = Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code)
-    sides = sides_of(before, after, permissions)
+    with stages_shown(quiet=quiet):
+        sides = sides_of(before, after, permissions)
     found = difference(sides[0].plan, sides[1].plan)
     notes = [note for side in sides for note in side.notes]
     if output_format == "json":

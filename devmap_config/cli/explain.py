@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.amounts import format_bytes, format_duration
+from devmap_config.amounts import counted, format_bytes, format_duration
 from devmap_config.cli.command import ProfileOptions, profile_command
 from devmap_config.files import exists
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from devmap_config.compiler import Compiled
+    from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.explanation import Alternative
     from devmap_config.plan.plan import DeviceUse, Plan, Prediction
@@ -98,8 +99,8 @@ def _story(compiled: Compiled) -> Iterator[str]:
         yield _holdings(plan, use)
     decisions = compiled.resolution.decisions.values()
     if pinned := len({id(decision.rule) for decision in decisions}):
-        rules_decide = "1 rule decides" if pinned == 1 else f"{pinned} rules decide"
-        yield f"{rules_decide} for {len(decisions)} tensors."
+        decide = "decides" if pinned == 1 else "decide"
+        yield f"{counted(pinned, 'rule')} {decide} for {counted(len(decisions), 'tensor')}."
     for group in graph.tied_groups[:2]:
         yield f"{' and '.join(group)} are one tensor, and move together."
     yield from _pace(plan)
@@ -136,10 +137,19 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
         prefill = format_duration(prediction.prefill_nanoseconds)
         yield f"A prefill takes {prefill}; the model does not decode token by token."
     if prediction.longest_context is not None and graph.measurement is not None:
-        yield (
-            f"The context may grow from {graph.measurement.workload.context_length:,} to"
-            f" {prediction.longest_context:,} tokens before a device is full."
-        )
+        yield _room_for_context(prediction.longest_context, graph.measurement)
+
+
+def _room_for_context(longest: int, measurement: Measurement) -> str:
+    """How far the context may grow, and what ends it."""
+    positions, before = measurement.positions, measurement.workload.context_length
+    if longest < before:
+        return f"The model is meant for {counted(longest, 'token')}, fewer than are asked for."
+    if longest == positions.end:
+        end = "the model's positions end"
+    else:
+        end = "the model is not meant for more" if longest == positions.trained else "a device is full"
+    return f"The context may grow from {before:,} to {counted(longest, 'token')} before {end}."
 
 
 def _preference(plan: Plan) -> Iterator[str]:
@@ -162,7 +172,7 @@ def _pace(plan: Plan) -> Iterator[str]:
     from devmap_config.rules.folding import fold_paths
 
     if plan.prediction.hops:
-        yield f"Activations change devices {plan.prediction.hops} times in a forward."
+        yield f"Activations change devices {counted(plan.prediction.hops, 'time')} in a forward."
     if plan.prediction.streamed_bytes_per_token:
         streamed = format_bytes(plan.prediction.streamed_bytes_per_token)
         yield f"{streamed} of weights are copied to {plan.main_device} at every forward."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ set_option: Decorator = click.option(
     "--set", "variables", multiple=True, metavar="NAME=VALUE", callback=_variables, help="Give a variable a value."
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+
+
+def _log_everything(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    """Print on stderr what is logged for debugging: why something could not be run without data, with tracebacks."""
+    if value:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logging.getLogger("devmap_config").setLevel(logging.DEBUG)
+
+
+verbose_option: Decorator = click.option(
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_log_everything,
+    help="Print also what is logged: each stage as it begins, and tracebacks of what could not be run without data.",
+)
 outside_option: Decorator = click.option(
     "--allow-outside", is_flag=True, help="Let paths of the profile lead out of its repository."
 )

@@ -71,7 +71,7 @@ def _held(plan: Plan, device: Device) -> list[str]:
 def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterator[Text]:
     if predicted := _predicted(plan):
         yield Text(predicted)
-    if plan.max_memory is not None:
+    if plan.max_memory is not None and len(plan.max_memory) > 1:
         yield Text(budgets_in_words(plan, plan.max_memory))
     if plan.strategy == "fastest" and not model.graph.decodes:
         yield Text("the model does not decode token by token: `fastest` makes its prefill fast")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from devmap_config.amounts import counted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -56,8 +58,8 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
     print_diagnostics(diagnostics, texts, console)
     errors = sum(diagnostic.is_error for diagnostic in diagnostics)
     warnings = len(diagnostics) - errors
-    counts = [_counted(errors, "error"), _counted(warnings, "warning")]
-    console.print(" and ".join(count for count in counts if count), style="bold")
+    counts = [counted(count, noun) for count, noun in ((errors, "error"), (warnings, "warning")) if count]
+    console.print(" and ".join(counts), style="bold")
 
 
 def print_lines(lines: Callable[[int], Iterable[str | Text | Table]], *, soft_wrap: bool = False) -> None:
@@ -86,7 +88,3 @@ def own_version() -> str:
     from importlib.metadata import version
 
     return version("devmap-config")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}" if count else ""

@@ -49,6 +49,7 @@ def run(
     profile: Path, options: ProfileOptions, prompt: str, max_new_tokens: int, no_generate: bool, no_probe: bool
 ) -> None:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
+    from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.generation import demonstrate
     from devmap_config.runner.loading import show_progress
@@ -59,7 +60,8 @@ def run(
         raise click.UsageError("the prompt is empty")
     sink = Sink()
     with _failures_told(profile, sink, options):
-        deployment = prepare(profile, **options.of_request)
+        with stages_shown(quiet=not options.shows_tables):
+            deployment = prepare(profile, **options.of_request)
         _review(deployment, sink, options, asks_machine=not no_probe)
         show_progress(sys.stderr.isatty() and options.shows_tables)
         output = None

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 )
 def simulate(profile: Path, options: ProfileOptions, tokens: int) -> ExitCode:
     """Run the plan of PROFILE on simulated accelerators: what each device holds, and what goes from one to another."""
+    from devmap_config.cli.progress import stages_shown
     from devmap_config.cli.reporting import print_lines
     from devmap_config.cli.simulation_view import simulation_lines
-    from devmap_config.compiler import Rejected, run_pipeline
+    from devmap_config.compiler import Rejected
     from devmap_config.simulate.memory import can_simulate, simulation_of
 
-    compilation = run_pipeline(options.request(profile, simulates=True))
+    compilation = options.run_pipeline(profile, simulates=True)
     # A plan that does not run is shown as far as it came.
     if isinstance(compilation, Rejected):
         plan, reached, tried = None, compilation.reached, compilation.refused
@@ -34,7 +35,8 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int) -> ExitCode:
     simulation = None
     if tried is not None and reached is not None and can_simulate():
         may_run_code = options.permissions.trust_remote_code
-        simulation = simulation_of(tried, reached.model, decoded_tokens=tokens, trust_remote_code=may_run_code)
+        with stages_shown(quiet=options.quiet):
+            simulation = simulation_of(tried, reached.model, decoded_tokens=tokens, trust_remote_code=may_run_code)
     data = {
         "plan": plan.to_json() if plan else None,
         "simulation": simulation.to_json() if simulation else None,

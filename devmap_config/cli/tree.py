@@ -11,6 +11,7 @@ import click
 from devmap_config.cli.command import CommandError, command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import class_option, dtype_option, remote_code_option, unmeasured_option
+from devmap_config.cli.progress import stages_shown
 from devmap_config.files import exists
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def tree(
     if is_measured and pattern is not None:
         raise click.UsageError("`--measure` shows every block: leave `--match` out")
     context = (context_length or -1) if is_measured else None
-    graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, context)
+    with stages_shown():
+        graph = graph_of_source(source, class_name, dtype, revision, trust_remote_code, context)
     if is_measured:
         _show_measured(graph, output_format, allow_unmeasured=allow_unmeasured)
         return ExitCode.DONE

@@ -27,17 +27,15 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     """
     from devmap_config.cli.diff import table_lines
     from devmap_config.cli.locking import lock_to_replace, write_results
-    from devmap_config.compiler import Rejected, run_pipeline
+    from devmap_config.compiler import Rejected
     from devmap_config.graph.vendoring import vendored_path
     from devmap_config.plan.diff import difference
     from devmap_config.plan.lock import lock_path
 
     target = lock_path(profile)
     earlier = lock_to_replace(target, writes=not dry_run, allow_outside=options.permissions.allow_outside)
-    compilation = run_pipeline(
-        options.request(
-            profile, lock=earlier, must_ask=True, checks_checkpoint=True, simulates=True, use_vendored=False
-        )
+    compilation = options.run_pipeline(
+        profile, lock=earlier, must_ask=True, checks_checkpoint=True, simulates=True, use_vendored=False
     )
     before = earlier.inputs.get("commit") if earlier else None
     reached = compilation.reached if isinstance(compilation, Rejected) else compilation

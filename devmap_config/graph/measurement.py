@@ -23,6 +23,7 @@ from devmap_config.graph.positions import SHORT_LENGTH, PositionReads, end_of_po
 from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, moved_to, spread
 from devmap_config.libraries.torch import tensors_without_data
+from devmap_config.stages import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
         UnmeasurableModelError: where its code asks for data, or for other inputs than tokens; where a library is not
             as it was; where this package makes a mistake.
     """
+    begin("measure", f"measuring {type(model).__name__} at {workload.context_length:,} tokens")
     model.eval()
     positions = Positions()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import counted
 from devmap_config.devices import DISK
 from devmap_config.graph.model import TensorName
 from devmap_config.placement.buffers import are_to_be_compared, executors_for
@@ -106,7 +107,8 @@ def _told_of_budgets(
     """Return the findings, with how many budgets were tried where there is no room for what running needs."""
     if budgets is None or budgets.rounds is None:
         return findings
-    tried = f"no plan of `{strategy}` was found in {budgets.rounds} rounds of lower budgets; with all that there is, "
+    rounds = counted(budgets.rounds, "round")
+    tried = f"no plan of `{strategy}` was found in {rounds} of lower budgets; with all that there is, "
     return tuple(
         replace(each, message=tried + each.message) if each.code == "over-capacity" else each for each in findings
     )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.amounts import format_bytes
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ from devmap_config.devices import CPU
 from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.loading import loading_extra_bytes
 from devmap_config.placement.running import RunningCost, running_of
+from devmap_config.rules.folding import fold_paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ class NotADeviceMapError(DevmapError):
 
     def __init__(self, units: tuple[str, ...]) -> None:
         self.units = units
-        message = f"this plan computes on the CPU, which a device_map cannot say: {', '.join(units)}"
+        message = f"this plan computes on the CPU, which a device_map cannot say: {', '.join(fold_paths(units))}"
         help = "load it with `devmap run` or `devmap_config.load_model`"
         found = Diagnostic.error("not-a-device-map", message, help=help)
         super().__init__(f"{message}; {help}", (found,))
@@ -157,6 +159,18 @@ class Plan:
     def streams_buffers(self) -> bool:
         """Whether it loads as it is planned only with `offload_buffers`: there is something that is streamed."""
         return self.offload_buffers and any(self.executor.streams(each.location) for each in self.assignments)
+
+    def __str__(self) -> str:
+        """What each device holds, a line each."""
+        lines = [f"plan by `{self.strategy}`:"]
+        for use in self.devices:
+            units = [each.unit or "everything" for each in self.assignments if each.location.stored_on == use.id]
+            held = f": {', '.join(fold_paths(units))}" if units else ""
+            used_bytes = use.capacity_bytes - use.free_bytes
+            lines.append(f"  {use.id} {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)}{held}")
+        if self.compute:
+            lines.append(f"  computed on the CPU: {', '.join(fold_paths(self.compute))}")
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The `plan` object of `--format json` and of the lock."""

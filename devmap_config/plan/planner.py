@@ -13,6 +13,7 @@ from devmap_config.plan.keeping import prefer_locked_plan
 from devmap_config.plan.review import review, warn_of_kept_tensors
 from devmap_config.plan.shortage import report_obstacle
 from devmap_config.plan.trials import Trials
+from devmap_config.stages import begin
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
@@ -38,6 +39,7 @@ class Planner:
 
     def plan(self, repairs: Repairs = NO_REPAIRS) -> Plan | None:
         """Return a verified plan that keeps to the repairs; `None` where there is none, and why is in the sink."""
+        begin("place", f"placing {self.prepared.graph.class_name} by `{self.prepared.strategy}`")
         problem = build_problem(self.prepared, self.sink, repairs)
         if problem is None:
             return None

@@ -32,7 +32,8 @@ def predict(
         if phase == "decode" and not graph.decodes:
             return None
         try:
-            return forward_nanoseconds(Timing(graph, inventory, phase, plan.executor, plan.main_device), plan.locations)
+            timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
+            return forward_nanoseconds(timing, plan.locations) or None  # nothing takes no time at all
         except MissingFigureError:
             return None
 

@@ -35,6 +35,8 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     overfull: list[str] = []
     for violation in verify(plan, graph, prepared.capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
+            if cause.compute is not None and _computes_apart(violation, plan):
+                continue  # the rule takes out a part that computes where it is, and whose output comes back
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
         elif violation.kind == "split-block" and _computes_apart(violation, plan):
             continue  # the strategy took a part out, whose output comes back, or kept one where it is used

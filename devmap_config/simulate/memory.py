@@ -12,6 +12,7 @@ from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import buildable_attention
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.simulate.simulation import Simulation, Verdict
+from devmap_config.stages import begin
 
 if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
@@ -51,6 +52,7 @@ def simulation_of(
     from devmap_config.graph.introspection import UnbuildableModelError, meta_model
     from devmap_config.libraries.remote_code import code_of_models
 
+    begin("rehearse", f"running {model.class_name} on simulated devices")
     try:
         from devmap_config.simulate.dry_run import dry_run
     except LibraryChangedError as error:  # something that every dry run needs is not there

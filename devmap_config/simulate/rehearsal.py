@@ -17,7 +17,7 @@ from devmap_config.simulate.memory import plan_digest, verdict_on
 from devmap_config.simulate.repairs import block_of, involved_in, overfull, repaired, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.permissions import Permissions
     from devmap_config.rules.resolution import Decision
+    from devmap_config.rules.rule import Rule
     from devmap_config.simulate.repairs import Together
     from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
 
@@ -191,7 +192,8 @@ def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan
     rules = dict.fromkeys(decision.rule for names in together for name in names if (decision := decisions.get(name)))
     sink.warning(
         "kept-together",
-        f"the model does not run as `{strategy}` placed it: it needs {' and '.join(needs)}{_moves(*plans, graph)}",
+        f"the model does not run as `{strategy}` placed it{_beside(rules)}: it needs {' and '.join(needs)}"
+        + _moves(*plans, graph),
         prepared.loaded.profile.placement.strategy.span,
         help="nothing is to be done; a pin with `keep_together: true` says the same",
         related=tuple(
@@ -199,6 +201,12 @@ def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan
             for rule in rules
         ),
     )
+
+
+def _beside(rules: Iterable[Rule]) -> str:
+    """The rules that decide for a part of what is kept together."""
+    named = [f"`{rule.text}` (line {rule.span.line})" for rule in rules]
+    return f" beside {' and '.join(named)}" if named else ""
 
 
 def _kept(together: Together, graph: ModelGraph) -> tuple[list[str], list[list[str]]]:

@@ -20,7 +20,7 @@ from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Span
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.profile.permissions import Permissions
 
-SHARED = ["--set", "--quiet", "--allow-outside", "--trust-remote-code", "--allow-unmeasured"]
+SHARED = ["--set", "--quiet", "--verbose", "--allow-outside", "--trust-remote-code", "--allow-unmeasured"]
 WRONG = Diagnostic.error("unknown-key", "there is no such key")
 
 

@@ -1,0 +1,86 @@
+"""What a command is doing is shown on a terminal, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from devmap_config.stages import LOGGER
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 32}
+hardware: {devices: {cuda:0: {memory: 1GiB}, cuda:1: {memory: 1GiB}}}
+placement: {strategy: sequential}
+"""
+
+COMPILE = [sys.executable, "-c", "from devmap_config.cli import main; main()", "compile", "p.yaml"]
+
+
+@pytest.fixture
+def fresh(workspace, monkeypatch):
+    """A profile, and nothing in the cache."""
+    (workspace / "p.yaml").write_text(PROFILE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+
+
+def on_terminal(command):
+    """What a command prints on stderr, where that is a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as running:
+        os.close(theirs)
+        printed = b""
+        try:
+            while part := os.read(ours, 65536):
+                printed += part
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    assert running.returncode == 0
+    return printed.decode()
+
+
+def test_stages_are_shown_on_a_terminal(fresh):
+    shown = on_terminal(COMPILE)
+    stages = ("reading llama", "measuring LlamaForCausalLM at 32 tokens", "placing LlamaForCausalLM by", "simulated")
+    assert all(stage in shown for stage in stages), shown
+    assert "reading llama" not in on_terminal([*COMPILE, "--quiet"])
+
+
+def test_nothing_is_shown_elsewhere(fresh, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    done = subprocess.run(COMPILE, capture_output=True, text=True, check=True)
+    assert done.stderr == "wrote p.lock.json\n"
+
+
+def test_tracebacks_are_for_those_who_ask(fresh, workspace):
+    (workspace / "p.yaml").write_text(PROFILE.replace("llama", "unmeasurable"))
+    arguments = [*COMPILE, "--no-simulate"]
+    plain, verbose = (
+        subprocess.run(
+            [*arguments, *more],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "XDG_CACHE_HOME": str(workspace / f"cache{len(more)}")},
+        ).stderr
+        for more in ([], ["--verbose"])
+    )
+    assert "takes\n  `pixel_values`, and no text" in plain
+    assert "Traceback" not in plain
+    assert "Traceback" in verbose
+    assert "measuring ViTModel at 32 tokens" in verbose
+
+
+def test_what_is_logged_tells_the_stage(caplog):
+    from devmap_config import stages
+
+    with caplog.at_level(logging.INFO, logger=LOGGER.name):
+        stages.begin("place", "placing it")
+    assert [(each.getMessage(), each.stage) for each in caplog.records] == [("placing it", 2)]

@@ -1,0 +1,69 @@
+"""What people read of a plan: its text, whole help, plurals, and no time that is none."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from devmap_config import compile_profile
+from devmap_config.amounts import counted
+from devmap_config.cli import devmap
+from devmap_config.plan.plan import NotADeviceMapError
+
+PROFILE = """\
+version: 1
+model: {source: mixture}
+workload: {context_length: 64}
+hardware:
+  devices: {cuda:0: {memory: 1GiB, bandwidth: 1TB/s}, cpu: {memory: 1GiB, bandwidth: 50GB/s}}
+  links: {host: 25GB/s}
+placement: {strategy: fastest, pins: [{match: "model.layers.[1-3].mlp.experts", device: cpu, compute: cpu}]}
+"""
+
+
+@pytest.fixture
+def profile(workspace):
+    (workspace / "p.yaml").write_text(PROFILE)
+    return workspace / "p.yaml"
+
+
+def run(*arguments):
+    return CliRunner().invoke(devmap, arguments, standalone_mode=False)
+
+
+def test_a_plan_reads_as_what_each_device_holds(profile):
+    text = str(compile_profile(profile))
+    assert text.startswith("plan by `fastest`:\n  cuda:0 ")
+    assert "  computed on the CPU: model.layers.[1-3].mlp.experts" in text
+    assert len(text.splitlines()) == 4
+
+
+def test_what_no_map_can_say_names_ranges_and_what_loads_it(profile):
+    plan = compile_profile(profile)
+    with pytest.raises(NotADeviceMapError, match=r"say: model\.layers\.\[1-3\]\.mlp\.experts; .*load_model"):
+        _ = plan.device_map
+    done = run("compile", str(profile), "--dry-run", "--format", "device-map")
+    assert (done.return_value, done.stdout) == (1, "")
+    assert "model.layers.[1-3].mlp.experts" in done.stderr
+    assert "devmap_config.load_model" in done.stderr
+
+
+def test_the_help_of_commands_is_whole():
+    shown = run("--help").output
+    assert "..." not in shown.partition("Commands:")[2]
+    assert all(made.get_short_help_str(limit=500) in " ".join(shown.split()) for made in devmap.commands.values())
+
+
+@pytest.mark.parametrize("command", ["compile", "explain", "fit"])
+def test_no_time_is_none(command, profile):
+    profile.write_text(
+        PROFILE.replace("mixture", "unmeasurable").replace("sequential", "fastest").split("placement")[0]
+    )
+    arguments = {"compile": ["--dry-run"], "fit": ["--on", "rtx-4090"]}.get(command, [])
+    done = run(command, str(profile), *arguments)
+    assert done.return_value == 0, done.output
+    assert "0 ns" not in done.output
+
+
+def test_one_is_not_many():
+    assert [counted(1, "tensor"), counted(2, "tensor")] == ["1 tensor", "2 tensors"]
