@@ -42,7 +42,7 @@ def diff(
     permissions = Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code)
     with stages_shown(quiet=quiet):
         sides = sides_of(before, after, permissions)
-    found = difference(sides[0].plan, sides[1].plan)
+    found = difference(sides[0].plan, sides[1].plan, [side.made_of for side in sides])
     notes = [note for side in sides for note in side.notes]
     if output_format == "json":
         report(notes, {}, "json", data={"diff": found.to_json()})

@@ -11,6 +11,7 @@ from devmap_config.cli.command import CommandError
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.files import LOCK, exists
+from devmap_config.plan.diff import made_of
 from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of, read_lock
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.codes import ErrorCode, WarningCode
     from devmap_config.plan.lock import Lock
+    from devmap_config.plan.values import Scalar
     from devmap_config.profile.permissions import Permissions
 
 
@@ -26,10 +28,14 @@ NOTHING = {"diff": None}
 
 @dataclass(frozen=True)
 class Side:
-    """A plan, as locks hold it, under the name by which it was asked for; `notes` say what else is to be known."""
+    """A plan, as locks hold it, under the name by which it was asked for.
+
+    `made_of` says which model and which cards it is of, `notes` what else is to be known.
+    """
 
     name: str
     plan: Mapping[str, Any]
+    made_of: Mapping[str, Scalar]
     notes: tuple[Diagnostic, ...] = ()
 
 
@@ -46,14 +52,18 @@ def _side(text: str, other: str, permissions: Permissions) -> Side:
     path = Path(text)
     if exists(path):
         if path.suffix == ".json":
-            return Side(text, _lock_in(path, permissions).plan)
+            return _locked(text, _lock_in(path, permissions))
         return _asked_for(profile_of(path), permissions)
     revision, colon, inside = text.partition(":")
     if colon and inside:
-        return Side(text, _lock_at_revision(revision, Path(inside), text).plan)
+        return _locked(text, _lock_at_revision(revision, Path(inside), text))
     if exists(Path(other)) and not text.endswith((".yaml", ".yml", ".json")):
-        return Side(text, _lock_at_revision(text, Path(other), text).plan)
+        return _locked(text, _lock_at_revision(text, Path(other), text))
     raise _refused("missing-file", f"`{text}` does not exist", "name a profile, a lock, or a git revision beside one")
+
+
+def _locked(name: str, lock: Lock) -> Side:
+    return Side(name, lock.plan, made_of(lock.values, lock.hardware))
 
 
 def _lock_in(path: Path, permissions: Permissions) -> Lock:
@@ -83,7 +93,8 @@ def _asked_for(profile: Path, permissions: Permissions) -> Side:
     notes: tuple[Diagnostic, ...] = ()
     if problem is not None:
         notes = (Diagnostic.warning(code, f"`{path}` {problem}", help="compared is what the profile asks for now"),)
-    return Side(str(profile), compilation.plan.to_json(), notes)
+    subjects = made_of(compilation.inputs.values, compilation.inventory.accelerators_to_json())
+    return Side(str(profile), compilation.plan.to_json(), subjects, notes)
 
 
 def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_jsonable_python
 
+from devmap_config.amounts import format_bytes
 from devmap_config.devices import Device
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from devmap_config.plan.values import Scalar, Values
 
 FIGURES = (
     "decode_nanoseconds_per_token",
@@ -62,7 +65,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two plans side by side. `devices` are all of either, `figures` all of a prediction, `settings` what differs."""
+    """Two plans side by side. `devices` are all of either, `figures` all of a prediction.
+
+    `settings` is what differs of the plans as a whole, of their models and of their cards.
+    """
 
     moves: tuple[Move, ...]
     devices: Mapping[str, Change]
@@ -86,14 +92,63 @@ class Difference:
         }
 
 
-def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Difference:
-    """How the second plan differs from the first; both as `Plan.to_json` gives them and locks hold them."""
+ASKED = {
+    "model": "model.source",
+    "revision": "model.revision",
+    "class": "model.class",
+    "dtype": "model.dtype",
+    "quantization": "model.quantization.method",
+    "context": "workload.context_length",
+    "batch": "workload.batch_size",
+}
+"""What a profile asks for besides a placement, by its route."""
+
+VALUES_SHOWN = 3
+
+
+def made_of(values: Mapping[str, Values], hardware: Mapping[str, Mapping[str, Any]]) -> dict[str, Scalar]:
+    """Return which model a plan is of, and for which cards.
+
+    Args:
+        values: of the inputs, as a lock holds them; early locks have none, and then nothing is known.
+        hardware: what each accelerator was taken for.
+    """
+    if "profile" not in values:
+        return {}
+    asked = {name: values["profile"].get(route) for name, route in ASKED.items()}
+    config = {f"config.{route}": value for route, value in values.get("config", {}).items()}
+    cards = {id: card["accelerator"] or format_bytes(card["memory_bytes"]) for id, card in hardware.items()}
+    return asked | config | cards
+
+
+def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, Change]:
+    """What is different of the models and the cards; of two configs the first values, unless the model is another."""
+    if not before or not after:
+        return {}
+    changes = {name: Change(before.get(name), after.get(name)) for name in {**before, **after}}
+    changed = {name: change for name, change in changes.items() if not change.is_none}
+    of_config = [name for name in changed if name.startswith("config.")]
+    left_out = of_config if "model" in changed else of_config[VALUES_SHOWN:]
+    return {name: change for name, change in changed.items() if name not in left_out}
+
+
+def difference(
+    before: Mapping[str, Any], after: Mapping[str, Any], made_of: Sequence[Mapping[str, Scalar]] = ({}, {})
+) -> Difference:
+    """How the second plan differs from the first.
+
+    Args:
+        before: the plan, as `Plan.to_json` gives it and locks hold it.
+        after: the other.
+        made_of: which model and which cards either is of.
+    """
     uses = [{use["id"]: use for use in plan["devices"]} for plan in (before, after)]
     return Difference(
         moves=_moves(_homes(before), _homes(after)),
         devices={name: Change(uses[0].get(name), uses[1].get(name)) for name in {**uses[1], **uses[0]}},
         figures={name: Change(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
-        settings={
+        settings=_changed_subjects(*made_of)
+        | {
             name: change
             for name, meant in SETTINGS.items()
             if not (change := Change(before.get(name, meant), after.get(name, meant))).is_none

@@ -113,3 +113,22 @@ def test_a_lock_that_cannot_be_read_is_said_by_what_is_wrong_with_it(repository,
         lock.write_text(change(text))
     done = devmap("diff", "HEAD", "profiles/x.yaml")
     assert (done.returncode, f"warning[{code}]" in done.stderr) == (0, True), done.stderr
+
+
+def test_another_model_and_another_card_are_named(repository):
+    other = Path("profiles/other.yaml")
+    other.write_text(repository.read_text().replace("../llama", "../tied").replace('"{{ memory }}"', "2GiB"))
+    done = devmap("diff", "profiles/x.yaml", "profiles/other.yaml")
+    assert done.returncode == 3, done.stderr
+    assert "model    ../llama → ../tied" in done.stdout
+    assert "cuda:0   1.0 GiB → 2.0 GiB" in done.stdout
+    assert "config." not in done.stdout  # of another model all is other
+    settings = json.loads(devmap("diff", "profiles/x.yaml", "profiles/other.yaml", "--format", "json").stdout)["diff"]
+    assert settings["settings"]["model"] == {"before": "../llama", "after": "../tied"}
+
+
+def test_another_config_of_the_same_model_is_told_by_its_values(repository):
+    config = Path("llama/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-5}))
+    done = devmap("diff", "HEAD", "profiles/x.yaml")
+    assert "config.rms_norm_eps   – → 1e-05" in done.stdout
