@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,7 +64,9 @@ def check_all(profiles: Sequence[Path], options: ProfileOptions, *, proves: bool
 
 
 def _each_checked(profiles: Sequence[Path], check: Callable[[Path], Checked]) -> Iterator[Checked]:
-    workers = min(_cores(), MAX_PROCESSES, len(profiles) // WORTH_A_PROCESS)
+    from devmap_config.probe.host import usable_threads
+
+    workers = min(usable_threads(), MAX_PROCESSES, len(profiles) // WORTH_A_PROCESS)
     done = 0
     if workers > 1:
         import multiprocessing
@@ -129,10 +130,3 @@ def _checked(profile: Path, compiled: Compiled, state: State, *findings: Diagnos
         texts=compiled.texts,
         plan=compiled.plan.to_json(),
     )
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

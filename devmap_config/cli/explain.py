@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import click
 from devmap_config.amounts import counted, format_bytes, format_duration
 from devmap_config.cli.command import ProfileOptions, profile_command
 from devmap_config.files import exists
+from devmap_config.wording import closest, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,8 +47,8 @@ def explain(subject: str, options: ProfileOptions, module: str | None) -> None:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    close = closest(name, known)
+    return f"; did you mean `{close}`?" if close else ""
 
 
 def _print_page(code: str) -> None:
@@ -114,11 +114,9 @@ def _holdings(plan: Plan, use: DeviceUse) -> str:
     units = [each.unit or "everything" for each in plan.assignments if each.location.stored_on == use.id]
     if not units:
         return f"{use.id} stays empty."
-    patterns = list(fold_paths(units))
-    more = f" and {len(patterns) - PATTERNS_SHOWN} more" if len(patterns) > PATTERNS_SHOWN else ""
     used_bytes = use.capacity_bytes - use.free_bytes
     return (
-        f"{use.id} holds {', '.join(patterns[:PATTERNS_SHOWN])}{more}:"
+        f"{use.id} holds {first_of(fold_paths(units), PATTERNS_SHOWN)}:"
         f" {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)} used, {format_bytes(use.free_bytes)} free."
     )
 

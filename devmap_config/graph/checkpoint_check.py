@@ -10,6 +10,7 @@ from devmap_config.graph.checkpoint_match import CheckpointMatch
 from devmap_config.graph.digest import digest
 from devmap_config.graph.introspection import UntrustedCodeError
 from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.wording import first_line
 
 if TYPE_CHECKING:
     from devmap_config.graph.checkpoint import Checkpoint
@@ -72,5 +73,5 @@ def _tried(model: LoadedModel, checkpoint: Checkpoint, *, trust_remote_code: boo
         quantization = model.quantization
         if quantization is None or not quantization.is_prequantized:
             raise
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return CheckpointMatch(unchecked=f"transformers needs more for {quantization.method.name}: {first_line}"[:300])
+        reason = first_line(error) or type(error).__name__
+        return CheckpointMatch(unchecked=f"transformers needs more for {quantization.method.name}: {reason}"[:300])

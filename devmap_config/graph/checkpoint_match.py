@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from devmap_config.graph.model import is_within
+from devmap_config.wording import first_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-NAMES_SHOWN = 3
 
 
 class Mismatch(NamedTuple):
@@ -100,8 +101,7 @@ def _listed(one: str, many: str, texts: list[str]) -> str:
     """A count, and the first few by name: `2 are not in the model (`a`, `b`)`."""
     if not texts:
         return ""
-    more = f" and {len(texts) - NAMES_SHOWN} more" if len(texts) > NAMES_SHOWN else ""
-    return f"{len(texts)} {one if len(texts) == 1 else many} ({', '.join(texts[:NAMES_SHOWN])}{more})"
+    return f"{len(texts)} {one if len(texts) == 1 else many} ({first_of(texts)})"
 
 
 def _kind_of_mistake(
@@ -111,7 +111,7 @@ def _kind_of_mistake(
     saved = next((name for name in config.get("architectures") or () if isinstance(name, str)), None)
     is_other_class = saved not in (None, match.class_name)
     heads = [part for part in match.absent if not any(segment.isdigit() for segment in part.split("."))]
-    if missing and not mismatched and all(_is_within(name, heads) for name in missing):
+    if missing and not mismatched and all(any(is_within(name, head) for head in heads) for name in missing):
         listed, which = ", ".join(heads), "it is" if len(heads) == 1 else "they are"
         other = f"; to load what was saved, say `class: {saved}`" if is_other_class else ""
         advice = f"if {which} to be trained, say so: `allow_new: [{listed}]` under `model`{other}; else get it anew"
@@ -129,7 +129,3 @@ def _kind_of_mistake(
 
 FEW = 5
 """More than a fifth of the names amiss is no damage."""
-
-
-def _is_within(name: str, parts: list[str]) -> bool:
-    return any(name == part or name.startswith(f"{part}.") for part in parts)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.torch import needs_data
 from devmap_config.libraries.versions import TRIED, moved, untried
+from devmap_config.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,8 +105,7 @@ def _raised_at(frames: list[traceback.FrameSummary]) -> str:
 
 def _described(error: Exception) -> str:
     """An exception's type and the first line of its text."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return _shortened(f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__)
+    return _shortened(": ".join(filter(None, (type(error).__name__, first_line(error)))))
 
 
 def _shortened(text: str) -> str:

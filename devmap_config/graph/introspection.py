@@ -28,6 +28,7 @@ from devmap_config.libraries.transformers import (
     ties,
 )
 from devmap_config.quantization.storage import Storage, stored_tensors
+from devmap_config.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,7 +135,7 @@ def meta_model(
     except ModuleNotFoundError:  # of which the caller speaks: the model is not to blame
         raise
     except Exception as error:
-        raise UnbuildableModelError(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise UnbuildableModelError(f"{type(error).__name__}: {first_line(error)}") from error
     with code_of_models(allowed=trust_remote_code):
         config, model_class = config_and_class(
             config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
@@ -201,7 +202,7 @@ def _unbuildable(
     if isinstance(error, LibraryChangedError):
         raise error
     is_told = isinstance(error, UnbuildableModelError)
-    return UnbuildableModelError(str(error) if is_told else f"{type(error).__name__}: {_first_line(error)}")
+    return UnbuildableModelError(str(error) if is_told else f"{type(error).__name__}: {first_line(error)}")
 
 
 def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tuple[str, str | None]:
@@ -341,7 +342,3 @@ def _as_names(value: object) -> Iterator[str]:
         yield value
     elif value is not None:
         yield from value  # type: ignore[misc]  # a list or a set of names
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "").rstrip(".")

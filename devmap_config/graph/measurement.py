@@ -8,14 +8,14 @@ experts transformers chooses the grouped product.
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.graph.costs import Crossing, Measurement, ModuleCost, Positions, Workload
+from devmap_config.graph.costs import CROSSING_FIELDS, Crossing, Measurement, ModuleCost, Positions, Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ancestors
@@ -26,7 +26,7 @@ from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.stages import begin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel
 
@@ -68,11 +68,8 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
     positions = Positions()
     try:
         positions = Positions(trained=trained_length(model.config))
-        with (
-            torch.no_grad(),
-            tensors_without_data(),
-            _paths(model) as names,
-        ):
+        with torch.no_grad(), tensors_without_data():
+            names = {id(module): path for path, module in model.named_modules()}
             weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
             runner = partial(_Runner, names, weights, traffic)
@@ -117,12 +114,6 @@ def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, 
         with suppress(Exception):
             return runner(kinds).measurement()
     return runner(()).measurement()
-
-
-@contextmanager
-def _paths(model: PreTrainedModel) -> Iterator[dict[int, str]]:
-    """The path of every module by its identity."""
-    yield {id(module): path for path, module in model.named_modules()}
 
 
 @dataclass
@@ -179,7 +170,7 @@ class _Runner:
         with recorder.watching(model), repetition.within(model):
             returned = self.forwards.run(inputs)
         repetition.complete(cache_tensors(returned))
-        _count_repeated(recorder)
+        recorder.order = _whole_order(recorder.order, recorder.repeated)
         return recorder, returned
 
     def add_cache(self, recorder: Meter, tensors: list[torch.Tensor]) -> None:
@@ -244,16 +235,17 @@ class _Runner:
         return doubled
 
     def add_work(self, recorder: Meter, phase: str) -> None:
-        for module, count in recorder.operations.items():
-            self.cost(module)[f"{phase}_operations"] = count
-        for module, count in recorder.touched_bytes.items():
-            self.cost(module)[f"{phase}_touched_bytes"] = count
-        for module, count in recorder.launches.items():
-            self.cost(module)[f"{phase}_launches"] = count
-        for module, size_bytes in recorder.traffic.input_bytes.items():
-            self.cost(module)[f"{phase}_input_bytes"] = size_bytes
-        for module, size_bytes in recorder.traffic.output_bytes.items():
-            self.cost(module)[f"{phase}_output_bytes"] = size_bytes
+        """What was counted; for the blocks that stood still, what was for those whose doings they repeated."""
+        figures = {
+            "operations": recorder.operations,
+            "touched_bytes": recorder.touched_bytes,
+            "launches": recorder.launches,
+            "input_bytes": recorder.traffic.input_bytes,
+            "output_bytes": recorder.traffic.output_bytes,
+        }
+        for figure, counted in figures.items():
+            for module, count in spread(counted, recorder.repeated).items():
+                self.cost(module)[f"{phase}_{figure}"] = count
 
     def add_growth(self, recorder: Meter, tensors: list[torch.Tensor], shown_before: int) -> None:
         """What a token adds to the cache, by the module that made it; else by each module's share of the cache."""
@@ -276,18 +268,8 @@ class _Runner:
         return self.costs.setdefault(module, {})
 
 
-def _count_repeated(recorder: Meter) -> None:
-    """Count for the blocks that stood still what was counted for those whose doings they repeated."""
-    repeated, traffic = recorder.repeated, recorder.traffic
-    recorder.operations = spread(recorder.operations, repeated)
-    recorder.touched_bytes = spread(recorder.touched_bytes, repeated)
-    recorder.launches = spread(recorder.launches, repeated)
-    traffic.input_bytes = spread(traffic.input_bytes, repeated)
-    traffic.output_bytes = spread(traffic.output_bytes, repeated)
-    recorder.order = _whole_order(recorder.order, repeated)
-
-
 def _whole_order(order: Mapping[str, None], repeated: Mapping[str, str]) -> dict[str, None]:
+    """The order in which all modules would have run, those of the blocks that stood still included."""
     ran: dict[str, list[str]] = {}
     for path in order:
         for block in (path, *ancestors(path)):
@@ -304,13 +286,5 @@ def _crossing(
     prefilled: Mapping[tuple[str, str], tuple[int, int]],
     decoded: Mapping[tuple[str, str], tuple[int, int]],
 ) -> Crossing:
-    prefill_tensors, prefill_bytes = prefilled.get(pair, (0, 0))
-    decode_tensors, decode_bytes = decoded.get(pair, (0, 0))
-    return Crossing(
-        reader=pair[0],
-        maker=pair[1],
-        prefill_tensors=prefill_tensors,
-        prefill_bytes=prefill_bytes,
-        decode_tensors=decode_tensors,
-        decode_bytes=decode_bytes,
-    )
+    figures = (*prefilled.get(pair, (0, 0)), *decoded.get(pair, (0, 0)))
+    return Crossing(**dict(zip(CROSSING_FIELDS, (*pair, *figures), strict=True)))  # type: ignore[arg-type]

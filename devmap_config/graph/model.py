@@ -230,6 +230,11 @@ class ModelGraph:
         return module.path != "" and module.class_name in self.no_split_classes
 
 
+def is_within(path: str, around: str) -> bool:
+    """Whether a path is that of a module other than the model itself, or of what is below it."""
+    return path == around or path.startswith(f"{around}.")
+
+
 def ancestors(path: str) -> Iterator[str]:
     """The modules around a path, nearest first, the model itself (`""`) last."""
     while path:

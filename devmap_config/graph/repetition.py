@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from devmap_config.graph.model import ancestors
+from devmap_config.graph.model import ancestors, is_within
 from devmap_config.graph.recording import Allocation, brought_along, storage_key
 from devmap_config.libraries.torch import tree_flatten, tree_leaves, tree_unflatten
 from devmap_config.libraries.transformers import is_own_model
@@ -58,7 +58,7 @@ def kinds_of(
     for parent, paths in lists.items():
         for path in paths:
             block, place = model.get_submodule(path), _position(path)
-            if all(_is_within(first_names[id(module)], path) for module in block.modules()):  # it shares none
+            if all(is_within(first_names[id(module)], path) for module in block.modules()):  # it shares none
                 settings = _settings_at(model.config, place, len(paths))
                 traits = (_module_traits(block, place), placed(path), *settings)
                 kinds.setdefault((parent, *traits), []).append(path)
@@ -322,10 +322,6 @@ def _position(path: str) -> int:
     return int(path.rpartition(".")[2])
 
 
-def _is_within(path: str, block: str) -> bool:
-    return path == block or path.startswith(f"{block}.")
-
-
 def moved_to(path: str, block: str, other: str) -> str:
     """A path within a block, as it is within another; others as they are."""
-    return other + path[len(block) :] if _is_within(path, block) else path
+    return other + path[len(block) :] if is_within(path, block) else path

@@ -13,12 +13,13 @@ SCHEMA = "devmap-graph/6"
 
 def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
     """The graph as plain data; `graph_from_json` gives it back, equal."""
+    no_placement = graph.no_placement_parameters
     return {
         "schema": SCHEMA,
         "root": _module_to_json(graph.root),
         "ties": [list(tie) for tie in graph.ties],
         "no_split_classes": list(graph.no_split_classes),
-        "no_placement_parameters": _list_or_none(graph.no_placement_parameters),
+        "no_placement_parameters": None if no_placement is None else list(no_placement),
         "skip_keys": list(graph.skip_keys),
         **({"merged": list(graph.merged)} if graph.merged else {}),
         **({} if graph.unread is None else {"unread": graph.unread}),
@@ -45,10 +46,6 @@ def graph_from_json(value: dict[str, Any]) -> ModelGraph:
         unread=value.get("unread"),
         measurement=None if value["measurement"] is None else Measurement.from_json(value["measurement"]),
     )
-
-
-def _list_or_none(value: tuple[str, ...] | None) -> list[str] | None:
-    return None if value is None else list(value)
 
 
 def _module_to_json(module: Module) -> list[Any]:
@@ -82,20 +79,8 @@ def _module_from_json(value: list[Any], parent: str) -> Module:
     prefix = f"{path}." if path else ""
 
     def tensor(kind: Any, fields: list[Any]) -> Tensor:
-        name, shape, dtype, size_bytes, planner_bytes, persistent, alias_of, *of_quantizer = fields
-        in_buffer, offloaded_bytes = of_quantizer or (False, None)
-        return Tensor(
-            name=TensorName(prefix + name),
-            shape=tuple(shape),
-            dtype=dtype,
-            size_bytes=size_bytes,
-            planner_bytes=planner_bytes,
-            kind=kind,
-            persistent=persistent,
-            alias_of=alias_of,
-            in_buffer=in_buffer,
-            offloaded_bytes=offloaded_bytes,
-        )
+        name, shape, dtype, size_bytes, planner_bytes, *rest = fields
+        return Tensor(TensorName(prefix + name), tuple(shape), dtype, size_bytes, planner_bytes, kind, *rest)
 
     return Module(
         path=ModulePath(path),

@@ -17,6 +17,7 @@ from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype
 from devmap_config.graph.digest import digest
 from devmap_config.graph.other_formats import ORIGINAL, names_gguf, other_format
 from devmap_config.libraries.messages import without_retries
+from devmap_config.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -252,9 +253,10 @@ def hub_source(
         help = f"if it holds an adapter or GGUF files, {ORIGINAL}"
         raise ModelNotFoundError(f"`{repository}` on the hub has no config.json", help) from error
     except Exception as error:  # what the hub client raises has many types and no common one
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        message = f"`{repository}` is neither a local path nor to be had from the hub: {first_line.rstrip('.')}"
-        raise ModelNotFoundError(message) from error
+        reason = first_line(error) or type(error).__name__
+        raise ModelNotFoundError(
+            f"`{repository}` is neither a local path nor to be had from the hub: {reason}"
+        ) from error
     # The cache keeps files under `snapshots/<commit>/`.
     from devmap_config.graph.hub_checkpoint import hub_checkpoint
 

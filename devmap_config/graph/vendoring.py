@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.files import GRAPH, FileError, read_json
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 SCHEMA = "devmap-vendored-graph/2"
 """2 has a digest over its content."""
+
+
+KEYS = {"class_name": "class"}
+"""How the file calls a field, where it has another name for it."""
+
+LEFT_OUT = ("quantization", "stored_dtype", "checkpoint", "dry_runs")
+"""What the file does not speak of where there is none."""
 
 
 class VendoredGraphError(Exception):
@@ -50,24 +57,13 @@ class VendoredGraph:
         """The file: compact, the same bytes for the same graph."""
         value: dict[str, Any] = {
             "schema": SCHEMA,
-            "config": dict(self.config),
-            "source": self.source,
-            "revision": self.revision,
-            "commit": self.commit,
-            "class": self.class_name,
-            "dtype": self.dtype,
-            "attention": self.attention,
-            "workload": None if self.workload is None else asdict(self.workload),
-            "graph": graph_to_json(self.graph),
+            **{KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)},
         }
-        if self.dry_runs:
-            value["dry_runs"] = dict(self.dry_runs)
-        if self.quantization is not None:
-            value["quantization"] = dict(self.quantization)
-        if self.stored_dtype is not None:
-            value["stored_dtype"] = self.stored_dtype
-        if self.checkpoint is not None:
-            value["checkpoint"] = self.checkpoint
+        value |= {
+            "graph": graph_to_json(self.graph),
+            "workload": None if self.workload is None else asdict(self.workload),
+        }
+        value = {key: part for key, part in value.items() if part or key not in LEFT_OUT}
         value["digest"] = digest(value)
         return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -95,21 +91,13 @@ def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
             raise VendoredGraphError("another version of devmap-config wrote it")
         if value.pop("digest") != digest(value):
             raise VendoredGraphError("it does not agree with its own digest: it was changed by hand, or is damaged")
-        return VendoredGraph(
-            graph=graph_from_json(value["graph"]),
-            config=value["config"],
-            source=value["source"],
-            revision=value["revision"],
-            commit=value["commit"],
-            class_name=value["class"],
-            dtype=value["dtype"],
-            attention=value["attention"],
-            workload=None if value["workload"] is None else Workload(**value["workload"]),
-            quantization=value.get("quantization"),
-            dry_runs=value.get("dry_runs", {}),
-            stored_dtype=value.get("stored_dtype"),
-            checkpoint=value.get("checkpoint"),
-        )
+        stated = {
+            each.name: value[KEYS.get(each.name, each.name)]
+            for each in fields(VendoredGraph)
+            if each.name not in LEFT_OUT or each.name in value
+        }
+        workload = None if value["workload"] is None else Workload(**value["workload"])
+        return VendoredGraph(**{**stated, "graph": graph_from_json(value["graph"]), "workload": workload})
     except FileError as error:
         if error.is_absent:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -14,6 +13,7 @@ from devmap_config.hardware.links import links_between
 from devmap_config.profile.document import MappingNode, ScalarNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 from devmap_config.profile.writing import device_text
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
@@ -234,16 +234,16 @@ def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
 LINKS = ("host", "peer", "disk", "network")
 
 OTHER_LINKS = {
-    "pcie": ["host"],
-    "pci": ["host"],
-    "cpu": ["host"],
-    "nvlink": ["peer"],
-    "p2p": ["peer"],
-    "gpu": ["peer"],
-    "nvme": ["disk"],
-    "ssd": ["disk"],
-    "ethernet": ["network"],
-    "infiniband": ["network"],
+    "pcie": "host",
+    "pci": "host",
+    "cpu": "host",
+    "nvlink": "peer",
+    "p2p": "peer",
+    "gpu": "peer",
+    "nvme": "disk",
+    "ssd": "disk",
+    "ethernet": "network",
+    "infiniband": "network",
 }
 """By what else a link is called, the link."""
 
@@ -254,11 +254,11 @@ def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
         ends = name.split("-")
         if name in LINKS or (len(ends) == 2 and all(end in known or not loaded.knows_devices for end in ends)):
             continue
-        close = OTHER_LINKS.get(name.lower(), []) or difflib.get_close_matches(name, LINKS, n=1)
+        close = OTHER_LINKS.get(name.lower()) or closest(name, LINKS)
         listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"
         sink.error(
             "unknown-key",
             f"`{name}` is no link of this machine",
             described.key_span,
-            help=f"did you mean `{close[0]}`?" if close else listed,
+            help=f"did you mean `{close}`?" if close else listed,
         )

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from devmap_config.graph.cache import library_versions
 from devmap_config.plan.lock import INPUT_NAMES
+from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.values import Scalar, Values
-
-VALUES_SHOWN = 3
 
 WORTH_SEPARATORS = 10_000
 
@@ -67,9 +66,7 @@ def _phrase(name: str, changes: Mapping[str, str]) -> str:
     """`the model's config: `num_hidden_layers` 80 → 81`; without known values only that it changed."""
     if not changes:
         return f"{name} changed"
-    shown = [f"`{route}` {change}" if route else change for route, change in list(changes.items())[:VALUES_SHOWN]]
-    more = len(changes) - len(shown)
-    return f"{name}: {', '.join(shown)}{f' and {more} more' if more else ''}"
+    return f"{name}: {first_of([f'`{route}` {change}' if route else change for route, change in changes.items()])}"
 
 
 def _follows(name: str, values: Mapping[str, Mapping[str, str]]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.graph.model import ModulePath
+from devmap_config.graph.model import ModulePath, is_within
 from devmap_config.placement.assignment import ON_CPU, Assignment, Location
 from devmap_config.plan.plan import Plan, device_uses
 from devmap_config.plan.prediction import predict
@@ -45,7 +45,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
     if module is None:
         return ()
     tensors = tuple(tensor.name for tensor in module.tensors())
-    inside = [each for each in plan.assignments if each.unit == block or each.unit.startswith(f"{block}.")]
+    inside = [each for each in plan.assignments if is_within(each.unit, block)]
     now = {each.location for each in inside}
     others = [each for each in plan.assignments if each not in inside]
     places: list[Location] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
 from devmap_config.placement.units import Unit
 from devmap_config.plan.lock_format import LOCK_VERSION, violations
+from devmap_config.wording import closest, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,15 +61,7 @@ class Inputs:
 
     def to_json(self) -> dict[str, str | None]:
         """The digests as they stand in the lock."""
-        return {
-            "checkpoint": self.checkpoint,
-            "commit": self.commit,
-            "config": self.config,
-            "graph": self.graph,
-            "hardware": self.hardware,
-            "measurement": self.measurement,
-            "profile": self.profile,
-        }
+        return {name: getattr(self, name) for name in INPUT_NAMES}
 
 
 @dataclass(frozen=True)
@@ -154,8 +146,8 @@ def _meant(path: Path) -> str:
         return "name a profile in it; `devmap check` takes folders as well"
     others = path.parent.glob("*") if is_folder(path.parent) else ()
     names = [each.name for each in others if each.name.endswith(PROFILE_SUFFIXES)]
-    close = difflib.get_close_matches(path.name, sorted(names), n=1)
-    return f"did you mean `{path.with_name(close[0])}`?" if close else "name a profile"
+    close = closest(path.name, names)
+    return f"did you mean `{path.with_name(close)}`?" if close else "name a profile"
 
 
 def _missing(message: str, help: str) -> ProfileError:
@@ -219,8 +211,7 @@ def read_lock(text: str) -> Lock:
     if value.get("digest") != digest(sealed):
         raise LockError("does not agree with its own digest: it was changed by hand, or is damaged")
     if mistakes := violations(value):
-        more = f" and {len(mistakes) - MISTAKES_SHOWN} more" if len(mistakes) > MISTAKES_SHOWN else ""
-        raise LockError(f"is not a lock: {'; '.join(mistakes[:MISTAKES_SHOWN])}{more}")
+        raise LockError(f"is not a lock: {first_of(mistakes, separator='; ')}")
     return Lock(
         plan=value["plan"],
         inputs=value["inputs"],
@@ -249,8 +240,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise LockError(f"is not a lock: `{twice}` stands in it twice: it was changed by hand")
     return value
 
-
-MISTAKES_SHOWN = 3
 
 CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
 """What git leaves in a file that it could not merge."""

@@ -26,8 +26,12 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    """Leave a default out of the schema: the key may be absent, and never holds it."""
     schema.pop("default", None)
+
+
+def _absent(default: Any, description: str) -> Any:
+    """Return the field of a key that may be absent: it never holds the default, which the schema leaves out."""
+    return Field(default=default, description=description, json_schema_extra=_without_default)
 
 
 class _Part(BaseModel):
@@ -39,20 +43,14 @@ class _Part(BaseModel):
 class LockedInputs(_Part):
     """Digests of the parsed values that the plan was made from."""
 
-    checkpoint: Digest | None = Field(
-        default=None,
-        description="Of the checkpoint's names, shapes, dtypes and file sizes; `null` where it was not at hand.",
-        json_schema_extra=_without_default,
+    checkpoint: Digest | None = _absent(
+        None, "Of the checkpoint's names, shapes, dtypes and file sizes; `null` where it was not at hand."
     )
     commit: Commit | None = Field(description="The commit that the model's revision resolves to.")
     config: Digest = Field(description="Of the model's config.")
     graph: Digest = Field(description="Of the model's module tree; in early locks of its measurements as well.")
     hardware: Digest = Field(description="Of the devices and links.")
-    measurement: Digest = Field(
-        default="",
-        description="Of what running the model was measured to take; early locks have none.",
-        json_schema_extra=_without_default,
-    )
+    measurement: Digest = _absent("", "Of what running the model was measured to take; early locks have none.")
     profile: Digest = Field(description="Of the rendered profile with every file that it extends.")
 
 
@@ -72,10 +70,8 @@ class LockedDevice(_Part):
     free_bytes: int
     id: Name
     kv_cache_bytes: Bytes
-    loading_bytes: Bytes = Field(
-        default=0,
-        description="The most that it holds while the model is loaded, weights included; early locks do not say.",
-        json_schema_extra=_without_default,
+    loading_bytes: Bytes = _absent(
+        0, "The most that it holds while the model is loaded, weights included; early locks do not say."
     )
     overhead_bytes: Bytes
     weights_bytes: Bytes
@@ -88,16 +84,10 @@ class LockedPrediction(_Part):
         description="What no plan takes less than, as proven when the lock was compiled; `null` where nothing was."
     )
     decode_nanoseconds_per_token: Count | None
-    fastest_decode_nanoseconds_per_token: Count = Field(
-        default=0,
-        description="What the fastest plan that was found takes, where other wishes than time chose a slower one.",
-        json_schema_extra=_without_default,
+    fastest_decode_nanoseconds_per_token: Count = _absent(
+        0, "What the fastest plan that was found takes, where other wishes than time chose a slower one."
     )
-    fastest_prefill_nanoseconds: Count = Field(
-        default=0,
-        description="The same of a prefill, where that was to be fast.",
-        json_schema_extra=_without_default,
-    )
+    fastest_prefill_nanoseconds: Count = _absent(0, "The same of a prefill, where that was to be fast.")
     hops: Count | None
     longest_context: Count | None
     prefill_nanoseconds: Count | None
@@ -113,17 +103,11 @@ class LockedPlan(_Part):
     )
     devices: list[LockedDevice]
     executor: Name
-    loading_ram_bytes: Bytes = Field(
-        default=0,
-        description="What loading takes of the CPU's memory at most; early locks do not say.",
-        json_schema_extra=_without_default,
-    )
+    loading_ram_bytes: Bytes = _absent(0, "What loading takes of the CPU's memory at most; early locks do not say.")
     main_device: Name = Field(description="Where modules run that are stored on the CPU or the disk.")
     measured: bool = Field(description="Whether more than weights was measured and budgeted.")
-    offload_buffers: bool = Field(
-        default=False,
-        description="Whether buffers of streamed modules are streamed as well; early locks do not say.",
-        json_schema_extra=_without_default,
+    offload_buffers: bool = _absent(
+        False, "Whether buffers of streamed modules are streamed as well; early locks do not say."
     )
     prediction: LockedPrediction
     strategy: Name
@@ -149,20 +133,14 @@ class LockFile(_Part):
     """Written by `devmap compile`; not to be edited by hand."""
 
     digest: Digest = Field(description="Of everything here but `made_with`.")
-    hardware: dict[str, LockedAccelerator] = Field(
-        default={},
-        description="What each accelerator was taken for; early locks have none.",
-        json_schema_extra=_without_default,
-    )
+    hardware: dict[str, LockedAccelerator] = _absent({}, "What each accelerator was taken for; early locks have none.")
     inputs: LockedInputs
     lock_version: Annotated[int, Field(ge=1, le=LOCK_VERSION)]
     made_with: MadeWith
     plan: LockedPlan
     set: dict[str, str] = Field(description="The `--set` values.")
-    values: LockedValues = Field(
-        default=LockedValues(config={}, hardware={}, profile={}),
-        description="The values of the inputs; early locks have none.",
-        json_schema_extra=_without_default,
+    values: LockedValues = _absent(
+        LockedValues(config={}, hardware={}, profile={}), "The values of the inputs; early locks have none."
     )
 
 
@@ -176,17 +154,12 @@ def violations(value: Mapping[str, Any]) -> list[str]:
             for details in error.errors()
         ]
         return list(dict.fromkeys(phrases))  # where a value may be of several types, each of them finds it wrong
-    if _is_early(value):
+    if "measurement" not in value["inputs"]:  # an early lock, which says less
         return []
     missing = [key for key in ("hardware", "values") if key not in value]
     missing += [f"plan.{key}" for key in ("loading_ram_bytes", "offload_buffers") if key not in value["plan"]]
     missing += [] if "checkpoint" in value["inputs"] else ["inputs.checkpoint"]
     return [f"`{key}` is missing" for key in missing]
-
-
-def _is_early(value: Mapping[str, Any]) -> bool:
-    """Return whether a lock is of before measurements had a digest of their own."""
-    return "measurement" not in value["inputs"]
 
 
 def lock_schema() -> dict[str, Any]:

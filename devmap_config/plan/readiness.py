@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import format_bytes
@@ -34,15 +34,8 @@ class Demand:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return {
-            "id": str(self.device),
-            "name": self.name,
-            "is_there": self.is_there,
-            "needed_bytes": self.needed_bytes,
-            "context_bytes": self.context_bytes,
-            "memory_bytes": self.memory_bytes,
-            "free_bytes": self.free_bytes,
-        }
+        figures = asdict(self)
+        return {"id": str(figures.pop("device")), **figures}
 
 
 def kind_needed(lock: Lock) -> str | None:

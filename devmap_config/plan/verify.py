@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
 from devmap_config.placement.assignment import ON_CPU
+from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -28,8 +29,6 @@ ViolationKind = Literal[
     "over-capacity",
     "forbidden-device",
 ]
-
-EXAMPLES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +65,11 @@ def coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
         for name in each.tensors:
             times[name] = times.get(name, 0) + 1
     if missing := tuple(name for name, count in times.items() if count == 0):
-        yield Violation(
-            kind="uncovered-tensor",
-            message=f"the plan gives no device to {_some(missing)}",
-            subjects=missing,
-        )
+        message = f"the plan gives no device to {first_of([f'`{name}`' for name in missing])}"
+        yield Violation(kind="uncovered-tensor", message=message, subjects=missing)
     if repeated := tuple(name for name, count in times.items() if count > 1):
-        yield Violation(
-            kind="overlapping-units", message=f"the plan places {_some(repeated)} more than once", subjects=repeated
-        )
+        message = f"the plan places {first_of([f'`{name}`' for name in repeated])} more than once"
+        yield Violation(kind="overlapping-units", message=message, subjects=repeated)
 
 
 def _known_units(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
@@ -268,12 +263,6 @@ def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[Device]]
                     message=f"`{name}` is stored on {each.location.stored_on}, which a rule forbids",
                     subjects=(name,),
                 )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:EXAMPLES_SHOWN])
-    more = len(names) - EXAMPLES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 CHECKS = (coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties, _strandings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -14,6 +13,7 @@ from devmap_config.diagnostics.diagnostic import Related, Span
 from devmap_config.files import LINE_BREAK
 from devmap_config.profile.device_names import kind_of
 from devmap_config.profile.syntax import Source
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -209,8 +209,8 @@ class _Composer:
     def alias(self, event: AliasEvent) -> Node:
         name = event.anchor or ""
         if name not in self.anchors:
-            if close := difflib.get_close_matches(name, self.anchors, n=1):
-                self.refuse(f"there is no anchor `{name}`", event, f"did you mean `*{close[0]}`?")
+            if close := closest(name, self.anchors):
+                self.refuse(f"there is no anchor `{name}`", event, f"did you mean `*{close}`?")
             self.refuse_unquoted(event, f"`*{name}` refers to no anchor", f"define it with `&{name}`")
         node, count = self.anchors[name]
         if node is None:

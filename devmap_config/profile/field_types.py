@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +25,7 @@ from devmap_config.profile.quantities import (
 from devmap_config.profile.refusals import refusal
 from devmap_config.profile.synonyms import quantization_meant
 from devmap_config.quantization.registry import METHODS
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,8 +97,8 @@ def one_of(
     def read(value: object) -> object:
         if isinstance(value, str) and value in choices:
             return str(value)
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        guess = f"did you mean `{close[0]}`? " if close else ""
+        close = closest(str(value), choices)
+        guess = f"did you mean `{close}`? " if close else ""
         listed = f"one of {', '.join(f'`{choice}`' for choice in choices)}"
         raise refusal(code, message.format(value=value), meant(str(value)) or guess + listed, **context)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from devmap_config.profile.refusals import Refusals
 from devmap_config.profile.rendering import Renderer
 from devmap_config.profile.schema import Hardware, Profile
 from devmap_config.profile.section import Section
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,10 +148,10 @@ def _check_overrides(variables: MappingNode, overrides: Mapping[str, str], sink:
     known = [entry.key.text for entry in variables.entries]
     for name in overrides:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = closest(name, known)
             sink.error(
                 "unknown-variable",
                 f"a value is given for `{name}`, which is no variable of the profile",
                 variables.span,
-                help=f"did you mean `{close[0]}`?" if close else f"add `{name}` under `variables:`",
+                help=f"did you mean `{close}`?" if close else f"add `{name}` under `variables:`",
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from pydantic_core import PydanticCustomError
 from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode
 from devmap_config.profile.located import Written, WrittenMapping
 from devmap_config.profile.synonyms import key_meant, line_for_key, line_for_scalar
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pydantic import ValidationError
     from pydantic.fields import FieldInfo
 
@@ -96,7 +94,7 @@ class Refusals:
         unknown = [key for key in keys if key not in fields]
         for key in unknown:
             self.report("unknown-key", f"unknown key `{key}`{within}", keys[key].span, self.advice_on_key(key, section))
-        meant = {key_meant(key, section.__name__, fields) or _nearest(key, fields) or key for key in unknown}
+        meant = {key_meant(key, section.__name__, fields) or closest(key, fields) or key for key in unknown}
         missing = {key for key, field in fields.items() if field.is_required() and key not in value}
         self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
         may_be_elsewhere = self.is_incomplete and "[" not in place.route  # an item of a list is whole where it stands
@@ -116,7 +114,7 @@ class Refusals:
         fields = fields_by_key(section)
         if key[:3].isdigit():
             return "a `,` separates entries: write large numbers without it"
-        if close := key_meant(key, section.__name__, fields) or _nearest(key, fields):
+        if close := key_meant(key, section.__name__, fields) or closest(key, fields):
             return f"did you mean `{close}`?"
         if line := line_for_key(key, section.__name__):
             return line
@@ -156,10 +154,6 @@ class Refusals:
         if (code, span) not in self.said:
             self.said.add((code, span))
             self.sink.error(code, message, span, help=help)
-
-
-def _nearest(key: str, keys: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(key, sorted(keys), n=1)), None)
 
 
 def _found(node: Node) -> str:

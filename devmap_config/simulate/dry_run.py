@@ -13,12 +13,12 @@ from devmap_config.devices import CPU
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
-from devmap_config.graph.model import TensorName, ancestors
+from devmap_config.graph.model import TensorName, ancestors, is_within
 from devmap_config.graph.recording import Traffic, replace_tensors, shown_bytes, storage_key, tensors_in
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
 from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.simulate.devices import DeviceMismatchError, Phase, SimulatedDevices
-from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights
+from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights, tensors_of
 from devmap_config.simulate.reads import read_without_a_call
 from devmap_config.simulate.replay import FILLING, TOWERS, Replay
 from devmap_config.simulate.simulation import NOWHERE, Mismatch, Party, Simulation
@@ -189,10 +189,6 @@ def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
     }
 
 
-def _is_part(unit: str, path: str) -> bool:
-    return unit == path or unit.startswith(f"{path}.") or path.startswith(f"{unit}.") or not unit
-
-
 def _block_around(path: str, graph: ModelGraph) -> str:
     """The block that a module is, or is within; `""` where it is in none."""
     return next((each for each in (path, *ancestors(path)) if each in graph.blocks), "")
@@ -216,7 +212,7 @@ class _Run:
         """A run that is about to begin."""
         hold_in_buffers(model, graph)
         known = replace_tensors(model)
-        held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        held = tensors_of(model)
         absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
         paths = {id(module): path for path, module in model.named_modules()}
         accelerators = tuple(use.id for use in plan.devices if use.id.is_accelerator)
@@ -281,13 +277,15 @@ class _Run:
         called = {path for _, path, _ in self._replay.calls}
         found: list[str] = []
         for path, module in self.model.named_modules():
-            is_within = any(path.startswith(f"{other}.") for other in found)
-            if not path or is_within or not hasattr(module, "main_input_name"):
+            if not path or any(is_within(path, other) for other in found) or not hasattr(module, "main_input_name"):
                 continue
-            if any(other == path or other.startswith(f"{path}.") for other in called):
+            if any(is_within(other, path) for other in called):
                 continue
             found.append(path)
-            locations = {each.location for each in self.plan.assignments if _is_part(each.unit, path)}
+            units = {path, *ancestors(path)}
+            locations = {
+                each.location for each in self.plan.assignments if each.unit in units or is_within(each.unit, path)
+            }
             if len(locations) > 1 or not all(each.is_one_device for each in locations):
                 yield module
 

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from devmap_config.simulate.devices import SimulatedDevices
 
 
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a model by every name that they have."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
     """Register as buffers what a quantizer holds in buffers: accelerate treats these in another way than parameters."""
     for tensor in graph.tensors.values():
@@ -38,12 +43,11 @@ def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
 
 def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices) -> None:
     """Say of every tensor of the model that it is where the plan keeps it."""
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    held = tensors_of(model)
     for each in plan.assignments:
         for name in each.tensors:
             if name in held:
-                home = plan.executor.residence(graph.tensors[name], each.location)
-                devices.put(held[name], home)
+                devices.put(held[name], plan.executor.residence(graph.tensors[name], each.location))
 
 
 @contextmanager
@@ -106,9 +110,7 @@ class _Placing:
         self.devices = devices
         self.absent = absent
         self.held_bytes = held_bytes
-        self.kept = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
+        self.kept = tensors_of(model)
         self.names = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
         self.is_over = False
 

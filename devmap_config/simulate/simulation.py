@@ -141,13 +141,7 @@ class Verdict:
     @classmethod
     def of(cls, simulation: Simulation) -> Verdict:
         """What is remembered of this dry run."""
-        return cls(
-            outcome=simulation.outcome,
-            devices=simulation.devices,
-            mismatch=simulation.mismatch,
-            reason=simulation.reason,
-            cause=simulation.cause,
-        )
+        return cls(**{each.name: getattr(simulation, each.name) for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
@@ -166,14 +160,9 @@ class Verdict:
         if set(value) | {"cause"} != {each.name for each in fields(cls)}:
             raise ValueError("not a verdict")
         mismatch = value["mismatch"]
-        return cls(
-            outcome=value["outcome"],
-            devices=tuple(
-                SimulatedDevice(**{**device, "id": Device.from_text(device["id"])}) for device in value["devices"]
-            ),
-            mismatch=None
-            if mismatch is None
-            else Mismatch(**{**mismatch, "parties": tuple(map(Party.from_json, mismatch["parties"]))}),
-            reason=value["reason"],
-            cause=value.get("cause", "model"),
+        if mismatch is not None:
+            mismatch = Mismatch(**{**mismatch, "parties": tuple(map(Party.from_json, mismatch["parties"]))})
+        devices = tuple(
+            SimulatedDevice(**{**device, "id": Device.from_text(device["id"])}) for device in value["devices"]
         )
+        return cls(**{**value, "devices": devices, "mismatch": mismatch})
