@@ -95,7 +95,7 @@ def budgets_in_words(plan: Plan, max_memory: Mapping[int | str, int]) -> str:
     shown = f"max_memory={dict(max_memory)}"
     if plan.follows_from_max_memory:
         return f'plain transformers makes the same map of device_map="{plan.strategy}", {shown}'
-    return f"with {shown} as budgets; plain transformers makes this plan of the map alone, for rules decide as well"
+    return f"with {shown} as budgets; plain transformers makes this plan of the map alone: more than budgets decides"
 
 
 def _predicted(plan: Plan) -> str:

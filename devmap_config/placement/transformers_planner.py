@@ -58,9 +58,16 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
         budgets = _balanced(problem.graph, remaining, sizes, budgets, low_zero=strategy == "balanced_low_0")
     if problem.quantizer_lowers_budgets:
         budgets = {device: int(budget * QUANTIZER_SHARE) for device, budget in budgets.items()}
-    devices = _Filling(problem, remaining, sizes, budgets).run()
-    found, is_mended = _complete(problem, remaining, devices)
-    return TransformersPlacement(found, is_mended)
+    filling = _Filling(problem, remaining, sizes, budgets)
+    found, is_completed = _complete(problem, remaining, filling.run())
+    crashes = filling.crashes or (strategy != "sequential" and _lacks_named_blocks(problem.graph))
+    return TransformersPlacement(found, is_mended=is_completed or crashes)
+
+
+def _lacks_named_blocks(graph: ModelGraph) -> bool:
+    """Whether a model names classes of blocks of which it has none, whose largest their planner asks for."""
+    named = set(graph.no_split_classes)
+    return bool(named) and not any(module.class_name in named for module in graph.modules.values())
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ class _Filling:
         # These keep room for the largest block, which may have to be streamed through them.
         first = accelerators[:1]
         self._main_devices = (*first,) if first and first[0].kind == "mps" else (*first, CPU)
+        self.crashes = False  # theirs, which looks for a tied tensor within what is queued, and nowhere else
 
     def run(self) -> dict[str, Device]:
         """The device of each path that was placed whole."""
@@ -155,6 +163,7 @@ class _Filling:
             room = None if device == OVERFLOW else self._budgets[device] - reserved - self._used[device]
             partners = self._partners(path)
             tied_items = self._items_holding(partners)
+            self.crashes |= not all(any(name.startswith(f"{item[0]}.") for item in self._queue) for name in partners)
             own_bytes = self._sizes[path]
             bytes_with_ties = own_bytes + sum(self._sizes[tied] for tied, _ in tied_items)
             if not self._allows(device, node, tied_items):
