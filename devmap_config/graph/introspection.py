@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from devmap_config.libraries.transformers import (
     ties,
 )
 from devmap_config.quantization.storage import Storage, stored_tensors
-from devmap_config.wording import first_line
+from devmap_config.wording import closest, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -238,8 +237,8 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
 
     found = getattr(transformers, class_name, None)
     if found is None:
-        close = difflib.get_close_matches(class_name, dir(transformers), n=1)
-        meant = f"; did you mean `{close[0]}`?" if close else ""
+        close = closest(class_name, dir(transformers))
+        meant = f"; did you mean `{close}`?" if close else ""
         raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{meant}")
     if not is_auto_class(found):
         return found

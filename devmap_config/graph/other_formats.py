@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from devmap_config.files import CONFIG, FileError, exists, is_folder, read_json
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,10 +70,10 @@ def advice_on_missing(text: str, path: Path) -> str | None:
     if folder is None or text.count("/") < len(path.relative_to(folder).parts):  # where nothing of it is there
         return None
     missing = path.relative_to(folder).parts
-    close = difflib.get_close_matches(missing[0], sorted(os.listdir(folder)), n=1)  # noqa: PTH208
-    if not close:
+    close = closest(missing[0], os.listdir(folder))  # noqa: PTH208
+    if close is None:
         return None
-    return f"did you mean `{'/'.join([*text.split('/')[: -len(missing)], close[0], *missing[1:]])}`?"
+    return f"did you mean `{'/'.join([*text.split('/')[: -len(missing)], close, *missing[1:]])}`?"
 
 
 def names_gguf(repository: str) -> bool:

@@ -58,6 +58,8 @@ def _accelerator(text: str) -> tuple[str, dict[str, str]]:
     try:
         return "", {"memory": _memory(text)}
     except UnknownMachineError:
+        if text[0].isdigit() and not text.isdigit() and nearest(text) is None:
+            raise
         if text.isdigit() and len(text) < 4 and nearest(text) is None:
             raise UnknownMachineError(f"`{text}` has no unit: write `{text}GiB`") from None
         meant = nearest(text)

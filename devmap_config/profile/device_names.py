@@ -94,6 +94,14 @@ def device_meant(named: Device | int, kind: str) -> Device:
     return nth_accelerator(kind, named) if isinstance(named, int) else named
 
 
+def is_device_name(text: str) -> bool:
+    """Whether a text names a device, or a range of them."""
+    try:
+        return bool(expand_devices(text, "cuda"))
+    except DeviceNameError:
+        return False
+
+
 def is_range(text: str) -> bool:
     """Whether a name stands for several devices."""
     return "[" in text

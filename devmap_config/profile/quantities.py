@@ -70,7 +70,8 @@ def parse_share(text: str) -> Fraction:
     if unit == "%":
         return _share(text, number)
     if unit or number > 1:
-        raise QuantityError(f"`{text}` is no share", "write a share as `5%` or `0.05`")
+        help = f"write `{text}%`" if not unit and number <= 100 else "write a share as `5%` or `0.05`"
+        raise QuantityError(f"`{text}` is no share", help)
     return number
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, cast
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
+from devmap_config.profile.device_names import is_device_name
 from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode
-from devmap_config.profile.located import Written, WrittenMapping
+from devmap_config.profile.located import Place, Written, WrittenMapping
 from devmap_config.profile.synonyms import key_meant, line_for_key, line_for_scalar
 from devmap_config.wording import closest
 
@@ -42,7 +43,7 @@ TYPES = {
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
     "model_type": "a mapping",
-    "too_short": "not empty",
+    "too_short": "",
     "greater_than_equal": "at least {ge}",
     "quantity_type": "a quantity such as `20GiB`",
     "device_type": "a device such as `cuda:0`, `cpu` or `disk`",
@@ -92,9 +93,14 @@ class Refusals:
         )
         within = f" in `{place.route}`" if place.route else ""
         unknown = [key for key in keys if key not in fields]
+        if section.__name__ == "Pin" and len(keys) == len(unknown) == 1:
+            self._report_short_pin(value.place)
+            return
         for key in unknown:
             self.report("unknown-key", f"unknown key `{key}`{within}", keys[key].span, self.advice_on_key(key, section))
         meant = {key_meant(key, section.__name__, fields) or closest(key, fields) or key for key in unknown}
+        if section.__name__ == "Hardware" and any(is_device_name(key) for key in unknown):
+            meant.add("devices")
         missing = {key for key, field in fields.items() if field.is_required() and key not in value}
         self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
         may_be_elsewhere = self.is_incomplete and "[" not in place.route  # an item of a list is whole where it stands
@@ -102,6 +108,15 @@ class Refusals:
             if key in missing - meant:
                 message = f"`{key}` is empty" if key in keys else f"`{key}` is missing{within}"
                 self.sink.error("missing-key", message, (keys.get(key) or place).span, help=ADVICE.get(key))
+
+    def _report_short_pin(self, place: Place) -> None:
+        """Report a pin that is a pattern and its device: as in a `device_map`, and in other tools."""
+        if isinstance(place.node, MappingNode):
+            [entry] = place.node.entries
+            device = entry.value.text if isinstance(entry.value, ScalarNode) else "cuda:0"
+            help = f'write `{{match: "{entry.key.text}", device: {device}}}`'
+            self.doubted.add(f"{place.route}.match")
+            self.report("missing-key", "the pin does not say what it matches", entry.key.span, help)
 
     def doubtful_keys(self, route: str) -> frozenset[str]:
         """Return the keys of the section at a route below which something was refused or is missing."""
@@ -114,10 +129,11 @@ class Refusals:
         fields = fields_by_key(section)
         if key[:3].isdigit():
             return "a `,` separates entries: write large numbers without it"
-        if close := key_meant(key, section.__name__, fields) or closest(key, fields):
-            return f"did you mean `{close}`?"
-        if line := line_for_key(key, section.__name__):
+        close, line = key_meant(key, section.__name__, fields), line_for_key(key, section.__name__)
+        if close is None and line is not None:
             return line
+        if close := close or closest(key, fields):
+            return f"did you mean `{close}`?"
         for name, owner in fields_by_key(self.root).items():
             kind = owner.annotation
             if isinstance(kind, type) and issubclass(kind, BaseModel) and key in fields_by_key(kind):
@@ -145,7 +161,10 @@ class Refusals:
                 message = context["message"].replace("{route}", route)
                 self.report(cast("ErrorCode", kind), message, given.place.span, context["help"])
             else:
-                message = f"{route} must be {TYPES[kind].format(**context)}, not {_found(node)}"
+                wanted = TYPES[kind].format(**context)
+                message = f"{route} must be {wanted}, not {_found(node)}"
+                if kind == "too_short":
+                    message = f"{route} must not be empty"
                 help = _advice_on_type(kind, given, field if given is value else None)
                 self.report("wrong-type", message, given.place.span, help)
 
@@ -173,6 +192,8 @@ def _advice_on_type(kind: str, value: Written, field: FieldInfo | None) -> str:
         line = line_for_scalar(key.text, node.text)
         if line is not None:
             return line
+    if key is not None and key.text in ADVICE and kind == "model_type":
+        return ADVICE[key.text]
     if field is None or not field.examples or key is None:
         return "`devmap schema` prints what each key takes"
     example = field.examples[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.profile.device_names import is_device_name
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -84,6 +86,8 @@ def key_meant(key: str, section: str, fields: Collection[str]) -> str | None:
 
 def line_for_key(key: str, section: str) -> str | None:
     """Return what is to be written in the stead of a key that means something elsewhere in the profile."""
+    if section == "Hardware" and is_device_name(key):
+        return "devices stand one level deeper, under `devices:`"
     if key.lower() in LINES:
         return LINES[key.lower()]
     routes = (route.split(".") for route, words in WORDS.items() if key.lower() in words.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.diagnostics.diagnostic import Sink
+
+SHELL_VARIABLE = re.compile(r"\$\{(?P<name>\w+)\}")
 
 UNCLOSED = {
     "while scanning a quoted scalar": ("this quote is never closed", "close it"),
@@ -114,6 +117,10 @@ class Source:
         if unquoted is None:
             return False
         start, text = unquoted
+        if shell := SHELL_VARIABLE.fullmatch(text):
+            help = f'write `"{{{{ {shell["name"]} }}}}"`, and `--set {shell["name"]}=…`: the environment is not read'
+            self.error(f"`{text}` is no template", self.span(line, start, len(text)), help, "needs-quotes")
+            return True
         quoted = '"' + closed(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
         self.error(f"`{text}` must be quoted", self.span(line, start, len(text)), f"write `{quoted}`", "needs-quotes")
         return True

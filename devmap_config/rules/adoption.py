@@ -44,7 +44,7 @@ def adopted_homes(
         sink: takes what transformers refuses or fails over, and what is not as the map says.
 
     Returns:
-        The devices; nothing where transformers fails over a key.
+        The devices; nothing where transformers refuses the map, or fails over it.
     """
     adoption = _Adoption(entries, graph, whole_file(file), sink)
     adoption.report_fatal_keys()
@@ -53,6 +53,8 @@ def adopted_homes(
     adoption.report_unknown_keys()
     homes = {name: entries[key].device for name, key in adoption.reading.taken_by.items()}
     homes |= adoption.homes_of_left_out(homes)
+    if sink.has_errors:
+        return {}
     homes |= adoption.homes_of_torn(homes)
     return {name: homes[name] for name in graph.tensors}
 

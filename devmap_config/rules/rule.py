@@ -81,15 +81,18 @@ def _rule_of_key(source: Located[str], named: Located[Device | int], listed: _Li
 
 
 def _rule_of_pin(pin: Pin, listed: _Listed, sink: Sink) -> Rule | None:
-    pattern, device, compute = _parse(pin.match, sink), listed.known(pin.device), listed.known(pin.compute)
+    pattern, device = _parse(pin.match, sink), listed.known(pin.device)
     for named in pin.not_on:
         listed.known(named)
-    if compute == DISK:
+    if pin.compute.value == DISK:
+        compute = None
         sink.error("bad-device-name", "nothing runs on the disk", pin.compute.span, help="write `compute: cpu`")
+    else:
+        compute = listed.known(pin.compute)
     if pattern is None:
         return None
     is_unknown = (device is None) != (pin.device.value is None) or (compute is None) != (pin.compute.value is None)
-    if is_unknown or compute == DISK or pin.doubtful:
+    if is_unknown or pin.doubtful:
         return Rule(pattern=pattern, source=pin.match, optional=pin.optional or "optional" in pin.doubtful)
     return Rule(
         pattern=pattern,

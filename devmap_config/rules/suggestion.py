@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from devmap_config.rules.pattern import ClassPattern, Pattern
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, Module
+
+NO_DOT = re.compile(r"(?<=[A-Za-z])\[(?=[-:0-9,/]+\])")
+"""A range as Python indexes a list, `layers[0:4]`: that no such module is there is not why nothing matches."""
 
 FUSED_DIMENSIONS = 3
 """A parameter of fused experts has a leading expert dimension besides its two own."""
@@ -39,6 +43,8 @@ def nearest_to(pattern: Pattern, stuck: Stuck | None, graph: ModelGraph) -> Sugg
     """What was most likely meant, given where the walk over the tree got stuck."""
     if isinstance(pattern, ClassPattern):
         return _nearest_class(pattern, graph)
+    if (dotted := NO_DOT.sub(".[", pattern.text)) != pattern.text:
+        return Suggestion(label=f"a range is a segment of its own: `{dotted}`", pattern=dotted)
     if stuck is None:
         return Suggestion(label="no path of the model matches as a whole")
     segment = stuck.path[stuck.position]

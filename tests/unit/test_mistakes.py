@@ -20,6 +20,8 @@ hardware:
 placement: {strategy: fastest}
 """
 
+DEVICES = "  devices:\n    cuda:0: rtx-4090\n    cpu: {memory: 64GiB}"
+
 FOUR_BIT = "quantization: {method: bitsandbytes, load_in_4bit: true}"
 
 MODEL, WORKLOAD, CARD, CPU, PLACEMENT = (
@@ -120,6 +122,31 @@ MISTAKES = [
     (PLACEMENT, "{policy: auto}", "policy", "unknown-key", "did you mean `strategy`?"),
     (PLACEMENT, "{n_gpu_layers: 4}", "n_gpu_layers", "unknown-key", "pin what is to be on the CPU"),
     (PLACEMENT, "{pins: [{layer: lm_head, device: 0}]}", "layer", "unknown-key", "did you mean `match`?"),
+    (WORKLOAD, "{context_length: ${CTX}}", "${CTX}", "needs-quotes", 'write `"{{ CTX }}"`, and `--set CTX='),
+    (CARD, "cuda:0: {accelerator: rtx-4090, efficiency: 80}", "80", "bad-quantity", "write `80%`"),
+    (PLACEMENT, "{pins: [lm_head: cuda:0]}", "lm_head", "missing-key", 'write `{match: "lm_head", device: cuda:0}`'),
+    (
+        PLACEMENT,
+        "{pins: [{match: lm_head, device: cpu, compute: disk}]}",
+        "disk",
+        "bad-device-name",
+        "write `compute: cpu`",
+    ),
+    (
+        f"\n{DEVICES}",
+        " [rtx-4090]",
+        "[",
+        "wrong-type",
+        "`hardware: {devices",
+    ),
+    (DEVICES, "  devices: {}", "{}", "wrong-type", "for example"),
+    (
+        DEVICES,
+        "  cuda:0: l4",
+        "cuda:0",
+        "unknown-key",
+        "one level deeper",
+    ),
     (PLACEMENT, "{pins: [{match: lm_head, device: gpu}]}", "gpu", "bad-device-name", "write `cuda:0`"),
 ]
 
@@ -159,6 +186,13 @@ def test_the_class_that_was_meant_is_named(folder):
     Path("p.yaml").write_text(PROFILE.replace(MODEL, "{source: models/llama, class: LlamaForCasualLM}"))
     [finding] = run_pipeline(Request(path=Path("p.yaml"))).diagnostics
     assert "did you mean `LlamaForCausalLM`?" in finding.message
+
+
+def test_a_range_as_python_indexes_a_list(folder):
+    pin = '{strategy: fastest, pins: [{match: "model.layers[:4]", device: 0}]}'
+    Path("p.yaml").write_text(PROFILE.replace(PLACEMENT, pin))
+    [finding] = run_pipeline(Request(path=Path("p.yaml"))).diagnostics
+    assert finding.label == "a range is a segment of its own: `model.layers.[:4]`"
 
 
 def test_links_by_other_names(folder):
