@@ -37,10 +37,7 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int) -> ExitCode:
         may_run_code = options.permissions.trust_remote_code
         with stages_shown(quiet=options.quiet):
             simulation = simulation_of(tried, reached.model, decoded_tokens=tokens, trust_remote_code=may_run_code)
-    data = {
-        "plan": plan.to_json() if plan else None,
-        "simulation": simulation.to_json() if simulation else None,
-    }
+    data = {"plan": plan.to_json() if plan else None, "simulation": simulation.to_json() if simulation else None}
     options.report(compilation.diagnostics, compilation.texts, data)
     if simulation is not None and reached is not None and tried is not None and options.shows_tables:
         print_lines(partial(simulation_lines, reached.model, tried, simulation))

@@ -146,11 +146,7 @@ def meta_model(
 
 
 def config_and_class(
-    config_path: Path,
-    class_name: str,
-    *,
-    trust_remote_code: bool = False,
-    repository: tuple[str, str] | None = None,
+    config_path: Path, class_name: str, *, trust_remote_code: bool = False, repository: tuple[str, str] | None = None
 ) -> tuple[PreTrainedConfig, Any]:
     """The model's config and its concrete class: those that `from_pretrained` takes.
 

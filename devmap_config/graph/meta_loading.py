@@ -90,12 +90,7 @@ def match_names(
         noting_what_is_lacking(model_class) as lacking,
     ):
         model = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=stored,
-            device_map={"": "meta"},
-            dtype=dtype,
-            ignore_mismatched_sizes=True,
+            None, config=config, state_dict=stored, device_map={"": "meta"}, dtype=dtype, ignore_mismatched_sizes=True
         )
     info = reports[0]
     wanted = model.state_dict()

@@ -8,6 +8,7 @@ import re
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -233,17 +234,15 @@ def hub_source(
         )
     access = _ACCESS.get(_AS_CONFIGURED)
     had_by: dict[str, Any] = {"cache_dir": access.cache_dir, "token": access.token}
+    download = partial(hf_hub_download, repository, "config.json", revision=wanted, **had_by)
     try:
         try:
             # What a commit holds never changes: the cache is asked first. A branch is asked of the hub.
-            cached_only = is_fixed or not _hub_answers()
-            path = Path(
-                hf_hub_download(repository, "config.json", revision=wanted, local_files_only=cached_only, **had_by)
-            )
+            path = Path(download(local_files_only=is_fixed or not _hub_answers()))
         except LocalEntryNotFoundError:
             if not is_fixed or not _hub_answers():
                 raise
-            path = Path(hf_hub_download(repository, "config.json", revision=wanted, **had_by))
+            path = Path(download())
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
             f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached",

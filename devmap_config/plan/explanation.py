@@ -64,9 +64,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
             continue
         assignments = (*others, Assignment(block, tensors, location))
         moved = replace(
-            plan,
-            assignments=assignments,
-            devices=device_uses(graph, assignments, inventory.capacities, plan.executor),
+            plan, assignments=assignments, devices=device_uses(graph, assignments, inventory.capacities, plan.executor)
         )
         fullest = min(moved.devices, key=lambda use: use.free_bytes)
         figure = "decode_nanoseconds_per_token" if graph.decodes else "prefill_nanoseconds"

@@ -9,11 +9,7 @@ from devmap_config.amounts import format_bytes, format_duration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-MEASURED_BYTES = {
-    "kv_cache_bytes": "cache",
-    "activation_bytes": "activations",
-    "overhead_bytes": "streamed weights",
-}
+MEASURED_BYTES = {"kv_cache_bytes": "cache", "activation_bytes": "activations", "overhead_bytes": "streamed weights"}
 """What a device holds besides weights."""
 
 PREDICTED: Mapping[str, tuple[str, Callable[[int], str]]] = {

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from devmap_config.plan.attempts import Obstacle
     from devmap_config.plan.trials import Trials
     from devmap_config.profile.loading import LoadedProfile
-    from devmap_config.rules.resolution import Resolution
 
 
 ANY_FIT = "fewest-devices"
@@ -92,17 +91,16 @@ def _lack(shortage: Shortage) -> str:
 
 def _report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
     """Put the reasons of an infeasible placement into the sink, with what `trials` show to mend it."""
-    loaded, resolution = prepared.loaded, prepared.resolution
     if problem.aim is not None and not any(shortage.device for shortage in infeasible.shortages):
         _report_impasse(infeasible, problem, prepared, trials, sink)
         return
     if not infeasible.shortages:
-        _report_forbidden(infeasible, resolution, prepared.strategy, sink)
+        _report_forbidden(infeasible, prepared, sink)
     for shortage in infeasible.shortages:
         if shortage.device is None:
-            _report_unplaced(infeasible, shortage, problem, loaded, trials, sink)
+            _report_unplaced(infeasible, shortage, problem, prepared, trials, sink)
         else:
-            _report_device(shortage, shortage.device, problem, resolution, loaded, trials, sink)
+            _report_device(shortage, shortage.device, problem, prepared, trials, sink)
 
 
 def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
@@ -140,13 +138,14 @@ def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared
     )
 
 
-def _report_forbidden(infeasible: Infeasible, resolution: Resolution, strategy: str, sink: Sink) -> None:
+def _report_forbidden(infeasible: Infeasible, prepared: Prepared, sink: Sink) -> None:
     name = infeasible.unplaced[0]
-    rules = resolution.forbidden[name]
+    rules = prepared.resolution.forbidden[name]
     rule = next(iter(rules.values()))
     sink.error(
         "conflicting-pins",
-        f"`{strategy}` has no place for `{name}` but on {' or '.join(map(str, rules))}, which this rule forbids",
+        f"`{prepared.strategy}` has no place for `{name}` but on {' or '.join(map(str, rules))},"
+        " which this rule forbids",
         rule.span,
         help="pin it to the device where it is to be, or give the other devices more room",
     )
@@ -166,7 +165,7 @@ def _cause(problem: Problem) -> str:
 
 
 def _report_unplaced(
-    infeasible: Infeasible, shortage: Shortage, problem: Problem, loaded: LoadedProfile, trials: Trials, sink: Sink
+    infeasible: Infeasible, shortage: Shortage, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink
 ) -> None:
     listed = ", ".join(f"{device} ({format_bytes(capacity)})" for device, capacity in problem.capacities.items())
     total = problem.graph.size_bytes
@@ -183,13 +182,13 @@ def _report_unplaced(
     sink.error(
         "over-capacity",
         f"{what}{_cause(problem)}",
-        _cause_span(loaded),
+        _cause_span(prepared.loaded),
         label=f"`{infeasible.unplaced[0]}` is the first that is left over" if infeasible.unplaced else None,
-        help=_mend(problem, loaded.profile.placement.strategy.value, trials, fits_in_total=missing_bytes <= 0),
+        help=_mend(problem, prepared.strategy, trials),
     )
 
 
-def _mend(problem: Problem, strategy: str, trials: Trials, *, fits_in_total: bool) -> str:
+def _mend(problem: Problem, strategy: str, trials: Trials) -> str:
     for other in (*TRANSFORMERS_STRATEGIES, "fewest-devices", "single"):
         if other != strategy and trials.compiles(Change(strategy=other)):
             return f"`strategy: {other}` places all of it"
@@ -202,22 +201,17 @@ def _mend(problem: Problem, strategy: str, trials: Trials, *, fits_in_total: boo
     if missing:
         named = " or ".join(f"`{device}`" for device in missing)
         return f"list {named} under `hardware.devices` for what is to be offloaded"
-    if fits_in_total:
+    if problem.graph.size_bytes <= sum(problem.capacities.values()):
         return "there is room in total, but not in one piece: raise the memory of a device"
     return "list more memory, or load a smaller dtype"
 
 
 def _report_device(
-    shortage: Shortage,
-    device: Device,
-    problem: Problem,
-    resolution: Resolution,
-    loaded: LoadedProfile,
-    trials: Trials,
-    sink: Sink,
+    shortage: Shortage, device: Device, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink
 ) -> None:
     pinned_bytes = problem.pinned_bytes.get(device, 0)
-    rule = next((decision.rule for decision in resolution.decisions.values() if decision.device == device), None)
+    decisions = prepared.resolution.decisions.values()
+    rule = next((decision.rule for decision in decisions if decision.device == device), None)
     if rule is not None and pinned_bytes > shortage.capacity_bytes:
         what = "the pins put" if rule.origin == "pin" else "the map puts"
         sink.error(
@@ -231,11 +225,6 @@ def _report_device(
     sink.error(
         "over-capacity",
         f"{_lack(shortage)}{_cause(problem)}",
-        loaded.profile.hardware.device_span(device),
-        help=_mend(
-            problem,
-            loaded.profile.placement.strategy.value,
-            trials,
-            fits_in_total=problem.graph.size_bytes <= sum(problem.capacities.values()),
-        ),
+        prepared.loaded.profile.hardware.device_span(device),
+        help=_mend(problem, prepared.strategy, trials),
     )

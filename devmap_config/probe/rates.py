@@ -91,11 +91,7 @@ def fastest_pass(action: Callable[[], object], clock: Callable[[], float], limit
 
 
 def disk_bandwidth(
-    folder: Path,
-    free_bytes: int,
-    *,
-    file_bytes: int = DISK_FILE_BYTES,
-    clock: Callable[[], float] = time.perf_counter,
+    folder: Path, free_bytes: int, *, file_bytes: int = DISK_FILE_BYTES, clock: Callable[[], float] = time.perf_counter
 ) -> Rate:
     """How fast a file that was just written to a folder is read from its start to its end.
 

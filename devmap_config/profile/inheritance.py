@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Sink, Span
 from devmap_config.files import PROFILE, FileError, decoded, read_bytes, require_regular
-from devmap_config.profile.document import (
-    MappingNode,
-    ScalarNode,
-    SequenceNode,
-    is_null,
-    parse_document,
-    whole_file,
-)
+from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode, is_null, parse_document, whole_file
 from devmap_config.profile.field_types import unsupported_version
 
 if TYPE_CHECKING:

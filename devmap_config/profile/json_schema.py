@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.profile import schema as schema_module
 from devmap_config.profile.field_types import BANDWIDTH, DEVICE_KEY_PATTERN, TEMPLATE_SCHEMA
-from devmap_config.profile.schema import (
-    DeviceSection,
-    Link,
-    Profile,
-)
+from devmap_config.profile.schema import DeviceSection, Link, Profile
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -257,12 +257,7 @@ class SimulatedDevices(Recorder):
         return self.accelerators[wanted.index or 0]
 
     def moved(
-        self,
-        tensor: torch.Tensor,
-        target: Device,
-        *,
-        source: Device | None = None,
-        size_bytes: int | None = None,
+        self, tensor: torch.Tensor, target: Device, *, source: Device | None = None, size_bytes: int | None = None
     ) -> torch.Tensor:
         """A copy of a tensor on another device; one that is there already stays as it is.
 

@@ -52,11 +52,7 @@ def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices
 
 @contextmanager
 def dispatched(
-    model: PreTrainedModel,
-    plan: Plan,
-    graph: ModelGraph,
-    devices: SimulatedDevices,
-    absent: Mapping[str, torch.Tensor],
+    model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices, absent: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
     """The model with accelerate's hooks as `dispatch_model` attaches them, what they place and copy simulated.
 

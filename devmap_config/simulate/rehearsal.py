@@ -46,11 +46,7 @@ class Rehearsal:
 
 
 def rehearse(
-    plan: Plan,
-    prepared: Prepared,
-    replan: Callable[[Repairs], Plan | None],
-    permissions: Permissions,
-    sink: Sink,
+    plan: Plan, prepared: Prepared, replan: Callable[[Repairs], Plan | None], permissions: Permissions, sink: Sink
 ) -> Rehearsal:
     """Dry-run a plan; where a tensor is on the wrong device, keep together what must be and place anew.
 
