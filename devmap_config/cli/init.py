@@ -139,6 +139,10 @@ class Draft:
     spare: dict[Device, DeviceSection]
 
 
+def _is_too_long(compiled: Compiled) -> bool:
+    return any(each.code == "context-too-long" for each in compiled.diagnostics)
+
+
 def _this_machine() -> Hardware:
     from devmap_config.probe.block import as_hardware
     from devmap_config.probe.probe import probe_machine
@@ -166,11 +170,13 @@ def first_profile(asked: Asked, *, simulates: bool = True, begin: Callable[[str]
         for first in _drafts(asked, context_length):
             draft, compilation = _settled(asked, first, simulates=simulates)
             if isinstance(compilation, Compiled):
+                if asked.context_length is None and _is_too_long(compilation):
+                    break  # nor is there another device for what the model is not meant for
                 return _profile(asked, draft, compilation).text
             failures.append(compilation)
             if not is_of_machine(compilation.diagnostics):
                 break  # no other device helps
-        if failures[-1].reached is None:
+        if failures and failures[-1].reached is None:
             break  # nor another context: the model cannot be had
     # The places are in a file that nobody wrote: what is wrong is the model or the machine.
     raise CommandError([replace(each, span=None) for each in failures[0].diagnostics], data={"profile": None})
@@ -204,7 +210,19 @@ def _settled(asked: Asked, draft: Draft, *, simulates: bool) -> tuple[Draft, Com
         draft, compilation, codes = tried(replace(draft, dtype="float16"))
     if codes == {"missing-figure"} and asked.strategy is None:
         draft, compilation, _ = tried(replace(draft, strategy=WITHOUT_FIGURES))
+    most = _positions(compilation)
+    if asked.context_length is None and most is not None and most < (draft.context_length or 0):
+        draft, compilation, _ = tried(replace(draft, context_length=most))
     return draft, compilation
+
+
+def _positions(compilation: Compilation) -> int | None:
+    """Return how many tokens the model is meant for, where that is known."""
+    from devmap_config.compiler import Compiled
+
+    prepared = compilation if isinstance(compilation, Compiled) else compilation.reached
+    measurement = None if prepared is None else prepared.graph.measurement
+    return None if measurement is None else measurement.positions.most
 
 
 def _profile(asked: Asked, draft: Draft, compiled: Compiled | None = None) -> NewProfile:

@@ -44,6 +44,16 @@ def test_writes_a_profile_that_compiles(workspace, machine):
     assert [path.name for path in Path().glob(".draft*")] == []
 
 
+@pytest.mark.parametrize(("model", "context_length"), [("learned", 256), ("short", 2048)])
+def test_the_context_is_one_that_the_model_is_meant_for(model, context_length, workspace):
+    Path("short").mkdir()
+    short = json.loads(Path("llama/config.json").read_text()) | {"max_position_embeddings": 2048}
+    Path("short/config.json").write_text(json.dumps(short))
+    assert f"  context_length: {context_length} " in run("init", model, "--on", "rtx-4090").stdout
+    asked = run("init", "short", "--on", "rtx-4090", "--workload", "4096")
+    assert "  context_length: 4096 " in asked.stdout
+
+
 def test_what_it_writes(workspace):
     text = run("init", "llama", "--on", "2xrtx-4090+cpu:64GiB").stdout
     assert text.startswith("# yaml-language-server: $schema=schemas/profile.v1.schema.json\n")
@@ -52,6 +62,14 @@ def test_what_it_writes(workspace):
     assert "  strategy: fastest\n" in text
     for strategy in ("longest-context", "fewest-devices", "balanced_low_0", "sequential", "single", "manual"):
         assert strategy in text
+
+
+def test_no_more_context_than_the_model_is_meant_for(workspace):
+    config = json.loads(Path("llama/config.json").read_text())
+    Path("llama/config.json").write_text(json.dumps({**config, "max_position_embeddings": 900}))
+    assert "  context_length: 900 " in run("init", "llama", "--on", "l4").stdout
+    asked = run("init", "llama", "--on", "l4", "--workload", "1000").stdout
+    assert "  context_length: 1000 " in asked
 
 
 def test_what_is_in_comments_compiles_as_well(workspace):
