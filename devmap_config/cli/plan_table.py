@@ -9,10 +9,11 @@ from rich.text import Text
 from devmap_config.amounts import format_bytes, format_duration, largest_unit
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
+from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from rich.table import Table
 
@@ -71,8 +72,8 @@ def _held(plan: Plan, device: Device) -> list[str]:
 def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterator[Text]:
     if predicted := _predicted(plan):
         yield Text(predicted)
-    if plan.max_memory is not None and len(plan.max_memory) > 1:
-        yield Text(budgets_in_words(plan, plan.max_memory))
+    if plan.strategy in TRANSFORMERS_STRATEGIES and plan.measured and len(plan.devices) > 1:
+        yield Text(_in_transformers(plan))
     if plan.strategy == "fastest" and not model.graph.decodes:
         yield Text("the model does not decode token by token: `fastest` makes its prefill fast")
     streamed = plan.prediction.streamed_bytes_per_token
@@ -90,12 +91,12 @@ def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterat
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
 
 
-def budgets_in_words(plan: Plan, max_memory: Mapping[int | str, int]) -> str:
-    """What plain transformers makes of the budgets with which its planner was asked."""
-    shown = f"max_memory={dict(max_memory)}"
-    if plan.follows_from_max_memory:
-        return f'plain transformers makes the same map of device_map="{plan.strategy}", {shown}'
-    return f"with {shown} as budgets; plain transformers makes this plan of the map alone: more than budgets decides"
+def _in_transformers(plan: Plan) -> str:
+    """Of what plain transformers makes the same plan."""
+    if plan.max_memory is None:
+        return "plain transformers makes this plan of its map alone, not of `max_memory`: more than budgets decides"
+    shown = f"max_memory={dict(plan.max_memory)}"
+    return f'plain transformers makes the same map of device_map="{plan.strategy}", {shown}'
 
 
 def _predicted(plan: Plan) -> str:

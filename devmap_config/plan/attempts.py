@@ -84,18 +84,15 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
     plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=problem.executor)
     bound = placed.bound_nanoseconds if prepared.proves_bound else None
     plan = replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
-    if placed.budgets is not None and graph.measurement is not None:
-        plan = replace(
-            plan,
-            max_memory={device.in_device_map: size for device, size in placed.budgets.max_memory.items()},
-            follows_from_max_memory=not placed.budgets.is_mended and _decides_alone(problem),
-        )
+    budgets = placed.budgets
+    if budgets is not None and graph.measurement is not None and not budgets.is_mended and _decide_alone(problem):
+        plan = replace(plan, max_memory={each.in_device_map: size for each, size in budgets.max_memory.items()})
     if placed.fastest is None:
         return plan
     return beside_fastest(plan, _assembled(placed.fastest, problem, prepared), problem.aim)
 
 
-def _decides_alone(problem: Problem) -> bool:
+def _decide_alone(problem: Problem) -> bool:
     """Return whether nothing but budgets and sizes decides: transformers knows no pins, groups and the like."""
     has_constraints = problem.pinned or problem.groups or problem.forbidden
     return not has_constraints and all(each.offloaded_bytes is None for each in problem.graph.tensors.values())

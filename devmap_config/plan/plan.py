@@ -101,8 +101,8 @@ class Plan:
 
     `measured` tells whether more than weights was measured and budgeted. `diagnostics` are the warnings of the
     compilation that made it; two plans are the same whatever was said of them.
-    `max_memory` is what transformers' planner was asked with, where it is one of its strategies and a workload is to
-    have room: as `from_pretrained` takes it, which makes the same map by itself if it `follows_from_max_memory`.
+    `max_memory` are budgets that leave room for the workload, of which plain `from_pretrained` makes the same map by
+    transformers' strategy; `None` where more than budgets decides, or another strategy.
     `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
     `fastest` is the fastest plan that was found, where other wishes than time chose this one.
     """
@@ -116,7 +116,6 @@ class Plan:
     measured: bool = False
     loading_ram_bytes: int = 0
     max_memory: Mapping[int | str, int] | None = field(default=None, compare=False)
-    follows_from_max_memory: bool = field(default=False, compare=False)
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
     fastest: Plan | None = field(default=None, compare=False, repr=False)
 

@@ -54,8 +54,10 @@ def test_budgets_fall_below_what_the_devices_have_and_are_printed(profile):
 
 
 def test_with_pins_only_the_map_makes_the_plan(profile):
-    _, table, _ = run("compile", str(profile(pins="{match: lm_head, device: cuda:1}")))
-    assert "plain transformers makes this plan of the map alone" in table
+    path = profile(pins="{match: lm_head, device: cuda:1}")
+    assert compile_profile(path).max_memory is None
+    _, table, _ = run("compile", str(path))
+    assert "plain transformers makes this plan of its map alone, not of `max_memory`" in table
     assert "makes the same map" not in table
 
 
