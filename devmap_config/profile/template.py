@@ -21,6 +21,11 @@ MAX_STEPS = 20_000
 """Loop rounds, calls and operations of one template."""
 MAX_CHARACTERS = 10_000
 MAX_NUMBER_BITS = 256
+MAX_WIDTH = 100
+"""What `tojson` may indent by, and `round` may round to."""
+
+CHARACTERS_A_STEP = 100
+"""A round of a loop, or a call of a macro, writes the template's own text anew: it takes a step for each so many."""
 
 FILTERS = frozenset(
     "abs capitalize count d default dictsort first float int items join last length list lower max min replace reverse"
@@ -49,8 +54,9 @@ def render(text: str, variables: Mapping[str, object]) -> str:
     Raises:
         TemplateRefusedError: where it cannot be, or grows too large.
     """
-    environment = _Environment()
+    environment = _Environment(len(text))
     try:
+        environment.check_length(len(text))
         template = environment.from_string(environment.parse(text))
         parts: list[str] = []
         length = 0
@@ -83,7 +89,10 @@ def _lower(text: str | None) -> str:
 
 
 class _CodeGenerator(CodeGenerator):
-    """Sends `~` through the environment, as jinja2 does with the operators that a sandbox intercepts."""
+    """Sends what makes new values through the environment, as jinja2 does with the operators that a sandbox intercepts.
+
+    A list that holds another twice, and is held twice itself, is exponentially large to whatever compares it.
+    """
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802 - jinja2's name for it
         self.write("environment.concatenate((")
@@ -92,6 +101,23 @@ class _CodeGenerator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def _visit_checked(self, visit: Callable[[Any, Any], None], node: nodes.Node, frame: Any) -> None:
+        self.write("environment.check_size(")
+        visit(node, frame)
+        self.write(")")
+
+    def visit_List(self, node: nodes.List, frame: Any) -> None:  # noqa: N802
+        self._visit_checked(super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:  # noqa: N802
+        if node.ctx == "store":  # the names of `for key, value in …`
+            super().visit_Tuple(node, frame)
+        else:
+            self._visit_checked(super().visit_Tuple, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:  # noqa: N802
+        self._visit_checked(super().visit_Dict, node, frame)
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     """jinja2 with a budget: every loop round, call and operation counts, every result has a largest size."""
@@ -99,11 +125,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _CodeGenerator
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__(
             undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=self.check_size
         )
         self.steps = 0
+        self._steps_of_text = 1 + length // CHARACTERS_A_STEP
         self.filters = {name: self._counted(self.filters[name]) for name in self.filters if name in FILTERS}
         self.filters["_rounds"] = self._rounds
         self.globals = {"range": self.globals["range"]}
@@ -120,7 +147,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _rounds(self, values: Iterable[object]) -> list[object]:
         rounds: list[object] = []
         for value in values:
-            self.count()
+            self.count(self._steps_of_text)
             rounds.append(value)
         return rounds
 
@@ -133,6 +160,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             name = getattr(function, "__name__", "")
             if name in ("do_replace", "sync_do_join", "do_join"):
                 self._check_product(arguments, options)
+            if name in ("do_tojson", "do_round"):
+                self._check_width((*arguments[1:], *options.values()))
             return self.check_size(function(*arguments, **options))
 
         return counted
@@ -148,9 +177,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         if product > 100 * MAX_CHARACTERS:
             raise _limit("the template's text grows too large")
 
+    def _check_width(self, arguments: tuple[Any, ...]) -> None:
+        if any(isinstance(argument, int) and abs(argument) > MAX_WIDTH for argument in arguments):
+            raise _limit(f"`tojson` and `round` take numbers up to {MAX_WIDTH}")
+
     def call(self, context: Any, function: Any, *arguments: Any, **options: Any) -> Any:
         """Only macros, `range`, `loop` and the harmless methods of text and mappings may be called."""
-        self.count()
+        self.count(self._steps_of_text)
         owner = getattr(function, "__self__", None)
         allowed = (
             isinstance(function, Macro)
@@ -186,9 +219,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.check_length(sum(map(len, texts)))
         return "".join(texts)
 
-    def count(self) -> None:
-        """Take one step of the budget."""
-        self.steps += 1
+    def count(self, steps: int = 1) -> None:
+        """Take steps of the budget."""
+        self.steps += steps
         if self.steps > MAX_STEPS:
             raise _limit(f"the template takes more than {MAX_STEPS:,} steps")
 
