@@ -246,10 +246,10 @@ class _Walk:
         closed: dict[State, None] = {}
         for index, start in states:
             path, position = self.paths[index], start
-            closed[index, position] = None
-            while position < len(path) and path[position].is_any_segments:
-                position += 1
+            while (index, position) not in closed:  # what follows one that is there is there as well
                 closed[index, position] = None
+                if position < len(path) and path[position].is_any_segments:
+                    position += 1
         return list(closed)
 
     def visit(self, node: Node, states: list[State]) -> None:

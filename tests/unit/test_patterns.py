@@ -115,3 +115,9 @@ def test_a_bad_pattern_points_at_its_characters(pattern, start, end):
 def test_experts_of_many_layers_match_at_once(mixture):
     found = match(parse_pattern("model.layers.[0-59].mlp.experts.{gate_up,down}_proj"), mixture)
     assert len(found.names) == 120
+
+
+def test_many_stars_are_one_and_each_place_in_them_is_seen_once(llama):
+    stars = "**." * 2000
+    assert match(parse_pattern(f"{stars}lm_head"), llama).names == ("lm_head",)
+    assert match(parse_pattern(f"{stars}nothing"), llama).names == ()
