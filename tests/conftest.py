@@ -71,6 +71,7 @@ MODELS = {
         "vocab_size": 320,
     },
     "nameless": {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")},
+    "misnamed": {**LLAMA, "architectures": {"LlamaForCausalLM": 1}},
     "unknown": {"architectures": ["NoSuchModel"], "model_type": "no-such-model"},
     "unmeasurable": {
         "architectures": ["ViTModel"],

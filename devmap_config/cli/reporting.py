@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 
+MOST_SHOWN = 100
+"""Findings that people are shown; the rest is counted. Formats for programs hold all."""
+
+
 def report(
     diagnostics: Iterable[Diagnostic],
     texts: Mapping[str, str],
@@ -55,7 +59,11 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
     from devmap_config.diagnostics.terminal import print_diagnostics
 
     console = Console(stderr=True, highlight=False)
-    print_diagnostics(diagnostics, texts, console)
+    # What stops the command comes first, where not all is shown.
+    shown = sorted(diagnostics, key=lambda each: not each.is_error)[:MOST_SHOWN]
+    print_diagnostics(diagnostics if len(shown) == len(diagnostics) else shown, texts, console)
+    if left_out := len(diagnostics) - len(shown):
+        console.print(f"and {counted(left_out, 'more finding')}, which `--format json` shows")
     errors = sum(diagnostic.is_error for diagnostic in diagnostics)
     warnings = len(diagnostics) - errors
     counts = [counted(count, noun) for count, noun in ((errors, "error"), (warnings, "warning")) if count]

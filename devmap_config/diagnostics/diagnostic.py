@@ -87,7 +87,7 @@ class Sink:
     """
 
     def __init__(self) -> None:
-        self._diagnostics: list[Diagnostic] = []
+        self._diagnostics: dict[Diagnostic, None] = {}
         self.origins: dict[str, Span] = {}
         self.texts: dict[str, str] = {}
 
@@ -107,8 +107,7 @@ class Sink:
             came_in = Related(message="extended from here", span=origin)
             if came_in not in diagnostic.related:
                 diagnostic = replace(diagnostic, related=(*diagnostic.related, came_in))
-        if diagnostic not in self._diagnostics:
-            self._diagnostics.append(diagnostic)
+        self._diagnostics.setdefault(diagnostic)
 
     def report_all(self, diagnostics: Iterable[Diagnostic]) -> None:
         """Record findings that are already made."""

@@ -102,10 +102,10 @@ class ModelSource:
 
     @property
     def class_name(self) -> str | None:
-        """The class that the config names first."""
-        architectures = self.config.get("architectures") or [None]
-        name: str | None = architectures[0]
-        return name
+        """The class that the config names first; `None` where it names none, or something else is in its place."""
+        architectures = self.config.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        return first if isinstance(first, str) else None
 
     @property
     def counted_config(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from sarif_pydantic import Sarif
 
+from devmap_config.cli.reporting import report_on_terminal
 from devmap_config.compiler import Request, run_pipeline
-from devmap_config.diagnostics.diagnostic import Diagnostic, Related, Span
+from devmap_config.diagnostics.diagnostic import Diagnostic, Related, Sink, Span
 from devmap_config.diagnostics.github import diagnostics_to_github
 from devmap_config.diagnostics.sarif import diagnostics_to_sarif
 from devmap_config.diagnostics.terminal import print_diagnostics
@@ -156,3 +157,19 @@ def test_github_annotations_escape_what_would_end_them():
     assert diagnostics_to_github([each]) == [
         "::warning file=a%2Cb%3Ac.yaml,line=3,endLine=3,col=5,endColumn=9,title=syntax::50%25 of%0Ait"
     ]
+
+
+def test_people_are_shown_a_first_hundred_and_what_stops_the_command_first(capsys):
+    warnings = [Diagnostic.warning("ignored-key", f"warning {number}") for number in range(150)]
+    report_on_terminal([*warnings, Diagnostic.error("unknown-key", "an error")], {})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error[unknown-key]: an error"
+    assert [line for line in lines if line.startswith("warning")][-1] == "warning[ignored-key]: warning 98"
+    assert lines[-2:] == ["and 51 more findings, which `--format json` shows", "1 error and 150 warnings"]
+
+
+def test_the_same_finding_is_recorded_once_among_many():
+    sink = Sink()
+    for number in [*range(5000), *range(5000)]:
+        sink.warning("ignored-key", f"warning {number}")
+    assert len(sink.diagnostics) == 5000
