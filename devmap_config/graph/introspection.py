@@ -227,13 +227,20 @@ def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> 
         return replace(estimate(graph, text_config.to_dict(), workload, error.failure), positions=error.positions)
 
 
+RENAMED_CLASSES = {
+    "AutoModelForVision2Seq": "AutoModelForImageTextToText",
+    "AutoModelWithLMHead": "AutoModelForCausalLM",
+}
+"""Classes that transformers 5 has no more, and what they were replaced by."""
+
+
 def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
     """The concrete class of transformers that `class_name` means for this config."""
     import transformers
 
     found = getattr(transformers, class_name, None)
     if found is None:
-        close = closest(class_name, dir(transformers))
+        close = RENAMED_CLASSES.get(class_name) or closest(class_name, dir(transformers))
         meant = f"; did you mean `{close}`?" if close else ""
         raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{meant}")
     if not is_auto_class(found):

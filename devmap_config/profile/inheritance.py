@@ -80,7 +80,7 @@ class Reader:
         except FileError as error:
             moved_to = _moved_to(path) if error.is_absent else ""
             help = f"paths are relative to the file that writes them: `{path.as_posix()}` was looked for{moved_to}"
-            return error.code, f"`{base}` {error}", help
+            return error.code, f"`{base}` {error}", help if error.is_absent else error.help
         if path.resolve() in trail:
             names = [*(step.name for step in trail[trail.index(path.resolve()) :]), path.name]
             message = f"the profile extends itself: {' → '.join(names)}"

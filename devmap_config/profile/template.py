@@ -70,6 +70,8 @@ def render(text: str, variables: Mapping[str, object]) -> str:
         known = ", ".join(f"`{name}`" for name in variables) or "none"
         message = f"the variable `{name.group(1)}` is not defined" if name else str(error.message)
         help = f"give it under `variables:` or with `--set` (`variables=` in Python); defined are: {known}"
+        if name and name.group(1) in ("env", "os", "environ"):
+            help = "the environment is not read; " + help
         raise TemplateRefusedError("undefined-variable", message, help) from None
     except TemplateSyntaxError as error:
         raise TemplateRefusedError("template-error", f"the template cannot be read: {_lower(error.message)}") from None

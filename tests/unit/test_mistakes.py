@@ -73,6 +73,14 @@ MISTAKES = [
     (MODEL, "{source: models/llama, quantization: int4}", "int4", "wrong-type", f"write `{FOUR_BIT}`"),
     (MODEL, "{source: models/llama, quantization: awq}", "awq", "wrong-type", "write `quantization: {method: awq}`"),
     (MODEL, "{source: models/llama, quantization: {method: nf4}}", "nf4", "wrong-type", f"write `{FOUR_BIT}`"),
+    (
+        MODEL,
+        "{source: models/llama, quantization: {method: bitsandbytes, load_in_4bits: true}}",
+        "{method",
+        "bad-quantization",
+        "replace `load_in_4bits` by `load_in_4bit`",
+    ),
+    (MODEL, "{source: models/llama}\nextends: models", "models", "missing-file", "name a file"),
     (MODEL, "{source: models/llama, attention: flash}", "flash", "wrong-type", "write `attention: flash_attention_2`"),
     (MODEL, "{source: models/llama, device_map: auto}", "device_map", "unknown-key", "`placement: {strategy: auto}`"),
     (MODEL, "{source: models/llama, trust_remote_code: true}", "trust_remote_code", "unknown-key", "pass `--trust"),
@@ -123,6 +131,7 @@ MISTAKES = [
     (PLACEMENT, "{n_gpu_layers: 4}", "n_gpu_layers", "unknown-key", "pin what is to be on the CPU"),
     (PLACEMENT, "{pins: [{layer: lm_head, device: 0}]}", "layer", "unknown-key", "did you mean `match`?"),
     (WORKLOAD, "{context_length: ${CTX}}", "${CTX}", "needs-quotes", 'write `"{{ CTX }}"`, and `--set CTX='),
+    (WORKLOAD, '{context_length: "{{ env.CTX }}"}', '"{{', "undefined-variable", "the environment is not read"),
     (CARD, "cuda:0: {accelerator: rtx-4090, efficiency: 80}", "80", "bad-quantity", "write `80%`"),
     (PLACEMENT, "{pins: [lm_head: cuda:0]}", "lm_head", "missing-key", 'write `{match: "lm_head", device: cuda:0}`'),
     (
@@ -182,10 +191,14 @@ def test_a_mistake_is_answered_once_and_by_what_to_write(folder, correct, mistak
     assert line[finding.span.column - 1 :].startswith(marked)
 
 
-def test_the_class_that_was_meant_is_named(folder):
-    Path("p.yaml").write_text(PROFILE.replace(MODEL, "{source: models/llama, class: LlamaForCasualLM}"))
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("LlamaForCasualLM", "LlamaForCausalLM"), ("AutoModelForVision2Seq", "AutoModelForImageTextToText")],
+)
+def test_the_class_that_was_meant_is_named(folder, name, meant):
+    Path("p.yaml").write_text(PROFILE.replace(MODEL, f"{{source: models/llama, class: {name}}}"))
     [finding] = run_pipeline(Request(path=Path("p.yaml"))).diagnostics
-    assert "did you mean `LlamaForCausalLM`?" in finding.message
+    assert f"did you mean `{meant}`?" in finding.message
 
 
 def test_a_range_as_python_indexes_a_list(folder):

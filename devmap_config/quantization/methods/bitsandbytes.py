@@ -10,6 +10,7 @@ from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag
 from devmap_config.quantization.method import Format, Method, Refusal
 from devmap_config.quantization.weights import is_plain_linear, linear_weights
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from devmap_config.quantization.method import Arguments, Quantization
@@ -39,7 +40,9 @@ def _format(quantization: Quantization) -> Format | None:
     in_4bit, in_8bit = flag(arguments, "load_in_4bit"), flag(arguments, "load_in_8bit")
     if in_4bit == in_8bit:
         wanted = "one of `load_in_4bit: true` and `load_in_8bit: true`"
-        raise QuantizationError(f"bitsandbytes takes {wanted}", f"say {wanted}")
+        misspelt = {name: closest(name, ("load_in_4bit", "load_in_8bit")) for name in arguments}
+        meant = next((f"`{name}` by `{close}`" for name, close in misspelt.items() if close not in (None, name)), None)
+        raise QuantizationError(f"bitsandbytes takes {wanted}", f"replace {meant}" if meant else f"say {wanted}")
     check_names(arguments, "llm_int8_skip_modules")
     # What a map has on the CPU is then not converted (`_process_model_before_weight_loading`), and not in fp32 either.
     offloads = flag(arguments, ACCEPT_OFFLOADING) and not quantization.is_prequantized
