@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 import zoo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -47,16 +49,47 @@ LEFT_OUT = {
 }
 """Fields without which models do not build, and that default configs leave out."""
 
+INDEXED = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "head_dim": 64,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
+OF_TWO_KINDS = {"full_attention": zoo.ROTATION, "sliding_attention": zoo.ROTATION}
+WIDE = {"hidden_size": 4096, "num_attention_heads": 32}
+
 OTHERWISE = {
     "bailing_hybrid": {
         "num_hidden_layers": 4,
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "mlp_layer_types": ["dense", "sparse"] * 2,
     },
+    "chameleon": {"vocabulary_map": {"<image>": 3, "IMGIMGAZ": 4}},
+    "cohere_compass": {"text_config": {"rope_parameters": OF_TWO_KINDS}},
+    "cohere_compass_text": {"rope_parameters": OF_TWO_KINDS},
+    "csm": {"codec_config": {"upsample_groups": 16}},
+    "deepseek_v2": {"moe_intermediate_size": 1408},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "esm": {"vocab_size": FEW_WORDS, "mask_token_id": 3},
+    "esm": {"vocab_size": FEW_WORDS, "mask_token_id": 3, "pad_token_id": 1},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "glm4v_moe_text": zoo.SENSIBLE["glm4v_moe"]["text_config"],
+    "glm4v_text": zoo.GLM_POSITIONS,
+    "glm_image_text": zoo.GLM_POSITIONS,
+    "glm_ocr": {"text_config": {**WIDE, **zoo.GLM_POSITIONS}},
+    "glm_ocr_text": {**WIDE, **zoo.GLM_POSITIONS},
+    "helium": {**WIDE, "num_key_value_heads": 32},
+    "mamba2": {"n_groups": 1},
+    "mobilebert": {"intra_bottleneck_size": 4},
+    "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron_h": {"n_groups": 1},
+    "qwen2_5_omni_thinker": {"text_config": WIDE},
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
     "reformer": {"is_decoder": True},
+    "xlstm": {"embedding_dim": 128},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "mamba_headdim": 160},
 }
 """Values with which a type builds and runs, where those of its default config do not."""
 
@@ -91,7 +124,14 @@ def shrunk(values: dict[str, Any], factor: int, *, shallow: bool, words: bool) -
     return found
 
 
-NO_CONFIGS = ("rope_parameters", "rope_scaling", "id2label", "label2id")
+NO_CONFIGS = (
+    "projector_patch_to_query_dict",
+    "vocabulary_map",
+    "rope_parameters",
+    "rope_scaling",
+    "id2label",
+    "label2id",
+)
 
 
 def number_of_layers(values: dict[str, Any]) -> int | None:
@@ -177,10 +217,15 @@ def tiny_model(model_type: str) -> PreTrainedModel:
         raise LookupError(f"no model class for {config_class.__name__}")
     values = config_class(**zoo.SENSIBLE.get(model_type, {}) | OTHERWISE.get(model_type, {})).to_dict()
     refused: dict[str, None] = {}
+    built = None
     for model_class, prepare in ((classes[0], False), *((each, True) for each in classes)):
-        if (model := smallest(model_class, config_class, values, refused, prepare=prepare)) is not None:
+        model = smallest(model_class, config_class, values, refused, prepare=prepare)
+        if model is not None and runs(model, inputs_for(model)):
             return model
-    raise LookupError("; ".join(refused))
+        built = built or model
+    if built is None:
+        raise LookupError("; ".join(refused))
+    return built
 
 
 def smallest(model_class, config_class, values, refused, *, prepare) -> PreTrainedModel | None:
@@ -198,14 +243,13 @@ def smallest(model_class, config_class, values, refused, *, prepare) -> PreTrain
                     continue
                 torch.manual_seed(0)
                 built.append(model_class(config).eval())
-                with torch.no_grad():
-                    built[-1](**inputs_for(built[-1]))
             except Exception as error:
                 refused[f"{type(error).__name__}: {error}"[:150]] = None
-                if len(built) >= 3:
-                    return built[0]
                 continue
-            return built[-1]
+            if runs(built[-1], inputs_for(built[-1])):
+                return built[-1]
+            if len(built) >= 3:
+                return built[0]
     return built[0] if built else None
 
 
@@ -230,13 +274,92 @@ def tensors_of(output: Any) -> list[torch.Tensor]:
     return [tensor for each in output for tensor in tensors_of(each)] if isinstance(output, (list, tuple)) else []
 
 
-def inputs_for(model: PreTrainedModel, device="cpu") -> dict[str, torch.Tensor]:
+def inputs_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a model takes, of numbers that depend on nothing: of several kinds the first by which it runs."""
+    kinds = list(kinds_of_inputs(model))
+    return next((inputs for inputs in kinds if runs(model, inputs)), kinds[0])
+
+
+@torch.no_grad()
+def runs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether a model gives anything for these inputs."""
+    try:
+        return bool(tensors_of(model(**inputs)))
+    except Exception:
+        return False
+
+
+def kinds_of_inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """The usual inputs of a model, then what models take instead of these or besides."""
+    accepted = inspect.signature(model.forward).parameters
+    usual = usual_inputs(model)
+    required = {name for name, each in accepted.items() if each.default is each.empty}
+    for others in ({}, *others_than_usual(model, usual)):
+        inputs = {name: value for name, value in {**usual, **others}.items() if name in accepted and value is not None}
+        yield dict.fromkeys(required & set(OF_TEXT), TOKENS_GIVEN) | inputs
+
+
+TOKENS_GIVEN = (torch.arange(1, 13) * 7 % 90 + 4).unsqueeze(0)
+OF_TEXT = ("input_ids", "qformer_input_ids")
+
+
+def others_than_usual(model: PreTrainedModel, usual: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs by name: each a kind that stands in place of the usual ones of these names, or besides them."""
+    text = {"input_ids": TOKENS_GIVEN, "qformer_input_ids": TOKENS_GIVEN}
+    boxes = torch.arange(48).reshape(1, 12, 4) % 4 * 2
+    few_words = {"input_ids": TOKENS_GIVEN % 30}
+    yield from (text, few_words, {"bbox": boxes}, {"bbox": boxes / 8})
+    config = model.config.to_dict()
+    matrices = sorted(
+        (weight for weight in model.parameters() if weight.dim() > 1), key=lambda weight: weight.dim() < 4
+    )
+    patch = matrices[0].shape[1:] if matrices else (1,)
+    row = prod(patch)
+    grid = torch.tensor([[1, 4, 4]])
+    grids = {"grid_thw": grid, "image_grid_thw": grid, "merge_sizes": torch.tensor([1])}
+    for patches in (drawn(16, row), drawn(16, *patch)):
+        yield {"input_ids": None, "hidden_states": patches, "pixel_values": patches, **grids}
+    patches = drawn(16, row)
+    shapes = {"pixel_attention_mask": torch.ones(1, 16, dtype=torch.long), "spatial_shapes": grid[:, 1:]}
+    yield {"pixel_values": patches.unsqueeze(0), **shapes}
+    for bins in dict.fromkeys((within(config, "num_mel_bins"), within(config, "input_feat_per_channel"), 80, 128, row)):
+        for features in (drawn(1, bins or 80, 200), drawn(1, 200, bins or 80)):
+            mask = torch.ones(1, features.shape[2 if features.shape[1] == bins else 1], dtype=torch.long)
+            masks = {"input_features_mask": mask, "audio_mel_mask": mask == 0}
+            yield {"input_ids": None, "input_features": features, "audio_mel": features, "input_values": None, **masks}
+    if "input_features" in usual:
+        yield {"input_features_mask": torch.ones(1, usual["input_features"].shape[2], dtype=torch.long)}
+    for sound in (drawn(1, 4000), drawn(1, 1, 4000)):
+        yield {"input_values": sound}
+        yield {"input_values": sound, "padding_mask": torch.ones(1, 4000, dtype=torch.bool)}
+    yield {"input_values": drawn(1, within(config, "max_length") or 1024, within(config, "num_mel_bins") or 128)}
+    size = within(config, "image_size")
+    height, width = size if isinstance(size, (list, tuple)) else (size or 224,) * 2
+    image = drawn(1, 3, height, width)
+    yield {"input_ids": None, "pixel_values": image, "target_sizes": torch.tensor([[14, 14]])}
+    yield {"pixel_values": image} | text
+    for count in (within(config, "num_frames") or 2, 1):
+        images = drawn(1, count, 3, height, width)
+        yield {"input_ids": usual.get("input_ids"), "pixel_values": images, "pixel_values_videos": images}
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def within(config: dict[str, Any], key: str) -> Any:
+    """A value of a config, or of the first of the configs within that has one."""
+    configs = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return next((each[key] for each in configs if each.get(key)), None)
+
+
+def usual_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a model of its kind takes, of numbers that depend on nothing."""
     accepted = inspect.signature(model.forward).parameters
     config = model.config
     generator = torch.Generator().manual_seed(0)
     main = model.main_input_name
-    tokens = (torch.arange(1, 13) * 7 % 90 + 4).unsqueeze(0)
+    tokens = TOKENS_GIVEN
     found: dict[str, torch.Tensor] = {}
     if "input_ids" in accepted and main not in ("pixel_values", "input_values", "input_features"):
         found["input_ids"] = tokens
@@ -265,6 +388,4 @@ def inputs_for(model: PreTrainedModel, device="cpu") -> dict[str, torch.Tensor]:
         found["pixel_values"] = torch.randn((1, getattr(vision, "num_channels", 3), size, size), generator=generator)
     if not found:
         found["input_ids"] = tokens
-    if device == "meta":
-        return {k: v.to("meta") for k, v in found.items()}
     return found
