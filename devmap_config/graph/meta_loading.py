@@ -85,7 +85,7 @@ def match_names(
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
     with (
         _without_progress_bars(),
-        taking_loading_reports() as reports,
+        taking_loading_reports(passes_on=False) as reports,
         code_of_models(allowed=trust_remote_code),
         noting_what_is_lacking(model_class) as lacking,
     ):

@@ -196,7 +196,7 @@ def quantization_config(arguments: Mapping[str, Any]) -> Any:
 
 LOADING_REPORT = Private(
     "transformers.modeling_utils.log_state_dict_report",
-    "logs what a load found of names and raises for some of it; patched to take that as it is",
+    "logs what a load found of names and raises for some of it; patched to take that: some classes do not return it",
     takes=("loading_info",),
 )
 CONVERSIONS = Private(
@@ -206,14 +206,19 @@ CONVERSIONS = Private(
 
 
 @contextmanager
-def taking_loading_reports() -> Iterator[list[Any]]:
-    """Take what transformers finds of names while it loads (`LoadStateDictInfo`), instead of logging it."""
+def taking_loading_reports(*, passes_on: bool) -> Iterator[list[Any]]:
+    """Take what transformers finds of names while it loads (`LoadStateDictInfo`).
+
+    Where this `passes_on` it, transformers logs it besides, and raises for errors in it.
+    """
     reports: list[Any] = []
+    log = LOADING_REPORT.find()
 
-    def report(*, loading_info: Any, **_others: Any) -> None:
+    def report(*, loading_info: Any, **others: Any) -> None:
         reports.append(loading_info)
+        if passes_on:
+            log(loading_info=loading_info, **others)
 
-    LOADING_REPORT.find()
     from transformers import modeling_utils
 
     with patch.object(modeling_utils, LOADING_REPORT.attribute, report):

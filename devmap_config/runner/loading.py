@@ -12,7 +12,7 @@ from devmap_config.graph.failures import failure_of
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
-from devmap_config.libraries.transformers import quantization_config, streaming_to
+from devmap_config.libraries.transformers import quantization_config, streaming_to, taking_loading_reports
 from devmap_config.libraries.versions import TRIED, release
 from devmap_config.quantization.registry import transformers_arguments
 from devmap_config.runner.arguments import HUB_ARGUMENTS
@@ -111,7 +111,6 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
         "offload_buffers": plan.executor.offload_buffers,
         "trust_remote_code": request.trust_remote_code,
         "use_safetensors": True,  # a pickle may run any code
-        "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are in that report, and refused where they are not new on purpose
     }
     if request.attention is not None:
@@ -156,7 +155,9 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
                 **arguments,
                 "quantization_config": quantization_config(transformers_arguments(request.quantization)),
             }
-        model, info = model_class.from_pretrained(request.weights, **arguments)
+        with taking_loading_reports(passes_on=True) as reports:
+            model = model_class.from_pretrained(request.weights, **arguments)
+        info = reports[-1]  # models within it are loaded before
     except LibraryChangedError:
         raise
     except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
@@ -168,7 +169,7 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
             f"transformers cannot load it here: {reason}",
             "install what it asks for, or change `attention`, `quantization` or `class`",
         ) from error
-    return Loaded(model, frozenset(info["missing_keys"]), frozenset(name for name, *_ in info["mismatched_keys"]))
+    return Loaded(model, frozenset(info.missing_keys), frozenset(name for name, *_ in info.mismatched_keys))
 
 
 def first_line(error: Exception) -> str:

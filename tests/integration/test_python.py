@@ -74,6 +74,19 @@ def test_arguments_of_from_pretrained_are_passed_on(llama, passed):
     assert (passed["use_safetensors"], passed["dtype"]) == (True, "bfloat16")
 
 
+def test_a_class_that_expects_to_be_given_the_model_alone(llama, monkeypatch):
+    """As classes do that set something on the model that they have loaded."""
+    original = LlamaForCausalLM.from_pretrained.__func__
+
+    def marking(cls, *arguments, **options):
+        model = original(cls, *arguments, **options)
+        model.is_marked = True
+        return model
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(marking))
+    assert load_model("profile.yaml").is_marked
+
+
 def test_every_argument_that_transformers_names_is_sorted():
     """A new one is neither passed on nor refused for a reason until someone has looked at it."""
     source = inspect.getsource(PreTrainedModel.from_pretrained)
