@@ -23,32 +23,40 @@ DESCRIPTIONS = frozenset(
 
 
 def read_without_a_call(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield each module with a tensor within it, by their paths, that the module's forward reads off another module."""
+    """Yield each module with a tensor, by their paths, that its forward reads off a module without calling that."""
     for path, module in model.named_modules():
-        for steps in _reads(type(module)):  # type: ignore[arg-type]
-            if (name := _tensor_within(module, steps)) is not None:
-                yield path, f"{path}.{name}" if path else name
+        for name in _read_by(module, "forward", set()):
+            yield path, f"{path}.{name}" if path else name
 
 
-def _tensor_within(module: torch.nn.Module, steps: tuple[str, ...]) -> str | None:
-    """The tensor of a module within that is read by these names: `embed.weight`, of `embed.weight.to`."""
-    for count in range(1, len(steps)):
-        owner_path = ".".join(steps[:count])
-        try:
-            owner = module.get_submodule(owner_path)
-        except AttributeError:
-            return None
-        own = (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
-        if any(name == steps[count] for name, _ in own):
-            return f"{owner_path}.{steps[count]}"
-    return None
+def _read_by(module: torch.nn.Module, method: str, seen: set[tuple[torch.nn.Module, str]]) -> Iterator[str]:
+    """Yield the tensors that a method reads; those of the module itself are there where it is `forward` that is called.
+
+    A method of a module within, called by its name, is followed: what it reads of that module nothing brings in.
+    """
+    if (module, method) in seen:
+        return
+    seen.add((module, method))
+    for steps in _reads(type(module), method):  # type: ignore[arg-type]
+        for count in range(method == "forward", len(steps)):
+            owner_path, name = ".".join(steps[:count]), steps[count]
+            try:
+                owner = module.get_submodule(owner_path)
+            except AttributeError:
+                break
+            prefix = f"{owner_path}." if owner_path else ""
+            own = (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+            if any(name == tensor for tensor, _ in own):
+                yield f"{prefix}{name}"
+            elif owner is not module and name != "forward" and inspect.isfunction(getattr(type(owner), name, None)):
+                yield from (f"{prefix}{read}" for read in _read_by(owner, name, seen))
 
 
 @functools.cache
-def _reads(module_class: type[torch.nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """What is read of `self` in the forward of a class, and in the methods that it calls, each as its names in turn."""
+def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, ...], ...]:
+    """What is read of `self` in a method of a class, and in the methods that it calls, each as its names in turn."""
     found: dict[tuple[str, ...], None] = {}
-    waiting, seen = ["forward"], set()
+    waiting, seen = [start], set()
     while waiting:
         name = waiting.pop()
         method = inspect.unwrap(getattr(module_class, name, None))  # type: ignore[arg-type]
@@ -62,7 +70,7 @@ def _reads(module_class: type[torch.nn.Module]) -> tuple[tuple[str, ...], ...]:
         for steps in _chains(tree):
             if len(steps) == 1:
                 waiting += steps
-            elif DESCRIPTIONS.isdisjoint(steps):
+            if DESCRIPTIONS.isdisjoint(steps):
                 found[steps] = None
     return tuple(found)
 

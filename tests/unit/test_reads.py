@@ -37,3 +37,52 @@ def test_what_is_read_is_found_and_neither_what_is_called_nor_what_only_describe
         ("0", "0.moved_to.bias"),
         ("0", "0.positions.weight"),
     ]
+
+
+class Codebook(nn.Module):
+    """Is never called: its methods are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.ones(2, 2))
+        self.register_buffer("counts", torch.ones(2))
+        self.project = nn.Linear(2, 2)
+
+    def encode(self, given):
+        return self.nearest(self.project(given))
+
+    def nearest(self, given):
+        return given @ self.codes.t()
+
+    def forward(self, given):
+        return given + self.counts
+
+
+class Quantizer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.codebook = Codebook()
+        self.other = Codebook()
+
+    def encode(self, given):
+        return self.codebook.encode(given) + self.other(given)
+
+    def forward(self, given):
+        return self.encode(given)
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quantizer = Quantizer()
+
+    def forward(self, given):
+        return self.quantizer.encode(given)
+
+
+def test_what_a_method_reads_of_a_module_that_is_not_called_is_found():
+    assert list(read_without_a_call(Quantizer())) == [("", "codebook.codes")]
+    assert sorted(read_without_a_call(Whole())) == [
+        ("", "quantizer.codebook.codes"),
+        ("quantizer", "quantizer.codebook.codes"),
+    ]
