@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from devmap_config.compiler import compile_profile
-    from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError, Related, Span
+    from devmap_config.diagnostics.diagnostic import DevmapError, DevmapWarning, Diagnostic, ProfileError, Related, Span
     from devmap_config.plan.lock import LockError
     from devmap_config.plan.plan import DeviceUse, NotADeviceMapError, Plan, Prediction
     from devmap_config.runner.arguments import ArgumentError
@@ -23,6 +23,7 @@ _HOMES = {
     "ArgumentError": "devmap_config.runner.arguments",
     "DeviceUse": "devmap_config.plan.plan",
     "DevmapError": _DIAGNOSTICS,
+    "DevmapWarning": _DIAGNOSTICS,
     "Diagnostic": _DIAGNOSTICS,
     "LockError": "devmap_config.plan.lock",
     "NotADeviceMapError": "devmap_config.plan.plan",
@@ -41,6 +42,7 @@ __all__ = [
     "ArgumentError",
     "DeviceUse",
     "DevmapError",
+    "DevmapWarning",
     "Diagnostic",
     "LockError",
     "NotADeviceMapError",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from devmap_config.diagnostics.diagnostic import ProfileError, Sink
+from devmap_config.diagnostics.overheard import passing_on
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import Lookup, load_model_graph, report_failure, source_from_here
 from devmap_config.hardware.declared import build_inventory, declared_devices
@@ -180,7 +181,9 @@ def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drif
     """Run the stages with a lock's plan in place of placing, where it holds; else the drift says why not."""
     sink = Sink()
     try:
-        return _run_stages(request, lock, sink)
+        with passing_on(sink):
+            compilation, drift = _run_stages(request, lock, sink)
+        return replace(compilation, diagnostics=sink.diagnostics), drift
     except LibraryChangedError as error:  # of which no stage could say what comes of it
         place = whole_file(str(request.path))
         report_failure(failure_of(error), "the profile cannot be compiled", place, sink, allowed=None)

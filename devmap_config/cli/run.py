@@ -30,15 +30,6 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
 }
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 
-SAID_AGAIN: tuple[Code, ...] = (
-    "untried-version",
-    "library-changed",
-    "measuring-failed",
-    "figures-moved",
-    "remote-code",
-)
-"""What is said again where a plan is run, of its libraries and of code that comes with the model."""
-
 
 @profile_command("run", "table", "json")
 @click.option("--prompt", default="A model is placed", show_default=True, help="What the model goes on from.")
@@ -51,24 +42,26 @@ def run(
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
     from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.generation import demonstrate
     from devmap_config.runner.loading import show_progress
-    from devmap_config.runner.overheard import passing_on
-    from devmap_config.runner.runner import load_verified, prepare
+    from devmap_config.runner.runner import load_verified, notices, prepare
 
     if not prompt.strip():
         raise click.UsageError("the prompt is empty")
     sink = Sink()
-    with _failures_told(profile, sink, options):
+    output = None
+    with _failures_told(profile, sink, options), passing_on(sink):
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request)
-        _review(deployment, sink, options, asks_machine=not no_probe)
+        for notice in notices(deployment, asks_machine=not no_probe):
+            sink.report(notice)
+            if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
+                click.echo(notice.message, err=True)
         show_progress(sys.stderr.isatty() and options.shows_tables)
-        output = None
-        with passing_on(sink):
-            model = load_verified(deployment)
-            if not no_generate:
-                output = demonstrate(model, deployment.request, prompt, sink, max_new_tokens=max_new_tokens)
+        model = load_verified(deployment)
+        if not no_generate:
+            output = demonstrate(model, deployment.request, prompt, sink, max_new_tokens=max_new_tokens)
     data = {
         "plan": deployment.plan.to_json(),
         "verified": deployment.unchecked is None,
@@ -104,24 +97,6 @@ def _failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterat
             sink.report(replace(finding, span=finding.span or whole_file(str(profile))))
         exit_code = EXIT_CODES.get(error.code, ExitCode.UNLIKE_LOCK)
         raise CommandError(_to_tell(sink, options), exit_code=exit_code, data=data) from None
-
-
-def _review(deployment: Deployment, sink: Sink, options: ProfileOptions, *, asks_machine: bool) -> None:
-    """Report what is to be known before a model is loaded."""
-    from devmap_config.runner.receipts import never_seen
-    from devmap_config.runner.runner import require_fit_machine
-
-    for finding in deployment.compiled.diagnostics:
-        if finding.code in SAID_AGAIN:
-            sink.report(finding)
-    if deployment.left_out is not None:
-        sink.warning("unexpected-tensors", f"the checkpoint holds more than is loaded: {deployment.left_out}")
-    for finding in require_fit_machine(deployment) if asks_machine else ():
-        sink.report(finding)
-    if (untried := never_seen(deployment.plan)) is not None:
-        sink.warning("never-on-cards", untried)
-        if options.shows_tables:  # before anything is loaded, in a line of its own
-            click.echo(untried, err=True)
 
 
 def _to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:

@@ -151,6 +151,10 @@ class DevmapError(Exception):
         self.texts = dict(texts or {})
 
 
+class DevmapWarning(UserWarning):
+    """What is to be known of a model that is loaded, and stops nothing; its text ends with the diagnostic's code."""
+
+
 class ProfileError(DevmapError):
     """A profile is wrong or cannot be satisfied; `diagnostics` say where and why, in which `texts`."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,30 +26,33 @@ class Message:
 
 @contextmanager
 def taken_down(messages: list[Message]) -> Iterator[None]:
-    """Take down, within, each warning that the libraries log or raise as Python's warnings, in the order they come."""
-    from transformers.utils import logging as logging_of_transformers
+    """Take down, within, each warning that the libraries log or raise as Python's warnings, in the order they come.
 
-    logging_of_transformers.get_logger()  # which sets up its handler, as the first that asks
-    loggers = [logging.getLogger(library) for library in LIBRARIES]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    Imports none of them: who imports transformers within calls `take_down_from_here`.
+    """
     scribe = _Scribe(messages)
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-            logger.propagate = False
-            logger.handlers = [scribe]
-        with warnings.catch_warnings(record=True) as raised:
+    token = _SCRIBE.set(scribe)
+    with warnings.catch_warnings(record=True) as raised:
+        try:
+            take_down_from_here()
             yield
-    finally:
-        messages += [
-            Message(_library_of(each.filename), str(each.message))
-            for each in raised
-            if not issubclass(each.category, (DeprecationWarning, PendingDeprecationWarning))  # for who writes code
-        ]
-        for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-            logger.propagate = propagate
-            logger.handlers = handlers
+        finally:
+            _SCRIBE.reset(token)
+            scribe.leave()
+            messages += [
+                Message(_library_of(each.filename), str(each.message))
+                for each in raised
+                if not issubclass(each.category, (DeprecationWarning, PendingDeprecationWarning))  # for who writes code
+            ]
+
+
+def take_down_from_here() -> None:
+    """Have what transformers and accelerate log taken down from here on, where anything is, and transformers is there.
+
+    It puts a handler of its own in place when it is first imported.
+    """
+    if (scribe := _SCRIBE.get()) is not None:
+        scribe.enter()
 
 
 @contextmanager
@@ -63,15 +68,40 @@ def without_retries() -> Iterator[None]:
 
 
 class _Scribe(logging.Handler):
+    """Writes down what the libraries log, in place of their handlers."""
+
     def __init__(self, messages: list[Message]) -> None:
         super().__init__()
         self.messages = messages
+        self.before: dict[logging.Logger, tuple[int, bool, list[logging.Handler]]] = {}
+
+    def enter(self) -> None:
+        logging_of_transformers = sys.modules.get("transformers.utils.logging")
+        if self.before or logging_of_transformers is None:
+            return
+        logging_of_transformers.get_logger()  # which sets up its handler, as the first that asks
+        for logger in map(logging.getLogger, LIBRARIES):
+            self.before[logger] = (logger.level, logger.propagate, list(logger.handlers))
+            logger.setLevel(logging.WARNING)
+            logger.propagate = False
+            logger.handlers = [self]
+
+    def leave(self) -> None:
+        for logger, (level, propagate, handlers) in self.before.items():
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.handlers = handlers
 
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(Message(record.name.partition(".")[0], record.getMessage()))
 
 
+_SCRIBE: ContextVar[_Scribe | None] = ContextVar("scribe", default=None)
+
+
 def _library_of(filename: str) -> str:
     """The library whose file raised a warning."""
     parts = filename.replace("\\", "/").split("/")
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1].removesuffix(".py")
     return next((part for part in (*LIBRARIES, "torch") if part in parts), parts[-1])

@@ -7,7 +7,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from devmap_config.libraries.messages import without_retries
+from devmap_config.libraries.messages import take_down_from_here, without_retries
 from devmap_config.libraries.private import Private
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def code_of_models(*, allowed: bool) -> Iterator[None]:
     IMPORT_CLASS.find()
     from transformers import dynamic_module_utils
 
+    take_down_from_here()
     with patch.object(sys, "stdin", None), redirect_stdout(sys.stderr), without_retries():
         if allowed:
             with patch.object(dynamic_module_utils, "input", lambda _question: "y", create=True):

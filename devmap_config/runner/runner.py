@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.compiler import Rejected
 from devmap_config.devices import DISK
-from devmap_config.diagnostics.diagnostic import ProfileError
+from devmap_config.diagnostics.diagnostic import DevmapWarning, ProfileError, Sink
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.source import HubAccess, cached_checkpoint
@@ -22,6 +23,7 @@ from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.runner.arguments import require_passable
 from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load, telling_of_changes
+from devmap_config.runner.receipts import never_seen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.compiler import Compiled
+    from devmap_config.diagnostics.codes import Code
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.checkpoint_match import CheckpointMatch
     from devmap_config.graph.loading import LoadedModel
@@ -110,6 +113,10 @@ def load_model(
         ProfileError: where the profile is missing or wrong; it carries every diagnostic.
         RunnerError: where the lock is missing or stale, or the machine or the loaded model is not what it says.
 
+    Warns:
+        DevmapWarning: of what is to be known before, as `devmap run` does: that figures have moved since the lock was
+            made, say, or that a library's version was never tried.
+
     Example:
         >>> model = load_model("profiles/quickstart.yaml", local_files_only=True)
         >>> type(model).__name__
@@ -128,8 +135,8 @@ def load_model(
         )
         request = replace(deployment.request, arguments=from_pretrained)
         deployment = replace(deployment, request=request)
-        if probe:
-            require_fit_machine(deployment)
+        for notice in notices(deployment, asks_machine=probe):
+            warnings.warn(f"{notice.message} [{notice.code}]", DevmapWarning, stacklevel=2)
         return load_verified(deployment)
 
 
@@ -202,6 +209,34 @@ def _require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
     found = judge(match, compiled.model.source.config, _allowed(compiled))
     if found.error is not None:
         raise RunnerError("wrong-checkpoint", found.error, found.error_help)
+
+
+SAID_AGAIN: tuple[Code, ...] = (
+    "untried-version",
+    "library-changed",
+    "library-warning",
+    "measuring-failed",
+    "figures-moved",
+    "remote-code",
+)
+"""What is said again where a plan is run, of its libraries and of code that comes with the model."""
+
+
+def notices(deployment: Deployment, *, asks_machine: bool) -> tuple[Diagnostic, ...]:
+    """Return what is to be known before a model is loaded: of libraries, the checkpoint, and of this machine if asked.
+
+    Raises:
+        UnfitMachineError: where this machine cannot carry the plan; it carries every reason.
+    """
+    sink = Sink()
+    sink.report_all(each for each in deployment.compiled.diagnostics if each.code in SAID_AGAIN)
+    if deployment.left_out is not None:
+        sink.warning("unexpected-tensors", f"the checkpoint holds more than is loaded: {deployment.left_out}")
+    if asks_machine:
+        sink.report_all(require_fit_machine(deployment))
+    if (untried := never_seen(deployment.plan)) is not None:
+        sink.warning("never-on-cards", untried)
+    return sink.diagnostics
 
 
 def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:

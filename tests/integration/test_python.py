@@ -8,17 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import LLAMA, REPOSITORY
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import devmap_config
 from devmap_config import (
     ArgumentError,
     DevmapError,
+    DevmapWarning,
     NotADeviceMapError,
     ProfileError,
     RunnerError,
@@ -177,6 +180,18 @@ def test_a_plan_carries_its_warnings(llama):
     warned = compile_profile("profile.yaml")
     assert [(each.severity, each.code) for each in warned.diagnostics] == [("warning", "missing-offload-folder")]
     assert plain.device_map == warned.device_map
+
+
+def test_loading_warns_of_what_is_to_be_known_before(llama):
+    file = llama / "model.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DevmapWarning)
+        load_model("profile.yaml")
+    save_file({**load_file(file), "model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+    compiled(PROFILE)
+    with pytest.warns(DevmapWarning, match=r"^the checkpoint holds more .*up_proj.* \[unexpected-tensors\]$") as warned:
+        load_model("profile.yaml")
+    assert warned[0].filename == __file__
 
 
 def test_everything_public_can_be_imported_and_is_documented():

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -583,6 +584,7 @@ def test_what_is_warned_of_in_python_is_passed_on_and_one_that_fails_tells_it_to
 
     def warning(cls, *arguments, **options):
         warnings.warn("the moon is in the way", UserWarning, stacklevel=1)
+        warnings.warn("The following device_map keys do not match any submodules: a.b", UserWarning, stacklevel=1)
         return original(cls, *arguments, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(warning))
@@ -595,6 +597,20 @@ def test_what_is_warned_of_in_python_is_passed_on_and_one_that_fails_tells_it_to
     assert done.return_value == 4
     assert "says: the moon is in the way" in done.stderr
     assert "error[misplaced-tensors]" in done.stderr
+
+
+def test_what_the_libraries_warn_of_while_a_model_is_built_is_a_diagnostic_and_not_printed(workspace, monkeypatch):
+    """In a process in which compiling is the first to import transformers, which sets up its printing then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))  # what is remembered is not built again
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(**sizes, vocab_size=64)).save_pretrained(workspace / "random")
+    Path("profile.yaml").write_text(ON_CPU)
+    code = "from devmap_config.cli import compile_main; compile_main()"
+    command = [sys.executable, "-c", code, "profile.yaml", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    standalone = "If you want to use `BertLMHeadModel` as a standalone, add `is_decoder=True.`"
+    assert warnings_of(done) == [f"transformers says: {standalone.rstrip('.')}"]
+    assert done.stderr == ""
 
 
 def test_a_run_on_the_cpu_says_nothing_of_cards(llama):

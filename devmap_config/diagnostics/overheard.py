@@ -1,4 +1,4 @@
-"""What the libraries warn of while a model is loaded and runs: passed on, but for what is known to be answered."""
+"""What the libraries warn of while a model is built, loaded and run: passed on, but for what is answered."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ ANSWERED = {
     r"Some parameters are on the meta device because": "the plan has them there, and they were seen there",
     r".*LOAD REPORT": "missing, unexpected and mismatched names are held to the checkpoint, before and after loading",
     r"Current model requires \d+ bytes of buffer for offloaded layers": "the plan has room for what is streamed",
+    r"The following device_map keys do not match any submodules": (
+        "a map may name a tensor of a module that is split, and of every tensor it was seen that it has a place"
+    ),
     r"You are calling \.generate\(\) with the `input_ids` being on a device type different": (
         "tokens are given where the embedding runs, which is verified; while it is streamed, it looks to be elsewhere"
     ),
