@@ -80,6 +80,7 @@ OTHERWISE = {
     "glm_ocr": {"text_config": {**WIDE, **zoo.GLM_POSITIONS}},
     "glm_ocr_text": {**WIDE, **zoo.GLM_POSITIONS},
     "helium": {**WIDE, "num_key_value_heads": 32},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 4},
     "mamba2": {"n_groups": 1},
     "mobilebert": {"intra_bottleneck_size": 4},
     "moonshine_streaming": {"num_key_value_heads": 8},
