@@ -68,6 +68,8 @@ MODELS = {
         "n_head": 4,
         "n_layer": 4,
         "n_positions": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
         "vocab_size": 320,
     },
     "nameless": {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype")},
