@@ -39,7 +39,7 @@ def short_model(model_type):
     try:
         short = type(model)(config).eval()
         return short if runs_on(short, PAST_NONE) else model
-    except Exception:
+    except Exception:  # a config that is refused, or a model of other inputs
         return model
 
 
@@ -49,6 +49,8 @@ def measured_positions(model):
     try:
         return measure(meta, graph_of(meta, torch.float32), workload).positions
     except UnmeasurableModelError as error:
+        if error.positions.end is None:
+            pytest.skip(f"text alone does not run it, so that no end is stated: {error}"[:200])
         return error.positions
 
 
@@ -68,7 +70,8 @@ def runs_on(model, length):
 def check_end(model_type):
     logging.disable(logging.WARNING)
     model = short_model(model_type)
-    if not runs_on(model, PAST_NONE):
+    takes_text = any(name.endswith("input_ids") for name in tiny.inputs_for(model))
+    if not takes_text or not runs_on(model, PAST_NONE):
         pytest.skip("it takes other inputs than text")
     positions = measured_positions(model)
     if positions.end is not None:
