@@ -47,7 +47,7 @@ from transformers import AutoConfig, EncoderDecoderCache, LlamaConfig, LlamaForC
 
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import build_meta_model
-from devmap_config.graph.loading import graph_from_source
+from devmap_config.graph.loading import GraphInputs, graph_from_source
 from devmap_config.graph.source import local_source
 
 if TYPE_CHECKING:
@@ -179,14 +179,9 @@ def our_graph(directory: Path, kept_in: Path, *, dtype: str = "bfloat16", tokens
     if source.class_name is None:
         raise BenchmarkError(f"{directory} names no class")
     workload = None if tokens is None else Workload(batch_size=1, context_length=tokens, prompt_length=tokens)
-    return graph_from_source(
-        source,
-        class_name=source.class_name,
-        dtype=dtype,
-        attention=None,
-        workload=workload,
-        cache_directory=kept_in,
-    )
+    inputs = GraphInputs(source=source, class_name=source.class_name, dtype=dtype, workload=workload)
+    with patch.dict(os.environ, {"XDG_CACHE_HOME": str(kept_in)}):
+        return graph_from_source(inputs)
 
 
 def our_cache_bytes(graph: ModelGraph) -> int:
