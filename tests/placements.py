@@ -101,7 +101,9 @@ def _whole(graph: ModelGraph, placed: dict[str, Location], first: Location) -> d
 
 
 def _layers(graph: ModelGraph) -> list[str]:
-    return [path for path in graph.blocks if path.rpartition(".")[2].isdigit() and graph.modules[path].children]
+    """The blocks that are items of a list; all of them of a model whose layers may be split into smaller ones."""
+    numbered = [path for path in graph.blocks if path.rpartition(".")[2].isdigit() and graph.modules[path].children]
+    return numbered or list(graph.blocks)
 
 
 def _parts(graph: ModelGraph, block: str) -> list[Module]:
