@@ -139,10 +139,6 @@ class Draft:
     spare: dict[Device, DeviceSection]
 
 
-def _is_too_long(compiled: Compiled) -> bool:
-    return any(each.code == "context-too-long" for each in compiled.diagnostics)
-
-
 def _this_machine() -> Hardware:
     from devmap_config.probe.block import as_hardware
     from devmap_config.probe.probe import probe_machine
@@ -170,13 +166,11 @@ def first_profile(asked: Asked, *, simulates: bool = True, begin: Callable[[str]
         for first in _drafts(asked, context_length):
             draft, compilation = _settled(asked, first, simulates=simulates)
             if isinstance(compilation, Compiled):
-                if asked.context_length is None and _is_too_long(compilation):
-                    break  # nor is there another device for what the model is not meant for
                 return _profile(asked, draft, compilation).text
             failures.append(compilation)
             if not is_of_machine(compilation.diagnostics):
                 break  # no other device helps
-        if failures and failures[-1].reached is None:
+        if failures[-1].reached is None:
             break  # nor another context: the model cannot be had
     # The places are in a file that nobody wrote: what is wrong is the model or the machine.
     raise CommandError([replace(each, span=None) for each in failures[0].diagnostics], data={"profile": None})

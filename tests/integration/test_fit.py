@@ -98,10 +98,14 @@ def test_without_a_workload_no_context_is_known(profile):
     assert "the profile names no workload" in shown("2x24GiB")
 
 
-def test_the_offload_folder_of_the_profile_does_not_count(profile):
-    profile.write_text(PROFILE.replace("fastest}", "fastest, offload: {folder: ../outside}}"))
-    [row], _ = fit("h100-sxm+disk:1TiB")
-    assert row["fits"]
+def test_a_disk_that_only_the_machine_has_needs_no_folder():
+    devices = (
+        "cuda:0: {memory: 250KiB, bandwidth: 1TB/s}, cpu: {memory: 250KiB}, disk: {memory: 1GiB, bandwidth: 1GB/s}"
+    )
+    Path("small.yaml").write_text(f"hardware: {{devices: {{{devices}}}, links: {{host: 25GB/s}}}}\n")
+    [row], _ = fit("small.yaml")
+    assert (row["reason"], row["fits"]) == (None, True)
+    assert row["devices"][-1]["weights_bytes"] > 0
 
 
 def test_a_machine_in_a_file_is_what_a_profile_would_make_of_it(profile):
