@@ -79,7 +79,7 @@ def test_what_is_quantised_is_dense_before():
 
 def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
     held = compiled("mixture", CARD).plan.devices[0].weights_bytes
-    compilation = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}}}", "strategy: single")
+    compilation = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}B}}", "strategy: single")
     (error,) = [each for each in compilation.diagnostics if each.severity == "error"]
     assert error.code == "over-capacity"
     assert "at once while the model is loaded" in error.message
@@ -90,7 +90,7 @@ def test_a_device_that_cannot_load_what_it_could_hold_is_refused():
 
 def test_where_a_strategy_cannot_leave_that_room_it_is_loading_that_is_reported():
     held = compiled("mixture", CARD).plan.devices[0].weights_bytes
-    (error,) = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}}}").diagnostics
+    (error,) = compiled("mixture", f"cuda:0: {{memory: {held + EXPERTS_BYTES - 1}B}}").diagnostics
     assert "at once while the model is loaded" in error.message
 
 
