@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -58,41 +58,36 @@ class Block:
     group: int | None = None
 
 
-Hops = Mapping[tuple["Device", "Device"], int]
-"""What it costs to get from one device to another, in nanoseconds; a pair that is not there costs nothing."""
+TransferTimes = Mapping[tuple["Device", "Device"], int]
+"""What a transfer takes from one device to another, in nanoseconds; between two that are not there it takes none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Gift:
-    """What one block gives another that does not come next, by positions: an encoder's output, a table of positions."""
+class Transfer:
+    """What one block gives another, by positions: hidden states to the next, an encoder's output to its decoder's.
 
-    maker: int
-    reader: int
-    hops: Hops
+    Transfers that take the same share one mapping.
+    """
+
+    source: int
+    target: int
+    nanoseconds: TransferTimes
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks in the order in which they run.
-
-    `entering` holds, for each block, what it costs to get to it from the block before; `gifts` what else passes between
-    two blocks.
-    """
+    """Blocks in the order in which they run, and what passes between them."""
 
     blocks: tuple[Block, ...]
     capacities: Mapping[Device, int]
-    entering: tuple[Hops, ...]
-    gifts: tuple[Gift, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
     def nanoseconds(self, choice: Choice) -> int:
-        """What a choice takes."""
+        """Return the time of a choice: of all blocks and transfers."""
         chosen = [block.options[index] for block, index in zip(self.blocks, choice, strict=True)]
         total = sum(option.nanoseconds for option in chosen)
-        for position in range(1, len(chosen)):
-            pair = (chosen[position - 1].home, chosen[position].home)
-            total += self.entering[position].get(pair, 0)
-        for gift in self.gifts:
-            total += gift.hops.get((chosen[gift.maker].home, chosen[gift.reader].home), 0)
+        for transfer in self.transfers:
+            total += transfer.nanoseconds.get((chosen[transfer.source].home, chosen[transfer.target].home), 0)
         return total
 
     def used_bytes(self, choice: Choice) -> dict[Device, int]:
@@ -122,6 +117,27 @@ class Chain:
             if block.group is not None and places.setdefault(block.group, place) != place:
                 return False
         return True
+
+    def with_times_of(self, other: Chain) -> Chain:
+        """Return this chain with the times of another that has the same options."""
+        blocks = []
+        for block, timed in zip(self.blocks, other.blocks, strict=True):
+            pairs = zip(block.options, timed.options, strict=True)
+            options = tuple(replace(option, nanoseconds=each.nanoseconds) for option, each in pairs)
+            blocks.append(replace(block, options=options))
+        return replace(self, blocks=tuple(blocks), transfers=other.transfers)
+
+    @cached_property
+    def hops(self) -> dict[int, TransferTimes]:
+        """For blocks that have a choice, as the one before has, what it takes to get there from that one."""
+        free = [len(block.options) > 1 for block in self.blocks]
+        hops: dict[int, TransferTimes] = {}
+        for transfer in self.transfers:
+            target, times = transfer.target, transfer.nanoseconds
+            if target == transfer.source + 1 and free[transfer.source] and free[target]:
+                others = hops.get(target, {})
+                hops[target] = {pair: times[pair] + others.get(pair, 0) for pair in times} if others else times
+        return hops
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:

@@ -1,57 +1,36 @@
-"""The placement of a chain as a mixed-integer program over numbers of equal blocks, solved by HiGHS.
+"""The placement of a chain as a mixed-integer program over numbers of equal blocks.
 
-docs/placement.md derives it. A variable counts the blocks of one class that take one option; what a device holds, its
-largest peak and its largest piece are linear in these, and so is the time, but for hops between neighbours, of which
-the program has a lower bound. `layout` gives the numbers a place along the chain.
+docs/placement.md derives it. A variable counts the blocks of one class that take one option. What a device holds, its
+largest peak and its largest piece are linear in these, and so is the time, but for hops: transfers between neighbours,
+of which the program has a lower bound. `layout` gives the numbers their places along the chain.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations, product
 from typing import TYPE_CHECKING
 
-import highspy
-import numpy as np
-
-from devmap_config.placement.chain import Chain, Option
+from devmap_config.placement.chain import Option
+from devmap_config.placement.milp import Milp
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from devmap_config.devices import Device
-    from devmap_config.placement.chain import Block, Hops
+    from devmap_config.placement.chain import Block, Chain, Transfer
+    from devmap_config.placement.milp import Terms
 
-NANOSECONDS_PER_UNIT = 1_000
-"""The program counts microseconds: its coefficients are then near those of bytes, which are shares of a device."""
+    _Way = tuple[tuple[int, ...], Option]
+    """Which option of each block of a member, and what these come to together."""
 
-RELATIVE_GAP = 5e-4
-"""HiGHS stops where its best answer is above its bound by at most this part."""
+HOPS_UNIT = 1_000
+"""Nanoseconds: in so much the variable for hops is counted, so that its coefficients are near the others."""
 
-MOST_NODES = 500
-"""Of the tree that HiGHS searches: a limit that is the same on every machine. Beyond it the gap is what it then is."""
-
-TOLERANCE = 1e-7
-"""By so much HiGHS may break a row (a part of a device's memory) or take a number for a whole one."""
-
-BOUND_TOLERANCE = 1e-6
-"""So much of itself is taken off the bound that HiGHS proves in floating point."""
-
-MOST_UNITS = 2**40
-"""No sum of hops is above this, in units."""
-
-INFINITY = highspy.kHighsInf
-
-
-class _QuietHighs(highspy.Highs):
-    """HiGHS without a word on stdout: it greets as soon as callbacks are there, which is before it can be told."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def enableCallbacks(self) -> None:  # noqa: N802
-        self.setOptionValue("output_flag", False)
-        super().enableCallbacks()  # type: ignore[no-untyped-call]
+MOST_HOPS = 2**40
+"""No sum of hops is above this, in that unit."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +38,8 @@ class BlockClass:
     """Blocks that may change places: they have the same options, and are given the same by the same blocks.
 
     Attributes:
-        members: by member the positions of its blocks: one, or all of a group, which is placed as one.
-        options: of a group: what its blocks hold and take together.
+        members: the positions of each member's blocks: of one block, or of a group, which is placed as one.
+        options: in an order that depends on nothing but what they are; of a group, what its blocks come to together.
         choices: for every option, which option of each block of a member it is.
     """
 
@@ -69,37 +48,101 @@ class BlockClass:
     choices: tuple[tuple[int, ...], ...]
 
 
-def classes_of(chain: Chain) -> tuple[BlockClass, ...]:
-    """Return the classes of a chain's blocks, in the order of their first blocks."""
-    makers = {gift.maker for gift in chain.gifts}
+@dataclass(frozen=True)
+class Program:
+    """The program of a chain.
+
+    `counts` has for each class and option the variable that counts the blocks which take it; `hops` is what hops cost,
+    in their unit.
+    """
+
+    chain: Chain
+    classes: tuple[BlockClass, ...]
+    milp: Milp
+    counts: tuple[tuple[int, ...], ...]
+    objective: Terms
+    hops: int
+
+    @cached_property
+    def variables(self) -> tuple[tuple[int, int, Option], ...]:
+        """Every variable with its class and its option."""
+        return tuple(
+            (variable, number, option)
+            for number, (block_class, counts) in enumerate(zip(self.classes, self.counts, strict=True))
+            for variable, option in zip(counts, block_class.options, strict=True)
+        )
+
+    def by_home(self, number: int) -> dict[Device, list[int]]:
+        """Return the variables of a class by the device on which their options run."""
+        homes: dict[Device, list[int]] = {}
+        for variable, option in zip(self.counts[number], self.classes[number].options, strict=True):
+            homes.setdefault(option.home, []).append(variable)
+        return homes
+
+
+def program_of(chain: Chain, *, is_exact: bool = False) -> Program:
+    """State the program of a chain; `is_exact` with a class of its own for every block, so that hops are counted."""
+    hopping = set() if is_exact else {(target - 1, target) for target in chain.hops}
+    flowing = [each for each in chain.transfers if (each.source, each.target) not in hopping]
+    classes, milp = _classes(chain, flowing), Milp()
+    counts = tuple(tuple(milp.variable(len(each.members)) for _ in each.options) for each in classes)
+    hops = milp.variable(MOST_HOPS, is_integer=False)
+    objective = {hops: HOPS_UNIT}
+    for block_class, variables in zip(classes, counts, strict=True):
+        milp.equal(dict.fromkeys(variables, 1), len(block_class.members))
+        for variable, option in zip(variables, block_class.options, strict=True):
+            objective[variable] = option.nanoseconds
+    program = Program(chain, classes, milp, counts, objective, hops)
+    _add_memory(program)
+    _add_flows(program, flowing, objective)
+    if not is_exact:
+        _add_hops(program)
+    return program
+
+
+# Classes
+
+
+def _classes(chain: Chain, flowing: Sequence[Transfer]) -> tuple[BlockClass, ...]:
+    """The classes of a chain's blocks, in the order of their first blocks; who gives to several is alone in its own."""
+    sources = {transfer.source for transfer in flowing}
     given: dict[int, list[tuple[int, int]]] = {}
-    for gift in chain.gifts:
-        given.setdefault(gift.reader, []).append((gift.maker, id(gift.hops)))
-    found: dict[object, list[int]] = {}
+    for transfer in flowing:
+        given.setdefault(transfer.target, []).append((transfer.source, id(transfer.nanoseconds)))
+    alike: dict[object, list[int]] = {}
     for position, block in enumerate(chain.blocks):
-        own = position if position in makers else None
-        alike = (block.options, tuple(sorted(given.get(position, ()))), own)
-        found.setdefault(alike if block.group is None else block.group, []).append(position)
-    return tuple(_class_of(chain, positions) for positions in found.values())
+        own = position if position in sources else None
+        key = (block.options, tuple(sorted(given.get(position, ()))), own)
+        alike.setdefault(key if block.group is None else block.group, []).append(position)
+    return tuple(_class_of(chain, positions) for positions in alike.values())
 
 
 def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
-    first = chain.blocks[positions[0]]
-    if first.group is None:
-        every = tuple((index,) for index in range(len(first.options)))
-        return BlockClass(tuple((position,) for position in positions), first.options, every)
     blocks = [chain.blocks[position] for position in positions]
-    options, choices = [], []
-    for place in dict.fromkeys(option.place for option in first.options):
-        choice = [_index_at(block, place) for block in blocks]
-        if None not in choice:
-            choices.append(tuple(index for index in choice if index is not None))
-            options.append(_together([block.options[i] for block, i in zip(blocks, choices[-1], strict=True)]))
-    return BlockClass((tuple(positions),), tuple(options), tuple(choices))
+    if blocks[0].group is None:
+        members: tuple[tuple[int, ...], ...] = tuple((position,) for position in positions)
+        ways: list[_Way] = [((index,), option) for index, option in enumerate(blocks[0].options)]
+    else:
+        members = (tuple(positions),)
+        ways = list(_shared_options(blocks))
+    order = {device: place for place, device in enumerate(chain.capacities)}
+
+    def key(way: _Way) -> tuple[object, ...]:
+        option = way[1]
+        sizes = (option.demands, option.peaks, option.pieces)
+        return (order.get(option.home, len(order)), option.home, option.nanoseconds, option.mode, *map(sorted, sizes))
+
+    ways.sort(key=key)
+    return BlockClass(members, tuple(option for _, option in ways), tuple(choice for choice, _ in ways))
 
 
-def _index_at(block: Block, place: tuple[object, ...]) -> int | None:
-    return next((index for index, option in enumerate(block.options) if option.place == place), None)
+def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
+    """Yield what all blocks of a group can be."""
+    by_place = [{option.place: index for index, option in reversed([*enumerate(block.options)])} for block in blocks]
+    for place in by_place[0]:
+        if all(place in indices for indices in by_place):
+            choice = tuple(indices[place] for indices in by_place)
+            yield choice, _together([block.options[index] for block, index in zip(blocks, choice, strict=True)])
 
 
 def _together(options: list[Option]) -> Option:
@@ -122,217 +165,172 @@ def _together(options: list[Option]) -> Option:
     )
 
 
-Terms = Mapping[int, float]
-"""Coefficients by column."""
-
-
-@dataclass(frozen=True, slots=True)
-class Solved:
-    """What HiGHS found: whole numbers for the columns, if any, and what the objective cannot be below."""
-
-    values: tuple[int, ...] | None
-    bound: float
-
-
-@dataclass
-class Rows:
-    """Columns and rows of a mixed-integer program; every column is at least 0."""
-
-    upper: list[int] = field(default_factory=list)
-    is_integer: list[bool] = field(default_factory=list)
-    terms: list[Terms] = field(default_factory=list)
-    limits: list[tuple[float, float]] = field(default_factory=list)
-
-    def column(self, most: int, *, is_integer: bool = True) -> int:
-        """Add a variable and return its number."""
-        self.upper.append(most)
-        self.is_integer.append(is_integer)
-        return len(self.upper) - 1
-
-    def row(self, terms: Terms, least: float, most: float) -> None:
-        """Add a constraint: a sum within limits."""
-        self.terms.append(terms)
-        self.limits.append((least, most))
-
-    def copy(self) -> Rows:
-        """Return the same, to which more can be added."""
-        return Rows(list(self.upper), list(self.is_integer), list(self.terms), list(self.limits))
-
-    def minimized(
-        self, costs: Terms, *, relative_gap: float = RELATIVE_GAP, counts: bool = False, nodes: int = MOST_NODES
-    ) -> Solved:
-        """Return the least sum of the costs: one thread and a fixed seed, so that the answer is always the same.
-
-        Args:
-            costs: what is to be little of, by column.
-            relative_gap: by what part of it the answer may be above what is proven.
-            counts: whether the sum is a whole number, so that less than one below the answer is nothing.
-            nodes: how much of the tree is searched at most.
-        """
-        model = highspy.HighsLp()
-        model.num_col_, model.num_row_ = len(self.upper), len(self.terms)
-        model.col_cost_ = np.array([costs.get(column, 0) for column in range(len(self.upper))], float)
-        model.col_lower_, model.col_upper_ = np.zeros(len(self.upper)), np.array(self.upper, float)
-        model.row_lower_, model.row_upper_ = (np.array(each, float) for each in zip(*self.limits, strict=True))
-        kinds = {True: highspy.HighsVarType.kInteger, False: highspy.HighsVarType.kContinuous}
-        model.integrality_ = [kinds[each] for each in self.is_integer]
-        matrix = model.a_matrix_
-        matrix.format_ = highspy.MatrixFormat.kRowwise
-        matrix.start_ = np.cumsum([0, *map(len, self.terms)], dtype=np.int32)
-        matrix.index_ = np.array([column for terms in self.terms for column in terms], np.int32)
-        matrix.value_ = np.array([value for terms in self.terms for value in terms.values()], float)
-        solver = _QuietHighs()
-        options: dict[str, bool | float | str] = {
-            "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_max_nodes": nodes,
-            "mip_abs_gap": 0.99 if counts else 1e-6, "presolve": "off",  # which now and then takes minutes
-            "mip_feasibility_tolerance": TOLERANCE, "primal_feasibility_tolerance": TOLERANCE,
-        }  # fmt: skip
-        for name, value in options.items():
-            solver.setOptionValue(name, value)
-        solver.passModel(model)
-        solver.run()
-        info = solver.getInfo()
-        is_found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-        values = np.rint(solver.getSolution().col_value).astype(int).tolist() if is_found else None
-        is_infeasible = solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible
-        return Solved(None if values is None else tuple(values), INFINITY if is_infeasible else info.mip_dual_bound)
-
-
-@dataclass(frozen=True)
-class Program:
-    """The program of a chain: `numbers` are its columns by class and option, `costs` what the objective counts."""
-
-    chain: Chain
-    classes: tuple[BlockClass, ...]
-    rows: Rows
-    numbers: tuple[tuple[int, ...], ...]
-    costs: Terms
-
-    @cached_property
-    def ways(self) -> tuple[tuple[int, int, Option], ...]:
-        """Every option: the column of its number, how many blocks may take it, and what it is."""
-        return tuple(
-            (column, len(each.members), option)
-            for each, columns in zip(self.classes, self.numbers, strict=True)
-            for column, option in zip(columns, each.options, strict=True)
-        )
-
-
-def program_of(chain: Chain) -> Program:
-    """State the program of a chain."""
-    classes, rows = classes_of(chain), Rows()
-    numbers = tuple(tuple(rows.column(len(each.members)) for _ in each.options) for each in classes)
-    costs: dict[int, float] = {}
-    for each, columns in zip(classes, numbers, strict=True):
-        rows.row(dict.fromkeys(columns, 1), len(each.members), len(each.members))
-        for column, option in zip(columns, each.options, strict=True):
-            costs[column] = option.nanoseconds / NANOSECONDS_PER_UNIT
-    program = Program(chain, classes, rows, numbers, costs)
-    _add_memory(program)
-    _add_gifts(program, costs)
-    _add_hops(program, costs)
-    return program
+# Constraints
 
 
 def _add_memory(program: Program) -> None:
     """A device holds all demands, the largest peak and the largest piece of what uses it."""
-    chain, rows = program.chain, program.rows
+    chain, milp = program.chain, program.milp
     held: dict[Device, Counter[int]] = {device: Counter() for device in chain.capacities}
-    largest: dict[tuple[str, Device], dict[int, list[tuple[int, int]]]] = {}
-    for column, most, option in program.ways:
+    sized: dict[tuple[Device, str], dict[int, dict[int, list[int]]]] = {}
+    for variable, number, option in program.variables:
         for device, size_bytes in option.demands:
-            held.setdefault(device, Counter())[column] += size_bytes
+            held.setdefault(device, Counter())[variable] += size_bytes
         for what, sizes in (("peak", option.peaks), ("piece", option.pieces)):
             for device, size_bytes in sizes:
-                largest.setdefault((what, device), {}).setdefault(size_bytes, []).append((column, most))
-    for (_, device), by_size in largest.items():
-        below = 0
-        for size_bytes in sorted(by_size):  # a switch for each size: on where a block needs that much or more
-            switch = rows.column(1)
-            held.setdefault(device, Counter())[switch] += size_bytes - below
-            below = size_bytes
-            for column, most in (each for size, users in by_size.items() if size >= size_bytes for each in users):
-                rows.row({column: 1, switch: -most}, -INFINITY, 0)
+                by_class = sized.setdefault((device, what), {}).setdefault(size_bytes, {})
+                by_class.setdefault(number, []).append(variable)
+    for (device, _), by_size in sized.items():
+        _add_largest(program, held.setdefault(device, Counter()), by_size)
     for device, terms in held.items():
         if terms:
-            capacity = max(chain.capacities.get(device, 0), 1)
-            shares = {column: size_bytes / capacity for column, size_bytes in terms.items()}
-            rows.row(shares, -INFINITY, chain.capacities.get(device, 0) / capacity)
+            milp.at_most(terms, chain.capacities.get(device, 0))
 
 
-def _add_gifts(program: Program, costs: dict[int, float]) -> None:
-    """What is given to blocks further on is a flow from where its maker runs to where they run."""
+def _add_largest(program: Program, held: Counter[int], by_size: Mapping[int, Mapping[int, list[int]]]) -> None:
+    """A switch for each size: it is on where a block needs that much or more, and adds what that is above the last."""
+    below_bytes, below = 0, None
+    for size_bytes, by_class in sorted(by_size.items()):
+        switch = program.milp.switch()
+        held[switch] += size_bytes - below_bytes
+        if below is not None:
+            program.milp.at_most({switch: 1, below: -1}, 0)
+        for number, variables in by_class.items():
+            program.milp.at_most(dict.fromkeys(variables, 1) | {switch: -len(program.classes[number].members)}, 0)
+        below_bytes, below = size_bytes, switch
+
+
+def _add_flows(program: Program, transfers: Sequence[Transfer], objective: dict[int, int]) -> None:
+    """A transfer is a flow from where its source runs to where its targets run; equal ones are one flow."""
     class_of = {
         position: number
-        for number, each in enumerate(program.classes)
-        for member in each.members
+        for number, block_class in enumerate(program.classes)
+        for member in block_class.members
         for position in member
     }
     flows: Counter[tuple[int, int, int]] = Counter()
-    hops_by_id: dict[int, Hops] = {}
-    for gift in program.chain.gifts:
-        if class_of[gift.maker] != class_of[gift.reader]:
-            flows[class_of[gift.maker], class_of[gift.reader], id(gift.hops)] += 1
-            hops_by_id[id(gift.hops)] = gift.hops
-    for (maker, reader, number), count in flows.items():
-        _add_flow(program, costs, maker, reader, {pair: count * cost for pair, cost in hops_by_id[number].items()})
+    times = {}
+    for transfer in transfers:
+        source, target, key = class_of[transfer.source], class_of[transfer.target], id(transfer.nanoseconds)
+        times[key] = transfer.nanoseconds
+        flows[source, target, key] += source != target
+    for (source, target, key), count in flows.items():
+        targets = len(program.classes[target].members)
+        makers, takers = program.by_home(source), program.by_home(target)
+        flow = {(one, other): program.milp.variable(targets, is_integer=False) for one in makers for other in takers}
+        for pair, variable in flow.items():
+            objective[variable] = count // targets * times[key].get(pair, 0)
+        for home, variables in makers.items():
+            through = {flow[home, other]: 1 for other in takers}
+            program.milp.equal(through | dict.fromkeys(variables, -targets), 0)
+        for home, variables in takers.items():
+            through = {flow[other, home]: 1 for other in makers}
+            program.milp.equal(through | dict.fromkeys(variables, -1), 0)
 
 
-def _add_flow(program: Program, costs: dict[int, float], maker: int, reader: int, hops: Hops) -> None:
-    rows, readers = program.rows, len(program.classes[reader].members)
-    by_home: list[dict[Device, dict[int, float]]] = []
-    for number, weight in ((maker, readers), (reader, 1)):
-        homes: dict[Device, dict[int, float]] = {}
-        for column, option in zip(program.numbers[number], program.classes[number].options, strict=True):
-            homes.setdefault(option.home, {})[column] = -weight
-        by_home.append(homes)
-    makers, takers = by_home
-    flow = {(one, other): rows.column(readers, is_integer=False) for one in makers for other in takers}
-    for pair, column in flow.items():
-        costs[column] = hops.get(pair, 0) / readers / NANOSECONDS_PER_UNIT
-    for home, columns in makers.items():
-        rows.row({flow[home, other]: 1.0 for other in takers} | columns, 0, 0)
-    for home, columns in takers.items():
-        rows.row({flow[one, home]: 1.0 for one in makers} | columns, 0, 0)
+def _add_hops(program: Program) -> None:
+    """State what hops cost at least: in which order blocks run the program does not know.
 
-
-def _add_hops(program: Program, costs: dict[int, float]) -> None:
-    """State what hops cost at least: of the devices that blocks in a row use, all but one are entered from another.
-
-    In which order blocks run the program does not know. So rows are looked at in which every hop costs some price or
-    more: all blocks, those without the cheapest hops, and so on; the hops of each are part of the hops of all.
+    So rows are looked at in which every hop costs some price or more: all blocks, those without the cheapest hops, and
+    so on; the hops of each are part of the hops of all.
     """
-    chain, rows = program.chain, program.rows
-    cheapest = [min(hops.values(), default=0) for hops in chain.entering]
-    total = rows.column(MOST_UNITS, is_integer=False)
-    costs[total] = 1
-    for price in sorted(set(cheapest) - {0}):
-        terms: dict[int, float] = {}
-        for stretch in _stretches([cost >= price for cost in cheapest]):
-            switches = [use_of(program, rows, device, set(stretch)) for device in chain.devices]
-            first = rows.column(1)
-            rows.row(dict.fromkeys(switches, 1.0) | {first: -len(switches)}, -INFINITY, 0)
-            terms |= dict.fromkeys(switches, price / NANOSECONDS_PER_UNIT) | {first: -price / NANOSECONDS_PER_UNIT}
-        rows.row(terms | {total: -1.0}, -INFINITY, 0)
+    hops = program.chain.hops
+    cheapest = {target: min(times.values(), default=0) for target, times in hops.items()}
+    for price in sorted({0, *cheapest.values()} - {0}):
+        total = {program.hops: -HOPS_UNIT}
+        row: list[int] = []
+        for target in range(1, len(program.chain.blocks) + 1):
+            if cheapest.get(target, 0) >= price:
+                row = [*(row or [target - 1]), target]
+            elif row:
+                total |= _add_walk(program, row)
+                row = []
+        program.milp.at_most(total, 0)
 
 
-def _stretches(is_priced: Sequence[bool]) -> list[list[int]]:
-    """Blocks in a row each of which is entered for a price from the one before, by positions."""
-    stretches: list[list[int]] = [[]]
-    for position, is_entered_so in enumerate(is_priced):
-        if not is_entered_so:
-            stretches.append([])
-        stretches[-1].append(position)
-    return [stretch for stretch in stretches if len(stretch) > 1]
+def _add_walk(program: Program, row: list[int]) -> Terms:
+    """Blocks in a row are a walk over the devices that they use: state it, and return what its hops cost at least.
+
+    It stops at a device once or more, and no more often than blocks are there. All stops but the first are entered from
+    another, and all but the last are left. Devices that are alike in what hops take are counted together.
+    """
+    chain, milp = program.chain, program.milp
+    times = list({id(chain.hops[target]): chain.hops[target] for target in row[1:]}.values())
+    prices = {pair: min(each.get(pair, 0) for each in times) for pair in permutations(chain.devices, 2)}
+    kinds = _kinds(chain.devices, prices)
+    hops = {
+        (source, target): milp.variable(len(row), is_integer=False)
+        for source, target in product(range(len(kinds)), repeat=2)
+        if source != target or len(kinds[source]) > 1
+    }
+    ends = [_end(program, kinds, row[place]) for place in (0, -1)]
+    for kind, devices in enumerate(kinds):
+        entered, left = (
+            {hop: 1 for pair, hop in hops.items() if pair[side] == kind} | end[kind]
+            for side, end in zip((1, 0), ends, strict=True)
+        )
+        milp.equal(_difference(entered, left), 0)
+        used = {use_of(program, milp, device, set(row)): 1 for device in devices}
+        milp.at_most(_difference(used, entered), 0)
+        milp.at_most(_difference(entered, _blocks_on(program, devices, set(row))), 0)
+    return {
+        hop: min(prices[pair] for pair in product(kinds[source], kinds[target]) if pair in prices)
+        for (source, target), hop in hops.items()
+    }
 
 
-def use_of(program: Program, rows: Rows, device: Device, positions: set[int]) -> int:
-    """Add a switch that is on where one of these blocks runs on a device, and return its column."""
-    switch = rows.column(1)
-    for each, columns in zip(program.classes, program.numbers, strict=True):
-        inside = sum(bool(positions.intersection(member)) for member in each.members)
-        here = [column for column, option in zip(columns, each.options, strict=True) if option.home == device]
+def _kinds(devices: Sequence[Device], prices: Mapping[tuple[Device, Device], int]) -> list[list[Device]]:
+    """Devices by what it takes to get to them and from them."""
+    kinds: list[list[Device]] = []
+    for device in devices:
+        for kind in kinds:
+            first = kind[0]
+            others = [other for other in devices if other not in (device, first)]
+            is_alike = prices[device, first] == prices[first, device] and all(
+                prices[device, other] == prices[first, other] and prices[other, device] == prices[other, first]
+                for other in others
+            )
+            if is_alike:
+                kind.append(device)
+                break
+        else:
+            kinds.append([device])
+    return kinds
+
+
+def _end(program: Program, kinds: list[list[Device]], position: int) -> list[dict[int, int]]:
+    """For each kind of device, what counts whether a walk ends there: that of a block which is alone in its class."""
+    for number, block_class in enumerate(program.classes):
+        if len(block_class.members) == 1 and position in block_class.members[0]:
+            homes = program.by_home(number)
+            return [{variable: 1 for device in kind for variable in homes.get(device, ())} for kind in kinds]
+    ends = [program.milp.variable(1, is_integer=False) for _ in kinds]
+    program.milp.equal(dict.fromkeys(ends, 1), 1)
+    return [{end: 1} for end in ends]
+
+
+def _blocks_on(program: Program, devices: Sequence[Device], positions: set[int]) -> Terms:
+    """What counts the blocks on some devices in the classes that have some of these; of a group, those."""
+    counts: dict[int, int] = {}
+    for number, block_class in enumerate(program.classes):
+        inside = max(len(positions.intersection(member)) for member in block_class.members)
+        homes = program.by_home(number)
+        counts |= {variable: inside for device in devices for variable in homes.get(device, ()) if inside}
+    return counts
+
+
+def _difference(terms: Terms, others: Terms) -> dict[int, int]:
+    """One expression less another."""
+    return {variable: terms.get(variable, 0) - others.get(variable, 0) for variable in dict.fromkeys([*terms, *others])}
+
+
+def use_of(program: Program, milp: Milp, device: Device, positions: set[int]) -> int:
+    """Add a switch that is on where one of these blocks runs on a device, and return it."""
+    switch = milp.switch()
+    for number, block_class in enumerate(program.classes):
+        inside = sum(not positions.isdisjoint(member) for member in block_class.members)
+        here = program.by_home(number).get(device)
         if inside and here:
-            outside = len(each.members) - inside
-            rows.row(dict.fromkeys(here, 1.0) | {switch: -inside}, -INFINITY, outside)
+            outside = len(block_class.members) - inside
+            milp.at_most(dict.fromkeys(here, 1) | {switch: -inside}, outside)
     return switch

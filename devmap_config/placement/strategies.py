@@ -198,9 +198,12 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
     if found is not None:
         if strategy != "fastest":
             return Placed(placement=found.placement, compute=found.compute)
-        fastest = None if found.fastest is None else Placed(placement=found.fastest[0], compute=found.fastest[1])
+        bound, fastest = found.bound_nanoseconds, found.fastest
         return Placed(
-            placement=found.placement, compute=found.compute, bound_nanoseconds=found.bound_nanoseconds, fastest=fastest
+            placement=found.placement,
+            compute=found.compute,
+            bound_nanoseconds=bound,
+            fastest=None if fastest is None else Placed(placement=fastest.placement, compute=fastest.compute),
         )
     measurement = problem.graph.measurement
     cache_bytes = 0 if measurement is None else measurement.cache_bytes

@@ -5,24 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from devmap_config.placement.chain import Block
-from devmap_config.placement.layout import in_runs, laid_out, laid_out_in_runs, order_in
-from devmap_config.placement.program import INFINITY, NANOSECONDS_PER_UNIT, program_of, use_of
+from devmap_config.placement.layout import in_runs, laid_out, order_in
+from devmap_config.placement.program import program_of, use_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from devmap_config.devices import Device
     from devmap_config.placement.chain import Chain, Choice
-    from devmap_config.placement.program import Program, Rows, Terms
-    from devmap_config.placement.solver import Solution
+    from devmap_config.placement.layout import Runs
+    from devmap_config.placement.milp import Milp, Terms
+    from devmap_config.placement.program import Program
 
-    Wish = Callable[[Program, Rows], Terms]
-    """What there is to be little of: adds the columns and rows that it takes, and gives what it counts."""
+    Wish = Callable[[Program, Milp], Terms]
+    """What there is to be little of: adds the variables and constraints that it takes, and returns what it counts."""
 
 CONTEXT_STEPS = 16
 """The longest context is looked for until it is known to this part of itself."""
-
 
 WISH_NODES = 50
 """So much of the tree is searched for a wish: what is not found soon is not granted."""
@@ -42,154 +41,127 @@ class Contexts:
     chain_at: Callable[[int], Chain]
 
 
-@dataclass
-class _Wishing:
-    """What was granted so far: a limit of time, limits of wishes, and the order of devices that are used in one run."""
+class _Stated(NamedTuple):
+    program: Program
+    milp: Milp
+    runs: Runs | None
 
-    limit: float
-    granted: list[tuple[Wish, float]] = field(default_factory=list)
-    order: tuple[Device, ...] | None = None
+
+@dataclass
+class _Granted:
+    """What was granted so far: limits of time and of wishes, and the order of devices that are used in one run each."""
+
+    most_nanoseconds: int
+    wishes: list[tuple[Wish, int]] = field(default_factory=list)
+    order: tuple[Device, ...] = ()
 
     def stated(self, chain: Chain) -> _Stated:
         """State the program of a chain within all of it."""
         program = program_of(chain)
-        rows, costs = program.rows.copy(), program.costs
-        ends: list[list[int]] = []
-        if self.order:
-            rows, costs, ends = in_runs(program, self.order)
-        rows.row(costs, -INFINITY, self.limit)
-        for wish, most in self.granted:
-            rows.row(wish(program, rows), -INFINITY, most)
-        return _Stated(program, rows, costs, ends)
+        runs = in_runs(program, self.order) if self.order else None
+        milp = program.milp if runs is None else runs.milp
+        milp.at_most(program.objective, self.most_nanoseconds)
+        for wish, most in self.wishes:
+            milp.at_most(wish(program, milp), most)
+        return _Stated(program, milp, runs)
 
     def is_possible(self, chain: Chain) -> bool:
-        """Whether a placement of this chain keeps to all of it."""
-        return self.stated(chain).rows.minimized({}, nodes=WISH_NODES).values is not None
+        """Return whether a placement of this chain that keeps to all of it is found."""
+        return self.stated(chain).milp.minimize({}, nodes=WISH_NODES).values is not None
 
-    def grant(self, chain: Chain, wish: Wish) -> bool:
-        """Hold what comes to the least of a wish; whether it could be found."""
-        stated = self.stated(chain)
-        terms = wish(stated.program, stated.rows)
-        solved = stated.rows.minimized(terms, relative_gap=0, counts=True, nodes=WISH_NODES)
-        if solved.values is None:
-            return False
-        self.granted.append((wish, sum(factor * solved.values[column] for column, factor in terms.items()) + 0.5))
-        return True
+    def grant(self, chain: Chain, wish: Wish) -> None:
+        """Hold the least that a wish can come to, where that is found."""
+        program, milp, _ = self.stated(chain)
+        terms = wish(program, milp)
+        values = milp.minimize(terms, relative_gap=0, nodes=WISH_NODES).values
+        if values is not None:
+            self.wishes.append((wish, sum(factor * values[variable] for variable, factor in terms.items())))
 
     def choice(self, chain: Chain) -> Choice | None:
-        """The fastest that keeps to all of it, laid out along the chain."""
-        stated = self.stated(chain)
-        values = stated.rows.minimized(_tidy(stated.program, stated.costs)).values
-        if values is None:
-            return None
-        if self.order:
-            return laid_out_in_runs(stated.program, values, self.order, stated.ends)
-        return laid_out(stated.program, values)
+        """Return the fastest choice that keeps to all of it."""
+        program, milp, runs = self.stated(chain)
+        values = milp.minimize(_tidy(program), nodes=WISH_NODES).values
+        return None if values is None else laid_out(program, values, runs)
 
 
-class _Stated(NamedTuple):
-    program: Program
-    rows: Rows
-    costs: Terms
-    ends: list[list[int]]
-
-
-def preferred(chain: Chain, fastest: Solution, most_nanoseconds: int, contexts: Contexts | None) -> Choice:
-    """Return what is wished for most among what takes no longer than that: the fastest choice, or another.
+def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) -> Choice | None:
+    """Return the choice that is wished for most among what takes no longer than that; `None` where none is found.
 
     Each wish is granted as far as those before it leave room.
 
     Args:
         chain: what is placed.
-        fastest: the fastest choice that was found.
         most_nanoseconds: what the choice may take.
         contexts: the chain at other context lengths, where it has such.
     """
-    wishing = _Wishing(most_nanoseconds / NANOSECONDS_PER_UNIT)
-    if not (wishing.grant(chain, _apart_from_a_map) and wishing.grant(chain, _copied_in)):
-        return fastest.choice
-    tried, start = chain, 0 if contexts is None else contexts.length
-    if contexts is not None and contexts.least > start:
+    granted = _Granted(most_nanoseconds)
+    granted.grant(chain, _apart_from_a_map)
+    granted.grant(chain, _copied_in)
+    tried, length = chain, 0 if contexts is None else contexts.length
+    if contexts is not None and contexts.least > length:
         longer = contexts.chain_at(contexts.least)
-        if wishing.is_possible(longer):
-            tried, start = longer, contexts.least
-    if not (wishing.grant(tried, _devices_used) and wishing.grant(tried, _late_devices)):
-        return fastest.choice
-    wishing.order = _order_of_runs(wishing, tried)
+        if granted.is_possible(longer):
+            tried, length = longer, contexts.least
+    granted.grant(tried, _devices_used)
+    granted.grant(tried, _late_devices)
+    granted.order = _order_of_runs(granted, tried)
     if contexts is not None:
-        tried = _with_longest_context(wishing, tried, start, contexts)
-    choice = wishing.choice(tried)
+        tried = _with_longest_context(granted, tried, length, contexts)
+    choice = granted.choice(tried)
     if choice is None or not (tried.is_feasible(choice) and chain.is_feasible(choice)):
-        return fastest.choice
-    return choice if chain.nanoseconds(choice) <= most_nanoseconds else fastest.choice
-
-
-def _order_of_runs(wishing: _Wishing, chain: Chain) -> tuple[Device, ...] | None:
-    """The devices as they are listed, or as the fastest has them, where one run of blocks on each is possible."""
-    choice = wishing.choice(chain)
-    if choice is None:
         return None
-    order = order_in(program_of(chain), choice)
-    for each in dict.fromkeys((tuple(device for device in chain.devices if device in order), order)):
-        if replace(wishing, order=each).is_possible(chain):
-            return each
-    return None
+    return choice if chain.nanoseconds(choice) <= most_nanoseconds else None
 
 
-def _tidy(program: Program, costs: Terms) -> Terms:
-    """The costs, and a nanosecond or so for what is not resident: of blocks that take equally long, the first are."""
-    found = dict(costs)
-    for place, (columns, each) in enumerate(zip(reversed(program.numbers), reversed(program.classes), strict=True), 1):
-        for column, option in zip(columns, each.options, strict=True):
-            if option.mode != ("resident",):
-                found[column] += place / NANOSECONDS_PER_UNIT
-    return found
+# The wishes
 
 
-def _apart_from_a_map(program: Program, _: Rows) -> Terms:
+def _apart_from_a_map(program: Program, _: Milp) -> Terms:
     """The blocks that no `device_map` can say: something of them computes on the CPU beside accelerators."""
-    return {column: 1 for column, _, option in program.ways if option.mode[:1] in (("part",), ("computed",))}
+    return {variable: 1 for variable, _, option in program.variables if option.mode[:1] in (("part",), ("computed",))}
 
 
-def _copied_in(program: Program, _: Rows) -> Terms:
+def _copied_in(program: Program, _: Milp) -> Terms:
     """The blocks that are stored on the CPU or the disk."""
-    return {column: 1 for column, _, option in program.ways if option.mode[:1] == ("streamed",)}
+    return {variable: 1 for variable, _, option in program.variables if option.mode[:1] == ("streamed",)}
 
 
-def _devices_used(program: Program, rows: Rows) -> Terms:
+def _devices_used(program: Program, milp: Milp) -> Terms:
+    """The devices on which blocks run."""
     every = set(range(len(program.chain.blocks)))
-    return {use_of(program, rows, device, every): 1 for device in program.chain.devices}
+    return {use_of(program, milp, device, every): 1 for device in program.chain.devices}
 
 
-def _late_devices(program: Program, rows: Rows) -> Terms:
+def _late_devices(program: Program, milp: Milp) -> Terms:
     """The places of the devices that are used in the order in which they are listed."""
-    return {column: place for place, column in enumerate(_devices_used(program, rows))}
+    return {variable: place for place, variable in enumerate(_devices_used(program, milp))}
 
 
-def _with_longest_context(wishing: _Wishing, chain: Chain, start: int, contexts: Contexts) -> Chain:
-    """The chain, which starts at one context length, at the longest at which all that was granted still is."""
-    best, fits, too_long = chain, start, contexts.longest + 1
+def _order_of_runs(granted: _Granted, chain: Chain) -> tuple[Device, ...]:
+    """The devices as they are listed, or as the fastest has them, where one run of blocks on each is possible."""
+    choice = granted.choice(chain)
+    order = () if choice is None else order_in(program_of(chain), choice)
+    orders = dict.fromkeys((tuple(device for device in chain.devices if device in order), order))
+    return next((each for each in orders if each and replace(granted, order=each).is_possible(chain)), ())
+
+
+def _with_longest_context(granted: _Granted, chain: Chain, length: int, contexts: Contexts) -> Chain:
+    """The chain, which is of one context length, at the longest at which all that was granted still is."""
+    best, fits, too_long = chain, length, contexts.longest + 1
     while too_long - fits > max(fits // CONTEXT_STEPS, 1):
-        length = min(2 * fits, (fits + too_long) // 2)
-        longer = contexts.chain_at(length)
-        if wishing.is_possible(longer):
-            best, fits = longer, length
+        middle = min(2 * fits, (fits + too_long) // 2)
+        longer = contexts.chain_at(middle)
+        if granted.is_possible(longer):
+            best, fits = longer, middle
         else:
-            too_long = length
+            too_long = middle
     return best
 
 
-def with_times_of(chain: Chain, other: Chain) -> Chain:
-    """The chain with the times of another that has the same options."""
-    blocks = (
-        Block(
-            block.name,
-            tuple(
-                replace(option, nanoseconds=timed.nanoseconds)
-                for option, timed in zip(block.options, timing.options, strict=True)
-            ),
-            block.group,
-        )
-        for block, timing in zip(chain.blocks, other.blocks, strict=True)
-    )
-    return replace(chain, blocks=tuple(blocks), entering=other.entering, gifts=other.gifts)
+def _tidy(program: Program) -> Terms:
+    """The time, and a nanosecond or so for what is not resident: of blocks that take equally long, the first are."""
+    objective = dict(program.objective)
+    for variable, number, option in program.variables:
+        if option.mode != ("resident",):
+            objective[variable] += len(program.classes) - number
+    return objective

@@ -10,14 +10,14 @@ import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import highspy
 import numpy as np
 import pytest
 
 from devmap_config.placement import solver
-from devmap_config.placement.chain import Block, Chain, Gift, Option
-from devmap_config.placement.solver import solve
+from devmap_config.placement.chain import Block, Chain, Option, Transfer
 
 SMALL_PROBLEMS = 600
 """Random problems whose every choice is looked at."""
@@ -36,6 +36,20 @@ FURTHEST = 0.01
 
 SLOW_SEEDS = range(60)
 SLOW_NODES = 5_000
+
+
+class Solution(NamedTuple):
+    choice: tuple[int, ...]
+    nanoseconds: int
+    bound_nanoseconds: int
+
+
+def solve(chain):
+    """The fastest choice with its time and the bound, or nothing where there is none."""
+    outcome = solver.solve(chain)
+    if outcome.fastest is None:
+        return None
+    return Solution(outcome.fastest.choice, outcome.fastest.nanoseconds, outcome.bound_nanoseconds)
 
 
 # Random problems
@@ -74,8 +88,8 @@ def random_chain(seed, *, most_blocks=8, least_blocks=1, most_accelerators=3):
         for other in devices
         if one != other
     }
-    entering = [costs if rng.random() < 0.9 else {} for _ in blocks]
-    return Chain(tuple(blocks), capacities, tuple(entering))
+    hops = [Transfer(place, place + 1, costs) for place in range(count - 1) if rng.random() < 0.9]
+    return Chain(tuple(blocks), capacities, tuple(hops))
 
 
 def random_options(rng, accelerators, stores, speeds, computes):
@@ -107,17 +121,17 @@ def random_options(rng, accelerators, stores, speeds, computes):
     return tuple(options)
 
 
-def with_gifts(chain, seed):
+def with_transfers(chain, seed):
     """The same with a block or two that give something to many of the others, before and after."""
     rng = random.Random(seed)
     devices = list(chain.capacities)
-    gifts = []
-    for maker in {rng.randrange(len(chain.blocks)) for _ in range(2)}:
+    transfers = []
+    for source in {rng.randrange(len(chain.blocks)) for _ in range(2)}:
         most = rng.choice([5, 40, 400])
-        hops = {(one, other): rng.randint(0, most) for one in devices for other in devices if one != other}
-        readers = [reader for reader in range(len(chain.blocks)) if reader != maker and rng.random() < 0.6]
-        gifts += [Gift(maker, reader, hops) for reader in readers]
-    return replace(chain, gifts=tuple(gifts))
+        times = {(one, other): rng.randint(0, most) for one in devices for other in devices if one != other}
+        targets = [target for target in range(len(chain.blocks)) if target != source and rng.random() < 0.6]
+        transfers += [Transfer(source, target, times) for target in targets]
+    return replace(chain, transfers=(*chain.transfers, *transfers))
 
 
 def option_of(home, nanoseconds, demands, peaks, pieces=None, mode=()):
@@ -199,7 +213,7 @@ def medium_chain(seed, *, blocks=(20, 40), equal_cards=0):
         for other in [*accelerators, "cpu"]
         if one != other
     }
-    return Chain(blocks, capacities, tuple(costs for _ in blocks))
+    return Chain(blocks, capacities, tuple(Transfer(place, place + 1, costs) for place in range(count - 1)))
 
 
 # A second reading of what a choice takes and needs
@@ -211,7 +225,8 @@ def all_figures(chain, choices):
     total = np.zeros(len(choices), dtype=np.int64)
     for position, block in enumerate(blocks):
         total += np.array([option.nanoseconds for option in block.options])[choices[:, position]]
-    for before, after, costs in crossings(chain):
+    for transfer in chain.transfers:
+        before, after, costs = transfer.source, transfer.target, transfer.nanoseconds
         hop = [
             [0 if one.home == other.home else costs.get((one.home, other.home), 0) for other in blocks[after].options]
             for one in blocks[before].options
@@ -237,12 +252,6 @@ def all_figures(chain, choices):
     return total, feasible
 
 
-def crossings(chain):
-    """What passes from block to block, by their positions, and what it costs."""
-    yield from ((position - 1, position, chain.entering[position]) for position in range(1, len(chain.blocks)))
-    yield from ((gift.maker, gift.reader, gift.hops) for gift in chain.gifts)
-
-
 def optimum_by_looking(chain):
     shape = [len(block.options) for block in chain.blocks]
     choices = np.indices(shape).reshape(len(shape), -1).T
@@ -265,7 +274,7 @@ SHARDS = 4
 def test_small_problems_are_solved_to_the_optimum(shard):
     infeasible = 0
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
-        chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
+        chain = with_transfers(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         optimum, solution = optimum_by_looking(chain), solve(chain)
         assert (solution is None) == (optimum is None), seed
         if solution is None:
@@ -281,14 +290,14 @@ def test_the_bound_and_the_answer_enclose_the_optimum_of_small_problems(shard, m
     monkeypatch.setattr(solver, "FEW_CHOICES", 0)
     infeasible = 0
     for seed in range(shard, SMALL_PROBLEMS, SHARDS):
-        chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
-        optimum, outcome = optimum_by_looking(chain), solver.solve_below(chain, solver.UNREACHABLE)
-        assert (outcome.solution is None) == (optimum is None), seed
-        if outcome.solution is None:
+        chain = with_transfers(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
+        optimum, solution = optimum_by_looking(chain), solve(chain)
+        assert (solution is None) == (optimum is None), seed
+        if solution is None:
             infeasible += 1
             continue
-        check_answer(chain, outcome.solution, seed)
-        assert outcome.bound_nanoseconds <= optimum <= outcome.solution.nanoseconds, seed
+        check_answer(chain, solution, seed)
+        assert solution.bound_nanoseconds <= optimum <= solution.nanoseconds, seed
     assert 0 < infeasible < SMALL_PROBLEMS // SHARDS // 2  # both are met
 
 
@@ -336,7 +345,8 @@ def optimum_by_program(chain, *, nodes):
 def flows(program, chain, taken):
     """The costs of hops, as terms."""
     terms = []
-    for maker, reader, costs in crossings(chain):
+    for transfer in chain.transfers:
+        maker, reader, costs = transfer.source, transfer.target, transfer.nanoseconds
         before, after = chain.blocks[maker], chain.blocks[reader]
         sources, targets = ({option.home for option in block.options} for block in (before, after))
         if not any(costs.get((source, target), 0) for source in sources for target in targets):
@@ -410,7 +420,7 @@ def test_a_disk_beside_a_cpu_that_is_short_is_within_reach_of_the_program(seed):
 
 def test_the_program_finds_the_optimum_of_small_problems():
     for seed in range(60):
-        chain = with_gifts(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
+        chain = with_transfers(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
         found = optimum_by_program(chain, nodes=10**6)
         assert (None if found is None else found[1]) == optimum_by_looking(chain), seed
 
@@ -449,8 +459,11 @@ def kind_of(chain, device):
         for option in block.options
         if option.home == device
     }
-    hops = tuple(tuple(sorted(cost for pair, cost in costs.items() if device in pair)) for costs in chain.entering)
-    return chain.capacities[device], frozenset(options), hops
+    times = tuple(
+        tuple(sorted(cost for pair, cost in transfer.nanoseconds.items() if device in pair))
+        for transfer in chain.transfers
+    )
+    return chain.capacities[device], frozenset(options), times
 
 
 @pytest.mark.parametrize("shuffled", [with_options_shuffled, with_equal_devices_shuffled])
@@ -487,11 +500,11 @@ def chosen(chain, solution):
 
 ANSWERS = """
 import json
-from test_solver import medium_chain, small_chain, solver
+from test_solver import medium_chain, small_chain, solve, solver
 
-found = [solver.solve(medium_chain(seed)) for seed in range(12)]
+found = [solve(medium_chain(seed)) for seed in range(12)]
 solver.FEW_CHOICES = 1_000
-found += [solver.solve(small_chain(seed)) for seed in range(60)]
+found += [solve(small_chain(seed)) for seed in range(60)]
 print(json.dumps([each and (each.choice, each.nanoseconds, each.bound_nanoseconds) for each in found]))
 """
 
@@ -520,6 +533,6 @@ def test_next_to_no_room_is_an_answer_and_no_overflow():
 
     kinds = [options(large, 10**6), options(small, 10**6)]
     blocks = tuple(Block(f"block{index}", kinds[index % 2]) for index in range(40))
-    chain = Chain(blocks, {"cuda:0": 3, "cuda:1": 5, "cpu": 2**50}, tuple({} for _ in blocks))
+    chain = Chain(blocks, {"cuda:0": 3, "cuda:1": 5, "cpu": 2**50})
     solution = solve(chain)
     check_answer(chain, solution, "next to no room")

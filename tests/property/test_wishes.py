@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_solver import all_figures, medium_chain, small_chain
+from test_solver import all_figures, medium_chain, small_chain, solve
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.placement.solver import solve
 from devmap_config.placement.wishes import Contexts, preferred
 from devmap_config.profile.permissions import Permissions
 
@@ -40,12 +39,12 @@ def test_wishes_are_granted_in_order_as_far_as_time_allows(shard):
     granted = 0
     for seed in range(shard, 160, 4):
         chain = small_chain(seed)
-        chain = replace(chain, entering=tuple({} for _ in chain.blocks))
+        chain = replace(chain, transfers=())
         fastest = solve(chain)
         if fastest is None:
             continue
         most = int(fastest.nanoseconds * (1 + SHARE))
-        choice = preferred(chain, fastest, most, None)
+        choice = preferred(chain, most, None) or fastest.choice
         shape = [len(block.options) for block in chain.blocks]
         choices = np.indices(shape).reshape(len(shape), -1).T
         total, feasible = all_figures(chain, choices)
@@ -63,7 +62,7 @@ def test_what_is_wished_for_takes_no_longer_than_it_may_and_fits(seed):
     if fastest is None:
         pytest.fail(f"{seed} has no answer: it is to be left out")
     most = int(fastest.nanoseconds * (1 + SHARE))
-    choice = preferred(chain, fastest, most, None)
+    choice = preferred(chain, most, None) or fastest.choice
     assert chain.is_feasible(choice)
     assert chain.nanoseconds(choice) <= most
     assert wishes_of(chain, choice) <= wishes_of(chain, fastest.choice)
@@ -90,8 +89,8 @@ def test_a_longer_context_is_wished_for_within_the_same_devices(least):
     roomy = replace(chain, capacities={device: size * 2 for device, size in chain.capacities.items()})
     fastest = solve(roomy)
     contexts = Contexts(length=100, least=least, longest=10_000, chain_at=longer_chains(roomy))
-    plain = preferred(roomy, fastest, fastest.nanoseconds * 2, None)
-    longer = preferred(roomy, fastest, fastest.nanoseconds * 2, contexts)
+    plain = preferred(roomy, fastest.nanoseconds * 2, None)
+    longer = preferred(roomy, fastest.nanoseconds * 2, contexts)
 
     def longest(choice):
         return max(length for length in range(100, 2_000) if contexts.chain_at(length).is_feasible(choice))

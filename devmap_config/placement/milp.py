@@ -1,0 +1,132 @@
+"""A mixed-integer linear program in whole numbers, and its solution by HiGHS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import highspy
+import numpy as np
+
+RELATIVE_GAP = 5e-4
+"""HiGHS stops where its incumbent is above its bound by at most this part."""
+
+ABSOLUTE_GAP = 0.99
+"""Or by less than one: objectives are whole numbers."""
+
+MOST_NODES = 1_500
+"""Of the tree that HiGHS searches: a limit that is the same on every machine. Beyond it the gap is what it then is."""
+
+TOLERANCE = 1e-7
+"""By such a part HiGHS may break a constraint, or by so much take a number for a whole one."""
+
+INFINITY = highspy.kHighsInf
+
+Terms = Mapping[int, int]
+"""A linear expression: coefficients by variable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The incumbent, if any: a whole number for each variable; and a lower bound of the objective."""
+
+    values: tuple[int, ...] | None
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """An expression that is at most a number, or equal to it."""
+
+    terms: Terms
+    most: int
+    is_equality: bool
+
+    @property
+    def scale(self) -> int:
+        """What its coefficients are divided by, so that the tolerance is a part of the largest."""
+        return max(abs(self.most), *map(abs, self.terms.values()), 1)
+
+
+@dataclass
+class Milp:
+    """Variables, each from 0 to a number, and the constraints between them."""
+
+    upper: list[int] = field(default_factory=list)
+    is_integer: list[bool] = field(default_factory=list)
+    constraints: list[Constraint] = field(default_factory=list)
+
+    def variable(self, most: int, *, is_integer: bool = True) -> int:
+        """Add a variable and return it: its number."""
+        self.upper.append(most)
+        self.is_integer.append(is_integer)
+        return len(self.upper) - 1
+
+    def switch(self) -> int:
+        """Add a binary variable."""
+        return self.variable(1)
+
+    def at_most(self, terms: Terms, most: int) -> None:
+        """Add the constraint that an expression is at most this."""
+        self.constraints.append(Constraint(terms, most, is_equality=False))
+
+    def equal(self, terms: Terms, value: int) -> None:
+        """Add the constraint that an expression is equal to this."""
+        self.constraints.append(Constraint(terms, value, is_equality=True))
+
+    def copy(self) -> Milp:
+        """Return the same, to which more can be added."""
+        return Milp(list(self.upper), list(self.is_integer), list(self.constraints))
+
+    def minimize(self, objective: Terms, *, relative_gap: float = RELATIVE_GAP, nodes: int = MOST_NODES) -> Solution:
+        """Return what HiGHS finds of the least value: by one thread and a fixed seed, so that it is always the same.
+
+        Args:
+            objective: the expression.
+            relative_gap: by what part of it the incumbent may be above the bound.
+            nodes: how much of the tree is searched at most.
+        """
+        scale = max([1, *map(abs, objective.values())])
+        solver = _QuietHighs()
+        options: dict[str, bool | float | str] = {
+            "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_abs_gap": ABSOLUTE_GAP / scale,
+            "mip_max_nodes": nodes, "presolve": "off",  # which now and then takes minutes
+            "mip_feasibility_tolerance": TOLERANCE, "primal_feasibility_tolerance": TOLERANCE,
+        }  # fmt: skip
+        for name, value in options.items():
+            solver.setOptionValue(name, value)
+        solver.passModel(self._model(objective, scale))
+        solver.run()
+        info = solver.getInfo()
+        if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+            return Solution(None, INFINITY)
+        is_found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+        values = tuple(np.rint(solver.getSolution().col_value).astype(int).tolist()) if is_found else None
+        return Solution(values, info.mip_dual_bound * scale)
+
+    def _model(self, objective: Terms, scale: int) -> highspy.HighsLp:
+        model, rows = highspy.HighsLp(), self.constraints
+        model.num_col_, model.num_row_ = len(self.upper), len(rows)
+        model.col_cost_ = np.array([objective.get(variable, 0) / scale for variable in range(len(self.upper))])
+        model.col_lower_, model.col_upper_ = np.zeros(len(self.upper)), np.array(self.upper, float)
+        model.row_upper_ = np.array([row.most / row.scale for row in rows])
+        model.row_lower_ = np.array([row.most / row.scale if row.is_equality else -INFINITY for row in rows])
+        kinds = {True: highspy.HighsVarType.kInteger, False: highspy.HighsVarType.kContinuous}
+        model.integrality_ = [kinds[is_integer] for is_integer in self.is_integer]
+        matrix = model.a_matrix_
+        matrix.format_ = highspy.MatrixFormat.kRowwise
+        matrix.start_ = np.cumsum([0, *(len(row.terms) for row in rows)], dtype=np.int32)
+        matrix.index_ = np.array([variable for row in rows for variable in row.terms], np.int32)
+        matrix.value_ = np.array([value / row.scale for row in rows for value in row.terms.values()])
+        return model
+
+
+class _QuietHighs(highspy.Highs):
+    """HiGHS without a word on stdout: it greets as soon as callbacks are there, which is before it can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def enableCallbacks(self) -> None:  # noqa: N802
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()  # type: ignore[no-untyped-call]

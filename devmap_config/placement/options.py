@@ -1,0 +1,285 @@
+"""The options of a block: a builder for each mode says where a block can be so, and all are timed and measured alike.
+
+`OptionBuilder.of_block` asks the builders in turn. To add a mode, write its builder, and say in `locations` where the
+tensors of such a block are stored and run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from devmap_config.devices import CPU, STORAGE_DEVICES
+from devmap_config.placement.assignment import ON_CPU, Location
+from devmap_config.placement.chain import Option
+from devmap_config.placement.timing import MissingFigureError, Timing, home_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from devmap_config.devices import Device
+    from devmap_config.graph.costs import ModuleCost
+    from devmap_config.graph.model import Module, Tensor, TensorName
+    from devmap_config.placement.chain import Mode, Place
+    from devmap_config.placement.problem import Aim, Problem
+
+PARTS_CONSIDERED = 4
+"""Of the modules within a block, the heaviest so many may be taken out of it to compute on the CPU."""
+
+SMALLEST_PART = 8
+"""A part that is worth it holds at least this part, an eighth, of its block's weights."""
+
+NEARLY_ALL = (19, 20)
+"""A part that weighs at least so much of the one around it stands for that one."""
+
+
+FIGURES = attrgetter(
+    "cache_bytes", "retained_bytes", "peak_bytes", "prefill_operations", "decode_operations", "prefill_touched_bytes",
+    "decode_touched_bytes", "prefill_launches", "decode_launches", "prefill_input_bytes", "decode_input_bytes",
+    "prefill_output_bytes", "decode_output_bytes",
+)  # fmt: skip
+"""What of a module's cost an option depends on."""
+
+
+@dataclass(frozen=True, eq=False)
+class OptionBuilder:
+    """Builds the options of blocks, with one accelerator (or the CPU) as the main device: the first that is used.
+
+    `grouped` are the blocks that must share a place with others.
+    """
+
+    problem: Problem
+    aim: Aim
+    main_device: Device
+    grouped: frozenset[str]
+
+    @cached_property
+    def accelerators(self) -> tuple[Device, ...]:
+        """The accelerators that may be used: from the main device on."""
+        every = self.problem.accelerators
+        return every[every.index(self.main_device) :] if every else ()
+
+    @cached_property
+    def timings(self) -> list[tuple[Timing, int]]:
+        """The times of every phase that is to be fast, each with how often it is run."""
+        problem, inventory = self.problem, self.aim.inventory
+        return [
+            (Timing(problem.graph, inventory, phase, problem.executor, self.main_device), times)
+            for phase, times in self.aim.phases
+        ]
+
+    def of_block(self, module: Module) -> tuple[Option, ...]:
+        """Return the options of a block; blocks that are alike share them."""
+        signature = self._signature(module)
+        if signature not in self._known:
+            self._known[signature] = tuple(self._of_block(module))
+        return self._known[signature]
+
+    def of_tensor(self, tensor: Tensor) -> tuple[Option, ...]:
+        """Return those of a tensor of the model's own: on the main device, unless a rule or a tie says otherwise."""
+        homes: tuple[Device, ...] = (self.main_device,)
+        if tensor.name in self.problem.pinned:
+            homes = (self.problem.pinned[tensor.name],)
+        elif tensor.name in self.grouped:
+            homes = self.accelerators or homes
+        size_bytes = tensor.size_bytes if tensor.name in self._counted else 0
+        return tuple(Option(home=home, nanoseconds=0, demands=((home, size_bytes),)) for home in homes)
+
+    def without_weights(self, module: Module) -> tuple[Option, ...]:
+        """Return the one of a block without weights: on the main device, or the first that no rule forbids."""
+        forbidden = self._forbidden(module)
+        homes = (device for device in (self.main_device, *self.accelerators) if device not in forbidden)
+        return (self._option(module, next(homes, self.main_device), ("resident",)),)
+
+    def locations(self, module: Module, place: Place) -> dict[TensorName, Location]:
+        """Return where the tensors of a block are stored and run that has this place; pins come first."""
+        home, mode = place
+        around = Location(mode[1] if mode[0] == "streamed" else home, home)
+        part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
+        return {
+            tensor.name: self._pinned(tensor.name)
+            or (ON_CPU if part is not None and tensor.name.startswith(part) else around)
+            for tensor in module.tensors()
+        }
+
+    # A builder for each mode
+
+    def _resident(self, module: Module) -> Iterator[Place]:
+        """On each accelerator; on the CPU where there is none."""
+        forbidden = self._forbidden(module)
+        for device in self.accelerators or ((CPU,) if CPU in self.problem.capacities else ()):
+            if device not in forbidden:
+                yield device, ("resident",)
+
+    def _streamed(self, module: Module) -> Iterator[Place]:
+        """From the CPU or the disk, copied to the main device at every forward."""
+        stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities and store != self.main_device]
+        for store in stores:
+            is_streamed = self.problem.executor.streams(Location(store, self.main_device))
+            if is_streamed and store not in self._forbidden(module):
+                yield self.main_device, ("streamed", store)
+
+    def _computed(self, module: Module) -> Iterator[Place]:
+        """Where it is stored, on the CPU beside accelerators."""
+        if self._computes_on_cpu and CPU not in self._forbidden(module):
+            yield CPU, ("computed",)
+
+    def _part(self, module: Module) -> Iterator[Place]:
+        """On each accelerator, but for a heavy module within, which computes on the CPU."""
+        forbidden = self._forbidden(module)
+        if self._computes_on_cpu and CPU not in forbidden and module.path not in self.grouped:
+            for part in self._heavy_parts(module):
+                for device in self.accelerators:
+                    if device not in forbidden:
+                        yield device, ("part", part)
+
+    @cached_property
+    def _computes_on_cpu(self) -> bool:
+        """Whether the CPU may compute beside accelerators: how fast it is must be known, and what runs must be."""
+        rates = {device.id: device.bandwidth_bytes_per_second for device in self.aim.inventory.devices}
+        is_offered = CPU in self.problem.capacities and rates.get(CPU) is not None
+        return bool(self.accelerators) and is_offered and self.problem.graph.measurement is not None
+
+    def _heavy_parts(self, module: Module) -> list[str]:
+        """The modules within a block that are heavy enough to be taken out, as paths from the block.
+
+        Of one within another that weigh nearly the same, the inner one: the experts, without the router.
+        """
+        total_bytes = sum(tensor.size_bytes for tensor in module.tensors())
+        found: list[tuple[int, int, str]] = []
+        for each in module.walk():
+            size_bytes = sum(tensor.size_bytes for tensor in each.tensors())
+            is_pinned = any(tensor.name in self.problem.pinned for tensor in each.tensors())
+            if each is module or is_pinned or each.path not in self._costs or size_bytes == total_bytes:
+                continue
+            if size_bytes * SMALLEST_PART >= total_bytes:
+                found.append((-size_bytes, len(found), each.path[len(module.path) + 1 :]))
+        outer = {
+            path
+            for size, _, path in found
+            for inner_size, _, inner in found
+            if inner.startswith(f"{path}.") and inner_size * NEARLY_ALL[1] <= size * NEARLY_ALL[0]
+        }
+        return [path for _, _, path in sorted(found) if path not in outer][:PARTS_CONSIDERED]
+
+    # What every option takes
+
+    def _of_block(self, module: Module) -> Iterator[Option]:
+        pinned = {self._pinned(tensor.name) for tensor in module.tensors()}
+        if None not in pinned:
+            yield self._option(module, home_of(each.runs_on for each in pinned if each is not None), ("resident",))
+            return
+        for builder in (self._resident, self._streamed, self._computed, self._part):
+            for home, mode in builder(module):
+                try:
+                    yield self._option(module, home, mode)
+                except MissingFigureError:
+                    if home != CPU and mode[0] != "part":  # the CPU does not compute where it is not known how fast
+                        raise
+
+    def _option(self, module: Module, home: Device, mode: Mode) -> Option:
+        executor = self.problem.executor
+        locations = self.locations(module, (home, mode))
+        home = home_of(location.runs_on for location in locations.values())
+        held_bytes = {
+            tensor.name: executor.held_bytes(tensor, locations[tensor.name], self.main_device)
+            for tensor in module.tensors()
+        }
+        demands: dict[Device, int] = {}
+        pieces: dict[Device, int] = {}
+        for tensor in module.tensors():
+            residence = executor.residence(tensor, locations[tensor.name])
+            if tensor.name in self._counted:
+                demands[residence] = demands.get(residence, 0) + held_bytes[tensor.name]
+        for each in module.walk():
+            copied = [
+                tensor.name for tensor in each.own_tensors if executor.is_copied_in(tensor, locations[tensor.name])
+            ]
+            if copied:
+                runs_on = locations[copied[0]].runs_on
+                pieces[runs_on] = max(pieces.get(runs_on, 0), sum(held_bytes[name] for name in copied))
+            if (cost := self._costs.get(each.path)) is not None:
+                within = {locations[tensor.name].runs_on for tensor in each.tensors()}
+                runs_on = next(iter(within)) if len(within) == 1 else home
+                demands[runs_on] = demands.get(runs_on, 0) + cost.cache_bytes + cost.retained_bytes
+        peak_bytes = self._peak_bytes(module)
+        involved = dict.fromkeys([home, *(location.runs_on for location in locations.values())])
+        return Option(
+            home=home,
+            nanoseconds=sum(times * timing.module_nanoseconds(module, locations) for timing, times in self.timings),
+            demands=tuple((device, size_bytes) for device, size_bytes in demands.items() if size_bytes),
+            peaks=tuple((device, peak_bytes) for device in involved) if peak_bytes else (),
+            pieces=tuple(pieces.items()),
+            mode=mode,
+        )
+
+    def _pinned(self, name: TensorName) -> Location | None:
+        if name not in self.problem.pinned:
+            return None
+        stored_on, compute = self.problem.pinned[name], self.problem.computed.get(name)
+        return self.problem.executor.location(stored_on, self.main_device, compute)
+
+    def _forbidden(self, module: Module) -> set[Device]:
+        names = [tensor.name for tensor in module.tensors() if tensor.name not in self.problem.pinned]
+        return {device for name in names for device in self.problem.forbidden.get(name, ())}
+
+    def _peak_bytes(self, module: Module) -> int:
+        cost = self._costs.get(module.path)
+        return max(0 if cost is None else cost.peak_bytes, self._composite_peaks.get(module.path, 0))
+
+    @cached_property
+    def _composite_peaks(self) -> dict[str, int]:
+        """What a model's own operations need at once, by the first block within: that is where they run."""
+        graph = self.problem.graph
+        peaks: dict[str, int] = {}
+        for path in sorted(graph.composites):
+            prefix = f"{path}." if path else ""
+            first = next((block for block in graph.blocks if block.startswith(prefix)), None)
+            if path in self._costs and first is not None:
+                peaks[first] = max(peaks.get(first, 0), self._costs[path].own_peak_bytes)
+        return peaks
+
+    @cached_property
+    def _costs(self) -> Mapping[str, ModuleCost]:
+        measurement = self.problem.graph.measurement
+        return {} if measurement is None else measurement.by_path
+
+    @cached_property
+    def _counted(self) -> frozenset[TensorName]:
+        """Of names that share a storage, the one under which it is counted."""
+        first: dict[TensorName, TensorName] = {}
+        for name in self.problem.graph.tensors:
+            first.setdefault(self.problem.graph.storage_of[name], name)
+        return frozenset(first.values())
+
+    # Which blocks are alike
+
+    @cached_property
+    def _known(self) -> dict[object, tuple[Option, ...]]:
+        return {}
+
+    def _signature(self, module: Module) -> tuple[object, ...]:
+        """What the options of a block depend on."""
+        start, problem = len(module.path), self.problem
+        tensors = tuple(
+            (
+                tensor.name[start:],
+                tensor.size_bytes if tensor.name in self._counted else 0,
+                tensor.size_bytes,
+                tensor.offloaded_bytes,
+                tensor.is_held_in_buffer,
+                tensor.persistent,
+                problem.pinned.get(tensor.name),
+                problem.computed.get(tensor.name),
+                problem.forbidden.get(tensor.name),
+            )
+            for tensor in module.tensors()
+        )
+        costs = tuple(
+            (each.path[start:], None if cost is None else FIGURES(cost))
+            for each in module.walk()
+            for cost in (self._costs.get(each.path),)
+        )
+        return (tensors, costs, self._composite_peaks.get(module.path, 0), module.path in self.grouped)
