@@ -131,7 +131,8 @@ def with_transfers(chain, seed):
         times = {(one, other): rng.randint(0, most) for one in devices for other in devices if one != other}
         targets = [target for target in range(len(chain.blocks)) if target != source and rng.random() < 0.6]
         transfers += [Transfer(source, target, times) for target in targets]
-    return replace(chain, transfers=(*chain.transfers, *transfers))
+    twice = rng.choice([1, 2])  # given two of the same
+    return replace(chain, transfers=(*chain.transfers, *transfers * twice))
 
 
 def option_of(home, nanoseconds, demands, peaks, pieces=None, mode=()):
