@@ -175,7 +175,10 @@ def _add_memory(program: Program) -> None:
     sized: dict[tuple[Device, str], dict[int, dict[int, list[int]]]] = {}
     for variable, number, option in program.variables:
         for device, size_bytes in option.demands:
-            held.setdefault(device, Counter())[variable] += size_bytes
+            if size_bytes > chain.capacities.get(device, 0):  # besides, its coefficient would hide all others
+                milp.upper[variable] = 0
+            else:
+                held.setdefault(device, Counter())[variable] += size_bytes
         for what, sizes in (("peak", option.peaks), ("piece", option.pieces)):
             for device, size_bytes in sizes:
                 by_class = sized.setdefault((device, what), {}).setdefault(size_bytes, {})
