@@ -54,6 +54,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
     """Place the problem until no tensor is stranded and loading fits; the first obstacle tells most."""
     obstacle: Obstacle = ()
     kept: dict[TensorName, Device] = {}
+    lowered_bytes: Mapping[Device, int] = {}
     while True:
         placed = place(problem, prepared.strategy)
         if isinstance(placed, Infeasible):
@@ -67,8 +68,9 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
         if not any(finding.is_error for finding in findings):
             return Candidate(plan, kept)
         obstacle = obstacle or _told_of_budgets(findings, placed.budgets, prepared.strategy)
-        capacities = _capacities_for_loading(plan, problem.capacities)
-        if prepared.strategy in UNREPAIRED_STRATEGIES or capacities in (None, problem.capacities):
+        lowered_bytes = _lowered_for_loading(plan, problem.capacities, lowered_bytes)
+        capacities = {device: size - lowered_bytes.get(device, 0) for device, size in problem.capacities.items()}
+        if prepared.strategy in UNREPAIRED_STRATEGIES or not lowered_bytes or min(capacities.values()) < 0:
             return obstacle
         problem = replace(problem, capacities=capacities)
 
@@ -117,14 +119,18 @@ def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, Device]:
     return {name: plan.main_device for name in names if name not in problem.pinned}
 
 
-def _capacities_for_loading(plan: Plan, capacities: Mapping[Device, int]) -> Mapping[Device, int] | None:
-    """Return the capacities less what loading lacks beside the plan; `None` where there is not that much.
+def _lowered_for_loading(
+    plan: Plan, capacities: Mapping[Device, int], before: Mapping[Device, int]
+) -> dict[Device, int]:
+    """Return by how much capacities are to be lowered, since loading takes more than there is; nothing where it fits.
 
-    What loading takes besides the weights is not for the strategy to fill.
+    What loading takes besides the weights is not for the strategy to fill. What stays where it is for all that was
+    lowered `before` is left less than half by each round, so that there are few.
     """
-    lowered = dict(capacities)
+    lowered_bytes: dict[Device, int] = {}
     for use in plan.devices:
         missing_bytes = use.loading_bytes - use.capacity_bytes
-        if use.id in lowered and use.id != DISK and missing_bytes > 0:
-            lowered[use.id] = min(lowered[use.id], use.capacity_bytes - use.free_bytes) - missing_bytes
-    return lowered if min(lowered.values()) >= 0 else None
+        if use.id in capacities and use.id != DISK and missing_bytes > 0:
+            unused_bytes = max(capacities[use.id] - (use.capacity_bytes - use.free_bytes), 0)
+            lowered_bytes[use.id] = max(unused_bytes + missing_bytes, 2 * before.get(use.id, 0))
+    return lowered_bytes
