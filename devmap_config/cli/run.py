@@ -32,12 +32,12 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
 
 
 @profile_command("run", "table", "json")
-@click.option("--prompt", default="A model is placed", show_default=True, help="What the model goes on from.")
+@click.option("--prompt", help="What the model goes on from; a few words of ours else.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="How much it writes.")
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
 @click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
 def run(
-    profile: Path, options: ProfileOptions, prompt: str, max_new_tokens: int, no_generate: bool, no_probe: bool
+    profile: Path, options: ProfileOptions, prompt: str | None, max_new_tokens: int, no_generate: bool, no_probe: bool
 ) -> None:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
     from devmap_config.cli.progress import stages_shown
@@ -47,7 +47,7 @@ def run(
     from devmap_config.runner.loading import show_progress
     from devmap_config.runner.runner import load_verified, notices, prepare
 
-    if not prompt.strip():
+    if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
     sink = Sink()
     output = None

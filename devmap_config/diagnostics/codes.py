@@ -91,6 +91,7 @@ AlwaysError = Literal[
 AlwaysWarning = Literal[
     "another-card",
     "computes-in-float32",
+    "cpu-passed-over",
     "few-bytes",
     "figures-moved",
     "guessed-order",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -33,7 +35,19 @@ class Prepared:
     @property
     def proves_bound(self) -> bool:
         """Whether the strategy proves what no plan's time of a token can be below."""
-        return self.strategy == "fastest" and self.loaded.profile.workload.optimize == "decode"
+        compares = self.strategy == "fastest" and self.loaded.profile.workload.optimize == "decode"
+        return compares and not self.passes_over_cpu
+
+    @property
+    def passes_over_cpu(self) -> bool:
+        """Whether computing on the CPU, beside accelerators, is not compared: nobody said how fast that is."""
+        cpu = next((device for device in self.inventory.devices if device.id == CPU), None)
+        return (
+            self.strategy == "fastest"
+            and bool(self.inventory.accelerators)
+            and cpu is not None
+            and cpu.bandwidth_bytes_per_second is None
+        )
 
     @property
     def graph(self) -> ModelGraph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
-from devmap_config.devices import DISK
+from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.placement.compatibility import check_quantizer
 from devmap_config.placement.weighing import heaviest
@@ -64,7 +64,21 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
         )
     _check_compute(plan, resolution, sink)
     _check_offload_folder(plan, loaded, sink)
+    _check_comparison(plan, prepared, sink)
     return sink.diagnostics
+
+
+def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
+    """Report that what is copied from the CPU might have been computed there, had it been known how fast that is."""
+    streamed = next((use.weights_bytes for use in plan.devices if use.id == CPU), 0)
+    if streamed and prepared.passes_over_cpu:
+        sink.warning(
+            "cpu-passed-over",
+            f"the CPU keeps {format_bytes(streamed)} of the weights, and whether it should compute with them was not"
+            " compared: its bandwidth is not known",
+            prepared.loaded.profile.hardware.device_span(CPU),
+            help="write `cpu: {bandwidth: 50GB/s}`, or what `devmap probe --measure` finds",
+        )
 
 
 def warn_of_kept_tensors(kept: Placement, plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:

@@ -90,9 +90,12 @@ def line_for_key(key: str, section: str) -> str | None:
         return "devices stand one level deeper, under `devices:`"
     if key.lower() in LINES:
         return LINES[key.lower()]
-    routes = (route.split(".") for route, words in WORDS.items() if key.lower() in words.split())
-    owner, name = next(((owner, name) for owner, name in routes if owner in SECTION_KEYS), ("", ""))
-    return f"write `{name}` under `{SECTION_KEYS[owner]}`" if owner and owner != section else None
+    routes = [route.split(".") for route, words in WORDS.items() if key.lower() in words.split()]
+    meant = {(owner, name) for owner, name in routes if owner in SECTION_KEYS and owner != section}
+    if len(meant) != 1:
+        return None  # `path` is a word for several keys
+    ((owner, name),) = meant
+    return f"write `{name}` under `{SECTION_KEYS[owner]}`"
 
 
 def line_for_scalar(key: str, text: str) -> str | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.loading import LoadRequest
 
+PROMPT = "A model is placed"
 FALLBACK_LENGTH = 8
 """Tokens of the made-up input of a model that has no tokenizer."""
 
@@ -27,13 +28,15 @@ OTHER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiec
 
 
 @telling_of_changes("the model is loaded and verified, and cannot be shown")
-def demonstrate(model: PreTrainedModel, request: LoadRequest, prompt: str, sink: Sink, *, max_new_tokens: int) -> str:
+def demonstrate(
+    model: PreTrainedModel, request: LoadRequest, prompt: str | None, sink: Sink, *, max_new_tokens: int
+) -> str:
     """What the model makes of a prompt: generated text, or the shapes that a forward gives.
 
     Args:
         model: the model, loaded.
         request: what it was loaded from, and whether code that comes with it may run.
-        prompt: what it goes on from.
+        prompt: what it goes on from; for `None`, a few words of ours.
         sink: takes why tokens are shown where text is wanted.
         max_new_tokens: how much it writes.
 
@@ -50,7 +53,14 @@ def demonstrate(model: PreTrainedModel, request: LoadRequest, prompt: str, sink:
         )
     with torch.no_grad(), code_of_models(allowed=request.trust_remote_code):
         tokenizer = _tokenizer(request, sink)
-        inputs = _inputs(model, tokenizer, prompt)
+        is_told = any(each.code in ("no-tokenizer", "remote-code") for each in sink)
+        if tokenizer is None and prompt is not None and not is_told:
+            sink.warning(
+                "no-tokenizer",
+                "there is no tokenizer to make tokens of the prompt, which is not used: made-up tokens stand in for it",
+                help="put the tokenizer's files into the model's folder",
+            )
+        inputs = _inputs(model, tokenizer, prompt or PROMPT)
         try:
             return _spoken(model, tokenizer, inputs, max_new_tokens)
         except Exception as error:  # what a model's own code, or what its generation config asks for, may raise

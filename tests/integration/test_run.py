@@ -236,6 +236,9 @@ def test_run_of_a_model_without_tokenizer_shows_tokens(llama):
     done = run_command("--max-new-tokens", "3")
     assert done.return_value == 0
     assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
+    assert "prompt" not in done.stderr
+    done = run_command("--max-new-tokens", "3", "--prompt", "hello")
+    assert "warning[no-tokenizer]: there is no tokenizer to make tokens of the prompt, which" in done.stderr
 
 
 def test_run_of_an_encoder_says_what_came_out(workspace):

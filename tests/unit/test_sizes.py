@@ -247,7 +247,8 @@ def test_users_are_told_that_buffers_are_offloaded(big):
 def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     big()
     compilation = compiled(FASTEST_IN_4_BIT)
-    (warning,) = compilation.diagnostics
+    warning, passed_over = compilation.diagnostics
+    assert passed_over.code == "cpu-passed-over"
     assert (warning.code, warning.help) == (
         "computes-in-float32",
         "say `bnb_4bit_compute_dtype: float16`; or `float32`, if that is meant",
@@ -276,7 +277,7 @@ def test_a_copy_of_a_weight_that_is_computed_with_takes_room_as_the_dtype_does(b
     def active_bytes(computes_in):
         said = f"load_in_4bit: true, bnb_4bit_compute_dtype: {computes_in}"
         compilation = compiled(FASTEST_IN_4_BIT.replace("load_in_4bit: true", said))
-        assert compilation.diagnostics == ()
+        assert [each.code for each in compilation.diagnostics] == ["cpu-passed-over"]
         return next(use.activation_bytes for use in compilation.plan.devices if str(use.id) == "cuda:0")
 
     assert active_bytes("float32") - active_bytes("float16") == 2 * 5120 * 13824
