@@ -35,12 +35,11 @@ class Prepared:
     @property
     def proves_bound(self) -> bool:
         """Whether the strategy proves what no plan's time of a token can be below."""
-        compares = self.strategy == "fastest" and self.loaded.profile.workload.optimize == "decode"
-        return compares and not self.passes_over_cpu
+        return self.strategy == "fastest" and self.loaded.profile.workload.optimize == "decode"
 
     @property
     def passes_over_cpu(self) -> bool:
-        """Whether computing on the CPU, beside accelerators, is not compared: nobody said how fast that is."""
+        """Whether the CPU only holds, beside accelerators: nobody said how fast it is, so computing is not compared."""
         cpu = next((device for device in self.inventory.devices if device.id == CPU), None)
         return (
             self.strategy == "fastest"

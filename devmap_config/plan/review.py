@@ -74,8 +74,8 @@ def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     if streamed and prepared.passes_over_cpu:
         sink.warning(
             "cpu-passed-over",
-            f"the CPU keeps {format_bytes(streamed)} of the weights, and whether it should compute with them was not"
-            " compared: its bandwidth is not known",
+            f"the CPU is taken to hold {format_bytes(streamed)} of weights only: its bandwidth is not known, so"
+            " computing with them there, which may be faster, was not compared",
             prepared.loaded.profile.hardware.device_span(CPU),
             help="write `cpu: {bandwidth: 50GB/s}`, or what `devmap probe --measure` finds",
         )

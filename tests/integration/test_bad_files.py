@@ -102,7 +102,7 @@ OTHERS = {
     "compile over a lock": ("p.lock.json", ("compile", "p.yaml"), DONE, ABSENT),
     "update a lock": ("p.lock.json", ("update", "p.yaml"), DONE, ABSENT),
     "diff a lock": ("p.lock.json", ("diff", "p.lock.json", "q.lock.json"), ABSENT, ABSENT),
-    "diff beside a lock": ("p.lock.json", ("diff", "p.yaml", "q.yaml"), DONE, DONE),
+    "diff beside a lock": ("p.lock.json", ("diff", "p.yaml", "q.yaml"), STALE, STALE),  # two models
     "probe against a lock": ("p.lock.json", ("probe", "--against", "p.lock.json"), STALE, ABSENT),
     "compile beside a graph": ("p.graph.json", ("compile", "p.yaml"), DONE, DONE),
     "check beside a graph": ("p.graph.json", ("check", "p.yaml"), DONE, DONE),
