@@ -121,9 +121,12 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
 def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
     """The fastest placement on the fewest accelerators that hold all of it; on all, with the rest, where none do.
 
+    Where no time is to be compared, what else is wished for decides: few hops, a long context.
+
     Raises:
         MissingFigureError: where the machine does not say how fast something is.
     """
+    wished = None if aim.phases else Wished()
     devices = {device.id: device for device in aim.inventory.devices}
     pinned = set(problem.pinned.values())
     kept = [device for device in problem.capacities if device in pinned]
@@ -143,11 +146,11 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
         capacities = {device: size for device, size in problem.capacities.items() if device in chosen}
         if sum(capacities.values()) < least_bytes or not any(device.is_accelerator for device in capacities):
             continue
-        found = place_fastest(replace(problem, capacities=capacities), aim)
+        found = place_fastest(replace(problem, capacities=capacities), aim, wished)
         if found is not None:
             fewest = sum(counts)
             best = found if best is None or found.nanoseconds < best.nanoseconds else best
-    return best or place_fastest(problem, aim)
+    return best or place_fastest(problem, aim, wished)
 
 
 def _main_devices(problem: Problem, inventory: Inventory) -> list[Device]:

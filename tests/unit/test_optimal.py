@@ -215,3 +215,12 @@ def test_of_a_model_that_does_not_decode_the_prefill_is_made_fast_and_no_token_h
     assert plan.prediction.decode_nanoseconds_per_token is None
     assert plan.prediction.bound_decode_nanoseconds_per_token is None
     assert plan.prediction.prefill_nanoseconds > 0
+
+
+def test_where_no_time_is_known_few_hops_and_a_long_context_decide(workspace):
+    cards = "cuda:0: {memory: 520KiB, overhead: 0, slack: 0}, cuda:1: {memory: 420KiB, overhead: 0, slack: 0}"
+    text = PROFILE.format(devices=cards, strategy="fewest-devices", pins="", workload="")
+    Path("profile.yaml").write_text(text)
+    plan = run_pipeline(Request(path=Path("profile.yaml"))).plan
+    assert (plan.prediction.decode_nanoseconds_per_token, plan.prediction.hops) == (None, 1)
+    assert [plan.device_map[name] for name in ("model.embed_tokens", "model.layers.0", "lm_head")] == [0, 0, 1]
