@@ -56,6 +56,7 @@ QUICK = (
     "llama",
     "llama4_text",
     "llava",
+    "mimi",
     "qwen3_moe",
     "t5",
     "whisper",

@@ -86,3 +86,45 @@ def test_what_a_method_reads_of_a_module_that_is_not_called_is_found():
         ("", "quantizer.codebook.codes"),
         ("quantizer", "quantizer.codebook.codes"),
     ]
+
+
+class Averaged(nn.Module):
+    """Has its codes by a property."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.ones(2, 2))
+        self.register_buffer("unread", torch.ones(2))
+
+    @property
+    def codes(self):
+        return self.total / 2
+
+    def encode(self, given):
+        return given @ self.codes
+
+    def decode(self, given):
+        return given + self.unread
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Averaged(), Averaged()])
+        self.others = nn.ModuleList([Averaged()])
+
+    def forward(self, given):
+        for layer in self.layers[:1]:
+            given = layer.encode(given)
+        for index, _ in enumerate(given):
+            other = self.others[index]
+            given = other.decode(given)
+        return given
+
+
+def test_what_items_of_lists_read_by_methods_and_properties_is_found():
+    assert sorted(name for _, name in read_without_a_call(Residual())) == [
+        "layers.0.total",
+        "layers.1.total",
+        "others.0.unread",
+    ]
