@@ -147,6 +147,8 @@ def _room_for_context(longest: int, measurement: Measurement) -> str:
         end = "the model's positions end"
     else:
         end = "the model is not meant for more" if longest == positions.trained else "a device is full"
+    if longest == before:
+        return f"The context cannot grow beyond {counted(before, 'token')}: {end}."
     return f"The context may grow from {before:,} to {counted(longest, 'token')} before {end}."
 
 

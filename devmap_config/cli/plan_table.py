@@ -106,18 +106,20 @@ def _predicted(plan: Plan) -> str:
     words = []
     if decode is not None:
         proof = f"no plan is below {format_duration(bound)}" if bound is not None else ""
-        fastest = _fastest(prediction.fastest_decode_nanoseconds_per_token)
+        fastest = _fastest(prediction.fastest_decode_nanoseconds_per_token, decode)
         words.append(f"{format_duration(decode)} a token{_in_parentheses(fastest, proof)}")
     if prediction.prefill_nanoseconds is not None:
-        fastest = _fastest(prediction.fastest_prefill_nanoseconds)
+        fastest = _fastest(prediction.fastest_prefill_nanoseconds, prediction.prefill_nanoseconds)
         words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill{_in_parentheses(fastest)}")
     if prediction.longest_context is not None:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     return f"predicted: {', '.join(words)}" if words else ""
 
 
-def _fastest(nanoseconds: int | None) -> str:
-    return f"the fastest plan takes {format_duration(nanoseconds)}" if nanoseconds is not None else ""
+def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:
+    """What the fastest plan takes, where that is another time in the digits that are shown."""
+    shown = "" if nanoseconds is None else format_duration(nanoseconds)
+    return f"the fastest plan takes {shown}" if shown not in ("", format_duration(own_nanoseconds)) else ""
 
 
 def _in_parentheses(*phrases: str) -> str:

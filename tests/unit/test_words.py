@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from click.testing import CliRunner
 
 from devmap_config import compile_profile
 from devmap_config.amounts import counted
 from devmap_config.cli import devmap
-from devmap_config.plan.plan import NotADeviceMapError
+from devmap_config.cli.plan_table import _predicted
+from devmap_config.plan.plan import NotADeviceMapError, Prediction
 
 PROFILE = """\
 version: 1
@@ -67,3 +71,19 @@ def test_no_time_is_none(command, profile):
 
 def test_one_is_not_many():
     assert [counted(1, "tensor"), counted(2, "tensor")] == ["1 tensor", "2 tensors"]
+
+
+def test_a_context_that_cannot_grow_is_said_to_end_and_not_to_grow_to_itself(workspace):
+    Path("p.yaml").write_text(
+        "version: 1\nmodel: {source: learned}\nworkload: {context_length: 256}\n"
+        "hardware: {devices: {cpu: {memory: 1GiB}}}\n"
+    )
+    told = CliRunner().invoke(devmap, ["explain", "p.yaml"]).stdout
+    assert "The context cannot grow beyond 256 tokens: the model's positions end." in told
+
+
+@pytest.mark.parametrize(("fastest", "shown"), [(99_800_000, True), (100_000_000, False), (100_000_001, False)])
+def test_the_fastest_plans_time_is_shown_where_its_digits_are_others(fastest, shown):
+    prediction = Prediction(decode_nanoseconds_per_token=100_000_002, fastest_decode_nanoseconds_per_token=fastest)
+    assert ("the fastest plan takes 99.8 ms" in _predicted(SimpleNamespace(prediction=prediction))) == shown
+    assert ("the fastest plan" in _predicted(SimpleNamespace(prediction=prediction))) == shown
