@@ -68,7 +68,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a solver makes of a case."""
+    """A solver's answer to a case: cost, bound and time."""
 
     seconds: float
     nanoseconds: int
@@ -104,7 +104,7 @@ def cases(names: list[str]) -> Iterator[Case]:
 
 
 def problem_of(case: Case) -> tuple[Any, ...] | None:
-    """What `place_fastest` is asked for a case; `None` where the profile does not come so far."""
+    """Return what `place_fastest` is asked for a case; `None` where the profile is refused before that."""
     asked: list[tuple[Any, ...]] = []
 
     def noted(*arguments: Any) -> None:
@@ -125,7 +125,7 @@ def problem_of(case: Case) -> tuple[Any, ...] | None:
 
 
 def answer_of(problem: tuple[Any, ...], solver: str) -> Answer | None:
-    """What a solver makes of a problem; `None` where nothing fits."""
+    """Return a solver's answer to a problem; `None` where nothing fits."""
     with patch.object(Milp, "minimize", SOLVERS[solver]):
         begin = time.process_time()
         found: Optimal | None = optimal.place_fastest(*problem)
@@ -136,7 +136,7 @@ def answer_of(problem: tuple[Any, ...], solver: str) -> Answer | None:
 
 
 def contradictions(case: Case, answers: dict[str, Answer | None]) -> Iterator[str]:
-    """Where one solver is below what the other proves, or finds nothing where the other does."""
+    """Yield where one solver is below what the other proves, or finds nothing where the other does."""
     if len({answer is None for answer in answers.values()}) > 1:
         yield f"{case.family}, {case.name}: one solver finds nothing"
     for solver, answer in answers.items():
@@ -179,7 +179,7 @@ def installed_bytes(package: str) -> int:
 
 
 def import_seconds(module: str) -> float:
-    """How long a fresh process takes to import a module; the least of five times."""
+    """Return the seconds in which a fresh process imports a module: the least of five times."""
     code = f"import time, numpy; begin = time.perf_counter(); import {module}; print(time.perf_counter() - begin)"
     run = [sys.executable, "-c", code]
     return min(float(subprocess.run(run, capture_output=True, check=True).stdout) for _ in range(5))

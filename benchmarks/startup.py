@@ -161,7 +161,7 @@ def measure(folder: Path, commands: dict[str, list[str]], runs: int) -> dict[str
 
 
 def processor_seconds() -> float:
-    """What the processes took of the processor that were started and have ended."""
+    """Return the processor's seconds of all processes that were started and have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
