@@ -82,4 +82,4 @@ def _reading(disk: InventoryDevice) -> Link | None:
 
 
 def _reached(rate: int | None, efficiency: Fraction) -> Link | None:
-    return None if rate is None else Link(bytes_per_second=int(rate * efficiency))
+    return None if rate is None else Link(bytes_per_second=max(int(rate * efficiency), 1))

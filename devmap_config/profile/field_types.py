@@ -18,6 +18,7 @@ from devmap_config.profile.quantities import (
     Share,
     parse_bandwidth,
     parse_bytes,
+    parse_efficiency,
     parse_flops,
     parse_nanoseconds,
     parse_share,
@@ -197,13 +198,15 @@ def _matching(pattern: str) -> dict[str, Any]:
 
 
 NUMBER: dict[str, Any] = {"type": "number", "minimum": 0}
+RATE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0}
 INTEGER: dict[str, Any] = {"type": "integer", "minimum": 0}
+POSITIVE = r"(?=[0-9.]*[1-9])[0-9]+(\.[0-9]+)?"
 UNITS = "B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB"
 DEVICE_KEY_PATTERN = (
     r"^((cuda|xpu|npu|hpu|mps):)?([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])$|^cpu(:0)?$|^disk$|^mps$"
 )
 
-BANDWIDTH = _quantity(parse_bandwidth, NUMBER, _matching(rf"^[0-9]+(\.[0-9]+)? ?(({UNITS})/s)?$"))
+BANDWIDTH = _quantity(parse_bandwidth, RATE, _matching(rf"^{POSITIVE} ?(({UNITS})/s)?$"))
 QUANTIZATION_METHOD = one_of(*METHODS, meant=_quantization_to_write, key="method")
 QUANTIZATION_SCHEMA = {
     "type": "object",
@@ -237,8 +240,13 @@ ShareOfMemory = Annotated[
     _quantity(parse_share, NUMBER | {"maximum": 1}, _matching(r"^[0-9]+(\.[0-9]+)?%?$")),
     PlainSerializer(str),
 ]
+Efficiency = Annotated[
+    Fraction,
+    _quantity(parse_efficiency, RATE | {"maximum": 1}, _matching(rf"^{POSITIVE}%?$")),
+    PlainSerializer(str),
+]
 Bandwidth = Annotated[int, BANDWIDTH]
-Flops = Annotated[int, _quantity(parse_flops, NUMBER, _matching(r"^[0-9]+(\.[0-9]+)? ?([GTP]FLOP/s)?$"))]
+Flops = Annotated[int, _quantity(parse_flops, RATE, _matching(rf"^{POSITIVE} ?([GTP]FLOP/s)?$"))]
 Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"))]
 ListedDevice = Annotated[Device, Reads(_listed_device, ()), PlainSerializer(str)]
 """A key that names a device; merging has made it canonical, or reported that it names none."""

@@ -75,6 +75,18 @@ def parse_share(text: str) -> Fraction:
     return number
 
 
+def parse_efficiency(text: str) -> Fraction:
+    """A share that is more than none.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    share = parse_share(text)
+    if not share:
+        raise QuantityError(f"`{text}` is no efficiency: nothing would ever be done", "write what is reached, as `80%`")
+    return share
+
+
 def parse_bandwidth(text: str) -> int:
     """Bytes a second: `25GB/s`, or a plain number.
 
@@ -82,7 +94,7 @@ def parse_bandwidth(text: str) -> int:
         QuantityError: where it is not.
     """
     example = "write a bandwidth as `25GB/s`, or in bytes a second"
-    number, unit = _split(text, example)
+    number, unit = _rate(text, example)
     if unit is None:
         return _whole(text, number, example)
     if "bit" in unit or unit.endswith("bps"):
@@ -101,7 +113,7 @@ def parse_flops(text: str) -> int:
         QuantityError: where it is not.
     """
     example = "write compute as `165TFLOP/s`, or in operations a second"
-    number, unit = _split(text, example)
+    number, unit = _rate(text, example)
     if unit is None:
         return _whole(text, number, example)
     if unit not in FLOP_UNITS:
@@ -131,6 +143,13 @@ def _split(text: str, example: str) -> tuple[Fraction, str | None]:
     if match is None:
         raise QuantityError(f"`{text}` is no quantity", example)
     return Fraction(match["number"]), match["unit"]
+
+
+def _rate(text: str, example: str) -> tuple[Fraction, str | None]:
+    number, unit = _split(text, example)
+    if not number:
+        raise QuantityError(f"`{text}` is no rate: nothing would ever be done", f"{example}, or leave it out")
+    return number, unit
 
 
 def _bytes(text: str, number: Fraction, unit: str | None) -> int:

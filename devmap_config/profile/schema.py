@@ -11,6 +11,7 @@ from devmap_config.profile.field_types import (
     Anything,
     Bandwidth,
     Count,
+    Efficiency,
     Flag,
     Flops,
     Latency,
@@ -138,7 +139,7 @@ class DeviceSection(Section):
     flops: Flops | None = Field(default=None, examples=["165TFLOP/s"])
     """Dense floating-point operations a second in the model's dtype."""
 
-    efficiency: ShareOfMemory | None = Field(default=None, examples=["80%"])
+    efficiency: Efficiency | None = Field(default=None, examples=["80%"])
     """How much of bandwidth and flops is reached. Without it: the catalogue's."""
 
 
