@@ -7,10 +7,11 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.amounts import format_bytes
 from devmap_config.stages import LOGGER, STAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 
 @contextmanager
@@ -70,3 +71,71 @@ class _Stages(logging.Handler):
             shown.add_task("", total=len(STAGES))
         stage = getattr(record, "stage", 0)
         shown.update(shown.task_ids[0], completed=stage, description=record.getMessage(), refresh=True)
+
+
+class Transfer:
+    """Bytes that are loaded or written: how many are done, of how many."""
+
+    def __init__(self, shown: Any = None, words: str = "") -> None:
+        self.total_bytes = 0
+        self.done_bytes = 0
+        self._shown = shown  # rich's `Progress`; `None` where nobody looks
+        self._words = words
+
+    def expect(self, size_bytes: int) -> None:
+        """Say that so many more are to come."""
+        self.total_bytes += size_bytes
+        if self._shown is not None and not self._shown.tasks:
+            self._shown.add_task(self._words, amount="")
+            self._shown.start()
+        self._show()
+
+    def advance(self, size_bytes: int) -> None:
+        """Say that so many more are done."""
+        self.done_bytes += size_bytes
+        self._show()
+
+    def _show(self) -> None:
+        if self._shown is None:
+            return
+        [task] = self._shown.tasks
+        amount = f"{format_bytes(self.done_bytes)} of {format_bytes(self.total_bytes)}"
+        if task.elapsed and self.done_bytes:
+            amount += f", {format_bytes(round(self.done_bytes / task.elapsed))}/s"
+        self._shown.update(task.id, total=self.total_bytes, completed=self.done_bytes, amount=amount)
+
+
+@contextmanager
+def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[Transfer]:
+    """Show, where stderr is a terminal, a bar that goes again: how many bytes are done, of how many, and how fast.
+
+    It begins once some are expected: until then, others may show bars of their own.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield Transfer()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    # It begins where stdout is redirected, and ends where it is not: rich would put back what it was at first.
+    console = Console(stderr=True)
+    shown = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    try:
+        yield Transfer(shown, words)
+    finally:
+        if shown.tasks:
+            shown.stop()
+
+
+@contextmanager
+def loading_shown(sizes: Mapping[str, int], *, quiet: bool = False) -> Iterator[Transfer]:
+    """Show what is loaded within, by the bytes of each tensor; one that is not in `sizes` is not read yet."""
+    from devmap_config.libraries.transformers import watching_load
+
+    def watch(names: list[str]) -> Callable[[str], None]:
+        transfer.expect(sum(sizes.get(name, 0) for name in names))
+        return lambda name: transfer.advance(sizes.get(name, 0))
+
+    with transfer_shown("loading weights", quiet=quiet) as transfer, watching_load(watch):
+        yield transfer

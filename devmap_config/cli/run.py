@@ -40,7 +40,7 @@ def run(
     profile: Path, options: ProfileOptions, prompt: str | None, max_new_tokens: int, no_generate: bool, no_probe: bool
 ) -> None:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
-    from devmap_config.cli.progress import stages_shown
+    from devmap_config.cli.progress import loading_shown, stages_shown
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.generation import demonstrate
@@ -59,7 +59,8 @@ def run(
             if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
                 click.echo(notice.message, err=True)
         show_progress(sys.stderr.isatty() and options.shows_tables)
-        model = load_verified(deployment)
+        with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
+            model = load_verified(deployment)
         if not no_generate:
             output = demonstrate(model, deployment.request, prompt, sink, max_new_tokens=max_new_tokens)
     data = {

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from devmap_config.libraries.private import Private
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -203,6 +203,41 @@ CONVERSIONS = Private(
     "transformers.conversion_mapping.get_model_conversion_mapping",
     "what is renamed, merged or split while a model is loaded; lists of experts are merged in the order of their names",
 )
+
+
+PROGRESS_HOOK = Private(
+    "transformers.utils.logging.set_tqdm_hook",
+    "is handed what transformers goes through with a progress bar: while it loads, the tensors by their names",
+)
+PROGRESS_OF_LOADING = "Loading weights"
+"""What transformers writes on the bar of a load."""
+
+
+@contextmanager
+def watching_load(watch: Callable[[list[str]], Callable[[str], None]]) -> Iterator[None]:
+    """Call `watch`, within, as a load begins, with the names of its tensors, and what it returns after each of them.
+
+    It stands in for transformers' own bar, and is not called while these are disabled.
+    """
+    set_hook = PROGRESS_HOOK.find()
+    from transformers.utils import logging
+
+    def hook(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("desc") != PROGRESS_OF_LOADING or not logging.is_progress_bar_enabled():
+            return factory(*arguments, **options)
+        return watched(arguments[0])
+
+    def watched(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        loaded = watch([name for name, _ in items])
+        for name, tensors in items:
+            yield name, tensors
+            loaded(name)
+
+    before = set_hook(hook)
+    try:
+        yield
+    finally:
+        set_hook(before)
 
 
 @contextmanager

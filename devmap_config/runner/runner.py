@@ -60,6 +60,17 @@ class Deployment:
         return self.compiled.plan
 
     @property
+    def loaded_bytes(self) -> dict[str, int]:
+        """The bytes of each tensor that is held once it is loaded: of all but those that stay on the disk."""
+        graph, plan = self.compiled.model.graph, self.plan
+        return {
+            name: plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
+            for each in plan.assignments
+            if each.location.stored_on != DISK
+            for name in each.tensors
+        }
+
+    @property
     def unchecked(self) -> str | None:
         """Why it cannot be told that every tensor comes from the checkpoint; `None` where it can.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 import shlex
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError
@@ -42,8 +45,10 @@ from transformers import (
 from transformers.integrations import hub_kernels
 
 from devmap_config import compile_profile, load_model
+from devmap_config.amounts import format_bytes
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.progress import loading_shown
 from devmap_config.cli.run import run as run_model
 from devmap_config.devices import CPU, DISK
 from devmap_config.graph.checkpoint import read_checkpoint
@@ -351,6 +356,42 @@ def test_run_goes_on_where_the_disk_is_full_since_safetensors_are_read_in_place(
     done = run_command("--max-new-tokens", "3")
     assert done.return_value == 0
     assert "warning[too-little-disk]" in done.stderr
+
+
+class Terminal(io.StringIO):
+    """What is printed where someone looks."""
+
+    def isatty(self):
+        return True
+
+
+def test_bytes_are_shown_on_a_terminal_as_they_are_loaded(llama, monkeypatch):
+    write_profile(SPLIT)
+    deployment = prepare(Path("profile.yaml"), variables={})
+    on_disk = {name for each in deployment.plan.assignments if each.location.stored_on == DISK for name in each.tensors}
+    stored = load_file(llama / "model.safetensors")
+    in_memory = sum(tensor.nbytes for name, tensor in stored.items() if name not in on_disk)
+    assert 0 < in_memory < sum(tensor.nbytes for tensor in stored.values())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    loading.show_progress(True)
+    try:
+        with loading_shown(deployment.loaded_bytes) as transfer:
+            load_verified(deployment)
+    finally:
+        loading.show_progress(False)
+    assert (transfer.done_bytes, transfer.total_bytes) == (in_memory, in_memory)
+    amount = re.escape(format_bytes(in_memory))
+    assert re.search(rf"loading weights .*{amount} of {amount}, [\d.]+ .iB/s", terminal.getvalue())
+
+
+def test_text_goes_to_stdout_after_bytes_were_shown(monkeypatch):
+    """The bar begins where stdout is redirected to stderr, and must leave it as it was."""
+    outer = sys.stdout
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with loading_shown({}) as transfer, redirect_stdout(sys.stderr):
+        transfer.expect(2)
+    assert sys.stdout is outer
 
 
 # -- from this checkpoint ----------------------------------------------------------------------------------------------
