@@ -37,6 +37,8 @@ LOCK = Kind(64_000_000, "eight times a lock that places 90,000 tensors one by on
 DEVICE_MAP = Kind(64_000_000, "ten times a map that names 90,000 tensors")
 GRAPH = Kind(200_000_000, "ten times the graph of a model of 90,000 tensors", max_depth=200)  # modules lie in modules
 PACKAGED = Kind(10_000_000, "more than any file of code or of figures that comes with a package")
+IMAGE = Kind(64_000_000, "more than a photograph of a hundred megapixels")
+SOUND = Kind(128_000_000, "ten minutes of two channels, 48,000 times a second")
 KERNEL = Kind(16_000_000, "more than the mounts of a host with ten thousand containers")
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from devmap_config.amounts import format_bytes
+from devmap_config.amounts import counted, format_bytes
 from devmap_config.cli.checking import LOCK_STATES
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -20,63 +22,188 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.codes import Code
     from devmap_config.diagnostics.diagnostic import Diagnostic, Sink
+    from devmap_config.runner.demonstration import Demonstrator, Outcome
+    from devmap_config.runner.inputs import Given
     from devmap_config.runner.runner import Deployment
 
 EXIT_CODES: Mapping[Code, ExitCode] = {
     **dict.fromkeys(LOCK_STATES, ExitCode.STALE),
     "no-weights": ExitCode.WRONG,
     "no-text-input": ExitCode.WRONG,
+    "no-chat-template": ExitCode.WRONG,
+    "no-processor": ExitCode.WRONG,
+    "pillow-missing": ExitCode.WRONG,
+    "unfit-input": ExitCode.WRONG,
     "compute-on-cpu": ExitCode.WRONG,
 }
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 
 
 @profile_command("run", "table", "json")
-@click.option("--prompt", help="What the model goes on from; a few words of ours else.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="How much it writes.")
+@click.option("--prompt", help="What the model goes on from, or answers; a few words of ours else.")
+@click.option(
+    "--chat", is_flag=True, help="Talk, by the model's chat template: one turn of `--prompt`, else on and on."
+)
+@click.option("--image", type=FILE, help="An image, for a model that takes one.")
+@click.option("--audio", type=FILE, help="A WAV file, for a model that takes sound.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="How much it writes; 24 else, of an answer 256.")
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
 @click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
 def run(
-    profile: Path, options: ProfileOptions, prompt: str | None, max_new_tokens: int, no_generate: bool, no_probe: bool
+    profile: Path,
+    options: ProfileOptions,
+    prompt: str | None,
+    chat: bool,
+    image: Path | None,
+    audio: Path | None,
+    max_new_tokens: int | None,
+    no_generate: bool,
+    no_probe: bool,
 ) -> None:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
-    from devmap_config.cli.progress import loading_shown, stages_shown
+    from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
-    from devmap_config.runner.generation import demonstrate
-    from devmap_config.runner.loading import show_progress
-    from devmap_config.runner.runner import load_verified, notices, prepare
+    from devmap_config.runner.demonstration import demonstrator
+    from devmap_config.runner.runner import prepare
 
-    if prompt is not None and not prompt.strip():
-        raise click.UsageError("the prompt is empty")
-    sink = Sink()
-    output = None
+    _require_usable(prompt, options, chat=chat)
+    sink, outcome = Sink(), None
     with _failures_told(profile, sink, options), passing_on(sink):
+        given = _given(prompt, image, audio, chat=chat)
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request)
-        for notice in notices(deployment, asks_machine=not no_probe):
-            sink.report(notice)
-            if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
-                click.echo(notice.message, err=True)
-        show_progress(sys.stderr.isatty() and options.shows_tables)
-        with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
-            model = load_verified(deployment)
-        if not no_generate:
-            output = demonstrate(model, deployment.request, prompt, sink, max_new_tokens=max_new_tokens)
+        shows = None if no_generate else demonstrator(deployment.request, given, sink, max_new_tokens=max_new_tokens)
+        model, load_seconds = _loaded(deployment, options, sink, asks_machine=not no_probe)
+    if options.output_format == "table":  # what is found so far: text follows as it is made
+        options.report(_to_tell(sink, options), {}, {})
+        sink = Sink()
+    if options.shows_tables:
+        click.echo(f"{_summary(deployment)}; it took {load_seconds:.1f} s", err=True)
+    if shows is not None:
+        with _failures_told(profile, sink, options), passing_on(sink):
+            outcome = _shown(replace(shows, sink=sink), model, given, writes=options.output_format == "table")
+    figures = _figures(outcome, deployment, load_seconds)
     data = {
         "plan": deployment.plan.to_json(),
         "verified": deployment.unchecked is None,
         "unchecked": deployment.unchecked,
         "new_tensors": list(deployment.new),
-        "output": output,
+        "output": None if outcome is None else outcome.output.value,
+        **figures,
     }
     options.report(_to_tell(sink, options), {}, data)
-    if options.output_format == "json":
-        return
-    if not options.quiet:
-        click.echo(_summary(deployment), err=True)
-    if output is not None:
-        click.echo(output)
+    if options.shows_tables:
+        for line in _told(figures):
+            click.echo(line, err=True)
+
+
+def _require_usable(prompt: str | None, options: ProfileOptions, *, chat: bool) -> None:
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("the prompt is empty")
+    if chat and prompt is None and options.output_format == "json":
+        raise click.UsageError("`--format json` prints one answer: say by `--prompt` to what")
+
+
+def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> Given:
+    """Return what the model is given; a chat that is yet to begin has an empty message."""
+    from devmap_config.files import FileError
+    from devmap_config.runner.inputs import Given
+    from devmap_config.runner.media import read_image, read_sound
+
+    media: dict[str, Any] = {}
+    for name, path, read in (("image", image, read_image), ("sound", audio, read_sound)):
+        try:
+            media[name] = None if path is None else read(path)
+        except FileError as error:
+            raise click.UsageError(f"`{path}` {error}: {error.help}") from None
+    return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
+
+
+def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, float]:
+    """Return the model, loaded and verified, and the seconds that this took."""
+    from devmap_config.cli.progress import loading_shown
+    from devmap_config.runner.loading import show_progress
+    from devmap_config.runner.runner import load_verified, notices
+
+    for notice in notices(deployment, asks_machine=asks_machine):
+        sink.report(notice)
+        if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
+            click.echo(notice.message, err=True)
+    show_progress(sys.stderr.isatty() and options.shows_tables)
+    start_seconds = time.perf_counter()
+    with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
+        model = load_verified(deployment)
+    return model, time.perf_counter() - start_seconds
+
+
+def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Outcome | None:
+    """Return what the model made of what it was given, and write text to stdout as it is made; of a chat, the last."""
+    stdout = sys.stdout  # while a model runs, what is printed there goes to stderr
+
+    def write(text: str) -> None:
+        if writes:
+            click.echo(text, file=stdout, nl=False)
+
+    def show(given: Given) -> Outcome:
+        outcome = shows.show(model, given, write)
+        write("" if outcome.output.text.endswith("\n") else "\n")
+        return outcome
+
+    if not given.messages or given.prompt is not None:
+        return show(given)
+    messages: tuple[Mapping[str, str], ...] = ()
+    outcome = None
+    for text in _turns():
+        messages = (*messages, {"role": "user", "content": text})
+        before, outcome = outcome, show(replace(given, messages=messages))
+        messages = (*messages, {"role": "assistant", "content": outcome.output.text})
+        if before is not None and before.speed is not None and outcome.speed is not None:
+            outcome = replace(outcome, speed=before.speed + outcome.speed)
+    return outcome
+
+
+def _turns() -> Iterator[str]:
+    """Yield what the user says, line by line, up to the end of the input."""
+    question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            text = input(question)
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+def _figures(outcome: Outcome | None, deployment: Deployment, load_seconds: float) -> dict[str, Any]:
+    """Return what was measured, under the names of `--format json`; `None` where nothing was written."""
+    from devmap_config.runner.usage import memory_use
+
+    speed = None if outcome is None else outcome.speed
+    names = ("prompt_tokens", "tokens", "seconds", "first_token_seconds", "tokens_per_second")
+    return {
+        "load_seconds": load_seconds,
+        **{name: getattr(speed, name, None) for name in names},
+        "memory": [
+            {"device": str(use.device), "peak_bytes": use.peak_bytes, "planned_bytes": use.planned_bytes}
+            for use in memory_use(deployment.plan)
+        ],
+    }
+
+
+def _told(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that tell people what was measured."""
+    if figures["tokens"] is not None:
+        first, rate = figures["first_token_seconds"], f"{figures['tokens_per_second']:.1f} tokens a second"
+        apart = "" if first is None else f"the first after {first:.2f} s, then "
+        yield f"{counted(figures['tokens'], 'token')} in {figures['seconds']:.2f} s: {apart}{rate}"
+    parts = [
+        f"{'this process' if each['device'] == 'cpu' else each['device']} {format_bytes(each['peak_bytes'])}"
+        f" (planned{' for the model' if each['device'] == 'cpu' else ''} {format_bytes(each['planned_bytes'])})"
+        for each in figures["memory"]
+    ]
+    if parts:
+        yield f"memory at most: {', '.join(parts)}"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ ANSWERED = {
     r"You are calling \.generate\(\) with the `input_ids` being on a device type different": (
         "tokens are given where the embedding runs, which is verified; while it is streamed, it looks to be elsewhere"
     ),
+    r"`\w+` requires torchvision \(not installed\)": "Pillow makes of an image what the processor says as well",
     r"The following generation flags are not valid and may be ignored": (
         "`run` writes the likeliest tokens, whatever the checkpoint's generation config samples"
     ),

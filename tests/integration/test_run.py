@@ -16,6 +16,7 @@ from importlib import resources
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -28,6 +29,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -57,7 +59,7 @@ from devmap_config.graph.source import local_source
 from devmap_config.probe import probe
 from devmap_config.probe.machine import SeenDisk, SeenHost
 from devmap_config.profile.permissions import Permissions
-from devmap_config.runner import generation, inspection, loading, runner
+from devmap_config.runner import inspection, loading, runner
 from devmap_config.runner.inspection import Misrun, misread_tensors, misrun_modules, tensor_home
 from devmap_config.runner.loading import RunnerError, UnfitMachineError
 from devmap_config.runner.runner import load_verified, prepare
@@ -247,10 +249,30 @@ def test_run_of_a_model_without_tokenizer_shows_tokens(llama):
 
 
 def test_run_of_an_encoder_says_what_came_out(workspace):
-    write_profile(MINILM)
-    done = run_command("--allow-outside", "--prompt", "where does every layer go?")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+    BertModel(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(workspace / "random")
+    write_profile(ON_CPU)
+    done = run_command()
     assert done.return_value == 0
-    assert "last_hidden_state: (1, 8, 384) float32, mean " in done.stdout
+    assert "last_hidden_state: (1, 8, 32) float32, mean " in done.stdout
+
+
+def test_run_tells_what_it_took_beside_what_was_planned(llama):
+    """Of the CPU it is the whole process that is measured, libraries and all."""
+    write_profile(SPLIT)
+    found = json.loads(run_command("--max-new-tokens", "3", "--format", "json").stdout)
+    assert (found["tokens"], found["prompt_tokens"]) == (3, 8)
+    assert 0 < found["first_token_seconds"] < found["seconds"]
+    assert found["tokens_per_second"] == pytest.approx(2 / (found["seconds"] - found["first_token_seconds"]))
+    [memory] = found["memory"]
+    [use] = [use for use in found["plan"]["devices"] if use["id"] == "cpu"]
+    assert memory["planned_bytes"] == max(use["capacity_bytes"] - use["free_bytes"], use["loading_bytes"])
+    assert memory["peak_bytes"] > psutil.Process().memory_info().rss / 2 > 50_000_000
+    told = run_command("--max-new-tokens", "3").stderr.splitlines()[-2:]
+    assert re.fullmatch(r"3 tokens in [\d.]+ s: the first after [\d.]+ s, then [\d.]+ tokens a second", told[0])
+    assert re.fullmatch(r"memory at most: this process .* \(planned for the model [\d.]+ KiB\)", told[1])
+    nothing = json.loads(run_command("--no-generate", "--format", "json").stdout)
+    assert (nothing["tokens"], nothing["output"], nothing["load_seconds"] > 0) == (None, None, True)
 
 
 def test_run_of_a_model_of_images_loads_and_verifies_only(workspace):
@@ -311,14 +333,6 @@ def test_a_tokenizer_of_which_nothing_can_be_made_is_told_in_our_words(llama):
 def test_what_is_announced_by_a_colon_is_told_too():
     assert loading.first_line(ValueError("none of these:\n\n  one,\n two.\nthree")) == "none of these: one, two"
     assert loading.first_line(ValueError("nothing was found in:\n")) == "nothing was found in"
-
-
-def test_an_empty_text_is_shown_as_its_tokens():
-    class Mute:
-        def decode(self, _tokens, skip_special_tokens):
-            return " " if skip_special_tokens else "</s>"
-
-    assert generation.as_text(torch.tensor([1, 2]), Mute()) == "tokens [1, 2]"
 
 
 def test_a_model_that_runs_elsewhere_is_noticed(llama):

@@ -1,0 +1,162 @@
+"""Shows what a loaded model does with what it is given: it writes, labels, embeds; else its shapes are told."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.libraries.remote_code import code_of_models
+from devmap_config.runner.heads import Output, output_of
+from devmap_config.runner.inputs import (
+    PROMPT,
+    USE_PYTHON,
+    made_up_inputs,
+    media_inputs,
+    placed,
+    require_chat_template,
+    require_fit,
+    text_inputs,
+)
+from devmap_config.runner.loading import RunnerError, first_line, telling_of_changes
+from devmap_config.runner.processors import load_processor
+from devmap_config.runner.sentence_encoder import sentence_encoder
+from devmap_config.runner.text_stream import TextStream
+from devmap_config.runner.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.runner.inputs import Given, Inputs
+    from devmap_config.runner.loading import LoadRequest
+    from devmap_config.runner.sentence_encoder import SentenceEncoder
+    from devmap_config.runner.text_stream import Speed
+
+    Write = Callable[[str], None]
+
+FEW_TOKENS, MANY_TOKENS = 24, 256
+"""How much is written where it is not said: of a text that goes on, and of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a model made of what it was given; `speed` is of what it wrote, `None` where it writes nothing."""
+
+    output: Output
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrator:
+    """What comes with a checkpoint to make inputs of text, images and sound; made before the model is loaded.
+
+    `processor` is `None` where text alone is given, `tokenizer` where there is none that can be used.
+    """
+
+    request: LoadRequest
+    sink: Sink
+    tokenizer: Any
+    processor: Any = None
+    max_new_tokens: int | None = None
+
+    def show(self, model: PreTrainedModel, given: Given, write: Write) -> Outcome:
+        """Return what the model makes of what it is given, and hand text to `write` as it is made.
+
+        Raises:
+            RunnerError: where the model takes something else, or does not run.
+        """
+        require_fit(type(model), given)
+        with _running(self.request):
+            encoder = None if model.can_generate() or given.has_media else sentence_encoder(self.request, self.sink)
+            inputs = self._inputs(model, given, encoder)
+            try:
+                if model.can_generate():
+                    return self._written(model, inputs, write)
+                output = _read(model, inputs, encoder)
+            except Exception as error:  # what a model's own code, or what its generation config asks for, may raise
+                raise RunnerError(
+                    "forward-failed",
+                    f"the model is loaded and verified, and does not run: {type(error).__name__}: {first_line(error)}",
+                    USE_PYTHON,
+                ) from error
+        write(output.text)
+        return Outcome(output=output)
+
+    def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> Inputs:
+        if given.has_media:
+            return media_inputs(self.processor, self.tokenizer, given)
+        if self.tokenizer is None and not given.messages:
+            return made_up_inputs(model.config)
+        if encoder is not None:
+            given = replace(given, prompt=encoder.prepared(given.prompt or PROMPT))
+        max_tokens = None if encoder is None else encoder.max_tokens
+        return text_inputs(type(model), self.tokenizer, given, max_tokens=max_tokens)
+
+    def _written(self, model: PreTrainedModel, inputs: Inputs, write: Write) -> Outcome:
+        is_apart = model.config.is_encoder_decoder
+        few = FEW_TOKENS if inputs.goes_on else MANY_TOKENS
+        shows_prompt = inputs.tokenizer is None or (inputs.goes_on and not is_apart)
+        stream = TextStream(inputs.tokenizer, write, shows_prompt=shows_prompt)
+        # transformers streams no beams: of these there is only the best, at the end.
+        streams = (model.generation_config.num_beams or 1) == 1
+        tokens = model.generate(
+            **placed(inputs, model),
+            max_new_tokens=self.max_new_tokens or few,
+            do_sample=False,
+            **({"streamer": stream} if streams else {}),
+        )
+        if not streams:
+            prompt_length = 1 if is_apart else inputs.tensors["input_ids"].shape[1]
+            stream.put(tokens[0, :prompt_length])
+            stream.put(tokens[0, prompt_length:])
+            stream.end()
+        return Outcome(output=Output(stream.text, stream.text), speed=stream.speed(sees_each=streams))
+
+
+def _read(model: PreTrainedModel, inputs: Inputs, encoder: SentenceEncoder | None) -> Output:
+    tensors = placed(inputs, model)
+    forward = model(**tensors)
+    if encoder is not None and "last_hidden_state" in forward and "attention_mask" in tensors:
+        return encoder.embedding(forward.last_hidden_state, tensors["attention_mask"])
+    return output_of(model, forward, inputs)
+
+
+@contextmanager
+def _running(request: LoadRequest) -> Iterator[None]:
+    """Let a model run within, and code that comes with it where that is allowed."""
+    import torch
+
+    changes = telling_of_changes("what the model does with a prompt cannot be shown")
+    with changes, torch.no_grad(), code_of_models(allowed=request.trust_remote_code):
+        yield
+
+
+def demonstrator(request: LoadRequest, given: Given, sink: Sink, *, max_new_tokens: int | None = None) -> Demonstrator:
+    """Return what will show a model that is to be loaded, once it is seen that it takes what it will be given.
+
+    Raises:
+        RunnerError: where it does not, or there is nothing to make its inputs with.
+    """
+    import transformers
+
+    model_class = getattr(transformers, request.class_name, None)
+    if hasattr(model_class, "main_input_name"):  # a model's own code is not run yet, and seen by `show`
+        require_fit(model_class, given)
+    with _running(request):
+        tokenizer = load_tokenizer(request, sink)
+        processor = load_processor(request, given) if given.has_media else None
+    if given.messages and not given.has_media:
+        require_chat_template(tokenizer)
+    is_told = any(each.code in ("no-tokenizer", "remote-code") for each in sink)
+    if tokenizer is None and given.prompt is not None and not given.has_media and not is_told:
+        sink.warning(
+            "no-tokenizer",
+            "there is no tokenizer to make tokens of the prompt, which is not used: made-up tokens stand in for it",
+            help="put the tokenizer's files into the model's folder",
+        )
+    return Demonstrator(
+        request=request, sink=sink, tokenizer=tokenizer, processor=processor, max_new_tokens=max_new_tokens
+    )

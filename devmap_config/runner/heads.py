@@ -1,0 +1,136 @@
+"""Says what came out of a forward, by the head that the model's class names: labels, words, an answer, a transcript."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from devmap_config.runner.inputs import Inputs
+
+MOST_LABELS = 5
+LONGEST_ANSWER_TOKENS = 64
+
+
+class Output(NamedTuple):
+    """What came out: as text for people, and as a JSON value."""
+
+    text: str
+    value: Any
+
+
+def output_of(model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+    """Return what a forward gave, as the model's kind of head means it; its shapes where no head is known."""
+    name = type(model).__name__
+    for suffix, read in HEADS.items():
+        if name.endswith(suffix) and (read is _labels or inputs.tokenizer is not None):
+            return read(model, forward, inputs)
+    return _shapes(forward)
+
+
+def _labels(model: PreTrainedModel, forward: Any, _inputs: Inputs) -> Output:
+    """The labels with their probabilities: of one that holds, or of each by itself; the value where it is a number."""
+    logits, config = forward.logits[0].float(), model.config
+    if config.problem_type == "regression" or logits.numel() == 1:
+        values = logits.tolist()
+        return Output(" ".join(f"{value:.6f}" for value in values), values)
+    is_each = config.problem_type == "multi_label_classification"
+    return _ranked(logits.sigmoid() if is_each else logits.softmax(-1), lambda index: _label(model, index), "label")
+
+
+def _ranked(scores: torch.Tensor, named: Callable[[int], str], key: str) -> Output:
+    best = scores.topk(min(MOST_LABELS, scores.numel()))
+    found = [
+        {key: named(index), "score": score}
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    return Output(_lines(found, key), found)
+
+
+def _lines(found: Iterable[Mapping[str, Any]], key: str) -> str:
+    return "\n".join(f"{each['score']:.4f}  {each[key]}" for each in found)
+
+
+def _label(model: PreTrainedModel, index: int) -> str:
+    return str((model.config.id2label or {}).get(index, f"LABEL_{index}"))
+
+
+def _entities(model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+    """The parts of the text that have a label, but for `O`: neighbours of one label are one part."""
+    scores = forward.logits[0].float().softmax(-1).max(-1)
+    found: list[dict[str, Any]] = []
+    for index, (score, best) in enumerate(zip(scores.values.tolist(), scores.indices.tolist(), strict=True)):
+        label, span = _label(model, best), inputs.encoding.token_to_chars(index)
+        if label == "O" or span is None or span.start == span.end:
+            continue
+        begins, kind = label.startswith("B-"), label.removeprefix("B-").removeprefix("I-")
+        last = found[-1] if found else None
+        if last is not None and last["token"] == index - 1 and last["label"] == kind and not begins:
+            last |= {"token": index, "end": span.end, "score": min(last["score"], score)}
+        else:
+            found.append({"token": index, "label": kind, "start": span.start, "end": span.end, "score": score})
+    for each in found:
+        del each["token"]
+        each["text"] = inputs.text[each["start"] : each["end"]]
+    lines = [f"{each['score']:.4f}  {each['label']}  {each['text']}" for each in found]
+    return Output("\n".join(lines) or "no part of the text has a label", found)
+
+
+def _words(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+    """The likeliest words for each mask, in order."""
+    masks = (inputs.tensors["input_ids"][0] == inputs.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
+    scores = forward.logits[0].float().softmax(-1)
+    found = [_ranked(scores[mask], lambda index: inputs.tokenizer.decode([index]).strip(), "word") for mask in masks]
+    return Output("\n\n".join(each.text for each in found), [each.value for each in found])
+
+
+def _answer(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+    """The part of the second text that is likeliest to answer the first."""
+    import torch
+
+    of_texts = torch.tensor([part == 1 for part in inputs.encoding.sequence_ids(0)])
+    starts, ends = (
+        logits[0].float().cpu().masked_fill(~of_texts, -torch.inf).softmax(-1)
+        for logits in (forward.start_logits, forward.end_logits)
+    )
+    spans = (starts[:, None] * ends[None, :]).triu().tril(LONGEST_ANSWER_TOKENS - 1)
+    start, end = divmod(int(spans.argmax()), len(ends))
+    text = inputs.tokenizer.decode(inputs.tensors["input_ids"][0, start : end + 1], skip_special_tokens=True).strip()
+    score = spans[start, end].item()
+    return Output(f"{score:.4f}  {text}", {"answer": text, "score": score})
+
+
+def _transcript(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+    """The text that connectionist temporal classification finds: its tokenizer joins what is repeated."""
+    text = str(inputs.tokenizer.decode(forward.logits[0].argmax(-1), skip_special_tokens=True))
+    return Output(text, text)
+
+
+HEADS: Mapping[str, Callable[[PreTrainedModel, Any, Inputs], Output]] = {
+    "ForSequenceClassification": _labels,
+    "ForImageClassification": _labels,
+    "ForAudioClassification": _labels,
+    "ForTokenClassification": _entities,
+    "ForMaskedLM": _words,
+    "ForQuestionAnswering": _answer,
+    "ForCTC": _transcript,
+}
+"""By how transformers' classes end."""
+
+
+def _shapes(forward: Any) -> Output:
+    text = "\n".join(_described(forward))
+    return Output(text, text)
+
+
+def _described(forward: Any) -> Iterator[str]:
+    import torch
+
+    for name, value in forward.items():
+        if isinstance(value, torch.Tensor):
+            mean = value.float().mean().item()
+            yield f"{name}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}, mean {mean:.6f}"

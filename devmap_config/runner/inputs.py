@@ -1,0 +1,249 @@
+"""Turns what a model is given (text, a chat, an image, sound) into its inputs, by what comes with the checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.libraries.accelerate import hooks_of
+from devmap_config.runner.loading import RunnerError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from devmap_config.runner.media import Sound
+
+PROMPT = "A model is placed"
+"""What a model goes on from where it is given nothing."""
+
+MASK = "[MASK]"
+"""What stands in a prompt for the token that a masked language model is to fill, whatever its own is called."""
+
+MADE_UP_LENGTH = 8
+"""Tokens of the made-up input of a model that has no tokenizer."""
+
+IMAGE_INPUTS = ("pixel_values", "pixel_values_images")
+SOUND_INPUTS = ("input_features", "input_values")
+TEXT_INPUTS = ("input_ids", "decoder_input_ids")
+
+USE_PYTHON = "`devmap_config.load_model` gives the model for inputs of its own, and `--no-generate` loads and verifies"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a model is given. Messages are a chat: each with its `role` and `content`, the last one the user's."""
+
+    prompt: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    image: Any = None
+    sound: Sound | None = None
+
+    @property
+    def has_media(self) -> bool:
+        """Whether it is more than text."""
+        return self.image is not None or self.sound is not None
+
+    @property
+    def text(self) -> str | None:
+        """What the user wrote."""
+        return self.messages[-1]["content"] if self.messages else self.prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A model's inputs, and what its output is read with.
+
+    Attributes:
+        tensors: by the names of the model's arguments.
+        tokenizer: makes text of tokens; `None` where there is none.
+        encoding: what a tokenizer made of `text`; it knows which characters each token stands for.
+        text: what was encoded.
+        goes_on: whether what is generated goes on from the text, and does not answer it.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    tokenizer: Any = None
+    encoding: Any = None
+    text: str = ""
+    goes_on: bool = False
+
+
+def require_fit(model_class: Any, given: Given) -> None:
+    """Check that a model takes what it is given.
+
+    Raises:
+        RunnerError: where it does not, or takes something else besides.
+    """
+    name, main = model_class.__name__, model_class.main_input_name
+    for what, names, is_given in (
+        ("image", IMAGE_INPUTS, given.image is not None),
+        ("audio", SOUND_INPUTS, given.sound is not None),
+    ):
+        if is_given and not _takes(model_class, names):
+            takes = ", ".join(
+                f"`{each}`" for each in (*TEXT_INPUTS, *IMAGE_INPUTS, *SOUND_INPUTS) if _takes(model_class, (each,))
+            )
+            raise RunnerError(
+                "unfit-input", f"{name} takes {takes or f'`{main}`'}, and no {what}", f"leave `--{what}` out"
+            )
+        if main in names and not is_given:
+            raise RunnerError(
+                "no-text-input",
+                f"{name} takes `{main}`, for which a prompt is no input",
+                f"give it one by `--{what} FILE`; {USE_PYTHON}",
+            )
+    if main not in (*TEXT_INPUTS, *IMAGE_INPUTS, *SOUND_INPUTS):
+        raise RunnerError("no-text-input", f"{name} takes `{main}`, for which a prompt is no input", USE_PYTHON)
+    if given.messages and not model_class.can_generate():
+        raise RunnerError("unfit-input", f"{name} writes no text, and so does not chat", "leave `--chat` out")
+
+
+def _takes(model_class: Any, names: tuple[str, ...]) -> bool:
+    arguments = inspect.signature(model_class.forward).parameters
+    return model_class.main_input_name in names or any(name in arguments for name in names)
+
+
+def made_up_inputs(config: Any, length: int = MADE_UP_LENGTH, batch_size: int = 1) -> Inputs:
+    """Return tokens that stand in for text, of which a model without a tokenizer knows none."""
+    import torch
+
+    tokens = torch.arange(1, length + 1) % config.get_text_config().vocab_size
+    return Inputs(tensors={"input_ids": tokens.unsqueeze(0).repeat(batch_size, 1)}, goes_on=True)
+
+
+def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> Inputs:
+    """Return the inputs for text, of which no more than `max_tokens` are taken, or for a chat.
+
+    Raises:
+        RunnerError: where there is no chat template, no mask to fill, or no text to answer a question by.
+    """
+    if given.messages:
+        return _chat_inputs(tokenizer, given)
+    text, pair = given.prompt or PROMPT, None
+    name = model_class.__name__
+    if name.endswith("ForMaskedLM"):
+        text = _masked(given.prompt or f"{PROMPT} {MASK}", tokenizer)
+    elif name.endswith("ForQuestionAnswering"):
+        text, _, pair = text.partition("\n")
+        if not pair.strip():
+            help = "write the question in the prompt's first line, and the text that answers it below"
+            raise RunnerError("unfit-input", "there is no text to answer the question by", help)
+    ends = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
+    encoding = tokenizer(text, pair, return_tensors="pt", **ends)
+    return Inputs(
+        tensors=_taken(model_class, encoding), tokenizer=tokenizer, encoding=encoding, text=text, goes_on=True
+    )
+
+
+def _masked(prompt: str, tokenizer: Any) -> str:
+    """Return a prompt with the tokenizer's own mask."""
+    mask = tokenizer.mask_token
+    if mask is None:
+        raise RunnerError("unfit-input", "the tokenizer has no mask that could be filled", USE_PYTHON)
+    text = prompt.replace(MASK, mask)
+    if mask not in text:
+        raise RunnerError(
+            "unfit-input", "the prompt has no mask to fill", f"write `{MASK}` where a word is to be found"
+        )
+    return text
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Check that a tokenizer, or a processor, says how a chat is written.
+
+    Raises:
+        RunnerError: where it does not.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        what = "the checkpoint has no tokenizer" if tokenizer is None else "the checkpoint has no chat template"
+        raise RunnerError("no-chat-template", f"{what}: it was not made to chat", "leave `--chat` out")
+
+
+def _chat_inputs(tokenizer: Any, given: Given) -> Inputs:
+    try:
+        encoding = tokenizer.apply_chat_template(
+            list(given.messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except Exception as error:  # whatever the template raises
+        message = f"the model's chat template refuses this: {type(error).__name__}: {first_line(error)}"
+        raise RunnerError("no-chat-template", message, "leave `--chat` out") from error
+    return Inputs(tensors=_without_types(encoding), tokenizer=tokenizer)
+
+
+def _taken(model_class: Any, encoding: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors that a model takes: of two texts, an encoder is told which each token is of."""
+    arguments = inspect.signature(model_class.forward).parameters
+    if model_class.can_generate() or "token_type_ids" not in arguments:
+        return _without_types(encoding)
+    return dict(encoding)
+
+
+def _without_types(encoding: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in encoding.items() if name != "token_type_ids"}
+
+
+def media_inputs(processor: Any, tokenizer: Any, given: Given) -> Inputs:
+    """Return the inputs for an image or sound, and for the text that goes with it.
+
+    Raises:
+        RunnerError: where the processor does not take it.
+    """
+    parts: dict[str, Any] = {}
+    if given.image is not None:
+        parts["images"] = given.image
+    if given.sound is not None:
+        rate = getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", given.sound.rate)
+        parts |= {"audio": given.sound.at(rate), "sampling_rate": rate}
+    if (own := getattr(processor, "tokenizer", None)) is not None:
+        tokenizer = own
+        parts |= _text_part(processor, given)
+    elif "audio" in parts:
+        parts["raw_speech"] = parts.pop("audio")  # as a feature extractor by itself calls it
+    try:
+        encoding = processor(**parts, return_tensors="pt")
+    except Exception as error:  # whatever a processor raises
+        message = f"{type(processor).__name__} cannot take this: {type(error).__name__}: {first_line(error)}"
+        raise RunnerError("unfit-input", message, USE_PYTHON) from error
+    return Inputs(tensors=_without_types(encoding), tokenizer=tokenizer)
+
+
+def _text_part(processor: Any, given: Given) -> dict[str, Any]:
+    """Return the text that goes with an image or sound: by the chat template if there is one, for it says where."""
+    kind = "image" if given.image is not None else "audio"
+    token = getattr(processor, f"{kind}_token", None)
+    if getattr(processor, "chat_template", None):
+        words = given.text or f"Describe this {kind}."
+        content = [{"type": kind}, {"type": "text", "text": words}]
+        messages = [*given.messages[:-1], {"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        begins = processor.tokenizer.bos_token
+        return {"text": text, **({"add_special_tokens": False} if begins and text.startswith(begins) else {})}
+    if given.messages:
+        require_chat_template(processor)
+    if token is None:
+        return {} if given.prompt is None else {"text": given.prompt}
+    return {"text": given.prompt if given.prompt and token in given.prompt else f"{token}{given.prompt or ''}"}
+
+
+def placed(inputs: Inputs, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the tensors where the model takes them, and what is no number of a token in the model's dtype."""
+    device = _device_of_tokens(model)
+    return {
+        name: tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in inputs.tensors.items()
+        if hasattr(tensor, "is_floating_point")
+    }
+
+
+def _device_of_tokens(model: PreTrainedModel) -> Any:
+    """Return where the embeddings run; a model's own code need not tell which they are."""
+    try:
+        hooks = hooks_of(model.get_input_embeddings())
+    except NotImplementedError:
+        hooks = hooks_of(model)
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), model.device)

@@ -1,0 +1,43 @@
+"""Finds what makes a model's inputs of images and sound, by what comes with the checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.remote_code import READ_IT_FIRST
+from devmap_config.runner.loading import RunnerError, first_line
+
+if TYPE_CHECKING:
+    from devmap_config.runner.inputs import Given
+    from devmap_config.runner.loading import LoadRequest
+
+
+def load_processor(request: LoadRequest, given: Given) -> Any:
+    """Return the checkpoint's processor for an image or sound; the part that takes it where there is no whole one.
+
+    Raises:
+        RunnerError: where it has none that can be used.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedTokenizerBase
+
+    errors: list[Exception] = []
+    for loader in (AutoProcessor, AutoFeatureExtractor if given.image is None else AutoImageProcessor):
+        try:
+            processor = loader.from_pretrained(
+                request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
+            )
+        except Exception as error:  # whatever a processor's own code raises; without files, what transformers says
+            errors.append(error)
+            continue
+        if not isinstance(processor, PreTrainedTokenizerBase):
+            return processor
+    said = " ".join(map(str, errors))
+    if not request.trust_remote_code and ("trust_remote_code" in said or "not allowed to run" in said):
+        message = "the processor is code that comes with the model, which was not run"
+        raise RunnerError("remote-code", message, READ_IT_FIRST)
+    raise RunnerError(
+        "no-processor",
+        "the checkpoint has no processor that makes inputs of images or sound: "
+        f"{type(errors[-1]).__name__}: {first_line(errors[-1])}",
+        "see that the checkpoint has all of its processor's files, and what these need is installed",
+    )

@@ -1,0 +1,111 @@
+"""The text of tokens as they are made, and when each was."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+INCOMPLETE = "\ufffd"
+"""What a decoder makes of the first bytes of a character whose others are in the next token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How long a model took for so many tokens. The first takes the prefill; `None` where it was not seen apart."""
+
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    first_token_seconds: float | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How many were made in a second, the first left out where its time is known and there are others."""
+        if self.first_token_seconds is None or self.tokens < 2 or self.seconds <= self.first_token_seconds:
+            return self.tokens / self.seconds
+        return (self.tokens - 1) / (self.seconds - self.first_token_seconds)
+
+    def __add__(self, other: Speed) -> Speed:
+        first = (self.first_token_seconds, other.first_token_seconds)
+        return Speed(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            tokens=self.tokens + other.tokens,
+            seconds=self.seconds + other.seconds,
+            first_token_seconds=None if None in first else sum(filter(None, first)),
+        )
+
+
+class TextStream:
+    """A streamer for transformers' `generate`: hands on the text of tokens once no later token can change it.
+
+    Text is that of the tokens by themselves: no spaces are cleaned up, since that changes what was shown before. So
+    what is shown bit by bit and what is printed at once are the same.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], *, shows_prompt: bool) -> None:
+        """Begin; `tokenizer` is `None` where tokens are to be shown as numbers, at the end."""
+        self._tokenizer = tokenizer
+        self._write = write
+        self._shows_prompt = shows_prompt
+        self._tokens: list[int] = []
+        self._begin = 0  # of what is shown
+        self._written: list[str] = []
+        self._context, self._shown = 0, 0  # what is decoded begins at the first, and is shown up to the second
+        self._prompt_tokens: int | None = None
+        self._start_seconds = time.perf_counter()
+        self._first_seconds: float | None = None
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Take tokens: the prompt's at first, then those that are made."""
+        self._tokens += tokens.reshape(-1).tolist()
+        if self._prompt_tokens is None:
+            self._prompt_tokens = len(self._tokens)
+            if not self._shows_prompt:
+                self._begin = self._context = self._shown = self._prompt_tokens
+                return
+        elif self._first_seconds is None:
+            self._first_seconds = time.perf_counter() - self._start_seconds
+        self._hand_on()
+
+    def end(self) -> None:
+        """Hand on what is left, and the numbers of the tokens where nothing is text."""
+        self._hand_on(is_last=True)
+        if not self.text.strip():
+            self._hand_out(f"tokens {self._tokens[self._begin :]}")
+
+    @property
+    def text(self) -> str:
+        """What was handed on."""
+        return "".join(self._written)
+
+    def speed(self, *, sees_each: bool) -> Speed:
+        """Return how long it took since this was made; `sees_each` tells whether tokens came one by one."""
+        prompt_tokens = self._prompt_tokens or 0
+        return Speed(
+            prompt_tokens=prompt_tokens,
+            tokens=len(self._tokens) - prompt_tokens,
+            seconds=time.perf_counter() - self._start_seconds,
+            first_token_seconds=self._first_seconds if sees_each else None,
+        )
+
+    def _hand_on(self, *, is_last: bool = False) -> None:
+        if self._tokenizer is None:
+            return
+        before = self._decoded(self._tokens[self._context : self._shown])
+        text = self._decoded(self._tokens[self._context :])
+        if len(text) > len(before) and (is_last or not text.endswith(INCOMPLETE)):
+            self._hand_out(text[len(before) :])
+            self._context, self._shown = self._shown, len(self._tokens)
+
+    def _hand_out(self, text: str) -> None:
+        self._written.append(text)
+        self._write(text)
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

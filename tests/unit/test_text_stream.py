@@ -1,0 +1,59 @@
+"""Text is handed on as tokens are made, and comes to what all of them say at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from transformers import AutoTokenizer
+
+from devmap_config.runner.text_stream import Speed, TextStream
+
+TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "profiles" / "models" / "quickstart")
+
+
+def streamed(tokens, *, prompt_tokens=2, shows_prompt=True, tokenizer=TOKENIZER):
+    """What is handed on, part by part."""
+    parts = []
+    stream = TextStream(tokenizer, parts.append, shows_prompt=shows_prompt)
+    stream.put(torch.tensor([tokens[:prompt_tokens]]))
+    for token in tokens[prompt_tokens:]:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert stream.text == "".join(parts)
+    return parts
+
+
+@pytest.mark.parametrize("text", ["A model is placed before it is loaded.", "größer 語 🙂🙂 naïve", "a\n\n b  c \n"])
+def test_the_parts_are_the_text(text):
+    tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    parts = streamed(tokens)
+    assert ("".join(parts), len(parts) > 3) == (text, True)
+    assert not any("\ufffd" in part for part in parts)
+    assert "".join(streamed(tokens, shows_prompt=False)) == TOKENIZER.decode(tokens[2:])
+
+
+def test_special_tokens_are_not_shown():
+    tokens = TOKENIZER("tied")["input_ids"]
+    end = TOKENIZER.eos_token_id
+    assert "".join(streamed([end, *tokens, end, *tokens, end])) == "tiedtied"
+
+
+def test_a_character_that_is_never_finished_is_shown_in_the_end():
+    tokens = TOKENIZER("ab🙂", add_special_tokens=False)["input_ids"][:-1]
+    assert streamed(tokens)[-1].endswith("\ufffd")
+
+
+def test_what_is_no_text_is_shown_as_its_tokens():
+    assert streamed([5, 6, 7], tokenizer=None) == ["tokens [5, 6, 7]"]
+    end = TOKENIZER.eos_token_id
+    assert streamed([end] * 4) == [f"tokens {[end] * 4}"]
+    assert streamed([end] * 4, shows_prompt=False) == [f"tokens {[end] * 2}"]
+
+
+def test_the_first_token_takes_the_prompt_and_is_left_out_of_the_rate():
+    speed = Speed(prompt_tokens=9, tokens=5, seconds=3.0, first_token_seconds=1.0)
+    assert speed.tokens_per_second == 2.0
+    assert (speed + speed).tokens_per_second == 9 / 4
+    unseen = Speed(prompt_tokens=9, tokens=6, seconds=3.0, first_token_seconds=None)
+    assert (unseen.tokens_per_second, (speed + unseen).first_token_seconds) == (2.0, None)
