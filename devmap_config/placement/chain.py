@@ -33,7 +33,8 @@ class Option:
 
     It runs on `home` and takes `nanoseconds` there. Of `demands` a device holds all that its blocks ask for; of `peaks`
     the largest, since blocks run one after another, and of `pieces` (weights that are copied in) the largest as well.
-    `mode` says how it is stored; it means nothing to the solver.
+    `mode` says how it is stored; it means nothing to the solver. What no rule pins of it runs `around`, where that is
+    another device than its home.
     """
 
     home: Device
@@ -42,11 +43,12 @@ class Option:
     peaks: Bytes = ()
     pieces: Bytes = ()
     mode: Mode = ("resident",)
+    around: Device | None = None
 
     @property
     def place(self) -> Place:
         """Where and how: what blocks of one group share."""
-        return (self.home, self.mode)
+        return (self.around or self.home, self.mode)
 
 
 @dataclass(frozen=True, slots=True)

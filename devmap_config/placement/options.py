@@ -179,9 +179,9 @@ class OptionBuilder:
                     if home != CPU and mode[0] != "part":  # the CPU does not compute where it is not known how fast
                         raise
 
-    def _option(self, module: Module, home: Device, mode: Mode) -> Option:
+    def _option(self, module: Module, around: Device, mode: Mode) -> Option:
         executor = self.problem.executor
-        locations = self.locations(module, (home, mode))
+        locations = self.locations(module, (around, mode))
         home = home_of(location.runs_on for location in locations.values())
         held_bytes = {
             tensor.name: executor.held_bytes(tensor, locations[tensor.name], self.main_device)
@@ -213,6 +213,7 @@ class OptionBuilder:
             peaks=tuple((device, peak_bytes) for device in involved) if peak_bytes else (),
             pieces=tuple(pieces.items()),
             mode=mode,
+            around=None if home == around else around,
         )
 
     def _pinned(self, name: TensorName) -> Location | None:

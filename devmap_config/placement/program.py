@@ -162,6 +162,7 @@ def _together(options: list[Option]) -> Option:
         peaks=tuple(peaks.items()),
         pieces=tuple(pieces.items()),
         mode=options[0].mode,
+        around=options[0].around,
     )
 
 

@@ -83,6 +83,7 @@ SETTINGS = {
     "llama prefill": (LLAMA, "prefill", ()),
     "llama request, tied": ({**LLAMA, "tie_word_embeddings": True}, "request", ()),
     "llama pinned": (LLAMA, "decode", PINS),
+    "llama in part pinned": (LLAMA, "decode", ('{match: "model.layers.[2-3].self_attn", device: cuda:1}',)),
     "mixture": (MIXTURE, "decode", ()),
     "t5": (TIED_T5, "decode", ()),
     "t5 prefill": (TIED_T5, "prefill", ()),
