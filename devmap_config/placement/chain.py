@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -51,6 +52,27 @@ class Option:
         return (self.around or self.home, self.mode)
 
 
+def together(options: Sequence[Option]) -> Option:
+    """Return what blocks take, hold and need together; its place is that of the first."""
+    demands: Counter[Device] = Counter()
+    peaks: dict[Device, int] = {}
+    pieces: dict[Device, int] = {}
+    for option in options:
+        demands.update(dict(option.demands))
+        for largest, sizes in ((peaks, option.peaks), (pieces, option.pieces)):
+            for device, size_bytes in sizes:
+                largest[device] = max(largest.get(device, 0), size_bytes)
+    return Option(
+        home=options[0].home,
+        nanoseconds=sum(option.nanoseconds for option in options),
+        demands=tuple(demands.items()),
+        peaks=tuple(peaks.items()),
+        pieces=tuple(pieces.items()),
+        mode=options[0].mode,
+        around=options[0].around,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """What is placed as a whole. Blocks of one `group` share a place."""
@@ -94,19 +116,11 @@ class Chain:
 
     def used_bytes(self, choice: Choice) -> dict[Device, int]:
         """What each device needs under a choice."""
-        demands: dict[Device, int] = {}
-        peaks: dict[Device, int] = {}
-        pieces: dict[Device, int] = {}
-        for block, index in zip(self.blocks, choice, strict=True):
-            option = block.options[index]
-            for device, size_bytes in option.demands:
-                demands[device] = demands.get(device, 0) + size_bytes
-            for device, size_bytes in option.peaks:
-                peaks[device] = max(peaks.get(device, 0), size_bytes)
-            for device, size_bytes in option.pieces:
-                pieces[device] = max(pieces.get(device, 0), size_bytes)
-        devices = dict.fromkeys([*demands, *peaks, *pieces])
-        return {device: demands.get(device, 0) + peaks.get(device, 0) + pieces.get(device, 0) for device in devices}
+        whole = together([block.options[index] for block, index in zip(self.blocks, choice, strict=True)])
+        used: Counter[Device] = Counter()
+        for sizes in (whole.demands, whole.peaks, whole.pieces):
+            used.update(dict(sizes))
+        return used
 
     def is_feasible(self, choice: Choice) -> bool:
         """Whether every device holds what it needs, and every group shares a place."""

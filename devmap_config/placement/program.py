@@ -13,14 +13,14 @@ from functools import cached_property
 from itertools import permutations, product
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.chain import Option
+from devmap_config.placement.chain import together
 from devmap_config.placement.milp import Milp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from devmap_config.devices import Device
-    from devmap_config.placement.chain import Block, Chain, Transfer
+    from devmap_config.placement.chain import Block, Chain, Option, Transfer
     from devmap_config.placement.milp import Terms
 
     _Way = tuple[tuple[int, ...], Option]
@@ -142,28 +142,7 @@ def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
     for place in by_place[0]:
         if all(place in indices for indices in by_place):
             choice = tuple(indices[place] for indices in by_place)
-            yield choice, _together([block.options[index] for block, index in zip(blocks, choice, strict=True)])
-
-
-def _together(options: list[Option]) -> Option:
-    """What blocks hold, need and take that are placed as one."""
-    demands: Counter[Device] = Counter()
-    peaks: dict[Device, int] = {}
-    pieces: dict[Device, int] = {}
-    for option in options:
-        demands.update(dict(option.demands))
-        for largest, sizes in ((peaks, option.peaks), (pieces, option.pieces)):
-            for device, size_bytes in sizes:
-                largest[device] = max(largest.get(device, 0), size_bytes)
-    return Option(
-        home=options[0].home,
-        nanoseconds=sum(option.nanoseconds for option in options),
-        demands=tuple(demands.items()),
-        peaks=tuple(peaks.items()),
-        pieces=tuple(pieces.items()),
-        mode=options[0].mode,
-        around=options[0].around,
-    )
+            yield choice, together([block.options[index] for block, index in zip(blocks, choice, strict=True)])
 
 
 # Constraints
