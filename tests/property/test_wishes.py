@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,71 @@ def test_a_longer_context_is_wished_for_within_the_same_devices(least):
     assert wishes_of(roomy, longer)[:3] == wishes_of(roomy, plain)[:3]
     assert longest(longer) >= longest(plain)
     assert longest(longer) >= least
+
+
+LENGTHS = range(100, 160)
+"""Context lengths here; the longest is found to a sixteenth."""
+
+
+def growing(chain, seed):
+    """The contexts of a chain whose blocks hold more with every token, each kind so much more."""
+    rng, known = random.Random(seed), {}
+
+    def at(length):
+        blocks = []
+        for block in chain.blocks:
+            growth = known.setdefault(block.options, rng.choice([0, 0.02, 0.1]))
+            more = int((length - LENGTHS[0]) * growth)
+            held = [tuple((device, size + more) for device, size in option.demands) for option in block.options]
+            pairs = zip(block.options, held, strict=True)
+            options = tuple(replace(option, demands=demands) for option, demands in pairs)
+            blocks.append(replace(block, options=options))
+        return replace(chain, blocks=tuple(blocks))
+
+    return at
+
+
+def goes_on(chain, choice):
+    """Whether blocks that have a choice by themselves run on devices as these are listed, without going back."""
+    groups = [block.group for block in chain.blocks]
+    homes = [
+        chain.devices.index(block.options[index].home)
+        for block, index in zip(chain.blocks, choice, strict=True)
+        if len(block.options) > 1 and (block.group is None or groups.count(block.group) == 1)
+    ]
+    return homes == sorted(homes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("least", [LENGTHS[0], 110, 10_000])
+def test_a_context_is_as_long_as_it_can_be_where_that_takes_no_more_devices(seed, least):
+    """A least context comes before few devices, and the longest after: the answer is the best of all choices."""
+    chain = replace(small_chain(seed), transfers=())
+    fastest = solve(chain)
+    if fastest is None or prod(len(block.options) for block in chain.blocks) > 2_000:
+        return
+    at, most = growing(chain, seed), int(fastest.nanoseconds * (1 + SHARE))
+    contexts = Contexts(length=LENGTHS[0], least=least, longest=LENGTHS[-1], chain_at=at)
+    choice = preferred(chain, most, contexts)
+    shape = [len(block.options) for block in chain.blocks]
+    choices = np.indices(shape).reshape(len(shape), -1).T
+    fits = {length: all_figures(at(length), choices)[1] for length in (*LENGTHS, least)}
+    totals, _ = all_figures(chain, choices)
+    within = fits[LENGTHS[0]] & (totals <= most)
+    for place in range(4):
+        if place == 2 and (within & fits[least]).any():
+            within &= fits[least]
+        figures = np.array([wishes_of(chain, each)[place] for each in choices])
+        within &= figures == figures[within].min()
+    runs = within & np.array([goes_on(chain, each) for each in choices])
+    within = runs if runs.any() else within
+    longest = np.array([sum(fits[length][place] for length in LENGTHS) for place in range(len(choices))])
+    [found] = np.flatnonzero((choices == choice).all(axis=1))
+    assert within[found]
+    if runs.any():  # else there may be runs in another order
+        reached = LENGTHS[0] + longest[within].max()
+        assert LENGTHS[0] + longest[found] >= reached - reached // 16 - 1
+        assert totals[found] <= totals[within & (longest >= longest[found])].min() + len(chain.blocks) ** 2
 
 
 CARD = "{memory: 12GiB, bandwidth: 360GB/s, flops: 100TFLOP/s}"

@@ -1,0 +1,333 @@
+"""The program of a chain and its layout, beside every choice of small problems: what is possible, and what it takes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import groupby, pairwise, permutations, product
+
+import numpy as np
+import pytest
+from test_solver import all_figures, option_of, small_chain, with_transfers
+
+from devmap_config.placement import solver
+from devmap_config.placement.chain import Block, Chain, Transfer
+from devmap_config.placement.layout import in_runs, laid_out, order_in
+from devmap_config.placement.milp import INFINITY, Milp
+from devmap_config.placement.program import program_of
+
+MOST_CHOICES = 200
+"""Of a problem here: each of its choices is a program that is solved."""
+
+
+def every_choice(chain):
+    shape = [len(block.options) for block in chain.blocks]
+    return np.indices(shape).reshape(len(shape), -1).T
+
+
+def few_choices(seeds):
+    """Random problems with some choices, a third of them with blocks that give to many others."""
+    for seed in seeds:
+        chain = with_transfers(small_chain(seed), seed) if seed % 3 == 0 else small_chain(seed)
+        if 1 < len(every_choice(chain)) <= MOST_CHOICES:
+            yield seed, chain
+
+
+def numbers_of(program, choice):
+    """The values of the counting variables of a choice; `None` where blocks of a group are apart."""
+    values = {}
+    for block_class, variables in zip(program.classes, program.counts, strict=True):
+        values |= dict.fromkeys(variables, 0)
+        for member in block_class.members:
+            taken = tuple(choice[position] for position in member)
+            if taken not in block_class.choices:
+                return None
+            values[variables[block_class.choices.index(taken)]] += 1
+    return values
+
+
+def least_with(program, values):
+    """The least that the program says of these numbers of blocks."""
+    milp = program.milp.copy()
+    for variable, value in values.items():
+        milp.equal({variable: 1}, value)
+    return milp.minimize(program.objective, relative_gap=0)
+
+
+def by_numbers(program, chain):
+    """The choices of a chain with equal numbers of blocks, as values, times and whether they are feasible."""
+    choices = every_choice(chain)
+    totals, feasible = all_figures(chain, choices)
+    alike = {}
+    for choice, total, is_feasible in zip(choices.tolist(), totals.tolist(), feasible.tolist(), strict=True):
+        values = numbers_of(program, choice)
+        if values is None:
+            assert not is_feasible
+        else:
+            alike.setdefault(tuple(values.items()), []).append((total, is_feasible))
+    for values, members in alike.items():
+        [is_feasible] = {is_feasible for _, is_feasible in members}
+        yield dict(values), [total for total, _ in members], is_feasible
+
+
+def test_a_chain_says_of_every_choice_what_it_takes_and_whether_it_fits():
+    for seed, chain in few_choices(range(150)):
+        choices = every_choice(chain)
+        totals, feasible = all_figures(chain, choices)
+        assert [chain.nanoseconds(tuple(choice)) for choice in choices.tolist()] == totals.tolist(), seed
+        assert [chain.is_feasible(tuple(choice)) for choice in choices.tolist()] == feasible.tolist(), seed
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_numbers_are_possible_where_they_fit_and_take_what_blocks_and_transfers_take(is_exact):
+    seen = set()
+    for seed, chain in few_choices(range(60)):
+        program = program_of(chain, is_exact=is_exact)
+        hops = set() if is_exact else {(target - 1, target) for target in chain.hops}
+        flows = tuple(each for each in chain.transfers if (each.source, each.target) not in hops)
+        without_hops = by_numbers(program, replace(chain, transfers=flows))
+        least = {tuple(values.items()): min(times) for values, times, _ in without_hops}
+        for values, times, is_feasible in by_numbers(program, chain):
+            seen.add(is_feasible)
+            found = least_with(program, values)
+            assert (found.values is not None) == is_feasible, (seed, values)
+            if is_feasible:
+                assert least[tuple(values.items())] - 0.01 <= found.bound <= min(times) + 0.01, (seed, values)
+            if is_feasible and not hops:
+                assert found.bound == pytest.approx(min(times)), (seed, values)
+    assert seen == {False, True}
+
+
+# Hops
+
+
+def bare_chain(pattern, devices, hops, own=(), room=None):
+    """Blocks of kinds, a letter each, free to be on any device; those of `own` are alone in their class.
+
+    `hops` has for each block but the first what it takes to get there.
+    """
+    options = {
+        kind: tuple(option_of(device, 7 + place, {device: 1}, {}, mode="resident") for device in devices)
+        for place, kind in enumerate(sorted(set(pattern)))
+    }
+    transfers = tuple(Transfer(place, place + 1, times) for place, times in enumerate(hops))
+    blocks = tuple(Block(f"block{place}", options[kind]) for place, kind in enumerate(pattern))
+    return Chain(blocks, room or dict.fromkeys(devices, len(pattern)), transfers)
+
+
+def prices(rng, devices, *, is_uniform):
+    price = rng.randint(1, 50)
+    return {pair: price if is_uniform else rng.randint(1, 50) for pair in permutations(devices, 2)}
+
+
+@pytest.mark.parametrize(("pattern", "count"), [("aaaaa", 3), ("abbbb", 2), ("bbbba", 2)])
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_hops_are_counted_where_numbers_say_how_many_there_are(pattern, count, is_uniform):
+    """With two devices, or all hops alike, what no order is below is what the best one takes."""
+    for seed in range(3):
+        devices = [f"cuda:{index}" for index in range(count if is_uniform else 2)]
+        times = prices(random.Random(seed), devices, is_uniform=is_uniform)
+        chain = bare_chain(pattern, devices, [times] * (len(pattern) - 1))
+        program = program_of(chain)
+        for values, totals, _ in by_numbers(program, chain):
+            assert least_with(program, values).bound == pytest.approx(min(totals), abs=0.01), (seed, values)
+
+
+def least_hops(chain, values_of):
+    """What the program says that hops take, where classes have these numbers on each device."""
+    program = program_of(chain)
+    values = {}
+    for number, on_device in enumerate(values_of):
+        values |= dict(zip(program.counts[number], on_device, strict=True))
+    blocks = sum(
+        values[variable] * option.nanoseconds for variable, _, option in program.variables if variable in values
+    )
+    return round(least_with(program, values).bound) - blocks
+
+
+def test_dear_hops_are_not_taken_for_cheap_ones():
+    """An encoder's hops are cheap and its decoder's dear: what is spread of the decoder alone costs what it costs."""
+    devices = ("cuda:0", "cuda:1", "cuda:2")
+    cheap, dear = (dict.fromkeys(permutations(devices, 2), price) for price in (5, 20))
+    chain = bare_chain("aaabbb", devices, [cheap] * 3 + [dear] * 2)
+    assert least_hops(chain, [(3, 0, 0), (3, 0, 0)]) == 0
+    assert least_hops(chain, [(2, 1, 0), (0, 3, 0)]) == 5
+    assert least_hops(chain, [(3, 0, 0), (2, 1, 0)]) == 20
+    assert least_hops(chain, [(3, 0, 0), (1, 1, 1)]) == 40
+
+
+def test_a_device_far_from_the_others_is_entered_at_its_price():
+    near, far = ("cuda:0", "cuda:1"), "cpu"
+    times = {pair: 60 if far in pair else 5 for pair in permutations((*near, far), 2)}
+    chain = bare_chain("abbbbc", (*near, far), [times] * 5)
+    assert least_hops(chain, [(1, 0, 0), (2, 0, 2), (1, 0, 0)]) == 120
+    assert least_hops(chain, [(1, 0, 0), (4, 0, 0), (0, 0, 1)]) == 60
+
+
+# The layout
+
+
+def homes_of(chain, choice):
+    return [block.options[index].home for block, index in zip(chain.blocks, choice, strict=True)]
+
+
+def test_a_layout_has_the_numbers():
+    for seed, chain in few_choices(range(150)):
+        program = program_of(chain)
+        for choice in every_choice(chain).tolist():
+            values = numbers_of(program, choice)
+            if values is not None:
+                laid = laid_out(program, [values.get(index, 0) for index in range(max(values) + 1)])
+                assert numbers_of(program, laid) == values, (seed, choice)
+
+
+@pytest.mark.parametrize("numbers", [(3, 2, 1), (1, 3, 2), (0, 4, 2), (6, 0, 0)])
+def test_equal_blocks_are_laid_out_in_one_run_on_each_device_the_longest_first(numbers):
+    devices = ("cuda:0", "cuda:1", "cuda:2")
+    chain = bare_chain("aaaaaa", devices, [])
+    laid = homes_of(chain, laid_out(program_of(chain), numbers))
+    runs = [(device, len(list(run))) for device, run in groupby(laid)]
+    expected = sorted(zip(devices, numbers, strict=True), key=lambda run: -run[1])
+    assert runs == [run for run in expected if run[1]]
+
+
+def runs_of(chain, choice, order):
+    """Whether the blocks of a choice run on devices in this order, without going back."""
+    places = [order.index(home) if home in order else None for home in homes_of(chain, choice)]
+    return None not in places and places == sorted(places)
+
+
+@pytest.mark.parametrize("pattern", ["aaaaa", "ababa", "aabbc"])
+@pytest.mark.parametrize("order", [("cuda:1", "cuda:0"), ("cuda:2", "cuda:0", "cuda:1")])
+def test_runs_are_the_best_of_all_that_go_through_the_devices_in_their_order(pattern, order):
+    devices = ("cuda:0", "cuda:1", "cuda:2")
+    for seed in range(8):
+        rng = random.Random(seed)
+        hops = [prices(rng, devices, is_uniform=True) for _ in pattern[1:]]
+        room = {device: rng.randint(1, len(pattern)) for device in devices}
+        chain = bare_chain(pattern, devices, hops, room=room)
+        options = [tuple(replace(each, nanoseconds=rng.randint(0, 30)) for each in chain.blocks[0].options)] * 3
+        blocks = tuple(
+            replace(block, options=options["abc".index(kind)]) if kind == "a" else block
+            for block, kind in zip(chain.blocks, pattern, strict=True)
+        )
+        chain = replace(chain, blocks=blocks)
+        choices = every_choice(chain)
+        totals, feasible = all_figures(chain, choices)
+        in_order = np.array([runs_of(chain, choice, order) for choice in choices.tolist()])
+        # Where no run is empty, hops are what they are: one that is passed by is paid for as if it were there.
+        is_full = np.array([len(set(homes_of(chain, choice))) == len(order) for choice in choices.tolist()])
+        program = program_of(chain)
+        runs = in_runs(program, order)
+        found = runs.milp.minimize(program.objective, relative_gap=0)
+        if not (feasible & in_order).any():
+            assert found.values is None, seed
+            continue
+        laid = laid_out(program, found.values, runs)
+        assert runs_of(chain, laid, order), seed
+        assert chain.is_feasible(laid), seed
+        assert chain.nanoseconds(laid) >= totals[feasible & in_order].min(), seed
+        if (feasible & in_order & is_full).any():
+            assert chain.nanoseconds(laid) <= found.bound + 0.01 <= totals[feasible & in_order & is_full].min() + 0.02
+        if len(order) == 2:
+            assert chain.nanoseconds(laid) == totals[feasible & in_order].min(), seed
+
+
+def test_devices_are_in_the_order_in_which_they_are_used_on_the_average():
+    devices = ("cuda:0", "cuda:1", "cuda:2")
+    chain = bare_chain("aaaaaa", devices, [])
+    assert order_in(program_of(chain), (2, 2, 0, 2, 1, 1)) == ("cuda:2", "cuda:0", "cuda:1")
+    assert order_in(program_of(chain), (1, 0, 0, 0, 1, 1)) == ("cuda:0", "cuda:1")
+
+
+# Mixed-integer programs by themselves
+
+
+def test_of_random_programs_the_least_is_found():
+    found = []
+    for seed in range(120):
+        rng, milp = random.Random(seed), Milp()
+        upper = [milp.variable(rng.randint(1, 3)) for _ in range(4)] and milp.upper
+        points = np.array(list(product(*(range(most + 1) for most in upper))))
+        fits = np.ones(len(points), bool)
+        for add in (milp.at_most, milp.at_most, milp.equal):
+            factors, most = [rng.randint(-9, 9) for _ in upper], rng.randint(-5, 20)
+            add(dict(enumerate(factors)), most)
+            left = points @ factors
+            fits &= left == most if add == milp.equal else left <= most
+        objective = [rng.choice([1, 10**4]) * rng.randint(-9, 9) for _ in upper]
+        solution = milp.copy().minimize(dict(enumerate(objective)), relative_gap=0)
+        assert (solution.values is not None) == fits.any(), seed
+        found.append(fits.any())
+        if not fits.any():
+            assert solution.bound == INFINITY
+            continue
+        least = (points @ objective)[fits].min()
+        assert np.dot(solution.values, objective) == least, seed
+        assert solution.bound == pytest.approx(least), seed
+    assert 20 < sum(found) < 100
+
+
+def test_a_copy_is_another_program():
+    milp = Milp()
+    x = milp.variable(3)
+    other = milp.copy()
+    other.at_most({x: 1}, 1)
+    other.variable(2)
+    assert (len(milp.upper), len(milp.constraints)) == (1, 0)
+    assert milp.minimize({x: -1}).values == (3,)
+    assert other.minimize({x: -1}).values == (1, 0)
+
+
+def test_a_variable_that_need_not_be_whole_is_not():
+    milp = Milp()
+    x, y = milp.variable(1, is_integer=False), milp.switch()
+    milp.equal({x: 2, y: 1}, 1)
+    milp.at_most({x: -4, y: -4}, -2)
+    assert milp.minimize({y: 1}).bound == 0
+
+
+# What the solver makes of it
+
+
+def test_only_what_is_below_a_limit_is_an_answer():
+    for seed in range(40):
+        chain = small_chain(seed)
+        best = solver.solve(chain).fastest
+        if best is None:
+            continue
+        assert solver.solve(chain, best.nanoseconds + 1).fastest.nanoseconds == best.nanoseconds, seed
+        for limit in (best.nanoseconds, best.nanoseconds // 2):
+            outcome = solver.solve(chain, limit)
+            assert outcome.fastest is None, seed
+            assert outcome.bound_nanoseconds <= limit, seed
+
+
+@pytest.mark.parametrize("few_choices", [0, solver.FEW_CHOICES])
+@pytest.mark.parametrize("missing", [0, 1, 2_000])
+def test_what_a_byte_decides_is_decided_by_bytes(few_choices, missing, monkeypatch):
+    """HiGHS takes for enough what is short by a ten-millionth: of 80 GB, 8,000 bytes."""
+    monkeypatch.setattr(solver, "FEW_CHOICES", few_choices)
+    size = 10 * 10**9 + 1
+    options = (
+        option_of("cuda:0", 10, {"cuda:0": size}, {}, mode="resident"),
+        option_of("cpu", 1_000, {"cpu": size}, {}, mode="computed"),
+    )
+    chain = Chain(
+        tuple(Block(f"block{place}", options) for place in range(8)), {"cuda:0": 8 * size - missing, "cpu": size}
+    )
+    fastest = solver.solve(chain).fastest
+    assert chain.is_feasible(fastest.choice)
+    assert fastest.nanoseconds == (1_070 if missing else 80)
+    without = replace(chain, capacities={"cuda:0": 8 * size - missing, "cpu": 0})
+    assert (solver.solve(without).fastest is None) == bool(missing)
+
+
+def test_runs_are_tried_where_numbers_laid_out_hop_too_often():
+    """Two kinds in turn, and numbers that put one on each card: a second program finds runs instead."""
+    devices = ("cuda:0", "cuda:1")
+    chain = bare_chain("ab" * 8, devices, [dict.fromkeys(permutations(devices, 2), 100)] * 15)
+    chain = replace(chain, capacities=dict.fromkeys(devices, 8))
+    fastest = solver.solve(chain).fastest
+    homes = homes_of(chain, fastest.choice)
+    assert sum(one != other for one, other in pairwise(homes)) == 1
