@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from devmap_config.diagnostics.diagnostic import ProfileError, Sink
+from devmap_config.diagnostics.diagnostic import ProfileError, Sink, TooManyErrorsError
 from devmap_config.diagnostics.overheard import passing_on
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import Lookup, load_model_graph, report_failure, source_from_here
@@ -184,6 +184,8 @@ def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drif
         with passing_on(sink):
             compilation, drift = _run_stages(request, lock, sink)
         return replace(compilation, diagnostics=sink.diagnostics), drift
+    except TooManyErrorsError as error:
+        return Rejected(diagnostics=error.diagnostics, texts=error.texts), None
     except LibraryChangedError as error:  # of which no stage could say what comes of it
         place = whole_file(str(request.path))
         report_failure(failure_of(error), "the profile cannot be compiled", place, sink, allowed=None)

@@ -21,7 +21,7 @@ from devmap_config.cli.options import (
 )
 from devmap_config.cli.progress import stages_shown
 from devmap_config.cli.reporting import report
-from devmap_config.diagnostics.diagnostic import DevmapError, Sink
+from devmap_config.diagnostics.diagnostic import DevmapError, Sink, TooManyErrorsError
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 
@@ -67,6 +67,8 @@ class Command(click.Command):
             return super().invoke(context) or ExitCode.DONE
         except CommandError as error:
             failed = error
+        except TooManyErrorsError as error:
+            failed = CommandError(error.diagnostics, error.texts)
         except DevmapError as error:
             failed = CommandError(error.diagnostics, error.texts, exit_code=ExitCode.USAGE)
         except LibraryChangedError as error:

@@ -79,8 +79,12 @@ class Diagnostic:
         return self.severity == "error"
 
 
+MAX_ERRORS = 1000
+"""After so many, a profile is looked at no further."""
+
+
 class Sink:
-    """Collects the diagnostics of one run, so that all of them are shown at once.
+    """Collects the diagnostics of one run, so that all of them are shown at once, up to `MAX_ERRORS`.
 
     `origins` names, for a file that another extends, the place where it is named: findings in it point there as well.
     `texts` are the files that were read, by the names under which they are shown.
@@ -88,6 +92,7 @@ class Sink:
 
     def __init__(self) -> None:
         self._diagnostics: dict[Diagnostic, None] = {}
+        self._error_count = 0
         self.origins: dict[str, Span] = {}
         self.texts: dict[str, str] = {}
 
@@ -100,14 +105,22 @@ class Sink:
         self.report(Diagnostic.warning(code, message, span, **details))
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Record a finding that is already made; the same one twice is one. A place in no file is none."""
+        """Record a finding that is already made; the same one twice is one. A place in no file is none.
+
+        Raises:
+            TooManyErrorsError: where there are so many errors that nothing more is to be looked for.
+        """
         if diagnostic.span is not None and not diagnostic.span.file:
             diagnostic = replace(diagnostic, span=None)
         if diagnostic.span is not None and (origin := self.origins.get(diagnostic.span.file)):
             came_in = Related(message="extended from here", span=origin)
             if came_in not in diagnostic.related:
                 diagnostic = replace(diagnostic, related=(*diagnostic.related, came_in))
-        self._diagnostics.setdefault(diagnostic)
+        if diagnostic not in self._diagnostics:
+            self._error_count += diagnostic.is_error
+            if self._error_count > MAX_ERRORS:
+                raise TooManyErrorsError(self)
+            self._diagnostics[diagnostic] = None
 
     def report_all(self, diagnostics: Iterable[Diagnostic]) -> None:
         """Record findings that are already made."""
@@ -117,7 +130,7 @@ class Sink:
     @property
     def has_errors(self) -> bool:
         """Whether anything recorded so far stops the compilation."""
-        return any(diagnostic.is_error for diagnostic in self._diagnostics)
+        return self._error_count > 0
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
@@ -161,6 +174,16 @@ class ProfileError(DevmapError):
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.is_error]
         super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors), diagnostics, texts)
+
+
+class TooManyErrorsError(ProfileError):
+    """There are more errors than are collected: those that are, and that there are more."""
+
+    def __init__(self, sink: Sink) -> None:
+        more = Diagnostic.error(
+            "too-large", f"there are more than {MAX_ERRORS:,} errors", help="mend these; then the rest is looked for"
+        )
+        super().__init__((*sink.diagnostics, more), sink.texts)
 
 
 def _one_line(diagnostic: Diagnostic) -> str:

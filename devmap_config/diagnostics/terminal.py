@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, chop_cells
@@ -12,7 +13,7 @@ from rich.text import Text
 from devmap_config.files import LINE_BREAK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from rich.console import Console
 
@@ -29,13 +30,25 @@ CONTEXT_CELLS = 12
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], texts: Mapping[str, str], console: Console) -> None:
     """Print each finding with its place, its line and what to do; `texts` are the files by the name shown."""
-    for diagnostic in diagnostics:
-        for line in _lines(diagnostic, texts, console.width):
+    shown = tuple(diagnostics)
+    files = {span.file for diagnostic in shown for span in _spans(diagnostic)} & texts.keys()
+    sources = {file: LINE_BREAK.split(texts[file]) for file in sorted(files)}
+    for diagnostic in shown:
+        for line in _lines(diagnostic, sources, console.width):
             console.print(line, soft_wrap=True)
         console.print()
 
 
-def _lines(diagnostic: Diagnostic, texts: Mapping[str, str], width: int) -> Iterator[Text]:
+def _spans(diagnostic: Diagnostic) -> list[Span]:
+    spans = (diagnostic.span, *(related.span for related in diagnostic.related))
+    return [span for span in spans if span is not None]
+
+
+Sources = Mapping[str, list[str]]
+"""The lines of files, by the names under which these are shown."""
+
+
+def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Text]:
     colour = COLOURS[diagnostic.severity]
     head = f"{diagnostic.severity}[{diagnostic.code}]"
     message = _wrapped(f"{head}: {diagnostic.message}", width, indent="  ")
@@ -44,12 +57,11 @@ def _lines(diagnostic: Diagnostic, texts: Mapping[str, str], width: int) -> Iter
         if number == 0:
             text.stylize(colour, 0, len(head))
         yield text
-    spans = [span for span in (diagnostic.span, *(each.span for each in diagnostic.related)) if span is not None]
-    margin = max((len(str(span.line)) for span in spans), default=1) + 1
+    margin = max((len(str(span.line)) for span in _spans(diagnostic)), default=1) + 1
     if diagnostic.span is not None:
-        yield from _snippet(diagnostic.span, diagnostic.label, texts, width, margin, "-->", "^", colour)
+        yield from _snippet(diagnostic.span, diagnostic.label, sources, width, margin, "-->", "^", colour)
     for related in diagnostic.related:
-        yield from _snippet(related.span, related.message, texts, width, margin, ":::", "-", MARGIN)
+        yield from _snippet(related.span, related.message, sources, width, margin, ":::", "-", MARGIN)
     if diagnostic.help:
         lead = " " * margin + "= help: " if diagnostic.span else "  = help: "
         # A command that is too long for the line still begins beside its lead.
@@ -73,20 +85,18 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
 
 
 def _snippet(
-    span: Span, label: str | None, texts: Mapping[str, str], width: int, margin: int, arrow: str, mark: str, colour: str
+    span: Span, label: str | None, sources: Sources, width: int, margin: int, arrow: str, mark: str, colour: str
 ) -> Iterator[Text]:
     yield Text.assemble((" " * (margin - 1) + arrow, MARGIN), f" {span.file}:{span.line}:{span.column}")
-    lines = LINE_BREAK.split(texts.get(span.file, ""))
-    if span.file not in texts or span.line > len(lines):
+    lines = sources.get(span.file, [])
+    if span.line > len(lines):
         if label:
             yield Text.assemble((" " * margin + "= ", MARGIN), label)
         return
     source = lines[span.line - 1]
     end = span.end_column if span.end_line == span.line else len(source) + 1
-    before, marked, after = (
-        _printable(part) for part in (source[: span.column - 1], source[span.column - 1 : end - 1], source[end - 1 :])
-    )
     room = max(width - margin - 3, 20)
+    before, marked, after = map(_printable, _around(source, span.column - 1, end - 1, 8 * room))
     before, marked, after = _fitted(before, marked, after, room)
     gutter = " " * margin
     yield Text(f"{gutter}|", style=MARGIN)
@@ -101,6 +111,11 @@ def _snippet(
     yield Text.assemble((f"{gutter}|", MARGIN), " " * (lead + 1), (f"{underline} {label or ''}".rstrip(), colour))
 
 
+def _around(line: str, start: int, end: int, most: int) -> tuple[str, str, str]:
+    """What stands before, at and after a place of a line, at most so many characters of each: no more can be shown."""
+    return line[max(start - most, 0) : start], line[start : min(end, start + most)], line[end : end + most]
+
+
 def _printable(text: str) -> str:
     """Text whose width on a terminal is that of its cells: no tabs, no control characters."""
     return "".join(
@@ -113,10 +128,9 @@ def _fitted(before: str, marked: str, after: str, room: int) -> tuple[str, str, 
     if cell_len(before) + cell_len(marked) + cell_len(after) <= room:
         return before, marked, after
     if cell_len(before) + cell_len(marked) > room - 1 and cell_len(before) > CONTEXT_CELLS:
-        kept = before
-        while cell_len(kept) > CONTEXT_CELLS:
-            kept = kept[1:]
-        before = "…" + kept
+        while cell_len(before) > CONTEXT_CELLS:
+            before = before[1:]
+        before = "…" + before
     marked = _cut(marked, room - cell_len(before) - 1)
     return before, marked, _cut(after, room - cell_len(before) - cell_len(marked))
 

@@ -115,7 +115,7 @@ def kind_of(text: str) -> str | None:
 
 
 def _indices(items: str) -> list[int]:
-    indices: list[int] = []
+    indices: dict[int, None] = {}
     for item in items.split(","):
         first, _, last = item.partition("-")
         start, end = int(first), int(last or first)
@@ -123,9 +123,7 @@ def _indices(items: str) -> list[int]:
             raise DeviceNameError(
                 f"the range `{item}` runs backwards", f"both ends are included: write `{end}-{start}`"
             )
-        if end - start >= MAX_DEVICES:
-            raise DeviceNameError(
-                f"the range `{item}` holds more than {MAX_DEVICES} devices", "name those that there are"
-            )
-        indices += [index for index in range(start, end + 1) if index not in indices]
-    return indices
+        indices |= dict.fromkeys(range(start, end + 1))
+        if len(indices) > MAX_DEVICES or items.count(",") >= MAX_DEVICES:
+            raise DeviceNameError(f"`{items}` names more than {MAX_DEVICES} devices", "name those that there are")
+    return list(indices)

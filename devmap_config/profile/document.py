@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
 
 MAX_CHARACTERS = 1_000_000
+MAX_SCALAR_CHARACTERS = 10_000
+"""More than any path, pattern or description that somebody writes; what reads them need not be fast beyond."""
 MAX_NODES = 100_000
 """Of a document once every alias is followed."""
 MAX_DEPTH = 40
@@ -220,6 +222,9 @@ class _Composer:
 
     def scalar(self, event: ScalarEvent) -> ScalarNode:
         self.check_tag(event)
+        if len(event.value) > MAX_SCALAR_CHARACTERS:
+            message = f"a value is longer than {MAX_SCALAR_CHARACTERS:,} characters"
+            self.refuse(message, event, "shorten it", "too-large")
         span, is_quoted = self.span(event), event.style not in (None, "")
         column = span.column + is_quoted
         line = self.source.lines[span.line - 1] if span.line <= len(self.source.lines) else ""

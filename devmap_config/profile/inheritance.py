@@ -35,7 +35,7 @@ class Reader:
 
     boundary: Boundary
     sink: Sink
-    files_read: int = 0
+    files_named: int = 0
     is_incomplete: bool = False
 
     def read(self, shown: str, trail: tuple[Path, ...] = ()) -> list[MappingNode]:
@@ -61,17 +61,19 @@ class Reader:
 
     def read_base(self, base: ScalarNode, extending: Path, trail: tuple[Path, ...]) -> list[MappingNode]:
         """The documents of a file that another extends; a file that must not be read is reported."""
+        self.files_named += 1
         path = Path(os.path.normpath(extending.parent / base.text))
         if problem := self.problem_of(base.text, path, trail):
             code, message, help = problem
             self.sink.error(code, message, base.span, help=help)
             return []
-        self.files_read += 1
         self.sink.origins.setdefault(path.as_posix(), base.span)
         return self.read(path.as_posix(), trail)
 
     def problem_of(self, base: str, path: Path, trail: tuple[Path, ...]) -> tuple[ErrorCode, str, str] | None:
         """Why a file must not be read that another extends: code, message and help."""
+        if self.files_named > MAX_FILES:
+            return "too-large", f"the profile extends more than {MAX_FILES} files", "extend fewer files"
         if not self.boundary.holds(path):
             help = "keep what a profile extends within its repository, or pass `--allow-outside`"
             return "outside-repository", f"`{base}` lies outside of the repository", help
@@ -85,8 +87,6 @@ class Reader:
             names = [*(step.name for step in trail[trail.index(path.resolve()) :]), path.name]
             message = f"the profile extends itself: {' → '.join(names)}"
             return "extends-cycle", message, "remove one of these `extends`"
-        if self.files_read >= MAX_FILES:
-            return "too-large", f"the profile extends more than {MAX_FILES} files", "extend fewer files"
         return None
 
     def text_of(self, path: Path, shown: str) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from devmap_config.profile.device_names import DeviceNameError, expand_devices, is_range, kind_of
+from devmap_config.profile.device_names import MAX_DEVICES, DeviceNameError, expand_devices, is_range, kind_of
 from devmap_config.profile.document import (
     Entry,
     MappingNode,
@@ -122,9 +122,13 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink) -> MappingNode:
     entries: dict[str, Entry] = {}
     written: dict[str, ScalarNode] = {}
     for entry in sorted(mapping.entries, key=lambda entry: not is_range(entry.key.text)):
-        names = _names(entry.key, kind, sink)
-        if not names:
+        names, are_too_many = _names(entry.key, kind, sink), len(written) >= MAX_DEVICES
+        if not names or are_too_many:
             entries[entry.key.text] = replace(entry, key=replace(entry.key, is_unrendered=True))
+        if are_too_many:
+            message, help = f"more than {MAX_DEVICES} devices are named", "name those that there are"
+            sink.error("too-large", message, entry.key.span, help=help)
+            break
         alike = [name for name in names if name in written and is_range(written[name].text) == is_range(entry.key.text)]
         if alike:
             report_duplicate(alike[0], entry.key, written[alike[0]], sink)

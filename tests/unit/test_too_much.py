@@ -1,0 +1,88 @@
+"""Profiles of strangers of up to a megabyte: whatever there are many of, or is long, the answer comes soon.
+
+What each took before it was bounded is minutes; what it takes now is a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from devmap_config.diagnostics.diagnostic import MAX_ERRORS, Sink, TooManyErrorsError
+from devmap_config.diagnostics.terminal import print_diagnostics
+from devmap_config.profile.loading import load_profile
+
+MOST_SECONDS = 4
+"""Of the processor: several times what the slowest takes."""
+
+HEAD = "version: 1\nmodel: {source: good}\n"
+CPU = HEAD + "hardware: {devices: {cpu: {memory: 1GiB}}}\n"
+
+
+def devices(*keys):
+    return HEAD + "hardware: {devices: {" + ", ".join(f"'{key}': h100-sxm" for key in keys) + "}}\n"
+
+
+def some(count, item):
+    return ", ".join(item(number) for number in range(count))
+
+
+LONG = "y" * 900_000
+
+PROFILES = {
+    "devices": (devices(*(f"cuda:{number}" for number in range(9_000))), "too-large"),
+    "ranges of devices": (devices(*(f"cuda:[{n}000-{n}999]" for n in range(9))), "too-large"),
+    "a range of the same devices": (
+        CPU + 'placement: {device: "cuda:[' + "0-1023," * 1_300 + '0]"}\n',
+        "bad-device-name",
+    ),
+    "caps": (CPU + "placement: {max_memory: {" + some(20_000, lambda n: f"{n}: 1GiB") + "}}\n", "too-large"),
+    "values on one line": (
+        CPU + "placement: {max_memory: {" + some(60_000, lambda n: f"{n}: 1GiB") + "}}\n",
+        "too-large",
+    ),
+    "extended files": (CPU + "extends: [" + some(40_000, lambda _: "profile.yaml") + "]\n", "too-large"),
+    "unknown keys": (CPU + "".join(f"k{number}: 1\n" for number in range(20_000)), "too-large"),
+    "keys of a device": (
+        HEAD + "hardware: {devices: {cpu: {memory: 1GiB, " + some(20_000, lambda n: f"k{n}: 1") + "}}}\n",
+        "too-large",
+    ),
+    "wrong pins": (CPU + "placement: {pins: [" + some(30_000, lambda _: "{}") + "]}\n", "too-large"),
+    "a key without a value": (CPU + LONG + "\n", "syntax"),
+    "an open quote": (CPU + "name: '" + LONG, "syntax"),
+    "a name": (CPU + f"name: {LONG}\n", "too-large"),
+    "a path": (CPU.replace("good", "a/" * 400_000), "too-large"),
+    "a pattern": (CPU + 'placement: {pins: [{match: "' + "**." * 300_000 + 'x", device: cpu}]}\n', "too-large"),
+}
+
+
+def findings(text):
+    Path("profile.yaml").write_text(text)
+    sink = Sink()
+    try:
+        load_profile(Path("profile.yaml"), sink)
+    except TooManyErrorsError as error:
+        return error.diagnostics, error.texts
+    return sink.diagnostics, sink.texts
+
+
+@pytest.mark.parametrize(("text", "code"), PROFILES.values(), ids=PROFILES.keys())
+def test_what_there_is_too_much_of_is_refused_soon(tmp_path, monkeypatch, text, code):
+    monkeypatch.chdir(tmp_path)
+    start = time.process_time()
+    diagnostics, texts = findings(text)
+    stream = io.StringIO()
+    print_diagnostics(diagnostics[:100], texts, Console(file=stream, width=120))
+    assert time.process_time() - start < MOST_SECONDS
+    assert code in [diagnostic.code for diagnostic in diagnostics]
+    assert len(diagnostics) <= MAX_ERRORS + 1
+
+
+def test_after_a_thousand_errors_the_rest_is_not_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    diagnostics, _ = findings(CPU + "".join(f"k{number}: 1\n" for number in range(1_200)))
+    assert [diagnostic.code for diagnostic in diagnostics] == ["unknown-key"] * MAX_ERRORS + ["too-large"]
