@@ -1,8 +1,13 @@
-"""Words that messages have in common: the first of many, the nearest of several, the first line of an error."""
+"""Words that messages have in common: the first of many, the nearest of several, the first line of an error.
+
+Names and texts of strangers are shown with escapes for what a terminal or a parser would obey.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,3 +40,71 @@ def first_line(error: Exception) -> str:
     'it is wrong'
     """
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")
+
+
+NOT_PLAIN = re.compile(r"[^ -~]")
+
+COMMAND = re.compile(r"^([ \t]*):(?=:[A-Za-z])|#(?=#\[)")
+"""How a line begins that GitHub's runner takes for a command, on stderr as well; `##[` may stand anywhere in one."""
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: bytes of names that are not stand in it as half characters."""
+    return HALF_CHARACTER.search(text) is None
+
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Return a text on one line, escaped where a character does not show: controls, bidi overrides, half characters.
+
+    A byte of a name that is not UTF-8 is shown as such.
+
+    >>> print(visible("caf\udce9\n\x1b[2J \u202egnp.模型"))
+    caf\xe9\n\x1b[2J \u202egnp.模型
+    """
+    return NOT_PLAIN.sub(lambda found: _shown(found[0]), text)
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def visible_lines(text: str) -> str:
+    r"""Return lines to be printed, none of which does anything to a terminal or gives GitHub's runner a command.
+
+    >>> print(visible_lines("a\n ::error ::b\x07"))
+    a
+     \x3a:error ::b\x07
+    """
+    lines = ("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+    return "\n".join(COMMAND.sub(_escaped_command, line) for line in lines)
+
+
+def _escaped_command(found: re.Match[str]) -> str:
+    return r"\x23" if found[1] is None else rf"{found[1]}\x3a"
+
+
+def json_text(value: object, *, is_ascii: bool = False) -> str:
+    r"""Return a value as JSON on several lines, in which every character shows; half characters are `visible` in it.
+
+    >>> print(json_text({"a": "caf\udce9\u202e"}))
+    {
+      "a": "caf\\xe9\u202e"
+    }
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        character = found[0]
+        if character == "\n" or (character.isprintable() and not is_ascii):
+            return character
+        shown = _shown(character) if "\ud800" <= character <= "\udfff" else character
+        return json.dumps(shown)[1:-1]
+
+    text = NOT_PLAIN.sub(escaped, json.dumps(value, indent=2, ensure_ascii=False))
+    return text.replace("##[", r"\u0023#[")

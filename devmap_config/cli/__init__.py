@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import sys
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from typing import TYPE_CHECKING
 
 import click
@@ -20,13 +21,14 @@ from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
 from devmap_config.cli.probe import probe
-from devmap_config.cli.reporting import report
+from devmap_config.cli.reporting import echo, echo_lines, report
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
 from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
 from devmap_config.cli.update import update
 from devmap_config.diagnostics.diagnostic import Diagnostic
+from devmap_config.files import discard_output, open_standard_streams
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
@@ -83,28 +85,60 @@ def compile_main() -> None:
 def _run(command: click.Command, name: str) -> None:
     """Run a command; what click or a bug of ours raises becomes an exit code, and with `--format json` an object."""
     gc.set_threshold(GARBAGE_THRESHOLD)
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow encoding is no reason to fail
     try:
+        code = _exit_code(command, name)
+        sys.stdout.flush()
+    except OSError as error:
+        code = _fault(error)
+    sys.exit(code)
+
+
+def _exit_code(command: click.Command, name: str) -> int:
+    try:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
-        code = ExitCode.INTERRUPTED
+        return ExitCode.INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        shown = StringIO()
+        error.show(file=shown)
+        echo_lines(shown.getvalue(), err=True)
         _print_failure("usage", error.format_message())
-        code = ExitCode.USAGE
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = ExitCode.WRONG
+        return ExitCode.USAGE
     except Exception as error:
-        from traceback import print_exc
+        if isinstance(error, OSError) and error.errno in FAULTS:
+            raise
+        from traceback import format_exc
 
-        print_exc()
-        click.echo("this is a bug of devmap-config; please report it with the lines above", err=True)
+        echo_lines(format_exc(), err=True)
+        echo("this is a bug of devmap-config; please report it with the lines above", err=True)
         _print_failure("internal-error", f"{type(error).__name__}: {error}")
-        code = ExitCode.BUG
-    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+        return ExitCode.BUG
+    return code if isinstance(code, int) else ExitCode.DONE
+
+
+FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBADF),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE),
+)
+"""What the machine lacks or forbids, which no command can mend: of the streams that it writes to, say."""
+
+
+def _fault(error: OSError) -> ExitCode:
+    """Say in a line what the machine does not do, where that can still be said."""
+    discard_output(sys.stdout)
+    if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+        discard_output(sys.stderr)
+        return ExitCode.WRONG
+    what = f"`{error.filename}`" if error.filename else "what was found cannot be written"
+    try:
+        echo(f"Error: {what}: {error.strerror}", err=True)
+    except OSError:
+        discard_output(sys.stderr)
+    return ExitCode.USAGE
 
 
 def _output_format() -> str:

@@ -22,6 +22,7 @@ from devmap_config.cli.options import (
     outside_option,
     remote_code_option,
 )
+from devmap_config.cli.reporting import echo
 from devmap_config.devices import DISK
 from devmap_config.profile.permissions import Permissions
 
@@ -99,7 +100,7 @@ def _say_that_it_is_refused(diagnostics: Iterable[Diagnostic]) -> None:
     """Say why a profile does not compile that says what a map does: transformers may take the map all the same."""
     for each in diagnostics:
         if each.is_error:
-            click.echo(f"as it is, the profile does not compile: {each.message} ({each.code})", err=True)
+            echo(f"as it is, the profile does not compile: {each.message} ({each.code})", err=True)
 
 
 STDIN = Path("-")

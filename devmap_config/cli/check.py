@@ -9,6 +9,7 @@ import click
 from devmap_config.cli.command import ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE
+from devmap_config.cli.reporting import echo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,7 @@ def check(profiles: tuple[Path, ...], options: ProfileOptions, proves: bool) -> 
     found = dict.fromkeys(diagnostic for checked in results for diagnostic in checked.diagnostics)
     options.report(found, texts, _data(results))
     if options.shows_tables:
-        click.echo(_summary(results))
+        echo(_summary(results))
     states = {checked.state for checked in results}
     return next(code for state, code in EXIT_CODES.items() if state in states)
 

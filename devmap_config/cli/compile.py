@@ -11,9 +11,10 @@ from devmap_config.cli.command import CommandError, ProfileOptions, profile_comm
 from devmap_config.cli.options import FILE, dry_run_option
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from devmap_config.plan.plan import Plan
+    from devmap_config.compiler import Compiled
 
 
 @profile_command("compile", "table", "json", "device-map", "sarif", "github")
@@ -34,7 +35,7 @@ def compile_command(
     """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
     from devmap_config.cli.locking import lock_to_replace, write_results
     from devmap_config.cli.plan_table import plan_lines
-    from devmap_config.cli.reporting import print_lines
+    from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.plan.lock import lock_path
 
     target = output or lock_path(profile)
@@ -48,35 +49,35 @@ def compile_command(
         simulates=simulates,
     )
     plan = compiled.plan
+    device_map = _device_map(compiled) if options.output_format == "device-map" else None
+    # Before anything is printed: a reader that goes away, or a disk that is full, is no reason not to.
+    written = [] if dry_run else write_results(compiled, target, with_graph=vendor)
     asked = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
     options.report(compiled.diagnostics, compiled.texts, {"plan": plan.to_json(), **asked})
-    if options.output_format == "device-map":
-        _print_device_map(compiled.plan)
+    if device_map is not None:
+        print_json(device_map)
     elif options.shows_tables:
         print_lines(partial(plan_lines, compiled))
-    if dry_run:
-        return
-    written = write_results(compiled, target, with_graph=vendor)
-    if options.shows_tables:
+    if written and options.shows_tables:
         used = compiled.loaded.overrides
         again = ", ".join(f"{name}={used[name]}" for name in used if name not in options.variables)
         kept = f", with {again} as before" if again else ""
-        click.echo(f"wrote {' and '.join(map(str, written))}{kept}", err=True)
+        echo(f"wrote {' and '.join(map(str, written))}{kept}", err=True)
 
 
-def _print_device_map(plan: Plan) -> None:
-    """Print the plan as a `device_map` alone, in JSON.
+def _device_map(compiled: Compiled) -> Mapping[str, int | str]:
+    """Return the plan as a `device_map` alone.
 
     Raises:
         CommandError: where it is more than one.
     """
-    from devmap_config.cli.reporting import print_json
+    from devmap_config.cli.reporting import echo
     from devmap_config.plan.plan import NotADeviceMapError
 
     try:
-        device_map = plan.device_map
+        device_map = compiled.plan.device_map
     except NotADeviceMapError as error:
-        raise CommandError(error.diagnostics) from None
-    if plan.streams_buffers:
-        click.echo("this plan offloads buffers too: pass `offload_buffers=True` with the map", err=True)
-    print_json(device_map)
+        raise CommandError((*compiled.diagnostics, *error.diagnostics), compiled.texts) from None
+    if compiled.plan.streams_buffers:
+        echo("this plan offloads buffers too: pass `offload_buffers=True` with the map", err=True)
+    return device_map

@@ -34,7 +34,7 @@ def diff(
     other's lock as it was there.
     """
     from devmap_config.cli.progress import stages_shown
-    from devmap_config.cli.reporting import report
+    from devmap_config.cli.reporting import echo, report
     from devmap_config.cli.sides import sides_of
     from devmap_config.plan.diff import difference
     from devmap_config.profile.permissions import Permissions
@@ -51,7 +51,7 @@ def diff(
         names = (sides[0].name, sides[1].name)
         lines = _markdown(found, *names) if output_format == "markdown" else table_lines(found, *names)
         for line in () if quiet else lines:
-            click.echo(line)
+            echo(line)
     return ExitCode.DONE if found.is_none else ExitCode.STALE
 
 
@@ -75,13 +75,16 @@ def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
 
 def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
     """For a comment on a pull request."""
+    from devmap_config.cli.markdown import cell, code
+
     if found.is_none:
-        yield f"`{before}` and `{after}` are the same plan."
+        yield f"{code(before)} and {code(after)} are the same plan."
         return
-    yield f"**Placement**: `{before}` {ARROW} `{after}`{'' if found.moves else ': nothing moved'}"
+    yield f"**Placement**: {code(before)} {ARROW} {code(after)}{'' if found.moves else ': nothing moved'}"
+    moved = [_split(row) for row in _move_rows(found)]
     for headings, rows in (
         (("plan", "before", "after"), [_split(row) for row in _setting_rows(found)]),
-        (("modules", "before", "after"), [(f"`{row[0]}`", *_split(row)[1:]) for row in _move_rows(found)]),
+        (("modules", "before", "after"), moved),
         (_DEVICE_HEADINGS, _device_rows(found)[1:]),
         (("predicted", "before", "after", ""), [(*_split(row[:2]), row[2]) for row in _figure_rows(found)]),
     ):
@@ -89,8 +92,9 @@ def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
             yield ""
             yield f"| {' | '.join(headings)} |"
             yield f"|{'---|' * len(headings)}"
+            name = code if rows is moved else cell
             for row in rows:
-                yield f"| {' | '.join(row)} |"
+                yield f"| {name(row[0])} | {' | '.join(map(cell, row[1:]))} |"
 
 
 def _split(row: tuple[str, ...]) -> tuple[str, str, str]:

@@ -9,6 +9,7 @@ import click
 
 from devmap_config.amounts import counted, format_bytes, format_duration
 from devmap_config.cli.command import ProfileOptions, profile_command
+from devmap_config.cli.reporting import echo, echo_lines
 from devmap_config.files import exists
 from devmap_config.wording import closest, first_of
 
@@ -57,12 +58,13 @@ def _print_page(code: str) -> None:
     from devmap_config.diagnostics.codes import page
 
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.markdown import Markdown
 
-        Console().print(Markdown(page(code)))
+        from devmap_config.cli.console import EscapingConsole
+
+        EscapingConsole().print(Markdown(page(code)))
     else:
-        click.echo(page(code).rstrip())
+        echo_lines(page(code))
 
 
 def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOptions) -> None:
@@ -85,7 +87,8 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
         options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **data})
     elif not options.quiet:
         bars = bar_lines(compiled.plan, get_terminal_size().columns) if module is None else ()
-        click.echo("\n".join([lines[0], *bars, *lines[1:]]))
+        for line in [lines[0], *bars, *lines[1:]]:
+            echo(line)
 
 
 def _story(compiled: Compiled) -> Iterator[str]:

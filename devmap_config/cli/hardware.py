@@ -12,7 +12,7 @@ from devmap_config.cli.command import command
 @click.argument("name", required=False)
 def hardware(name: str | None, output_format: str) -> None:
     """List known accelerators, or all that is known of one, with its sources."""
-    from devmap_config.cli.reporting import print_json
+    from devmap_config.cli.reporting import echo, print_json
     from devmap_config.hardware.catalogue import catalogue_rows, load_catalogue, nearest
 
     catalogue = load_catalogue()
@@ -26,16 +26,15 @@ def hardware(name: str | None, output_format: str) -> None:
         values = {each: {key: _value(key, text) for key, text in row.items()} for each, row in rows.items()}
         print_json(values if name is None else values[name])
         return
-    from rich.console import Console
-
-    from devmap_config.cli.tables import new_table
-
-    console = Console(highlight=False)
     if name is not None:
         for key, value in rows[name].items():
             mark = "  (unverified)" if key in catalogue[name].unverified else ""
-            console.print(f"{key}: {value or '–'}{mark}", soft_wrap=True)
+            echo(f"{key}: {value or '–'}{mark}")
         return
+    from devmap_config.cli.console import EscapingConsole
+    from devmap_config.cli.tables import new_table
+
+    console = EscapingConsole()
     table = new_table("accelerator", "device", figures=("memory", "bandwidth", "bf16"))
     for each in catalogue.values():
         table.add_row(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from devmap_config.cli.reporting import echo
 from devmap_config.files import is_file, is_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _require_replaceable(path: Path, problem: LockError) -> None:
     if not is_folder(path.parent):
         raise click.UsageError(f"`{path}` cannot be written: the folder `{path.parent}` does not exist")
     if is_file(path) and path.name.endswith(".lock.json") and problem.code != "newer-lock":
-        click.echo(f"`{path}` {problem}; it is replaced, and `--set` values that it held are lost", err=True)
+        echo(f"`{path}` {problem}; it is replaced, and `--set` values that it held are lost", err=True)
         return
     advice = "upgrade devmap-config" if problem.code == "newer-lock" else "name another file"
     raise click.UsageError(f"`{path}` is not replaced: it {problem}; {advice}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from devmap_config.files import boundary_of, exists, is_folder
+from devmap_config.wording import is_unicode, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +48,7 @@ class NewProfile:
         model |= {"dtype": self.dtype}
         lines = [
             f"# yaml-language-server: $schema={schema_beside(self.output)}",
-            f"# {self.title}",
+            f"# {visible(self.title)}",
             "version: 1",
             "",
             "model:",
@@ -96,7 +97,13 @@ def schema_beside(output: Path | None) -> str:
 
 
 def relative_source(source: str, output: Path | None) -> str:
-    """Return a source as the profile is to name it: local paths relative to where the profile lies."""
+    """Return a source as the profile is to name it: local paths relative to where the profile lies.
+
+    Raises:
+        click.UsageError: where a profile cannot, for it is UTF-8.
+    """
+    if not is_unicode(source):
+        raise click.UsageError(f"`{source}` is not UTF-8, as profiles are: give it another name")
     if not exists(Path(source)):
         return source
     relative = os.path.relpath(source, output.parent if output else ".")
@@ -140,13 +147,13 @@ def compile_draft(draft: NewProfile, permissions: Permissions, *, simulates: boo
 def deliver(text: str, path: Path | None, output_format: str, found: Sink | None = None, next_step: str = "") -> None:
     """Write a profile, or print it where there is no file that it is to be written to; and what is to be said of it."""
     from devmap_config.cli.locking import write
-    from devmap_config.cli.reporting import report
+    from devmap_config.cli.reporting import echo, echo_lines, report
 
     if path is not None:
         write(path, text)
     texts = {} if found is None else found.texts
     report(found or (), texts, output_format, data={"profile": text, "written": None if path is None else str(path)})
     if path is not None:
-        click.echo(f"wrote {path}{next_step}", err=True)
+        echo(f"wrote {path}{next_step}", err=True)
     elif output_format == "table":
-        click.echo(text, nl=False)
+        echo_lines(text)

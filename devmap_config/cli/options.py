@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from devmap_config.wording import is_unicode, visible_lines
+
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
@@ -17,8 +19,8 @@ def _variables(context: click.Context, parameter: click.Parameter, values: tuple
     variables: dict[str, str] = {}
     for value in values:
         name, equals, text = value.partition("=")
-        if not equals or not name.isidentifier():
-            raise click.BadParameter(f"`{value}` is not of the form NAME=VALUE", context, parameter)
+        if not equals or not name.isidentifier() or not is_unicode(text):
+            raise click.BadParameter(f"`{value}` is not of the form NAME=VALUE, in UTF-8", context, parameter)
         variables[name] = text
     return variables
 
@@ -35,8 +37,18 @@ quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Prin
 def _log_everything(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     """Print on stderr what is logged for debugging: why something could not be run without data, with tracebacks."""
     if value:
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter("%(name)s: %(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("devmap_config").setLevel(logging.DEBUG)
+
+
+class _Formatter(logging.Formatter):
+    """Writes what is logged, escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's lines."""
+        return visible_lines(super().format(record))
 
 
 verbose_option: Decorator = click.option(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @quiet_option
 def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> ExitCode:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
-    from devmap_config.cli.reporting import report
+    from devmap_config.cli.reporting import echo, echo_lines, report
     from devmap_config.probe.block import block_text, hardware_block
     from devmap_config.probe.probe import probe_machine
 
@@ -54,26 +54,22 @@ def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, outpu
     data = {"hardware": block, "seen": seen.to_json(), "measured": methods}
     report([*seen.notes, *notes], {}, output_format, quiet=quiet, data=data)
     if output_format == "table":
-        click.echo(block_text(seen, block), nl=False)
+        echo_lines(block_text(seen, block))
         for words, method in methods.items():
-            click.echo(f"# {words}: {method}")
+            echo(f"# {words}: {method}")
     return ExitCode.DONE
 
 
 def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measured, tuple[Diagnostic, ...]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
+    from devmap_config.cli.console import progress_line
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.probe.measuring import Step, measured, steps
     from devmap_config.probe.torch_rates import Devices
 
     planned = tuple(steps(seen, disk_folder, Devices()))
-    console = Console(stderr=True)
-    columns = (BarColumn(), TextColumn("{task.description}"))
-    progress = Progress(*columns, console=console, transient=True)
+    progress = progress_line()
     # One that is not to be seen is not begun: until rich 15 it would end with an empty line.
-    with nullcontext() if quiet or not console.is_terminal else progress:
+    with nullcontext() if quiet or not progress.console.is_terminal else progress:
         task = progress.add_task("", total=len(planned))
 
         def begun(step: Step) -> None:
@@ -92,7 +88,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measur
 
 
 def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> ExitCode:
-    from devmap_config.cli.reporting import report
+    from devmap_config.cli.reporting import echo, report
     from devmap_config.plan.readiness import demands, differences
     from devmap_config.probe.probe import probe_machine
     from devmap_config.profile.document import whole_file
@@ -106,8 +102,8 @@ def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> 
     report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
     if output_format == "table" and not quiet:
         for demand in wanted:
-            click.echo(_sentence(demand))
-        click.echo(f"this machine {'can' if is_fit else 'cannot'} carry {file}")
+            echo(_sentence(demand))
+        echo(f"this machine {'can' if is_fit else 'cannot'} carry {file}")
     return ExitCode.DONE if is_fit else ExitCode.UNLIKE_LOCK
 
 

@@ -20,15 +20,14 @@ def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator
 
     One that `spins` does so by a thread, beside which no process may be forked.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-    console = Console(stderr=True)
     if quiet or not sys.stderr.isatty():  # one that is not seen is not begun: until rich 15 it ends with an empty line
         yield lambda _: None
         return
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, auto_refresh=spins) as shown:
+    from rich.progress import SpinnerColumn
+
+    from devmap_config.cli.console import progress_line
+
+    with progress_line(SpinnerColumn(), auto_refresh=spins) as shown:
         task = shown.add_task("", total=total, completed=-1)
         yield lambda step: shown.update(task, advance=1, description=step, refresh=True)
 
@@ -39,11 +38,11 @@ def stages_shown(*, quiet: bool = False) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    shown = Progress(*columns, console=Console(stderr=True), transient=True)
+    from devmap_config.cli.console import progress_line
+
+    shown = progress_line(SpinnerColumn(), after=(TimeElapsedColumn(),))
     handler, level = _Stages(shown), LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from devmap_config.amounts import counted
+from devmap_config.wording import json_text, visible_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +21,34 @@ if TYPE_CHECKING:
 
 MOST_SHOWN = 100
 """Findings that people are shown; the rest is counted. Formats for programs hold all."""
+
+
+def echo(line: str, *, err: bool = False) -> None:
+    """Print a line, on stderr where `err` is true; a line break in it is one of a name's, and escaped."""
+    click.echo(visible_lines(line.replace("\n", r"\n")), err=err)
+
+
+def echo_lines(text: str, *, err: bool = False) -> None:
+    """Print a text, on stderr where `err` is true, but for the line break at its end."""
+    click.echo(visible_lines(text.rstrip("\n")), err=err)
+
+
+class EscapedStream:
+    """Writes text of which more is to come, as `echo_lines` does, a command in two pieces of it included."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._line = ""
+
+    def write(self, text: str) -> None:
+        """Write what there is now."""
+        click.echo("".join(map(self._escaped, text)), file=self._stream, nl=False)
+
+    def _escaped(self, character: str) -> str:
+        line, self._line = self._line, "" if character == "\n" else self._line + character
+        if (character == ":" and line.strip() == ":") or (character == "[" and line.endswith("##")):
+            return f"\\x{ord(character):x}"
+        return visible_lines(character)
 
 
 def report(
@@ -54,11 +82,10 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
     """Print findings for people, with their number."""
     if not diagnostics:
         return
-    from rich.console import Console
-
+    from devmap_config.cli.console import EscapingConsole
     from devmap_config.diagnostics.terminal import print_diagnostics
 
-    console = Console(stderr=True, highlight=False)
+    console = EscapingConsole(stderr=True)
     # What stops the command comes first, where not all is shown.
     shown = sorted(diagnostics, key=lambda each: not each.is_error)[:MOST_SHOWN]
     print_diagnostics(diagnostics if len(shown) == len(diagnostics) else shown, texts, console)
@@ -75,20 +102,19 @@ def print_lines(lines: Callable[[int], Iterable[str | Text | Table]], *, soft_wr
 
     Words are not broken, for names are to be copied: a line with one that is too long is longer than the terminal.
     """
-    from rich.console import Console
-
+    from devmap_config.cli.console import EscapingConsole
     from devmap_config.cli.tables import least_width
 
-    width = Console().width
+    width = EscapingConsole().width
     for line in lines(width):
-        console = Console(highlight=False, width=max(width, least_width(line)))
+        console = EscapingConsole(width=max(width, least_width(line)))
         console.print(line, soft_wrap=soft_wrap)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON value on stdout."""
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    click.echo(json.dumps(value, indent=2, ensure_ascii=not is_unicode))
+    click.echo(json_text(value, is_ascii=not is_unicode))
 
 
 def own_version() -> str:

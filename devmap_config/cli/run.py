@@ -15,6 +15,7 @@ from devmap_config.cli.checking import LOCK_STATES
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE
+from devmap_config.cli.reporting import EscapedStream, echo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -79,7 +80,7 @@ def run(
         options.report(_to_tell(sink, options), {}, {})
         sink = Sink()
     if options.shows_tables:
-        click.echo(f"{_summary(deployment)}; it took {load_seconds:.1f} s", err=True)
+        echo(f"{_summary(deployment)}; it took {load_seconds:.1f} s", err=True)
     if shows is not None:
         with _failures_told(profile, sink, options), passing_on(sink):
             outcome = _shown(replace(shows, sink=sink), model, given, writes=options.output_format == "table")
@@ -95,7 +96,7 @@ def run(
     options.report(_to_tell(sink, options), {}, data)
     if options.shows_tables:
         for line in _told(figures):
-            click.echo(line, err=True)
+            echo(line, err=True)
 
 
 def _require_usable(prompt: str | None, options: ProfileOptions, *, chat: bool) -> None:
@@ -129,7 +130,7 @@ def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks
     for notice in notices(deployment, asks_machine=asks_machine):
         sink.report(notice)
         if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
-            click.echo(notice.message, err=True)
+            echo(notice.message, err=True)
     show_progress(sys.stderr.isatty() and options.shows_tables)
     start_seconds = time.perf_counter()
     with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
@@ -139,11 +140,11 @@ def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks
 
 def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Outcome | None:
     """Return what the model made of what it was given, and write text to stdout as it is made; of a chat, the last."""
-    stdout = sys.stdout  # while a model runs, what is printed there goes to stderr
+    escaped = EscapedStream(sys.stdout)  # while a model runs, what is printed there goes to stderr
 
     def write(text: str) -> None:
         if writes:
-            click.echo(text, file=stdout, nl=False)
+            escaped.write(text)
 
     def show(given: Given) -> Outcome:
         outcome = shows.show(model, given, write)

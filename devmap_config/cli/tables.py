@@ -6,9 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+from devmap_config.cli.console import EscapingConsole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -79,7 +80,7 @@ def listing(
 
 def least_width(line: str | Text | Table) -> int:
     """Return how wide a line or a table is at least, none of its words broken."""
-    console = Console(width=10_000)
+    console = EscapingConsole(width=10_000)
     if isinstance(line, Table):
         width, line.width = line.width, None
         least = console.measure(line).minimum

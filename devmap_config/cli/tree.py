@@ -52,7 +52,7 @@ def tree(
     allow_unmeasured: bool,
 ) -> ExitCode:
     """Show the module tree of SOURCE (a hub id, a directory, a config.json, or a profile) with classes and bytes."""
-    from devmap_config.cli.reporting import print_json, print_lines
+    from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.cli.tree_view import tree_lines, tree_to_json
 
     if context_length is not None and not is_measured:
@@ -73,7 +73,7 @@ def tree(
         print_lines(lambda _: tree_lines(graph, names, depth), soft_wrap=True)
     if found is None or (found.names and not found.beyond):
         return ExitCode.DONE
-    click.echo(_shortcoming(pattern or "", found, graph), err=True)
+    echo(_shortcoming(pattern or "", found, graph), err=True)
     return ExitCode.WRONG
 
 

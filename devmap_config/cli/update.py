@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.options import dry_run_option
+from devmap_config.cli.reporting import echo
 from devmap_config.files import is_file
 
 if TYPE_CHECKING:
@@ -49,14 +48,14 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     }
     if isinstance(compilation, Rejected):
         raise CommandError(compilation.diagnostics, compilation.texts, data=data)
-    options.report(compilation.diagnostics, compilation.texts, data)
     written = [] if dry_run else write_results(compilation, target, with_graph=is_file(vendored_path(profile)))
+    options.report(compilation.diagnostics, compilation.texts, data)
     if options.shows_tables:
-        click.echo(_summary(compilation.loaded.profile.model, before, after))
+        echo(_summary(compilation.loaded.profile.model, before, after))
         for line in table_lines(found, "before", "now") if found and not found.is_none else ():
-            click.echo(line)
+            echo(line)
         if written:
-            click.echo(f"wrote {' and '.join(map(str, written))}", err=True)
+            echo(f"wrote {' and '.join(map(str, written))}", err=True)
 
 
 def _summary(model: Model, before: str | None, after: str | None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
+from devmap_config.wording import visible, visible_lines
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -36,6 +38,9 @@ class Related:
     message: str
     span: Span
 
+    def __post_init__(self) -> None:
+        _make_visible(self, "message")
+
 
 class Details(TypedDict, total=False):
     """What a finding may say besides its message: beside the marked text, what to do next, and of other places."""
@@ -49,8 +54,8 @@ class Details(TypedDict, total=False):
 class Diagnostic:
     """One finding.
 
-    `message` is one terse lower-case sentence; `label` stands beside the marked text; `help` is what to do next.
-    `code` is stable and has a page under `docs/codes/`.
+    `message` is one terse lower-case sentence; `label` stands beside the marked text; `help` is what to do next. What
+    does not show in them is escaped. `code` is stable and has a page under `docs/codes/`.
     """
 
     code: Code
@@ -60,6 +65,9 @@ class Diagnostic:
     label: str | None = None
     help: str | None = None
     related: tuple[Related, ...] = ()
+
+    def __post_init__(self) -> None:
+        _make_visible(self, "message", "label", "help")
 
     @classmethod
     def error(cls, code: ErrorCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> Diagnostic:
@@ -81,6 +89,13 @@ class Diagnostic:
 
 MAX_ERRORS = 1000
 """After so many, a profile is looked at no further."""
+
+
+def _make_visible(finding: Diagnostic | Related, *names: str) -> None:
+    """Escape what names and texts of strangers bring into the words of a finding."""
+    for name in names:
+        if (text := getattr(finding, name)) is not None:
+            object.__setattr__(finding, name, visible(text))
 
 
 class Sink:
@@ -173,7 +188,7 @@ class ProfileError(DevmapError):
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.is_error]
-        super().__init__("\n".join(_one_line(diagnostic) for diagnostic in errors), diagnostics, texts)
+        super().__init__(visible_lines("\n".join(map(_one_line, errors))), diagnostics, texts)
 
 
 class TooManyErrorsError(ProfileError):
@@ -188,6 +203,6 @@ class TooManyErrorsError(ProfileError):
 
 def _one_line(diagnostic: Diagnostic) -> str:
     span = diagnostic.span
-    place = f"{span.file}:{span.line}:{span.column}: " if span else ""
+    place = f"{visible(span.file)}:{span.line}:{span.column}: " if span else ""
     advice = f" ({diagnostic.help})" if diagnostic.help else ""
     return f"{place}{diagnostic.severity}[{diagnostic.code}]: {diagnostic.message}{advice}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.wording import visible
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -18,18 +20,18 @@ def diagnostics_to_github(diagnostics: Iterable[Diagnostic]) -> list[str]:
 def _command(diagnostic: Diagnostic) -> str:
     properties: dict[str, object] = {}
     if (span := diagnostic.span) is not None:
-        properties = {"file": span.file, "line": span.line, "endLine": span.end_line, "col": span.column}
+        properties = {"file": visible(span.file), "line": span.line, "endLine": span.end_line, "col": span.column}
         if span.end_line == span.line:  # GitHub takes an end column for a single line only
             properties["endColumn"] = span.end_column
     properties["title"] = diagnostic.code
     named = ",".join(f"{name}={_property(str(value))}" for name, value in properties.items())
     parts = [diagnostic.message, diagnostic.label, diagnostic.help and f"help: {diagnostic.help}"]
-    message = _data("\n".join(part for part in parts if part))
+    message = "%0A".join(_data(part) for part in parts if part)
     return f"::{diagnostic.severity} {named}::{message}"
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return text.replace("%", "%25")
 
 
 def _property(text: str) -> str:

@@ -52,21 +52,26 @@ def _result(diagnostic: Diagnostic, codes: Sequence[Code]) -> dict[str, Any]:
         "ruleId": diagnostic.code,
         "ruleIndex": codes.index(diagnostic.code),
         "level": diagnostic.severity,
-        "message": {"text": "\n".join(part for part in parts if part)},
+        "message": {"text": _plain("\n".join(part for part in parts if part))},
     }
     if diagnostic.span is not None:
         result["locations"] = [{"physicalLocation": _location(diagnostic.span)}]
     if diagnostic.related:
         result["relatedLocations"] = [
-            {"id": number, "physicalLocation": _location(related.span), "message": {"text": related.message}}
+            {"id": number, "physicalLocation": _location(related.span), "message": {"text": _plain(related.message)}}
             for number, related in enumerate(diagnostic.related)
         ]
     return result
 
 
+def _plain(text: str) -> str:
+    """A message without links, which SARIF writes as Markdown does."""
+    return text.replace("](", r"\](")
+
+
 def _location(span: Span) -> dict[str, Any]:
     return {
-        "artifactLocation": {"uri": quote(span.file)},
+        "artifactLocation": {"uri": quote(span.file, errors="surrogateescape")},
         "region": {
             "startLine": span.line,
             "startColumn": span.column,

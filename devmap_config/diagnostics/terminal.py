@@ -11,11 +11,12 @@ from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from devmap_config.files import LINE_BREAK
+from devmap_config.wording import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from rich.console import Console
+    from rich.console import Console  # noqa: TID251  whoever has one, prints
 
     from devmap_config.diagnostics.diagnostic import Diagnostic, Span
 
@@ -76,18 +77,16 @@ def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Tex
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
     """Lines of at most this width; what stands in backticks is for copying, and stays in one piece."""
     kept = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
-    lines: list[str] = []
-    for part in map(_printable, kept.split("\n")):
-        lines += textwrap.wrap(
-            part, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        ) or [""]
-    return [line.replace("\xa0", " ") for line in lines]
+    lines = textwrap.wrap(
+        kept, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace("\xa0", " ") for line in lines or [""]]
 
 
 def _snippet(
     span: Span, label: str | None, sources: Sources, width: int, margin: int, arrow: str, mark: str, colour: str
 ) -> Iterator[Text]:
-    yield Text.assemble((" " * (margin - 1) + arrow, MARGIN), f" {span.file}:{span.line}:{span.column}")
+    yield Text.assemble((" " * (margin - 1) + arrow, MARGIN), f" {visible(span.file)}:{span.line}:{span.column}")
     lines = sources.get(span.file, [])
     if span.line > len(lines):
         if label:
@@ -96,7 +95,8 @@ def _snippet(
     source = lines[span.line - 1]
     end = span.end_column if span.end_line == span.line else len(source) + 1
     room = max(width - margin - 3, 20)
-    before, marked, after = map(_printable, _around(source, span.column - 1, end - 1, 8 * room))
+    parts = _around(source, span.column - 1, end - 1, 8 * room)
+    before, marked, after = (visible(part.replace("\t", "    ")) for part in parts)
     before, marked, after = _fitted(before, marked, after, room)
     gutter = " " * margin
     yield Text(f"{gutter}|", style=MARGIN)
@@ -114,13 +114,6 @@ def _snippet(
 def _around(line: str, start: int, end: int, most: int) -> tuple[str, str, str]:
     """What stands before, at and after a place of a line, at most so many characters of each: no more can be shown."""
     return line[max(start - most, 0) : start], line[start : min(end, start + most)], line[end : end + most]
-
-
-def _printable(text: str) -> str:
-    """Text whose width on a terminal is that of its cells: no tabs, no control characters."""
-    return "".join(
-        character if character.isprintable() or character == "\xa0" else " " for character in text.replace("\t", "    ")
-    )
 
 
 def _fitted(before: str, marked: str, after: str, room: int) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ KEYS = {"class_name": "class"}
 
 LEFT_OUT = ("quantization", "stored_dtype", "checkpoint", "dry_runs")
 """What the file does not speak of where there is none."""
+
+
+NO_NAME = re.compile(r"[\\^$*+?{}()|\[\]]")
+"""What no module's name holds: a map's keys are read as regular expressions."""
 
 
 class VendoredGraphError(Exception):
@@ -97,7 +102,10 @@ def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
             if each.name not in LEFT_OUT or each.name in value
         }
         workload = None if value["workload"] is None else Workload(**value["workload"])
-        return VendoredGraph(**{**stated, "graph": graph_from_json(value["graph"]), "workload": workload})
+        graph = graph_from_json(value["graph"])
+        if any(NO_NAME.search(name) or not name.isprintable() for name in (*graph.modules, *graph.tensors)):
+            raise VendoredGraphError("it names modules as none is called")
+        return VendoredGraph(**{**stated, "graph": graph, "workload": workload})
     except FileError as error:
         if error.is_absent:
             return None

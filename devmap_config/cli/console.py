@@ -1,0 +1,34 @@
+"""What rich prints: escaped, and without the markup and emoji that names may look like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
+from devmap_config.wording import visible_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+
+class EscapingConsole(Console):
+    """A console on which texts of strangers are words and nothing else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what a renderable is made of, its text escaped."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible_lines(segment.text))
+
+
+def progress_line(*before: ProgressColumn, after: tuple[ProgressColumn, ...] = (), **options: Any) -> Progress:
+    """Return a line on stderr that goes again: columns, a bar, what is done, and columns."""
+    columns = (*before, BarColumn(), TextColumn("{task.description}", markup=False), *after)
+    return Progress(*columns, console=EscapingConsole(stderr=True), transient=True, **options)
