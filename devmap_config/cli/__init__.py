@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
+import os
 import sys
 from io import StringIO, TextIOWrapper
 from typing import TYPE_CHECKING
@@ -111,6 +112,8 @@ def _exit_code(command: click.Command, name: str) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FAULTS:
             raise
+        if isinstance(error, MemoryError):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "memory") from None
         from traceback import format_exc
 
         echo_lines(format_exc(), err=True)

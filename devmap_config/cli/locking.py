@@ -51,7 +51,7 @@ def write_results(compiled: Compiled, target: Path, *, with_graph: bool) -> list
     """Write the lock of a compiled profile, and the graph beside the profile; gives what was written.
 
     Raises:
-        click.UsageError: where a file cannot be written.
+        click.ClickException: where a file cannot be written.
     """
     from devmap_config.graph.cache import library_versions
     from devmap_config.graph.loading import vendor
@@ -73,9 +73,9 @@ def write(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it.
 
     Raises:
-        click.UsageError: where it cannot be written.
+        click.ClickException: where it cannot be written.
     """
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise click.UsageError(f"`{path}` cannot be written: {error.strerror}") from None
+        raise click.ClickException(f"`{path}` cannot be written: {error.strerror}") from None

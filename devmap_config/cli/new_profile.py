@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,18 +129,17 @@ def compile_draft(draft: NewProfile, permissions: Permissions, *, simulates: boo
     """Compile a profile as if it lay where it is to be written.
 
     Raises:
-        click.UsageError: where nothing can be written there.
+        click.ClickException: where nothing can be written there.
     """
+    from devmap_config.cli.locking import write
     from devmap_config.compiler import Request, run_pipeline
 
-    folder = draft.output.parent if draft.output else Path()
-    if not os.access(folder, os.W_OK):
-        raise click.UsageError(f"nothing can be written in `{folder}`, where drafts are tried")
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".draft-", suffix=".yaml", encoding="utf-8") as file:
-        file.write(draft.text)
-        file.flush()
-        request = Request(path=Path(file.name), permissions=permissions, simulates=simulates, advises=False)
-        return run_pipeline(request)
+    file = (draft.output or Path("profile")).with_name(f".draft-{os.getpid()}.yaml")
+    write(file, draft.text)
+    try:
+        return run_pipeline(Request(path=file, permissions=permissions, simulates=simulates, advises=False))
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def deliver(text: str, path: Path | None, output_format: str, found: Sink | None = None, next_step: str = "") -> None:

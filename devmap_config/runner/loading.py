@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+from devmap_config.files import is_folder
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
@@ -99,10 +100,12 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
 
     Raises:
         RunnerError: where accelerate is missing or too old, a library is not as it was tried, a device of the plan is
-            not on this machine, or a part that is to compute on the CPU cannot.
+            not on this machine, a part that is to compute on the CPU cannot, or what is offloaded would be written to
+            where a link leads.
     """
     require_accelerate()
     _require_devices(plan)
+    _require_no_links(request.offload_folder)
     arguments: dict[str, Any] = {
         **request.arguments,
         "device_map": _device_map(plan),
@@ -167,9 +170,18 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
         raise RunnerError(
             "load-failed",
             f"transformers cannot load it here: {reason}",
-            "install what it asks for, or change `attention`, `quantization` or `class`",
+            FREE_MEMORY if is_out_of_memory(error) else INSTALL,
         ) from error
     return Loaded(model, frozenset(info.missing_keys), frozenset(name for name, *_ in info.mismatched_keys))
+
+
+INSTALL = "install what it asks for, or change `attention`, `quantization` or `class`"
+FREE_MEMORY = "end what else holds memory; `devmap probe --against` says what of the lock's needs is free"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error is that of memory that cannot be had, of the host or of an accelerator."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def first_line(error: Exception) -> str:
@@ -204,6 +216,17 @@ def _own_config(request: LoadRequest) -> dict[str, Any]:
 
 def _code_reference(request: LoadRequest) -> str | None:
     return class_reference(request.config, request.class_name) if request.trust_remote_code else None
+
+
+def _require_no_links(folder: Path | None) -> None:
+    """Refuse a folder in which what is written would land elsewhere: it may have come with a repository."""
+    links = [] if folder is None or not is_folder(folder) else [path for path in folder.iterdir() if path.is_symlink()]
+    if links:
+        raise RunnerError(
+            "outside-repository",
+            f"the offload folder `{folder}` holds a link, `{links[0].name}`: weights would be written where it leads",
+            "empty the folder",
+        )
 
 
 def show_progress(wanted: bool) -> None:

@@ -212,6 +212,55 @@ def test_the_summary_shows_what_moved(run, placed, tmp_path):
     assert "b.lock.json" not in summary
 
 
+STRANGE = ["-q né.yaml", "c\n::error::forged\n.yaml", "d|`<img src=x>`\u202e\udce9.yaml"]
+"""Names that a pull request may give to profiles."""
+
+MARKUP = re.compile("<(?!/?code>)|[`|]<|^::|forged$", re.MULTILINE)
+
+
+def copied(folder, name):
+    """The files of `a.yaml` under the name of another profile."""
+    for suffix in (".yaml", ".lock.json", ".graph.json"):
+        shutil.copy(folder / f"profiles/a{suffix}", folder / "profiles" / name.replace(".yaml", suffix))
+
+
+def test_the_action_holds_for_any_name_of_a_file(run, placed, tmp_path):
+    for name in STRANGE:
+        copied(placed, name)
+    (placed / "profiles/b.yaml").unlink()
+    commit(run, placed)
+    done, _ = step(run, "Check", placed, tmp_path, profiles="profiles")
+    assert (done.returncode, done.stdout) == (0, "")
+    done, summary = step(run, "Show", placed, tmp_path, profiles="profiles", base="HEAD~1")
+    assert (done.returncode, done.stdout, summary.count("The lock is new.")) == (0, "", 3)
+    change(placed, old="strategy: single", new="strategy: single, device: cpu")
+    done, _ = step(run, "Check", placed, tmp_path, profiles="profiles")
+    run("devmap", "compile", "--vendor", "-q", "profiles/a.yaml", folder=placed)
+    for name in STRANGE:
+        copied(placed, name)
+    commit(run, placed)
+    done, summary = step(run, "Show", placed, tmp_path, profiles="profiles", base="HEAD~1")
+    assert (done.returncode, done.stdout, summary.count("| `everything` | cuda:0 | cpu |")) == (0, "", 4)
+    assert all(line.isprintable() for line in summary.split("\n"))
+    assert not MARKUP.search(summary)
+    assert "### `profiles/-q né.lock.json`\n" in summary
+
+
+def test_what_is_run_is_pinned_and_may_do_little():
+    """Actions are commits, permissions are stated, and no expression of a stranger's becomes a part of a script."""
+    page = (REPOSITORY / "docs" / "ci.md").read_text()
+    shown = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
+    files = sorted((REPOSITORY / ".github" / "workflows").glob("*.y*ml"))
+    workflows = [each for each in (*shown, *map(yaml.safe_load, (f.read_text() for f in files))) if "jobs" in each]
+    assert workflows
+    steps = [each for workflow in workflows for job in workflow["jobs"].values() for each in job["steps"]]
+    assert all(workflow["permissions"] == {"contents": "read"} for workflow in workflows)
+    for each in (*steps, *action()["runs"]["steps"]):
+        assert re.search("@([0-9a-f]{40}|REVISION)$", each.get("uses", "@REVISION"))
+        assert "${{" not in each.get("run", "")
+    assert all(each["with"]["persist-credentials"] is False for each in steps if "actions/checkout@" in each["uses"])
+
+
 @pytest.mark.zoo  # needs the package index
 def test_the_action_installs_what_a_check_needs_and_no_torch(run, placed, tmp_path):
     done, _ = step(run, "Install", placed, tmp_path, install="check")
@@ -267,6 +316,17 @@ def test_the_hook_checks_all_profiles_in_the_users_environment(run, hooked):
     assert done.returncode == 0, done.stdout
 
 
+def test_the_hook_compiles_profiles_of_any_name(run, hooked):
+    folder = hooked(**{"devmap-compile": {}})
+    for name in STRANGE:
+        (folder / "profiles" / name).write_text(PROFILE)
+    done = try_to_commit(run, folder)
+    assert (done.returncode, done.stdout.count("look at what was written")) == (1, 3)
+    assert "wrote profiles/c\\n::error::forged\\n.lock.json" in done.stdout
+    assert not MARKUP.search(done.stdout.replace("`<img", "img"))
+    assert run("devmap", "check", "profiles", folder=folder).returncode == 0
+
+
 def test_the_hook_compiles_what_changed_and_fails_where_it_writes(run, hooked):
     folder = hooked(**{"devmap-compile": {}})
     (folder / "profiles" / "c.yaml").write_text(PROFILE)
@@ -274,8 +334,8 @@ def test_the_hook_compiles_what_changed_and_fails_where_it_writes(run, hooked):
     untouched = (folder / "profiles" / "b.lock.json").stat().st_mtime_ns
     done = try_to_commit(run, folder)
     assert done.returncode == 1
-    assert "compiled profiles/a.yaml: look at its lock and add it" in done.stdout
-    assert "compiled profiles/c.yaml: look at its lock and add it" in done.stdout
+    assert "wrote profiles/a.lock.json and profiles/a.graph.json\nlook at what was written, and add it" in done.stdout
+    assert "wrote profiles/c.lock.json and profiles/c.graph.json\nlook at what was written, and add it" in done.stdout
     assert run("devmap", "check", "profiles", folder=folder).returncode == 0
     assert (folder / "profiles" / "b.lock.json").stat().st_mtime_ns == untouched
     done = try_to_commit(run, folder)

@@ -37,7 +37,7 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(click.UsageError, match="cannot be written"):
+    with pytest.raises(click.ClickException, match="cannot be written"):
         write(tmp_path / "nowhere" / "x.lock.json", "new")
 
 
@@ -51,6 +51,6 @@ def test_a_disk_that_is_full_is_no_traceback_and_leaves_the_old_file(tmp_path):
         os.close(descriptor)
         return Path("/dev/full").open("w")
 
-    with mock.patch("os.fdopen", full), pytest.raises(click.UsageError, match="No space left"):
+    with mock.patch("os.fdopen", full), pytest.raises(click.ClickException, match="No space left"):
         write(target, "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.lock.json", "old")]
