@@ -7,13 +7,14 @@ alone, not larger than their kind can be, and none that a link leads to from a r
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import stat
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
@@ -342,6 +343,8 @@ def open_standard_streams() -> None:
 
 def discard_output(stream: TextIO) -> None:
     """Let what a stream still holds go nowhere, so that it is not tried again when the interpreter ends."""
-    descriptor = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(descriptor, stream.fileno())
-    os.close(descriptor)
+    with suppress(io.UnsupportedOperation):  # of a stream in memory
+        number = stream.fileno()
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, number)
+        os.close(descriptor)

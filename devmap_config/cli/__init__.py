@@ -113,7 +113,7 @@ def _exit_code(command: click.Command, name: str) -> int:
         if isinstance(error, OSError) and error.errno in FAULTS:
             raise
         if isinstance(error, MemoryError):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "memory") from None
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from None
         from traceback import format_exc
 
         echo_lines(format_exc(), err=True)
@@ -136,9 +136,10 @@ def _fault(error: OSError) -> ExitCode:
     if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
         discard_output(sys.stderr)
         return ExitCode.WRONG
-    what = f"`{error.filename}`" if error.filename else "what was found cannot be written"
+    what = f"`{error.filename}`: " if error.filename else "what was found cannot be written: "
+    said = "memory ran out" if error.errno == errno.ENOMEM else f"{what}{error.strerror}"
     try:
-        echo(f"Error: {what}: {error.strerror}", err=True)
+        echo(f"Error: {said}", err=True)
     except OSError:
         discard_output(sys.stderr)
     return ExitCode.USAGE

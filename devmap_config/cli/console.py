@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, TextColumn
 
 from devmap_config.wording import visible_lines
 
@@ -28,7 +28,7 @@ class EscapingConsole(Console):
             yield segment if segment.control else segment._replace(text=visible_lines(segment.text))
 
 
-def progress_line(*before: ProgressColumn, after: tuple[ProgressColumn, ...] = (), **options: Any) -> Progress:
-    """Return a line on stderr that goes again: columns, a bar, what is done, and columns."""
-    columns = (*before, BarColumn(), TextColumn("{task.description}", markup=False), *after)
-    return Progress(*columns, console=EscapingConsole(stderr=True), transient=True, **options)
+def progress_line(*columns: ProgressColumn | str, **options: Any) -> Progress:
+    """Return a line on stderr that goes again: of columns, a text being one with names of the task in braces."""
+    made = (TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns)
+    return Progress(*made, console=EscapingConsole(stderr=True), transient=True, **options)

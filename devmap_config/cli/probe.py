@@ -61,13 +61,16 @@ def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, outpu
 
 
 def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measured, tuple[Diagnostic, ...]]:
+    from rich.progress import BarColumn
+
     from devmap_config.cli.console import progress_line
+    from devmap_config.cli.progress import DESCRIPTION
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.probe.measuring import Step, measured, steps
     from devmap_config.probe.torch_rates import Devices
 
     planned = tuple(steps(seen, disk_folder, Devices()))
-    progress = progress_line()
+    progress = progress_line(BarColumn(), DESCRIPTION)
     # One that is not to be seen is not begun: until rich 15 it would end with an empty line.
     with nullcontext() if quiet or not progress.console.is_terminal else progress:
         task = progress.add_task("", total=len(planned))

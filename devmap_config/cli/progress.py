@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 
+DESCRIPTION = "{task.description}"
+"""What is done now, in a line of progress."""
+
+
 @contextmanager
 def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator[Callable[[str], None]]:
     """Show a line that goes again, where stderr is a terminal; give what is called as each of `total` steps begins.
@@ -23,11 +27,11 @@ def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator
     if quiet or not sys.stderr.isatty():  # one that is not seen is not begun: until rich 15 it ends with an empty line
         yield lambda _: None
         return
-    from rich.progress import SpinnerColumn
+    from rich.progress import BarColumn, SpinnerColumn
 
     from devmap_config.cli.console import progress_line
 
-    with progress_line(SpinnerColumn(), auto_refresh=spins) as shown:
+    with progress_line(SpinnerColumn(), BarColumn(), DESCRIPTION, auto_refresh=spins) as shown:
         task = shown.add_task("", total=total, completed=-1)
         yield lambda step: shown.update(task, advance=1, description=step, refresh=True)
 
@@ -38,11 +42,11 @@ def stages_shown(*, quiet: bool = False) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
         yield
         return
-    from rich.progress import SpinnerColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
     from devmap_config.cli.console import progress_line
 
-    shown = progress_line(SpinnerColumn(), after=(TimeElapsedColumn(),))
+    shown = progress_line(SpinnerColumn(), BarColumn(), DESCRIPTION, TimeElapsedColumn())
     handler, level = _Stages(shown), LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
@@ -113,13 +117,13 @@ def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[Transfer]:
     if quiet or not sys.stderr.isatty():
         yield Transfer()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    from devmap_config.cli.console import progress_line
+
+    columns = (DESCRIPTION, BarColumn(), "{task.fields[amount]}")
     # It begins where stdout is redirected, and ends where it is not: rich would put back what it was at first.
-    console = Console(stderr=True)
-    shown = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    shown = progress_line(*columns, redirect_stdout=False, redirect_stderr=False)
     try:
         yield Transfer(shown, words)
     finally:

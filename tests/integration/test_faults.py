@@ -142,7 +142,7 @@ def test_memory_that_ends_is_one_line(repository, monkeypatch, capsys):
 
     monkeypatch.setattr("devmap_config.compiler.run_pipeline", exhausted)
     assert devmap("compile", "p.yaml") == USAGE
-    assert capsys.readouterr() == ("", "Error: `memory`: Cannot allocate memory\n")
+    assert capsys.readouterr() == ("", "Error: memory ran out\n")
 
 
 # -- loading that ends early -------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from devmap_config.cli import _exit_code, main, options
 from devmap_config.cli.console import EscapingConsole, progress_line
 from devmap_config.cli.diff import _markdown, table_lines
 from devmap_config.cli.new_profile import NewProfile
-from devmap_config.cli.reporting import echo, echo_lines, print_json, print_lines, report
+from devmap_config.cli.reporting import EscapedStream, echo, echo_lines, print_json, print_lines, report
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Related, Span
 from devmap_config.diagnostics.terminal import print_diagnostics
 from devmap_config.graph.digest import digest
@@ -118,8 +118,8 @@ def test_each_way_of_printing_escapes(capsys, text):
         table.add_row(word, "2")
         print_lines(lambda _, word=word, table=table: [word, table])
         console.print(word, soft_wrap=True)
-    progress = progress_line()
-    progress.add_task(text, total=2)
+    progress = progress_line("{task.description}", "{task.fields[x]}")
+    progress.add_task(text, total=2, x=text)
     console.print(progress.get_renderable())
     echo(text)
     echo_lines(text, err=True)
@@ -138,6 +138,17 @@ def visible_in_one_line(capsys, text):
     """A name takes one line, whatever is in it, so that none stands for a line of ours."""
     echo(f"wrote {text}")
     return capsys.readouterr().out.count("\n") == 1
+
+
+@often
+@given(pieces=st.lists(strange | st.sampled_from([":", "::", "#", "##", "[", "\n", " ", "error"]), max_size=12))
+def test_text_in_pieces_is_escaped_as_a_whole_is(pieces):
+    shown = io.StringIO()
+    stream = EscapedStream(shown)
+    for piece in pieces:
+        stream.write(piece)
+    is_harmless(shown.getvalue())
+    assert shown.getvalue().count("\n") == "".join(pieces).count("\n")
 
 
 @often

@@ -155,7 +155,7 @@ def test_github_annotations_escape_what_would_end_them():
         related=related,
     )
     assert diagnostics_to_github([each]) == [
-        "::warning file=a%2Cb%3Ac.yaml,line=3,endLine=3,col=5,endColumn=9,title=syntax::50%25 of%0Ait"
+        "::warning file=a%2Cb%3Ac.yaml,line=3,endLine=3,col=5,endColumn=9,title=syntax::50%25 of\\nit"
     ]
 
 
