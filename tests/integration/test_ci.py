@@ -318,12 +318,12 @@ def test_the_hook_checks_all_profiles_in_the_users_environment(run, hooked):
 
 def test_the_hook_compiles_profiles_of_any_name(run, hooked):
     folder = hooked(**{"devmap-compile": {}})
-    for name in STRANGE:
+    for name in STRANGE[:2]:  # pre-commit itself takes no name that is not UTF-8
         (folder / "profiles" / name).write_text(PROFILE)
     done = try_to_commit(run, folder)
-    assert (done.returncode, done.stdout.count("look at what was written")) == (1, 3)
+    assert (done.returncode, done.stdout.count("look at what was written")) == (1, 2), done.stdout
     assert "wrote profiles/c\\n::error::forged\\n.lock.json" in done.stdout
-    assert not MARKUP.search(done.stdout.replace("`<img", "img"))
+    assert not MARKUP.search(done.stdout)
     assert run("devmap", "check", "profiles", folder=folder).returncode == 0
 
 
