@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 
-.PHONY: demo test test-oldest test-index zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup lint schemas libraries locks clean
+.PHONY: demo test test-oldest test-index zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -74,6 +74,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Known holes in the versions of constraints.txt, by the index's advisories; what it cannot ask about, it fails for.
+audit:
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit; }
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 # What is generated and committed.
 schemas: $(INSTALLED)
 	$(BIN)/devmap schema profile > schemas/profile.v1.schema.json
@@ -92,4 +97,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-index .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-index .venv-audit .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

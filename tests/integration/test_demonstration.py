@@ -101,10 +101,10 @@ def value(*arguments):
     return json.loads(done.stdout)
 
 
-def refused(*arguments):
+def refused(*arguments, exit_code=1):
     """The code and the message of what stops a run."""
     done = run("--format", "json", *arguments)
-    assert done.return_value == 1, done.output
+    assert done.return_value == exit_code, done.output
     [finding] = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
     return finding["code"], finding["message"]
 
@@ -379,7 +379,7 @@ def test_a_processor_that_is_code_does_not_run(image):
     Path("random/code.py").write_text("open('it-ran', 'w')\nclass Other: pass\n")
     settings = {"image_processor_type": "Other", "auto_map": {"AutoImageProcessor": "code.Other"}}
     Path("random/preprocessor_config.json").write_text(json.dumps(settings))
-    code, message = refused("--image", "image.png")
+    code, message = refused("--image", "image.png", exit_code=4)
     assert (code, "the processor is code" in message) == ("remote-code", True)
     assert not Path("it-ran").exists()
 
