@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -29,18 +28,19 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 import yaml
-from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 from devmap_config import UnfitMachineError, load_model
 from devmap_config.amounts import GIBIBYTE, MEBIBYTE
 from devmap_config.cli import devmap
+from devmap_config.runner.random_weights import Shard, shards_of, write_around
 from devmap_config.runner.receipts import FOLDER
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ LIMITED_SHARE = 0.4
 """Of the weights, what fits a limited card; a further `OVERHEAD_BYTES` are what a profile leaves to the driver."""
 
 OVERHEAD_BYTES = 1280 * MEBIBYTE
-SHARD_BYTES = 2 * GIBIBYTE
 IN_4_BITS = {"method": "bitsandbytes", "load_in_4bit": True, "llm_int8_enable_fp32_cpu_offload": True}
 SMALLEST = {
     "hidden_size": 256,
@@ -94,57 +93,19 @@ CASES = (
 )
 
 
-def checkpoint_tensors(model: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the names and shapes of the published checkpoint, in which each expert stands for itself."""
-    config = transformers.AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        built = transformers.AutoModelForCausalLM.from_config(config)
-    for name, tensor in built.state_dict().items():
-        experts, _, kind = name.rpartition(".")
-        if not experts.endswith(".experts"):
-            yield name, tuple(tensor.shape)
-            continue
-        count, rows, columns = tensor.shape
-        parts = {"gate_proj": rows // 2, "up_proj": rows // 2} if kind == "gate_up_proj" else {"down_proj": rows}
-        for index in range(count):
-            yield from ((f"{experts}.{index}.{part}.weight", (size, columns)) for part, size in parts.items())
-
-
-def write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
-    """Write weights of the usual spread, cut from one row of random numbers; what has one dimension is ones."""
-    torch.set_num_threads(2)
-    numbers = torch.randn(2**24 + 4096, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(torch.bfloat16)
-    tensors = {}
-    for index, (name, shape) in enumerate(shapes.items()):
-        size, row = math.prod(shape), numbers[index * 37 % 4096 :]
-        weights = row.repeat(-(-size // len(row)))[:size].reshape(shape).clone()
-        tensors[name] = torch.ones_like(weights) if len(shape) == 1 else weights
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def make_checkpoint(published: Path, folder: Path, *, smallest: bool) -> int:
     """Write a checkpoint in shards; return the bytes of its weights."""
     folder.mkdir(parents=True)
     config = json.loads((published / "config.json").read_text())
     config |= {key: value for key, value in SMALLEST.items() if smallest and key in config}
     (folder / "config.json").write_text(json.dumps(config))
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    held_bytes = total_bytes = 0
-    for name, shape in checkpoint_tensors(folder):
-        size_bytes = 2 * math.prod(shape)
-        if shards[-1] and held_bytes + size_bytes > SHARD_BYTES:
-            shards.append({})
-            held_bytes = 0
-        shards[-1][name] = shape
-        held_bytes += size_bytes
-        total_bytes += size_bytes
-    files = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    with ProcessPoolExecutor(8) as pool:
-        list(pool.map(write_shard, files, shards, range(len(shards))))
-    weight_map = {name: file.name for file, shapes in zip(files, shards, strict=True) for name in shapes}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total_bytes
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    shards = shards_of(built.to(torch.bfloat16))
+    with ProcessPoolExecutor(8, initializer=torch.set_num_threads, initargs=(2,)) as pool:
+        list(pool.map(Shard.write, shards, repeat(folder), range(len(shards))))
+    write_around(folder, config, shards)
+    return sum(shard.size_bytes for shard in shards)
 
 
 def probed(file: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,11 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
 @click.option("--image", type=FILE, help="An image, for a model that takes one.")
 @click.option("--audio", type=FILE, help="A WAV file, for a model that takes sound.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="How much it writes; 24 else, of an answer 256.")
+@click.option(
+    "--random-weights",
+    is_flag=True,
+    help="Try the plan before there is a checkpoint: write one of random weights, load it, have it write, delete it.",
+)
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
 @click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
 def run(
@@ -58,6 +63,7 @@ def run(
     image: Path | None,
     audio: Path | None,
     max_new_tokens: int | None,
+    random_weights: bool,
     no_generate: bool,
     no_probe: bool,
 ) -> None:
@@ -65,16 +71,24 @@ def run(
     from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
-    from devmap_config.runner.demonstration import demonstrator
+    from devmap_config.runner.demonstration import demonstrator, demonstrator_of_plan
     from devmap_config.runner.runner import prepare
 
     _require_usable(prompt, options, chat=chat)
-    sink, outcome = Sink(), None
+    if random_weights and (prompt or chat or image or audio):
+        raise click.UsageError("random weights have nothing to say: tokens of the planned length are made up for them")
+    sink, outcome, shows = Sink(), None, None
     with _failures_told(profile, sink, options), passing_on(sink):
         given = _given(prompt, image, audio, chat=chat)
         with stages_shown(quiet=not options.shows_tables):
-            deployment = prepare(profile, **options.of_request)
-        shows = None if no_generate else demonstrator(deployment.request, given, sink, max_new_tokens=max_new_tokens)
+            deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
+        if not no_generate and random_weights:
+            workload = deployment.compiled.loaded.profile.workload
+            shows = demonstrator_of_plan(deployment.request, workload, sink, max_new_tokens=max_new_tokens)
+        elif not no_generate:
+            shows = demonstrator(deployment.request, given, sink, max_new_tokens=max_new_tokens)
+        if random_weights:
+            deployment = click.get_current_context().with_resource(_randomly_weighted(deployment, options))
         model, load_seconds = _loaded(deployment, options, sink, asks_machine=not no_probe)
     if options.output_format == "table":  # what is found so far: text follows as it is made
         options.report(_to_tell(sink, options), {}, {})
@@ -83,14 +97,15 @@ def run(
         echo(f"{_summary(deployment)}; it took {load_seconds:.1f} s", err=True)
     if shows is not None:
         with _failures_told(profile, sink, options), passing_on(sink):
-            outcome = _shown(replace(shows, sink=sink), model, given, writes=options.output_format == "table")
+            writes = options.output_format == "table" and not random_weights
+            outcome = _shown(replace(shows, sink=sink), model, given, writes=writes)
     figures = _figures(outcome, deployment, load_seconds)
     data = {
         "plan": deployment.plan.to_json(),
         "verified": deployment.unchecked is None,
         "unchecked": deployment.unchecked,
         "new_tensors": list(deployment.new),
-        "output": None if outcome is None else outcome.output.value,
+        "output": None if outcome is None or random_weights else outcome.output.value,
         **figures,
     }
     options.report(_to_tell(sink, options), {}, data)
@@ -119,6 +134,19 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
         except FileError as error:
             raise click.UsageError(f"`{path}` {error}: {error.help}") from None
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
+
+
+@contextmanager
+def _randomly_weighted(deployment: Deployment, options: ProfileOptions) -> Iterator[Deployment]:
+    """Give a deployment with random weights, and show how many are written."""
+    from devmap_config.cli.progress import transfer_shown
+    from devmap_config.runner.random_weights import with_random_weights
+
+    with ExitStack() as shown:
+        transfer = shown.enter_context(transfer_shown("writing random weights", quiet=not options.shows_tables))
+        with with_random_weights(deployment, transfer.expect, transfer.advance) as random:
+            shown.close()
+            yield random
 
 
 def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, float]:
@@ -197,7 +225,8 @@ def _told(figures: Mapping[str, Any]) -> Iterator[str]:
     if figures["tokens"] is not None:
         first, rate = figures["first_token_seconds"], f"{figures['tokens_per_second']:.1f} tokens a second"
         apart = "" if first is None else f"the first after {first:.2f} s, then "
-        yield f"{counted(figures['tokens'], 'token')} in {figures['seconds']:.2f} s: {apart}{rate}"
+        prompt = f"after a prompt of {figures['prompt_tokens']:,}"
+        yield f"{counted(figures['tokens'], 'token')} {prompt} in {figures['seconds']:.2f} s: {apart}{rate}"
     parts = [
         f"{'this process' if each['device'] == 'cpu' else each['device']} {format_bytes(each['peak_bytes'])}"
         f" (planned{' for the model' if each['device'] == 'cpu' else ''} {format_bytes(each['planned_bytes'])})"
@@ -234,11 +263,12 @@ def _to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
 
 
 def _summary(deployment: Deployment) -> str:
-
     plan, new = deployment.plan, deployment.new
     tensors = sum(len(each.tensors) for each in plan.assignments)
     held = ", ".join(f"{use.id} {format_bytes(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
     where = f"{tensors} tensors where the lock says ({held})"
+    if deployment.has_random_weights:
+        return f"loaded random weights: {where}"
     if deployment.unchecked is not None:
         return f"loaded: {where}; whether they are from the checkpoint was not checked: {deployment.unchecked}"
     but = f", but for what is new on purpose: {', '.join(f'`{name}`' for name in new)}" if new else ""

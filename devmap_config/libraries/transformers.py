@@ -205,6 +205,20 @@ CONVERSIONS = Private(
 )
 
 
+REVERT_CONVERSIONS = Private(
+    "transformers.core_model_loading.revert_weight_conversion",
+    "what a checkpoint holds of a model, before names are changed and tensors merged or split while it is loaded",
+)
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the tensors that a checkpoint holds of a model: those that are saved of it, of tied ones the first."""
+    tied = ties(model)
+    held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    tensors: dict[str, torch.Tensor] = REVERT_CONVERSIONS.find()(model, held)
+    return tensors
+
+
 PROGRESS_HOOK = Private(
     "transformers.utils.logging.set_tqdm_hook",
     "is handed what transformers goes through with a progress bar: while it loads, the tensors by their names",

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.heads import Output, output_of
 from devmap_config.runner.inputs import (
+    MADE_UP_LENGTH,
+    ONE_TEXT,
     PROMPT,
     USE_PYTHON,
+    Given,
+    MadeUp,
     made_up_inputs,
     media_inputs,
     placed,
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.runner.inputs import Given, Inputs
+    from devmap_config.profile.schema import Workload
+    from devmap_config.runner.inputs import Inputs
     from devmap_config.runner.loading import LoadRequest
     from devmap_config.runner.sentence_encoder import SentenceEncoder
     from devmap_config.runner.text_stream import Speed
@@ -53,7 +58,8 @@ class Outcome:
 class Demonstrator:
     """What comes with a checkpoint to make inputs of text, images and sound; made before the model is loaded.
 
-    `processor` is `None` where text alone is given, `tokenizer` where there is none that can be used.
+    `processor` is `None` where text alone is given, `tokenizer` where there is none that can be used: then the tokens
+    of `made_up` stand in for text. A model whose weights are random `writes_all` that it may, whatever it writes.
     """
 
     request: LoadRequest
@@ -61,6 +67,8 @@ class Demonstrator:
     tokenizer: Any
     processor: Any = None
     max_new_tokens: int | None = None
+    made_up: MadeUp = ONE_TEXT
+    writes_all: bool = False
 
     def show(self, model: PreTrainedModel, given: Given, write: Write) -> Outcome:
         """Return what the model makes of what it is given, and hand text to `write` as it is made.
@@ -89,7 +97,7 @@ class Demonstrator:
         if given.has_media:
             return media_inputs(self.processor, self.tokenizer, given)
         if self.tokenizer is None and not given.messages:
-            return made_up_inputs(model.config)
+            return made_up_inputs(model, self.made_up)
         if encoder is not None:
             given = replace(given, prompt=encoder.prepared(given.prompt or PROMPT))
         max_tokens = None if encoder is None else encoder.max_tokens
@@ -97,15 +105,16 @@ class Demonstrator:
 
     def _written(self, model: PreTrainedModel, inputs: Inputs, write: Write) -> Outcome:
         is_apart = model.config.is_encoder_decoder
-        few = FEW_TOKENS if inputs.goes_on else MANY_TOKENS
+        count = self.max_new_tokens or (FEW_TOKENS if inputs.goes_on else MANY_TOKENS)
         shows_prompt = inputs.tokenizer is None or (inputs.goes_on and not is_apart)
         stream = TextStream(inputs.tokenizer, write, shows_prompt=shows_prompt)
         # transformers streams no beams: of these there is only the best, at the end.
         streams = (model.generation_config.num_beams or 1) == 1
         tokens = model.generate(
             **placed(inputs, model),
-            max_new_tokens=self.max_new_tokens or few,
+            max_new_tokens=count,
             do_sample=False,
+            **({"min_new_tokens": count} if self.writes_all else {}),
             **({"streamer": stream} if streams else {}),
         )
         if not streams:
@@ -140,11 +149,7 @@ def demonstrator(request: LoadRequest, given: Given, sink: Sink, *, max_new_toke
     Raises:
         RunnerError: where it does not, or there is nothing to make its inputs with.
     """
-    import transformers
-
-    model_class = getattr(transformers, request.class_name, None)
-    if hasattr(model_class, "main_input_name"):  # a model's own code is not run yet, and seen by `show`
-        require_fit(model_class, given)
+    _require_fit_class(request, given)
     with _running(request):
         tokenizer = load_tokenizer(request, sink)
         processor = load_processor(request, given) if given.has_media else None
@@ -160,3 +165,30 @@ def demonstrator(request: LoadRequest, given: Given, sink: Sink, *, max_new_toke
     return Demonstrator(
         request=request, sink=sink, tokenizer=tokenizer, processor=processor, max_new_tokens=max_new_tokens
     )
+
+
+def demonstrator_of_plan(
+    request: LoadRequest, workload: Workload, sink: Sink, *, max_new_tokens: int | None = None
+) -> Demonstrator:
+    """Return what has a model of random weights write as much as the plan has room for, from tokens that are made up.
+
+    Raises:
+        RunnerError: where the model takes no tokens.
+    """
+    count = max_new_tokens or FEW_TOKENS
+    context_length = workload.context_length.value or MADE_UP_LENGTH + count
+    length = max(min(workload.prompt_length or context_length, context_length - count), 1)
+    _require_fit_class(request, Given())
+    made_up = MadeUp(batch_size=workload.batch_size, length=length)
+    return Demonstrator(
+        request=request, sink=sink, tokenizer=None, max_new_tokens=count, made_up=made_up, writes_all=True
+    )
+
+
+def _require_fit_class(request: LoadRequest, given: Given) -> None:
+    """Check that a class of transformers takes what it will be given; a model's own code is not run yet."""
+    import transformers
+
+    model_class = getattr(transformers, request.class_name, None)
+    if hasattr(model_class, "main_input_name"):
+        require_fit(model_class, given)

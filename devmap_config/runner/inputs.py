@@ -107,12 +107,26 @@ def _takes(model_class: Any, names: tuple[str, ...]) -> bool:
     return model_class.main_input_name in names or any(name in arguments for name in names)
 
 
-def made_up_inputs(config: Any, length: int = MADE_UP_LENGTH, batch_size: int = 1) -> Inputs:
+@dataclass(frozen=True, kw_only=True)
+class MadeUp:
+    """Tokens that stand in for texts: so many texts, each of so many tokens."""
+
+    batch_size: int = 1
+    length: int = MADE_UP_LENGTH
+
+
+ONE_TEXT = MadeUp()
+
+
+def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> Inputs:
     """Return tokens that stand in for text, of which a model without a tokenizer knows none."""
     import torch
 
-    tokens = torch.arange(1, length + 1) % config.get_text_config().vocab_size
-    return Inputs(tensors={"input_ids": tokens.unsqueeze(0).repeat(batch_size, 1)}, goes_on=True)
+    tokens = torch.arange(1, made_up.length + 1) % model.config.get_text_config().vocab_size
+    tensors = {"input_ids": tokens.unsqueeze(0).repeat(made_up.batch_size, 1)}
+    if _takes(type(model), ("attention_mask",)):
+        tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+    return Inputs(tensors=tensors, goes_on=True)
 
 
 def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> Inputs:

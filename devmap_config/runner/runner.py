@@ -46,13 +46,15 @@ class Deployment:
     """A locked plan with all that is needed to load it.
 
     `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
-    names; `None` where they are not at hand before it is loaded.
+    names; `None` where they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
+    up: it shows where tensors are and that they fit, and nothing of what the model does.
     """
 
     compiled: Compiled
     request: LoadRequest
     lock: Lock
     match: CheckpointMatch | None = None
+    has_random_weights: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -76,6 +78,8 @@ class Deployment:
 
         transformers' own report tells it as well, but not of what is on disk.
         """
+        if self.has_random_weights:
+            return "the weights are random"
         reads_disk = any(each.location.stored_on == DISK for each in self.plan.assignments)
         return self.match.unchecked if self.match is not None and reads_disk else None
 
@@ -157,8 +161,15 @@ def prepare(
     *,
     variables: Mapping[str, str],
     permissions: Permissions = NO_PERMISSIONS,
+    needs_weights: bool = True,
 ) -> Deployment:
     """Read a profile's lock and see that it still holds; loads nothing.
+
+    Args:
+        path: the profile's.
+        variables: values for its templates.
+        permissions: what reading it may do.
+        needs_weights: whether there must be weights: a config alone will do where random ones are to stand in.
 
     Raises:
         ProfileError: where the profile is wrong.
@@ -173,18 +184,18 @@ def prepare(
     # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
         match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
-        _require_match(match, compiled)
+        require_match(match, compiled)
     if drift is not None:
         raise RunnerError(drift.code, f"`{lock_path(path)}` {drift.message}", remedy(drift.code, path))
-    if model.source.weights is None:
+    if model.source.weights is None and needs_weights:
         raise RunnerError(
             "no-weights",
             f"there is only a config at `{loaded.profile.model.source.value}`, and no weights",
-            "name a directory with weights, or a hub id, as `model.source`",
+            "name a directory with weights, or a hub id, as `model.source`; `--random-weights` tries the plan without",
         )
     folder = loaded.profile.placement.offload.folder
     request = LoadRequest(
-        weights=model.source.weights,
+        weights=model.source.weights or str(model.source.location),
         class_name=model.class_name,
         dtype=model.dtype,
         attention=model.attention,
@@ -209,7 +220,7 @@ def _allowed(compiled: Compiled) -> frozenset[str]:
     return frozenset(compiled.resolution.new)
 
 
-def _require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
+def require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
     """Refuse a checkpoint that does not hold the model.
 
     Raises:
@@ -340,7 +351,7 @@ def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedMode
     if deployment.match is None and compiled.source.weights is not None and compiled.source.commit is not None:
         source = compiled.source  # by now it is downloaded
         checkpoint = cached_checkpoint(compiled.source.weights, compiled.source.commit, source.config)
-        _require_match(
+        require_match(
             match_checkpoint(replace(compiled, source=replace(source, checkpoint=checkpoint))), deployment.compiled
         )
     made_up = sorted((loaded.missing | loaded.mismatched) - _allowed(deployment.compiled))

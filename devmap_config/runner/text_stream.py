@@ -17,19 +17,23 @@ INCOMPLETE = "\ufffd"
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How long a model took for so many tokens. The first takes the prefill; `None` where it was not seen apart."""
+    """How long a model took for so many tokens.
+
+    The first of them, one for each text at once, take the prefill; `None` where they were not seen apart.
+    """
 
     prompt_tokens: int
     tokens: int
     seconds: float
     first_token_seconds: float | None
+    first_tokens: int = 1
 
     @property
     def tokens_per_second(self) -> float:
-        """How many were made in a second, the first left out where its time is known and there are others."""
-        if self.first_token_seconds is None or self.tokens < 2 or self.seconds <= self.first_token_seconds:
+        """How many were made in a second, the first left out where their time is known and there are others."""
+        if self.first_token_seconds is None or self.tokens <= self.first_tokens:
             return self.tokens / self.seconds
-        return (self.tokens - 1) / (self.seconds - self.first_token_seconds)
+        return (self.tokens - self.first_tokens) / (self.seconds - self.first_token_seconds)
 
     def __add__(self, other: Speed) -> Speed:
         first = (self.first_token_seconds, other.first_token_seconds)
@@ -38,6 +42,7 @@ class Speed:
             tokens=self.tokens + other.tokens,
             seconds=self.seconds + other.seconds,
             first_token_seconds=None if None in first else sum(filter(None, first)),
+            first_tokens=self.first_tokens + other.first_tokens,
         )
 
 
@@ -60,6 +65,7 @@ class TextStream:
         self._prompt_tokens: int | None = None
         self._start_seconds = time.perf_counter()
         self._first_seconds: float | None = None
+        self._first_tokens = 1
 
     def put(self, tokens: torch.Tensor) -> None:
         """Take tokens: the prompt's at first, then those that are made."""
@@ -71,6 +77,7 @@ class TextStream:
                 return
         elif self._first_seconds is None:
             self._first_seconds = time.perf_counter() - self._start_seconds
+            self._first_tokens = tokens.numel()
         self._hand_on()
 
     def end(self) -> None:
@@ -92,6 +99,7 @@ class TextStream:
             tokens=len(self._tokens) - prompt_tokens,
             seconds=time.perf_counter() - self._start_seconds,
             first_token_seconds=self._first_seconds if sees_each else None,
+            first_tokens=self._first_tokens,
         )
 
     def _hand_on(self, *, is_last: bool = False) -> None:

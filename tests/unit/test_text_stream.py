@@ -54,6 +54,8 @@ def test_what_is_no_text_is_shown_as_its_tokens():
 def test_the_first_token_takes_the_prompt_and_is_left_out_of_the_rate():
     speed = Speed(prompt_tokens=9, tokens=5, seconds=3.0, first_token_seconds=1.0)
     assert speed.tokens_per_second == 2.0
-    assert (speed + speed).tokens_per_second == 9 / 4
+    assert (speed + speed).tokens_per_second == 2.0
+    of_two = Speed(prompt_tokens=18, tokens=10, seconds=3.0, first_token_seconds=1.0, first_tokens=2)
+    assert of_two.tokens_per_second == 4.0
     unseen = Speed(prompt_tokens=9, tokens=6, seconds=3.0, first_token_seconds=None)
     assert (unseen.tokens_per_second, (speed + unseen).first_token_seconds) == (2.0, None)

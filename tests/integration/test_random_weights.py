@@ -1,0 +1,145 @@
+"""A plan is tried before there is a checkpoint: random weights take the place of those that are yet to come."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LLAMA, MIXTURE
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.run import run as run_model
+from devmap_config.graph.introspection import meta_model
+from devmap_config.runner import random_weights
+from devmap_config.runner.random_weights import shards_of
+
+
+@pytest.fixture(autouse=True)
+def temporary(workspace, monkeypatch):
+    """A folder for what is temporary, which is to be empty again in the end."""
+    folder = workspace / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+def write_profile(source, more="", devices="cpu: {memory: 1GiB}"):
+    Path("profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: {source}}}\nhardware: {{devices: {{{devices}}}}}\n{more}"
+    )
+    assert compile_command.main(["profile.yaml", "-q", "--no-simulate"], standalone_mode=False) == 0
+
+
+def run(*arguments):
+    command = ["profile.yaml", "--random-weights", *arguments]
+    return CliRunner().invoke(run_model, command, standalone_mode=False, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("source", ["llama/config.json", "tied", "mixture"])
+def test_a_config_alone_is_loaded_by_the_lock_and_runs_as_long_as_planned(source, temporary):
+    write_profile(source, "workload: {context_length: 64, batch_size: 2}\n")
+    done = run("--format", "json", "--max-new-tokens", "4")
+    found = json.loads(done.stdout)
+    assert (done.return_value, found["diagnostics"]) == (0, [])
+    assert (found["prompt_tokens"], found["tokens"]) == (2 * (64 - 4), 2 * 4)
+    assert (found["verified"], found["unchecked"], found["output"]) == (False, "the weights are random", None)
+    assert found["memory"][0]["device"] == "cpu"
+
+
+def test_nobody_is_told_that_it_is_the_checkpoint(temporary):
+    write_profile("llama")
+    done = run()
+    assert (done.return_value, done.stdout) == (0, "")
+    assert re.match(r"loaded random weights: 59 tensors where the lock says \(cpu .*\); it took", done.stderr)
+    assert "24 tokens after a prompt of 8" in done.stderr
+    assert "checkpoint" not in done.stderr
+
+
+def test_tensors_on_disk_are_read_where_they_were_written_and_the_offload_folder_stays_as_it_is(temporary):
+    write_profile(
+        "mixture",
+        'placement: {strategy: sequential, offload: {folder: offload}, pins: [{match: "**.layers.1", device: disk}]}\n',
+        devices="cpu: {memory: 1GiB}, disk: {memory: 1GiB}",
+    )
+    done = run("--max-new-tokens", "2")
+    assert (done.return_value, "disk" in done.stderr) == (0, True), done.stderr
+    assert not Path("offload").exists()
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "config"),
+    [
+        (LlamaConfig, LlamaForCausalLM, {**LLAMA, "tie_word_embeddings": True}),
+        (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE),
+    ],
+)
+def test_the_tensors_are_those_that_transformers_saves(workspace, temporary, config_class, model_class, config):
+    """Each expert by itself, and of tied weights one."""
+    values = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "model_type")}
+    model = model_class(config_class(**values)).to(torch.bfloat16)
+    model.save_pretrained(workspace / "saved")
+    with safe_open(workspace / "saved" / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    built = meta_model(workspace / "saved", class_name=model_class.__name__, dtype="bfloat16", attention=None)
+    [shard] = shards_of(built)
+    assert {name: shape for name, (shape, _) in shard.tensors.items()} == saved
+    assert {dtype for _, dtype in shard.tensors.values()} == {torch.bfloat16}
+
+
+def test_weights_are_spread_as_at_the_beginning_of_a_training(monkeypatch, temporary):
+    monkeypatch.setattr(random_weights, "SHARD_BYTES", 50_000)
+    built = meta_model(Path("llama"), class_name="LlamaForCausalLM", dtype="bfloat16", attention=None)
+    shards = shards_of(built)
+    assert len(shards) > 3
+    assert all(shard.size_bytes <= 50_000 for shard in shards)
+    weights, kinds = [], set()
+    for seed, shard in enumerate(shards):
+        shard.write(temporary, seed)
+        with safe_open(temporary / shard.name, "pt") as file:
+            for name in shard.tensors:
+                tensor = file.get_tensor(name)
+                kinds.add((tensor.dim(), tensor.dim() > 1 or bool((tensor == 1).all())))
+                weights += [tensor.float().flatten()] if tensor.dim() > 1 else []
+        (temporary / shard.name).unlink()
+    spread = torch.cat(weights).std().item()
+    assert (kinds, spread) == ({(1, True), (2, True)}, pytest.approx(0.02, rel=0.02))
+    assert len({round(weight.sum().item(), 6) for weight in weights}) == len(weights)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(monkeypatch, temporary):
+    write_profile("llama")
+    full = shutil.disk_usage(".")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    monkeypatch.setattr(random_weights.Shard, "write", lambda *arguments: pytest.fail("it was written"))
+    done = run("--no-probe")
+    assert (done.return_value, "error[too-little-disk]: random weights take " in done.stderr) == (4, True)
+    assert "`TMPDIR`" in done.stderr
+
+
+def test_of_a_quantised_checkpoint_none_are_made(temporary):
+    write_profile("quantized", devices="cuda:0: {memory: 1GiB}")
+    done = run("--no-probe")
+    assert (done.return_value, "error[no-weights]" in done.stderr, "gptq" in done.stderr) == (1, True, True)
+
+
+def test_what_fails_leaves_nothing_behind(temporary, monkeypatch):
+    write_profile("llama")
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(lambda *arguments, **options: 1 / 0))
+    done = run()
+    assert (done.return_value, "error[load-failed]" in done.stderr) == (4, True)
+
+
+def test_they_are_given_no_prompt(temporary):
+    write_profile("llama")
+    with pytest.raises(click.UsageError, match="random weights have nothing to say"):
+        run("--prompt", "hello")
