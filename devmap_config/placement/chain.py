@@ -69,7 +69,6 @@ def together(options: Sequence[Option]) -> Option:
         peaks=tuple(peaks.items()),
         pieces=tuple(pieces.items()),
         mode=options[0].mode,
-        around=options[0].around,
     )
 
 

@@ -36,10 +36,9 @@ def laid_out(program: Program, values: Sequence[int], runs: Runs | None = None) 
     for (number, index), count in left.items():
         on_home[program.classes[number].options[index].home] += count
     member_at = {
-        position: (number, member)
+        member[0]: (number, member)
         for number, block_class in enumerate(program.classes)
         for member in block_class.members
-        for position in member
     }
     choice: dict[int, int] = {}
     home: Device | None = None
@@ -47,10 +46,10 @@ def laid_out(program: Program, values: Sequence[int], runs: Runs | None = None) 
         if position not in choice:
             number, member = member_at[position]
             homes = [option.home for option in program.classes[number].options]
-            wanted = (places.get(position), home)
+            wanted = places.get(position, home)
             index = min(
                 (index for index in range(len(homes)) if left[number, index] > 0),
-                key=lambda index: (*(homes[index] != each for each in wanted), -on_home[homes[index]], index),
+                key=lambda index: (homes[index] != wanted, -on_home[homes[index]], index),
             )
             left[number, index] -= 1
             on_home[homes[index]] -= 1
@@ -78,7 +77,7 @@ class Runs:
         for device, switches in zip(self.order, [*self.ends, None], strict=True):
             end = len(free) if switches is None else next(place for place, each in enumerate(switches) if values[each])
             found |= dict.fromkeys(free[begin:end], device)
-            begin = max(begin, end)
+            begin = end
         return found
 
 
@@ -92,9 +91,6 @@ def in_runs(program: Program, order: tuple[Device, ...]) -> Runs:
         for place, switch in enumerate(switches[1:-1], 1):
             costs[switch] = program.chain.hops.get(free[place], {}).get(pair, 0)
     milp.at_most(costs, 0)
-    for earlier, later in pairwise(ends):
-        places = {switch: place for place, switch in enumerate(earlier)}
-        milp.at_most(places | {switch: -place for place, switch in enumerate(later)}, 0)
     for number in filter(lambda number: _is_free(program, number), range(len(program.classes))):
         positions = {position for (position,) in program.classes[number].members}
         before = [sum(position in positions for position in free[:place]) for place in range(len(free) + 1)]
@@ -105,8 +101,6 @@ def in_runs(program: Program, order: tuple[Device, ...]) -> Runs:
             terms |= {} if is_last else {switch: -before[place] for place, switch in enumerate(ends[run])}
             terms |= {} if run == 0 else {switch: before[place] for place, switch in enumerate(ends[run - 1])}
             milp.equal(terms, len(positions) if is_last else 0)
-        for variables in on_device.values():
-            milp.at_most(dict.fromkeys(variables, 1), 0)
     return Runs(milp, order, ends)
 
 

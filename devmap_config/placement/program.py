@@ -138,7 +138,7 @@ def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
 
 def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
     """Yield what all blocks of a group can be."""
-    by_place = [{option.place: index for index, option in reversed([*enumerate(block.options)])} for block in blocks]
+    by_place = [{option.place: index for index, option in enumerate(block.options)} for block in blocks]
     for place in by_place[0]:
         if all(place in indices for indices in by_place):
             choice = tuple(indices[place] for indices in by_place)
@@ -151,31 +151,30 @@ def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
 def _add_memory(program: Program) -> None:
     """A device holds all demands, the largest peak and the largest piece of what uses it."""
     chain, milp = program.chain, program.milp
-    held: dict[Device, Counter[int]] = {device: Counter() for device in chain.capacities}
+    held: dict[Device, dict[int, int]] = {device: {} for device in chain.capacities}
     sized: dict[tuple[Device, str], dict[int, dict[int, list[int]]]] = {}
     for variable, number, option in program.variables:
         for device, size_bytes in option.demands:
             if size_bytes > chain.capacities.get(device, 0):  # besides, its coefficient would hide all others
                 milp.upper[variable] = 0
             else:
-                held.setdefault(device, Counter())[variable] += size_bytes
+                held.setdefault(device, {})[variable] = size_bytes
         for what, sizes in (("peak", option.peaks), ("piece", option.pieces)):
             for device, size_bytes in sizes:
                 by_class = sized.setdefault((device, what), {}).setdefault(size_bytes, {})
                 by_class.setdefault(number, []).append(variable)
     for (device, _), by_size in sized.items():
-        _add_largest(program, held.setdefault(device, Counter()), by_size)
+        _add_largest(program, held.setdefault(device, {}), by_size)
     for device, terms in held.items():
-        if terms:
-            milp.at_most(terms, chain.capacities.get(device, 0))
+        milp.at_most(terms, chain.capacities.get(device, 0))
 
 
-def _add_largest(program: Program, held: Counter[int], by_size: Mapping[int, Mapping[int, list[int]]]) -> None:
+def _add_largest(program: Program, held: dict[int, int], by_size: Mapping[int, Mapping[int, list[int]]]) -> None:
     """A switch for each size: it is on where a block needs that much or more, and adds what that is above the last."""
     below_bytes, below = 0, None
     for size_bytes, by_class in sorted(by_size.items()):
         switch = program.milp.switch()
-        held[switch] += size_bytes - below_bytes
+        held[switch] = size_bytes - below_bytes
         if below is not None:
             program.milp.at_most({switch: 1, below: -1}, 0)
         for number, variables in by_class.items():
@@ -196,7 +195,8 @@ def _add_flows(program: Program, transfers: Sequence[Transfer], objective: dict[
     for transfer in transfers:
         source, target, key = class_of[transfer.source], class_of[transfer.target], id(transfer.nanoseconds)
         times[key] = transfer.nanoseconds
-        flows[source, target, key] += source != target
+        if source != target:
+            flows[source, target, key] += 1
     for (source, target, key), count in flows.items():
         targets = len(program.classes[target].members)
         makers, takers = program.by_home(source), program.by_home(target)
@@ -256,10 +256,7 @@ def _add_walk(program: Program, row: list[int]) -> Terms:
         used = {use_of(program, milp, device, set(row)): 1 for device in devices}
         milp.at_most(_difference(used, entered), 0)
         milp.at_most(_difference(entered, _blocks_on(program, devices, set(row))), 0)
-    return {
-        hop: min(prices[pair] for pair in product(kinds[source], kinds[target]) if pair in prices)
-        for (source, target), hop in hops.items()
-    }
+    return {hop: prices[kinds[source][0], kinds[target][-1]] for (source, target), hop in hops.items()}
 
 
 def _kinds(devices: Sequence[Device], prices: Mapping[tuple[Device, Device], int]) -> list[list[Device]]:

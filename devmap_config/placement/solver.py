@@ -77,7 +77,7 @@ def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice]
     if solution.values is None:
         return [], bound
     choices = [laid_out(program, solution.values)]
-    if not is_exact and (chain.nanoseconds(choices[0]) - bound) * WORTH_CUTTING > bound:
+    if (chain.nanoseconds(choices[0]) - bound) * WORTH_CUTTING > bound:
         choices += _cut(program, choices[0])
     feasible = [choice for choice in choices if chain.is_feasible(choice)]
     return feasible or _within(chain, choices[0], at_most, is_exact=is_exact), bound
@@ -101,8 +101,6 @@ def _within(chain: Chain, choice: Choice, at_most: int, *, is_exact: bool) -> li
         over = used_bytes - chain.capacities.get(device, 0)
         if over > 0:
             room[device] = room.get(device, 0) - 2 * over
-    if min(room.values()) < 0:
-        return []
     return _solved(replace(chain, capacities=room), at_most, is_exact=is_exact)[0]
 
 
@@ -110,4 +108,4 @@ def _whole(bound: float) -> int:
     """The least whole number of nanoseconds that is not below a bound, for all that floating point may have added."""
     if bound >= UNREACHABLE:
         return UNREACHABLE
-    return max(ceil(bound - max(bound * BOUND_TOLERANCE, LEAST_TOLERANCE)), 0)
+    return ceil(bound - max(bound * BOUND_TOLERANCE, LEAST_TOLERANCE))
