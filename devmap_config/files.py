@@ -314,10 +314,21 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: where it cannot be written.
     """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to, which takes the place of a file once all is written; nothing is left if it is not.
+
+    Raises:
+        OSError: where there cannot be such a file.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        yield Path(temporary)
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # what `open` would have given it

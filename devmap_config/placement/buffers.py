@@ -1,11 +1,11 @@
-"""Whether the buffers of streamed modules are to be streamed with them: accelerate's `offload_buffers`."""
+"""What may run a plan: what reads ahead from the disk, or accelerate, with or without its `offload_buffers`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.devices import STORAGE_DEVICES
-from devmap_config.placement.executor import LEFT, OFFLOADED
+from devmap_config.devices import DISK, STORAGE_DEVICES
+from devmap_config.placement.executor import LEFT, MAPPED, OFFLOADED
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
-    """Return what may run a plan of this profile, the first that fits is to be taken: buffers stay unless they must go.
+    """Return what may run a plan of this profile, the first that fits is to be taken.
 
-    They go of a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then
-    streamed as the plan counts them.
+    What reads ahead comes first, where there is but the CPU and the disk. Buffers stay unless they must go. They go of
+    a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then streamed as
+    the plan counts them.
     """
     asked, model = prepared.loaded.profile.placement.offload.buffers.value, prepared.model
     if model.quantization is not None and model.quantization.method.offloads_buffers:
@@ -30,7 +31,13 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
         return (OFFLOADED if asked else LEFT,)
     if not model.is_counted:
         return (OFFLOADED,)
-    return (LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (LEFT,)
+    mapped = (MAPPED,) if model.quantization is None and _has_disk_alone(prepared.capacities) else ()
+    return (*mapped, LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (*mapped, LEFT)
+
+
+def _has_disk_alone(capacities: Mapping[Device, int]) -> bool:
+    """Whether weights can be on disk, and nothing but the CPU computes."""
+    return DISK in capacities and not any(device.is_accelerator for device in capacities)
 
 
 def can_be_offloaded(graph: ModelGraph, capacities: Mapping[Device, int]) -> bool:
@@ -40,6 +47,8 @@ def can_be_offloaded(graph: ModelGraph, capacities: Mapping[Device, int]) -> boo
 
 
 def are_to_be_compared(prepared: Prepared) -> bool:
-    """Return whether the plan that streams buffers may be the better though the other fits: they hold weights."""
-    is_optimal = prepared.strategy in OPTIMAL_STRATEGIES
-    return is_optimal and any(tensor.in_buffer for tensor in prepared.graph.tensors.values())
+    """Return whether a later plan may be the better though an earlier one fits: it needs less room while it runs."""
+    if prepared.strategy not in OPTIMAL_STRATEGIES:
+        return False
+    holds_weights_in_buffers = any(tensor.in_buffer for tensor in prepared.graph.tensors.values())
+    return holds_weights_in_buffers or executors_for(prepared)[0] == MAPPED

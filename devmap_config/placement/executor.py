@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    """accelerate's hooks: one device after another, offloaded modules streamed to the main device.
+    """What streams modules to the main device, one device after another: by default accelerate's hooks.
 
     `offload_buffers` is accelerate's argument: whether the buffers of a streamed module are streamed with it.
+    `reads_ahead` is whether what the next module needs is read while another one computes
+    (`dispatch/mapped_weights.py`).
     """
 
     name: str = "accelerate"
     offload_buffers: bool = False
+    reads_ahead: bool = False
+
+    @property
+    def pieces_at_once(self) -> int:
+        """Of how many modules streamed weights are where they run, at most: of one, and of the next read ahead."""
+        return 2 if self.reads_ahead else 1
 
     def main_device(self, stored_on: Iterable[Device]) -> Device:
         """Return the device on which streamed modules run: the first accelerator in use, else the CPU."""
@@ -67,6 +75,9 @@ class Executor:
 
 LEFT = Executor()
 """Leaves buffers where streamed modules run: accelerate's default."""
+
+MAPPED = Executor(name="devmap", reads_ahead=True)
+"""Runs on the CPU what is on disk, from the checkpoint's own pages."""
 
 OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""

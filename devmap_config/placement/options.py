@@ -199,7 +199,8 @@ class OptionBuilder:
             ]
             if copied:
                 runs_on = locations[copied[0]].runs_on
-                pieces[runs_on] = max(pieces.get(runs_on, 0), sum(held_bytes[name] for name in copied))
+                piece_bytes = executor.pieces_at_once * sum(held_bytes[name] for name in copied)
+                pieces[runs_on] = max(pieces.get(runs_on, 0), piece_bytes)
             if (cost := self._costs.get(each.path)) is not None:
                 within = {locations[tensor.name].runs_on for tensor in each.tensors()}
                 runs_on = next(iter(within)) if len(within) == 1 else home

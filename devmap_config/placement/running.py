@@ -158,7 +158,7 @@ def _peaks(cost: ModuleCost) -> tuple[int, ...]:
 def _streaming_bytes(
     graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: Device
 ) -> dict[Device, int]:
-    """The largest module, with tensors of its own, that accelerate's hooks copy to where it runs: one at a time."""
+    """The largest module, with tensors of its own, that is copied to where it runs, as often as there may be one."""
     largest: dict[Device, int] = {}
     for each in assignments:
         by_module: dict[str, int] = {}
@@ -170,4 +170,4 @@ def _streaming_bytes(
                 by_module[module] = by_module.get(module, 0) + size_bytes
         if by_module:
             largest[each.location.runs_on] = max([largest.get(each.location.runs_on, 0), *by_module.values()])
-    return largest
+    return {device: size_bytes * executor.pieces_at_once for device, size_bytes in largest.items()}

@@ -88,7 +88,8 @@ class Timing:
     def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
         home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
-        return self._below(module, homes, home) + self._streaming_nanoseconds(module, homes)
+        running, streaming = self._below(module, homes, home), self._streaming_nanoseconds(module, homes)
+        return max(running, streaming) if self.executor.reads_ahead else running + streaming
 
     def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device) -> int:
         running = {homes[tensor.name].runs_on for tensor in module.tensors()}
@@ -114,7 +115,7 @@ class Timing:
         )
 
     def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
-        """What accelerate copies before a module runs: tensor by tensor, one after another. What is idle stays."""
+        """What is copied for the modules of a block: tensor by tensor, one after another. What is idle stays."""
         total = 0
         for each in module.walk():
             if not self._runs(each.path):

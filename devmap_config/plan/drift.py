@@ -158,14 +158,14 @@ def _comparable(inputs: Inputs, lock: Lock, graph: ModelGraph) -> Inputs:
 
 
 def _derived(lock: Lock, prepared: Prepared) -> Plan:
-    """Return the plan that follows from what a lock decides; the first of what may run it runs that of an early lock.
+    """Return the plan that follows from what a lock decides: the assignments, and what runs them.
 
     Raises:
         LockError: where it decides what cannot be.
     """
     graph, executors = prepared.graph, executors_for(prepared)
     units = locked_units(lock, graph, prepared.inventory)
-    executor = executors[0]
+    executor = next((each for each in executors if each.name == lock.plan["executor"]), executors[0])
     executor = replace(executor, offload_buffers=lock.plan.get("offload_buffers", executor.offload_buffers))
     if executor not in executors:
         raise LockError(f"`offload_buffers` is {_shown(executor.offload_buffers)}, which its profile rules out")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import CPU, DISK, Device, nth_accelerator
+from devmap_config.dispatch.mapped_weights import mapped_place, place_in_file
 from devmap_config.graph.checkpoint import read_header
-from devmap_config.graph.model import Tensor, TensorName, ancestors
-from devmap_config.libraries.accelerate import hooks_of, place_on_disk, streamed_from
+from devmap_config.graph.model import Tensor, TensorName
+from devmap_config.libraries.accelerate import hooks_of, streamed_from
 from devmap_config.libraries.torch import non_persistent_buffers, own_buffers
 from devmap_config.libraries.transformers import should_convert_module
 from devmap_config.quantization.storage import PACKED_DTYPES
@@ -150,6 +151,8 @@ def running_place(model: PreTrainedModel, name: str) -> tuple[Device, bool] | No
     home = tensor_home(model, name)
     if home is None:
         return None
+    if mapped_place(model, name) is not None:
+        return CPU, True
     own = path = name.rpartition(".")[0]
     while True:
         for hook in hooks_of(model.get_submodule(path)):
@@ -171,6 +174,8 @@ def tensor_home(model: PreTrainedModel, name: str) -> Device | None:
         tensor = None
     if tensor is None:
         return None
+    if mapped_place(model, name) is not None:
+        return DISK
     return _streamed_from(model, name) if tensor.is_meta else _device_of(tensor.device)
 
 
@@ -211,15 +216,10 @@ def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> li
 
 
 def _read_from(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
-    """From where accelerate's hook reads a tensor that is on disk."""
-    if tensor_home(model, name) != DISK:
-        return None
-    for path in ancestors(name):
-        for hook in hooks_of(model.get_submodule(path)):
-            place: Mapping[str, Any] | None = place_on_disk(hook, path, name)
-            if place is not None:
-                return place
-    return None
+    """From where a tensor that is on disk is read, as accelerate writes it."""
+    if (mapped := mapped_place(model, name)) is not None:
+        return {"safetensors_file": mapped.file, "weight_name": mapped.name}
+    return place_in_file(model, name) if tensor_home(model, name) == DISK else None
 
 
 def _names_of(model: PreTrainedModel) -> list[str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
-from devmap_config.files import is_folder
+from devmap_config.files import FileError, is_folder
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
@@ -123,6 +124,8 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     with telling_of_changes("the model cannot be loaded as it is planned"):
         with streaming_to(plan.main_device.in_device_map), code_of_models(allowed=request.trust_remote_code):
             loaded = _loaded(request, arguments)
+        if plan.executor.reads_ahead:
+            _map(loaded.model, plan, request.offload_folder)
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
 
 
@@ -134,6 +137,22 @@ def _device_map(plan: Plan) -> dict[str, Any]:
         return {**plan.placement, **dict.fromkeys(plan.compute, TORCH_CPU)}
     devices = set(plan.placement.values())
     return {"": devices.pop()} if len(devices) == 1 else dict(plan.placement)
+
+
+def _map(model: PreTrainedModel, plan: Plan, folder: Path | None) -> None:
+    from devmap_config.dispatch.mapped_weights import UnwritableWeightError, map_weights
+
+    on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
+    try:
+        map_weights(model, on_disk, folder)
+    except UnwritableWeightError as error:
+        raise RunnerError(
+            "missing-offload-folder",
+            f"`{error}` is to be on disk in another dtype than the checkpoint's, and there is no folder for that",
+            "name one as `placement: {offload: {folder: …}}`, or give `model.dtype` the checkpoint's",
+        ) from None
+    except (FileError, OSError) as error:
+        raise RunnerError("load-failed", f"weights on disk cannot be mapped: {first_line(error)}") from error
 
 
 def _computing_on_cpu(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

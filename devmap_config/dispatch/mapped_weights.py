@@ -1,0 +1,351 @@
+"""Runs on the CPU what is on disk: weights are mapped, read ahead of their use, and let go of behind it.
+
+accelerate reads a tensor from its file and copies it, each time that its module runs, and computes meanwhile nothing.
+Here a parameter is the file's own pages. A thread reads those of the module that is to run next while this one
+computes, and gives the memory back once a module has run, so that no more is held than the plan has room for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from safetensors.torch import save_file
+
+from devmap_config import files
+from devmap_config.graph.checkpoint import read_header
+from devmap_config.graph.meta_loading import TORCH_DTYPES
+from devmap_config.graph.model import ancestors
+from devmap_config.libraries.accelerate import hooks_of, place_on_disk
+from devmap_config.libraries.torch import own_parameters
+from devmap_config.libraries.transformers import chooses_experts_implementation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from transformers import PreTrainedModel
+
+READ_BYTES = 8 * 2**20
+"""How much is read at once: enough for a disk to be at its rate, and little beside a module of a large model."""
+
+
+class UnwritableWeightError(Exception):
+    """A weight is to be written anew, since its file has it in another dtype, and there is no folder for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInFile:
+    """Where a tensor lies: its name in a safetensors file, and the bytes from `start` to `end` of that file."""
+
+    file: Path
+    name: str
+    start: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        """What it occupies."""
+        return self.end - self.start
+
+
+class MappedFile:
+    """A file as memory. Its pages are read when they are touched, or ahead, and are let go of where it is said."""
+
+    def __init__(self, path: Path) -> None:
+        """Map a regular file, wherever its links lead.
+
+        Raises:
+            FileError: where it cannot be read.
+        """
+        with files.opened(path, files.ANYWHERE) as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        # A private mapping: torch takes memory that may be written to only, and what it writes stays its own.
+        self._memory = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+
+    def data(self, place: TensorInFile) -> torch.Tensor:
+        """Return the bytes that lie there, without reading them."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=place.size_bytes, offset=place.start)
+
+    def read(self, start: int, end: int, scratch: memoryview) -> None:
+        """Bring these bytes into memory, through a piece of memory that is used again and again.
+
+        Raises:
+            OSError: where they cannot be read, or the file has become shorter.
+        """
+        while start < end:
+            count = os.preadv(self._descriptor, [scratch[: min(end - start, len(scratch))]], start)
+            if not count:
+                raise OSError(f"it ends at {start:,} bytes, before its tensors do")
+            start += count
+
+    def let_go(self, start: int, end: int) -> None:
+        """Give back the memory of these bytes: of this process, and of the system where it can be asked to."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The weights that a module holds itself and that are on disk.
+
+    `is_sparse` where a token needs but a few rows of them, of an embedding or of experts: these come as they are
+    touched, and not as a whole.
+    """
+
+    ranges: Mapping[TensorInFile, MappedFile]
+    is_sparse: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """What they occupy."""
+        return sum(place.size_bytes for place in self.ranges)
+
+
+@dataclass
+class ReadAhead:
+    """A thread that reads the pieces of a model in the order in which they were last used.
+
+    No more is read ahead than `most_bytes`. Which piece follows on which is learnt as the model runs; at first they
+    are taken in the order of `pieces`, and the first after the last.
+    """
+
+    pieces: tuple[Piece, ...]
+    most_bytes: int
+    _next: dict[Piece, Piece] = field(default_factory=dict)
+    _present: dict[Piece, None] = field(default_factory=dict)
+    _wanted: list[Piece] = field(default_factory=list)
+    _done: list[Piece] = field(default_factory=list)
+    _running: list[Piece] = field(default_factory=list)
+    _last: Piece | None = None
+    _failure: OSError | None = None
+    _is_closed: bool = False
+
+    def __post_init__(self) -> None:
+        """Start the thread."""
+        self._next = dict(zip(self.pieces, (*self.pieces[1:], *self.pieces[:1]), strict=True))
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name="devmap-read-ahead", daemon=True).start()
+
+    def begin(self, piece: Piece, *, whole: bool) -> None:
+        """Say that a module begins; where it needs the `whole` of its weights, wait until they are in memory.
+
+        Raises:
+            OSError: where they cannot be read.
+        """
+        with self._changed:
+            if self._last is not None and self._next[self._last] is not piece:
+                self._next[self._last] = piece
+                unused = [each for each in self._present if each is not piece and each not in self._running]
+                self._done.extend(unused)
+            self._last = piece
+            self._running.append(piece)
+            if whole and piece not in self._present:
+                self._wanted.append(piece)
+            self._changed.notify_all()
+            while whole and piece not in self._present and self._failure is None:
+                self._changed.wait()
+            if self._failure is not None:
+                raise self._failure
+
+    def end(self, piece: Piece) -> None:
+        """Say that a module has run: its weights may go."""
+        with self._changed:
+            self._running.remove(piece)
+            if piece not in self._running:
+                self._done.append(piece)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let the thread end."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        scratch = memoryview(bytearray(READ_BYTES))
+        while (work := self._next_work()) is not None:
+            piece, goes = work
+            try:
+                for place, file in piece.ranges.items():
+                    if goes:
+                        file.let_go(place.start, place.end)
+                    else:
+                        file.read(place.start, place.end, scratch)
+            except OSError as error:
+                with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                return
+            if not goes:
+                with self._changed:
+                    self._present[piece] = None
+                    self._changed.notify_all()
+
+    def _next_work(self) -> tuple[Piece, bool] | None:
+        """Return the piece to be let go of (`True`) or read next, once there is one; `None` at the end."""
+        with self._changed:
+            while not self._is_closed:
+                if self._done:
+                    piece = self._done.pop()
+                    if piece in self._running:
+                        continue
+                    self._present.pop(piece, None)
+                    return piece, True
+                if self._wanted:
+                    piece = self._wanted.pop(0)
+                    if piece not in self._present:
+                        return piece, False
+                    continue
+                if (ahead := self._to_read_ahead()) is not None:
+                    return ahead, False
+                self._changed.wait()
+        return None
+
+    def _to_read_ahead(self) -> Piece | None:
+        """Return the piece that will be used next of those that are not in memory, where there is room for it."""
+        if self._last is None:
+            return None
+        ahead_bytes = sum(each.size_bytes for each in self._present if each not in self._running)
+        piece = self._last
+        for _ in self.pieces:
+            piece = self._next[piece]
+            if piece not in self._present and not piece.is_sparse:
+                return piece if ahead_bytes + piece.size_bytes <= self.most_bytes else None
+        return None
+
+
+@dataclass(frozen=True)
+class MappedWeights:
+    """What of a model is mapped: where each tensor lies, and at which address of this process."""
+
+    places: Mapping[str, TensorInFile]
+    addresses: Mapping[TensorInFile, int]
+
+
+_MAPPED: weakref.WeakKeyDictionary[torch.nn.Module, MappedWeights] = weakref.WeakKeyDictionary()
+
+
+def mapped_place(model: torch.nn.Module, name: str) -> TensorInFile | None:
+    """Return where the tensor of a model that is mapped lies; `None` for one that is not, or not any more."""
+    mapped = _MAPPED.get(model)
+    place = None if mapped is None else mapped.places.get(name)
+    if mapped is None or place is None:
+        return None
+    held = own_parameters(model.get_submodule(name.rpartition(".")[0])).get(name.rpartition(".")[2])
+    return place if held is not None and held.data_ptr() == mapped.addresses[place] else None
+
+
+def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path | None) -> None:
+    """Map the weights of a model that accelerate would copy from disk; nothing of accelerate's remains on it.
+
+    What is in memory is copied there from the checkpoint's pages, which the system would else let go of and read again.
+
+    Args:
+        model: the model, loaded by a map of `cpu` and `disk`.
+        names: the tensors that are on disk.
+        folder: where weights are written anew that their file has in another dtype.
+
+    Raises:
+        FileError: where a file cannot be read.
+        UnwritableWeightError: where a weight is to be written anew, and there is no folder.
+    """
+    stated = {name: found for name in names if (found := place_in_file(model, name)) is not None}
+    if not stated:
+        return
+    remove_hook_from_submodules(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()
+    mapped: dict[Path, MappedFile] = {}
+    parameters: dict[TensorInFile, torch.nn.Parameter] = {}
+    places: dict[str, TensorInFile] = {}
+    held: dict[torch.nn.Module, dict[TensorInFile, MappedFile]] = {}
+    for name, found in stated.items():
+        path, _, own_name = name.rpartition(".")
+        module, meta = model.get_submodule(path), model.get_parameter(name)
+        place = places[name] = _place_of(found, meta.dtype, folder)
+        if place.file not in mapped:
+            mapped[place.file] = MappedFile(place.file)
+        if place not in parameters:  # names that are tied share it
+            data = mapped[place.file].data(place).view(meta.dtype).view(meta.shape)
+            parameters[place] = torch.nn.Parameter(data, requires_grad=False)
+        own_parameters(module)[own_name] = parameters[place]
+        held.setdefault(module, {})[place] = mapped[place.file]
+    pieces = {each: Piece(held[each], _is_sparse(each)) for each in model.modules() if each in held}
+    reader = ReadAhead(tuple(pieces.values()), max(piece.size_bytes for piece in pieces.values()))
+    for module, piece in pieces.items():
+        _attach(module, piece, reader)
+    weakref.finalize(model, reader.close)
+    _MAPPED[model] = MappedWeights(places, {place: each.data_ptr() for place, each in parameters.items()})
+
+
+def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
+    """Return from where accelerate's hook reads a tensor that is on disk; `None` where none does."""
+    for path in ancestors(name):
+        for hook in hooks_of(model.get_submodule(path)):
+            place = place_on_disk(hook, path, name)
+            if place is not None:
+                return place
+    return None
+
+
+def _attach(module: torch.nn.Module, piece: Piece, reader: ReadAhead) -> None:
+    def before(_module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        reader.begin(piece, whole=not piece.is_sparse or _are_many_tokens(module, (*arguments, *options.values())))
+
+    def after(*_: Any) -> None:
+        reader.end(piece)
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after, always_call=True)
+
+
+def _is_sparse(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Embedding) or chooses_experts_implementation(module)
+
+
+def _are_many_tokens(module: torch.nn.Module, given: Iterable[Any]) -> bool:
+    """Return whether experts are given more than one token, by which most of them are chosen; rows are always few."""
+    if isinstance(module, torch.nn.Embedding):
+        return False
+    states = next((each for each in given if isinstance(each, torch.Tensor)), None)
+    return states is not None and states.shape[:-1].numel() > 1
+
+
+def _place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path | None) -> TensorInFile:
+    """Return where a tensor lies with the model's dtype, aligned to it: in its file, or where it is written anew."""
+    source, name = Path(stated["safetensors_file"]), str(stated["weight_name"])
+    stored_dtype, shape, start, end = read_header(source)[name]
+    place, held_dtype = TensorInFile(source, name, start, end), getattr(torch, TORCH_DTYPES[stored_dtype])
+    if held_dtype == dtype and start % dtype.itemsize == 0:
+        return place
+    if folder is None:
+        raise UnwritableWeightError(name)
+    path = _written_path(place, dtype, folder)
+    if not files.exists(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        data = MappedFile(source).data(place).view(held_dtype).view(shape).to(dtype)
+        with files.replacing(path) as temporary:
+            save_file({name: data}, temporary)
+    _, _, start, end = read_header(path)[name]
+    return TensorInFile(path, name, start, end)
+
+
+def _written_path(place: TensorInFile, dtype: torch.dtype, folder: Path) -> Path:
+    """Return the file of a tensor in another dtype, in whose name stands of what it was made."""
+    state = place.file.stat()
+    source = f"{place.file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{place.start}\0{dtype}"
+    return folder / f"{place.name}.{hashlib.sha256(source.encode()).hexdigest()[:16]}.safetensors"
