@@ -12,7 +12,8 @@ import mmap
 import os
 import threading
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 
 READ_BYTES = 8 * 2**20
 """How much is read at once: enough for a disk to be at its rate, and little beside a module of a large model."""
-
-
-class UnwritableWeightError(Exception):
-    """A weight is to be written anew, since its file has it in another dtype, and there is no folder for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +63,9 @@ class MappedFile:
             FileError: where it cannot be read.
         """
         with files.opened(path, files.ANYWHERE) as file:
-            self._descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._descriptor)
+            self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
         # A private mapping: torch takes memory that may be written to only, and what it writes stays its own.
-        self._memory = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+        self._memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def data(self, place: TensorInFile) -> torch.Tensor:
         """Return the bytes that lie there, without reading them."""
@@ -81,8 +77,9 @@ class MappedFile:
         Raises:
             OSError: where they cannot be read, or the file has become shorter.
         """
+        self._file.seek(start)
         while start < end:
-            count = os.preadv(self._descriptor, [scratch[: min(end - start, len(scratch))]], start)
+            count = self._file.readinto(scratch[: end - start])
             if not count:
                 raise OSError(f"it ends at {start:,} bytes, before its tensors do")
             start += count
@@ -94,7 +91,7 @@ class MappedFile:
         if first < last and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,36 +105,32 @@ class Piece:
     ranges: Mapping[TensorInFile, MappedFile]
     is_sparse: bool
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """What they occupy."""
         return sum(place.size_bytes for place in self.ranges)
 
 
-@dataclass
 class ReadAhead:
-    """A thread that reads the pieces of a model in the order in which they were last used.
+    """A thread that has in memory the pieces of a model that run, and those that are to run next.
 
-    No more is read ahead than `most_bytes`. Which piece follows on which is learnt as the model runs; at first they
-    are taken in the order of `pieces`, and the first after the last.
+    Which piece follows on which is learnt as the model runs; at first it is the next of `pieces`, and after the last
+    the first. What is neither running nor expected is let go of.
     """
 
-    pieces: tuple[Piece, ...]
-    most_bytes: int
-    _next: dict[Piece, Piece] = field(default_factory=dict)
-    _present: dict[Piece, None] = field(default_factory=dict)
-    _wanted: list[Piece] = field(default_factory=list)
-    _done: list[Piece] = field(default_factory=list)
-    _running: list[Piece] = field(default_factory=list)
-    _last: Piece | None = None
-    _failure: OSError | None = None
-    _is_closed: bool = False
-
-    def __post_init__(self) -> None:
-        """Start the thread."""
-        self._next = dict(zip(self.pieces, (*self.pieces[1:], *self.pieces[:1]), strict=True))
+    def __init__(self, pieces: tuple[Piece, ...], most_bytes: int) -> None:
+        """Start the thread, which reads no more than `most_bytes` ahead."""
+        self.most_bytes = most_bytes
+        self._next = dict(zip(pieces, (*pieces[1:], *pieces[:1]), strict=True))
+        self._last: Piece | None = None
+        self._running: list[Piece] = []
+        self._wanted: list[Piece] = []
+        self._present: dict[Piece, None] = {}
+        self._failure: BaseException | None = None
+        self._is_idle = self._is_closed = False
         self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="devmap-read-ahead", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="devmap-read-ahead", daemon=True)
+        self.thread.start()
 
     def begin(self, piece: Piece, *, whole: bool) -> None:
         """Say that a module begins; where it needs the `whole` of its weights, wait until they are in memory.
@@ -146,26 +139,24 @@ class ReadAhead:
             OSError: where they cannot be read.
         """
         with self._changed:
-            if self._last is not None and self._next[self._last] is not piece:
+            if self._last is not None:
                 self._next[self._last] = piece
-                unused = [each for each in self._present if each is not piece and each not in self._running]
-                self._done.extend(unused)
             self._last = piece
             self._running.append(piece)
-            if whole and piece not in self._present:
+            if whole:
                 self._wanted.append(piece)
+            else:
+                self._present[piece] = None  # what of it is touched
             self._changed.notify_all()
-            while whole and piece not in self._present and self._failure is None:
+            while piece not in self._present and self._failure is None:
                 self._changed.wait()
             if self._failure is not None:
                 raise self._failure
 
     def end(self, piece: Piece) -> None:
-        """Say that a module has run: its weights may go."""
+        """Say that a module has run."""
         with self._changed:
             self._running.remove(piece)
-            if piece not in self._running:
-                self._done.append(piece)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -176,55 +167,56 @@ class ReadAhead:
 
     def _work(self) -> None:
         scratch = memoryview(bytearray(READ_BYTES))
-        while (work := self._next_work()) is not None:
-            piece, goes = work
-            try:
+        try:
+            while (work := self._next_work()) is not None:
+                piece, goes = work
                 for place, file in piece.ranges.items():
                     if goes:
                         file.let_go(place.start, place.end)
                     else:
                         file.read(place.start, place.end, scratch)
-            except OSError as error:
-                with self._changed:
-                    self._failure = error
-                    self._changed.notify_all()
-                return
-            if not goes:
-                with self._changed:
-                    self._present[piece] = None
-                    self._changed.notify_all()
+                if not goes:
+                    with self._changed:
+                        self._present[piece] = None
+                        self._changed.notify_all()
+        except BaseException as error:  # whoever waits is told, and does not wait for ever
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
 
     def _next_work(self) -> tuple[Piece, bool] | None:
         """Return the piece to be let go of (`True`) or read next, once there is one; `None` at the end."""
         with self._changed:
             while not self._is_closed:
-                if self._done:
-                    piece = self._done.pop()
-                    if piece in self._running:
-                        continue
-                    self._present.pop(piece, None)
-                    return piece, True
-                if self._wanted:
-                    piece = self._wanted.pop(0)
+                self._wanted = [each for each in self._wanted if each not in self._present]
+                expected = self._expected()
+                for piece in self._present:
+                    if piece not in self._running and piece not in expected:
+                        del self._present[piece]
+                        return piece, True
+                for piece in (*self._wanted, *expected):
                     if piece not in self._present:
                         return piece, False
-                    continue
-                if (ahead := self._to_read_ahead()) is not None:
-                    return ahead, False
+                self._is_idle = True
                 self._changed.wait()
+                self._is_idle = False
         return None
 
-    def _to_read_ahead(self) -> Piece | None:
-        """Return the piece that will be used next of those that are not in memory, where there is room for it."""
+    def _expected(self) -> list[Piece]:
+        """Return the pieces that are to run next, as many as there is room for; rows come as they are touched."""
+        expected: list[Piece] = []
         if self._last is None:
-            return None
-        ahead_bytes = sum(each.size_bytes for each in self._present if each not in self._running)
-        piece = self._last
-        for _ in self.pieces:
+            return expected
+        piece, room_bytes = self._last, self.most_bytes
+        for _ in self._next:
             piece = self._next[piece]
-            if piece not in self._present and not piece.is_sparse:
-                return piece if ahead_bytes + piece.size_bytes <= self.most_bytes else None
-        return None
+            if piece.is_sparse or piece in expected:
+                continue
+            room_bytes -= piece.size_bytes
+            if room_bytes < 0:
+                break
+            expected.append(piece)
+        return expected
 
 
 @dataclass(frozen=True)
@@ -248,7 +240,7 @@ def mapped_place(model: torch.nn.Module, name: str) -> TensorInFile | None:
     return place if held is not None and held.data_ptr() == mapped.addresses[place] else None
 
 
-def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path | None) -> None:
+def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> None:
     """Map the weights of a model that accelerate would copy from disk; nothing of accelerate's remains on it.
 
     What is in memory is copied there from the checkpoint's pages, which the system would else let go of and read again.
@@ -260,7 +252,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path | Non
 
     Raises:
         FileError: where a file cannot be read.
-        UnwritableWeightError: where a weight is to be written anew, and there is no folder.
+        OSError: where one cannot be written.
     """
     stated = {name: found for name in names if (found := place_in_file(model, name)) is not None}
     if not stated:
@@ -303,7 +295,7 @@ def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None
 
 
 def _attach(module: torch.nn.Module, piece: Piece, reader: ReadAhead) -> None:
-    def before(_module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def before(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         reader.begin(piece, whole=not piece.is_sparse or _are_many_tokens(module, (*arguments, *options.values())))
 
     def after(*_: Any) -> None:
@@ -325,15 +317,13 @@ def _are_many_tokens(module: torch.nn.Module, given: Iterable[Any]) -> bool:
     return states is not None and states.shape[:-1].numel() > 1
 
 
-def _place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path | None) -> TensorInFile:
+def _place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> TensorInFile:
     """Return where a tensor lies with the model's dtype, aligned to it: in its file, or where it is written anew."""
     source, name = Path(stated["safetensors_file"]), str(stated["weight_name"])
     stored_dtype, shape, start, end = read_header(source)[name]
     place, held_dtype = TensorInFile(source, name, start, end), getattr(torch, TORCH_DTYPES[stored_dtype])
     if held_dtype == dtype and start % dtype.itemsize == 0:
         return place
-    if folder is None:
-        raise UnwritableWeightError(name)
     path = _written_path(place, dtype, folder)
     if not files.exists(path):
         folder.mkdir(parents=True, exist_ok=True)

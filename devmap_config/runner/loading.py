@@ -124,7 +124,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     with telling_of_changes("the model cannot be loaded as it is planned"):
         with streaming_to(plan.main_device.in_device_map), code_of_models(allowed=request.trust_remote_code):
             loaded = _loaded(request, arguments)
-        if plan.executor.reads_ahead:
+        if plan.executor.reads_ahead and request.offload_folder is not None:
             _map(loaded.model, plan, request.offload_folder)
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
 
@@ -139,18 +139,12 @@ def _device_map(plan: Plan) -> dict[str, Any]:
     return {"": devices.pop()} if len(devices) == 1 else dict(plan.placement)
 
 
-def _map(model: PreTrainedModel, plan: Plan, folder: Path | None) -> None:
-    from devmap_config.dispatch.mapped_weights import UnwritableWeightError, map_weights
+def _map(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
+    from devmap_config.dispatch.mapped_weights import map_weights
 
     on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
     try:
         map_weights(model, on_disk, folder)
-    except UnwritableWeightError as error:
-        raise RunnerError(
-            "missing-offload-folder",
-            f"`{error}` is to be on disk in another dtype than the checkpoint's, and there is no folder for that",
-            "name one as `placement: {offload: {folder: …}}`, or give `model.dtype` the checkpoint's",
-        ) from None
     except (FileError, OSError) as error:
         raise RunnerError("load-failed", f"weights on disk cannot be mapped: {first_line(error)}") from error
 

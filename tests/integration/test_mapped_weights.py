@@ -1,0 +1,216 @@
+"""What is on disk runs from the checkpoint's own pages: the same logits, in no more memory than the plan has."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA, MIXTURE
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from devmap_config import compile_profile, load_model
+from devmap_config.cli.compile import compile_command
+from devmap_config.devices import CPU, DISK
+from devmap_config.dispatch.mapped_weights import mapped_place
+from devmap_config.libraries.accelerate import hooks_of
+from devmap_config.runner.inspection import running_place, tensor_home
+
+TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
+
+
+def config_of(values, **changed):
+    return {key: value for key, value in values.items() if key not in ("architectures", "dtype")} | changed
+
+
+MODELS = {
+    "dense": lambda: LlamaForCausalLM(LlamaConfig(**config_of(LLAMA))),
+    "tied head": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=512)),
+    "fused experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**config_of(MIXTURE))),
+    "encoder and decoder": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    ),
+}
+
+
+def saved(model, path, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    made = model().to(dtype).eval()
+    made.save_pretrained(path)
+    return made
+
+
+def compiled(text="", *, placement="strategy: single, device: disk", dtype="float32"):
+    Path("p.yaml").write_text(
+        f"""version: 1
+model: {{source: random, dtype: {dtype}}}
+hardware: {{devices: {{cpu: {{memory: 8MiB}}, disk: {{memory: 1GiB}}}}}}
+placement: {{{placement}, offload: {{folder: offload}}}}
+{text}"""
+    )
+    assert compile_command.main(["p.yaml", "-q"], standalone_mode=False) == 0
+    return compile_profile("p.yaml")
+
+
+def outputs(model):
+    given = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=TOKENS, **given).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("dense", torch.float32),
+        ("dense", torch.bfloat16),  # which is cast
+        ("tied head", torch.float32),
+        ("fused experts", torch.bfloat16),
+        ("encoder and decoder", torch.float32),
+    ],
+    ids=str,
+)
+def test_the_logits_are_those_of_the_model_in_memory(workspace, name, dtype):
+    saved(MODELS[name], workspace / "random", dtype)
+    plan = compiled()
+    assert plan.executor.name == "devmap"
+    model = load_model("p.yaml", probe=False)
+    on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert on_disk
+    for tensor in on_disk:
+        if tensor in parameters:
+            assert mapped_place(model, tensor) is not None
+            assert tensor_home(model, tensor) == DISK
+            assert running_place(model, tensor) == (CPU, True)
+    assert not any(hooks_of(module) for module in model.modules())
+    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    expected = outputs(auto.from_pretrained(workspace / "random", dtype=torch.float32))
+    assert torch.equal(outputs(model), expected)
+    assert torch.equal(outputs(model), expected)  # what was let go of comes again
+
+
+def test_tokens_are_generated_as_in_memory(workspace):
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    wanted = plain.generate(TOKENS, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_tied_names_share_one_mapping(workspace):
+    saved(MODELS["tied head"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def resident_bytes(tensor):
+    """How much of a tensor's pages is in the system's memory, of those that are its alone."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE
+    seen = (ctypes.c_ubyte * pages)()
+    assert not ctypes.CDLL(None, use_errno=True).mincore(
+        ctypes.c_void_p(start), ctypes.c_size_t(pages * mmap.PAGESIZE), seen
+    )
+    return sum(each & 1 for each in seen) * mmap.PAGESIZE
+
+
+def test_what_has_run_is_let_go_of(workspace):
+    large = config_of(LLAMA, hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
+    saved(lambda: LlamaForCausalLM(LlamaConfig(**large)), workspace / "random")
+    os.sync()  # what is still to be written cannot be let go of
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    matrices = [each for each in model.parameters() if each.nbytes >= 2**20]
+    assert sum(resident_bytes(each) for each in matrices) > 0  # the loader has read them
+    outputs(model)
+    held_bytes = sum(map(resident_bytes, matrices))
+    assert held_bytes <= 2 * max(each.nbytes for each in matrices)
+    assert held_bytes < sum(each.nbytes for each in matrices) / 4
+
+
+def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
+    saved(MODELS["dense"], workspace / "random", torch.bfloat16)
+    compiled()
+    load_model("p.yaml", probe=False)
+    written = {path: path.stat().st_mtime_ns for path in (workspace / "offload").iterdir()}
+    assert written
+    load_model("p.yaml", probe=False)
+    assert {path: path.stat().st_mtime_ns for path in (workspace / "offload").iterdir()} == written
+    before = outputs(load_model("p.yaml", probe=False))
+    saved(MODELS["dense"], workspace / "random", torch.bfloat16, seed=7)
+    other = AutoModelForCausalLM.from_pretrained(workspace / "random", dtype=torch.float32)
+    assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(other))
+    assert not torch.equal(outputs(other), before)
+
+
+def test_a_checkpoint_that_shrinks_while_it_runs_is_told(workspace):
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    path = workspace / "random" / "model.safetensors"
+    os.truncate(path, 4096)
+    with pytest.raises(OSError, match="before its tensors do"):
+        model.model.layers[3](torch.zeros(1, 1, 64), position_embeddings=(torch.zeros(1, 1, 16),) * 2)
+
+
+def test_it_is_saved_as_any_model(workspace):
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    load_model("p.yaml", probe=False).save_pretrained(workspace / "again")
+    again = AutoModelForCausalLM.from_pretrained(workspace / "again", dtype=torch.float32)
+    assert torch.equal(outputs(again), outputs(plain))
+
+
+def test_a_model_that_is_dropped_leaves_no_thread(workspace):
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    outputs(model)
+    gone, readers = weakref.ref(model), [each for each in threading.enumerate() if each.name == "devmap-read-ahead"]
+    del model
+    gc.collect()
+    assert gone() is None
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("devices", "model"),
+    [
+        ("cuda:0: {memory: 8MiB}, cpu: {memory: 8MiB}, disk: {memory: 1GiB}", ""),
+        (
+            "cpu: {memory: 8MiB}, disk: {memory: 1GiB}",
+            ", quantization: {method: bitsandbytes, load_in_8bit: true}",
+        ),
+    ],
+    ids=["beside an accelerator", "quantised"],
+)
+def test_elsewhere_accelerate_streams(workspace, devices, model):
+    saved(MODELS["dense"], workspace / "random")
+    Path("p.yaml").write_text(
+        f"""version: 1
+model: {{source: random{model}}}
+hardware: {{devices: {{{devices}}}}}
+placement: {{strategy: sequential, offload: {{folder: offload}}}}
+"""
+    )
+    assert compile_profile("p.yaml").executor.name == "accelerate"
