@@ -308,27 +308,16 @@ def _check_size(text: str, max_depth: int) -> None:
             raise FileError(f"is nested deeper than {max_depth}", "too-large", "flatten it")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, and nothing is left of one that was not finished.
 
     Raises:
         OSError: where it cannot be written.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to, which takes the place of a file once all is written; nothing is left if it is not.
-
-    Raises:
-        OSError: where there cannot be such a file.
-    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
     try:
-        yield Path(temporary)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # what `open` would have given it

@@ -178,7 +178,7 @@ def _pace(plan: Plan) -> Iterator[str]:
         yield f"Activations change devices {counted(plan.prediction.hops, 'time')} in a forward."
     if plan.prediction.streamed_bytes_per_token:
         streamed = format_bytes(plan.prediction.streamed_bytes_per_token)
-        yield f"{streamed} of weights are copied to {plan.main_device} at every forward."
+        yield f"{streamed} of weights {plan.streaming}."
     if plan.streams_buffers:
         yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
     if plan.compute:

@@ -147,6 +147,6 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if used < len(plan.devices):
         yield f"{used} of {len(plan.devices)} devices are used"
     if plan.prediction.streamed_bytes_per_token:
-        yield f"{format_bytes(plan.prediction.streamed_bytes_per_token)} are copied in at every forward"
+        yield f"{format_bytes(plan.prediction.streamed_bytes_per_token)} {plan.streaming}"
     if plan.compute:
         yield "a part is computed on the CPU"

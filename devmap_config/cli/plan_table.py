@@ -78,7 +78,7 @@ def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterat
         yield Text("the model does not decode token by token: `fastest` makes its prefill fast")
     streamed = plan.prediction.streamed_bytes_per_token
     if streamed:
-        yield Text(f"{format_bytes(streamed)} are copied to {plan.main_device} at every forward", style="yellow")
+        yield Text(f"{format_bytes(streamed)} {plan.streaming}", style="yellow")
     if plan.streams_buffers:
         yield Text("buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`")
     for use in plan.devices:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from devmap_config import files
 from devmap_config.graph.checkpoint import read_header
@@ -254,7 +254,8 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         FileError: where a file cannot be read.
         OSError: where one cannot be written.
     """
-    stated = {name: found for name in names if (found := place_in_file(model, name)) is not None}
+    absent = {name for name, each in model.named_parameters(remove_duplicate=False) if each.is_meta}
+    stated = {name: found for name in names if name in absent and (found := place_in_file(model, name)) is not None}
     if not stated:
         return
     remove_hook_from_submodules(model)
@@ -328,8 +329,7 @@ def _place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> Te
     if not files.exists(path):
         folder.mkdir(parents=True, exist_ok=True)
         data = MappedFile(source).data(place).view(held_dtype).view(shape).to(dtype)
-        with files.replacing(path) as temporary:
-            save_file({name: data}, temporary)
+        files.write_atomically(path, save({name: data}))
     _, _, start, end = read_header(path)[name]
     return TensorInFile(path, name, start, end)
 

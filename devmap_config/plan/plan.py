@@ -150,6 +150,13 @@ class Plan:
         return dict(self.placement)
 
     @property
+    def streaming(self) -> str:
+        """How weights come to where they run that are stored elsewhere: what is said of their size."""
+        if self.executor.reads_ahead:
+            return "are on disk, and read ahead of their use at every forward"
+        return f"are copied to {self.main_device} at every forward"
+
+    @property
     def offload_buffers(self) -> bool:
         """What `from_pretrained` is to be given as `offload_buffers`, together with the map."""
         return self.executor.offload_buffers

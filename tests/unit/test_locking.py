@@ -49,7 +49,7 @@ def test_a_disk_that_is_full_is_no_traceback_and_leaves_the_old_file(tmp_path):
 
     def full(descriptor, *_arguments, **_options):
         os.close(descriptor)
-        return Path("/dev/full").open("w")
+        return Path("/dev/full").open("wb")
 
     with mock.patch("os.fdopen", full), pytest.raises(click.ClickException, match="No space left"):
         write(target, "new")
