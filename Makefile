@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 
-.PHONY: demo test test-oldest test-index zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup lint audit schemas libraries locks clean
+.PHONY: demo test test-oldest test-index zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -63,6 +63,10 @@ benchmark-placement: $(INSTALLED)
 # How long `devmap check` takes beside a script that asks transformers' planner for the same map: two minutes.
 benchmark-startup: $(INSTALLED)
 	$(BIN)/python benchmarks/startup.py
+
+# What runs a model that is larger than the memory, beside accelerate's hooks: fifteen minutes, as root on Linux.
+benchmark-disk: $(INSTALLED)
+	$(BIN)/python benchmarks/disk.py
 
 # Which of transformers' own `auto` maps do not run, of every causal language model: three minutes.
 benchmark-auto-maps: $(INSTALLED)

@@ -21,9 +21,15 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from devmap_config import load_model
 
 TOKENS, ROUNDS = 6, 3
 LAYERS, HIDDEN, INNER = 28, 2048, 8192
@@ -43,9 +49,6 @@ placement: {{strategy: fastest, offload: {{folder: offload}}}}
 
 def make_model(folder: Path) -> None:
     """Save a model of random weights, made tensor by tensor by `save_pretrained`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
@@ -82,13 +85,8 @@ class Cgroup:
 
 def run_one(mode: str) -> None:
     """Load and generate in this process; prints what it took."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     begun = time.monotonic()
     if mode == "devmap":
-        from devmap_config import load_model
-
         model = load_model("profile.yaml", probe=False)
     else:
         device_map = json.loads(Path("profile.lock.json").read_text())["plan"]["device_map"]
@@ -112,7 +110,7 @@ def run_one(mode: str) -> None:
     tokens = model.generate(
         prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, streamer=Stamps()
     )  # fmt: skip
-    decode = [after - before for before, after in zip(stamps[1:], stamps[2:], strict=False)]
+    decode = [after - before for before, after in pairwise(stamps[1:])]
     print(json.dumps({
         "load_seconds": loaded - begun, "prefill_seconds": stamps[1] - stamps[0], "decode_seconds": median(decode),
         "tokens": tokens[0, 32:].tolist(),
