@@ -7,10 +7,10 @@ from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.failures import Cause  # noqa: TC001  pydantic reads the annotations
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from devmap_config.graph.failures import Cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,10 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Literal, NewType
 
+from devmap_config.graph.costs import Measurement  # noqa: TC001  pydantic reads the annotations
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
-
-    from devmap_config.graph.costs import Measurement
 
 ModulePath = NewType("ModulePath", str)
 """Dotted path of a module, as in `named_modules()`; the root is `""`."""

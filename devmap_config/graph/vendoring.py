@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping  # noqa: TC003  pydantic reads the annotations
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from devmap_config.files import GRAPH, FileError, read_json
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.digest import digest
+from devmap_config.graph.model import ModelGraph  # noqa: TC001
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from devmap_config.files import Boundary
-    from devmap_config.graph.model import ModelGraph
 
 SCHEMA = "devmap-vendored-graph/2"
 """2 has a digest over its content."""
@@ -41,6 +46,8 @@ class VendoredGraphError(Exception):
 @dataclass(frozen=True, kw_only=True)
 class VendoredGraph:
     """A graph with all that it was made from: the model's config and what the profile asked for."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, revalidate_instances="always")
 
     graph: ModelGraph
     config: Mapping[str, Any]
@@ -102,13 +109,47 @@ def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
             if each.name not in LEFT_OUT or each.name in value
         }
         workload = None if value["workload"] is None else Workload(**value["workload"])
-        graph = graph_from_json(value["graph"])
-        if any(NO_NAME.search(name) or not name.isprintable() for name in (*graph.modules, *graph.tensors)):
-            raise VendoredGraphError("it names modules as none is called")
-        return VendoredGraph(**{**stated, "graph": graph, "workload": workload})
+        vendored = VendoredGraph(**{**stated, "graph": graph_from_json(value["graph"]), "workload": workload})
+        _types().validate_python(vendored)
+        _require_consistent(vendored.graph)
     except FileError as error:
         if error.is_absent:
             return None
         raise VendoredGraphError(f"it {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VendoredGraphError(f"it is damaged ({type(error).__name__})") from error
+    return vendored
+
+
+@cache
+def _types() -> TypeAdapter[VendoredGraph]:
+    return TypeAdapter(VendoredGraph)
+
+
+def _require_consistent(graph: ModelGraph) -> None:
+    """Refuse a graph that speaks of what it does not have, of sizes below nothing, or by names that none has.
+
+    Raises:
+        ValueError, VendoredGraphError: where it does.
+    """
+    modules, tensors = list(graph.root.walk()), list(graph.root.tensors())
+    named = {
+        *(tensor.alias_of for tensor in tensors if tensor.alias_of is not None),
+        *chain(*graph.ties),
+        *graph.merged,
+    }
+    if not named <= graph.tensors.keys() or not set(_measured_paths(graph)) <= graph.modules.keys():
+        raise ValueError("it names what is not there")
+    if len(modules) != len(graph.modules) or len(tensors) != len(graph.tensors):
+        raise ValueError("two of its parts have one name")
+    if any(min(tensor.size_bytes, tensor.planner_bytes, tensor.offloaded_bytes or 0) < 0 for tensor in tensors):
+        raise ValueError("a size is below nothing")
+    if any(NO_NAME.search(name) or not name.isprintable() for name in (*graph.modules, *graph.tensors)):
+        raise VendoredGraphError("it names modules as none is called")
+
+
+def _measured_paths(graph: ModelGraph) -> Iterator[str]:
+    if graph.measurement is not None:
+        yield from (cost.path for cost in graph.measurement.modules)
+        yield from (path for each in graph.measurement.crossings for path in (each.reader, each.maker))
+        yield from chain(*graph.measurement.bonds)

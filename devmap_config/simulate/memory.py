@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,10 @@ SCHEMA = "devmap-dry-run/4"
 
 def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = False) -> Verdict | None:
     """Whether a plan runs: as it was remembered, else tried; `None` where it cannot be tried, without torch."""
-    try:
-        return Verdict.from_json(model.dry_runs[plan_digest(plan)])
-    except (KeyError, TypeError, ValueError):
-        pass  # it was not kept beside the profile, or by another version
+    with suppress(KeyError, ValueError):  # it was not kept beside the profile, or by another version
+        verdict = Verdict.from_json(model.dry_runs[plan_digest(plan)])
+        if {device.id for device in verdict.devices} <= {use.id for use in plan.devices}:
+            return verdict
     path = default_directory().parent / "dry-runs" / f"{_key(plan, model)}.json"
     # Code that comes with a model may change without its config.
     if not trust_remote_code and (value := kept(path)) is not None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import PlainValidator, TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from devmap_config.devices import Device
+from devmap_config.graph.failures import Cause  # noqa: TC001  pydantic reads the annotations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.graph.failures import Cause
+ReadDevice = Annotated[Device, PlainValidator(lambda value: Device.from_text(str(value)))]
+"""A device, which data that was kept has as text."""
 
 NOWHERE = Device("meta")
 """Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
@@ -29,16 +33,11 @@ class Party:
     block; `blocks` then are all that made what it was made of.
     """
 
-    device: Device
+    device: ReadDevice
     block: str
     made_by: str
     tensor: str | None = None
     blocks: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Party:
-        """What `asdict` gave."""
-        return cls(**{**value, "device": Device.from_text(value["device"]), "blocks": tuple(value["blocks"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,7 @@ class SimulatedDevice:
     `cache_bytes` is what the cache's tensors show there after the prefill.
     """
 
-    id: Device
+    id: ReadDevice
     weights_bytes: int
     cache_bytes: int
     peak_bytes: int
@@ -155,14 +154,17 @@ class Verdict:
         """What `to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: where the value is not one.
+            ValueError: where the value is not one.
         """
-        if set(value) | {"cause"} != {each.name for each in fields(cls)}:
+        if not isinstance(value, dict) or value.keys() | {"cause"} != {each.name for each in fields(cls)}:
             raise ValueError("not a verdict")
-        mismatch = value["mismatch"]
-        if mismatch is not None:
-            mismatch = Mismatch(**{**mismatch, "parties": tuple(map(Party.from_json, mismatch["parties"]))})
-        devices = tuple(
-            SimulatedDevice(**{**device, "id": Device.from_text(device["id"])}) for device in value["devices"]
-        )
-        return cls(**{**value, "devices": devices, "mismatch": mismatch})
+        verdict = _verdict_reader().validate_python(value)
+        parties = () if verdict.mismatch is None else verdict.mismatch.parties
+        if bool(parties) != (verdict.outcome == "mismatch"):
+            raise ValueError("not a verdict")
+        return verdict
+
+
+@cache
+def _verdict_reader() -> TypeAdapter[Verdict]:
+    return TypeAdapter(Verdict)

@@ -15,6 +15,7 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.files import boundary_of
 from devmap_config.graph import cache
 from devmap_config.graph.cache import cached_graph, keep, kept
+from devmap_config.graph.digest import digest
 from devmap_config.graph.model import ModelGraph, Module, ModulePath
 from devmap_config.graph.vendoring import VendoredGraphError, read_vendored
 
@@ -158,3 +159,30 @@ def test_a_vendored_graph_is_refused_with_any_leaf_changed(compiled, tmp_path):
         path.write_text(json.dumps(flipped(value, route)))
         with pytest.raises(VendoredGraphError, match=r"changed by hand|another version"):
             read_vendored(path, boundary_of(path))
+
+
+@pytest.mark.parametrize("change", ["size", "twice", "alias", "measured"])
+def test_a_vendored_graph_that_cannot_be_is_refused_though_its_digest_is_right(change, compiled, tmp_path):
+    value = json.loads((compiled / "p.graph.json").read_text())
+    root, measurement = value["graph"]["root"], value["graph"]["measurement"]
+    [embedding] = next(module for module in walk(root) if module[0] == "embed_tokens")[2]
+    match change:
+        case "size":
+            embedding[3] = -1
+        case "twice":
+            root[4].append(root[4][0])
+        case "alias":
+            embedding[6] = "nothing"
+        case "measured":
+            measurement["modules"][0][measurement["columns"].index("path")] = "nothing"
+    value["digest"] = digest({key: part for key, part in value.items() if key != "digest"})
+    path = tmp_path / "p.graph.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(VendoredGraphError, match="it is damaged"):
+        read_vendored(path, boundary_of(path))
+
+
+def walk(module):
+    yield module
+    for child in module[4]:
+        yield from walk(child)
