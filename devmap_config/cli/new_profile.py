@@ -103,7 +103,7 @@ def relative_source(source: str, output: Path | None) -> str:
     """
     if not is_unicode(source):
         raise click.UsageError(f"`{source}` is not UTF-8, as profiles are: give it another name")
-    if not exists(Path(source)):
+    if not source or not exists(Path(source)):
         return source
     relative = os.path.relpath(source, output.parent if output else ".")
     return relative if "/" in relative or relative.endswith(".json") else f"./{relative}"
