@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 ZOO_SHARE ?= 1/1
+SECONDS ?= 600
 
-.PHONY: demo test test-oldest test-index zoo benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk lint audit schemas libraries locks clean
+.PHONY: demo test test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -50,6 +51,13 @@ test-index:
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
 	$(BIN)/pytest -n $(WORKERS) -m zoo --share $(ZOO_SHARE) -q
+
+# Made-up inputs for every way in: nothing may end in a traceback, take 5 s of a processor or 1 GiB. `SEED=…` makes the
+# same ones again, `SURFACES="locks graphs"` those alone; what fails is written to `build/fuzz`, and belongs into
+# `tests/corpus`. Ten minutes; `SECONDS=3600` takes an hour.
+fuzz: $(INSTALLED)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --workers $(WORKERS) --seconds $(SECONDS) \
+		$(if $(SEED),--seed $(SEED)) $(SURFACES)
 
 # What devmap-config, accelerate and hf-mem predict of published models, beside what is true: five minutes.
 benchmark-memory: $(INSTALLED)

@@ -1,0 +1,191 @@
+"""Makes the folder in which inputs are tried: tiny models, a profile that uses most of the language, its lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from cases.test_cases import cases, read, with_defaults
+from click.testing import CliRunner
+from conftest import LLAMA, MIXTURE, MODELS, REPOSITORY, write_models
+
+from devmap_config.cli import devmap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GOOD = """\
+version: 1
+name: good
+description: what the language has, in few lines
+variables: {last: 2, size: 1GiB}
+extends: [machine.yaml]
+x-pin: &pin {device: cuda:1}
+model: {source: llama, dtype: bfloat16, class: AutoModelForCausalLM, attention: sdpa}
+workload:
+  {batch_size: 1, context_length: "{{ 64 * last }}", prompt_length: 16, logits: last, cache: dynamic, optimize: decode}
+hardware:
+  devices:
+    cuda:0: {memory: 900KiB, reserve: 10%, slack: 1%, overhead: 1KiB}
+    disk: {memory: "{{ size }}", bandwidth: 6GB/s}
+placement:
+  strategy: sequential
+  max_memory: {1: 800KiB, cpu: 50%}
+  pins:
+    - {<<: *pin, match: lm_head}
+    - {match: "model.layers.[-{{ last }}:]", device: cpu, override: true}
+    - {match: "model.layers.[4].mlp", not_on: [cuda:1], optional: true}
+    - {match: "class:LlamaRMSNorm in model.layers.0", keep_together: true, optional: true}
+  offload: {folder: ./offload, buffers: false}
+targets: [transformers]
+"""
+
+MACHINE = """\
+hardware:
+  devices:
+    "cuda:[0-1]": {memory: 1MiB, bandwidth: 1000GB/s, flops: 100TFLOP/s, efficiency: 80%}
+    cpu: {memory: 64MiB, bandwidth: 80GB/s, flops: 1TFLOP/s}
+  links: {host: {bandwidth: 25GB/s, latency: 10us}, peer: 12GB/s, "cuda:0-cuda:1": 20GB/s}
+"""
+
+LOCKED = """\
+version: 1
+model: {source: mixture}
+variables: {context: 64}
+workload: {context_length: "{{ context }}"}
+extends: machine.yaml
+hardware: {devices: {disk: {memory: 1GiB, bandwidth: 1GB/s}, "cuda:[0-1]": {memory: 400KiB}, cpu: {memory: 400KiB}}}
+placement:
+  strategy: fastest
+  pins: [{match: "model.layers.[3].mlp.experts", device: cpu, compute: cpu}]
+  offload: {folder: ./offload}
+"""
+
+TINY = {**LLAMA, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "num_hidden_layers": 2, "vocab_size": 16, "dtype": "float32", "max_position_embeddings": 64}  # fmt: skip
+
+WEIGHTS = """\
+version: 1
+model: {source: weights}
+hardware: {devices: {cuda:0: {memory: 4KiB}, cpu: {memory: 64MiB}}}
+placement: {strategy: sequential}
+"""
+
+OF_CONFIG = """\
+version: 1
+model: {source: config.json}
+hardware: {devices: {cuda:0: {memory: 300KiB}, cpu: {memory: 1TiB}}}
+placement: {strategy: sequential}
+"""
+
+SHARDED = WEIGHTS.replace("weights", "sharded")
+
+VENDORED = """\
+version: 1
+model: {source: weights}
+workload: {context_length: 16}
+hardware:
+  devices:
+    cuda:0: {memory: 16KiB, bandwidth: 1TB/s, flops: 1TFLOP/s}
+    cpu: {memory: 1MiB, bandwidth: 80GB/s, flops: 1TFLOP/s}
+  links: {host: 25GB/s}
+placement: {strategy: sequential}
+"""
+
+DEVICE_MAP = {
+    "model.embed_tokens": 0,
+    **{f"model.layers.{layer}": 0 if layer < 3 else 1 for layer in range(5)},
+    "model.layers.5.self_attn": "cpu",
+    "model.layers.5.mlp": "disk",
+    "model.layers.5.input_layernorm": "cuda:1",
+    "model.layers.5.post_attention_layernorm": "cuda:1",
+    "model.norm": 1,
+    "model.rotary_emb": 1,
+    "lm_head": 1,
+}
+
+CONFIGS: list[dict[str, Any]] = [
+    LLAMA,
+    MIXTURE,
+    MODELS["learned"],
+    MODELS["quantized"],
+    {**LLAMA, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+    "original_max_position_embeddings": 64},
+     "id2label": {"0": "a"}, "auto_map": {"AutoConfig": "configuration_x.C"}, "eos_token_id": [1, 2],
+     "pad_token_id": None},
+    {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32,
+    "num_layers": 2,
+     "num_heads": 2, "vocab_size": 32, "relative_attention_num_buckets": 8, "decoder_start_token_id": 0},
+    {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 32,
+     "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64,
+     "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8},
+    {"architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_size": 32, "intermediate_size": 32,
+     "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16, "id2label": {"0": "a",
+     "1": "b"}},
+]  # fmt: skip
+"""Configs to start from: of text, of pictures, of encoder and decoder, with experts, windows, rotations, quantised."""
+
+
+def make_workspace(folder: Path) -> None:
+    """Fill a folder with what inputs are tried beside; what commands make of it is made by themselves."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_models(folder)
+    os.chdir(folder)
+    texts = {
+        "good.yaml": GOOD,
+        "machine.yaml": MACHINE,
+        "locked.yaml": LOCKED,
+        "vendored.yaml": VENDORED,
+        "weights.yaml": WEIGHTS,
+    }
+    texts |= {
+        "sharded.yaml": SHARDED,
+        "config.yaml": OF_CONFIG,
+        "workload.yaml": OF_CONFIG + "workload: {context_length: 64}\n",
+    }
+    texts |= {"config.json": json.dumps(LLAMA), "map.json": json.dumps(DEVICE_MAP)}
+    for name, text in texts.items():
+        Path(name).write_text(text, encoding="utf-8")
+    os.mkfifo("pipe")
+    Path("endless").symlink_to("/dev/zero")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained("weights")
+    Path("sharded").mkdir()
+    shutil.copyfile("weights/config.json", "sharded/config.json")
+    shutil.copyfile("weights/model.safetensors", "sharded/part.safetensors")
+    for command in (["compile", "good.yaml"], ["compile", "locked.yaml"], ["compile", "vendored.yaml", "--vendor"]):
+        done = CliRunner().invoke(devmap, command, standalone_mode=False)
+        if done.exception or done.return_value:
+            raise RuntimeError(f"{command}: {done.output}") from done.exception
+
+
+def profiles() -> list[bytes]:
+    """Return the profiles to start from: the tests' cases and the shipped ones, each of a tiny model."""
+    return [text.encode() for text in (GOOD, GOOD, GOOD, LOCKED, WEIGHTS, *_shipped(), *_cases())]
+
+
+def _shipped() -> Iterator[str]:
+    for path in sorted((REPOSITORY / "profiles").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        yield re.sub(r"source: models/\S+", f"source: {'mixture' if 'qwen' in path.name else 'llama'}", text)
+
+
+def _cases() -> Iterator[str]:
+    """Yield the blocks of the tests' cases of one file in which nothing is wrong."""
+    for case in cases():
+        (blocks,) = case.values
+        text, expected = read(blocks[0][1])
+        if len(blocks) == 1 and not any(severity == "error" for _, severity, _, _ in expected):
+            yield text if "bare" in blocks[0][0] else with_defaults(text)
+
+
+def parsed(texts: list[bytes]) -> list[Any]:
+    """Return the values of YAML texts."""
+    return [yaml.safe_load(text) for text in texts]

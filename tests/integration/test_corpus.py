@@ -1,0 +1,98 @@
+"""What ever failed is answered: each file of `tests/corpus`, named after what it is, in the folder of its way in.
+
+`make fuzz` finds them. Each is tried as there: in a process that has 5 s of the processor's time and 1 GiB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import click
+import fuzz.execution
+import fuzz.worker
+import pytest
+from fuzz.execution import SLOW, execute
+from fuzz.surfaces import SURFACES, Sources
+from fuzz.worker import Worker, make_root
+
+from devmap_config.cli import devmap
+
+CORPUS = Path(__file__).parent.parent / "corpus"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzz")
+    make_root(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def worker(root):
+    worker = Worker(root)
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name.partition('.')[0]}"
+)
+def test_what_failed_once_is_answered(path, worker):
+    outcome = worker.run(path.parent.name, path.read_bytes())
+    assert outcome.kind is None, f"{outcome.kind}\n{outcome.details}"
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_a_seed_always_makes_the_same_inputs(surface, root):
+    first, again = (
+        [SURFACES[surface].make(Random(f"{n}"), Sources(root / "template")) for n in range(3)] for _ in "12"
+    )
+    assert first == again
+
+
+@click.command()
+@click.argument("how")
+def answer(how):
+    if how == "raise":
+        raise ValueError(how)
+    if how == "silent":
+        return 1
+    if how == "unknown":
+        return 70
+    click.echo("not JSON")
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ('"raise"', "ValueError"),
+        ('"silent"', "exits with 1, and says nothing"),
+        ('"unknown"', "exits with 70"),
+        ('"json"', "prints what is no JSON"),
+        ('"table"', None),
+    ],
+)
+def test_what_is_a_failure(words, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(devmap.commands, "answer", answer)
+    (tmp_path / "template").mkdir()
+    outcome = execute("arguments", f'["answer", {words}]'.encode(), tmp_path / "template", tmp_path / "work")
+    assert outcome.kind == kind
+
+
+def test_what_takes_too_long_or_too_much_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "template").mkdir()
+    for name in ("MAX_PEAK_BYTES", "MAX_CPU_SECONDS"):
+        monkeypatch.setattr(fuzz.execution, name, 0)
+        outcome = execute("arguments", b'["hardware"]', tmp_path / "template", tmp_path / "work")
+        assert outcome.kind == {"MAX_PEAK_BYTES": fuzz.execution.LARGE, "MAX_CPU_SECONDS": SLOW}[name]
+
+
+def test_what_does_not_end_is_ended_and_the_next_is_tried(worker, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(fuzz.worker, "STUCK_CPU_SECONDS", -1)
+        assert worker.run("patterns", b"model").kind == SLOW
+    assert worker.run("patterns", b"model").exit_code == 0
