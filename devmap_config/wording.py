@@ -90,7 +90,7 @@ def _escaped_command(found: re.Match[str]) -> str:
     return r"\x23" if found[1] is None else rf"{found[1]}\x3a"
 
 
-def json_text(value: object, *, is_ascii: bool = False) -> str:
+def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False) -> str:
     r"""Return a value as JSON on several lines, in which every character shows; half characters are `visible` in it.
 
     >>> print(json_text({"a": "caf\udce9\u202e"}))
@@ -106,5 +106,5 @@ def json_text(value: object, *, is_ascii: bool = False) -> str:
         shown = _shown(character) if "\ud800" <= character <= "\udfff" else character
         return json.dumps(shown)[1:-1]
 
-    text = NOT_PLAIN.sub(escaped, json.dumps(value, indent=2, ensure_ascii=False))
+    text = NOT_PLAIN.sub(escaped, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False))
     return text.replace("##[", r"\u0023#[")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,7 @@ from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
 from devmap_config.placement.units import Unit
 from devmap_config.plan.lock_format import LOCK_VERSION, violations
-from devmap_config.wording import closest, first_of
+from devmap_config.wording import closest, first_of, json_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +106,7 @@ class Lock:
             "hardware": dict(self.hardware),
         }
         text = {**body, "digest": digest(body), "made_with": dict(self.made_with)}
-        return json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json_text(text, sort_keys=True) + "\n"
 
 
 LOCK_SUFFIX = ".lock.json"

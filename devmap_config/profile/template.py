@@ -64,7 +64,7 @@ def render(text: str, variables: Mapping[str, object]) -> str:
             parts.append(part)
             length += len(part)
             environment.check_length(length)
-        return "".join(parts)
+        return "".join(parts).encode().decode()  # which fails where it holds half a character
     except UndefinedError as error:
         name = re.match(r"'([^']+)' is undefined", error.message or "")
         known = ", ".join(f"`{name}`" for name in variables) or "none"

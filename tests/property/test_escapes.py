@@ -258,3 +258,12 @@ def test_no_command_prints_what_is_in_names(vendored, monkeypatch, capsys, name)
         assert (code, bool(out)) == (1, True)
         is_harmless(err)
         is_harmless(out if output_format != "github" else "")
+
+
+def test_a_lock_shows_in_a_review_what_it_holds(vendored, monkeypatch, capsys):
+    monkeypatch.chdir(vendored)
+    Path("evil.yaml").write_text(PROFILE.replace("single", "single, offload: {folder: ./\u202eoffload\u2066}"))
+    assert devmap(capsys, "compile", "-q", "--no-simulate", "evil.yaml")[0] == 0
+    lock = is_harmless(Path("evil.lock.json").read_text())
+    assert json.loads(lock)["values"]["profile"]["placement.offload.folder"] == "./\u202eoffload\u2066"
+    assert devmap(capsys, "check", "-q", "evil.yaml")[0] == 0

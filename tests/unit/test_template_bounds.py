@@ -34,6 +34,11 @@ BOMBS = {
 }
 
 
+def test_half_a_character_is_refused():
+    with pytest.raises(TemplateRefusedError, match=r"the template fails: .*surrogates not allowed"):
+        render(r"{{ 'caf\udce9' }}", {})
+
+
 @pytest.mark.parametrize("template", BOMBS.values(), ids=BOMBS.keys())
 def test_a_bomb_is_refused_in_little_memory(template):
     tracemalloc.start()
