@@ -14,7 +14,7 @@ import click
 import pytest
 import yaml
 from conftest import write_models
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
@@ -29,23 +29,37 @@ from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Relat
 from devmap_config.diagnostics.terminal import print_diagnostics
 from devmap_config.graph.digest import digest
 from devmap_config.plan.diff import Change, Difference, Home, Move
+from devmap_config.wording import visible_lines
 
-STRANGE = st.sampled_from([
+STRANGE = (
     *("\x1b[35m", "\x1b[2J", "\x1b]0;title\x07", "\x9b35m", "\r", "\n", "\x00", "\x7f", "\t", "\v", "\x85", "\u2028"),
     *("\u202e", "\u2066", "\u200b", "\ufeff", "\xa0", "\u3000", "\udce9", "\ud800", "\udbff\udc00", "\U000e0041"),
     *("\n::error file=x::forged", "::set-output name=a::b", "\n \t::notice::x", "##[error]x", "#", "##[add-mask]x"),
     *("|", "`", "``", "<img src=x>", "[a](https://b.example)", "www.example.com", "@someone", "\\", "*a*", "&lt;"),
     *("[/x]", "[bold]", "[link=https://b]", ":smile:", "%0A::error::x", "%", ",", '"', "'", "{x}", "%s", "模型", "é"),
-])  # fmt: skip
+)  # fmt: skip
 
-strange = st.lists(STRANGE | st.characters(), min_size=1, max_size=6).map("".join)
+strange = st.lists(st.sampled_from(STRANGE) | st.characters(), min_size=1, max_size=6).map("".join)
 
 names = st.binary(min_size=1, max_size=20).map(lambda data: os.fsdecode(data.replace(b"\0", b"\n"))) | strange.filter(
     lambda text: not re.search("[\ud800-\udc7f\udd00-\udfff]", text)
 )
 """Of files, as the system gives them: any bytes."""
 
-often = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+often = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def each_by_itself(**others):
+    """Try each strange text alone as well, beside these other values; `file` is the text where a file can have it."""
+
+    def decorate(test):
+        for text in STRANGE:
+            named = {} if others.get("file") is None else {"file": text if text.isascii() else "p.yaml"}
+            test = example(**{"text": text, **others, **named})(test)
+        return test
+
+    return decorate
+
 
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 NOT_OURS = "\x1b[35m"
@@ -77,6 +91,7 @@ def reported(capsys, output_format, *arguments, **more):
 
 
 @often
+@each_by_itself(file="", width=40)
 @given(text=strange, file=names, width=st.integers(20, 120))
 def test_a_terminal_obeys_nothing_and_no_line_is_a_command(text, file, width):
     for colours in (None, "truecolor"):
@@ -88,6 +103,7 @@ def test_a_terminal_obeys_nothing_and_no_line_is_a_command(text, file, width):
 
 
 @often
+@each_by_itself(file="")
 @given(text=strange, file=names)
 def test_what_programs_read_is_whole_and_shows_in_a_log(capsys, text, file):
     given_in = ([finding(text, file)], {file: text})
@@ -101,6 +117,7 @@ def test_what_programs_read_is_whole_and_shows_in_a_log(capsys, text, file):
 
 
 @often
+@each_by_itself(file="")
 @given(text=strange, file=names)
 def test_a_finding_is_one_command_of_githubs(capsys, text, file):
     shown = reported(capsys, "github", [finding(text, file)], {}).out
@@ -110,6 +127,7 @@ def test_a_finding_is_one_command_of_githubs(capsys, text, file):
 
 
 @often
+@each_by_itself()
 @given(text=strange)
 def test_each_way_of_printing_escapes(capsys, text):
     console = EscapingConsole(file=io.StringIO(), width=60)
@@ -152,6 +170,7 @@ def test_text_in_pieces_is_escaped_as_a_whole_is(pieces):
 
 
 @often
+@each_by_itself()
 @given(text=strange)
 def test_what_a_command_raises_is_escaped(capsys, text):
     for raised in (click.UsageError(text), ValueError(text), ProfileError((finding(text),))):
@@ -171,6 +190,7 @@ PIPE = re.compile(r"(?<!\\)\|")
 
 
 @often
+@each_by_itself()
 @given(text=strange)
 def test_tables_in_markdown_hold(text):
     moved = Move((text, "model"), Home(text), None)
@@ -181,7 +201,8 @@ def test_tables_in_markdown_hold(text):
          "streamed_bytes_per_token", "hops", "longest_context"), Change(None, None)
     )  # fmt: skip
     found = Difference((moved,), {text: change}, nothing, {"model": Change(text, f"{text} "), text: Change("a", "b")})
-    for line in _markdown(found, text, text):
+    lines = [visible_lines(line) for line in _markdown(found, text, text)]  # as they are printed
+    for line in lines:
         is_harmless(line)
         assert line.isprintable()
         bare = re.sub(r"`[^`]+`", "", line)
@@ -189,12 +210,13 @@ def test_tables_in_markdown_hold(text):
         assert not re.search(
             r"<(?!/?code>)|\]\(|@|://|www\.|\*(?!\*Placement|\*:)(?<!\*\*)", bare.replace("**Placement**", "")
         )
-    rows = [line for line in _markdown(found, text, text) if line.startswith("|")]
+    rows = [line for line in lines if line.startswith("|")]
     assert [len(PIPE.findall(row)) for row in rows] == [4] * 4 + [4] * 4 + [7] * 3
     assert all(line for line in table_lines(found, text, text) if line)
 
 
 @often
+@each_by_itself()
 @given(text=strange)
 def test_the_title_of_a_new_profile_is_a_comment(text):
     draft = NewProfile(title=text, output=None, source="x", hardware=["devices: {}"], placement=["strategy: auto"])
