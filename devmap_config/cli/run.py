@@ -199,6 +199,8 @@ def _turns() -> Iterator[str]:
         try:
             text = input(question)
         except EOFError:
+            if question:
+                echo("", err=True)
             return
         if text.strip():
             yield text

@@ -46,15 +46,16 @@ def read_image(path: Path) -> Any:
     try:
         from PIL import UnidentifiedImageError
         from PIL.Image import open as image_of
+        from PIL.ImageOps import exif_transpose
     except ModuleNotFoundError:
         help = "run `pip install 'devmap-config[media]'`"
         raise RunnerError("pillow-missing", "reading an image needs Pillow, which is not installed", help) from None
     data = read_bytes(path, IMAGE, ANYWHERE)
     try:
-        return image_of(io.BytesIO(data)).convert("RGB")
+        return exif_transpose(image_of(io.BytesIO(data))).convert("RGB")
     except UnidentifiedImageError:
         raise FileError("is no image that Pillow knows", "syntax", "convert it to PNG") from None
-    except Exception as error:  # what is damaged raises many types; of what is too large, a warning is an error
+    except Exception as error:  # what is damaged raises many types, and so does more than Pillow unpacks
         raise FileError(f"cannot be read as an image: {error}", "syntax", "convert it to PNG") from None
 
 

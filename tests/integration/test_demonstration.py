@@ -48,6 +48,7 @@ from transformers import (
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.runner import runner
+from devmap_config.runner.media import read_image
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>", "user:", "model:"]
 WORDS += "a model is placed where the plan says who wrote it alice in paris then".split()
@@ -267,7 +268,7 @@ def test_a_chat_is_one_turn_of_a_prompt_or_goes_on_line_by_line(workspace):
     second = reply(model, f"user: {PROMPT} model: {first} user: who model: ", 4)
     done = run(*arguments, input=f"{PROMPT}\n\nwho\n")
     assert (done.return_value, done.stdout) == (0, f"{first}\n{second}\n")
-    assert "8 tokens in " in done.stderr
+    assert "8 tokens after a prompt of " in done.stderr
 
 
 def test_a_model_that_was_not_made_to_chat_says_so_before_it_is_loaded(workspace, monkeypatch):
@@ -382,6 +383,14 @@ def test_a_processor_that_is_code_does_not_run(image):
     code, message = refused("--image", "image.png", exit_code=4)
     assert (code, "the processor is code" in message) == ("remote-code", True)
     assert not Path("it-ran").exists()
+
+
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
+    picture = Image.new("RGB", (4, 2))
+    turned = picture.getexif()
+    turned[0x0112] = 6  # a quarter
+    picture.save(tmp_path / "photo.jpg", exif=turned)
+    assert read_image(tmp_path / "photo.jpg").size == (2, 4)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG", b"\xff" * 400, "cut off"])
