@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.config_values import doubtful_values, unreasonable_number
 from devmap_config.graph.estimation import estimate
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorKind, TensorName
@@ -13,7 +14,7 @@ from devmap_config.graph.quantized_costs import quantized
 from devmap_config.graph.remote_code import class_reference, code_files, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.remote_code import class_from_code, code_of_models
-from devmap_config.libraries.torch import non_persistent_buffers
+from devmap_config.libraries.torch import non_persistent_buffers, telling_of_parts
 from devmap_config.libraries.transformers import (
     init_contexts,
     is_auto_class,
@@ -27,7 +28,7 @@ from devmap_config.libraries.transformers import (
     ties,
 )
 from devmap_config.quantization.storage import Storage, stored_tensors
-from devmap_config.wording import closest, first_line
+from devmap_config.wording import closest, first_line, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +143,8 @@ def meta_model(
         try:
             return build_meta_model(model_class, config, getattr(torch, dtype), attention)
         except Exception as error:  # whatever a model's own code raises on a config that it does not accept
-            raise _unbuildable(error, config.to_dict(), class_name, trust_remote_code) from error
+            stated, _ = config.get_config_dict(str(config_path))
+            raise _unbuildable(error, stated, class_name, trust_remote_code) from error
 
 
 def config_and_class(
@@ -162,8 +164,7 @@ def config_and_class(
             from transformers import AutoConfig, PreTrainedConfig
 
             stated, _ = PreTrainedConfig.get_config_dict(str(config_path))
-            if not trust_remote_code:
-                _refuse_kernel(stated)
+            _check_config(stated, trust_remote_code)
             reference = class_reference(stated, class_name) if trust_remote_code else None
             with_code = reference is not None or (
                 trust_remote_code and bool(code_files(stated)) and not _is_own(class_name)
@@ -181,9 +182,14 @@ def config_and_class(
         raise _unbuildable(error, stated, class_name, trust_remote_code) from error
 
 
-def _refuse_kernel(stated: dict[str, Any]) -> None:
-    """Raise where the config has code of the hub fetched, which transformers does not ask about."""
-    if hub_kernel(stated) is not None:
+def _check_config(stated: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raise where a config has a number that no model can have, or code of the hub fetched, for which nobody is asked.
+
+    Only where such code may run it is fetched.
+    """
+    if (problem := unreasonable_number(stated)) is not None:
+        raise UnbuildableModelError(f"in its config {problem}")
+    if not trust_remote_code and hub_kernel(stated) is not None:
         raise UntrustedCodeError(not_run(stated))
 
 
@@ -196,8 +202,22 @@ def _unbuildable(
         return UntrustedCodeError(not_run(stated))
     if isinstance(error, LibraryChangedError):
         raise error
-    is_told = isinstance(error, UnbuildableModelError)
-    return UnbuildableModelError(str(error) if is_told else f"{type(error).__name__}: {first_line(error)}")
+    if isinstance(error, UnbuildableModelError):
+        return UnbuildableModelError(str(error))
+    doubtful = first_of(tuple(doubtful_values(stated, _usual_config(stated))))
+    likely = f"; of its config, {doubtful}" if doubtful else ""
+    return UnbuildableModelError(f"{type(error).__name__}: {first_line(error)}{likely}")
+
+
+def _usual_config(stated: dict[str, Any]) -> dict[str, Any]:
+    """What a config of this type says where nobody says otherwise; nothing where there is no such type."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        usual: dict[str, Any] = CONFIG_MAPPING[stated["model_type"]]().to_dict()
+    except Exception:  # whatever stands in place of a type, and whatever a config without arguments lacks
+        return {}
+    return usual
 
 
 def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tuple[str, str | None]:
@@ -255,6 +275,20 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
     return (named or list(candidates))[0]
 
 
+MOST_PARTS = 500_000
+"""Modules and parameters of a model: the most that one of transformers has is 430,000 (switch-c-2048)."""
+
+
+@dataclass
+class _Parts:
+    made: int = 0
+
+    def count(self) -> None:
+        self.made += 1
+        if self.made > MOST_PARTS:
+            raise UnbuildableModelError(f"it has more than {MOST_PARTS:,} modules and parameters")
+
+
 def build_meta_model(
     model_class: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
 ) -> PreTrainedModel:
@@ -268,6 +302,7 @@ def build_meta_model(
     with ExitStack() as stack:
         for context in init_contexts(model_class, dtype):
             stack.enter_context(context)
+        stack.enter_context(telling_of_parts(_Parts().count))
         model: PreTrainedModel = model_class(config)
     return model
 

@@ -20,7 +20,7 @@ from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.positions import SHORT_LENGTH, PositionReads, end_of_positions, stated_lengths, trained_length
-from devmap_config.graph.recording import Meter, Traffic, replace_tensors, shown_bytes, total_bytes
+from devmap_config.graph.recording import Meter, OperationBudget, Traffic, replace_tensors, shown_bytes, total_bytes
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, moved_to, spread
 from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.stages import begin
@@ -68,7 +68,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
     positions = Positions()
     try:
         positions = Positions(trained=trained_length(model.config))
-        with torch.no_grad(), tensors_without_data():
+        with torch.no_grad(), tensors_without_data(), OperationBudget().within():
             names = {id(module): path for path, module in model.named_modules()}
             weights = replace_tensors(model)
             traffic = partial(Traffic, dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))

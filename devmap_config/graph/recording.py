@@ -6,12 +6,14 @@ import gc
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 import torch
 
+from devmap_config.graph.failures import OtherInputsError
 from devmap_config.libraries.torch import (
     allocates,
     attending_with,
@@ -113,6 +115,8 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         del types
         options = options or {}
+        if (budget := _BUDGET.get()) is not None:
+            budget.spend()
         result = _grouped_product(arguments) if is_grouped_product(function) else None
         if result is None:
             result = function(*arguments, **options)
@@ -170,6 +174,43 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
     def serial_of(self, tensor: torch.Tensor) -> int | None:
         """Under which number a tensor's storage was noted."""
         return self._alive.get(storage_key(tensor))
+
+
+MOST_OPERATIONS = 1_000_000
+"""Operations for which a model is run without data: some three minutes, of which DeepSeek-V3 takes a second."""
+
+
+class TooManyOperationsError(OtherInputsError):
+    """A model that is run without data runs more operations than it may."""
+
+
+@dataclass
+class OperationBudget:
+    """How many operations recorders may see before they refuse one."""
+
+    spent: int = 0
+
+    def spend(self) -> None:
+        """Count an operation.
+
+        Raises:
+            TooManyOperationsError: where it is one too many.
+        """
+        self.spent += 1
+        if self.spent > MOST_OPERATIONS:
+            raise TooManyOperationsError(f"it takes more than {MOST_OPERATIONS:,} operations to find out what it does")
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Have recorders draw on it, in this thread."""
+        before = _BUDGET.set(self)
+        try:
+            yield
+        finally:
+            _BUDGET.reset(before)
+
+
+_BUDGET: ContextVar[OperationBudget | None] = ContextVar("operation budget", default=None)
 
 
 class Meter(Recorder):

@@ -6,7 +6,8 @@ Nothing is looked up before it is used: what one part of a command rests on must
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+import threading
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -216,6 +217,29 @@ def tree_unflatten(leaves: Any, structure: Any) -> Any:
 
 
 # -- what a module holds -----------------------------------------------------------------------------------------------
+
+MODULE_REGISTERED = Private(
+    "torch.nn.modules.module.register_module_module_registration_hook", "counts the modules of a model that is built"
+)
+PARAMETER_REGISTERED = Private(
+    "torch.nn.modules.module.register_module_parameter_registration_hook", "counts the parameters of such a model"
+)
+
+
+@contextmanager
+def telling_of_parts(tell: Callable[[], None]) -> Iterator[None]:
+    """Call `tell` whenever a module or a parameter becomes part of a module that this thread builds."""
+    builder = threading.get_ident()
+
+    def registered(*_: Any) -> None:
+        if threading.get_ident() == builder:
+            tell()
+
+    with ExitStack() as stack:
+        for registration in (MODULE_REGISTERED, PARAMETER_REGISTERED):
+            stack.callback(registration.find()(registered).remove)
+        yield
+
 
 STORAGE_IDENTITY = Private("torch.UntypedStorage._cdata", "tells storages apart: what is allocated, kept alive, shared")
 IS_BATCHED = Private(

@@ -14,7 +14,14 @@ from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
 from devmap_config.graph.model import TensorName, ancestors, is_within
-from devmap_config.graph.recording import Traffic, replace_tensors, shown_bytes, storage_key, tensors_in
+from devmap_config.graph.recording import (
+    OperationBudget,
+    Traffic,
+    replace_tensors,
+    shown_bytes,
+    storage_key,
+    tensors_in,
+)
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
 from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.simulate.devices import DeviceMismatchError, Phase, SimulatedDevices
@@ -62,6 +69,13 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
     if graph.measurement is not None:
         workload = _runnable(graph.measurement).decoding_before(graph.measurement.positions.end, decoded_tokens)
     model.eval()
+    with OperationBudget().within():
+        return _dry_run(model, graph, plan, workload, decoded_tokens)
+
+
+def _dry_run(
+    model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: Workload, decoded_tokens: int
+) -> Simulation:
     # What comes of blocks that stand still and is no dry run comes again, or does not, where all are run.
     with suppress(Exception):
         return _simulation(model, graph, plan, workload, decoded_tokens, spares_blocks=True)

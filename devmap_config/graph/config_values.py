@@ -1,0 +1,95 @@
+"""Holds the numbers of a model's config to what a model can have, and tells which values may be why none can be built.
+
+Python builds what a config counts one by one: a number that is out of proportion takes hours, and all memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+LARGEST_NUMBER = 2**63 - 1
+"""What torch counts in."""
+MOST_LAYERS = 2_000
+"""Twice those of the deepest networks that were published."""
+MOST_COUNTED = 1_000_000
+"""Forty times the classes of ImageNet-21k."""
+
+LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?)(_|$)")
+COUNTS = re.compile(r"(^|_)(n|num|numb|repeats?|levels?|groups?|times|stages?)(_|$)")
+"""By a test with every key of every config of transformers: whatever is made one by one is called so."""
+SIZES = re.compile(
+    r"(^|_)(size|dims?|lengths?|widths?|params?|parameters|tokens?|samples?|steps?|words|positions|ids?)(_|$)"
+)
+"""What is made in one, however large it is."""
+
+LONGEST_VALUE = 40
+
+Path = tuple[str, ...]
+
+
+def unreasonable_number(config: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the first number of a config that no model can have; `None` where all are possible.
+
+    >>> unreasonable_number({"text_config": {"num_hidden_layers": 200_000}})
+    '`text_config.num_hidden_layers` is 200,000, and no model has more than 2,000'
+    """
+    for path, value in _numbers(config, ()):
+        key = next((part for part in reversed(path) if not part.isdigit()), "")
+        if isinstance(value, float):
+            if math.isnan(value):
+                return f"`{'.'.join(path)}` is no number (NaN)"
+            continue
+        if abs(value) > (most := _most(key)):
+            shown = f"{value:,}" if len(str(value)) < LONGEST_VALUE else f"a number of {len(str(value))} digits"
+            return f"`{'.'.join(path)}` is {shown}, and no model has more than {most:,}"
+    return None
+
+
+def _most(key: str) -> int:
+    if SIZES.search(key):
+        return LARGEST_NUMBER
+    if LAYERS.search(key):
+        return MOST_LAYERS
+    return MOST_COUNTED if COUNTS.search(key) else LARGEST_NUMBER
+
+
+def _numbers(value: object, path: Path) -> Iterator[tuple[Path, int | float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _numbers(item, (*path, str(index)))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+def doubtful_values(config: Mapping[str, Any], usual: Mapping[str, Any], path: Path = ()) -> Iterator[str]:
+    """Yield the values of a config that are of another type, or another sign, than in the usual config of its type.
+
+    >>> list(doubtful_values({"hidden_size": "x", "text_config": {"num_heads": -1}},
+    ...                      {"hidden_size": 4096, "text_config": {"num_heads": 32}}))
+    ['`hidden_size` is "x"', '`text_config.num_heads` is -1']
+    """
+    for key, value in config.items():
+        expected, here = usual.get(key), (*path, key)
+        if isinstance(value, dict) and isinstance(expected, dict):
+            yield from doubtful_values(value, expected, here)
+        elif expected is not None and _differs(value, expected):
+            shown = json.dumps(value)
+            yield f"`{'.'.join(here)}` is {shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + '…'}"
+
+
+def _differs(value: object, expected: object) -> bool:
+    numbers = (int, float)
+    if isinstance(expected, bool) or not isinstance(expected, numbers):
+        return not isinstance(value, type(expected)) and value is not None
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        return value is not None
+    return (expected > 0 and value <= 0) or (isinstance(expected, int) and isinstance(value, float))
