@@ -1,10 +1,15 @@
-"""Among placements that are nearly as fast as the fastest, the one that users would rather have: docs/placement.md."""
+"""Among placements that are nearly as fast as the fastest, the one that users would rather have: docs/placement.md.
+
+To add a wish, write what there is to be little of as a sum over the program's variables, as `_copied_in` does, and give
+it its place in `WISHES`, with the words in which `explain` tells it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from devmap_config.amounts import format_bytes
 from devmap_config.placement.layout import in_runs, laid_out, order_in
 from devmap_config.placement.program import program_of, use_of
 
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
     from devmap_config.placement.milp import Milp, Terms
     from devmap_config.placement.program import Program
 
-    Wish = Callable[[Program, Milp], Terms]
+    Sum = Callable[[Program, Milp], Terms]
     """What there is to be little of: adds the variables and constraints that it takes, and returns what it counts."""
 
 CONTEXT_STEPS = 16
@@ -49,39 +54,44 @@ class _Stated(NamedTuple):
 
 @dataclass
 class _Granted:
-    """What was granted so far: limits of time and of wishes, and the order of devices that are used in one run each."""
+    """What was granted so far: limits of time and of sums, the order of devices that are used in one run each, and the
+    chain at the context that is granted.
+    """
 
+    chain: Chain
+    contexts: Contexts | None
     most_nanoseconds: int
-    wishes: list[tuple[Wish, int]] = field(default_factory=list)
+    length: int = 0
+    sums: list[tuple[Sum, int]] = field(default_factory=list)
     order: tuple[Device, ...] = ()
 
-    def stated(self, chain: Chain) -> _Stated:
-        """State the program of a chain within all of it."""
-        program = program_of(chain)
+    def stated(self) -> _Stated:
+        """State the program within all of it."""
+        program = program_of(self.chain)
         runs = in_runs(program, self.order) if self.order else None
         milp = program.milp if runs is None else runs.milp
         milp.at_most(program.objective, self.most_nanoseconds)
-        for wish, most in self.wishes:
-            milp.at_most(wish(program, milp), most)
+        for count, most in self.sums:
+            milp.at_most(count(program, milp), most)
         return _Stated(program, milp, runs)
 
-    def is_possible(self, chain: Chain) -> bool:
-        """Return whether a placement of this chain that keeps to all of it is found."""
-        return self.stated(chain).milp.minimize({}, nodes=WISH_NODES).values is not None
+    @property
+    def is_possible(self) -> bool:
+        """Whether a placement that keeps to all of it is found."""
+        return self.stated().milp.minimize({}, nodes=WISH_NODES).values is not None
 
-    def grant(self, chain: Chain, wish: Wish) -> None:
-        """Hold the least that a wish can come to, where that is found."""
-        program, milp, _ = self.stated(chain)
-        terms = wish(program, milp)
-        values = milp.minimize(terms, relative_gap=0, nodes=WISH_NODES).values
-        if values is not None:
-            self.wishes.append((wish, sum(factor * values[variable] for variable, factor in terms.items())))
-
-    def choice(self, chain: Chain) -> Choice | None:
+    def choice(self) -> Choice | None:
         """Return the fastest choice that keeps to all of it."""
-        program, milp, runs = self.stated(chain)
+        program, milp, runs = self.stated()
         values = milp.minimize(_tidy(program), nodes=WISH_NODES).values
         return None if values is None else laid_out(program, values, runs)
+
+    def grant_length(self, contexts: Contexts, length: int) -> bool:
+        """Grant a context length if it is possible, and return whether it is."""
+        longer = replace(self, chain=contexts.chain_at(length))
+        if is_possible := longer.is_possible:
+            self.chain, self.length = longer.chain, length
+        return is_possible
 
 
 def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) -> Choice | None:
@@ -94,36 +104,26 @@ def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) ->
         most_nanoseconds: what the choice may take.
         contexts: the chain at other context lengths, where it has such.
     """
-    granted = _Granted(most_nanoseconds)
-    granted.grant(chain, _apart_from_a_map)
-    granted.grant(chain, _copied_in)
-    tried, length = chain, 0 if contexts is None else contexts.length
-    if contexts is not None and contexts.least > length:
-        longer = contexts.chain_at(contexts.least)
-        if granted.is_possible(longer):
-            tried, length = longer, contexts.least
-    granted.grant(tried, _devices_used)
-    granted.grant(tried, _late_devices)
-    granted.order = _order_of_runs(granted, tried)
-    if contexts is not None:
-        tried = _with_longest_context(granted, tried, length, contexts)
-    choice = granted.choice(tried)
-    if choice is None or not (tried.is_feasible(choice) and chain.is_feasible(choice)):
+    granted = _Granted(chain, contexts, most_nanoseconds, length=0 if contexts is None else contexts.length)
+    for wish in WISHES:
+        wish.grant(granted)
+    choice = granted.choice()
+    if choice is None or not (granted.chain.is_feasible(choice) and chain.is_feasible(choice)):
         return None
     return choice if chain.nanoseconds(choice) <= most_nanoseconds else None
 
 
-# The wishes
+# Sums that a wish makes small
 
 
 def _apart_from_a_map(program: Program, _: Milp) -> Terms:
     """The blocks that no `device_map` can say: something of them computes on the CPU beside accelerators."""
-    return {variable: 1 for variable, _, option in program.variables if option.mode[:1] in (("part",), ("computed",))}
+    return {variable: 1 for variable, _, option in program.variables if option.mode[0] in ("part", "computed")}
 
 
 def _copied_in(program: Program, _: Milp) -> Terms:
     """The blocks that are stored on the CPU or the disk."""
-    return {variable: 1 for variable, _, option in program.variables if option.mode[:1] == ("streamed",)}
+    return {variable: 1 for variable, _, option in program.variables if option.mode[0] == "streamed"}
 
 
 def _devices_used(program: Program, milp: Milp) -> Terms:
@@ -137,27 +137,6 @@ def _late_devices(program: Program, milp: Milp) -> Terms:
     return {variable: place for place, variable in enumerate(_devices_used(program, milp))}
 
 
-def _order_of_runs(granted: _Granted, chain: Chain) -> tuple[Device, ...]:
-    """The devices as they are listed, or as the fastest has them, where one run of blocks on each is possible."""
-    choice = granted.choice(chain)
-    order = () if choice is None else order_in(program_of(chain), choice)
-    orders = dict.fromkeys((tuple(device for device in chain.devices if device in order), order))
-    return next((each for each in orders if each and replace(granted, order=each).is_possible(chain)), ())
-
-
-def _with_longest_context(granted: _Granted, chain: Chain, length: int, contexts: Contexts) -> Chain:
-    """The chain, which is of one context length, at the longest at which all that was granted still is."""
-    best, fits, too_long = chain, length, contexts.longest + 1
-    while too_long - fits > max(fits // CONTEXT_STEPS, 1):
-        middle = min(2 * fits, (fits + too_long) // 2)
-        longer = contexts.chain_at(middle)
-        if granted.is_possible(longer):
-            best, fits = longer, middle
-        else:
-            too_long = middle
-    return best
-
-
 def _tidy(program: Program) -> Terms:
     """The time, and a nanosecond or so for what is not resident: of blocks that take equally long, the first are."""
     objective = dict(program.objective)
@@ -165,3 +144,94 @@ def _tidy(program: Program) -> Terms:
         if option.mode != ("resident",):
             objective[variable] += len(program.classes) - number
     return objective
+
+
+# How wishes are granted
+
+
+def _little_of(count: Sum) -> Callable[[_Granted], None]:
+    """Hold the least that a sum can come to, where that is found."""
+
+    def grant(granted: _Granted) -> None:
+        program, milp, _ = granted.stated()
+        terms = count(program, milp)
+        values = milp.minimize(terms, relative_gap=0, nodes=WISH_NODES).values
+        if values is not None:
+            granted.sums.append((count, sum(factor * values[variable] for variable, factor in terms.items())))
+
+    return grant
+
+
+def _least_context(granted: _Granted) -> None:
+    """Hold the context that is wished for at least, where that is possible."""
+    contexts = granted.contexts
+    if contexts is not None and contexts.least > granted.length:
+        granted.grant_length(contexts, contexts.least)
+
+
+def _one_run_each(granted: _Granted) -> None:
+    """Hold the devices in the order in which they are listed, or as the fastest has them, where that is possible."""
+    choice = granted.choice()
+    order = () if choice is None else order_in(program_of(granted.chain), choice)
+    orders = dict.fromkeys((tuple(device for device in granted.chain.devices if device in order), order))
+    granted.order = next((each for each in orders if each and replace(granted, order=each).is_possible), ())
+
+
+def _long_context(granted: _Granted) -> None:
+    """Hold the longest context at which all that was granted still is."""
+    contexts = granted.contexts
+    too_long = 0 if contexts is None else contexts.longest + 1
+    while contexts is not None and too_long - granted.length > max(granted.length // CONTEXT_STEPS, 1):
+        middle = min(2 * granted.length, (granted.length + too_long) // 2)
+        if not granted.grant_length(contexts, middle):
+            too_long = middle
+
+
+# What is wished for
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A wish beside time: how it is granted; the figure of a plan that it makes less, and how that is told.
+
+    `told` is given the figure, and that of the fastest plan. A wish without these goes without saying.
+    """
+
+    grant: Callable[[_Granted], None]
+    figure: Callable[[Any], int] = lambda _: 0
+    told: Callable[[int, int], str] = lambda *_: ""
+
+
+def _told_of_a_map(after: int, before: int) -> str:
+    computing = (
+        "no module computes" if not after else "1 module computes" if after == 1 else f"{after:,} modules compute"
+    )
+    return f"{computing} on the CPU instead of {before:,}" + ("" if after else ", so that a plain device_map says it")
+
+
+WISHES = (
+    Wish(_little_of(_apart_from_a_map), lambda plan: len(plan.compute), _told_of_a_map),
+    Wish(
+        _little_of(_copied_in),
+        lambda plan: plan.prediction.streamed_bytes_per_token or 0,
+        lambda after, before: f"{format_bytes(after)} are copied in at every forward instead of {format_bytes(before)}",
+    ),
+    Wish(_least_context),
+    Wish(
+        _little_of(_devices_used),
+        lambda plan: len({each.location.runs_on for each in plan.assignments}),
+        lambda after, before: f"{after:,} devices run it instead of {before:,}",
+    ),
+    Wish(_little_of(_late_devices)),
+    Wish(
+        _one_run_each,
+        lambda plan: plan.prediction.hops or 0,
+        lambda after, before: f"activations change devices {after:,} times in a forward instead of {before:,}",
+    ),
+    Wish(
+        _long_context,
+        lambda plan: -(plan.prediction.longest_context or 0),
+        lambda after, before: f"the context may grow to {-after:,} tokens instead of {-before:,}",
+    ),
+)
+"""The first is granted first, and each as far as those before it leave room."""

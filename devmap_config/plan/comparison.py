@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from devmap_config.amounts import format_bytes
 from devmap_config.plan.plan import FASTEST, OWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from devmap_config.placement.problem import Aim
     from devmap_config.plan.plan import Plan
@@ -40,50 +39,13 @@ def beside_fastest(plan: Plan, fastest: Plan, aim: Aim | None) -> Plan:
 
 
 def deciding_wish(plan: Plan) -> str | None:
-    """Return the first wish beside time by which a plan is better than the fastest; `None` where it is not, by any.
+    """Return the first wish beside time by which a plan is better than the fastest; `None` where it is not, by any."""
+    from devmap_config.placement.wishes import WISHES  # with it comes numpy
 
-    The order is that in which wishes are granted (`placement/wishes.py`).
-    """
-    fastest = plan.fastest
-    if fastest is None:
+    if plan.fastest is None:
         return None
-    for figure_of, show in _WISHES:
-        before, after = figure_of(fastest), figure_of(plan)
-        if after < before:
-            return show(after, before)
-    return None
-
-
-_WISHES: tuple[tuple[Callable[[Plan], int], Callable[[int, int], str]], ...] = (
-    (
-        lambda plan: len(plan.compute),
-        lambda after, before: (
-            f"{_modules(after)} on the CPU instead of {before:,}"
-            + ("" if after else ", so that a plain device_map says it")
-        ),
-    ),
-    (
-        lambda plan: plan.prediction.streamed_bytes_per_token or 0,
-        lambda after, before: f"{format_bytes(after)} are copied in at every forward instead of {format_bytes(before)}",
-    ),
-    (
-        lambda plan: len({each.location.runs_on for each in plan.assignments}),
-        lambda after, before: f"{after:,} devices run it instead of {before:,}",
-    ),
-    (
-        lambda plan: plan.prediction.hops or 0,
-        lambda after, before: f"activations change devices {after:,} times in a forward instead of {before:,}",
-    ),
-    (
-        lambda plan: -(plan.prediction.longest_context or 0),
-        lambda after, before: f"the context may grow to {-after:,} tokens instead of {-before:,}",
-    ),
-)
-"""What there is to be little of, and how it is said, after what it is in the fastest plan."""
-
-
-def _modules(count: int) -> str:
-    return "no module computes" if not count else "1 module computes" if count == 1 else f"{count:,} modules compute"
+    figures = ((wish, wish.figure(plan), wish.figure(plan.fastest)) for wish in WISHES)
+    return next((wish.told(after, before) for wish, after, before in figures if after < before), None)
 
 
 def _rank(plan: Plan, aim: Aim | None) -> tuple[int, ...]:
