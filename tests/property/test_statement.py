@@ -119,3 +119,106 @@ def test_a_chain_says_what_the_plan_says(workspace, monkeypatch, setting):
                 assert used.get(use.id, 0) == use.capacity_bytes - use.free_bytes, (use.id, seed)
     assert modes >= {"resident", "streamed", "computed"}
     assert "part" in modes or "llama" not in setting
+
+
+BART = {
+    "model_type": "bart",
+    "architectures": ["BartForConditionalGeneration"],
+    "vocab_size": 256,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+}
+"""It has a buffer outside of all blocks."""
+
+RULES = {
+    "none": (),
+    "not on the CPU": ('{match: "model.layers.[1-2]", not_on: cpu}',),
+    "not on the disk nor the first card": ('{match: "model.layers.[1-2]", not_on: [disk, 0]}',),
+    "not on the second card": ('{match: "model.layers.[1-2]", not_on: 1}', "{match: model.rotary_emb, not_on: 0}"),
+    "in part pinned": ('{match: "model.layers.[1-2].mlp", device: cuda:1}',),
+    "kept together": ('{match: "model.layers.[1-2]", keep_together: true}',),
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_block_can_be_wherever_no_rule_keeps_it_from(workspace, monkeypatch, rules):
+    """Every place is offered that is allowed, and no other; pins hold in all of them."""
+    problem, aim = problem_of(monkeypatch, LLAMA, pins=RULES[rules])
+    cuda, other, cpu, disk = problem.capacities
+    for main_device, cards in ((cuda, [cuda, other]), (other, [other])):
+        stated = Statement(problem, aim, main_device)
+        for block in stated.chain.blocks[1:]:
+            module = problem.graph.modules[block.name]
+            tensors = [tensor.name for tensor in module.tensors()]
+            forbidden = {device for name in tensors for device in problem.forbidden.get(name, ())}
+            places = {option.place for option in block.options}
+            assert len(places) == len(block.options)
+            if block.name == "model.rotary_emb":
+                assert places == {(next(card for card in cards if card not in forbidden), ("resident",))}
+                continue
+            whole = {(card, ("resident",)) for card in cards} | {(cpu, ("computed",))}
+            whole |= {(main_device, ("streamed", store)) for store in (cpu, disk)}
+            stores = {place: place[1][1] if place[1][0] == "streamed" else place[0] for place in whole}
+            parts = {place for place in places if place[1][0] == "part"}
+            assert places - parts == {place for place in whole if stores[place] not in forbidden}, block.name
+            is_cut = module.children and block.group is None and cpu not in forbidden
+            allowed = {card for card in cards if card not in forbidden}
+            assert {card for card, _ in parts} == (allowed if is_cut else set()), block.name
+            for place in places:
+                for name, location in stated._builder.locations(module, place).items():
+                    around = (stores.get(place, place[0]), place[0])
+                    if name in problem.pinned:
+                        around = (problem.pinned[name],) * 2
+                    elif place[1][0] == "part" and name.startswith(f"{block.name}.{place[1][1]}."):
+                        around = (cpu, cpu)
+                    assert (location.stored_on, location.runs_on) == around
+
+
+def test_the_parts_of_a_block_are_its_heaviest_that_may_be_taken_out(workspace, monkeypatch):
+    """Half of a layer's weights is in its mixture of experts, and nearly all of that in the experts themselves."""
+    problem, aim = problem_of(monkeypatch, MIXTURE, pins=('{match: "model.layers.1.mlp", device: 0}',))
+    chain = Statement(problem, aim, problem.accelerators[0]).chain
+    parts = {
+        block.name: list(dict.fromkeys(option.mode[1] for option in block.options if option.mode[0] == "part"))
+        for block in chain.blocks
+        if ".layers." in block.name
+    }
+    sizes = {
+        path: sum(tensor.size_bytes for tensor in module.tensors()) for path, module in problem.graph.modules.items()
+    }
+    assert parts["model.layers.0"][0] == "mlp.experts"
+    for block, paths in parts.items():
+        assert len(paths) <= 4
+        assert paths == sorted(paths, key=lambda path: -sizes[f"{block}.{path}"])
+        assert all(8 * sizes[f"{block}.{path}"] >= sizes[block] for path in paths)
+    assert "self_attn" in parts["model.layers.1"]
+    assert not any(path.startswith("mlp") for path in parts["model.layers.1"])
+
+
+def test_a_tensor_of_the_models_own_is_on_the_main_device_unless_it_is_pinned(workspace, monkeypatch):
+    for pins, expected in (((), None), (("{match: final_logits_bias, device: cuda:1}",), "cuda:1")):
+        problem, aim = problem_of(monkeypatch, BART, pins=pins)
+        for main_device in problem.accelerators:
+            chain = Statement(problem, aim, main_device).chain
+            [block] = [block for block in chain.blocks if block.name == "final_logits_bias"]
+            assert [str(option.home) for option in block.options] == [expected or str(main_device)]
+            assert block.options[0].demands == ((block.options[0].home, problem.graph.tensors[block.name].size_bytes),)
+
+
+def test_other_contexts_are_looked_for_as_far_as_positions_go_and_in_the_times_of_this_one(workspace, monkeypatch):
+    problem, aim = problem_of(monkeypatch, {**LLAMA, "max_position_embeddings": 512})
+    stated = Statement(problem, aim, problem.accelerators[0])
+    contexts = stated.contexts(200)
+    assert (contexts.length, contexts.least) == (64, 200)
+    assert contexts.longest == 512
+    assert stated.contexts(None).least == stated.contexts(10).least == 64
+    longer = contexts.chain_at(512)
+    choice = tuple(0 for _ in longer.blocks)
+    assert longer.nanoseconds(choice) == stated.chain.nanoseconds(choice)
+    assert sum(longer.used_bytes(choice).values()) > sum(stated.chain.used_bytes(choice).values())
