@@ -7,12 +7,14 @@ placement above its proven bound. Each solver is the other's oracle: what one pr
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import distribution, requires
 from pathlib import Path
@@ -36,7 +38,7 @@ from devmap_config.placement import optimal
 from devmap_config.placement.milp import Milp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from devmap_config.placement.optimal import Optimal
 
@@ -185,12 +187,25 @@ def import_seconds(module: str) -> float:
     return min(float(subprocess.run(run, capture_output=True, check=True).stdout) for _ in range(5))
 
 
+def every_nth(listed: Iterable[Case], step: int) -> Iterator[Case]:
+    """Yield of each family its first case and every Nth after it: a part that is spread over models and machines."""
+    seen: Counter[str] = Counter()
+    for case in listed:
+        if seen[case.family] % step == 0:
+            yield case
+        seen[case.family] += 1
+
+
 def main() -> int:
-    """The command line: names of models in `published.csv`, all of them by default."""
+    """The command line: the models of `published.csv` that are named, or all, and how many of their cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="names in `published.csv`; all of them by default")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of each family, every Nth case only")
+    arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     found: dict[str, list[dict[str, Answer]]] = {}
     wrong: list[str] = []
-    for case in cases(sys.argv[1:]):
+    for case in every_nth(cases(arguments.models), arguments.every):
         problem = problem_of(case)
         answers = {} if problem is None else {solver: answer_of(problem, solver) for solver in SOLVERS}
         wrong += contradictions(case, answers)
