@@ -409,7 +409,7 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
             span,
             help=error.help
             or advice_on_missing(text, path)
-            or f"`{path}` was looked for first; without a network, keep the model's config.json in the repository",
+            or "without a network, keep its config.json in the repository, and name that folder as `model.source`",
         )
         return None
 

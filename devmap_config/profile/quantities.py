@@ -48,12 +48,19 @@ class Share:
     fraction: Fraction
 
 
+ASKED_OF_THE_MACHINE = ("auto", "max", "all", "free", "available")
+"""What other tools take for the memory that they find."""
+
+
 def parse_bytes(text: str) -> int | Share:
     """`20GiB`, `512MB`, whole bytes, or `90%`.
 
     Raises:
         QuantityError: where it is not.
     """
+    if text.lower() in ASKED_OF_THE_MACHINE:
+        help = "write how much there is, such as `24GiB` (`devmap probe` tells), or name the card instead"
+        raise QuantityError(f"`{text}` is no quantity: a plan asks nothing of this machine", help)
     number, unit = _split(text, "write bytes as `20GiB`, `512MB`, a whole number, or a share such as `90%`")
     if unit == "%":
         return Share(_share(text, number))

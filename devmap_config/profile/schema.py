@@ -30,7 +30,7 @@ from devmap_config.profile.field_types import (
 from devmap_config.profile.located import Located
 from devmap_config.profile.refusals import refusal
 from devmap_config.profile.section import Each, Section
-from devmap_config.profile.synonyms import attention_meant, dtype_meant
+from devmap_config.profile.synonyms import attention_meant, dtype_meant, strategy_meant
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -226,7 +226,9 @@ class PlacementSection(Section):
     """A strategy, and what it must hold to."""
 
     strategy: Located[
-        Annotated[str, one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is no strategy")]
+        Annotated[
+            str, one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is no strategy", meant=strategy_meant)
+        ]
     ] = Field(default=Located("auto"), examples=list(STRATEGIES))
     """How what is not pinned is placed."""
 

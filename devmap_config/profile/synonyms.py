@@ -116,6 +116,18 @@ def dtype_meant(text: str) -> str | None:
     return None if line is None else f"write `{line}` in its stead"
 
 
+def strategy_meant(text: str) -> str | None:
+    """Return what to write for what other tools do with several devices."""
+    word = (
+        text.lower().replace("-", "_").removesuffix("_parallel").removesuffix("_parallelism").removesuffix("parallel")
+    )
+    if word in ("tensor", "tp", "row"):
+        return "no module is split over devices here: write `strategy: fastest`, which gives each its run of layers"
+    if word in ("pipeline", "pp", "layer"):
+        return "write `strategy: fastest`, or `balanced` for devices that are alike"
+    return None
+
+
 def attention_meant(text: str) -> str | None:
     """Return what to write for an implementation of attention by another name."""
     letters = text.lower().replace("-", "").replace("_", "")

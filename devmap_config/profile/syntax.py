@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
     from devmap_config.diagnostics.diagnostic import Sink
 
+ALIAS = re.compile(r"\*[\w-]+")
+"""What YAML reads as another value of the file, by its name."""
+
 SHELL_VARIABLE = re.compile(r"\$\{(?P<name>\w+)\}")
 
 UNCLOSED = {
@@ -122,7 +125,10 @@ class Source:
             self.error(f"`{text}` is no template", self.span(line, start, len(text)), help, "needs-quotes")
             return True
         quoted = '"' + closed(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
-        self.error(f"`{text}` must be quoted", self.span(line, start, len(text)), f"write `{quoted}`", "needs-quotes")
+        help = f"write `{quoted}`"
+        if ALIAS.fullmatch(text):
+            help += f"; if it is to stand for another value, write `&{text[1:]}` before that one, further above"
+        self.error(f"`{text}` must be quoted", self.span(line, start, len(text)), help, "needs-quotes")
         return True
 
     def indentation(self, line: int) -> int:

@@ -157,6 +157,10 @@ MISTAKES = [
         "one level deeper",
     ),
     (PLACEMENT, "{pins: [{match: lm_head, device: gpu}]}", "gpu", "bad-device-name", "write `cuda:0`"),
+    (PLACEMENT, "{strategy: tensor-parallel}", "tensor-parallel", "unknown-strategy", "write `strategy: fastest`"),
+    (PLACEMENT, "{strategy: pipeline}", "pipeline", "unknown-strategy", "write `strategy: fastest`"),
+    (CARD, "cuda:0: {memory: auto}", "auto", "bad-quantity", "write how much there is, such as `24GiB`"),
+    (CARD, "cuda:0: *card", "*card", "needs-quotes", "write `&card` before that one"),
 ]
 
 
