@@ -87,9 +87,9 @@ def _run(command: click.Command, name: str) -> None:
     """Run a command; what click or a bug of ours raises becomes an exit code, and with `--format json` an object."""
     gc.set_threshold(GARBAGE_THRESHOLD)
     open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a narrow encoding is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # another encoding is no reason to fail
     try:
         code = _exit_code(command, name)
         sys.stdout.flush()

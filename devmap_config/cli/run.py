@@ -16,6 +16,7 @@ from devmap_config.cli.command import CommandError, ProfileOptions, profile_comm
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import EscapedStream, echo
+from devmap_config.wording import is_unicode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -117,6 +118,8 @@ def run(
 def _require_usable(prompt: str | None, options: ProfileOptions, *, chat: bool) -> None:
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
+    if prompt is not None and not is_unicode(prompt):
+        raise click.UsageError(f"the prompt is not UTF-8: `{prompt}`")
     if chat and prompt is None and options.output_format == "json":
         raise click.UsageError("`--format json` prints one answer: say by `--prompt` to what")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +86,15 @@ def test_a_reader_that_goes_away_is_no_message_and_keeps_no_lock_from_being_writ
     assert devmap("check", "-q", "p.yaml") == DONE
 
 
+def test_what_is_typed_need_not_be_utf_8(repository, capsys, monkeypatch):
+    assert devmap("run", "p.yaml", "--prompt", "caf\udce9") == USAGE
+    assert "Error: the prompt is not UTF-8: `caf\\xe9`\n" in capsys.readouterr().err
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert devmap("check", "p.yaml") == DONE
+    assert typed.read() == "caf\\xe9\n"
+
+
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
@@ -157,16 +168,28 @@ placement: {strategy: single, device: disk, offload: {folder: offload}}
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 
 
-@pytest.fixture
-def experts(workspace):
+@pytest.fixture(scope="module")
+def compiled_experts(tmp_path_factory):
     """A checkpoint of single experts, which loading merges and writes to the offload folder; and its logits."""
+    folder = tmp_path_factory.mktemp("experts")
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**MIXTURE, "num_hidden_layers": 3, "dtype": "float32"})).eval()
-    model.save_pretrained("experts")
-    Path("p.yaml").write_text(ON_DISK)
-    assert devmap("compile", "-q", "p.yaml") == DONE
+    model.save_pretrained(folder / "experts")
+    (folder / "p.yaml").write_text(ON_DISK)
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        assert devmap("compile", "-q", "p.yaml") == DONE
     with torch.no_grad():
-        return model(TOKENS).logits
+        return folder, model(TOKENS).logits
+
+
+@pytest.fixture
+def experts(compiled_experts, monkeypatch):
+    """Its logits; its folder is the working directory, and nothing is offloaded there yet."""
+    folder, logits = compiled_experts
+    monkeypatch.chdir(folder)
+    shutil.rmtree("offload", ignore_errors=True)
+    return logits
 
 
 def killed(number):
