@@ -191,7 +191,8 @@ def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Ou
         before, outcome = outcome, show(replace(given, messages=messages))
         messages = (*messages, {"role": "assistant", "content": outcome.output.text})
         if before is not None and before.speed is not None and outcome.speed is not None:
-            outcome = replace(outcome, speed=before.speed + outcome.speed)
+            seconds = before.seconds + outcome.seconds
+            outcome = replace(outcome, seconds=seconds, speed=before.speed + outcome.speed)
     return outcome
 
 
@@ -214,9 +215,10 @@ def _figures(outcome: Outcome | None, deployment: Deployment, load_seconds: floa
     from devmap_config.runner.usage import memory_use
 
     speed = None if outcome is None else outcome.speed
-    names = ("prompt_tokens", "tokens", "seconds", "first_token_seconds", "tokens_per_second")
+    names = ("prompt_tokens", "tokens", "first_token_seconds", "tokens_per_second")
     return {
         "load_seconds": load_seconds,
+        "seconds": None if outcome is None else outcome.seconds,
         **{name: getattr(speed, name, None) for name in names},
         "memory": [
             {"device": str(use.device), "peak_bytes": use.peak_bytes, "planned_bytes": use.planned_bytes}
@@ -232,6 +234,8 @@ def _told(figures: Mapping[str, Any]) -> Iterator[str]:
         apart = "" if first is None else f"the first after {first:.2f} s, then "
         prompt = f"after a prompt of {figures['prompt_tokens']:,}"
         yield f"{counted(figures['tokens'], 'token')} {prompt} in {figures['seconds']:.2f} s: {apart}{rate}"
+    elif figures["seconds"] is not None:
+        yield f"one forward in {figures['seconds']:.2f} s"
     parts = [
         f"{'this process' if each['device'] == 'cpu' else each['device']} {format_bytes(each['peak_bytes'])}"
         f" (planned{' for the model' if each['device'] == 'cpu' else ''} {format_bytes(each['planned_bytes'])})"

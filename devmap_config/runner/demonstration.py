@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,10 @@ FEW_TOKENS, MANY_TOKENS = 24, 256
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a model made of what it was given; `speed` is of what it wrote, `None` where it writes nothing."""
+    """What a model made of what it was given, and in how many seconds; `speed` is that of a text that it wrote."""
 
     output: Output
+    seconds: float
     speed: Speed | None = None
 
 
@@ -83,7 +85,9 @@ class Demonstrator:
             try:
                 if model.can_generate():
                     return self._written(model, inputs, write)
+                start_seconds = time.perf_counter()
                 output = _read(model, inputs, encoder)
+                seconds = time.perf_counter() - start_seconds
             except Exception as error:  # what a model's own code, or what its generation config asks for, may raise
                 raise RunnerError(
                     "forward-failed",
@@ -91,7 +95,7 @@ class Demonstrator:
                     USE_PYTHON,
                 ) from error
         write(output.text)
-        return Outcome(output=output)
+        return Outcome(output=output, seconds=seconds)
 
     def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> Inputs:
         if given.has_media:
@@ -122,7 +126,8 @@ class Demonstrator:
             stream.put(tokens[0, :prompt_length])
             stream.put(tokens[0, prompt_length:])
             stream.end()
-        return Outcome(output=Output(stream.text, stream.text), speed=stream.speed(sees_each=streams))
+        speed = stream.speed(sees_each=streams)
+        return Outcome(output=Output(stream.text, stream.text), seconds=speed.seconds, speed=speed)
 
 
 def _read(model: PreTrainedModel, inputs: Inputs, encoder: SentenceEncoder | None) -> Output:

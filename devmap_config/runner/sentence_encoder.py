@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.files import CONFIG, FileError, read_json
+from devmap_config.files import CONFIG, FileError, boundary_of, read_json
 from devmap_config.runner.heads import Output
 
 if TYPE_CHECKING:
@@ -81,24 +81,26 @@ def sentence_encoder(request: LoadRequest, sink: Sink) -> SentenceEncoder | None
     modules = _read(request, "modules.json")
     if not isinstance(modules, list):
         return None
-    kinds = [(str(each.get("type")).rpartition(".")[2], str(each.get("path"))) for each in modules]
+    described = map(_as_object, modules)
+    kinds = [(str(each.get("type")).rpartition(".")[2], str(each.get("path"))) for each in described]
     if [kind for kind, _ in kinds] not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         _warn_unknown(" → ".join(f"`{kind}`" for kind, _ in kinds), sink)
         return None
-    pooling = _read(request, f"{kinds[1][1]}/config.json") or {}
+    pooling = _as_object(_read(request, f"{kinds[1][1]}/config.json"))
     stated = pooling.get("pooling_mode") or [mode for key, mode in MODES.items() if pooling.get(key)] or "mean"
-    modes = (stated,) if isinstance(stated, str) else tuple(stated)
-    whole = _read(request, "config_sentence_transformers.json") or {}
-    prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name") or "", "")
-    if not set(modes) <= set(MODES.values()) or (prompt and pooling.get("include_prompt") is False):
-        _warn_unknown(f"`Pooling` by {', '.join(modes)}", sink)
+    modes = tuple(stated) if isinstance(stated, list) else (stated,)
+    whole = _as_object(_read(request, "config_sentence_transformers.json"))
+    prompt = _as_object(whole.get("prompts")).get(str(whole.get("default_prompt_name")), "")
+    if not all(mode in MODES.values() for mode in modes) or (prompt and pooling.get("include_prompt") is False):
+        _warn_unknown(f"`Pooling` by {', '.join(map(str, modes))}", sink)
         return None
-    text = _read(request, "sentence_bert_config.json") or {}
+    text = _as_object(_read(request, "sentence_bert_config.json"))
+    max_tokens = text.get("max_seq_length")
     return SentenceEncoder(
         modes=modes,
         normalizes=len(kinds) == 3,
-        prompt=prompt,
-        max_tokens=text.get("max_seq_length"),
+        prompt=str(prompt),
+        max_tokens=max_tokens if isinstance(max_tokens, int) else None,
         lowers_case=bool(text.get("do_lower_case")),
     )
 
@@ -111,11 +113,18 @@ def _warn_unknown(what: str, sink: Sink) -> None:
     )
 
 
+def _as_object(value: Any) -> dict[str, Any]:
+    """Return a value that is to be an object of JSON; an empty one where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
 def _read(request: LoadRequest, name: str) -> Any:
     """Return the value in a file of the checkpoint; `None` where there is none that can be read."""
     folder = Path(request.weights)
     try:
-        return read_json(folder / name if folder.is_dir() else _fetched(request, name), CONFIG)
+        if folder.is_dir():
+            return read_json(folder / name, CONFIG, boundary_of(folder / "modules.json"))
+        return read_json(_fetched(request, name), CONFIG)
     except FileError:
         return None
 
@@ -126,5 +135,5 @@ def _fetched(request: LoadRequest, name: str) -> Path:
 
     try:
         return Path(hf_hub_download(request.weights, name, revision=request.revision))
-    except EntryNotFoundError:  # or it is not in the cache, and the hub cannot be reached
+    except (EntryNotFoundError, OSError, ValueError):  # or it cannot be had, or there can be none of that name
         return Path(name, "is-not-there")

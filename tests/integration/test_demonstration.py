@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import wave
 from importlib import resources
@@ -124,7 +125,9 @@ def test_labels_have_their_probabilities(workspace):
     assert {each["label"]: each["score"] for each in found} == pytest.approx(
         dict(zip(names["label2id"], scores, strict=True))
     )
-    assert run("--prompt", PROMPT).stdout == "".join(f"{each['score']:.4f}  {each['label']}\n" for each in found)
+    done = run("--prompt", PROMPT)
+    assert done.stdout == "".join(f"{each['score']:.4f}  {each['label']}\n" for each in found)
+    assert re.search(r"^one forward in [\d.]+ s$", done.stderr, re.MULTILINE)
     assert found[0]["score"] == max(scores)
     saved(
         BertForSequenceClassification(BertConfig(**ENCODER, **names, problem_type="multi_label_classification")),

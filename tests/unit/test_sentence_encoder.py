@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from devmap_config.runner.sentence_encoder import SentenceEncoder
+from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.runner.loading import LoadRequest
+from devmap_config.runner.sentence_encoder import SentenceEncoder, sentence_encoder
 
 STATES = torch.tensor([[[1.0, -2.0], [3.0, 0.5], [-4.0, 6.0], [99.0, 99.0]]])
 MASK = torch.tensor([[1, 1, 1, 0]])
@@ -40,3 +43,49 @@ def test_poolings_are_joined_and_then_scaled_to_a_length_of_one():
 def test_what_stands_before_every_text_is_put_there():
     encoder = SentenceEncoder(modes=("mean",), prompt="Query: ", lowers_case=True)
     assert encoder.prepared("Where IS it?") == "Query: where is it?"
+
+
+MODULES = [{"type": "a.Transformer", "path": ""}, {"type": "b.Pooling", "path": "pool"}, {"type": "c.Normalize"}]
+
+
+def encoder_of(folder, modules=MODULES, pooling=None, **files):
+    """What is made of a checkpoint's files, and the codes of what was reported."""
+    (folder / "pool").mkdir(exist_ok=True)
+    files = {"modules": modules, "pool/config": pooling or {}, **files}
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    sink = Sink()
+    found = sentence_encoder(LoadRequest(weights=str(folder), class_name="", dtype="", attention=None), sink)
+    return found, [each.code for each in sink]
+
+
+def test_the_files_of_a_checkpoint_say_how(tmp_path):
+    whole = {"prompts": {"query": "Find: "}, "default_prompt_name": "query"}
+    text = {"max_seq_length": 7, "do_lower_case": True}
+    found = encoder_of(
+        tmp_path, pooling={"pooling_mode": "cls"}, config_sentence_transformers=whole, sentence_bert_config=text
+    )
+    expected = SentenceEncoder(modes=("cls",), normalizes=True, prompt="Find: ", max_tokens=7, lowers_case=True)
+    assert found == (expected, [])
+    assert encoder_of(tmp_path, MODULES[:2])[0].normalizes is False
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "codes"),
+    [
+        ({"type": "Transformer"}, {}, []),
+        ([3, None], {}, ["no-embedding"]),
+        (MODULES, {"pooling_mode": {"a": 1}}, ["no-embedding"]),
+        (MODULES, {"pooling_mode": ["mean", ["max"]]}, ["no-embedding"]),
+    ],
+)
+def test_files_of_another_form_are_no_encoder(tmp_path, modules, pooling, codes):
+    assert encoder_of(tmp_path, modules, pooling) == (None, codes)
+
+
+def test_files_beyond_the_checkpoint_are_not_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"pooling_mode": "max"}))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    modules = [MODULES[0], {"type": "Pooling", "path": ".."}]
+    assert encoder_of(folder, modules)[0].modes == ("mean",)
