@@ -42,6 +42,20 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "").rstrip(".")
 
 
+LONG_NAME = re.compile(r"`([^`]{500})[^`]{500,}([^`]{100})`")
+LONGEST_TEXT = 5_000
+
+
+def shortened(text: str) -> str:
+    """Return a text with the middle of its longest names left out, and all that is beyond any message.
+
+    >>> len(shortened("`" + "x" * 5_000 + "` is no name"))
+    614
+    """
+    text = LONG_NAME.sub(r"`\1…\2`", text)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
+
+
 NOT_PLAIN = re.compile(r"[^ -~]")
 
 COMMAND = re.compile(r"^([ \t]*):(?=:[A-Za-z])|#(?=#\[)")

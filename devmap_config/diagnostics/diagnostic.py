@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
-from devmap_config.wording import visible, visible_lines
+from devmap_config.wording import shortened, visible, visible_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -92,10 +92,10 @@ MAX_ERRORS = 1000
 
 
 def _make_visible(finding: Diagnostic | Related, *names: str) -> None:
-    """Escape what names and texts of strangers bring into the words of a finding."""
+    """Cut and escape what names and texts of strangers bring into the words of a finding."""
     for name in names:
         if (text := getattr(finding, name)) is not None:
-            object.__setattr__(finding, name, visible(text))
+            object.__setattr__(finding, name, visible(shortened(text)))
 
 
 class Sink:

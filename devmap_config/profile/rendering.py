@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.profile.document import MappingNode, Node, ScalarNode, SequenceNode, without_duplicates
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 UNRENDERED = ("variables", "extends")
 """Top-level keys that templates cannot stand in: they are what templates are rendered with."""
 
+MAX_TEMPLATES = 500
+"""Different ones in a profile and what it extends: each takes some milliseconds at most."""
+
 NAMED = (("hardware", "devices"), ("hardware", "links"), ("placement", "max_memory"), ("placement", "device_map"))
 """Mappings whose keys are names, of devices or of modules."""
 
@@ -26,6 +29,8 @@ class Renderer:
 
     variables: Mapping[str, object]
     sink: Sink
+    _rendered: dict[str, str] = field(default_factory=dict)
+    _tried: int = 0
 
     def values(self, document: MappingNode) -> MappingNode:
         """Return a document with its values rendered."""
@@ -58,10 +63,26 @@ class Renderer:
         """Return a scalar rendered, as if it had been written without quotes: its field's type reads it."""
         if not any(mark in node.text for mark in ("{{", "{%", "{#")):
             return node
-        from devmap_config.profile.template import TemplateRefusedError, render  # with it comes jinja2
+        from devmap_config.profile.template import TemplateRefusedError  # with it comes jinja2
 
         try:
-            return ScalarNode(render(node.text, self.variables), node.span)
+            return ScalarNode(self.rendered(node.text), node.span)
         except TemplateRefusedError as error:
             self.sink.error(error.code, error.message, node.span, help=error.help)
             return replace(node, is_unrendered=True)
+
+    def rendered(self, text: str) -> str:
+        """Return a template rendered, each once.
+
+        Raises:
+            TemplateRefusedError: where it cannot be, or there were too many others.
+        """
+        from devmap_config.profile.template import TemplateRefusedError, render
+
+        if text not in self._rendered:
+            self._tried += 1
+            if self._tried > MAX_TEMPLATES:
+                message = f"there are more than {MAX_TEMPLATES} different templates"
+                raise TemplateRefusedError("template-limit", message, "write values out, or use patterns and ranges")
+            self._rendered[text] = render(text, self.variables)
+        return self._rendered[text]

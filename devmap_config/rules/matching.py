@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
     from devmap_config.rules.pattern import CompiledExpression, Path
 
+MAX_STEPS = 20_000_000
+"""Of one pattern, and of all those of a profile: sixty that begin with `**`, held to a model of 100,000 tensors."""
+
 MAX_ALTERNATIVES = 512
 """Paths that the braces of one pattern may stand for."""
 
@@ -61,13 +64,15 @@ class Stuck:
 class Match:
     """What a pattern matches: paths of modules and names of tensors, depth first; and what it asks beyond.
 
-    `dead` are the places in its text of alternatives (`{norm,embd}`) that no match takes.
+    `dead` are the places in its text of alternatives (`{norm,embd}`) that no match takes. `steps` is how long it took
+    to find: places in the pattern that nodes were held to.
     """
 
     names: tuple[str, ...]
     beyond: tuple[BeyondEnd, ...] = ()
     stuck: Stuck | None = None
     dead: tuple[tuple[int, int], ...] = ()
+    steps: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def match(pattern: Pattern, graph: ModelGraph) -> Match:
     """
     if isinstance(pattern, RegexPattern):
         expression = compile_expression(pattern.expression)
-        return Match(tuple(name for name in _all_names(graph.root) if expression.fullmatch(name)))
+        names = tuple(name for name in _all_names(graph.root) if expression.fullmatch(name))
+        return Match(names, steps=len(graph.modules) + len(graph.tensors))
     if isinstance(pattern, ClassPattern):
         return _match_class(pattern, graph)
     return _Walk(pattern, graph).result()
@@ -136,7 +142,8 @@ def match(pattern: Pattern, graph: ModelGraph) -> Match:
 
 def _match_class(pattern: ClassPattern, graph: ModelGraph) -> Match:
     if pattern.scope is None:
-        return Match(tuple(module.path for module in graph.root.walk() if module.class_name == pattern.class_name))
+        names = tuple(module.path for module in graph.root.walk() if module.class_name == pattern.class_name)
+        return Match(names, steps=len(graph.modules))
     scope = _Walk(pattern.scope, graph).result()
     found: dict[str, None] = {}
     for path in scope.names:
@@ -144,7 +151,7 @@ def _match_class(pattern: ClassPattern, graph: ModelGraph) -> Match:
             for module in graph.modules[path].walk():  # type: ignore[index]
                 if module.class_name == pattern.class_name:
                     found[module.path] = None
-    return Match(tuple(found), scope.beyond, scope.stuck)
+    return Match(tuple(found), scope.beyond, scope.stuck, steps=scope.steps + len(found))
 
 
 def _all_names(module: Module) -> Iterator[str]:
@@ -226,11 +233,13 @@ class _Walk:
     beyond: list[BeyondEnd] = field(default_factory=list)
     within: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
+    steps: int = 0
     furthest: Stuck | None = None
 
     def result(self) -> Match:
         flat = flatten(self.pattern.path, 0, len(self.pattern.text))
         self.paths = [path.segments for path in flat]
+        self.steps = sum(map(len, self.paths))
         self.visit(self.graph.root, self.closed([(index, 0) for index in range(len(self.paths))]))
         # Below a wildcard a range may reach beyond the end of some parents, but not of all.
         beyond = tuple(
@@ -239,7 +248,7 @@ class _Walk:
         alive = frozenset(place for index in self.finished for place in flat[index].alternatives)
         dead = sorted({place for path in flat for place in path.alternatives} - alive)
         names = tuple(dict.fromkeys(self.names))
-        return Match(names, beyond, None if names else self.furthest, tuple(dead) if names else ())
+        return Match(names, beyond, None if names else self.furthest, tuple(dead) if names else (), self.steps)
 
     def closed(self, states: list[State]) -> list[State]:
         """The states with those that `**` reaches without taking a segment, each once."""
@@ -252,7 +261,14 @@ class _Walk:
                     position += 1
         return list(closed)
 
+    def take_steps(self, count: int) -> None:
+        self.steps += count
+        if self.steps > MAX_STEPS:
+            message = f"it takes more than {MAX_STEPS:,} steps to hold the model to it"
+            raise PatternError(message, 0, len(self.pattern.text), "write a shorter pattern")
+
     def visit(self, node: Node, states: list[State]) -> None:
+        self.take_steps(len(states))
         unfinished = [(index, position) for index, position in states if position < len(self.paths[index])]
         if len(unfinished) < len(states):
             self.names.append(_name(node))
@@ -260,6 +276,7 @@ class _Walk:
         if not unfinished:
             return
         children = children_of(node)
+        self.take_steps(len(children))
         following: dict[str, list[State]] = {}
         for index, position in unfinished:
             if self.furthest is None or position > self.furthest.position:

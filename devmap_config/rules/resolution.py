@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.rules.matching import BeyondEnd, Match, match
+from devmap_config.rules.matching import MAX_STEPS, BeyondEnd, Match, match
 from devmap_config.rules.pattern import IndexRange, PatternError
 from devmap_config.rules.suggestion import nearest_to, tree_command
 
@@ -54,12 +54,7 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
 
     `source` is the model as its user names it, for the commands that messages propose.
     """
-    matches: list[tuple[Rule, Match]] = []
-    for rule in rules:
-        try:
-            matches.append((rule, match(rule.pattern, graph)))
-        except PatternError as error:
-            sink.error("bad-pattern", f"`{rule.text}` is no pattern: {error.message}", rule.span, help=error.help)
+    matches = _matched(rules, graph, sink)
     for rule, found in matches:
         _check_match(rule, found, graph, source, sink)
     decisions: dict[TensorName, Decision] = {}
@@ -79,6 +74,26 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
         new={name: rule for rule, found in matches if rule.origin == "allow_new" for name in _tensors_of(found, graph)},
         matches=tuple(matches),
     )
+
+
+def _matched(rules: tuple[Rule, ...], graph: ModelGraph, sink: Sink) -> list[tuple[Rule, Match]]:
+    """What each rule matches; each pattern is held to the model once."""
+    found: dict[str, Match] = {}
+    matches: list[tuple[Rule, Match]] = []
+    steps = 0
+    for rule in rules:
+        try:
+            if rule.text not in found:
+                found[rule.text] = match(rule.pattern, graph)
+                steps += found[rule.text].steps
+            matches.append((rule, found[rule.text]))
+        except PatternError as error:
+            sink.error("bad-pattern", f"`{rule.text}` is no pattern: {error.message}", rule.span, help=error.help)
+        if steps > MAX_STEPS:
+            message = f"it takes more than {MAX_STEPS:,} steps to hold the model to these rules"
+            sink.error("too-large", message, rule.span, help="write fewer rules: one pattern stands for many modules")
+            break
+    return matches
 
 
 def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink: Sink) -> None:

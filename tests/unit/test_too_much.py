@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from devmap_config.diagnostics.diagnostic import MAX_ERRORS, Sink, TooManyErrorsError
+from devmap_config.diagnostics.diagnostic import MAX_ERRORS, Diagnostic, Sink, TooManyErrorsError
 from devmap_config.diagnostics.terminal import print_diagnostics
+from devmap_config.graph.model import ModelGraph, Module, ModulePath
 from devmap_config.profile.loading import load_profile
+from devmap_config.profile.located import Located
+from devmap_config.rules import matching, resolution
+from devmap_config.rules.pattern import parse_pattern
+from devmap_config.rules.rule import Rule
 
 MOST_SECONDS = 4
 """Of the processor: several times what the slowest takes."""
@@ -56,6 +61,10 @@ PROFILES = {
     "an open quote": (CPU + "name: '" + LONG, "syntax"),
     "a name": (CPU + f"name: {LONG}\n", "too-large"),
     "a path": (CPU.replace("good", "a/" * 400_000), "too-large"),
+    "templates": (
+        CPU + "placement: {pins: [" + some(9_000, lambda n: f'{{match: "{{{{ {n} }}}}", device: cpu}}') + "]}\n",
+        "template-limit",
+    ),
     "a pattern": (CPU + 'placement: {pins: [{match: "' + "**." * 300_000 + 'x", device: cpu}]}\n', "too-large"),
 }
 
@@ -86,3 +95,28 @@ def test_after_a_thousand_errors_the_rest_is_not_looked_for(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     diagnostics, _ = findings(CPU + "".join(f"k{number}: 1\n" for number in range(1_200)))
     assert [diagnostic.code for diagnostic in diagnostics] == ["unknown-key"] * MAX_ERRORS + ["too-large"]
+
+
+def test_rules_that_take_too_long_to_match_are_refused_and_equal_patterns_are_matched_once(monkeypatch):
+    leaves = tuple(Module(ModulePath(f"layers.{number}"), "Linear") for number in range(100))
+    graph = ModelGraph(
+        Module(ModulePath(""), "Model", children=(Module(ModulePath("layers"), "List", children=leaves),))
+    )
+    monkeypatch.setattr(matching, "MAX_STEPS", 3_000)
+    monkeypatch.setattr(resolution, "MAX_STEPS", 3_000)
+
+    def codes(*texts):
+        sink = Sink()
+        rules = [Rule(pattern=parse_pattern(text), source=Located(text), optional=True) for text in texts]
+        resolution.resolve(tuple(rules), graph, "model", sink)
+        return [diagnostic.code for diagnostic in sink.diagnostics if diagnostic.is_error]
+
+    assert codes(*["**.*"] * 50) == []
+    assert codes(*(f"layers.[{number}]" for number in range(50))) == ["too-large"]
+    assert codes("**." * 100 + "x") == ["bad-pattern"]
+
+
+def test_a_message_does_not_repeat_the_whole_of_a_long_name():
+    finding = Diagnostic.error("syntax", f"`{'x' * 9_000}` is wrong", help="y" * 9_000)
+    assert len(finding.message) < 700
+    assert len(finding.help) < 5_100
