@@ -13,6 +13,7 @@ import secrets
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -89,14 +90,13 @@ def main() -> int:
     with TemporaryDirectory(prefix="devmap-fuzz-") as folder:
         root = Path(folder)
         make_root(root)
-        workers = [Worker(root, number) for number in range(options.workers)]
         inputs = made_inputs(seed, Sources(root / "template"), options.surfaces or list(SURFACES))
         failures = Failures(options.failures.absolute(), seed)
-        started = time.monotonic()
-        tallies = fuzz(workers, inputs, failures, options.seconds)
-        seconds = time.monotonic() - started
-        for worker in workers:
-            worker.close()
+        with ExitStack() as stack:
+            workers = [stack.enter_context(closing(Worker(root, number))) for number in range(options.workers)]
+            started = time.monotonic()
+            tallies = fuzz(workers, inputs, failures, options.seconds)
+            seconds = time.monotonic() - started
     print(HEADING)
     for name, tally in tallies.items():
         print(tally.row(name))

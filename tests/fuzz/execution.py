@@ -113,7 +113,7 @@ def _judged(result: Result, command: list[str]) -> tuple[str | None, str]:
         return type(error).__name__ + where, "".join(traceback.format_exception(error)[-8:])
     if result.return_value not in EXIT_CODES:
         return f"exits with {result.return_value}", result.output
-    if result.return_value and not result.output.strip():
+    if result.return_value and not result.output.strip() and not {"-q", "--quiet"} & set(command):
         return f"exits with {result.return_value}, and says nothing", ""
     if "json" in command or "sarif" in command:
         try:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -49,7 +50,7 @@ class Worker:
 
     def _start(self) -> None:
         self.connection, other = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_work, args=(other, self._root, self._number), daemon=True)
+        self._process = CONTEXT.Process(target=_work, args=(other, self._root, self._number))
         self._process.start()
         other.close()
         self._tried = 0
@@ -130,13 +131,14 @@ def _work(connection: Connection, root: Path, number: int) -> None:
     limit = HEADROOM_BYTES + psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     connection.send("ready")
-    while True:
-        surface, data = connection.recv()
-        try:
-            outcome = execute(surface, data, root / "template", folder / "work")
-        except MemoryError:
-            outcome = Outcome(LARGE)
-        connection.send(outcome)
+    with suppress(EOFError):  # whoever sent inputs is gone
+        while True:
+            surface, data = connection.recv()
+            try:
+                outcome = execute(surface, data, root / "template", folder / "work")
+            except MemoryError:
+                outcome = Outcome(LARGE)
+            connection.send(outcome)
 
 
 def _go_offline(cache: Path) -> None:
