@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, get_args
 
-from pydantic_core import core_schema
+from pydantic_core import PydanticOmit, core_schema
 
 from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode, Value, is_null, whole_file
 
@@ -165,6 +165,8 @@ class Located(Generic[T_co]):
         def locate(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Located[Any]:
             if isinstance(value, Located):
                 return value
+            if isinstance(value, WrittenText) and value.is_unrendered:
+                raise PydanticOmit  # here: what is called by a validator cannot have a key left out
             return Located(validate(value), value.place if isinstance(value, Written) else NOWHERE)
 
         dump = core_schema.wrap_serializer_function_ser_schema(
