@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devmap_config.files import boundary_of, exists, is_folder
+from devmap_config.files import boundary_of, exists, is_file, is_folder
 from devmap_config.wording import is_unicode, visible
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def require_new(path: Path | None, *, force: bool) -> None:
         raise click.UsageError(f"the folder `{path.parent}` does not exist")
     if is_folder(path):
         raise click.UsageError(f"`{path}` is a folder")
+    if exists(path) and not is_file(path):  # a file would take the place of a device or a pipe
+        raise click.UsageError(f"`{path}` is no regular file")
     if exists(path) and not force:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 

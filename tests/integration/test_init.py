@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -28,6 +29,12 @@ def run(*arguments):
 
 def said(done):
     return " ".join((done.exception.format_message() if done.exception else done.stderr).split())
+
+
+def test_no_file_takes_the_place_of_a_pipe(workspace):
+    os.mkfifo("pipe")
+    assert "`pipe` is no regular file" in said(run("init", "llama", "--on", "t4", "-o", "pipe", "--force"))
+    assert Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize(
