@@ -12,7 +12,7 @@ class ExitCode(IntEnum):
     WRONG = 1
     """The profile is wrong or cannot be satisfied, also where its lock is stale besides."""
     USAGE = 2
-    """The command line is wrong, or names a file that is not there."""
+    """The command line is wrong, a file is not there or cannot be written, nor stdout, or memory ran out."""
     STALE = 3
     """The lock is missing, stale or unreadable, or the plans differ."""
     UNLIKE_LOCK = 4

@@ -174,7 +174,7 @@ class DevmapError(Exception):
     def __init__(
         self, message: str, diagnostics: tuple[Diagnostic, ...] = (), texts: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(visible_lines(message))
         self.diagnostics = diagnostics
         self.texts = dict(texts or {})
 
@@ -188,7 +188,7 @@ class ProfileError(DevmapError):
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.is_error]
-        super().__init__(visible_lines("\n".join(map(_one_line, errors))), diagnostics, texts)
+        super().__init__("\n".join(map(_one_line, errors)), diagnostics, texts)
 
 
 class TooManyErrorsError(ProfileError):

@@ -29,6 +29,7 @@ from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Relat
 from devmap_config.diagnostics.terminal import print_diagnostics
 from devmap_config.graph.digest import digest
 from devmap_config.plan.diff import Change, Difference, Home, Move
+from devmap_config.runner.loading import RunnerError
 from devmap_config.wording import visible_lines
 
 STRANGE = (
@@ -183,7 +184,8 @@ def test_what_a_command_raises_is_escaped(capsys, text):
             context.setattr(sys, "argv", ["devmap"])
             _exit_code(fail, "devmap")
         is_harmless("".join(capsys.readouterr()))
-    is_harmless(str(ProfileError((finding(text, text),))))
+    for raised in (ProfileError((finding(text, text),)), RunnerError("load-failed", text)):
+        is_harmless(str(raised))
 
 
 PIPE = re.compile(r"(?<!\\)\|")
