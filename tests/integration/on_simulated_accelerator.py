@@ -16,7 +16,7 @@ from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from joining_models import JOINS, code_of, config_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -348,6 +348,30 @@ def test_devmap_run_warns_of_nothing_that_the_plan_answers():
     arguments = ["profile.yaml", "--max-new-tokens", "2", "--format", "json"]
     done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
     assert [each["code"] for each in json.loads(done.stdout)["diagnostics"]] == ["never-on-cards"]
+
+
+def test_labels_of_a_model_over_two_cards_are_those_of_the_plain_one():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=4, num_labels=3)).save_pretrained("random")
+    load('match: "bert.encoder.layer.[2-3]", device: npu:1', "match: classifier, device: npu:1")
+    done = CliRunner().invoke(run_model, ["profile.yaml", "--format", "json"], standalone_mode=False)
+    plain = BertForSequenceClassification.from_pretrained("random")
+    with torch.no_grad():
+        scores = plain(torch.arange(1, 9)[None]).logits[0].softmax(-1)
+    found = {each["label"]: each["score"] for each in json.loads(done.stdout)["output"]}
+    assert found == pytest.approx({f"LABEL_{index}": score for index, score in enumerate(scores.tolist())})
+
+
+def test_random_weights_are_placed_and_run_over_two_cards():
+    save(MIXTURE)
+    load('match: "model.layers.[2-3]", device: npu:1', computed("model.layers.1.mlp.experts"))
+    Path("random/model.safetensors").unlink()
+    arguments = ["profile.yaml", "--random-weights", "--max-new-tokens", "3"]
+    done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
+    assert done.return_value == 0, done.stderr
+    assert "loaded random weights" in done.stderr
+    assert "3 tokens after a prompt of 8" in done.stderr
 
 
 def test_a_receipt_takes_back_that_none_was_ever_run_on_so_many_such_cards(monkeypatch, tmp_path):
