@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from devmap_config.devices import CPU
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.placement.problem import Aim, Problem
-from devmap_config.placement.units import fold
+from devmap_config.placement.units import fold, united
 from devmap_config.profile.device_names import device_meant
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
@@ -249,27 +249,13 @@ def _check_covered(loaded: LoadedProfile, problem: Problem, sink: Sink) -> None:
     )
 
 
-def _united(groups: list[tuple[TensorName, ...]], graph: ModelGraph) -> list[tuple[TensorName, ...]]:
+def _united(groups: list[tuple[TensorName, ...]], graph: ModelGraph) -> list[list[TensorName]]:
     """Every tensor in the one group it belongs to, overlapping groups joined; in order of definition."""
-    leader: dict[TensorName, TensorName] = {name: name for name in graph.tensors}
-
-    def find(name: TensorName) -> TensorName:
-        while leader[name] != name:
-            leader[name] = leader[leader[name]]
-            name = leader[name]
-        return name
-
-    for group in groups:
-        for name in group[1:]:
-            leader[find(name)] = find(group[0])
-    united: dict[TensorName, list[TensorName]] = {}
-    for name in graph.tensors:
-        united.setdefault(find(name), []).append(name)
-    return [tuple(names) for names in united.values()]
+    return united([*((name,) for name in graph.tensors), *groups])
 
 
 def _check_agreement(
-    group: tuple[TensorName, ...], deciding: list[Decision], graph: ModelGraph, resolution: Resolution, sink: Sink
+    group: list[TensorName], deciding: list[Decision], graph: ModelGraph, resolution: Resolution, sink: Sink
 ) -> None:
     first = min(deciding, key=lambda decision: decision.rule.span)
     others = [decision for decision in deciding if decision.device != first.device]

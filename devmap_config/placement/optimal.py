@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
 from devmap_config.placement.assignment import ON_CPU
+from devmap_config.placement.running import LONGEST_CONTEXT
 from devmap_config.placement.solver import UNREACHABLE, solve
-from devmap_config.placement.statement import LONGEST_CONTEXT, Statement
+from devmap_config.placement.statement import Statement
 from devmap_config.placement.wishes import preferred
 
 if TYPE_CHECKING:

@@ -12,7 +12,9 @@ from devmap_config.graph.model import ModulePath
 from devmap_config.placement.assignment import Location
 from devmap_config.placement.chain import Block, Chain, Option, Transfer
 from devmap_config.placement.options import OptionBuilder
+from devmap_config.placement.running import LONGEST_CONTEXT
 from devmap_config.placement.timing import MissingFigureError, crossings, execution_order, has_weights
+from devmap_config.placement.units import united
 from devmap_config.placement.wishes import Contexts
 
 if TYPE_CHECKING:
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
 MODEL = "the model's own code"
 """The name of the first block of a chain: what runs outside of every block that holds anything, and holds nothing."""
-
-LONGEST_CONTEXT = 2**24
-"""Where a model's cache does not grow, no length is the longest; this is as far as is looked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,24 +107,11 @@ class Statement:
         """The group of every block that must be with another: ties, rules, and what reads another's cache."""
         graph = self.problem.graph
         block_of = {tensor.name: path for path in graph.blocks for tensor in graph.modules[path].tensors()}
-        leader: dict[str, str] = {}
-
-        def find(name: str) -> str:
-            while leader.setdefault(name, name) != name:
-                name = leader[name]
-            return name
-
         together = [[str(block_of.get(name, name)) for name in names] for names in graph.tied_groups]
         together += [[str(block_of.get(name, name)) for name in names] for names in self.problem.groups]
         if graph.measurement is not None:
             together += [list(bond) for bond in graph.measurement.bonds]
-        for names in together:
-            for name in names[1:]:
-                leader[find(name)] = find(names[0])
-        members: dict[str, list[str]] = {}
-        for name in leader:
-            members.setdefault(find(name), []).append(name)
-        groups = [names for names in members.values() if len(names) > 1]
+        groups = [names for names in united(together) if len(names) > 1]
         return {name: number for number, names in enumerate(groups) for name in names}
 
     def _transfers(self, blocks: list[Block]) -> tuple[Transfer, ...]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.graph.model import TensorName
     from devmap_config.placement.problem import Aim, Problem
+    from devmap_config.placement.running import Running
 
 TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -159,18 +160,8 @@ def _with_room_to_run(problem: Problem, strategy: str) -> Placed | Infeasible:
 
 def _overfull(problem: Problem, placement: Placement) -> dict[Device, tuple[int, int]]:
     """Return the bytes of weights, and of what running takes besides, of each device that has no room for both."""
-    executor, main_device = problem.executor, problem.executor.main_device(placement.values())
-    homes = {name: (device, problem.computed.get(name)) for name, device in placement.items()}
-    running = running_of(
-        problem.graph,
-        (
-            Assignment(unit.name, unit.tensors, executor.location(device, main_device, compute))
-            for unit, (device, compute) in fold(problem.graph, homes)
-        ),
-        executor,
-    )
+    running, weights = _running_and_weights(problem, placement)
     costs = {} if running is None else running.costs()
-    weights = bytes_by_device(problem, placement, main_device=main_device)
     needed = {
         device: (weights.get(device, 0), costs[device].total_bytes if device in costs else 0)
         for device in problem.capacities
@@ -218,19 +209,24 @@ def _context_of_sequential(problem: Problem) -> int | None:
     placed = _like_transformers(problem, "sequential", problem.capacities)
     if isinstance(placed, Infeasible) or _shortages(problem, _used_bytes(problem, placed.placement)):
         return None
-    executor, placement = problem.executor, placed.placement
-    main_device = executor.main_device(placement.values())
-    assignments = [
-        Assignment(unit.name, unit.tensors, executor.location(device, main_device))
-        for unit, device in fold(problem.graph, placement)
-    ]
-    running = running_of(problem.graph, assignments, executor)
+    running, weights = _running_and_weights(problem, placed.placement)
     if running is None:
         return None
-    weights_bytes = bytes_by_device(problem, placement, main_device=main_device)
     return longest_context(
-        running, {device: size - weights_bytes.get(device, 0) for device, size in problem.capacities.items()}
+        running, {device: size - weights.get(device, 0) for device, size in problem.capacities.items()}
     )
+
+
+def _running_and_weights(problem: Problem, placement: Placement) -> tuple[Running | None, dict[Device, int]]:
+    """Return what runs where under a placement, and the bytes of weights on each device."""
+    executor, main_device = problem.executor, problem.executor.main_device(placement.values())
+    homes = {name: (device, problem.computed.get(name)) for name, device in placement.items()}
+    assignments = [
+        Assignment(unit.name, unit.tensors, executor.location(device, main_device, compute))
+        for unit, (device, compute) in fold(problem.graph, homes)
+    ]
+    weights = bytes_by_device(problem, placement, main_device=main_device)
+    return running_of(problem.graph, assignments, executor), weights
 
 
 def first_device(problem: Problem) -> Device:

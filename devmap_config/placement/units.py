@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from devmap_config.graph.model import ModelGraph, Module, TensorName
 
 Home = TypeVar("Home")
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,25 @@ class Unit:
 
     name: str
     tensors: tuple[TensorName, ...]
+
+
+def united(groups: Iterable[Sequence[Name]]) -> list[list[Name]]:
+    """Join groups that overlap; each is in the order in which its names are first met, and so are the groups."""
+    leader: dict[Name, Name] = {}
+
+    def find(name: Name) -> Name:
+        while leader.setdefault(name, name) != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    for group in groups:
+        for name in group:
+            leader[find(name)] = find(group[0])
+    members: dict[Name, list[Name]] = {}
+    for name in leader:
+        members.setdefault(find(name), []).append(name)
+    return list(members.values())
 
 
 def fold(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Unit, Home], ...]:
