@@ -115,7 +115,7 @@ class OptionBuilder:
 
     def _streamed(self, module: Module) -> Iterator[Place]:
         """From the CPU or the disk, copied to the main device at every forward."""
-        stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities and store != self.main_device]
+        stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities]
         for store in stores:
             is_streamed = self.problem.executor.streams(Location(store, self.main_device))
             if is_streamed and store not in self._forbidden(module):
@@ -152,7 +152,7 @@ class OptionBuilder:
         for each in module.walk():
             size_bytes = sum(tensor.size_bytes for tensor in each.tensors())
             is_pinned = any(tensor.name in self.problem.pinned for tensor in each.tensors())
-            if each is module or is_pinned or each.path not in self._costs or size_bytes == total_bytes:
+            if is_pinned or each.path not in self._costs or size_bytes == total_bytes:
                 continue
             if size_bytes * SMALLEST_PART >= total_bytes:
                 found.append((-size_bytes, len(found), each.path[len(module.path) + 1 :]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,10 @@ def test_the_parts_of_a_block_are_its_heaviest_that_may_be_taken_out(workspace, 
         path: sum(tensor.size_bytes for tensor in module.tensors()) for path, module in problem.graph.modules.items()
     }
     assert parts["model.layers.0"][0] == "mlp.experts"
+    chain = Statement(*problem_of(monkeypatch, LLAMA), problem.accelerators[0]).chain
+    [layer] = [block for block in chain.blocks if block.name == "model.layers.0"]
+    llama = list(dict.fromkeys(option.mode[1] for option in layer.options if option.mode[0] == "part"))
+    assert llama == ["mlp", "self_attn", "mlp.gate_proj", "mlp.up_proj"]
     for block, paths in parts.items():
         assert len(paths) <= 4
         assert paths == sorted(paths, key=lambda path: -sizes[f"{block}.{path}"])
@@ -201,7 +206,37 @@ def test_the_parts_of_a_block_are_its_heaviest_that_may_be_taken_out(workspace, 
     assert not any(path.startswith("mlp") for path in parts["model.layers.1"])
 
 
+def places_of(problem, aim, main_device, block="model.layers.1"):
+    chain = Statement(problem, aim, main_device).chain
+    [options] = [each.options for each in chain.blocks if each.name == block]
+    return [option.place for option in options]
+
+
+def test_the_cpu_computes_beside_accelerators_only_if_it_is_there_and_what_runs_is_known(workspace, monkeypatch):
+    problem, aim = problem_of(monkeypatch, LLAMA)
+    cuda, other, cpu, disk = problem.capacities
+
+    def on(*devices, **more):
+        return replace(problem, capacities={device: problem.capacities[device] for device in devices}, **more)
+
+    assert {mode[0] for _, mode in places_of(problem, aim, cuda)} == {"resident", "streamed", "computed", "part"}
+    assert places_of(on(cpu, disk), aim, cpu) == [(cpu, ("resident",)), (cpu, ("streamed", disk))]
+    assert places_of(on(cuda, other), aim, cuda) == [(cuda, ("resident",)), (other, ("resident",))]
+    unmeasured = on(cuda, cpu, graph=replace(problem.graph, measurement=None))
+    assert places_of(unmeasured, aim, cuda) == [(cuda, ("resident",)), (cuda, ("streamed", cpu))]
+
+
+def test_a_block_of_which_all_is_pinned_has_one_option(workspace, monkeypatch):
+    problem, aim = problem_of(monkeypatch, LLAMA, pins=('{match: "model.layers.1", device: cuda:1}',))
+    assert places_of(problem, aim, problem.accelerators[0]) == [(problem.accelerators[1], ("resident",))]
+
+
 def test_a_tensor_of_the_models_own_is_on_the_main_device_unless_it_is_pinned(workspace, monkeypatch):
+    problem, aim = problem_of(monkeypatch, BART)
+    layer = problem.graph.modules["model.encoder.layers.0"]
+    problem = replace(problem, groups=(("final_logits_bias", next(layer.tensors()).name),))
+    cards = problem.accelerators
+    assert [home for home, _ in places_of(problem, aim, cards[0], "final_logits_bias")] == list(cards)
     for pins, expected in (((), None), (("{match: final_logits_bias, device: cuda:1}",), "cuda:1")):
         problem, aim = problem_of(monkeypatch, BART, pins=pins)
         for main_device in problem.accelerators:

@@ -107,6 +107,12 @@ def test_a_cpu_that_reads_faster_than_the_link_computes(workspace):
     assert set(plan.compute.values()) == {CPU}
 
 
+def test_a_cpu_of_which_nobody_says_what_it_computes_does_not_prefill(workspace):
+    devices = f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}"
+    assert plan_of(devices, workload=", optimize: prefill").compute == {}
+    assert plan_of(devices.replace("900GB/s", "900GB/s, flops: 900TFLOP/s"), workload=", optimize: prefill").compute
+
+
 def test_a_cpu_that_reads_slowly_does_not(workspace):
     plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 1MB/s}}")
     assert plan.compute == {}
