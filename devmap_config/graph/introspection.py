@@ -212,7 +212,7 @@ def _unbuildable(
 def _usual_config(stated: dict[str, Any]) -> dict[str, Any]:
     """What a config of this type says where nobody says otherwise; nothing where there is no such type."""
     try:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING
 
         usual: dict[str, Any] = CONFIG_MAPPING[stated["model_type"]]().to_dict()
     except Exception:  # whatever stands in place of a type, and whatever a config without arguments lacks
