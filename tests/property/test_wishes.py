@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_solver import all_figures, medium_chain, small_chain, solve
+from test_solver import all_figures, medium_chain, option_of, small_chain, solve
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.placement.chain import Block, Chain
 from devmap_config.placement.wishes import Contexts, preferred
 from devmap_config.profile.permissions import Permissions
 
@@ -102,6 +103,22 @@ def test_a_longer_context_is_wished_for_within_the_same_devices(least):
     assert longest(longer) >= least
 
 
+@pytest.mark.parametrize(("longest", "on_first"), [(10_000, 3), (115, 4), (100, 5)])
+def test_blocks_are_spread_for_a_long_context_as_far_as_one_is_looked_for(longest, on_first):
+    """Five of six blocks would be fastest on the first card; three on each leave room for the longest context."""
+
+    def chain_at(length):
+        size = 1_000_000 + 10_000 * (length - 100)
+        options = tuple(
+            option_of(f"cuda:{card}", 1_000 + card, {f"cuda:{card}": size}, {}, mode="resident") for card in (0, 1)
+        )
+        blocks = tuple(Block(f"block{place}", options) for place in range(6))
+        return Chain(blocks, dict.fromkeys(("cuda:0", "cuda:1"), 5_000_000))
+
+    contexts = Contexts(length=100, least=100, longest=longest, chain_at=chain_at)
+    assert preferred(chain_at(100), 7_000, contexts).count(0) == on_first
+
+
 LENGTHS = range(100, 160)
 """Context lengths here; the longest is found to a sixteenth."""
 
@@ -113,7 +130,7 @@ def growing(chain, seed):
     def at(length):
         blocks = []
         for block in chain.blocks:
-            growth = known.setdefault(block.options, rng.choice([0, 0.02, 0.1]))
+            growth = known.setdefault(block.options, rng.choice([0.1, 0.5, 1]))
             more = int((length - LENGTHS[0]) * growth)
             held = [tuple((device, size + more) for device, size in option.demands) for option in block.options]
             pairs = zip(block.options, held, strict=True)
