@@ -88,7 +88,7 @@ def vendored_path(profile: Path) -> Path:
 def beside(profile: Path, suffix: str) -> Path:
     """A file of a profile's name with another suffix, beside it."""
     name = profile.name.removesuffix(".yaml").removesuffix(".yml")
-    return profile.with_name(name + suffix)
+    return profile.parent / (name + suffix)  # also where it is a folder that has no name, `.`
 
 
 def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
