@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from devmap_config.diagnostics.diagnostic import Span
@@ -121,5 +123,11 @@ def _place(entry: re.Match[str], group: str, file: str) -> Span:
 
 
 def _span(text: str, position: int, length: int, file: str) -> Span:
-    line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
-    return Span.within_line(file, line, column, length)
+    starts = _line_starts(text)
+    line = bisect_right(starts, position)
+    return Span.within_line(file, line, position - starts[line - 1] + 1, length)
+
+
+@lru_cache(1)
+def _line_starts(text: str) -> list[int]:
+    return [0, *(each.end() for each in re.finditer("\n", text))]

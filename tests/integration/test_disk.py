@@ -146,6 +146,20 @@ def test_what_has_run_is_let_go_of(workspace):
     assert held_bytes < sum(each.nbytes for each in matrices) / 4
 
 
+def test_what_is_in_memory_does_not_hang_on_the_file(workspace):
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled(placement='strategy: sequential, pins: [{match: "model.layers.5", device: disk}]')
+    model = load_model("p.yaml", probe=False)
+    path = workspace / "random" / "model.safetensors"
+    with path.open("r+b") as file:  # the same file, in which pages of a mapping would change
+        file.write(b"\0" * path.stat().st_size)
+    for name, parameter in model.named_parameters():
+        is_mapped = mapped_place(model, name) is not None
+        assert is_mapped == name.startswith("model.layers.5."), name
+        if not is_mapped:
+            assert torch.equal(parameter, plain.get_parameter(name)), name
+
+
 def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
     saved(MODELS["dense"], workspace / "random", torch.bfloat16)
     compiled()
