@@ -29,7 +29,7 @@ from transformers import (
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.devices import CPU, DISK
-from devmap_config.dispatch.mapped_weights import mapped_place
+from devmap_config.dispatch.mapped_weights import ReadAhead, mapped_place
 from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.runner.inspection import running_place, tensor_home
 
@@ -158,6 +158,22 @@ def test_what_is_in_memory_does_not_hang_on_the_file(workspace):
         assert is_mapped == name.startswith("model.layers.5."), name
         if not is_mapped:
             assert torch.equal(parameter, plain.get_parameter(name)), name
+
+
+def test_of_experts_and_embeddings_a_token_reads_what_it_takes(workspace, monkeypatch):
+    saved(MODELS["fused experts"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    begun = []
+    monkeypatch.setattr(ReadAhead, "begin", lambda _, piece, *, whole: begun.append((piece, whole)))
+    monkeypatch.setattr(ReadAhead, "end", lambda *_: None)
+    for tokens in (TOKENS, TOKENS[:, :1]):
+        begun.clear()
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+        sparse = [whole for piece, whole in begun if piece.is_sparse]
+        assert sparse == [False, *[tokens.shape[1] > 1] * model.config.num_hidden_layers]
+        assert all(whole for piece, whole in begun if not piece.is_sparse)
 
 
 def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
