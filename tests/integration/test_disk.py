@@ -201,6 +201,17 @@ def test_a_checkpoint_that_shrinks_while_it_runs_is_told(workspace):
         model.model.layers[3](torch.zeros(1, 1, 64), position_embeddings=(torch.zeros(1, 1, 16),) * 2)
 
 
+def test_a_module_that_fails_has_run(workspace, monkeypatch):
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    ended = []
+    monkeypatch.setattr(ReadAhead, "end", lambda _, piece: ended.append(piece))
+    with pytest.raises(RuntimeError):
+        model.lm_head(torch.zeros(1, 7))
+    assert len(ended) == 1
+
+
 def test_it_is_saved_as_any_model(workspace):
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
