@@ -28,6 +28,7 @@ from devmap_config.graph.model import ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk
 from devmap_config.libraries.torch import own_parameters
 from devmap_config.libraries.transformers import chooses_experts_implementation
+from devmap_config.probe.host import seen_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -56,12 +57,14 @@ class TensorInFile:
 class MappedFile:
     """A file as memory. Its pages are read when they are touched, or ahead, and are let go of where it is said."""
 
-    def __init__(self, path: Path) -> None:
-        """Map a regular file, wherever its links lead.
+    def __init__(self, path: Path, *, is_forgotten: bool = False) -> None:
+        """Map a regular file, wherever its links lead; what is let go of is `is_forgotten` by the system as well.
+
 
         Raises:
             FileError: where it cannot be read.
         """
+        self._is_forgotten = is_forgotten
         with files.opened(path, files.ANYWHERE) as file:
             self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
         # A private mapping: torch takes memory that may be written to only, and what it writes stays its own.
@@ -85,12 +88,12 @@ class MappedFile:
             start += count
 
     def let_go(self, start: int, end: int) -> None:
-        """Give back the memory of these bytes: of this process, and of the system where it can be asked to."""
+        """Give back the memory of these bytes; the system may keep them, unless it is to forget them."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = end // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
-        if hasattr(os, "posix_fadvise"):
+        if self._is_forgotten and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
@@ -244,6 +247,8 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     """Map the weights of a model that accelerate would copy from disk; nothing of accelerate's remains on it.
 
     What is in memory is copied there from the checkpoint's pages, which the system would else let go of and read again.
+    The system keeps what was read from disk as long as there is memory that nobody uses; where there is less of that
+    than is on disk, it would let go of the wrong pages, and forgets each once its module has run.
 
     Args:
         model: the model, loaded by a map of `cpu` and `disk`.
@@ -262,6 +267,8 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.clone()
+    sizes_bytes = (model.get_parameter(name).nbytes for name in stated)
+    is_forgotten = sum(sizes_bytes) > seen_host().available_bytes
     mapped: dict[Path, MappedFile] = {}
     parameters: dict[TensorInFile, torch.nn.Parameter] = {}
     places: dict[str, TensorInFile] = {}
@@ -271,7 +278,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         module, meta = model.get_submodule(path), model.get_parameter(name)
         place = places[name] = _place_of(found, meta.dtype, folder)
         if place.file not in mapped:
-            mapped[place.file] = MappedFile(place.file)
+            mapped[place.file] = MappedFile(place.file, is_forgotten=is_forgotten)
         if place not in parameters:  # names that are tied share it
             data = mapped[place.file].data(place).view(meta.dtype).view(meta.shape)
             parameters[place] = torch.nn.Parameter(data, requires_grad=False)
