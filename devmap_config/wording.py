@@ -63,7 +63,12 @@ COMMAND = re.compile(r"^([ \t]*):(?=:[A-Za-z])|#(?=#\[)")
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: bytes of names that are not stand in it as half characters."""
+    r"""Return whether a text can be written as UTF-8: bytes of names that are not stand in it as half characters.
+
+    Example:
+        >>> is_unicode("café"), is_unicode("caf\udce9")
+        (True, False)
+    """
     return HALF_CHARACTER.search(text) is None
 
 

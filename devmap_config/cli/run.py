@@ -16,6 +16,7 @@ from devmap_config.cli.command import CommandError, ProfileOptions, profile_comm
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import EscapedStream, echo
+from devmap_config.devices import CPU
 from devmap_config.wording import is_unicode
 
 if TYPE_CHECKING:
@@ -236,11 +237,12 @@ def _told(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"{counted(figures['tokens'], 'token')} {prompt} in {figures['seconds']:.2f} s: {apart}{rate}"
     elif figures["seconds"] is not None:
         yield f"one forward in {figures['seconds']:.2f} s"
-    parts = [
-        f"{'this process' if each['device'] == 'cpu' else each['device']} {format_bytes(each['peak_bytes'])}"
-        f" (planned{' for the model' if each['device'] == 'cpu' else ''} {format_bytes(each['planned_bytes'])})"
-        for each in figures["memory"]
-    ]
+    process = {str(CPU): ("this process", " for the model")}
+    parts = []
+    for each in figures["memory"]:
+        holder, of_what = process.get(each["device"], (each["device"], ""))
+        planned = f"planned{of_what} {format_bytes(each['planned_bytes'])}"
+        parts.append(f"{holder} {format_bytes(each['peak_bytes'])} ({planned})")
     if parts:
         yield f"memory at most: {', '.join(parts)}"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 from devmap_config.files import FileError, is_folder
+from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
 from devmap_config.libraries.private import LibraryChangedError
@@ -145,7 +146,7 @@ def _map(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
     try:
         map_weights(model, on_disk, folder)
-    except (FileError, OSError) as error:
+    except (FileError, CheckpointError, OSError) as error:
         raise RunnerError("load-failed", f"weights on disk cannot be mapped: {first_line(error)}") from error
 
 

@@ -77,6 +77,7 @@ def answer(how):
 def test_what_is_a_failure(words, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(devmap.commands, "answer", answer)
+    monkeypatch.setattr(fuzz.execution, "MAX_PEAK_BYTES", 2**50)  # of this process, which holds all tests
     (tmp_path / "template").mkdir()
     outcome = execute("arguments", f'["answer", {words}]'.encode(), tmp_path / "template", tmp_path / "work")
     assert outcome.kind == kind

@@ -32,9 +32,11 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.devices import CPU, DISK
 from devmap_config.dispatch import mapped_weights
 from devmap_config.dispatch.mapped_weights import ReadAhead, mapped_place
+from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.probe.machine import SeenHost
 from devmap_config.runner.inspection import running_place, tensor_home
+from devmap_config.runner.loading import RunnerError
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 
@@ -208,6 +210,18 @@ def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
     other = AutoModelForCausalLM.from_pretrained(workspace / "random", dtype=torch.float32)
     assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(other))
     assert not torch.equal(outputs(other), before)
+
+
+def test_a_file_that_cannot_be_mapped_is_told(workspace, monkeypatch):
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+
+    def cut_off(_path):
+        raise CheckpointError("unreadable-checkpoint", "`x.safetensors` is cut off", "get the file anew")
+
+    monkeypatch.setattr(mapped_weights, "read_header", cut_off)
+    with pytest.raises(RunnerError, match="weights on disk cannot be mapped: `x"):
+        load_model("p.yaml", probe=False)
 
 
 def test_a_checkpoint_that_shrinks_while_it_runs_is_told(workspace):

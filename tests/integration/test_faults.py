@@ -206,7 +206,7 @@ def out_of(error):
 ENDINGS = {
     "kill -9": (killed(signal.SIGKILL), -signal.SIGKILL),
     "terminated": (killed(signal.SIGTERM), -signal.SIGTERM),
-    "interrupted": (killed(signal.SIGINT), INTERRUPTED),
+    "interrupted": (out_of(KeyboardInterrupt()), INTERRUPTED),  # a signal may come late, where exceptions are ignored
     "out of memory": (out_of(MemoryError()), 4),
     "out of an accelerator's memory": (out_of(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), 4),
     "full disk": (out_of(OSError(28, "No space left on device")), 4),
