@@ -198,8 +198,15 @@ def classes_of(config_class: Any) -> list[Any]:
         auto.MODEL_MAPPING,
     )
     others = (mapping for name, mapping in vars(auto).items() if re.match(r"MODEL_FOR_\w+_MAPPING$", name))
-    found = [mapping[config_class] for mapping in (*telling, *others) if config_class in mapping]
+    found = [each for mapping in (*telling, *others) if (each := _class_in(mapping, config_class)) is not None]
     return list(dict.fromkeys(each[0] if isinstance(each, (list, tuple)) else each for each in found))
+
+
+def _class_in(mapping: Any, config_class: Any) -> Any:
+    try:
+        return mapping.get(config_class, None)
+    except ValueError:  # the mapping names a class that transformers does not have
+        return None
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:

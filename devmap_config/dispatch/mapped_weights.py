@@ -72,6 +72,8 @@ class MappedFile:
 
     def data(self, place: TensorInFile) -> torch.Tensor:
         """Return the bytes that lie there, without reading them."""
+        if not place.size_bytes:
+            return torch.empty(0, dtype=torch.uint8)  # torch takes no memory of no bytes
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=place.size_bytes, offset=place.start)
 
     def read(self, start: int, end: int, scratch: memoryview) -> None:

@@ -161,6 +161,6 @@ def trained_length(config: PreTrainedConfig) -> int | None:
     stated = getattr(text_config, "max_position_embeddings", None)
     rotations = getattr(text_config, "rope_parameters", None) or {}
     factor, original = rotations.get("factor"), rotations.get("original_max_position_embeddings")
-    if not isinstance(stated, int):
+    if not isinstance(stated, int) or stated <= 0:  # XLNet says -1: there is no limit
         return None
     return max(stated, int(factor * original)) if factor and original else stated

@@ -9,10 +9,12 @@ import pytest
 import tiny
 import torch
 import zoo
+from transformers import XLNetConfig
 
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import build_meta_model, graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
+from devmap_config.graph.positions import trained_length
 
 SAMPLE = "bart bert deberta-v2 gptj llama mpt opt roberta t5 whisper".split()
 """Tables that are read at an offset, by a mask's sum, as slices, relative to each other; and models that have none."""
@@ -32,11 +34,11 @@ def short_model(model_type):
     """A tiny model of few positions."""
     model = tiny.tiny_model(model_type)
     config = copy.deepcopy(model.config)
-    for each in {id(each): each for each in (config, config.get_text_config(decoder=True))}.values():
-        for name in LENGTHS:
-            if isinstance(getattr(each, name, None), int):
-                setattr(each, name, SHORT)
     try:
+        for each in {id(each): each for each in (config, config.get_text_config(decoder=True))}.values():
+            for name in LENGTHS:
+                if isinstance(getattr(each, name, None), int):
+                    setattr(each, name, SHORT)
         short = type(model)(config).eval()
         return short if runs_on(short, PAST_NONE) else model
     except Exception:  # a config that is refused, or a model of other inputs
@@ -67,11 +69,20 @@ def runs_on(model, length):
     return True
 
 
+def takes_text_alone(model):
+    """Whether text is an input of a model, and all that it needs."""
+    if not any(name.endswith("input_ids") for name in tiny.inputs_for(model)):
+        return False
+    try:
+        return runs_on(model, PAST_NONE)
+    except (TypeError, AttributeError):  # `None` stands for an image or a sound
+        return False
+
+
 def check_end(model_type):
     logging.disable(logging.WARNING)
     model = short_model(model_type)
-    takes_text = any(name.endswith("input_ids") for name in tiny.inputs_for(model))
-    if not takes_text or not runs_on(model, PAST_NONE):
+    if not takes_text_alone(model):
         pytest.skip("it takes other inputs than text")
     positions = measured_positions(model)
     if positions.end is not None:
@@ -84,6 +95,11 @@ def check_end(model_type):
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_positions_end_where_a_model_with_weights_fails(model_type):
     check_end(model_type)
+
+
+def test_a_model_without_limit_is_meant_for_any_length():
+    check_end("xlnet")
+    assert trained_length(XLNetConfig()) is None
 
 
 @pytest.mark.zoo
