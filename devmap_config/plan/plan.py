@@ -153,7 +153,7 @@ class Plan:
     def streaming(self) -> str:
         """How weights come to where they run that are stored elsewhere: what is said of their size."""
         if self.executor.reads_ahead:
-            return "are on disk, and read ahead of their use at every forward"
+            return "are on disk, and read from there as each forward needs them"
         return f"are copied to {self.main_device} at every forward"
 
     @property
