@@ -52,9 +52,9 @@ zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
 	$(BIN)/pytest -n $(WORKERS) -m zoo --share $(ZOO_SHARE) -q
 
-# Made-up inputs for every way in: nothing may end in a traceback, take 5 s of a processor or 1 GiB. `SEED=…` makes the
-# same ones again, `SURFACES="locks graphs"` those alone; what fails is written to `build/fuzz`, and belongs into
-# `tests/corpus`. Ten minutes; `SECONDS=3600` takes an hour.
+# Made-up inputs for every way in: nothing may end in a traceback, take 5 s of a processor to be refused, 20 s for a plan,
+# or 1 GiB. `SEED=…` makes the same ones again, `SURFACES="locks graphs"` those alone; what fails is written to
+# `build/fuzz`, and belongs into `tests/corpus`. Ten minutes; `SECONDS=3600` takes an hour.
 fuzz: $(INSTALLED)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --workers $(WORKERS) --seconds $(SECONDS) \
 		$(if $(SEED),--seed $(SEED)) $(SURFACES)

@@ -276,9 +276,8 @@ SURFACES = {
     "configs": Surface(
         _configs,
         [
-            ["tree", "config.json"],
-            ["compile", "config.yaml", "--dry-run", "--no-simulate"],
-            ["compile", "config.yaml", "--dry-run"],
+            *[["tree", "config.json"], ["compile", "config.yaml", "--dry-run", "--no-simulate"]] * 3,
+            *[["compile", "workload.yaml", "--dry-run", "--no-simulate"]] * 2,
             ["compile", "workload.yaml", "--dry-run"],
             ["init", "config.json", "--on", "2xrtx-4090"],
         ],
@@ -300,7 +299,7 @@ SURFACES = {
     ),
     "hardware": Surface(
         _hardware,
-        [*[["fit", "good.yaml", "--on", "machine.yaml"], ["check", "good.yaml"]] * 3, ["init", "llama", "--on",
+        [*[["fit", "weights.yaml", "--on", "machine.yaml"], ["check", "good.yaml"]] * 5, ["init", "weights", "--on",
         "machine.yaml"]],
         "machine.yaml",
         reaches=True,
@@ -308,7 +307,7 @@ SURFACES = {
     "machines": Surface(
         lambda random, _: grammars.machine(random).encode("utf-8", "surrogatepass"),
         [
-            *[["fit", "weights.yaml", "--on", INPUT], ["adopt", "map.json", "--model", "llama", "--on", INPUT]] * 3,
+            *[["fit", "weights.yaml", "--on", INPUT], ["adopt", "map.json", "--model", "llama", "--on", INPUT]] * 6,
             ["init", "weights", "--on", INPUT],
         ],
         reaches=True,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from pathlib import Path
 
-STUCK_CPU_SECONDS = 10
+STUCK_CPU_SECONDS = 25
 """After so much of the processor's time an input counts as one that does not end."""
 
 STUCK_SECONDS = 120
@@ -29,11 +29,14 @@ STUCK_SECONDS = 120
 HEADROOM_BYTES = 3 * 2**29
 """What a worker may take besides what it has at first: more than is allowed, and less than endangers the machine."""
 
-INPUTS_PER_WORKER = 2_000
+INPUTS_PER_WORKER = 5_000
 """Then it is replaced by a new one: libraries keep things."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fuzz.execution", "torch", "highspy", "transformers.models.llama.modeling_llama"])
+MODELS = ("llama", "qwen3_moe", "gpt2", "gemma3", "t5", "vit")
+CONTEXT.set_forkserver_preload(
+    ["fuzz.execution", "torch", "highspy", *(f"transformers.models.{name}.modeling_{name}" for name in MODELS)]
+)
 
 
 class Worker:

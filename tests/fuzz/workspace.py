@@ -55,14 +55,14 @@ hardware:
 
 LOCKED = """\
 version: 1
-model: {source: mixture}
+model: {source: small}
 variables: {context: 64}
 workload: {context_length: "{{ context }}"}
 extends: machine.yaml
-hardware: {devices: {disk: {memory: 1GiB, bandwidth: 1GB/s}, "cuda:[0-1]": {memory: 400KiB}, cpu: {memory: 400KiB}}}
+hardware: {devices: {disk: {memory: 1GiB, bandwidth: 1GB/s}, "cuda:[0-1]": {memory: 300KiB}, cpu: {memory: 300KiB}}}
 placement:
   strategy: fastest
-  pins: [{match: "model.layers.[3].mlp.experts", device: cpu, compute: cpu}]
+  pins: [{match: "model.layers.[1].mlp.experts", device: cpu, compute: cpu}]
   offload: {folder: ./offload}
 """
 
@@ -109,12 +109,16 @@ DEVICE_MAP = {
     "lm_head": 1,
 }
 
+SHORT = {**LLAMA, "num_hidden_layers": 2}
+SMALL = {**MIXTURE, "num_hidden_layers": 2, "num_experts": 4, "max_position_embeddings": 64}
+"""Of few parts, so that placing takes a twentieth of a second; and of no more positions than `LOCKED` asks for."""
+
 CONFIGS: list[dict[str, Any]] = [
-    LLAMA,
-    MIXTURE,
-    MODELS["learned"],
-    MODELS["quantized"],
-    {**LLAMA, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+    SHORT,
+    SMALL,
+    {**MODELS["learned"], "n_layer": 2},
+    {**MODELS["quantized"], "num_hidden_layers": 2},
+    {**SHORT, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
     "original_max_position_embeddings": 64},
      "id2label": {"0": "a"}, "auto_map": {"AutoConfig": "configuration_x.C"}, "eos_token_id": [1, 2],
      "pad_token_id": None},
@@ -150,7 +154,7 @@ def make_workspace(folder: Path) -> None:
         "config.yaml": OF_CONFIG,
         "workload.yaml": OF_CONFIG + "workload: {context_length: 64}\n",
     }
-    texts |= {"config.json": json.dumps(LLAMA), "map.json": json.dumps(DEVICE_MAP)}
+    texts |= {"config.json": json.dumps(SHORT), "map.json": json.dumps(DEVICE_MAP)}
     for name, text in texts.items():
         Path(name).write_text(text, encoding="utf-8")
     os.mkfifo("pipe")
@@ -158,6 +162,8 @@ def make_workspace(folder: Path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained("weights")
     Path("sharded").mkdir()
+    Path("small").mkdir()
+    Path("small/config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     shutil.copyfile("weights/config.json", "sharded/config.json")
     shutil.copyfile("weights/model.safetensors", "sharded/part.safetensors")
     for command in (["compile", "good.yaml"], ["compile", "locked.yaml"], ["compile", "vendored.yaml", "--vendor"]):

@@ -86,10 +86,14 @@ def test_what_is_a_failure(words, kind, tmp_path, monkeypatch):
 def test_what_takes_too_long_or_too_much_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "template").mkdir()
-    for name in ("MAX_PEAK_BYTES", "MAX_CPU_SECONDS"):
-        monkeypatch.setattr(fuzz.execution, name, 0)
-        outcome = execute("arguments", b'["hardware"]', tmp_path / "template", tmp_path / "work")
-        assert outcome.kind == {"MAX_PEAK_BYTES": fuzz.execution.LARGE, "MAX_CPU_SECONDS": SLOW}[name]
+    for name, command, kind in (
+        ("MAX_PEAK_BYTES", b'["hardware"]', fuzz.execution.LARGE),
+        ("MAX_CPU_SECONDS_OF_ACCEPTED", b'["hardware"]', SLOW),
+        ("MAX_CPU_SECONDS", b'["hardware", "x"]', SLOW),
+    ):
+        with monkeypatch.context() as context:
+            context.setattr(fuzz.execution, name, 0)
+            assert execute("arguments", command, tmp_path / "template", tmp_path / "work").kind == kind
 
 
 def test_what_does_not_end_is_ended_and_the_next_is_tried(worker, monkeypatch):
