@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
 from devmap_config.placement.assignment import ON_CPU
+from devmap_config.rules.pattern import compile_keys
 from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
     devices = {each.unit: each.location.stored_on for each in plan.assignments}
     if not devices:
         return
-    keys = sorted(devices, key=lambda key: (key.count("."), len(key)), reverse=True)
-    expression = re.compile("|".join(f"({key})" for key in keys))
+    expression = compile_keys(devices)
     expected = _stored_on(plan)
     for name in graph.tensors:
         found = expression.match(name)

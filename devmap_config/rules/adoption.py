@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 NUMBER = re.compile(r"\d+")
 
+MOST_EXPLAINED = 100
+"""Of so many unknown keys the nearest name is looked for: it is the work of a millisecond, and no more are shown."""
+
 
 def adopted_homes(
     entries: Mapping[str, MapEntry], graph: ModelGraph, file: str, sink: Sink
@@ -76,7 +79,7 @@ class _Adoption:
         values = {entry.value for entry in self.entries.values()}
         return len(values) > 1 or DISK.kind in values
 
-    @property
+    @cached_property
     def main_device(self) -> Device:
         return min((entry.device for entry in self.entries.values() if entry.device.is_accelerator), default=CPU)
 
@@ -93,12 +96,12 @@ class _Adoption:
         alike: dict[str, list[str]] = {}
         for key in self.reading.unknown:
             alike.setdefault(NUMBER.sub("0", key), []).append(key)
-        for keys in alike.values():
+        for number, keys in enumerate(alike.values()):
             self.sink.warning(
                 "ignored-key",
                 f"{self.graph.class_name} has no {_quoted(fold_paths(keys))}: transformers ignores such keys",
                 self.entries[keys[0]].span,
-                label=self._nearest(keys[0]),
+                label=self._nearest(keys[0]) if number < MOST_EXPLAINED else None,
                 help="the profile goes without; correct the name if it was to place something",
             )
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import re2
 
 from devmap_config.graph.model import ancestors
+from devmap_config.rules.pattern import compile_expression, compile_keys
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.rules.pattern import CompiledExpression
 
 PLAIN = re.compile(r"[\w.\-]*")
 """What means itself in a regular expression, but for the dot."""
@@ -43,15 +45,16 @@ class MapReading:
 def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading:
     """Return what transformers makes of a map with these keys."""
     order = sorted(filter(None, keys), key=lambda key: (key.count("."), len(key)), reverse=True)
-    names = re.compile("|".join(f"({key})" for key in order if PLAIN.fullmatch(key)) or "(?!)")
+    rank = {key: number for number, key in enumerate(order)}
+    names = compile_keys(key for key in order if PLAIN.fullmatch(key))
     expressions = {key: _compiled(key) for key in order if not PLAIN.fullmatch(key)}
     fatal = [key for key, expression in expressions.items() if expression is None]
     taken_by: dict[TensorName, str] = {}
     for name in graph.tensors:
         found = names.match(name)
         key = found.group() if found else ""
-        before = order[: order.index(key)] if key in keys and key else order
-        fatal += [other for other in before if (expression := expressions.get(other)) and expression.match(name)]
+        before = rank.get(key, len(order))
+        fatal += [other for other, each in expressions.items() if each and rank[other] < before and each.match(name)]
         if key in keys:
             taken_by[name] = key
     known = {str(name) for name in (*graph.modules, *graph.tensors)}
@@ -63,11 +66,9 @@ def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading
     )
 
 
-def _compiled(key: str) -> Any | None:
+def _compiled(key: str) -> CompiledExpression | None:
     """Return a key as the expression that it is read as, if it is one; by an engine that cannot run away."""
-    options = re2.Options()
-    options.log_errors = False
     try:
-        return re2.compile(key, options)
+        return compile_expression(key)
     except re2.error:
         return None

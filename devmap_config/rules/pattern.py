@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 import re2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 CLASS_PREFIX = "class:"
 REGEX_PREFIX = "re:"
@@ -194,13 +194,23 @@ class CompiledExpression(Protocol):
     def fullmatch(self, text: str) -> Any:
         """Return a match of the whole text; `None` where there is none."""
 
+    def match(self, text: str) -> Any:
+        """Return a match of the text's beginning; `None` where there is none."""
 
-def compile_expression(expression: str) -> CompiledExpression:
+
+def compile_expression(expression: str, most_bytes: int = 2**23) -> CompiledExpression:
     """The compiled form of a regular expression, by an engine whose time is linear in the text."""
     options = re2.Options()
     options.log_errors = False
+    options.max_mem = most_bytes
     compiled: CompiledExpression = re2.compile(expression, options)
     return compiled
+
+
+def compile_keys(keys: Iterable[str]) -> CompiledExpression:
+    """The keys of a map, as transformers joins them: most dots first, then the longest, unescaped, without an end."""
+    order = sorted(keys, key=lambda key: (key.count("."), len(key)), reverse=True)
+    return compile_expression("|".join(f"(?:{key})" for key in order), most_bytes=2**28)
 
 
 def _parse_regex(text: str) -> RegexPattern:
