@@ -77,6 +77,16 @@ def format_duration(nanoseconds: int) -> str:
     return _with_three_digits(nanoseconds, TIME_UNITS)
 
 
+def format_durations(least_nanoseconds: int, most_nanoseconds: int) -> str:
+    """Return the shortest and the longest of several times, in the unit of the latter.
+
+    >>> format_durations(980_000, 1_204_000), format_durations(2_000_000_000_000, 2_010_000_000_000)
+    ('0.98–1.2 ms', '2,000–2,010 s')
+    """
+    size, unit = largest_unit(most_nanoseconds, TIME_UNITS)
+    return f"{_three_digits(least_nanoseconds / size)}–{_three_digits(most_nanoseconds / size)} {unit}"
+
+
 def format_operations(count: int) -> str:
     """Return a number of floating-point operations with three significant digits.
 
@@ -88,8 +98,11 @@ def format_operations(count: int) -> str:
 
 def _with_three_digits(amount: int, units: Units) -> str:
     size, unit = largest_unit(amount, units)
-    value = amount / size
-    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+    return f"{_three_digits(amount / size)} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def format_bandwidth(bytes_per_second: int) -> str:

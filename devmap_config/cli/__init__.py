@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from devmap_config.cli.adopt import adopt
+from devmap_config.cli.bench import bench
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.diff import diff
@@ -55,6 +56,7 @@ for command in (
     check,
     diff,
     run,
+    bench,
     simulate,
     fit,
     init,

@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     """The lock is missing, stale or unreadable, or the plans differ."""
     UNLIKE_LOCK = 4
     """The machine or the loaded model is not what the lock says."""
+    TOO_NOISY = 5
+    """The machine was too busy for what was measured to say anything."""
     BUG = 70
     """A mistake of devmap-config."""
     INTERRUPTED = 130

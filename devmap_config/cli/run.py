@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from devmap_config.amounts import counted, format_bytes
-from devmap_config.cli.checking import LOCK_STATES
-from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
-from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.command import ProfileOptions, profile_command
 from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import EscapedStream, echo
+from devmap_config.cli.running import failures_told, randomly_weighted, to_tell
 from devmap_config.devices import CPU
 from devmap_config.wording import is_unicode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from devmap_config.diagnostics.codes import Code
-    from devmap_config.diagnostics.diagnostic import Diagnostic, Sink
+    from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.demonstration import Demonstrator, Outcome
     from devmap_config.runner.inputs import Given
     from devmap_config.runner.runner import Deployment
-
-EXIT_CODES: Mapping[Code, ExitCode] = {
-    **dict.fromkeys(LOCK_STATES, ExitCode.STALE),
-    "no-weights": ExitCode.WRONG,
-    "no-text-input": ExitCode.WRONG,
-    "no-chat-template": ExitCode.WRONG,
-    "no-processor": ExitCode.WRONG,
-    "pillow-missing": ExitCode.WRONG,
-    "unfit-input": ExitCode.WRONG,
-    "compute-on-cpu": ExitCode.WRONG,
-}
-"""Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 
 
 @profile_command("run", "table", "json")
@@ -80,7 +65,7 @@ def run(
     if random_weights and (prompt or chat or image or audio):
         raise click.UsageError("random weights have nothing to say: tokens of the planned length are made up for them")
     sink, outcome, shows = Sink(), None, None
-    with _failures_told(profile, sink, options), passing_on(sink):
+    with failures_told(profile, sink, options), passing_on(sink):
         given = _given(prompt, image, audio, chat=chat)
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
@@ -90,15 +75,15 @@ def run(
         elif not no_generate:
             shows = demonstrator(deployment.request, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
-            deployment = click.get_current_context().with_resource(_randomly_weighted(deployment, options))
+            deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
         model, load_seconds = _loaded(deployment, options, sink, asks_machine=not no_probe)
     if options.output_format == "table":  # what is found so far: text follows as it is made
-        options.report(_to_tell(sink, options), {}, {})
+        options.report(to_tell(sink, options), {}, {})
         sink = Sink()
     if options.shows_tables:
         echo(f"{_summary(deployment)}; it took {load_seconds:.1f} s", err=True)
     if shows is not None:
-        with _failures_told(profile, sink, options), passing_on(sink):
+        with failures_told(profile, sink, options), passing_on(sink):
             writes = options.output_format == "table" and not random_weights
             outcome = _shown(replace(shows, sink=sink), model, given, writes=writes)
     figures = _figures(outcome, deployment, load_seconds)
@@ -110,7 +95,7 @@ def run(
         "output": None if outcome is None or random_weights else outcome.output.value,
         **figures,
     }
-    options.report(_to_tell(sink, options), {}, data)
+    options.report(to_tell(sink, options), {}, data)
     if options.shows_tables:
         for line in _told(figures):
             echo(line, err=True)
@@ -138,19 +123,6 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
         except FileError as error:
             raise click.UsageError(f"`{path}` {error}: {error.help}") from None
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
-
-
-@contextmanager
-def _randomly_weighted(deployment: Deployment, options: ProfileOptions) -> Iterator[Deployment]:
-    """Give a deployment with random weights, and show how many are written."""
-    from devmap_config.cli.progress import transfer_shown
-    from devmap_config.runner.random_weights import with_random_weights
-
-    with ExitStack() as shown:
-        transfer = shown.enter_context(transfer_shown("writing random weights", quiet=not options.shows_tables))
-        with with_random_weights(deployment, transfer.expect, transfer.advance) as random:
-            shown.close()
-            yield random
 
 
 def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, float]:
@@ -245,32 +217,6 @@ def _told(figures: Mapping[str, Any]) -> Iterator[str]:
         parts.append(f"{holder} {format_bytes(each['peak_bytes'])} ({planned})")
     if parts:
         yield f"memory at most: {', '.join(parts)}"
-
-
-@contextmanager
-def _failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterator[None]:
-    """Raise as a `CommandError` why a model cannot be loaded or run, after what was found before."""
-    from devmap_config.diagnostics.diagnostic import ProfileError
-    from devmap_config.profile.document import whole_file
-    from devmap_config.runner.loading import RunnerError, UnfitMachineError
-
-    data = {"plan": None, "output": None}
-    try:
-        yield
-    except ProfileError as error:
-        raise CommandError(error.diagnostics, error.texts, data=data) from None
-    except UnfitMachineError as error:
-        raise CommandError(error.diagnostics, exit_code=ExitCode.UNLIKE_LOCK, data=data) from None
-    except RunnerError as error:
-        for finding in error.diagnostics:
-            sink.report(replace(finding, span=finding.span or whole_file(str(profile))))
-        exit_code = EXIT_CODES.get(error.code, ExitCode.UNLIKE_LOCK)
-        raise CommandError(_to_tell(sink, options), exit_code=exit_code, data=data) from None
-
-
-def _to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
-    """Return what is left to be told: on a terminal, all but what was said in a line of its own."""
-    return sink if options.output_format == "json" else [each for each in sink if each.code != "never-on-cards"]
 
 
 def _summary(deployment: Deployment) -> str:

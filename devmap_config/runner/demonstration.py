@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.libraries.remote_code import code_of_models
+from devmap_config.runner.generation_times import GenerationWorkload, measure_generation
 from devmap_config.runner.heads import Output, output_of
 from devmap_config.runner.inputs import (
     MADE_UP_LENGTH,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.schema import Workload
+    from devmap_config.runner.generation_times import GenerationTimes
     from devmap_config.runner.inputs import Inputs
     from devmap_config.runner.loading import LoadRequest
     from devmap_config.runner.sentence_encoder import SentenceEncoder
@@ -82,18 +84,12 @@ class Demonstrator:
         with _running(self.request):
             encoder = None if model.can_generate() or given.has_media else sentence_encoder(self.request, self.sink)
             inputs = self._inputs(model, given, encoder)
-            try:
+            with _failures_told():
                 if model.can_generate():
                     return self._written(model, inputs, write)
                 start_seconds = time.perf_counter()
                 output = _read(model, inputs, encoder)
                 seconds = time.perf_counter() - start_seconds
-            except Exception as error:  # what a model's own code, or what its generation config asks for, may raise
-                raise RunnerError(
-                    "forward-failed",
-                    f"the model is loaded and verified, and does not run: {type(error).__name__}: {first_line(error)}",
-                    USE_PYTHON,
-                ) from error
         write(output.text)
         return Outcome(output=output, seconds=seconds)
 
@@ -148,13 +144,46 @@ def _running(request: LoadRequest) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """Raise as a `RunnerError` what a model's own code, or what its generation config asks for, raises within."""
+    try:
+        yield
+    except RunnerError:
+        raise
+    except Exception as error:
+        raise RunnerError(
+            "forward-failed",
+            f"the model is loaded and verified, and does not run: {type(error).__name__}: {first_line(error)}",
+            USE_PYTHON,
+        ) from error
+
+
+def measured_generation(
+    model: PreTrainedModel,
+    request: LoadRequest,
+    workload: GenerationWorkload,
+    *,
+    rounds: int = 1,
+    least_seconds: float = 0,
+) -> GenerationTimes:
+    """Return what a loaded model takes to generate so much, as `measure_generation` does.
+
+    Raises:
+        RunnerError: where it takes no tokens, or does not run.
+    """
+    require_fit(type(model), Given())
+    with _running(request), _failures_told():
+        return measure_generation(model, workload, rounds=rounds, least_seconds=least_seconds)
+
+
 def demonstrator(request: LoadRequest, given: Given, sink: Sink, *, max_new_tokens: int | None = None) -> Demonstrator:
     """Return what will show a model that is to be loaded, once it is seen that it takes what it will be given.
 
     Raises:
         RunnerError: where it does not, or there is nothing to make its inputs with.
     """
-    _require_fit_class(request, given)
+    require_fit_class(request, given)
     with _running(request):
         tokenizer = load_tokenizer(request, sink)
         processor = load_processor(request, given) if given.has_media else None
@@ -180,18 +209,34 @@ def demonstrator_of_plan(
     Raises:
         RunnerError: where the model takes no tokens.
     """
-    count = max_new_tokens or FEW_TOKENS
-    context_length = workload.context_length.value or MADE_UP_LENGTH + count
-    length = max(min(workload.prompt_length or context_length, context_length - count), 1)
-    _require_fit_class(request, Given())
-    made_up = MadeUp(batch_size=workload.batch_size, length=length)
+    planned = planned_generation(workload, max_new_tokens)
+    require_fit_class(request, Given())
     return Demonstrator(
-        request=request, sink=sink, tokenizer=None, max_new_tokens=count, made_up=made_up, writes_all=True
+        request=request,
+        sink=sink,
+        tokenizer=None,
+        max_new_tokens=planned.new_tokens,
+        made_up=planned.prompts,
+        writes_all=True,
     )
 
 
-def _require_fit_class(request: LoadRequest, given: Given) -> None:
-    """Check that a class of transformers takes what it will be given; a model's own code is not run yet."""
+def planned_generation(workload: Workload, new_tokens: int | None) -> GenerationWorkload:
+    """Return as many made-up tokens, and so many after them, as a profile's workload has room for."""
+    count = new_tokens or FEW_TOKENS
+    context_length = workload.context_length.value or MADE_UP_LENGTH + count
+    length = max(min(workload.prompt_length or context_length, context_length - count), 1)
+    return GenerationWorkload(
+        prompts=MadeUp(batch_size=workload.batch_size, length=length), new_tokens=count, cache=workload.cache
+    )
+
+
+def require_fit_class(request: LoadRequest, given: Given) -> None:
+    """Check that a class of transformers takes what it will be given; a model's own code is not run yet.
+
+    Raises:
+        RunnerError: where it does not.
+    """
     import transformers
 
     model_class = getattr(transformers, request.class_name, None)

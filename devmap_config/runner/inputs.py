@@ -122,8 +122,9 @@ def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> Inputs:
     """Return tokens that stand in for text, of which a model without a tokenizer knows none."""
     import torch
 
-    tokens = torch.arange(1, made_up.length + 1) % model.config.get_text_config().vocab_size
-    tensors = {"input_ids": tokens.unsqueeze(0).repeat(made_up.batch_size, 1)}
+    tokens = torch.arange(1, made_up.batch_size * made_up.length + 1) % model.config.get_text_config().vocab_size
+    # No two texts are the same: these would take the same experts.
+    tensors = {"input_ids": tokens.reshape(made_up.batch_size, made_up.length)}
     if _takes(type(model), ("attention_mask",)):
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
     return Inputs(tensors=tensors, goes_on=True)

@@ -108,26 +108,41 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     require_accelerate()
     _require_devices(plan)
     _require_no_links(request.offload_folder)
-    arguments: dict[str, Any] = {
-        **request.arguments,
+    arguments = {
+        **_arguments(request),
         "device_map": _device_map(plan),
-        "dtype": request.dtype,
-        "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
         "offload_buffers": plan.executor.offload_buffers,
-        "trust_remote_code": request.trust_remote_code,
-        "use_safetensors": True,  # a pickle may run any code
         "ignore_mismatched_sizes": True,  # they are in that report, and refused where they are not new on purpose
     }
-    if request.attention is not None:
-        arguments["attn_implementation"] = request.attention
-    if request.revision is not None:
-        arguments["revision"] = request.revision
     with telling_of_changes("the model cannot be loaded as it is planned"):
         with streaming_to(plan.main_device.in_device_map), code_of_models(allowed=request.trust_remote_code):
             loaded = _loaded(request, arguments)
         if plan.executor.reads_ahead and request.offload_folder is not None:
             _map(loaded.model, plan, request.offload_folder)
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
+
+
+def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> PreTrainedModel:
+    """Return the model as plain `from_pretrained` loads it by one of its own device maps, `auto` say.
+
+    Raises:
+        RunnerError: where transformers cannot load it so.
+    """
+    with code_of_models(allowed=request.trust_remote_code):
+        return _loaded(request, {**_arguments(request), "device_map": device_map, **arguments}).model
+
+
+def _arguments(request: LoadRequest) -> dict[str, Any]:
+    """What `from_pretrained` is given besides the map."""
+    arguments: dict[str, Any] = {
+        **request.arguments,
+        "dtype": request.dtype,
+        "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
+        "trust_remote_code": request.trust_remote_code,
+        "use_safetensors": True,  # a pickle may run any code
+    }
+    optional = {"attn_implementation": request.attention, "revision": request.revision}
+    return arguments | {name: value for name, value in optional.items() if value is not None}
 
 
 def _device_map(plan: Plan) -> dict[str, Any]:
@@ -195,7 +210,9 @@ FREE_MEMORY = "end what else holds memory; `devmap probe --against` says what of
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error is that of memory that cannot be had, of the host or of an accelerator."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    said = str(error).lower()
+    # Of the host's, torch says the latter.
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def first_line(error: Exception) -> str:

@@ -123,7 +123,7 @@ def with_random_weights(
             shard.write(folder, seed)
             advance(shard.size_bytes)
         write_around(folder, deployment.request.config, shards)
-        yield _of_folder(deployment, folder)
+        yield of_random_weights(deployment, folder)
 
 
 def _require_room(total_bytes: int) -> None:
@@ -149,7 +149,8 @@ def _model_without_data(deployment: Deployment) -> PreTrainedModel:
         return meta_model(path, class_name=model.class_name, dtype=model.dtype, attention=None)
 
 
-def _of_folder(deployment: Deployment, folder: Path) -> Deployment:
+def of_random_weights(deployment: Deployment, folder: Path) -> Deployment:
+    """Return a deployment whose checkpoint is the random one that was written to a folder."""
     compiled, request = deployment.compiled, deployment.request
     checkpoint = read_checkpoint(folder, request.config)
     source = replace(compiled.model.source, checkpoint=checkpoint)

@@ -30,10 +30,15 @@ def memory_use(plan: Plan) -> tuple[MemoryUse, ...]:
     found = []
     for use in plan.devices:
         planned_bytes = max(use.capacity_bytes - use.free_bytes, use.loading_bytes)
-        peak_bytes = _process_peak_bytes() if use.id == CPU else _accelerator_peak_bytes(use.id)
+        peak_bytes = peak_bytes_of(use.id)
         if planned_bytes and peak_bytes is not None:
             found.append(MemoryUse(device=use.id, peak_bytes=peak_bytes, planned_bytes=planned_bytes))
     return tuple(found)
+
+
+def peak_bytes_of(device: Device) -> int | None:
+    """Return the most that was held of a device's memory since the process began; `None` where it is not measured."""
+    return _process_peak_bytes() if device == CPU else _accelerator_peak_bytes(device)
 
 
 def _accelerator_peak_bytes(device: Device) -> int | None:

@@ -1,0 +1,120 @@
+"""`devmap bench`: a plan beside what plain transformers makes of the same machine, measured in one run."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.amounts import counted, format_bytes, format_duration, format_durations
+from devmap_config.cli.command import ProfileOptions, profile_command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.running import failures_told, randomly_weighted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from devmap_config.runner.benchmark import Benchmark, Measured, Phase
+    from devmap_config.runner.runner import Deployment
+
+
+@profile_command("bench", "table", "json")
+@click.option("--rounds", type=click.IntRange(min=2), default=4, show_default=True, help="How often each takes a turn.")
+@click.option(
+    "--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="How much is written in each turn."
+)
+@click.option(
+    "--random-weights", is_flag=True, help="Measure before there is a checkpoint: with one of random weights."
+)
+def bench(profile: Path, options: ProfileOptions, rounds: int, new_tokens: int, random_weights: bool) -> ExitCode:
+    """Measure load, prefill and decode of the plan of PROFILE beside plain transformers'.
+
+    The model is loaded by its lock, and by `device_map="auto"` with as much room for weights on each device; without
+    accelerators by `device_map="cpu"` too. They take turns, each in a process of its own. A ratio is how many times
+    the plan's time another takes; where two measurements of the same differ by more than 10 %, it is `too noisy`.
+    """
+    from devmap_config.cli.progress import progress, stages_shown
+    from devmap_config.cli.reporting import print_lines
+    from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.diagnostics.overheard import passing_on
+    from devmap_config.runner.benchmark import jobs_of, run_benchmark
+    from devmap_config.runner.demonstration import planned_generation, require_fit_class
+    from devmap_config.runner.inputs import Given
+    from devmap_config.runner.runner import notices, prepare
+
+    sink = Sink()
+    with failures_told(profile, sink, options), passing_on(sink):
+        with stages_shown(quiet=not options.shows_tables):
+            deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
+        generation = planned_generation(deployment.compiled.loaded.profile.workload, new_tokens)
+        require_fit_class(deployment.request, Given())
+        sink.report_all(notices(deployment, asks_machine=True))
+        if random_weights:
+            deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
+    jobs = jobs_of(deployment, profile, **options.of_request, generation=generation)
+    with progress(rounds * len(jobs) + 1, quiet=options.quiet) as begun:
+        found = run_benchmark(jobs, rounds=rounds, begun=begun)
+    if (failure := found.plan.failure) is not None:
+        sink.error("load-failed" if failure.doing == "loading" else "forward-failed", f"the plan: {failure}")
+    options.report(sink, {}, {"plan": deployment.plan.to_json(), "benchmark": found.to_json()})
+    if options.shows_tables:
+        print_lines(lambda width: _lines(found, deployment, width))
+    if failure is not None:
+        return ExitCode.UNLIKE_LOCK
+    return ExitCode.TOO_NOISY if found.is_too_noisy else ExitCode.DONE
+
+
+TITLES: dict[Phase, str] = {"load": "load", "prefill": "prefill", "decode": "a token"}
+
+
+WIDE = 70
+"""Columns in which the spread of ratios has room as well."""
+
+
+def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
+    """Yield what was measured, of what, and what did not come to an end."""
+    from devmap_config.cli.plan_table import weights_in_words
+
+    prompts, new_tokens = found.generation.prompts, found.generation.new_tokens
+    model = deployment.compiled.model
+    yield f"{model.class_name}: {weights_in_words(model, deployment.plan)}"
+    rounds = counted(found.rounds, "round")
+    yield f"batch {prompts.batch_size}, {counted(prompts.length, 'token')} prefilled, {new_tokens:,} written; {rounds}"
+    yield _table(found, ("median", "spread", "× plan", "spread") if width >= WIDE else ("median", "spread", "× plan"))
+    for result in found.results:
+        held = f"at most {_amounts(result.peak_bytes)}"
+        yield f"{result.loader}: {held if result.failure is None else result.failure}"
+    yield f"auto was given as much room for weights as the plan has: {_amounts(found.max_memory)}"
+    if found.is_too_noisy:
+        yield "too noisy: the same, measured twice, differed by so many times; end what else runs, or add `--rounds`"
+
+
+def _amounts(by_device: Mapping[Any, int]) -> str:
+    return ", ".join(f"{format_bytes(size_bytes)} of {device}" for device, size_bytes in by_device.items())
+
+
+def _table(found: Benchmark, figures: tuple[str, ...]) -> Table:
+    """Return a row for each phase of each loader: its median with the spread, and how many times the plan's it is."""
+    from devmap_config.cli.tables import new_table
+
+    table = new_table("phase", "by", figures=figures)
+    for phase, title in TITLES.items():
+        rows = [_cells(found, result, phase) for result in found.results if result.seconds(phase)]
+        for number, cells in enumerate(rows):
+            table.add_row("" if number else title, *cells[: 1 + len(figures)])
+    return table
+
+
+def _cells(found: Benchmark, result: Measured, phase: Phase) -> tuple[str, ...]:
+    seconds = sorted(round(each * 1e9) for each in result.seconds(phase))
+    shown = (result.loader, format_duration(round(median(seconds))), format_durations(seconds[0], seconds[-1]))
+    ratio = found.ratio(result, phase)
+    if ratio is None:
+        return shown
+    if ratio.is_too_noisy:
+        return (*shown, "too noisy", f"{ratio.noise:.3g}×")
+    return (*shown, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}")

@@ -1,0 +1,173 @@
+"""Loads a model and has it generate in a process of its own, and returns what that took or why it failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+from devmap_config.diagnostics.diagnostic import DevmapError
+from devmap_config.files import discard_output
+from devmap_config.runner.demonstration import measured_generation
+from devmap_config.runner.loading import is_out_of_memory, load_plainly
+from devmap_config.runner.random_weights import of_random_weights
+from devmap_config.runner.runner import load_verified, notices, prepare
+from devmap_config.runner.usage import peak_bytes_of
+from devmap_config.wording import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.hardware.inventory import InventoryDevice
+    from devmap_config.profile.permissions import Permissions
+    from devmap_config.runner.generation_times import GenerationTimes, GenerationWorkload
+    from devmap_config.runner.loading import LoadRequest
+
+Loader = Literal["plan", "auto", "cpu"]
+"""What loads a model: `load_model` by the lock, or plain `from_pretrained` with this `device_map`."""
+
+
+LEAST_SECONDS = 0.5
+"""How long a process generates at least: what takes milliseconds is measured more than once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model that is to be loaded in a process of its own, and what it is to generate there.
+
+    Attributes:
+        loader: what loads it.
+        folder: the working directory.
+        profile: the profile's file, for the lock.
+        variables: values for the profile's templates.
+        permissions: what reading the profile may do.
+        random_weights: the folder of a random checkpoint that stands in for the model's own.
+        request: what `from_pretrained` is asked for without a lock.
+        max_memory: what it may put on each device then.
+        devices: those of the profile; torch is held to their memory, where it can be.
+        generation: what is generated.
+    """
+
+    loader: Loader
+    folder: Path
+    profile: Path
+    variables: Mapping[str, str]
+    permissions: Permissions
+    random_weights: Path | None
+    request: LoadRequest
+    max_memory: Mapping[int | str, int]
+    devices: tuple[InventoryDevice, ...]
+    generation: GenerationWorkload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a process took to load a model and to generate, and the most that it held of each device's memory."""
+
+    load_seconds: float
+    generation: GenerationTimes
+    peak_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why there is no sample, and what the process was doing."""
+
+    doing: str
+    reason: str
+    is_out_of_memory: bool
+
+    def __str__(self) -> str:
+        return f"out of memory while {self.doing}" if self.is_out_of_memory else f"{self.reason}, while {self.doing}"
+
+
+LIBRARIES = ("accelerate", "torch", "transformers")
+"""Importing them is no part of loading."""
+
+
+def run_in_process(job: Job) -> Sample | Failure:
+    """Run a job in a new process, which begins with the libraries imported, and nothing else in memory."""
+    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload([__name__, *LIBRARIES, "transformers.generation.utils"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure, job).result()
+        except BrokenProcessPool:
+            reason = "its process was killed, as a system does that runs out of memory"
+            return Failure(doing="loading or running", reason=reason, is_out_of_memory=False)
+
+
+def measure(job: Job) -> Sample | Failure:
+    """Run a job in this process, of which nothing is printed from then on."""
+    os.chdir(job.folder)
+    for stream in (sys.stdout, sys.stderr):
+        discard_output(stream)
+    for library in LIBRARIES:
+        getattr(import_module(library), job.request.class_name, None)  # transformers imports it when it is named
+    doing = "loading"
+    with TemporaryDirectory(prefix="devmap-bench-") as offload_folder:
+        try:
+            _hold_to_memory(job.devices)
+            start_seconds = time.perf_counter()
+            model = _loaded(job, offload_folder)
+            _wait_for(job.devices)
+            load_seconds = time.perf_counter() - start_seconds
+            doing = "running"
+            generation = measured_generation(model, job.request, job.generation, least_seconds=LEAST_SECONDS)
+        except (DevmapError, MemoryError, RuntimeError) as error:
+            return Failure(doing=doing, reason=first_line(error), is_out_of_memory=is_out_of_memory(error))
+    peaks = {str(device.id): peak_bytes_of(device.id) for device in job.devices}
+    peak_bytes = {device: peak for device, peak in peaks.items() if peak is not None}
+    return Sample(load_seconds=load_seconds, generation=generation, peak_bytes=peak_bytes)
+
+
+def _loaded(job: Job, offload_folder: str) -> PreTrainedModel:
+    if job.loader == "plan":
+        deployment = prepare(
+            job.profile,
+            variables=job.variables,
+            permissions=job.permissions,
+            needs_weights=job.random_weights is None,
+        )
+        if job.random_weights is not None:
+            deployment = of_random_weights(deployment, job.random_weights)
+        notices(deployment, asks_machine=True)
+        return load_verified(deployment)
+    max_memory = {"max_memory": dict(job.max_memory)} if job.loader == "auto" else {}
+    return load_plainly(job.request, job.loader, **max_memory, offload_folder=offload_folder)
+
+
+def _hold_to_memory(devices: tuple[InventoryDevice, ...]) -> None:
+    """Let torch take no more of a card than the profile says that it has, so that what would not fit there fails."""
+    for device in devices:
+        backend, index = _backend(device), device.id.index
+        if index is None or not hasattr(backend, "set_per_process_memory_fraction"):
+            continue
+        free_bytes, total_bytes = backend.mem_get_info(index)
+        if device.memory_bytes < total_bytes:
+            driver_bytes = min(total_bytes - free_bytes, device.overhead_bytes)
+            backend.set_per_process_memory_fraction((device.memory_bytes - driver_bytes) / total_bytes, index)
+
+
+def _wait_for(devices: tuple[InventoryDevice, ...]) -> None:
+    for device in devices:
+        backend = _backend(device)
+        if device.id.is_accelerator and hasattr(backend, "synchronize"):
+            backend.synchronize()
+
+
+def _backend(device: InventoryDevice) -> Any:
+    """Return torch's module for a kind of accelerator; `None` where it has none."""
+    import torch
+
+    return getattr(torch, device.id.kind, None)

@@ -1,0 +1,149 @@
+"""Measures what a loaded model takes for a prompt and for each token after it, from tokens that are made up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.forwards import cache_tensors
+from devmap_config.libraries.transformers import CACHE_NAMES
+from devmap_config.runner.inputs import MadeUp, made_up_inputs, placed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from transformers import PreTrainedModel
+
+WARM_UP_TOKENS = 2
+"""Generated before anything is measured: buffers are allocated, kernels chosen, and what is mapped is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationWorkload:
+    """What is generated to be measured: tokens after prompts of one length; `cache` as the profile calls it."""
+
+    prompts: MadeUp
+    new_tokens: int
+    cache: str = "dynamic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationTimes:
+    """What a model took, round by round.
+
+    Attributes:
+        workload: what was generated.
+        first_generation_seconds: of a warm-up.
+        prefill_seconds: until the first token; of a model that writes no text, of a forward.
+        decode_seconds: of a token, the median of a round's; none where no second token is written.
+        kv_cache_bytes: of the cache in the end, by the device of its tensors.
+    """
+
+    workload: GenerationWorkload
+    first_generation_seconds: float
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+    kv_cache_bytes: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, with the medians: what a receipt says of a generation."""
+        return {
+            "prompt_tokens": self.workload.prompts.length,
+            "new_tokens": self.workload.new_tokens,
+            "first_generation_seconds": self.first_generation_seconds,
+            "prefill_seconds": median(self.prefill_seconds),
+            "prefill_seconds_each": list(self.prefill_seconds),
+            "decode_seconds_per_token": median(self.decode_seconds) if self.decode_seconds else None,
+            "decode_seconds_each": list(self.decode_seconds),
+        }
+
+
+class TokenClock:
+    """A streamer for transformers' `generate` that notes when the prompt was taken, and when each token came."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, _tokens: torch.Tensor) -> None:
+        """Note that tokens came; they are on the CPU by now, so that the accelerator is done with them."""
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last."""
+
+
+def measure_generation(
+    model: PreTrainedModel, workload: GenerationWorkload, *, rounds: int = 1, least_seconds: float = 0
+) -> GenerationTimes:
+    """Have a model generate, and return what it took.
+
+    Args:
+        model: a model that is loaded.
+        workload: what it generates in each round, and once before to warm up.
+        rounds: how many there are at least.
+        least_seconds: until when there are more.
+
+    Raises:
+        RunnerError: where the model takes no tokens; else whatever a model raises that does not run.
+    """
+    import torch
+
+    inputs = placed(made_up_inputs(model, workload.prompts), model)
+    prefills: list[float] = []
+    decodes: list[float] = []
+    cache: Any = None
+    with torch.no_grad():
+        start_seconds = time.perf_counter()
+        # A static cache is as long as what is generated, and compiled for.
+        _passed(model, inputs, workload, WARM_UP_TOKENS if workload.cache == "dynamic" else workload.new_tokens)
+        first_seconds = time.perf_counter() - start_seconds
+        end_seconds = time.perf_counter() + least_seconds
+        while len(prefills) < rounds or time.perf_counter() < end_seconds:
+            seconds, cache = _passed(model, inputs, workload, workload.new_tokens)
+            prefills.append(seconds[0])
+            decodes += [median(seconds[1:])] if seconds[1:] else []
+    return GenerationTimes(
+        workload=workload,
+        first_generation_seconds=first_seconds,
+        prefill_seconds=tuple(prefills),
+        decode_seconds=tuple(decodes),
+        kv_cache_bytes=_bytes_by_device(cache),
+    )
+
+
+def _passed(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], workload: GenerationWorkload, new_tokens: int
+) -> tuple[list[float], Any]:
+    """Return the seconds of a prefill and of each token after the first, and the cache; or those of a forward."""
+    if not model.can_generate():
+        start_seconds = time.perf_counter()
+        output = next(iter(model(**inputs).values()))
+        if hasattr(output, "cpu"):
+            output.cpu()  # waits for the accelerator
+        return [time.perf_counter() - start_seconds], None
+    clock = TokenClock()
+    generated = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,  # of beams, transformers hands on nothing before the end
+        streamer=clock,
+        return_dict_in_generate=True,
+        **({} if workload.cache == "dynamic" else {"cache_implementation": workload.cache}),
+    )
+    held = dict(generated)  # to ask transformers' class for a name that it has given up is warned of
+    cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
+    return [after - before for before, after in pairwise(clock.seconds)], cache
+
+
+def _bytes_by_device(cache: Any) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for tensor in [] if cache is None else cache_tensors(cache):
+        device = str(tensor.device)
+        held[device] = held.get(device, 0) + tensor.nbytes
+    return held
