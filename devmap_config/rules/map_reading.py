@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import re2
 
 from devmap_config.graph.model import ancestors
-from devmap_config.rules.pattern import compile_expression, compile_keys
+from devmap_config.rules.pattern import MAX_BYTES_OF_KEYS, compile_keys, engine_options
+from devmap_config.wording import HALF_CHARACTER
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.rules.pattern import CompiledExpression
 
 PLAIN = re.compile(r"[\w.\-]*")
 """What means itself in a regular expression, but for the dot."""
@@ -33,7 +33,8 @@ class MapReading:
         taken_by: by tensor the key that takes it; without one it goes to the CPU.
         left_out: the tensors that no key names, by themselves or by a module around them.
         unknown: the keys that name nothing.
-        fatal: the keys over which transformers fails: expressions that match a tensor, or are none.
+        fatal: the keys over which transformers fails: expressions that match a tensor or are none, and others whose
+            dot takes another character of one.
     """
 
     taken_by: Mapping[TensorName, str]
@@ -47,28 +48,48 @@ def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading
     order = sorted(filter(None, keys), key=lambda key: (key.count("."), len(key)), reverse=True)
     rank = {key: number for number, key in enumerate(order)}
     names = compile_keys(key for key in order if PLAIN.fullmatch(key))
-    expressions = {key: _compiled(key) for key in order if not PLAIN.fullmatch(key)}
-    fatal = [key for key, expression in expressions.items() if expression is None]
+    expressions = _Expressions(key for key in order if not PLAIN.fullmatch(key))
+    fatal = list(expressions.unreadable)
     taken_by: dict[TensorName, str] = {}
+    misread: dict[str, str] = {}
     for name in graph.tensors:
         found = names.match(name)
         key = found.group() if found else ""
         before = rank.get(key, len(order))
-        fatal += [other for other, each in expressions.items() if each and rank[other] < before and each.match(name)]
+        fatal += [other for other in expressions.matching(name) if rank[other] < before]
         if key in keys:
             taken_by[name] = key
+        elif key and key not in misread:  # transformers looks it up in the map as it matched
+            misread[key] = next(other for other in order if len(other) == len(key) and _takes(other, key))
     known = {str(name) for name in (*graph.modules, *graph.tensors)}
     return MapReading(
         taken_by=taken_by,
         left_out=tuple(name for name in graph.tensors if not any(place in keys for place in (name, *ancestors(name)))),
         unknown=tuple(key for key in keys if key not in known and key not in fatal),
-        fatal=tuple(dict.fromkeys(fatal)),
+        fatal=tuple(dict.fromkeys((*fatal, *misread.values()))),
     )
 
 
-def _compiled(key: str) -> CompiledExpression | None:
-    """Return a key as the expression that it is read as, if it is one; by an engine that cannot run away."""
-    try:
-        return compile_expression(key)
-    except re2.error:
-        return None
+def _takes(key: str, text: str) -> bool:
+    """Return whether a key of plain characters matches a text of its length."""
+    return all(mark in (".", character) for mark, character in zip(key, text, strict=True))
+
+
+class _Expressions:
+    """Keys that are read as expressions, held to a name all at once by an engine that cannot run away."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._set = re2.Set.MatchSet(engine_options(MAX_BYTES_OF_KEYS))
+        self._keys: list[str] = []
+        self.unreadable: list[str] = []
+        for key in keys:
+            try:
+                self._set.Add(HALF_CHARACTER.sub("\ufffd", key))  # no name holds one, and the engine takes none
+                self._keys.append(key)
+            except re2.error:
+                self.unreadable.append(key)
+        self._set.Compile()
+
+    def matching(self, name: str) -> list[str]:
+        """Return the keys that match the beginning of a name."""
+        return [self._keys[number] for number in sorted(self._set.Match(name) or ())]

@@ -200,17 +200,26 @@ class CompiledExpression(Protocol):
 
 def compile_expression(expression: str, most_bytes: int = 2**23) -> CompiledExpression:
     """The compiled form of a regular expression, by an engine whose time is linear in the text."""
+    compiled: CompiledExpression = re2.compile(expression, engine_options(most_bytes))
+    return compiled
+
+
+def engine_options(most_bytes: int) -> Any:
+    """Return what makes the engine quiet, and lets an expression take no more than so many bytes."""
     options = re2.Options()
     options.log_errors = False
     options.max_mem = most_bytes
-    compiled: CompiledExpression = re2.compile(expression, options)
-    return compiled
+    return options
+
+
+MAX_BYTES_OF_KEYS = 2**28
+"""For the expressions of a map of a megabyte."""
 
 
 def compile_keys(keys: Iterable[str]) -> CompiledExpression:
     """The keys of a map, as transformers joins them: most dots first, then the longest, unescaped, without an end."""
     order = sorted(keys, key=lambda key: (key.count("."), len(key)), reverse=True)
-    return compile_expression("|".join(f"(?:{key})" for key in order), most_bytes=2**28)
+    return compile_expression("|".join(f"(?:{key})" for key in order), most_bytes=MAX_BYTES_OF_KEYS)
 
 
 def _parse_regex(text: str) -> RegexPattern:

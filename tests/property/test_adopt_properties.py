@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from conftest import write_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.integrations.accelerate import expand_device_map
 
 from devmap_config.cli.adopt import adopt
 from devmap_config.compiler import Request, run_pipeline
@@ -17,6 +19,7 @@ from devmap_config.graph.loading import GraphInputs, graph_from_source
 from devmap_config.graph.source import local_source
 from devmap_config.placement.units import fold
 from devmap_config.rules.compression import compress
+from devmap_config.rules.map_reading import read_as_transformers
 from devmap_config.rules.matching import match
 from devmap_config.rules.pattern import parse_pattern
 
@@ -90,3 +93,29 @@ def check_adopted(device_map, tmp_path_factory):
     plan = run_pipeline(Request(path=Path(profile))).plan
     expected = device_map if len(set(device_map.values())) > 1 else {"": next(iter(device_map.values()))}
     assert plan.device_map == expected
+
+
+POSITIONS = st.just(()) | st.sets(st.integers(0, 40), max_size=3)
+OTHERS = st.sampled_from(["", ".", "...", "model.layers.1*", "(a)|x", "(", "model-x", "\ud800", "x" * 50, "modél"])
+
+
+def with_dots(text, places):
+    return "".join("." if place in places else character for place, character in enumerate(text))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["llama", "mixture"]), st.data())
+def test_a_map_is_read_as_transformers_reads_it(graphs, name, data):
+    graph = graphs[name]
+    names = st.sampled_from(sorted({*map(str, graph.tensors), *map(str, graph.modules)}))
+    pieces = st.builds(lambda name, length, dots: with_dots(name[:length], dots), names, st.integers(0, 60), POSITIONS)
+    device_map = {key: number for number, key in enumerate(data.draw(st.sets(names | pieces | OTHERS, min_size=1)))}
+    reading = read_as_transformers(device_map, graph)
+    try:
+        devices = expand_device_map(device_map, list(graph.tensors))
+    except (KeyError, re.error):
+        assert reading.fatal
+        return
+    assert not reading.fatal
+    taken = {name: device_map[key] for name, key in reading.taken_by.items()}
+    assert devices == {name: taken.get(name, "cpu") for name in graph.tensors}

@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from devmap_config.devices import CPU as CPU_DEVICE
 from devmap_config.diagnostics.diagnostic import MAX_ERRORS, Diagnostic, Sink, TooManyErrorsError
 from devmap_config.diagnostics.terminal import print_diagnostics
-from devmap_config.graph.model import ModelGraph, Module, ModulePath
+from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
+from devmap_config.profile.document import whole_file
 from devmap_config.profile.loading import load_profile
 from devmap_config.profile.located import Located
 from devmap_config.rules import matching, resolution
+from devmap_config.rules.adoption import adopted_homes
 from devmap_config.rules.pattern import parse_pattern
 from devmap_config.rules.rule import Rule
+from devmap_config.rules.written_map import MapEntry
 
 MOST_SECONDS = 4
 """Of the processor: several times what the slowest takes."""
@@ -114,6 +118,17 @@ def test_rules_that_take_too_long_to_match_are_refused_and_equal_patterns_are_ma
     assert codes(*["**.*"] * 50) == []
     assert codes(*(f"layers.[{number}]" for number in range(50))) == ["too-large"]
     assert codes("**." * 100 + "x") == ["bad-pattern"]
+
+
+@pytest.mark.parametrize("key", ["x{}.weight", "layers.{}.", ".*x{}.*y"])
+def test_a_map_of_many_keys_is_read_soon(key):
+    names = [TensorName(f"layers.{number}.weight") for number in range(300)]
+    tensors = tuple(Tensor(name, (1,), "float32", size_bytes=4, planner_bytes=4, kind="parameter") for name in names)
+    graph = ModelGraph(Module(ModulePath(""), "Model", parameters=tensors))
+    entries = {key.format(number): MapEntry(CPU_DEVICE, "cpu", whole_file("map")) for number in range(20_000)}
+    start = time.process_time()
+    adopted_homes(entries, graph, "map", Sink())
+    assert time.process_time() - start < MOST_SECONDS
 
 
 def test_a_message_does_not_repeat_the_whole_of_a_long_name():
