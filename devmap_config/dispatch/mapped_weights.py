@@ -22,7 +22,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import save
 
 from devmap_config import files
-from devmap_config.graph.checkpoint import read_header
+from devmap_config.graph.checkpoint import CheckpointError, read_header
 from devmap_config.graph.meta_loading import TORCH_DTYPES
 from devmap_config.graph.model import ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk
@@ -335,12 +335,35 @@ def _place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> Te
     if held_dtype == dtype and start % dtype.itemsize == 0:
         return place
     path = _written_path(place, dtype, folder)
-    if not files.exists(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        data = MappedFile(source).data(place).view(held_dtype).view(shape).to(dtype)
-        files.write_atomically(path, save({name: data}))
-    _, _, start, end = read_header(path)[name]
-    return TensorInFile(path, name, start, end)
+    if (written := _written_place(path, name, dtype, shape)) is not None:
+        return written
+    folder.mkdir(parents=True, exist_ok=True)
+    data = MappedFile(source).data(place).view(held_dtype).view(shape).to(dtype)
+    files.write_atomically(path, save({name: data, DIGEST: _digest(data)}))
+    return TensorInFile(path, name, *read_header(path)[name][2:])
+
+
+DIGEST = "sha256"
+"""The name of a second tensor in a file that was written anew, of the digest of the first."""
+
+
+def _digest(data: torch.Tensor) -> torch.Tensor:
+    digest = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy()).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+def _written_place(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInFile | None:
+    """Return where a tensor lies that was written anew; `None` where there is none, or another, or a damaged one."""
+    try:
+        header = read_header(path)
+        stored_dtype, stored_shape, *ends = header[name]
+        place, digest = TensorInFile(path, name, *ends), TensorInFile(path, DIGEST, *header[DIGEST][2:])
+    except (CheckpointError, KeyError):
+        return None
+    if (TORCH_DTYPES.get(stored_dtype), stored_shape) != (str(dtype).removeprefix("torch."), shape):
+        return None
+    file = MappedFile(path)
+    return place if torch.equal(_digest(file.data(place)), file.data(digest)) else None
 
 
 def _written_path(place: TensorInFile, dtype: torch.dtype, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LLAMA, MIXTURE
+from safetensors.torch import load, save
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -210,6 +211,29 @@ def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
     other = AutoModelForCausalLM.from_pretrained(workspace / "random", dtype=torch.float32)
     assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(other))
     assert not torch.equal(outputs(other), before)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another byte", "another dtype", "no digest", "another tensor"])
+def test_a_cast_that_is_damaged_is_made_anew(workspace, damage):
+    saved(MODELS["dense"], workspace / "random", torch.bfloat16)
+    compiled()
+    expected = outputs(load_model("p.yaml", probe=False))
+    written = {path: path.read_bytes() for path in (workspace / "offload").iterdir()}
+    for path, data in written.items():
+        stored = load(data)
+        digest = stored.pop("sha256")
+        [(name, tensor)] = stored.items()
+        path.write_bytes(
+            {
+                "cut off": data[:-4],
+                "another byte": save({name: tensor + 1, "sha256": digest}),
+                "another dtype": save({name: tensor.view(torch.int32), "sha256": digest}),
+                "no digest": save({name: tensor}),
+                "another tensor": save({"x": tensor, "sha256": digest}),
+            }[damage]
+        )
+    assert torch.equal(outputs(load_model("p.yaml", probe=False)), expected)
+    assert {path: path.read_bytes() for path in (workspace / "offload").iterdir()} == written
 
 
 def test_a_file_that_cannot_be_mapped_is_told(workspace, monkeypatch):
