@@ -30,6 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from devmap_config import load_model
+from devmap_config.runner.generation_times import TokenClock
 
 TOKENS, ROUNDS = 6, 3
 LAYERS, HIDDEN, INNER = 28, 2048, 8192
@@ -96,23 +97,11 @@ def run_one(mode: str) -> None:
         )  # fmt: skip
     loaded = time.monotonic()
     prompt = torch.arange(1, 33).unsqueeze(0)
-    stamps = []
-
-    class Stamps:
-        """Takes the time at which each token comes."""
-
-        def put(self, _tokens: torch.Tensor) -> None:
-            stamps.append(time.monotonic())
-
-        def end(self) -> None:
-            """Called after the last."""
-
-    tokens = model.generate(
-        prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, streamer=Stamps()
-    )  # fmt: skip
-    decode = [after - before for before, after in pairwise(stamps[1:])]
+    clock = TokenClock()
+    tokens = model.generate(prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, streamer=clock)
+    prefill, *decode = (after - before for before, after in pairwise(clock.seconds))
     print(json.dumps({
-        "load_seconds": loaded - begun, "prefill_seconds": stamps[1] - stamps[0], "decode_seconds": median(decode),
+        "load_seconds": loaded - begun, "prefill_seconds": prefill, "decode_seconds": median(decode),
         "tokens": tokens[0, 32:].tolist(),
     }))  # fmt: skip
 

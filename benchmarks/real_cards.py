@@ -7,7 +7,7 @@ allocator is held to the profile's memory, so that what does not fit fails; plai
 and as much room for weights runs beside it, and logits are compared with those of the whole model on the card.
 
     python benchmarks/real_cards.py profiles/models/llama-3.1-8b --folder /dev/shm/cards
-    python benchmarks/real_cards.py --table
+    devmap receipts --format markdown
 
 The second prints the table of docs/real-cards.md. `--smallest` shrinks the model to a few MiB, which tries the script
 itself, on a CPU too.
@@ -40,11 +40,14 @@ from torch.profiler import ProfilerActivity, profile
 from devmap_config import UnfitMachineError, load_model
 from devmap_config.amounts import GIBIBYTE, MEBIBYTE
 from devmap_config.cli import devmap
+from devmap_config.runner.generation_times import GenerationWorkload, measure_generation
+from devmap_config.runner.inputs import MadeUp
 from devmap_config.runner.random_weights import Shard, shards_of, write_around
+from devmap_config.runner.receipt_writing import write_receipt
 from devmap_config.runner.receipts import FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 CONTEXT, LIMITED_CONTEXT, SMALLEST_CONTEXT = 2048, 512, 96
 NEW_TOKENS, SLOW_NEW_TOKENS = 64, 6
@@ -191,7 +194,7 @@ class Card:
             return {}
         return {
             "allocated_bytes": torch.cuda.memory_allocated(),
-            "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
             "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
             "card_used_bytes": self._used_bytes(),
         }
@@ -200,59 +203,19 @@ class Card:
 class Running:
     """A loaded model on its card."""
 
-    def __init__(self, model: Any, card: Card, static_length: int | None = None) -> None:
+    def __init__(self, model: Any, card: Card) -> None:
         self._model = model
         self._card = card
-        self._cache: Any = None
-        if static_length is not None:
-            self._cache = transformers.StaticCache(config=model.config, max_cache_len=static_length)
-        self._vocabulary_size = model.config.get_text_config().vocab_size
 
-    def _tokens(self, batch_size: int, length: int) -> torch.Tensor:
+    def _tokens(self, length: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(length)
-        return torch.randint(3, self._vocabulary_size, (batch_size, length), generator=generator).to(self._card.device)
-
-    def _generate_seconds(self, tokens: torch.Tensor, count: int) -> float:
-        cache = {}
-        if self._cache is not None:
-            self._cache.reset()
-            cache = {"cache": self._cache}
-        self._card.wait()
-        start = time.perf_counter()
-        self._model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            **cache,
-        )
-        self._card.wait()
-        return time.perf_counter() - start
-
-    def times(self, batch_size: int, prompt_tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-        """Return the seconds of a prefill and of a further token, each round's and their medians."""
-        tokens = self._tokens(batch_size, prompt_tokens)
-        first_seconds = self._generate_seconds(tokens, 2)
-        prefills, decodes = [], []
-        for _ in range(rounds):
-            prefills.append(self._generate_seconds(tokens, 1))
-            decodes.append((self._generate_seconds(tokens, new_tokens) - prefills[-1]) / (new_tokens - 1))
-        return {
-            "first_generation_seconds": first_seconds,
-            "prefill_seconds": statistics.median(prefills),
-            "prefill_seconds_each": prefills,
-            "decode_seconds_per_token": statistics.median(decodes),
-            "decode_seconds_each": decodes,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-        }
+        vocabulary_size = self._model.config.get_text_config().vocab_size
+        return torch.randint(3, vocabulary_size, (1, length), generator=generator).to(self._card.device)
 
     def logits(self) -> torch.Tensor:
         """Return the logits of 32 tokens, on the CPU."""
         with torch.no_grad():
-            logits: torch.Tensor = self._model(input_ids=self._tokens(1, 32), use_cache=False).logits
+            logits: torch.Tensor = self._model(input_ids=self._tokens(32), use_cache=False).logits
         return logits.float().cpu()
 
     def profiled(self) -> dict[str, float]:
@@ -262,7 +225,10 @@ class Running:
         counts = []
         for count in (2, 10):
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-                self._generate_seconds(self._tokens(1, 64), count)
+                self._model.generate(
+                    self._tokens(64), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+                )
+                self._card.wait()
             events = list(seen.events())
             on_card = [each.device_time for each in events if "cuda" in str(each.device_type).lower()]
             counts.append(
@@ -364,12 +330,14 @@ class Bench:
         loading = card.peaks()
         self._model = None if case.limited or case.quantized else model
         card.empty()
-        running = Running(model, card, context if case.cache == "static" else None)
-        is_slow = case.limited
-        generation = running.times(
-            case.batch_size, context - NEW_TOKENS, SLOW_NEW_TOKENS if is_slow else NEW_TOKENS, 1 if is_slow else 3
+        workload = GenerationWorkload(
+            prompts=MadeUp(batch_size=case.batch_size, length=context - NEW_TOKENS),
+            new_tokens=SLOW_NEW_TOKENS if case.limited else NEW_TOKENS,
+            cache=case.cache,
         )
-        peaks = card.peaks()
+        generation = measure_generation(model, workload, rounds=1 if case.limited else 3).to_json()
+        seen = {f"loading_{name}": size_bytes for name, size_bytes in loading.items()} | card.peaks()
+        running = Running(model, card)
         logits = running.logits()
         self._reference = logits if self._reference is None else self._reference
         return {
@@ -380,10 +348,13 @@ class Bench:
             "limit_bytes": limit_bytes if case.limited else None,
             "compile_seconds": compile_seconds,
             "load_seconds": load_seconds,
-            "predicted": {**use, "loading_ram_bytes": plan["loading_ram_bytes"], "prediction": plan["prediction"]},
+            "predicted": {
+                "devices": [use],
+                "loading_ram_bytes": plan["loading_ram_bytes"],
+                "prediction": plan["prediction"],
+            },
             "compute": plan["compute"],
-            "loading": loading,
-            "running": peaks,
+            "seen": {card.device: seen},
             "generation": generation,
             "logits_difference": float((logits - self._reference).norm() / self._reference.norm()),
             "profiled": running.profiled() if case.name == "whole-1" else {},
@@ -403,15 +374,6 @@ class Bench:
         except UnfitMachineError as error:  # this process itself may hold some of it
             print(f"the machine is not asked: {error}", flush=True)
             return load_model(file, probe=False)
-
-
-def rounded(value: Any) -> Any:
-    """Return data with numbers of four digits, as far as they mean anything."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
 
 
 def run(given: argparse.Namespace) -> None:
@@ -441,58 +403,19 @@ def run(given: argparse.Namespace) -> None:
             traceback.print_exc()
             receipt["cases"].append({"case": case.name, "failed": f"{type(error).__name__}: {error}"})
         given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / f"{given.model.name}.json").write_text(json.dumps(rounded(receipt), indent=1) + "\n")
+        write_receipt(given.output / f"{given.model.name}.json", receipt)
     shutil.rmtree(work, ignore_errors=True)
 
 
-COLUMNS = ("receipt", "case", "GiB on the card", "seen", "ms a token", "seen", "ms a prefill", "seen", "load")
-
-
-def table() -> Iterator[str]:
-    """Yield the rows of docs/real-cards.md: what was predicted, and beside it what was seen."""
-    yield "| " + " | ".join(COLUMNS) + " |"
-    yield "|---" * 2 + "|--:" * (len(COLUMNS) - 2) + "|"
-    for file in sorted(FOLDER.glob("*.json")):
-        for case in json.loads(file.read_text())["cases"]:
-            figures = ["out of memory"] if "failed" in case else _figures(case)
-            yield "| " + " | ".join([file.stem, case["case"], *figures]) + " |"
-
-
-def _figures(case: Mapping[str, Any]) -> Iterator[str]:
-    predicted, seen = case["predicted"], case["generation"]
-    planned_bytes = sum(predicted[f"{part}_bytes"] for part in ("weights", "kv_cache", "activation", "overhead"))
-    said = (
-        f"{planned_bytes / GIBIBYTE:.2f}",
-        f"{predicted['prediction']['decode_nanoseconds_per_token'] / 1e6:.0f}",
-        f"{predicted['prediction']['prefill_nanoseconds'] / 1e6:.0f}",
-    )
-    is_ours = case["by"] == "devmap_config.load_model"
-    memory, decode, prefill = said if is_ours else ("", "", "")
-    yield memory
-    yield f"{case['running']['allocated_peak_bytes'] / GIBIBYTE:.2f}"
-    yield decode
-    yield f"{seen['decode_seconds_per_token'] * 1e3:.0f}"
-    yield prefill
-    yield f"{seen['prefill_seconds'] * 1e3:.0f}"
-    yield "" if case["load_seconds"] < 0.1 else f"{case['load_seconds']:.1f} s"
-
-
 def main() -> None:
-    """Run a model's cases, or print the table of the receipts."""
+    """Run a model's cases."""
     parser = argparse.ArgumentParser(description="Holds plans to what is seen on this machine's card.")
-    parser.add_argument("model", type=Path, nargs="?", help="a folder with a published config.json")
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written: a RAM disk is quick")
+    parser.add_argument("model", type=Path, help="a folder with a published config.json")
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are written: a RAM disk is quick")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--cases", help=f"some of {','.join(each.name for each in CASES)}")
     parser.add_argument("--smallest", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
-    if given.table:
-        print("\n".join(table()))
-    elif given.model is None or given.folder is None:
-        parser.error("a model and --folder are needed")
-    else:
-        run(given)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

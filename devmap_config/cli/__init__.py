@@ -23,6 +23,7 @@ from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
 from devmap_config.cli.probe import probe
+from devmap_config.cli.receipts import receipts
 from devmap_config.cli.reporting import echo, echo_lines, report
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
@@ -57,6 +58,7 @@ for command in (
     diff,
     run,
     bench,
+    receipts,
     simulate,
     fit,
     init,

@@ -15,6 +15,7 @@ from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import EscapedStream, echo
 from devmap_config.cli.running import failures_told, randomly_weighted, to_tell
 from devmap_config.devices import CPU
+from devmap_config.files import is_folder
 from devmap_config.wording import is_unicode
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.demonstration import Demonstrator, Outcome
+    from devmap_config.runner.generation_times import GenerationWorkload
     from devmap_config.runner.inputs import Given
     from devmap_config.runner.runner import Deployment
+    from devmap_config.runner.usage import LoadCost
 
 
 @profile_command("run", "table", "json")
@@ -41,6 +44,11 @@ if TYPE_CHECKING:
     help="Try the plan before there is a checkpoint: write one of random weights, load it, have it write, delete it.",
 )
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
+@click.option(
+    "--receipt",
+    type=FILE,
+    help="Measure besides what the profile's workload takes, and write it into this file beside what was predicted.",
+)
 @click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
 def run(
     profile: Path,
@@ -52,16 +60,17 @@ def run(
     max_new_tokens: int | None,
     random_weights: bool,
     no_generate: bool,
+    receipt: Path | None,
     no_probe: bool,
 ) -> None:
     """Load the model of PROFILE by its lock, verify where every tensor is, and generate."""
     from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
-    from devmap_config.runner.demonstration import demonstrator, demonstrator_of_plan
+    from devmap_config.runner.demonstration import demonstrator, demonstrator_of_plan, planned_generation
     from devmap_config.runner.runner import prepare
 
-    _require_usable(prompt, options, chat=chat)
+    _require_usable(prompt, receipt, options, chat=chat)
     if random_weights and (prompt or chat or image or audio):
         raise click.UsageError("random weights have nothing to say: tokens of the planned length are made up for them")
     sink, outcome, shows = Sink(), None, None
@@ -69,39 +78,73 @@ def run(
         given = _given(prompt, image, audio, chat=chat)
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
+        workload = deployment.compiled.loaded.profile.workload
         if not no_generate and random_weights:
-            workload = deployment.compiled.loaded.profile.workload
             shows = demonstrator_of_plan(deployment.request, workload, sink, max_new_tokens=max_new_tokens)
         elif not no_generate:
             shows = demonstrator(deployment.request, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
             deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
-        model, load_seconds = _loaded(deployment, options, sink, asks_machine=not no_probe)
+        model, load = _loaded(deployment, options, sink, asks_machine=not no_probe)
     if options.output_format == "table":  # what is found so far: text follows as it is made
         options.report(to_tell(sink, options), {}, {})
         sink = Sink()
     if options.shows_tables:
-        echo(f"{_summary(deployment)}; it took {load_seconds:.1f} s", err=True)
+        echo(f"{_summary(deployment)}; it took {load.seconds:.1f} s", err=True)
     if shows is not None:
         with failures_told(profile, sink, options), passing_on(sink):
             writes = options.output_format == "table" and not random_weights
             outcome = _shown(replace(shows, sink=sink), model, given, writes=writes)
-    figures = _figures(outcome, deployment, load_seconds)
-    data = {
+    figures = _figures(outcome, deployment, load.seconds)
+    output = None if outcome is None or random_weights else outcome.output.value
+    if receipt is not None:
+        with failures_told(profile, sink, options), passing_on(sink):
+            generates = planned_generation(workload, max_new_tokens) if not no_generate else None
+            _write_receipt(receipt, deployment, model, load, generates)
+    options.report(to_tell(sink, options), {}, _data(deployment, output, figures))
+    if options.shows_tables:
+        for line in (*_told(figures), *(() if receipt is None else (f"wrote {receipt}",))):
+            echo(line, err=True)
+
+
+def _data(deployment: Deployment, output: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "plan": deployment.plan.to_json(),
         "verified": deployment.unchecked is None,
         "unchecked": deployment.unchecked,
         "new_tensors": list(deployment.new),
-        "output": None if outcome is None or random_weights else outcome.output.value,
+        "output": output,
         **figures,
     }
-    options.report(to_tell(sink, options), {}, data)
-    if options.shows_tables:
-        for line in _told(figures):
-            echo(line, err=True)
 
 
-def _require_usable(prompt: str | None, options: ProfileOptions, *, chat: bool) -> None:
+MEASURED_ROUNDS = 3
+"""How often what a receipt says is measured."""
+
+
+def _write_receipt(
+    path: Path, deployment: Deployment, model: Any, load: LoadCost, generates: GenerationWorkload | None
+) -> None:
+    """Write what was predicted beside what is measured; what it `generates` is measured now."""
+    from devmap_config.runner.demonstration import measured_generation
+    from devmap_config.runner.receipt_writing import receipt_of, write_receipt
+    from devmap_config.runner.usage import reset_peaks
+
+    command = f"devmap run {deployment.compiled.loaded.path.name} --receipt {path.name}"
+    command += " --random-weights" if deployment.has_random_weights else ""
+    command += " --no-generate" if generates is None else f" --max-new-tokens {generates.new_tokens}"
+    generation = None
+    if generates is not None:
+        reset_peaks(deployment.plan)
+        generation = measured_generation(model, deployment.request, generates, rounds=MEASURED_ROUNDS)
+    write_receipt(path, receipt_of(deployment, model, load, generation, command=command))
+
+
+def _require_usable(prompt: str | None, receipt: Path | None, options: ProfileOptions, *, chat: bool) -> None:
+    if receipt is not None and not is_folder(receipt.parent):
+        raise click.UsageError(f"there is no folder `{receipt.parent}` for the receipt")
+    if receipt is not None and is_folder(receipt):
+        raise click.UsageError(f"`{receipt}` is a folder: name the receipt's file")
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
     if prompt is not None and not is_unicode(prompt):
@@ -125,21 +168,23 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
 
 
-def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, float]:
-    """Return the model, loaded and verified, and the seconds that this took."""
+def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, LoadCost]:
+    """Return the model, loaded and verified, and what this took."""
     from devmap_config.cli.progress import loading_shown
     from devmap_config.runner.loading import show_progress
     from devmap_config.runner.runner import load_verified, notices
+    from devmap_config.runner.usage import LoadCost, peaks, process_bytes
 
     for notice in notices(deployment, asks_machine=asks_machine):
         sink.report(notice)
         if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
             echo(notice.message, err=True)
     show_progress(sys.stderr.isatty() and options.shows_tables)
-    start_seconds = time.perf_counter()
+    start_seconds, held_bytes = time.perf_counter(), process_bytes()
     with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
         model = load_verified(deployment)
-    return model, time.perf_counter() - start_seconds
+    seconds = time.perf_counter() - start_seconds
+    return model, LoadCost(seconds=seconds, process_bytes=held_bytes, peak_bytes=peaks(deployment.plan))
 
 
 def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Outcome | None:

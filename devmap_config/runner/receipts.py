@@ -1,21 +1,109 @@
-"""Receipts of runs on real cards, which come with the package: what it was seen to do there, and what never."""
+"""Receipts: what a plan predicted of a run beside what was seen. Those of real cards come with the package."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import Device
-from devmap_config.files import ANYWHERE, PACKAGED, read_json
+from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from devmap_config.plan.plan import Plan
 
 FOLDER = Path(__file__).with_name("receipts")
 """`benchmarks/real_cards.py` writes them; `devices` names those that a run used, as torch does, each with its model."""
+
+HELD = ("weights", "kv_cache", "activation", "overhead")
+"""What a device is planned to hold while the model runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of a case, as predicted and as seen; `None` where there is none.
+
+    It is bytes of a `device`, else seconds. Of the CPU, what is seen is what the process held besides what it held
+    before the model was loaded.
+    """
+
+    name: str
+    device: str | None
+    predicted: float | None
+    seen: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of a receipt: its figures, or why it failed."""
+
+    receipt: str
+    name: str
+    figures: tuple[Figure, ...] = ()
+    failed: str | None = None
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether it failed for want of memory."""
+        return "out of memory" in (self.failed or "")
+
+
+def cases_of(path: Path) -> tuple[Case, ...]:
+    """Return the cases of a receipt.
+
+    Raises:
+        FileError: where it cannot be read, or is no receipt.
+    """
+    receipt = read_json(path, PACKAGED, ANYWHERE)
+    try:
+        return tuple(_case(path.stem, each) for each in receipt["cases"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileError("is no receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
+
+
+def _case(receipt: str, case: Mapping[str, Any]) -> Case:
+    if "failed" in case:
+        return Case(receipt=receipt, name=str(case["case"]), failed=str(case["failed"]))
+    predicted, generation = case["predicted"], case["generation"] or {}
+    figures = [figure for use in predicted["devices"] for figure in _memory(use, case["seen"].get(use["id"], {}))]
+    for name, planned, seen in (
+        ("token", "decode_nanoseconds_per_token", "decode_seconds_per_token"),
+        ("prefill", "prefill_nanoseconds", "prefill_seconds"),
+    ):
+        nanoseconds = predicted["prediction"][planned]
+        seconds = None if nanoseconds is None else nanoseconds / 1e9
+        figures.append(Figure(name=name, device=None, predicted=seconds, seen=generation.get(seen)))
+    figures.append(Figure(name="load", device=None, predicted=None, seen=case["load_seconds"]))
+    if not case["by"].startswith("devmap"):  # by which the plan's predictions are for another
+        figures = [replace(figure, predicted=None) for figure in figures]
+    return Case(receipt=receipt, name=str(case["case"]), figures=tuple(figures))
+
+
+def _memory(use: Mapping[str, Any], seen: Mapping[str, int]) -> Iterable[Figure]:
+    before_bytes = seen.get("process_bytes", 0)
+    planned = {
+        "running": sum(use[f"{part}_bytes"] for part in HELD),
+        "loading": use["loading_bytes"],
+        "weights": use["weights_bytes"],
+        "cache": use["kv_cache_bytes"],
+    }
+    measured = {
+        "running": _less(seen.get("peak_bytes"), before_bytes),
+        "loading": _less(seen.get("loading_peak_bytes"), before_bytes),
+        "weights": seen.get("weights_bytes"),
+        "cache": seen.get("kv_cache_bytes"),
+    }
+    for name, planned_bytes in planned.items():
+        if planned_bytes or measured[name]:
+            yield Figure(name=name, device=use["id"], predicted=planned_bytes, seen=measured[name])
+
+
+def _less(peak_bytes: int | None, before_bytes: int) -> int | None:
+    return None if peak_bytes is None else peak_bytes - before_bytes
+
 
 RESTS_ON = "what is said of {these} rests on simulation and on what the libraries document"
 

@@ -1,4 +1,4 @@
-"""What a run was seen to take of each device's memory, beside what the plan counts on."""
+"""What a run was seen to take, of each device's memory above all, beside what the plan counts on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
+from devmap_config.runner.inspection import tensor_home
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
     from devmap_config.devices import Device
+    from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.plan import Plan
 
 
@@ -25,15 +31,58 @@ class MemoryUse:
     planned_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadCost:
+    """What loading a model took. `process_bytes` is what the process held before, `peak_bytes` the most by the end."""
+
+    seconds: float
+    process_bytes: int
+    peak_bytes: Mapping[Device, int]
+
+
+def peaks(plan: Plan) -> dict[Device, int]:
+    """Return the most that was held of each device of a plan, as far as it is measured."""
+    found = {use.id: peak_bytes_of(use.id) for use in plan.devices}
+    return {device: peak for device, peak in found.items() if peak is not None}
+
+
+def reset_peaks(plan: Plan) -> None:
+    """Have torch begin anew to note the most that is held of a plan's accelerators; of the CPU nothing can be reset."""
+    import torch
+
+    for use in plan.devices:
+        reset = getattr(getattr(torch, use.id.kind, None), "reset_peak_memory_stats", None)
+        if use.id.index is not None and reset is not None:
+            reset(use.id.index)
+
+
+def process_bytes() -> int:
+    """Return what this process holds of the CPU's memory now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> dict[Device, int]:
+    """Return the bytes of the tensors of a loaded model, by where they are; those that share a storage count once."""
+    held: dict[Device, int] = {}
+    seen = set()
+    for name in plan.locations:
+        home = tensor_home(model, name)
+        if home is not None and (found := (home, graph.storage_of[name])) not in seen:
+            seen.add(found)
+            held[home] = held.get(home, 0) + model.get_parameter_or_buffer(name).nbytes
+    return held
+
+
 def memory_use(plan: Plan) -> tuple[MemoryUse, ...]:
     """Return what was measured, in the order of the plan's devices; what cannot be measured here is left out."""
-    found = []
-    for use in plan.devices:
-        planned_bytes = max(use.capacity_bytes - use.free_bytes, use.loading_bytes)
-        peak_bytes = peak_bytes_of(use.id)
-        if planned_bytes and peak_bytes is not None:
-            found.append(MemoryUse(device=use.id, peak_bytes=peak_bytes, planned_bytes=planned_bytes))
-    return tuple(found)
+    planned = {use.id: max(use.capacity_bytes - use.free_bytes, use.loading_bytes) for use in plan.devices}
+    return tuple(
+        MemoryUse(device=device, peak_bytes=peak_bytes, planned_bytes=planned[device])
+        for device, peak_bytes in peaks(plan).items()
+        if planned[device]
+    )
 
 
 def peak_bytes_of(device: Device) -> int | None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.receipts import receipts
 from devmap_config.cli.run import run as run_model
 from devmap_config.graph.introspection import meta_model
 from devmap_config.runner import random_weights
@@ -143,3 +144,60 @@ def test_they_are_given_no_prompt(temporary):
     write_profile("llama")
     with pytest.raises(click.UsageError, match="random weights have nothing to say"):
         run("--prompt", "hello")
+
+
+def test_a_receipt_has_what_was_predicted_beside_what_is_seen(temporary):
+    write_profile(
+        "mixture",
+        "workload: {context_length: 64, batch_size: 2}\n",
+        devices="cpu: {memory: 1GiB, bandwidth: 10GB/s, flops: 100GFLOP/s}",
+    )
+    done = run("--max-new-tokens", "4", "--receipt", "mine.json")
+    assert (done.return_value, done.stderr.splitlines()[-1]) == (0, "wrote mine.json")
+    receipt = json.loads(Path("mine.json").read_text())
+    [case] = receipt["cases"]
+    [use] = case["predicted"]["devices"]
+    seen, generation = case["seen"]["cpu"], case["generation"]
+    assert (receipt["weights"], case["executor"], case["batch_size"]) == ("random", "accelerate", 2)
+    assert seen["weights_bytes"] == use["weights_bytes"] == receipt["weights_bytes"]
+    # The last token is written and not kept.
+    assert seen["kv_cache_bytes"] * 64 == use["kv_cache_bytes"] * 63
+    assert 50_000_000 < seen["process_bytes"] <= seen["loading_peak_bytes"] <= seen["peak_bytes"]
+    assert (generation["prompt_tokens"], generation["new_tokens"]) == (60, 4)
+    assert len(generation["prefill_seconds_each"]) == len(generation["decode_seconds_each"]) == 3
+    assert case["predicted"]["prediction"]["decode_nanoseconds_per_token"] > 0
+    assert set(receipt["versions"]) == {"devmap-config", "torch", "transformers", "accelerate"}
+    assert receipt["machine"]["threads"] == torch.get_num_threads()
+    shown = CliRunner().invoke(receipts, ["mine.json"], standalone_mode=False, catch_exceptions=False)
+    assert shown.stdout.splitlines()[0] == "mine: predicted → seen"
+    assert shown.stdout.splitlines()[3].startswith("profile   cpu")
+
+
+def test_a_receipt_of_loading_alone_has_no_generation(temporary):
+    write_profile("llama")
+    assert run("--no-generate", "--receipt", "mine.json").return_value == 0
+    [case] = json.loads(Path("mine.json").read_text())["cases"]
+    assert (case["generation"], case["load_seconds"] > 0, "kv_cache_bytes" in case["seen"]["cpu"]) == (
+        None,
+        True,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere/mine.json", "there is no folder `nowhere`"), ("temporary", "is a folder")]
+)
+def test_where_no_receipt_can_be_written_nothing_is_loaded(temporary, name, message):
+    write_profile("llama")
+    with pytest.raises(click.UsageError, match=message):
+        run("--receipt", name)
+
+
+def test_a_receipt_is_written_whole_or_not_at_all(temporary, monkeypatch):
+    write_profile("llama")
+    Path("mine.json").write_text("an older one")
+    monkeypatch.setattr(Path, "replace", lambda *arguments: pytest.fail("the disk is full"))
+    with pytest.raises(pytest.fail.Exception):
+        run("--receipt", "mine.json", "--max-new-tokens", "2")
+    assert Path("mine.json").read_text() == "an older one"
+    assert not [path for path in Path().iterdir() if path.suffix == ".tmp"]

@@ -1,11 +1,13 @@
-"""Receipts of runs on real cards: what the package says of them, and that plans held there."""
+"""Receipts of runs on real cards: what the package says of them, and that plans held there; and how they are shown."""
 
-import runpy
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from devmap_config.runner.receipts import FOLDER, read_receipts
+from devmap_config.cli.receipts import receipts
+from devmap_config.runner.receipts import FOLDER, cases_of, read_receipts
 
 REPOSITORY = Path(__file__).parents[2]
 SHARES_OFF = {"4bit-1": 0.04, "4bit-limited-1": 0.06, "limited-8": 0.05}
@@ -19,12 +21,18 @@ OURS = [(receipt, case) for receipt, case in CASES if case.get("by") == "devmap_
 
 
 def planned_bytes(case):
-    return sum(case["predicted"][f"{part}_bytes"] for part in ("weights", "kv_cache", "activation", "overhead"))
+    [use] = case["predicted"]["devices"]
+    return sum(use[f"{part}_bytes"] for part in ("weights", "kv_cache", "activation", "overhead"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(receipts, arguments, standalone_mode=False, catch_exceptions=False)
 
 
 def test_the_page_shows_every_receipt_as_it_is():
-    table = runpy.run_path(str(REPOSITORY / "benchmarks" / "real_cards.py"))["table"]
-    assert "\n".join(table()) in (REPOSITORY / "docs" / "real-cards.md").read_text(encoding="utf-8")
+    table = run("--format", "markdown").stdout
+    assert table.count("\n") > 20
+    assert table in (REPOSITORY / "docs" / "real-cards.md").read_text(encoding="utf-8")
 
 
 def test_what_did_not_run_is_told_as_well():
@@ -34,9 +42,9 @@ def test_what_did_not_run_is_told_as_well():
 
 @pytest.mark.parametrize(("receipt", "case"), OURS, ids=[f"{each['model']} {case['case']}" for each, case in OURS])
 def test_plans_held_on_real_cards(receipt, case):
-    seen = case["running"]
+    seen = case["seen"]["cuda:0"]
     share = SHARES_OFF.get(case["case"], 0.01)
-    assert seen["allocated_peak_bytes"] == pytest.approx(planned_bytes(case), rel=share)
+    assert seen["peak_bytes"] == pytest.approx(planned_bytes(case), rel=share)
     if case["limit_bytes"] is not None and seen["card_used_bytes"] != BEYOND_THE_LIMIT:
         assert seen["card_used_bytes"] <= case["limit_bytes"]
 
@@ -46,3 +54,46 @@ def test_logits_are_those_of_the_whole_model(receipt):
     for case in receipt["cases"]:
         if "failed" not in case and not case["case"].startswith("4bit"):
             assert case["logits_difference"] < (0.025 if case["compute"] else 1e-6) or case["by"].startswith("trans")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_figures_stand_beside_each_other_however_narrow_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run().stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert not any("…" in line for line in lines)
+    [whole] = [line.split() for line in lines[: lines.index("")] if line.startswith("whole-1")]
+    assert " ".join(whole).endswith("15.43 → 15.46 14 → 23 55 → 61" + (" 3.3" if columns >= 80 else ""))
+    assert any(line.split() == ["4bit-limited-1", "out", "of", "memory"] for line in lines)
+
+
+def test_of_transformers_own_map_nothing_was_predicted():
+    [auto] = [case for case in cases_of(FOLDER / "llama-3.1-8b.json") if case.name == "auto-1"]
+    assert {figure.predicted for figure in auto.figures} == {None}
+    assert next(figure.seen for figure in auto.figures if figure.name == "token") == 1.752
+
+
+def test_the_cpus_memory_is_told_without_what_the_process_held_before(tmp_path):
+    receipt = json.loads((FOLDER / "qwen3-30b-a3b.json").read_text())
+    [case] = [case for case in receipt["cases"] if case["case"] == "whole-1"]
+    case["predicted"]["devices"][0]["id"] = "cpu"
+    case["seen"] = {"cpu": {"process_bytes": 300, "loading_peak_bytes": 400, "peak_bytes": 1_000, "weights_bytes": 77}}
+    (tmp_path / "one.json").write_text(json.dumps({**receipt, "cases": [case]}))
+    found = json.loads(run(str(tmp_path / "one.json"), "--format", "json").stdout)
+    figures = {each["name"]: (each["device"], each["seen"]) for each in found["cases"][0]["figures"]}
+    assert figures["running"] == ("cpu", 700)
+    assert figures["loading"] == ("cpu", 100)
+    assert figures["weights"] == ("cpu", 77)
+    assert figures["cache"] == ("cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "does not exist"), ("{", "is not JSON at line 1"), ("{}", "is no receipt"), ("[1]", "is no receipt")],
+)
+def test_a_file_that_is_no_receipt_is_told(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    done = run(str(path))
+    assert (done.return_value, message in " ".join(done.stderr.split())) == (2, True)

@@ -1,0 +1,113 @@
+"""`devmap receipts`: what was predicted of runs beside what was seen of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.amounts import GIBIBYTE
+from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from devmap_config.runner.receipts import Case, Figure
+
+
+@command("receipts", "table", "json", "markdown")
+@click.argument("files", nargs=-1, type=FILE, metavar="[FILE]...")
+def receipts(files: tuple[Path, ...], output_format: str) -> None:
+    """Show what was predicted beside what was seen, of each FILE that `devmap run --receipt` wrote.
+
+    Without a FILE, of the runs on real cards that come with the package.
+    """
+    from devmap_config.cli.reporting import echo, print_lines, report
+    from devmap_config.runner.receipts import FOLDER
+
+    cases = [case for path in files or sorted(FOLDER.glob("*.json")) for case in _read(path)]
+    report((), {}, output_format, data={"cases": [asdict(case) for case in cases]})
+    if output_format == "markdown":
+        for line in _markdown(cases):
+            echo(line)
+    elif output_format == "table":
+        print_lines(lambda width: _lines(cases, width))
+
+
+def _read(path: Path) -> tuple[Case, ...]:
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.files import FileError
+    from devmap_config.runner.receipts import cases_of
+
+    try:
+        return cases_of(path)
+    except FileError as error:
+        found = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
+        raise CommandError([found], exit_code=ExitCode.USAGE, data={"cases": None}) from None
+
+
+NAMES = ("case", "device")
+FIGURES = ("GiB", "ms a token", "ms a prefill", "load s")
+
+Row = tuple[tuple[str, str], tuple[str, ...]]
+"""Names, and figures as predicted → as seen."""
+
+
+def _rows(cases: Iterable[Case]) -> Iterator[Row]:
+    """Yield a row for each device of each case, the times in the first."""
+    for case in cases:
+        if case.failed is not None:
+            yield (case.name, ""), ("out of memory" if case.is_out_of_memory else "failed", "", "", "")
+            continue
+        token, prefill, load = (figure for figure in case.figures if figure.device is None)
+        load_seconds = f"{load.seen:.1f}" if load.seen and load.seen > LEAST_LOAD_SECONDS else ""
+        times = (_both(token, 1e-3, 0), _both(prefill, 1e-3, 0), load_seconds)
+        for figure in case.figures:
+            if figure.name == "running":
+                yield (case.name, str(figure.device)), (_both(figure, GIBIBYTE, 2), *times)
+                times = ("", "", "")
+
+
+LEAST_LOAD_SECONDS = 0.01
+"""What took less was there from the case before."""
+
+
+def _both(figure: Figure, unit: float, digits: int) -> str:
+    amounts = (figure.predicted, figure.seen)
+    predicted, seen = ("–" if amount is None else f"{amount / unit:.{digits}f}" for amount in amounts)
+    return "" if amounts == (None, None) else f"{predicted} → {seen}"
+
+
+NARROW = 80
+"""Columns below which the first name and three figures have room."""
+
+
+def _lines(cases: Iterable[Case], width: int) -> Iterator[str | Table]:
+    """Yield each receipt's name and a table of its cases."""
+    from devmap_config.cli.tables import new_table
+
+    names, figures = (NAMES[:1], FIGURES[:3]) if width < NARROW else (NAMES, FIGURES)
+    for receipt, of_receipt in groupby(cases, key=lambda case: case.receipt):
+        table = new_table(*names, figures=figures)
+        for named, amounts in _rows(of_receipt):
+            table.add_row(*named[: len(names)], *amounts[: len(figures)])
+        yield f"{receipt}: predicted → seen"
+        yield table
+        yield ""
+
+
+def _markdown(cases: Iterable[Case]) -> Iterator[str]:
+    from devmap_config.cli.markdown import cell
+
+    yield f"| {' | '.join(('receipt', *NAMES, *FIGURES))} |"
+    yield f"|---|{'---|' * len(NAMES)}{'--:|' * len(FIGURES)}"
+    for case in cases:
+        for names, figures in _rows([case]):
+            yield f"| {' | '.join(map(cell, (case.receipt, *names, *figures)))} |"

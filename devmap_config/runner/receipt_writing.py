@@ -1,0 +1,124 @@
+"""Makes a receipt of a run: what its plan predicted beside what was seen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.devices import CPU
+from devmap_config.files import write_atomically
+from devmap_config.libraries.versions import TRIED, installed
+from devmap_config.runner.usage import peaks, weights_by_device
+from devmap_config.wording import json_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.plan.plan import Plan
+    from devmap_config.runner.generation_times import GenerationTimes
+    from devmap_config.runner.runner import Deployment
+    from devmap_config.runner.usage import LoadCost
+
+
+def receipt_of(
+    deployment: Deployment, model: PreTrainedModel, load: LoadCost, generation: GenerationTimes | None, *, command: str
+) -> dict[str, Any]:
+    """Return a receipt of one case: what was predicted of a deployment, and what this process has seen of it.
+
+    Args:
+        deployment: the locked plan.
+        model: its model, which was loaded in this process, and the only one.
+        load: what that took.
+        generation: what generating took; `None` where nothing was generated.
+        command: by which one gets another.
+    """
+    plan, compiled = deployment.plan, deployment.compiled
+    predicted, workload = plan.to_json(), compiled.loaded.profile.workload
+    return {
+        "command": command,
+        "model": compiled.loaded.profile.model.source.value,
+        "weights": "random" if deployment.has_random_weights else "checkpoint",
+        "weights_bytes": compiled.model.graph.size_bytes,
+        "devices": _names_of_cards(plan),
+        "machine": _machine(),
+        "versions": {name: installed(name) for name in ("devmap-config", *TRIED)},
+        "inventory": compiled.inventory.to_json(),
+        "cases": [
+            {
+                "case": compiled.loaded.path.stem,
+                "by": "devmap run",
+                "executor": plan.executor.name,
+                "batch_size": workload.batch_size,
+                "context_length": workload.context_length.value,
+                "load_seconds": load.seconds,
+                "predicted": {name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction")},
+                "compute": predicted["compute"],
+                "seen": _seen(deployment, model, load, generation),
+                "generation": None if generation is None else generation.to_json(),
+            }
+        ],
+    }
+
+
+def _seen(
+    deployment: Deployment, model: PreTrainedModel, load: LoadCost, generation: GenerationTimes | None
+) -> dict[str, dict[str, int]]:
+    """Return what was held of each device; of the CPU, by this process."""
+    plan = deployment.plan
+    weights = weights_by_device(model, plan, deployment.compiled.model.graph)
+    cache = {} if generation is None else generation.kv_cache_bytes
+    peak_bytes = peaks(plan)
+    seen: dict[str, dict[str, int]] = {}
+    for device in (use.id for use in plan.devices):
+        found = {
+            "weights_bytes": weights.get(device, 0),
+            "kv_cache_bytes": None if generation is None else cache.get(str(device), 0),
+            "process_bytes": load.process_bytes if device == CPU else None,
+            "loading_peak_bytes": load.peak_bytes.get(device),
+            "peak_bytes": peak_bytes.get(device),
+        }
+        seen[str(device)] = {name: size_bytes for name, size_bytes in found.items() if size_bytes is not None}
+    return seen
+
+
+def _names_of_cards(plan: Plan) -> dict[str, str]:
+    import torch
+
+    used = sorted({each.location.runs_on for each in plan.assignments if each.location.runs_on.is_accelerator})
+    name_of = {device: getattr(getattr(torch, device.kind, None), "get_device_name", None) for device in used}
+    return {str(device): device.kind if name is None else name(device.index) for device, name in name_of.items()}
+
+
+def _machine() -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    from devmap_config.probe.host import seen_host
+
+    host = seen_host()
+    return {
+        "processor": host.name,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": host.memory_bytes,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
+    """Write a receipt, whole or not at all; what is no whole number has four digits, as far as they mean anything.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    write_atomically(path, json_text(_rounded(receipt)) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
