@@ -82,7 +82,7 @@ def run(
         if not no_generate and random_weights:
             shows = demonstrator_of_plan(deployment.request, workload, sink, max_new_tokens=max_new_tokens)
         elif not no_generate:
-            shows = demonstrator(deployment.request, given, sink, max_new_tokens=max_new_tokens)
+            shows = demonstrator(deployment.request, workload, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
             deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
         model, load = _loaded(deployment, options, sink, asks_machine=not no_probe)

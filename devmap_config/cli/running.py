@@ -28,6 +28,7 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
     "pillow-missing": ExitCode.WRONG,
     "unfit-input": ExitCode.WRONG,
     "compute-on-cpu": ExitCode.WRONG,
+    "beyond-context": ExitCode.WRONG,
 }
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 

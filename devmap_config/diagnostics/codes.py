@@ -23,6 +23,7 @@ AlwaysError = Literal[
     "bad-pattern",
     "bad-quantity",
     "bad-quantization",
+    "beyond-context",
     "compute-on-cpu",
     "conflicting-pins",
     "decided-argument",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.libraries.remote_code import code_of_models
+from devmap_config.runner.context import PlannedContext
 from devmap_config.runner.generation_times import GenerationWorkload, measure_generation
 from devmap_config.runner.heads import Output, output_of
 from devmap_config.runner.inputs import (
@@ -63,12 +64,14 @@ class Demonstrator:
     """What comes with a checkpoint to make inputs of text, images and sound; made before the model is loaded.
 
     `processor` is `None` where text alone is given, `tokenizer` where there is none that can be used: then the tokens
-    of `made_up` stand in for text. A model whose weights are random `writes_all` that it may, whatever it writes.
+    of `made_up` stand in for text. The plan has room for `context`. A model whose weights are random `writes_all` that
+    it may, whatever it writes.
     """
 
     request: LoadRequest
     sink: Sink
     tokenizer: Any
+    context: PlannedContext
     processor: Any = None
     max_new_tokens: int | None = None
     made_up: MadeUp = ONE_TEXT
@@ -81,17 +84,27 @@ class Demonstrator:
             RunnerError: where the model takes something else, or does not run.
         """
         require_fit(type(model), given)
-        with _running(self.request):
+        with running(self.request):
             encoder = None if model.can_generate() or given.has_media else sentence_encoder(self.request, self.sink)
             inputs = self._inputs(model, given, encoder)
             with _failures_told():
                 if model.can_generate():
                     return self._written(model, inputs, write)
+                self.context.require_room(inputs.prompt_tokens)
                 start_seconds = time.perf_counter()
                 output = _read(model, inputs, encoder)
                 seconds = time.perf_counter() - start_seconds
         write(output.text)
         return Outcome(output=output, seconds=seconds)
+
+    def new_tokens(self, inputs: Inputs) -> int:
+        """Return how many tokens are written behind inputs.
+
+        Raises:
+            RunnerError: where the plan has no room for them.
+        """
+        default = FEW_TOKENS if inputs.goes_on else MANY_TOKENS
+        return self.context.new_tokens(inputs.prompt_tokens, wanted=self.max_new_tokens, default=default)
 
     def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> Inputs:
         if given.has_media:
@@ -105,7 +118,7 @@ class Demonstrator:
 
     def _written(self, model: PreTrainedModel, inputs: Inputs, write: Write) -> Outcome:
         is_apart = model.config.is_encoder_decoder
-        count = self.max_new_tokens or (FEW_TOKENS if inputs.goes_on else MANY_TOKENS)
+        count = self.new_tokens(inputs)
         shows_prompt = inputs.tokenizer is None or (inputs.goes_on and not is_apart)
         stream = TextStream(inputs.tokenizer, write, shows_prompt=shows_prompt)
         # transformers streams no beams: of these there is only the best, at the end.
@@ -135,7 +148,7 @@ def _read(model: PreTrainedModel, inputs: Inputs, encoder: SentenceEncoder | Non
 
 
 @contextmanager
-def _running(request: LoadRequest) -> Iterator[None]:
+def running(request: LoadRequest) -> Iterator[None]:
     """Let a model run within, and code that comes with it where that is allowed."""
     import torch
 
@@ -173,18 +186,20 @@ def measured_generation(
         RunnerError: where it takes no tokens, or does not run.
     """
     require_fit(type(model), Given())
-    with _running(request), _failures_told():
+    with running(request), _failures_told():
         return measure_generation(model, workload, rounds=rounds, least_seconds=least_seconds)
 
 
-def demonstrator(request: LoadRequest, given: Given, sink: Sink, *, max_new_tokens: int | None = None) -> Demonstrator:
+def demonstrator(
+    request: LoadRequest, workload: Workload, given: Given, sink: Sink, *, max_new_tokens: int | None = None
+) -> Demonstrator:
     """Return what will show a model that is to be loaded, once it is seen that it takes what it will be given.
 
     Raises:
-        RunnerError: where it does not, or there is nothing to make its inputs with.
+        RunnerError: where it does not, the plan has no room for it, or there is nothing to make its inputs with.
     """
-    require_fit_class(request, given)
-    with _running(request):
+    model_class = require_fit_class(request, given)
+    with running(request):
         tokenizer = load_tokenizer(request, sink)
         processor = load_processor(request, given) if given.has_media else None
     if given.messages and not given.has_media:
@@ -196,9 +211,18 @@ def demonstrator(request: LoadRequest, given: Given, sink: Sink, *, max_new_toke
             "there is no tokenizer to make tokens of the prompt, which is not used: made-up tokens stand in for it",
             help="put the tokenizer's files into the model's folder",
         )
-    return Demonstrator(
-        request=request, sink=sink, tokenizer=tokenizer, processor=processor, max_new_tokens=max_new_tokens
+    shows = Demonstrator(
+        request=request,
+        sink=sink,
+        tokenizer=tokenizer,
+        context=PlannedContext.of(workload),
+        processor=processor,
+        max_new_tokens=max_new_tokens,
     )
+    if tokenizer is not None and not given.has_media and model_class is not None and model_class.can_generate():
+        with running(request):  # what is too long is told before anything is loaded
+            shows.new_tokens(text_inputs(model_class, tokenizer, given))
+    return shows
 
 
 def demonstrator_of_plan(
@@ -207,14 +231,16 @@ def demonstrator_of_plan(
     """Return what has a model of random weights write as much as the plan has room for, from tokens that are made up.
 
     Raises:
-        RunnerError: where the model takes no tokens.
+        RunnerError: where the model takes no tokens, or the plan has no room for as many.
     """
-    planned = planned_generation(workload, max_new_tokens)
+    planned, context = planned_generation(workload, max_new_tokens), PlannedContext.of(workload)
     require_fit_class(request, Given())
+    context.new_tokens(planned.prompts.length, wanted=planned.new_tokens, default=FEW_TOKENS)
     return Demonstrator(
         request=request,
         sink=sink,
         tokenizer=None,
+        context=context,
         max_new_tokens=planned.new_tokens,
         made_up=planned.prompts,
         writes_all=True,
@@ -223,16 +249,16 @@ def demonstrator_of_plan(
 
 def planned_generation(workload: Workload, new_tokens: int | None) -> GenerationWorkload:
     """Return as many made-up tokens, and so many after them, as a profile's workload has room for."""
-    count = new_tokens or FEW_TOKENS
-    context_length = workload.context_length.value or MADE_UP_LENGTH + count
+    context_length = workload.context_length.value or MADE_UP_LENGTH + (new_tokens or FEW_TOKENS)
+    count = new_tokens or min(FEW_TOKENS, max(context_length - 1, 1))
     length = max(min(workload.prompt_length or context_length, context_length - count), 1)
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length), new_tokens=count, cache=workload.cache
     )
 
 
-def require_fit_class(request: LoadRequest, given: Given) -> None:
-    """Check that a class of transformers takes what it will be given; a model's own code is not run yet.
+def require_fit_class(request: LoadRequest, given: Given) -> Any:
+    """Return a model's class, seen to take what it will be given; `None` of one that is code, which is not run yet.
 
     Raises:
         RunnerError: where it does not.
@@ -240,5 +266,7 @@ def require_fit_class(request: LoadRequest, given: Given) -> None:
     import transformers
 
     model_class = getattr(transformers, request.class_name, None)
-    if hasattr(model_class, "main_input_name"):
-        require_fit(model_class, given)
+    if not hasattr(model_class, "main_input_name"):
+        return None
+    require_fit(model_class, given)
+    return model_class

@@ -71,6 +71,11 @@ class Inputs:
     text: str = ""
     goes_on: bool = False
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens each text has; 0 where there is none."""
+        return self.tensors["input_ids"].shape[-1] if "input_ids" in self.tensors else 0
+
 
 def require_fit(model_class: Any, given: Given) -> None:
     """Check that a model takes what it is given.

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 INCOMPLETE = "\ufffd"
 """What a decoder makes of the first bytes of a character whose others are in the next token."""
 
+PROMPT_CONTEXT = 5
+"""So many tokens at a prompt's end decide how the next one is written."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
@@ -53,11 +56,17 @@ class TextStream:
     what is shown bit by bit and what is printed at once are the same.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None], *, shows_prompt: bool) -> None:
-        """Begin; `tokenizer` is `None` where tokens are to be shown as numbers, at the end."""
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str], None], *, shows_prompt: bool, goes_on: bool = False
+    ) -> None:
+        """Begin; `tokenizer` is `None` where tokens are to be shown as numbers, at the end.
+
+        What `goes_on` from a prompt that is not shown is the text behind it, a space at its beginning included.
+        """
         self._tokenizer = tokenizer
         self._write = write
         self._shows_prompt = shows_prompt
+        self._context_tokens = PROMPT_CONTEXT if goes_on else 0
         self._tokens: list[int] = []
         self._begin = 0  # of what is shown
         self._written: list[str] = []
@@ -73,16 +82,21 @@ class TextStream:
         if self._prompt_tokens is None:
             self._prompt_tokens = len(self._tokens)
             if not self._shows_prompt:
-                self._begin = self._context = self._shown = self._prompt_tokens
+                self._begin = self._shown = self._prompt_tokens
+                self._context = max(self._shown - self._context_tokens, 0)
                 return
         elif self._first_seconds is None:
             self._first_seconds = time.perf_counter() - self._start_seconds
             self._first_tokens = tokens.numel()
         self._hand_on()
 
+    def flush(self) -> None:
+        """Hand on what is left."""
+        self._hand_on(is_last=True)
+
     def end(self) -> None:
         """Hand on what is left, and the numbers of the tokens where nothing is text."""
-        self._hand_on(is_last=True)
+        self.flush()
         if not self.text.strip():
             self._hand_out(f"tokens {self._tokens[self._begin :]}")
 

@@ -294,6 +294,34 @@ def test_an_encoder_does_not_chat(workspace):
     assert (code, "BertForMaskedLM writes no text" in message) == ("unfit-input", True)
 
 
+def plan_context(**lengths):
+    """Have the profile plan a context, and compile it."""
+    profile = Path("profile.yaml")
+    profile.write_text(f"{profile.read_text()}workload: {json.dumps(lengths)}\n")
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+
+
+def test_what_is_longer_than_the_planned_context_is_refused_before_it_is_loaded(workspace, monkeypatch):
+    saved(LlamaForCausalLM(LlamaConfig(**DECODER)), tokenizer(chat_template=CHAT))
+    plan_context(context_length=12, prompt_length=8)
+    assert value("--prompt", PROMPT)["tokens"] == 6  # as many as there is room for, behind six of the prompt
+    assert value("--prompt", PROMPT, "--max-new-tokens", "6")["tokens"] == 6
+    done = run("--chat", input=f"{PROMPT}\n{PROMPT}\n")  # the second turn comes after the first and its answer
+    assert (done.return_value, bool(done.stdout), "error[beyond-context]" in done.stderr) == (1, True, True)
+    monkeypatch.setattr(runner, "load", lambda *arguments: pytest.fail("it was loaded"))
+    code, message = refused("--prompt", PROMPT, "--max-new-tokens", "7")
+    assert (code, "a prompt of 6 tokens and 7 to be written" in message) == ("beyond-context", True)
+    code, message = refused("--prompt", f"{PROMPT} {PROMPT}")
+    assert (code, "the prompt has 10 tokens, and the plan room for 8" in message) == ("beyond-context", True)
+
+
+def test_an_encoder_reads_no_more_than_is_planned(workspace):
+    saved(BertForSequenceClassification(BertConfig(**ENCODER)), tokenizer())
+    plan_context(context_length=6)
+    assert value("--prompt", PROMPT)["output"]
+    assert refused("--prompt", f"{PROMPT} then")[0] == "beyond-context"
+
+
 # -- images ------------------------------------------------------------------------------------------------------------
 
 SMALL_IMAGE = {"image_size": 32, "patch_size": 16, "num_channels": 3}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import REPOSITORY
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from devmap_config.runner.text_stream import Speed, TextStream
 
@@ -49,6 +50,19 @@ def test_what_is_no_text_is_shown_as_its_tokens():
     end = TOKENIZER.eos_token_id
     assert streamed([end] * 4) == [f"tokens {[end] * 4}"]
     assert streamed([end] * 4, shows_prompt=False) == [f"tokens {[end] * 2}"]
+
+
+def test_what_goes_on_from_a_prompt_begins_with_its_space():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "▁a": 1, "▁model": 2}, "[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    for goes_on, text in ((True, " model a"), (False, "model a")):
+        parts = []
+        stream = TextStream(tokenizer, parts.append, shows_prompt=False, goes_on=goes_on)
+        for tokens in ([1] * 9, [2], [1]):
+            stream.put(torch.tensor(tokens))
+        stream.end()
+        assert "".join(parts) == text
 
 
 def test_the_first_token_takes_the_prompt_and_is_left_out_of_the_rate():

@@ -1,0 +1,62 @@
+"""Holds what a model is given, and is to write, to the context that its plan has room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from devmap_config.runner.loading import RunnerError
+
+if TYPE_CHECKING:
+    from devmap_config.profile.schema import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedContext:
+    """How many tokens prompt and answer may have together, and the prompt by itself; `None` where none are planned."""
+
+    tokens: int | None = None
+    prompt_tokens: int | None = None
+
+    @classmethod
+    def of(cls, workload: Workload) -> PlannedContext:
+        """Return the context of a profile's workload."""
+        tokens = workload.context_length.value
+        return cls(tokens=tokens, prompt_tokens=workload.prompt_length or tokens)
+
+    def new_tokens(self, prompt_tokens: int, *, wanted: int | None, default: int) -> int:
+        """Return how many tokens may be written after a prompt: those that are wanted, or the default or fewer.
+
+        Raises:
+            RunnerError: where the plan has no room for the prompt, or for what is wanted behind it.
+
+        Example:
+            >>> PlannedContext(tokens=100, prompt_tokens=90).new_tokens(80, wanted=None, default=24)
+            20
+        """
+        self.require_room(prompt_tokens)
+        room = default if self.tokens is None else self.tokens - prompt_tokens
+        if self.tokens is not None and (wanted or 1) > room:
+            raise RunnerError(
+                "beyond-context",
+                f"a prompt of {prompt_tokens:,} tokens and {wanted or 1:,} to be written are more than the context"
+                f" holds, {self.tokens:,}",
+                PLAN_MORE.format("context_length"),
+            )
+        return wanted or min(default, room)
+
+    def require_room(self, prompt_tokens: int) -> None:
+        """Check that the plan has room for a prompt.
+
+        Raises:
+            RunnerError: where it has not.
+        """
+        if self.prompt_tokens is not None and prompt_tokens > self.prompt_tokens:
+            raise RunnerError(
+                "beyond-context",
+                f"the prompt has {prompt_tokens:,} tokens, and the plan room for {self.prompt_tokens:,}",
+                PLAN_MORE.format("prompt_length" if self.prompt_tokens != self.tokens else "context_length"),
+            )
+
+
+PLAN_MORE = "shorten it, or say a larger `workload.{}` and compile again"
