@@ -41,6 +41,7 @@ GRAPH = Kind(200_000_000, "ten times the graph of a model of 90,000 tensors", ma
 PACKAGED = Kind(10_000_000, "more than any file of code or of figures that comes with a package")
 IMAGE = Kind(64_000_000, "more than a photograph of a hundred megapixels")
 SOUND = Kind(128_000_000, "ten minutes of two channels, 48,000 times a second")
+REQUEST = Kind(4_000_000, "a million tokens of text, in JSON")
 KERNEL = Kind(16_000_000, "more than the mounts of a host with ten thousand containers")
 
 

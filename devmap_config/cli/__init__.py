@@ -27,6 +27,7 @@ from devmap_config.cli.receipts import receipts
 from devmap_config.cli.reporting import echo, echo_lines, report
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
+from devmap_config.cli.serve import serve
 from devmap_config.cli.simulate import simulate
 from devmap_config.cli.tree import tree
 from devmap_config.cli.update import update
@@ -59,6 +60,7 @@ for command in (
     run,
     bench,
     receipts,
+    serve,
     simulate,
     fit,
     init,

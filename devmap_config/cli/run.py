@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from devmap_config.amounts import counted, format_bytes
 from devmap_config.cli.command import ProfileOptions, profile_command
 from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import EscapedStream, echo
-from devmap_config.cli.running import failures_told, randomly_weighted, to_tell
+from devmap_config.cli.running import facts, failures_told, loaded, randomly_weighted, summary, to_tell
 from devmap_config.devices import CPU
 from devmap_config.files import is_folder
 from devmap_config.wording import is_unicode
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.demonstration import Demonstrator, Outcome
     from devmap_config.runner.generation_times import GenerationWorkload
     from devmap_config.runner.inputs import Given
@@ -85,12 +83,12 @@ def run(
             shows = demonstrator(deployment.request, workload, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
             deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
-        model, load = _loaded(deployment, options, sink, asks_machine=not no_probe)
+        model, load = loaded(deployment, options, sink, asks_machine=not no_probe)
     if options.output_format == "table":  # what is found so far: text follows as it is made
         options.report(to_tell(sink, options), {}, {})
         sink = Sink()
     if options.shows_tables:
-        echo(f"{_summary(deployment)}; it took {load.seconds:.1f} s", err=True)
+        echo(f"{summary(deployment)}; it took {load.seconds:.1f} s", err=True)
     if shows is not None:
         with failures_told(profile, sink, options), passing_on(sink):
             writes = options.output_format == "table" and not random_weights
@@ -101,21 +99,10 @@ def run(
         with failures_told(profile, sink, options), passing_on(sink):
             generates = planned_generation(workload, max_new_tokens) if not no_generate else None
             _write_receipt(receipt, deployment, model, load, generates)
-    options.report(to_tell(sink, options), {}, _data(deployment, output, figures))
+    options.report(to_tell(sink, options), {}, {**facts(deployment), "output": output, **figures})
     if options.shows_tables:
         for line in (*_told(figures), *(() if receipt is None else (f"wrote {receipt}",))):
             echo(line, err=True)
-
-
-def _data(deployment: Deployment, output: Any, figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "plan": deployment.plan.to_json(),
-        "verified": deployment.unchecked is None,
-        "unchecked": deployment.unchecked,
-        "new_tensors": list(deployment.new),
-        "output": output,
-        **figures,
-    }
 
 
 MEASURED_ROUNDS = 3
@@ -166,25 +153,6 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
         except FileError as error:
             raise click.UsageError(f"`{path}` {error}: {error.help}") from None
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
-
-
-def _loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, LoadCost]:
-    """Return the model, loaded and verified, and what this took."""
-    from devmap_config.cli.progress import loading_shown
-    from devmap_config.runner.loading import show_progress
-    from devmap_config.runner.runner import load_verified, notices
-    from devmap_config.runner.usage import LoadCost, peaks, process_bytes
-
-    for notice in notices(deployment, asks_machine=asks_machine):
-        sink.report(notice)
-        if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
-            echo(notice.message, err=True)
-    show_progress(sys.stderr.isatty() and options.shows_tables)
-    start_seconds, held_bytes = time.perf_counter(), process_bytes()
-    with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
-        model = load_verified(deployment)
-    seconds = time.perf_counter() - start_seconds
-    return model, LoadCost(seconds=seconds, process_bytes=held_bytes, peak_bytes=peaks(deployment.plan))
 
 
 def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Outcome | None:
@@ -262,16 +230,3 @@ def _told(figures: Mapping[str, Any]) -> Iterator[str]:
         parts.append(f"{holder} {format_bytes(each['peak_bytes'])} ({planned})")
     if parts:
         yield f"memory at most: {', '.join(parts)}"
-
-
-def _summary(deployment: Deployment) -> str:
-    plan, new = deployment.plan, deployment.new
-    tensors = sum(len(each.tensors) for each in plan.assignments)
-    held = ", ".join(f"{use.id} {format_bytes(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
-    where = f"{tensors} tensors where the lock says ({held})"
-    if deployment.has_random_weights:
-        return f"loaded random weights: {where}"
-    if deployment.unchecked is not None:
-        return f"loaded: {where}; whether they are from the checkpoint was not checked: {deployment.unchecked}"
-    but = f", but for what is new on purpose: {', '.join(f'`{name}`' for name in new)}" if new else ""
-    return f"loaded and verified: {where}, their weights from the checkpoint{but}"

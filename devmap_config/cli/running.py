@@ -1,14 +1,18 @@
-"""What commands have in common that load a model by its lock: random weights, and failures with their exit codes."""
+"""What commands have in common that load a model by its lock: how it is, what is told of it, and failures."""
 
 from __future__ import annotations
 
+import sys
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from devmap_config.amounts import format_bytes
 from devmap_config.cli.checking import LOCK_STATES
 from devmap_config.cli.command import CommandError
 from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.reporting import echo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import Code
     from devmap_config.diagnostics.diagnostic import Diagnostic, Sink
     from devmap_config.runner.runner import Deployment
+    from devmap_config.runner.usage import LoadCost
 
 EXIT_CODES: Mapping[Code, ExitCode] = {
     **dict.fromkeys(LOCK_STATES, ExitCode.STALE),
@@ -29,6 +34,8 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
     "unfit-input": ExitCode.WRONG,
     "compute-on-cpu": ExitCode.WRONG,
     "beyond-context": ExitCode.WRONG,
+    "no-tokenizer": ExitCode.WRONG,
+    "server-missing": ExitCode.WRONG,
 }
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 
@@ -44,6 +51,25 @@ def randomly_weighted(deployment: Deployment, options: ProfileOptions) -> Iterat
         with with_random_weights(deployment, transfer.expect, transfer.advance) as random:
             shown.close()
             yield random
+
+
+def loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, LoadCost]:
+    """Return the model, loaded and verified, and what this took."""
+    from devmap_config.cli.progress import loading_shown
+    from devmap_config.runner.loading import show_progress
+    from devmap_config.runner.runner import load_verified, notices
+    from devmap_config.runner.usage import LoadCost, peaks, process_bytes
+
+    for notice in notices(deployment, asks_machine=asks_machine):
+        sink.report(notice)
+        if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
+            echo(notice.message, err=True)
+    show_progress(sys.stderr.isatty() and options.shows_tables)
+    start_seconds, held_bytes = time.perf_counter(), process_bytes()
+    with loading_shown(deployment.loaded_bytes, quiet=not options.shows_tables):
+        model = load_verified(deployment)
+    seconds = time.perf_counter() - start_seconds
+    return model, LoadCost(seconds=seconds, process_bytes=held_bytes, peak_bytes=peaks(deployment.plan))
 
 
 @contextmanager
@@ -70,3 +96,27 @@ def failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterato
 def to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
     """Return what is left to be told: on a terminal, all but what was said in a line of its own."""
     return sink if options.output_format == "json" else [each for each in sink if each.code != "never-on-cards"]
+
+
+def facts(deployment: Deployment) -> dict[str, Any]:
+    """Return what `--format json` says of a model that is loaded."""
+    return {
+        "plan": deployment.plan.to_json(),
+        "verified": deployment.unchecked is None,
+        "unchecked": deployment.unchecked,
+        "new_tensors": list(deployment.new),
+    }
+
+
+def summary(deployment: Deployment) -> str:
+    """Return what people are told of it."""
+    plan, new = deployment.plan, deployment.new
+    tensors = sum(len(each.tensors) for each in plan.assignments)
+    held = ", ".join(f"{use.id} {format_bytes(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)
+    where = f"{tensors} tensors where the lock says ({held})"
+    if deployment.has_random_weights:
+        return f"loaded random weights: {where}"
+    if deployment.unchecked is not None:
+        return f"loaded: {where}; whether they are from the checkpoint was not checked: {deployment.unchecked}"
+    but = f", but for what is new on purpose: {', '.join(f'`{name}`' for name in new)}" if new else ""
+    return f"loaded and verified: {where}, their weights from the checkpoint{but}"

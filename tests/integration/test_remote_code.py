@@ -165,7 +165,9 @@ COMMANDS = {
 
 
 def test_no_command_runs_a_models_code_or_asks_whether_it_may(marker):
-    assert set(COMMANDS) == set(devmap.commands) - {"probe", "hardware", "schema"}  # which take no model
+    without_model = {"probe", "hardware", "schema", "receipts"}
+    apart = {"bench", "serve"}  # one works in processes, the other goes on
+    assert set(COMMANDS) == set(devmap.commands) - without_model - apart
     save_known()
     Path("map.json").write_text('{"": "cpu"}')
     for name, arguments in COMMANDS.items():
@@ -181,6 +183,16 @@ def test_no_command_runs_a_models_code_or_asks_whether_it_may(marker):
                 assert ("missing-lock" if name == "run" else "--trust-remote-code") in said, f"{name}: {said}"
             if "json" in arguments and done.stdout:
                 json.loads(done.stdout)
+
+
+def test_a_model_whose_tokenizer_is_code_is_not_served(marker):
+    save_known()
+    assert command("compile", "known.yaml", "-q").return_value == 0
+    done = command("serve", "known.yaml", "--port", "0")
+    assert (done.return_value, marker.exists()) == (1, False)
+    said = " ".join(done.stderr.split())
+    assert "warning[remote-code]: the tokenizer is code that comes with the model, which was not run" in said
+    assert "error[no-tokenizer]" in said
 
 
 def test_what_would_have_run_is_named(marker):

@@ -1,0 +1,265 @@
+"""The server: OpenAI's paths, with its answers, errors and streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from devmap_config.files import REQUEST
+from devmap_config.runner.loading import RunnerError
+from devmap_config.server.requests import MOST_CONNECTIONS, ChatCompletion, Completion, RequestError, asked
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator, Callable
+
+    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
+
+    from devmap_config.server.generation import Text, Writer
+    from devmap_config.server.requests import Asked
+
+GRACE_SECONDS = 30
+"""How long requests may take to finish once the server is told to stop."""
+
+POLL_SECONDS = 0.25
+"""How often it is seen whether a client that waits for a whole answer is still there."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is told of a text in OpenAI's words."""
+
+    text: Text
+    asked: Asked
+    tell: Callable[[str], None]
+    id: str = field(default_factory=lambda: uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it answers a chat."""
+        return isinstance(self.asked, ChatCompletion)
+
+    async def whole(self) -> dict[str, Any]:
+        """Return all of it, once it is written."""
+        content = "".join([piece async for piece in self.text.pieces()])
+        told = {"message": {"role": "assistant", "content": content}} if self.is_chat else {"text": content}
+        return self._told([self._choice(told, self.text.finish_reason)], usage=self._usage())
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield it as server-sent events, piece by piece."""
+        options = self.asked.stream_options
+        usage = {"usage": None} if options.include_usage else {}
+        if self.is_chat:
+            yield self._event([self._choice({"delta": {"role": "assistant", "content": ""}})], **usage)
+        try:
+            async for piece in self.text.pieces():
+                part = {"delta": {"content": piece}} if self.is_chat else {"text": piece}
+                yield self._event([self._choice(part)], **usage)
+        except RunnerError as error:
+            self.tell(str(error))
+            yield _event(RequestError(str(error), status=500).to_json())
+            return
+        told: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
+        yield self._event([self._choice(told, self.text.finish_reason)], **usage)
+        if options.include_usage:
+            yield self._event([], usage=self._usage())
+        yield "data: [DONE]\n\n"
+
+    def _choice(self, told: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": 0, **told, "logprobs": None, "finish_reason": finish_reason}
+
+    def _usage(self) -> dict[str, int]:
+        prompt, written = self.text.prompt_tokens, self.text.tokens
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+    def _told(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        kind, prefix = ("chat.completion", "chatcmpl-") if self.is_chat else ("text_completion", "cmpl-")
+        kind += ".chunk" if self.is_chat and self.asked.stream else ""
+        head = {"id": prefix + self.id, "object": kind, "created": self.created, "model": self.asked.model}
+        return {**head, "choices": choices, **more}
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        return _event(self._told(choices, **more))
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+@dataclass(frozen=True)
+class _EventStream:
+    """A response of events, after which nothing more of the text is written: its client may have gone away."""
+
+    answer: Answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {"Cache-Control": "no-store"}
+        response = StreamingResponse(self.answer.events(), headers=headers, media_type="text/event-stream")
+        try:
+            await response(scope, receive, send)
+        finally:
+            self.answer.text.discard()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Answers requests for one model.
+
+    Attributes:
+        model: its name.
+        writer: writes what is asked for.
+        is_local: whether only this machine reaches the server, so that no other name leads to it rightly.
+        tell: is told what the model fails by.
+        created: when it was loaded, in seconds since 1970.
+    """
+
+    model: str
+    writer: Writer
+    is_local: bool
+    tell: Callable[[str], None]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def application(self) -> Starlette:
+        """Return the application that a server runs."""
+        routes = [
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._one_model),
+            Route("/v1/completions", partial(self._write, Completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self._write, ChatCompletion), methods=["POST"]),
+        ]
+        handlers = {
+            RequestError: _refused,
+            HTTPException: _refused,
+            RunnerError: self._failed,
+            ClientDisconnect: _nobody,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def _health(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok", "waiting": self.writer.waiting})
+
+    async def _models(self, request: Request) -> Response:
+        self._require_local(request)
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        self._require_local(request)
+        self._require_model(request.path_params["model"])
+        return JSONResponse(self._model_card())
+
+    def _model_card(self) -> dict[str, Any]:
+        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "devmap"}
+
+    async def _write(self, kind: type[Asked], request: Request) -> Response | _EventStream:
+        self._require_local(request)
+        wanted = asked(kind, await _body(request))
+        self._require_model(wanted.model)
+        answer = Answer(await self.writer.begin(wanted), wanted, self.tell)
+        return _EventStream(answer) if wanted.stream else JSONResponse(await _whole(answer, request))
+
+    def _require_model(self, name: str) -> None:
+        if name != self.model:
+            raise RequestError(
+                f"there is no model `{name}` here, but `{self.model}`",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def _require_local(self, request: Request) -> None:
+        """Refuse what a page in a browser sends here: by a name of its own for this machine, or as a form's text."""
+        if self.is_local and not _names_this_machine(request.headers.get("host", "")):
+            raise RequestError("the server listens to this machine alone, by its own names", status=403)
+
+    async def _failed(self, _request: Request, error: Exception) -> Response:
+        self.tell(str(error))
+        return _refused(_request, RequestError(str(error), status=500))
+
+
+def _names_this_machine(host: str) -> bool:
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    return False
+
+
+def _refused(_request: Request, error: Any) -> Response:
+    if isinstance(error, HTTPException):  # of starlette's own: a path or a method that there is not
+        error = RequestError(error.detail, status=error.status_code, headers=error.headers)
+    return JSONResponse(error.to_json(), error.status, error.headers)
+
+
+def _nobody(*_arguments: Any) -> Response:
+    """Return what is answered where nobody is there to read it."""
+    return Response(status_code=499)
+
+
+async def _body(request: Request) -> bytes:
+    """Return a request's body.
+
+    Raises:
+        RequestError: where it is no JSON, by its header, or more than is read.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RequestError("the body is to be `application/json`", status=415)
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > REQUEST.max_bytes:
+            raise RequestError(f"the body is larger than {REQUEST.max_bytes:,} bytes", status=413)
+    return bytes(body)
+
+
+async def _whole(answer: Answer, request: Request) -> dict[str, Any]:
+    """Return an answer once it is written, unless the client goes away before."""
+    writing = asyncio.ensure_future(answer.whole())
+    try:
+        while not (await asyncio.wait({writing}, timeout=POLL_SECONDS))[0]:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+        return writing.result()
+    finally:
+        writing.cancel()
+        answer.text.discard()
+
+
+def listen(service: Service, listener: socket.socket) -> None:
+    """Serve at a socket until the process is told to end, and then finish what has begun."""
+    config = uvicorn.Config(
+        service.application(),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    # uvicorn raises a signal again once it has stopped: that is not to end the process otherwise than well.
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    server.run([listener])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    service.writer.close()

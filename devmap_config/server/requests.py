@@ -1,0 +1,194 @@
+"""Reads what a client asks for: OpenAI's fields, of which each is taken as it is meant or refused by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from devmap_config.files import REQUEST, FileError, parse_json
+from devmap_config.runner.inputs import Given
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MOST_CONNECTIONS = 512
+"""Of more at once each is told that the server is busy (503)."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+"""Fields of what is not done here, with their values that do not ask for it."""
+
+ABOUT_THE_CLIENT = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Fields that change nothing of what is written."""
+
+
+class RequestError(Exception):
+    """A request is answered by an error.
+
+    Attributes:
+        status: the HTTP status.
+        param: the field that is wrong, if it is one.
+        code: what is wrong, in OpenAI's words.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it in OpenAI's form."""
+        kinds = {429: "rate_limit_error", **dict.fromkeys((500, 503), "server_error")}
+        kind = kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Section):
+    """What a stream holds besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Message(_Section):
+    """A turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Asked(_Section):
+    """What both kinds of requests hold; `None` is left to the model's generation config."""
+
+    given_by: ClassVar[str]
+    """The field that holds what the model is given."""
+
+    default_tokens: ClassVar[int | None] = None
+    """How much is written where it is not said; `None` for as much as there is room for."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens are written at most, where it is said."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def given(self) -> Given:
+        """What the model is given."""
+        raise NotImplementedError
+
+
+class Completion(Asked):
+    """A text that is to go on."""
+
+    given_by = "prompt"
+    default_tokens = 16  # as OpenAI has it
+    prompt: str = Field(min_length=1)
+
+    @property
+    def given(self) -> Given:
+        """What the model is given."""
+        return Given(prompt=self.prompt)
+
+
+class ChatCompletion(Asked):
+    """A chat that is to be answered."""
+
+    given_by = "messages"
+    messages: list[Message] = Field(min_length=1)
+
+    @property
+    def given(self) -> Given:
+        """What the model is given."""
+        return Given(messages=tuple(message.model_dump() for message in self.messages))
+
+
+def asked(kind: type[Asked], body: bytes) -> Asked:
+    """Return what the body of a request asks for.
+
+    Raises:
+        RequestError: where it is none, or asks for what is not done here; the error names the field.
+    """
+    try:
+        value = parse_json(body.decode(), REQUEST)
+    except UnicodeDecodeError:
+        raise RequestError("the body is not UTF-8") from None
+    except FileError as error:
+        raise RequestError(f"the body {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body is no JSON object")
+    try:
+        return kind.model_validate(_normalized(value))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = ".".join(map(str, first["loc"]))
+        said = "is not supported" if first["type"] == "extra_forbidden" else f"is wrong: {first['msg']}"
+        raise RequestError(f"`{param}` {said}", param=param) from None
+
+
+def _normalized(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are left to read: texts as one text each, and nothing that asks for nothing."""
+    fields = {name: value for name, value in body.items() if value is not None and name not in ABOUT_THE_CLIENT}
+    for name in fields.keys() & NEUTRAL.keys():
+        value = fields.pop(name)
+        if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
+            raise RequestError(f"`{name}` is not supported: leave it out", param=name, code="unsupported_value")
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if isinstance(prompt := fields.get("prompt"), list):
+        if len(prompt) != 1 or not isinstance(prompt[0], str):
+            raise RequestError("`prompt` is to be one text: several, or tokens, are not supported", param="prompt")
+        fields["prompt"] = prompt[0]
+    if isinstance(messages := fields.get("messages"), list):
+        fields["messages"] = [_one_text(message, f"messages.{index}") for index, message in enumerate(messages)]
+    return fields
+
+
+def _one_text(message: Any, place: str) -> Any:
+    """Return a message with the parts of its text joined."""
+    if not isinstance(message, dict):
+        return message
+    message = {name: value for name, value in message.items() if value is not None}
+    if isinstance(parts := message.get("content"), list):
+        for part in parts:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise RequestError(f"`{place}.content` is to be of text alone", param=f"{place}.content")
+        message["content"] = "".join(part["text"] for part in parts)
+    return message

@@ -1,0 +1,89 @@
+"""What the server does where a model fails, and how a text is cut before what stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx2
+import pytest
+from conftest import REPOSITORY
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from devmap_config.runner.context import PlannedContext
+from devmap_config.runner.loading import RunnerError
+from devmap_config.server.application import Service
+from devmap_config.server.generation import UntilStop, Writer
+
+TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "profiles" / "models" / "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "handed_on"),
+    [
+        ([], ["a", "b"], ["a", "b"]),
+        (["END"], ["a E", "N", "D b"], ["a "]),
+        (["END"], ["a E", "NT", " b"], ["a ", "ENT", " b"]),
+        (["END"], ["a EN"], ["a ", "EN"]),
+        (["aab"], ["aaa", "b"], ["a"]),
+        (["b", "ab"], ["xab"], ["x"]),
+        (["\n\n"], ["a\n", "b\n", "\nc"], ["a", "\nb"]),
+    ],
+)
+def test_a_text_ends_before_the_first_word_that_stops_it(stops, pieces, handed_on):
+    found = []
+    text = UntilStop(stops, found.append)
+    for piece in pieces:
+        text.write(piece)
+    text.end()
+    assert found == handed_on
+    assert text.is_over == (bool(stops) and any(stop in "".join(pieces) for stop in stops))
+
+
+class FailsTwice(LlamaForCausalLM):
+    """A model of which memory runs out twice."""
+
+    failures = 2
+
+    def generate(self, *arguments, **options):
+        if self.failures:
+            self.failures -= 1
+            raise MemoryError("out of memory\nat 0x7f")
+        return super().generate(*arguments, **options)
+
+
+def test_a_model_that_fails_is_told_on_both_sides_and_the_next_request_is_served():
+    told = []
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = FailsTwice(LlamaConfig(**sizes, vocab_size=len(TOKENIZER), eos_token_id=None))
+    writer = Writer(model, TOKENIZER, PlannedContext(tokens=100, prompt_tokens=100), queue_length=0)
+    service = Service(model="tiny", writer=writer, is_local=True, tell=told.append)
+
+    async def ask(**more):
+        transport = httpx2.ASGITransport(service.application())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2, **more})
+
+    found = asyncio.run(ask())
+    message = "the model does not run: MemoryError: out of memory"
+    assert (found.status_code, found.json()["error"]) == (
+        500,
+        {"message": message, "type": "server_error", "param": None, "code": None},
+    )
+    found = asyncio.run(ask(stream=True))
+    events = [json.loads(line.removeprefix("data: ")) for line in found.text.splitlines() if line]
+    assert (found.status_code, events[-1]["error"]["message"]) == (200, message)
+    assert told == [message] * 2
+    assert asyncio.run(ask()).json()["usage"]["completion_tokens"] == 2
+
+
+def test_a_plan_says_what_room_there_is():
+    context = PlannedContext(tokens=100, prompt_tokens=50)
+    assert context.new_tokens(50, wanted=50, default=24) == 50
+    assert context.new_tokens(50, wanted=None, default=24) == 24
+    assert PlannedContext().new_tokens(10**6, wanted=None, default=24) == 24
+    with pytest.raises(RunnerError, match="the prompt has 51 tokens, and the plan room for 50") as refusal:
+        context.new_tokens(51, wanted=1, default=24)
+    assert "workload.prompt_length" in refusal.value.help
+    with pytest.raises(RunnerError, match="of 50 tokens and 51 to be written are more than the context holds, 100"):
+        context.new_tokens(50, wanted=51, default=24)
