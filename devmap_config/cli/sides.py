@@ -119,11 +119,11 @@ def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or nothing where it fails or is not installed."""
+    """What git prints, or nothing where it fails, is not installed, or cannot be asked so."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603  no shell, and options ended
-    except OSError:
+    except (OSError, ValueError):
         return None
     return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
 

@@ -19,10 +19,14 @@ MAX_CHARACTERS = 40
 
 Digest = Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
-Bytes = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 2**127
+"""More than a thousand million devices of the largest memory that a profile can say; and what a float still holds."""
+
+Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Scalar = str | bool | int | float | None
 Name = Annotated[str, Field(min_length=1)]
+DeviceName = Annotated[str, Field(pattern="^[a-z]+(:[0-9]{1,9})?$")]
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -67,8 +71,8 @@ class LockedDevice(_Part):
 
     activation_bytes: Bytes
     capacity_bytes: Bytes
-    free_bytes: int
-    id: Name
+    free_bytes: Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+    id: DeviceName
     kv_cache_bytes: Bytes
     loading_bytes: Bytes = _absent(
         0, "The most that it holds while the model is loaded, weights included; early locks do not say."
@@ -97,14 +101,14 @@ class LockedPrediction(_Part):
 class LockedPlan(_Part):
     """Where every part of the model is stored and runs, and what follows from it."""
 
-    compute: dict[str, Name] = Field(description="Parts that run where they are stored, and are not streamed.")
-    device_map: dict[str, Annotated[int, Field(ge=0)] | Name] = Field(
+    compute: dict[str, DeviceName] = Field(description="Parts that run where they are stored, and are not streamed.")
+    device_map: dict[str, Annotated[int, Field(ge=0, lt=10**9)] | DeviceName] = Field(
         description="As `from_pretrained` takes it.", min_length=1
     )
     devices: list[LockedDevice]
     executor: Name
     loading_ram_bytes: Bytes = _absent(0, "What loading takes of the CPU's memory at most; early locks do not say.")
-    main_device: Name = Field(description="Where modules run that are stored on the CPU or the disk.")
+    main_device: DeviceName = Field(description="Where modules run that are stored on the CPU or the disk.")
     measured: bool = Field(description="Whether more than weights was measured and budgeted.")
     offload_buffers: bool = _absent(
         False, "Whether buffers of streamed modules are streamed as well; early locks do not say."
