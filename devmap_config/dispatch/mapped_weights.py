@@ -1,8 +1,9 @@
-"""Runs on the CPU what is on disk: weights are mapped, read ahead of their use, and let go of behind it.
+"""Runs on the CPU what is on disk: weights are read ahead of their use into memory that is used again and again.
 
 accelerate reads a tensor from its file and copies it, each time that its module runs, and computes meanwhile nothing.
-Here a parameter is the file's own pages. A thread reads those of the module that is to run next while this one
-computes, and gives the memory back once a module has run, so that no more is held than the plan has room for.
+Here a thread reads the weights of the module that is to run next while this one computes, into one of two slots: what
+there is of them in memory at once is what the plan has room for. While its module does not run, a parameter is the
+file's own pages, so that whatever looks at a model sees all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import save
@@ -32,11 +34,10 @@ from devmap_config.probe.host import seen_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from io import FileIO
 
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
-
-READ_BYTES = 8 * 2**20
-"""How much is read at once: enough for a disk to be at its rate, and little beside a module of a large model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +54,32 @@ class TensorInFile:
         """What it occupies."""
         return self.end - self.start
 
+    @property
+    def first_page(self) -> int:
+        """Where in the file the first page begins that holds some of it."""
+        return self.start // mmap.PAGESIZE * mmap.PAGESIZE
+
+    @property
+    def pages_bytes(self) -> int:
+        """What the pages occupy that hold it: past the system's cache, a file is read by whole ones."""
+        return -(-self.end // mmap.PAGESIZE) * mmap.PAGESIZE - self.first_page
+
 
 class MappedFile:
-    """A file as memory. Its pages are read when they are touched, or ahead, and are let go of where it is said."""
+    """A file as memory, whose pages are read when they are touched, or into other memory ahead of their use."""
 
-    def __init__(self, path: Path, *, is_forgotten: bool = False) -> None:
-        """Map a regular file, wherever its links lead; what is let go of is `is_forgotten` by the system as well.
-
+    def __init__(self, path: Path, *, is_cached: bool = True) -> None:
+        """Map a regular file, wherever its links lead; what is read ahead `is_cached` by the system, or passes it by.
 
         Raises:
             FileError: where it cannot be read.
         """
-        self._is_forgotten = is_forgotten
         with files.opened(path, files.ANYWHERE) as file:
             self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
         # A private mapping: torch takes memory that may be written to only, and what it writes stays its own.
         self._memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if not is_cached:
+            _pass_cache_by(self._file)
 
     def data(self, place: TensorInFile) -> torch.Tensor:
         """Return the bytes that lie there, without reading them."""
@@ -76,27 +87,46 @@ class MappedFile:
             return torch.empty(0, dtype=torch.uint8)  # torch takes no memory of no bytes
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=place.size_bytes, offset=place.start)
 
-    def read(self, start: int, end: int, scratch: memoryview) -> None:
-        """Bring these bytes into memory, through a piece of memory that is used again and again.
+    def read(self, place: TensorInFile, memory: NDArray[np.uint8]) -> None:
+        """Read the pages of a tensor into memory of their size, which begins where a page does.
 
         Raises:
             OSError: where they cannot be read, or the file has become shorter.
         """
-        self._file.seek(start)
-        while start < end:
-            count = self._file.readinto(scratch[: end - start])
+        position = self._file.seek(place.first_page)
+        while position < place.end:
+            count = self._file.readinto(memory[position - place.first_page :].data)
             if not count:
-                raise OSError(f"it ends at {start:,} bytes, before its tensors do")
-            start += count
+                raise OSError(f"it ends at {position:,} bytes, before its tensors do")
+            position += count
 
-    def let_go(self, start: int, end: int) -> None:
-        """Give back the memory of these bytes; the system may keep them, unless it is to forget them."""
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and hasattr(mmap, "MADV_DONTNEED"):
-            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
-        if self._is_forgotten and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+    def let_go(self, place: TensorInFile) -> None:
+        """Give back what this process holds of a tensor's pages; the system may keep them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            size_bytes = min(place.pages_bytes, len(self._memory) - place.first_page)
+            self._memory.madvise(mmap.MADV_DONTNEED, place.first_page, size_bytes)
+
+
+def _pass_cache_by(file: FileIO) -> None:
+    """Have a file read from its disk each time, where the system can, and forgotten what is in memory of it."""
+    if not hasattr(os, "O_DIRECT"):
+        return
+    import fcntl  # noqa: PLC0415  Windows has none
+
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+        file.readinto(_pages(mmap.PAGESIZE).data)
+    except OSError:  # not every file system can, nor by pages
+        fcntl.fcntl(file, fcntl.F_SETFL, flags)
+
+
+def _pages(size_bytes: int) -> NDArray[np.uint8]:
+    """Return memory that begins where a page does; numpy asks for huge ones, into which a disk reads faster."""
+    memory = np.empty(size_bytes + mmap.PAGESIZE, dtype=np.uint8)
+    start = -memory.ctypes.data % mmap.PAGESIZE
+    return memory[start : start + size_bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +137,57 @@ class Piece:
     touched, and not as a whole.
     """
 
-    ranges: Mapping[TensorInFile, MappedFile]
+    files: Mapping[TensorInFile, MappedFile]
     is_sparse: bool
 
     @cached_property
     def size_bytes(self) -> int:
-        """What they occupy."""
-        return sum(place.size_bytes for place in self.ranges)
+        """What their pages occupy."""
+        return sum(place.pages_bytes for place in self.files)
+
+    def read(self, memory: NDArray[np.uint8]) -> dict[TensorInFile, torch.Tensor]:
+        """Read them into memory of this size, and return the bytes of each.
+
+        Raises:
+            OSError: where they cannot be read.
+        """
+        data, pages = torch.from_numpy(memory), 0
+        read: dict[TensorInFile, torch.Tensor] = {}
+        for place, file in self.files.items():
+            file.read(place, memory[pages : pages + place.pages_bytes])
+            read[place] = data[pages + place.start - place.first_page :][: place.size_bytes]
+            pages += place.pages_bytes
+        return read
+
+    def let_go(self) -> None:
+        """Give back what this process holds of their own pages."""
+        for place, file in self.files.items():
+            file.let_go(place)
+
+
+class Slots:
+    """Memory for pieces: two slots, so that one is free for the next while a piece runs in the other.
+
+    What is taken is free again once no tensor shows it: neither a parameter, nor what a module gave or kept.
+    """
+
+    def __init__(self, slot_bytes: int) -> None:
+        """Reserve slots of this size, each of which holds one piece or several that are smaller."""
+        self.slot_bytes = slot_bytes
+        self._memory = _pages(2 * slot_bytes)
+        self._taken: list[tuple[int, int, weakref.ref[NDArray[np.uint8]]]] = []
+
+    def take(self, size_bytes: int) -> NDArray[np.uint8] | None:
+        """Return so much memory within one slot; `None` where neither has it."""
+        self._taken = [each for each in self._taken if each[2]() is not None]
+        for start in sorted((0, self.slot_bytes, *(last for _, last, _ in self._taken))):
+            end = start + size_bytes
+            is_free = all(end <= first or last <= start for first, last, _ in self._taken)
+            if is_free and end <= (self.slot_bytes if start < self.slot_bytes else 2 * self.slot_bytes):
+                memory = self._memory[start:end]
+                self._taken.append((start, end, weakref.ref(memory)))
+                return memory
+        return None
 
 
 class ReadAhead:
@@ -123,22 +197,21 @@ class ReadAhead:
     the first. What is neither running nor expected is let go of.
     """
 
-    def __init__(self, pieces: tuple[Piece, ...], most_bytes: int) -> None:
-        """Start the thread, which reads no more than `most_bytes` ahead."""
-        self.most_bytes = most_bytes
+    def __init__(self, pieces: tuple[Piece, ...]) -> None:
+        """Start the thread, which has memory for two of the largest of these pieces."""
+        self.slots = Slots(max(piece.size_bytes for piece in pieces))
         self._next = dict(zip(pieces, (*pieces[1:], *pieces[:1]), strict=True))
         self._last: Piece | None = None
         self._running: list[Piece] = []
-        self._wanted: list[Piece] = []
-        self._present: dict[Piece, None] = {}
+        self._present: dict[Piece, Mapping[TensorInFile, torch.Tensor]] = {}
         self._failure: BaseException | None = None
         self._is_idle = self._is_closed = False
         self._changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="devmap-read-ahead", daemon=True)
         self.thread.start()
 
-    def begin(self, piece: Piece, *, whole: bool) -> None:
-        """Say that a module begins; where it needs the `whole` of its weights, wait until they are in memory.
+    def begin(self, piece: Piece) -> Mapping[TensorInFile, torch.Tensor]:
+        """Say that a module begins, and return the bytes of its weights once they are in memory.
 
         Raises:
             OSError: where they cannot be read.
@@ -148,21 +221,19 @@ class ReadAhead:
                 self._next[self._last] = piece
             self._last = piece
             self._running.append(piece)
-            if whole:
-                self._wanted.append(piece)
-            else:
-                self._present[piece] = None  # what of it is touched
             self._changed.notify_all()
             while piece not in self._present and self._failure is None:
                 self._changed.wait()
             if self._failure is not None:
                 raise self._failure
+            return self._present[piece]
 
     def end(self, piece: Piece) -> None:
-        """Say that a module has run."""
+        """Say that a module has run, whether or not it was said to begin."""
         with self._changed:
-            self._running.remove(piece)
-            self._changed.notify_all()
+            if piece in self._running:
+                self._running.remove(piece)
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Let the thread end."""
@@ -171,48 +242,57 @@ class ReadAhead:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        scratch = memoryview(bytearray(READ_BYTES))
         try:
-            while (work := self._next_work()) is not None:
-                piece, goes = work
-                for place, file in piece.ranges.items():
-                    if goes:
-                        file.let_go(place.start, place.end)
-                    else:
-                        file.read(place.start, place.end, scratch)
-                if not goes:
-                    with self._changed:
-                        self._present[piece] = None
-                        self._changed.notify_all()
+            while self._read_next():
+                pass
         except BaseException as error:  # whoever waits is told, and does not wait for ever
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _next_work(self) -> tuple[Piece, bool] | None:
-        """Return the piece to be let go of (`True`) or read next, once there is one; `None` at the end."""
+    def _read_next(self) -> bool:
+        """Read a piece once there is one to be read and room for it; `False` at the end."""
         with self._changed:
-            while not self._is_closed:
-                self._wanted = [each for each in self._wanted if each not in self._present]
-                expected = self._expected()
-                for piece in self._present:
-                    if piece not in self._running and piece not in expected:
-                        del self._present[piece]
-                        return piece, True
-                for piece in (*self._wanted, *expected):
-                    if piece not in self._present:
-                        return piece, False
+            while (work := self._next_work()) is None and not self._is_closed:
                 self._is_idle = True
                 self._changed.wait()
                 self._is_idle = False
+        if work is None:
+            return False
+        piece, memory = work
+        data = piece.read(memory)
+        with self._changed:
+            self._present[piece] = data
+            self._changed.notify_all()
+        return True
+
+    def _next_work(self) -> tuple[Piece, NDArray[np.uint8]] | None:
+        """Let go of what is neither running nor expected; return what is to be read next, and where to."""
+        expected = self._expected()
+        self._present = {piece: self._present[piece] for piece in self._present if piece in (*self._running, *expected)}
+        for piece in self._running:
+            if piece not in self._present:
+                return piece, self._room_for(piece)
+        for piece in expected:
+            if piece not in self._present:
+                memory = self.slots.take(piece.size_bytes)
+                return None if memory is None else (piece, memory)
         return None
+
+    def _room_for(self, piece: Piece) -> NDArray[np.uint8]:
+        """Return memory for a piece that is waited for: that of others if need be, or more where all of it is used."""
+        memory = self.slots.take(piece.size_bytes)
+        while memory is None and (spare := [each for each in self._present if each not in self._running]):
+            del self._present[spare[-1]]
+            memory = self.slots.take(piece.size_bytes)
+        return _pages(piece.size_bytes) if memory is None else memory
 
     def _expected(self) -> list[Piece]:
         """Return the pieces that are to run next, as many as there is room for; rows come as they are touched."""
         expected: list[Piece] = []
         if self._last is None:
             return expected
-        piece, room_bytes = self._last, self.most_bytes
+        piece, room_bytes = self._last, self.slots.slot_bytes
         for _ in self._next:
             piece = self._next[piece]
             if piece.is_sparse or piece in expected:
@@ -250,7 +330,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
 
     What is in memory is copied there from the checkpoint's pages, which the system would else let go of and read again.
     The system keeps what was read from disk as long as there is memory that nobody uses; where there is less of that
-    than is on disk, it would let go of the wrong pages, and forgets each once its module has run.
+    than is on disk, all of it would have gone again before its turn comes, and what is read ahead passes that cache by.
 
     Args:
         model: the model, loaded by a map of `cpu` and `disk`.
@@ -270,28 +350,33 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         if not tensor.is_meta:
             tensor.data = tensor.data.clone()
     sizes_bytes = (model.get_parameter(name).nbytes for name in stated)
-    is_forgotten = sum(sizes_bytes) > seen_host().available_bytes
+    is_cached = sum(sizes_bytes) <= seen_host().available_bytes
     mapped: dict[Path, MappedFile] = {}
     parameters: dict[TensorInFile, torch.nn.Parameter] = {}
     places: dict[str, TensorInFile] = {}
-    held: dict[torch.nn.Module, dict[TensorInFile, MappedFile]] = {}
+    held: dict[torch.nn.Module, dict[str, TensorInFile]] = {}
     for name, found in stated.items():
         path, _, own_name = name.rpartition(".")
         module, meta = model.get_submodule(path), model.get_parameter(name)
         place = places[name] = _place_of(found, meta.dtype, folder)
         if place.file not in mapped:
-            mapped[place.file] = MappedFile(place.file, is_forgotten=is_forgotten)
+            mapped[place.file] = MappedFile(place.file, is_cached=is_cached)
         if place not in parameters:  # names that are tied share it
             data = mapped[place.file].data(place).view(meta.dtype).view(meta.shape)
             parameters[place] = torch.nn.Parameter(data, requires_grad=False)
         own_parameters(module)[own_name] = parameters[place]
-        held.setdefault(module, {})[place] = mapped[place.file]
-    pieces = {each: Piece(held[each], _is_sparse(each)) for each in model.modules() if each in held}
-    reader = ReadAhead(tuple(pieces.values()), max(piece.size_bytes for piece in pieces.values()))
+        held.setdefault(module, {})[own_name] = place
+    addresses = {place: each.data_ptr() for place, each in parameters.items()}
+    pieces = {
+        module: Piece({place: mapped[place.file] for place in held[module].values()}, _is_sparse(module))
+        for module in model.modules()
+        if module in held
+    }
+    reader = ReadAhead(tuple(pieces.values()))
     for module, piece in pieces.items():
-        _attach(module, piece, reader)
+        _attach(module, piece, reader, MappedWeights(held[module], addresses))
     weakref.finalize(model, reader.close)
-    _MAPPED[model] = MappedWeights(places, {place: each.data_ptr() for place, each in parameters.items()})
+    _MAPPED[model] = MappedWeights(places, addresses)
 
 
 def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
@@ -304,12 +389,28 @@ def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None
     return None
 
 
-def _attach(module: torch.nn.Module, piece: Piece, reader: ReadAhead) -> None:
-    def before(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        reader.begin(piece, whole=not piece.is_sparse or _are_many_tokens(module, (*arguments, *options.values())))
+def _attach(module: torch.nn.Module, piece: Piece, reader: ReadAhead, mapped: MappedWeights) -> None:
+    """Have a module run with what is read ahead; its parameters are the file's pages again once it has run."""
 
-    def after(*_: Any) -> None:
+    def before(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if piece.is_sparse and not _are_many_tokens(module, (*arguments, *options.values())):
+            return
+        data, own = reader.begin(piece), own_parameters(module)
+        for name, place in mapped.places.items():
+            parameter = own.get(name)
+            is_mapped = parameter is not None and parameter.data_ptr() == mapped.addresses[place]
+            if parameter is not None and is_mapped and not parameter.requires_grad:
+                shown = data[place].view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
+                read: Any = torch.nn.Parameter(shown, requires_grad=False)
+                read.mapped = parameter
+                own[name] = read
+
+    def after(module: torch.nn.Module, *_: Any) -> None:
+        own = own_parameters(module)
+        own.update({name: getattr(each, "mapped", each) for name, each in own.items()})
         reader.end(piece)
+        if piece.is_sparse:
+            piece.let_go()
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after, always_call=True)

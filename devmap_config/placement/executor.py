@@ -77,7 +77,7 @@ LEFT = Executor()
 """Leaves buffers where streamed modules run: accelerate's default."""
 
 MAPPED = Executor(name="devmap", reads_ahead=True)
-"""Runs on the CPU what is on disk, from the checkpoint's own pages."""
+"""Runs on the CPU what is on disk, which a thread reads ahead."""
 
 OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""

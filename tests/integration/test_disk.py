@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import mmap
 import os
@@ -39,6 +40,7 @@ from devmap_config.probe.machine import SeenHost
 from devmap_config.runner.inspection import running_place, tensor_home
 from devmap_config.runner.loading import RunnerError
 
+SCARCE = SeenHost(memory_bytes=2**20, available_bytes=2**20, threads=1)
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 
 
@@ -98,6 +100,10 @@ def test_the_logits_are_those_of_the_model_in_memory(workspace, name, dtype):
     assert plan.executor.name == "devmap"
     model = load_model("p.yaml", probe=False)
     on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
+    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    expected = outputs(auto.from_pretrained(workspace / "random", dtype=torch.float32))
+    assert torch.equal(outputs(model), expected)
+    assert torch.equal(outputs(model), expected)  # what was let go of comes again
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert on_disk
     for tensor in on_disk:
@@ -106,10 +112,6 @@ def test_the_logits_are_those_of_the_model_in_memory(workspace, name, dtype):
             assert tensor_home(model, tensor) == DISK
             assert running_place(model, tensor) == (CPU, True)
     assert not any(hooks_of(module) for module in model.modules())
-    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
-    expected = outputs(auto.from_pretrained(workspace / "random", dtype=torch.float32))
-    assert torch.equal(outputs(model), expected)
-    assert torch.equal(outputs(model), expected)  # what was let go of comes again
 
 
 def test_tokens_are_generated_as_in_memory(workspace):
@@ -151,21 +153,70 @@ def own_bytes(path):
 
 @pytest.mark.parametrize("has_memory", [True, False])
 def test_what_has_run_is_forgotten_where_memory_is_scarce(workspace, monkeypatch, has_memory):
-    scarce = SeenHost(memory_bytes=2**20, available_bytes=2**20, threads=1)
     if not has_memory:
-        monkeypatch.setattr(mapped_weights, "seen_host", lambda: scarce)
+        monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
     large = config_of(LLAMA, hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
     saved(lambda: LlamaForCausalLM(LlamaConfig(**large)), workspace / "random")
     os.sync()  # what is still to be written cannot be let go of
     compiled()
     model = load_model("p.yaml", probe=False)
     matrices = [each for each in model.parameters() if each.nbytes >= 2**20]
-    assert sum(resident_bytes(each) for each in matrices) > 0  # the loader has read them
+    assert (sum(map(resident_bytes, matrices)) > 0) == has_memory  # what was written is in the system's memory
     outputs(model)
     largest_bytes, all_bytes = max(each.nbytes for each in matrices), sum(each.nbytes for each in matrices)
     held_bytes = sum(map(resident_bytes, matrices))
     assert held_bytes == pytest.approx(all_bytes, rel=0.01) if has_memory else held_bytes <= 2 * largest_bytes
     assert own_bytes(workspace / "random" / "model.safetensors") <= 2 * largest_bytes < all_bytes / 4
+
+
+def test_weights_that_a_module_has_given_away_stay_what_they_are(workspace, monkeypatch):
+    monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    kept = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, _, name=name: kept.update({name: module.weight[1:]}))
+    for _ in range(2):
+        assert torch.equal(outputs(model), outputs(plain))
+    assert kept
+    for name, rows in kept.items():
+        assert torch.equal(rows, plain.get_submodule(name).weight[1:]), name
+
+
+def test_what_is_put_in_the_place_of_weights_is_what_runs(workspace):
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    for each in (model, plain):
+        each.model.layers[1].mlp.up_proj.weight.data = torch.ones(128, 64)
+        each.model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(torch.ones(64, 128))
+        each.model.layers[3].to(torch.float64).float()
+    assert torch.equal(outputs(model), outputs(plain))
+
+
+def test_weights_of_which_a_gradient_is_asked_have_one(workspace):
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    model.lm_head.weight.requires_grad_()
+    model(input_ids=TOKENS).logits.sum().backward()
+    assert model.lm_head.weight.grad.any()
+
+
+def test_where_the_system_cannot_pass_its_cache_by_it_reads_as_it_can(workspace, monkeypatch):
+    def refuse(file, command, *flags):
+        if flags and flags[0] & os.O_DIRECT:
+            raise OSError("not of this file system")
+        return control(file, command, *flags)
+
+    control = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(plain))
 
 
 def test_what_is_in_memory_does_not_hang_on_the_file(workspace):
@@ -187,15 +238,14 @@ def test_of_experts_and_embeddings_a_token_reads_what_it_takes(workspace, monkey
     compiled()
     model = load_model("p.yaml", probe=False)
     begun = []
-    monkeypatch.setattr(ReadAhead, "begin", lambda _, piece, *, whole: begun.append((piece, whole)))
-    monkeypatch.setattr(ReadAhead, "end", lambda *_: None)
-    for tokens in (TOKENS, TOKENS[:, :1]):
+    begin = ReadAhead.begin
+    monkeypatch.setattr(ReadAhead, "begin", lambda reader, piece: begun.append(piece) or begin(reader, piece))
+    for tokens, wholly_read in ((TOKENS, model.config.num_hidden_layers), (TOKENS[:, :1], 0)):
         begun.clear()
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
-        sparse = [whole for piece, whole in begun if piece.is_sparse]
-        assert sparse == [False, *[tokens.shape[1] > 1] * model.config.num_hidden_layers]
-        assert all(whole for piece, whole in begun if not piece.is_sparse)
+        assert sum(piece.is_sparse for piece in begun) == wholly_read
+        assert not all(piece.is_sparse for piece in begun)
 
 
 def test_a_cast_is_written_once_and_again_of_another_checkpoint(workspace):
@@ -267,6 +317,7 @@ def test_a_module_that_fails_has_run(workspace, monkeypatch):
     with pytest.raises(RuntimeError):
         model.lm_head(torch.zeros(1, 7))
     assert len(ended) == 1
+    assert mapped_place(model, "lm_head.weight") is not None
 
 
 def test_it_is_saved_as_any_model(workspace):

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import threading
 import time
 import weakref
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devmap_config.dispatch.mapped_weights import Piece, ReadAhead, TensorInFile
+from devmap_config.dispatch.mapped_weights import Piece, ReadAhead, Slots, TensorInFile
 
-SIZES = (300, 100, 200, 50)
+PAGE = mmap.PAGESIZE
+SIZES = (12 * PAGE, 4 * PAGE, 8 * PAGE, 2 * PAGE)
 
 
 class Disk:
-    """Stands for a file: keeps account of what is in memory, and reads only while it may."""
+    """Stands for a file: of each tensor every byte is its number, and it reads only while it may."""
 
     def __init__(self):
-        self.present, self.most, self.reads = set(), 0, []
         self.may_read = threading.Event()
         self.may_read.set()
         self.fails = False
 
-    def read(self, start, end, _scratch):
+    def read(self, place, memory):
         self.may_read.wait(10)
         if self.fails:
             raise OSError("the disk is gone")
-        self.present.add((start, end))
-        self.reads.append((start, end))
-        self.most = max(self.most, sum(last - first for first, last in self.present))
-
-    def let_go(self, start, end):
-        self.present.discard((start, end))
+        memory[:] = int(place.name)
 
 
 def pieces_on(disk, sizes=SIZES, sparse=()):
@@ -46,8 +43,12 @@ def pieces_on(disk, sizes=SIZES, sparse=()):
     )
 
 
-def span(piece):
-    return next((place.start, place.end) for place in piece.ranges)
+def place_of(piece):
+    return next(iter(piece.files))
+
+
+def holds(data, piece):
+    return bool((data[place_of(piece)] == int(place_of(piece).name)).all())
 
 
 @pytest.fixture
@@ -58,103 +59,151 @@ def disk():
 @pytest.fixture
 def reading(disk):
     pieces = pieces_on(disk)
-    reader = ReadAhead(pieces, most_bytes=max(SIZES))
+    reader = ReadAhead(pieces)
     yield reader, pieces
     disk.may_read.set()
     reader.close()
 
 
 def settle(reader):
-    """Wait until the thread has nothing left to do."""
+    """Wait until the thread has nothing left to do; return the pieces that are in memory."""
     deadline = time.monotonic() + 10
     while True:
         with reader._changed:
-            if reader._is_idle and {*reader._running, *reader._expected()} == {*reader._present}:
-                return
+            if reader._is_idle and reader._next_work() is None:
+                return set(reader._present)
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def is_in_slots(reader, data):
+    memory = reader.slots._memory
+    return all(0 <= each.data_ptr() - memory.ctypes.data < memory.nbytes for each in data.values())
 
 
 def test_a_module_begins_once_its_weights_are_in_memory(disk, reading):
     reader, pieces = reading
     disk.may_read.clear()
-    begun = threading.Event()
-    threading.Thread(target=lambda: (reader.begin(pieces[0], whole=True), begun.set()), daemon=True).start()
-    assert not begun.wait(0.05)
+    data = []
+    beginner = threading.Thread(target=lambda: data.append(reader.begin(pieces[0])), daemon=True)
+    beginner.start()
+    beginner.join(0.05)
+    assert not data
     disk.may_read.set()
-    assert begun.wait(10)
-    assert span(pieces[0]) in disk.present
+    beginner.join(10)
+    assert holds(data[0], pieces[0])
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, len(SIZES) - 1), min_size=1, max_size=40))
-def test_whatever_the_order_weights_are_there_while_a_module_runs_and_no_more_than_planned(order):
-    disk = Disk()
-    pieces = pieces_on(disk)
-    reader = ReadAhead(pieces, most_bytes=max(SIZES))
+def test_whatever_the_order_weights_are_there_while_a_module_runs_and_in_the_memory_that_is_planned(order):
+    pieces = pieces_on(Disk())
+    reader = ReadAhead(pieces)
     try:
         for number in order:
-            reader.begin(pieces[number], whole=True)
-            assert span(pieces[number]) in disk.present
+            data = reader.begin(pieces[number])
+            assert is_in_slots(reader, data)
             settle(reader)
-            assert span(pieces[number]) in disk.present
-            assert sum(end - start for start, end in disk.present) <= SIZES[number] + max(SIZES)
+            assert holds(data, pieces[number])
+            del data
             reader.end(pieces[number])
-        settle(reader)
-        assert sum(end - start for start, end in disk.present) <= max(SIZES)
+        present = settle(reader)
+        assert sum(piece.size_bytes for piece in present) <= max(SIZES)
     finally:
         reader.close()
-    assert disk.most <= 2 * max(SIZES)  # what has run goes before anything else is read
+    assert reader.slots._memory.nbytes == 2 * max(SIZES)
 
 
-def test_the_next_is_read_while_one_runs_and_the_first_after_the_last(disk, reading):
+def test_the_next_is_read_while_one_runs_and_the_first_after_the_last(reading):
     reader, pieces = reading
     for number in range(len(pieces)):
-        reader.begin(pieces[number], whole=True)
-        settle(reader)
-        assert span(pieces[(number + 1) % len(pieces)]) in disk.present
+        reader.begin(pieces[number])
+        assert pieces[(number + 1) % len(pieces)] in settle(reader)
         reader.end(pieces[number])
 
 
-def test_the_order_is_learnt(disk, reading):
+def test_the_order_is_learnt(reading):
     reader, pieces = reading
     for _ in range(2):
         for number in (0, 2, 1):
-            reader.begin(pieces[number], whole=True)
+            reader.begin(pieces[number])
             settle(reader)
-            ahead = set(disk.present) - {span(pieces[number])}
             reader.end(pieces[number])
-            settle(reader)
-    assert ahead == {span(pieces[0])}  # after 1 comes 0, and no more fits beside it
-    assert span(pieces[3]) not in disk.present
+    assert settle(reader) == {pieces[0]}  # after 1 comes 0, and no more fits into its slot
 
 
-def test_rows_of_an_embedding_or_of_experts_come_as_they_are_touched(disk):
+def test_what_is_sparse_is_not_read_ahead(disk):
     pieces = pieces_on(disk, sparse=(1,))
-    reader = ReadAhead(pieces, most_bytes=1_000)
-    reader.begin(pieces[0], whole=True)
-    settle(reader)
-    assert span(pieces[1]) not in disk.present
-    assert span(pieces[2]) in disk.present
-    reader.begin(pieces[1], whole=False)
-    assert span(pieces[1]) not in disk.present
+    reader = ReadAhead(pieces)
+    reader.begin(pieces[0])
+    assert settle(reader) == {pieces[0], pieces[2], pieces[3]}
+    assert holds(reader.begin(pieces[1]), pieces[1])
     reader.close()
+
+
+def test_a_piece_that_is_waited_for_takes_the_room_of_those_that_are_expected(disk):
+    """The room that is left of both slots would hold it, but neither slot does."""
+    pieces = pieces_on(disk, sizes=[size * PAGE for size in (1, 2, 1, 3)])
+    reader = ReadAhead(pieces)
+    reader.begin(pieces[0])
+    assert settle(reader) == {*pieces[:3]}
+    reader._next[pieces[3]], reader._next[pieces[0]] = pieces[1], pieces[3]
+    reader.end(pieces[0])
+    data = reader.begin(pieces[3])
+    assert holds(data, pieces[3])
+    assert is_in_slots(reader, data)
+    reader.close()
+
+
+def test_modules_within_modules_have_memory_however_many_run(disk):
+    pieces = pieces_on(disk, sizes=[PAGE] * 5)
+    reader = ReadAhead(pieces)
+    data = [reader.begin(piece) for piece in pieces]
+    assert all(holds(each, piece) for each, piece in zip(data, pieces, strict=True))
+    reader.close()
+
+
+def test_what_is_still_shown_is_not_overwritten(reading):
+    reader, pieces = reading
+    kept = [reader.begin(pieces[0])[place_of(pieces[0])][7:]]  # as a module does that gives a part of its weights
+    reader.end(pieces[0])
+    for piece in pieces[1:] * 3:
+        assert holds(reader.begin(piece), piece)
+        settle(reader)
+        reader.end(piece)
+    assert bool((kept[0] == 0).all())
+
+
+def test_memory_is_given_within_one_slot_and_again_once_nothing_shows_it():
+    slots = Slots(3 * PAGE)
+    first, second = (torch.from_numpy(slots.take(2 * PAGE)) for _ in range(2))
+    assert second.data_ptr() - first.data_ptr() == 3 * PAGE
+    assert slots.take(2 * PAGE) is None
+    assert slots.take(PAGE) is not None
+    shown, address = first.view(torch.float32)[3:], first.data_ptr()
+    del first
+    assert slots.take(2 * PAGE) is None
+    del shown
+    assert slots.take(2 * PAGE).ctypes.data == address
 
 
 def test_a_read_that_fails_is_told_and_nobody_waits_for_ever(disk, reading):
     reader, pieces = reading
     disk.fails = True
     with pytest.raises(OSError, match="the disk is gone"):
-        reader.begin(pieces[0], whole=True)
+        reader.begin(pieces[0])
     with pytest.raises(OSError, match="the disk is gone"):
-        reader.begin(pieces[1], whole=True)
+        reader.begin(pieces[1])
 
 
-def test_two_forwards_at_once_both_end(disk, reading):
+def test_two_forwards_at_once_both_end(reading):
     reader, pieces = reading
+    wrong = []
 
     def forward():
         for piece in pieces * 20:
-            reader.begin(piece, whole=True)
+            if not holds(reader.begin(piece), piece):
+                wrong.append(piece)
             reader.end(piece)
 
     threads = [threading.Thread(target=forward, daemon=True) for _ in range(3)]
@@ -163,13 +212,14 @@ def test_two_forwards_at_once_both_end(disk, reading):
     for thread in threads:
         thread.join(20)
     assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
 
 
 def test_the_thread_ends_and_lets_go_of_its_files(disk):
     pieces = pieces_on(disk)
     gone = weakref.ref(pieces[0])
-    reader = ReadAhead(pieces, most_bytes=1_000)
-    reader.begin(pieces[0], whole=True)
+    reader = ReadAhead(pieces)
+    reader.begin(pieces[0])
     reader.end(pieces[0])
     reader.close()
     reader.thread.join(10)
