@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -22,7 +23,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from devmap_config.files import REQUEST
-from devmap_config.runner.loading import RunnerError
 from devmap_config.server.requests import MOST_CONNECTIONS, ChatCompletion, Completion, RequestError, asked
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from devmap_config.server.requests import Asked
 
 GRACE_SECONDS = 30
-"""How long requests may take to finish once the server is told to stop."""
+"""How long requests may take to finish once the server is told to stop, and the body of one to come."""
 
 POLL_SECONDS = 0.25
 """How often it is seen whether a client that waits for a whole answer is still there."""
@@ -48,7 +48,7 @@ class Answer:
 
     text: Text
     asked: Asked
-    tell: Callable[[str], None]
+    tell: Callable[[RequestError], None]
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -73,9 +73,9 @@ class Answer:
             async for piece in self.text.pieces():
                 part = {"delta": {"content": piece}} if self.is_chat else {"text": piece}
                 yield self._event([self._choice(part)], **usage)
-        except RunnerError as error:
-            self.tell(str(error))
-            yield _event(RequestError(str(error), status=500).to_json())
+        except RequestError as error:
+            self.tell(error)
+            yield _event(error.to_json())
             return
         told: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
         yield self._event([self._choice(told, self.text.finish_reason)], **usage)
@@ -146,12 +146,7 @@ class Service:
             Route("/v1/completions", partial(self._write, Completion), methods=["POST"]),
             Route("/v1/chat/completions", partial(self._write, ChatCompletion), methods=["POST"]),
         ]
-        handlers = {
-            RequestError: _refused,
-            HTTPException: _refused,
-            RunnerError: self._failed,
-            ClientDisconnect: _nobody,
-        }
+        handlers = {RequestError: self._refused, HTTPException: self._refused, ClientDisconnect: _nobody}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _health(self, _request: Request) -> Response:
@@ -171,9 +166,13 @@ class Service:
 
     async def _write(self, kind: type[Asked], request: Request) -> Response | _EventStream:
         self._require_local(request)
-        wanted = asked(kind, await _body(request))
+        try:
+            body = await asyncio.wait_for(_body(request), GRACE_SECONDS)
+        except asyncio.TimeoutError:
+            raise RequestError(f"the body did not come within {GRACE_SECONDS} s", status=408) from None
+        wanted = asked(kind, body)
         self._require_model(wanted.model)
-        answer = Answer(await self.writer.begin(wanted), wanted, self.tell)
+        answer = Answer(await self.writer.begin(wanted), wanted, self._tell)
         return _EventStream(answer) if wanted.stream else JSONResponse(await _whole(answer, request))
 
     def _require_model(self, name: str) -> None:
@@ -190,9 +189,15 @@ class Service:
         if self.is_local and not _names_this_machine(request.headers.get("host", "")):
             raise RequestError("the server listens to this machine alone, by its own names", status=403)
 
-    async def _failed(self, _request: Request, error: Exception) -> Response:
-        self.tell(str(error))
-        return _refused(_request, RequestError(str(error), status=500))
+    async def _refused(self, _request: Request, error: Any) -> Response:
+        if isinstance(error, HTTPException):  # of starlette's own: a path or a method that there is not
+            error = RequestError(error.detail, status=error.status_code, headers=error.headers)
+        self._tell(error)
+        return JSONResponse(error.to_json(), error.status, error.headers)
+
+    def _tell(self, error: RequestError) -> None:
+        if error.status == 500:
+            self.tell(str(error))
 
 
 def _names_this_machine(host: str) -> bool:
@@ -200,12 +205,6 @@ def _names_this_machine(host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ip_address(name).is_loopback
     return False
-
-
-def _refused(_request: Request, error: Any) -> Response:
-    if isinstance(error, HTTPException):  # of starlette's own: a path or a method that there is not
-        error = RequestError(error.detail, status=error.status_code, headers=error.headers)
-    return JSONResponse(error.to_json(), error.status, error.headers)
 
 
 def _nobody(*_arguments: Any) -> Response:
@@ -254,12 +253,23 @@ def listen(service: Service, listener: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS + 5,  # for what has no end when it is cut: a client that does not read
     )
     server = uvicorn.Server(config)
+    begin_to_end, timer = server.handle_exit, Timer(GRACE_SECONDS, service.writer.cut)
+
+    def stop(number: int, frame: Any) -> None:
+        if server.should_exit:  # told again
+            service.writer.cut()
+        else:
+            begin_to_end(number, frame)
+            timer.start()
+
+    server.handle_exit = stop
     # uvicorn raises a signal again once it has stopped: that is not to end the process otherwise than well.
-    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     server.run([listener])
+    timer.cancel()
     for number, handler in before.items():
         signal.signal(number, handler)
     service.writer.close()

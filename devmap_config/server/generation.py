@@ -35,6 +35,8 @@ MANY_TOKENS = 256
 COLDEST = 0.01
 """Below this temperature the likeliest token is taken: what is divided by less may be too large for a number."""
 
+STOPPED = "the server was told to stop"
+
 
 class UntilStop:
     """Hands on text up to the first of some words, and holds back what may be the beginning of one."""
@@ -86,7 +88,7 @@ class Text:
         self.seconds = 0.0
         self._asked, self._inputs, self._max_tokens = asked, inputs, max_tokens
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        self._is_unwanted = False
+        self._is_unwanted = self._is_cut = False
         self._future: Future[None]
 
     def begin(self, model: PreTrainedModel, threads: ThreadPoolExecutor, done: Callable[[], None]) -> None:
@@ -108,26 +110,37 @@ class Text:
         """Yield the text piece by piece.
 
         Raises:
-            RunnerError: where the model does not run.
+            RequestError: where the model does not run, or the text is cut.
         """
         while (piece := await self._pieces.get()) is not None:
             yield piece
         self._future.result()
 
     def discard(self) -> None:
-        """Write no more of it than the token that is being made."""
+        """Write no more of it than the token that is being made: nobody waits for it."""
         self._is_unwanted = True
         self._future.cancel()
+
+    def cut(self) -> None:
+        """Write no more of it, and tell whoever waits for it that it has no end."""
+        self._is_unwanted = self._is_cut = True
 
     def _write(self, model: PreTrainedModel, hand_on: Callable[[str], None]) -> None:
         import torch
 
+        self._require_whole()
         start_seconds = perf_counter()
         until_stop = UntilStop(self._asked.stop, hand_on)
-        stream = TextStream(self._inputs.tokenizer, until_stop.write, shows_prompt=False, goes_on=self._inputs.goes_on)
+        is_apart = model.config.is_encoder_decoder
+        stream = TextStream(
+            self._inputs.tokenizer,
+            until_stop.write,
+            shows_prompt=False,
+            goes_on=self._inputs.goes_on and not is_apart,
+        )
         prompt = self._inputs.tensors["input_ids"][0]
         stream.put(prompt)
-        begin = 1 if model.config.is_encoder_decoder else len(prompt)
+        begin = 1 if is_apart else len(prompt)
 
         def is_over(input_ids: torch.Tensor, _scores: Any, **_options: Any) -> torch.Tensor:
             stream.put(input_ids[0, begin + self.tokens :])
@@ -135,7 +148,7 @@ class Text:
             over = until_stop.is_over or self._is_unwanted
             return torch.full((1,), over, dtype=torch.bool, device=input_ids.device)
 
-        torch.seed() if self._asked.seed is None else torch.manual_seed(self._asked.seed)
+        torch.manual_seed(torch.seed() if self._asked.seed is None else self._asked.seed)
         try:
             tokens = model.generate(
                 **placed(self._inputs, model),
@@ -146,13 +159,18 @@ class Text:
             )
         except Exception as error:  # what a model's own code raises, or a device of which the memory is full
             message = f"the model does not run: {type(error).__name__}: {first_line(error)}"
-            raise RunnerError("forward-failed", message) from error
+            raise RequestError(message, status=500) from error
         finally:
             self.seconds = perf_counter() - start_seconds
+        self._require_whole()
         stream.flush()
         until_stop.end()
         if self.tokens == self._max_tokens and not until_stop.is_over and int(tokens[0, -1]) not in _ends(model):
             self.finish_reason = "length"
+
+    def _require_whole(self) -> None:
+        if self._is_cut:
+            raise RequestError(STOPPED, status=503)
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
@@ -184,14 +202,15 @@ class Writer:
         self._model = model
         self._tokenizer = tokenizer
         self._queue_length = queue_length
-        self._admitted = 0
+        self._texts: list[Text] = []
+        self._is_cut = False
         self._last_seconds = 0.0
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     @property
     def waiting(self) -> int:
         """How many texts wait."""
-        return max(self._admitted - 1, 0)
+        return max(len(self._texts) - 1, 0)
 
     async def begin(self, asked: Asked) -> Text:
         """Return a text that is being written, or waits for those before it.
@@ -207,12 +226,18 @@ class Writer:
             code = "context_length_exceeded" if error.code == "beyond-context" else error.code
             raise RequestError(str(error), param=asked.given_by, code=code) from error
         self._require_place()
-        self._admitted += 1
+        self._texts.append(text)
         text.begin(self._model, self._writer, lambda: self._finish(text))
         return text
 
+    def cut(self) -> None:
+        """Write no text to its end, and begin none."""
+        self._is_cut = True
+        for text in tuple(self._texts):
+            text.cut()
+
     def close(self) -> None:
-        """Write nothing more; wait for the text that is being written."""
+        """Write nothing more; wait for the token that is being made."""
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown(cancel_futures=True)
 
@@ -229,7 +254,9 @@ class Writer:
         )
 
     def _require_place(self) -> None:
-        if self._admitted > self._queue_length:
+        if self._is_cut:
+            raise RequestError(STOPPED, status=503)
+        if len(self._texts) > self._queue_length:
             raise RequestError(
                 f"one request is answered at a time, and {self._queue_length} wait already",
                 status=429,
@@ -238,7 +265,7 @@ class Writer:
             )
 
     def _finish(self, text: Text) -> None:
-        self._admitted -= 1
+        self._texts.remove(text)
         self._last_seconds = text.seconds
 
 

@@ -325,7 +325,7 @@ def wait_until(condition):
 
 
 def test_random_weights_are_served_until_the_process_is_told_to_end(tmp_path):
-    """What is being written is finished, no other is begun, and the exit code is that of success."""
+    """What has come is finished, unless that is said again; no more is taken, and the exit code is that of success."""
     (tmp_path / "model").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(QUICKSTART / name, tmp_path / "model" / name)
@@ -341,12 +341,18 @@ def test_random_weights_are_served_until_the_process_is_told_to_end(tmp_path):
             client.completions.create(model="tiny", prompt=PROMPT, max_tokens=end)
         parts = iter(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True))
         first = next(parts)
-        process.send_signal(signal.SIGTERM)
-        rest = list(parts)
-        assert (first.choices[0].finish_reason, rest[-1].choices[0].finish_reason) == (None, "length")
-        with pytest.raises(openai.APIConnectionError):
-            client.models.list()
-        assert process.wait(timeout=10) == 0
+        with ThreadPoolExecutor(1) as another:
+            waits = another.submit(client.completions.create, model="tiny", prompt=PROMPT, max_tokens=end - 20)
+            wait_until(lambda: httpx2.get(f"{printed['url'][:-3]}/health").json()["waiting"] == 1)
+            process.send_signal(signal.SIGTERM)
+            rest = list(parts)
+            assert (first.choices[0].finish_reason, rest[-1].choices[0].finish_reason) == (None, "length")
+            with pytest.raises(openai.APIConnectionError):
+                client.models.list()
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.InternalServerError, match="the server was told to stop") as refusal:
+                waits.result()
+        assert (refusal.value.status_code, process.wait(timeout=20)) == (503, 0)
 
 
 def refused(*options):
