@@ -50,7 +50,8 @@ def bench(profile: Path, options: ProfileOptions, rounds: int, new_tokens: int, 
     with failures_told(profile, sink, options), passing_on(sink):
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
-        generation = planned_generation(deployment.compiled.loaded.profile.workload, new_tokens)
+        workload, decodes = deployment.compiled.loaded.profile.workload, deployment.compiled.model.graph.decodes
+        generation = planned_generation(workload, new_tokens, decodes=decodes)
         require_fit_class(deployment.request, Given())
         sink.report_all(notices(deployment, asks_machine=True))
         if random_weights:
@@ -83,7 +84,8 @@ def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str
     model = deployment.compiled.model
     yield f"{model.class_name}: {weights_in_words(model, deployment.plan)}"
     rounds = counted(found.rounds, "round")
-    yield f"batch {prompts.batch_size}, {counted(prompts.length, 'token')} prefilled, {new_tokens:,} written; {rounds}"
+    written = f", {new_tokens:,} written" if new_tokens else ""
+    yield f"batch {prompts.batch_size}, {counted(prompts.length, 'token')} prefilled{written}; {rounds}"
     yield _table(found, ("median", "spread", "× plan", "spread") if width >= WIDE else ("median", "spread", "× plan"))
     for result in found.results:
         held = f"at most {_amounts(result.peak_bytes)}"

@@ -97,7 +97,8 @@ def run(
     output = None if outcome is None or random_weights else outcome.output.value
     if receipt is not None:
         with failures_told(profile, sink, options), passing_on(sink):
-            generates = planned_generation(workload, max_new_tokens) if not no_generate else None
+            decodes = deployment.compiled.model.graph.decodes
+            generates = None if no_generate else planned_generation(workload, max_new_tokens, decodes=decodes)
             _write_receipt(receipt, deployment, model, load, generates)
     options.report(to_tell(sink, options), {}, {**facts(deployment), "output": output, **figures})
     if options.shows_tables:

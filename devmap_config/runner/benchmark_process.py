@@ -37,10 +37,6 @@ Loader = Literal["plan", "auto", "cpu"]
 """What loads a model: `load_model` by the lock, or plain `from_pretrained` with this `device_map`."""
 
 
-LEAST_SECONDS = 0.5
-"""How long a process generates at least: what takes milliseconds is measured more than once."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A model that is to be loaded in a process of its own, and what it is to generate there.
@@ -55,7 +51,8 @@ class Job:
         request: what `from_pretrained` is asked for without a lock.
         max_memory: what it may put on each device then.
         devices: those of the profile; torch is held to their memory, where it can be.
-        generation: what is generated.
+        generation: what is generated in each turn.
+        least_seconds: how long, so that what takes milliseconds is measured more than once.
     """
 
     loader: Loader
@@ -68,6 +65,7 @@ class Job:
     max_memory: Mapping[int | str, int]
     devices: tuple[InventoryDevice, ...]
     generation: GenerationWorkload
+    least_seconds: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ def measure(job: Job) -> Sample | Failure:
             _wait_for(job.devices)
             load_seconds = time.perf_counter() - start_seconds
             doing = "running"
-            generation = measured_generation(model, job.request, job.generation, least_seconds=LEAST_SECONDS)
+            generation = measured_generation(model, job.request, job.generation, least_seconds=job.least_seconds)
         except (DevmapError, MemoryError, RuntimeError) as error:
             return Failure(doing=doing, reason=first_line(error), is_out_of_memory=is_out_of_memory(error))
     peaks = {str(device.id): peak_bytes_of(device.id) for device in job.devices}

@@ -247,10 +247,10 @@ def demonstrator_of_plan(
     )
 
 
-def planned_generation(workload: Workload, new_tokens: int | None) -> GenerationWorkload:
-    """Return as many made-up tokens, and so many after them, as a profile's workload has room for."""
+def planned_generation(workload: Workload, new_tokens: int | None, *, decodes: bool = True) -> GenerationWorkload:
+    """Return as many made-up tokens, and so many after them if it `decodes`, as a workload has room for."""
     context_length = workload.context_length.value or MADE_UP_LENGTH + (new_tokens or FEW_TOKENS)
-    count = new_tokens or min(FEW_TOKENS, max(context_length - 1, 1))
+    count = (new_tokens or min(FEW_TOKENS, max(context_length - 1, 1))) if decodes else 0
     length = max(min(workload.prompt_length or context_length, context_length - count), 1)
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length), new_tokens=count, cache=workload.cache

@@ -24,7 +24,10 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationWorkload:
-    """What is generated to be measured: tokens after prompts of one length; `cache` as the profile calls it."""
+    """What is generated to be measured: tokens after prompts of one length, none by a model that does not decode.
+
+    `cache` is as the profile calls it.
+    """
 
     prompts: MadeUp
     new_tokens: int
@@ -99,11 +102,16 @@ def measure_generation(
     with torch.no_grad():
         start_seconds = time.perf_counter()
         # A static cache is as long as what is generated, and compiled for.
-        _passed(model, inputs, workload, WARM_UP_TOKENS if workload.cache == "dynamic" else workload.new_tokens)
+        _passed(
+            model,
+            inputs,
+            workload,
+            max(workload.new_tokens, WARM_UP_TOKENS) if workload.cache != "dynamic" else WARM_UP_TOKENS,
+        )
         first_seconds = time.perf_counter() - start_seconds
         end_seconds = time.perf_counter() + least_seconds
         while len(prefills) < rounds or time.perf_counter() < end_seconds:
-            seconds, cache = _passed(model, inputs, workload, workload.new_tokens)
+            seconds, cache = _passed(model, inputs, workload, max(workload.new_tokens, 1))
             prefills.append(seconds[0])
             decodes += [median(seconds[1:])] if seconds[1:] else []
     return GenerationTimes(

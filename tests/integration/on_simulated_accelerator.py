@@ -6,6 +6,7 @@ The product's code runs unchanged, from profile to generated tokens; only the ac
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,13 @@ from devmap_config.probe.block import block_text, hardware_block
 from devmap_config.probe.measuring import measured, steps
 from devmap_config.probe.probe import probe_machine
 from devmap_config.probe.torch_rates import Devices
-from devmap_config.profile.permissions import Permissions
-from devmap_config.runner import loading, receipts
+from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
+from devmap_config.runner import benchmark_process, loading, receipts
+from devmap_config.runner.benchmark import jobs_of
+from devmap_config.runner.demonstration import planned_generation
 from devmap_config.runner.inspection import tensor_home
 from devmap_config.runner.loading import RunnerError
+from devmap_config.runner.runner import prepare
 from devmap_config.simulate.memory import simulation_of
 
 simulated_accelerator.install()
@@ -372,6 +376,29 @@ def test_random_weights_are_placed_and_run_over_two_cards():
     assert done.return_value == 0, done.stderr
     assert "loaded random weights" in done.stderr
     assert "3 tokens after a prompt of 8" in done.stderr
+
+
+def test_a_plan_and_auto_are_measured_on_a_card(monkeypatch):
+    """In this process, since the accelerator is simulated here alone."""
+    save(LLAMA)
+    load('match: "model.layers.[3-5]", device: cpu, compute: cpu')
+    monkeypatch.setattr(benchmark_process, "discard_output", lambda stream: None)
+    deployment = prepare(Path("profile.yaml"), variables={})
+    generation = planned_generation(deployment.compiled.loaded.profile.workload, NEW_TOKENS)
+    options = {"variables": {}, "permissions": NO_PERMISSIONS, "generation": generation}
+    jobs = jobs_of(deployment, Path("profile.yaml"), **options)
+    assert [(job.loader, sorted(map(str, job.max_memory))) for job in jobs] == [
+        ("plan", ["0", "1", "cpu"]),
+        ("auto", ["0", "1", "cpu"]),
+    ]
+    for job in jobs:
+        sample = benchmark_process.measure(replace(job, least_seconds=0))
+        assert isinstance(sample, benchmark_process.Sample), sample
+        assert len(sample.generation.decode_seconds) == 1
+        assert min(sample.load_seconds, *sample.generation.prefill_seconds, *sample.generation.decode_seconds) > 0
+        # `auto` spreads a model that one card would hold.
+        held = {"npu:0", "cpu" if job.loader == "plan" else "npu:1"}
+        assert set(sample.generation.kv_cache_bytes) == held
 
 
 def test_a_receipt_takes_back_that_none_was_ever_run_on_so_many_such_cards(monkeypatch, tmp_path):

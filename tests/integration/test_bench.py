@@ -115,9 +115,10 @@ def test_beside_cards_nothing_is_compared_with_the_cpu_alone(workspace):
     assert [(job.loader, set(job.max_memory)) for job in jobs()] == [("plan", {0, "cpu"}), ("auto", {0, "cpu"})]
 
 
-def test_a_whole_run_tells_what_each_took(workspace):
-    """Seven processes, which take some ten seconds."""
+def test_a_whole_run_tells_what_each_took(workspace, monkeypatch):
+    """Seven processes, and one that imports the libraries for them: some ten seconds."""
     write_profile()
+    monkeypatch.setattr(benchmark, "run_in_process", lambda job: run_in_process(replace(job, least_seconds=0)))
     done = run("--rounds", "2", "--new-tokens", "3", "--format", "json")
     value = json.loads(done.stdout)
     assert value["diagnostics"] == []
@@ -192,6 +193,13 @@ def test_a_plan_that_fails_is_an_error_and_no_ratio(workspace, monkeypatch):
     assert (done.return_value, [each["code"] for each in value["diagnostics"]]) == (4, ["load-failed"])
     assert value["benchmark"]["ratios"]["auto"]["decode"] is None
     assert len(value["benchmark"]["loaders"]["auto"]["decode_seconds"]) == 2
+
+
+def test_a_model_that_does_not_decode_prefills_all_that_there_is_room_for(workspace):
+    write_profile()
+    workload = prepare(Path("profile.yaml"), variables={}, needs_weights=False).compiled.loaded.profile.workload
+    planned = planned_generation(workload, 16, decodes=False)
+    assert (planned.prompts.length, planned.new_tokens) == (32, 0)
 
 
 def test_what_cannot_be_loaded_in_a_process_comes_back_as_a_failure(workspace):
