@@ -68,6 +68,9 @@ DISK = Device("disk")
 STORAGE_DEVICES = (CPU, DISK)
 """What is not an accelerator, in the order in which it is filled."""
 
+PINNING_KIND = "cuda"
+"""The kind of accelerators to which weights are copied ahead, from memory that is pinned for them."""
+
 
 def fill_order(device: Device) -> tuple[int, str, int]:
     """Return what devices are sorted by: accelerators by their numbers, then what is not one."""

@@ -231,7 +231,7 @@ def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
             )
 
 
-LINKS = ("host", "peer", "disk", "network")
+LINKS = ("host", "unpinned", "peer", "disk", "network")
 
 OTHER_LINKS = {
     "pcie": "host",

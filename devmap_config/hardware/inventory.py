@@ -20,14 +20,25 @@ LATENCY_NANOSECONDS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A way for bytes, one direction at a time."""
+    """A way for bytes, one direction at a time.
+
+    `unpinned_bytes_per_second` is what is reached where the CPU's memory at one end of it is not pinned.
+    """
 
     bytes_per_second: int
     latency_nanoseconds: int = LATENCY_NANOSECONDS
+    unpinned_bytes_per_second: int | None = None
 
-    def nanoseconds(self, size_bytes: int, copies: int = 1) -> int:
+    def nanoseconds(self, size_bytes: int, copies: int = 1, *, is_pinned: bool = False) -> int:
         """Return how long it takes to copy this much, in so many pieces."""
-        return copies * self.latency_nanoseconds + size_bytes * NANOSECONDS_PER_SECOND // self.bytes_per_second
+        rate = (None if is_pinned else self.unpinned_bytes_per_second) or self.bytes_per_second
+        return copies * self.latency_nanoseconds + size_bytes * NANOSECONDS_PER_SECOND // rate
+
+    @property
+    def unpinned(self) -> Link:
+        """The same from memory that is not pinned."""
+        rate = self.unpinned_bytes_per_second or self.bytes_per_second
+        return Link(bytes_per_second=rate, latency_nanoseconds=self.latency_nanoseconds)
 
     def then(self, other: Link) -> Link:
         """Return one link after the other: what takes two copies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import DISK
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.hardware.inventory import InventoryDevice
     from devmap_config.profile.schema import Link as LinkSpecification
+
+
+UNPINNED_SHARE, UNPINNED_MOST = 2, 10 * 10**9
+"""From memory that is not pinned, half of a link's rate is reached, and no more than the CPU copies to what is pinned.
+
+Half: 6 of 12 GB/s over PCIe 3.0, accelerate's own benchmark of big models. At most: 10.6 GB/s of the 55 of an H100's
+link (`devmap_config/runner/receipts/`).
+"""
 
 
 def links_between(
@@ -53,7 +62,7 @@ def _usual(source: InventoryDevice, target: InventoryDevice, given: Mapping[str,
     if accelerator is None:
         return reading
     host = _host(accelerator, given)
-    return host if disk is None else _in_turn(reading, host)
+    return host if disk is None or host is None else _in_turn(reading, host.unpinned)
 
 
 def _in_turn(first: Link | None, second: Link | None) -> Link | None:
@@ -74,7 +83,15 @@ def _peer(device: InventoryDevice) -> Link | None:
 def _host(device: InventoryDevice, given: Mapping[str, Link]) -> Link | None:
     card = device.accelerator
     usual = None if card is None else _reached(card.host_link_bytes_per_second, card.link_efficiency)
-    return given.get("host") or usual
+    return _unpinned(given.get("host") or usual, given.get("unpinned"))
+
+
+def _unpinned(link: Link | None, given: Link | None) -> Link | None:
+    """Return a link with what it reaches from memory that is not pinned."""
+    if link is None:
+        return None
+    usual = max(min(link.bytes_per_second // UNPINNED_SHARE, UNPINNED_MOST), 1)
+    return replace(link, unpinned_bytes_per_second=usual if given is None else given.bytes_per_second)
 
 
 def _reading(disk: InventoryDevice) -> Link | None:

@@ -25,6 +25,13 @@ MODULE_HOOK = Private("torch.nn.Module._hf_hook", "the hook that accelerate atta
 HOOK_WEIGHTS = Private(
     "accelerate.hooks.AlignDevicesHook.weights_map", "where a tensor comes from that is copied in at every forward"
 )
+SEND_TO_DEVICE = Private("accelerate.utils.send_to_device", "brings what a streamed module is given to where it runs")
+FIND_DEVICE = Private("accelerate.utils.find_device", "where what a model is given came from, to where its output goes")
+MODULE_TENSORS = Private(
+    "accelerate.utils.named_module_tensors",
+    "the tensors of a module that its hook copies in",
+    takes=("include_buffers", "remove_non_persistent"),
+)
 
 
 @contextmanager
@@ -43,6 +50,37 @@ def hooks_of(module: torch.nn.Module) -> tuple[Any, ...]:
     if hook is None:
         return ()
     return tuple(getattr(hook, "hooks", (hook,)))
+
+
+def sent(value: Any, device: Any, skip_keys: Any = None) -> Any:
+    """Return a value with all tensors within on a device, but for those under the keys that are skipped."""
+    return SEND_TO_DEVICE.find()(value, device, skip_keys=skip_keys)
+
+
+def found_device(value: Any) -> Any:
+    """Return the device of the first tensor within a value; `None` where there is none."""
+    return FIND_DEVICE.find()(value)
+
+
+def names_copied_in(module: torch.nn.Module, hook: Any) -> list[str]:
+    """Return the names of a module's own tensors that its hook copies in."""
+    tensors = MODULE_TENSORS.find()(module, include_buffers=hook.offload_buffers, remove_non_persistent=True)
+    return [name for name, _ in tensors]
+
+
+def replace_hook(module: torch.nn.Module, old: Any, new: Any) -> None:
+    """Put another hook in the place of one of a module's."""
+    hook = MODULE_HOOK.of(module)
+    if hook is old:
+        setattr(module, MODULE_HOOK.attribute, new)
+    else:
+        hook.hooks = tuple(new if each is old else each for each in hook.hooks)
+
+
+def replace_streamed(hook: Any, name: str, tensor: torch.Tensor) -> None:
+    """Have a hook copy in another tensor, in the place of one of its module that is in memory."""
+    weights = HOOK_WEIGHTS.of(hook)
+    getattr(weights, "dataset", weights).state_dict[getattr(weights, "prefix", "") + name] = tensor
 
 
 def streamed_from(hook: Any, path: str, name: str) -> Device | None:

@@ -1,11 +1,11 @@
-"""What may run a plan: what reads ahead from the disk, or accelerate, with or without its `offload_buffers`."""
+"""What may run a plan: what brings weights ahead, or accelerate, with or without its `offload_buffers`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.devices import DISK, STORAGE_DEVICES
-from devmap_config.placement.executor import LEFT, MAPPED, OFFLOADED
+from devmap_config.devices import CPU, DISK, PINNING_KIND, STORAGE_DEVICES
+from devmap_config.placement.executor import AHEAD, LEFT, OFFLOADED
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
     """Return what may run a plan of this profile, the first that fits is to be taken.
 
-    What reads ahead comes first, where there is but the CPU and the disk. Buffers stay unless they must go. They go of
+    What brings weights ahead comes first, from the disk where but the CPU computes, and from the CPU to CUDA cards.
+    Buffers stay unless they must go. They go of
     a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then streamed as
     the plan counts them.
     """
@@ -31,13 +32,14 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
         return (OFFLOADED if asked else LEFT,)
     if not model.is_counted:
         return (OFFLOADED,)
-    mapped = (MAPPED,) if model.quantization is None and _has_disk_alone(prepared.capacities) else ()
-    return (*mapped, LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (*mapped, LEFT)
+    ahead = (AHEAD,) if model.quantization is None and _can_be_brought_ahead(prepared.capacities) else ()
+    return (*ahead, LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (*ahead, LEFT)
 
 
-def _has_disk_alone(capacities: Mapping[Device, int]) -> bool:
-    """Whether weights can be on disk, and nothing but the CPU computes."""
-    return DISK in capacities and not any(device.is_accelerator for device in capacities)
+def _can_be_brought_ahead(capacities: Mapping[Device, int]) -> bool:
+    """Whether weights can be on disk where but the CPU computes, or on the CPU beside cards that it is known for."""
+    kinds = {device.kind for device in capacities if device.is_accelerator}
+    return (CPU in capacities and kinds == {PINNING_KIND}) or (DISK in capacities and not kinds)
 
 
 def can_be_offloaded(graph: ModelGraph, capacities: Mapping[Device, int]) -> bool:
@@ -51,4 +53,4 @@ def are_to_be_compared(prepared: Prepared) -> bool:
     if prepared.strategy not in OPTIMAL_STRATEGIES:
         return False
     holds_weights_in_buffers = any(tensor.in_buffer for tensor in prepared.graph.tensors.values())
-    return holds_weights_in_buffers or executors_for(prepared)[0] == MAPPED
+    return holds_weights_in_buffers or executors_for(prepared)[0] == AHEAD

@@ -20,18 +20,18 @@ class Executor:
     """What streams modules to the main device, one device after another: by default accelerate's hooks.
 
     `offload_buffers` is accelerate's argument: whether the buffers of a streamed module are streamed with it.
-    `reads_ahead` is whether what the next module needs is read while another one computes
-    (`dispatch/mapped_weights.py`).
+    `works_ahead` is whether what the next module needs is brought while another one computes: read from the disk for
+    the CPU (`dispatch/mapped_weights.py`), copied from the CPU for an accelerator (`dispatch/streamed_weights.py`).
     """
 
     name: str = "accelerate"
     offload_buffers: bool = False
-    reads_ahead: bool = False
+    works_ahead: bool = False
 
     @property
     def pieces_at_once(self) -> int:
-        """Of how many modules streamed weights are where they run, at most: of one, and of the next read ahead."""
-        return 2 if self.reads_ahead else 1
+        """Of how many modules streamed weights are where they run, at most: of one, and of the next."""
+        return 2 if self.works_ahead else 1
 
     def main_device(self, stored_on: Iterable[Device]) -> Device:
         """Return the device on which streamed modules run: the first accelerator in use, else the CPU."""
@@ -56,6 +56,10 @@ class Executor:
         is_elsewhere = not location.is_one_device and not _is_moved_for_good(location)
         return location.stored_on == DISK or is_elsewhere
 
+    def is_brought_ahead(self, location: Location) -> bool:
+        """Whether what is streamed from there is on its way while something else computes."""
+        return self.works_ahead and location.runs_on.is_accelerator == (location.stored_on == CPU)
+
     def is_copied_in(self, tensor: Tensor, location: Location) -> bool:
         """Whether a tensor is copied to where its module runs at every forward."""
         return self.streams(location) and self._is_offloaded_with_its_module(tensor)
@@ -76,8 +80,8 @@ class Executor:
 LEFT = Executor()
 """Leaves buffers where streamed modules run: accelerate's default."""
 
-MAPPED = Executor(name="devmap", reads_ahead=True)
-"""Runs on the CPU what is on disk, which a thread reads ahead."""
+AHEAD = Executor(name="devmap", works_ahead=True)
+"""Brings what is next while something computes: from the disk for the CPU, and from the CPU for an accelerator."""
 
 OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""

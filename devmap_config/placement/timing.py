@@ -72,11 +72,13 @@ class Timing:
             computing = operations * NANOSECONDS_PER_SECOND // rate
         return max(reading, computing)
 
-    def copy_nanoseconds(self, source: Device, target: Device, size_bytes: int, copies: int = 1) -> int:
+    def copy_nanoseconds(
+        self, source: Device, target: Device, size_bytes: int, copies: int = 1, *, is_pinned: bool = False
+    ) -> int:
         """What it takes to bring so much from one device to another."""
         if source == target or not copies:
             return 0
-        return self._link(source, target).nanoseconds(size_bytes, copies)
+        return self._link(source, target).nanoseconds(size_bytes, copies, is_pinned=is_pinned)
 
     def crossing_nanoseconds(self, crossing: Crossing, maker: Device, reader: Device) -> int:
         """What it takes to give a block what another made."""
@@ -88,8 +90,8 @@ class Timing:
     def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
         home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
-        running, streaming = self._below(module, homes, home), self._streaming_nanoseconds(module, homes)
-        return max(running, streaming) if self.executor.reads_ahead else running + streaming
+        waiting, ahead = self._streaming_nanoseconds(module, homes)
+        return max(self._below(module, homes, home) + waiting, ahead)
 
     def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device) -> int:
         running = {homes[tensor.name].runs_on for tensor in module.tensors()}
@@ -114,9 +116,9 @@ class Timing:
             if tensor.offloaded_bytes is not None
         )
 
-    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
-        """What is copied for the modules of a block: tensor by tensor, one after another. What is idle stays."""
-        total = 0
+    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> tuple[int, int]:
+        """What is copied for the modules of a block, while they wait, and ahead of them. What is idle stays."""
+        waiting = ahead = 0
         for each in module.walk():
             if not self._runs(each.path):
                 continue
@@ -124,8 +126,12 @@ class Timing:
                 location = homes[tensor.name]
                 if self.executor.is_copied_in(tensor, location):
                     size_bytes = self.executor.held_bytes(tensor, location, self.main_device)
-                    total += self.copy_nanoseconds(location.stored_on, location.runs_on, size_bytes)
-        return total
+                    is_ahead = self.executor.is_brought_ahead(location)
+                    way = (location.stored_on, location.runs_on)
+                    nanoseconds = self.copy_nanoseconds(*way, size_bytes, is_pinned=is_ahead)
+                    ahead += nanoseconds if is_ahead else 0
+                    waiting += 0 if is_ahead else nanoseconds
+        return waiting, ahead
 
     def _runs(self, path: str) -> bool:
         """Whether a module runs in this phase: an encoder does not while its decoder goes on."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from devmap_config.placement.units import Unit
 from devmap_config.devices import CPU
 from devmap_config.placement.assignment import Assignment
+from devmap_config.placement.executor import LEFT
 from devmap_config.placement.loading import loading_extra_bytes
 from devmap_config.placement.running import RunningCost, running_of
 from devmap_config.rules.folding import fold_paths
@@ -152,7 +153,7 @@ class Plan:
     @property
     def streaming(self) -> str:
         """How weights come to where they run that are stored elsewhere: what is said of their size."""
-        if self.executor.reads_ahead:
+        if self.executor.works_ahead and not self.main_device.is_accelerator:
             return "are on disk, and read from there as each forward needs them"
         return f"are copied to {self.main_device} at every forward"
 
@@ -202,13 +203,18 @@ def assemble(
     strategy: str,
     executor: Executor,
 ) -> Plan:
-    """The plan that stores each unit on its device and runs it where its rule or the executor says."""
+    """The plan that stores each unit on its device and runs it where its rule or the executor says.
+
+    Where the executor would bring weights ahead and there are none to be, it is accelerate's.
+    """
     placed = tuple(units)
     main_device = executor.main_device(stored_on for _, (stored_on, _) in placed)
     assignments = tuple(
         Assignment(unit.name, unit.tensors, executor.location(stored_on, main_device, compute))
         for unit, (stored_on, compute) in placed
     )
+    if executor.works_ahead and not any(executor.is_brought_ahead(each.location) for each in assignments):
+        executor = LEFT
     devices = device_uses(graph, assignments, capacities, executor)
     on_cpu = next((use.loading_bytes for use in devices if use.id == CPU), None)
     return Plan(
@@ -241,6 +247,9 @@ def device_uses(
     costs = {} if running is None else running.costs()
     none = RunningCost()
     loading = loading_extra_bytes(graph, placed)
+    if executor.works_ahead and main_device.is_accelerator:  # what moves to pinned memory is there twice, load by load
+        moved_bytes = costs.get(main_device, none).streaming_bytes // executor.pieces_at_once
+        loading[CPU] = max(loading.get(CPU, 0), moved_bytes)
     return tuple(
         DeviceUse(
             id=device,

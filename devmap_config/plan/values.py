@@ -44,6 +44,8 @@ def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
                 figures.setdefault((f".{name}", value), []).append(device["id"])
     for pair, link in data["links"].items():  # type: ignore[attr-defined]
         text = f"{link['bytes_per_second']} B/s, {link['latency_nanoseconds']} ns"
+        unpinned = link["unpinned_bytes_per_second"]
+        text += "" if unpinned is None else f", {unpinned} B/s from memory that is not pinned"
         figures.setdefault(("", text), []).append(pair)
     return {f"{names}{figure}": value for (figure, value), ids in figures.items() for names in _folded(ids)}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from devmap_config.devices import CPU
+from devmap_config.devices import CPU, PINNING_KIND
 from devmap_config.probe.block import Measured
 from devmap_config.probe.host import existing_folder
 from devmap_config.probe.rates import NotMeasuredError, Rate, disk_bandwidth, memory_bandwidth
@@ -36,7 +36,10 @@ class Step:
 def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Step]:
     """Yield what there is to measure on a machine, in order."""
     host, disk = seen.host, seen.disk
-    yield Step("bandwidth", "cpu", "memory", partial(memory_bandwidth, host.available_bytes, host.threads))
+    if devices.is_there:
+        yield Step("bandwidth", "cpu", "weights on the CPU", partial(devices.layer_bandwidth, host.available_bytes))
+    else:
+        yield Step("bandwidth", "cpu", "memory", partial(memory_bandwidth, host.available_bytes, host.threads))
     if disk is not None:
         folder = existing_folder(disk_folder)
         yield Step("bandwidth", "disk", "disk", partial(disk_bandwidth, folder, disk.free_bytes))
@@ -47,7 +50,10 @@ def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[St
         yield Step("bandwidth", str(card.id), f"memory of {card.id}", partial(devices.memory_bandwidth, card))
         yield Step("flops", str(card.id), f"layers on {card.id}", partial(devices.flops, card.id))
     if seen.accelerators:
-        yield Step("link", "host", "copies from the CPU", partial(devices.from_host, seen.accelerators))
+        can_pin = all(card.id.kind == PINNING_KIND for card in seen.accelerators)
+        for name, words, is_pinned in (("host", "", can_pin), ("unpinned", "'s memory that is not pinned", False)):
+            copying = partial(devices.from_host, seen.accelerators, is_pinned=is_pinned)
+            yield Step("link", name, f"copies from the CPU{words}", copying)
     for first, second in itertools.combinations(seen.accelerators, 2):
         words = f"copies between {first.id} and {second.id}"
         yield Step("pair", f"{first.id}-{second.id}", words, partial(devices.between, first, second))

@@ -167,7 +167,11 @@ class Hardware(Section):
     """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
 
     links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
-    """`host`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's."""
+    """`host`, `unpinned`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's.
+
+    `host` is what is reached from memory that is pinned, `unpinned` from other memory, from which accelerate copies:
+    without it, half of `host`, and at most 10 GB/s.
+    """
 
     def device_span(self, device: Device) -> Span:
         """Return the place of a device's name; of `devices` where it is not listed."""

@@ -74,7 +74,8 @@ class LoadRequest:
     """What `from_pretrained` is asked for besides the map.
 
     `weights` is a directory or a hub id, `revision` the commit of the latter. `config` is the model's as it is written:
-    it names the code that comes with the model. `arguments` are passed on to `from_pretrained` as they are.
+    it names the code that comes with the model. `run_order` are the paths of its modules as they run. `arguments` are
+    passed on to `from_pretrained` as they are.
     """
 
     weights: str
@@ -86,6 +87,7 @@ class LoadRequest:
     offload_folder: Path | None = None
     trust_remote_code: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    run_order: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -117,8 +119,8 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     with telling_of_changes("the model cannot be loaded as it is planned"):
         with streaming_to(plan.main_device.in_device_map), code_of_models(allowed=request.trust_remote_code):
             loaded = _loaded(request, arguments)
-        if plan.executor.reads_ahead and request.offload_folder is not None:
-            _map(loaded.model, plan, request.offload_folder)
+        if plan.executor.works_ahead:
+            _bring_ahead(loaded.model, plan, request)
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
 
 
@@ -153,6 +155,18 @@ def _device_map(plan: Plan) -> dict[str, Any]:
         return {**plan.placement, **dict.fromkeys(plan.compute, TORCH_CPU)}
     devices = set(plan.placement.values())
     return {"": devices.pop()} if len(devices) == 1 else dict(plan.placement)
+
+
+def _bring_ahead(model: PreTrainedModel, plan: Plan, request: LoadRequest) -> None:
+    if plan.main_device.is_accelerator:
+        from devmap_config.dispatch.streamed_weights import UnpinnedError, stream_weights
+
+        try:
+            stream_weights(model, request.run_order)
+        except UnpinnedError as error:
+            raise RunnerError("load-failed", f"{error}, from which weights are copied", FREE_MEMORY) from None
+    elif request.offload_folder is not None:
+        _map(model, plan, request.offload_folder)
 
 
 def _map(model: PreTrainedModel, plan: Plan, folder: Path) -> None:

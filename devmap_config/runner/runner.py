@@ -204,6 +204,9 @@ def prepare(
         offload_folder=None if folder.value is None else folder.path,
         trust_remote_code=permissions.trust_remote_code,
         config=model.source.config,
+        run_order=()
+        if model.graph.measurement is None
+        else tuple(each.path for each in model.graph.measurement.modules),
     )
     lock = replace(lock, plan=compiled.plan.to_json(), hardware=compiled.inventory.accelerators_to_json())
     return Deployment(compiled, request, lock, match)

@@ -37,8 +37,8 @@ class Replay:
         self._at, self._graph, self._plan = at, graph, plan
         self._blocks = dict.fromkeys(graph.blocks)
         self._phase = ""
-        # What is read ahead lies beside what the module that runs has copied in: a piece as large as that may be.
-        ahead = plan.devices if plan.executor.reads_ahead else ()
+        # What is brought ahead lies beside what the module that runs has copied in: a piece as large as that may be.
+        ahead = plan.devices if plan.executor.works_ahead else ()
         self._live = {use.id: use.overhead_bytes // plan.executor.pieces_at_once for use in ahead}
         self._peaks: dict[Device, tuple[int, str, str]] = {}
         self._held: dict[tuple[str, str], dict[Device, int]] = {}

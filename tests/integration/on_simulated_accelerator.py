@@ -17,6 +17,7 @@ from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from joining_models import JOINS, code_of, config_of
+from late_copies import LateCopies
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -26,9 +27,11 @@ from devmap_config.cli.adopt import adopt
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.dispatch import streamed_weights
 from devmap_config.dispatch.cpu_compute import CpuComputeHook
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
+from devmap_config.placement import buffers
 from devmap_config.probe import torch_rates
 from devmap_config.probe.block import block_text, hardware_block
 from devmap_config.probe.measuring import measured, steps
@@ -66,13 +69,13 @@ def save(config):
     model.to(torch.bfloat16).save_pretrained("random")
 
 
-def load(*pins):
+def load(*pins, workload=""):
     """The model in `random`, by a profile whose pins place some of it off the first card."""
     lines = "".join(f"    - {{{pin}}}\n" for pin in pins)
     Path("profile.yaml").write_text(
         "version: 1\nmodel: {source: random}\n"
         "hardware: {devices: {npu:0: {memory: 1GiB}, npu:1: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
-        f"placement:\n  strategy: sequential\n  pins:\n{lines}"
+        f"{workload}placement:\n  strategy: sequential\n  pins:\n{lines}"
     )
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
     return load_model("profile.yaml")
@@ -112,6 +115,57 @@ def computed(match):
 def test_a_llama_says_what_the_plain_model_says(pins):
     save(LLAMA)
     assert_same_as_plain(load(*pins))
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The simulated card is one for which weights are copied ahead, and is late with them."""
+    streams = LateCopies()
+    monkeypatch.setattr(buffers, "PINNING_KIND", "npu")
+    monkeypatch.setattr(streamed_weights, "CudaStreams", lambda _device: streams)
+    monkeypatch.setattr(streamed_weights, "_pin", lambda *_: True)
+    monkeypatch.setattr(streamed_weights, "_unpin", lambda _memories: None)
+    return streams
+
+
+@pytest.mark.parametrize(
+    ("config", "pins"),
+    [
+        pytest.param(LLAMA, ['match: "model.layers.[0-4]", device: cpu'], id="blocks"),
+        pytest.param(
+            LLAMA,
+            [
+                computed("model.layers.1"),
+                'match: "{model.layers.2,lm_head}", device: cpu',
+                'match: "model.norm", device: 1',
+            ],
+            id="beside what computes on the CPU and on another card",
+        ),
+        pytest.param(MIXTURE, ['match: "model.layers.*.mlp.experts", device: cpu'], id="experts"),
+        pytest.param(
+            {**LLAMA, "tie_word_embeddings": True},
+            ['match: "{model.embed_tokens,lm_head,model.layers.*}", device: cpu'],
+            id="with a tied head",
+        ),
+    ],
+)
+def test_what_is_copied_ahead_says_what_the_plain_model_says(config, pins, copies):
+    save(config)
+    model = load(*pins, workload="workload: {context_length: 64}\n")
+    plan = compile_profile("profile.yaml")
+    assert plan.executor.name == "devmap"
+    assert_same_as_plain(model, **({"experts_implementation": "eager"} if config is MIXTURE else {}))
+    (card,) = (use for use in plan.devices if use.id == plan.main_device)
+    slots = {copy.target.data_ptr(): copy.target.nbytes for copy in copies.copies}
+    assert len(slots) == 2
+    assert 2 * max(slots.values()) <= card.overhead_bytes
+
+
+def test_memory_that_cannot_be_pinned_ends_a_load(copies, monkeypatch):
+    monkeypatch.setattr(streamed_weights, "_pin", lambda *_: False)
+    save(LLAMA)
+    with pytest.raises(RunnerError, match=r"KiB of memory cannot be pinned, from which weights are copied"):
+        load('match: "model.layers.[0-4]", device: cpu')
 
 
 def test_tied_embeddings_on_the_cpu():
@@ -434,7 +488,7 @@ def test_the_probe_sees_and_measures_the_cards(monkeypatch):
     assert (failures, begun) == ({}, planned)
     block = hardware_block(seen, measured_rates)
     assert set(block["devices"]["npu:1"]) == {"memory", "bandwidth", "flops", "efficiency"}
-    assert set(block["links"]) == {"host", "peer"}
+    assert set(block["links"]) == {"host", "unpinned", "peer"}
     save(LLAMA)
     Path("profile.yaml").write_text(
         "version: 1\nmodel: {source: random}\nworkload: {context_length: 8}\n"

@@ -10,7 +10,7 @@ from devmap_config.devices import Device
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.hardware.declared import build_inventory
-from devmap_config.hardware.inventory import Link
+from devmap_config.hardware.inventory import LATENCY_NANOSECONDS, Link
 from devmap_config.profile.loading import load_profile
 
 GIB = 2**30
@@ -89,7 +89,7 @@ def test_links_of_the_catalogue(declared):
     in_turn = Link(bytes_per_second=host["cuda:0"]).then(Link(bytes_per_second=host["cuda:2"]))
     assert inventory.links[Device.from_text("cuda:0"), Device.from_text("cuda:2")] == in_turn
     assert rate(inventory, "disk", "cpu") == 8 * 10**9
-    read = Link(bytes_per_second=8 * 10**9).then(Link(bytes_per_second=host["cuda:0"]))
+    read = Link(bytes_per_second=8 * 10**9).then(Link(bytes_per_second=10 * 10**9))
     assert inventory.links[Device.from_text("disk"), Device.from_text("cuda:0")] == read
 
 
@@ -102,7 +102,17 @@ def test_links_of_the_profile_come_first_and_a_pair_before_all(declared):
     assert rate(inventory, "cuda:0", "cuda:2") == 10 * 10**9
     link = inventory.links[Device("cpu"), Device("cuda", 0)]
     assert (link.bytes_per_second, link.latency_nanoseconds) == (5 * 10**9, 10**6)
-    assert link.nanoseconds(5 * 10**9, copies=2) == 2 * 10**6 + 10**9
+    assert link.nanoseconds(5 * 10**9, copies=2, is_pinned=True) == 2 * 10**6 + 10**9
+
+
+@pytest.mark.parametrize(
+    ("links", "unpinned"),
+    [("host: 5GB/s", 2.5e9), ("host: 55GB/s", 10e9), ("host: 55GB/s, unpinned: 8GB/s", 8e9), ("unpinned: 8GB/s", 8e9)],
+)
+def test_memory_that_is_not_pinned_is_copied_more_slowly(declared, links, unpinned):
+    inventory = declared("cuda:0: h100-sxm, cpu: {memory: 1GiB}", f"  links: {{{links}}}\n")
+    for pair in ((Device("cpu"), Device("cuda", 0)), (Device("cuda", 0), Device("cpu"))):
+        assert inventory.links[pair].nanoseconds(10**9) == 10**18 // int(unpinned) + LATENCY_NANOSECONDS
 
 
 def test_what_nothing_tells_is_no_link(declared):

@@ -17,7 +17,7 @@ model: {{source: llama}}
 workload: {{context_length: 64{workload}}}
 hardware:
   devices: {{{devices}}}
-  links: {{host: 25GB/s, peer: 10GB/s}}
+  links: {{host: {host}, peer: 10GB/s}}
 placement:
   strategy: {strategy}
 {pins}"""
@@ -25,9 +25,9 @@ placement:
 CARD = "{memory: 440KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
 
 
-def compiled(devices, strategy="fastest", pins="", workload=""):
+def compiled(devices, strategy="fastest", pins="", workload="", host="25GB/s"):
     pins = "  pins:\n" + "".join(f"    - {pin}\n" for pin in pins) if pins else ""
-    text = PROFILE.format(devices=devices, strategy=strategy, pins=pins, workload=workload)
+    text = PROFILE.format(devices=devices, strategy=strategy, pins=pins, workload=workload, host=host)
     Path("profile.yaml").write_text(text)
     return run_pipeline(Request(path=Path("profile.yaml")))
 
@@ -103,14 +103,22 @@ def test_without_the_speed_of_the_cpu_weights_are_copied_in(workspace):
 
 
 def test_a_cpu_that_reads_faster_than_the_link_computes(workspace):
-    plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}")
+    plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}", host="100MB/s")
     assert set(plan.compute.values()) == {CPU}
+
+
+def test_nothing_computes_on_the_cpu_where_weights_are_copied_in_less_time_than_it_takes(workspace):
+    plan = plan_of(f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}", host="25GB/s")
+    assert plan.executor.name == "devmap"
+    assert plan.compute == {}
 
 
 def test_a_cpu_of_which_nobody_says_what_it_computes_does_not_prefill(workspace):
     devices = f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}"
-    assert plan_of(devices, workload=", optimize: prefill").compute == {}
-    assert plan_of(devices.replace("900GB/s", "900GB/s, flops: 900TFLOP/s"), workload=", optimize: prefill").compute
+    prefill = {"workload": ", optimize: prefill", "host": "100MB/s"}
+    assert {*plan_of(devices, **prefill).compute} <= {"model.embed_tokens"}  # which looks up, and computes nothing
+    computed = plan_of(devices.replace("900GB/s", "900GB/s, flops: 900TFLOP/s"), **prefill).compute
+    assert any(unit.startswith("model.layers") for unit in computed)
 
 
 def test_a_cpu_that_reads_slowly_does_not(workspace):
@@ -157,7 +165,9 @@ def test_where_nothing_fits_every_way_out_that_is_named_compiles(workspace):
 def test_a_shorter_context_is_a_way_out(workspace):
     devices = f"cuda:0: {CARD.replace('440KiB', '2MiB')}"
     Path("profile.yaml").write_text(
-        PROFILE.format(devices=devices, strategy="fastest", pins="", workload="").replace("length: 64", "length: 4096")
+        PROFILE.format(host="25GB/s", devices=devices, strategy="fastest", pins="", workload="").replace(
+            "length: 64", "length: 4096"
+        )
     )
     (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     context_length = int(finding.help.split("`context_length` to ")[1].split(";")[0])
@@ -175,7 +185,7 @@ def test_pins_that_contradict_the_machine_are_named_and_dropping_one_is_a_way_ou
 
 def test_another_card_and_a_cpu_are_remedies(workspace):
     text = PROFILE.format(
-        devices="cuda:0: {accelerator: t4, memory: 1370000000}", strategy="fastest", pins="", workload=""
+        host="25GB/s", devices="cuda:0: {accelerator: t4, memory: 1370000000}", strategy="fastest", pins="", workload=""
     )
     Path("profile.yaml").write_text(text.replace("source: llama", "source: llama, dtype: float16"))
     (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
@@ -194,6 +204,7 @@ def test_what_a_rule_computes_on_the_cpu_wants_its_bandwidth(workspace):
 
 def test_every_way_out_of_a_quantizer_that_refuses_the_cpu_compiles(workspace):
     text = PROFILE.format(
+        host="25GB/s",
         devices=f"cuda:0: {CARD.replace('440KiB', '270KiB')}, cpu: {{memory: 1GiB}}",
         strategy="fastest",
         pins="",
@@ -225,7 +236,7 @@ def test_of_a_model_that_does_not_decode_the_prefill_is_made_fast_and_no_token_h
 
 def test_where_no_time_is_known_few_hops_and_a_long_context_decide(workspace):
     cards = "cuda:0: {memory: 520KiB, overhead: 0, slack: 0}, cuda:1: {memory: 420KiB, overhead: 0, slack: 0}"
-    text = PROFILE.format(devices=cards, strategy="fewest-devices", pins="", workload="")
+    text = PROFILE.format(host="25GB/s", devices=cards, strategy="fewest-devices", pins="", workload="")
     Path("profile.yaml").write_text(text)
     plan = run_pipeline(Request(path=Path("profile.yaml"))).plan
     assert (plan.prediction.decode_nanoseconds_per_token, plan.prediction.hops) == (None, 1)

@@ -21,7 +21,7 @@ from devmap_config.cli.probe import probe as probe_command
 from devmap_config.devices import CPU, Device
 from devmap_config.probe import rates, torch_rates
 from devmap_config.probe.measuring import peer_links
-from devmap_config.probe.rates import NotMeasuredError, disk_bandwidth, fastest_pass, memory_bandwidth
+from devmap_config.probe.rates import SHARE_OF_FREE, NotMeasuredError, disk_bandwidth, fastest_pass, memory_bandwidth
 from devmap_config.probe.torch_rates import Devices
 
 SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
@@ -119,6 +119,14 @@ def test_layers_grow_until_they_take_long_enough(monkeypatch):
     assert slow.per_second == 2 * torch_rates.SMALLEST_MATRIX**3
 
 
+def test_the_cpu_is_as_fast_as_its_layers_read_their_weights():
+    rate = Devices(Clock()).layer_bandwidth(3 * SHARE_OF_FREE * torch_rates.LAYER_BYTES)
+    assert rate.per_second == 3 * torch_rates.LAYER_BYTES
+    assert rate.method == "3 linear layers of 4096 by 4096, one token"
+    with pytest.raises(NotMeasuredError, match="too little memory"):
+        Devices(Clock()).layer_bandwidth(torch_rates.LAYER_BYTES)
+
+
 def test_pairs_with_a_bridge_have_a_line_of_their_own():
     rates = {"cuda:0-cuda:1": 50, "cuda:0-cuda:2": 10, "cuda:1-cuda:2": 11}
     assert peer_links(rates) == {"peer": 10, "cuda:0-cuda:1": 50}
@@ -130,6 +138,7 @@ def small(monkeypatch):
     monkeypatch.setitem(memory_bandwidth.__kwdefaults__, "buffer_bytes", SMALL["MEMORY_BUFFER_BYTES"])
     monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
     monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 256)
+    monkeypatch.setattr(torch_rates, "LAYERS_BYTES", torch_rates.LAYER_BYTES)
 
 
 def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, workspace):
@@ -139,7 +148,7 @@ def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, wo
     assert set(hardware["devices"]["cpu"]) == {"memory", "bandwidth", "flops"}
     assert hardware["devices"]["disk"]["bandwidth"] == hardware["links"]["disk"]
     comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]
-    assert [line.partition(":")[0] for line in comments] == ["# memory", "# disk", "# layers on the CPU"]
+    assert [line.partition(":")[0] for line in comments] == ["# weights on the CPU", "# disk", "# layers on the CPU"]
     assert done.stderr == ""
 
     Path("profile.yaml").write_text(
@@ -160,7 +169,7 @@ def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, mon
     value = json.loads(done.stdout)
     assert [each["code"] for each in value["diagnostics"]] == ["not-measured"]
     assert value["diagnostics"][0]["message"].startswith("disk could not be measured: nothing can be written to ")
-    assert set(value["measured"]) == {"memory", "layers on the CPU"}
+    assert set(value["measured"]) == {"weights on the CPU", "layers on the CPU"}
     assert "links" not in value["hardware"]
 
 

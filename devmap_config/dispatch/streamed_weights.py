@@ -1,0 +1,353 @@
+"""Runs on an accelerator what is stored in the CPU's memory: what is to run next is copied there ahead of its use.
+
+accelerate copies one tensor after another, from memory that the system may move, each time that its module runs, and
+computes meanwhile nothing. Here the weights of modules that run one after another lie together in memory that is
+pinned, as a load. The accelerator has two slots for loads: while modules compute with what is in one of them, the next
+load is copied to the other, in a stream of its own. So a forward takes the longer of copying and computing, and no more
+than two of the largest modules are there at once, which the plan has room for.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+
+from devmap_config.amounts import format_bytes
+from devmap_config.devices import CPU
+from devmap_config.libraries.accelerate import (
+    found_device,
+    hooks_of,
+    names_copied_in,
+    replace_hook,
+    replace_streamed,
+    sent,
+    streamed_from,
+)
+from devmap_config.libraries.torch import own_buffers, own_parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+ALIGNMENT_BYTES = 256
+"""Where a tensor may begin: kernels read wide words, and torch's own allocator gives them no less."""
+
+
+class UnpinnedError(Exception):
+    """Memory cannot be pinned, and copying from it would be slower than was planned."""
+
+
+class Stream(Protocol):
+    """Of torch's streams, what is used here: work is done in order, and after another's where that is said."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Do what is given from here on after all that the other was given until now."""
+
+    def wait_event(self, event: Any) -> None:
+        """Do what is given from here on after the event."""
+
+    def record_event(self) -> Any:
+        """Return the event that all that was given until now is done."""
+
+
+class Streams(Protocol):
+    """The two streams of an accelerator: one copies, the other computes."""
+
+    copying: Stream
+
+    @property
+    def computing(self) -> Stream:
+        """The stream that modules are run in."""
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy in the copying stream, and return at once."""
+
+
+class CudaStreams:
+    """Those of a CUDA (or ROCm) card."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.copying = torch.cuda.Stream(device)
+
+    @property
+    def computing(self) -> torch.cuda.Stream:
+        """The stream that modules are run in."""
+        return torch.cuda.current_stream(self.device)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy in the copying stream, and return at once."""
+        with torch.cuda.stream(self.copying):
+            target.copy_(source, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a load a tensor lies, and what it is."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def within(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return it, in the memory that has the load."""
+        return memory[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """The weights of modules that run one after another, as they lie in pinned memory."""
+
+    memory: torch.Tensor
+    places: Mapping[torch.nn.Module, Mapping[str, Place]]
+
+
+@dataclass(eq=False)
+class Slot:
+    """Memory of an accelerator that takes one load after another.
+
+    `copied` is the event that the load is there, `running` the modules that compute with it now.
+    """
+
+    memory: torch.Tensor
+    load: Load | None = None
+    copied: Any = None
+    running: set[torch.nn.Module] = field(default_factory=set)
+
+
+class Streamer:
+    """Brings loads to the slots of an accelerator, each ahead of its use.
+
+    Which load follows on which is learnt as the model runs; at first it is the next of `loads`, and after the last the
+    first. Nothing here waits for the accelerator: it is told what is to wait for what.
+    """
+
+    def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot]) -> None:
+        self._next = dict(zip(loads, (*loads[1:], *loads[:1]), strict=True))
+        self._last: Load | None = None
+        self._streams = streams
+        self._slots = slots
+
+    def begin(self, module: torch.nn.Module, load: Load) -> dict[str, torch.Tensor]:
+        """Return the weights of a module that begins, where what is computed from here on finds them.
+
+        Where modules of both slots run, around this one, its weights are copied beside them.
+        """
+        slot = self._slot_of(load)
+        if slot is None:
+            slot = next((each for each in self._slots if not each.running), None)
+            if slot is None:
+                memory = torch.empty_like(load.memory, device=self._slots[0].memory.device)
+                memory.copy_(load.memory)
+                return {name: place.within(memory) for name, place in load.places[module].items()}
+            self._fetch(load, slot)
+        slot.running.add(module)
+        self._streams.computing.wait_event(slot.copied)
+        if load is not self._last:
+            self._go_on_to(load)
+        return {name: place.within(slot.memory) for name, place in load.places[module].items()}
+
+    def end(self, module: torch.nn.Module) -> None:
+        """Say that a module has run, or failed."""
+        for slot in self._slots:
+            slot.running.discard(module)
+
+    def _go_on_to(self, load: Load) -> None:
+        """Have what follows on this load copied to the other slot, if nothing there runs."""
+        if self._last is not None:
+            self._next[self._last] = load
+        self._last = load
+        following = self._next[load]
+        other = next(each for each in self._slots if each.load is not load)
+        if self._slot_of(following) is None and not other.running:
+            self._fetch(following, other)
+
+    def _slot_of(self, load: Load) -> Slot | None:
+        return next((slot for slot in self._slots if slot.load is load), None)
+
+    def _fetch(self, load: Load, slot: Slot) -> None:
+        # What was computed until now may read what is in the slot; what is computed from now on does not.
+        self._streams.copying.wait_stream(self._streams.computing)
+        self._streams.copy(load.memory, slot.memory[: load.memory.numel()])
+        slot.load, slot.copied = load, self._streams.copying.record_event()
+
+
+class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
+    """Stands in for accelerate's hook of a module that is streamed: its weights are there while it runs, and only then.
+
+    Where its weights are asked for elsewhere, as they are when the model is saved, it does what accelerate's does.
+    """
+
+    def __init__(self, replaced: AlignDevicesHook, streamer: Streamer, load: Load) -> None:
+        self.__dict__.update(replaced.__dict__)
+        self._streamer = streamer
+        self._load = load
+        self._device = replaced.execution_device
+        self._absent: dict[str, torch.Tensor] = {}
+
+    def pre_forward(self, module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        """Called by accelerate before the module runs."""
+        if self.execution_device != self._device:
+            given: tuple[Any, Any] = super().pre_forward(module, *arguments, **options)
+            return given
+        if self.io_same_device:
+            self.input_device = found_device([arguments, options])
+        self._absent = {name: getattr(module, name) for name in self._load.places[module]}
+        _set(module, self._streamer.begin(module, self._load))
+        skipped = self.skip_keys
+        return sent(arguments, self._device), sent(options, self._device, skipped)
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        """Called by accelerate after the module has run."""
+        if self.execution_device != self._device:
+            return super().post_forward(module, output)
+        returns = self.io_same_device and self.input_device is not None
+        return sent(output, self.input_device, self.skip_keys) if returns else output
+
+    def end(self, module: torch.nn.Module, *_: Any) -> None:
+        """Called by torch after the module has run, or has failed."""
+        self._streamer.end(module)
+        _set(module, self._absent)
+        self._absent = {}
+
+
+def stream_weights(model: PreTrainedModel, run_order: Iterable[str]) -> None:
+    """Copy ahead, to a CUDA card, the weights that accelerate would copy from the CPU's memory as they are needed.
+
+    They are moved to pinned memory, load by load: so only one of these is there twice meanwhile. What has streamed
+    modules within, and what shares its weights with another, stays with accelerate.
+
+    Args:
+        model: the model, loaded by a map in which modules are on the CPU.
+        run_order: the paths of its modules in the order in which they run, as far as it is known.
+
+    Raises:
+        UnpinnedError: where memory cannot be pinned.
+    """
+    streamed = streamed_modules(model, run_order)
+    if not streamed:
+        return
+    device = torch.device(next(iter(streamed.values())).execution_device)
+    loads = loads_of(streamed)
+    pinned: list[torch.Tensor] = []
+    weakref.finalize(model, _unpin, pinned).atexit = False
+    for load in loads:
+        if not _pin(load.memory, device):
+            raise UnpinnedError(f"{format_bytes(sum(each.memory.nbytes for each in loads))} of memory cannot be pinned")
+        pinned.append(load.memory)
+    slot_bytes = max(load.memory.nbytes for load in loads)
+    first, second = (Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(2))
+    attach(streamed, loads, Streamer(loads, CudaStreams(device), (first, second)))
+
+
+def attach(streamed: Mapping[torch.nn.Module, AlignDevicesHook], loads: Iterable[Load], streamer: Streamer) -> None:
+    """Have modules run with what a streamer brings, in place of what accelerate's hooks would copy."""
+    for load in loads:
+        for module in load.places:
+            hook = StreamingHook(streamed[module], streamer, load)
+            replace_hook(module, streamed[module], hook)
+            module.register_forward_hook(hook.end, always_call=True)
+
+
+def streamed_modules(model: PreTrainedModel, run_order: Iterable[str]) -> dict[torch.nn.Module, AlignDevicesHook]:
+    """Return accelerate's hook of each module that can be copied ahead, as they run."""
+    modules = dict(model.named_modules())
+    found: dict[torch.nn.Module, AlignDevicesHook] = {}
+    for path in dict.fromkeys([*(path for path in run_order if path in modules), *modules]):
+        for hook in hooks_of(modules[path]):
+            homes = {streamed_from(hook, path, f"{path}.{name}") for name in names_copied_in(modules[path], hook)}
+            if homes == {CPU}:
+                found[modules[path]] = hook
+    uses = Counter(each.data_ptr() for module, hook in found.items() for each in _tensors(module, hook).values())
+    return {
+        module: hook
+        for module, hook in found.items()
+        if not any(within in found for within in module.modules() if within is not module)
+        and all(uses[each.data_ptr()] == 1 for each in _tensors(module, hook).values())
+    }
+
+
+def loads_of(streamed: Mapping[torch.nn.Module, AlignDevicesHook]) -> list[Load]:
+    """Move the weights of modules to loads, none of which is larger than the largest module."""
+    sizes_bytes = {module: _placed(_tensors(module, hook))[1] for module, hook in streamed.items()}
+    loads = []
+    for modules in _together(sizes_bytes):
+        places, size_bytes = {}, 0
+        for module in modules:
+            places[module], size_bytes = _placed(_tensors(module, streamed[module]), size_bytes)
+        load = Load(_paged(size_bytes), places)
+        for module in modules:
+            for name, place in places[module].items():
+                held = place.within(load.memory)
+                held.copy_(streamed[module].weights_map[name])
+                replace_streamed(streamed[module], name, held)
+        loads.append(load)
+    return loads
+
+
+def _together(sizes_bytes: Mapping[torch.nn.Module, int]) -> Iterator[list[torch.nn.Module]]:
+    """Yield as many modules at a time, in their order, as take no more than the largest of them."""
+    most_bytes = max(sizes_bytes.values())
+    modules: list[torch.nn.Module] = []
+    room_bytes = most_bytes
+    for module, size_bytes in sizes_bytes.items():
+        if size_bytes > room_bytes:
+            yield modules
+            modules, room_bytes = [], most_bytes
+        modules.append(module)
+        room_bytes -= size_bytes
+    yield modules
+
+
+def _placed(tensors: Mapping[str, torch.Tensor], start: int = 0) -> tuple[dict[str, Place], int]:
+    """Return where tensors lie, one behind the other, and where the next one does."""
+    places = {}
+    for name, tensor in tensors.items():
+        places[name] = Place(start, start + tensor.nbytes, tensor.dtype, tensor.shape)
+        start = -(-places[name].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return places, start
+
+
+def _tensors(module: torch.nn.Module, hook: AlignDevicesHook) -> dict[str, torch.Tensor]:
+    return {name: hook.weights_map[name] for name in names_copied_in(module, hook)}
+
+
+def _paged(size_bytes: int) -> torch.Tensor:
+    """Return memory of exactly this size: what torch pins itself, it rounds up to a power of two."""
+    memory = mmap.mmap(-1, size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # quicker to be touched, and to be pinned
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _pin(memory: torch.Tensor, device: torch.device) -> bool:
+    """Have memory stay where it is, so that the card reads it by itself; return whether it does."""
+    with torch.cuda.device(device):
+        return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+
+
+def _unpin(memories: Iterable[torch.Tensor]) -> None:
+    torch.cuda.synchronize()
+    for memory in memories:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _set(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters, buffers = own_parameters(module), own_buffers(module)
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            buffers[name] = tensor
+        elif isinstance(tensor, torch.nn.Parameter):
+            parameters[name] = tensor
+        else:
+            parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
