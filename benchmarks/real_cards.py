@@ -73,7 +73,7 @@ SMALLEST = {
 class Case:
     """A placement, and the sequences that run at once. By `auto`, transformers places the model, and loads it.
 
-    With a static cache, transformers compiles what decodes.
+    With a static cache, transformers compiles what decodes. Weights are copied from a CPU that does not compute.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Case:
     limited: bool = False
     quantized: bool = False
     cache: str = "dynamic"
+    computes_on_cpu: bool = True
 
 
 CASES = (
@@ -89,6 +90,8 @@ CASES = (
     Case("whole-8", "single", batch_size=8),
     Case("static-1", "single", cache="static"),
     Case("limited-1", "fastest", limited=True),
+    Case("streamed-1", "fastest", limited=True, computes_on_cpu=False),
+    Case("streamed-8", "fastest", batch_size=8, limited=True, computes_on_cpu=False),
     Case("auto-1", "auto", limited=True),
     Case("limited-8", "fastest", batch_size=8, limited=True),
     Case("4bit-1", "single", quantized=True),
@@ -128,6 +131,8 @@ def profile_of(case: Case, hardware: Mapping[str, Any], card: str, memory_bytes:
     }
     if case.limited and card != "cpu":
         devices[card] |= {"memory": memory_bytes, "reserve": 0}
+    if not case.computes_on_cpu:
+        devices["cpu"] = {"memory": devices["cpu"]["memory"]}
     links = {name: rate for name, rate in hardware.get("links", {}).items() if name != "disk"}
     return {
         "version": 1,
