@@ -120,5 +120,7 @@ def _bound(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:
-        raise click.UsageError(f"cannot listen at `{host}`, port {port}: {error}") from None
+        raise click.UsageError(
+            f"cannot listen at `{host}`, port {port}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     return listener

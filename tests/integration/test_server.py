@@ -7,6 +7,7 @@ import json
 
 import httpx2
 import pytest
+import torch
 from conftest import REPOSITORY
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -16,6 +17,8 @@ from devmap_config.server.application import Service
 from devmap_config.server.generation import UntilStop, Writer
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "profiles" / "models" / "quickstart")
+
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,19 @@ def test_a_text_ends_before_the_first_word_that_stops_it(stops, pieces, handed_o
     assert text.is_over == (bool(stops) and any(stop in "".join(pieces) for stop in stops))
 
 
+def asking(model, told):
+    """What asks a service of a model for a completion; `told` takes what the model fails by."""
+    writer = Writer(model, TOKENIZER, PlannedContext(tokens=100, prompt_tokens=100), queue_length=0)
+    service = Service(model="tiny", writer=writer, is_local=True, tell=told.append)
+
+    async def answer(fields):
+        transport = httpx2.ASGITransport(service.application())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/v1/completions", json={"model": "tiny", "max_tokens": 2, **fields})
+
+    return lambda **fields: asyncio.run(answer(fields))
+
+
 class FailsTwice(LlamaForCausalLM):
     """A model of which memory runs out twice."""
 
@@ -54,27 +70,30 @@ class FailsTwice(LlamaForCausalLM):
 
 def test_a_model_that_fails_is_told_on_both_sides_and_the_next_request_is_served():
     told = []
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = FailsTwice(LlamaConfig(**sizes, vocab_size=len(TOKENIZER), eos_token_id=None))
-    writer = Writer(model, TOKENIZER, PlannedContext(tokens=100, prompt_tokens=100), queue_length=0)
-    service = Service(model="tiny", writer=writer, is_local=True, tell=told.append)
-
-    async def ask(**more):
-        transport = httpx2.ASGITransport(service.application())
-        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2, **more})
-
-    found = asyncio.run(ask())
+    model = FailsTwice(LlamaConfig(**SIZES, vocab_size=len(TOKENIZER), eos_token_id=None))
+    ask = asking(model, told)
+    found = ask(prompt="a")
     message = "the model does not run: MemoryError: out of memory"
     assert (found.status_code, found.json()["error"]) == (
         500,
         {"message": message, "type": "server_error", "param": None, "code": None},
     )
-    found = asyncio.run(ask(stream=True))
+    found = ask(prompt="a", stream=True)
     events = [json.loads(line.removeprefix("data: ")) for line in found.text.splitlines() if line]
     assert (found.status_code, events[-1]["error"]["message"]) == (200, message)
     assert told == [message] * 2
-    assert asyncio.run(ask()).json()["usage"]["completion_tokens"] == 2
+    assert ask(prompt="a").json()["usage"]["completion_tokens"] == 2
+
+
+def test_a_text_that_comes_to_its_end_is_told_from_one_that_is_cut_off():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(TOKENIZER), eos_token_id=None))
+    written = model.generate(TOKENIZER("a", return_tensors="pt")["input_ids"], max_new_tokens=20)[0, 1:].tolist()
+    count = next(place for place in range(3, 20) if written[place] not in written[:place]) + 1
+    model.generation_config.eos_token_id = written[count - 1]
+    for most, told in ((count + 5, "stop"), (count, "stop"), (count - 1, "length")):
+        found = asking(model, [])(prompt="a", max_tokens=most, temperature=0).json()
+        assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == (told, min(most, count))
 
 
 def test_a_plan_says_what_room_there_is():
