@@ -69,6 +69,10 @@ class Change:
         return replace(loaded, profile=changed)
 
 
+MOST_DEVICES = 32
+"""On more nothing is tried: each trial takes the square of their number, and there are up to a dozen."""
+
+
 @dataclass(frozen=True)
 class Trials:
     """Tries changes of a profile, up to the dry run, with repairs that a dry run asked for.
@@ -93,7 +97,7 @@ class Trials:
         return self._has_plan(change, None if change.is_of_model else self.prepared.model)
 
     def _has_plan(self, change: Change, model: LoadedModel | None, *, at_any_speed: bool = False) -> bool:
-        if self.prepare is None:
+        if self.prepare is None or len(self.prepared.inventory.capacities) > MOST_DEVICES:
             return False
         sink = Sink()
         try:

@@ -9,7 +9,8 @@ from devmap_config.devices import Device, nth_accelerator
 ACCELERATOR_KINDS = ("cuda", "xpu", "npu", "hpu", "mps")
 """torch's device types that a map may name; AMD's cards are `cuda` as well."""
 
-MAX_DEVICES = 1024
+MAX_DEVICES = 128
+"""Twice the parts into which the cards of a host can be split (eight of seven each), and eight times its most cards."""
 
 _NAME = re.compile(
     r"(?:(?P<kind>[a-z]+):)?(?:(?P<index>0|[1-9][0-9]{0,3})|\[(?P<items>[0-9]{1,4}(?:-[0-9]{1,4})?(?:,[0-9]{1,4}(?:-[0-9]{1,4})?)*)\])"
