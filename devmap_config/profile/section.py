@@ -42,8 +42,8 @@ class Section(BaseModel):
     STAND_INS: ClassVar[Mapping[str, object]] = {}
     """By required key, what stands in where it is missing or wrong, so that the rest can be looked at."""
 
-    _place: Place = PrivateAttr(default=NOWHERE)
-    _doubtful: frozenset[str] = PrivateAttr(default=frozenset())
+    _place: Place = PrivateAttr(default_factory=lambda: NOWHERE)  # which a default would be copied from
+    _doubtful: frozenset[str] = PrivateAttr(default_factory=frozenset)
 
     @property
     def span(self) -> Span:

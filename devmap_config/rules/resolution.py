@@ -64,14 +64,14 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
         decided, in_conflict = _decide(of_origin, graph, sink)
         decisions |= decided
         conflicting |= in_conflict
-    _warn_shadowed([each for each in matches if id(each[0]) not in conflicting], decisions, graph, sink)
+    tensors = {text: _tensors_of(found, graph) for text, found in {rule.text: found for rule, found in matches}.items()}
+    _warn_shadowed([each for each in matches if id(each[0]) not in conflicting], decisions, tensors, sink)
+    new_by_text = {rule.text: rule for rule, _ in matches if rule.origin == "allow_new"}
     return Resolution(
         decisions=decisions,
-        groups=tuple(
-            (rule, _tensors_of(found, graph)) for rule, found in matches if rule.keep_together and found.names
-        ),
-        forbidden=_forbidden(matches, graph),
-        new={name: rule for rule, found in matches if rule.origin == "allow_new" for name in _tensors_of(found, graph)},
+        groups=tuple((rule, tensors[rule.text]) for rule, found in matches if rule.keep_together and found.names),
+        forbidden=_forbidden(matches, tensors),
+        new={name: rule for text, rule in new_by_text.items() for name in tensors[text]},
         matches=tuple(matches),
     )
 
@@ -140,9 +140,10 @@ def _decide(
     at: dict[str, list[Decision]] = {}
     for rule, found in matches:
         if (device := rule.device or rule.compute) is not None:
+            decision = Decision(device, rule.compute, rule)
             for name in found.names:
-                at.setdefault(name, []).append(Decision(device, rule.compute, rule))
-    reported: set[tuple[Rule, Rule]] = set()
+                at.setdefault(name, []).append(decision)
+    reported: set[tuple[int, int]] = set()
     decisions: dict[TensorName, Decision] = {}
 
     def settled(name: str, inherited: Decision | None) -> Decision | None:
@@ -152,8 +153,8 @@ def _decide(
                 decision = own
             elif (merged := _merged(decision, own)) is not None:
                 decision = merged
-            elif (decision.rule, own.rule) not in reported:
-                reported.add((decision.rule, own.rule))
+            elif (pair := (id(decision.rule), id(own.rule))) not in reported:
+                reported.add(pair)
                 _report_conflict(name, decision, own, sink)
         return decision or inherited
 
@@ -166,7 +167,7 @@ def _decide(
             visit(child, here)
 
     visit(graph.root, None)
-    return decisions, {id(rule) for pair in reported for rule in pair}
+    return decisions, {rule for pair in reported for rule in pair}
 
 
 def _merged(first: Decision, second: Decision) -> Decision | None:
@@ -196,15 +197,17 @@ def _said(decision: Decision) -> str:
 
 
 def _warn_shadowed(
-    matches: list[tuple[Rule, Match]], decisions: Mapping[TensorName, Decision], graph: ModelGraph, sink: Sink
+    matches: list[tuple[Rule, Match]],
+    decisions: Mapping[TensorName, Decision],
+    tensors: Mapping[str, tuple[TensorName, ...]],
+    sink: Sink,
 ) -> None:
     winners = {id(decision.rule) for decision in decisions.values()}
     for rule, found in matches:
         says_more = rule.not_on or rule.keep_together or (rule.device is None and rule.compute is None)
         if id(rule) in winners or says_more or not found.names:
             continue
-        tensors = _tensors_of(found, graph)
-        if not tensors:
+        if not tensors[rule.text]:
             sink.warning(
                 "shadowed-pin",
                 f"`{rule.text}` matches only modules that hold no weights",
@@ -212,7 +215,7 @@ def _warn_shadowed(
                 help="remove the rule",
             )
             continue
-        over = decisions[tensors[0]].rule
+        over = decisions[tensors[rule.text][0]].rule
         if over.device == rule.device and over.compute == rule.compute and not over.override:
             message = f"`{rule.text}` says only what `{over.text}` says already"
         else:
@@ -236,11 +239,13 @@ def _tensors_of(found: Match, graph: ModelGraph) -> tuple[TensorName, ...]:
     return tuple(names)
 
 
-def _forbidden(matches: list[tuple[Rule, Match]], graph: ModelGraph) -> dict[TensorName, dict[Device, Rule]]:
+def _forbidden(
+    matches: list[tuple[Rule, Match]], tensors: Mapping[str, tuple[TensorName, ...]]
+) -> dict[TensorName, dict[Device, Rule]]:
     forbidden: dict[TensorName, dict[Device, Rule]] = {}
-    for rule, found in matches:
+    for rule, _ in matches:
         if rule.not_on:
-            for name in _tensors_of(found, graph):
+            for name in tensors[rule.text]:
                 for device in rule.not_on:
                     forbidden.setdefault(name, {})[device] = rule
     return forbidden

@@ -54,10 +54,14 @@ class Surface:
     def command(self, data: bytes) -> list[str]:
         """Return the command line that reads an input."""
         if not self.commands:
-            return list(json.loads(data))
+            return [_argument(word.encode("utf-8", "surrogatepass")) for word in json.loads(data)]
         words = self.commands[zlib.crc32(data) % len(self.commands)]
-        text = data.decode("utf-8", "surrogateescape").replace("\0", "")  # which no argument can hold
-        return [text if word == INPUT else word for word in words]
+        return [_argument(data) if word == INPUT else word for word in words]
+
+
+def _argument(data: bytes) -> str:
+    """Return bytes as Python has them of a command line, where no NUL can be."""
+    return data.replace(b"\0", b"").decode("utf-8", "surrogateescape")
 
 
 INPUT = "INPUT"
