@@ -155,6 +155,7 @@ class Text:
                 **_sampling(self._asked, model),
                 max_new_tokens=self._max_tokens,
                 num_beams=1,
+                tokenizer=self._inputs.tokenizer,  # for words by which a model's generation config ends texts
                 stopping_criteria=[is_over],
             )
         except Exception as error:  # what a model's own code raises, or a device of which the memory is full

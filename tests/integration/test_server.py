@@ -94,6 +94,12 @@ def test_a_text_that_comes_to_its_end_is_told_from_one_that_is_cut_off():
     for most, told in ((count + 5, "stop"), (count, "stop"), (count - 1, "length")):
         found = asking(model, [])(prompt="a", max_tokens=most, temperature=0).json()
         assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == (told, min(most, count))
+    model.generation_config.eos_token_id = None
+    words = [TOKENIZER.decode(token) for token in written]
+    place, word = next((place, word) for place, word in enumerate(words) if word.isascii() and word.strip(" a"))
+    model.generation_config.stop_strings = [word]
+    found = asking(model, [])(prompt="a", max_tokens=20, temperature=0).json()
+    assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ("stop", place + 1)
 
 
 def test_a_plan_says_what_room_there_is():
