@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 @profile_command("bench", "table", "json")
 @click.option("--rounds", type=click.IntRange(min=2), default=4, show_default=True, help="How often each takes a turn.")
 @click.option(
-    "--new-tokens", type=click.IntRange(min=2), default=16, show_default=True, help="How much is written in each turn."
+    "--new-tokens",
+    type=click.IntRange(min=2),
+    help="How much is written in each turn, of what the plan has room for; 24 else.",
 )
 @click.option(
     "--random-weights", is_flag=True, help="Measure before there is a checkpoint: with one of random weights."
 )
-def bench(profile: Path, options: ProfileOptions, rounds: int, new_tokens: int, random_weights: bool) -> ExitCode:
+def bench(
+    profile: Path, options: ProfileOptions, rounds: int, new_tokens: int | None, random_weights: bool
+) -> ExitCode:
     """Measure load, prefill and decode of the plan of PROFILE beside plain transformers'.
 
     The model is loaded by its lock, and by `device_map="auto"` with as much room for weights on each device; without

@@ -233,14 +233,13 @@ def demonstrator_of_plan(
     Raises:
         RunnerError: where the model takes no tokens, or the plan has no room for as many.
     """
-    planned, context = planned_generation(workload, max_new_tokens), PlannedContext.of(workload)
+    planned = planned_generation(workload, max_new_tokens)
     require_fit_class(request, Given())
-    context.new_tokens(planned.prompts.length, wanted=planned.new_tokens, default=FEW_TOKENS)
     return Demonstrator(
         request=request,
         sink=sink,
         tokenizer=None,
-        context=context,
+        context=PlannedContext.of(workload),
         max_new_tokens=planned.new_tokens,
         made_up=planned.prompts,
         writes_all=True,
@@ -248,10 +247,16 @@ def demonstrator_of_plan(
 
 
 def planned_generation(workload: Workload, new_tokens: int | None, *, decodes: bool = True) -> GenerationWorkload:
-    """Return as many made-up tokens, and so many after them if it `decodes`, as a workload has room for."""
+    """Return as many made-up tokens, and so many after them if a model `decodes`, as a workload has room for.
+
+    Raises:
+        RunnerError: where it has no room for so many.
+    """
     context_length = workload.context_length.value or MADE_UP_LENGTH + (new_tokens or FEW_TOKENS)
     count = (new_tokens or min(FEW_TOKENS, max(context_length - 1, 1))) if decodes else 0
     length = max(min(workload.prompt_length or context_length, context_length - count), 1)
+    if decodes:
+        PlannedContext.of(workload).new_tokens(length, wanted=count, default=FEW_TOKENS)
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length), new_tokens=count, cache=workload.cache
     )

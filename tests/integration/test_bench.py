@@ -202,6 +202,12 @@ def test_a_model_that_does_not_decode_prefills_all_that_there_is_room_for(worksp
     assert (planned.prompts.length, planned.new_tokens) == (32, 0)
 
 
+def test_more_than_the_plan_has_room_for_is_refused(workspace):
+    write_profile()
+    done = run("--new-tokens", "32")
+    assert (done.return_value, "error[beyond-context]" in done.stderr) == (1, True)
+
+
 def test_what_cannot_be_loaded_in_a_process_comes_back_as_a_failure(workspace):
     write_profile()
     _, auto, _ = jobs()
