@@ -75,7 +75,6 @@ def bench(
 
 TITLES: dict[Phase, str] = {"load": "load", "prefill": "prefill", "decode": "a token"}
 
-
 WIDE = 70
 """Columns in which the spread of ratios has room as well."""
 

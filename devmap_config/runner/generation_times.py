@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.forwards import cache_tensors
 from devmap_config.libraries.transformers import CACHE_NAMES
 from devmap_config.runner.inputs import MadeUp, made_up_inputs, placed
+from devmap_config.runner.inspection import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
     from transformers import PreTrainedModel
+
+    from devmap_config.devices import Device
 
 WARM_UP_TOKENS = 2
 """Generated before anything is measured: buffers are allocated, kernels chosen, and what is mapped is read."""
@@ -50,7 +53,7 @@ class GenerationTimes:
     first_generation_seconds: float
     prefill_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
-    kv_cache_bytes: Mapping[str, int]
+    kv_cache_bytes: Mapping[Device, int]
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, with the medians: what a receipt says of a generation."""
@@ -149,9 +152,9 @@ def _passed(
     return [after - before for before, after in pairwise(clock.seconds)], cache
 
 
-def _bytes_by_device(cache: Any) -> dict[str, int]:
-    held: dict[str, int] = {}
+def _bytes_by_device(cache: Any) -> dict[Device, int]:
+    held: dict[Device, int] = {}
     for tensor in [] if cache is None else cache_tensors(cache):
-        device = str(tensor.device)
+        device = device_of(tensor.device)
         held[device] = held.get(device, 0) + tensor.nbytes
     return held

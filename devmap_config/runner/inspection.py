@@ -158,7 +158,7 @@ def running_place(model: PreTrainedModel, name: str) -> tuple[Device, bool] | No
         for hook in hooks_of(model.get_submodule(path)):
             device = getattr(hook, "execution_device", None)
             if device is not None and (path == own or getattr(hook, "place_submodules", False)):
-                return _device_of(torch.device(device)), bool(getattr(hook, "offload", False))
+                return device_of(torch.device(device)), bool(getattr(hook, "offload", False))
         if not path:
             return home, False
         path = path.rpartition(".")[0]
@@ -176,7 +176,7 @@ def tensor_home(model: PreTrainedModel, name: str) -> Device | None:
         return None
     if mapped_place(model, name) is not None:
         return DISK
-    return _streamed_from(model, name) if tensor.is_meta else _device_of(tensor.device)
+    return _streamed_from(model, name) if tensor.is_meta else device_of(tensor.device)
 
 
 def _streamed_from(model: PreTrainedModel, name: str) -> Device:
@@ -228,5 +228,6 @@ def _names_of(model: PreTrainedModel) -> list[str]:
     return parameters + buffers
 
 
-def _device_of(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """Return the device that torch means."""
     return CPU if device.type == "cpu" else nth_accelerator(device.type, device.index or 0)

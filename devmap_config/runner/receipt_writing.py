@@ -74,7 +74,7 @@ def _seen(
     for device in (use.id for use in plan.devices):
         found = {
             "weights_bytes": weights.get(device, 0),
-            "kv_cache_bytes": None if generation is None else cache.get(str(device), 0),
+            "kv_cache_bytes": None if generation is None else cache.get(device, 0),
             "process_bytes": load.process_bytes if device == CPU else None,
             "loading_peak_bytes": load.peak_bytes.get(device),
             "peak_bytes": peak_bytes.get(device),
