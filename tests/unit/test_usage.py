@@ -16,7 +16,7 @@ PROFILE = """\
 version: 1
 model: {source: llama}
 workload: {context_length: 32}
-hardware: {devices: {"cuda:[0-1]": {memory: 200KiB}, cpu: {memory: 400KiB}, disk: {memory: 1GiB}}}
+hardware: {devices: {"cuda:[0-1]": {memory: 300KiB}, cpu: {memory: 400KiB}, disk: {memory: 1GiB}}}
 placement: {strategy: sequential, offload: {folder: offload}}
 """
 
