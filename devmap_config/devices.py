@@ -68,6 +68,9 @@ DISK = Device("disk")
 STORAGE_DEVICES = (CPU, DISK)
 """What is not an accelerator, in the order in which it is filled."""
 
+COMPILING_KIND = "cuda"
+"""The kind of accelerators on which compiled decoding was measured: devmap_config/runner/receipts."""
+
 PINNING_KIND = "cuda"
 """The kind of accelerators to which weights are copied ahead, from memory that is pinned for them."""
 

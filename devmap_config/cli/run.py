@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Try the plan before there is a checkpoint: write one of random weights, load it, have it write, delete it.",
 )
+@click.option("--compile", "compiles", is_flag=True, help="Decode by compiled code, where all is on one CUDA card.")
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
 @click.option(
     "--receipt",
@@ -57,6 +58,7 @@ def run(
     audio: Path | None,
     max_new_tokens: int | None,
     random_weights: bool,
+    compiles: bool,
     no_generate: bool,
     receipt: Path | None,
     no_probe: bool,
@@ -76,6 +78,7 @@ def run(
         given = _given(prompt, image, audio, chat=chat)
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
+        deployment = replace(deployment, compiles=compiles)
         workload = deployment.compiled.loaded.profile.workload
         if not no_generate and random_weights:
             shows = demonstrator_of_plan(deployment.request, workload, sink, max_new_tokens=max_new_tokens)

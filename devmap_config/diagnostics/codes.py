@@ -57,6 +57,7 @@ AlwaysError = Literal[
     "no-text-input",
     "no-weights",
     "not-a-device-map",
+    "not-compiled",
     "other-accelerators",
     "outside-repository",
     "over-capacity",

@@ -308,6 +308,23 @@ def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[
     return [name for name in names if made.search(name)]
 
 
+COMPILES = Private(
+    "transformers.GenerationMixin._valid_auto_compile_criteria",
+    "whether `generate` compiles what decodes with a static cache",
+    takes=("model_kwargs", "generation_config"),
+)
+
+
+def compiles_generation(model: Any) -> bool:
+    """Return whether transformers compiles what decodes, where a model is and as it is, once its cache is static."""
+    from transformers import StaticCache
+
+    COMPILES.find()
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=2)
+    compiles: bool = COMPILES.of(model)({"cache": cache}, model.generation_config)
+    return compiles
+
+
 DISPATCH = Private(
     "transformers.integrations.accelerate.dispatch_model",
     "accelerate's function, patched while loading: transformers passes no main device, and accelerate takes any",

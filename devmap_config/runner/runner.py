@@ -22,6 +22,7 @@ from devmap_config.profile.document import whole_file
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.runner.arguments import require_passable
+from devmap_config.runner.compilation import compile_decoding, require_compilable
 from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load, telling_of_changes
 from devmap_config.runner.receipts import never_seen
 
@@ -47,7 +48,8 @@ class Deployment:
 
     `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
     names; `None` where they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
-    up: it shows where tensors are and that they fit, and nothing of what the model does.
+    up: it shows where tensors are and that they fit, and nothing of what the model does. `compiles` is whether decoding is
+    to be by compiled code.
     """
 
     compiled: Compiled
@@ -55,6 +57,7 @@ class Deployment:
     lock: Lock
     match: CheckpointMatch | None = None
     has_random_weights: bool = False
+    compiles: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -105,6 +108,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_unmeasured: bool = False,
     probe: bool = True,
+    compile: bool = False,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Return the model of a profile, loaded by its lock and verified.
@@ -117,6 +121,7 @@ def load_model(
         allow_unmeasured: whether a plan is taken for which formulas stand in where a library that changed kept the
             model from being measured.
         probe: whether this machine is asked first if it can carry the plan.
+        compile: whether `generate` decodes by compiled code, with a static cache: where all is on one CUDA card.
         from_pretrained: further arguments of transformers' `from_pretrained`: `local_files_only`, `token`, `cache_dir`
             and the like. What the profile decides (`dtype`, `device_map`, `revision`, …) is none of them.
 
@@ -149,7 +154,7 @@ def load_model(
             ),
         )
         request = replace(deployment.request, arguments=from_pretrained)
-        deployment = replace(deployment, request=request)
+        deployment = replace(deployment, request=request, compiles=compile)
         for notice in notices(deployment, asks_machine=probe):
             warnings.warn(f"{notice.message} [{notice.code}]", DevmapWarning, stacklevel=2)
         return load_verified(deployment)
@@ -297,6 +302,8 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
         unquantized_tensors,
     )
 
+    if deployment.compiles:
+        require_compilable(deployment.plan, deployment.compiled.loaded.profile.workload)
     compiled = deployment.compiled.model
     if otherwise := misread_by_quantizer(deployment.plan, compiled.graph):
         raise RunnerError(
@@ -339,6 +346,8 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
         )
     if misread := misread_tensors(model, deployment.plan, compiled.graph):
         raise RunnerError("wrong-checkpoint", f"what is read from disk is not the model's: {_some(misread)}", ANEW)
+    if deployment.compiles:
+        compile_decoding(model)
     return model
 
 
