@@ -48,8 +48,8 @@ class Deployment:
 
     `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
     names; `None` where they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
-    up: it shows where tensors are and that they fit, and nothing of what the model does. `compiles` is whether decoding is
-    to be by compiled code.
+    up: it shows where tensors are and that they fit, and nothing of what the model does. `compiles` is whether it is to
+    decode by compiled code.
     """
 
     compiled: Compiled

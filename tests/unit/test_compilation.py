@@ -45,12 +45,12 @@ def test_what_is_whole_on_one_card_is_compiled(model):
         ("cpu: {memory: 1GiB}", "static", "single", "the plan does not have all of the model on CUDA cards"),
         (f"xpu:0: {CARD}", "static", "single", "the plan does not have all of the model on CUDA cards"),
         (
-            "cuda:0: {memory: 440KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}, cpu: {memory: 1GiB}",
+            "cuda:0: {memory: 560KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}, cpu: {memory: 1GiB}}, links: {host: 25GB/s",
             "static",
             "fastest",
             "the plan does not have all of the model on CUDA cards",
         ),
-        ('"cuda:[0-1]": {memory: 500KiB}', "static", "balanced", "the plan spreads it over several cards"),
+        ('"cuda:[0-1]": {memory: 900KiB}', "static", "balanced", "the plan spreads it over several cards"),
         (f"cuda:0: {CARD}", "dynamic", "single", "the plan has no room for a static cache"),
     ],
 )
