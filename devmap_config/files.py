@@ -14,10 +14,17 @@ import re
 import stat
 import sys
 import tempfile
+import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, TextIO
+from weakref import WeakValueDictionary
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -349,3 +356,43 @@ def discard_output(stream: TextIO) -> None:
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, number)
         os.close(descriptor)
+
+
+CAST = "cast-"
+"""How the name of a file in an offload folder begins that holds a tensor in another dtype; it is made but once."""
+
+
+class HeldFolder:
+    """A folder that this process keeps from others as long as this object is there; it leaves nothing behind."""
+
+    _known: ClassVar[WeakValueDictionary[tuple[int, int], HeldFolder]] = WeakValueDictionary()
+
+    def __init__(self, descriptor: int) -> None:
+        weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def of(cls, folder: Path) -> HeldFolder | None:
+        """Hold a folder, which is made if need be; return `None` where this system or its disk cannot.
+
+        Raises:
+            BlockingIOError: where another process holds it.
+        """
+        if fcntl is None:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError:
+            return None
+        state = os.fstat(descriptor)
+        if (known := cls._known.get((state.st_dev, state.st_ino))) is not None:
+            os.close(descriptor)
+            return known
+        held = cls(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return None
+        return cls._known.setdefault((state.st_dev, state.st_ino), held)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from devmap_config.cli import main
 from devmap_config.libraries import versions
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -88,6 +89,15 @@ MODELS = {
     "quantized": {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}},
 }
 """Configs by the folder that cases name as `model.source`."""
+
+
+def devmap(*arguments):
+    """The exit code of a command in this process."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(sys, "argv", ["devmap", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+    return caught.value.code
 
 
 def write_models(folder: Path) -> None:

@@ -471,4 +471,4 @@ def _written_path(place: TensorInFile, dtype: torch.dtype, folder: Path) -> Path
     """Return the file of a tensor in another dtype, in whose name stands of what it was made."""
     state = place.file.stat()
     source = f"{place.file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{place.start}\0{dtype}"
-    return folder / f"cast-{hashlib.sha256(os.fsencode(source)).hexdigest()[:32]}.safetensors"
+    return folder / f"{files.CAST}{hashlib.sha256(os.fsencode(source)).hexdigest()[:32]}.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
-from devmap_config.files import FileError, is_folder
+from devmap_config.files import CAST, FileError, HeldFolder, is_folder
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, fails_without, hub_kernel, not_run
@@ -110,6 +111,9 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     require_accelerate()
     _require_devices(plan)
     _require_no_links(request.offload_folder)
+    is_offloaded = any(location.stored_on == DISK for location in plan.locations.values())
+    folder = request.offload_folder if is_offloaded else None
+    held = None if folder is None else _held(folder)
     arguments = {
         **_arguments(request),
         "device_map": _device_map(plan),
@@ -121,6 +125,8 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
             loaded = _loaded(request, arguments)
         if plan.executor.works_ahead:
             _bring_ahead(loaded.model, plan, request)
+        if folder is not None and _is_read_from(folder):
+            weakref.finalize(loaded.model, id, held)  # which is let go of with the model
         return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
 
 
@@ -272,6 +278,23 @@ def _require_no_links(folder: Path | None) -> None:
             f"the offload folder `{folder}` holds a link, `{links[0].name}`: weights would be written where it leads",
             "empty the folder",
         )
+
+
+def _held(folder: Path) -> HeldFolder | None:
+    """Keep an offload folder from the loads of other processes, which would write over what this one does."""
+    try:
+        return HeldFolder.of(folder)
+    except BlockingIOError:
+        raise RunnerError(
+            "load-failed",
+            f"another process has a model in the offload folder `{folder}`, and this one would write over its weights",
+            "end that process, or give this profile an `offload: {folder: …}` of its own",
+        ) from None
+
+
+def _is_read_from(folder: Path) -> bool:
+    """Return whether a model may have weights in a folder that another load would write over: casts are not."""
+    return is_folder(folder) and any(not path.name.startswith(CAST) for path in folder.iterdir())
 
 
 def show_progress(wanted: bool) -> None:

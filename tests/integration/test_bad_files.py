@@ -8,16 +8,15 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import transformers
 from bad_files import BAD, NO_FILES, UNTOLD, put
-from conftest import LLAMA
+from conftest import LLAMA, devmap
 
-from devmap_config.cli import main, sides
+from devmap_config.cli import sides
 
 PROFILE = """\
 extends: base.yaml
@@ -34,15 +33,6 @@ SECONDS = 10
 """Of the processor; what is slow here is the machine."""
 
 GROWTH_BYTES = 100 * 2**20
-
-
-def devmap(*arguments):
-    """The exit code of a command in this process."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(sys, "argv", ["devmap", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-    return caught.value.code
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MIXTURE
+from conftest import MIXTURE, devmap
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import accelerate as integration
 
 from devmap_config import load_model
-from devmap_config.cli import main
 from devmap_config.runner.loading import RunnerError
 
 PROFILE = """\
@@ -34,15 +36,6 @@ placement: {strategy: single}
 DONE, WRONG, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 DEVMAP = [sys.executable, "-c", "from devmap_config.cli import main; main()"]
-
-
-def devmap(*arguments):
-    """The exit code of a command in this process."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(sys, "argv", ["devmap", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-    return caught.value.code
 
 
 @pytest.fixture
@@ -247,6 +240,36 @@ def test_what_a_load_that_ended_left_behind_is_not_believed(experts, how, moment
     with torch.no_grad():
         logits = load_model("p.yaml", probe=False)(TOKENS).logits
     torch.testing.assert_close(logits, experts)
+
+
+@pytest.mark.usefixtures("experts")
+def test_an_offload_folder_is_one_process_s_as_long_as_its_model_is_there():
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        try:
+            model = load_model("p.yaml", probe=False)
+            assert load_model("p.yaml", probe=False) is not model  # the same process may
+            theirs.send(b"!")
+            theirs.recv(1)
+            del model
+            gc.collect()
+            theirs.send(b"!")
+            theirs.recv(1)
+            model = load_model("p.yaml", probe=False)
+            theirs.send(b"!")
+            time.sleep(60)
+        finally:
+            os._exit(9)
+    theirs.close()
+    for exit_code in (4, DONE, 4):
+        ours.recv(1)
+        assert devmap("run", "p.yaml", "--no-generate", "--no-probe") == exit_code
+        gc.collect()
+        ours.send(b"!")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert devmap("run", "p.yaml", "--no-generate", "--no-probe") == DONE  # nothing is left behind
 
 
 def test_nothing_in_an_offload_folder_is_taken_for_weights_or_written_through(experts, tmp_path):
