@@ -1,15 +1,16 @@
 """Compares what runs a model that is larger than the memory: `devmap run`, accelerate's hooks, and the system alone.
 
 A Llama with random weights, at least twice as large as the memory, is loaded and generates, in a process of its own
-each time, in a memory cgroup of the memory that the profile states and a tenth. The files are in no cache before. The
-three take turns, and then again:
+each time, in a memory cgroup of the memory that the profile states and a tenth. The files are in no cache before. They
+take turns, and then again:
 
 - `devmap`: the plan of the profile, by its lock;
 - `accelerate`: the same map by plain `from_pretrained`;
-- `mapped`: plain `device_map="cpu"`, by which parameters are the file's pages, and the system decides which stay.
+- `mapped`: plain `device_map="cpu"`, by which parameters are the file's pages, and the system decides which stay;
+- `resident`: the same with as much memory as there is, which is the time of computing.
 
 Beside the times stands the longer of two that bound them: of reading what is on disk by mapping, at the rate of the
-same run, and of computing. Needs root, for the cgroup and to empty the cache.
+same round, and of computing. Needs root, for the cgroup and to empty the cache.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def empty_cache() -> None:
 def measure(mode: str) -> dict[str, object]:
     """Run one way in a process and a cgroup of its own."""
     empty_cache()
-    cgroup = Cgroup(int(MEMORY_MIB * 2**20 * 1.1))
+    cgroup = Cgroup(2**50 if mode == "resident" else int(MEMORY_MIB * 2**20 * 1.1))
     try:
         command = [sys.executable, str(Path(__file__).resolve()), "--run", mode]
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=cgroup.enter, check=False)
@@ -147,16 +148,22 @@ def main() -> None:
         Path("profile.yaml").write_text(PROFILE)
         subprocess.run([Path(sys.executable).with_name("devmap"), "compile", "-q", "profile.yaml"], check=True)
         plan = json.loads(Path("profile.lock.json").read_text())["plan"]
-        empty_cache()
-        rate = probed_bytes_per_second(Path("model"))
-        runs: dict[str, list[dict[str, object]]] = {"devmap": [], "accelerate": [], "mapped": []}
+        rates: list[float] = []
+        runs: dict[str, list[dict[str, object]]] = {"devmap": [], "accelerate": [], "mapped": [], "resident": []}
         for _ in range(ROUNDS):
+            empty_cache()
+            rates.append(probed_bytes_per_second(Path("model")))
             for mode, found in runs.items():
                 found.append(measure(mode))
                 print(mode, found[-1], file=sys.stderr)
         streamed_bytes = plan["prediction"]["streamed_bytes_per_token"]
         print(f"executor {plan['executor']}; {streamed_bytes / 2**30:.2f} GiB on disk are read for each token")
-        print(f"mapped reads: {rate / 1e9:.2f} GB/s, so that a token takes {streamed_bytes / rate:.2f} s at the least")
+        print(f"mapped reads: {' '.join(f'{rate / 1e9:.2f}' for rate in rates)} GB/s")
+        least = [
+            max(streamed_bytes / rate, float(resident["decode_seconds"]))  # type: ignore[arg-type]
+            for rate, resident in zip(rates, runs["resident"], strict=True)
+        ]
+        print(f"so that a token takes at the least {' '.join(f'{seconds:.2f}' for seconds in least)} s")
         print("\n| | load s | prefill s | a token s | spread | times `devmap` |\n|---|---|---|---|---|---|")
         own = [float(each["decode_seconds"]) for each in runs["devmap"]]  # type: ignore[arg-type]
         for mode, found in runs.items():
@@ -168,8 +175,10 @@ def main() -> None:
             ratio = median(theirs / ours for theirs, ours in zip(decode, own, strict=True))
             spread = f"{min(decode):.2f} to {max(decode):.2f}"
             print(f"| {mode} | {load:.1f} | {prefill:.2f} | {median(decode):.2f} | {spread} | {ratio:.2f} |")
+        bound = median(ours / seconds for ours, seconds in zip(own, least, strict=True))
+        print(f"\n`devmap` takes {bound:.2f} times the longer of reading and computing")
         tokens = {str(each.get("tokens")) for found in runs.values() for each in found}
-        print(f"\nthe same tokens each time: {'yes' if len(tokens) == 1 else 'no'}")
+        print(f"the same tokens each time: {'yes' if len(tokens) == 1 else 'no'}")
 
 
 if __name__ == "__main__":

@@ -252,8 +252,9 @@ class ReadAhead:
 
     def _read_next(self) -> bool:
         """Read a piece once there is one to be read and room for it; `False` at the end."""
+        work = None
         with self._changed:
-            while (work := self._next_work()) is None and not self._is_closed:
+            while not self._is_closed and (work := self._next_work()) is None:
                 self._is_idle = True
                 self._changed.wait()
                 self._is_idle = False
@@ -292,7 +293,7 @@ class ReadAhead:
         expected: list[Piece] = []
         if self._last is None:
             return expected
-        piece, room_bytes = self._last, self.slots.slot_bytes
+        piece, room_bytes = self._last, 2 * self.slots.slot_bytes - sum(each.size_bytes for each in self._running)
         for _ in self._next:
             piece = self._next[piece]
             if piece.is_sparse or piece in expected:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import LLAMA, MIXTURE
@@ -40,7 +41,7 @@ from devmap_config.probe.machine import SeenHost
 from devmap_config.runner.inspection import running_place, tensor_home
 from devmap_config.runner.loading import RunnerError
 
-SCARCE = SeenHost(memory_bytes=2**20, available_bytes=2**20, threads=1)
+SCARCE = SeenHost(memory_bytes=2**10, available_bytes=2**10, threads=1)
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 
 
@@ -203,6 +204,23 @@ def test_weights_of_which_a_gradient_is_asked_have_one(workspace):
     model.lm_head.weight.requires_grad_()
     model(input_ids=TOKENS).logits.sum().backward()
     assert model.lm_head.weight.grad.any()
+
+
+def test_a_file_that_is_not_to_be_read_by_pages_past_the_cache_is_read_through_it(workspace, monkeypatch):
+    monkeypatch.setattr(mapped_weights, "_pages", lambda size_bytes: np.empty(size_bytes + 1, np.uint8)[1:])
+    monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(plain))
+
+
+def test_rows_that_were_touched_are_let_go_of(workspace):
+    saved(lambda: LlamaForCausalLM(LlamaConfig(**config_of(LLAMA, vocab_size=8192))), workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    embedding = model.get_input_embeddings()
+    embedding(torch.arange(embedding.num_embeddings))
+    assert own_bytes(workspace / "random" / "model.safetensors") < embedding.weight.nbytes / 2
 
 
 def test_where_the_system_cannot_pass_its_cache_by_it_reads_as_it_can(workspace, monkeypatch):
