@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import REPOSITORY
 
 from devmap_config.cli.bench import bench
 from devmap_config.cli.compile import compile_command
@@ -200,6 +201,17 @@ def test_a_model_that_does_not_decode_prefills_all_that_there_is_room_for(worksp
     workload = prepare(Path("profile.yaml"), variables={}, needs_weights=False).compiled.loaded.profile.workload
     planned = planned_generation(workload, 16, decodes=False)
     assert (planned.prompts.length, planned.new_tokens) == (32, 0)
+
+
+PLANS = sorted((REPOSITORY / "benchmarks" / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.stem)
+def test_the_plans_that_the_page_measures_compile_and_have_room_for_what_is_asked(plan):
+    arguments = [str(plan), "-q", "--dry-run", "--no-simulate"]
+    assert compile_command.main(arguments, standalone_mode=False) == 0
+    command = f"devmap bench {plan.relative_to(REPOSITORY)} --random-weights --new-tokens 16"
+    assert command in (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_more_than_the_plan_has_room_for_is_refused(workspace):
