@@ -123,6 +123,7 @@ def _write_receipt(
 
     command = f"devmap run {deployment.compiled.loaded.path.name} --receipt {path.name}"
     command += " --random-weights" if deployment.has_random_weights else ""
+    command += " --compile" if deployment.compiles else ""
     command += " --no-generate" if generates is None else f" --max-new-tokens {generates.new_tokens}"
     generation = None
     if generates is not None:

@@ -158,6 +158,8 @@ def test_a_receipt_has_what_was_predicted_beside_what_is_seen(temporary):
     [case] = receipt["cases"]
     [use] = case["predicted"]["devices"]
     seen, generation = case["seen"]["cpu"], case["generation"]
+    command = "devmap run profile.yaml --receipt mine.json --random-weights --max-new-tokens 4"
+    assert receipt["command"] == command
     assert (receipt["weights"], case["executor"], case["batch_size"]) == ("random", "accelerate", 2)
     assert seen["weights_bytes"] == use["weights_bytes"] == receipt["weights_bytes"]
     # The last token is written and not kept.
