@@ -128,7 +128,7 @@ def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar])
     changes = {name: Change(before.get(name), after.get(name)) for name in {**before, **after}}
     changed = {name: change for name, change in changes.items() if not change.is_none}
     of_config = [name for name in changed if name.startswith("config.")]
-    left_out = of_config if "model" in changed else of_config[VALUES_SHOWN:]
+    left_out = frozenset(of_config if "model" in changed else of_config[VALUES_SHOWN:])
     return {name: change for name, change in changed.items() if name not in left_out}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from devmap_config.devices import Device
 from devmap_config.plan.diff import Home, Move, difference
 
@@ -102,3 +104,12 @@ def test_a_lock_that_does_not_speak_of_buffers_leaves_them():
     before, left, offloaded = (plan({"a": 0}, **more) for more in ({}, *({"offload_buffers": on} for on in (0, 1))))
     assert difference(before, left).is_none
     assert list(difference(before, offloaded).settings) == ["offload_buffers"]
+
+
+def test_many_values_that_changed_are_compared_soon():
+    values = {f"config.k{number}": number for number in range(40_000)}
+    start = time.process_time()
+    same = plan(layers([0]))
+    found = difference(same, same, ({"model": "a"}, {"model": "b", **values}))
+    assert time.process_time() - start < 2
+    assert list(found.settings) == ["model"]
