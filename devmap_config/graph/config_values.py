@@ -17,10 +17,13 @@ LARGEST_NUMBER = 2**63 - 1
 """What torch counts in."""
 MOST_LAYERS = 2_000
 """Twice those of the deepest networks that were published."""
+MOST_EXPERTS = 50_000
+"""Three times those of Doge, which are the most of one of transformers."""
 MOST_COUNTED = 1_000_000
 """Forty times the classes of ImageNet-21k."""
 
 LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?)(_|$)")
+EXPERTS = re.compile(r"(^|_)experts$")
 COUNTS = re.compile(r"(^|_)(n|num|numb|repeats?|levels?|groups?|times|stages?)(_|$)")
 """By a test with every key of every config of transformers: whatever is made one by one is called so."""
 SIZES = re.compile(
@@ -56,6 +59,8 @@ def _most(key: str) -> int:
         return LARGEST_NUMBER
     if LAYERS.search(key):
         return MOST_LAYERS
+    if EXPERTS.search(key):
+        return MOST_EXPERTS
     return MOST_COUNTED if COUNTS.search(key) else LARGEST_NUMBER
 
 

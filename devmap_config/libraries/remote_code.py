@@ -69,6 +69,6 @@ def class_from_code(reference: str, location: str, revision: str | None) -> Any:
 
 
 def tokenizer_config(location: str, revision: str | None) -> dict[str, Any]:
-    """Return what a tokenizer's config says; nothing where there is none."""
-    found: dict[str, Any] = TOKENIZER_CONFIG.find()(location, revision=revision)
-    return found
+    """Return what a tokenizer's config says; nothing where there is none, or what is none."""
+    found = TOKENIZER_CONFIG.find()(location, revision=revision)
+    return found if isinstance(found, dict) else {}

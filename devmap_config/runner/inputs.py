@@ -153,7 +153,11 @@ def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: i
             help = "write the question in the prompt's first line, and the text that answers it below"
             raise RunnerError("unfit-input", "there is no text to answer the question by", help)
     ends = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
-    encoding = tokenizer(text, pair, return_tensors="pt", **ends)
+    try:
+        encoding = tokenizer(text, pair, return_tensors="pt", **ends)
+    except Exception as error:  # whatever comes of a value in its files that nobody looked at before
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RunnerError("unfit-input", f"the tokenizer takes no text: {reason}", USE_PYTHON) from error
     return Inputs(
         tensors=_taken(model_class, encoding), tokenizer=tokenizer, encoding=encoding, text=text, goes_on=True
     )
