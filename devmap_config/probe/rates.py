@@ -126,6 +126,9 @@ def _write(file: Any, size_bytes: int, clock: Callable[[], float]) -> int:
 def _read(path: Path, size_bytes: int, clock: Callable[[], float]) -> Rate:
     descriptor, method = _opened(path)
     with os.fdopen(descriptor, "rb", buffering=0) as file, mmap.mmap(-1, DISK_BLOCK_BYTES) as block:
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk reads into large pages at twice the rate, as the runner has it do
+            with suppress(OSError):
+                block.madvise(mmap.MADV_HUGEPAGE)
         begin, read = clock(), 0
         while read < size_bytes and (not read or clock() - begin < LIMIT_SECONDS):
             read += file.readinto(block) or size_bytes

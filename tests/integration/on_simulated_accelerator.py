@@ -13,6 +13,7 @@ import pytest
 import simulated_accelerator
 import torch
 from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
 from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
@@ -159,6 +160,17 @@ def test_what_is_copied_ahead_says_what_the_plain_model_says(config, pins, copie
     slots = {copy.target.data_ptr(): copy.target.nbytes for copy in copies.copies}
     assert len(slots) == 2
     assert 2 * max(slots.values()) <= card.overhead_bytes
+
+
+def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):
+    """As transformers does where it saves them."""
+    save(LLAMA)
+    layer = load('match: "model.layers.[0-4]", device: cpu').model.layers[2].mlp.up_proj
+    plain = AutoModelForCausalLM.from_pretrained("random").model.layers[2].mlp.up_proj
+    with align_module_device(layer, CPU):
+        assert torch.equal(layer.weight, plain.weight)
+    assert copies.copies == []
+    assert layer.weight.is_meta
 
 
 def test_memory_that_cannot_be_pinned_ends_a_load(copies, monkeypatch):

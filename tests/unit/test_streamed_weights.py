@@ -27,7 +27,17 @@ from transformers import (
     ViTModel,
 )
 
-from devmap_config.dispatch.streamed_weights import Slot, Streamer, attach, loads_of, streamed_modules
+from devmap_config.dispatch.streamed_weights import (
+    ALIGNMENT_BYTES,
+    Load,
+    Place,
+    Slot,
+    Streamer,
+    _placed,
+    attach,
+    loads_of,
+    streamed_modules,
+)
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 
@@ -177,11 +187,11 @@ def test_a_forward_that_fails_leaves_slots_free_and_weights_away(dense):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    hook = broken.register_forward_pre_hook(fail)
+    forward, broken._old_forward = broken._old_forward, fail  # what accelerate's hook is around
     for _ in range(3):
         with pytest.raises(RuntimeError, match="out of memory"):
             outputs(model)
-    hook.remove()
+    broken._old_forward = forward
     assert all(each.is_meta for load in loads for module in load.places for each in module.parameters())
     assert torch.equal(outputs(model), expected)
 
@@ -222,3 +232,48 @@ def test_what_is_streamed_is_held_once_and_goes_with_the_model():
     del model, loader, loads, streams
     gc.collect()
     assert gone() is None
+
+
+def load_of(*modules):
+    """A load of the weights of modules, each of one number."""
+    memory = torch.zeros(ALIGNMENT_BYTES * len(modules), dtype=torch.uint8)
+    places = {}
+    for number, module in enumerate(modules):
+        start = number * ALIGNMENT_BYTES
+        places[module] = {"weight": Place(start, start + 4, torch.float32, module.weight.shape)}
+        places[module]["weight"].within(memory).copy_(module.weight)
+    return Load(memory, places)
+
+
+def test_what_runs_around_others_keeps_its_weights():
+    """Where modules of both slots run, the next is copied beside them, and nothing is fetched over what runs."""
+    modules = [torch.nn.Linear(1, 1, bias=False) for _ in range(4)]
+    loads = [load_of(module) for module in modules]
+    slots = (
+        Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)),
+        Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)),
+    )
+    streamer = Streamer(loads, LateCopies(), slots)
+    held = {}
+    for module, load in zip(modules, loads, strict=True):
+        held[module] = streamer.begin(module, load)["weight"]
+        for running, weight in held.items():
+            assert torch.equal(weight, running.weight)
+    for module in modules:
+        streamer.end(module)
+    assert torch.equal(streamer.begin(modules[3], loads[3])["weight"], modules[3].weight)
+    assert any(slot.load is loads[3] for slot in slots)
+
+
+def test_weights_that_are_tied_stay_with_accelerate():
+    model = MODELS["tied head"]().eval()
+    offloaded(model)
+    assert not {model.lm_head, model.transformer.wte} & {*streamed_modules(model, ())}
+
+
+def test_each_tensor_begins_where_kernels_read_wide_words():
+    tensors = {"odd": torch.zeros(3, dtype=torch.bfloat16), "wide": torch.zeros(2, dtype=torch.float64)}
+    places, end = _placed(tensors)
+    assert [place.start % ALIGNMENT_BYTES for place in places.values()] == [0, 0]
+    assert end == 2 * ALIGNMENT_BYTES
+    assert places["wide"].within(torch.zeros(end, dtype=torch.uint8)).dtype == torch.float64
