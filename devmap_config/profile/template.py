@@ -75,6 +75,8 @@ def render(text: str, variables: Mapping[str, object]) -> str:
         raise TemplateRefusedError("undefined-variable", message, help) from None
     except TemplateSyntaxError as error:
         raise TemplateRefusedError("template-error", f"the template cannot be read: {_lower(error.message)}") from None
+    except SyntaxError as error:  # of the Python that jinja2 makes of it, of a slice among several indices, say
+        raise TemplateRefusedError("template-error", f"the template cannot be read: {_lower(error.msg)}") from None
     except (RecursionError, MemoryError, OverflowError) as error:
         raise _limit(f"the template does not end ({type(error).__name__})") from None
     except (TemplateError, SecurityError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:

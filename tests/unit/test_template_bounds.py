@@ -63,3 +63,9 @@ def test_a_bomb_is_refused_in_little_memory(template):
 )
 def test_what_people_write_is_rendered(template, text):
     assert render(template, {}) == text
+
+
+@pytest.mark.parametrize("text", ["{{ 'a'[1, 2:] }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30])
+def test_what_jinja2_makes_no_python_of_cannot_be_read(text):
+    with pytest.raises(TemplateRefusedError, match="the template cannot be read"):
+        render(text, {})
