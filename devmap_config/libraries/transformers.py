@@ -321,7 +321,7 @@ def compiles_generation(model: Any) -> bool:
 
     COMPILES.find()
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=2)
-    compiles: bool = COMPILES.of(model)({"cache": cache}, model.generation_config)
+    compiles: bool = COMPILES.of(model)(dict.fromkeys(CACHE_NAMES, cache), model.generation_config)
     return compiles
 
 
