@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.context import PlannedContext
-from devmap_config.runner.generation_times import GenerationWorkload, measure_generation
+from devmap_config.runner.generation_times import GenerationWorkload, ignore_stop_strings, measure_generation
 from devmap_config.runner.heads import Output, output_of
 from devmap_config.runner.inputs import (
     MADE_UP_LENGTH,
@@ -123,12 +123,15 @@ class Demonstrator:
         stream = TextStream(inputs.tokenizer, write, shows_prompt=shows_prompt)
         # transformers streams no beams: of these there is only the best, at the end.
         streams = (model.generation_config.num_beams or 1) == 1
+        if inputs.tokenizer is None:
+            ignore_stop_strings(model)
         tokens = model.generate(
             **placed(inputs, model),
             max_new_tokens=count,
             do_sample=False,
             **({"min_new_tokens": count} if self.writes_all else {}),
             **({"streamer": stream} if streams else {}),
+            **({"tokenizer": inputs.tokenizer} if model.generation_config.stop_strings else {}),
         )
         if not streams:
             prompt_length = 1 if is_apart else inputs.tensors["input_ids"].shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import wave
 from importlib import resources
@@ -87,9 +88,14 @@ def saved(model, *others, seed=0):
         torch.nn.init.normal_(parameter, std=0.3)
     for each in (model, *others):
         each.save_pretrained("random")
+    compile_profile()
+    return model.eval()
+
+
+def compile_profile():
+    """Compile a profile of what is saved."""
     Path("profile.yaml").write_text("version: 1\nmodel: {source: random}\nhardware: {devices: {cpu: {memory: 1GiB}}}\n")
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
-    return model.eval()
 
 
 def run(*arguments, **options):
@@ -197,6 +203,20 @@ def test_an_encoder_and_decoder_gives_what_its_decoder_writes(workspace):
     found = value("--prompt", PROMPT, "--max-new-tokens", "5")
     assert found["output"] == tokenizer().decode(tokens[0], skip_special_tokens=True)
     assert (found["tokens"], found["first_token_seconds"]) == (5, None)
+
+
+def test_a_text_ends_at_the_words_of_the_generation_config_and_what_is_measured_does_not(workspace):
+    shutil.copytree(Path(__file__).parents[2] / "profiles/models/quickstart", "random")
+    compile_profile()
+    path = Path("random/generation_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stop_strings": [" memory"]}))
+    found = value("--prompt", "Two tensors", "--receipt", "receipt.json")
+    assert found["output"] == "Two tensors that are tied share one memory"
+    [case] = json.loads(Path("receipt.json").read_text())["cases"]
+    assert case["generation"]["new_tokens"] == 24
+    for path in Path("random").glob("tokenizer*"):
+        path.unlink()
+    assert value("--max-new-tokens", "8")["tokens"] == 8
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
