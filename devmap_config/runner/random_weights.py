@@ -71,7 +71,7 @@ def _values(name: str, shape: tuple[int, ...], dtype: torch.dtype, row: torch.Te
     if len(shape) < 2:
         return torch.ones(shape, dtype=dtype)
     size = prod(shape)
-    return row.to(dtype).repeat(-(-size // ROW))[:size].reshape(shape)
+    return row[:size].to(dtype).repeat(-(-size // ROW))[:size].reshape(shape)
 
 
 def shards_of(model: PreTrainedModel) -> tuple[Shard, ...]:

@@ -117,6 +117,18 @@ def test_weights_are_spread_as_at_the_beginning_of_a_training(monkeypatch, tempo
     assert len({round(weight.sum().item(), 6) for weight in weights}) == len(weights)
 
 
+def test_each_tensor_of_a_shard_takes_its_own_bytes_and_no_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(random_weights, "ROW", 4096)
+    written = {}
+    monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, *_path, **_metadata: written.update(tensors))
+    shapes = {"small": (8, 4), "large": (128, 64)}
+    random_weights.Shard("x", {name: (shape, torch.bfloat16) for name, shape in shapes.items()}).write(tmp_path)
+    assert {name: tensor.untyped_storage().nbytes() for name, tensor in written.items()} == {
+        "small": 2 * 8 * 4,
+        "large": 2 * 128 * 64,
+    }
+
+
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(monkeypatch, temporary):
     write_profile("llama")
     full = shutil.disk_usage(".")._replace(free=10)
