@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,6 @@ from devmap_config.wording import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -96,13 +96,27 @@ LIBRARIES = ("accelerate", "torch", "transformers")
 def run_in_process(job: Job) -> Sample | Failure:
     """Run a job in a new process, which begins with the libraries imported, and nothing else in memory."""
     context = get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload([__name__, *LIBRARIES, "transformers.generation.utils"])
+    if sys.platform == "linux":
+        start_server([__name__, *LIBRARIES, "transformers.generation.utils"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(measure, job).result()
         except BrokenProcessPool:
             reason = "its process was killed, as a system does that runs out of memory"
             return Failure(doing="loading or running", reason=reason, is_out_of_memory=False)
+
+
+def start_server(modules: list[str]) -> None:
+    """Start the process that imports modules once, and of which each job's is a fork; one that runs is kept."""
+    from multiprocessing import forkserver
+
+    forkserver.set_forkserver_preload(modules)
+    folder = Path.cwd()
+    os.chdir("/")  # Python looks there first for what it imports: a profile's folder may hold an `accelerate.py`
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(folder)
 
 
 def measure(job: Job) -> Sample | Failure:

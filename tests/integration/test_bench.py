@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +240,18 @@ def test_a_process_that_the_system_kills_comes_back_as_a_failure(workspace, monk
     found = run_in_process(jobs()[0])
     assert isinstance(found, Failure)
     assert str(found).startswith("its process was killed, as a system does that runs out of memory")
+
+
+def test_nothing_is_imported_from_the_working_folder(tmp_path):
+    for name in ("multiprocessing", "planted"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()")
+    start = "from multiprocessing import forkserver\nfrom devmap_config.runner import benchmark_process\n"
+    start += "benchmark_process.start_server(['planted'])\nforkserver._forkserver._stop()"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/start.py").write_text(start)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "elsewhere/start.py"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert not (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize(
