@@ -59,7 +59,9 @@ def bench(
         require_fit_class(deployment.request, Given())
         sink.report_all(notices(deployment, asks_machine=True))
         if random_weights:
-            deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
+            deployment = click.get_current_context().with_resource(
+                randomly_weighted(deployment, options, asks_machine=False)
+            )
     jobs = jobs_of(deployment, profile, **options.of_request, generation=generation)
     with progress(rounds * len(jobs) + 1, quiet=options.quiet) as begun:
         found = run_benchmark(jobs, rounds=rounds, begun=begun)

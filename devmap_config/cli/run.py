@@ -85,7 +85,9 @@ def run(
         elif not no_generate:
             shows = demonstrator(deployment.request, workload, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
-            deployment = click.get_current_context().with_resource(randomly_weighted(deployment, options))
+            deployment = click.get_current_context().with_resource(
+                randomly_weighted(deployment, options, asks_machine=not no_probe)
+            )
         model, load = loaded(deployment, options, sink, asks_machine=not no_probe)
     if options.output_format == "table":  # what is found so far: text follows as it is made
         options.report(to_tell(sink, options), {}, {})

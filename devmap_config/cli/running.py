@@ -41,11 +41,14 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
 
 
 @contextmanager
-def randomly_weighted(deployment: Deployment, options: ProfileOptions) -> Iterator[Deployment]:
-    """Give a deployment with random weights, and show how many are written."""
+def randomly_weighted(deployment: Deployment, options: ProfileOptions, *, asks_machine: bool) -> Iterator[Deployment]:
+    """Give a deployment with random weights, and show how many are written; the machine may be asked first."""
     from devmap_config.cli.progress import transfer_shown
     from devmap_config.runner.random_weights import with_random_weights
+    from devmap_config.runner.runner import require_fit_machine
 
+    if asks_machine:
+        require_fit_machine(deployment)
     with ExitStack() as shown:
         transfer = shown.enter_context(transfer_shown("writing random weights", quiet=not options.shows_tables))
         with with_random_weights(deployment, transfer.expect, transfer.advance) as random:

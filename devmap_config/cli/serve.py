@@ -56,7 +56,7 @@ def serve(
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         tokenizer = writing_tokenizer(deployment.request, sink)
         if random_weights:
-            deployment = context.with_resource(randomly_weighted(deployment, options))
+            deployment = context.with_resource(randomly_weighted(deployment, options, asks_machine=not no_probe))
         model, load = loaded(deployment, options, sink, asks_machine=not no_probe)
         require_writes(type(model))
     if options.shows_tables:

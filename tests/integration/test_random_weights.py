@@ -139,6 +139,13 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(monkeypatch
     assert "`TMPDIR`" in done.stderr
 
 
+def test_a_machine_that_cannot_carry_the_plan_is_told_so_before_anything_is_written(monkeypatch, temporary):
+    write_profile("llama", devices="npu:7: {memory: 1GiB}")
+    monkeypatch.setattr(random_weights.Shard, "write", lambda *arguments: pytest.fail("it was written"))
+    done = run()
+    assert (done.return_value, "error[device-missing]" in done.stderr) == (4, True)
+
+
 def test_of_a_quantised_checkpoint_none_are_made(temporary):
     write_profile("quantized", devices="cuda:0: {memory: 1GiB}")
     done = run("--no-probe")
