@@ -130,7 +130,7 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
     if decode is not None and bound is not None:
         gap = 100 * (decode - bound) / bound
         token, least = format_duration(decode), format_duration(bound)
-        yield f"A token takes {token}; no plan can take less than {least}, {gap:.1f} % less."
+        yield f"A token takes {token}; no plan can take less than {least}, {_percent(gap)} less."
     elif decode is not None:
         token = format_duration(decode)
         yield f"A token takes {token}; whether another plan is faster, `strategy: fastest` would tell."
@@ -155,6 +155,10 @@ def _room_for_context(longest: int, measurement: Measurement) -> str:
     return f"The context may grow from {before:,} to {counted(longest, 'token')} before {end}."
 
 
+def _percent(share: float) -> str:
+    return f"{share:.1f} %" if round(share, 1) else "under 0.1 %"
+
+
 def _preference(plan: Plan) -> Iterator[str]:
     """What the fastest plan takes, and by which wish beside time this one was preferred to it."""
     from devmap_config.plan.comparison import deciding_wish
@@ -163,7 +167,7 @@ def _preference(plan: Plan) -> Iterator[str]:
     for phase, name in FASTEST.items():
         own, fastest = getattr(plan.prediction, OWN[phase]), getattr(plan.prediction, name)
         if fastest is not None:
-            share = f"{100 * abs(own - fastest) / own:.1f} % {'less' if fastest <= own else 'more'}"
+            share = f"{_percent(100 * abs(own - fastest) / own)} {'less' if fastest <= own else 'more'}"
             what = "token" if phase == "decode" else phase
             yield f"The fastest plan that was found takes {format_duration(fastest)} a {what}, {share}."
     if (wish := deciding_wish(plan)) is not None:

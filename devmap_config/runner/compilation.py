@@ -23,7 +23,7 @@ def require_compilable(plan: Plan, workload: Workload | None) -> None:
     """
     stores = dict.fromkeys(each.location for each in plan.assignments)
     if {(location.stored_on.kind, location.is_one_device) for location in stores} != {(COMPILING_KIND, True)}:
-        raise _refusal("the plan does not have all of the model on CUDA cards", "leave `compile` out")
+        raise _refusal("the plan does not have all of the model on CUDA cards", NOT_COMPILED)
     if len(stores) > 1:
         raise _refusal("the plan spreads it over several cards", "`strategy: single` has it on one")
     if workload is None or workload.cache != "static":
@@ -39,8 +39,11 @@ def compile_decoding(model: PreTrainedModel) -> None:
         RunnerError: where transformers would not compile this model.
     """
     if not (model.can_generate() and compiles_generation(model)):
-        raise _refusal("transformers compiles no model of its kind", "leave `compile` out")
+        raise _refusal("transformers compiles no model of its kind", NOT_COMPILED)
     model.generation_config.cache_implementation = "static"
+
+
+NOT_COMPILED = "leave out `--compile`, or in Python `compile=True`"
 
 
 def _refusal(reason: str, what_to_do: str) -> RunnerError:

@@ -159,7 +159,8 @@ def asked(kind: type[Asked], body: bytes) -> Asked:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = ".".join(map(str, first["loc"]))
-        said = "is not supported" if first["type"] == "extra_forbidden" else f"is wrong: {first['msg']}"
+        known = {"extra_forbidden": "is not supported", "missing": "is missing"}
+        said = known.get(first["type"], f"is wrong: {first['msg']}")
         raise RequestError(f"`{param}` {said}", param=param) from None
 
 
