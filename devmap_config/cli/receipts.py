@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -86,18 +87,22 @@ def _both(figure: Figure, unit: float, digits: int) -> str:
 
 
 NARROW = 80
-"""Columns below which the first name and three figures have room."""
+"""Columns below which one name and three figures have room; a case on several devices says which in its name."""
 
 
 def _lines(cases: Iterable[Case], width: int) -> Iterator[str | Table]:
     """Yield each receipt's name and a table of its cases."""
     from devmap_config.cli.tables import new_table
 
-    names, figures = (NAMES[:1], FIGURES[:3]) if width < NARROW else (NAMES, FIGURES)
+    is_narrow = width < NARROW
+    names, figures = (NAMES[:1], FIGURES[:3]) if is_narrow else (NAMES, FIGURES)
     for receipt, of_receipt in groupby(cases, key=lambda case: case.receipt):
         table = new_table(*names, figures=figures)
-        for named, amounts in _rows(of_receipt):
-            table.add_row(*named[: len(names)], *amounts[: len(figures)])
+        rows = list(_rows(of_receipt))
+        held = Counter(case for (case, _), _ in rows)
+        for (case, device), amounts in rows:
+            name = f"{case} {device}" if is_narrow and held[case] > 1 else case
+            table.add_row(*(name, device)[: len(names)], *amounts[: len(figures)])
         yield f"{receipt}: predicted → seen"
         yield table
         yield ""

@@ -67,6 +67,19 @@ def test_figures_stand_beside_each_other_however_narrow_the_terminal(monkeypatch
     assert any(line.split() == ["4bit-limited-1", "out", "of", "memory"] for line in lines)
 
 
+@pytest.mark.parametrize("columns", [60, 120])
+def test_a_case_on_several_devices_says_which_each_row_is_of(monkeypatch, tmp_path, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    receipt = json.loads((FOLDER / "llama-3.1-8b.json").read_text(encoding="utf-8"))
+    case = receipt["cases"][0]
+    [card] = case["predicted"]["devices"]
+    case["predicted"]["devices"] = [card, {**card, "id": "cpu"}]
+    (tmp_path / "two.json").write_text(json.dumps(receipt))
+    rows = [line.split()[:2] for line in run(str(tmp_path / "two.json")).stdout.splitlines()]
+    assert ["whole-1", "cuda:0"] in rows
+    assert ["whole-1", "cpu"] in rows
+
+
 def test_of_transformers_own_map_nothing_was_predicted():
     [auto] = [case for case in cases_of(FOLDER / "llama-3.1-8b.json") if case.name == "auto-1"]
     assert {figure.predicted for figure in auto.figures} == {None}
