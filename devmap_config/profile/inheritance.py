@@ -99,7 +99,8 @@ class Reader:
             message = f"`{shown}` is a template of a whole file, and those are not read"
             self.sink.error("template-error", message, whole_file(shown), help=RENAME)
         except FileError as error:
-            place = Span.within_line(shown, error.line, error.column)
+            is_there = error.code != "missing-file"
+            place = Span.within_line(shown, error.line, error.column) if is_there else None
             self.sink.error(error.code, f"`{shown}` {error}", place, help=error.help)
         return None
 

@@ -133,7 +133,7 @@ def test_a_machine_of_several_files_and_ranges():
         ("24", "write `24GiB`"),
         ("rtx-4090+cpu", "write `cpu:64GiB`"),
         ("box.json", "a file that describes one is YAML"),
-        ("missing.yaml", "`missing.yaml` does not exist"),
+        ("missing.yaml", "`missing.yaml` does not exist = help"),
         ("wrong.yaml", "did you mean `memory`?"),
     ],
 )
