@@ -28,7 +28,7 @@ from devmap_config.graph.checkpoint import CheckpointError, read_header
 from devmap_config.graph.meta_loading import TORCH_DTYPES
 from devmap_config.graph.model import ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk
-from devmap_config.libraries.torch import own_parameters
+from devmap_config.libraries.torch import own_parameters, version_of
 from devmap_config.libraries.transformers import chooses_experts_implementation
 from devmap_config.probe.host import seen_host
 
@@ -101,10 +101,11 @@ class MappedFile:
             position += count
 
     def let_go(self, place: TensorInFile) -> None:
-        """Give back what this process holds of a tensor's pages; the system may keep them."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            size_bytes = min(place.pages_bytes, len(self._memory) - place.first_page)
-            self._memory.madvise(mmap.MADV_DONTNEED, place.first_page, size_bytes)
+        """Give back what this process holds of the pages that are a tensor's alone; the system may keep them."""
+        start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size_bytes = place.end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if hasattr(mmap, "MADV_DONTNEED") and size_bytes > 0:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, size_bytes)
 
 
 def _pass_cache_by(file: FileIO) -> None:
@@ -305,6 +306,37 @@ class ReadAhead:
         return expected
 
 
+class MappedParameter(torch.nn.Parameter):  # type: ignore[misc]
+    """The file's pages as a parameter, that knows whether it may have been written to: what is, stays in memory.
+
+    torch counts what is written to a tensor, but for what is through its `data`.
+    """
+
+    _is_taken = False
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The tensor without its history, through which nobody sees what is written."""
+        self._is_taken = True
+        return torch.nn.Parameter.data.__get__(self)
+
+    @data.setter
+    def data(self, tensor: torch.Tensor) -> None:
+        torch.nn.Parameter.data.__set__(self, tensor)
+
+    @property
+    def is_as_read(self) -> bool:
+        """Whether the file still says what it holds, and no gradient is asked for, by which it would be written to."""
+        return not (self._is_taken or self.requires_grad or version_of(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        """A copy is in memory."""
+        if id(self) not in memo:
+            memo[id(self)] = torch.nn.Parameter(self.detach().clone(), self.requires_grad)
+        copied: torch.nn.Parameter = memo[id(self)]
+        return copied
+
+
 @dataclass(frozen=True)
 class MappedWeights:
     """What of a model is mapped: where each tensor lies, and at which address of this process."""
@@ -364,7 +396,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
             mapped[place.file] = MappedFile(place.file, is_cached=is_cached)
         if place not in parameters:  # names that are tied share it
             data = mapped[place.file].data(place).view(meta.dtype).view(meta.shape)
-            parameters[place] = torch.nn.Parameter(data, requires_grad=False)
+            parameters[place] = MappedParameter(data, requires_grad=False)
         own_parameters(module)[own_name] = parameters[place]
         held.setdefault(module, {})[own_name] = place
     addresses = {place: each.data_ptr() for place, each in parameters.items()}
@@ -374,10 +406,10 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         if module in held
     }
     reader = ReadAhead(tuple(pieces.values()))
+    _MAPPED[model] = weights = MappedWeights(places, addresses)
     for module, piece in pieces.items():
-        _attach(module, piece, reader, MappedWeights(held[module], addresses))
-    weakref.finalize(model, reader.close)
-    _MAPPED[model] = MappedWeights(places, addresses)
+        _attach(module, piece, reader, held[module], weights)
+    weakref.finalize(weights, reader.close)  # which copies of the model hold as well
 
 
 def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
@@ -390,17 +422,27 @@ def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None
     return None
 
 
-def _attach(module: torch.nn.Module, piece: Piece, reader: ReadAhead, mapped: MappedWeights) -> None:
+def _attach(
+    module: torch.nn.Module,
+    piece: Piece,
+    reader: ReadAhead,
+    places: Mapping[str, TensorInFile],
+    weights: MappedWeights,
+) -> None:
     """Have a module run with what is read ahead; its parameters are the file's pages again once it has run."""
+
+    def is_as_read(parameter: torch.nn.Parameter | None, place: TensorInFile) -> bool:
+        if not isinstance(parameter, MappedParameter) or not parameter.is_as_read:
+            return False
+        return bool(parameter.data_ptr() == weights.addresses[place])
 
     def before(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if piece.is_sparse and not _are_many_tokens(module, (*arguments, *options.values())):
             return
         data, own = reader.begin(piece), own_parameters(module)
-        for name, place in mapped.places.items():
+        for name, place in places.items():
             parameter = own.get(name)
-            is_mapped = parameter is not None and parameter.data_ptr() == mapped.addresses[place]
-            if parameter is not None and is_mapped and not parameter.requires_grad:
+            if parameter is not None and is_as_read(parameter, place):
                 shown = data[place].view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
                 read: Any = torch.nn.Parameter(shown, requires_grad=False)
                 read.mapped = parameter
@@ -410,7 +452,7 @@ def _attach(module: torch.nn.Module, piece: Piece, reader: ReadAhead, mapped: Ma
         own = own_parameters(module)
         own.update({name: getattr(each, "mapped", each) for name, each in own.items()})
         reader.end(piece)
-        if piece.is_sparse:
+        if piece.is_sparse and all(is_as_read(own.get(name), place) for name, place in places.items()):
             piece.let_go()
 
     module.register_forward_pre_hook(before, with_kwargs=True)

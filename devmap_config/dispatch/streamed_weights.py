@@ -10,6 +10,7 @@ than two of the largest modules are there at once, which the plan has room for.
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections import Counter
 from contextlib import suppress
@@ -30,7 +31,7 @@ from devmap_config.libraries.accelerate import (
     sent,
     streamed_from,
 )
-from devmap_config.libraries.torch import own_buffers, own_parameters
+from devmap_config.libraries.torch import own_buffers, own_parameters, version_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,6 +137,7 @@ class Streamer:
         self._last: Load | None = None
         self._streams = streams
         self._slots = slots
+        self.lock = threading.RLock()
 
     def begin(self, module: torch.nn.Module, load: Load) -> dict[str, torch.Tensor]:
         """Return the weights of a module that begins, where what is computed from here on finds them.
@@ -184,7 +186,7 @@ class Streamer:
 class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
     """Stands in for accelerate's hook of a module that is streamed: its weights are there while it runs, and only then.
 
-    Where its weights are asked for elsewhere, as they are when the model is saved, it does what accelerate's does.
+    Where its weights are asked for otherwise, as they are when the model is saved, it does what accelerate's does.
     """
 
     def __init__(self, replaced: AlignDevicesHook, streamer: Streamer, load: Load) -> None:
@@ -192,32 +194,49 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         self._streamer = streamer
         self._load = load
         self._device = replaced.execution_device
+        self._weights = replaced.weights_map
+        self._running_in: int | None = None
         self._absent: dict[str, torch.Tensor] = {}
 
+    def begin(self, _module: torch.nn.Module, _arguments: Any) -> None:
+        """Called by torch before the module runs; other threads wait until it has."""
+        self._streamer.lock.acquire()
+        self._running_in = threading.get_ident()
+
     def pre_forward(self, module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Any, Any]:
-        """Called by accelerate before the module runs."""
-        if self.execution_device != self._device:
+        """Called by accelerate before the module runs, and by PEFT where its weights are to be changed."""
+        if not self._is_ahead:
             given: tuple[Any, Any] = super().pre_forward(module, *arguments, **options)
             return given
         if self.io_same_device:
             self.input_device = found_device([arguments, options])
         self._absent = {name: getattr(module, name) for name in self._load.places[module]}
+        _require_unchanged(module, self._absent, self._load.places[module])
         _set(module, self._streamer.begin(module, self._load))
         skipped = self.skip_keys
         return sent(arguments, self._device), sent(options, self._device, skipped)
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         """Called by accelerate after the module has run."""
-        if self.execution_device != self._device:
+        if not self._is_ahead:
             return super().post_forward(module, output)
         returns = self.io_same_device and self.input_device is not None
         return sent(output, self.input_device, self.skip_keys) if returns else output
 
     def end(self, module: torch.nn.Module, *_: Any) -> None:
-        """Called by torch after the module has run, or has failed."""
+        """Called by torch after the module has run, or has failed, maybe before it began."""
+        if self._running_in != threading.get_ident():
+            return
         self._streamer.end(module)
         _set(module, self._absent)
-        self._absent = {}
+        self._absent, self._running_in = {}, None
+        self._streamer.lock.release()
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether the module runs where it was planned to, with the weights that are in its load."""
+        is_running = self._running_in == threading.get_ident()
+        return is_running and self.execution_device == self._device and self.weights_map is self._weights
 
 
 def stream_weights(model: PreTrainedModel, run_order: Iterable[str]) -> None:
@@ -255,6 +274,7 @@ def attach(streamed: Mapping[torch.nn.Module, AlignDevicesHook], loads: Iterable
         for module in load.places:
             hook = StreamingHook(streamed[module], streamer, load)
             replace_hook(module, streamed[module], hook)
+            module.register_forward_pre_hook(hook.begin)
             module.register_forward_hook(hook.end, always_call=True)
 
 
@@ -340,6 +360,18 @@ def _unpin(memories: Iterable[torch.Tensor]) -> None:
     torch.cuda.synchronize()
     for memory in memories:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _require_unchanged(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place]
+) -> None:
+    """Refuse to run with weights that stand in for others while these are away, and that have been changed."""
+    for name, tensor in tensors.items():
+        if not tensor.is_meta or tensor.dtype != places[name].dtype or version_of(tensor):
+            raise RuntimeError(
+                f"`{name}` of a {type(module).__name__} was changed, which is copied to the accelerator as it was"
+                " loaded: change the checkpoint, and load that"
+            )
 
 
 def _set(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

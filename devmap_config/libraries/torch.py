@@ -250,6 +250,7 @@ MODULE_PARAMETERS = Private(
     "torch.nn.Module._parameters", "puts a tensor in a parameter's place; the public way would copy"
 )
 MODULE_BUFFERS = Private("torch.nn.Module._buffers", "puts a tensor in a buffer's place; the public way would copy")
+TENSOR_VERSION = Private("torch.Tensor._version", "counts what was written to a tensor: such a one is not read again")
 NON_PERSISTENT_BUFFERS = Private(
     "torch.nn.Module._non_persistent_buffers_set", "the buffers that no checkpoint holds; there is no public name"
 )
@@ -270,6 +271,12 @@ def shown_storage(tensor: torch.Tensor) -> Any:
     while is_batched(tensor):
         tensor = UNBATCHED.find()(tensor)
     return tensor.untyped_storage()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to."""
+    count: int = TENSOR_VERSION.of(tensor)
+    return count
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:

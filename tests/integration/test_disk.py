@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import fcntl
 import gc
@@ -195,6 +196,73 @@ def test_what_is_put_in_the_place_of_weights_is_what_runs(workspace):
         each.model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(torch.ones(64, 128))
         each.model.layers[3].to(torch.float64).float()
     assert torch.equal(outputs(model), outputs(plain))
+
+
+def one_by_one(model):
+    """The logits of each token by itself, for which rows of embeddings and of experts come as they are touched."""
+    with torch.no_grad():
+        return torch.cat([model(input_ids=token[None, None], use_cache=False).logits for token in TOKENS[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("dense", "loaded"), ("dense", "trained"), ("tied head", "in place"), ("fused experts", "through `data`")],
+)
+def test_what_is_written_to_weights_is_what_runs(workspace, name, written):
+    saved(MODELS[name], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    plain = AutoModelForCausalLM.from_pretrained(workspace / "random", dtype=torch.float32)
+    outputs(model)
+    for each in (model, plain):
+        if written == "loaded":
+            each.load_state_dict({name: tensor * 1.5 for name, tensor in each.state_dict().items()})
+        for parameter in each.parameters():
+            if written == "in place":
+                with torch.no_grad():
+                    parameter.view(-1).mul_(1.5)
+            elif written == "through `data`":
+                parameter.data += 0.25
+            elif written == "trained":
+                parameter.requires_grad_()
+        if written == "trained":
+            each(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            torch.optim.SGD(each.parameters(), lr=0.1).step()
+    for _ in range(2):
+        assert torch.equal(outputs(model), outputs(plain))
+        assert torch.equal(one_by_one(model), one_by_one(plain))
+
+
+def test_what_lies_beside_an_embedding_stays_as_it_was_written(workspace):
+    """Pages are given back whole, and hold what is next to what they are given back for."""
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" not in name:
+                parameter.zero_()
+    one_by_one(model)
+    assert not any(parameter.any() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+
+
+def test_a_copy_outlives_its_model_and_is_its_own(workspace):
+    plain = saved(MODELS["dense"], workspace / "random")
+    compiled()
+    model = load_model("p.yaml", probe=False)
+    copied = copy.deepcopy(model)
+    torch.nn.init.zeros_(copied.lm_head.weight)
+    assert torch.equal(outputs(model), outputs(plain))
+    del model
+    gc.collect()
+    assert not outputs(copied).any()
+
+
+def test_nobody_moves_it(workspace):
+    """What has no map, pipelines move to a card, and what has `cpu` in one, PEFT places anew."""
+    saved(MODELS["dense"], workspace / "random")
+    compiled()
+    assert load_model("p.yaml", probe=False).hf_device_map == {"": torch.device("cpu")}
 
 
 def test_weights_of_which_a_gradient_is_asked_have_one(workspace):

@@ -6,7 +6,9 @@ The accelerator is simulated (`late_copies.py`): neither of its streams can do w
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -194,6 +196,65 @@ def test_a_forward_that_fails_leaves_slots_free_and_weights_away(dense):
     broken._old_forward = forward
     assert all(each.is_meta for load in loads for module in load.places for each in module.parameters())
     assert torch.equal(outputs(model), expected)
+
+
+def test_threads_take_turns(dense, monkeypatch):
+    """What one computes with is not overwritten meanwhile by what another has copied."""
+    model, _streams, _loads = dense
+    expected, linear = outputs(model), torch.nn.functional.linear
+    at_work, others_done = threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        if threading.current_thread() is not threading.main_thread() and not at_work.is_set():
+            at_work.set()
+            others_done.wait(0.5)
+        return linear(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", slowly)
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(outputs, model)
+        at_work.wait()
+        assert torch.equal(outputs(model), expected)
+        others_done.set()
+        assert torch.equal(found.result(), expected)
+
+
+def test_a_thread_that_fails_lets_the_others_go_on(dense):
+    model, _streams, _loads = dense
+    expected = outputs(model)
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with ThreadPoolExecutor(1) as other:
+        assert isinstance(other.submit(outputs, model).exception(), ZeroDivisionError)
+    hook.remove()
+    assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: torch.nn.init.zeros_(model.lm_head.weight),
+        lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(torch.zeros(256, 64))),
+    ],
+    ids=["another dtype", "written to", "replaced"],
+)
+def test_what_is_changed_while_it_is_away_is_not_lost_in_silence(dense, change):
+    model, _streams, _loads = dense
+    change(model)
+    with pytest.raises(RuntimeError, match="was changed, which is copied to the accelerator as it was loaded"):
+        outputs(model)
+
+
+def test_what_an_adapter_is_merged_into_is_what_runs(dense):
+    """As PEFT merges: by the hook, outside of a call."""
+    model, _streams, _loads = dense
+    expected, head = outputs(model), model.lm_head
+    head._hf_hook.pre_forward(head)
+    head.weight.data += head.weight.data
+    head._hf_hook.weights_map = {"weight": head.weight.to("cpu")}
+    head._hf_hook.post_forward(head, torch.tensor([]))
+    for _ in range(2):
+        assert torch.equal(outputs(model), 2 * expected)
 
 
 def test_a_model_that_is_streamed_is_saved_as_it_was(dense, tmp_path):
