@@ -52,6 +52,18 @@ def hooks_of(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple(getattr(hook, "hooks", (hook,)))
 
 
+def before_hooks_are_removed(model: torch.nn.Module, tell: Callable[[], None]) -> None:
+    """Call `tell` before the hook of the model itself is removed, if it has one."""
+    for hook in hooks_of(model)[:1]:
+        detach_hook = hook.detach_hook
+
+        def detach(module: torch.nn.Module, detach_hook: Callable[..., Any] = detach_hook) -> Any:
+            tell()
+            return detach_hook(module)
+
+        hook.detach_hook = detach
+
+
 def sent(value: Any, device: Any, skip_keys: Any = None) -> Any:
     """Return a value with all tensors within on a device, but for those under the keys that are skipped."""
     return SEND_TO_DEVICE.find()(value, device, skip_keys=skip_keys)

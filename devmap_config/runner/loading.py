@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.devices import DISK
-from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+from devmap_config.devices import DISK, STORAGE_DEVICES
+from devmap_config.diagnostics.diagnostic import DevmapError, DevmapWarning, Diagnostic
 from devmap_config.files import CAST, FileError, HeldFolder, is_folder
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.failures import failure_of
@@ -127,7 +128,10 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
             _bring_ahead(loaded.model, plan, request)
         if folder is not None and _is_read_from(folder):
             weakref.finalize(loaded.model, id, held)  # which is let go of with the model
-        return loaded._replace(model=_computing_on_cpu(loaded.model, plan)) if plan.compute else loaded
+        if plan.compute:
+            _compute_on_cpu(loaded.model, plan)
+        _tell_placement(loaded.model, plan)
+        return loaded
 
 
 def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> PreTrainedModel:
@@ -185,16 +189,41 @@ def _map(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
         raise RunnerError("load-failed", f"weights on disk cannot be mapped: {first_line(error)}") from error
 
 
-def _computing_on_cpu(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+def _compute_on_cpu(model: PreTrainedModel, plan: Plan) -> None:
     from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_cpu
 
     try:
         compute_on_cpu(model, plan.compute)
     except UncallableUnitError as error:
         raise RunnerError("compute-on-cpu", f"{error}, so it cannot compute on the CPU", COMPUTE_HELP) from None
-    # transformers reads here whether anything is on the CPU (it then does not compile), and knows strings only.
-    model.hf_device_map = dict(plan.placement)
-    return model
+
+
+def _tell_placement(model: PreTrainedModel, plan: Plan) -> None:
+    """Tell libraries that take the model where it is, so that they leave it there; and their user, where they do not.
+
+    transformers' pipelines move what has no map, and send their inputs to the first device of one. PEFT places a model
+    anew of which something is on the `cpu` or `disk`, which it knows as strings only; and by these alone transformers
+    sees what is offloaded, and then does not compile.
+    """
+    import torch
+
+    from devmap_config.libraries.accelerate import before_hooks_are_removed
+
+    for parameter in model.parameters():
+        if parameter.is_meta:  # it would get no gradient, in silence
+            parameter.requires_grad_(requires_grad=False)
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        model.hf_device_map = {"": torch.device("cpu")}
+    else:
+        stores = [each.in_device_map for each in STORAGE_DEVICES]
+        model.hf_device_map = dict(sorted(plan.placement.items(), key=lambda item: item[1] in stores))
+    before_hooks_are_removed(model, lambda: warnings.warn(MOVED, DevmapWarning, stacklevel=4))
+
+
+MOVED = (
+    "the hooks by which this model runs as planned are taken off: PEFT then places it anew, by the memory that is free;"
+    " merge the adapter into the checkpoint, and compile a profile for that"
+)
 
 
 def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:

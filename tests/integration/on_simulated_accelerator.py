@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import simulated_accelerator
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
 from accelerate.utils import align_module_device
 from broken_maps import BROKEN_MAPS
 from click.testing import CliRunner
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSe
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from devmap_config import compile_profile, load_model
+from devmap_config import DevmapWarning, compile_profile, load_model
 from devmap_config.cli.adopt import adopt
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
@@ -298,7 +298,7 @@ def test_without_its_hook_a_unit_leaves_its_block_on_two_devices():
 def test_a_unit_that_would_be_streamed_is_refused(monkeypatch):
     save(LLAMA)
     monkeypatch.setattr(loading, "_device_map", lambda plan: dict(plan.placement))
-    monkeypatch.setattr(loading, "_computing_on_cpu", lambda model, plan: model)
+    monkeypatch.setattr(loading, "_compute_on_cpu", lambda _model, _plan: None)
     with pytest.raises(
         RunnerError, match=r"layers\.2\.mlp\.gate_proj runs on npu:0, streamed, planned on cpu"
     ) as error:
@@ -391,6 +391,17 @@ def test_transformers_reads_the_map_as_it_reads_its_own():
     model = load(computed("model.layers.2.mlp"))
     assert model.hf_device_map == compile_profile("profile.yaml").placement
     assert {type(device) for device in model.hf_device_map.values()} == {int, str}
+
+
+def test_what_is_streamed_is_frozen_and_placing_it_anew_is_told():
+    save(LLAMA)
+    model = load('match: "{model.embed_tokens,model.layers.1}", device: cpu')
+    assert next(iter(model.hf_device_map.values())) == 0  # to which pipelines bring what the model is given
+    assert {p.requires_grad for p in model.parameters() if p.is_meta} == {False}
+    assert {p.requires_grad for p in model.parameters() if not p.is_meta} == {True}
+    with pytest.warns(DevmapWarning, match="PEFT then places it anew"):
+        remove_hook_from_submodules(model)
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_devmap_run_speaks():
