@@ -16,19 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, MIXTURE
+from conftest import LLAMA
 from safetensors.torch import load, save
+from small_models import MODELS, TOKENS, config_of
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from devmap_config import compile_profile, load_model
@@ -43,21 +38,6 @@ from devmap_config.runner.inspection import running_place, tensor_home
 from devmap_config.runner.loading import RunnerError
 
 SCARCE = SeenHost(memory_bytes=2**10, available_bytes=2**10, threads=1)
-TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
-
-
-def config_of(values, **changed):
-    return {key: value for key, value in values.items() if key not in ("architectures", "dtype")} | changed
-
-
-MODELS = {
-    "dense": lambda: LlamaForCausalLM(LlamaConfig(**config_of(LLAMA))),
-    "tied head": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=512)),
-    "fused experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**config_of(MIXTURE))),
-    "encoder and decoder": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    ),
-}
 
 
 def saved(model, path, dtype=torch.float32, seed=0):

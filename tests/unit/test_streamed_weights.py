@@ -14,17 +14,11 @@ import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from accelerate.utils import OffloadedWeightsLoader
-from conftest import LLAMA, MIXTURE
 from late_copies import POISON, LateCopies
+from small_models import MODELS as SMALL_MODELS
+from small_models import TOKENS
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
@@ -41,20 +35,7 @@ from devmap_config.dispatch.streamed_weights import (
     streamed_modules,
 )
 
-TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
-
-
-def config_of(values, **changed):
-    return {key: value for key, value in values.items() if key not in ("architectures", "dtype")} | changed
-
-
-MODELS = {
-    "dense": lambda: LlamaForCausalLM(LlamaConfig(**config_of(LLAMA))),
-    "tied head": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=512)),
-    "fused experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**config_of(MIXTURE))),
-    "encoder and decoder": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    ),
+MODELS = SMALL_MODELS | {
     "own tokens around its modules": lambda: ViTModel(
         ViTConfig(
             hidden_size=32,
