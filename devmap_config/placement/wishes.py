@@ -214,7 +214,7 @@ WISHES = (
     Wish(
         _little_of(_copied_in),
         lambda plan: plan.prediction.streamed_bytes_per_token or 0,
-        lambda after, before: f"{format_bytes(after)} are copied in at every forward instead of {format_bytes(before)}",
+        lambda after, before: f"{format_bytes(before - after)} less is copied in at every forward",
     ),
     Wish(_least_context),
     Wish(

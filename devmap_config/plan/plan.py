@@ -155,7 +155,10 @@ class Plan:
         """How weights come to where they run that are stored elsewhere: what is said of their size."""
         if self.executor.works_ahead and not self.main_device.is_accelerator:
             return "are on disk, and read from there as each forward needs them"
-        return f"are copied to {self.main_device} at every forward"
+        copied = f"are copied to {self.main_device} at every forward"
+        if self.executor.works_ahead:
+            return f"{copied}, ahead of their use; plain transformers waits for each, and takes longer"
+        return copied
 
     @property
     def offload_buffers(self) -> bool:

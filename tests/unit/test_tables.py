@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 from click.testing import CliRunner
+from conftest import REPOSITORY
 
+from devmap_config.amounts import GIBIBYTE, format_bytes, format_duration
 from devmap_config.cli import devmap
 from devmap_config.rules.folding import fold_paths, ranges
 
@@ -47,3 +52,19 @@ def test_even_steps_are_one_range():
     assert ranges([0, 2]) == "[0,2]"
     assert ranges([0, 2, 4], with_steps=False) == "[0,2,4]"
     assert fold_paths(f"layers.{number}.mlp" for number in range(1, 24, 2)) == ("layers.[1-23/2].mlp",)
+
+
+def test_the_example_in_the_readme_has_the_figures_of_its_lock():
+    lock = json.loads((REPOSITORY / "profiles" / "llama-3.1-70b-two-24gb.lock.json").read_text())
+    example = (REPOSITORY / "README.md").read_text()
+    plan = lock["plan"]
+    predicted = plan["prediction"]
+    token, prefill = (
+        format_duration(predicted[name]) for name in ("decode_nanoseconds_per_token", "prefill_nanoseconds")
+    )
+    assert f"{token} a token, {prefill} a prefill, a context of up to {predicted['longest_context']:,} " in example
+    assert f"{format_bytes(predicted['streamed_bytes_per_token'])} are copied to cuda:0 at every forward" in example
+    for use in plan["devices"]:
+        parts = ("capacity", "weights", "kv_cache", "activation", "overhead", "free")
+        figures = (f"{use[f'{part}_bytes'] / GIBIBYTE:.1f}" for part in parts)
+        assert re.search(r" +".join([use["id"], *map(re.escape, figures)]), example), use["id"]
