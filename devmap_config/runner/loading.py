@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.devices import DISK, STORAGE_DEVICES
+from devmap_config.devices import CPU, DISK, STORAGE_DEVICES
 from devmap_config.diagnostics.diagnostic import DevmapError, DevmapWarning, Diagnostic
 from devmap_config.files import CAST, FileError, HeldFolder, is_folder
 from devmap_config.graph.checkpoint import CheckpointError
@@ -130,6 +130,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
             weakref.finalize(loaded.model, id, held)  # which is let go of with the model
         if plan.compute:
             _compute_on_cpu(loaded.model, plan)
+        _use_cpu_experts(loaded.model, plan)
         _tell_placement(loaded.model, plan)
         return loaded
 
@@ -196,6 +197,13 @@ def _compute_on_cpu(model: PreTrainedModel, plan: Plan) -> None:
         compute_on_cpu(model, plan.compute)
     except UncallableUnitError as error:
         raise RunnerError("compute-on-cpu", f"{error}, so it cannot compute on the CPU", COMPUTE_HELP) from None
+
+
+def _use_cpu_experts(model: PreTrainedModel, plan: Plan) -> None:
+    from devmap_config.dispatch.cpu_compute import use_cpu_experts
+
+    on_cpu = {str(name) for name, location in plan.locations.items() if location.runs_on == CPU}
+    use_cpu_experts(model, on_cpu.__contains__)
 
 
 def _tell_placement(model: PreTrainedModel, plan: Plan) -> None:

@@ -429,3 +429,27 @@ placement: {{strategy: sequential, offload: {{folder: offload}}}}
 """
     )
     assert compile_profile("p.yaml").executor.name == "accelerate"
+
+
+def test_experts_decode_by_the_product_that_is_fast_on_the_cpu(workspace):
+    saved(MODELS["fused experts"], workspace / "random")
+    Path("p.yaml").write_text(
+        """version: 1
+model: {source: random}
+hardware: {devices: {cpu: {memory: 8MiB}, disk: {memory: 1GiB}}}
+placement:
+  strategy: sequential
+  pins: [{match: model.embed_tokens, device: disk}]
+  offload: {folder: offload, buffers: false}
+"""
+    )
+    assert compile_command.main(["p.yaml", "-q"], standalone_mode=False) == 0
+    model = load_model("p.yaml", probe=False)
+    assert model.device.type == "meta", "of its first weight `generate` tells whether it is on the CPU"
+    taken = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, _: taken.append(module.config._experts_implementation)
+        )
+    model.generate(TOKENS, max_new_tokens=3, do_sample=False)
+    assert taken == ["grouped_mm"] * 3 * model.config.num_hidden_layers
