@@ -76,8 +76,8 @@ class LoadRequest:
     """What `from_pretrained` is asked for besides the map.
 
     `weights` is a directory or a hub id, `revision` the commit of the latter. `config` is the model's as it is written:
-    it names the code that comes with the model. `run_order` are the paths of its modules as they run. `arguments` are
-    passed on to `from_pretrained` as they are.
+    it names the code that comes with the model. `pieces` are the paths of the modules whose weights come ahead of their
+    use, of those that come at once together, as they run. `arguments` are passed on to `from_pretrained` as they are.
     """
 
     weights: str
@@ -89,7 +89,7 @@ class LoadRequest:
     offload_folder: Path | None = None
     trust_remote_code: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
-    run_order: tuple[str, ...] = ()
+    pieces: tuple[tuple[str, ...], ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -173,7 +173,7 @@ def _bring_ahead(model: PreTrainedModel, plan: Plan, request: LoadRequest) -> No
         from devmap_config.dispatch.streamed_weights import UnpinnedError, stream_weights
 
         try:
-            stream_weights(model, request.run_order)
+            stream_weights(model, request.pieces)
         except UnpinnedError as error:
             raise RunnerError("load-failed", f"{error}, from which weights are copied", FREE_MEMORY) from None
     elif request.offload_folder is not None:

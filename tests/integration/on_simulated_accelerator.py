@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from joining_models import JOINS, code_of, config_of
 from late_copies import LateCopies
+from small_models import MODELS
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -29,8 +30,10 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch import streamed_weights
+from devmap_config.dispatch.streamed_weights import StreamingHook
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
+from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.placement import buffers
 from devmap_config.probe import torch_rates
 from devmap_config.probe.block import block_text, hardware_block
@@ -159,6 +162,42 @@ def test_what_is_copied_ahead_says_what_the_plain_model_says(config, pins, copie
     slots = {copy.target.data_ptr(): copy.target.nbytes for copy in copies.copies}
     assert len(slots) == 2
     assert 2 * max(slots.values()) <= card.overhead_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "resident"),
+    [
+        ("dense", "model.norm"),
+        ("tied head", "transformer.ln_f"),
+        ("fused experts", "model.layers.1"),
+        ("encoder and decoder", "decoder.final_layer_norm"),
+        ("parameters around modules in every block", "backbone.norm_f"),
+        ("a bias that is shared with a module within", "bert.encoder.layer.1"),
+    ],
+)
+def test_what_is_planned_to_be_copied_ahead_is(name, resident, copies):
+    torch.manual_seed(0)
+    MODELS[name]().save_pretrained("random")
+    model = load(
+        'match: "*", device: cpu', f"match: {resident}, device: 0", workload="workload: {context_length: 64}\n"
+    )
+    compiled = run_pipeline(Request(path=Path("profile.yaml")))
+    plan, graph = compiled.plan, compiled.model.graph
+    hooks = {
+        (path, module): hook
+        for path, module in model.named_modules()
+        for hook in hooks_of(module)
+        if isinstance(hook, StreamingHook)
+    }
+    assert {f"{path}.{name}" for (path, module), hook in hooks.items() for name in hook._load.places[module]} == {
+        name
+        for name, location in plan.locations.items()
+        if plan.executor.is_copied_in(graph.tensors[name], location) and plan.executor.is_brought_ahead(location)
+    }
+    (card,) = (use for use in plan.devices if use.id == plan.main_device)
+    rounding = streamed_weights.ALIGNMENT_BYTES * len(graph.tensors)
+    slots = {slot.memory.data_ptr(): slot.memory.nbytes for hook in hooks.values() for slot in hook._streamer._slots}
+    assert card.overhead_bytes <= sum(slots.values()) < card.overhead_bytes + rounding
 
 
 def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):
