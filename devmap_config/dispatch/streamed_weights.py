@@ -14,6 +14,7 @@ import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ from devmap_config.libraries.accelerate import (
 from devmap_config.libraries.torch import own_buffers, own_parameters, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -180,6 +181,7 @@ class Streamer:
         return next((slot for slot in self._slots if slot.load is load), None)
 
     def _fetch(self, load: Load, slot: Slot) -> None:
+        slot.load = None  # until it is known that it has the next
         # What was computed until now may read what is in the slot; what is computed from now on does not.
         self._streams.copying.wait_stream(self._streams.computing)
         self._streams.copy(load.memory, slot.memory[: load.memory.numel()])
@@ -201,10 +203,22 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         self._running_in: int | None = None
         self._absent: dict[str, torch.Tensor] = {}
 
-    def begin(self, _module: torch.nn.Module, _arguments: Any) -> None:
-        """Called by torch before the module runs; other threads wait until it has."""
-        self._streamer.lock.acquire()
-        self._running_in = threading.get_ident()
+    def around(self, module: torch.nn.Module) -> Callable[..., Any]:
+        """Return its forward, during which other threads wait; its weights are away after it, whatever ends it."""
+        forward = module.forward
+
+        @wraps(forward)
+        def run(*arguments: Any, **options: Any) -> Any:
+            with self._streamer.lock:
+                try:
+                    self._running_in = threading.get_ident()
+                    return forward(*arguments, **options)
+                finally:
+                    self._streamer.end(module)
+                    _set(module, self._absent)
+                    self._absent, self._running_in = {}, None
+
+        return run
 
     def pre_forward(self, module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Any, Any]:
         """Called by accelerate before the module runs, and by PEFT where its weights are to be changed."""
@@ -225,15 +239,6 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
             return super().post_forward(module, output)
         returns = self.io_same_device and self.input_device is not None
         return sent(output, self.input_device, self.skip_keys) if returns else output
-
-    def end(self, module: torch.nn.Module, *_: Any) -> None:
-        """Called by torch after the module has run, or has failed, maybe before it began."""
-        if self._running_in != threading.get_ident():
-            return
-        self._streamer.end(module)
-        _set(module, self._absent)
-        self._absent, self._running_in = {}, None
-        self._streamer.lock.release()
 
     @property
     def _is_ahead(self) -> bool:
@@ -277,8 +282,7 @@ def attach(streamed: Iterable[Hooks], loads: Iterable[Load], streamer: Streamer)
         for module in load.places:
             hook = StreamingHook(replaced[module], streamer, load)
             replace_hook(module, replaced[module], hook)
-            module.register_forward_pre_hook(hook.begin)
-            module.register_forward_hook(hook.end, always_call=True)
+            module.forward = hook.around(module)  # torch's own hooks are not called at a Ctrl-C
 
 
 def streamed_modules(model: PreTrainedModel, pieces: Iterable[Sequence[str]]) -> list[Hooks]:

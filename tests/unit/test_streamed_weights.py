@@ -94,7 +94,7 @@ def streaming(model, order=()):
     streams, streamed = LateCopies(), streamed_modules(model, sorted(planned, key=lambda paths: place.get(paths[0], 0)))
     loads = loads_of(streamed)
     for module in (module for piece in streamed for module in piece):
-        module.register_forward_hook(streams.compute_with)
+        streams.watch(module)
     largest_bytes = max(load.memory.nbytes for load in loads)
     assert slot_bytes <= largest_bytes <= slot_bytes + ALIGNMENT_BYTES * len(graph.tensors)
     slots = tuple(Slot(torch.full((largest_bytes,), POISON, dtype=torch.uint8)) for _ in range(2))
@@ -178,21 +178,42 @@ def test_no_load_is_larger_than_the_largest_module_and_all_are_in_one(dense):
     assert len(held) == len(set(held)) == sum(1 for each in model.modules() if list(each.parameters(recurse=False)))
 
 
-def test_a_forward_that_fails_leaves_slots_free_and_weights_away(dense):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_forward_that_fails_leaves_slots_free_and_weights_away(dense, error):
     model, _streams, loads = dense
     expected = outputs(model)
     broken = model.model.layers[1].mlp.down_proj
 
     def fail(*_):
-        raise RuntimeError("out of memory")
+        raise error("out of memory")
 
     forward, broken._old_forward = broken._old_forward, fail  # what accelerate's hook is around
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(error, match="out of memory"):
             outputs(model)
     broken._old_forward = forward
     assert all(each.is_meta for load in loads for module in load.places for each in module.parameters())
     assert torch.equal(outputs(model), expected)
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(outputs, model).result(timeout=60), expected)
+
+
+def test_a_copy_that_is_broken_off_is_done_again(dense, monkeypatch):
+    """Nothing knows how far it came: what was in the slot is not there any more."""
+    model, streams, _loads = dense
+    expected, copy = outputs(model), streams.copy
+
+    def interrupted(source, target):
+        copy(source, target)
+        if len(streams.copies) == last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(streams, "copy", interrupted)
+    for more in range(1, 7):
+        last = len(streams.copies) + more
+        with pytest.raises(KeyboardInterrupt):
+            outputs(model)
+        assert torch.equal(outputs(model), expected)
 
 
 def test_threads_take_turns(dense, monkeypatch):
