@@ -6,13 +6,13 @@ import json
 import os
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.files import ANYWHERE, GRAPH, PACKAGED, FileError, parse_json, read_text, write_atomically
 from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import SCHEMA, graph_from_json, graph_to_json
+from devmap_config.libraries.versions import build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ LIBRARIES = ("torch", "transformers", "accelerate")
 
 def library_versions() -> dict[str, str | None]:
     """The installed versions of what makes graphs, read without importing it."""
-    return {name: _version(name) for name in LIBRARIES}
+    return {name: build(name) for name in LIBRARIES}
 
 
 def cached_graph(
@@ -85,10 +85,3 @@ def code_digest(*packages: str) -> str:
     root = Path(__file__).parent.parent
     sources = sorted(source for package in packages for source in (root / package).glob("*.py"))
     return digest({source.relative_to(root).as_posix(): read_text(source, PACKAGED, ANYWHERE) for source in sources})
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

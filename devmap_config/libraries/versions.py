@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 TRIED: dict[str, tuple[str, ...]] = {
@@ -13,12 +14,19 @@ TRIED: dict[str, tuple[str, ...]] = {
 """The versions with which models were measured and dry-run, the oldest first. What was run is in docs/libraries.md."""
 
 
-def installed(library: str) -> str | None:
-    """Return the installed version of a library, without what tells one build from another; `None` without one."""
+@cache  # its metadata is parsed for it, which takes longer than to read a profile
+def build(library: str) -> str | None:
+    """Return the installed version of a library, with what tells one build from another; `None` without one."""
     try:
-        return version(library).partition("+")[0]
+        return version(library)
     except PackageNotFoundError:
         return None
+
+
+def installed(library: str) -> str | None:
+    """Return the installed version of a library, without what tells one build from another; `None` without one."""
+    found = build(library)
+    return found and found.partition("+")[0]
 
 
 def release(text: str) -> tuple[int, ...]:
