@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.libraries.panics import panics_raised
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.context import PlannedContext
 from devmap_config.runner.generation_times import GenerationWorkload, ignore_stop_strings, measure_generation
@@ -164,7 +165,8 @@ def running(request: LoadRequest) -> Iterator[None]:
 def _failures_told() -> Iterator[None]:
     """Raise as a `RunnerError` what a model's own code, or what its generation config asks for, raises within."""
     try:
-        yield
+        with panics_raised():
+            yield
     except RunnerError:
         raise
     except Exception as error:

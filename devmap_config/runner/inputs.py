@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.libraries.accelerate import hooks_of
+from devmap_config.libraries.panics import panics_raised
+from devmap_config.runner.chat_templates import TemplateFailedError, chat_text
 from devmap_config.runner.loading import RunnerError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -153,14 +155,19 @@ def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: i
             help = "write the question in the prompt's first line, and the text that answers it below"
             raise RunnerError("unfit-input", "there is no text to answer the question by", help)
     ends = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
-    try:
-        encoding = tokenizer(text, pair, return_tensors="pt", **ends)
-    except Exception as error:  # whatever comes of a value in its files that nobody looked at before
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise RunnerError("unfit-input", f"the tokenizer takes no text: {reason}", USE_PYTHON) from error
+    encoding = _encoded(tokenizer, text, pair, **ends)
     return Inputs(
         tensors=_taken(model_class, encoding), tokenizer=tokenizer, encoding=encoding, text=text, goes_on=True
     )
+
+
+def _encoded(tokenizer: Any, *texts: str | None, **options: Any) -> Any:
+    try:
+        with panics_raised():
+            return tokenizer(*texts, return_tensors="pt", **options)
+    except Exception as error:  # whatever comes of a value in its files that nobody looked at before
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RunnerError("unfit-input", f"the tokenizer takes no text: {reason}", USE_PYTHON) from error
 
 
 def _masked(prompt: str, tokenizer: Any) -> str:
@@ -188,14 +195,17 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def _chat_inputs(tokenizer: Any, given: Given) -> Inputs:
-    try:
-        encoding = tokenizer.apply_chat_template(
-            list(given.messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    except Exception as error:  # whatever the template raises
-        message = f"the model's chat template refuses this: {type(error).__name__}: {first_line(error)}"
-        raise RunnerError("no-chat-template", message, "leave `--chat` out") from error
+    text = _chat_text(tokenizer, given.messages)
+    encoding = _encoded(tokenizer, text, add_special_tokens=False)
     return Inputs(tensors=_without_types(encoding), tokenizer=tokenizer)
+
+
+def _chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return chat_text(writer, messages)
+    except TemplateFailedError as error:
+        message = f"the model's chat template refuses this: {error}"
+        raise RunnerError("no-chat-template", message, "leave `--chat` out") from error
 
 
 def _taken(model_class: Any, encoding: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +238,8 @@ def media_inputs(processor: Any, tokenizer: Any, given: Given) -> Inputs:
     elif "audio" in parts:
         parts["raw_speech"] = parts.pop("audio")  # as a feature extractor by itself calls it
     try:
-        encoding = processor(**parts, return_tensors="pt")
+        with panics_raised():
+            encoding = processor(**parts, return_tensors="pt")
     except Exception as error:  # whatever a processor raises
         message = f"{type(processor).__name__} cannot take this: {type(error).__name__}: {first_line(error)}"
         raise RunnerError("unfit-input", message, USE_PYTHON) from error
@@ -243,7 +254,7 @@ def _text_part(processor: Any, given: Given) -> dict[str, Any]:
         words = given.text or f"Describe this {kind}."
         content = [{"type": kind}, {"type": "text", "text": words}]
         messages = [*given.messages[:-1], {"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        text = _chat_text(processor, messages)
         begins = processor.tokenizer.bos_token
         return {"text": text, **({"add_special_tokens": False} if begins and text.startswith(begins) else {})}
     if given.messages:

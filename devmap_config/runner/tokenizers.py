@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.remote_code import READ_IT_FIRST, code_files, listed
+from devmap_config.libraries.panics import panics_raised
 from devmap_config.libraries.remote_code import tokenizer_config
 from devmap_config.runner.loading import first_line
 
@@ -23,9 +24,10 @@ def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
 
     stated = tokenizer_config(request.weights, request.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
-        )
+        with panics_raised():
+            tokenizer = AutoTokenizer.from_pretrained(
+                request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
+            )
     except Exception as error:  # whatever a tokenizer's own code raises; without files, what transformers makes of that
         files = code_files(stated)
         if files and not request.trust_remote_code:

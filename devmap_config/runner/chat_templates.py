@@ -1,0 +1,93 @@
+"""Writes a chat by a checkpoint's template: a stranger's program, so in a process that ends where it takes too much."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from devmap_config.runner.loading import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+MAX_CPU_SECONDS = 3
+MAX_BYTES = 2**29
+"""What the template may take besides what the process has."""
+
+MAX_CHARACTERS = 4_000_000
+
+BEYOND = f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters"
+
+RENDERED, FAILED, ENDED = range(3)
+"""How the process of a template ends by itself."""
+
+
+class TemplateFailedError(Exception):
+    """What a template raises, or that it takes too much."""
+
+
+def chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return a chat as the template of a tokenizer, or a processor, writes it.
+
+    On Linux the template is bounded in time, memory and text, whatever it makes in between.
+
+    Raises:
+        TemplateFailedError: where it fails, or goes beyond its bounds.
+    """
+    render = partial(writer.apply_chat_template, list(messages), add_generation_prompt=True, tokenize=False)
+    text, reason = _apart(render) if sys.platform == "linux" else _rendered(render)
+    if reason:
+        raise TemplateFailedError(reason)
+    return text
+
+
+def _rendered(render: Callable[[], str]) -> tuple[str, str]:
+    """Return a text, or why there is none."""
+    try:
+        text = render()
+    except MemoryError:
+        return "", BEYOND
+    except Exception as error:  # whatever the template raises
+        return "", f"{type(error).__name__}: {first_line(error)}"
+    return (text, "") if len(text) <= MAX_CHARACTERS else ("", BEYOND)
+
+
+def _apart(render: Callable[[], str]) -> tuple[str, str]:
+    """Return the same from a process of its own, which the system ends."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child needs none of their locks
+        child = os.fork()
+    if child == 0:
+        try:
+            _limit()
+            text, reason = _rendered(render)
+            with os.fdopen(writer, "wb") as answer:
+                answer.write((reason or text).encode("utf-8", "surrogatepass"))
+            os._exit(FAILED if reason else RENDERED)
+        finally:
+            os._exit(ENDED)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        said = answer.read().decode("utf-8", "surrogatepass")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return (said, "") if code == RENDERED else ("", said if code == FAILED else BEYOND)
+
+
+def _limit() -> None:
+    """Bound this process, by what it was bounded by already at most."""
+    import resource
+
+    used_bytes = psutil.Process().memory_info().vms
+    for what, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, MAX_CPU_SECONDS),
+        (resource.RLIMIT_AS, used_bytes + MAX_BYTES),
+    ):
+        _, allowed = resource.getrlimit(what)
+        resource.setrlimit(what, (most if allowed == resource.RLIM_INFINITY else min(most, allowed), allowed))
