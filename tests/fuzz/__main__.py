@@ -104,7 +104,8 @@ def main() -> int:
     for name, tally in tallies.items():
         print(tally.row(name))
     count = sum(len(tally.outcomes) for tally in tallies.values())
-    print(f"{count:,} inputs in {seconds:,.0f} s, {count / seconds:.1f} a second; seed {seed}")
+    cpu_seconds = sum(outcome.cpu_seconds for tally in tallies.values() for outcome in tally.outcomes)
+    print(f"{count:,} inputs in {seconds:,.0f} s, {cpu_seconds:,.0f} of a processor to answer them; seed {seed}")
     for kind, number in failures.kinds.items():
         print(f"failed {number} times: {kind}")
     few = [what for what, names in HELD_TO_SHARE.items() if share(tallies, names) < LEAST_SHARE]

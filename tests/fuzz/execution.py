@@ -19,12 +19,15 @@ from click.testing import CliRunner
 import devmap_config.compiler
 import devmap_config.plan.drift
 from devmap_config.cli import devmap
+from devmap_config.placement.milp import Milp
 from fuzz.surfaces import SURFACES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from click.testing import Result
+
+    from devmap_config.placement.milp import Solution, Terms
 
 MAX_CPU_SECONDS = 5
 """For an answer that refuses the input."""
@@ -64,8 +67,7 @@ def execute(surface: str, data: bytes, template: Path, folder: Path) -> Outcome:
     shutil.copytree(template, folder, symlinks=True, copy_function=_copy)
     os.chdir(folder)
     tried = SURFACES[surface]
-    if tried.file is not None:
-        Path(tried.file).write_bytes(data)
+    tried.write(data)
     reached.clear()
     _forget_peak()
     started = time.process_time()
@@ -107,6 +109,25 @@ def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
 # The inputs' digests are what comes before placing; of a locked plan, the reading of it by the model's names.
 devmap_config.compiler.inputs_of = _noted(devmap_config.compiler.inputs_of)
 devmap_config.plan.drift.locked_units = _noted(devmap_config.plan.drift.locked_units)
+
+MOST_REMEMBERED = 2_000
+"""Then what was solved is forgotten."""
+
+
+def remember_solutions() -> None:
+    """Have programs solved once: most inputs pose one that others posed, and HiGHS always answers the same."""
+    minimize, solutions = Milp.minimize, {}
+
+    def remembered(milp: Milp, objective: Terms, **options: Any) -> Solution:
+        rows = tuple((tuple(row.terms.items()), row.most, row.is_equality) for row in milp.constraints)
+        key = (tuple(milp.upper), tuple(milp.is_integer), rows, tuple(objective.items()), tuple(options.items()))
+        if key not in solutions:
+            if len(solutions) >= MOST_REMEMBERED:
+                solutions.clear()
+            solutions[key] = minimize(milp, objective, **options)
+        return solutions[key]
+
+    Milp.minimize = remembered  # type: ignore[method-assign]
 
 
 def _judged(result: Result, command: list[str]) -> tuple[str | None, str]:

@@ -8,6 +8,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -15,24 +16,26 @@ import yaml
 from devmap_config.graph.digest import digest
 from fuzz import grammars
 from fuzz.mutation import Pool, mutated_bytes, mutated_value
-from fuzz.workspace import CONFIGS, MACHINE, parsed, profiles
+from fuzz.workspace import CHAT, CONFIGS, MACHINE, TOKENIZER_CONFIG, TOKENIZERS, parsed, profiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from random import Random
 
 FORMATS = ["table", "json", "sarif", "github", "device-map"]
 COMPILE = ["compile", "profile.yaml", "--dry-run"]
 ON_PROFILES = [
-    *([*COMPILE, "--no-simulate", "--format", name] for name in FORMATS * 3),
+    *([*COMPILE, "--no-simulate", "--format", name] for name in FORMATS * 6),
     COMPILE,
     ["check", "profile.yaml", "--format", "github"],
     ["explain", "profile.yaml"],
     ["diff", "good.yaml", "profile.yaml"],
     ["fit", "profile.yaml", "--on", "2x24GiB"],
 ]
-"""What reads a profile; the formats take turns."""
+"""What reads a profile; the formats take turns, and what takes as long as ten of them is had more rarely."""
+
+SAY = ["run", "--no-probe", "--prompt", "the  a", "--max-new-tokens", "2"]
+"""A card is not there, which is told after a tokenizer has read the prompt; on the CPU it writes the answer."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Surface:
 
     Attributes:
         make: returns an input; what it starts from, `Sources` have.
-        file: where an input lies; `None` where it is not a file.
+        file: where an input lies; `None` where it is not a file. Of a folder it is a mapping of names to texts.
         commands: one of these reads it, which is decided by the input alone; in place of `INPUT` stands its text.
         reaches: whether it is counted how many inputs reach placement.
     """
@@ -50,6 +53,16 @@ class Surface:
     commands: list[list[str]]
     file: str | None = None
     reaches: bool = False
+
+    def write(self, data: bytes) -> None:
+        """Put an input where it is read."""
+        if self.file is None:
+            return
+        if Path(self.file).is_dir():
+            for name, text in json.loads(data).items():
+                Path(self.file, name).write_text(text, encoding="utf-8", errors="surrogatepass")
+        else:
+            Path(self.file).write_bytes(data)
 
     def command(self, data: bytes) -> list[str]:
         """Return the command line that reads an input."""
@@ -93,6 +106,7 @@ class Sources:
             "machine": Pool(parsed([MACHINE.encode(), *self.profiles])),
             **{name: Pool([self.json(name)]) for name in files},
             "header": Pool([self.header]),
+            "tokenizers": Pool([*TOKENIZERS, TOKENIZER_CONFIG]),
         }
 
     def text(self, name: str) -> bytes:
@@ -254,6 +268,21 @@ def _hardware(random: Random, sources: Sources) -> bytes:
     return _dumped(random, mutated_value(random, yaml.safe_load(MACHINE), sources.pools["machine"]))
 
 
+def _tokenizers(random: Random, sources: Sources) -> bytes:
+    """Return one of a tokenizer's files, or two of them."""
+    pool, files = sources.pools["tokenizers"], {}
+    for name in random.sample(
+        ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), k=random.choice((1, 2))
+    ):
+        if name == "chat_template.jinja":
+            text = mutated_bytes(random, CHAT.encode(), [grammars.template(random).encode()]).decode("utf-8", "replace")
+            files[name] = random.choice((text, CHAT + grammars.template(random), grammars.template(random)))
+        else:
+            good = TOKENIZER_CONFIG if "config" in name else random.choice(TOKENIZERS)
+            files[name] = _json(mutated_value(random, good, pool)).decode()
+    return json.dumps(files).encode()
+
+
 SURFACES = {
     "yaml": Surface(_yaml, ON_PROFILES, "profile.yaml", reaches=True),
     "values": Surface(_values, ON_PROFILES, "profile.yaml", reaches=True),
@@ -273,15 +302,15 @@ SURFACES = {
     ),
     "graphs": Surface(
         _graphs,
-        [*[["compile", "vendored.yaml", "--dry-run"], ["check", "vendored.yaml"]] * 4, ["simulate", "vendored.yaml"]],
+        [*[["compile", "vendored.yaml", "--dry-run"], ["check", "vendored.yaml"]] * 12, ["simulate", "vendored.yaml"]],
         "vendored.graph.json",
         reaches=True,
     ),
     "configs": Surface(
         _configs,
         [
-            *[["tree", "config.json"], ["compile", "config.yaml", "--dry-run", "--no-simulate"]] * 3,
-            *[["compile", "workload.yaml", "--dry-run", "--no-simulate"]] * 2,
+            *[["tree", "config.json"], ["compile", "config.yaml", "--dry-run", "--no-simulate"]] * 8,
+            *[["compile", "workload.yaml", "--dry-run", "--no-simulate"]] * 4,
             ["compile", "workload.yaml", "--dry-run"],
             ["init", "config.json", "--on", "2xrtx-4090"],
         ],
@@ -297,13 +326,22 @@ SURFACES = {
         "sharded/model.safetensors.index.json",
         reaches=True,
     ),
+    "tokenizers": Surface(
+        _tokenizers,
+        [
+            *[[*SAY, "card.yaml"], [*SAY, "card.yaml", "--chat"]] * 4,
+            [*SAY, "spoken.yaml"],
+            [*SAY, "spoken.yaml", "--chat"],
+        ],
+        "spoken",
+    ),
     "maps": Surface(
         _maps, [["adopt", "map.json", "--model", "llama"], ["adopt", "map.json", "--model", "llama", "--on",
         "2x24GiB"]], "map.json"
     ),
     "hardware": Surface(
         _hardware,
-        [*[["fit", "weights.yaml", "--on", "machine.yaml"], ["check", "good.yaml"]] * 5, ["init", "weights", "--on",
+        [*[["fit", "weights.yaml", "--on", "machine.yaml"], ["check", "good.yaml"]] * 12, ["init", "weights", "--on",
         "machine.yaml"]],
         "machine.yaml",
         reaches=True,
@@ -311,14 +349,17 @@ SURFACES = {
     "machines": Surface(
         lambda random, _: grammars.machine(random).encode("utf-8", "surrogatepass"),
         [
-            *[["fit", "weights.yaml", "--on", INPUT], ["adopt", "map.json", "--model", "llama", "--on", INPUT]] * 6,
+            *[["fit", "weights.yaml", "--on", INPUT], ["adopt", "map.json", "--model", "llama", "--on", INPUT]] * 12,
             ["init", "weights", "--on", INPUT],
         ],
         reaches=True,
     ),
     "patterns": Surface(
         lambda random, _: grammars.pattern(random).encode("utf-8", "surrogatepass"),
-        [["tree", "llama", "--match", INPUT], ["tree", "mixture", "--match", INPUT], ["explain", "good.yaml", INPUT]],
+        [
+            *[["tree", "llama", "--match", INPUT], ["tree", "mixture", "--match", INPUT]] * 3,
+            ["explain", "good.yaml", INPUT],
+        ],
     ),
     "arguments": Surface(lambda random, _: json.dumps(grammars.arguments(random)).encode(), []),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from fuzz.execution import LARGE, SLOW, Outcome, execute
+from fuzz.execution import LARGE, SLOW, Outcome, execute, remember_solutions
 from fuzz.workspace import make_workspace
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def _work(connection: Connection, root: Path, number: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(root / "cache", folder / "cache")
     _go_offline(folder / "cache")
+    remember_solutions()
     limit = HEADROOM_BYTES + psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     connection.send("ready")

@@ -97,6 +97,62 @@ hardware:
 placement: {strategy: sequential}
 """
 
+SPOKEN = """\
+version: 1
+model: {source: spoken}
+workload: {context_length: 64}
+hardware: {devices: {DEVICE: {memory: 64MiB}}}
+placement: {strategy: sequential}
+"""
+
+WORDS = dict(zip(("<s>", "</s>", "a", "b", "t", "th", "the", "\u0120", "\u2581", "<unk>"), range(10), strict=True))
+
+ADDED = {"id": 0, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}  # fmt: skip
+
+TOKENIZERS: list[dict[str, Any]] = [
+    {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [ADDED],
+     "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"},
+     {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "\\s+|\\w+"},
+     "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+     "use_regex": True}]},
+     "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+     {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+     {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+     "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+     "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+     "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+     "vocab": {**WORDS, "h": 10, "e": 11}, "merges": [["t", "h"], ["th", "e"]]}},
+    {"version": "1.0", "truncation": {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0},
+     "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+     "pad_type_id": 0, "pad_token": "<s>"}, "added_tokens": [ADDED],
+     "normalizer": {"type": "Prepend", "prepend": "\u2581"},
+     "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+     "post_processor": None, "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"},
+     "model": {"type": "Unigram", "unk_id": 9, "byte_fallback": False,
+     "vocab": [[word, -0.5 * number] for word, number in WORDS.items()]}},
+    {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": {"type":
+     "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
+     "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": {"type": "WordPiece", "prefix": "##",
+     "cleanup": True}, "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "<unk>"}},
+]  # fmt: skip
+"""Three kinds of `tokenizer.json`, with most of what such a file may say."""
+
+CHAT = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + ': ' + message.content | trim }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}a{% endif %}"
+)
+
+TOKENIZER_CONFIG: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "bos_token": "<s>", "eos_token": "</s>",
+    "unk_token": {**ADDED, "__type": "AddedToken", "content": "<unk>"}, "pad_token": None, "padding_side": "left",
+    "added_tokens_decoder": {"0": {key: ADDED[key] for key in ADDED if key != "id"}}, "chat_template": CHAT,
+    "additional_special_tokens": ["<s>"], "clean_up_tokenization_spaces": False, "add_bos_token": True,
+    "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "extra_special_tokens": {}, "legacy": True,
+    "model_input_names": ["input_ids", "attention_mask"], "truncation_side": "right", "split_special_tokens": False,
+}  # fmt: skip
+
 DEVICE_MAP = {
     "model.embed_tokens": 0,
     **{f"model.layers.{layer}": 0 if layer < 3 else 1 for layer in range(5)},
@@ -156,6 +212,9 @@ def make_workspace(folder: Path) -> None:
         "config.yaml": OF_CONFIG,
         "workload.yaml": OF_CONFIG + "workload: {context_length: 64}\n",
     }
+    texts |= {
+        f"{name}.yaml": SPOKEN.replace("DEVICE", device) for name, device in (("card", "cuda:0"), ("spoken", "cpu"))
+    }
     texts |= {"config.json": json.dumps(SHORT), "map.json": json.dumps(DEVICE_MAP)}
     for name, text in texts.items():
         Path(name).write_text(text, encoding="utf-8")
@@ -163,12 +222,17 @@ def make_workspace(folder: Path) -> None:
     Path("endless").symlink_to("/dev/zero")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained("weights")
+    shutil.copytree("weights", "spoken")
+    stated = {key: value for key, value in TOKENIZER_CONFIG.items() if key != "auto_map"}
+    Path("spoken/tokenizer.json").write_text(json.dumps(TOKENIZERS[0]), encoding="utf-8")
+    Path("spoken/tokenizer_config.json").write_text(json.dumps(stated), encoding="utf-8")
     Path("sharded").mkdir()
     Path("small").mkdir()
     Path("small/config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     shutil.copyfile("weights/config.json", "sharded/config.json")
     shutil.copyfile("weights/model.safetensors", "sharded/part.safetensors")
-    for command in (["compile", "good.yaml"], ["compile", "locked.yaml"], ["compile", "vendored.yaml", "--vendor"]):
+    for name in ("good", "locked", "card", "spoken", "vendored"):
+        command = ["compile", f"{name}.yaml", *(["--vendor"] if name == "vendored" else [])]
         done = CliRunner().invoke(devmap, command, standalone_mode=False)
         if done.exception or done.return_value:
             raise RuntimeError(f"{command}: {done.output}") from done.exception
