@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from conftest import LLAMA, MIXTURE
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     T5Config,
@@ -28,5 +32,11 @@ MODELS = {
     "fused experts": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**config_of(MIXTURE))),
     "encoder and decoder": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    ),
+    "parameters around modules in every block": lambda: MambaForCausalLM(
+        MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=3, vocab_size=512)
+    ),
+    "a bias that is shared with a module within": lambda: BertForMaskedLM(
+        BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -16,17 +16,18 @@ from devmap_config.libraries.transformers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from transformers import PreTrainedModel
 
 TORCH_CPU = torch.device("cpu")
 """As a value of a device_map: modules under the string `"cpu"` are streamed, those under this stay and run there."""
 
-CPU_EXPERTS = "eager"
-"""The implementation of fused experts that reads no other weights than those of the experts that are chosen.
+CPU_EXPERTS = "grouped_mm"
+"""The product with experts that is fast on the CPU at any number of tokens (`benchmarks/experts.md`).
 
-For one token on two cores: 6.2 ms, `grouped_mm` 7.6 ms, `batched_mm` 30 ms (one layer of Qwen3-30B-A3B in bfloat16).
+It is what plans are measured with, and it reads the weights of the chosen experts alone. `batched_mm` copies these
+first, for each token again, which takes several times as long.
 """
 
 
@@ -34,38 +35,11 @@ class UncallableUnitError(Exception):
     """Nothing of this unit can be sent to the CPU: its place in the model is not entered through a `forward`."""
 
 
-class CpuComputeHook(AlignDevicesHook):  # type: ignore[misc]
-    """Copies a module's inputs to the CPU and its output back to where the first of them came from.
-
-    Fused experts below it are switched to the implementation for the CPU, until the hook is removed.
-    """
-
-    def __init__(self, skip_keys: str | list[str] | None, *, switches_experts: bool = True) -> None:
-        super().__init__(execution_device=TORCH_CPU, io_same_device=True, skip_keys=skip_keys)
-        self._switches_experts = switches_experts
-        self._shared_configs: list[tuple[torch.nn.Module, Any]] = []
-
-    def init_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Called by accelerate when the hook is added."""
-        for part in module.modules():
-            if self._switches_experts and chooses_experts_implementation(part):
-                self._shared_configs.append((part, part.config))
-                part.config = _with_cpu_experts(part.config)
-        return super().init_hook(module)
-
-    def detach_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Called by accelerate when the hook is removed."""
-        for part, config in self._shared_configs:
-            part.config = config
-        self._shared_configs.clear()
-        return super().detach_hook(module)
-
-
-def compute_on_cpu(model: PreTrainedModel, units: Iterable[str], *, switches_experts: bool = True) -> None:
+def compute_on_cpu(model: PreTrainedModel, units: Iterable[str]) -> None:
     """Make these modules, which were dispatched to `TORCH_CPU`, return what they compute to where they are called from.
 
-    A cache is not copied: its layers are made where their first keys come from. Without data, experts are not to be
-    switched: which of them are chosen is then not known.
+    Their inputs are copied to the CPU, their output to where the first of these came from. A cache is not copied: its
+    layers are made where their first keys come from.
 
     Raises:
         UncallableUnitError: where a unit cannot run there on its own.
@@ -78,14 +52,24 @@ def compute_on_cpu(model: PreTrainedModel, units: Iterable[str], *, switches_exp
         if attention := next(filter(None, map(_accelerators_attention, module.modules())), None):
             raise UncallableUnitError(f"`{unit}` attends with {attention}, which the CPU does not have")
         # It takes the place of accelerate's hook on this module; those below, which copy to the CPU, stay.
-        add_hook_to_module(module, CpuComputeHook(skipped, switches_experts=switches_experts))
+        add_hook_to_module(module, AlignDevicesHook(TORCH_CPU, io_same_device=True, skip_keys=skipped))
 
 
-def _with_cpu_experts(config: Any) -> Any:
-    """A copy of a config that the whole model shares, in which nothing but the experts' implementation differs."""
-    own = copy.copy(config)
-    set_experts_implementation(own, CPU_EXPERTS)  # sub-configs, which both have in common, keep theirs
-    return own
+def use_cpu_experts(model: PreTrainedModel, runs_on_cpu: Callable[[str], bool]) -> None:
+    """Give experts that run on the CPU the product that is fast there, and have them keep it.
+
+    While it decodes, `generate` changes the product of the whole model to `batched_mm` where its first parameter is not
+    on the CPU: on an accelerator, or away on the disk. Other experts are left to that.
+
+    Args:
+        model: the loaded model.
+        runs_on_cpu: tells of the name of a tensor whether it is computed with on the CPU.
+    """
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(path, recurse=False)]
+        if chooses_experts_implementation(module) and names and all(map(runs_on_cpu, names)):
+            module.config = copy.copy(module.config)  # it is the whole model's
+            set_experts_implementation(module.config, CPU_EXPERTS)
 
 
 def _accelerators_attention(module: torch.nn.Module) -> str | None:

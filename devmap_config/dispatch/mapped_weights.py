@@ -14,8 +14,9 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -436,8 +437,8 @@ def _attach(
             return False
         return bool(parameter.data_ptr() == weights.addresses[place])
 
-    def before(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if piece.is_sparse and not _are_many_tokens(module, (*arguments, *options.values())):
+    def before(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        if piece.is_sparse and not _are_many_tokens(module, given):
             return
         data, own = reader.begin(piece), own_parameters(module)
         for name, place in places.items():
@@ -448,15 +449,26 @@ def _attach(
                 read.mapped = parameter
                 own[name] = read
 
-    def after(module: torch.nn.Module, *_: Any) -> None:
+    def after(module: torch.nn.Module) -> None:
         own = own_parameters(module)
         own.update({name: getattr(each, "mapped", each) for name, each in own.items()})
         reader.end(piece)
         if piece.is_sparse and all(is_as_read(own.get(name), place) for name, place in places.items()):
             piece.let_go()
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(after, always_call=True)
+    forward = module.forward
+    of_any = getattr(forward, "__func__", lambda _module, *arguments, **options: forward(*arguments, **options))
+
+    @wraps(forward)
+    def run(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        try:
+            before(module, (*arguments, *options.values()))
+            return of_any(module, *arguments, **options)
+        finally:
+            after(module)
+
+    # A method, so that a copy of the module runs by itself; torch's own hooks are not called at a Ctrl-C.
+    module.forward = MethodType(run, module)
 
 
 def _is_sparse(module: torch.nn.Module) -> bool:

@@ -1,10 +1,10 @@
 """Runs on an accelerator what is stored in the CPU's memory: what is to run next is copied there ahead of its use.
 
 accelerate copies one tensor after another, from memory that the system may move, each time that its module runs, and
-computes meanwhile nothing. Here the weights of modules that run one after another lie together in memory that is
-pinned, as a load. The accelerator has two slots for loads: while modules compute with what is in one of them, the next
-load is copied to the other, in a stream of its own. So a forward takes the longer of copying and computing, and no more
-than two of the largest modules are there at once, which the plan has room for.
+computes meanwhile nothing. Here the weights of pieces that run one after another lie together in memory that is pinned,
+as a load. The accelerator has two slots for loads: while modules compute with what is in one of them, the next load is
+copied to the other, in a stream of its own. So a forward takes the longer of copying and computing, and no more than
+two of the largest pieces are there at once, which the plan has room for (`placement/pieces.py` says what a piece is).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,9 +34,12 @@ from devmap_config.libraries.accelerate import (
 from devmap_config.libraries.torch import own_buffers, own_parameters, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
+
+    Hooks = Mapping[torch.nn.Module, AlignDevicesHook]
+    """accelerate's hooks of the modules of a piece: of what is to be there at once."""
 
 ALIGNMENT_BYTES = 256
 """Where a tensor may begin: kernels read wide words, and torch's own allocator gives them no less."""
@@ -128,13 +131,14 @@ class Slot:
 class Streamer:
     """Brings loads to the slots of an accelerator, each ahead of its use.
 
-    Which load follows on which is learnt as the model runs; at first it is the next of `loads`, and after the last the
-    first. Nothing here waits for the accelerator: it is told what is to wait for what.
+    Which load follows on a module's is learnt as the model runs; at first it is the next of `loads`, and after the last
+    the first. Nothing here waits for the accelerator: it is told what is to wait for what.
     """
 
     def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot]) -> None:
-        self._next = dict(zip(loads, (*loads[1:], *loads[:1]), strict=True))
-        self._last: Load | None = None
+        followed = zip(loads, (*loads[1:], *loads[:1]), strict=True)
+        self._next = {module: following for load, following in followed for module in load.places}
+        self._last: tuple[torch.nn.Module, Load] | None = None
         self._streams = streams
         self._slots = slots
         self.lock = threading.RLock()
@@ -154,8 +158,8 @@ class Streamer:
             self._fetch(load, slot)
         slot.running.add(module)
         self._streams.computing.wait_event(slot.copied)
-        if load is not self._last:
-            self._go_on_to(load)
+        if self._last is None or load is not self._last[1]:
+            self._go_on_to(module, load)
         return {name: place.within(slot.memory) for name, place in load.places[module].items()}
 
     def end(self, module: torch.nn.Module) -> None:
@@ -163,12 +167,12 @@ class Streamer:
         for slot in self._slots:
             slot.running.discard(module)
 
-    def _go_on_to(self, load: Load) -> None:
+    def _go_on_to(self, module: torch.nn.Module, load: Load) -> None:
         """Have what follows on this load copied to the other slot, if nothing there runs."""
         if self._last is not None:
-            self._next[self._last] = load
-        self._last = load
-        following = self._next[load]
+            self._next[self._last[0]] = load
+        self._last = module, load
+        following = self._next[module]
         other = next(each for each in self._slots if each.load is not load)
         if self._slot_of(following) is None and not other.running:
             self._fetch(following, other)
@@ -177,6 +181,7 @@ class Streamer:
         return next((slot for slot in self._slots if slot.load is load), None)
 
     def _fetch(self, load: Load, slot: Slot) -> None:
+        slot.load = None  # until it is known that it has the next
         # What was computed until now may read what is in the slot; what is computed from now on does not.
         self._streams.copying.wait_stream(self._streams.computing)
         self._streams.copy(load.memory, slot.memory[: load.memory.numel()])
@@ -198,10 +203,22 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         self._running_in: int | None = None
         self._absent: dict[str, torch.Tensor] = {}
 
-    def begin(self, _module: torch.nn.Module, _arguments: Any) -> None:
-        """Called by torch before the module runs; other threads wait until it has."""
-        self._streamer.lock.acquire()
-        self._running_in = threading.get_ident()
+    def around(self, module: torch.nn.Module) -> Callable[..., Any]:
+        """Return its forward, during which other threads wait; its weights are away after it, whatever ends it."""
+        forward = module.forward
+
+        @wraps(forward)
+        def run(*arguments: Any, **options: Any) -> Any:
+            with self._streamer.lock:
+                try:
+                    self._running_in = threading.get_ident()
+                    return forward(*arguments, **options)
+                finally:
+                    self._streamer.end(module)
+                    _set(module, self._absent)
+                    self._absent, self._running_in = {}, None
+
+        return run
 
     def pre_forward(self, module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Any, Any]:
         """Called by accelerate before the module runs, and by PEFT where its weights are to be changed."""
@@ -223,15 +240,6 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         returns = self.io_same_device and self.input_device is not None
         return sent(output, self.input_device, self.skip_keys) if returns else output
 
-    def end(self, module: torch.nn.Module, *_: Any) -> None:
-        """Called by torch after the module has run, or has failed, maybe before it began."""
-        if self._running_in != threading.get_ident():
-            return
-        self._streamer.end(module)
-        _set(module, self._absent)
-        self._absent, self._running_in = {}, None
-        self._streamer.lock.release()
-
     @property
     def _is_ahead(self) -> bool:
         """Whether the module runs where it was planned to, with the weights that are in its load."""
@@ -239,23 +247,22 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         return is_running and self.execution_device == self._device and self.weights_map is self._weights
 
 
-def stream_weights(model: PreTrainedModel, run_order: Iterable[str]) -> None:
+def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]]) -> None:
     """Copy ahead, to a CUDA card, the weights that accelerate would copy from the CPU's memory as they are needed.
 
-    They are moved to pinned memory, load by load: so only one of these is there twice meanwhile. What has streamed
-    modules within, and what shares its weights with another, stays with accelerate.
+    They are moved to pinned memory, load by load: so only one of these is there twice meanwhile.
 
     Args:
         model: the model, loaded by a map in which modules are on the CPU.
-        run_order: the paths of its modules in the order in which they run, as far as it is known.
+        pieces: the paths of modules whose weights are to be there at once, in the order in which they run.
 
     Raises:
         UnpinnedError: where memory cannot be pinned.
     """
-    streamed = streamed_modules(model, run_order)
+    streamed = streamed_modules(model, pieces)
     if not streamed:
         return
-    device = torch.device(next(iter(streamed.values())).execution_device)
+    device = torch.device(next(iter(streamed[0].values())).execution_device)
     loads = loads_of(streamed)
     pinned: list[torch.Tensor] = []
     weakref.finalize(model, _unpin, pinned).atexit = False
@@ -268,77 +275,77 @@ def stream_weights(model: PreTrainedModel, run_order: Iterable[str]) -> None:
     attach(streamed, loads, Streamer(loads, CudaStreams(device), (first, second)))
 
 
-def attach(streamed: Mapping[torch.nn.Module, AlignDevicesHook], loads: Iterable[Load], streamer: Streamer) -> None:
+def attach(streamed: Iterable[Hooks], loads: Iterable[Load], streamer: Streamer) -> None:
     """Have modules run with what a streamer brings, in place of what accelerate's hooks would copy."""
+    replaced = {module: hook for hooks in streamed for module, hook in hooks.items()}
     for load in loads:
         for module in load.places:
-            hook = StreamingHook(streamed[module], streamer, load)
-            replace_hook(module, streamed[module], hook)
-            module.register_forward_pre_hook(hook.begin)
-            module.register_forward_hook(hook.end, always_call=True)
+            hook = StreamingHook(replaced[module], streamer, load)
+            replace_hook(module, replaced[module], hook)
+            module.forward = hook.around(module)  # torch's own hooks are not called at a Ctrl-C
 
 
-def streamed_modules(model: PreTrainedModel, run_order: Iterable[str]) -> dict[torch.nn.Module, AlignDevicesHook]:
-    """Return accelerate's hook of each module that can be copied ahead, as they run."""
-    modules = dict(model.named_modules())
-    found: dict[torch.nn.Module, AlignDevicesHook] = {}
-    for path in dict.fromkeys([*(path for path in run_order if path in modules), *modules]):
-        for hook in hooks_of(modules[path]):
-            homes = {streamed_from(hook, path, f"{path}.{name}") for name in names_copied_in(modules[path], hook)}
-            if homes == {CPU}:
-                found[modules[path]] = hook
-    uses = Counter(each.data_ptr() for module, hook in found.items() for each in _tensors(module, hook).values())
-    return {
-        module: hook
-        for module, hook in found.items()
-        if not any(within in found for within in module.modules() if within is not module)
-        and all(uses[each.data_ptr()] == 1 for each in _tensors(module, hook).values())
-    }
+def streamed_modules(model: PreTrainedModel, pieces: Iterable[Sequence[str]]) -> list[Hooks]:
+    """Return accelerate's hooks of the modules of each piece, of what is copied in from the CPU."""
+    found = []
+    for paths in pieces:
+        hooks = {}
+        for path in paths:
+            module = model.get_submodule(path)
+            for hook in hooks_of(module):
+                names = names_copied_in(module, hook)
+                if {streamed_from(hook, path, f"{path}.{name}") for name in names} == {CPU}:
+                    hooks[module] = hook
+        found.append(hooks)
+    return list(filter(None, found))
 
 
-def loads_of(streamed: Mapping[torch.nn.Module, AlignDevicesHook]) -> list[Load]:
-    """Move the weights of modules to loads, none of which is larger than the largest module."""
-    sizes_bytes = {module: _placed(_tensors(module, hook))[1] for module, hook in streamed.items()}
+def loads_of(streamed: Iterable[Hooks]) -> list[Load]:
+    """Move weights to loads, none of which is larger than the largest piece."""
     loads = []
-    for modules in _together(sizes_bytes):
-        places, size_bytes = {}, 0
-        for module in modules:
-            places[module], size_bytes = _placed(_tensors(module, streamed[module]), size_bytes)
+    for pieces in _together(streamed):
+        places, size_bytes = _placed(pieces)
         load = Load(_paged(size_bytes), places)
-        for module in modules:
-            for name, place in places[module].items():
-                held = place.within(load.memory)
-                held.copy_(streamed[module].weights_map[name])
-                replace_streamed(streamed[module], name, held)
+        for hooks in pieces:
+            for module, hook in hooks.items():
+                for name, place in places[module].items():
+                    held = place.within(load.memory)
+                    held.copy_(hook.weights_map[name])
+                    replace_streamed(hook, name, held)
         loads.append(load)
     return loads
 
 
-def _together(sizes_bytes: Mapping[torch.nn.Module, int]) -> Iterator[list[torch.nn.Module]]:
-    """Yield as many modules at a time, in their order, as take no more than the largest of them."""
-    most_bytes = max(sizes_bytes.values())
-    modules: list[torch.nn.Module] = []
+def _together(streamed: Iterable[Hooks]) -> Iterator[list[Hooks]]:
+    """Yield as many pieces at a time, in their order, as take no more than the largest of them."""
+    sizes_bytes = [(piece, _placed([piece])[1]) for piece in streamed]
+    most_bytes = max(size_bytes for _, size_bytes in sizes_bytes)
+    pieces: list[Hooks] = []
     room_bytes = most_bytes
-    for module, size_bytes in sizes_bytes.items():
+    for piece, size_bytes in sizes_bytes:
         if size_bytes > room_bytes:
-            yield modules
-            modules, room_bytes = [], most_bytes
-        modules.append(module)
+            yield pieces
+            pieces, room_bytes = [], most_bytes
+        pieces.append(piece)
         room_bytes -= size_bytes
-    yield modules
+    yield pieces
 
 
-def _placed(tensors: Mapping[str, torch.Tensor], start: int = 0) -> tuple[dict[str, Place], int]:
-    """Return where tensors lie, one behind the other, and where the next one does."""
-    places = {}
-    for name, tensor in tensors.items():
-        places[name] = Place(start, start + tensor.nbytes, tensor.dtype, tensor.shape)
-        start = -(-places[name].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _placed(pieces: Iterable[Hooks]) -> tuple[dict[torch.nn.Module, dict[str, Place]], int]:
+    """Return where the tensors of modules lie, one behind the other, and what they take; what is shared lies once."""
+    places: dict[torch.nn.Module, dict[str, Place]] = {}
+    known: dict[tuple[int, torch.Size], Place] = {}
+    start = 0
+    for module, hook in ((module, hook) for hooks in pieces for module, hook in hooks.items()):
+        places[module] = {}
+        for name in names_copied_in(module, hook):
+            tensor = hook.weights_map[name]
+            storage = (tensor.data_ptr(), tensor.shape)
+            if storage not in known:
+                known[storage] = Place(start, start + tensor.nbytes, tensor.dtype, tensor.shape)
+                start = -(-known[storage].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            places[module][name] = known[storage]
     return places, start
-
-
-def _tensors(module: torch.nn.Module, hook: AlignDevicesHook) -> dict[str, torch.Tensor]:
-    return {name: hook.weights_map[name] for name in names_copied_in(module, hook)}
 
 
 def _paged(size_bytes: int) -> torch.Tensor:

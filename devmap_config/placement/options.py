@@ -12,8 +12,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, STORAGE_DEVICES
+from devmap_config.graph.model import is_within
 from devmap_config.placement.assignment import ON_CPU, Location
 from devmap_config.placement.chain import Option
+from devmap_config.placement.pieces import copied_bytes, pieces_of
 from devmap_config.placement.timing import MissingFigureError, Timing, home_of
 
 if TYPE_CHECKING:
@@ -95,14 +97,35 @@ class OptionBuilder:
 
     def locations(self, module: Module, place: Place) -> dict[TensorName, Location]:
         """Return where the tensors of a block are stored and run that has this place; pins come first."""
-        home, mode = place
-        around = Location(mode[1] if mode[0] == "streamed" else home, home)
+        around, mode = self._around(place), place[1]
         part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
         return {
             tensor.name: self._pinned(tensor.name)
             or (ON_CPU if part is not None and tensor.name.startswith(part) else around)
             for tensor in module.tensors()
         }
+
+    def _around(self, place: Place) -> Location:
+        """Where what no rule pins of a block is stored and runs, but for a part."""
+        home, mode = place
+        return Location(mode[1] if mode[0] == "streamed" else home, home)
+
+    def _shared_elsewhere(self, module: Module, place: Place) -> dict[TensorName, Location]:
+        """Where tensors of other blocks are that come together with some of this one: these are in the same place."""
+        names = (tensor.name for piece in self._pieces[module.path] for each in piece for tensor in each.own_tensors)
+        own = {tensor.name for tensor in module.tensors()}
+        return {name: self._pinned(name) or self._around(place) for name in names if name not in own}
+
+    @cached_property
+    def _pieces(self) -> Mapping[str, list[tuple[Module, ...]]]:
+        """For each block, the pieces that hold something of it."""
+        graph = self.problem.graph
+        block_of = {each.path: block for block in graph.blocks for each in graph.modules[block].walk()}
+        pieces: dict[str, list[tuple[Module, ...]]] = {block: [] for block in graph.blocks}
+        for piece in pieces_of(graph, self.problem.executor, self.main_device):
+            for block in dict.fromkeys(block_of[module.path] for module in piece if module.path in block_of):
+                pieces[block].append(piece)
+        return pieces
 
     # A builder for each mode
 
@@ -180,7 +203,7 @@ class OptionBuilder:
                         raise
 
     def _option(self, module: Module, around: Device, mode: Mode) -> Option:
-        executor = self.problem.executor
+        problem, executor = self.problem, self.problem.executor
         locations = self.locations(module, (around, mode))
         home = home_of(location.runs_on for location in locations.values())
         held_bytes = {
@@ -194,17 +217,14 @@ class OptionBuilder:
             if tensor.name in self._counted:
                 demands[residence] = demands.get(residence, 0) + held_bytes[tensor.name]
         for each in module.walk():
-            copied = [
-                tensor.name for tensor in each.own_tensors if executor.is_copied_in(tensor, locations[tensor.name])
-            ]
-            if copied:
-                runs_on = locations[copied[0]].runs_on
-                piece_bytes = executor.pieces_at_once * sum(held_bytes[name] for name in copied)
-                pieces[runs_on] = max(pieces.get(runs_on, 0), piece_bytes)
             if (cost := self._costs.get(each.path)) is not None:
                 within = {locations[tensor.name].runs_on for tensor in each.tensors()}
                 runs_on = next(iter(within)) if len(within) == 1 else home
                 demands[runs_on] = demands.get(runs_on, 0) + cost.cache_bytes + cost.retained_bytes
+        homes = {**locations, **self._shared_elsewhere(module, (around, mode))}
+        for piece in self._pieces[module.path]:
+            for device, size_bytes in copied_bytes(problem.graph, piece, homes, executor, self.main_device).items():
+                pieces[device] = max(pieces.get(device, 0), executor.pieces_at_once * size_bytes)
         peak_bytes = self._peak_bytes(module)
         involved = dict.fromkeys([home, *(location.runs_on for location in locations.values())])
         return Option(
@@ -284,4 +304,6 @@ class OptionBuilder:
             for each in module.walk()
             for cost in (self._costs.get(each.path),)
         )
-        return (tensors, costs, self._composite_peaks.get(module.path, 0), module.path in self.grouped)
+        is_alone = all(is_within(each.path, module.path) for piece in self._pieces[module.path] for each in piece)
+        own = None if is_alone else module.path
+        return (tensors, costs, self._composite_peaks.get(module.path, 0), module.path in self.grouped, own)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.graph.costs import ModuleCost
 from devmap_config.graph.model import ancestors
+from devmap_config.placement.pieces import copied_bytes, pieces_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -158,16 +159,10 @@ def _peaks(cost: ModuleCost) -> tuple[int, ...]:
 def _streaming_bytes(
     graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: Device
 ) -> dict[Device, int]:
-    """The largest module, with tensors of its own, that is copied to where it runs, as often as there may be one."""
+    """The largest piece that is copied to where it runs, as often as there may be one."""
+    locations = {name: each.location for each in assignments for name in each.tensors}
     largest: dict[Device, int] = {}
-    for each in assignments:
-        by_module: dict[str, int] = {}
-        for name in each.tensors:
-            tensor = graph.tensors[name]
-            if executor.is_copied_in(tensor, each.location):
-                module = name.rpartition(".")[0]
-                size_bytes = executor.held_bytes(tensor, each.location, main_device)
-                by_module[module] = by_module.get(module, 0) + size_bytes
-        if by_module:
-            largest[each.location.runs_on] = max([largest.get(each.location.runs_on, 0), *by_module.values()])
+    for piece in pieces_of(graph, executor, main_device):
+        for device, size_bytes in copied_bytes(graph, piece, locations, executor, main_device).items():
+            largest[device] = max(largest.get(device, 0), size_bytes)
     return {device: size_bytes * executor.pieces_at_once for device, size_bytes in largest.items()}

@@ -118,7 +118,8 @@ class Timing:
 
     def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> tuple[int, int]:
         """What is copied for the modules of a block, while they wait, and ahead of them. What is idle stays."""
-        waiting = ahead = 0
+        waiting = 0
+        ahead: dict[TensorName, int] = {}
         for each in module.walk():
             if not self._runs(each.path):
                 continue
@@ -129,9 +130,21 @@ class Timing:
                     is_ahead = self.executor.is_brought_ahead(location)
                     way = (location.stored_on, location.runs_on)
                     nanoseconds = self.copy_nanoseconds(*way, size_bytes, is_pinned=is_ahead)
-                    ahead += nanoseconds if is_ahead else 0
-                    waiting += 0 if is_ahead else nanoseconds
-        return waiting, ahead
+                    if not is_ahead:
+                        waiting += nanoseconds
+                    elif not (location.runs_on.is_accelerator and tensor.name in self._left_there):
+                        ahead[self.graph.storage_of[tensor.name]] = nanoseconds
+        return waiting, sum(ahead.values())
+
+    @cached_property
+    def _left_there(self) -> frozenset[TensorName]:
+        """What the module that runs last shares with the first: on an accelerator, the next forward finds it there."""
+        modules, storage_of = self.graph.modules, self.graph.storage_of
+        running = [modules[ModulePath(path)] for path in self._costs if path in modules and self._runs(path)]
+        holding = [module for module in running if module.parameters]
+        first = {storage_of[tensor.name] for module in holding[:1] for tensor in module.parameters}
+        last = (tensor.name for module in holding[1:][-1:] for tensor in module.parameters)
+        return frozenset(name for name in last if storage_of[name] in first)
 
     def _runs(self, path: str) -> bool:
         """Whether a module runs in this phase: an encoder does not while its decoder goes on."""

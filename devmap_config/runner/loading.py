@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from devmap_config.devices import DISK, STORAGE_DEVICES
+from devmap_config.devices import CPU, DISK, STORAGE_DEVICES
 from devmap_config.diagnostics.diagnostic import DevmapError, DevmapWarning, Diagnostic
 from devmap_config.files import CAST, FileError, HeldFolder, is_folder
 from devmap_config.graph.checkpoint import CheckpointError
@@ -76,8 +76,8 @@ class LoadRequest:
     """What `from_pretrained` is asked for besides the map.
 
     `weights` is a directory or a hub id, `revision` the commit of the latter. `config` is the model's as it is written:
-    it names the code that comes with the model. `run_order` are the paths of its modules as they run. `arguments` are
-    passed on to `from_pretrained` as they are.
+    it names the code that comes with the model. `pieces` are the paths of the modules whose weights come ahead of their
+    use, of those that come at once together, as they run. `arguments` are passed on to `from_pretrained` as they are.
     """
 
     weights: str
@@ -89,7 +89,7 @@ class LoadRequest:
     offload_folder: Path | None = None
     trust_remote_code: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
-    run_order: tuple[str, ...] = ()
+    pieces: tuple[tuple[str, ...], ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -130,6 +130,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
             weakref.finalize(loaded.model, id, held)  # which is let go of with the model
         if plan.compute:
             _compute_on_cpu(loaded.model, plan)
+        _use_cpu_experts(loaded.model, plan)
         _tell_placement(loaded.model, plan)
         return loaded
 
@@ -172,7 +173,7 @@ def _bring_ahead(model: PreTrainedModel, plan: Plan, request: LoadRequest) -> No
         from devmap_config.dispatch.streamed_weights import UnpinnedError, stream_weights
 
         try:
-            stream_weights(model, request.run_order)
+            stream_weights(model, request.pieces)
         except UnpinnedError as error:
             raise RunnerError("load-failed", f"{error}, from which weights are copied", FREE_MEMORY) from None
     elif request.offload_folder is not None:
@@ -196,6 +197,13 @@ def _compute_on_cpu(model: PreTrainedModel, plan: Plan) -> None:
         compute_on_cpu(model, plan.compute)
     except UncallableUnitError as error:
         raise RunnerError("compute-on-cpu", f"{error}, so it cannot compute on the CPU", COMPUTE_HELP) from None
+
+
+def _use_cpu_experts(model: PreTrainedModel, plan: Plan) -> None:
+    from devmap_config.dispatch.cpu_compute import use_cpu_experts
+
+    on_cpu = {str(name) for name, location in plan.locations.items() if location.runs_on == CPU}
+    use_cpu_experts(model, on_cpu.__contains__)
 
 
 def _tell_placement(model: PreTrainedModel, plan: Plan) -> None:

@@ -15,6 +15,7 @@ from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.source import HubAccess, cached_checkpoint
 from devmap_config.locked import compile_locked
+from devmap_config.placement.pieces import pieces_ahead
 from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of
 from devmap_config.plan.readiness import differences, kind_needed
@@ -185,7 +186,7 @@ def prepare(
     if isinstance(compiled, Rejected):
         _raise_unreadable_checkpoint(compiled)
         raise ProfileError(compiled.diagnostics, compiled.texts)
-    loaded, model, match = compiled.loaded, compiled.model, None
+    loaded, model, plan, match = compiled.loaded, compiled.model, compiled.plan, None
     # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
         match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
@@ -209,9 +210,7 @@ def prepare(
         offload_folder=None if folder.value is None else folder.path,
         trust_remote_code=permissions.trust_remote_code,
         config=model.source.config,
-        run_order=()
-        if model.graph.measurement is None
-        else tuple(each.path for each in model.graph.measurement.modules),
+        pieces=pieces_ahead(model.graph, plan.locations, plan.executor, plan.main_device),
     )
     lock = replace(lock, plan=compiled.plan.to_json(), hardware=compiled.inventory.accelerators_to_json())
     return Deployment(compiled, request, lock, match)

@@ -86,7 +86,7 @@ def dispatched(
                 weights_map=placing.kept,
                 skip_keys=skip_keys(model),  # as transformers passes it
             )
-            compute_on_cpu(model, plan.compute, switches_experts=False)
+            compute_on_cpu(model, plan.compute)
             yield
         finally:
             placing.is_over = True

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from joining_models import JOINS, code_of, config_of
 from late_copies import LateCopies
+from small_models import MODELS
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -29,9 +30,10 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch import streamed_weights
-from devmap_config.dispatch.cpu_compute import CpuComputeHook
+from devmap_config.dispatch.streamed_weights import StreamingHook
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
+from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.placement import buffers
 from devmap_config.probe import torch_rates
 from devmap_config.probe.block import block_text, hardware_block
@@ -162,6 +164,42 @@ def test_what_is_copied_ahead_says_what_the_plain_model_says(config, pins, copie
     assert 2 * max(slots.values()) <= card.overhead_bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "resident"),
+    [
+        ("dense", "model.norm"),
+        ("tied head", "transformer.ln_f"),
+        ("fused experts", "model.layers.1"),
+        ("encoder and decoder", "decoder.final_layer_norm"),
+        ("parameters around modules in every block", "backbone.norm_f"),
+        ("a bias that is shared with a module within", "bert.encoder.layer.1"),
+    ],
+)
+def test_what_is_planned_to_be_copied_ahead_is(name, resident, copies):
+    torch.manual_seed(0)
+    MODELS[name]().save_pretrained("random")
+    model = load(
+        'match: "*", device: cpu', f"match: {resident}, device: 0", workload="workload: {context_length: 64}\n"
+    )
+    compiled = run_pipeline(Request(path=Path("profile.yaml")))
+    plan, graph = compiled.plan, compiled.model.graph
+    hooks = {
+        (path, module): hook
+        for path, module in model.named_modules()
+        for hook in hooks_of(module)
+        if isinstance(hook, StreamingHook)
+    }
+    assert {f"{path}.{name}" for (path, module), hook in hooks.items() for name in hook._load.places[module]} == {
+        name
+        for name, location in plan.locations.items()
+        if plan.executor.is_copied_in(graph.tensors[name], location) and plan.executor.is_brought_ahead(location)
+    }
+    (card,) = (use for use in plan.devices if use.id == plan.main_device)
+    rounding = streamed_weights.ALIGNMENT_BYTES * len(graph.tensors)
+    slots = {slot.memory.data_ptr(): slot.memory.nbytes for hook in hooks.values() for slot in hook._streamer._slots}
+    assert card.overhead_bytes <= sum(slots.values()) < card.overhead_bytes + rounding
+
+
 def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):
     """As transformers does where it saves them."""
     save(LLAMA)
@@ -185,17 +223,14 @@ def test_tied_embeddings_on_the_cpu():
     assert_same_as_plain(load(computed("{model.embed_tokens,lm_head}")))
 
 
-def test_experts_on_the_cpu_are_eager_and_the_others_keep_their_implementation():
+def test_experts_on_the_cpu_keep_their_implementation_while_the_others_decode():
     save(MIXTURE)
-    model = load(computed("model.layers.[2-3].mlp.experts"))
-    found = [layer.mlp.experts.config._experts_implementation for layer in model.model.layers]
-    assert found == ["grouped_mm", "grouped_mm", "eager", "eager"]
-    assert model.config._experts_implementation == "grouped_mm"
+    model = load(computed("model.layers.[2-3].mlp.experts"), 'match: "model.layers.1", device: cpu')
     during = []
     model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda *_: during.append(implementations(model)))
     model.generate(TOKENS.to(CARD), max_new_tokens=2, do_sample=False)
     # `generate` changes the implementation of the shared config for decoding on accelerators.
-    assert during == [["grouped_mm", "eager"], ["batched_mm", "eager"]]
+    assert during == [["grouped_mm", "grouped_mm"], ["batched_mm", "grouped_mm"]]
 
 
 def implementations(model):
@@ -204,7 +239,7 @@ def implementations(model):
 
 def test_a_mixture_says_what_the_plain_model_says():
     save(MIXTURE)
-    assert_same_as_plain(load(computed("model.layers.*.mlp.experts")), experts_implementation="eager")
+    assert_same_as_plain(load(computed("model.layers.*.mlp.experts")))
 
 
 ROUTED = {
@@ -380,9 +415,8 @@ def test_removing_the_hooks_leaves_a_plain_module():
     save(MIXTURE)
     model = load(computed("model.layers.2.mlp.experts"))
     experts = model.model.layers[2].mlp.experts
-    assert isinstance(experts._hf_hook, CpuComputeHook)
+    assert hasattr(experts, "_hf_hook")
     remove_hook_from_module(model, recurse=True)
-    assert experts.config is model.config
     assert experts.forward.__func__ is Qwen3MoeExperts.forward
 
 

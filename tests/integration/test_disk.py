@@ -374,14 +374,20 @@ def test_a_checkpoint_that_shrinks_while_it_runs_is_told(workspace):
         model.model.layers[3](torch.zeros(1, 1, 64), position_embeddings=(torch.zeros(1, 1, 16),) * 2)
 
 
-def test_a_module_that_fails_has_run(workspace, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_module_that_fails_has_run(workspace, monkeypatch, error):
     saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
     ended = []
     monkeypatch.setattr(ReadAhead, "end", lambda _, piece: ended.append(piece))
-    with pytest.raises(RuntimeError):
-        model.lm_head(torch.zeros(1, 7))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.nn.functional, "linear", fail)
+    with pytest.raises(error):
+        model.lm_head(torch.zeros(1, 64))
     assert len(ended) == 1
     assert mapped_place(model, "lm_head.weight") is not None
 
@@ -429,3 +435,27 @@ placement: {{strategy: sequential, offload: {{folder: offload}}}}
 """
     )
     assert compile_profile("p.yaml").executor.name == "accelerate"
+
+
+def test_experts_decode_by_the_product_that_is_fast_on_the_cpu(workspace):
+    saved(MODELS["fused experts"], workspace / "random")
+    Path("p.yaml").write_text(
+        """version: 1
+model: {source: random}
+hardware: {devices: {cpu: {memory: 8MiB}, disk: {memory: 1GiB}}}
+placement:
+  strategy: sequential
+  pins: [{match: model.embed_tokens, device: disk}]
+  offload: {folder: offload, buffers: false}
+"""
+    )
+    assert compile_command.main(["p.yaml", "-q"], standalone_mode=False) == 0
+    model = load_model("p.yaml", probe=False)
+    assert model.device.type == "meta", "of its first weight `generate` tells whether it is on the CPU"
+    taken = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, _: taken.append(module.config._experts_implementation)
+        )
+    model.generate(TOKENS, max_new_tokens=3, do_sample=False)
+    assert taken == ["grouped_mm"] * 3 * model.config.num_hidden_layers

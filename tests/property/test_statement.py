@@ -50,6 +50,28 @@ TIED_T5 = {
     "decoder_start_token_id": 0,
 }
 
+MAMBA = {
+    "model_type": "mamba",
+    "architectures": ["MambaForCausalLM"],
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "state_size": 4,
+    "num_hidden_layers": 3,
+}
+"""In each block there are parameters around modules."""
+
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+"""A module shares its bias with one within, and that its weight with the embedding."""
+
 
 def problem_of(monkeypatch, config, optimize="decode", pins=()):
     """What `place_fastest` is asked for such a profile: the problem and the aim."""
@@ -88,6 +110,8 @@ SETTINGS = {
     "mixture": (MIXTURE, "decode", ()),
     "t5": (TIED_T5, "decode", ()),
     "t5 prefill": (TIED_T5, "prefill", ()),
+    "mamba": (MAMBA, "decode", ()),
+    "bert": (BERT, "prefill", ()),
 }
 
 

@@ -114,6 +114,20 @@ def test_nothing_computes_on_the_cpu_where_weights_are_copied_in_less_time_than_
     assert plan.compute == {}
 
 
+@pytest.mark.parametrize(("is_tied", "copies"), [(True, 1), (False, 2)])
+def test_what_is_tied_is_copied_once_from_token_to_token(workspace, is_tied, copies):
+    """The embedding of a token finds there what the head of the one before was copied for."""
+    Path("llama/config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": is_tied}))
+    plan = plan_of(
+        "cuda:0: {memory: 2MiB, bandwidth: 1TB/s, flops: 100TFLOP/s, slack: 0, overhead: 0}, cpu: {memory: 1GiB}",
+        pins=('{match: "{model.embed_tokens,lm_head}", device: cpu}',),
+        host="1MB/s",
+    )
+    embedding_bytes = LLAMA["vocab_size"] * LLAMA["hidden_size"] * 2
+    assert plan.prediction.decode_nanoseconds_per_token // (1000 * embedding_bytes) == copies
+    assert plan.prediction.streamed_bytes_per_token == copies * embedding_bytes
+
+
 def test_a_cpu_of_which_nobody_says_what_it_computes_does_not_prefill(workspace):
     devices = f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}"
     prefill = {"workload": ", optimize: prefill", "host": "100MB/s"}

@@ -1,0 +1,93 @@
+"""What comes to where it runs at once, of the weights that are stored elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.model import ModulePath
+from devmap_config.placement.units import united
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.devices import Device
+    from devmap_config.graph.model import ModelGraph, Module, TensorName
+    from devmap_config.placement.assignment import Location
+    from devmap_config.placement.executor import Executor
+
+
+def pieces_of(graph: ModelGraph, executor: Executor, main_device: Device) -> list[tuple[Module, ...]]:
+    """Return the modules that hold tensors, each with those that come together with it; in order of definition.
+
+    Where they are copied ahead to an accelerator, a module with parameters comes with all that is within it, since it
+    runs as long as that does; and what shares a parameter comes together, so that it is there once.
+    """
+    together = [[path] for path, module in graph.modules.items() if module.own_tensors]
+    if executor.works_ahead and main_device.is_accelerator:
+        together += [_holding(module) for module in _outermost(graph)]
+        in_blocks = {path for block in graph.blocks for path in _holding(graph.modules[block])}
+        for names in graph.tied_groups:
+            together.append([path for path in map(_module_of, names) if path in in_blocks])
+    return [tuple(graph.modules[path] for path in paths) for paths in united(filter(None, together))]
+
+
+def copied_bytes(
+    graph: ModelGraph,
+    piece: Iterable[Module],
+    homes: Mapping[TensorName, Location],
+    executor: Executor,
+    main_device: Device,
+) -> dict[Device, int]:
+    """Return what of a piece is copied to each device; what is shared counts once."""
+    sizes: dict[Device, dict[TensorName, int]] = {}
+    for tensor in (tensor for module in piece for tensor in module.own_tensors if tensor.name in homes):
+        location = homes[tensor.name]
+        if executor.is_copied_in(tensor, location):
+            held_bytes = executor.held_bytes(tensor, location, main_device)
+            sizes.setdefault(location.runs_on, {})[graph.storage_of[tensor.name]] = held_bytes
+    return {device: sum(by_storage.values()) for device, by_storage in sizes.items()}
+
+
+def pieces_ahead(
+    graph: ModelGraph, homes: Mapping[TensorName, Location], executor: Executor, main_device: Device
+) -> tuple[tuple[ModulePath, ...], ...]:
+    """Return the modules of each piece that is brought ahead, as they run as far as that is known."""
+    measured = () if graph.measurement is None else graph.measurement.modules
+    position = {cost.path: place for place, cost in enumerate(measured)}
+
+    def key(path: ModulePath) -> int:
+        return position.get(path, len(position))
+
+    def is_ahead(module: Module) -> bool:
+        copied = [each for each in module.own_tensors if executor.is_copied_in(each, homes[each.name])]
+        return bool(copied) and all(executor.is_brought_ahead(homes[each.name]) for each in copied)
+
+    pieces = (
+        [module.path for module in piece if is_ahead(module)] for piece in pieces_of(graph, executor, main_device)
+    )
+    ordered = (tuple(sorted(paths, key=key)) for paths in pieces if paths)
+    return tuple(sorted(ordered, key=lambda paths: key(paths[0])))
+
+
+def _outermost(graph: ModelGraph) -> list[Module]:
+    """The modules within blocks, or blocks, that hold parameters and are in none that does."""
+    found: list[Module] = []
+
+    def visit(module: Module) -> None:
+        if any(not tensor.is_held_in_buffer for tensor in module.own_tensors):
+            found.append(module)
+        else:
+            for child in module.children:
+                visit(child)
+
+    for path in graph.blocks:
+        visit(graph.modules[path])
+    return found
+
+
+def _holding(module: Module) -> list[ModulePath]:
+    return [each.path for each in module.walk() if each.own_tensors]
+
+
+def _module_of(name: TensorName) -> ModulePath:
+    return ModulePath(name.rpartition(".")[0])
