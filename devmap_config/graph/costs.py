@@ -43,9 +43,10 @@ class ModuleCost:
     what a further token adds, and `retained_bytes` what their storages keep alive beyond what they show (a sliding
     window is a view of all that was prefilled). `prefill_peak_bytes` and `decode_peak_bytes` are the largest sum of
     live activations while it runs, with what lives around it, cache left out; `own_peak_bytes` only while none of its
-    children runs. The `doubled` figures are those of a prefill that is twice as long. Operations, bytes
-    touched and launches of kernels are its own, without its children's. Input and output bytes are those of the
-    tensors that it is given and gives back, caches left out.
+    children runs. The `doubled` figures are those of a prefill that is twice as long. Operations, bytes touched,
+    launches of kernels and dispatches are its own, without its children's: a dispatch is what the host is asked for, a
+    kernel or a view of a tensor. What decoding takes is what it takes on the mean, from the prompt to the end of the
+    context. Input and output bytes are those of the tensors that it is given and gives back, caches left out.
     """
 
     path: str
@@ -64,6 +65,8 @@ class ModuleCost:
     decode_touched_bytes: int = 0
     prefill_launches: int = 0
     decode_launches: int = 0
+    prefill_dispatches: int = 0
+    decode_dispatches: int = 0
     prefill_input_bytes: int = 0
     decode_input_bytes: int = 0
     prefill_output_bytes: int = 0

@@ -8,6 +8,7 @@ experts transformers chooses the grouped product.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -130,24 +131,27 @@ class _Runner:
     def measurement(self) -> Measurement:
         workload = self.forwards.workload
         order: dict[str, None] = {}
+        decodes = []
         for length in dict.fromkeys((workload.prompt_length, workload.context_length)):
             recorder, cache = self.prefill(length)
             order |= recorder.order
             if length == workload.prompt_length:
                 self.add_peaks(recorder, "prefill")
-                self.add_work(recorder, "prefill")
+                self.add_work("prefill", recorder)
                 prefilled = recorder.traffic
             if length == workload.context_length:
                 self.add_cache(recorder, cache_tensors(cache))
-        decoded = self.traffic()
-        shown_before = total_bytes(cache_tensors(cache))
-        if shown_before:
-            recorder, grown = self.run(self.forwards.decode_inputs(cache), cache)
-            order |= recorder.order
-            self.add_peaks(recorder, "decode")
-            self.add_work(recorder, "decode")
-            self.add_growth(recorder, cache_tensors(grown), shown_before)
-            decoded = recorder.traffic
+                decoded = self.traffic()
+            if shown_before := total_bytes(cache_tensors(cache)):
+                recorder, grown = self.run(self.forwards.decode_inputs(cache), cache)
+                order |= recorder.order
+                decodes.append(recorder)
+                if length == workload.context_length:
+                    self.add_peaks(recorder, "decode")
+                    self.add_growth(recorder, cache_tensors(grown), shown_before)
+                    decoded = recorder.traffic
+        if decodes:  # a token takes what it takes on the mean from the prompt to the end of the context
+            self.add_work("decode", *decodes)
         self.add_doubled()
         pairs = dict.fromkeys([*prefilled.crossings, *decoded.crossings])
         crossings = tuple(_crossing(pair, prefilled.crossings, decoded.crossings) for pair in pairs)
@@ -234,18 +238,15 @@ class _Runner:
         doubled, self.costs = self.costs, costs
         return doubled
 
-    def add_work(self, recorder: Meter, phase: str) -> None:
-        """What was counted; for the blocks that stood still, what was for those whose doings they repeated."""
-        figures = {
-            "operations": recorder.operations,
-            "touched_bytes": recorder.touched_bytes,
-            "launches": recorder.launches,
-            "input_bytes": recorder.traffic.input_bytes,
-            "output_bytes": recorder.traffic.output_bytes,
-        }
-        for figure, counted in figures.items():
-            for module, count in spread(counted, recorder.repeated).items():
-                self.cost(module)[f"{phase}_{figure}"] = count
+    def add_work(self, phase: str, *recorders: Meter) -> None:
+        """What was counted, on the mean; for blocks that stood still, what was for those whose doings they repeated."""
+        for figure in ("operations", "touched_bytes", "launches", "dispatches", "input_bytes", "output_bytes"):
+            total: Counter[str] = Counter()
+            for recorder in recorders:
+                counted = getattr(recorder.traffic if figure.startswith(("input", "output")) else recorder, figure)
+                total.update(spread(counted, recorder.repeated))
+            for module, count in total.items():
+                self.cost(module)[f"{phase}_{figure}"] = count // len(recorders)
 
     def add_growth(self, recorder: Meter, tensors: list[torch.Tensor], shown_before: int) -> None:
         """What a token adds to the cache, by the module that made it; else by each module's share of the cache."""

@@ -15,11 +15,13 @@ import torch
 
 from devmap_config.graph.failures import OtherInputsError
 from devmap_config.libraries.torch import (
-    allocates,
     attending_with,
     dispatch_mode,
     flop_registry,
     is_grouped_product,
+    is_question,
+    is_view,
+    operation_name,
     operation_packet,
     own_buffers,
     own_parameters,
@@ -74,6 +76,11 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         self._ignores = False
 
     @property
+    def innermost(self) -> str:
+        """The module that runs, of whose children none does."""
+        return self.running[-1] if self.running else ""
+
+    @property
     def allocations(self) -> Iterator[Allocation]:
         """The storages that came and went."""
         return (event for event in self.events if isinstance(event, Allocation))
@@ -120,13 +127,19 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         result = _grouped_product(arguments) if is_grouped_product(function) else None
         if result is None:
             result = function(*arguments, **options)
-        if not allocates(function):
+        if is_question(function):
+            return result
+        self.dispatch()
+        if is_view(function):
             return result
         outputs = list(tensors_in(result))
         for tensor in outputs:
             self.note(tensor)
         self.observe(function, arguments, options, result, outputs)
         return result
+
+    def dispatch(self) -> None:
+        """See that torch was asked for an operation, if only for a view."""
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
         """See an operation that was run, the storages of whose outputs are noted."""
@@ -221,6 +234,8 @@ class Meter(Recorder):
         self.operations: dict[str, int] = {}
         self.touched_bytes: dict[str, int] = {}
         self.launches: dict[str, int] = {}
+        self.dispatches: dict[str, int] = {}
+        self._is_within_kernel = False
         self.order: dict[str, None] = {}
         self.kept: frozenset[int] = frozenset()  # what the cache holds in the end
 
@@ -238,15 +253,25 @@ class Meter(Recorder):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> Any:
         """Attention as a fused kernel runs it, and counted as one, where there is one for the shape."""
+        self._is_within_kernel = True
         output = fused_attention(query, key, value, *rest, **options)
+        self._is_within_kernel = False
         if output is None:
             return TORCH_ATTENTION(query, key, value, *rest, **options)
+        self.dispatch()
         self.add(_attention_operations(query, key, value), [query, key, value], [output])
         return output
+
+    def dispatch(self) -> None:
+        """Count what the host is asked for."""
+        if not self._is_within_kernel:
+            self.dispatches[self.innermost] = self.dispatches.get(self.innermost, 0) + 1
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
         """Count an operation."""
         super().observe(function, arguments, options, result, outputs)
+        if operation_name(function) in WITHOUT_KERNEL:
+            return
         inputs = list(tensors_in((arguments, options)))
         self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
 
@@ -257,7 +282,7 @@ class Meter(Recorder):
 
     def count(self, operations: int, touched_bytes: int) -> None:
         """Add to what the innermost running module does itself."""
-        module = self.running[-1] if self.running else ""
+        module = self.innermost
         self.operations[module] = self.operations.get(module, 0) + operations
         self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
         self.launches[module] = self.launches.get(module, 0) + 1
@@ -335,7 +360,8 @@ def fused_attention(
     """
     if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
         return None  # fused kernels do not broadcast heads; then the scores are formed
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    *outer, heads, length, _width = query.shape
+    output = query.new_empty((*outer, length, heads, value.shape[-1])).transpose(-2, -3)  # as kernels lay it out
     query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
     return output
 
@@ -353,7 +379,8 @@ def replace_tensors(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
         parameters, buffers = own_parameters(module), own_buffers(module)
         for name, parameter in parameters.items():
             if parameter is not None:
-                parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=False)
+                # Of what is to be trained products are made in another way, as of a model that was loaded.
+                parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
         for name, buffer in buffers.items():
             if buffer is not None:
                 buffers[name] = fake(buffer)
@@ -414,11 +441,18 @@ def _attention_operations(query: torch.Tensor, key: torch.Tensor, value: torch.T
     return int(2 * products * (query.shape[-1] + value.shape[-1]))
 
 
+WITHOUT_KERNEL = frozenset(
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+)
+"""Operations that make a tensor, and for which no device computes anything."""
+
+
 def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
     """Bytes that an operation reads and writes."""
-    name = str(operation_packet(function))
+    name = operation_name(function)
     written = sum(shown_bytes(tensor) for tensor in outputs)
-    if name in ("aten.embedding", "aten.index", "aten.gather", "aten.index_select"):
+    if name in ("aten::embedding", "aten::index", "aten::gather", "aten::index_select"):
         return 2 * written  # only what is looked up is read
     if is_grouped_product(function):
         rows, experts = inputs[0].shape[-2], inputs[1].shape[0]

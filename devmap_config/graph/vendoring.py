@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from devmap_config.files import Boundary
 
-SCHEMA = "devmap-vendored-graph/2"
-"""2 has a digest over its content."""
+SCHEMA = "devmap-vendored-graph/3"
+"""2 has a digest over its content, 3 what the host dispatches."""
 
 
 KEYS = {"class_name": "class"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from devmap_config.amounts import KIBIBYTE, MEBIBYTE, format_bytes
 from devmap_config.devices import Device, nth_accelerator
 from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
+from devmap_config.hardware.constants import DISPATCH_NANOSECONDS
 from devmap_config.hardware.inventory import Inventory, InventoryDevice
 from devmap_config.hardware.links import links_between
 from devmap_config.profile.document import MappingNode, ScalarNode, is_null
@@ -44,7 +45,8 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     _check_max_memory(loaded, sink)
     _check_links(loaded, sink)
     ordered = tuple(sorted(filter(None, devices), key=lambda device: device.id))
-    return Inventory(ordered, links_between(ordered, loaded.profile.hardware.links))
+    links = links_between(ordered, loaded.profile.hardware.links)
+    return Inventory(ordered, links, _given(loaded.profile.hardware.host.dispatch, DISPATCH_NANOSECONDS))
 
 
 def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from devmap_config.hardware.constants import DISPATCH_NANOSECONDS, LATENCY_NANOSECONDS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -13,9 +15,6 @@ if TYPE_CHECKING:
     from devmap_config.hardware.catalogue import Accelerator
 
 NANOSECONDS_PER_SECOND = 10**9
-
-LATENCY_NANOSECONDS = 10_000
-"""Until a copy begins, where the profile does not say: 10 µs a peer hop (aiconfigurator)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +68,14 @@ class InventoryDevice:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The devices in the order in which they are filled: accelerators by index, the CPU, the disk."""
+    """The devices in the order in which they are filled: accelerators by index, the CPU, the disk.
+
+    `dispatch_nanoseconds` is what the host needs for each operation that torch is asked for.
+    """
 
     devices: tuple[InventoryDevice, ...]
     links: Mapping[tuple[Device, Device], Link] = field(default_factory=dict)
+    dispatch_nanoseconds: int = DISPATCH_NANOSECONDS
 
     @property
     def accelerators(self) -> tuple[InventoryDevice, ...]:
@@ -115,4 +118,4 @@ class Inventory:
             for device in self.devices
         ]
         links = {f"{source}-{target}": asdict(link) for (source, target), link in self.links.items()}
-        return {"devices": devices, "links": links}
+        return {"devices": devices, "links": links, "dispatch_nanoseconds": self.dispatch_nanoseconds}

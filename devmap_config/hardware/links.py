@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import DISK
-from devmap_config.hardware.inventory import LATENCY_NANOSECONDS, Link
+from devmap_config.hardware.constants import LATENCY_NANOSECONDS, UNPINNED_MOST_BYTES_PER_SECOND, UNPINNED_SHARE
+from devmap_config.hardware.inventory import Link
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,14 +16,6 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.hardware.inventory import InventoryDevice
     from devmap_config.profile.schema import Link as LinkSpecification
-
-
-UNPINNED_SHARE, UNPINNED_MOST = 2, 10 * 10**9
-"""From memory that is not pinned, half of a link's rate is reached, and no more than the CPU copies to what is pinned.
-
-Half: 6 of 12 GB/s over PCIe 3.0, accelerate's own benchmark of big models. At most: 10.6 GB/s of the 55 of an H100's
-link (`devmap_config/runner/receipts/`).
-"""
 
 
 def links_between(
@@ -62,7 +55,7 @@ def _usual(source: InventoryDevice, target: InventoryDevice, given: Mapping[str,
     if accelerator is None:
         return reading
     host = _host(accelerator, given)
-    return host if disk is None or host is None else _in_turn(reading, host.unpinned)
+    return host if disk is None or host is None else _slower(reading, host.unpinned)  # it is read while it is copied
 
 
 def _in_turn(first: Link | None, second: Link | None) -> Link | None:
@@ -90,7 +83,7 @@ def _unpinned(link: Link | None, given: Link | None) -> Link | None:
     """Return a link with what it reaches from memory that is not pinned."""
     if link is None:
         return None
-    usual = max(min(link.bytes_per_second // UNPINNED_SHARE, UNPINNED_MOST), 1)
+    usual = max(min(int(link.bytes_per_second * UNPINNED_SHARE), UNPINNED_MOST_BYTES_PER_SECOND), 1)
     return replace(link, unpinned_bytes_per_second=usual if given is None else given.bytes_per_second)
 
 

@@ -184,12 +184,20 @@ def is_grouped_product(operation: Any) -> bool:
     return operation_packet(operation) is GROUPED_PRODUCT.find()
 
 
-def allocates(operation: Any) -> bool:
-    """Return whether an operation may make new storages: it is no view, and no question for a property."""
+def is_question(operation: Any) -> bool:
+    """Return whether an operation only asks for a property of a tensor."""
     try:
-        return operation.namespace != "prim" and not operation.is_view
+        return bool(operation.namespace == "prim")
     except AttributeError as error:
-        raise (OPERATION_IS_VIEW if hasattr(operation, "namespace") else OPERATION_NAMESPACE).changed() from error
+        raise OPERATION_NAMESPACE.changed() from error
+
+
+def is_view(operation: Any) -> bool:
+    """Return whether an operation shows a storage that is there, and makes none."""
+    try:
+        return bool(operation.is_view)
+    except AttributeError as error:
+        raise OPERATION_IS_VIEW.changed() from error
 
 
 # -- values within values ----------------------------------------------------------------------------------------------

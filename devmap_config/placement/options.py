@@ -40,7 +40,7 @@ NEARLY_ALL = (19, 20)
 FIGURES = attrgetter(
     "cache_bytes", "retained_bytes", "peak_bytes", "prefill_operations", "decode_operations", "prefill_touched_bytes",
     "decode_touched_bytes", "prefill_launches", "decode_launches", "prefill_input_bytes", "decode_input_bytes",
-    "prefill_output_bytes", "decode_output_bytes",
+    "prefill_output_bytes", "decode_output_bytes", "prefill_dispatches", "decode_dispatches",
 )  # fmt: skip
 """What of a module's cost an option depends on."""
 

@@ -13,7 +13,7 @@ from devmap_config.placement.assignment import Location
 from devmap_config.placement.chain import Block, Chain, Option, Transfer
 from devmap_config.placement.options import OptionBuilder
 from devmap_config.placement.running import LONGEST_CONTEXT
-from devmap_config.placement.timing import MissingFigureError, crossings, execution_order, has_weights
+from devmap_config.placement.timing import MissingFigureError, crossings, execution_order, has_weights, outside_of
 from devmap_config.placement.units import united
 from devmap_config.placement.wishes import Contexts
 
@@ -93,14 +93,8 @@ class Statement:
     @cached_property
     def _own_nanoseconds(self) -> int:
         """What the model does outside of every block that holds anything."""
-        graph = self.problem.graph
-        idle = [path for path in graph.blocks if not any(True for _ in graph.modules[path].tensors())]
-        paths = [*graph.composites, *(each.path for path in idle for each in graph.modules[path].walk())]
-        return sum(
-            times * timing.own_nanoseconds(path, self.main_device)
-            for timing, times in self._builder.timings
-            for path in paths
-        )
+        paths = list(outside_of(self.problem.graph))
+        return sum(times * timing.outside_nanoseconds(paths) for timing, times in self._builder.timings)
 
     @cached_property
     def _groups(self) -> dict[str, int]:

@@ -1,18 +1,23 @@
 """What a forward takes: every block on the device that it runs on, what is copied there first, and what crosses.
 
-The devices of a plan run one after another, so times add up. A module takes the longer of reading what it touches and
-computing what it computes, at the rates that the machine reaches, and so long for every kernel that it launches.
+The devices of a plan run one after another, so times add up. The host gives a device its work, operation by operation,
+at a pace of its own: an accelerator works meanwhile, so that a block takes the longer of the two there; a CPU does one
+after the other. On an accelerator a module takes the longer of reading what it touches and computing what it computes,
+at the rates that the machine reaches, and so long besides for every kernel; on a CPU these add up, too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
 from devmap_config.graph.model import ModulePath
+from devmap_config.hardware.constants import GENERATION_DISPATCHES, HOOK_DISPATCHES, KERNEL_NANOSECONDS
 from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
 
 if TYPE_CHECKING:
@@ -28,12 +33,26 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 
-LAUNCH_NANOSECONDS = 5_000
-"""What a kernel costs besides its work: torch's way from Python to the device, some microseconds. Not calibrated."""
+WORK = ("touched_bytes", "operations", "launches", "dispatches")
+PREFILL_WORK = attrgetter(*(f"prefill_{figure}" for figure in WORK))
+DECODE_WORK = attrgetter(*(f"decode_{figure}" for figure in WORK))
 
 
 class MissingFigureError(Exception):
     """The machine's description does not say how fast something is; the text is what it would have to name."""
+
+
+@dataclass
+class _Spent:
+    """By device, how many nanoseconds it works, and what the host dispatches to it; what copies between them take."""
+
+    working: Counter[Device] = field(default_factory=Counter)
+    dispatches: Counter[Device] = field(default_factory=Counter)
+    crossing: int = 0
+
+    @property
+    def devices(self) -> dict[Device, None]:
+        return dict.fromkeys([*self.working, *self.dispatches])
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ class Timing:
     """Times of one phase on one machine. Every figure is in nanoseconds, of the whole batch.
 
     `executor` runs it, what is streamed on the `main_device`. What a device or a link would have to say for that and
-    does not is a `MissingFigureError`.
+    does not is a `MissingFigureError`. What `is_compiled` is given to the device at once, by no host.
     """
 
     graph: ModelGraph
@@ -49,28 +68,45 @@ class Timing:
     phase: Phase
     executor: Executor
     main_device: Device
+    is_compiled: bool = False
 
-    def own_nanoseconds(self, path: str, device: Device, added_bytes: int = 0) -> int:
-        """What a module does itself, without its children; with weights that are so much larger than usual."""
+    def outside_nanoseconds(self, paths: Iterable[str]) -> int:
+        """What is done outside of every block that is placed: by these modules, and by `generate` for each token."""
+        dispatches = GENERATION_DISPATCHES if self.phase == "decode" else 0
+        working = 0
+        for path in paths:
+            here, given = self._own(path, self.main_device)
+            working, dispatches = working + here, dispatches + given
+        return self._elapsed(self.main_device, working, dispatches)
+
+    def _own(self, path: str, device: Device, added_bytes: int = 0) -> tuple[int, int]:
+        """What a module does itself, without its children: how long it works there, and what the host dispatches.
+
+        `added_bytes` are those by which its weights are larger there than usual.
+        """
         if self.graph.measurement is None:  # then what is known is that its weights are read
             module = self.graph.modules.get(ModulePath(path))
             weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
-            return self.work_nanoseconds(weights_bytes + added_bytes, 0, device)
-        cost = self._costs.get(path)
-        if cost is None:
-            return 0
-        touched_bytes, operations, launches = self._work(cost)
+            return self._work_nanoseconds(weights_bytes + added_bytes, 0, device), 0
+        if (cost := self._costs.get(path)) is None:
+            return 0, 0
+        touched_bytes, operations, launches, dispatches = self._work(cost)
         touched_bytes += added_bytes if launches else 0
-        return self.work_nanoseconds(touched_bytes, operations, device) + launches * LAUNCH_NANOSECONDS
+        beginning = launches * KERNEL_NANOSECONDS if device.is_accelerator else 0
+        return self._work_nanoseconds(touched_bytes, operations, device) + beginning, dispatches
 
-    def work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
-        """The longer of reading so much and computing so much."""
+    def _work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
         reading = computing = 0
         if touched_bytes:
             reading = touched_bytes * NANOSECONDS_PER_SECOND // self._bytes_per_second(device)
         if operations and (rate := self._operations_per_second(device)) is not None:
             computing = operations * NANOSECONDS_PER_SECOND // rate
-        return max(reading, computing)
+        return max(reading, computing) if device.is_accelerator else reading + computing
+
+    def _elapsed(self, device: Device, working: int, dispatches: int) -> int:
+        """How long it takes that a device works so long, in nanoseconds, which the host is to dispatch to it."""
+        dispatching = 0 if self.is_compiled else dispatches * self.inventory.dispatch_nanoseconds
+        return max(working, dispatching) if device.is_accelerator else working + dispatching
 
     def copy_nanoseconds(
         self, source: Device, target: Device, size_bytes: int, copies: int = 1, *, is_pinned: bool = False
@@ -90,13 +126,21 @@ class Timing:
     def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
         home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
-        waiting, ahead = self._streaming_nanoseconds(module, homes)
-        return max(self._below(module, homes, home) + waiting, ahead)
+        spent = _Spent()
+        self._below(module, homes, home, spent)
+        waiting, ahead, brought = self._streaming_nanoseconds(module, homes)
+        spent.dispatches[home] += brought * HOOK_DISPATCHES
+        running = sum(
+            self._elapsed(device, spent.working[device], spent.dispatches[device]) for device in spent.devices
+        )
+        return max(running + spent.crossing + waiting, ahead)
 
-    def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device) -> int:
+    def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device, spent: _Spent) -> None:
         running = {homes[tensor.name].runs_on for tensor in module.tensors()}
         here = next(iter(running)) if len(running) == 1 else around
-        total = self.own_nanoseconds(module.path, here, self._added_bytes(module, homes))
+        working, dispatches = self._own(module.path, here, self._added_bytes(module, homes))
+        spent.working[here] += working
+        spent.dispatches[here] += dispatches
         cost = self._costs.get(module.path)
         if here != around and cost is not None:
             prefills = self.phase == "prefill"
@@ -105,8 +149,10 @@ class Timing:
                 if prefills
                 else (cost.decode_input_bytes, cost.decode_output_bytes)
             )
-            total += self.copy_nanoseconds(around, here, given) + self.copy_nanoseconds(here, around, given_back)
-        return total + sum(self._below(child, homes, here) for child in module.children)
+            spent.crossing += self.copy_nanoseconds(around, here, given)
+            spent.crossing += self.copy_nanoseconds(here, around, given_back)
+        for child in module.children:
+            self._below(child, homes, here, spent)
 
     def _added_bytes(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """By how much the module's own weights are larger where a map offloads them than elsewhere."""
@@ -116,13 +162,14 @@ class Timing:
             if tensor.offloaded_bytes is not None
         )
 
-    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> tuple[int, int]:
-        """What is copied for the modules of a block, while they wait, and ahead of them. What is idle stays."""
-        waiting = 0
+    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> tuple[int, int, int]:
+        """What is copied while modules of a block wait, what ahead of them, and for how many. What is idle stays."""
+        waiting = brought = 0
         ahead: dict[TensorName, int] = {}
         for each in module.walk():
             if not self._runs(each.path):
                 continue
+            brought += any(self.executor.is_copied_in(tensor, homes[tensor.name]) for tensor in each.own_tensors)
             for tensor in each.own_tensors:
                 location = homes[tensor.name]
                 if self.executor.is_copied_in(tensor, location):
@@ -134,7 +181,7 @@ class Timing:
                         waiting += nanoseconds
                     elif not (location.runs_on.is_accelerator and tensor.name in self._left_there):
                         ahead[self.graph.storage_of[tensor.name]] = nanoseconds
-        return waiting, sum(ahead.values())
+        return waiting, sum(ahead.values()), brought
 
     @cached_property
     def _left_there(self) -> frozenset[TensorName]:
@@ -153,10 +200,9 @@ class Timing:
         cost = self._costs.get(path)
         return cost is not None and self._work(cost)[2] > 0
 
-    def _work(self, cost: ModuleCost) -> tuple[int, int, int]:
-        if self.phase == "prefill":
-            return cost.prefill_touched_bytes, cost.prefill_operations, cost.prefill_launches
-        return cost.decode_touched_bytes, cost.decode_operations, cost.decode_launches
+    def _work(self, cost: ModuleCost) -> tuple[int, int, int, int]:
+        """The bytes that it touches, its operations, its kernels, and what the host is asked for."""
+        return PREFILL_WORK(cost) if self.phase == "prefill" else DECODE_WORK(cost)
 
     @cached_property
     def _costs(self) -> Mapping[str, ModuleCost]:
@@ -214,18 +260,21 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) ->
     """
     graph, main_device = timing.graph, timing.main_device
     block_homes = homes_of_blocks(graph, homes)
-    total = 0
-    for path in graph.blocks:
-        module = graph.modules[path]
-        if path in block_homes:
-            total += timing.module_nanoseconds(module, homes)
-        else:  # nothing of it is stored anywhere
-            total += sum(timing.own_nanoseconds(each.path, main_device) for each in module.walk())
-    total += sum(timing.own_nanoseconds(path, main_device) for path in graph.composites)
+    placed = [path for path in graph.blocks if path in block_homes]
+    total = sum(timing.module_nanoseconds(graph.modules[path], homes) for path in placed)
+    total += timing.outside_nanoseconds(outside_of(graph))
     for crossing in crossings(graph):
         maker, reader = (block_homes.get(ModulePath(path), main_device) for path in (crossing.maker, crossing.reader))
         total += timing.crossing_nanoseconds(crossing, maker, reader)
     return total
+
+
+def outside_of(graph: ModelGraph) -> Iterator[str]:
+    """The modules outside of every block that holds anything, which run on the main device."""
+    yield from graph.composites
+    for path in graph.blocks:
+        if not any(True for _ in graph.modules[path].tensors()):
+            yield from (each.path for each in graph.modules[path].walk())
 
 
 def hops(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> int:

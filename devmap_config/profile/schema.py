@@ -158,6 +158,13 @@ class Link(Section):
         return {"bandwidth": value} if isinstance(value, (str, int, float)) else value
 
 
+class Host(Section):
+    """What gives the devices their work: the CPU that runs Python."""
+
+    dispatch: Latency | None = Field(default=None, examples=["12us"])
+    """How long it takes for an operation that torch is asked for. Without it: what servers were seen to take."""
+
+
 class Hardware(Section):
     """The machine. A device that is not listed here does not exist."""
 
@@ -172,6 +179,9 @@ class Hardware(Section):
     `host` is what is reached from memory that is pinned, `unpinned` from other memory, from which accelerate copies:
     without it, half of `host`, and at most 10 GB/s.
     """
+
+    host: Host = Field(default_factory=Host, examples=[{"dispatch": "12us"}])
+    """How fast work is given to the devices; `devmap probe --measure` measures it."""
 
     def device_span(self, device: Device) -> Span:
         """Return the place of a device's name; of `devices` where it is not listed."""

@@ -88,7 +88,7 @@ def _with_more(cost, more_bytes):
     return replace(
         cost,
         prefill_peak_bytes=cost.prefill_peak_bytes + more_bytes,
-        decode_touched_bytes=cost.decode_touched_bytes + 1000 * more_bytes,
+        decode_dispatches=cost.decode_dispatches + more_bytes,
     )
 
 

@@ -1,0 +1,40 @@
+"""What plans are timed by that no profile says and no catalogue has: every figure with what it was measured on.
+
+A profile's `hardware.host` and `hardware.links` come before these, and `devmap probe --measure` measures both.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+DISPATCH_NANOSECONDS = 10_000
+"""What the host needs for an operation that torch is asked for, be it a view: Python, the dispatcher, the launch.
+
+Servers with an H100 take 8.5 to 12.2 µs (a token of Llama-3.1-8B in 22 to 31 ms, of 2,460 operations, and of
+Qwen3-30B-A3B in 62 to 66 ms, of 5,452: `devmap_config/runner/receipts/`); one with an A100 10.4 (Llama-2-7B, 25.8 ms:
+`benchmarks/published_runs.csv`). A CPU of 2024 at work alone takes 2.9 (`devmap probe --measure`).
+"""
+
+GENERATION_DISPATCHES = 76
+"""What `generate` does for a token besides the forward, in operations of the model's: 0.22 ms of 2.9 µs each.
+
+Llama with two layers of 64 hidden units, torch 2.13 and transformers 5.24, one thread. 38 are operations of torch's.
+"""
+
+HOOK_DISPATCHES = 12
+"""What accelerate's hooks do for a module whose weights they bring, likewise: 35 µs of 2.9 each, on that machine."""
+
+KERNEL_NANOSECONDS = 2_500
+"""What a kernel takes on an accelerator besides its work: Qwen3-30B-A3B keeps an H100 busy for 11.1 ms with 3,350 of
+them, of which reading takes 2.6 (`devmap_config/runner/receipts/qwen3-30b-a3b.json`)."""
+
+LATENCY_NANOSECONDS = 10_000
+"""Until a copy begins, where the profile does not say: 10 µs a peer hop (aiconfigurator)."""
+
+UNPINNED_SHARE = Fraction(1, 2)
+"""Of a link's rate, what is reached from memory that is not pinned: 6 of 12 GB/s over PCIe 3.0, accelerate's own
+benchmark of big models."""
+
+UNPINNED_MOST_BYTES_PER_SECOND = 10 * 10**9
+"""More the CPU does not copy to what is pinned: 10.6 GB/s of the 55 of an H100's link
+(`devmap_config/runner/receipts/`)."""
