@@ -164,6 +164,15 @@ def profile_rate(per_second: int, units: Units = BANDWIDTH_UNITS) -> str:
     return f"{per_second / size:.{max(3 - whole_digits, 0)}f}{unit}"
 
 
+def profile_duration(nanoseconds: int) -> str:
+    """Return a time as a profile writes it, with three digits.
+
+    >>> profile_duration(2_853), profile_duration(12_000)
+    ('2.85us', '12us')
+    """
+    return format_duration(nanoseconds).replace(" ", "").replace("µ", "u")
+
+
 def exact_amount(amount: int, units: Mapping[str, int]) -> str:
     """Return an amount in the largest of the units that divides it; the smallest is 1.
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from devmap_config.probe.machine import SeenMachine
 
 
+END_OTHERS = "end what else runs here, and measure again"
+
+
 @command("probe", "table", "json")
 @click.option("--disk", "disk_folder", type=FILE, help="A folder on the disk that is meant.")
 @click.option(
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
 def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> ExitCode:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
     from devmap_config.cli.reporting import echo, echo_lines, report
+    from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.probe.block import block_text, hardware_block
     from devmap_config.probe.probe import probe_machine
+    from devmap_config.probe.rates import TooNoisyError
 
     if lock_file is not None:
         if measure:
@@ -48,7 +53,12 @@ def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, outpu
             )
         return _against(lock_file, disk_folder or Path(), output_format, quiet)
     seen = probe_machine(os.environ, disk_folder or Path())
-    measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else (None, ())
+    try:
+        measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else (None, ())
+    except TooNoisyError as error:
+        busy = Diagnostic.error("too-noisy", f"nothing is said of this machine: {error}", help=END_OTHERS)
+        report([busy], {}, output_format, quiet=quiet)
+        return ExitCode.TOO_NOISY
     block = hardware_block(seen, measured)
     methods = {} if measured is None else dict(measured.methods)
     data = {"hardware": block, "seen": seen.to_json(), "measured": methods}

@@ -71,6 +71,7 @@ AlwaysError = Literal[
     "template-limit",
     "too-large",
     "too-little-memory",
+    "too-noisy",
     "torch-missing",
     "undefined-variable",
     "unfit-input",

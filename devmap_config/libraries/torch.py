@@ -121,6 +121,21 @@ def dispatch_mode() -> Any:
     return DISPATCH_MODE.find()
 
 
+def dispatched_by(action: Callable[[], object]) -> int:
+    """Return how many operations an action asks torch for."""
+    count = 0
+
+    class Counting(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            nonlocal count
+            count += not is_question(function)
+            return function(*arguments, **(options or {}))
+
+    with Counting():
+        action()
+    return count
+
+
 def torch_attention() -> Callable[..., Any]:
     """Return torch's attention, or what was put in its place."""
     attention: Callable[..., Any] = FUSED_ATTENTION.find()

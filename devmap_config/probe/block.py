@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.amounts import FLOPS_UNITS, format_bytes, profile_bytes, profile_rate
+from devmap_config.amounts import FLOPS_UNITS, format_bytes, profile_bytes, profile_duration, profile_rate
 from devmap_config.devices import CPU, DISK
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.profile.schema import Hardware
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Rates that were measured: by device, and by link (`host`, `peer`, or a pair)."""
+    """Rates that were measured: by device, and by link (`host`, `peer`, or a pair).
+
+    `dispatches` are the operations a second that the host asks for.
+    """
 
     bandwidths: Mapping[str, int] = field(default_factory=dict)
     flops: Mapping[str, int] = field(default_factory=dict)
     links: Mapping[str, int] = field(default_factory=dict)
+    dispatches: int | None = None
     methods: Mapping[str, str] = field(default_factory=dict)
     """By device or link: how it was measured, in words."""
 
@@ -39,7 +43,8 @@ def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[
     if seen.disk is not None:
         devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes), **_rates(DISK, measured)}
     links = {name: profile_rate(rate) for name, rate in measured.links.items()}
-    return {"devices": devices, **({"links": links} if links else {})}
+    host = {} if measured.dispatches is None else {"dispatch": profile_duration(10**9 // measured.dispatches)}
+    return {"devices": devices} | ({"links": links} if links else {}) | ({"host": host} if host else {})
 
 
 def as_hardware(seen: SeenMachine) -> Hardware:
@@ -84,6 +89,8 @@ def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
     lines += [f"    {device}: {_flow(what)}   # {remarks[device]}" for device, what in block["devices"].items()]
     if links := block.get("links"):
         lines.append(f"  links: {_flow(links)}")
+    if host := block.get("host"):
+        lines.append(f"  host: {_flow(host)}")
     left_out = [each for each in seen.accelerators if str(each.id) not in block["devices"]]
     lines += [f"  # {each.id} is left out, for nothing tells its memory: {remarks[str(each.id)]}" for each in left_out]
     return "\n".join(lines) + "\n"

@@ -27,7 +27,7 @@ PAIR_APART = 1.2
 class Step:
     """One measurement: of which rate of what it is, in which words a user is told of it, and how it is made."""
 
-    kind: Literal["bandwidth", "flops", "link", "pair"]
+    kind: Literal["bandwidth", "flops", "link", "pair", "host"]
     subject: str
     words: str
     measure: Callable[[], Rate]
@@ -36,7 +36,9 @@ class Step:
 def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Step]:
     """Yield what there is to measure on a machine, in order."""
     host, disk = seen.host, seen.disk
-    if devices.is_there:
+    if devices.is_there:  # first, for it tells whether the machine is too busy for the rest
+        runs_on = next((card.id for card in seen.accelerators), CPU)
+        yield Step("host", "dispatch", "operations that the host dispatches", partial(devices.dispatches, runs_on))
         yield Step("bandwidth", "cpu", "weights on the CPU", partial(devices.layer_bandwidth, host.available_bytes))
     else:
         yield Step("bandwidth", "cpu", "memory", partial(memory_bandwidth, host.available_bytes, host.threads))
@@ -76,11 +78,12 @@ def _gathered(rates: Mapping[Step, Rate]) -> Measured:
     def of_kind(kind: str) -> dict[str, int]:
         return {step.subject: rate.per_second for step, rate in rates.items() if step.kind == kind}
 
-    bandwidths = of_kind("bandwidth")
+    bandwidths, host = of_kind("bandwidth"), of_kind("host")
     disk = {"disk": bandwidths["disk"]} if "disk" in bandwidths else {}
     return Measured(
         bandwidths=bandwidths,
         flops=of_kind("flops"),
+        dispatches=host.get("dispatch"),
         links=of_kind("link") | peer_links(of_kind("pair")) | disk,
         methods={step.words: rate.method for step, rate in rates.items()},
     )

@@ -50,6 +50,10 @@ class NotMeasuredError(Exception):
     """Something cannot be measured here; the text says why."""
 
 
+class TooNoisyError(Exception):
+    """Other work on the machine makes what is measured worthless; the text says how it is known."""
+
+
 def memory_bandwidth(
     available_bytes: int,
     threads: int,

@@ -6,16 +6,17 @@ Copies are made by torch. Everything is bounded in time and size.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import MEBIBYTE
 from devmap_config.devices import CPU
-from devmap_config.probe.rates import SHARE_OF_FREE, NotMeasuredError, Rate, fastest_pass
+from devmap_config.libraries.torch import dispatched_by
+from devmap_config.probe.rates import SHARE_OF_FREE, NotMeasuredError, Rate, TooNoisyError, fastest_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from devmap_config.devices import Device
     from devmap_config.probe.machine import SeenAccelerator
@@ -31,6 +32,18 @@ LONG_ENOUGH_SECONDS = 0.05
 """A layer that takes as long says how fast the device is, and not how fast a kernel is launched."""
 
 LIMIT_SECONDS = 1.0
+
+QUIET = 0.9
+"""Of one thread's time, what is had on a machine with nothing else to do."""
+
+NARROW = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
 
 
 class Devices:
@@ -73,6 +86,31 @@ class Devices:
         seconds = self._fastest(lambda: [self._torch.nn.functional.linear(token, weight) for weight in weights], CPU)
         return Rate(
             int(count * LAYER_BYTES / seconds), f"{count} linear layers of {LAYER_WIDTH} by {LAYER_WIDTH}, one token"
+        )
+
+    def dispatches(self, device: Device) -> Rate:
+        """Return the operations a second that this machine's Python and torch dispatch, as models ask for them.
+
+        A Llama so narrow that a device has next to nothing to do: what it takes is what the host takes, on one thread.
+
+        Raises:
+            TooNoisyError: where other work took the CPU meanwhile: then nothing that was measured here is of use.
+        """
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch = self._torch
+        model = LlamaForCausalLM(LlamaConfig(**NARROW)).eval().to(str(device))
+        forward = partial(model, torch.ones(1, 1, dtype=torch.long, device=str(device)), use_cache=False)
+        with torch.no_grad():
+            count = dispatched_by(forward)
+            with self._one_thread():
+                began, worked = time.perf_counter(), time.process_time()
+                seconds = self._fastest(forward, device)
+                share = (time.process_time() - worked) / (time.perf_counter() - began)
+        if share < QUIET:
+            raise TooNoisyError(f"other work takes the CPU: of one thread, this had {share:.0%}")
+        return Rate(
+            int(count / seconds), f"{count} operations of a Llama with {model.config.num_hidden_layers} narrow layers"
         )
 
     def flops(self, device: Device) -> Rate:
@@ -137,6 +175,15 @@ class Devices:
 
         run()  # the first time, kernels are loaded and buffers made
         return fastest_pass(run, self._clock, LIMIT_SECONDS)
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        threads = self._torch.get_num_threads()
+        self._torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            self._torch.set_num_threads(threads)
 
     def _wait(self, device: Device) -> None:
         """Wait until a device has done what it was given: accelerators work on their own."""

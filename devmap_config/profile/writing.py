@@ -56,9 +56,11 @@ def device_text(section: DeviceSection) -> str:
 
 
 def link_lines(hardware: Hardware) -> list[str]:
-    """Return the lines within a profile's `hardware` that say how its devices are linked, if it does."""
+    """Return the lines within a profile's `hardware` that say how its devices are linked and given work, if it does."""
     links = [f"  {yaml_text(name)}: {_link(link)}" for name, link in hardware.links.items()]
-    return ["links:", *links] if links else []
+    dispatch = hardware.host.dispatch
+    host = [] if dispatch is None else [f"host: {_flow({'dispatch': f'{dispatch}ns'})}"]
+    return [*(["links:", *links] if links else []), *host]
 
 
 def _link(link: Link) -> str:

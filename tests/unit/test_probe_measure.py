@@ -127,6 +127,24 @@ def test_the_cpu_is_as_fast_as_its_layers_read_their_weights():
         Devices(Clock()).layer_bandwidth(torch_rates.LAYER_BYTES)
 
 
+def test_nothing_is_said_of_a_machine_that_is_busy(small, monkeypatch):
+    monkeypatch.setattr(torch_rates, "QUIET", 1.5)  # of one thread, more than there is
+    done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
+    assert done.return_value == 5
+    assert "error[too-noisy]: nothing is said of this machine: other work takes the CPU: of one thread" in " ".join(
+        done.stderr.split()
+    )
+    assert done.stdout == ""
+
+
+def test_the_host_is_as_fast_as_it_asks_for_the_operations_of_a_model_with_next_to_nothing_to_compute(small):
+    rate = Devices(Clock()).dispatches(CPU)
+    count = int(rate.method.split()[0])
+    assert rate.method == f"{count} operations of a Llama with {torch_rates.NARROW['num_hidden_layers']} narrow layers"
+    assert rate.per_second == count  # in a second of this clock
+    assert 60 < count / torch_rates.NARROW["num_hidden_layers"] < 90  # what a layer of a Llama asks for
+
+
 def test_pairs_with_a_bridge_have_a_line_of_their_own():
     rates = {"cuda:0-cuda:1": 50, "cuda:0-cuda:2": 10, "cuda:1-cuda:2": 11}
     assert peer_links(rates) == {"peer": 10, "cuda:0-cuda:1": 50}
@@ -139,6 +157,7 @@ def small(monkeypatch):
     monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
     monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 256)
     monkeypatch.setattr(torch_rates, "LAYERS_BYTES", torch_rates.LAYER_BYTES)
+    monkeypatch.setattr(torch_rates, "QUIET", 0)  # other tests run beside this one
 
 
 def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, workspace):
@@ -148,7 +167,9 @@ def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, wo
     assert set(hardware["devices"]["cpu"]) == {"memory", "bandwidth", "flops"}
     assert hardware["devices"]["disk"]["bandwidth"] == hardware["links"]["disk"]
     comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]
-    assert [line.partition(":")[0] for line in comments] == ["# weights on the CPU", "# disk", "# layers on the CPU"]
+    measured = ["operations that the host dispatches", "weights on the CPU", "disk", "layers on the CPU"]
+    assert [line[2:].partition(":")[0] for line in comments] == measured
+    assert hardware["host"]["dispatch"].endswith("us")
     assert done.stderr == ""
 
     Path("profile.yaml").write_text(
@@ -169,7 +190,11 @@ def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, mon
     value = json.loads(done.stdout)
     assert [each["code"] for each in value["diagnostics"]] == ["not-measured"]
     assert value["diagnostics"][0]["message"].startswith("disk could not be measured: nothing can be written to ")
-    assert set(value["measured"]) == {"weights on the CPU", "layers on the CPU"}
+    assert set(value["measured"]) == {
+        "weights on the CPU",
+        "operations that the host dispatches",
+        "layers on the CPU",
+    }
     assert "links" not in value["hardware"]
 
 
