@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 MAX_CPU_SECONDS = 3
+MAX_SECONDS = 10
+"""However long it waits: for a lock that another thread held as the process began, say."""
+
 MAX_BYTES = 2**29
 """What the template may take besides what the process has."""
 
@@ -82,7 +85,10 @@ def _apart(render: Callable[[], str]) -> tuple[str, str]:
 def _limit() -> None:
     """Bound this process, by what it was bounded by already at most."""
     import resource
+    import signal
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(MAX_SECONDS)
     used_bytes = psutil.Process().memory_info().vms
     for what, most in (
         (resource.RLIMIT_CORE, 0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 
 import psutil
@@ -53,6 +55,19 @@ def test_what_takes_too_much_is_ended(template, monkeypatch):
     assert time.process_time() - began < 1
     assert psutil.Process().memory_info().rss - held < 2**28
     assert not psutil.Process().children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is written in this process")
+def test_what_waits_for_ever_is_ended(monkeypatch):
+    """A process that begins while another thread holds a lock finds it held, by nobody."""
+    monkeypatch.setattr(chat_templates, "MAX_SECONDS", 1)
+
+    class Waiting:
+        def apply_chat_template(self, *arguments, **options):
+            threading.Event().wait()
+
+    with pytest.raises(TemplateFailedError, match="it takes more than"):
+        chat_text(Waiting(), CHAT)
 
 
 @pytest.mark.parametrize(
