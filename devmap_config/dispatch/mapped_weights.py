@@ -8,163 +8,28 @@ file's own pages, so that whatever looks at a model sees all of it.
 
 from __future__ import annotations
 
-import hashlib
-import mmap
-import os
 import threading
 import weakref
 from dataclasses import dataclass
-from functools import cached_property, wraps
-from pathlib import Path
+from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors.torch import save
 
-from devmap_config import files
-from devmap_config.graph.checkpoint import CheckpointError, read_header
-from devmap_config.graph.meta_loading import TORCH_DTYPES
-from devmap_config.graph.model import ancestors
-from devmap_config.libraries.accelerate import hooks_of, place_on_disk
+from devmap_config.dispatch.weights_on_disk import MappedFile, Piece, TensorInFile, pages, place_in_file, place_of
 from devmap_config.libraries.torch import own_parameters, version_of
 from devmap_config.libraries.transformers import chooses_experts_implementation
 from devmap_config.probe.host import seen_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from io import FileIO
+    from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInFile:
-    """Where a tensor lies: its name in a safetensors file, and the bytes from `start` to `end` of that file."""
-
-    file: Path
-    name: str
-    start: int
-    end: int
-
-    @property
-    def size_bytes(self) -> int:
-        """What it occupies."""
-        return self.end - self.start
-
-    @property
-    def first_page(self) -> int:
-        """Where in the file the first page begins that holds some of it."""
-        return self.start // mmap.PAGESIZE * mmap.PAGESIZE
-
-    @property
-    def pages_bytes(self) -> int:
-        """What the pages occupy that hold it: past the system's cache, a file is read by whole ones."""
-        return -(-self.end // mmap.PAGESIZE) * mmap.PAGESIZE - self.first_page
-
-
-class MappedFile:
-    """A file as memory, whose pages are read when they are touched, or into other memory ahead of their use."""
-
-    def __init__(self, path: Path, *, is_cached: bool = True) -> None:
-        """Map a regular file, wherever its links lead; what is read ahead `is_cached` by the system, or passes it by.
-
-        Raises:
-            FileError: where it cannot be read.
-        """
-        with files.opened(path, files.ANYWHERE) as file:
-            self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
-        # A private mapping: torch takes memory that may be written to only, and what it writes stays its own.
-        self._memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if not is_cached:
-            _pass_cache_by(self._file)
-
-    def data(self, place: TensorInFile) -> torch.Tensor:
-        """Return the bytes that lie there, without reading them."""
-        if not place.size_bytes:
-            return torch.empty(0, dtype=torch.uint8)  # torch takes no memory of no bytes
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=place.size_bytes, offset=place.start)
-
-    def read(self, place: TensorInFile, memory: NDArray[np.uint8]) -> None:
-        """Read the pages of a tensor into memory of their size, which begins where a page does.
-
-        Raises:
-            OSError: where they cannot be read, or the file has become shorter.
-        """
-        position = self._file.seek(place.first_page)
-        while position < place.end:
-            count = self._file.readinto(memory[position - place.first_page :].data)
-            if not count:
-                raise OSError(f"it ends at {position:,} bytes, before its tensors do")
-            position += count
-
-    def let_go(self, place: TensorInFile) -> None:
-        """Give back what this process holds of the pages that are a tensor's alone; the system may keep them."""
-        start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        size_bytes = place.end // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if hasattr(mmap, "MADV_DONTNEED") and size_bytes > 0:
-            self._memory.madvise(mmap.MADV_DONTNEED, start, size_bytes)
-
-
-def _pass_cache_by(file: FileIO) -> None:
-    """Have a file read from its disk each time, where the system can, and forgotten what is in memory of it."""
-    if not hasattr(os, "O_DIRECT"):
-        return
-    import fcntl  # noqa: PLC0415  Windows has none
-
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-        file.readinto(_pages(mmap.PAGESIZE).data)
-    except OSError:  # not every file system can, nor by pages
-        fcntl.fcntl(file, fcntl.F_SETFL, flags)
-
-
-def _pages(size_bytes: int) -> NDArray[np.uint8]:
-    """Return memory that begins where a page does; numpy asks for huge ones, into which a disk reads faster."""
-    memory = np.empty(size_bytes + mmap.PAGESIZE, dtype=np.uint8)
-    start = -memory.ctypes.data % mmap.PAGESIZE
-    return memory[start : start + size_bytes]
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """The weights that a module holds itself and that are on disk.
-
-    `is_sparse` where a token needs but a few rows of them, of an embedding or of experts: these come as they are
-    touched, and not as a whole.
-    """
-
-    files: Mapping[TensorInFile, MappedFile]
-    is_sparse: bool
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """What their pages occupy."""
-        return sum(place.pages_bytes for place in self.files)
-
-    def read(self, memory: NDArray[np.uint8]) -> dict[TensorInFile, torch.Tensor]:
-        """Read them into memory of this size, and return the bytes of each.
-
-        Raises:
-            OSError: where they cannot be read.
-        """
-        data, pages = torch.from_numpy(memory), 0
-        read: dict[TensorInFile, torch.Tensor] = {}
-        for place, file in self.files.items():
-            file.read(place, memory[pages : pages + place.pages_bytes])
-            read[place] = data[pages + place.start - place.first_page :][: place.size_bytes]
-            pages += place.pages_bytes
-        return read
-
-    def let_go(self) -> None:
-        """Give back what this process holds of their own pages."""
-        for place, file in self.files.items():
-            file.let_go(place)
 
 
 class Slots:
@@ -176,7 +41,7 @@ class Slots:
     def __init__(self, slot_bytes: int) -> None:
         """Reserve slots of this size, each of which holds one piece or several that are smaller."""
         self.slot_bytes = slot_bytes
-        self._memory = _pages(2 * slot_bytes)
+        self._memory = pages(2 * slot_bytes)
         self._taken: list[tuple[int, int, weakref.ref[NDArray[np.uint8]]]] = []
 
     def take(self, size_bytes: int) -> NDArray[np.uint8] | None:
@@ -288,7 +153,7 @@ class ReadAhead:
         while memory is None and (spare := [each for each in self._present if each not in self._running]):
             del self._present[spare[-1]]
             memory = self.slots.take(piece.size_bytes)
-        return _pages(piece.size_bytes) if memory is None else memory
+        return pages(piece.size_bytes) if memory is None else memory
 
     def _expected(self) -> list[Piece]:
         """Return the pieces that are to run next, as many as there is room for; rows come as they are touched."""
@@ -392,7 +257,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     for name, found in stated.items():
         path, _, own_name = name.rpartition(".")
         module, meta = model.get_submodule(path), model.get_parameter(name)
-        place = places[name] = _place_of(found, meta.dtype, folder)
+        place = places[name] = place_of(found, meta.dtype, folder)
         if place.file not in mapped:
             mapped[place.file] = MappedFile(place.file, is_cached=is_cached)
         if place not in parameters:  # names that are tied share it
@@ -411,16 +276,6 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     for module, piece in pieces.items():
         _attach(module, piece, reader, held[module], weights)
     weakref.finalize(weights, reader.close)  # which copies of the model hold as well
-
-
-def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
-    """Return from where accelerate's hook reads a tensor that is on disk; `None` where none does."""
-    for path in ancestors(name):
-        for hook in hooks_of(model.get_submodule(path)):
-            place = place_on_disk(hook, path, name)
-            if place is not None:
-                return place
-    return None
 
 
 def _attach(
@@ -481,49 +336,3 @@ def _are_many_tokens(module: torch.nn.Module, given: Iterable[Any]) -> bool:
         return False
     states = next((each for each in given if isinstance(each, torch.Tensor)), None)
     return states is not None and states.shape[:-1].numel() > 1
-
-
-def _place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> TensorInFile:
-    """Return where a tensor lies with the model's dtype, aligned to it: in its file, or where it is written anew."""
-    source, name = Path(stated["safetensors_file"]), str(stated["weight_name"])
-    stored_dtype, shape, start, end = read_header(source)[name]
-    place, held_dtype = TensorInFile(source, name, start, end), getattr(torch, TORCH_DTYPES[stored_dtype])
-    if held_dtype == dtype and start % dtype.itemsize == 0:
-        return place
-    path = _written_path(place, dtype, folder)
-    if (written := _written_place(path, name, dtype, shape)) is not None:
-        return written
-    folder.mkdir(parents=True, exist_ok=True)
-    data = MappedFile(source).data(place).view(held_dtype).view(shape).to(dtype)
-    files.write_atomically(path, save({name: data, DIGEST: _digest(data)}))
-    return TensorInFile(path, name, *read_header(path)[name][2:])
-
-
-DIGEST = "sha256"
-"""The name of a second tensor in a file that was written anew, of the digest of the first."""
-
-
-def _digest(data: torch.Tensor) -> torch.Tensor:
-    digest = hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy()).digest()
-    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-
-
-def _written_place(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInFile | None:
-    """Return where a tensor lies that was written anew; `None` where there is none, or another, or a damaged one."""
-    try:
-        header = read_header(path)
-        stored_dtype, stored_shape, *ends = header[name]
-        place, digest = TensorInFile(path, name, *ends), TensorInFile(path, DIGEST, *header[DIGEST][2:])
-    except (CheckpointError, KeyError):
-        return None
-    if (TORCH_DTYPES.get(stored_dtype), stored_shape) != (str(dtype).removeprefix("torch."), shape):
-        return None
-    file = MappedFile(path)
-    return place if torch.equal(_digest(file.data(place)), file.data(digest)) else None
-
-
-def _written_path(place: TensorInFile, dtype: torch.dtype, folder: Path) -> Path:
-    """Return the file of a tensor in another dtype, in whose name stands of what it was made."""
-    state = place.file.stat()
-    source = f"{place.file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{place.start}\0{dtype}"
-    return folder / f"{files.CAST}{hashlib.sha256(os.fsencode(source)).hexdigest()[:32]}.safetensors"

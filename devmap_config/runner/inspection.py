@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import CPU, DISK, Device, nth_accelerator
-from devmap_config.dispatch.mapped_weights import mapped_place, place_in_file
+from devmap_config.dispatch.mapped_weights import mapped_place
+from devmap_config.dispatch.weights_on_disk import place_in_file
 from devmap_config.graph.checkpoint import read_header
 from devmap_config.graph.model import Tensor, TensorName
 from devmap_config.libraries.accelerate import hooks_of, streamed_from

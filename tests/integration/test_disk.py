@@ -29,7 +29,7 @@ from transformers import (
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.devices import CPU, DISK
-from devmap_config.dispatch import mapped_weights
+from devmap_config.dispatch import mapped_weights, weights_on_disk
 from devmap_config.dispatch.mapped_weights import ReadAhead, mapped_place
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.libraries.accelerate import hooks_of
@@ -255,7 +255,7 @@ def test_weights_of_which_a_gradient_is_asked_have_one(workspace):
 
 
 def test_a_file_that_is_not_to_be_read_by_pages_past_the_cache_is_read_through_it(workspace, monkeypatch):
-    monkeypatch.setattr(mapped_weights, "_pages", lambda size_bytes: np.empty(size_bytes + 1, np.uint8)[1:])
+    monkeypatch.setattr(weights_on_disk, "pages", lambda size_bytes: np.empty(size_bytes + 1, np.uint8)[1:])
     monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
@@ -359,7 +359,7 @@ def test_a_file_that_cannot_be_mapped_is_told(workspace, monkeypatch):
     def cut_off(_path):
         raise CheckpointError("unreadable-checkpoint", "`x.safetensors` is cut off", "get the file anew")
 
-    monkeypatch.setattr(mapped_weights, "read_header", cut_off)
+    monkeypatch.setattr(weights_on_disk, "read_header", cut_off)
     with pytest.raises(RunnerError, match="weights on disk cannot be mapped: `x"):
         load_model("p.yaml", probe=False)
 

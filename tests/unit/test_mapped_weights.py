@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devmap_config.dispatch.mapped_weights import Piece, ReadAhead, Slots, TensorInFile
+from devmap_config.dispatch.mapped_weights import ReadAhead, Slots
+from devmap_config.dispatch.weights_on_disk import Piece, TensorInFile
 
 PAGE = mmap.PAGESIZE
 SIZES = (12 * PAGE, 4 * PAGE, 8 * PAGE, 2 * PAGE)
