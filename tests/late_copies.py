@@ -7,9 +7,12 @@ copy that may begin before what computes with the slot has ended is an error.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 POISON = 0xFF
@@ -28,47 +31,63 @@ class Copy:
             self.is_there = True
 
 
+@dataclass(eq=False)
+class Stream:
+    """`position` says how far it was told to come, `waits` that it goes on only once another has come so far."""
+
+    position: Callable[[], int]
+    reach: Callable[[int], None]
+    waits: Callable[[Event], None]
+
+    def record_event(self):
+        return Event(self.position(), self.reach)
+
+    def wait_event(self, event):
+        self.waits(event)
+
+
+@dataclass(eq=False)
+class Event:
+    position: int
+    reach: Callable[[int], None]
+
+    def synchronize(self):
+        self.reach(self.position)
+
+
 class LateCopies:
     """The two streams of an accelerator, which is late with copies and computes at once.
 
-    `computed` counts what was computed, and `used` says of a slot when that was last done with it; `after` is how much
+    `computed` counts what was computed, and `used` says of memory when that was last done with it; `after` is how much
     of it is done before copies begin that are given from now on.
     """
 
     def __init__(self):
-        self.computing = self.copying = self
         self.copies, self.used, self.computed, self.after = [], {}, 0, 0
+        self.computing = Stream(lambda: self.computed, lambda _: None, Event.synchronize)
+        self.copying = Stream(lambda: len(self.copies), self.arrive, self.begin_after)
 
-    def wait_event(self, event):
-        for copy in self.copies[:event]:
+    def arrive(self, count):
+        for copy in self.copies[:count]:
             copy.arrive()
 
-    def wait_stream(self, _stream):
-        self.after = self.computed
-
-    def record_event(self):
-        return len(self.copies)
+    def begin_after(self, event):
+        self.after = max(self.after, event.position)
 
     def copy(self, source, target):
-        assert self.after >= self.used.get(target.data_ptr(), 0), "it may overwrite what is computed with"
+        start, end = target.data_ptr(), target.data_ptr() + target.nbytes
+        last = max((when for (first, last), when in self.used.items() if first < end and start < last), default=0)
+        assert self.after >= last, "it may overwrite what is computed with"
         target.fill_(POISON)
         self.copies.append(Copy(source, target))
 
     def watch(self, module):
-        """Note with which slots a module computes; accelerate's hook has it called where its weights are there."""
-        forward = module._old_forward
+        """Note with what memory a module computes; accelerate's hook has it called where its weights are there."""
+        module._old_forward = partial(self.compute, module, module._old_forward)
 
-        def compute(*arguments, **options):
-            output = forward(*arguments, **options)
-            self.compute_with(module)
-            return output
-
-        module._old_forward = compute
-
-    def compute_with(self, module):
+    def compute(self, module, forward, *arguments, **options):
+        output = forward(*arguments, **options)
         self.computed += 1
-        for copy in self.copies:
-            start = copy.target.data_ptr()
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if start <= tensor.data_ptr() < start + copy.target.nbytes:
-                    self.used[start] = self.computed
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            self.used[tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes] = self.computed
+        return output

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 
-from devmap_config.dispatch.weights_on_disk import MappedFile, Piece, TensorInFile, pages, place_in_file, place_of
+from devmap_config.dispatch.weights_on_disk import Piece, TensorInFile, mapped_files, pages, place_in_file, place_of
 from devmap_config.libraries.torch import own_parameters, version_of
 from devmap_config.libraries.transformers import chooses_experts_implementation
-from devmap_config.probe.host import seen_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -228,8 +227,6 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     """Map the weights of a model that accelerate would copy from disk; nothing of accelerate's remains on it.
 
     What is in memory is copied there from the checkpoint's pages, which the system would else let go of and read again.
-    The system keeps what was read from disk as long as there is memory that nobody uses; where there is less of that
-    than is on disk, all of it would have gone again before its turn comes, and what is read ahead passes that cache by.
 
     Args:
         model: the model, loaded by a map of `cpu` and `disk`.
@@ -248,18 +245,13 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.clone()
-    sizes_bytes = (model.get_parameter(name).nbytes for name in stated)
-    is_cached = sum(sizes_bytes) <= seen_host().available_bytes
-    mapped: dict[Path, MappedFile] = {}
+    places = {name: place_of(found, model.get_parameter(name).dtype, folder) for name, found in stated.items()}
+    mapped = mapped_files(places.values())
     parameters: dict[TensorInFile, torch.nn.Parameter] = {}
-    places: dict[str, TensorInFile] = {}
     held: dict[torch.nn.Module, dict[str, TensorInFile]] = {}
-    for name, found in stated.items():
+    for name, place in places.items():
         path, _, own_name = name.rpartition(".")
         module, meta = model.get_submodule(path), model.get_parameter(name)
-        place = places[name] = place_of(found, meta.dtype, folder)
-        if place.file not in mapped:
-            mapped[place.file] = MappedFile(place.file, is_cached=is_cached)
         if place not in parameters:  # names that are tied share it
             data = mapped[place.file].data(place).view(meta.dtype).view(meta.shape)
             parameters[place] = MappedParameter(data, requires_grad=False)

@@ -1,10 +1,11 @@
-"""Runs on an accelerator what is stored in the CPU's memory: what is to run next is copied there ahead of its use.
+"""Runs on an accelerator what is stored elsewhere: what is to run next is copied there ahead of its use.
 
 accelerate copies one tensor after another, from memory that the system may move, each time that its module runs, and
 computes meanwhile nothing. Here the weights of pieces that run one after another lie together in memory that is pinned,
 as a load. The accelerator has two slots for loads: while modules compute with what is in one of them, the next load is
 copied to the other, in a stream of its own. So a forward takes the longer of copying and computing, and no more than
 two of the largest pieces are there at once, which the plan has room for (`placement/pieces.py` says what a piece is).
+What is on disk is read by a thread into pinned memory, of which there are two slots as well, and copied from there.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 
 from devmap_config.amounts import format_bytes
-from devmap_config.devices import CPU
+from devmap_config.devices import DISK
+from devmap_config.dispatch.weights_on_disk import Piece, TensorInFile, mapped_files, pages, place_of
 from devmap_config.libraries.accelerate import (
     found_device,
     hooks_of,
     names_copied_in,
+    place_on_disk,
     replace_hook,
     replace_streamed,
     sent,
@@ -35,11 +40,14 @@ from devmap_config.libraries.torch import own_buffers, own_parameters, version_o
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    Hooks = Mapping[torch.nn.Module, AlignDevicesHook]
-    """accelerate's hooks of the modules of a piece: of what is to be there at once."""
+    Places = Mapping[torch.nn.Module, Mapping[str, "Place"]]
+    """Where the weights of modules lie in a load."""
 
 ALIGNMENT_BYTES = 256
 """Where a tensor may begin: kernels read wide words, and torch's own allocator gives them no less."""
@@ -49,11 +57,15 @@ class UnpinnedError(Exception):
     """Memory cannot be pinned, and copying from it would be slower than was planned."""
 
 
+class Event(Protocol):
+    """That all is done which a stream was given until then."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
 class Stream(Protocol):
     """Of torch's streams, what is used here: work is done in order, and after another's where that is said."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Do what is given from here on after all that the other was given until now."""
 
     def wait_event(self, event: Any) -> None:
         """Do what is given from here on after the event."""
@@ -104,60 +116,131 @@ class Place:
 
     def within(self, memory: torch.Tensor) -> torch.Tensor:
         """Return it, in the memory that has the load."""
-        return memory[self.start : self.end].view(self.dtype).view(self.shape)
+        return self.bytes_within(memory).view(self.dtype).view(self.shape)
+
+    def bytes_within(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return its bytes there."""
+        return memory[self.start : self.end]
 
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """The weights of modules that run one after another, as they lie in pinned memory."""
+    """The weights of modules that run one after another, of one store.
 
-    memory: torch.Tensor
-    places: Mapping[torch.nn.Module, Mapping[str, Place]]
+    Where they are in the CPU's memory, `memory` has them, pinned, as they lie in a slot. Where they are on disk, they
+    are read from there as a `piece`, each to its place of `targets`.
+    """
+
+    places: Places
+    size_bytes: int
+    memory: torch.Tensor | None = None
+    piece: Piece | None = None
+    targets: Mapping[TensorInFile, Place] = field(default_factory=dict)
+
+    def copies(
+        self, target: torch.Tensor, staging: NDArray[np.uint8] | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what is to be copied to where in a slot; what is on disk is read into the staging memory.
+
+        Raises:
+            OSError: where it cannot be read.
+        """
+        if self.memory is not None:
+            return [(self.memory, target[: self.size_bytes])]
+        if self.piece is None or staging is None:
+            return []
+        read = self.piece.read(staging[: self.piece.size_bytes])
+        return [(data, self.targets[place].bytes_within(target)) for place, data in read.items()]
 
 
 @dataclass(eq=False)
 class Slot:
     """Memory of an accelerator that takes one load after another.
 
-    `copied` is the event that the load is there, `running` the modules that compute with it now.
+    `copied` returns the event that the load is there, once it was read; `running` are the modules that compute with it
+    now.
     """
 
     memory: torch.Tensor
     load: Load | None = None
-    copied: Any = None
+    copied: Callable[[], Any] = field(default=lambda: None)
     running: set[torch.nn.Module] = field(default_factory=set)
+
+
+class Reader:
+    """A thread that reads loads from disk, one after another, and has each copied to its slot.
+
+    It has pinned memory for two: into one a load is read while what was read before is copied from the other.
+    """
+
+    def __init__(self, streams: Streams, staging: Iterable[NDArray[np.uint8]]) -> None:
+        self._streams = streams
+        self._staging: deque[tuple[NDArray[np.uint8], Event | None]] = deque((memory, None) for memory in staging)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="devmap-read-ahead")
+
+    def fetch(self, load: Load, target: torch.Tensor, computed: Event) -> Callable[[], Event]:
+        """Read a load, and copy it after an event; return at once, with what waits for the event that it is there."""
+        return self._thread.submit(self._fetch, load, target, computed).result
+
+    def _fetch(self, load: Load, target: torch.Tensor, computed: Event) -> Event:
+        memory, copied = self._staging.popleft()
+        try:
+            if copied is not None:
+                copied.synchronize()  # what was read before may still be copied from there
+            copied = None
+            copies = load.copies(target, memory)
+            copied = event = _copy(copies, self._streams, after=computed)
+        finally:
+            self._staging.append((memory, copied))
+        return event
+
+
+def _copy(copies: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams, after: Event) -> Event:
+    """Copy after an event, and return the event that it is done."""
+    streams.copying.wait_event(after)
+    for source, target in copies:
+        streams.copy(source, target)
+    event: Event = streams.copying.record_event()
+    return event
 
 
 class Streamer:
     """Brings loads to the slots of an accelerator, each ahead of its use.
 
     Which load follows on a module's is learnt as the model runs; at first it is the next of `loads`, and after the last
-    the first. Nothing here waits for the accelerator: it is told what is to wait for what.
+    the first. Nothing here waits for the accelerator: it is told what is to wait for what. What is on disk is waited
+    for until it has been read.
     """
 
-    def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot]) -> None:
+    def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot], reader: Reader) -> None:
         followed = zip(loads, (*loads[1:], *loads[:1]), strict=True)
         self._next = {module: following for load, following in followed for module in load.places}
         self._last: tuple[torch.nn.Module, Load] | None = None
         self._streams = streams
         self._slots = slots
+        self._reader = reader
         self.lock = threading.RLock()
 
     def begin(self, module: torch.nn.Module, load: Load) -> dict[str, torch.Tensor]:
         """Return the weights of a module that begins, where what is computed from here on finds them.
 
-        Where modules of both slots run, around this one, its weights are copied beside them.
+        Where modules of both slots run, around this one, its weights are brought to a slot of its own.
+
+        Raises:
+            OSError: where they cannot be read.
         """
         slot = self._slot_of(load)
         if slot is None:
             slot = next((each for each in self._slots if not each.running), None)
-            if slot is None:
-                memory = torch.empty_like(load.memory, device=self._slots[0].memory.device)
-                memory.copy_(load.memory)
-                return {name: place.within(memory) for name, place in load.places[module].items()}
+            slot = slot or Slot(torch.empty_like(self._slots[0].memory))
             self._fetch(load, slot)
+        try:
+            copied = slot.copied()
+        except BaseException:
+            slot.load = None
+            raise
         slot.running.add(module)
-        self._streams.computing.wait_event(slot.copied)
+        self._streams.computing.wait_event(copied)
         if self._last is None or load is not self._last[1]:
             self._go_on_to(module, load)
         return {name: place.within(slot.memory) for name, place in load.places[module].items()}
@@ -168,7 +251,7 @@ class Streamer:
             slot.running.discard(module)
 
     def _go_on_to(self, module: torch.nn.Module, load: Load) -> None:
-        """Have what follows on this load copied to the other slot, if nothing there runs."""
+        """Have what follows on this load brought to the other slot, if nothing there runs."""
         if self._last is not None:
             self._next[self._last[0]] = load
         self._last = module, load
@@ -181,11 +264,17 @@ class Streamer:
         return next((slot for slot in self._slots if slot.load is load), None)
 
     def _fetch(self, load: Load, slot: Slot) -> None:
+        with suppress(OSError):
+            slot.copied()  # what was to be there may still be read
         slot.load = None  # until it is known that it has the next
         # What was computed until now may read what is in the slot; what is computed from now on does not.
-        self._streams.copying.wait_stream(self._streams.computing)
-        self._streams.copy(load.memory, slot.memory[: load.memory.numel()])
-        slot.load, slot.copied = load, self._streams.copying.record_event()
+        computed = self._streams.computing.record_event()
+        if load.memory is None:
+            slot.copied = self._reader.fetch(load, slot.memory, computed)
+        else:
+            event = _copy(load.copies(slot.memory, None), self._streams, after=computed)
+            slot.copied = lambda: event
+        slot.load = load
 
 
 class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
@@ -194,7 +283,7 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
     Where its weights are asked for otherwise, as they are when the model is saved, it does what accelerate's does.
     """
 
-    def __init__(self, replaced: AlignDevicesHook, streamer: Streamer, load: Load) -> None:
+    def __init__(self, module: torch.nn.Module, replaced: AlignDevicesHook, streamer: Streamer, load: Load) -> None:
         self.__dict__.update(replaced.__dict__)
         self._streamer = streamer
         self._load = load
@@ -202,6 +291,7 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         self._weights = replaced.weights_map
         self._running_in: int | None = None
         self._absent: dict[str, torch.Tensor] = {}
+        self._versions = {name: version_of(getattr(module, name)) for name in load.places[module]}
 
     def around(self, module: torch.nn.Module) -> Callable[..., Any]:
         """Return its forward, during which other threads wait; its weights are away after it, whatever ends it."""
@@ -228,7 +318,7 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         if self.io_same_device:
             self.input_device = found_device([arguments, options])
         self._absent = {name: getattr(module, name) for name in self._load.places[module]}
-        _require_unchanged(module, self._absent, self._load.places[module])
+        self._require_unchanged(module)
         _set(module, self._streamer.begin(module, self._load))
         skipped = self.skip_keys
         return sent(arguments, self._device), sent(options, self._device, skipped)
@@ -240,6 +330,16 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         returns = self.io_same_device and self.input_device is not None
         return sent(output, self.input_device, self.skip_keys) if returns else output
 
+    def _require_unchanged(self, module: torch.nn.Module) -> None:
+        """Refuse to run with weights that stand in for others while these are away, and that have been changed."""
+        for name, place in self._load.places[module].items():
+            tensor = self._absent[name]
+            if not tensor.is_meta or tensor.dtype != place.dtype or version_of(tensor) != self._versions[name]:
+                raise RuntimeError(
+                    f"`{name}` of a {type(module).__name__} was changed, which is copied to the accelerator as it was"
+                    " loaded: change the checkpoint, and load that"
+                )
+
     @property
     def _is_ahead(self) -> bool:
         """Whether the module runs where it was planned to, with the weights that are in its load."""
@@ -247,105 +347,166 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         return is_running and self.execution_device == self._device and self.weights_map is self._weights
 
 
-def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]]) -> None:
-    """Copy ahead, to a CUDA card, the weights that accelerate would copy from the CPU's memory as they are needed.
+def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]], folder: Path | None) -> None:
+    """Bring ahead, to CUDA cards, the weights that accelerate would bring as they are needed.
 
-    They are moved to pinned memory, load by load: so only one of these is there twice meanwhile.
+    What is in the CPU's memory is moved to pinned memory, load by load: so only one of these is there twice meanwhile.
 
     Args:
-        model: the model, loaded by a map in which modules are on the CPU.
+        model: the model, loaded by a map in which modules are on the CPU or the disk.
         pieces: the paths of modules whose weights are to be there at once, in the order in which they run.
+        folder: where weights on disk are written anew that their file has in another dtype.
 
     Raises:
         UnpinnedError: where memory cannot be pinned.
+        FileError: where a file cannot be read.
+        OSError: where one cannot be written.
     """
-    streamed = streamed_modules(model, pieces)
-    if not streamed:
-        return
-    device = torch.device(next(iter(streamed[0].values())).execution_device)
-    loads = loads_of(streamed)
     pinned: list[torch.Tensor] = []
     weakref.finalize(model, _unpin, pinned).atexit = False
-    for load in loads:
-        if not _pin(load.memory, device):
-            raise UnpinnedError(f"{format_bytes(sum(each.memory.nbytes for each in loads))} of memory cannot be pinned")
-        pinned.append(load.memory)
-    slot_bytes = max(load.memory.nbytes for load in loads)
-    first, second = (Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(2))
-    attach(streamed, loads, Streamer(loads, CudaStreams(device), (first, second)))
+    streamed = streamed_pieces(model, pieces, folder)
+    for device in dict.fromkeys(piece.device for piece in streamed):
+        on_device = [piece for piece in streamed if piece.device == device]
+        loads = loads_of(on_device)
+        read_bytes = [load.piece.size_bytes for load in loads if load.piece is not None]
+        staging = [pages(max(read_bytes)) for _ in range(2) if read_bytes]
+        memories = [load.memory for load in loads if load.memory is not None]
+        for memory in (*memories, *map(torch.from_numpy, staging)):
+            if not _pin(memory, device):
+                total = sum(each.nbytes for each in (*memories, *staging))
+                raise UnpinnedError(f"{format_bytes(total)} of memory cannot be pinned")
+            pinned.append(memory)
+        streams, slot_bytes = CudaStreams(device), max(load.size_bytes for load in loads)
+        first, second = (Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(2))
+        attach(on_device, loads, Streamer(loads, streams, (first, second), Reader(streams, staging)))
 
 
-def attach(streamed: Iterable[Hooks], loads: Iterable[Load], streamer: Streamer) -> None:
+def attach(streamed: Iterable[StreamedPiece], loads: Iterable[Load], streamer: Streamer) -> None:
     """Have modules run with what a streamer brings, in place of what accelerate's hooks would copy."""
-    replaced = {module: hook for hooks in streamed for module, hook in hooks.items()}
+    replaced = {module: hook for piece in streamed for module, hook in piece.hooks.items()}
     for load in loads:
         for module in load.places:
-            hook = StreamingHook(replaced[module], streamer, load)
+            hook = StreamingHook(module, replaced[module], streamer, load)
             replace_hook(module, replaced[module], hook)
             module.forward = hook.around(module)  # torch's own hooks are not called at a Ctrl-C
 
 
-def streamed_modules(model: PreTrainedModel, pieces: Iterable[Sequence[str]]) -> list[Hooks]:
-    """Return accelerate's hooks of the modules of each piece, of what is copied in from the CPU."""
-    found = []
+class Source(NamedTuple):
+    """What a weight is, and where: in a file, or at an address of the CPU's memory."""
+
+    place: TensorInFile | int
+    dtype: torch.dtype
+    shape: torch.Size
+    size_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPiece:
+    """Modules whose weights are to be there at once, of one store, with accelerate's hooks, and where they run."""
+
+    is_on_disk: bool
+    device: torch.device
+    hooks: Mapping[torch.nn.Module, AlignDevicesHook]
+    sources: Mapping[torch.nn.Module, Mapping[str, Source]]
+
+
+def streamed_pieces(
+    model: PreTrainedModel, pieces: Iterable[Sequence[str]], folder: Path | None
+) -> list[StreamedPiece]:
+    """Return what is brought in of each piece, as the hooks that accelerate attached say."""
+    found: list[StreamedPiece] = []
     for paths in pieces:
-        hooks = {}
+        hooks: dict[tuple[bool, torch.device], dict[torch.nn.Module, AlignDevicesHook]] = {}
+        sources: dict[torch.nn.Module, dict[str, Source]] = {}
         for path in paths:
             module = model.get_submodule(path)
             for hook in hooks_of(module):
-                names = names_copied_in(module, hook)
-                if {streamed_from(hook, path, f"{path}.{name}") for name in names} == {CPU}:
-                    hooks[module] = hook
-        found.append(hooks)
-    return list(filter(None, found))
+                stores = {streamed_from(hook, path, f"{path}.{name}") for name in names_copied_in(module, hook)}
+                if len(stores) == 1 and None not in stores:
+                    sources[module] = _sources(module, hook, path, folder)
+                    where = (stores == {DISK}, torch.device(hook.execution_device))
+                    hooks.setdefault(where, {})[module] = hook
+        for (is_on_disk, device), of_modules in hooks.items():
+            found.append(StreamedPiece(is_on_disk, device, of_modules, sources))
+    return found
 
 
-def loads_of(streamed: Iterable[Hooks]) -> list[Load]:
-    """Move weights to loads, none of which is larger than the largest piece."""
+def _sources(module: torch.nn.Module, hook: AlignDevicesHook, path: str, folder: Path | None) -> dict[str, Source]:
+    sources = {}
+    for name in names_copied_in(module, hook):
+        stated = place_on_disk(hook, path, f"{path}.{name}")
+        if stated is None or folder is None:
+            weight: torch.Tensor = hook.weights_map[name]
+            place: TensorInFile | int = weight.data_ptr()
+        else:
+            weight = getattr(module, name)
+            place = place_of(stated, weight.dtype, folder)
+        sources[name] = Source(place, weight.dtype, weight.shape, weight.nbytes)
+    return sources
+
+
+def loads_of(streamed: Sequence[StreamedPiece]) -> list[Load]:
+    """Move weights to loads, none of which is larger than the largest piece; those on disk stay there.
+
+    Raises:
+        FileError: where a file cannot be read.
+    """
     loads = []
+    on_disk = [piece for piece in streamed if piece.is_on_disk]
+    files = mapped_files([place for piece in on_disk for place in _placed([piece])[1]])
     for pieces in _together(streamed):
-        places, size_bytes = _placed(pieces)
-        load = Load(_paged(size_bytes), places)
-        for hooks in pieces:
-            for module, hook in hooks.items():
-                for name, place in places[module].items():
-                    held = place.within(load.memory)
-                    held.copy_(hook.weights_map[name])
-                    replace_streamed(hook, name, held)
-        loads.append(load)
+        places, targets, size_bytes = _placed(pieces)
+        if pieces[0].is_on_disk:
+            piece = Piece({place: files[place.file] for place in targets}, is_sparse=False)
+            loads.append(Load(places, size_bytes, piece=piece, targets=targets))
+        else:
+            loads.append(_moved(pieces, places, size_bytes))
     return loads
 
 
-def _together(streamed: Iterable[Hooks]) -> Iterator[list[Hooks]]:
-    """Yield as many pieces at a time, in their order, as take no more than the largest of them."""
-    sizes_bytes = [(piece, _placed([piece])[1]) for piece in streamed]
-    most_bytes = max(size_bytes for _, size_bytes in sizes_bytes)
-    pieces: list[Hooks] = []
-    room_bytes = most_bytes
-    for piece, size_bytes in sizes_bytes:
-        if size_bytes > room_bytes:
+def _moved(pieces: Iterable[StreamedPiece], places: Places, size_bytes: int) -> Load:
+    """Move weights in the CPU's memory to a load."""
+    memory = _paged(size_bytes)
+    for module, hook in ((module, hook) for piece in pieces for module, hook in piece.hooks.items()):
+        for name, place in places[module].items():
+            held = place.within(memory)
+            held.copy_(hook.weights_map[name])
+            replace_streamed(hook, name, held)
+    return Load(places, size_bytes, memory=memory)
+
+
+def _together(streamed: Sequence[StreamedPiece]) -> Iterator[list[StreamedPiece]]:
+    """Yield as many pieces at a time, of one store and in their order, as take no more than the largest of all."""
+    sizes_bytes = [_placed([piece])[2] for piece in streamed]
+    pieces: list[StreamedPiece] = []
+    room_bytes = 0
+    for piece, size_bytes in zip(streamed, sizes_bytes, strict=True):
+        if pieces and (size_bytes > room_bytes or piece.is_on_disk != pieces[0].is_on_disk):
             yield pieces
-            pieces, room_bytes = [], most_bytes
+            pieces = []
+        room_bytes = (room_bytes if pieces else max(sizes_bytes)) - size_bytes
         pieces.append(piece)
-        room_bytes -= size_bytes
     yield pieces
 
 
-def _placed(pieces: Iterable[Hooks]) -> tuple[dict[torch.nn.Module, dict[str, Place]], int]:
-    """Return where the tensors of modules lie, one behind the other, and what they take; what is shared lies once."""
+def _placed(pieces: Iterable[StreamedPiece]) -> tuple[Places, dict[TensorInFile, Place], int]:
+    """Return where the weights of modules lie, one behind the other, and what they take; what is shared lies once.
+
+    Besides, where those lie that are on disk.
+    """
     places: dict[torch.nn.Module, dict[str, Place]] = {}
-    known: dict[tuple[int, torch.Size], Place] = {}
+    known: dict[tuple[TensorInFile | int, torch.Size], Place] = {}
     start = 0
-    for module, hook in ((module, hook) for hooks in pieces for module, hook in hooks.items()):
+    for module, sources in ((module, piece.sources[module]) for piece in pieces for module in piece.hooks):
         places[module] = {}
-        for name in names_copied_in(module, hook):
-            tensor = hook.weights_map[name]
-            storage = (tensor.data_ptr(), tensor.shape)
-            if storage not in known:
-                known[storage] = Place(start, start + tensor.nbytes, tensor.dtype, tensor.shape)
-                start = -(-known[storage].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            places[module][name] = known[storage]
-    return places, start
+        for name, source in sources.items():
+            key = (source.place, source.shape)
+            if key not in known:
+                known[key] = Place(start, start + source.size_bytes, source.dtype, source.shape)
+                start = -(-known[key].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            places[module][name] = known[key]
+    on_disk = {place: known[place, shape] for place, shape in known if isinstance(place, TensorInFile)}
+    return places, on_disk, start
 
 
 def _paged(size_bytes: int) -> torch.Tensor:
@@ -367,18 +528,6 @@ def _unpin(memories: Iterable[torch.Tensor]) -> None:
     torch.cuda.synchronize()
     for memory in memories:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-
-
-def _require_unchanged(
-    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place]
-) -> None:
-    """Refuse to run with weights that stand in for others while these are away, and that have been changed."""
-    for name, tensor in tensors.items():
-        if not tensor.is_meta or tensor.dtype != places[name].dtype or version_of(tensor):
-            raise RuntimeError(
-                f"`{name}` of a {type(module).__name__} was changed, which is copied to the accelerator as it was"
-                " loaded: change the checkpoint, and load that"
-            )
 
 
 def _set(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -19,9 +19,10 @@ from devmap_config.graph.checkpoint import CheckpointError, read_header
 from devmap_config.graph.meta_loading import TORCH_DTYPES
 from devmap_config.graph.model import ancestors
 from devmap_config.libraries.accelerate import hooks_of, place_on_disk
+from devmap_config.probe.host import seen_host
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from io import FileIO
 
     from numpy.typing import NDArray
@@ -85,7 +86,7 @@ class MappedFile:
         while position < place.end:
             count = self._file.readinto(memory[position - place.first_page :].data)
             if not count:
-                raise OSError(f"it ends at {position:,} bytes, before its tensors do")
+                raise OSError(f"`{place.file.name}` ends at {position:,} bytes, before its tensors do")
             position += count
 
     def let_go(self, place: TensorInFile) -> None:
@@ -152,6 +153,20 @@ class Piece:
         """Give back what this process holds of their own pages."""
         for place, file in self.files.items():
             file.let_go(place)
+
+
+def mapped_files(places: Iterable[TensorInFile]) -> dict[Path, MappedFile]:
+    """Map the files in which these lie, to be read ahead of their use, again and again.
+
+    The system keeps what was read from disk as long as there is memory that nobody uses; where there is less of that
+    than these take, all of it would have gone again before its turn comes, and they are read past that cache.
+
+    Raises:
+        FileError: where a file cannot be read.
+    """
+    distinct = dict.fromkeys(places)
+    is_cached = sum(place.size_bytes for place in distinct) <= seen_host().available_bytes
+    return {path: MappedFile(path, is_cached=is_cached) for path in dict.fromkeys(place.file for place in distinct)}
 
 
 def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:

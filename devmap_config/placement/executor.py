@@ -21,7 +21,7 @@ class Executor:
 
     `offload_buffers` is accelerate's argument: whether the buffers of a streamed module are streamed with it.
     `works_ahead` is whether what the next module needs is brought while another one computes: read from the disk for
-    the CPU (`dispatch/mapped_weights.py`), copied from the CPU for an accelerator (`dispatch/streamed_weights.py`).
+    the CPU (`dispatch/mapped_weights.py`), or brought to an accelerator from either (`dispatch/streamed_weights.py`).
     """
 
     name: str = "accelerate"
@@ -58,7 +58,11 @@ class Executor:
 
     def is_brought_ahead(self, location: Location) -> bool:
         """Whether what is streamed from there is on its way while something else computes."""
-        return self.works_ahead and location.runs_on.is_accelerator == (location.stored_on == CPU)
+        return self.works_ahead and self.streams(location)
+
+    def is_read_ahead_for_a_card(self, location: Location) -> bool:
+        """Whether it comes from the disk to an accelerator: through memory of the CPU, as large as it is there."""
+        return self.works_ahead and location.stored_on == DISK and location.runs_on.is_accelerator
 
     def is_copied_in(self, tensor: Tensor, location: Location) -> bool:
         """Whether a tensor is copied to where its module runs at every forward."""
@@ -81,7 +85,7 @@ LEFT = Executor()
 """Leaves buffers where streamed modules run: accelerate's default."""
 
 AHEAD = Executor(name="devmap", works_ahead=True)
-"""Brings what is next while something computes: from the disk for the CPU, and from the CPU for an accelerator."""
+"""Brings what is next while something computes: from the disk for the CPU, and from both for an accelerator."""
 
 OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
 from devmap_config.graph.model import ModulePath
 from devmap_config.placement.units import united
 
@@ -38,13 +39,18 @@ def copied_bytes(
     executor: Executor,
     main_device: Device,
 ) -> dict[Device, int]:
-    """Return what of a piece is copied to each device; what is shared counts once."""
+    """Return what of a piece is copied to each device; what is shared counts once.
+
+    What is read ahead for an accelerator is in the CPU's memory first.
+    """
     sizes: dict[Device, dict[TensorName, int]] = {}
     for tensor in (tensor for module in piece for tensor in module.own_tensors if tensor.name in homes):
         location = homes[tensor.name]
         if executor.is_copied_in(tensor, location):
             held_bytes = executor.held_bytes(tensor, location, main_device)
-            sizes.setdefault(location.runs_on, {})[graph.storage_of[tensor.name]] = held_bytes
+            through = (CPU,) if executor.is_read_ahead_for_a_card(location) else ()
+            for device in (location.runs_on, *through):
+                sizes.setdefault(device, {})[graph.storage_of[tensor.name]] = held_bytes
     return {device: sum(by_storage.values()) for device, by_storage in sizes.items()}
 
 

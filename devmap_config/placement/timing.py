@@ -175,13 +175,21 @@ class Timing:
                 if self.executor.is_copied_in(tensor, location):
                     size_bytes = self.executor.held_bytes(tensor, location, self.main_device)
                     is_ahead = self.executor.is_brought_ahead(location)
-                    way = (location.stored_on, location.runs_on)
-                    nanoseconds = self.copy_nanoseconds(*way, size_bytes, is_pinned=is_ahead)
+                    nanoseconds = self._bringing_nanoseconds(location, size_bytes)
                     if not is_ahead:
                         waiting += nanoseconds
                     elif not (location.runs_on.is_accelerator and tensor.name in self._left_there):
                         ahead[self.graph.storage_of[tensor.name]] = nanoseconds
         return waiting, sum(ahead.values()), brought
+
+    def _bringing_nanoseconds(self, location: Location, size_bytes: int) -> int:
+        """What it takes to bring so much to where it runs; what is read ahead is read while what was read is copied."""
+        source, target = location.stored_on, location.runs_on
+        is_ahead = self.executor.is_brought_ahead(location)
+        if not self.executor.is_read_ahead_for_a_card(location):
+            return self.copy_nanoseconds(source, target, size_bytes, is_pinned=is_ahead)
+        copying = self.copy_nanoseconds(CPU, target, size_bytes, is_pinned=True)
+        return max(self.copy_nanoseconds(source, CPU, size_bytes), copying)
 
     @cached_property
     def _left_there(self) -> frozenset[TensorName]:

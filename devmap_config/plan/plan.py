@@ -250,7 +250,8 @@ def device_uses(
     costs = {} if running is None else running.costs()
     none = RunningCost()
     loading = loading_extra_bytes(graph, placed)
-    if executor.works_ahead and main_device.is_accelerator:  # what moves to pinned memory is there twice, load by load
+    is_moved = any(each.location.stored_on == CPU and executor.streams(each.location) for each in placed)
+    if executor.works_ahead and is_moved:  # what moves to pinned memory is there twice, load by load
         moved_bytes = costs.get(main_device, none).streaming_bytes // executor.pieces_at_once
         loading[CPU] = max(loading.get(CPU, 0), moved_bytes)
     return tuple(

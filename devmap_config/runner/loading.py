@@ -169,23 +169,17 @@ def _device_map(plan: Plan) -> dict[str, Any]:
 
 
 def _bring_ahead(model: PreTrainedModel, plan: Plan, request: LoadRequest) -> None:
-    if plan.main_device.is_accelerator:
-        from devmap_config.dispatch.streamed_weights import UnpinnedError, stream_weights
-
-        try:
-            stream_weights(model, request.pieces)
-        except UnpinnedError as error:
-            raise RunnerError("load-failed", f"{error}, from which weights are copied", FREE_MEMORY) from None
-    elif request.offload_folder is not None:
-        _map(model, plan, request.offload_folder)
-
-
-def _map(model: PreTrainedModel, plan: Plan, folder: Path) -> None:
     from devmap_config.dispatch.mapped_weights import map_weights
+    from devmap_config.dispatch.streamed_weights import UnpinnedError, stream_weights
 
     on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
     try:
-        map_weights(model, on_disk, folder)
+        if plan.main_device.is_accelerator:
+            stream_weights(model, request.pieces, request.offload_folder)
+        elif request.offload_folder is not None:
+            map_weights(model, on_disk, request.offload_folder)
+    except UnpinnedError as error:
+        raise RunnerError("load-failed", f"{error}, from which weights are copied", FREE_MEMORY) from None
     except (FileError, CheckpointError, OSError) as error:
         raise RunnerError("load-failed", f"weights on disk cannot be mapped: {first_line(error)}") from error
 

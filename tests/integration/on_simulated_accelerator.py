@@ -56,6 +56,8 @@ TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 NEW_TOKENS = 4
 CPU = torch.device("cpu")
 CARD = torch.device("npu:0")
+DISK = ", disk: {memory: 1GiB}"
+FOLDER = "  offload: {folder: offload}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +74,13 @@ def save(config):
     model.to(torch.bfloat16).save_pretrained("random")
 
 
-def load(*pins, workload=""):
+def load(*pins, workload="", model="", disk=""):
     """The model in `random`, by a profile whose pins place some of it off the first card."""
     lines = "".join(f"    - {{{pin}}}\n" for pin in pins)
     Path("profile.yaml").write_text(
-        "version: 1\nmodel: {source: random}\n"
-        "hardware: {devices: {npu:0: {memory: 1GiB}, npu:1: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
-        f"{workload}placement:\n  strategy: sequential\n  pins:\n{lines}"
+        f"version: 1\nmodel: {{source: random{model}}}\n"
+        f"hardware: {{devices: {{npu:0: {{memory: 1GiB}}, npu:1: {{memory: 1GiB}}, cpu: {{memory: 1GiB}}{disk}}}}}\n"
+        f"{workload}placement:\n  strategy: sequential\n{FOLDER if disk else ''}  pins:\n{lines}"
     )
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
     return load_model("profile.yaml")
@@ -198,6 +200,53 @@ def test_what_is_planned_to_be_copied_ahead_is(name, resident, copies):
     rounding = streamed_weights.ALIGNMENT_BYTES * len(graph.tensors)
     slots = {slot.memory.data_ptr(): slot.memory.nbytes for hook in hooks.values() for slot in hook._streamer._slots}
     assert card.overhead_bytes <= sum(slots.values()) < card.overhead_bytes + rounding
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(LLAMA, "bfloat16"), (LLAMA, "float32"), (MIXTURE, "bfloat16")], ids=["", "cast", "experts"]
+)
+def test_what_is_on_disk_is_read_ahead_for_a_card(config, dtype, copies):
+    save(config)
+    model = load(
+        'match: "model.layers.[0-1]", device: disk',
+        'match: "{model.layers.2,lm_head}", device: cpu',
+        workload="workload: {context_length: 64}\n",
+        model=f", dtype: {dtype}",
+        disk=DISK,
+    )
+    plan = compile_profile("profile.yaml")
+    assert plan.executor.name == "devmap"
+    plain = {"experts_implementation": "eager"} if config is MIXTURE else {}
+    assert_same_as_plain(model, dtype=getattr(torch, dtype), **plain)
+    on_disk = {name for name, location in plan.locations.items() if str(location.stored_on) == "disk"}
+    hooks = {module: hook for module in model.modules() for hook in hooks_of(module)}
+    paths = {module: path for path, module in model.named_modules()}
+    read = {
+        f"{paths[module]}.{name}"
+        for module, hook in hooks.items()
+        if isinstance(hook, StreamingHook) and hook._load.piece is not None
+        for name in hook._load.places[module]
+    }
+    assert read == on_disk
+    (ram,) = (use for use in plan.devices if str(use.id) == "cpu")
+    staging = [memory for memory, _ in hooks[model.model.layers[0].self_attn.q_proj]._streamer._reader._staging]
+    pages = streamed_weights.ALIGNMENT_BYTES + 2 * 4096 * len(on_disk)
+    assert ram.overhead_bytes <= sum(memory.nbytes for memory in staging) + pages
+    assert sum(memory.nbytes for memory in staging) <= ram.overhead_bytes + pages
+
+
+def test_a_read_that_fails_ends_devmap_run_in_one_line(copies, monkeypatch):
+    save(LLAMA)
+    load('match: "model.layers.[0-1]", device: disk', disk=DISK)
+    monkeypatch.setattr(streamed_weights.Piece, "read", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    arguments = ["profile.yaml", "--max-new-tokens", "2", "-q"]
+    done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
+    assert done.return_value == 4
+    said = " ".join(done.stderr.split())
+    assert (
+        "error[forward-failed]: the model is loaded and verified, and does not run: OSError: the disk is gone" in said
+    )
+    assert "Traceback" not in said
 
 
 def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):

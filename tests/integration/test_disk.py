@@ -29,7 +29,7 @@ from transformers import (
 from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.devices import CPU, DISK
-from devmap_config.dispatch import mapped_weights, weights_on_disk
+from devmap_config.dispatch import weights_on_disk
 from devmap_config.dispatch.mapped_weights import ReadAhead, mapped_place
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.libraries.accelerate import hooks_of
@@ -136,7 +136,7 @@ def own_bytes(path):
 @pytest.mark.parametrize("has_memory", [True, False])
 def test_what_has_run_is_forgotten_where_memory_is_scarce(workspace, monkeypatch, has_memory):
     if not has_memory:
-        monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+        monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     large = config_of(LLAMA, hidden_size=512, intermediate_size=2048, num_hidden_layers=3)
     saved(lambda: LlamaForCausalLM(LlamaConfig(**large)), workspace / "random")
     os.sync()  # what is still to be written cannot be let go of
@@ -152,7 +152,7 @@ def test_what_has_run_is_forgotten_where_memory_is_scarce(workspace, monkeypatch
 
 
 def test_weights_that_a_module_has_given_away_stay_what_they_are(workspace, monkeypatch):
-    monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+    monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     model = load_model("p.yaml", probe=False)
@@ -256,7 +256,7 @@ def test_weights_of_which_a_gradient_is_asked_have_one(workspace):
 
 def test_a_file_that_is_not_to_be_read_by_pages_past_the_cache_is_read_through_it(workspace, monkeypatch):
     monkeypatch.setattr(weights_on_disk, "pages", lambda size_bytes: np.empty(size_bytes + 1, np.uint8)[1:])
-    monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+    monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(plain))
@@ -279,7 +279,7 @@ def test_where_the_system_cannot_pass_its_cache_by_it_reads_as_it_can(workspace,
 
     control = fcntl.fcntl
     monkeypatch.setattr(fcntl, "fcntl", refuse)
-    monkeypatch.setattr(mapped_weights, "seen_host", lambda: SCARCE)
+    monkeypatch.setattr(weights_on_disk, "seen_host", lambda: SCARCE)
     plain = saved(MODELS["dense"], workspace / "random")
     compiled()
     assert torch.equal(outputs(load_model("p.yaml", probe=False)), outputs(plain))
@@ -417,13 +417,14 @@ def test_a_model_that_is_dropped_leaves_no_thread(workspace):
 @pytest.mark.parametrize(
     ("devices", "model"),
     [
-        ("cuda:0: {memory: 8MiB}, cpu: {memory: 8MiB}, disk: {memory: 1GiB}", ""),
+        ("xpu:0: {memory: 8MiB}, cpu: {memory: 8MiB}, disk: {memory: 1GiB}", ""),
+        ("cuda:0: {memory: 900KiB}, disk: {memory: 1GiB}", ""),
         (
             "cpu: {memory: 8MiB}, disk: {memory: 1GiB}",
             ", quantization: {method: bitsandbytes, load_in_8bit: true}",
         ),
     ],
-    ids=["beside an accelerator", "quantised"],
+    ids=["beside an accelerator", "without memory of the CPU", "quantised"],
 )
 def test_elsewhere_accelerate_streams(workspace, devices, model):
     saved(MODELS["dense"], workspace / "random")

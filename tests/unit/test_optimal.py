@@ -28,6 +28,8 @@ CARD = "{memory: 440KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
 def compiled(devices, strategy="fastest", pins="", workload="", host="25GB/s"):
     pins = "  pins:\n" + "".join(f"    - {pin}\n" for pin in pins) if pins else ""
     text = PROFILE.format(devices=devices, strategy=strategy, pins=pins, workload=workload, host=host)
+    if "disk:" in devices:
+        text = text.replace("placement:\n", "placement:\n  offload: {folder: ./offload}\n")
     Path("profile.yaml").write_text(text)
     return run_pipeline(Request(path=Path("profile.yaml")))
 
@@ -126,6 +128,22 @@ def test_what_is_tied_is_copied_once_from_token_to_token(workspace, is_tied, cop
     embedding_bytes = LLAMA["vocab_size"] * LLAMA["hidden_size"] * 2
     assert plan.prediction.decode_nanoseconds_per_token // (1000 * embedding_bytes) == copies
     assert plan.prediction.streamed_bytes_per_token == copies * embedding_bytes
+
+
+@pytest.mark.parametrize(("disk", "host"), [("1MB/s", "25GB/s"), ("9GB/s", "1MB/s"), ("1MB/s", "1MB/s")])
+def test_what_is_on_disk_takes_the_longer_of_reading_and_copying(workspace, disk, host):
+    plan = plan_of(
+        "cuda:0: {memory: 2MiB, bandwidth: 1TB/s, flops: 100TFLOP/s, slack: 0, overhead: 0}, cpu: {memory: 1GiB},"
+        f" disk: {{memory: 1GiB, bandwidth: {disk}}}",
+        pins=("{match: model.layers.1, device: disk}",),
+        host=host,
+    )
+    assert plan.executor.name == "devmap"
+    streamed_bytes = plan.prediction.streamed_bytes_per_token
+    assert streamed_bytes
+    assert plan.prediction.decode_nanoseconds_per_token // (1000 * streamed_bytes) == 1
+    (ram,) = (use for use in plan.devices if use.id == CPU)
+    assert (ram.weights_bytes, ram.overhead_bytes) == (0, 2 * LLAMA["hidden_size"] * LLAMA["intermediate_size"] * 2)
 
 
 def test_a_cpu_of_which_nobody_says_what_it_computes_does_not_prefill(workspace):

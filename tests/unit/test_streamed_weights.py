@@ -6,15 +6,20 @@ The accelerator is simulated (`late_copies.py`): neither of its streams can do w
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from accelerate.utils import OffloadedWeightsLoader
 from late_copies import POISON, LateCopies
+from safetensors.torch import save_file
 from small_models import MODELS as SMALL_MODELS
 from small_models import TOKENS
 from transformers import (
@@ -28,12 +33,14 @@ from devmap_config.dispatch.streamed_weights import (
     ALIGNMENT_BYTES,
     Load,
     Place,
+    Reader,
     Slot,
     Streamer,
     attach,
     loads_of,
-    streamed_modules,
+    streamed_pieces,
 )
+from devmap_config.dispatch.weights_on_disk import TensorInFile, pages
 from devmap_config.graph.introspection import graph_of
 from devmap_config.placement.assignment import Location
 from devmap_config.placement.executor import AHEAD
@@ -62,19 +69,30 @@ def outputs(model):
         return model(input_ids=TOKENS, **given).logits
 
 
-def offloaded(model, is_streamed=lambda _path: True):
-    """Attach accelerate's hooks, as it does for a map: children of the model, or of its inner model, are streamed."""
+def offloaded(model, folder=None, is_on_disk=lambda _name: True):
+    """Attach accelerate's hooks, as it does for a map: children of the model, or of its inner model, are streamed.
+
+    With a folder, from a file in it what `is_on_disk`.
+    """
     inner = dict(model.named_children())
     units = [
         f"{path}.{name}" if name else path
         for path, child in inner.items()
         for name in (dict(child.named_children()) if len(inner) < 3 and list(child.children()) else [""])
     ]
-    loader = OffloadedWeightsLoader(state_dict=dict(model.state_dict()))
+    held, index = dict(model.state_dict()), {}
+    if folder is not None:
+        path = folder / "model.safetensors"
+        weights = {name: held.pop(name) for name in list(held) if is_on_disk(name)}
+        files = {tensor.data_ptr(): name for name, tensor in weights.items()}  # what is shared is there once
+        save_file({name: weights[name].contiguous() for name in files.values()}, path)
+        for name, tensor in weights.items():
+            index[name] = {"safetensors_file": str(path), "weight_name": files[tensor.data_ptr()], "dtype": "float32"}
+    loader = OffloadedWeightsLoader(state_dict=held, index=index)
     attach_align_device_hook_on_blocks(
         model,
         execution_device=dict.fromkeys(["", *units], torch.device("cpu")),
-        offload={path: is_streamed(path) for path in units},
+        offload=dict.fromkeys(units, True),
         weights_map=loader,
     )
     return loader
@@ -87,18 +105,20 @@ def pieces(graph):
     return pieces_ahead(graph, homes, AHEAD, CARD), max(sizes)
 
 
-def streaming(model, order=()):
+def streaming(model, order=(), folder=None):
     graph = graph_of(model, torch.float32)
     planned, slot_bytes = pieces(graph)
     place = {path: place for place, path in enumerate(order)}
-    streams, streamed = LateCopies(), streamed_modules(model, sorted(planned, key=lambda paths: place.get(paths[0], 0)))
+    ordered = sorted(planned, key=lambda paths: place.get(paths[0], 0))
+    streams, streamed = LateCopies(), streamed_pieces(model, ordered, folder)
     loads = loads_of(streamed)
-    for module in (module for piece in streamed for module in piece):
+    for module in (module for piece in streamed for module in piece.hooks):
         streams.watch(module)
-    largest_bytes = max(load.memory.nbytes for load in loads)
+    largest_bytes = max(load.size_bytes for load in loads)
     assert slot_bytes <= largest_bytes <= slot_bytes + ALIGNMENT_BYTES * len(graph.tensors)
     slots = tuple(Slot(torch.full((largest_bytes,), POISON, dtype=torch.uint8)) for _ in range(2))
-    attach(streamed, loads, Streamer(loads, streams, slots))
+    staging = [pages(max(load.piece.size_bytes for load in loads if load.piece)) for _ in range(2) if folder]
+    attach(streamed, loads, Streamer(loads, streams, slots, Reader(streams, staging)))
     return streams, loads
 
 
@@ -115,6 +135,71 @@ def test_logits_are_those_of_a_model_that_is_all_there(name):
     assert streams.computed
     assert len(streams.copies) > 2 * len(loads)
     assert all(parameter.is_meta for load in loads for module in load.places for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "is_on_disk",
+    [lambda _name: True, lambda name: any(f".{index}." in name for index in "02")],
+    ids=["all", "in turn with the CPU"],
+)
+@pytest.mark.parametrize(
+    "name", ["dense", "tied head", "encoder and decoder", "parameters around modules in every block"]
+)
+def test_logits_of_what_is_on_disk_are_the_same(name, is_on_disk, tmp_path):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    expected, order = outputs(model), run_order(model)
+    offloaded(model, tmp_path, is_on_disk)
+    streams, loads = streaming(model, order, tmp_path)
+    on_disk = [load for load in loads if load.piece is not None]
+    assert len(on_disk) > 1
+    assert all(load.memory is None for load in on_disk)
+    for _ in range(3):
+        assert torch.equal(outputs(model), expected)
+    assert streams.computed
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A model that is all on disk, with its streams, loads and file."""
+    model = MODELS["dense"]().eval()
+    order = run_order(model)
+    offloaded(model, tmp_path)
+    return (model, *streaming(model, order, tmp_path), tmp_path / "model.safetensors")
+
+
+def test_what_is_next_is_read_while_a_module_computes(read, monkeypatch):
+    model, _streams, loads, _file = read
+    outputs(model)
+    began, fetched = [], []
+    fetch = Reader.fetch
+    monkeypatch.setattr(
+        Reader, "fetch", lambda self, load, *rest: (fetched.append(loads.index(load)), fetch(self, load, *rest))[1]
+    )
+    for number, load in enumerate(loads):
+        first = next(iter(load.places))
+        watched = first._old_forward
+        first._old_forward = lambda *given, watched=watched, number=number: (
+            began.append((number, list(fetched))),
+            watched(*given),
+        )[1]
+    outputs(model)
+    following = [*range(1, len(loads)), 0]
+    assert all(following[number] in fetched_by_then for number, fetched_by_then in began)
+    assert fetched == following
+
+
+def test_a_read_that_fails_is_told_and_is_tried_again(read):
+    model, _streams, loads, file = read
+    expected, content = outputs(model), file.read_bytes()
+    os.truncate(file, 4096)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"`model.safetensors` ends at .* bytes, before its tensors do"):
+            outputs(model)
+    file.write_bytes(content)
+    for _ in range(2):
+        assert torch.equal(outputs(model), expected)
+    assert all(each.is_meta for load in loads for module in load.places for each in module.parameters())
 
 
 def run_order(model):
@@ -333,7 +418,58 @@ def load_of(*modules):
         start = number * ALIGNMENT_BYTES
         places[module] = {"weight": Place(start, start + 4, torch.float32, module.weight.shape)}
         places[module]["weight"].within(memory).copy_(module.weight)
-    return Load(memory, places)
+    return Load(places, memory.nbytes, memory=memory)
+
+
+class SlowPiece:
+    """Of one number on a disk, which is read once it may be."""
+
+    def __init__(self, number):
+        self.number, self.size_bytes, self.place = number, 4, TensorInFile(Path("f"), str(number), 0, 4)
+        self.may_be_read = threading.Event()
+
+    def read(self, memory):
+        self.may_be_read.wait(10)
+        memory.view(np.float32)[:] = self.number
+        return {self.place: torch.from_numpy(memory)}
+
+
+def slow_load(number, *modules):
+    piece, place = SlowPiece(number), Place(0, 4, torch.float32, torch.Size((1, 1)))
+    return Load({module: {"weight": place} for module in modules}, 4, piece=piece, targets={piece.place: place})
+
+
+def number_in(memory):
+    return memory[:4].view(torch.float32).item()
+
+
+def test_memory_that_is_copied_from_is_not_read_into():
+    """Nobody has waited for any of the copies yet."""
+    streams = LateCopies()
+    reader = Reader(streams, [pages(4) for _ in range(2)])
+    slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(5)]
+    events = []
+    for number, slot in enumerate(slots):
+        load = slow_load(number)
+        load.piece.may_be_read.set()
+        events.append(reader.fetch(load, slot, streams.computing.record_event())())
+    events[-1].synchronize()
+    assert [number_in(slot) for slot in slots] == [0, 1, 2, 3, 4]
+
+
+def test_what_is_brought_in_place_of_what_was_expected_is_not_overwritten_by_that():
+    """The read of what was expected has not come to its end when the slot is given to another."""
+    around, expected, instead = (torch.nn.Linear(1, 1, bias=False) for _ in range(3))
+    streams, late = LateCopies(), slow_load(7.0, expected)
+    loads = [load_of(around), late, load_of(instead)]
+    slots = tuple(Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)) for _ in range(2))
+    streamer = Streamer(loads, streams, slots, Reader(streams, [pages(4) for _ in range(2)]))
+    streamer.begin(around, loads[0])
+    threading.Timer(0.1, late.piece.may_be_read.set).start()
+    weight = streamer.begin(instead, loads[2])["weight"]
+    slots[1].copied()
+    time.sleep(0.2)
+    assert torch.equal(weight, instead.weight)
 
 
 def test_what_runs_around_others_keeps_its_weights():
@@ -344,7 +480,8 @@ def test_what_runs_around_others_keeps_its_weights():
         Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)),
         Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)),
     )
-    streamer = Streamer(loads, LateCopies(), slots)
+    streams = LateCopies()
+    streamer = Streamer(loads, streams, slots, Reader(streams, ()))
     held = {}
     for module, load in zip(modules, loads, strict=True):
         held[module] = streamer.begin(module, load)["weight"]
@@ -361,7 +498,7 @@ def test_each_tensor_begins_where_kernels_read_wide_words():
     model = torch.nn.Sequential(odd, wide)
     loader = OffloadedWeightsLoader(state_dict=dict(model.state_dict()))
     attach_align_device_hook_on_blocks(model, torch.device("cpu"), offload={"0": True, "1": True}, weights_map=loader)
-    (load,) = loads_of(streamed_modules(model, [("0", "1")]))
+    (load,) = loads_of(streamed_pieces(model, [("0", "1")], None))
     assert [places["weight"].start for places in load.places.values()] == [0, ALIGNMENT_BYTES]
     assert load.memory.nbytes == 2 * ALIGNMENT_BYTES
     assert torch.equal(load.places[wide]["weight"].within(load.memory), loader["1.weight"])
