@@ -130,6 +130,8 @@ def _move_rows(found: Difference) -> list[tuple[str, ...]]:
 
 
 def _home(home: Home) -> str:
+    if home.runs_on is not None:
+        return f"{home.device}, computed on {home.runs_on}"
     return f"{home.device}, computed there" if home.computes_there else str(home.device)
 
 

@@ -185,8 +185,8 @@ def _pace(plan: Plan) -> Iterator[str]:
         yield f"{streamed} of weights {plan.streaming}."
     if plan.streams_buffers:
         yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
-    if plan.compute:
-        yield f"{', '.join(fold_paths(plan.compute))} compute on the CPU, where they are stored."
+    if plan.computed_on_cpu:
+        yield f"{', '.join(fold_paths(plan.computed_on_cpu))} compute on the CPU, where they are stored."
 
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:

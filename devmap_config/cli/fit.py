@@ -148,5 +148,5 @@ def _remarks(plan: Plan) -> Iterator[str]:
         yield f"{used} of {len(plan.devices)} devices are used"
     if plan.prediction.streamed_bytes_per_token:
         yield f"{format_bytes(plan.prediction.streamed_bytes_per_token)} {plan.streaming}"
-    if plan.compute:
+    if plan.computed_on_cpu:
         yield "a part is computed on the CPU"

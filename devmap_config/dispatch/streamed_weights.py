@@ -381,6 +381,17 @@ def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]], fold
         attach(on_device, loads, Streamer(loads, streams, (first, second), Reader(streams, staging)))
 
 
+def run_on(module: torch.nn.Module, device: torch.device) -> None:
+    """Have what accelerate streams of a module, to the main device, run on another; buffers that stay go there."""
+    for each in module.modules():
+        for hook in hooks_of(each):
+            hook.execution_device = device
+        buffers = own_buffers(each)
+        for name, buffer in buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                buffers[name] = buffer.to(device)
+
+
 def attach(streamed: Iterable[StreamedPiece], loads: Iterable[Load], streamer: Streamer) -> None:
     """Have modules run with what a streamer brings, in place of what accelerate's hooks would copy."""
     replaced = {module: hook for piece in streamed for module, hook in piece.hooks.items()}

@@ -42,8 +42,14 @@ class Executor:
         return Location(stored_on, compute or (stored_on if stored_on.is_accelerator else main_device))
 
     def can_run(self, location: Location, main_device: Device) -> bool:
-        """Whether what is stored there can run there: in place, or where it is streamed to."""
+        """Whether what is stored there can run there: in place, or where it is streamed to.
+
+        accelerate streams to the main device alone; what is brought ahead may be to any card.
+        """
         usual = self.location(location.stored_on, main_device).runs_on
+        is_brought = not location.stored_on.is_accelerator and self.is_brought_ahead(location)
+        if is_brought and main_device.is_accelerator and location.runs_on.is_accelerator:
+            return True
         return location.runs_on in (usual, location.stored_on) and location.runs_on != DISK
 
     def residence(self, tensor: Tensor, location: Location) -> Device:

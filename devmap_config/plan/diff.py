@@ -35,10 +35,11 @@ NUMBER = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where modules are stored, and whether they compute there though they would run elsewhere."""
+    """Where modules are stored; whether they compute there, or on which card, though they would run elsewhere."""
 
     device: Device
     computes_there: bool = False
+    runs_on: Device | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +161,13 @@ def _homes(plan: Mapping[str, Any]) -> dict[str, Home]:
     """The home of each unit."""
     devices = [Device.from_text(use["id"]) for use in plan["devices"]]
     named = {device.in_device_map: device for device in devices}
-    return {
-        unit: Home(named.get(name) or Device.from_text(str(name)), unit in plan["compute"])
-        for unit, name in plan["device_map"].items()
-    }
+    compute = {unit: Device.from_text(device) for unit, device in plan["compute"].items()}
+    homes = {}
+    for unit, name in plan["device_map"].items():
+        device, runs_on = named.get(name) or Device.from_text(str(name)), compute.get(unit)
+        computes_there = runs_on == device
+        homes[unit] = Home(device, computes_there, None if computes_there else runs_on)
+    return homes
 
 
 def _moves(before: Mapping[str, Home], after: Mapping[str, Home]) -> tuple[Move, ...]:

@@ -101,7 +101,9 @@ class LockedPrediction(_Part):
 class LockedPlan(_Part):
     """Where every part of the model is stored and runs, and what follows from it."""
 
-    compute: dict[str, DeviceName] = Field(description="Parts that run where they are stored, and are not streamed.")
+    compute: dict[str, DeviceName] = Field(
+        description="Parts that run where they are stored, or on another card than the first."
+    )
     device_map: dict[str, Annotated[int, Field(ge=0, lt=10**9)] | DeviceName] = Field(
         description="As `from_pretrained` takes it.", min_length=1
     )

@@ -82,15 +82,18 @@ FASTEST: Mapping[Phase, str] = {
 
 
 class NotADeviceMapError(DevmapError):
-    """The plan says more than a device_map can: some modules are stored on the CPU and compute there.
+    """The plan says more than a device_map can: some modules compute on the CPU, or on another card than the first.
 
     Attributes:
         units: those modules.
     """
 
-    def __init__(self, units: tuple[str, ...]) -> None:
-        self.units = units
-        message = f"this plan computes on the CPU, which a device_map cannot say: {', '.join(fold_paths(units))}"
+    def __init__(self, compute: Mapping[str, Device]) -> None:
+        self.units = tuple(compute)
+        devices = " and ".join(
+            "the CPU" if device == CPU else str(device) for device in dict.fromkeys(compute.values())
+        )
+        message = f"this plan computes on {devices}, which a device_map cannot say: {', '.join(fold_paths(self.units))}"
         help = "load it with `devmap run` or `devmap_config.load_model`"
         found = Diagnostic.error("not-a-device-map", message, help=help)
         super().__init__(f"{message}; {help}", (found,))
@@ -139,15 +142,20 @@ class Plan:
             if each.location != self.executor.location(each.location.stored_on, self.main_device)
         }
 
+    @cached_property
+    def computed_on_cpu(self) -> dict[str, Device]:
+        """Those of them that run on the CPU, where they are stored."""
+        return {unit: device for unit, device in self.compute.items() if device == CPU}
+
     @property
     def device_map(self) -> dict[str, int | str]:
         """The map for `from_pretrained`.
 
         Raises:
-            NotADeviceMapError: where the plan computes on the CPU.
+            NotADeviceMapError: where the plan computes on the CPU, or copies to several cards.
         """
         if self.compute:
-            raise NotADeviceMapError(tuple(self.compute))
+            raise NotADeviceMapError(self.compute)
         return dict(self.placement)
 
     @property
@@ -155,7 +163,9 @@ class Plan:
         """How weights come to where they run that are stored elsewhere: what is said of their size."""
         if self.executor.works_ahead and not self.main_device.is_accelerator:
             return "are on disk, and read from there as each forward needs them"
-        copied = f"are copied to {self.main_device} at every forward"
+        streamed = (each.location for each in self.assignments if self.executor.streams(each.location))
+        targets = sorted({location.runs_on for location in streamed}) or [self.main_device]
+        copied = f"are copied to {' and '.join(map(str, targets))} at every forward"
         if self.executor.works_ahead:
             return f"{copied}, ahead of their use; plain transformers waits for each, and takes longer"
         return copied
@@ -178,8 +188,8 @@ class Plan:
             held = f": {', '.join(fold_paths(units))}" if units else ""
             used_bytes = use.capacity_bytes - use.free_bytes
             lines.append(f"  {use.id} {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)}{held}")
-        if self.compute:
-            lines.append(f"  computed on the CPU: {', '.join(fold_paths(self.compute))}")
+        if self.computed_on_cpu:
+            lines.append(f"  computed on the CPU: {', '.join(fold_paths(self.computed_on_cpu))}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -252,7 +262,8 @@ def device_uses(
     loading = loading_extra_bytes(graph, placed)
     is_moved = any(each.location.stored_on == CPU and executor.streams(each.location) for each in placed)
     if executor.works_ahead and is_moved:  # what moves to pinned memory is there twice, load by load
-        moved_bytes = costs.get(main_device, none).streaming_bytes // executor.pieces_at_once
+        streamed = (cost.streaming_bytes for device, cost in costs.items() if device.is_accelerator)
+        moved_bytes = max(streamed, default=0) // executor.pieces_at_once
         loading[CPU] = max(loading.get(CPU, 0), moved_bytes)
     return tuple(
         DeviceUse(

@@ -102,11 +102,11 @@ def _report_stranded(
     patterns = " and ".join(f"`{pattern}`" for pattern in fold_paths(dict.fromkeys(to_pin))[:3])
     others = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
     sink.error(
-        "stranded-tensor" if decision.compute is None else "compute-on-cpu",
+        "compute-on-cpu" if decision.compute == CPU else "stranded-tensor",
         violations[0].message + others,
         decision.rule.span,
         help="say `compute: cpu` of the module around it, or drop it"
-        if decision.compute is not None
+        if decision.compute == CPU
         else f"pin {patterns} to {plan.main_device}, where it is used: accelerate brings in what a module holds when"
         " that module is called",
     )
@@ -195,9 +195,11 @@ def _computes_apart(violation: Violation, plan: Plan) -> bool:
     """Whether what is elsewhere than the block computes there, on the CPU, or is where all of the block runs."""
     parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
     streamed = {
-        each.location.stored_on for each in parts if each.unit not in plan.compute and not each.location.is_one_device
+        each.location.stored_on
+        for each in parts
+        if each.unit not in plan.computed_on_cpu and not each.location.is_one_device
     }
-    stores = {each.location.stored_on for each in parts if each.unit not in plan.compute}
+    stores = {each.location.stored_on for each in parts if each.unit not in plan.computed_on_cpu}
     return len(stores) <= 1 or (len(streamed) == 1 and len({each.location.runs_on for each in parts}) == 1)
 
 
@@ -238,8 +240,8 @@ def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
             "bad-compute",
             f"what is stored on {stored_on} cannot run on {each.location.runs_on}",
             decision.rule.span,
-            help=f"accelerate runs it on {plan.executor.location(stored_on, plan.main_device).runs_on};"
-            " only what is stored on `cpu` may also say `compute: cpu`",
+            help=f"it runs on {plan.executor.location(stored_on, plan.main_device).runs_on};"
+            " only what is stored on `cpu` may say `compute: cpu`, or another card where weights are copied ahead",
         )
 
 

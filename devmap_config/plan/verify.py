@@ -181,7 +181,7 @@ def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
     """
     found = {}
     for each in plan.assignments:
-        if each.unit in plan.compute:
+        if each.unit in plan.computed_on_cpu:
             if each.unit in each.tensors:
                 found[each.unit] = "is a tensor, and only a module computes on the CPU"
             continue
@@ -211,7 +211,7 @@ def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
         consequence = f": nothing brings it from {home.location.stored_on} to {home.location.runs_on}"
         yield Violation(
             kind="stranded-tensor",
-            message=f"`{name}` {reason}{'' if home.unit in plan.compute else consequence}",
+            message=f"`{name}` {reason}{'' if home.unit in plan.computed_on_cpu else consequence}",
             subjects=(name,),
         )
 

@@ -128,7 +128,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
             _bring_ahead(loaded.model, plan, request)
         if folder is not None and _is_read_from(folder):
             weakref.finalize(loaded.model, id, held)  # which is let go of with the model
-        if plan.compute:
+        if plan.computed_on_cpu:
             _compute_on_cpu(loaded.model, plan)
         _use_cpu_experts(loaded.model, plan)
         _tell_placement(loaded.model, plan)
@@ -160,7 +160,7 @@ def _arguments(request: LoadRequest) -> dict[str, Any]:
 
 def _device_map(plan: Plan) -> dict[str, Any]:
     """The plan's map; where there is but one device, without parts: some quantizers take these for offloading."""
-    if plan.compute:
+    if plan.computed_on_cpu:
         from devmap_config.dispatch.cpu_compute import TORCH_CPU
 
         return {**plan.placement, **dict.fromkeys(plan.compute, TORCH_CPU)}
@@ -169,12 +169,17 @@ def _device_map(plan: Plan) -> dict[str, Any]:
 
 
 def _bring_ahead(model: PreTrainedModel, plan: Plan, request: LoadRequest) -> None:
+    import torch
+
     from devmap_config.dispatch.mapped_weights import map_weights
-    from devmap_config.dispatch.streamed_weights import UnpinnedError, stream_weights
+    from devmap_config.dispatch.streamed_weights import UnpinnedError, run_on, stream_weights
 
     on_disk = [name for name, location in plan.locations.items() if location.stored_on == DISK]
     try:
         if plan.main_device.is_accelerator:
+            for unit, device in plan.compute.items():
+                if device.is_accelerator:
+                    run_on(model.get_submodule(unit), torch.device(str(device)))
             stream_weights(model, request.pieces, request.offload_folder)
         elif request.offload_folder is not None:
             map_weights(model, on_disk, request.offload_folder)
@@ -188,7 +193,7 @@ def _compute_on_cpu(model: PreTrainedModel, plan: Plan) -> None:
     from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_cpu
 
     try:
-        compute_on_cpu(model, plan.compute)
+        compute_on_cpu(model, plan.computed_on_cpu)
     except UncallableUnitError as error:
         raise RunnerError("compute-on-cpu", f"{error}, so it cannot compute on the CPU", COMPUTE_HELP) from None
 

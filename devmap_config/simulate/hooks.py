@@ -86,7 +86,7 @@ def dispatched(
                 weights_map=placing.kept,
                 skip_keys=skip_keys(model),  # as transformers passes it
             )
-            compute_on_cpu(model, plan.compute)
+            compute_on_cpu(model, plan.computed_on_cpu)
             yield
         finally:
             placing.is_over = True

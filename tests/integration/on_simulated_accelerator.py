@@ -35,6 +35,7 @@ from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
 from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.placement import buffers
+from devmap_config.plan.plan import NotADeviceMapError
 from devmap_config.probe import torch_rates
 from devmap_config.probe.block import block_text, hardware_block
 from devmap_config.probe.measuring import measured, steps
@@ -235,6 +236,37 @@ def test_what_is_on_disk_is_read_ahead_for_a_card(config, dtype, copies):
     assert sum(memory.nbytes for memory in staging) <= ram.overhead_bytes + pages
 
 
+def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
+    """By its own link: a load for one is under way while the other computes."""
+    of_cards = {}
+    monkeypatch.setattr(streamed_weights, "CudaStreams", lambda device: of_cards.setdefault(str(device), LateCopies()))
+    save(ROUTED)
+    model = load(
+        'match: "{model.layers.0,lm_head}", device: cpu',
+        'match: "model.layers.[1,3]", device: cpu, compute: npu:1',
+        'match: "model.layers.2", device: npu:1',
+        workload="workload: {context_length: 64}\n",
+    )
+    plan = compile_profile("profile.yaml")
+    assert plan.executor.name == "devmap"
+    assert {unit: str(device) for unit, device in plan.compute.items()} == {
+        "model.layers.1": "npu:1",
+        "model.layers.3": "npu:1",
+    }
+    assert "are copied to npu:0 and npu:1 at every forward" in plan.streaming
+    with pytest.raises(NotADeviceMapError, match=r"computes on npu:1, which a device_map cannot say: model.layers"):
+        print(plan.device_map)
+    assert_same_as_plain(model)
+    assert sorted(of_cards) == ["npu:0", "npu:1"]
+    for use in plan.devices[:2]:
+        slots = {copy.target.data_ptr(): copy.target.nbytes for copy in of_cards[str(use.id)].copies}
+        assert 0 < 2 * max(slots.values()) <= use.overhead_bytes + 2 * streamed_weights.ALIGNMENT_BYTES * 20
+    ran_on = calls_of(model)
+    model(TOKENS.to(CARD), use_cache=True)
+    simulation = simulation_of(plan, run_pipeline(Request(path=Path("profile.yaml"))).model)
+    assert {path: str(device) for phase, path, device in simulation.calls if phase == "prefill"} == ran_on
+
+
 def test_a_read_that_fails_ends_devmap_run_in_one_line(copies, monkeypatch):
     save(LLAMA)
     load('match: "model.layers.[0-1]", device: disk', disk=DISK)
@@ -428,6 +460,19 @@ def test_a_map_that_is_refused_fails_in_plain_transformers(name):
     assert compile_command.main(["profile.yaml", "-q", *remote], standalone_mode=False) == 1
 
 
+def calls_of(model):
+    """Where each module of a model runs, once it has."""
+    ran_on = {}
+
+    def note(path, output):
+        values = [output] if isinstance(output, torch.Tensor) else getattr(output, "to_tuple", lambda: output)()
+        ran_on[path] = str(next(each for each in values if isinstance(each, torch.Tensor)).device)
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda _module, _arguments, output, path=path: note(path, output))
+    return ran_on
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("config", "pins"),
@@ -445,14 +490,7 @@ def test_a_map_that_is_refused_fails_in_plain_transformers(name):
 def test_every_module_runs_where_the_dry_run_says(config, pins):
     save(config)
     model = load(*pins)
-    ran_on = {}
-
-    def note(path, output):
-        values = [output] if isinstance(output, torch.Tensor) else getattr(output, "to_tuple", lambda: output)()
-        ran_on[path] = str(next(each for each in values if isinstance(each, torch.Tensor)).device)
-
-    for path, module in model.named_modules():
-        module.register_forward_hook(lambda _module, _arguments, output, path=path: note(path, output))
+    ran_on = calls_of(model)
     model(TOKENS.to(CARD), use_cache=True)
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
     simulation = simulation_of(compilation.plan, compilation.model)

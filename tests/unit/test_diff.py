@@ -78,6 +78,11 @@ def test_computing_where_it_is_stored_is_a_home_of_its_own():
     assert found.moves == (Move(("a",), home("cpu"), home("cpu", computes_there=True)),)
 
 
+def test_another_card_to_which_it_is_copied_is_a_home_of_its_own():
+    found = difference(plan({"a": "cpu"}), plan({"a": "cpu"}, {"a": "cuda:1"}))
+    assert found.moves == (Move(("a",), home("cpu"), home("cpu", runs_on=Device("cuda", 1))),)
+
+
 def test_what_only_one_plan_has():
     found = difference(plan({"a": 0}), plan({"a": 0, "b": 1}, devices=("cuda:0", "cuda:1", "cpu", "disk")))
     assert found.moves == (Move(("b",), None, home("cuda:1")),)
