@@ -187,6 +187,7 @@ def _pace(plan: Plan) -> Iterator[str]:
         yield "Buffers are offloaded too: plain `from_pretrained` needs `offload_buffers=True`."
     if plan.computed_on_cpu:
         yield f"{', '.join(fold_paths(plan.computed_on_cpu))} compute on the CPU, where they are stored."
+    yield from (f"{said}." for said in plan.prefilling)
 
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:

@@ -87,6 +87,7 @@ def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterat
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")
+    yield from map(Text, plan.prefilling)
     if context_length is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
 

@@ -25,6 +25,7 @@ from accelerate.hooks import AlignDevicesHook
 
 from devmap_config.amounts import format_bytes
 from devmap_config.devices import DISK
+from devmap_config.dispatch.prefills import prefill_on
 from devmap_config.dispatch.weights_on_disk import Piece, TensorInFile, mapped_files, pages, place_of
 from devmap_config.libraries.accelerate import (
     found_device,
@@ -347,7 +348,13 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         return is_running and self.execution_device == self._device and self.weights_map is self._weights
 
 
-def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]], folder: Path | None) -> None:
+def stream_weights(
+    model: PreTrainedModel,
+    pieces: Iterable[Sequence[str]],
+    folder: Path | None,
+    main_device: torch.device,
+    prefilled: Mapping[str, int],
+) -> None:
     """Bring ahead, to CUDA cards, the weights that accelerate would bring as they are needed.
 
     What is in the CPU's memory is moved to pinned memory, load by load: so only one of these is there twice meanwhile.
@@ -356,6 +363,8 @@ def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]], fold
         model: the model, loaded by a map in which modules are on the CPU or the disk.
         pieces: the paths of modules whose weights are to be there at once, in the order in which they run.
         folder: where weights on disk are written anew that their file has in another dtype.
+        main_device: where those run that are given in `prefilled`.
+        prefilled: the paths of modules that compute on the CPU unless they are given so many tokens, or more.
 
     Raises:
         UnpinnedError: where memory cannot be pinned.
@@ -365,9 +374,11 @@ def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]], fold
     pinned: list[torch.Tensor] = []
     weakref.finalize(model, _unpin, pinned).atexit = False
     streamed = streamed_pieces(model, pieces, folder)
-    for device in dict.fromkeys(piece.device for piece in streamed):
+    apart = [load_of(model.get_submodule(unit)) for unit in prefilled]
+    for device in dict.fromkeys([*(piece.device for piece in streamed), *([main_device] if apart else ())]):
         on_device = [piece for piece in streamed if piece.device == device]
-        loads = loads_of(on_device)
+        always = loads_of(on_device) if on_device else []
+        loads = [*always, *(apart if device == main_device else ())]
         read_bytes = [load.piece.size_bytes for load in loads if load.piece is not None]
         staging = [pages(max(read_bytes)) for _ in range(2) if read_bytes]
         memories = [load.memory for load in loads if load.memory is not None]
@@ -378,7 +389,10 @@ def stream_weights(model: PreTrainedModel, pieces: Iterable[Sequence[str]], fold
             pinned.append(memory)
         streams, slot_bytes = CudaStreams(device), max(load.size_bytes for load in loads)
         first, second = (Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(2))
-        attach(on_device, loads, Streamer(loads, streams, (first, second), Reader(streams, staging)))
+        streamer = Streamer(loads, streams, (first, second), Reader(streams, staging))
+        attach(on_device, always, streamer)
+        if device == main_device:
+            prefill_on(model, prefilled, device, Apart(apart, streamer))
 
 
 def run_on(module: torch.nn.Module, device: torch.device) -> None:
@@ -400,6 +414,45 @@ def attach(streamed: Iterable[StreamedPiece], loads: Iterable[Load], streamer: S
             hook = StreamingHook(module, replaced[module], streamer, load)
             replace_hook(module, replaced[module], hook)
             module.forward = hook.around(module)  # torch's own hooks are not called at a Ctrl-C
+
+
+class Apart:
+    """What a streamer brings for modules that have their weights on the CPU, and in loads besides."""
+
+    def __init__(self, loads: Iterable[Load], streamer: Streamer) -> None:
+        self._loads = {module: load for load in loads for module in load.places}
+        self._streamer = streamer
+        self.lock = streamer.lock
+
+    def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+        """Return the weights of a module that begins; `None` where others were put in the place of its load's."""
+        load, own = self._loads[module], own_parameters(module)
+        for name, place in load.places[module].items():
+            parameter = own[name]
+            if parameter is None or load.memory is None:
+                return None
+            if parameter.data_ptr() != place.within(load.memory).data_ptr():
+                return None
+        return self._streamer.begin(module, load)
+
+    def end(self, module: torch.nn.Module) -> None:
+        """Say that a module has run, or failed."""
+        self._streamer.end(module)
+
+
+def load_of(module: torch.nn.Module) -> Load:
+    """Move the weights of a module that computes on the CPU to a load, where it goes on computing with them."""
+    own = {name: parameter for name, parameter in own_parameters(module).items() if parameter is not None}
+    places, start = {}, 0
+    for name, parameter in own.items():
+        places[name] = Place(start, start + parameter.nbytes, parameter.dtype, parameter.shape)
+        start = -(-places[name].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    memory = _paged(start)
+    for name, parameter in own.items():
+        held = places[name].within(memory)
+        held.copy_(parameter.data)
+        parameter.data = held
+    return Load({module: places}, start, memory=memory)
 
 
 class Source(NamedTuple):

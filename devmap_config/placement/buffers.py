@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK, PINNING_KIND, STORAGE_DEVICES
-from devmap_config.placement.executor import AHEAD, LEFT, OFFLOADED
+from devmap_config.placement.executor import AHEAD, LEFT, OFFLOADED, PREFILLING
+from devmap_config.placement.prefills import prefilled_from
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
@@ -32,7 +34,11 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
         return (OFFLOADED if asked else LEFT,)
     if not model.is_counted:
         return (OFFLOADED,)
-    ahead = (AHEAD,) if model.quantization is None and _can_be_brought_ahead(prepared.capacities) else ()
+    ahead: tuple[Executor, ...] = ()
+    if model.quantization is None and _can_be_brought_ahead(prepared.capacities):
+        ahead = (AHEAD,)
+    if ahead and CPU in prepared.capacities and (modules := prefilled_from(model.graph, prepared.inventory)):
+        ahead = (replace(AHEAD, name=PREFILLING, prefilled_from=modules), *ahead)
     return (*ahead, LEFT, OFFLOADED) if can_be_offloaded(model.graph, prepared.capacities) else (*ahead, LEFT)
 
 
@@ -53,4 +59,4 @@ def are_to_be_compared(prepared: Prepared) -> bool:
     if prepared.strategy not in OPTIMAL_STRATEGIES:
         return False
     holds_weights_in_buffers = any(tensor.in_buffer for tensor in prepared.graph.tensors.values())
-    return holds_weights_in_buffers or executors_for(prepared)[0] == AHEAD
+    return holds_weights_in_buffers or executors_for(prepared)[0].works_ahead

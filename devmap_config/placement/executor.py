@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK
-from devmap_config.placement.assignment import Location
+from devmap_config.placement.assignment import ON_CPU, Location
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
     from devmap_config.graph.model import Tensor
@@ -22,11 +22,14 @@ class Executor:
     `offload_buffers` is accelerate's argument: whether the buffers of a streamed module are streamed with it.
     `works_ahead` is whether what the next module needs is brought while another one computes: read from the disk for
     the CPU (`dispatch/mapped_weights.py`), or brought to an accelerator from either (`dispatch/streamed_weights.py`).
+    `prefilled_from` are paths of modules; where one of them computes on the CPU, it does so for fewer tokens than that
+    alone: for so many, or more, its weights are copied to the main device, ahead, and it runs there.
     """
 
     name: str = "accelerate"
     offload_buffers: bool = False
     works_ahead: bool = False
+    prefilled_from: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def pieces_at_once(self) -> int:
@@ -51,6 +54,11 @@ class Executor:
         if is_brought and main_device.is_accelerator and location.runs_on.is_accelerator:
             return True
         return location.runs_on in (usual, location.stored_on) and location.runs_on != DISK
+
+    def prefill_location(self, unit: str, location: Location, main_device: Device) -> Location:
+        """Return where a unit is and runs while a prompt is prefilled that is as long as planned."""
+        is_copied = location == ON_CPU and unit in self.prefilled_from and main_device.is_accelerator
+        return Location(CPU, main_device) if is_copied else location
 
     def residence(self, tensor: Tensor, location: Location) -> Device:
         """Where a tensor occupies memory while nothing runs: accelerate leaves some buffers where they are needed."""
@@ -92,6 +100,9 @@ LEFT = Executor()
 
 AHEAD = Executor(name="devmap", works_ahead=True)
 """Brings what is next while something computes: from the disk for the CPU, and from both for an accelerator."""
+
+PREFILLING = "devmap-prefill"
+"""The name of what brings weights ahead also for long prompts alone, of modules that else compute on the CPU."""
 
 OFFLOADED = Executor(offload_buffers=True)
 """Streams them as well, which takes less room there."""

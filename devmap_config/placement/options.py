@@ -16,7 +16,7 @@ from devmap_config.graph.model import is_within
 from devmap_config.placement.assignment import ON_CPU, Location
 from devmap_config.placement.chain import Option
 from devmap_config.placement.pieces import copied_bytes, pieces_of
-from devmap_config.placement.timing import MissingFigureError, Timing, home_of
+from devmap_config.placement.timing import MissingFigureError, Timing, home_of, while_prefilled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -216,17 +216,19 @@ class OptionBuilder:
             residence = executor.residence(tensor, locations[tensor.name])
             if tensor.name in self._counted:
                 demands[residence] = demands.get(residence, 0) + held_bytes[tensor.name]
+        prefilled = while_prefilled(module, locations, executor, self.main_device)
         for each in module.walk():
             if (cost := self._costs.get(each.path)) is not None:
                 within = {locations[tensor.name].runs_on for tensor in each.tensors()}
                 runs_on = next(iter(within)) if len(within) == 1 else home
                 demands[runs_on] = demands.get(runs_on, 0) + cost.cache_bytes + cost.retained_bytes
-        homes = {**locations, **self._shared_elsewhere(module, (around, mode))}
+        homes = {**prefilled, **self._shared_elsewhere(module, (around, mode))}
         for piece in self._pieces[module.path]:
             for device, size_bytes in copied_bytes(problem.graph, piece, homes, executor, self.main_device).items():
                 pieces[device] = max(pieces.get(device, 0), executor.pieces_at_once * size_bytes)
         peak_bytes = self._peak_bytes(module)
-        involved = dict.fromkeys([home, *(location.runs_on for location in locations.values())])
+        running = [location.runs_on for each in (locations, prefilled) for location in each.values()]
+        involved = dict.fromkeys([home, *running])
         return Option(
             home=home,
             nanoseconds=sum(times * timing.module_nanoseconds(module, locations) for timing, times in self.timings),

@@ -87,13 +87,16 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
     for each in placed:
         for ancestor in ancestors(each.unit):
             parts.setdefault(ancestor, []).append(each.location.runs_on)
+    prefilling = {
+        each.unit: executor.prefill_location(each.unit, each.location, main_device).runs_on for each in placed
+    }
     holding: dict[Device, Counter[ModuleCost]] = {}
     peaking: dict[Device, list[ModuleCost]] = {}
     own: dict[Device, list[ModuleCost]] = {}
     for cost in measurement.modules:
         home = next((covering[path] for path in (cost.path, *ancestors(cost.path)) if path in covering), None)
         if home is not None:
-            devices, figures = [home], peaking
+            devices, figures = list(dict.fromkeys([home, prefilling.get(cost.path, home)])), peaking
         else:
             # A module that is spread: its own operations run where its first part does, a block's parts share its peak.
             within = parts.get(cost.path) or [main_device]
@@ -160,7 +163,11 @@ def _streaming_bytes(
     graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: Device
 ) -> dict[Device, int]:
     """The largest piece that is copied to where it runs, as often as there may be one."""
-    locations = {name: each.location for each in assignments for name in each.tensors}
+    locations = {
+        name: executor.prefill_location(each.unit, each.location, main_device)
+        for each in assignments
+        for name in each.tensors
+    }
     largest: dict[Device, int] = {}
     for piece in pieces_of(graph, executor, main_device):
         for device, size_bytes in copied_bytes(graph, piece, locations, executor, main_device).items():

@@ -87,15 +87,16 @@ class Timing:
         if self.graph.measurement is None:  # then what is known is that its weights are read
             module = self.graph.modules.get(ModulePath(path))
             weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
-            return self._work_nanoseconds(weights_bytes + added_bytes, 0, device), 0
+            return self.work_nanoseconds(weights_bytes + added_bytes, 0, device), 0
         if (cost := self._costs.get(path)) is None:
             return 0, 0
         touched_bytes, operations, launches, dispatches = self._work(cost)
         touched_bytes += added_bytes if launches else 0
         beginning = launches * KERNEL_NANOSECONDS if device.is_accelerator else 0
-        return self._work_nanoseconds(touched_bytes, operations, device) + beginning, dispatches
+        return self.work_nanoseconds(touched_bytes, operations, device) + beginning, dispatches
 
-    def _work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
+    def work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
+        """What it takes to read so much and to compute so much."""
         reading = computing = 0
         if touched_bytes:
             reading = touched_bytes * NANOSECONDS_PER_SECOND // self._bytes_per_second(device)
@@ -125,6 +126,8 @@ class Timing:
 
     def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
+        if self.phase == "prefill":
+            homes = while_prefilled(module, homes, self.executor, self.main_device)
         home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
         spent = _Spent()
         self._below(module, homes, home, spent)
@@ -252,6 +255,21 @@ class Timing:
 def _reached(rate: int | None, efficiency: Fraction) -> int | None:
     reached = 0 if rate is None else int(rate * efficiency)
     return reached or None
+
+
+def while_prefilled(
+    module: Module, homes: Mapping[TensorName, Location], executor: Executor, main_device: Device
+) -> Mapping[TensorName, Location]:
+    """Return where the tensors of a block are stored and run while a prompt is prefilled that is as long as planned."""
+    if not executor.prefilled_from:
+        return homes
+    locations = {homes[tensor.name] for tensor in module.tensors()}
+    if len(locations) == 1:
+        location = executor.prefill_location(module.path, next(iter(locations)), main_device)
+        return homes if location in locations else {**homes, **{each.name: location for each in module.tensors()}}
+    for child in module.children:
+        homes = while_prefilled(child, homes, executor, main_device)
+    return homes
 
 
 def home_of(running: Iterable[Device]) -> Device:

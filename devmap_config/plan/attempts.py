@@ -41,13 +41,20 @@ class Candidate:
 
 
 def attempts(problem: Problem, prepared: Prepared) -> list[Candidate | Obstacle]:
-    """Return an attempt for each of what may run the plan, up to the first that fits unless another may be better."""
+    """Return an attempt for each of what may run the plan, up to the first that fits unless another may be better.
+
+    What transformers' strategies place makes no room for what is copied for prompts alone.
+    """
+    compares = are_to_be_compared(prepared)
     results: list[Candidate | Obstacle] = []
     for executor in executors_for(prepared):
+        if executor.prefilled_from and not compares and not problem.computed:
+            continue
         results.append(_attempt(replace(problem, executor=executor), prepared))
-        if isinstance(results[-1], Candidate) and not are_to_be_compared(prepared):
+        if isinstance(results[-1], Candidate) and not compares and not executor.prefilled_from:
             break
-    return results
+    placements = [attempt.plan.placement for attempt in results if isinstance(attempt, Candidate)]
+    return results if compares or placements[:1] == placements[-1:] else results[1:]
 
 
 def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:

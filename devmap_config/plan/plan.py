@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devmap_config.placement.units import Unit
 from devmap_config.devices import CPU
 from devmap_config.placement.assignment import Assignment
-from devmap_config.placement.executor import LEFT
+from devmap_config.placement.executor import AHEAD, LEFT
 from devmap_config.placement.loading import loading_extra_bytes
 from devmap_config.placement.running import RunningCost, running_of
 from devmap_config.rules.folding import fold_paths
@@ -147,6 +147,24 @@ class Plan:
         """Those of them that run on the CPU, where they are stored."""
         return {unit: device for unit, device in self.compute.items() if device == CPU}
 
+    @cached_property
+    def prefilled(self) -> dict[str, int]:
+        """Of the units that compute on the CPU, those that run on the main device for so many tokens, or more."""
+        tokens = self.executor.prefilled_from
+        return {unit: tokens[unit] for unit in self.computed_on_cpu if unit in tokens}
+
+    @property
+    def prefilling(self) -> tuple[str, ...]:
+        """What is said of those: from how many tokens on which of them run where."""
+        units: dict[int, list[str]] = {}
+        for unit, tokens in self.prefilled.items():
+            units.setdefault(tokens, []).append(unit)
+        return tuple(
+            f"{', '.join(fold_paths(alike))} run on {self.main_device} for {tokens:,} tokens or more at once, and are"
+            " copied there ahead of their use"
+            for tokens, alike in units.items()
+        )
+
     @property
     def device_map(self) -> dict[str, int | str]:
         """The map for `from_pretrained`.
@@ -218,7 +236,8 @@ def assemble(
 ) -> Plan:
     """The plan that stores each unit on its device and runs it where its rule or the executor says.
 
-    Where the executor would bring weights ahead and there are none to be, it is accelerate's.
+    Where the executor would bring weights ahead and there are none to be, it is accelerate's; for prompts alone, the
+    one that does it always.
     """
     placed = tuple(units)
     main_device = executor.main_device(stored_on for _, (stored_on, _) in placed)
@@ -226,8 +245,11 @@ def assemble(
         Assignment(unit.name, unit.tensors, executor.location(stored_on, main_device, compute))
         for unit, (stored_on, compute) in placed
     )
-    if executor.works_ahead and not any(executor.is_brought_ahead(each.location) for each in assignments):
+    prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in assignments]
+    if executor.works_ahead and not any(map(executor.is_brought_ahead, prefilled)):
         executor = LEFT
+    elif prefilled == [each.location for each in assignments] and executor.prefilled_from:
+        executor = AHEAD
     devices = device_uses(graph, assignments, capacities, executor)
     on_cpu = next((use.loading_bytes for use in devices if use.id == CPU), None)
     return Plan(
@@ -260,7 +282,8 @@ def device_uses(
     costs = {} if running is None else running.costs()
     none = RunningCost()
     loading = loading_extra_bytes(graph, placed)
-    is_moved = any(each.location.stored_on == CPU and executor.streams(each.location) for each in placed)
+    prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in placed]
+    is_moved = any(location.stored_on == CPU and executor.streams(location) for location in prefilled)
     if executor.works_ahead and is_moved:  # what moves to pinned memory is there twice, load by load
         streamed = (cost.streaming_bytes for device, cost in costs.items() if device.is_accelerator)
         moved_bytes = max(streamed, default=0) // executor.pieces_at_once

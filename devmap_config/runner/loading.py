@@ -180,7 +180,8 @@ def _bring_ahead(model: PreTrainedModel, plan: Plan, request: LoadRequest) -> No
             for unit, device in plan.compute.items():
                 if device.is_accelerator:
                     run_on(model.get_submodule(unit), torch.device(str(device)))
-            stream_weights(model, request.pieces, request.offload_folder)
+            main_device = torch.device(str(plan.main_device))
+            stream_weights(model, request.pieces, request.offload_folder, main_device, plan.prefilled)
         elif request.offload_folder is not None:
             map_weights(model, on_disk, request.offload_folder)
     except UnpinnedError as error:
@@ -193,7 +194,7 @@ def _compute_on_cpu(model: PreTrainedModel, plan: Plan) -> None:
     from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_cpu
 
     try:
-        compute_on_cpu(model, plan.computed_on_cpu)
+        compute_on_cpu(model, [unit for unit in plan.computed_on_cpu if unit not in plan.prefilled])
     except UncallableUnitError as error:
         raise RunnerError("compute-on-cpu", f"{error}, so it cannot compute on the CPU", COMPUTE_HELP) from None
 

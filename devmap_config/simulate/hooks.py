@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import hooks
 
-from devmap_config.devices import DISK
+from devmap_config.devices import CPU, DISK
 from devmap_config.dispatch.cpu_compute import compute_on_cpu
+from devmap_config.dispatch.prefills import prefill_on
 from devmap_config.libraries.accelerate import placing_tensors_with
 from devmap_config.libraries.torch import own_buffers, own_parameters
 from devmap_config.libraries.transformers import skip_keys
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import SimulatedDevices
@@ -75,7 +78,7 @@ def dispatched(
         for each in plan.assignments
         for name in each.tensors
     }
-    placing = _Placing(model, devices, absent, held_bytes)
+    placing = _Placing(model, devices, absent, held_bytes, plan.main_device)
     with placing_tensors_with(placing):
         try:
             hooks.attach_align_device_hook_on_blocks(
@@ -86,7 +89,8 @@ def dispatched(
                 weights_map=placing.kept,
                 skip_keys=skip_keys(model),  # as transformers passes it
             )
-            compute_on_cpu(model, plan.computed_on_cpu)
+            compute_on_cpu(model, [unit for unit in plan.computed_on_cpu if unit not in plan.prefilled])
+            prefill_on(model, plan.prefilled, main_device, placing)
             yield
         finally:
             placing.is_over = True
@@ -102,13 +106,16 @@ class _Placing:
         devices: SimulatedDevices,
         absent: Mapping[str, torch.Tensor],
         held_bytes: Mapping[str, int],
+        main_device: Device,
     ) -> None:
+        self.main_device = main_device
         self.devices = devices
         self.absent = absent
         self.held_bytes = held_bytes
         self.kept = tensors_of(model)
         self.names = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
         self.is_over = False
+        self.lock = threading.RLock()
 
     def __call__(
         self, module: torch.nn.Module, tensor_name: str, device: Any, value: torch.Tensor | None = None, **_options: Any
@@ -128,6 +135,17 @@ class _Placing:
             _set(owner, leaf, self.devices.moved(value, target, source=source, size_bytes=self.held_bytes[path]))
         else:
             self.devices.put(getattr(owner, leaf), target)
+
+    def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the weights of a module that begins on the main device, and computes on the CPU otherwise."""
+        path = self.names[id(module)]
+        return {
+            name: self.devices.moved(each, self.main_device, source=CPU, size_bytes=self.held_bytes[f"{path}.{name}"])
+            for name, each in module.named_parameters(recurse=False)
+        }
+
+    def end(self, module: torch.nn.Module) -> None:
+        """Say that a module has run."""
 
 
 def _set(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -58,7 +58,9 @@ class Replay:
             case Call() if self._phase not in UNOBSERVED:
                 path = event.running[-1]
                 # What computes on the CPU has its result brought back before the call ends.
-                around = (self._plan.compute[unit] for unit in (path, *ancestors(path)) if unit in self._plan.compute)
+                prefilled = self._plan.prefilled if self._phase == "prefill" else {}
+                apart = {unit: device for unit, device in self._plan.compute.items() if unit not in prefilled}
+                around = (apart[unit] for unit in (path, *ancestors(path)) if unit in apart)
                 self._calls[self._phase].append((path, next(around, event.device)))
             case Transfer() if self._phase not in UNOBSERVED:
                 use = self._links[self._phase].setdefault((event.source, event.target), [0, 0, 0])

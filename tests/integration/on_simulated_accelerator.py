@@ -281,6 +281,97 @@ def test_a_read_that_fails_ends_devmap_run_in_one_line(copies, monkeypatch):
     assert "Traceback" not in said
 
 
+def load_for_prompts(*pins):
+    """A mixture whose experts compute on the CPU, where that takes so long that prompts are better copied for."""
+    save(MIXTURE)
+    lines = "".join(f"    - {{{pin}}}\n" for pin in (computed("model.layers.*.mlp.experts"), *pins))
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\nworkload: {context_length: 64}\n"
+        "hardware:\n  devices:\n    npu:0: {memory: 1GiB, bandwidth: 1TB/s, flops: 1TFLOP/s}\n"
+        "    cpu: {memory: 1GiB, bandwidth: 1TB/s, flops: 1GFLOP/s}\n  links: {host: 1GB/s}\n"
+        f"placement:\n  strategy: sequential\n  pins:\n{lines}"
+    )
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    return load_model("profile.yaml")
+
+
+@pytest.fixture
+def runs(copies, monkeypatch):
+    """The devices of what experts compute with, by module, as they are called."""
+    runs, forward = {}, Qwen3MoeExperts.forward
+
+    def run(experts, *given):
+        runs.setdefault(experts, []).append({each.device for each in (*given, *experts.parameters())})
+        return copies.compute(experts, forward.__get__(experts), *given)
+
+    monkeypatch.setattr(Qwen3MoeExperts, "forward", run)
+    return runs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pins", [(), ('match: "{model.layers.2.self_attn,lm_head}", device: cpu',)], ids=["alone", "beside what always is"]
+)
+def test_experts_on_the_cpu_are_copied_ahead_for_prompts(pins, copies, runs):
+    model = load_for_prompts(*pins)
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    plain, plan = AutoModelForCausalLM.from_pretrained("random"), compile_profile("profile.yaml")
+    assert set(plan.prefilled.values()) == {5}
+    for tokens, device in ((TOKENS, CARD), (TOKENS[:, :4], CPU), (TOKENS, CARD)):
+        runs.clear()
+        assert torch.equal(model(tokens.to(CARD)).logits.cpu(), plain(tokens).logits)
+        assert [runs[module] for module in experts] == [[{device}]] * 4
+    runs.clear()
+    assert_same_as_plain(model)
+    assert [runs[module] for module in experts] == [[{CARD}] * 2 + [{CPU}] * (NEW_TOKENS - 1)] * 4
+    slots = {copy.target.data_ptr(): copy.target.nbytes for copy in copies.copies}
+    (card,) = (use for use in plan.devices if use.id == plan.main_device)
+    assert len(slots) == 2
+    assert 2 * max(slots.values()) <= card.overhead_bytes
+    assert len(copies.copies) >= 4 * 4, "each is copied by the one stream that is ahead, in each of four prefills"
+
+
+@torch.no_grad()
+def test_experts_that_are_others_than_those_of_the_checkpoint_are_not_copied_for_prompts(runs):
+    model = load_for_prompts()
+    plain = AutoModelForCausalLM.from_pretrained("random")
+    for each in (model, plain):
+        changed = each.model.layers[1].mlp.experts
+        changed.down_proj.data = changed.down_proj * 2
+        each.model.layers[2].mlp.experts.down_proj *= 2  # where it is, which is what is copied
+    runs.clear()
+    assert torch.equal(model(TOKENS.to(CARD)).logits.cpu(), plain(TOKENS).logits)
+    assert [runs[layer.mlp.experts] for layer in model.model.layers] == [[{CARD}], [{CPU}], [{CARD}], [{CARD}]]
+
+
+@torch.no_grad()
+def test_experts_are_on_the_cpu_again_where_they_failed(runs, monkeypatch):
+    model = load_for_prompts()
+    with monkeypatch.context() as context:
+        context.setattr(Qwen3MoeExperts, "_apply_gate", None)
+        with pytest.raises(TypeError):
+            model(TOKENS.to(CARD))
+    assert runs[model.model.layers[0].mlp.experts] == [{CARD}]
+    assert {parameter.device for parameter in model.model.layers[0].mlp.experts.parameters()} == {CPU}
+    assert_same_as_plain(model)
+
+
+def test_a_dry_run_copies_experts_for_its_prompt_alone(copies):
+    load_for_prompts()
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    simulation = simulation_of(compilation.plan, compilation.model)
+    weights_bytes = {"prefill": 0, "decode": 0}
+    for link in simulation.links:
+        weights_bytes[link.phase] += link.weights_bytes
+    units = compilation.plan.prefilled
+    held = {str(each.id): each.weights_bytes for each in compilation.plan.devices}
+    assert weights_bytes == {"prefill": held["cpu"], "decode": 0}
+    ran_on = {(phase, path): str(device) for phase, path, device in simulation.calls if path in units}
+    assert ran_on == {
+        (phase, unit): device for unit in units for phase, device in (("prefill", "npu:0"), ("decode", "cpu"))
+    }
+
+
 def test_who_asks_for_weights_on_the_cpu_has_them_from_there(copies):
     """As transformers does where it saves them."""
     save(LLAMA)

@@ -29,7 +29,7 @@ hardware:
   devices:
     cuda:0: {{memory: 1MiB, bandwidth: 1TB/s, flops: 100TFLOP/s}}
     cuda:1: {{memory: 2MiB, bandwidth: 2TB/s, flops: 300TFLOP/s}}
-    cpu: {{memory: 1GiB, bandwidth: 50GB/s, flops: 1TFLOP/s}}
+    cpu: {{memory: 1GiB, bandwidth: 50GB/s, flops: {flops}}}
     disk: {{memory: 1GiB, bandwidth: 3GB/s}}
   links: {{host: 25GB/s, peer: 10GB/s}}
 placement:
@@ -73,14 +73,14 @@ BERT = {
 """A module shares its bias with one within, and that its weight with the embedding."""
 
 
-def problem_of(monkeypatch, config, optimize="decode", pins=()):
+def problem_of(monkeypatch, config, optimize="decode", pins=(), flops="1TFLOP/s"):
     """What `place_fastest` is asked for such a profile: the problem and the aim."""
     asked = []
     monkeypatch.setattr(optimal, "place_fastest", lambda *arguments: asked.append(arguments))
     Path("small").mkdir(exist_ok=True)
     Path("small/config.json").write_text(json.dumps(config))
     lines = "  pins:\n" + "".join(f"    - {pin}\n" for pin in pins) if pins else ""
-    Path("profile.yaml").write_text(PROFILE.format(optimize=optimize, pins=lines))
+    Path("profile.yaml").write_text(PROFILE.format(optimize=optimize, pins=lines, flops=flops))
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
     assert asked, compilation.diagnostics
     return asked[0][:2]
@@ -108,6 +108,7 @@ SETTINGS = {
     "llama pinned": (LLAMA, "decode", PINS),
     "llama in part pinned": (LLAMA, "decode", ('{match: "model.layers.[2-3].self_attn", device: cuda:1}',)),
     "mixture": (MIXTURE, "decode", ()),
+    "mixture prefill, copied for prompts": (MIXTURE, "prefill", (), "1GFLOP/s"),
     "t5": (TIED_T5, "decode", ()),
     "t5 prefill": (TIED_T5, "prefill", ()),
     "mamba": (MAMBA, "decode", ()),
@@ -143,6 +144,7 @@ def test_a_chain_says_what_the_plan_says(workspace, monkeypatch, setting):
             for use in device_uses(problem.graph, assignments, problem.capacities, problem.executor):
                 assert used.get(use.id, 0) == use.capacity_bytes - use.free_bytes, (use.id, seed)
     assert modes >= {"resident", "streamed", "computed"}
+    assert bool(problem.executor.prefilled_from) == ("prompts" in setting)
     assert "part" in modes or "llama" not in setting
 
 

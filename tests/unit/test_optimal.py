@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,49 @@ def test_where_no_time_is_known_few_hops_and_a_long_context_decide(workspace):
     plan = run_pipeline(Request(path=Path("profile.yaml"))).plan
     assert (plan.prediction.decode_nanoseconds_per_token, plan.prediction.hops) == (None, 1)
     assert [plan.device_map[name] for name in ("model.embed_tokens", "model.layers.0", "lm_head")] == [0, 0, 1]
+
+
+def mixture(strategy, memory, workload="", flops="1GFLOP/s", pins=""):
+    """The plan of a mixture of experts beside a CPU that reads fast and computes slowly."""
+    Path("mixture.yaml").write_text(
+        f"""version: 1
+model: {{source: mixture}}
+workload: {{context_length: 64{workload}}}
+hardware:
+  devices:
+    cuda:0: {{memory: {memory}, bandwidth: 1TB/s, flops: 1TFLOP/s}}
+    cpu: {{memory: 1GiB, bandwidth: 100GB/s, flops: {flops}}}
+  links: {{host: 300MB/s}}
+placement: {{strategy: {strategy}{pins}}}
+"""
+    )
+    compilation = run_pipeline(Request(path=Path("mixture.yaml")))
+    assert isinstance(compilation, Compiled), [each.message for each in compilation.diagnostics]
+    return compilation.plan
+
+
+EXPERTS_ON_THE_CPU = ', pins: [{match: "model.layers.*.mlp.experts", device: cpu, compute: cpu}]'
+
+
+def test_where_there_is_room_experts_on_the_cpu_are_copied_for_long_prompts(workspace):
+    with_room, without = (mixture("sequential", memory, pins=EXPERTS_ON_THE_CPU) for memory in ("500KiB", "400KiB"))
+    experts_bytes, computed = 3 * 8 * 64 * 32 * 2, 3 * 2 * 2 * 64 * 32 / 1e9  # bytes in all, and seconds a token
+    assert set(with_room.prefilled.values()) == {math.ceil((experts_bytes / 300e6 + 10e-6) / computed)}
+    assert with_room.devices[0].overhead_bytes == 2 * experts_bytes
+    assert without.prefilled == {}
+    assert with_room.placement == without.placement
+    (one, other) = (plan.prediction for plan in (with_room, without))
+    assert one.decode_nanoseconds_per_token == other.decode_nanoseconds_per_token
+    assert 2 * one.prefill_nanoseconds < other.prefill_nanoseconds
+    assert "run on cuda:0 for 14 tokens or more" in with_room.prefilling[0]
+
+
+def test_no_room_is_made_for_long_prompts_where_nobody_asks_that_they_be_fast(workspace):
+    assert mixture("sequential", "300KiB", pins=EXPERTS_ON_THE_CPU).prefilled == {}
+    assert mixture("fastest", "500KiB").prefilled == {}
+    asked = mixture("fastest", "500KiB", workload=", optimize: request, new_tokens: 8")
+    assert asked.prefilled.keys() == {unit for unit in asked.compute if unit.endswith("experts")} != set()
+
+
+def test_a_cpu_that_computes_in_less_time_than_weights_are_copied_prefills(workspace):
+    assert mixture("sequential", "500KiB", flops="1TFLOP/s", pins=EXPERTS_ON_THE_CPU).prefilled == {}

@@ -1,0 +1,52 @@
+"""Which modules that compute on the CPU are better prefilled on an accelerator, and from how many tokens on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.devices import CPU
+from devmap_config.placement.executor import AHEAD
+from devmap_config.placement.timing import MissingFigureError, Timing
+
+if TYPE_CHECKING:
+    from devmap_config.graph.costs import ModuleCost
+    from devmap_config.graph.model import ModelGraph, Module
+    from devmap_config.hardware.inventory import Inventory
+
+
+def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
+    """Return from how many tokens on each module takes longer on the CPU than its weights take to an accelerator.
+
+    Of modules that hold all their weights themselves, as fused experts do, and no cache, those that a prompt is long
+    enough for which is as long as planned. Where a rate of the machine is not known, there are none.
+    """
+    measurement = graph.measurement
+    if measurement is None or not measurement.measured or not inventory.accelerators:
+        return {}
+    timing = Timing(graph, inventory, "prefill", AHEAD, inventory.accelerators[0].id)
+    prompt_tokens = measurement.workload.batch_size * measurement.workload.prompt_length
+    found = {}
+    for module in graph.modules.values():
+        cost = measurement.by_path.get(module.path)
+        if cost is not None and _is_apart(module, cost):
+            try:
+                tokens = _tokens(module, cost, timing, prompt_tokens)
+            except MissingFigureError:
+                return {}
+            if tokens is not None and tokens <= prompt_tokens:
+                found[str(module.path)] = tokens
+    return found
+
+
+def _is_apart(module: Module, cost: ModuleCost) -> bool:
+    own = module.own_tensors
+    is_whole = bool(own) and len(own) == len(list(module.tensors()))
+    return is_whole and all(each.kind == "parameter" for each in own) and not cost.cache_bytes
+
+
+def _tokens(module: Module, cost: ModuleCost, timing: Timing, prompt_tokens: int) -> int | None:
+    """How many tokens take the CPU as long as the link takes to copy the weights, and what the module gives back."""
+    computing = timing.work_nanoseconds(0, cost.prefill_operations, CPU)
+    size_bytes = sum(tensor.size_bytes for tensor in module.own_tensors)
+    copying = timing.copy_nanoseconds(CPU, timing.main_device, size_bytes, is_pinned=True)
+    return -(-copying * prompt_tokens // computing) if computing else None
