@@ -9,7 +9,7 @@ WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 SECONDS ?= 600
 
-.PHONY: demo test test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk lint audit schemas libraries locks clean
+.PHONY: demo test test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -75,6 +75,14 @@ benchmark-startup: $(INSTALLED)
 # What runs a model that is larger than the memory, beside accelerate's hooks: fifteen minutes, as root on Linux.
 benchmark-disk: $(INSTALLED)
 	$(BIN)/python benchmarks/disk.py
+
+# What was predicted of runs that were published, beside what they took: a minute.
+benchmark-published: $(INSTALLED)
+	$(BIN)/python benchmarks/published_runs.py
+
+# What is predicted of this machine's CPU, once it was probed, beside what it takes: ten minutes, with nothing beside it.
+benchmark-fidelity: $(INSTALLED)
+	$(BIN)/python benchmarks/fidelity.py
 
 # Which of transformers' own `auto` maps do not run, of every causal language model: three minutes.
 benchmark-auto-maps: $(INSTALLED)

@@ -46,7 +46,8 @@ class ModuleCost:
     children runs. The `doubled` figures are those of a prefill that is twice as long. Operations, bytes touched,
     launches of kernels and dispatches are its own, without its children's: a dispatch is what the host is asked for, a
     kernel or a view of a tensor. What decoding takes is what it takes on the mean, from the prompt to the end of the
-    context. Input and output bytes are those of the tensors that it is given and gives back, caches left out.
+    context. `attention_operations` are those among the operations that a fused attention computes in half precision.
+    Input and output bytes are those of the tensors that it is given and gives back, caches left out.
     """
 
     path: str
@@ -67,6 +68,8 @@ class ModuleCost:
     decode_launches: int = 0
     prefill_dispatches: int = 0
     decode_dispatches: int = 0
+    prefill_attention_operations: int = 0
+    decode_attention_operations: int = 0
     prefill_input_bytes: int = 0
     decode_input_bytes: int = 0
     prefill_output_bytes: int = 0
@@ -122,6 +125,9 @@ class Positions:
         """The longest context that is worth stating."""
         return min((length for length in (self.end, self.trained) if length is not None), default=None)
 
+
+WORK = ("touched_bytes", "operations", "attention_operations", "launches", "dispatches")
+"""What a module does in a phase, by the name of each figure without the phase."""
 
 COST_FIELDS = tuple(field.name for field in fields(ModuleCost))
 CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.graph.costs import CROSSING_FIELDS, Crossing, Measurement, ModuleCost, Positions, Workload
+from devmap_config.graph.costs import CROSSING_FIELDS, WORK, Crossing, Measurement, ModuleCost, Positions, Workload
 from devmap_config.graph.failures import Failure, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.model import ancestors
@@ -240,7 +240,7 @@ class _Runner:
 
     def add_work(self, phase: str, *recorders: Meter) -> None:
         """What was counted, on the mean; for blocks that stood still, what was for those whose doings they repeated."""
-        for figure in ("operations", "touched_bytes", "launches", "dispatches", "input_bytes", "output_bytes"):
+        for figure in (*WORK, "input_bytes", "output_bytes"):
             total: Counter[str] = Counter()
             for recorder in recorders:
                 counted = getattr(recorder.traffic if figure.startswith(("input", "output")) else recorder, figure)

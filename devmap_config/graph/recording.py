@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+HALF_PRECISION_BYTES = 2
+
 TORCH_ATTENTION = torch_attention()
 """torch's own, before it is patched."""
 
@@ -233,6 +235,7 @@ class Meter(Recorder):
         super().__init__(names, known, traffic)
         self.operations: dict[str, int] = {}
         self.touched_bytes: dict[str, int] = {}
+        self.attention_operations: dict[str, int] = {}
         self.launches: dict[str, int] = {}
         self.dispatches: dict[str, int] = {}
         self._is_within_kernel = False
@@ -259,7 +262,11 @@ class Meter(Recorder):
         if output is None:
             return TORCH_ATTENTION(query, key, value, *rest, **options)
         self.dispatch()
-        self.add(_attention_operations(query, key, value), [query, key, value], [output])
+        operations = _attention_operations(query, key, value)
+        self.add(operations, [query, key, value], [output])
+        if query.element_size() == HALF_PRECISION_BYTES:
+            before = self.attention_operations.get(self.innermost, 0)
+            self.attention_operations[self.innermost] = before + operations
         return output
 
     def dispatch(self) -> None:

@@ -28,6 +28,15 @@ KERNEL_NANOSECONDS = 2_500
 """What a kernel takes on an accelerator besides its work: Qwen3-30B-A3B keeps an H100 busy for 11.1 ms with 3,350 of
 them, of which reading takes 2.6 (`devmap_config/runner/receipts/qwen3-30b-a3b.json`)."""
 
+CPU_DECODE_ATTENTION = 140
+CPU_PREFILL_ATTENTION = 5
+"""How many times as long as a linear layer's an operation of attention takes a CPU in half precision.
+
+One query at 3.1 GFLOP/s a thread, whatever its heads and the length of the cache; 448 at 85 and 1,024 at 125; layers at
+430 to 480 (torch 2.13, one thread of an AMD EPYC with bfloat16, `scaled_dot_product_attention`). In float32, one query
+takes a tenth of that.
+"""
+
 LATENCY_NANOSECONDS = 10_000
 """Until a copy begins, where the profile does not say: 10 µs a peer hop (aiconfigurator)."""
 

@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, STORAGE_DEVICES
+from devmap_config.graph.costs import WORK
 from devmap_config.graph.model import is_within
 from devmap_config.placement.assignment import ON_CPU, Location
 from devmap_config.placement.chain import Option
@@ -38,10 +39,9 @@ NEARLY_ALL = (19, 20)
 
 
 FIGURES = attrgetter(
-    "cache_bytes", "retained_bytes", "peak_bytes", "prefill_operations", "decode_operations", "prefill_touched_bytes",
-    "decode_touched_bytes", "prefill_launches", "decode_launches", "prefill_input_bytes", "decode_input_bytes",
-    "prefill_output_bytes", "decode_output_bytes", "prefill_dispatches", "decode_dispatches",
-)  # fmt: skip
+    *("cache_bytes", "retained_bytes", "peak_bytes"),
+    *(f"{phase}_{figure}" for phase in ("prefill", "decode") for figure in (*WORK, "input_bytes", "output_bytes")),
+)
 """What of a module's cost an option depends on."""
 
 

@@ -16,8 +16,15 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
+from devmap_config.graph.costs import WORK
 from devmap_config.graph.model import ModulePath
-from devmap_config.hardware.constants import GENERATION_DISPATCHES, HOOK_DISPATCHES, KERNEL_NANOSECONDS
+from devmap_config.hardware.constants import (
+    CPU_DECODE_ATTENTION,
+    CPU_PREFILL_ATTENTION,
+    GENERATION_DISPATCHES,
+    HOOK_DISPATCHES,
+    KERNEL_NANOSECONDS,
+)
 from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
 
 if TYPE_CHECKING:
@@ -33,7 +40,6 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 
-WORK = ("touched_bytes", "operations", "launches", "dispatches")
 PREFILL_WORK = attrgetter(*(f"prefill_{figure}" for figure in WORK))
 DECODE_WORK = attrgetter(*(f"decode_{figure}" for figure in WORK))
 
@@ -90,10 +96,13 @@ class Timing:
             return self.work_nanoseconds(weights_bytes + added_bytes, 0, device), 0
         if (cost := self._costs.get(path)) is None:
             return 0, 0
-        touched_bytes, operations, launches, dispatches = self._work(cost)
+        touched_bytes, operations, attention_operations, launches, dispatches = self._work(cost)
         touched_bytes += added_bytes if launches else 0
-        beginning = launches * KERNEL_NANOSECONDS if device.is_accelerator else 0
-        return self.work_nanoseconds(touched_bytes, operations, device) + beginning, dispatches
+        if device.is_accelerator:
+            return self.work_nanoseconds(touched_bytes, operations, device) + launches * KERNEL_NANOSECONDS, dispatches
+        more = CPU_PREFILL_ATTENTION if self.phase == "prefill" else CPU_DECODE_ATTENTION
+        operations += attention_operations * (more - 1)
+        return self.work_nanoseconds(touched_bytes, operations, device), dispatches
 
     def work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
         """What it takes to read so much and to compute so much."""
@@ -209,10 +218,10 @@ class Timing:
         if self.graph.measurement is None or not self.graph.measurement.measured:
             return True
         cost = self._costs.get(path)
-        return cost is not None and self._work(cost)[2] > 0
+        return cost is not None and self._work(cost)[3] > 0
 
-    def _work(self, cost: ModuleCost) -> tuple[int, int, int, int]:
-        """The bytes that it touches, its operations, its kernels, and what the host is asked for."""
+    def _work(self, cost: ModuleCost) -> tuple[int, int, int, int, int]:
+        """What it does in this phase, in the order of `WORK`."""
         return PREFILL_WORK(cost) if self.phase == "prefill" else DECODE_WORK(cost)
 
     @cached_property

@@ -37,11 +37,11 @@ QUIET = 0.9
 """Of one thread's time, what is had on a machine with nothing else to do."""
 
 NARROW = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
     "num_hidden_layers": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "vocab_size": 64,
 }
 
@@ -99,7 +99,7 @@ class Devices:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch = self._torch
-        model = LlamaForCausalLM(LlamaConfig(**NARROW)).eval().to(str(device))
+        model = LlamaForCausalLM(LlamaConfig(**NARROW)).eval().to(str(device), self._half_precision(device))
         forward = partial(model, torch.ones(1, 1, dtype=torch.long, device=str(device)), use_cache=False)
         with torch.no_grad():
             count = dispatched_by(forward)

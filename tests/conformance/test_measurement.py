@@ -150,6 +150,19 @@ def test_products_are_counted_as_arithmetic_says():
     assert 512 * 128 * 4 <= by_path["lm_head"].decode_touched_bytes < 1.05 * 512 * 128 * 4
 
 
+def test_attention_in_half_precision_is_told_apart():
+    """CPUs take long for it, of one query above all."""
+
+    def decoded(dtype):
+        model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), dtype)
+        workload = Workload(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
+        cost = measure(model, graph_of(model, dtype), workload).by_path["model.layers.0.self_attn"]
+        return cost.decode_attention_operations, cost.decode_operations
+
+    assert decoded(torch.bfloat16) == (4 * 128 * (LENGTH + 1),) * 2
+    assert decoded(torch.float32) == (0, 4 * 128 * (LENGTH + 1))
+
+
 def test_few_experts_are_touched_for_one_token():
     by_path = measured("many experts", batch_size=1).by_path
     experts = next(cost for path, cost in by_path.items() if path.endswith("mlp.experts"))
