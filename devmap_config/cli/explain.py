@@ -108,6 +108,7 @@ def _story(compiled: Compiled) -> Iterator[str]:
         yield f"{' and '.join(group)} are one tensor, and move together."
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
+    yield from _waits(compiled)
     yield from _preference(plan)
 
 
@@ -139,6 +140,21 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
         yield f"A prefill takes {prefill}; the model does not decode token by token."
     if prediction.longest_context is not None and graph.measurement is not None:
         yield _room_for_context(prediction.longest_context, graph.measurement)
+
+
+def _waits(compiled: Compiled) -> Iterator[str]:
+    """What each phase waits for: what it would take, were that twice as fast."""
+    from devmap_config.plan.explanation import savings
+    from devmap_config.plan.plan import OWN
+
+    for phase in OWN:
+        if getattr(compiled.plan.prediction, OWN[phase]) is None:
+            continue
+        found = savings(compiled.plan, compiled.graph, compiled.inventory, phase)
+        times = [f"{each.what} ({format_duration(each.nanoseconds)})" for each in found]
+        if times:
+            what = "token" if phase == "decode" else phase
+            yield f"A {what} waits for {' and '.join(times)}: in brackets, its time were that twice as fast."
 
 
 def _room_for_context(longest: int, measurement: Measurement) -> str:

@@ -552,6 +552,7 @@ def test_explain_tells_the_story_of_a_plan(workspace):
     assert done.returncode == 0
     assert "by `fastest`" in done.stdout
     assert "no plan can take less than" in done.stdout
+    assert "A token waits for the host (" in done.stdout
     assert 3 <= len(done.stdout.splitlines()) <= 12
 
 

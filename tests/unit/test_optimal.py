@@ -11,6 +11,8 @@ from conftest import LLAMA
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.devices import CPU
+from devmap_config.plan.explanation import savings
+from devmap_config.plan.plan import OWN
 
 PROFILE = """\
 version: 1
@@ -266,6 +268,23 @@ def test_of_a_model_that_does_not_decode_the_prefill_is_made_fast_and_no_token_h
     assert plan.prediction.decode_nanoseconds_per_token is None
     assert plan.prediction.bound_decode_nanoseconds_per_token is None
     assert plan.prediction.prefill_nanoseconds > 0
+
+
+def test_what_a_phase_waits_for_is_what_would_make_it_shorter(workspace):
+    def waits(devices, phase="decode", **options):
+        compilation = compiled(devices, **options)
+        found = savings(compilation.plan, compilation.graph, compilation.inventory, phase)
+        now = getattr(compilation.plan.prediction, OWN[phase])
+        assert all(now // 2 - 1 <= each.nanoseconds < now for each in found)
+        return [each.what for each in found]
+
+    room = CARD.replace("440KiB", "100MiB")
+    assert waits(f"cuda:0: {room}") == ["the host"]
+    assert waits(f"cuda:0: {room.replace('1TB/s', '10MB/s')}") == ["the devices' memory"]
+    assert waits(f"cuda:0: {room.replace('100TFLOP', '1GFLOP')}", phase="prefill") == ["the devices' computing"]
+    streamed = f"cuda:0: {CARD}, cpu: {{memory: 1GiB}}"
+    assert waits(streamed, host="1MB/s") == ["the links"]
+    assert waits("cpu: {memory: 1GiB, bandwidth: 10MB/s}") == ["the devices' memory", "the host"]
 
 
 def test_where_no_time_is_known_few_hops_and_a_long_context_decide(workspace):
