@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 Mode = (
     tuple[Literal["resident"]]
     | tuple[Literal["computed"]]
-    | tuple[Literal["streamed"], "Device"]
+    | tuple[Literal["streamed", "streamed elsewhere"], "Device"]
     | tuple[Literal["part"], str]
 )
-"""How a block is stored: where it runs, streamed from a device, or all but a part, which is computed on the CPU."""
+"""How a block is stored: where it runs, streamed from a device, to the main one or elsewhere, or all but a part, which
+is computed on the CPU.
+"""
+
+STREAMED = ("streamed", "streamed elsewhere")
+"""The modes of what is copied in at every forward."""
 
 Place = tuple["Device", Mode]
 

@@ -7,7 +7,6 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.placement.assignment import ON_CPU
 from devmap_config.placement.running import LONGEST_CONTEXT
 from devmap_config.placement.solver import UNREACHABLE, solve
 from devmap_config.placement.statement import Statement
@@ -29,7 +28,7 @@ NEARLY_AS_FAST = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Optimal:
-    """A placement with what computes on the CPU, and the time of the objective.
+    """A placement, with what runs elsewhere than the executor would run it by that, and the time of the objective.
 
     No placement is below the bound. `fastest` is the fastest that was found, where wishes chose another.
     """
@@ -80,11 +79,15 @@ def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> O
 
 
 def _optimal(stated: Statement, choice: Choice, bound_nanoseconds: int) -> Optimal:
-    locations = stated.locations(choice)
-    beside_accelerators = bool(stated.problem.accelerators)
+    locations, executor = stated.locations(choice), stated.problem.executor
+    main_device = executor.main_device(location.stored_on for location in locations.values())
     return Optimal(
         placement={name: location.stored_on for name, location in locations.items()},
-        compute={name: CPU for name, location in locations.items() if beside_accelerators and location == ON_CPU},
+        compute={
+            name: location.runs_on
+            for name, location in locations.items()
+            if main_device.is_accelerator and location != executor.location(location.stored_on, main_device)
+        },
         nanoseconds=stated.chain.nanoseconds(choice),
         bound_nanoseconds=bound_nanoseconds,
     )

@@ -108,7 +108,9 @@ class OptionBuilder:
     def _around(self, place: Place) -> Location:
         """Where what no rule pins of a block is stored and runs, but for a part."""
         home, mode = place
-        return Location(mode[1] if mode[0] == "streamed" else home, home)
+        if mode[0] == "streamed" or mode[0] == "streamed elsewhere":
+            return Location(mode[1], home)
+        return Location(home, home)
 
     def _shared_elsewhere(self, module: Module, place: Place) -> dict[TensorName, Location]:
         """Where tensors of other blocks are that come together with some of this one: these are in the same place."""
@@ -137,12 +139,27 @@ class OptionBuilder:
                 yield device, ("resident",)
 
     def _streamed(self, module: Module) -> Iterator[Place]:
-        """From the CPU or the disk, copied to the main device at every forward."""
+        """From the CPU or the disk, copied at every forward: to the main device, or to a card with a faster link."""
         stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities]
         for store in stores:
             is_streamed = self.problem.executor.streams(Location(store, self.main_device))
             if is_streamed and store not in self._forbidden(module):
                 yield self.main_device, ("streamed", store)
+                for device in self._better_linked:
+                    yield device, ("streamed elsewhere", store)
+
+    @cached_property
+    def _better_linked(self) -> list[Device]:
+        """The cards, if what is copied ahead may be to any, to which more can be copied at once than to the main one.
+
+        Of what several links could bring at once the program knows nothing: to others it would not copy.
+        """
+        links = self.aim.inventory.links
+        rates = {device: link.bytes_per_second for (source, device), link in links.items() if source == CPU}
+        ahead = self.problem.executor.works_ahead and self.main_device.is_accelerator
+        least = rates.get(self.main_device)
+        found = [device for device in self.accelerators if ahead and least and rates.get(device, 0) > least]
+        return [device for device in found if device not in self.problem.refused]
 
     def _computed(self, module: Module) -> Iterator[Place]:
         """Where it is stored, on the CPU beside accelerators."""

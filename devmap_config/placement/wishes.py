@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.amounts import format_bytes
+from devmap_config.placement.chain import STREAMED
 from devmap_config.placement.layout import in_runs, laid_out, order_in
 from devmap_config.placement.program import program_of, use_of
 
@@ -117,13 +118,14 @@ def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) ->
 
 
 def _apart_from_a_map(program: Program, _: Milp) -> Terms:
-    """The blocks that no `device_map` can say: something of them computes on the CPU beside accelerators."""
-    return {variable: 1 for variable, _, option in program.variables if option.mode[0] in ("part", "computed")}
+    """The blocks that no `device_map` can say: they compute on the CPU beside accelerators, or are copied elsewhere."""
+    apart = ("part", "computed", "streamed elsewhere")
+    return {variable: 1 for variable, _, option in program.variables if option.mode[0] in apart}
 
 
 def _copied_in(program: Program, _: Milp) -> Terms:
     """The blocks that are stored on the CPU or the disk."""
-    return {variable: 1 for variable, _, option in program.variables if option.mode[0] == "streamed"}
+    return {variable: 1 for variable, _, option in program.variables if option.mode[0] in STREAMED}
 
 
 def _devices_used(program: Program, milp: Milp) -> Terms:
@@ -206,7 +208,8 @@ def _told_of_a_map(after: int, before: int) -> str:
     computing = (
         "no module computes" if not after else "1 module computes" if after == 1 else f"{after:,} modules compute"
     )
-    return f"{computing} on the CPU instead of {before:,}" + ("" if after else ", so that a plain device_map says it")
+    where = "on the CPU, or on another card than the first,"
+    return f"{computing} {where} instead of {before:,}" + ("" if after else ", so that a plain device_map says it")
 
 
 WISHES = (

@@ -31,7 +31,7 @@ hardware:
     cuda:1: {{memory: 2MiB, bandwidth: 2TB/s, flops: 300TFLOP/s}}
     cpu: {{memory: 1GiB, bandwidth: 50GB/s, flops: {flops}}}
     disk: {{memory: 1GiB, bandwidth: 3GB/s}}
-  links: {{host: 25GB/s, peer: 10GB/s}}
+  links: {{{links}}}
 placement:
   strategy: fastest
   offload: {{folder: ./offload}}
@@ -73,14 +73,14 @@ BERT = {
 """A module shares its bias with one within, and that its weight with the embedding."""
 
 
-def problem_of(monkeypatch, config, optimize="decode", pins=(), flops="1TFLOP/s"):
+def problem_of(monkeypatch, config, optimize="decode", pins=(), flops="1TFLOP/s", links="host: 25GB/s, peer: 10GB/s"):
     """What `place_fastest` is asked for such a profile: the problem and the aim."""
     asked = []
     monkeypatch.setattr(optimal, "place_fastest", lambda *arguments: asked.append(arguments))
     Path("small").mkdir(exist_ok=True)
     Path("small/config.json").write_text(json.dumps(config))
     lines = "  pins:\n" + "".join(f"    - {pin}\n" for pin in pins) if pins else ""
-    Path("profile.yaml").write_text(PROFILE.format(optimize=optimize, pins=lines, flops=flops))
+    Path("profile.yaml").write_text(PROFILE.format(optimize=optimize, pins=lines, flops=flops, links=links))
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
     assert asked, compilation.diagnostics
     return asked[0][:2]
@@ -111,6 +111,7 @@ SETTINGS = {
     "mixture prefill, copied for prompts": (MIXTURE, "prefill", (), "1GFLOP/s"),
     "t5": (TIED_T5, "decode", ()),
     "t5 prefill": (TIED_T5, "prefill", ()),
+    "llama beside a faster link": (LLAMA, "decode", (), "1TFLOP/s", '"cpu-cuda:1": 50GB/s, host: 25GB/s, peer: 10GB/s'),
     "mamba": (MAMBA, "decode", ()),
     "bert": (BERT, "prefill", ()),
 }

@@ -149,6 +149,17 @@ def test_what_is_on_disk_takes_the_longer_of_reading_and_copying(workspace, disk
     assert (ram.weights_bytes, ram.overhead_bytes) == (0, 2 * LLAMA["hidden_size"] * LLAMA["intermediate_size"] * 2)
 
 
+def test_weights_are_copied_to_the_card_with_the_faster_link(workspace):
+    """Where no link is faster, to the first, as a plain device_map says."""
+    card = "{memory: 300KiB, bandwidth: 1TB/s, flops: 100TFLOP/s, slack: 0, overhead: 0}"
+    slow, fast = '"cpu-cuda:0": 10MB/s', '"cpu-cuda:1": 100MB/s'
+    for links, streams_to in ((f"{slow}, {fast}", {"cuda:1"}), (slow, {"cuda:0"})):
+        plan = plan_of(f'"cuda:[0-1]": {card}, cpu: {{memory: 1GiB}}', host=f"10MB/s, {links}")
+        streamed = [each for each in plan.assignments if plan.executor.streams(each.location)]
+        assert {str(each.location.runs_on) for each in streamed} == streams_to
+        assert set(plan.compute) == {each.unit for each in streamed if each.location.runs_on != plan.main_device}
+
+
 def test_a_cpu_of_which_nobody_says_what_it_computes_does_not_prefill(workspace):
     devices = f"cuda:0: {CARD}, cpu: {{memory: 1GiB, bandwidth: 900GB/s}}"
     prefill = {"workload": ", optimize: prefill", "host": "100MB/s"}
