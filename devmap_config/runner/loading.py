@@ -163,7 +163,7 @@ def _device_map(plan: Plan) -> dict[str, Any]:
     if plan.computed_on_cpu:
         from devmap_config.dispatch.cpu_compute import TORCH_CPU
 
-        return {**plan.placement, **dict.fromkeys(plan.compute, TORCH_CPU)}
+        return {**plan.placement, **dict.fromkeys(plan.computed_on_cpu, TORCH_CPU)}
     devices = set(plan.placement.values())
     return {"": devices.pop()} if len(devices) == 1 else dict(plan.placement)
 

@@ -245,6 +245,7 @@ def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
         'match: "{model.layers.0,lm_head}", device: cpu',
         'match: "model.layers.[1,3]", device: cpu, compute: npu:1',
         'match: "model.layers.2", device: npu:1',
+        computed("model.norm"),
         workload="workload: {context_length: 64}\n",
     )
     plan = compile_profile("profile.yaml")
@@ -252,9 +253,12 @@ def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
     assert {unit: str(device) for unit, device in plan.compute.items()} == {
         "model.layers.1": "npu:1",
         "model.layers.3": "npu:1",
+        "model.norm": "cpu",
     }
     assert "are copied to npu:0 and npu:1 at every forward" in plan.streaming
-    with pytest.raises(NotADeviceMapError, match=r"computes on npu:1, which a device_map cannot say: model.layers"):
+    with pytest.raises(
+        NotADeviceMapError, match=r"computes on npu:1 and the CPU, which a device_map cannot say: model"
+    ):
         print(plan.device_map)
     assert_same_as_plain(model)
     assert sorted(of_cards) == ["npu:0", "npu:1"]
@@ -264,6 +268,7 @@ def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
     ran_on = calls_of(model)
     model(TOKENS.to(CARD), use_cache=True)
     simulation = simulation_of(plan, run_pipeline(Request(path=Path("profile.yaml"))).model)
+    ran_on |= dict.fromkeys(plan.computed_on_cpu, "cpu")  # whose results come back before they are seen here
     assert {path: str(device) for phase, path, device in simulation.calls if phase == "prefill"} == ran_on
 
 
