@@ -82,6 +82,13 @@ def test_every_key_that_names_nothing_is_named_with_the_nearest_that_does():
     assert (shown.return_value, plan_of(profile)["device_map"]) == (0, WHOLE)
 
 
+@pytest.mark.parametrize("key", ["{a,b}" * 10, "model.layers.{0,", "re:(", "class:", "**." * 9 + "x", "[0-9]"])
+def test_a_key_that_is_a_pattern_of_any_kind_names_nothing_and_is_left_out(key):
+    profile, found = adopt(json.dumps({**WHOLE, key: 1}))
+    assert profile is None or plan_of(profile)["device_map"] == WHOLE
+    assert set(found) & {"ignored-key", "misread-map"}
+
+
 def test_a_layer_that_is_left_out_is_an_error_as_it_is_for_transformers():
     profile, found = adopt(json.dumps(without("model.layers.11")))
     assert profile is None
