@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
 from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.problem import Placement, bytes_by_device
 from devmap_config.placement.running import longest_context, running_of
@@ -89,9 +90,10 @@ def place(problem: Problem, strategy: str) -> Placed | Infeasible:
     """
     if shortages := _shortages(problem, problem.pinned_bytes):
         return Infeasible(shortages)
-    if problem.aim is not None:
+    computes = bool(problem.accelerators) or CPU in problem.capacities  # what is on a disk alone is refused later
+    if problem.aim is not None and computes:
         return _optimal(problem, strategy, problem.aim)
-    if strategy in UNREPAIRED_STRATEGIES:
+    if strategy in UNREPAIRED_STRATEGIES or not computes:
         device = problem.single_device or first_device(problem)
         placed = _with_pins(problem, dict.fromkeys(problem.graph.tensors, device))
     elif problem.graph.measurement is None:

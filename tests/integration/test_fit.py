@@ -108,6 +108,22 @@ def test_a_disk_that_only_the_machine_has_needs_no_folder():
     assert row["devices"][-1]["weights_bytes"] > 0
 
 
+STRATEGIES = ("sequential", "single", "fastest", "longest-context", "fewest-devices")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_disk_alone_computes_nothing(strategy, profile):
+    disk = "disk: {memory: 1TiB, bandwidth: 6GB/s}"
+    offload = "{" + f"strategy: {strategy}, offload: {{folder: ./offload}}" + "}"
+    profile.write_text(PROFILE.replace("cuda:0: rtx-4090", disk).replace("{strategy: fastest}", offload))
+    done = CliRunner().invoke(
+        devmap, ["compile", "profile.yaml", "--dry-run", "--format", "json"], standalone_mode=False
+    )
+    assert [found["code"] for found in json.loads(done.stdout)["diagnostics"]] == ["unlisted-device"]
+    [row], code = fit("disk:1TiB")
+    assert (row["fits"], row["reason"], code) == (False, "cpu is not a device of the profile", 1)
+
+
 def test_a_machine_in_a_file_is_what_a_profile_would_make_of_it(profile):
     profile.write_text(PROFILE.replace("hardware: {devices: {cuda:0: rtx-4090}}\n", SMALL_BOX))
     [row], _ = fit("box.yaml")
