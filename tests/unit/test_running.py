@@ -1,0 +1,34 @@
+"""What running takes on each device, and how long a context there is room for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from devmap_config.devices import CPU
+from devmap_config.graph.costs import ModuleCost
+from devmap_config.placement.running import Running, longest_context
+
+LENGTH = 50
+
+
+def running(*costs, streaming_bytes=0):
+    return Running(
+        workload=SimpleNamespace(),
+        holding={CPU: dict.fromkeys(costs, 2)} if costs else {},
+        peaking={},
+        own={},
+        streaming={CPU: streaming_bytes},
+        most_tokens=LENGTH,
+    )
+
+
+def test_what_is_retained_stays_beside_the_largest_peak_as_often_as_there_is_one():
+    cost = running(ModuleCost(path="x", cache_bytes=3, retained_bytes=5), streaming_bytes=7).costs()[CPU]
+    assert (cost.kv_cache_bytes, cost.activation_bytes, cost.streaming_bytes, cost.total_bytes) == (6, 10, 7, 23)
+
+
+@pytest.mark.parametrize(("room_bytes", "tokens"), [(10, LENGTH), (9, 0)])
+def test_what_is_copied_in_fits_where_there_is_just_the_room(room_bytes, tokens):
+    assert longest_context(running(streaming_bytes=10), {CPU: room_bytes}) == tokens
