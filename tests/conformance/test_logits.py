@@ -56,7 +56,6 @@ QUICK = (
     "llama",
     "llama4_text",
     "llava",
-    "mimi",
     "qwen3_moe",
     "t5",
     "whisper",

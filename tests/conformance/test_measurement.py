@@ -32,10 +32,15 @@ BLOCK_FORWARD = LlamaDecoderLayer.forward
 NORM_FORWARD = LlamaRMSNorm.forward
 
 
+def length_of(name):
+    """A prompt's; a state space goes from token to token."""
+    return 20 if name == "state space" else LENGTH
+
+
 def measured(name, *, config=None, **workload):
     model_class = getattr(transformers, MODELS[name][0])
     model = build_meta_model(model_class, config or config_of(name), torch.float32)
-    workload = {"batch_size": 2, "context_length": LENGTH, "prompt_length": LENGTH, **workload}
+    workload = {"batch_size": 2, "context_length": length_of(name), "prompt_length": length_of(name), **workload}
     return measure(model, graph_of(model, torch.float32), Workload(**workload))
 
 
@@ -43,7 +48,7 @@ def really_run(name):
     """A real model's inputs, ready to be run; random weights, since sizes do not depend on them."""
     torch.manual_seed(0)
     model = getattr(transformers, MODELS[name][0])(config_of(name)).eval()
-    inputs = {"input_ids": torch.ones((2, LENGTH), dtype=torch.long), "use_cache": True}
+    inputs = {"input_ids": torch.ones((2, length_of(name)), dtype=torch.long), "use_cache": True}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -172,7 +177,7 @@ def test_few_experts_are_touched_for_one_token():
 
 
 def measured_deep(name, **workload):
-    length = 20 if name == "state space" else LENGTH  # it goes from token to token
+    length = length_of(name)
     return measured(
         name, config=deep_config_of(name), **{"context_length": length, "prompt_length": length, **workload}
     )
@@ -398,8 +403,9 @@ def test_a_longer_context_is_foretold_by_one_measurement(name):
 # The hybrid pads what it scans to a whole chunk of 256: at 100 tokens it takes as much as at 200.
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "hybrid"])
 def test_a_shorter_context_never_takes_more_than_was_foretold(name):
-    foretold = measured(name).at(LENGTH // 2)
-    seen = measured(name, context_length=LENGTH // 2, prompt_length=LENGTH // 2).by_path
+    shorter = length_of(name) // 2
+    foretold = measured(name).at(shorter)
+    seen = measured(name, context_length=shorter, prompt_length=shorter).by_path
     assert {cost.path for cost in foretold.modules} == set(seen)
     for cost in foretold.modules:
         assert cost.cache_bytes >= seen[cost.path].cache_bytes
