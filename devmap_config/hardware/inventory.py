@@ -128,4 +128,7 @@ class Inventory:
             for device in self.devices
         ]
         links = {f"{source}-{target}": asdict(link) for (source, target), link in self.links.items()}
-        return {"devices": devices, "links": links, "dispatch_nanoseconds": self.dispatch_nanoseconds}
+        described: dict[str, object] = {"devices": devices, "links": links}
+        if self.dispatch_nanoseconds != DISPATCH_NANOSECONDS:  # else no profile says it, and no machine has changed
+            described["dispatch_nanoseconds"] = self.dispatch_nanoseconds
+        return described

@@ -47,7 +47,10 @@ def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
         unpinned = link["unpinned_bytes_per_second"]
         text += "" if unpinned is None else f", {unpinned} B/s from memory that is not pinned"
         figures.setdefault(("", text), []).append(pair)
-    return {f"{names}{figure}": value for (figure, value), ids in figures.items() for names in _folded(ids)}
+    values = {f"{names}{figure}": value for (figure, value), ids in figures.items() for names in _folded(ids)}
+    if (dispatch := data.get("dispatch_nanoseconds")) is not None:
+        values["host.dispatch_nanoseconds"] = dispatch  # type: ignore[assignment]
+    return values
 
 
 def _folded(ids: Iterable[str]) -> tuple[str, ...]:

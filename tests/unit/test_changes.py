@@ -95,6 +95,15 @@ def test_a_figure_of_the_catalogue(workspace):
     assert phrase.startswith("the hardware: `cuda:[0-1].flops_per_second` 1 → 165,2")
 
 
+def test_a_host_counts_as_hardware_where_a_profile_says_how_fast_it_is(workspace):
+    """Else no machine has changed where this package takes another host to be usual."""
+    profile = "version: 1\nmodel: {source: llama}\nhardware:\n  devices: {cuda:0: rtx-4090}\n"
+    unsaid, said = (compiled(profile + host).inputs for host in ("", "  host: {dispatch: 3us}\n"))
+    assert said.values["hardware"]["host.dispatch_nanoseconds"] == 3000
+    assert "host.dispatch_nanoseconds" not in unsaid.values["hardware"]
+    assert (unsaid.hardware == said.hardware, unsaid.hardware) == (False, compiled(profile).inputs.hardware)
+
+
 def test_a_tree_that_other_libraries_read_otherwise(lock, monkeypatch):
     monkeypatch.setattr(changes, "library_versions", lambda: {"torch": "2.14"})
     now = replace(compiled().inputs, graph="sha256:0")
