@@ -66,7 +66,7 @@ class Timing:
     """Times of one phase on one machine. Every figure is in nanoseconds, of the whole batch.
 
     `executor` runs it, what is streamed on the `main_device`. What a device or a link would have to say for that and
-    does not is a `MissingFigureError`. What `is_compiled` is given to the device at once, by no host.
+    does not is a `MissingFigureError`.
     """
 
     graph: ModelGraph
@@ -74,7 +74,6 @@ class Timing:
     phase: Phase
     executor: Executor
     main_device: Device
-    is_compiled: bool = False
 
     def outside_nanoseconds(self, paths: Iterable[str]) -> int:
         """What is done outside of every block that is placed: by these modules, and by `generate` for each token."""
@@ -115,7 +114,7 @@ class Timing:
 
     def _elapsed(self, device: Device, working: int, dispatches: int) -> int:
         """How long it takes that a device works so long, in nanoseconds, which the host is to dispatch to it."""
-        dispatching = 0 if self.is_compiled else dispatches * self.inventory.dispatch_nanoseconds
+        dispatching = dispatches * self.inventory.dispatch_nanoseconds
         return max(working, dispatching) if device.is_accelerator else working + dispatching
 
     def copy_nanoseconds(

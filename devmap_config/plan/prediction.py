@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.devices import COMPILING_KIND
 from devmap_config.placement.running import longest_context, running_of
 from devmap_config.placement.timing import MissingFigureError, Timing, forward_nanoseconds, hops
 from devmap_config.plan.plan import Plan, Prediction
@@ -33,8 +32,7 @@ def predict(
         if phase == "decode" and not graph.decodes:
             return None
         try:
-            compiled = phase == "decode" and _is_compiled(plan, graph)
-            timing = Timing(graph, inventory, phase, plan.executor, plan.main_device, is_compiled=compiled)
+            timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
             return forward_nanoseconds(timing, plan.locations) or None  # nothing takes no time at all
         except MissingFigureError:
             return None
@@ -45,19 +43,9 @@ def predict(
     return Prediction(
         decode_nanoseconds_per_token=decode_nanoseconds,
         # Formulas that stand in for a measurement give no time, and so no bound of one; nor do models without decoding.
-        # And what is proven is so of plans of which nothing is compiled.
-        bound_decode_nanoseconds_per_token=None
-        if decode_nanoseconds is None or _is_compiled(plan, graph)
-        else bound_decode_nanoseconds,
+        bound_decode_nanoseconds_per_token=None if decode_nanoseconds is None else bound_decode_nanoseconds,
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
         hops=hops(graph, plan.locations),
         longest_context=None if running is None else longest_context(running, room),
     )
-
-
-def _is_compiled(plan: Plan, graph: ModelGraph) -> bool:
-    """Whether `generate` compiles what decodes, unasked: with a static cache, where one CUDA card holds everything."""
-    has_static_cache = graph.measurement is not None and graph.measurement.workload.cache == "static"
-    homes = {device for location in plan.locations.values() for device in (location.stored_on, location.runs_on)}
-    return has_static_cache and len(homes) == 1 and plan.main_device.kind == COMPILING_KIND

@@ -316,6 +316,14 @@ def test_the_time_of_the_fastest_plan_is_shorter_than_that_of_the_plan_and_not_b
         assert f"{fastest:,} is what placing anew gives" in checked.diagnostics[-1].message
 
 
+def test_a_lock_of_a_static_cache_is_proven_as_any_other(workspace):
+    """transformers compiles what decodes then, on one CUDA card; the time, and its bound, are of code that is not."""
+    compiled(
+        SPREAD.replace('context }}"}', 'context }}", cache: static}').replace("[0-1]", "0").replace("3000KiB", "1GiB")
+    )
+    assert check_one(Path("p.yaml"), OPTIONS, proves=True).state == "fresh"
+
+
 def test_only_where_the_fastest_is_looked_for_is_there_a_time_of_it(lock):
     said = judged(resealed(changed(lock, FASTEST_DECODE, 1)))
     assert f"`{'.'.join(FASTEST_DECODE)}` is 1, and `sequential` looks for none" in said
