@@ -22,9 +22,9 @@ import transformers
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
 from devmap_config.devices import Device
+from devmap_config.execution.assignment import Assignment
+from devmap_config.execution.executor import Executor
 from devmap_config.graph.introspection import graph_of
-from devmap_config.placement.assignment import Assignment
-from devmap_config.placement.executor import Executor
 from devmap_config.plan.plan import Plan, device_uses
 from devmap_config.simulate.dry_run import dry_run
 

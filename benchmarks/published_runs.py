@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.placement.executor import Executor
+from devmap_config.execution.executor import Executor
 from devmap_config.plan.prediction import predict
 
 if TYPE_CHECKING:

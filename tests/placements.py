@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK, Device
-from devmap_config.placement.assignment import Assignment, Location
-from devmap_config.placement.executor import Executor
+from devmap_config.execution.assignment import Assignment, Location
+from devmap_config.execution.executor import Executor
 from devmap_config.plan.plan import Plan, device_uses
 
 if TYPE_CHECKING:

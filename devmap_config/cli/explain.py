@@ -261,7 +261,7 @@ def _at(rule: Rule) -> str:
 
 
 def _alternative(other: Alternative, what: str) -> str:
-    from devmap_config.placement.assignment import ON_CPU
+    from devmap_config.execution.assignment import ON_CPU
 
     if other.location == ON_CPU:
         where = "stored and computed on the CPU"

@@ -4,7 +4,7 @@ accelerate copies one tensor after another, from memory that the system may move
 computes meanwhile nothing. Here the weights of pieces that run one after another lie together in memory that is pinned,
 as a load. The accelerator has two slots for loads: while modules compute with what is in one of them, the next load is
 copied to the other, in a stream of its own. So a forward takes the longer of copying and computing, and no more than
-two of the largest pieces are there at once, which the plan has room for (`placement/pieces.py` says what a piece is).
+two of the largest pieces are there at once, which the plan has room for (`execution/pieces.py` says what a piece is).
 What is on disk is read by a thread into pinned memory, of which there are two slots as well, and copied from there.
 """
 

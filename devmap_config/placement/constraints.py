@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
 from devmap_config.diagnostics.diagnostic import Related
+from devmap_config.execution.units import fold, united
 from devmap_config.placement.problem import Aim, Problem
-from devmap_config.placement.units import fold, united
 from devmap_config.profile.device_names import device_meant
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
+    from devmap_config.execution.timing import Phase
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
     from devmap_config.placement.prepared import Prepared
-    from devmap_config.placement.timing import Phase
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
     from devmap_config.rules.rule import Rule

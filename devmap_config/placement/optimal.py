@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.placement.running import LONGEST_CONTEXT
+from devmap_config.execution.running import LONGEST_CONTEXT
 from devmap_config.placement.solver import UNREACHABLE, solve
 from devmap_config.placement.statement import Statement
 from devmap_config.placement.wishes import preferred

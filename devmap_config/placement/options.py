@@ -12,12 +12,12 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, STORAGE_DEVICES
+from devmap_config.execution.assignment import ON_CPU, Location
+from devmap_config.execution.pieces import copied_bytes, pieces_of
+from devmap_config.execution.timing import MissingFigureError, Timing, home_of, while_prefilled
 from devmap_config.graph.costs import WORK
 from devmap_config.graph.model import is_within
-from devmap_config.placement.assignment import ON_CPU, Location
 from devmap_config.placement.chain import Option
-from devmap_config.placement.pieces import copied_bytes, pieces_of
-from devmap_config.placement.timing import MissingFigureError, Timing, home_of, while_prefilled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, Device
-from devmap_config.placement.executor import LEFT, Executor
+from devmap_config.execution.executor import LEFT, Executor
 
 if TYPE_CHECKING:
+    from devmap_config.execution.timing import Phase
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.timing import Phase
 
 Placement = Mapping["TensorName", Device]
 """The device of every tensor that has one."""

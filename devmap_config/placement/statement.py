@@ -8,13 +8,13 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
+from devmap_config.execution.assignment import Location
+from devmap_config.execution.running import LONGEST_CONTEXT
+from devmap_config.execution.timing import MissingFigureError, crossings, execution_order, has_weights, outside_of
+from devmap_config.execution.units import united
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.assignment import Location
 from devmap_config.placement.chain import Block, Chain, Option, Transfer
 from devmap_config.placement.options import OptionBuilder
-from devmap_config.placement.running import LONGEST_CONTEXT
-from devmap_config.placement.timing import MissingFigureError, crossings, execution_order, has_weights, outside_of
-from devmap_config.placement.units import united
 from devmap_config.placement.wishes import Contexts
 
 if TYPE_CHECKING:

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.placement.assignment import Assignment
+from devmap_config.execution.assignment import Assignment
+from devmap_config.execution.running import longest_context, running_of
+from devmap_config.execution.units import fold
 from devmap_config.placement.problem import Placement, bytes_by_device
-from devmap_config.placement.running import longest_context, running_of
 from devmap_config.placement.transformers_planner import OVERFLOW, TransformersStrategy, plan_like_transformers
-from devmap_config.placement.units import fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.execution.running import Running
     from devmap_config.graph.model import TensorName
     from devmap_config.placement.problem import Aim, Problem
-    from devmap_config.placement.running import Running
 
 TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced", "balanced_low_0", "sequential")
 

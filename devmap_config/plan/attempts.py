@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from devmap_config.amounts import counted
 from devmap_config.devices import DISK
+from devmap_config.execution.units import fold, whole_model
 from devmap_config.graph.model import TensorName
-from devmap_config.placement.buffers import are_to_be_compared, executors_for
 from devmap_config.placement.constraints import keeping
+from devmap_config.placement.executors import are_to_be_compared, executors_for
 from devmap_config.placement.strategies import UNREPAIRED_STRATEGIES, Infeasible, place
-from devmap_config.placement.units import fold, whole_model
 from devmap_config.plan.comparison import beside_fastest
 from devmap_config.plan.plan import assemble
 from devmap_config.plan.prediction import predict

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from devmap_config.placement.buffers import executors_for
+from devmap_config.placement.executors import executors_for
 from devmap_config.plan.changes import changed_inputs, changed_versions
 from devmap_config.plan.inputs import early_graph_digest
 from devmap_config.plan.lock import LockError, locked_units

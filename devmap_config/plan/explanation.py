@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK
+from devmap_config.execution.assignment import ON_CPU, Assignment, Location
 from devmap_config.graph.model import ModulePath, is_within
-from devmap_config.placement.assignment import ON_CPU, Assignment, Location
 from devmap_config.plan.plan import OWN, Plan, device_uses
 from devmap_config.plan.prediction import predict
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from devmap_config.devices import Device
+    from devmap_config.execution.timing import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
-    from devmap_config.placement.timing import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

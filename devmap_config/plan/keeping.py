@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.units import fold
+from devmap_config.execution.units import fold
 from devmap_config.plan.lock import LockError, locked_units
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict

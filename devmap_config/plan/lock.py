@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.devices import nth_accelerator
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
+from devmap_config.execution.units import Unit
 from devmap_config.files import LOCK, FileError, boundary_of, exists, is_folder, parse_json, read_text, require_regular
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
-from devmap_config.placement.units import Unit
 from devmap_config.plan.lock_format import LOCK_VERSION, violations
 from devmap_config.wording import closest, first_of, json_text
 

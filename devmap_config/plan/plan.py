@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Location
+    from devmap_config.execution.executor import Executor
+    from devmap_config.execution.timing import Phase
+    from devmap_config.execution.units import Unit
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.placement.assignment import Location
-    from devmap_config.placement.executor import Executor
-    from devmap_config.placement.timing import Phase
-    from devmap_config.placement.units import Unit
 from devmap_config.devices import CPU
-from devmap_config.placement.assignment import Assignment
-from devmap_config.placement.executor import AHEAD, LEFT
-from devmap_config.placement.loading import loading_extra_bytes
-from devmap_config.placement.running import RunningCost, running_of
+from devmap_config.execution.assignment import Assignment
+from devmap_config.execution.executor import AHEAD, LEFT
+from devmap_config.execution.loading import loading_extra_bytes
+from devmap_config.execution.running import RunningCost, running_of
 from devmap_config.rules.folding import fold_paths
 
 

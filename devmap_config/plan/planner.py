@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.buffers import executors_for
 from devmap_config.placement.constraints import NO_REPAIRS, build_problem
+from devmap_config.placement.executors import executors_for
 from devmap_config.plan.attempts import Candidate, attempts
 from devmap_config.plan.comparison import beside_fastest, best_of
 from devmap_config.plan.keeping import prefer_locked_plan

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.running import longest_context, running_of
-from devmap_config.placement.timing import MissingFigureError, Timing, forward_nanoseconds, hops
+from devmap_config.execution.running import longest_context, running_of
+from devmap_config.execution.timing import MissingFigureError, Timing, forward_nanoseconds, hops
 from devmap_config.plan.plan import Plan, Prediction
 
 if TYPE_CHECKING:
+    from devmap_config.execution.timing import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
-    from devmap_config.placement.timing import Phase
 
 
 def predict(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.execution.weighing import heaviest
 from devmap_config.placement.compatibility import check_quantizer
-from devmap_config.placement.weighing import heaviest
 from devmap_config.plan.verify import Violation, verify
 from devmap_config.rules.folding import fold_paths
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from devmap_config.amounts import GIBIBYTE, format_bytes, format_exact_bytes
 from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.placement.buffers import can_be_offloaded
+from devmap_config.execution.weighing import heaviest_weights
+from devmap_config.placement.executors import can_be_offloaded
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
-from devmap_config.placement.weighing import heaviest_weights
 from devmap_config.plan.remedies import MOST_GIBIBYTES, impasse_of
 from devmap_config.plan.trials import Change
 

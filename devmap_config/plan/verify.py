@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import CPU, DISK
-from devmap_config.placement.assignment import ON_CPU
+from devmap_config.execution.assignment import ON_CPU
 from devmap_config.rules.pattern import compile_keys
 from devmap_config.wording import first_of
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from devmap_config.execution.assignment import Location
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.assignment import Location
     from devmap_config.plan.plan import Plan
 
 

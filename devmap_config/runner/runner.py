@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.compiler import Rejected
 from devmap_config.devices import DISK
 from devmap_config.diagnostics.diagnostic import DevmapWarning, ProfileError, Sink
+from devmap_config.execution.pieces import pieces_ahead
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.source import HubAccess, cached_checkpoint
 from devmap_config.locked import compile_locked
-from devmap_config.placement.pieces import pieces_ahead
 from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of
 from devmap_config.plan.readiness import differences, kind_needed

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Location
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
     from devmap_config.graph.repetition import Kind
-    from devmap_config.placement.assignment import Location
     from devmap_config.plan.plan import Plan
     from devmap_config.simulate.devices import Operand
 

@@ -13,9 +13,9 @@ import torch
 from accelerate import big_modeling, dispatch_model
 
 from devmap_config.devices import CPU, DISK, Device
+from devmap_config.execution.assignment import Assignment, Location
+from devmap_config.execution.executor import LEFT, OFFLOADED, Executor
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
-from devmap_config.placement.assignment import Assignment, Location
-from devmap_config.placement.executor import LEFT, OFFLOADED, Executor
 from devmap_config.plan.plan import Plan
 from devmap_config.runner.inspection import misplaced_tensors
 

@@ -15,14 +15,14 @@ from accelerate.utils import check_device_map
 from transformers.integrations.accelerate import _get_device_map, expand_device_map
 
 from devmap_config.devices import CPU, Device
+from devmap_config.execution.executor import Executor
+from devmap_config.execution.units import fold
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import measure
-from devmap_config.placement.executor import Executor
 from devmap_config.placement.problem import Problem
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, place
 from devmap_config.placement.transformers_planner import plan_like_transformers
-from devmap_config.placement.units import fold
 from devmap_config.plan.plan import assemble
 from devmap_config.plan.verify import verify
 

@@ -34,7 +34,7 @@ from devmap_config.dispatch.streamed_weights import StreamingHook
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
 from devmap_config.libraries.accelerate import hooks_of
-from devmap_config.placement import buffers
+from devmap_config.placement import executors
 from devmap_config.plan.plan import NotADeviceMapError
 from devmap_config.probe import torch_rates
 from devmap_config.probe.block import block_text, hardware_block
@@ -127,7 +127,7 @@ def test_a_llama_says_what_the_plain_model_says(pins):
 def copies(monkeypatch):
     """The simulated card is one for which weights are copied ahead, and is late with them."""
     streams = LateCopies()
-    monkeypatch.setattr(buffers, "PINNING_KIND", "npu")
+    monkeypatch.setattr(executors, "PINNING_KIND", "npu")
     monkeypatch.setattr(streamed_weights, "CudaStreams", lambda _device: streams)
     monkeypatch.setattr(streamed_weights, "_pin", lambda *_: True)
     monkeypatch.setattr(streamed_weights, "_unpin", lambda _memories: None)

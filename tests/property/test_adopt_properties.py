@@ -15,9 +15,9 @@ from transformers.integrations.accelerate import expand_device_map
 
 from devmap_config.cli.adopt import adopt
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.execution.units import fold
 from devmap_config.graph.loading import GraphInputs, graph_from_source
 from devmap_config.graph.source import local_source
-from devmap_config.placement.units import fold
 from devmap_config.rules.compression import compress
 from devmap_config.rules.map_reading import read_as_transformers
 from devmap_config.rules.matching import match

@@ -11,11 +11,11 @@ import pytest
 from conftest import LLAMA, MIXTURE
 
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.execution.assignment import Assignment
+from devmap_config.execution.timing import Timing, forward_nanoseconds
+from devmap_config.execution.units import fold
 from devmap_config.placement import optimal
-from devmap_config.placement.assignment import Assignment
 from devmap_config.placement.statement import Statement
-from devmap_config.placement.timing import Timing, forward_nanoseconds
-from devmap_config.placement.units import fold
 from devmap_config.plan.plan import device_uses
 
 SEEDS = 16

@@ -11,11 +11,11 @@ from transformers.integrations.accelerate import expand_device_map
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.devices import CPU, Device
+from devmap_config.execution.assignment import Assignment, Location
+from devmap_config.execution.executor import Executor
+from devmap_config.execution.units import fold
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.locked import compile_locked
-from devmap_config.placement.assignment import Assignment, Location
-from devmap_config.placement.executor import Executor
-from devmap_config.placement.units import fold
 from devmap_config.plan.changes import changed_inputs
 from devmap_config.plan.lock import LockError, lock_of, lock_path, read_lock
 from devmap_config.plan.plan import NotADeviceMapError, assemble

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from devmap_config.devices import CPU
+from devmap_config.execution.running import Running, longest_context
 from devmap_config.graph.costs import ModuleCost
-from devmap_config.placement.running import Running, longest_context
 
 LENGTH = 50
 

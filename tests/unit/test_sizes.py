@@ -16,16 +16,16 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.plan_table import plan_lines
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.devices import CPU, DISK, Device
+from devmap_config.execution.assignment import Assignment, Location
+from devmap_config.execution.executor import LEFT, OFFLOADED
+from devmap_config.execution.units import fold
 from devmap_config.graph.cache import library_versions
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
 from devmap_config.graph.source import digest
 from devmap_config.locked import compile_locked
-from devmap_config.placement.assignment import Assignment, Location
-from devmap_config.placement.executor import LEFT, OFFLOADED
 from devmap_config.placement.problem import Aim, Problem
 from devmap_config.placement.strategies import Infeasible, Placed, place
-from devmap_config.placement.units import fold
 from devmap_config.plan.drift import Drift
 from devmap_config.plan.lock import lock_of, read_lock
 from devmap_config.plan.plan import Plan, assemble

@@ -41,10 +41,10 @@ from devmap_config.dispatch.streamed_weights import (
     streamed_pieces,
 )
 from devmap_config.dispatch.weights_on_disk import TensorInFile, pages
+from devmap_config.execution.assignment import Location
+from devmap_config.execution.executor import AHEAD
+from devmap_config.execution.pieces import copied_bytes, pieces_ahead, pieces_of
 from devmap_config.graph.introspection import graph_of
-from devmap_config.placement.assignment import Location
-from devmap_config.placement.executor import AHEAD
-from devmap_config.placement.pieces import copied_bytes, pieces_ahead, pieces_of
 
 MODELS = SMALL_MODELS | {
     "own tokens around its modules": lambda: ViTModel(

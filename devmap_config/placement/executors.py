@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK, PINNING_KIND, STORAGE_DEVICES
-from devmap_config.placement.executor import AHEAD, LEFT, OFFLOADED, PREFILLING
-from devmap_config.placement.prefills import prefilled_from
+from devmap_config.execution.executor import AHEAD, LEFT, OFFLOADED, PREFILLING
+from devmap_config.execution.prefills import prefilled_from
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.execution.executor import Executor
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.executor import Executor
     from devmap_config.placement.prepared import Prepared
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.placement.executor import AHEAD
-from devmap_config.placement.timing import MissingFigureError, Timing
+from devmap_config.execution.executor import AHEAD
+from devmap_config.execution.timing import MissingFigureError, Timing
 
 if TYPE_CHECKING:
     from devmap_config.graph.costs import ModuleCost

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Location
+    from devmap_config.execution.executor import Executor
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import ModelGraph, Module, TensorName
     from devmap_config.hardware.inventory import Inventory, Link
-    from devmap_config.placement.assignment import Location
-    from devmap_config.placement.executor import Executor
 
 Phase = Literal["prefill", "decode"]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes
-from devmap_config.placement.loading import ITEM_BYTES
+from devmap_config.execution.loading import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Assignment
+    from devmap_config.execution.executor import Executor
     from devmap_config.graph.costs import Measurement, ModuleCost
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.placement.assignment import Assignment
-    from devmap_config.placement.executor import Executor
 
 QUADRATIC = 3
 """By so much more than twice, what grows with the square of the prompt is told from what grows with the prompt."""

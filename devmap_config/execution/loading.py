@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Assignment
     from devmap_config.graph.model import LoadingFacts, ModelGraph, Tensor
-    from devmap_config.placement.assignment import Assignment
 
 THREADS = 4
 """How many tensors transformers takes ahead at once (`GLOBAL_WORKERS`)."""

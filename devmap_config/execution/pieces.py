@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
+from devmap_config.execution.units import united
 from devmap_config.graph.model import ModulePath
-from devmap_config.placement.units import united
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Location
+    from devmap_config.execution.executor import Executor
     from devmap_config.graph.model import ModelGraph, Module, TensorName
-    from devmap_config.placement.assignment import Location
-    from devmap_config.placement.executor import Executor
 
 
 def pieces_of(graph: ModelGraph, executor: Executor, main_device: Device) -> list[tuple[Module, ...]]:

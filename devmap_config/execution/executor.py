@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK
-from devmap_config.placement.assignment import ON_CPU, Location
+from devmap_config.execution.assignment import ON_CPU, Location
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

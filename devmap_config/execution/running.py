@@ -6,18 +6,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from devmap_config.execution.pieces import copied_bytes, pieces_of
 from devmap_config.graph.costs import ModuleCost
 from devmap_config.graph.model import ancestors
-from devmap_config.placement.pieces import copied_bytes, pieces_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
+    from devmap_config.execution.assignment import Assignment
+    from devmap_config.execution.executor import Executor
     from devmap_config.graph.costs import Workload
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.assignment import Assignment
-    from devmap_config.placement.executor import Executor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

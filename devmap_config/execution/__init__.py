@@ -1,0 +1,1 @@
+"""How a placement is executed, as values: what runs it, and what time and memory that takes."""
