@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from devmap_config.compatibility import check_checkpoint, check_compute_dtype, check_dtype
 from devmap_config.diagnostics.diagnostic import ProfileError, Sink, TooManyErrorsError
 from devmap_config.diagnostics.overheard import passing_on
 from devmap_config.graph.failures import failure_of
@@ -14,14 +15,13 @@ from devmap_config.graph.loading import Lookup, load_model_graph, report_failure
 from devmap_config.hardware.declared import build_inventory, declared_devices
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried
-from devmap_config.placement.compatibility import check_checkpoint, check_compute_dtype, check_dtype
 from devmap_config.placement.constraints import build_problem
-from devmap_config.placement.prepared import Prepared
 from devmap_config.plan.drift import Drift, Held, report_moved_figures, reuse_locked_plan
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.planner import Planner, accepted
 from devmap_config.plan.review import review
+from devmap_config.prepared import Prepared
 from devmap_config.profile.document import whole_file
 from devmap_config.profile.loading import load_profile, on_other_hardware
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions

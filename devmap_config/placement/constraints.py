@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.timing import Phase
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
-    from devmap_config.placement.prepared import Prepared
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
     from devmap_config.rules.rule import Rule

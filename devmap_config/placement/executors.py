@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.execution.executor import Executor
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.prepared import Prepared
+    from devmap_config.prepared import Prepared
 
 
 def executors_for(prepared: Prepared) -> tuple[Executor, ...]:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Placement, Problem
     from devmap_config.placement.strategies import Budgets, Placed
     from devmap_config.plan.plan import Plan
+    from devmap_config.prepared import Prepared
 
     Obstacle = Infeasible | tuple[Diagnostic, ...]
     """Why there is no plan: nothing can be placed, or what is wrong with what was."""

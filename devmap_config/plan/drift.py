@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.lock import Inputs, Lock
     from devmap_config.plan.plan import Plan
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
 
 BOUND = "bound_decode_nanoseconds_per_token"

@@ -11,7 +11,7 @@ from devmap_config.plan.values import values_of, values_of_hardware
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.prepared import Prepared
+    from devmap_config.prepared import Prepared
 
 INCIDENTAL = frozenset({"name", "description", "variables", "extends"})
 """Keys of a profile that change nothing by themselves: variables and bases count by what they lead to."""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.lock import Lock
+    from devmap_config.prepared import Prepared
 
     Homes = dict[TensorName, tuple[Device, Device | None]]
     Block = tuple[TensorName, ...]

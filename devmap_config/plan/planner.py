@@ -18,10 +18,10 @@ from devmap_config.stages import begin
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.placement.constraints import Repairs
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.trials import Prepare
+    from devmap_config.prepared import Prepared
 
 
 @dataclass(frozen=True)

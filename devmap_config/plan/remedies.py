@@ -12,9 +12,9 @@ from devmap_config.plan.trials import Change
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Problem
     from devmap_config.plan.trials import Trials
+    from devmap_config.prepared import Prepared
     from devmap_config.rules.rule import Rule
 
 MOST_GIBIBYTES = 2**14

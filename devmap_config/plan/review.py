@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
+from devmap_config.compatibility import check_quantizer
 from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.execution.weighing import heaviest
-from devmap_config.placement.compatibility import check_quantizer
 from devmap_config.plan.verify import Violation, verify
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Placement
     from devmap_config.plan.plan import DeviceUse, Plan
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.resolution import Decision, Resolution
     from devmap_config.rules.rule import Rule

@@ -17,10 +17,10 @@ from devmap_config.plan.trials import Change
 if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.placement.problem import Problem
     from devmap_config.plan.attempts import Obstacle
     from devmap_config.plan.trials import Trials
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
 
 

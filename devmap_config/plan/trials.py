@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.constraints import Repairs
-    from devmap_config.placement.prepared import Prepared
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.rules.rule import Rule
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.constraints import Repairs
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.plan import Plan
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.permissions import Permissions
     from devmap_config.rules.resolution import Decision

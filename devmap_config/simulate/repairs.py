@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.graph.model import ModelGraph
     from devmap_config.placement.constraints import Repairs
-    from devmap_config.placement.prepared import Prepared
     from devmap_config.plan.plan import Plan
+    from devmap_config.prepared import Prepared
     from devmap_config.rules.resolution import Resolution
     from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.placement.prepared import Prepared
+    from devmap_config.prepared import Prepared
     from devmap_config.profile.permissions import Permissions
 
 
