@@ -75,6 +75,20 @@ class Timing:
     executor: Executor
     main_device: Device
 
+    @property
+    def least_nanoseconds(self) -> int:
+        """What a forward takes at least, wherever its modules are: each at the highest rates of all devices."""
+        fastest_reading, fastest_computing = (
+            max(filter(None, rates), default=None) for rates in zip(*self._rates.values(), strict=True)
+        )
+        total = 0
+        for cost in self._costs.values():
+            touched_bytes, operations = self._work(cost)[:2]
+            reading = touched_bytes * NANOSECONDS_PER_SECOND // fastest_reading if fastest_reading else 0
+            computing = operations * NANOSECONDS_PER_SECOND // fastest_computing if fastest_computing else 0
+            total += max(reading, computing)
+        return max(total, 1)
+
     def outside_nanoseconds(self, paths: Iterable[str]) -> int:
         """What is done outside of every block that is placed: by these modules, and by `generate` for each token."""
         dispatches = GENERATION_DISPATCHES if self.phase == "decode" else 0

@@ -106,18 +106,22 @@ class Milp:
 
     def _model(self, objective: Terms, scale: int) -> highspy.HighsLp:
         model, rows = highspy.HighsLp(), self.constraints
+        scales = [row.scale for row in rows]
         model.num_col_, model.num_row_ = len(self.upper), len(rows)
         model.col_cost_ = np.array([objective.get(variable, 0) / scale for variable in range(len(self.upper))])
         model.col_lower_, model.col_upper_ = np.zeros(len(self.upper)), np.array(self.upper, float)
-        model.row_upper_ = np.array([row.most / row.scale for row in rows])
-        model.row_lower_ = np.array([row.most / row.scale if row.is_equality else -INFINITY for row in rows])
+        model.row_upper_ = np.array([row.most / scale for row, scale in zip(rows, scales, strict=True)])
+        is_equality = np.array([row.is_equality for row in rows])
+        model.row_lower_ = np.where(is_equality, model.row_upper_, -INFINITY)
         kinds = {True: highspy.HighsVarType.kInteger, False: highspy.HighsVarType.kContinuous}
         model.integrality_ = [kinds[is_integer] for is_integer in self.is_integer]
         matrix = model.a_matrix_
         matrix.format_ = highspy.MatrixFormat.kRowwise
         matrix.start_ = np.cumsum([0, *(len(row.terms) for row in rows)], dtype=np.int32)
         matrix.index_ = np.array([variable for row in rows for variable in row.terms], np.int32)
-        matrix.value_ = np.array([value / row.scale for row in rows for value in row.terms.values()])
+        matrix.value_ = np.array(
+            [value / scale for row, scale in zip(rows, scales, strict=True) for value in row.terms.values()]
+        )
         return model
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CONTEXT_STEPS = 64
 """The longest context is looked for until it is known to this part of itself."""
 
+MOST_FIRST_CARDS = 16
+"""So many kinds of cards are tried as the first in use, at most: each is a program of its own."""
+
 NEARLY_AS_FAST = 100
 """Within a hundredth of the bound, other things than time decide."""
 
@@ -59,8 +62,10 @@ def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> O
         MissingFigureError: where the machine does not say how fast something is.
     """
     best: tuple[Statement, Fastest] | None = None
-    bound = UNREACHABLE
-    for main_device in _main_devices(problem, aim.inventory):
+    main_devices = _main_devices(problem, aim.inventory)
+    are_tried = len(main_devices) <= MOST_FIRST_CARDS
+    bound = UNREACHABLE if are_tried else Statement(problem, aim, main_devices[0]).least_nanoseconds
+    for main_device in main_devices[:MOST_FIRST_CARDS]:
         stated = Statement(problem, aim, main_device)
         outcome = solve(stated.chain, UNREACHABLE if best is None else best[1].nanoseconds)
         # Even with nothing found with this card as the first, what it might take at least bounds the plan.

@@ -135,6 +135,7 @@ def test_a_chain_says_what_the_plan_says(workspace, monkeypatch, setting):
                 for phase, times in aim.phases
             ]
             assert stated.chain.nanoseconds(choice) == sum(times)
+            assert 0 < stated.least_nanoseconds <= sum(times)
             assignments = [
                 Assignment(unit.name, unit.tensors, location) for unit, location in fold(problem.graph, locations)
             ]

@@ -11,6 +11,7 @@ from conftest import LLAMA
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.devices import CPU
+from devmap_config.placement import optimal
 from devmap_config.plan.explanation import savings
 from devmap_config.plan.plan import OWN
 
@@ -80,6 +81,28 @@ def test_the_bound_is_at_most_what_the_plan_takes(workspace):
     assert prediction.bound_decode_nanoseconds_per_token <= prediction.decode_nanoseconds_per_token
     assert prediction.decode_nanoseconds_per_token <= 1.01 * prediction.bound_decode_nanoseconds_per_token
     assert {str(each.location.stored_on) for each in plan.assignments} == {"cuda:0", "cuda:1"}
+
+
+def test_of_more_kinds_of_cards_than_are_tried_as_the_first_the_bound_holds_whichever_is(workspace, monkeypatch):
+    slow, fast = "{memory: 100MiB, bandwidth: 10GB/s}", "{memory: 100MiB, bandwidth: 40GB/s}"
+    every = plan_of(f"cuda:0: {slow}, cuda:1: {fast}").prediction
+    monkeypatch.setattr(optimal, "MOST_FIRST_CARDS", 1)
+    first = plan_of(f"cuda:0: {slow}, cuda:1: {fast}").prediction
+    bound = first.bound_decode_nanoseconds_per_token
+    assert bound < every.decode_nanoseconds_per_token <= first.decode_nanoseconds_per_token
+    linear_bytes = 2 * (6 * (3 * 64 * 64 + 3 * 64 * 128) + 64 * 256)  # what a token reads of weights
+    assert linear_bytes / 40 < bound < 4 * linear_bytes / 40
+
+
+def test_wishes_may_take_a_hundredth_more_than_the_bound_or_as_long_as_the_fastest(workspace, monkeypatch):
+    asked = []
+    monkeypatch.setattr(optimal, "preferred", lambda chain, most, contexts: asked.append(most))
+    prediction = plan_of(f'"cuda:[0-1]": {CARD}').prediction
+    fastest, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
+    assert bound < fastest < bound + bound // 100 == asked[-1]
+    monkeypatch.setattr(optimal, "NEARLY_AS_FAST", 10**9)
+    plan_of(f'"cuda:[0-1]": {CARD}')
+    assert asked[-1] == fastest
 
 
 def test_pins_groups_and_prohibitions_hold(workspace):
