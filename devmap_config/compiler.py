@@ -237,6 +237,7 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     if model is None:
         return None
     resolution = resolve(rules, model.graph, source_from_here(loaded), sink)
+    inventory = inventory.in_dtype(model.dtype)
     prepared = Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
     check_dtype(prepared, sink)
     check_compute_dtype(prepared, sink)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from devmap_config.devices import CPU, DISK
 from devmap_config.graph.costs import WORK
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.executor import Executor
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import ModelGraph, Module, TensorName
-    from devmap_config.hardware.inventory import Inventory, Link
+    from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
 
 Phase = Literal["prefill", "decode"]
 
@@ -59,6 +59,25 @@ class _Spent:
     @property
     def devices(self) -> dict[Device, None]:
         return dict.fromkeys([*self.working, *self.dispatches])
+
+
+class _Rates(NamedTuple):
+    """What a device reaches in a second, in bytes read and operations computed, as far as the machine says."""
+
+    reading: int | None = None
+    computing: int | None = None
+    attention: int | None = None
+    experts: int | None = None
+
+    @classmethod
+    def reached(cls, device: InventoryDevice, phase: Phase) -> _Rates:
+        decoding, prefilling = device.decode_attention_per_second, device.prefill_attention_per_second
+        return cls(
+            reading=_reached(device.bandwidth_bytes_per_second, device.memory_efficiency),
+            computing=_reached(device.flops_per_second, device.compute_efficiency),
+            attention=_reached(prefilling if phase == "prefill" else decoding, device.compute_efficiency),
+            experts=_reached(device.experts_bytes_per_second, device.memory_efficiency),
+        )
 
 
 @dataclass(frozen=True)
@@ -111,19 +130,35 @@ class Timing:
             return 0, 0
         touched_bytes, operations, attention_operations, launches, dispatches = self._work(cost)
         touched_bytes += added_bytes if launches else 0
-        if device.is_accelerator:
-            return self.work_nanoseconds(touched_bytes, operations, device) + launches * KERNEL_NANOSECONDS, dispatches
-        more = CPU_PREFILL_ATTENTION if self.phase == "prefill" else CPU_DECODE_ATTENTION
-        operations += attention_operations * (more - 1)
-        return self.work_nanoseconds(touched_bytes, operations, device), dispatches
+        if self.phase == "decode" and self._holds_experts(path):
+            touched_bytes = self._as_other_weights(touched_bytes, device)
+        launching = launches * KERNEL_NANOSECONDS if device.is_accelerator else 0
+        return self.work_nanoseconds(touched_bytes, operations, device, attention_operations) + launching, dispatches
 
-    def work_nanoseconds(self, touched_bytes: int, operations: int, device: Device) -> int:
-        """What it takes to read so much and to compute so much."""
+    def _as_other_weights(self, experts_bytes: int, device: Device) -> int:
+        """As many bytes of other weights as take as long to read as so many of experts."""
+        rates = self._rates_of(device)
+        return experts_bytes * rates.reading // rates.experts if rates.reading and rates.experts else experts_bytes
+
+    def _holds_experts(self, path: str) -> bool:
+        module = self.graph.modules.get(ModulePath(path))
+        return module is not None and bool(module.experts)
+
+    def work_nanoseconds(
+        self, touched_bytes: int, operations: int, device: Device, attention_operations: int = 0
+    ) -> int:
+        """What it takes to read so much and to compute so much, attention among it."""
         reading = computing = 0
         if touched_bytes:
             reading = touched_bytes * NANOSECONDS_PER_SECOND // self._bytes_per_second(device)
+        if attention_operations and (rate := self._rates_of(device).attention) is not None:
+            operations -= attention_operations
+            computing = attention_operations * NANOSECONDS_PER_SECOND // rate
+        elif not device.is_accelerator:
+            more = CPU_PREFILL_ATTENTION if self.phase == "prefill" else CPU_DECODE_ATTENTION
+            operations += attention_operations * (more - 1)
         if operations and (rate := self._operations_per_second(device)) is not None:
-            computing = operations * NANOSECONDS_PER_SECOND // rate
+            computing += operations * NANOSECONDS_PER_SECOND // rate
         return max(reading, computing) if device.is_accelerator else reading + computing
 
     def _elapsed(self, device: Device, working: int, dispatches: int) -> int:
@@ -243,27 +278,23 @@ class Timing:
         return {} if measurement is None else measurement.by_path
 
     def _bytes_per_second(self, device: Device) -> int:
-        rate = self._rates.get(device, (None, None))[0]
+        rate = self._rates_of(device).reading
         if rate is None:
             raise MissingFigureError(f"the `bandwidth` of {device}")
         return rate
 
     def _operations_per_second(self, device: Device) -> int | None:
-        rate = self._rates.get(device, (None, None))[1]
+        rate = self._rates_of(device).computing
         if rate is None and self.phase == "prefill":
             raise MissingFigureError(f"the `flops` of {device}")
         return rate  # without it, one token is bound by what is read
 
+    def _rates_of(self, device: Device) -> _Rates:
+        return self._rates.get(device, _Rates())
+
     @cached_property
-    def _rates(self) -> Mapping[Device, tuple[int | None, int | None]]:
-        """Bytes read and operations computed in a second, as they are reached."""
-        return {
-            device.id: (
-                _reached(device.bandwidth_bytes_per_second, device.memory_efficiency),
-                _reached(device.flops_per_second, device.compute_efficiency),
-            )
-            for device in self.inventory.devices
-        }
+    def _rates(self) -> Mapping[Device, _Rates]:
+        return {device.id: _Rates.reached(device, self.phase) for device in self.inventory.devices}
 
     def _link(self, source: Device, target: Device) -> Link:
         link = self.inventory.links.get((source, target))

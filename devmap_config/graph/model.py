@@ -20,6 +20,9 @@ TensorName = NewType("TensorName", str)
 
 TensorKind = Literal["parameter", "buffer"]
 
+FUSED_DIMENSIONS = 3
+"""A parameter of fused experts has a leading expert dimension besides its two own."""
+
 CONTAINER_CLASSES = ("ModuleList", "ModuleDict")
 """Modules without a forward of their own: to place one as a whole would hook every leaf below it."""
 
@@ -85,6 +88,12 @@ class Module:
         for module in self.walk():
             yield from module.parameters
             yield from module.buffers
+
+    @property
+    def experts(self) -> tuple[Tensor, ...]:
+        """Those of its parameters that hold a matrix for each of several experts."""
+        fused = tuple(tensor for tensor in self.parameters if len(tensor.shape) == FUSED_DIMENSIONS)
+        return () if self.class_name.startswith("Conv") else fused
 
     @property
     def own_tensors(self) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.located import Located
-    from devmap_config.profile.schema import DeviceSection
+    from devmap_config.profile.schema import DeviceSection, Rates
 
 T = TypeVar("T")
 
@@ -89,7 +89,23 @@ def _device(
         flops_per_second=section.flops or usual.flops,
         memory_efficiency=_given(section.efficiency, usual.memory_efficiency),
         compute_efficiency=_given(section.efficiency, usual.compute_efficiency),
+        decode_attention_per_second=section.attention.decode,
+        prefill_attention_per_second=section.attention.prefill,
+        experts_bytes_per_second=section.experts,
+        by_dtype={dtype: _rates(rates, section, usual) for dtype, rates in section.dtypes.items()},
     )
+
+
+def _rates(rates: Rates, section: DeviceSection, usual: Usual) -> dict[str, int | None]:
+    """The figures that change with a dtype; what is not said of it is as with others."""
+    bandwidth = rates.bandwidth or section.bandwidth or usual.bandwidth
+    flops = rates.flops or section.flops or usual.flops
+    experts = None if rates.bandwidth else section.experts
+    return {
+        "bandwidth_bytes_per_second": bandwidth,
+        "flops_per_second": flops,
+        "experts_bytes_per_second": experts,
+    }
 
 
 def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerator | None, sink: Sink) -> int | None:

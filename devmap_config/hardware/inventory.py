@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,8 @@ class InventoryDevice:
     """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`; `overhead_bytes` its context takes.
 
     `bandwidth_bytes_per_second` and `flops_per_second` are `None` where neither profile nor catalogue tells; of them
-    the efficiencies are reached.
+    the efficiencies are reached. Attention in half precision, and the experts that a token chooses, have rates of their
+    own where the profile gives them. `by_dtype` are the figures that another dtype of the model changes.
     """
 
     id: Device
@@ -74,6 +75,24 @@ class InventoryDevice:
     flops_per_second: int | None = None
     memory_efficiency: Fraction = Fraction(1)
     compute_efficiency: Fraction = Fraction(1)
+    decode_attention_per_second: int | None = None
+    prefill_attention_per_second: int | None = None
+    experts_bytes_per_second: int | None = None
+    by_dtype: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> tuple[int | Fraction | None, ...]:
+        """All that tells how fast it is."""
+        return tuple(getattr(self, name) for name in (*RATES, *RATES_OF_A_PROFILE))
+
+    def in_dtype(self, dtype: str) -> InventoryDevice:
+        """Return the same with the rates that it has with a model of this dtype."""
+        return replace(self, **self.by_dtype.get(dtype, {}), by_dtype={})  # type: ignore[arg-type]
+
+
+RATES = ("bandwidth_bytes_per_second", "flops_per_second", "memory_efficiency", "compute_efficiency")
+RATES_OF_A_PROFILE = ("decode_attention_per_second", "prefill_attention_per_second", "experts_bytes_per_second")
+"""Without these, constants stand in: no catalogue has them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,10 @@ class Inventory:
     def capacities(self) -> dict[Device, int]:
         """Capacity by device, in bytes."""
         return {device.id: device.capacity_bytes for device in self.devices}
+
+    def in_dtype(self, dtype: str) -> Inventory:
+        """Return the same machine as fast as it is with a model of this dtype."""
+        return replace(self, devices=tuple(device.in_dtype(dtype) for device in self.devices))
 
     @property
     def kind(self) -> str:
@@ -125,6 +148,7 @@ class Inventory:
                 "memory_efficiency": str(device.memory_efficiency),
                 "compute_efficiency": str(device.compute_efficiency),
             }
+            | {name: rate for name in RATES_OF_A_PROFILE if (rate := getattr(device, name)) is not None}
             for device in self.devices
         ]
         links = {f"{source}-{target}": asdict(link) for (source, target), link in self.links.items()}

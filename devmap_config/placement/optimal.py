@@ -181,10 +181,4 @@ def _main_devices(problem: Problem, inventory: Inventory) -> list[Device]:
 
 
 def _kind(device: InventoryDevice) -> object:
-    return (
-        device.capacity_bytes,
-        device.bandwidth_bytes_per_second,
-        device.flops_per_second,
-        device.memory_efficiency,
-        device.compute_efficiency,
-    )
+    return (device.capacity_bytes, device.rates)

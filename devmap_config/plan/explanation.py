@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
 
 
+COMPUTING = ("flops_per_second", "decode_attention_per_second", "prefill_attention_per_second")
+READING = ("bandwidth_bytes_per_second", "experts_bytes_per_second")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
     """Another place for a block, all else as it is.
@@ -47,8 +51,8 @@ def savings(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
     now = getattr(plan.prediction, OWN[phase])
     faster = {
         "the host": replace(inventory, dispatch_nanoseconds=inventory.dispatch_nanoseconds // 2),
-        "the devices' memory": _with_devices(inventory, lambda device: device.id != DISK, "bandwidth_bytes_per_second"),
-        "the devices' computing": _with_devices(inventory, lambda device: True, "flops_per_second"),
+        "the devices' memory": _with_devices(inventory, lambda device: device.id != DISK, *READING),
+        "the devices' computing": _with_devices(inventory, lambda device: True, *COMPUTING),
         "the links": _with_links(inventory, lambda pair: DISK not in pair),
         "the disk": _with_links(inventory, lambda pair: DISK in pair),
     }
@@ -57,10 +61,10 @@ def savings(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
     return tuple(sorted((each for each in found if each.nanoseconds < 0.99 * now), key=lambda each: each.nanoseconds))
 
 
-def _with_devices(inventory: Inventory, chosen: Callable[[InventoryDevice], bool], figure: str) -> Inventory:
+def _with_devices(inventory: Inventory, chosen: Callable[[InventoryDevice], bool], *figures: str) -> Inventory:
     def faster(device: InventoryDevice) -> InventoryDevice:
-        rate = getattr(device, figure)
-        return replace(device, **{figure: 2 * rate}) if rate is not None and chosen(device) else device
+        rates = {figure: rate for figure in figures if (rate := getattr(device, figure)) is not None}
+        return replace(device, **{figure: 2 * rate for figure, rate in rates.items()}) if chosen(device) else device
 
     return replace(inventory, devices=tuple(map(faster, inventory.devices)))
 

@@ -115,6 +115,26 @@ class Workload(Section):
         return self
 
 
+class Rates(Section):
+    """How fast a device is with models of one dtype."""
+
+    bandwidth: Bandwidth | None = Field(default=None, examples=["25GB/s"])
+    """How fast the device reads its own memory."""
+
+    flops: Flops | None = Field(default=None, examples=["100GFLOP/s"])
+    """Dense floating-point operations a second."""
+
+
+class Attention(Section):
+    """How fast a device computes attention in half precision, in floating-point operations a second."""
+
+    decode: Flops | None = Field(default=None, examples=["6GFLOP/s"])
+    """Of one query."""
+
+    prefill: Flops | None = Field(default=None, examples=["200GFLOP/s"])
+    """Of a prompt."""
+
+
 class DeviceSection(Section):
     """One device, or each of a range of them."""
 
@@ -138,6 +158,18 @@ class DeviceSection(Section):
 
     flops: Flops | None = Field(default=None, examples=["165TFLOP/s"])
     """Dense floating-point operations a second in the model's dtype."""
+
+    attention: Attention = Field(default_factory=Attention, examples=[{"decode": "6GFLOP/s", "prefill": "200GFLOP/s"}])
+    """How fast attention is computed in half precision. Without it: as other products, of which a CPU does 140 times as
+    many in a second as of one query's attention, and 5 times as many as of a prompt's."""
+
+    experts: Bandwidth | None = Field(default=None, examples=["12GB/s"])
+    """How fast the experts are read that a token chooses. Without it: as other weights."""
+
+    dtypes: Mapping[Annotated[str, one_of(*DTYPES[1:])], Each[Rates]] = Field(
+        default={}, examples=[{"float32": {"bandwidth": "25GB/s", "flops": "100GFLOP/s"}}]
+    )
+    """By dtype of the model, what holds in place of `bandwidth`, `flops` and `experts`."""
 
     efficiency: Efficiency | None = Field(default=None, examples=["80%"])
     """How much of bandwidth and flops is reached. Without it: the catalogue's."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from fractions import Fraction
 
-    from devmap_config.profile.schema import DeviceSection, Hardware, Link
+    from devmap_config.profile.schema import DeviceSection, Hardware, Link, Rates
 
 PLAIN = re.compile(r"[A-Za-z0-9_./~-][A-Za-z0-9_./:~-]*")
 """What needs no quotes anywhere, not even in a flow mapping."""
@@ -48,11 +48,28 @@ def device_text(section: DeviceSection) -> str:
         "overhead": _quantity(section.overhead),
         "slack": _share(section.slack),
         "bandwidth": _amount(section.bandwidth, BANDWIDTH_UNITS),
-        "flops": _amount(section.flops, FLOP_UNITS | {"": 1}),
+        "flops": _flops(section.flops),
+        "attention": _nested(decode=_flops(section.attention.decode), prefill=_flops(section.attention.prefill)),
+        "experts": _amount(section.experts, BANDWIDTH_UNITS),
+        "dtypes": _nested(**{dtype: _rates(rates) for dtype, rates in section.dtypes.items()}),
         "efficiency": _share(section.efficiency),
     }
     given = {key: value for key, value in described.items() if value is not None}
     return given["accelerator"] if set(given) == {"accelerator"} else _flow(given)
+
+
+def _rates(rates: Rates) -> str | None:
+    return _nested(bandwidth=_amount(rates.bandwidth, BANDWIDTH_UNITS), flops=_flops(rates.flops))
+
+
+def _flops(value: int | None) -> str | None:
+    return _amount(value, FLOP_UNITS | {"": 1})
+
+
+def _nested(**values: str | None) -> str | None:
+    """What is given of some keys, as a flow mapping."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return _flow(given) if given else None
 
 
 def link_lines(hardware: Hardware) -> list[str]:

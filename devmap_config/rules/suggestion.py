@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 NO_DOT = re.compile(r"(?<=[A-Za-z])\[(?=[-:0-9,/]+\])")
 """A range as Python indexes a list, `layers[0:4]`: that no such module is there is not why nothing matches."""
 
-FUSED_DIMENSIONS = 3
-"""A parameter of fused experts has a leading expert dimension besides its two own."""
-
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
@@ -114,7 +111,7 @@ def _completed(path: str, rest: tuple[FlatSegment, ...], graph: ModelGraph) -> s
 def _fused(node: Module, segment: FlatSegment) -> Suggestion | None:
     """Experts by number, where the model holds all of them in one tensor."""
     is_number = bool(segment.indices) or (segment.literal or "").isdigit()
-    fused = [tensor for tensor in node.parameters if len(tensor.shape) == FUSED_DIMENSIONS]
+    fused = node.experts
     if not is_number or not fused:
         return None
     return Suggestion(

@@ -1,0 +1,92 @@
+"""What a profile says of how fast a device is, and what it makes of the predicted times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.execution.timing import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION
+from devmap_config.profile.loading import load_profile
+from devmap_config.profile.writing import device_text
+
+SECOND = 10**9
+BANDWIDTH, FLOPS = 10**9, 280 * 10**9
+RATES = "bandwidth: 1GB/s, flops: 280GFLOP/s"
+
+
+@pytest.fixture
+def compiled(workspace):
+    """Gives what a small mixture of experts is compiled to, on a CPU that is described so."""
+
+    def make(rates, dtype="bfloat16"):
+        Path("profile.yaml").write_text(
+            f"version: 1\nmodel: {{source: mixture, dtype: {dtype}}}\nworkload: {{context_length: 64}}\n"
+            f"hardware: {{devices: {{cpu: {{memory: 1GiB, {rates}}}}}}}\nplacement: {{strategy: fastest}}\n"
+        )
+        return run_pipeline(Request(path=Path("profile.yaml")))
+
+    return make
+
+
+def times(compilation):
+    prediction = compilation.plan.prediction
+    return prediction.decode_nanoseconds_per_token, prediction.prefill_nanoseconds
+
+
+def total(compilation, figure, paths=("",)):
+    costs = compilation.model.graph.measurement.modules
+    return sum(getattr(cost, figure) for cost in costs if cost.path.endswith(tuple(paths)))
+
+
+def test_attention_in_half_precision_takes_what_the_profile_says(compiled):
+    usual = compiled(RATES)
+    as_usual = compiled(f"{RATES}, attention: {{decode: 2GFLOP/s, prefill: 56GFLOP/s}}")
+    assert (FLOPS // CPU_DECODE_ATTENTION, FLOPS // CPU_PREFILL_ATTENTION) == (2 * SECOND, 56 * SECOND)
+    assert times(as_usual) == pytest.approx(times(usual), abs=100)  # it is rounded for each module
+    slower = compiled(f"{RATES}, attention: {{decode: 1GFLOP/s, prefill: 28GFLOP/s}}")
+    decode, prefill = (after - before for before, after in zip(times(usual), times(slower), strict=True))
+    assert decode == pytest.approx(total(usual, "decode_attention_operations") // 2, abs=100)
+    assert prefill == pytest.approx(total(usual, "prefill_attention_operations") / 56, abs=100)
+    in_float32 = times(compiled(RATES, "float32"))
+    assert times(compiled(f"{RATES}, attention: {{decode: 1GFLOP/s}}", "float32")) == in_float32
+
+
+def test_a_token_waits_for_its_experts_as_long_as_the_profile_says(compiled):
+    usual, slower = compiled(RATES), compiled(f"{RATES}, experts: 500MB/s")
+    decode, prefill = (after - before for before, after in zip(times(usual), times(slower), strict=True))
+    assert decode == pytest.approx(total(usual, "decode_touched_bytes", [".experts"]), abs=100)
+    assert prefill == 0
+
+
+def test_a_device_has_rates_of_its_own_for_a_dtype(compiled):
+    described = f"{RATES}, experts: 500MB/s, dtypes: {{float32: {{bandwidth: 2GB/s, flops: 70GFLOP/s}}}}"
+    in_float32 = compiled(described, "float32")
+    assert times(in_float32) == times(compiled("bandwidth: 2GB/s, flops: 70GFLOP/s", "float32"))
+    assert times(compiled(f"{RATES}, dtypes: {{float32: {{flops: 70GFLOP/s}}}}", "float32")) == times(
+        compiled("bandwidth: 1GB/s, flops: 70GFLOP/s", "float32")
+    )
+    usual, in_bfloat16 = compiled(f"{RATES}, experts: 500MB/s"), compiled(described)
+    assert times(in_bfloat16) == times(usual)
+    assert in_bfloat16.inputs.hardware == usual.inputs.hardware  # no other dtype's rates make its lock stale
+
+
+def test_no_lock_speaks_of_rates_that_the_profile_does_not_give(compiled):
+    unsaid, said = (
+        compiled(RATES + more).inputs.values["hardware"] for more in ("", ", attention: {decode: 1GFLOP/s}")
+    )
+    assert set(said) - set(unsaid) == {"cpu.decode_attention_per_second"}
+
+
+def test_rates_are_written_as_they_are_read(tmp_path):
+    device = (
+        "{memory: 1GiB, attention: {decode: 2GFLOP/s}, experts: 12GB/s, dtypes: {float16: {flops: 30GFLOP/s},"
+        " float32: {bandwidth: 25GB/s}}}"
+    )
+    (tmp_path / "profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: x}}\nhardware: {{devices: {{cpu: {device}}}}}\n"
+    )
+    [section] = load_profile(tmp_path / "profile.yaml", Sink()).profile.hardware.devices.value.values()
+    assert device_text(section) == device
