@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.execution.executor import AHEAD
-from devmap_config.execution.timing import MissingFigureError, Timing
+from devmap_config.execution.segments import Copy, MissingFigureError, Rates, Step
 
 if TYPE_CHECKING:
+    from devmap_config.devices import Device
     from devmap_config.graph.costs import ModuleCost
     from devmap_config.graph.model import ModelGraph, Module
     from devmap_config.hardware.inventory import Inventory
@@ -23,14 +23,14 @@ def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
     measurement = graph.measurement
     if measurement is None or not measurement.measured or not inventory.accelerators:
         return {}
-    timing = Timing(graph, inventory, "prefill", AHEAD, inventory.accelerators[0].id)
+    rates, card = Rates(inventory, "prefill"), inventory.accelerators[0].id
     prompt_tokens = measurement.workload.batch_size * measurement.workload.prompt_length
     found = {}
     for module in graph.modules.values():
         cost = measurement.by_path.get(module.path)
         if cost is not None and _is_apart(module, cost):
             try:
-                tokens = _tokens(module, cost, timing, prompt_tokens)
+                tokens = _tokens(module, cost, rates, card, prompt_tokens)
             except MissingFigureError:
                 return {}
             if tokens is not None and tokens <= prompt_tokens:
@@ -44,9 +44,9 @@ def _is_apart(module: Module, cost: ModuleCost) -> bool:
     return is_whole and all(each.kind == "parameter" for each in own) and not cost.cache_bytes
 
 
-def _tokens(module: Module, cost: ModuleCost, timing: Timing, prompt_tokens: int) -> int | None:
+def _tokens(module: Module, cost: ModuleCost, rates: Rates, card: Device, prompt_tokens: int) -> int | None:
     """How many tokens take the CPU as long as the link takes to copy the weights, and what the module gives back."""
-    computing = timing.work_nanoseconds(0, cost.prefill_operations, CPU)
+    computing = rates.step_nanoseconds(Step(0, cost.prefill_operations), CPU)
     size_bytes = sum(tensor.size_bytes for tensor in module.own_tensors)
-    copying = timing.copy_nanoseconds(CPU, timing.main_device, size_bytes, is_pinned=True)
+    copying = rates.copy_nanoseconds(Copy(CPU, card, size_bytes, is_pinned=True))
     return -(-copying * prompt_tokens // computing) if computing else None

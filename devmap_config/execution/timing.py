@@ -1,83 +1,35 @@
 """What a forward takes: every block on the device that it runs on, what is copied there first, and what crosses.
 
-The devices of a plan run one after another, so times add up. The host gives a device its work, operation by operation,
-at a pace of its own: an accelerator works meanwhile, so that a block takes the longer of the two there; a CPU does one
-after the other. On an accelerator a module takes the longer of reading what it touches and computing what it computes,
-at the rates that the machine reaches, and so long besides for every kernel; on a CPU these add up, too.
+The devices of a plan run one after another, so times add up.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-from devmap_config.devices import CPU, DISK
+from devmap_config.devices import CPU
+from devmap_config.execution.segments import Copy, Rates, Segment, Step
 from devmap_config.graph.costs import WORK
 from devmap_config.graph.model import ModulePath
-from devmap_config.hardware.constants import (
-    CPU_DECODE_ATTENTION,
-    CPU_PREFILL_ATTENTION,
-    GENERATION_DISPATCHES,
-    HOOK_DISPATCHES,
-    KERNEL_NANOSECONDS,
-)
-from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
+from devmap_config.hardware.constants import GENERATION_DISPATCHES, HOOK_DISPATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from fractions import Fraction
 
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Location
     from devmap_config.execution.executor import Executor
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import ModelGraph, Module, TensorName
-    from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
-
-Phase = Literal["prefill", "decode"]
+    from devmap_config.hardware.inventory import Inventory
 
 PREFILL_WORK = attrgetter(*(f"prefill_{figure}" for figure in WORK))
 DECODE_WORK = attrgetter(*(f"decode_{figure}" for figure in WORK))
-
-
-class MissingFigureError(Exception):
-    """The machine's description does not say how fast something is; the text is what it would have to name."""
-
-
-@dataclass
-class _Spent:
-    """By device, how many nanoseconds it works, and what the host dispatches to it; what copies between them take."""
-
-    working: Counter[Device] = field(default_factory=Counter)
-    dispatches: Counter[Device] = field(default_factory=Counter)
-    crossing: int = 0
-
-    @property
-    def devices(self) -> dict[Device, None]:
-        return dict.fromkeys([*self.working, *self.dispatches])
-
-
-class _Rates(NamedTuple):
-    """What a device reaches in a second, in bytes read and operations computed, as far as the machine says."""
-
-    reading: int | None = None
-    computing: int | None = None
-    attention: int | None = None
-    experts: int | None = None
-
-    @classmethod
-    def reached(cls, device: InventoryDevice, phase: Phase) -> _Rates:
-        decoding, prefilling = device.decode_attention_per_second, device.prefill_attention_per_second
-        return cls(
-            reading=_reached(device.bandwidth_bytes_per_second, device.memory_efficiency),
-            computing=_reached(device.flops_per_second, device.compute_efficiency),
-            attention=_reached(prefilling if phase == "prefill" else decoding, device.compute_efficiency),
-            experts=_reached(device.experts_bytes_per_second, device.memory_efficiency),
-        )
 
 
 @dataclass(frozen=True)
@@ -97,110 +49,72 @@ class Timing:
     @property
     def least_nanoseconds(self) -> int:
         """What a forward takes at least, wherever its modules are: each at the highest rates of all devices."""
-        fastest_reading, fastest_computing = (
-            max(filter(None, rates), default=None) for rates in zip(*self._rates.values(), strict=True)
-        )
-        total = 0
-        for cost in self._costs.values():
-            touched_bytes, operations = self._work(cost)[:2]
-            reading = touched_bytes * NANOSECONDS_PER_SECOND // fastest_reading if fastest_reading else 0
-            computing = operations * NANOSECONDS_PER_SECOND // fastest_computing if fastest_computing else 0
-            total += max(reading, computing)
-        return max(total, 1)
+        steps = (Step(*self._work(cost)[:2]) for cost in self._costs.values())
+        return max(sum(map(self.rates.least_nanoseconds, steps)), 1)
 
     def outside_nanoseconds(self, paths: Iterable[str]) -> int:
         """What is done outside of every block that is placed: by these modules, and by `generate` for each token."""
-        dispatches = GENERATION_DISPATCHES if self.phase == "decode" else 0
-        working = 0
-        for path in paths:
-            here, given = self._own(path, self.main_device)
-            working, dispatches = working + here, dispatches + given
-        return self._elapsed(self.main_device, working, dispatches)
+        return self.rates.nanoseconds(self.outside(paths))
 
-    def _own(self, path: str, device: Device, added_bytes: int = 0) -> tuple[int, int]:
-        """What a module does itself, without its children: how long it works there, and what the host dispatches.
+    def outside(self, paths: Iterable[str]) -> Segment:
+        """The same in amounts."""
+        segment = Segment()
+        segment.dispatches[self.main_device] = GENERATION_DISPATCHES if self.phase == "decode" else 0
+        for path in paths:
+            self._do(segment, path, self.main_device)
+        return segment
+
+    def _do(self, segment: Segment, path: str, device: Device, added_bytes: int = 0) -> None:
+        """Add what a module does itself, without its children.
 
         `added_bytes` are those by which its weights are larger there than usual.
         """
         if self.graph.measurement is None:  # then what is known is that its weights are read
             module = self.graph.modules.get(ModulePath(path))
             weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
-            return self.work_nanoseconds(weights_bytes + added_bytes, 0, device), 0
+            segment.steps[device, Step(weights_bytes + added_bytes)] += 1
+            return
         if (cost := self._costs.get(path)) is None:
-            return 0, 0
+            return
         touched_bytes, operations, attention_operations, launches, dispatches = self._work(cost)
         touched_bytes += added_bytes if launches else 0
-        if self.phase == "decode" and self._holds_experts(path):
-            touched_bytes = self._as_other_weights(touched_bytes, device)
-        launching = launches * KERNEL_NANOSECONDS if device.is_accelerator else 0
-        return self.work_nanoseconds(touched_bytes, operations, device, attention_operations) + launching, dispatches
-
-    def _as_other_weights(self, experts_bytes: int, device: Device) -> int:
-        """As many bytes of other weights as take as long to read as so many of experts."""
-        rates = self._rates_of(device)
-        return experts_bytes * rates.reading // rates.experts if rates.reading and rates.experts else experts_bytes
+        chosen_bytes = touched_bytes if self.phase == "decode" and self._holds_experts(path) else 0
+        step = Step(touched_bytes - chosen_bytes, operations, attention_operations, launches, chosen_bytes)
+        segment.steps[device, step] += 1
+        segment.dispatches[device] += dispatches
 
     def _holds_experts(self, path: str) -> bool:
         module = self.graph.modules.get(ModulePath(path))
         return module is not None and bool(module.experts)
 
-    def work_nanoseconds(
-        self, touched_bytes: int, operations: int, device: Device, attention_operations: int = 0
-    ) -> int:
-        """What it takes to read so much and to compute so much, attention among it."""
-        reading = computing = 0
-        if touched_bytes:
-            reading = touched_bytes * NANOSECONDS_PER_SECOND // self._bytes_per_second(device)
-        if attention_operations and (rate := self._rates_of(device).attention) is not None:
-            operations -= attention_operations
-            computing = attention_operations * NANOSECONDS_PER_SECOND // rate
-        elif not device.is_accelerator:
-            more = CPU_PREFILL_ATTENTION if self.phase == "prefill" else CPU_DECODE_ATTENTION
-            operations += attention_operations * (more - 1)
-        if operations and (rate := self._operations_per_second(device)) is not None:
-            computing += operations * NANOSECONDS_PER_SECOND // rate
-        return max(reading, computing) if device.is_accelerator else reading + computing
-
-    def _elapsed(self, device: Device, working: int, dispatches: int) -> int:
-        """How long it takes that a device works so long, in nanoseconds, which the host is to dispatch to it."""
-        dispatching = dispatches * self.inventory.dispatch_nanoseconds
-        return max(working, dispatching) if device.is_accelerator else working + dispatching
-
-    def copy_nanoseconds(
-        self, source: Device, target: Device, size_bytes: int, copies: int = 1, *, is_pinned: bool = False
-    ) -> int:
-        """What it takes to bring so much from one device to another."""
-        if source == target or not copies:
-            return 0
-        return self._link(source, target).nanoseconds(size_bytes, copies, is_pinned=is_pinned)
-
     def crossing_nanoseconds(self, crossing: Crossing, maker: Device, reader: Device) -> int:
         """What it takes to give a block what another made."""
+        return self.rates.copy_nanoseconds(self.crossing(crossing, maker, reader))
+
+    def crossing(self, crossing: Crossing, maker: Device, reader: Device) -> Copy:
+        """The same in amounts."""
         prefills = self.phase == "prefill"
         size_bytes = crossing.prefill_bytes if prefills else crossing.decode_bytes
-        tensors = crossing.prefill_tensors if prefills else crossing.decode_tensors
-        return self.copy_nanoseconds(maker, reader, size_bytes, tensors)
+        return Copy(maker, reader, size_bytes, crossing.prefill_tensors if prefills else crossing.decode_tensors)
 
     def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
+        return self.rates.nanoseconds(self.module(module, homes))
+
+    def module(self, module: Module, homes: Mapping[TensorName, Location]) -> Segment:
+        """The same in amounts."""
         if self.phase == "prefill":
             homes = while_prefilled(module, homes, self.executor, self.main_device)
         home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
-        spent = _Spent()
-        self._below(module, homes, home, spent)
-        waiting, ahead, brought = self._streaming_nanoseconds(module, homes)
-        spent.dispatches[home] += brought * HOOK_DISPATCHES
-        running = sum(
-            self._elapsed(device, spent.working[device], spent.dispatches[device]) for device in spent.devices
-        )
-        return max(running + spent.crossing + waiting, ahead)
+        segment = Segment()
+        self._below(module, homes, home, segment)
+        segment.dispatches[home] += HOOK_DISPATCHES * self._stream(module, homes, segment)
+        return segment
 
-    def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device, spent: _Spent) -> None:
+    def _below(self, module: Module, homes: Mapping[TensorName, Location], around: Device, segment: Segment) -> None:
         running = {homes[tensor.name].runs_on for tensor in module.tensors()}
         here = next(iter(running)) if len(running) == 1 else around
-        working, dispatches = self._own(module.path, here, self._added_bytes(module, homes))
-        spent.working[here] += working
-        spent.dispatches[here] += dispatches
+        self._do(segment, module.path, here, self._added_bytes(module, homes))
         cost = self._costs.get(module.path)
         if here != around and cost is not None:
             prefills = self.phase == "prefill"
@@ -209,10 +123,9 @@ class Timing:
                 if prefills
                 else (cost.decode_input_bytes, cost.decode_output_bytes)
             )
-            spent.crossing += self.copy_nanoseconds(around, here, given)
-            spent.crossing += self.copy_nanoseconds(here, around, given_back)
+            segment.copies += (Copy(around, here, given), Copy(here, around, given_back))
         for child in module.children:
-            self._below(child, homes, here, spent)
+            self._below(child, homes, here, segment)
 
     def _added_bytes(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """By how much the module's own weights are larger where a map offloads them than elsewhere."""
@@ -222,10 +135,10 @@ class Timing:
             if tensor.offloaded_bytes is not None
         )
 
-    def _streaming_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> tuple[int, int, int]:
-        """What is copied while modules of a block wait, what ahead of them, and for how many. What is idle stays."""
-        waiting = brought = 0
-        ahead: dict[TensorName, int] = {}
+    def _stream(self, module: Module, homes: Mapping[TensorName, Location], segment: Segment) -> int:
+        """Add what is copied while modules wait, and ahead of them; return for how many. What is idle stays."""
+        brought = 0
+        ahead: dict[TensorName, tuple[Copy, ...]] = {}
         for each in module.walk():
             if not self._runs(each.path):
                 continue
@@ -233,23 +146,20 @@ class Timing:
             for tensor in each.own_tensors:
                 location = homes[tensor.name]
                 if self.executor.is_copied_in(tensor, location):
-                    size_bytes = self.executor.held_bytes(tensor, location, self.main_device)
-                    is_ahead = self.executor.is_brought_ahead(location)
-                    nanoseconds = self._bringing_nanoseconds(location, size_bytes)
-                    if not is_ahead:
-                        waiting += nanoseconds
+                    copies = self._bringing(location, self.executor.held_bytes(tensor, location, self.main_device))
+                    if not self.executor.is_brought_ahead(location):
+                        segment.copies += copies
                     elif not (location.runs_on.is_accelerator and tensor.name in self._left_there):
-                        ahead[self.graph.storage_of[tensor.name]] = nanoseconds
-        return waiting, sum(ahead.values()), brought
+                        ahead[self.graph.storage_of[tensor.name]] = copies
+        segment.ahead += ahead.values()
+        return brought
 
-    def _bringing_nanoseconds(self, location: Location, size_bytes: int) -> int:
-        """What it takes to bring so much to where it runs; what is read ahead is read while what was read is copied."""
+    def _bringing(self, location: Location, size_bytes: int) -> tuple[Copy, ...]:
+        """What brings so much to where it runs; what is read ahead is read while what was read is copied."""
         source, target = location.stored_on, location.runs_on
-        is_ahead = self.executor.is_brought_ahead(location)
         if not self.executor.is_read_ahead_for_a_card(location):
-            return self.copy_nanoseconds(source, target, size_bytes, is_pinned=is_ahead)
-        copying = self.copy_nanoseconds(CPU, target, size_bytes, is_pinned=True)
-        return max(self.copy_nanoseconds(source, CPU, size_bytes), copying)
+            return (Copy(source, target, size_bytes, is_pinned=self.executor.is_brought_ahead(location)),)
+        return Copy(source, CPU, size_bytes), Copy(CPU, target, size_bytes, is_pinned=True)
 
     @cached_property
     def _left_there(self) -> frozenset[TensorName]:
@@ -277,37 +187,10 @@ class Timing:
         measurement = self.graph.measurement
         return {} if measurement is None else measurement.by_path
 
-    def _bytes_per_second(self, device: Device) -> int:
-        rate = self._rates_of(device).reading
-        if rate is None:
-            raise MissingFigureError(f"the `bandwidth` of {device}")
-        return rate
-
-    def _operations_per_second(self, device: Device) -> int | None:
-        rate = self._rates_of(device).computing
-        if rate is None and self.phase == "prefill":
-            raise MissingFigureError(f"the `flops` of {device}")
-        return rate  # without it, one token is bound by what is read
-
-    def _rates_of(self, device: Device) -> _Rates:
-        return self._rates.get(device, _Rates())
-
     @cached_property
-    def _rates(self) -> Mapping[Device, _Rates]:
-        return {device.id: _Rates.reached(device, self.phase) for device in self.inventory.devices}
-
-    def _link(self, source: Device, target: Device) -> Link:
-        link = self.inventory.links.get((source, target))
-        if link is None:
-            kind = "peer" if source.is_accelerator and target.is_accelerator else "host"
-            missing = "the `bandwidth` of disk" if {source, target} == {CPU, DISK} else f"`links: {{{kind}: …}}`"
-            raise MissingFigureError(missing)
-        return link
-
-
-def _reached(rate: int | None, efficiency: Fraction) -> int | None:
-    reached = 0 if rate is None else int(rate * efficiency)
-    return reached or None
+    def rates(self) -> Rates:
+        """How long amounts take on this machine in this phase."""
+        return Rates(self.inventory, self.phase)
 
 
 def while_prefilled(
@@ -337,15 +220,18 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) ->
     Raises:
         MissingFigureError: where the machine does not say how fast something is that the plan uses.
     """
+    return sum(map(timing.rates.nanoseconds, forward_segments(timing, homes)))
+
+
+def forward_segments(timing: Timing, homes: Mapping[TensorName, Location]) -> Iterator[Segment]:
+    """Yield what one forward of a whole plan does, one after another, in amounts."""
     graph, main_device = timing.graph, timing.main_device
     block_homes = homes_of_blocks(graph, homes)
-    placed = [path for path in graph.blocks if path in block_homes]
-    total = sum(timing.module_nanoseconds(graph.modules[path], homes) for path in placed)
-    total += timing.outside_nanoseconds(outside_of(graph))
+    yield from (timing.module(graph.modules[path], homes) for path in graph.blocks if path in block_homes)
+    yield timing.outside(outside_of(graph))
     for crossing in crossings(graph):
         maker, reader = (block_homes.get(ModulePath(path), main_device) for path in (crossing.maker, crossing.reader))
-        total += timing.crossing_nanoseconds(crossing, maker, reader)
-    return total
+        yield Segment(copies=[timing.crossing(crossing, maker, reader)])
 
 
 def outside_of(graph: ModelGraph) -> Iterator[str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
-    from devmap_config.execution.timing import Phase
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
     from devmap_config.prepared import Prepared

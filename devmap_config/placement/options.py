@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from devmap_config.devices import CPU, STORAGE_DEVICES
 from devmap_config.execution.assignment import ON_CPU, Location
 from devmap_config.execution.pieces import copied_bytes, pieces_of
-from devmap_config.execution.timing import MissingFigureError, Timing, home_of, while_prefilled
+from devmap_config.execution.segments import MissingFigureError
+from devmap_config.execution.timing import Timing, home_of, while_prefilled
 from devmap_config.graph.costs import WORK
 from devmap_config.graph.model import is_within
 from devmap_config.placement.chain import Option

@@ -10,7 +10,7 @@ from devmap_config.devices import CPU, Device
 from devmap_config.execution.executor import LEFT, Executor
 
 if TYPE_CHECKING:
-    from devmap_config.execution.timing import Phase
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.hardware.inventory import Inventory
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from devmap_config.devices import CPU
 from devmap_config.execution.assignment import Location
 from devmap_config.execution.running import LONGEST_CONTEXT
-from devmap_config.execution.timing import MissingFigureError, crossings, execution_order, has_weights, outside_of
+from devmap_config.execution.segments import MissingFigureError
+from devmap_config.execution.timing import crossings, execution_order, has_weights, outside_of
 from devmap_config.execution.units import united
 from devmap_config.graph.model import ModulePath
 from devmap_config.placement.chain import Block, Chain, Option, Transfer

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from devmap_config.devices import Device
-    from devmap_config.execution.timing import Phase
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
 

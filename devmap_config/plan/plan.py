@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Location
     from devmap_config.execution.executor import Executor
-    from devmap_config.execution.timing import Phase
+    from devmap_config.execution.segments import Phase
     from devmap_config.execution.units import Unit
     from devmap_config.graph.model import ModelGraph, TensorName
 from devmap_config.devices import CPU

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.execution.running import longest_context, running_of
-from devmap_config.execution.timing import MissingFigureError, Timing, forward_nanoseconds, hops
+from devmap_config.execution.segments import MissingFigureError
+from devmap_config.execution.timing import Timing, forward_nanoseconds, hops
 from devmap_config.plan.plan import Plan, Prediction
 
 if TYPE_CHECKING:
-    from devmap_config.execution.timing import Phase
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
 

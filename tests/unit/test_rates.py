@@ -8,7 +8,7 @@ import pytest
 
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.diagnostics.diagnostic import Sink
-from devmap_config.execution.timing import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION
+from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION
 from devmap_config.profile.loading import load_profile
 from devmap_config.profile.writing import device_text
 

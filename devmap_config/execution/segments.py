@@ -1,0 +1,173 @@
+"""What a forward does, in amounts: bytes, operations, kernels, dispatches and copies; and how long that takes.
+
+The host gives a device its work, operation by operation, at a pace of its own: an accelerator works meanwhile, so that
+a segment takes the longer of the two there; a CPU does one after the other. On an accelerator a module takes the longer
+of reading what it touches and computing what it computes, at the rates that the machine reaches, and so long besides
+for every kernel; on a CPU these add up, too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from devmap_config.devices import CPU, DISK
+from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION, KERNEL_NANOSECONDS
+from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from fractions import Fraction
+
+    from devmap_config.devices import Device
+    from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
+
+Phase = Literal["prefill", "decode"]
+
+
+class MissingFigureError(Exception):
+    """The machine's description does not say how fast something is; the text is what it would have to name."""
+
+
+class Step(NamedTuple):
+    """What one module does itself: bytes that it touches, operations, those of attention among them, and kernels.
+
+    What it touches of experts that a token chooses is in `chosen_bytes` alone.
+    """
+
+    touched_bytes: int
+    operations: int = 0
+    attention_operations: int = 0
+    launches: int = 0
+    chosen_bytes: int = 0
+
+
+class Copy(NamedTuple):
+    """What goes from one device to another, in so many pieces."""
+
+    source: Device
+    target: Device
+    size_bytes: int
+    copies: int = 1
+    is_pinned: bool = False
+
+
+@dataclass
+class Segment:
+    """What is done before anything else is begun.
+
+    Attributes:
+        steps: by device, how many modules do the same.
+        dispatches: by device, what the host dispatches to it.
+        copies: what the devices wait for.
+        ahead: what is brought while they work; copies that stand together are done at once.
+    """
+
+    steps: Counter[tuple[Device, Step]] = field(default_factory=Counter)
+    dispatches: Counter[Device] = field(default_factory=Counter)
+    copies: list[Copy] = field(default_factory=list)
+    ahead: list[tuple[Copy, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How long amounts take on a machine, in nanoseconds.
+
+    What a device or a link would have to say for that and does not is a `MissingFigureError`; in decoding, that is not
+    how fast a device computes: one token is bound by what is read.
+    """
+
+    inventory: Inventory
+    phase: Phase
+
+    def nanoseconds(self, segment: Segment) -> int:
+        """Return how long a segment takes."""
+        working: Counter[Device] = Counter()
+        for (device, step), count in segment.steps.items():
+            working[device] += count * self.step_nanoseconds(step, device)
+        elapsed = sum(map(self.copy_nanoseconds, segment.copies))
+        for device in dict.fromkeys([*working, *segment.dispatches]):
+            dispatching = segment.dispatches[device] * self.inventory.dispatch_nanoseconds
+            both = (working[device], dispatching)
+            elapsed += max(both) if device.is_accelerator else sum(both)
+        return max(elapsed, sum(max(map(self.copy_nanoseconds, together)) for together in segment.ahead))
+
+    def step_nanoseconds(self, step: Step, device: Device) -> int:
+        """Return how long a device takes for what a module does."""
+        rates = self._reached.get(device, _Reached())
+        reading = computing = 0
+        if step.touched_bytes or step.chosen_bytes:
+            if rates.reading is None:
+                raise MissingFigureError(f"the `bandwidth` of {device}")
+            reading = step.touched_bytes * NANOSECONDS_PER_SECOND // rates.reading
+            reading += step.chosen_bytes * NANOSECONDS_PER_SECOND // (rates.experts or rates.reading)
+        operations = step.operations
+        if step.attention_operations and rates.attention is not None:
+            operations -= step.attention_operations
+            computing = step.attention_operations * NANOSECONDS_PER_SECOND // rates.attention
+        elif not device.is_accelerator:
+            more = CPU_PREFILL_ATTENTION if self.phase == "prefill" else CPU_DECODE_ATTENTION
+            operations += step.attention_operations * (more - 1)
+        if operations and rates.computing is not None:
+            computing += operations * NANOSECONDS_PER_SECOND // rates.computing
+        elif operations and self.phase == "prefill":
+            raise MissingFigureError(f"the `flops` of {device}")
+        if device.is_accelerator:
+            return max(reading, computing) + step.launches * KERNEL_NANOSECONDS
+        return reading + computing
+
+    def least_nanoseconds(self, step: Step) -> int:
+        """Return how long it takes at least, whichever device does it: at the highest rates of all."""
+        amounts = ((step.touched_bytes, self._highest[0]), (step.operations, self._highest[1]))
+        return max(amount * NANOSECONDS_PER_SECOND // rate if rate else 0 for amount, rate in amounts)
+
+    @cached_property
+    def _highest(self) -> tuple[int, int]:
+        rates = self._reached.values()
+        reading = max((rate for each in rates for rate in (each.reading, each.experts) if rate), default=0)
+        return reading, max((rate for each in rates for rate in (each.computing, each.attention) if rate), default=0)
+
+    def copy_nanoseconds(self, copy: Copy) -> int:
+        """Return how long it takes to bring something from one device to another."""
+        if copy.source == copy.target or not copy.copies:
+            return 0
+        link = self._link(copy.source, copy.target)
+        return link.nanoseconds(copy.size_bytes, copy.copies, is_pinned=copy.is_pinned)
+
+    @cached_property
+    def _reached(self) -> Mapping[Device, _Reached]:
+        return {device.id: _Reached.of(device, self.phase) for device in self.inventory.devices}
+
+    def _link(self, source: Device, target: Device) -> Link:
+        link = self.inventory.links.get((source, target))
+        if link is None:
+            kind = "peer" if source.is_accelerator and target.is_accelerator else "host"
+            missing = "the `bandwidth` of disk" if {source, target} == {CPU, DISK} else f"`links: {{{kind}: …}}`"
+            raise MissingFigureError(missing)
+        return link
+
+
+class _Reached(NamedTuple):
+    """What a device reaches in a second, in bytes read and operations computed, as far as the machine says."""
+
+    reading: int | None = None
+    computing: int | None = None
+    attention: int | None = None
+    experts: int | None = None
+
+    @classmethod
+    def of(cls, device: InventoryDevice, phase: Phase) -> _Reached:
+        decoding, prefilling = device.decode_attention_per_second, device.prefill_attention_per_second
+        return cls(
+            reading=_share(device.bandwidth_bytes_per_second, device.memory_efficiency),
+            computing=_share(device.flops_per_second, device.compute_efficiency),
+            attention=_share(prefilling if phase == "prefill" else decoding, device.compute_efficiency),
+            experts=_share(device.experts_bytes_per_second, device.memory_efficiency),
+        )
+
+
+def _share(rate: int | None, efficiency: Fraction) -> int | None:
+    share = 0 if rate is None else int(rate * efficiency)
+    return share or None
