@@ -37,6 +37,7 @@ def compile_command(
     from devmap_config.cli.plan_table import plan_lines
     from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.plan.lock import lock_path
+    from devmap_config.plan.prediction import as_told
 
     target = output or lock_path(profile)
     earlier = lock_to_replace(target, writes=not dry_run, allow_outside=options.permissions.allow_outside)
@@ -53,7 +54,8 @@ def compile_command(
     # Before anything is printed: a reader that goes away, or a disk that is full, is no reason not to.
     written = [] if dry_run else write_results(compiled, target, with_graph=vendor)
     asked = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
-    options.report(compiled.diagnostics, compiled.texts, {"plan": plan.to_json(), **asked})
+    told = as_told(plan, compiled.graph, compiled.inventory)
+    options.report(compiled.diagnostics, compiled.texts, {"plan": told, **asked})
     if device_map is not None:
         print_json(device_map)
     elif options.shows_tables:

@@ -74,6 +74,7 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.plan_table import bar_lines
+    from devmap_config.plan.prediction import as_told
 
     graph = compiled.graph
     if module is not None and module not in graph.modules and module not in graph.tensors:
@@ -84,7 +85,8 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
     if options.output_format == "json":
         others = () if module is None else _alternatives(compiled, module)
         data = {"module": module, "explanation": lines, "alternatives": to_jsonable_python(others, fallback=str)}
-        options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **data})
+        told = as_told(compiled.plan, graph, compiled.inventory)
+        options.report(compiled.diagnostics, compiled.texts, {"plan": told, **data})
     elif not options.quiet:
         bars = bar_lines(compiled.plan, get_terminal_size().columns) if module is None else ()
         for line in [lines[0], *bars, *lines[1:]]:
@@ -93,7 +95,8 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
 
 def _story(compiled: Compiled) -> Iterator[str]:
     """The plan in some ten lines."""
-    from devmap_config.cli.plan_table import weights_in_words
+    from devmap_config.cli.plan_table import said_of_bases, weights_in_words
+    from devmap_config.plan.prediction import time_bases
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     cache = f" and {format_bytes(graph.measurement.cache_bytes)} of cache" if graph.measurement else ""
@@ -108,6 +111,11 @@ def _story(compiled: Compiled) -> Iterator[str]:
         yield f"{' and '.join(group)} are one tensor, and move together."
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
+    if bases := time_bases(plan, graph, compiled.inventory):
+        said = said_of_bases(bases)
+        yield f"{said[0].upper()}{said[1:]}."
+    if plan.prediction.longest_context is not None and graph.measurement is not None:
+        yield _room_for_context(plan.prediction.longest_context, graph.measurement)
     yield from _waits(compiled)
     yield from _preference(plan)
 
@@ -126,7 +134,7 @@ def _holdings(plan: Plan, use: DeviceUse) -> str:
 
 
 def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
-    """How fast the plan is, and how far its context may grow."""
+    """How fast the plan is."""
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     if decode is not None and bound is not None:
         gap = 100 * (decode - bound) / bound
@@ -138,8 +146,6 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
     elif not graph.decodes and prediction.prefill_nanoseconds is not None:
         prefill = format_duration(prediction.prefill_nanoseconds)
         yield f"A prefill takes {prefill}; the model does not decode token by token."
-    if prediction.longest_context is not None and graph.measurement is not None:
-        yield _room_for_context(prediction.longest_context, graph.measurement)
 
 
 def _waits(compiled: Compiled) -> Iterator[str]:

@@ -6,21 +6,24 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from devmap_config.amounts import format_bytes, format_duration, largest_unit
+from devmap_config.amounts import format_bytes, format_duration, format_durations, largest_unit
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
+from devmap_config.plan.prediction import time_bases
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from rich.table import Table
 
     from devmap_config.compiler import Compiled
     from devmap_config.devices import Device
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
+    from devmap_config.plan.prediction import TimeBasis
 
 PATTERNS_SHOWN = 6
 
@@ -43,7 +46,8 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
         rows.append(((str(use.id), *figures), _held(plan, use.id)))
     headings = ("capacity", "weights", *running_headings, "free")
     yield from listing(rows, width, names=("device",), figures=headings, rest="holds")
-    yield from _notes(plan, model, compiled.loaded.profile.workload.context_length.value)
+    bases = time_bases(plan, model.graph, compiled.inventory)
+    yield from _notes(plan, model, bases, compiled.loaded.profile.workload.context_length.value)
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:
@@ -69,9 +73,13 @@ def _held(plan: Plan, device: Device) -> list[str]:
     return shown or ["–"]
 
 
-def _notes(plan: Plan, model: LoadedModel, context_length: int | None) -> Iterator[Text]:
+def _notes(
+    plan: Plan, model: LoadedModel, bases: Mapping[Phase, TimeBasis], context_length: int | None
+) -> Iterator[Text]:
     if predicted := _predicted(plan):
         yield Text(predicted)
+    if bases:
+        yield Text(said_of_bases(bases), style="dim")
     if plan.strategy in TRANSFORMERS_STRATEGIES and plan.measured and len(plan.devices) > 1:
         yield Text(_in_transformers(plan))
     if plan.strategy == "fastest" and not model.graph.decodes:
@@ -115,6 +123,25 @@ def _predicted(plan: Plan) -> str:
     if prediction.longest_context is not None:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     return f"predicted: {', '.join(words)}" if words else ""
+
+
+UNITS: Mapping[Phase, str] = {"decode": "a token", "prefill": "a prefill"}
+"""What a phase's time is of."""
+
+
+def said_of_bases(bases: Mapping[Phase, TimeBasis]) -> str:
+    """Return on which rates the times rest, and between which times such runs were."""
+    rates = {UNITS[phase]: each.rates for phase, each in bases.items()}
+    if len(set(rates.values())) == 1:
+        said = f"these times rest on {next(iter(rates.values()))} rates"
+    else:
+        said = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
+    ranges = [
+        f"{UNITS[phase]} {format_durations(each.least_nanoseconds, each.most_nanoseconds)}"
+        for phase, each in bases.items()
+        if each.least_nanoseconds is not None and each.most_nanoseconds is not None
+    ]
+    return said + (f"; as such runs went, {', '.join(ranges)}" if ranges else "")
 
 
 def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:

@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from devmap_config.devices import CPU, DISK
 from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION, KERNEL_NANOSECONDS
 from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
+from devmap_config.profile.quantities import BASES, basis_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from fractions import Fraction
+    from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
     from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
+    from devmap_config.profile.quantities import Basis
 
 Phase = Literal["prefill", "decode"]
 
@@ -136,6 +138,22 @@ class Rates:
         link = self._link(copy.source, copy.target)
         return link.nanoseconds(copy.size_bytes, copy.copies, is_pinned=copy.is_pinned)
 
+    def basis(self, segments: Iterable[Segment]) -> Basis:
+        """Return on what the time of these rests: the weakest basis of all rates that it takes."""
+        rates: list[int | None] = []
+        for segment in segments:
+            for device, step in segment.steps:
+                reached = self._reached.get(device, _Reached())
+                rates += [reached.reading] if step.touched_bytes else []
+                rates += [reached.experts or reached.reading] if step.chosen_bytes else []
+                rates += [reached.computing] if step.operations > step.attention_operations else []
+                rates += [reached.attention or reached.computing] if step.attention_operations else []
+            rates += [self.inventory.dispatch_nanoseconds] if any(segment.dispatches.values()) else []
+            for copy in (*segment.copies, *chain.from_iterable(segment.ahead)):
+                if copy.source != copy.target and copy.copies:
+                    rates.append(self._link(copy.source, copy.target).rate(is_pinned=copy.is_pinned))
+        return min((basis_of(rate) for rate in rates if rate is not None), key=BASES.index, default="stated")
+
     @cached_property
     def _reached(self) -> Mapping[Device, _Reached]:
         return {device.id: _Reached.of(device, self.phase) for device in self.inventory.devices}
@@ -159,15 +177,9 @@ class _Reached(NamedTuple):
 
     @classmethod
     def of(cls, device: InventoryDevice, phase: Phase) -> _Reached:
-        decoding, prefilling = device.decode_attention_per_second, device.prefill_attention_per_second
         return cls(
-            reading=_share(device.bandwidth_bytes_per_second, device.memory_efficiency),
-            computing=_share(device.flops_per_second, device.compute_efficiency),
-            attention=_share(prefilling if phase == "prefill" else decoding, device.compute_efficiency),
-            experts=_share(device.experts_bytes_per_second, device.memory_efficiency),
+            reading=device.reached("bandwidth_bytes_per_second"),
+            computing=device.reached("flops_per_second"),
+            attention=device.reached(f"{phase}_attention_per_second"),
+            experts=device.reached("experts_bytes_per_second"),
         )
-
-
-def _share(rate: int | None, efficiency: Fraction) -> int | None:
-    share = 0 if rate is None else int(rate * efficiency)
-    return share or None

@@ -6,6 +6,14 @@ A profile's `hardware.host` and `hardware.links` come before these, and `devmap 
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from devmap_config.profile.quantities import Spread
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.profile.quantities import Basis
 
 DISPATCH_NANOSECONDS = 10_000
 """What the host needs for an operation that torch is asked for, be it a view: Python, the dispatcher, the launch.
@@ -47,3 +55,12 @@ benchmark of big models."""
 UNPINNED_MOST_BYTES_PER_SECOND = 10 * 10**9
 """More the CPU does not copy to what is pinned: 10.6 GB/s of the 55 of an H100's link
 (`devmap_config/runner/receipts/`)."""
+
+SPREADS: Mapping[tuple[Basis, str], Mapping[str, Spread]] = {
+    ("stated", "cuda"): {"decode": Spread(88, 148), "prefill": Spread(108, 144)},
+    ("measured", "cpu"): {"decode": Spread(86, 136), "prefill": Spread(71, 115)},
+}
+"""What runs took of what was predicted, the least and the most: by the basis of the rates, the kind of the devices that
+all of it ran on, and phase. The rows of docs/fidelity.md with which nothing was fitted: 11 tokens and 8 prefills with
+stated rates, and on a CPU that was measured before, 20 of each. What is not here was not seen often enough.
+"""

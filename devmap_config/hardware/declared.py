@@ -45,8 +45,10 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     _check_max_memory(loaded, sink)
     _check_links(loaded, sink)
     ordered = tuple(sorted(filter(None, devices), key=lambda device: device.id))
-    links = links_between(ordered, loaded.profile.hardware.links)
-    return Inventory(ordered, links, _given(loaded.profile.hardware.host.dispatch, DISPATCH_NANOSECONDS))
+    hardware = loaded.profile.hardware
+    spreads = {phase: spread for phase, spread in hardware.spread if spread is not None}
+    links = links_between(ordered, hardware.links)
+    return Inventory(ordered, links, _given(hardware.host.dispatch, DISPATCH_NANOSECONDS), spreads)
 
 
 def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:

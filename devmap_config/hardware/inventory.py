@@ -7,12 +7,14 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from devmap_config.hardware.constants import DISPATCH_NANOSECONDS, LATENCY_NANOSECONDS
+from devmap_config.profile.quantities import KnownRate, basis_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.devices import Device
     from devmap_config.hardware.catalogue import Accelerator
+    from devmap_config.profile.quantities import Spread
 
 NANOSECONDS_PER_SECOND = 10**9
 
@@ -30,14 +32,17 @@ class Link:
 
     def nanoseconds(self, size_bytes: int, copies: int = 1, *, is_pinned: bool = False) -> int:
         """Return how long it takes to copy this much, in so many pieces."""
-        rate = (None if is_pinned else self.unpinned_bytes_per_second) or self.bytes_per_second
+        rate = self.rate(is_pinned=is_pinned)
         return copies * self.latency_nanoseconds + size_bytes * NANOSECONDS_PER_SECOND // rate
+
+    def rate(self, *, is_pinned: bool) -> int:
+        """Return the bytes a second from memory that is pinned, or from other memory."""
+        return (None if is_pinned else self.unpinned_bytes_per_second) or self.bytes_per_second
 
     @property
     def unpinned(self) -> Link:
         """The same from memory that is not pinned."""
-        rate = self.unpinned_bytes_per_second or self.bytes_per_second
-        return Link(bytes_per_second=rate, latency_nanoseconds=self.latency_nanoseconds)
+        return Link(bytes_per_second=self.rate(is_pinned=False), latency_nanoseconds=self.latency_nanoseconds)
 
     @property
     def twice_as_fast(self) -> Link:
@@ -81,9 +86,25 @@ class InventoryDevice:
     by_dtype: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
 
     @property
-    def rates(self) -> tuple[int | Fraction | None, ...]:
+    def rates(self) -> tuple[int | Fraction | str | None, ...]:
         """All that tells how fast it is."""
-        return tuple(getattr(self, name) for name in (*RATES, *RATES_OF_A_PROFILE))
+        return (*(getattr(self, name) for name in (*RATES, *RATES_OF_A_PROFILE)), *self.seen)
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The names of the rates of which all is reached, for they were seen, while of others a share is."""
+        rates = ("bandwidth_bytes_per_second", "flops_per_second", *RATES_OF_A_PROFILE)
+        is_any = min(self.memory_efficiency, self.compute_efficiency) != 1
+        return tuple(name for name in rates if is_any and basis_of(getattr(self, name) or 0) != "stated")
+
+    def reached(self, name: str) -> KnownRate | None:
+        """Return how much is reached of the rate of this name: of one that was seen, all."""
+        rate: int | None = getattr(self, name)
+        is_of_memory = name in ("bandwidth_bytes_per_second", "experts_bytes_per_second")
+        efficiency = self.memory_efficiency if is_of_memory else self.compute_efficiency
+        basis = basis_of(rate or 0)
+        share = int((rate or 0) * (efficiency if basis == "stated" else 1))
+        return KnownRate(share, basis) if share else None
 
     def in_dtype(self, dtype: str) -> InventoryDevice:
         """Return the same with the rates that it has with a model of this dtype."""
@@ -99,12 +120,14 @@ RATES_OF_A_PROFILE = ("decode_attention_per_second", "prefill_attention_per_seco
 class Inventory:
     """The devices in the order in which they are filled: accelerators by index, the CPU, the disk.
 
-    `dispatch_nanoseconds` is what the host needs for each operation that torch is asked for.
+    `dispatch_nanoseconds` is what the host needs for each operation that torch is asked for. `spreads` are, by phase,
+    those of runs whose times rest on calibrated rates; no plan depends on them.
     """
 
     devices: tuple[InventoryDevice, ...]
     links: Mapping[tuple[Device, Device], Link] = field(default_factory=dict)
     dispatch_nanoseconds: int = DISPATCH_NANOSECONDS
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
 
     @property
     def accelerators(self) -> tuple[InventoryDevice, ...]:
@@ -149,6 +172,7 @@ class Inventory:
                 "compute_efficiency": str(device.compute_efficiency),
             }
             | {name: rate for name in RATES_OF_A_PROFILE if (rate := getattr(device, name)) is not None}
+            | ({"seen": " and ".join(device.seen)} if device.seen else {})
             for device in self.devices
         ]
         links = {f"{source}-{target}": asdict(link) for (source, target), link in self.links.items()}

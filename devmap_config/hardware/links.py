@@ -88,7 +88,8 @@ def _unpinned(link: Link | None, given: Link | None) -> Link | None:
 
 
 def _reading(disk: InventoryDevice) -> Link | None:
-    return _reached(disk.bandwidth_bytes_per_second, disk.memory_efficiency)
+    rate = disk.reached("bandwidth_bytes_per_second")
+    return None if rate is None else Link(bytes_per_second=rate)
 
 
 def _reached(rate: int | None, efficiency: Fraction) -> Link | None:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.execution.running import longest_context, running_of
 from devmap_config.execution.segments import MissingFigureError
-from devmap_config.execution.timing import Timing, forward_nanoseconds, hops
-from devmap_config.plan.plan import Plan, Prediction
+from devmap_config.execution.timing import Timing, forward_nanoseconds, forward_segments, hops
+from devmap_config.hardware.constants import SPREADS
+from devmap_config.plan.plan import OWN, Plan, Prediction
 
 if TYPE_CHECKING:
     from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.profile.quantities import Basis, Spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeBasis:
+    """On what the predicted time of a phase rests, and between which times such runs were, where any were seen."""
+
+    rates: Basis
+    least_nanoseconds: int | None = None
+    most_nanoseconds: int | None = None
+
+
+def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, TimeBasis]:
+    """Return, for each phase of which a plan predicts the time, on what that rests."""
+    found: dict[Phase, TimeBasis] = {}
+    for phase, name in OWN.items():
+        if (nanoseconds := getattr(plan.prediction, name)) is not None:
+            timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
+            basis = timing.rates.basis(forward_segments(timing, plan.locations))
+            found[phase] = _basis(basis, nanoseconds, _spread(basis, phase, plan, inventory))
+    return found
+
+
+def as_told(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[str, object]:
+    """Return a plan as plain data with what no lock holds: on what its times rest."""
+    return {
+        **plan.to_json(),
+        "basis": {phase: asdict(each) for phase, each in time_bases(plan, graph, inventory).items()},
+    }
+
+
+def _spread(basis: Basis, phase: Phase, plan: Plan, inventory: Inventory) -> Spread | None:
+    if basis == "calibrated":
+        return inventory.spreads.get(phase)
+    kinds = {each.location.runs_on.kind for each in plan.assignments}
+    return SPREADS.get((basis, kinds.pop()), {}).get(phase) if len(kinds) == 1 else None
+
+
+def _basis(basis: Basis, nanoseconds: int, spread: Spread | None) -> TimeBasis:
+    if spread is None:
+        return TimeBasis(rates=basis)
+    least, most = (nanoseconds * percent // 100 for percent in (spread.least_percent, spread.most_percent))
+    return TimeBasis(rates=basis, least_nanoseconds=least, most_nanoseconds=most)
 
 
 def predict(

@@ -14,14 +14,18 @@ from devmap_config.devices import Device
 from devmap_config.profile.device_names import DeviceNameError, expand_devices
 from devmap_config.profile.located import WrittenNothing, WrittenText
 from devmap_config.profile.quantities import (
+    BASES,
     QuantityError,
     Share,
+    Spread,
+    known_rate,
     parse_bandwidth,
     parse_bytes,
     parse_efficiency,
     parse_flops,
     parse_nanoseconds,
     parse_share,
+    parse_spread,
 )
 from devmap_config.profile.refusals import refusal
 from devmap_config.profile.synonyms import quantization_meant
@@ -206,7 +210,8 @@ DEVICE_KEY_PATTERN = (
     r"^((cuda|xpu|npu|hpu|mps):)?([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])$|^cpu(:0)?$|^disk$|^mps$"
 )
 
-BANDWIDTH = _quantity(parse_bandwidth, RATE, _matching(rf"^{POSITIVE} ?(({UNITS})/s)?$"))
+BASIS = rf"( ({'|'.join(BASES[1:])}))?"
+BANDWIDTH = _quantity(known_rate(parse_bandwidth), RATE, _matching(rf"^{POSITIVE} ?(({UNITS})/s)?{BASIS}$"))
 QUANTIZATION_METHOD = one_of(*METHODS, meant=_quantization_to_write, key="method")
 QUANTIZATION_SCHEMA = {
     "type": "object",
@@ -246,8 +251,11 @@ Efficiency = Annotated[
     PlainSerializer(str),
 ]
 Bandwidth = Annotated[int, BANDWIDTH]
-Flops = Annotated[int, _quantity(parse_flops, RATE, _matching(rf"^{POSITIVE} ?([GTP]FLOP/s)?$"))]
-Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)$"))]
+Flops = Annotated[int, _quantity(known_rate(parse_flops), RATE, _matching(rf"^{POSITIVE} ?([GTP]FLOP/s)?{BASIS}$"))]
+DURATION = r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)"
+Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(rf"{DURATION}$"))]
+Dispatch = Annotated[int, _quantity(known_rate(parse_nanoseconds), _matching(rf"{DURATION}{BASIS}$"))]
+SpreadOfRuns = Annotated[Spread, _quantity(parse_spread, _matching(r"^[0-9]+-[0-9]+%$")), PlainSerializer(str)]
 ListedDevice = Annotated[Device, Reads(_listed_device, ()), PlainSerializer(str)]
 """A key that names a device; merging has made it canonical, or reported that it names none."""
 NamedDevice = Annotated[

@@ -5,6 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+from devmap_config.wording import closest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Self
 
 BYTE_UNITS = {
     "B": 1,
@@ -28,6 +36,34 @@ TIME_UNITS = {
     "ms": Fraction(1, 1000),
     "s": Fraction(1),
 }
+
+Basis = Literal["stated", "measured", "calibrated"]
+"""How a rate is known: from a data sheet, a default or by hand; from this machine; from runs of models on it."""
+
+BASES: tuple[Basis, ...] = ("stated", "measured", "calibrated")
+"""From the weakest on."""
+
+
+class KnownRate(int):
+    """How much a second, or how long for one of something, and how that is known.
+
+    >>> KnownRate(25_000_000_000, "measured").basis, basis_of(25_000_000_000)
+    ('measured', 'stated')
+    """
+
+    basis: Basis
+
+    def __new__(cls, amount: int, basis: Basis = "stated") -> Self:
+        """Return an amount that knows its basis."""
+        rate = super().__new__(cls, amount)
+        rate.basis = basis
+        return rate
+
+
+def basis_of(rate: int) -> Basis:
+    """Return how a rate is known: of a bare number, nothing is told."""
+    return rate.basis if isinstance(rate, KnownRate) else "stated"
+
 
 _NUMBER_AND_UNIT = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<unit>[^0-9\s.,]\S*)?")
 
@@ -141,6 +177,45 @@ def parse_nanoseconds(text: str) -> int:
     if unit not in TIME_UNITS:
         raise QuantityError(f"`{text}` has no unit of time", f"{example}; units are {_names(TIME_UNITS)}")
     return _whole(text, number * TIME_UNITS[unit] * 10**9, example)
+
+
+def known_rate(parse: Callable[[str], int]) -> Callable[[str], KnownRate]:
+    """Return what reads a rate and the word behind it, if any, that says how it is known: `25GB/s measured`."""
+
+    def read(text: str) -> KnownRate:
+        amount, _, word = text.rpartition(" ")
+        close = closest(word, BASES[1:]) if amount else None
+        if close is None:
+            return KnownRate(parse(text))
+        if word != close:
+            raise QuantityError(f"`{word}` does not say how a rate is known", f"write `{amount} {close}`")
+        return KnownRate(parse(amount), BASES[BASES.index(word)])
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Between which percentages of what was predicted runs were seen to be."""
+
+    least_percent: int
+    most_percent: int
+
+    def __str__(self) -> str:
+        """Return it as a profile writes it."""
+        return f"{self.least_percent}-{self.most_percent}%"
+
+
+def parse_spread(text: str) -> Spread:
+    """Read the least and the most of what was predicted that runs took: `94-108%`.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})%", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2]):
+        raise QuantityError(f"`{text}` is no spread", "write the least and the most, as `94-108%`")
+    return Spread(int(match[1]), int(match[2]))
 
 
 def _split(text: str, example: str) -> tuple[Fraction, str | None]:

@@ -11,6 +11,7 @@ from devmap_config.profile.field_types import (
     Anything,
     Bandwidth,
     Count,
+    Dispatch,
     Efficiency,
     Flag,
     Flops,
@@ -22,6 +23,7 @@ from devmap_config.profile.field_types import (
     Quantity,
     Quantization,
     ShareOfMemory,
+    SpreadOfRuns,
     Text,
     Version,
     one_of,
@@ -154,7 +156,8 @@ class DeviceSection(Section):
     """A share of the memory that is left free. Without it: the catalogue's, else none."""
 
     bandwidth: Bandwidth | None = Field(default=None, examples=["1008GB/s"])
-    """How fast the device reads its own memory."""
+    """How fast the device reads its own memory. A word behind a rate may say how it is known: `measured`, which `devmap
+    probe --measure` writes, or `calibrated`, which `devmap calibrate` does."""
 
     flops: Flops | None = Field(default=None, examples=["165TFLOP/s"])
     """Dense floating-point operations a second in the model's dtype."""
@@ -172,7 +175,7 @@ class DeviceSection(Section):
     """By dtype of the model, what holds in place of `bandwidth`, `flops` and `experts`."""
 
     efficiency: Efficiency | None = Field(default=None, examples=["80%"])
-    """How much of bandwidth and flops is reached. Without it: the catalogue's."""
+    """How much of bandwidth and flops is reached. Without it: the catalogue's. What was measured or calibrated is."""
 
 
 class Link(Section):
@@ -193,8 +196,18 @@ class Link(Section):
 class Host(Section):
     """What gives the devices their work: the CPU that runs Python."""
 
-    dispatch: Latency | None = Field(default=None, examples=["12us"])
+    dispatch: Dispatch | None = Field(default=None, examples=["12us"])
     """How long it takes for an operation that torch is asked for. Without it: what servers were seen to take."""
+
+
+class Spreads(Section):
+    """What runs took, of what was predicted for them with the rates that others were calibrated by."""
+
+    decode: SpreadOfRuns | None = Field(default=None, examples=["94-108%"])
+    """The least and the most of a token."""
+
+    prefill: SpreadOfRuns | None = Field(default=None, examples=["90-117%"])
+    """The least and the most of a prefill."""
 
 
 class Hardware(Section):
@@ -214,6 +227,9 @@ class Hardware(Section):
 
     host: Host = Field(default_factory=Host, examples=[{"dispatch": "12us"}])
     """How fast work is given to the devices; `devmap probe --measure` measures it."""
+
+    spread: Spreads = Field(default_factory=Spreads, exclude=True, examples=[{"decode": "94-108%"}])
+    """How far runs were from what calibrated rates predict; `devmap calibrate` writes it."""
 
     def device_span(self, device: Device) -> Span:
         """Return the place of a device's name; of `devices` where it is not listed."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.amounts import exact_amount
 from devmap_config.profile.document import plain_value
-from devmap_config.profile.quantities import BYTE_UNITS, FLOP_UNITS, Share
+from devmap_config.profile.quantities import BYTE_UNITS, FLOP_UNITS, Share, basis_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,10 +47,10 @@ def device_text(section: DeviceSection) -> str:
         "reserve": _quantity(section.reserve or None),
         "overhead": _quantity(section.overhead),
         "slack": _share(section.slack),
-        "bandwidth": _amount(section.bandwidth, BANDWIDTH_UNITS),
+        "bandwidth": _given(section.bandwidth, BANDWIDTH_UNITS),
         "flops": _flops(section.flops),
         "attention": _nested(decode=_flops(section.attention.decode), prefill=_flops(section.attention.prefill)),
-        "experts": _amount(section.experts, BANDWIDTH_UNITS),
+        "experts": _given(section.experts, BANDWIDTH_UNITS),
         "dtypes": _nested(**{dtype: _rates(rates) for dtype, rates in section.dtypes.items()}),
         "efficiency": _share(section.efficiency),
     }
@@ -59,11 +59,11 @@ def device_text(section: DeviceSection) -> str:
 
 
 def _rates(rates: Rates) -> str | None:
-    return _nested(bandwidth=_amount(rates.bandwidth, BANDWIDTH_UNITS), flops=_flops(rates.flops))
+    return _nested(bandwidth=_given(rates.bandwidth, BANDWIDTH_UNITS), flops=_flops(rates.flops))
 
 
 def _flops(value: int | None) -> str | None:
-    return _amount(value, FLOP_UNITS | {"": 1})
+    return _given(value, FLOP_UNITS | {"": 1})
 
 
 def _nested(**values: str | None) -> str | None:
@@ -76,12 +76,12 @@ def link_lines(hardware: Hardware) -> list[str]:
     """Return the lines within a profile's `hardware` that say how its devices are linked and given work, if it does."""
     links = [f"  {yaml_text(name)}: {_link(link)}" for name, link in hardware.links.items()]
     dispatch = hardware.host.dispatch
-    host = [] if dispatch is None else [f"host: {_flow({'dispatch': f'{dispatch}ns'})}"]
+    host = [] if dispatch is None else [f"host: {_flow({'dispatch': _amount(dispatch, {'ns': 1})})}"]
     return [*(["links:", *links] if links else []), *host]
 
 
 def _link(link: Link) -> str:
-    bandwidth = exact_amount(link.bandwidth, BANDWIDTH_UNITS)
+    bandwidth = _amount(link.bandwidth, BANDWIDTH_UNITS)
     return bandwidth if link.latency is None else _flow({"bandwidth": bandwidth, "latency": f"{link.latency}ns"})
 
 
@@ -90,12 +90,17 @@ def _flow(values: Mapping[str, str]) -> str:
 
 
 def _quantity(value: int | Share | None) -> str | None:
-    return _share(value.fraction) if isinstance(value, Share) else _amount(value, BYTE_UNITS)
+    return _share(value.fraction) if isinstance(value, Share) else _given(value, BYTE_UNITS)
 
 
 def _share(value: Fraction | None) -> str | None:
     return None if value is None else f"{float(100 * value):.15g}%"
 
 
-def _amount(value: int | None, units: Mapping[str, int]) -> str | None:
-    return None if value is None else exact_amount(value, units)
+def _given(value: int | None, units: Mapping[str, int]) -> str | None:
+    return None if value is None else _amount(value, units)
+
+
+def _amount(value: int, units: Mapping[str, int]) -> str:
+    basis = basis_of(value)
+    return exact_amount(value, units) + (f" {basis}" if basis != "stated" else "")
