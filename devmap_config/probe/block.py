@@ -42,8 +42,9 @@ def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[
     devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes), **_rates(CPU, measured)}
     if seen.disk is not None:
         devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes), **_rates(DISK, measured)}
-    links = {name: profile_rate(rate) for name, rate in measured.links.items()}
-    host = {} if measured.dispatches is None else {"dispatch": profile_duration(10**9 // measured.dispatches)}
+    links = {name: f"{profile_rate(rate)} measured" for name, rate in measured.links.items()}
+    dispatches = measured.dispatches
+    host = {} if dispatches is None else {"dispatch": f"{profile_duration(10**9 // dispatches)} measured"}
     return {"devices": devices} | ({"links": links} if links else {}) | ({"host": host} if host else {})
 
 
@@ -68,14 +69,11 @@ def _device(seen: SeenAccelerator, measured: Measured) -> dict[str, Any] | str |
 
 
 def _rates(device: Device, measured: Measured) -> dict[str, str]:
-    """What was measured is reached, so no efficiency of the catalogue's counts besides."""
     rates, name = {}, str(device)
     if name in measured.bandwidths:
-        rates["bandwidth"] = profile_rate(measured.bandwidths[name])
+        rates["bandwidth"] = f"{profile_rate(measured.bandwidths[name])} measured"
     if name in measured.flops:
-        rates["flops"] = profile_rate(measured.flops[name], FLOPS_UNITS)
-    if rates and device.is_accelerator:
-        rates["efficiency"] = "100%"
+        rates["flops"] = f"{profile_rate(measured.flops[name], FLOPS_UNITS)} measured"
     return rates
 
 
