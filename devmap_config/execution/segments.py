@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from devmap_config.devices import CPU, DISK
+from devmap_config.devices import CPU, DISK, Device
 from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION, KERNEL_NANOSECONDS
 from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
 from devmap_config.profile.quantities import BASES, basis_of
@@ -22,7 +22,6 @@ from devmap_config.profile.quantities import BASES, basis_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from devmap_config.devices import Device
     from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
     from devmap_config.profile.quantities import Basis
 
@@ -71,6 +70,33 @@ class Segment:
     dispatches: Counter[Device] = field(default_factory=Counter)
     copies: list[Copy] = field(default_factory=list)
     ahead: list[tuple[Copy, ...]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "steps": [[str(device), count, *step] for (device, step), count in self.steps.items()],
+            "dispatches": {str(device): count for device, count in self.dispatches.items()},
+            "copies": [_copy_to_json(copy) for copy in self.copies],
+            "ahead": [[_copy_to_json(copy) for copy in together] for together in self.ahead],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Segment:
+        """Return what `to_json` made plain data of."""
+        return cls(
+            steps=Counter({(Device.from_text(name), Step(*step)): count for name, count, *step in value["steps"]}),
+            dispatches=Counter({Device.from_text(name): count for name, count in value["dispatches"].items()}),
+            copies=[_copy_from_json(*copy) for copy in value["copies"]],
+            ahead=[tuple(_copy_from_json(*copy) for copy in together) for together in value["ahead"]],
+        )
+
+
+def _copy_to_json(copy: Copy) -> list[Any]:
+    return [str(copy.source), str(copy.target), *copy[2:]]
+
+
+def _copy_from_json(source: str, target: str, *amounts: Any) -> Copy:
+    return Copy(Device.from_text(source), Device.from_text(target), *amounts)
 
 
 @dataclass(frozen=True)

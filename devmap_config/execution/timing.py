@@ -231,7 +231,8 @@ def forward_segments(timing: Timing, homes: Mapping[TensorName, Location]) -> It
     yield timing.outside(outside_of(graph))
     for crossing in crossings(graph):
         maker, reader = (block_homes.get(ModulePath(path), main_device) for path in (crossing.maker, crossing.reader))
-        yield Segment(copies=[timing.crossing(crossing, maker, reader)])
+        if maker != reader:
+            yield Segment(copies=[timing.crossing(crossing, maker, reader)])
 
 
 def outside_of(graph: ModelGraph) -> Iterator[str]:

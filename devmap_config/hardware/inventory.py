@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from devmap_config.devices import Device
 from devmap_config.hardware.constants import DISPATCH_NANOSECONDS, LATENCY_NANOSECONDS
 from devmap_config.profile.quantities import KnownRate, basis_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.devices import Device
     from devmap_config.hardware.catalogue import Accelerator
     from devmap_config.profile.quantities import Spread
 
@@ -93,9 +93,8 @@ class InventoryDevice:
     @property
     def seen(self) -> tuple[str, ...]:
         """The names of the rates of which all is reached, for they were seen, while of others a share is."""
-        rates = ("bandwidth_bytes_per_second", "flops_per_second", *RATES_OF_A_PROFILE)
         is_any = min(self.memory_efficiency, self.compute_efficiency) != 1
-        return tuple(name for name in rates if is_any and basis_of(getattr(self, name) or 0) != "stated")
+        return tuple(name for name in RATE_NAMES if is_any and basis_of(getattr(self, name) or 0) != "stated")
 
     def reached(self, name: str) -> KnownRate | None:
         """Return how much is reached of the rate of this name: of one that was seen, all."""
@@ -114,6 +113,8 @@ class InventoryDevice:
 RATES = ("bandwidth_bytes_per_second", "flops_per_second", "memory_efficiency", "compute_efficiency")
 RATES_OF_A_PROFILE = ("decode_attention_per_second", "prefill_attention_per_second", "experts_bytes_per_second")
 """Without these, constants stand in: no catalogue has them."""
+
+RATE_NAMES = (*RATES[:2], *RATES_OF_A_PROFILE)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,25 @@ class Inventory:
             }
             for device in self.accelerators
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Inventory:
+        """Return as fast a machine as `to_json` made plain data of; which accelerators it has is not told there."""
+        devices = []
+        for each in value["devices"]:
+            rates = {name: each[name] for name in RATE_NAMES if each.get(name) is not None}
+            rates |= {name: KnownRate(rates[name], "measured") for name in each.get("seen", "").split(" and ") if name}
+            device = InventoryDevice(
+                id=Device.from_text(each["id"]),
+                memory_bytes=each["memory_bytes"],
+                capacity_bytes=each["capacity_bytes"],
+                memory_efficiency=Fraction(each["memory_efficiency"]),
+                compute_efficiency=Fraction(each["compute_efficiency"]),
+                **rates,
+            )
+            devices.append(device)
+        links = {tuple(map(Device.from_text, pair.split("-"))): Link(**link) for pair, link in value["links"].items()}
+        return cls(tuple(devices), links, value.get("dispatch_nanoseconds", DISPATCH_NANOSECONDS))  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, object]:
         """As plain data, for digests."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.execution.running import longest_context, running_of
 from devmap_config.execution.segments import MissingFigureError
@@ -58,6 +59,16 @@ def _basis(basis: Basis, nanoseconds: int, spread: Spread | None) -> TimeBasis:
         return TimeBasis(rates=basis)
     least, most = (nanoseconds * percent // 100 for percent in (spread.least_percent, spread.most_percent))
     return TimeBasis(rates=basis, least_nanoseconds=least, most_nanoseconds=most)
+
+
+def amounts(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> list[dict[str, object]]:
+    """Return what a forward of a plan does as plain data: each segment that is not like another, with how often."""
+    timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
+    unlike: dict[str, dict[str, Any]] = {}
+    for segment in forward_segments(timing, plan.locations):
+        value = segment.to_json()
+        unlike.setdefault(json.dumps(value), {"count": 0, **value})["count"] += 1
+    return list(unlike.values())
 
 
 def predict(

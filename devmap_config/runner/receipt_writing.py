@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.devices import CPU
 from devmap_config.files import write_atomically
 from devmap_config.libraries.versions import TRIED, installed
+from devmap_config.plan.plan import OWN
+from devmap_config.plan.prediction import amounts
+from devmap_config.runner.receipts import RECEIPT_VERSION
 from devmap_config.runner.usage import peaks, weights_by_device
 from devmap_config.wording import json_text
 
@@ -36,15 +39,18 @@ def receipt_of(
     """
     plan, compiled = deployment.plan, deployment.compiled
     predicted, workload = plan.to_json(), compiled.loaded.profile.workload
+    inventory = compiled.inventory
     return {
+        "receipt_version": RECEIPT_VERSION,
         "command": command,
         "model": compiled.loaded.profile.model.source.value,
         "weights": "random" if deployment.has_random_weights else "checkpoint",
         "weights_bytes": compiled.model.graph.size_bytes,
+        "dtype": compiled.model.dtype,
         "devices": _names_of_cards(plan),
         "machine": _machine(),
         "versions": {name: installed(name) for name in ("devmap-config", *TRIED)},
-        "inventory": compiled.inventory.to_json(),
+        "inventory": {**inventory.to_json(), "dispatch_nanoseconds": inventory.dispatch_nanoseconds},
         "cases": [
             {
                 "case": compiled.loaded.path.stem,
@@ -55,6 +61,12 @@ def receipt_of(
                 "load_seconds": load.seconds,
                 "predicted": {name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction")},
                 "compute": predicted["compute"],
+                "compiled": deployment.compiles,
+                "forward": {
+                    phase: amounts(plan, compiled.model.graph, inventory, phase)
+                    for phase, name in OWN.items()
+                    if predicted["prediction"][name] is not None
+                },
                 "seen": _seen(deployment, model, load, generation),
                 "generation": None if generation is None else generation.to_json(),
             }

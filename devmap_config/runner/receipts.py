@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_name("receipts")
 """`benchmarks/real_cards.py` writes them; `devices` names those that a run used, as torch does, each with its model."""
 
+RECEIPT_VERSION = 2
+"""The first says none, and not what a forward does."""
+
 HELD = ("weights", "kv_cache", "activation", "overhead")
 """What a device is planned to hold while the model runs."""
 
