@@ -1,0 +1,144 @@
+"""On which rates predicted times rest: what a profile says of its rates, and what is said of times that take them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import REPOSITORY
+
+from devmap_config.cli import devmap
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.hardware.constants import SPREADS
+from devmap_config.plan.prediction import time_bases
+from devmap_config.profile.quantities import Spread
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware: {HARDWARE}
+placement: {strategy: STRATEGY}
+"""
+CPU = "devices: {cpu: {memory: 9GiB, bandwidth: 9GB/s READ, flops: 90GFLOP/s COMPUTED}}, host: {dispatch: 4us GIVEN}"
+
+
+def compiled(hardware, strategy="fastest"):
+    Path("p.yaml").write_text(PROFILE.replace("HARDWARE", hardware).replace("STRATEGY", strategy))
+    return run_pipeline(Request(path=Path("p.yaml")))
+
+
+def cpu(read="", computed="", given=""):
+    return CPU.replace("READ", read).replace("COMPUTED", computed).replace("GIVEN", given)
+
+
+def rates_of(hardware, strategy="fastest"):
+    found = compiled(hardware, strategy)
+    return {phase: each.rates for phase, each in time_bases(found.plan, found.graph, found.inventory).items()}
+
+
+@pytest.mark.parametrize(
+    ("hardware", "basis"),
+    [
+        (cpu(), "stated"),
+        (cpu("measured", "measured", "measured"), "measured"),
+        (cpu("measured", "measured"), "stated"),
+        (cpu("measured", "", "measured"), "stated"),
+        (cpu("calibrated", "calibrated", "calibrated"), "calibrated"),
+        (cpu("calibrated", "measured", "calibrated"), "measured"),
+        (cpu("measured", "measured", "measured").partition(", host")[0], "stated"),
+    ],
+)
+def test_a_time_is_known_no_better_than_any_rate_that_it_takes(workspace, hardware, basis):
+    assert rates_of(hardware) == {"decode": basis, "prefill": basis}
+
+
+def test_a_link_counts_where_something_crosses_it(workspace):
+    card = "cuda:0: {memory: 9GiB, bandwidth: 9GB/s measured, flops: 9TFLOP/s measured}, cpu: {memory: 9GiB}"
+    machine = f"devices: {{{card}}}, host: {{dispatch: 9us measured}}, links: {{host: 9GB/s"
+    head_on_cpu = "manual, device_map: {model: cuda:0, lm_head: cpu}"
+    assert rates_of(machine + "}")["decode"] == "measured"
+    assert rates_of(machine + "}", head_on_cpu)["decode"] == "stated"
+    assert rates_of(machine + " measured}", head_on_cpu)["decode"] == "measured"
+
+
+def test_what_was_seen_is_reached_whatever_the_catalogue_says(workspace):
+    card = "devices: {cuda:0: {accelerator: rtx-4090, bandwidth: 800GB/sWORD}}"
+    stated, measured = (compiled(card.replace("WORD", word)).inventory for word in ("", " measured"))
+    assert stated.devices[0].reached("bandwidth_bytes_per_second") == 640 * 10**9
+    assert measured.devices[0].reached("bandwidth_bytes_per_second") == 800 * 10**9
+    flops = [each.devices[0].reached("flops_per_second") for each in (stated, measured)]
+    assert flops[0] == flops[1]
+    assert stated.to_json() != measured.to_json()
+
+
+def test_a_lock_does_not_depend_on_how_rates_are_known(workspace):
+    from devmap_config.plan.inputs import inputs_of
+
+    said = [inputs_of(compiled(hardware)).to_json() for hardware in (cpu(), cpu("measured", "calibrated", "measured"))]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("rate", "help"),
+    [("9GB/s measurd", "`9GB/s measured`"), ("9GB/s calibrate", "`9GB/s calibrated`"), ("9GB/s often", "`25GB/s`")],
+)
+def test_a_word_that_does_not_say_how_a_rate_is_known_is_refused(workspace, rate, help):
+    [found] = compiled(f"devices: {{cpu: {{memory: 9GiB, bandwidth: {rate}}}}}", "auto").diagnostics
+    assert (found.code, help in found.help) == ("bad-quantity", True)
+
+
+def run(*arguments):
+    return CliRunner().invoke(devmap, arguments, standalone_mode=False, catch_exceptions=False).stdout
+
+
+def test_a_plan_says_on_what_its_times_rest_and_how_far_such_runs_were_off(workspace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    calibrated = cpu("calibrated", "calibrated", "calibrated") + ", spread: {decode: 90-120%}"
+    plan = compiled(calibrated).plan
+    shown = run("compile", "p.yaml", "--dry-run", "--no-simulate")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "these times rest on calibrated rates; as such runs went, a token " in shown
+    told = json.loads(run("compile", "p.yaml", "--dry-run", "--no-simulate", "--format", "json"))["plan"]["basis"]
+    token = plan.prediction.decode_nanoseconds_per_token
+    assert told["decode"] == {
+        "rates": "calibrated",
+        "least_nanoseconds": token * 90 // 100,
+        "most_nanoseconds": token * 120 // 100,
+    }
+    assert told["prefill"] == {"rates": "calibrated", "least_nanoseconds": None, "most_nanoseconds": None}
+    assert "These times rest on calibrated rates; as such runs went, a token " in run("explain", "p.yaml")
+
+
+def test_the_spread_of_calibrated_rates_is_of_no_others(workspace):
+    found = compiled(cpu() + ", spread: {decode: 90-120%}")
+    assert time_bases(found.plan, found.graph, found.inventory)["decode"].least_nanoseconds is None
+
+
+def test_two_phases_may_rest_on_two_kinds_of_rates(workspace):
+    attention = ", attention: {decode: 9GFLOP/s measured, prefill: 90GFLOP/s}"
+    hardware = cpu("measured", f"measured{attention}", "measured")
+    Path("p.yaml").write_text(PROFILE.replace("llama}", "llama, dtype: bfloat16}").replace("HARDWARE", hardware))
+    Path("p.yaml").write_text(Path("p.yaml").read_text().replace("STRATEGY", "fastest"))
+    shown = run("compile", "p.yaml", "--dry-run", "--no-simulate")
+    assert "a token rests on measured rates, a prefill rests on stated rates" in " ".join(shown.split())
+
+
+ROW = re.compile(
+    r"\| .* \| (?P<phase>decode|prefill) \| (?P<predicted>[\d.]+) \| (?P<measured>[\d.]+) \|.*\| (?P<fits>.*)\|"
+)
+RATIO = re.compile(r"\| .* \| (?P<phase>decode|prefill) \| [\d.]+ \| (?P<least>[\d.]+) to (?P<most>[\d.]+) \|")
+
+
+def test_the_spreads_that_are_told_are_those_of_the_page():
+    page = (REPOSITORY / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    for phase in ("decode", "prefill"):
+        rows = [row for row in ROW.finditer(page) if row["phase"] == phase and not row["fits"].strip()]
+        shares = [100 * float(row["measured"]) / float(row["predicted"]) for row in rows]
+        assert len(rows) >= 8
+        assert SPREADS["stated", "cuda"][phase] == Spread(int(min(shares)), -int(-max(shares) // 1))
+        ratios = [row for row in RATIO.finditer(page) if row["phase"] == phase]
+        least = min(100 / float(row["most"]) for row in ratios)
+        most = max(100 / float(row["least"]) for row in ratios)
+        assert SPREADS["measured", "cpu"][phase] == Spread(int(least), -int(-most // 1))
