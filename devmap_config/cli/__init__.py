@@ -14,6 +14,7 @@ import click
 
 from devmap_config.cli.adopt import adopt
 from devmap_config.cli.bench import bench
+from devmap_config.cli.calibrate import calibrate
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.diff import diff
@@ -60,6 +61,7 @@ for command in (
     run,
     bench,
     receipts,
+    calibrate,
     serve,
     simulate,
     fit,

@@ -75,6 +75,7 @@ AlwaysError = Literal[
     "torch-missing",
     "undefined-variable",
     "unfit-input",
+    "unfit-receipts",
     "unknown-accelerator",
     "unknown-argument",
     "unknown-device",

@@ -1,0 +1,172 @@
+"""`devmap calibrate`: the rates of a machine that its receipts are predicted best by, as a `hardware:` block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.amounts import FLOPS_UNITS, counted, format_duration, profile_duration, profile_rate
+from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import FILE
+from devmap_config.devices import CPU, DISK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from devmap_config.hardware.inventory import InventoryDevice
+    from devmap_config.runner.calibration import Calibration, Receipt, Residual
+
+NESTED = ("float32", "float64")
+"""Models of these have rates of their own in a profile."""
+
+
+@command("calibrate", "table", "json")
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="RECEIPT...")
+def calibrate(files: tuple[Path, ...], output_format: str) -> None:
+    """Fit this machine's rates to each RECEIPT that `devmap run --receipt` wrote here; print them as `hardware:`.
+
+    It is for a file of its own, that a profile names in `extends` after its machine's, or to be pasted into one.
+    """
+    from devmap_config.cli.reporting import echo, report
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.runner.calibration import CalibrationError
+    from devmap_config.runner.calibration import calibrate as fit
+
+    try:
+        found = fit([_read(path) for path in dict.fromkeys(files)])
+    except CalibrationError as error:
+        unfit = Diagnostic.error("unfit-receipts", str(error), help=error.help)
+        raise CommandError([unfit], data={"hardware": None}) from None
+    block = hardware_block(found)
+    data = {
+        "hardware": block,
+        "factors": [
+            {"rates": [str(name) for name in group], "factor": factor}
+            for group, factor in zip(found.groups, found.factors, strict=True)
+        ],
+        "runs": [_residual_to_json(each) for each in found.residuals],
+    }
+    report((), {}, output_format, data=data)
+    if output_format == "table":
+        for line in (*_found_how(found), *_yaml("hardware", block), *_table(found.residuals)):
+            echo(line)
+
+
+def _read(path: Path) -> Receipt:
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.files import FileError
+    from devmap_config.runner.calibration import read_receipt
+
+    try:
+        return read_receipt(path)
+    except FileError as error:
+        found = Diagnostic.error(error.code, f"`{path}` {error}", help=error.help)
+        raise CommandError([found], exit_code=ExitCode.USAGE, data={"hardware": None}) from None
+
+
+def hardware_block(found: Calibration) -> dict[str, Any]:
+    """Return what a profile's `hardware` says of the rates that were fitted, and of them alone."""
+    inventory = found.inventory
+    is_nested = found.kind["dtype"] in NESTED
+    devices: dict[str, Any] = {}
+    for device in inventory.devices:
+        if rates := _rates(device):
+            own = {name: rates.pop(name) for name in ("bandwidth", "flops") if is_nested and name in rates}
+            devices[str(device.id)] = rates | ({"dtypes": {found.kind["dtype"]: own}} if own else {})
+    links: dict[str, str] = {}
+    for (source, target), link in inventory.links.items():
+        if source.is_accelerator and target.is_accelerator:
+            links |= _rate("peer", min(link.bytes_per_second, inventory.links[target, source].bytes_per_second))
+        elif {source, target} == {CPU, DISK}:
+            links |= _rate("disk", link.bytes_per_second)
+        elif CPU in (source, target):
+            links |= _rate("host", link.bytes_per_second) | _rate("unpinned", link.unpinned_bytes_per_second)
+    dispatch = inventory.dispatch_nanoseconds
+    host = {"dispatch": f"{profile_duration(dispatch)} calibrated"} if _is_fitted(dispatch) else {}
+    spread = {phase: str(each) for phase, each in found.spreads.items()}
+    parts = {"devices": devices, "links": links, "host": host, "spread": spread}
+    return {name: part for name, part in parts.items() if part}
+
+
+def _rates(device: InventoryDevice) -> dict[str, Any]:
+    attention = _rate("decode", device.decode_attention_per_second, FLOPS_UNITS)
+    attention |= _rate("prefill", device.prefill_attention_per_second, FLOPS_UNITS)
+    return {
+        **_rate("bandwidth", device.bandwidth_bytes_per_second),
+        **_rate("flops", device.flops_per_second, FLOPS_UNITS),
+        **({"attention": attention} if attention else {}),
+        **_rate("experts", device.experts_bytes_per_second),
+    }
+
+
+def _rate(name: str, rate: int | None, *units: Any) -> dict[str, str]:
+    return {} if rate is None or not _is_fitted(rate) else {name: f"{profile_rate(rate, *units)} calibrated"}
+
+
+def _is_fitted(rate: int) -> bool:
+    from devmap_config.profile.quantities import basis_of
+
+    return basis_of(rate) == "calibrated"
+
+
+def _found_how(found: Calibration) -> Iterator[str]:
+    """Yield, as comments, what the rates were found by, and which have one factor."""
+    receipts = len(dict.fromkeys(each.run.receipt for each in found.residuals))
+    own = f"{counted(len(found.residuals), 'time')} of {counted(receipts, 'receipt')}"
+    yield f"# fitted to {own}: {', '.join(found.kind.values())}"
+    yield f"# {found.versions}"
+    for group, factor in zip(found.groups, found.factors, strict=True):
+        together = " (which these receipts do not tell apart)" if len(group) > 1 else ""
+        yield f"# x {factor:.2f}: {', '.join(map(str, group))}{together}"
+
+
+def _yaml(name: str, value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield a mapping as YAML: its own keys a line each, and what is within those of a device in one."""
+    yield f"{indent}{name}:"
+    for key, each in value.items():
+        if not indent and key == "devices":
+            yield from _yaml(key, each, "  ")
+        else:
+            yield f"{indent}  {key}: {_flow(each)}"
+
+
+def _flow(value: Mapping[str, Any] | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+
+
+HEADINGS = ("measured", "before", "after", "left out")
+
+
+def _table(residuals: Sequence[Residual]) -> Iterator[str]:
+    """Yield, as comments, how long each run took, and what was and is predicted for it."""
+    from devmap_config.cli.plan_table import UNITS
+
+    rows: list[tuple[tuple[str, str], tuple[str, ...]]] = [(("receipt", ""), HEADINGS)]
+    for each in residuals:
+        run = each.run
+        times = (run.measured_nanoseconds, run.predicted_nanoseconds, each.after_nanoseconds, each.left_out_nanoseconds)
+        figures = tuple("" if time is None else format_duration(round(time)) for time in times)
+        rows.append(((run.receipt, UNITS[run.phase]), figures))
+    first, second = (max(len(row[0][place]) for row in rows) for place in (0, 1))
+    yield "#"
+    for (receipt, unit), figures in rows:
+        shown = " ".join(f"{figure:>9}" for figure in figures)
+        yield f"# {receipt:<{first}} {unit:<{second}} {shown}".rstrip()
+    if all(each.left_out_nanoseconds is None for each in residuals):
+        yield "# how far other runs will be from these rates is not known: three receipts tell it"
+
+
+def _residual_to_json(each: Residual) -> dict[str, Any]:
+    return {
+        "receipt": each.run.receipt,
+        "phase": each.run.phase,
+        "measured_nanoseconds": round(each.run.measured_nanoseconds),
+        "before_nanoseconds": each.run.predicted_nanoseconds,
+        "after_nanoseconds": each.after_nanoseconds,
+        "left_out_nanoseconds": each.left_out_nanoseconds,
+    }

@@ -1,0 +1,207 @@
+"""Calibrates a machine by receipts: the rates by which their runs would have been predicted as they were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.execution.segments import MissingFigureError, Rates, Segment
+from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_json
+from devmap_config.hardware.inventory import Inventory
+from devmap_config.plan.plan import OWN
+from devmap_config.profile.quantities import Spread
+from devmap_config.runner.fitting import fitted
+from devmap_config.runner.receipts import RECEIPT_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from devmap_config.execution.segments import Phase
+    from devmap_config.hardware.scaling import RateName
+
+FEWEST_RECEIPTS = 3
+"""As many it takes to leave one out, and still to say how far the others are apart."""
+
+SECONDS: Mapping[Phase, str] = {"decode": "decode_seconds_per_token", "prefill": "prefill_seconds"}
+
+
+class CalibrationError(Exception):
+    """Receipts cannot be fitted; the text says why, `help` what to do."""
+
+    def __init__(self, message: str, help: str) -> None:
+        super().__init__(message)
+        self.help = help
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One phase of a case: what it did, each segment with how often; what was predicted for it; how long it took."""
+
+    receipt: str
+    phase: Phase
+    segments: tuple[tuple[Segment, int], ...]
+    predicted_nanoseconds: int
+    measured_nanoseconds: float
+
+    def nanoseconds(self, inventory: Inventory) -> int:
+        """Return how long it takes on a machine."""
+        rates = Rates(inventory, self.phase)
+        return sum(count * rates.nanoseconds(segment) for segment, count in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What of a receipt is fitted.
+
+    Attributes:
+        kind: what all that are fitted together must have in common, as far as they have it: of what, and which.
+        versions: of the libraries that ran it.
+        inventory: the machine at the rates by which it was predicted.
+        runs: its phases.
+    """
+
+    kind: Mapping[str, str]
+    versions: str
+    inventory: Inventory
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """What is predicted of a run by the fitted rates, and by those that are fitted to the other receipts alone."""
+
+    run: Run
+    after_nanoseconds: int
+    left_out_nanoseconds: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The fitted rates of a machine; `groups` are those that have one factor, for the receipts tell no more."""
+
+    kind: Mapping[str, str]
+    versions: str
+    inventory: Inventory
+    groups: tuple[tuple[RateName, ...], ...]
+    factors: tuple[float, ...]
+    residuals: tuple[Residual, ...]
+
+    @property
+    def spreads(self) -> dict[str, Spread]:
+        """By phase, how far runs were from what the rates fitted to the others predict, where that is known."""
+        found: dict[str, Spread] = {}
+        for phase in OWN:
+            shares = [
+                100 * each.run.measured_nanoseconds / each.left_out_nanoseconds
+                for each in self.residuals
+                if each.run.phase == phase and each.left_out_nanoseconds
+            ]
+            if len(shares) >= FEWEST_RECEIPTS:
+                found[phase] = Spread(max(floor(min(shares)), 1), ceil(max(shares)))
+        return found
+
+
+def read_receipt(path: Path) -> Receipt:
+    """Return what of a receipt is fitted.
+
+    Raises:
+        FileError: where it cannot be read, or is no receipt.
+        CalibrationError: where it lacks what a fit needs.
+    """
+    value = read_json(path, PACKAGED, ANYWHERE)
+    try:
+        _require_usable(path, value)
+        machine = f"{value['machine']['processor']}, {value['machine']['threads']} threads"
+        runs = tuple(run for case in value["cases"] for run in _runs(path, case))
+        receipt = Receipt(
+            kind={"machine": machine, "dtype": str(value["dtype"]), **value["devices"]},
+            versions=", ".join(f"{name} {version}" for name, version in value["versions"].items() if version),
+            inventory=Inventory.from_json(value["inventory"]),
+            runs=runs,
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise FileError("is no receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
+    if not runs:
+        raise CalibrationError(f"nothing was timed in `{path}`", "write it without `--no-generate`")
+    return receipt
+
+
+def _require_usable(path: Path, value: Mapping[str, Any]) -> None:
+    version, cases = value.get("receipt_version", 1), value["cases"]
+    if version > RECEIPT_VERSION:
+        raise CalibrationError(f"`{path}` was written by a newer devmap-config", "upgrade devmap-config")
+    if version < RECEIPT_VERSION and cases:
+        message = f"`{path}` does not say what a forward does: an earlier devmap-config wrote it"
+        raise CalibrationError(message, "write it again, by `devmap run --receipt`")
+    if any(case["compiled"] for case in cases):
+        message = f"`{path}` is of compiled code, for which nothing is predicted"
+        raise CalibrationError(message, "write it without `--compile`")
+
+
+def _runs(path: Path, case: Mapping[str, Any]) -> Iterator[Run]:
+    generation = case["generation"] or {}
+    for phase, seconds in SECONDS.items():
+        if phase in case["forward"] and generation.get(seconds):
+            yield Run(
+                receipt=str(path),
+                phase=phase,
+                segments=tuple((Segment.from_json(each), int(each["count"])) for each in case["forward"][phase]),
+                predicted_nanoseconds=int(case["predicted"]["prediction"][OWN[phase]]),
+                measured_nanoseconds=1e9 * generation[seconds],
+            )
+
+
+def calibrate(receipts: Sequence[Receipt]) -> Calibration:
+    """Fit the rates of a machine to its receipts; where there are enough, to all but one in turn besides.
+
+    Raises:
+        CalibrationError: where they are not of one machine and dtype, or no time depends on any rate.
+    """
+    kind = _kind(receipts)
+    fit = _fit(receipts)
+    left_out: dict[Run, int] = {}
+    if len(receipts) >= FEWEST_RECEIPTS:
+        for receipt in receipts:
+            machine = _fit([other for other in receipts if other is not receipt])[0]
+            left_out |= {run: run.nanoseconds(machine) for run in receipt.runs}
+    return Calibration(
+        kind=kind,
+        versions=" and ".join(dict.fromkeys(receipt.versions for receipt in receipts)),
+        inventory=fit[0],
+        groups=tuple(fit[1]),
+        factors=tuple(fit[1].values()),
+        residuals=tuple(
+            Residual(run=run, after_nanoseconds=run.nanoseconds(fit[0]), left_out_nanoseconds=left_out.get(run))
+            for receipt in receipts
+            for run in receipt.runs
+        ),
+    )
+
+
+def _kind(receipts: Sequence[Receipt]) -> dict[str, str]:
+    """Return of which machine and dtype receipts are."""
+    first: dict[str, Receipt] = {}
+    for receipt in receipts:
+        for what, which in receipt.kind.items():
+            known = first.setdefault(what, receipt)
+            if known.kind[what] != which:
+                one, other = (f"`{each.runs[0].receipt}` ({each.kind[what]})" for each in (known, receipt))
+                message = f"{one} and {other} are not of the same {what}"
+                raise CalibrationError(message, "rates are fitted to one machine, and to models of one dtype")
+    return {what: receipt.kind[what] for what, receipt in first.items()}
+
+
+def _fit(receipts: Sequence[Receipt]) -> tuple[Inventory, dict[tuple[RateName, ...], float]]:
+    runs = [run for receipt in receipts for run in receipt.runs]
+    try:
+        found = fitted(
+            receipts[-1].inventory, [run.nanoseconds for run in runs], [run.measured_nanoseconds for run in runs]
+        )
+    except MissingFigureError as error:
+        message = f"`{receipts[-1].runs[0].receipt}` was predicted without {error}, which another receipt depends on"
+        raise CalibrationError(message, "compile with all rates of the machine, and write it again") from None
+    if not found[1]:
+        raise CalibrationError("no time of these receipts depends on a rate", "name receipts of larger models")
+    return found

@@ -1,0 +1,123 @@
+"""Fits factors of rates to times: by least squares of the logarithms of predicted over measured.
+
+So a tenth too much of a short time weighs as much as of a long one, and no rate becomes negative. Times may not tell
+rates apart: those that would not be found from them alone have one factor together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.hardware.scaling import rate_names, scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import numpy as np
+
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.hardware.scaling import RateName
+
+    LogTimes = Callable[[np.ndarray], np.ndarray]
+
+LEAST_SENSITIVITY = 0.01
+"""A rate of which no time depends more than so is left as it is: twice the rate would take a hundredth off it."""
+
+LEAST_SINGULAR_VALUE = 0.1
+"""Factors are fitted apart where a time that is off by 1 % moves none of them by more than 10 %."""
+
+STEPS = 30
+HALVINGS = 5
+DIFFERENCE = 0.02
+"""The change of a rate's logarithm over which its effect is taken: a dispatch is in whole nanoseconds."""
+
+
+def fitted(
+    inventory: Inventory, times: Sequence[Callable[[Inventory], int]], measured_nanoseconds: Sequence[float]
+) -> tuple[Inventory, dict[tuple[RateName, ...], float]]:
+    """Return the machine on which times are as they were measured, and by which factors its rates then differ.
+
+    It is done twice, for what binds a time may be another thing then.
+
+    Args:
+        inventory: the machine with the rates that are known.
+        times: what tells how many nanoseconds each takes on a machine.
+        measured_nanoseconds: how many each took.
+    """
+    import numpy as np
+
+    names, measured = rate_names(inventory), np.log(measured_nanoseconds)
+
+    def machine(changes: np.ndarray, chosen: Iterable[int]) -> Inventory:
+        return scaled(inventory, {names[place]: float(np.exp(changes[place])) for place in chosen})
+
+    def log_times(changes: np.ndarray) -> np.ndarray:
+        everywhere = machine(changes, range(len(names)))
+        return np.log([max(time(everywhere), 1) for time in times])
+
+    changes = np.zeros(len(names))
+    groups: list[list[int]] = []
+    for _ in range(2):
+        groups = _groups(_effects(log_times, changes, np.eye(len(names))), names)
+        if not groups:
+            return inventory, {}
+        together = np.array([[place in group for group in groups] for place in range(len(names))], dtype=float)
+        changes = changes + together @ _solved(log_times, measured, changes, together)
+    chosen = [place for place in range(len(names)) if changes[place] or any(place in group for group in groups)]
+    factors = {tuple(names[place] for place in group): float(np.exp(changes[group[0]])) for group in groups}
+    return machine(changes, chosen), factors
+
+
+def _effects(log_times: LogTimes, changes: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Return by how much each time changes with each direction, both as logarithms."""
+    import numpy as np
+
+    half = DIFFERENCE / 2
+    slopes = [log_times(changes + half * each) - log_times(changes - half * each) for each in directions.T]
+    return np.stack(slopes, axis=1) / DIFFERENCE
+
+
+def _groups(effects: np.ndarray, names: Sequence[RateName]) -> list[list[int]]:
+    """Return which rates have one factor: as many groups as these effects tell apart."""
+    import numpy as np
+
+    used = [place for place in range(len(names)) if np.abs(effects[:, place]).max() >= LEAST_SENSITIVITY]
+    groups = [used] if used else []
+    for apart in _splits(names) if used else ():
+        parts = (
+            [place for place in group if (place in apart) == inside] for group in groups for inside in (True, False)
+        )
+        finer = [part for part in parts if part]
+        columns = np.stack([effects[:, part].sum(axis=1) for part in finer], axis=1)
+        if len(finer) <= len(effects) and np.linalg.svd(columns, compute_uv=False)[-1] >= LEAST_SINGULAR_VALUE:
+            groups = finer
+    return groups
+
+
+def _splits(names: Sequence[RateName]) -> Iterator[set[int]]:
+    """Yield what may have a factor of its own, the most telling first: what computes, reads, dispatches; each alone."""
+    kinds = ("flops_per_second", "attention_per_second"), ("bytes_per_second",), ("dispatch",)
+    yield from ({place for place, name in enumerate(names) if name.name.endswith(kind)} for kind in kinds)
+    yield from ({place} for place in range(len(names)))
+
+
+def _solved(log_times: LogTimes, measured: np.ndarray, start: np.ndarray, together: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the factors with which times are least off, by Gauss and Newton's steps."""
+    import numpy as np
+
+    def off(factors: np.ndarray) -> np.ndarray:
+        return measured - log_times(start + together @ factors)
+
+    factors = np.zeros(together.shape[1])
+    best = off(factors)
+    for _ in range(STEPS):
+        effects = _effects(log_times, start + together @ factors, together)
+        step = np.clip(np.linalg.lstsq(effects, best, rcond=LEAST_SENSITIVITY)[0], -1, 1)
+        for _ in range(HALVINGS):
+            if (after := off(factors + step)) @ after < best @ best:
+                break
+            step = step / 2
+        else:
+            break
+        factors, best = factors + step, after
+    return factors

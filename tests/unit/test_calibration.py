@@ -1,0 +1,249 @@
+"""Rates fitted to receipts: those that made the times are found again, and what cannot be fitted is refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from devmap_config.cli.calibrate import calibrate
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.devices import CPU, DISK, Device
+from devmap_config.execution.segments import Copy, Rates, Segment, Step
+from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
+from devmap_config.plan.prediction import amounts
+from devmap_config.runner.calibration import calibrate as fit
+from devmap_config.runner.calibration import read_receipt
+from devmap_config.runner.receipts import RECEIPT_VERSION
+
+CARD = Device.from_text("cuda:0")
+
+
+def machine(bandwidth, flops, dispatch, *, host=10, unpinned=5, disk=2):
+    """A CPU, a card ten times as fast, and a disk; rates in G a second."""
+    rates = {"memory_bytes": 2**36, "capacity_bytes": 2**36}
+    devices = (
+        InventoryDevice(
+            id=CARD, bandwidth_bytes_per_second=bandwidth * 10**10, flops_per_second=flops * 10**10, **rates
+        ),
+        InventoryDevice(id=CPU, bandwidth_bytes_per_second=bandwidth * 10**9, flops_per_second=flops * 10**9, **rates),
+        InventoryDevice(id=DISK, **rates),
+    )
+    link = Link(bytes_per_second=host * 10**9, unpinned_bytes_per_second=unpinned * 10**9)
+    reading = Link(bytes_per_second=disk * 10**9)
+    links = {
+        **dict.fromkeys(((CPU, CARD), (CARD, CPU)), link),
+        **dict.fromkeys(((CPU, DISK), (DISK, CPU), (CARD, DISK), (DISK, CARD)), reading),
+    }
+    return Inventory(devices, links, dispatch)
+
+
+def forward(device, layers, width, tokens, copies=()):
+    """What a forward of a dense model does: some layers, with next to nothing outside."""
+    step = Step(2 * width * width, 2 * tokens * width * width, launches=4)
+    layer = Segment(Counter({(device, step): 4}), Counter({device: 60}), list(copies))
+    return [(layer, layers), (Segment(dispatches=Counter({device: 76})), 1)]
+
+
+def receipt(truth, believed, phases, **changes):
+    """A receipt of runs that took as long as they would on the machine that is true."""
+    predicted, seconds = ({}, {"prompt_tokens": 64, "new_tokens": 8})
+    written = {}
+    for phase, segments in phases.items():
+        nanoseconds = [
+            sum(count * Rates(each, phase).nanoseconds(segment) for segment, count in segments)
+            for each in (believed, truth)
+        ]
+        predicted["decode_nanoseconds_per_token" if phase == "decode" else "prefill_nanoseconds"] = nanoseconds[0]
+        seconds["decode_seconds_per_token" if phase == "decode" else "prefill_seconds"] = nanoseconds[1] / 1e9
+        written[phase] = [{"count": count, **segment.to_json()} for segment, count in segments]
+    seconds = {"decode_seconds_per_token": None, "prefill_seconds": None, **seconds}
+    case = {"compiled": False, "predicted": {"prediction": predicted}, "forward": written, "generation": seconds}
+    return {
+        "receipt_version": RECEIPT_VERSION,
+        "machine": {"processor": "a CPU", "threads": 2},
+        "devices": {},
+        "dtype": "bfloat16",
+        "versions": {"torch": "2.13.0"},
+        "inventory": {**believed.to_json(), "dispatch_nanoseconds": believed.dispatch_nanoseconds},
+        "cases": [case],
+        **changes,
+    }
+
+
+TRUTH, BELIEVED = machine(12, 300, 3400), machine(10, 200, 3000)
+SIZES = ((8, 256), (16, 1024), (24, 2048), (12, 512))
+
+
+def dense(layers, width, device=CPU, copies=()):
+    return {
+        phase: forward(device, layers, width, {"decode": 1, "prefill": 64}[phase], copies)
+        for phase in ("decode", "prefill")
+    }
+
+
+def written(folder, *receipts):
+    paths = [folder / f"{place}.json" for place in range(len(receipts))]
+    for path, value in zip(paths, receipts, strict=True):
+        path.write_text(json.dumps(value))
+    return paths
+
+
+def fitted(folder, *receipts):
+    return fit([read_receipt(path) for path in written(folder, *receipts)])
+
+
+def test_a_cpus_rates_are_found_again(tmp_path):
+    found = fitted(tmp_path, *(receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES))
+    cpu = found.inventory.devices[1]
+    assert cpu.bandwidth_bytes_per_second == pytest.approx(12 * 10**9, rel=0.01)
+    assert cpu.flops_per_second == pytest.approx(300 * 10**9, rel=0.01)
+    assert found.inventory.dispatch_nanoseconds == pytest.approx(3400, rel=0.01)
+    assert all(
+        each.after_nanoseconds == pytest.approx(each.run.measured_nanoseconds, rel=0.01) for each in found.residuals
+    )
+    assert all(99 <= spread.least_percent <= spread.most_percent <= 101 for spread in found.spreads.values())
+    assert set(found.spreads) == {"decode", "prefill"}
+
+
+def test_the_spread_is_of_runs_that_nothing_was_fitted_with(tmp_path):
+    """One token takes a third longer than all others say: fitted to, it is half as far off as left out."""
+    receipts = [receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES]
+    receipts[1]["cases"][0]["generation"]["decode_seconds_per_token"] *= 1.33
+    found = fitted(tmp_path, *receipts)
+    [odd] = [each for each in found.residuals if each.run.receipt.endswith("1.json") and each.run.phase == "decode"]
+    assert odd.run.measured_nanoseconds / odd.left_out_nanoseconds == pytest.approx(1.33, rel=0.01)
+    assert 1 < odd.run.measured_nanoseconds / odd.after_nanoseconds < 1.25
+    assert found.spreads["decode"].most_percent >= 132
+
+
+def test_a_cards_rates_are_found_again_though_the_host_seemed_to_be_all(tmp_path):
+    """By what was believed, the host binds every token; in truth it does so in the small models alone."""
+    truth, believed = machine(12, 300, 3000, unpinned=7), machine(14, 250, 9000)
+    sizes = ((8, 256), (16, 4096), (24, 8192), (12, 6144))
+    copied = Copy(CPU, CARD, 10**8)
+    whole = [receipt(truth, believed, dense(*size, CARD)) for size in sizes]
+    streamed = receipt(truth, believed, dense(16, 4096, CARD, [copied]))
+    found = fitted(tmp_path, *whole, streamed)
+    card, link = found.inventory.devices[0], found.inventory.links[CPU, CARD]
+    assert card.bandwidth_bytes_per_second == pytest.approx(12 * 10**10, rel=0.01)
+    assert card.flops_per_second == pytest.approx(300 * 10**10, rel=0.01)
+    assert found.inventory.dispatch_nanoseconds == pytest.approx(3000, rel=0.01)
+    assert link.unpinned_bytes_per_second == pytest.approx(7 * 10**9, rel=0.01)
+    assert link.bytes_per_second == 10 * 10**9  # on which no time depends
+
+
+def test_of_one_receipt_two_factors_are_fitted_and_said_to_be(tmp_path):
+    found = fitted(tmp_path, receipt(TRUTH, BELIEVED, dense(16, 1024)))
+    assert [[str(name) for name in group] for group in found.groups] == [
+        ["cpu flops"],
+        ["cpu bandwidth", "host dispatch"],
+    ]
+    assert all(
+        each.after_nanoseconds == pytest.approx(each.run.measured_nanoseconds, rel=0.01) for each in found.residuals
+    )
+    assert found.spreads == {}
+
+
+def test_of_one_time_one_factor_is_fitted(tmp_path):
+    phases = {"decode": dense(16, 1024)["decode"]}
+    found = fitted(tmp_path, receipt(TRUTH, BELIEVED, phases))
+    assert [len(group) for group in found.groups] == [3]
+
+
+@pytest.mark.parametrize("map", ["cuda:0", "cpu"])
+def test_amounts_say_what_the_plan_says(workspace, map):
+    Path("p.yaml").write_text(
+        "version: 1\nmodel: {source: llama}\nworkload: {context_length: 64}\n"
+        "hardware: {devices: {cuda:0: rtx-4090, cpu: {memory: 9GiB, bandwidth: 9GB/s, flops: 1TFLOP/s}}}\n"
+        f"placement: {{strategy: manual, device_map: {{'model': 'cuda:0', 'lm_head': '{map}'}}}}\n"
+    )
+    compiled = run_pipeline(Request(path=Path("p.yaml")))
+    for phase, name in (("decode", "decode_nanoseconds_per_token"), ("prefill", "prefill_nanoseconds")):
+        told = json.loads(json.dumps(amounts(compiled.plan, compiled.graph, compiled.inventory, phase)))
+        rates = Rates(Inventory.from_json(compiled.inventory.to_json()), phase)
+        times = [each["count"] * rates.nanoseconds(Segment.from_json(each)) for each in told]
+        assert sum(times) == getattr(compiled.plan.prediction, name)
+
+
+def run(*arguments):
+    return CliRunner().invoke(calibrate, list(map(str, arguments)), standalone_mode=False, catch_exceptions=False)
+
+
+def test_what_is_printed_is_yaml_that_a_machine_is_extended_by(tmp_path, workspace):
+    paths = written(Path(), *(receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES))
+    done = run(*paths)
+    assert done.return_value == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    block = yaml.safe_load(done.stdout)["hardware"]
+    assert set(block.pop("spread")) == {"decode", "prefill"}
+    assert block == {
+        "devices": {"cpu": {"bandwidth": "12.0GB/s calibrated", "flops": "300GFLOP/s calibrated"}},
+        "host": {"dispatch": "3.4us calibrated"},
+    }
+    Path("fitted.yaml").write_text(done.stdout)
+    Path("p.yaml").write_text(
+        "version: 1\nextends: [machine.yaml, fitted.yaml]\nmodel: {source: llama}\n"
+        "workload: {context_length: 64}\nplacement: {strategy: fastest}\n"
+    )
+    Path("machine.yaml").write_text("hardware: {devices: {cpu: {memory: 9GiB, bandwidth: 9GB/s measured}}}\n")
+    compiled = run_pipeline(Request(path=Path("p.yaml")))
+    assert compiled.inventory.devices[0].bandwidth_bytes_per_second == 12 * 10**9
+
+
+def test_json_has_the_factors_and_every_run(tmp_path):
+    paths = written(tmp_path, *(receipt(TRUTH, BELIEVED, dense(*size)) for size in SIZES))
+    value = json.loads(run(*paths, "--format", "json").stdout)
+    assert [each["factor"] for each in value["factors"]] == pytest.approx([1.5, 1.2, 3000 / 3400], rel=0.01)
+    assert len(value["runs"]) == 8
+    assert all(
+        each["left_out_nanoseconds"] == pytest.approx(each["measured_nanoseconds"], rel=0.01) for each in value["runs"]
+    )
+
+
+def test_rates_of_another_dtype_are_written_under_it(tmp_path):
+    paths = written(tmp_path, *(receipt(TRUTH, BELIEVED, dense(*size), dtype="float32") for size in SIZES))
+    assert set(yaml.safe_load(run(*paths).stdout)["hardware"]["devices"]["cpu"]) == {"dtypes"}
+
+
+REFUSED = {
+    "another machine": ({"machine": {"processor": "a CPU", "threads": 4}}, "are not of the same machine"),
+    "another dtype": ({"dtype": "float32"}, "(float32) are not of the same dtype"),
+    "earlier": ({"receipt_version": 1}, "does not say what a forward does: an earlier devmap-config wrote it"),
+    "newer": ({"receipt_version": RECEIPT_VERSION + 1}, "was written by a newer devmap-config"),
+    "nothing timed": ({"cases": []}, "nothing was timed in"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_receipts_that_cannot_be_fitted_together_are_refused(tmp_path, changes, message):
+    phases = dense(16, 1024)
+    done = run(*written(tmp_path, receipt(TRUTH, BELIEVED, phases), receipt(TRUTH, BELIEVED, phases, **changes)))
+    assert done.return_value == 1
+    assert "error[unfit-receipts]" in done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+def test_compiled_code_is_refused(tmp_path):
+    value = receipt(TRUTH, BELIEVED, dense(16, 1024))
+    value["cases"][0]["compiled"] = True
+    done = run(*written(tmp_path, value))
+    assert (done.return_value, "is of compiled code" in " ".join(done.stderr.split())) == (1, True)
+
+
+def test_the_packages_own_receipts_are_of_an_earlier_version():
+    from devmap_config.runner.receipts import FOLDER
+
+    done = run(FOLDER / "llama-3.1-8b.json")
+    assert (done.return_value, "an earlier devmap-config wrote it" in " ".join(done.stderr.split())) == (1, True)
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", "[1]", '{"receipt_version": 2, "cases": [1]}'])
+def test_a_file_that_is_no_receipt_is_told(tmp_path, text):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    assert run(path).return_value == 2
