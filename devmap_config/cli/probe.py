@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,14 @@ from devmap_config.devices import DISK
 from devmap_config.files import is_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.readiness import Demand
-    from devmap_config.probe.block import Measured
+    from devmap_config.probe.block import Route
     from devmap_config.probe.machine import SeenMachine
+    from devmap_config.probe.rates import Rate
 
 
 END_OTHERS = "end what else runs here, and measure again"
@@ -36,11 +40,11 @@ END_OTHERS = "end what else runs here, and measure again"
     metavar="LOCK",
     help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
 )
-@click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and matrices are; some seconds.")
+@click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and products are; half a minute.")
 @quiet_option
 def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> ExitCode:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
-    from devmap_config.cli.reporting import echo, echo_lines, report
+    from devmap_config.cli.reporting import echo_lines, report
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.probe.block import block_text, hardware_block
     from devmap_config.probe.probe import probe_machine
@@ -54,23 +58,24 @@ def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, outpu
         return _against(lock_file, disk_folder or Path(), output_format, quiet)
     seen = probe_machine(os.environ, disk_folder or Path())
     try:
-        measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else (None, ())
+        measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else ({}, ())
     except TooNoisyError as error:
         busy = Diagnostic.error("too-noisy", f"nothing is said of this machine: {error}", help=END_OTHERS)
         report([busy], {}, output_format, quiet=quiet)
         return ExitCode.TOO_NOISY
     block = hardware_block(seen, measured)
-    methods = {} if measured is None else dict(measured.methods)
-    data = {"hardware": block, "seen": seen.to_json(), "measured": methods}
+    data = {
+        "hardware": block,
+        "seen": seen.to_json(),
+        "measured": {".".join(route): asdict(rate) for route, rate in measured.items()},
+    }
     report([*seen.notes, *notes], {}, output_format, quiet=quiet, data=data)
     if output_format == "table":
-        echo_lines(block_text(seen, block))
-        for words, method in methods.items():
-            echo(f"# {words}: {method}")
+        echo_lines(block_text(seen, block, measured))
     return ExitCode.DONE
 
 
-def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Measured, tuple[Diagnostic, ...]]:
+def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mapping[Route, Rate], tuple[Diagnostic, ...]]:
     from rich.progress import BarColumn
 
     from devmap_config.cli.console import progress_line

@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from devmap_config.amounts import FLOPS_UNITS, format_bytes, profile_bytes, profile_duration, profile_rate
-from devmap_config.devices import CPU, DISK
+from devmap_config.amounts import FLOPS_UNITS, counted, format_bytes, profile_bytes, profile_duration, profile_rate
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.profile.schema import Hardware
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from devmap_config.devices import Device
     from devmap_config.probe.machine import SeenAccelerator, SeenMachine
+    from devmap_config.probe.rates import Rate
+
+Route: TypeAlias = tuple[str, ...]
+"""Where a figure stands in the block: `("devices", "cpu", "bandwidth")`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Rates that were measured: by device, and by link (`host`, `peer`, or a pair).
-
-    `dispatches` are the operations a second that the host asks for.
-    """
-
-    bandwidths: Mapping[str, int] = field(default_factory=dict)
-    flops: Mapping[str, int] = field(default_factory=dict)
-    links: Mapping[str, int] = field(default_factory=dict)
-    dispatches: int | None = None
-    methods: Mapping[str, str] = field(default_factory=dict)
-    """By device or link: how it was measured, in words."""
-
-
-def hardware_block(seen: SeenMachine, measured: Measured | None = None) -> dict[str, Any]:
+def hardware_block(seen: SeenMachine, measured: Mapping[Route, Rate] | None = None) -> dict[str, Any]:
     """What a profile's `hardware` says of this machine; every value as a profile writes it."""
-    measured = measured or Measured()
-    devices: dict[str, Any] = {}
-    for each in seen.accelerators:
-        if (described := _device(each, measured)) is not None:
-            devices[str(each.id)] = described
-    devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes), **_rates(CPU, measured)}
+    devices = {str(each.id): _device(each) for each in seen.accelerators if is_described(each)}
+    devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes)}
     if seen.disk is not None:
-        devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes), **_rates(DISK, measured)}
-    links = {name: f"{profile_rate(rate)} measured" for name, rate in measured.links.items()}
-    dispatches = measured.dispatches
-    host = {} if dispatches is None else {"dispatch": f"{profile_duration(10**9 // dispatches)} measured"}
-    return {"devices": devices} | ({"links": links} if links else {}) | ({"host": host} if host else {})
+        devices["disk"] = {"memory": profile_bytes(seen.disk.free_bytes)}
+    block: dict[str, Any] = {"devices": devices}
+    for route, rate in (measured or {}).items():
+        section = block
+        for name in route[:-1]:
+            section = section.setdefault(name, {})
+        section[route[-1]] = f"{_amount(route, rate.per_second)} measured"
+    alone = {name: what["accelerator"] for name, what in devices.items() if [*what] == ["accelerator"]}
+    return block | {"devices": devices | alone}
 
 
 def as_hardware(seen: SeenMachine) -> Hardware:
@@ -57,41 +43,60 @@ def as_hardware(seen: SeenMachine) -> Hardware:
     return Hardware.model_validate({"devices": devices})
 
 
-def _device(seen: SeenAccelerator, measured: Measured) -> dict[str, Any] | str | None:
-    """A catalogue name alone where that says all; nothing where not even the memory is known."""
-    rates = _rates(seen.id, measured)
-    memory = None if seen.memory_bytes is None else profile_bytes(seen.memory_bytes)
-    if seen.accelerator is None:
-        return None if memory is None else {"memory": memory, **rates}
-    if memory is None or seen.memory_bytes == load_catalogue()[seen.accelerator].memory_bytes:
-        return {"accelerator": seen.accelerator, **rates} if rates else seen.accelerator
-    return {"accelerator": seen.accelerator, "memory": memory, **rates}
+def is_described(seen: SeenAccelerator) -> bool:
+    """Whether its memory is known, by the catalogue or by itself: without it, a profile can say nothing of it."""
+    return seen.accelerator is not None or seen.memory_bytes is not None
 
 
-def _rates(device: Device, measured: Measured) -> dict[str, str]:
-    rates, name = {}, str(device)
-    if name in measured.bandwidths:
-        rates["bandwidth"] = f"{profile_rate(measured.bandwidths[name])} measured"
-    if name in measured.flops:
-        rates["flops"] = f"{profile_rate(measured.flops[name], FLOPS_UNITS)} measured"
-    return rates
+def _device(seen: SeenAccelerator) -> dict[str, str]:
+    named = {} if seen.accelerator is None else {"accelerator": seen.accelerator}
+    usual = None if seen.accelerator is None else load_catalogue()[seen.accelerator].memory_bytes
+    if seen.memory_bytes is None or seen.memory_bytes == usual:
+        return named
+    return named | {"memory": profile_bytes(seen.memory_bytes)}
 
 
-def block_text(seen: SeenMachine, block: Mapping[str, Any]) -> str:
-    """The block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`."""
-    remarks = {str(each.id): _remark(each) for each in seen.accelerators}
-    remarks["cpu"] = _host_remark(seen)
+def _amount(route: Route, per_second: int) -> str:
+    if route[-1] == "dispatch":
+        return profile_duration(10**9 // per_second)
+    return profile_rate(per_second, FLOPS_UNITS) if {"flops", "attention"} & {*route} else profile_rate(per_second)
+
+
+def block_text(seen: SeenMachine, block: Mapping[str, Any], measured: Mapping[Route, Rate] | None = None) -> str:
+    """The block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`.
+
+    Beside each figure stands what was seen of its device, or how it was `measured`.
+    """
+    remarks: dict[Route, str] = {("devices", str(each.id)): _remark(each) for each in seen.accelerators}
+    remarks["devices", "cpu"] = _host_remark(seen)
     if seen.disk is not None:
-        remarks["disk"] = f"free of {format_bytes(seen.disk.memory_bytes)}"
-    lines = ["hardware:", "  devices:"]
-    lines += [f"    {device}: {_flow(what)}   # {remarks[device]}" for device, what in block["devices"].items()]
-    if links := block.get("links"):
-        lines.append(f"  links: {_flow(links)}")
-    if host := block.get("host"):
-        lines.append(f"  host: {_flow(host)}")
-    left_out = [each for each in seen.accelerators if str(each.id) not in block["devices"]]
-    lines += [f"  # {each.id} is left out, for nothing tells its memory: {remarks[str(each.id)]}" for each in left_out]
+        remarks["devices", "disk"] = f"free of {format_bytes(seen.disk.memory_bytes)}"
+    remarks |= {route: _spread(route, rate) for route, rate in (measured or {}).items()}
+    lines = ["hardware:", *(line for key, value in block.items() for line in _lines((key,), value, remarks))]
+    lines += [
+        f"  # {each.id} is left out, for nothing tells its memory: {_remark(each)}"
+        for each in seen.accelerators
+        if not is_described(each)
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _lines(route: Route, value: Any, remarks: Mapping[Route, str]) -> Iterator[str]:
+    """A key with its value: in a flow mapping, unless there is something to remark of what is within."""
+    remark = f"   # {remarks[route]}" if route in remarks else ""
+    begin = f"{'  ' * len(route)}{route[-1]}:"
+    if any(other[: len(route)] == route != other for other in remarks):
+        yield f"{begin}{remark}"
+        for key, each in value.items():
+            yield from _lines((*route, key), each, remarks)
+    else:
+        yield f"{begin} {_flow(value)}{remark}"
+
+
+def _spread(route: Route, rate: Rate) -> str:
+    ends = (rate.most, rate.least) if route[-1] == "dispatch" else (rate.least, rate.most)  # so long, and so fast
+    spread = " to ".join(_amount(route, per_second) for per_second in ends)
+    return f"median of {counted(rate.passes, 'run')}, {spread}: {rate.method}"
 
 
 def _flow(value: Mapping[str, str] | str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, PINNING_KIND
-from devmap_config.probe.block import Measured
+from devmap_config.probe.block import is_described
 from devmap_config.probe.host import existing_folder
 from devmap_config.probe.rates import NotMeasuredError, Rate, disk_bandwidth, memory_bandwidth
 
@@ -16,86 +16,98 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from devmap_config.probe.machine import SeenMachine
+    from devmap_config.probe.block import Route
+    from devmap_config.probe.machine import SeenAccelerator, SeenMachine
     from devmap_config.probe.torch_rates import Devices
 
 PAIR_APART = 1.2
 """A pair of accelerators that is so much faster than the slowest gets a line of its own: it has a bridge, say."""
 
+ON_CPU: Route = ("devices", "cpu")
+OTHER_DTYPES = ("float16", "float32")
+"""Those of a model besides bfloat16: not every CPU multiplies them as fast as it, and of those in float32 none does."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement: of which rate of what it is, in which words a user is told of it, and how it is made."""
+    """One measurement: where its rates stand in the block, in which words a user is told of it, and how it is made."""
 
-    kind: Literal["bandwidth", "flops", "link", "pair", "host"]
-    subject: str
+    routes: tuple[Route, ...]
     words: str
-    measure: Callable[[], Rate]
+    measure: Callable[[], tuple[Rate, ...]]
 
 
 def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Step]:
     """Yield what there is to measure on a machine, in order."""
     host, disk = seen.host, seen.disk
-    if devices.is_there:  # first, for it tells whether the machine is too busy for the rest
-        runs_on = next((card.id for card in seen.accelerators), CPU)
-        yield Step("host", "dispatch", "operations that the host dispatches", partial(devices.dispatches, runs_on))
-        yield Step("bandwidth", "cpu", "weights on the CPU", partial(devices.layer_bandwidth, host.available_bytes))
+    cards = [card for card in seen.accelerators if is_described(card)]
+    if devices.is_there:
+        yield from _steps_on_cpu(seen, devices)
     else:
-        yield Step("bandwidth", "cpu", "memory", partial(memory_bandwidth, host.available_bytes, host.threads))
+        reading = partial(memory_bandwidth, host.available_bytes, host.threads)
+        yield _step((*ON_CPU, "bandwidth"), "memory", reading)
     if disk is not None:
-        folder = existing_folder(disk_folder)
-        yield Step("bandwidth", "disk", "disk", partial(disk_bandwidth, folder, disk.free_bytes))
+        reading = partial(disk_bandwidth, existing_folder(disk_folder), disk.free_bytes)
+        yield _step(("devices", "disk", "bandwidth"), "disk", reading)
     if not devices.is_there:
         return
-    yield Step("flops", "cpu", "layers on the CPU", partial(devices.flops, CPU))
-    for card in seen.accelerators:
-        yield Step("bandwidth", str(card.id), f"memory of {card.id}", partial(devices.memory_bandwidth, card))
-        yield Step("flops", str(card.id), f"layers on {card.id}", partial(devices.flops, card.id))
-    if seen.accelerators:
-        can_pin = all(card.id.kind == PINNING_KIND for card in seen.accelerators)
+    for card in cards:
+        yield from _steps_on_card(card, devices)
+    if cards:
+        can_pin = all(card.id.kind == PINNING_KIND for card in cards)
         for name, words, is_pinned in (("host", "", can_pin), ("unpinned", "'s memory that is not pinned", False)):
-            copying = partial(devices.from_host, seen.accelerators, is_pinned=is_pinned)
-            yield Step("link", name, f"copies from the CPU{words}", copying)
-    for first, second in itertools.combinations(seen.accelerators, 2):
+            copying = partial(devices.from_host, cards, is_pinned=is_pinned)
+            yield _step(("links", name), f"copies from the CPU{words}", copying)
+    for first, second in itertools.combinations(cards, 2):
         words = f"copies between {first.id} and {second.id}"
-        yield Step("pair", f"{first.id}-{second.id}", words, partial(devices.between, first, second))
+        yield _step(("links", f"{first.id}-{second.id}"), words, partial(devices.between, first, second))
 
 
-def measured(planned: tuple[Step, ...], begun: Callable[[Step], None]) -> tuple[Measured, dict[str, str]]:
+def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[Step]:
+    """The host first, for it tells whether the machine is too busy for the rest."""
+    available_bytes = seen.host.available_bytes
+    runs_on = next((card.id for card in seen.accelerators), CPU)
+    yield _step(("host", "dispatch"), "operations that the host dispatches", partial(devices.dispatches, runs_on))
+    for dtype in ("bfloat16", *OTHER_DTYPES):
+        route = (*ON_CPU, "dtypes", dtype) if dtype in OTHER_DTYPES else ON_CPU
+        layers = partial(devices.layers, dtype, available_bytes)
+        yield Step(((*route, "bandwidth"), (*route, "flops")), f"layers in {dtype} on the CPU", layers)
+    for phase, words in (("decode", "one query"), ("prefill", "a prompt")):
+        attending = partial(devices.attention, available_bytes, is_prefill=phase == "prefill")
+        yield _step((*ON_CPU, "attention", phase), f"attention of {words} on the CPU", attending)
+    yield _step((*ON_CPU, "experts"), "experts on the CPU", partial(devices.experts, available_bytes))
+
+
+def _steps_on_card(card: SeenAccelerator, devices: Devices) -> Iterator[Step]:
+    route = ("devices", str(card.id))
+    yield _step((*route, "bandwidth"), f"memory of {card.id}", partial(devices.memory_bandwidth, card))
+    yield _step((*route, "flops"), f"layers on {card.id}", partial(devices.flops, card.id))
+    in_float32 = partial(devices.flops, card.id, "float32")
+    yield _step((*route, "dtypes", "float32", "flops"), f"layers in float32 on {card.id}", in_float32)
+
+
+def _step(route: Route, words: str, measure: Callable[[], Rate]) -> Step:
+    return Step((route,), words, lambda: (measure(),))
+
+
+def measured(planned: tuple[Step, ...], begun: Callable[[Step], None]) -> tuple[dict[Route, Rate], dict[str, str]]:
     """Make every measurement, announcing each; return what was measured, and why others were not, by their words."""
-    rates: dict[Step, Rate] = {}
+    rates: dict[Route, Rate] = {}
     failures: dict[str, str] = {}
     for step in planned:
         begun(step)
         try:
-            rates[step] = step.measure()
+            rates.update(zip(step.routes, step.measure(), strict=True))
         except (NotMeasuredError, RuntimeError) as error:  # of torch's: too little memory, a kernel that is missing
             failures[step.words] = next(iter(str(error).splitlines()), type(error).__name__)
-    return _gathered(rates), failures
+    pairs = {route: rate for route, rate in rates.items() if route[0] == "links" and "-" in route[1]}
+    return {route: rate for route, rate in rates.items() if route not in pairs} | peer_links(pairs), failures
 
 
-def _gathered(rates: Mapping[Step, Rate]) -> Measured:
-    def of_kind(kind: str) -> dict[str, int]:
-        return {step.subject: rate.per_second for step, rate in rates.items() if step.kind == kind}
-
-    bandwidths, host = of_kind("bandwidth"), of_kind("host")
-    disk = {"disk": bandwidths["disk"]} if "disk" in bandwidths else {}
-    return Measured(
-        bandwidths=bandwidths,
-        flops=of_kind("flops"),
-        dispatches=host.get("dispatch"),
-        links=of_kind("link") | peer_links(of_kind("pair")) | disk,
-        methods={step.words: rate.method for step, rate in rates.items()},
-    )
-
-
-def peer_links(pairs: Mapping[str, int]) -> dict[str, int]:
-    """Return the links of rates by pair: `peer`, which is the slowest, and the pairs that are much faster.
-
-    >>> peer_links({"cuda:0-cuda:1": 50, "cuda:0-cuda:2": 10, "cuda:1-cuda:2": 11})
-    {'peer': 10, 'cuda:0-cuda:1': 50}
-    """
+def peer_links(pairs: Mapping[Route, Rate]) -> dict[Route, Rate]:
+    """Return the links of rates by pair: `peer`, which is the slowest, and the pairs that are much faster."""
     if not pairs:
         return {}
-    slowest = min(pairs.values())
-    return {"peer": slowest} | {pair: rate for pair, rate in pairs.items() if rate > slowest * PAIR_APART}
+    slowest = min(pairs.values(), key=lambda rate: rate.per_second)
+    apart = {route: rate for route, rate in pairs.items() if rate.per_second > slowest.per_second * PAIR_APART}
+    return {("links", "peer"): slowest} | apart

@@ -1,7 +1,6 @@
 """How fast this machine reads its memory and its disk, measured within bounds of time and size.
 
-What plans are predicted with is what is reached, so the best of several passes is taken: neighbours only make a pass
-slower. The torch half is `torch_rates`.
+As many passes are made as the time allows, and the median is what counts. The torch half is `torch_rates`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import MEBIBYTE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from io import FileIO
 
 
 MEMORY_BUFFER_BYTES = 1024 * MEBIBYTE
@@ -27,12 +28,16 @@ MEMORY_BUFFER_BYTES = 1024 * MEBIBYTE
 
 DISK_FILE_BYTES = 1024 * MEBIBYTE
 DISK_BLOCK_BYTES = 8 * MEBIBYTE
+BLOCKS_A_PASS = 16
 SHARE_OF_FREE = 8
 """Not more than an eighth of what is free is taken, of memory as of the disk."""
 
-PASSES = 8
-LIMIT_SECONDS = 3.0
-"""For each of: passing over memory, writing the file, reading it."""
+LIMIT_SECONDS = 1.0
+"""For the passes of one measurement: all of them, and what they need, are to be done within a minute."""
+
+SHORTEST_SECONDS = 1e-9
+DISK_LIMIT_SECONDS = 3.0
+"""For each of: writing the file, reading it."""
 
 MAC_NO_CACHE = 48
 """`F_NOCACHE` of macOS' `fcntl`, which Python does not name."""
@@ -40,10 +45,22 @@ MAC_NO_CACHE = 48
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Bytes (or operations) a second, and how that was measured, in words."""
+    """Bytes (or operations) a second, and how that was measured, in words.
+
+    `per_second` is the median of so many `passes`, `least` that of the slowest of them and `most` that of the fastest.
+    """
 
     per_second: int
     method: str
+    least: int
+    most: int
+    passes: int
+
+    @classmethod
+    def of(cls, amount: int, seconds: Sequence[float], method: str) -> Rate:
+        """Return the rate of passes that take so many seconds each for the same amount."""
+        middle, least, most = (int(amount / each) for each in (median(seconds), max(seconds), min(seconds)))
+        return cls(middle, method, least=least, most=most, passes=len(seconds))
 
 
 class NotMeasuredError(Exception):
@@ -76,22 +93,19 @@ def memory_bandwidth(
     buffer = np.ones(size_bytes // 4, dtype=np.float32)  # written to: memory that never was is not there to be read
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
-        best = fastest_pass(lambda: list(pool.map(np.max, parts)), clock, LIMIT_SECONDS)
-    return Rate(int(buffer.nbytes / best), f"{threads} threads read {size_bytes // MEBIBYTE} MiB")
+        seconds = passes(lambda: list(pool.map(np.max, parts)), clock, LIMIT_SECONDS)
+    return Rate.of(buffer.nbytes, seconds, f"{threads} threads read {size_bytes // MEBIBYTE} MiB")
 
 
-def fastest_pass(action: Callable[[], object], clock: Callable[[], float], limit_seconds: float) -> float:
-    """Return the seconds of the fastest of several passes, of at least one, until the time is up."""
-    seconds = []
-    begin = clock()
-    for _ in range(PASSES):
+def passes(action: Callable[[], object], clock: Callable[[], float], limit_seconds: float) -> list[float]:
+    """Return the seconds of each of several passes, of at least one, until the time is up."""
+    seconds: list[float] = []
+    end = clock() + limit_seconds
+    while not seconds or clock() < end:
         before = clock()
         action()
-        after = clock()
-        seconds.append(max(after - before, 1e-9))
-        if after - begin > limit_seconds:
-            break
-    return min(seconds)
+        seconds.append(max(clock() - before, SHORTEST_SECONDS))
+    return seconds
 
 
 def disk_bandwidth(
@@ -120,7 +134,7 @@ def disk_bandwidth(
 def _write(file: Any, size_bytes: int, clock: Callable[[], float]) -> int:
     block = os.urandom(DISK_BLOCK_BYTES)  # a file system that compresses finds nothing to gain
     begin, written = clock(), 0
-    while written + DISK_BLOCK_BYTES <= size_bytes and (not written or clock() - begin < LIMIT_SECONDS):
+    while written + DISK_BLOCK_BYTES <= size_bytes and (not written or clock() - begin < DISK_LIMIT_SECONDS):
         written += file.file.write(block)
     file.flush()
     os.fsync(file.fileno())
@@ -133,11 +147,17 @@ def _read(path: Path, size_bytes: int, clock: Callable[[], float]) -> Rate:
         if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk reads into large pages at twice the rate, as the runner has it do
             with suppress(OSError):
                 block.madvise(mmap.MADV_HUGEPAGE)
-        begin, read = clock(), 0
-        while read < size_bytes and (not read or clock() - begin < LIMIT_SECONDS):
-            read += file.readinto(block) or size_bytes
-        seconds = max(clock() - begin, 1e-9)
-    return Rate(int(read / seconds), f"{read // MEBIBYTE} MiB read {method}")
+        end, seconds = clock() + DISK_LIMIT_SECONDS, [_seconds_to_read(file, block, clock)]
+        while len(seconds) * DISK_BLOCK_BYTES < size_bytes and clock() < end:
+            seconds.append(_seconds_to_read(file, block, clock))
+    a_pass = [mean(seconds[first : first + BLOCKS_A_PASS]) for first in range(0, len(seconds), BLOCKS_A_PASS)]
+    return Rate.of(DISK_BLOCK_BYTES, a_pass, f"{len(seconds) * DISK_BLOCK_BYTES // MEBIBYTE} MiB read {method}")
+
+
+def _seconds_to_read(file: FileIO, block: mmap.mmap, clock: Callable[[], float]) -> float:
+    before = clock()
+    file.readinto(block)
+    return max(clock() - before, SHORTEST_SECONDS)
 
 
 def _opened(path: Path) -> tuple[int, str]:

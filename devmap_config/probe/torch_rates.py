@@ -5,15 +5,27 @@ Copies are made by torch. Everything is bounded in time and size.
 
 from __future__ import annotations
 
+import itertools
+import sys
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.amounts import MEBIBYTE
+from devmap_config.amounts import MEBIBYTE, counted
 from devmap_config.devices import CPU
-from devmap_config.libraries.torch import dispatched_by
-from devmap_config.probe.rates import SHARE_OF_FREE, NotMeasuredError, Rate, TooNoisyError, fastest_pass
+from devmap_config.libraries.torch import dispatched_by, torch_attention
+from devmap_config.probe.host import usable_threads
+from devmap_config.probe.rates import (
+    LIMIT_SECONDS,
+    SHARE_OF_FREE,
+    SHORTEST_SECONDS,
+    NotMeasuredError,
+    Rate,
+    TooNoisyError,
+    passes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,19 +34,31 @@ if TYPE_CHECKING:
     from devmap_config.probe.machine import SeenAccelerator
 
 COPY_BYTES = 256 * MEBIBYTE
-LAYER_WIDTH = 4096
-LAYER_BYTES = 2 * LAYER_WIDTH**2
+LAYER_WIDTHS = (2048, 4096)
 LAYERS_BYTES = 1024 * MEBIBYTE
 """More than the caches of all but a few processors hold."""
+
+LAYER_TOKENS = 512
+
+HEADS, SHARED_HEADS, HEAD_WIDTH = 32, 8, 128
+"""Heads of the queries, of the keys and values, and how long each is: as in models of 8 billion weights."""
+
+PROMPT_TOKENS = 1024
+CONTEXT_TOKENS = 8192
+LAYERS_WITH_A_CACHE = 4
+
+EXPERTS, CHOSEN, EXPERT_WIDTHS = 64, 8, (2048, 768)
+"""Of a mixture: its experts, those of a token, and the widths of their matrices. Qwen3-30B-A3B has twice as many."""
 
 SMALLEST_MATRIX, LARGEST_MATRIX = 256, 8192
 LONG_ENOUGH_SECONDS = 0.05
 """A layer that takes as long says how fast the device is, and not how fast a kernel is launched."""
 
-LIMIT_SECONDS = 1.0
-
 QUIET = 0.9
 """Of one thread's time, what is had on a machine with nothing else to do."""
+
+QUIET_TOGETHER = 0.8
+"""The same of several, which wait for the slowest of them."""
 
 NARROW = {
     "hidden_size": 256,
@@ -49,8 +73,11 @@ NARROW = {
 class Devices:
     """torch's devices, to be timed. Without torch there are none: `is_there` is false."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, processor: Callable[[], float] = time.process_time
+    ) -> None:
+        """Read the time from a clock, and from another how long all threads of the process were at work."""
+        self._clock, self._processor = clock, processor
         self._torch: Any = None
         try:
             import torch
@@ -66,27 +93,82 @@ class Devices:
     def memory_bandwidth(self, seen: SeenAccelerator) -> Rate:
         """Return the bytes that a copy within the device reads and writes, a second."""
         size_bytes = self._size(seen)
-        per_second = 2 * self._copied_per_second(size_bytes, seen.id, seen.id)
-        return Rate(per_second, f"{size_bytes // MEBIBYTE} MiB copied within the device")
+        seconds = self._copying_seconds(size_bytes, seen.id, seen.id)
+        return Rate.of(2 * size_bytes, seconds, f"{size_bytes // MEBIBYTE} MiB copied within the device")
 
-    def layer_bandwidth(self, available_bytes: int) -> Rate:
-        """Return the bytes of weights that the CPU reads a second as it multiplies one token by them, in linear layers.
+    def layers(self, dtype: str, available_bytes: int) -> tuple[Rate, Rate]:
+        """Return how fast linear layers run on the CPU in a dtype.
 
-        That is less than it reads of memory that nothing is computed with: two thirds on 16 threads, in bfloat16.
+        The first rate is of one token: the bytes of weights that are read a second as it is multiplied by them. That is
+        less than is read of memory that nothing is computed with: two thirds on 16 threads, in bfloat16. The second is
+        of a prompt: the operations a second, beside the time in which the weights are read.
 
         Raises:
             NotMeasuredError: where there is too little memory for layers that caches do not hold.
+            TooNoisyError: where other work takes the CPU.
         """
-        count = min(LAYERS_BYTES, available_bytes // SHARE_OF_FREE) // LAYER_BYTES
-        if not count:
-            raise NotMeasuredError("there is too little memory free")
-        dtype = self._half_precision(CPU)
-        weights = [self._torch.ones(LAYER_WIDTH, LAYER_WIDTH, dtype=dtype) for _ in range(count)]
-        token = self._torch.ones(1, LAYER_WIDTH, dtype=dtype)
-        seconds = self._fastest(lambda: [self._torch.nn.functional.linear(token, weight) for weight in weights], CPU)
-        return Rate(
-            int(count * LAYER_BYTES / seconds), f"{count} linear layers of {LAYER_WIDTH} by {LAYER_WIDTH}, one token"
-        )
+        itemsize = getattr(self._torch, dtype).itemsize
+        count = self._count(itemsize * sum(width**2 for width in LAYER_WIDTHS), available_bytes, LAYERS_BYTES)
+        weights = [self._ones(dtype, width, width) for width in LAYER_WIDTHS * count]
+        size_bytes = sum(weight.nbytes for weight in weights)
+        reading = self._seconds(partial(self._multiply, weights, 1), CPU, threads=self._threads)
+        sizes = " and ".join(f"{width} by {width}" for width in LAYER_WIDTHS)
+        said = f"{dtype} linear layers of {sizes}"
+        bandwidth = Rate.of(size_bytes, reading, f"{len(weights)} {said}, one token")
+        few = weights[: len(LAYER_WIDTHS)]
+        besides = sum(weight.nbytes for weight in few) / bandwidth.per_second
+        multiplying = self._seconds(partial(self._multiply, few, LAYER_TOKENS), CPU, threads=self._threads)
+        computing = [max(seconds - besides, seconds / 2) for seconds in multiplying]
+        operations = 2 * LAYER_TOKENS * sum(weight.numel() for weight in few)
+        return bandwidth, Rate.of(operations, computing, f"{said}, {LAYER_TOKENS} tokens, beside reading them")
+
+    def _multiply(self, weights: list[Any], tokens: int) -> None:
+        for weight in weights:
+            self._torch.nn.functional.linear(weight[:tokens], weight)
+
+    def attention(self, available_bytes: int, *, is_prefill: bool) -> Rate:
+        """Return the operations a second of attention on the CPU: of a prompt, or of a query after a long context.
+
+        All queries of a prompt are counted with all keys, as they are where its time is predicted.
+
+        Raises:
+            NotMeasuredError: where there is too little memory for the cache of a layer.
+            TooNoisyError: where other work takes the CPU.
+        """
+        queries, tokens = (PROMPT_TOKENS, PROMPT_TOKENS) if is_prefill else (1, CONTEXT_TOKENS)
+        layer_bytes = 2 * 2 * SHARED_HEADS * tokens * HEAD_WIDTH
+        count = self._count(layer_bytes, available_bytes, layer_bytes * (1 if is_prefill else LAYERS_WITH_A_CACHE))
+        caches = [[self._ones("bfloat16", 1, SHARED_HEADS, tokens, HEAD_WIDTH) for _ in "kv"] for _ in range(count)]
+        query = self._ones("bfloat16", 1, HEADS, queries, HEAD_WIDTH)
+        attend = partial(torch_attention(), is_causal=is_prefill, enable_gqa=True)
+        threads = min(self._threads, HEADS)  # of one query, each has a head at least
+        seconds = self._seconds(lambda: [attend(query, *cache) for cache in caches], CPU, threads=threads)
+        asked = f"{queries} queries" if is_prefill else "a query"
+        method = f"{asked} of {HEADS} heads, {tokens} tokens of {SHARED_HEADS} heads, bfloat16"
+        return Rate.of(4 * count * HEADS * queries * tokens * HEAD_WIDTH, seconds, method)
+
+    def experts(self, available_bytes: int) -> Rate:
+        """Return the bytes a second that the CPU reads of experts, as a token is multiplied by those that it chooses.
+
+        Raises:
+            NotMeasuredError: where there is too little memory for the experts of a token.
+            TooNoisyError: where other work takes the CPU.
+        """
+        torch = self._torch
+        hidden, inner = EXPERT_WIDTHS
+        rounds = self._count(CHOSEN * 2 * 3 * hidden * inner, available_bytes, EXPERTS * 2 * 3 * hidden * inner)
+        experts = rounds * CHOSEN
+        weights = [self._ones("bfloat16", experts, *shape) for shape in ((2 * inner, hidden), (hidden, inner))]
+        chosen = [(torch.arange(experts) % rounds == turn).cumsum(0, dtype=torch.int32) for turn in range(rounds)]
+
+        def choose() -> None:
+            for ends, weight in itertools.product(chosen, weights):
+                rows = weight[0, :CHOSEN]
+                torch.nn.functional.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+
+        seconds = self._seconds(choose, CPU, threads=self._threads)
+        method = f"{CHOSEN} of {experts} experts of {hidden} by {inner} for each of {rounds} tokens, bfloat16"
+        return Rate.of(sum(weight.nbytes for weight in weights), seconds, method)
 
     def dispatches(self, device: Device) -> Rate:
         """Return the operations a second that this machine's Python and torch dispatch, as models ask for them.
@@ -104,46 +186,51 @@ class Devices:
         with torch.no_grad():
             count = dispatched_by(forward)
             with self._one_thread():
-                began, worked = time.perf_counter(), time.process_time()
-                seconds = self._fastest(forward, device)
-                share = (time.process_time() - worked) / (time.perf_counter() - began)
-        if share < QUIET:
-            raise TooNoisyError(f"other work takes the CPU: of one thread, this had {share:.0%}")
-        return Rate(
-            int(count / seconds), f"{count} operations of a Llama with {model.config.num_hidden_layers} narrow layers"
-        )
+                seconds = self._seconds(forward, device, threads=1)
+        method = f"{count} operations of a Llama with {model.config.num_hidden_layers} narrow layers"
+        return Rate.of(count, seconds, method)
 
-    def flops(self, device: Device) -> Rate:
-        """Return the operations a second of a square linear layer in bfloat16, or in float16 where it has none.
-
-        As models call it, and not as a plain product: on CPUs, the two are different kernels.
-        """
-        dtype = self._half_precision(device)
-        size, seconds = SMALLEST_MATRIX // 2, 0.0
-        while seconds < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
+    def flops(self, device: Device, dtype: str | None = None) -> Rate:
+        """Return the operations a second of a square linear layer: in bfloat16, or in float16 where it has none."""
+        dtype = dtype or str(self._half_precision(device)).removeprefix("torch.")
+        size, seconds = SMALLEST_MATRIX // 2, [0.0]
+        while min(seconds) < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
             size *= 2
-            inputs = self._torch.ones(size, size, dtype=dtype).to(str(device))
-            layer = partial(self._torch.nn.functional.linear, inputs, inputs.clone())
-            seconds = self._fastest(layer, device)
-        named = str(dtype).removeprefix("torch.")
-        return Rate(int(2 * size**3 / seconds), f"{named} linear layers of {size} by {size}")
+            inputs = self._ones(dtype, size, size).to(str(device))
+            seconds = self._seconds(partial(self._torch.nn.functional.linear, inputs, inputs.clone()), device)
+        return Rate.of(2 * size**3, seconds, f"{dtype} linear layers of {size} by {size}")
 
     def from_host(self, accelerators: Iterable[SeenAccelerator], *, is_pinned: bool) -> Rate:
         """Return the bytes a second from the CPU to the accelerator that is slowest to reach."""
         rates = []
         for seen in accelerators:
             size_bytes = self._size(seen)
-            per_second = self._copied_per_second(size_bytes, CPU, seen.id, is_pinned=is_pinned)
+            seconds = self._copying_seconds(size_bytes, CPU, seen.id, is_pinned=is_pinned)
             kind = "pinned memory" if is_pinned else "memory that is not pinned"
-            rates.append(Rate(per_second, f"{size_bytes // MEBIBYTE} MiB of {kind} copied"))
+            rates.append(Rate.of(size_bytes, seconds, f"{size_bytes // MEBIBYTE} MiB of {kind} copied"))
         return min(rates, key=lambda rate: rate.per_second)
 
     def between(self, first: SeenAccelerator, second: SeenAccelerator) -> Rate:
         """Return the bytes a second from one accelerator to another, in the slower direction."""
         size_bytes = min(self._size(first), self._size(second))
         ways = ((first.id, second.id), (second.id, first.id))
-        per_second = min(self._copied_per_second(size_bytes, *way) for way in ways)
-        return Rate(per_second, f"{size_bytes // MEBIBYTE} MiB copied each way")
+        slower = max((self._copying_seconds(size_bytes, *way) for way in ways), key=median)
+        return Rate.of(size_bytes, slower, f"{size_bytes // MEBIBYTE} MiB copied each way")
+
+    @property
+    def _threads(self) -> int:
+        """How many threads a product keeps at work; what Apple's does, it does on others than torch knows."""
+        return 1 if sys.platform == "darwin" else min(self._torch.get_num_threads(), usable_threads())
+
+    def _count(self, each_bytes: int, available_bytes: int, most_bytes: int) -> int:
+        """How many things of a size there is room for, within so many bytes."""
+        count = min(most_bytes, available_bytes // SHARE_OF_FREE) // each_bytes
+        if not count:
+            raise NotMeasuredError("there is too little memory free")
+        return count
+
+    def _ones(self, dtype: str, *shape: int) -> Any:
+        return self._torch.ones(*shape, dtype=getattr(self._torch, dtype))
 
     def _size(self, seen: SeenAccelerator) -> int:
         free_bytes = seen.free_bytes if seen.free_bytes is not None else seen.memory_bytes
@@ -156,17 +243,21 @@ class Devices:
             return self._torch.float16
         return self._torch.bfloat16
 
-    def _copied_per_second(self, size_bytes: int, start: Device, end: Device, *, is_pinned: bool = False) -> int:
+    def _copying_seconds(self, size_bytes: int, start: Device, end: Device, *, is_pinned: bool = False) -> list[float]:
         source, target = (self._buffer(size_bytes, device) for device in (start, end))
         source = source.pin_memory() if is_pinned else source
-        return int(size_bytes / self._fastest(partial(target.copy_, source), start, end))
+        return self._seconds(partial(target.copy_, source), start, end)
 
     def _buffer(self, size_bytes: int, device: Device) -> Any:
         """Return memory that was written to: what never was is not there to be copied."""
         return self._torch.ones(size_bytes, dtype=self._torch.uint8).to(str(device))
 
-    def _fastest(self, action: Callable[[], Any], *devices: Device) -> float:
-        """Return the seconds in which the devices have done what an action gives them."""
+    def _seconds(self, action: Callable[[], Any], *devices: Device, threads: int = 0) -> list[float]:
+        """Return the seconds in which the devices have done what an action gives them, of several passes.
+
+        Raises:
+            TooNoisyError: where fewer than so many `threads` of this process were at work meanwhile.
+        """
 
         def run() -> None:
             action()
@@ -174,7 +265,13 @@ class Devices:
                 self._wait(device)
 
         run()  # the first time, kernels are loaded and buffers made
-        return fastest_pass(run, self._clock, LIMIT_SECONDS)
+        began, worked = self._clock(), self._processor()
+        seconds = passes(run, self._clock, LIMIT_SECONDS)
+        elapsed, at_work = self._clock() - began, self._processor() - worked
+        share = at_work / max(threads * elapsed, SHORTEST_SECONDS)
+        if threads and share < (QUIET_TOGETHER if threads > 1 else QUIET):
+            raise TooNoisyError(f"other work takes the CPU: of {counted(threads, 'thread')}, this had {share:.0%}")
+        return seconds
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:

@@ -721,15 +721,16 @@ def test_a_receipt_takes_back_that_none_was_ever_run_on_so_many_such_cards(monke
 def test_the_probe_sees_and_measures_the_cards(monkeypatch):
     monkeypatch.setattr(torch_rates, "COPY_BYTES", 2**20)
     monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 256)
+    monkeypatch.setattr(torch_rates, "LIMIT_SECONDS", 0.01)
     monkeypatch.setattr(torch_rates, "QUIET", 0)
     seen = probe_machine({}, None, kind="npu")
     assert [(str(each.id), each.memory_bytes) for each in seen.accelerators] == [("npu:0", 2**40), ("npu:1", 2**40)]
-    planned = [step for step in steps(seen, Path(), Devices()) if step.subject != "cpu"]
+    planned = [step for step in steps(seen, Path(), Devices()) if step.routes[0][:2] != ("devices", "cpu")]
     begun = []
     measured_rates, failures = measured(tuple(planned), begun.append)
     assert (failures, begun) == ({}, planned)
     block = hardware_block(seen, measured_rates)
-    assert set(block["devices"]["npu:1"]) == {"memory", "bandwidth", "flops", "efficiency"}
+    assert set(block["devices"]["npu:1"]) == {"memory", "bandwidth", "flops", "dtypes"}
     assert set(block["links"]) == {"host", "unpinned", "peer"}
     save(LLAMA)
     Path("profile.yaml").write_text(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +21,23 @@ from devmap_config import compile_profile
 from devmap_config.amounts import MEBIBYTE
 from devmap_config.cli.probe import probe as probe_command
 from devmap_config.devices import CPU, Device
-from devmap_config.probe import rates, torch_rates
+from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.hardware.declared import build_inventory
+from devmap_config.probe import measuring, rates, torch_rates
+from devmap_config.probe.block import block_text, hardware_block
+from devmap_config.probe.machine import SeenHost, SeenMachine
 from devmap_config.probe.measuring import peer_links
-from devmap_config.probe.rates import SHARE_OF_FREE, NotMeasuredError, disk_bandwidth, fastest_pass, memory_bandwidth
+from devmap_config.probe.rates import (
+    SHARE_OF_FREE,
+    NotMeasuredError,
+    Rate,
+    TooNoisyError,
+    disk_bandwidth,
+    memory_bandwidth,
+    passes,
+)
 from devmap_config.probe.torch_rates import Devices
+from devmap_config.profile.loading import load_profile
 
 SMALL = {"MEMORY_BUFFER_BYTES": 8 * MEBIBYTE, "DISK_FILE_BYTES": 16 * MEBIBYTE}
 
@@ -38,23 +53,32 @@ class Clock:
         return self.now
 
 
-def test_memory_is_read_and_its_rate_is_the_best_pass():
+def devices(step=1.0, working=1000.0):
+    """Devices on such a clock, while so many threads of this process are at work."""
+    clock = Clock(step)
+    return Devices(clock, lambda: working * clock.now)
+
+
+def test_memory_is_read():
     rate = memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE, clock=Clock())
     assert (rate.per_second, rate.method) == (8 * MEBIBYTE, "2 threads read 8 MiB")
     assert memory_bandwidth(2**40, 2, buffer_bytes=8 * MEBIBYTE).per_second > 10 * MEBIBYTE
 
 
-def test_passes_end_with_the_time_or_after_a_few():
-    passes = []
-    fastest_pass(lambda: passes.append("slow"), Clock(), limit_seconds=3.0)
-    fastest_pass(lambda: passes.append("quick"), Clock(0.001), limit_seconds=3.0)
-    assert (passes.count("slow"), passes.count("quick")) == (2, rates.PASSES)
+def test_there_are_as_many_passes_as_the_time_allows_and_one_at_least():
+    assert passes(lambda: None, Clock(10.0), limit_seconds=3.0) == [10.0]
+    assert passes(lambda: None, Clock(0.25), limit_seconds=3.0) == [0.25] * 4  # of three readings of the clock
+
+
+def test_a_rate_is_that_of_the_median_pass():
+    rate = Rate.of(600, [1.0, 6.0, 2.0], "said")
+    assert rate == Rate(300, "said", least=100, most=600, passes=3)
 
 
 def test_an_accelerator_is_waited_for_after_each_pass(monkeypatch):
     done = []
     monkeypatch.setattr(torch, "xpu", SimpleNamespace(synchronize=lambda index: done.append(f"waited for {index}")))
-    Devices(Clock())._fastest(lambda: done.append("given"), CPU, Device("xpu", 1))
+    devices()._seconds(lambda: done.append("given"), CPU, Device("xpu", 1))
     assert done == ["given", "waited for 1"] * 2
 
 
@@ -73,7 +97,7 @@ def test_the_disk_is_read_and_left_as_it_was(tmp_path):
 
 def test_what_is_written_and_read_is_bounded_by_time_and_by_what_is_free(tmp_path):
     slow = disk_bandwidth(tmp_path, 2**40, file_bytes=2**40, clock=Clock())
-    assert slow.method.startswith("24 MiB read ")  # three seconds, of one for each block
+    assert slow.method.startswith("8 MiB read ")  # three seconds, of one for each block
     little = disk_bandwidth(tmp_path, 64 * MEBIBYTE, clock=Clock())
     assert little.method.startswith("8 MiB read ")
     with pytest.raises(NotMeasuredError, match="too little room"):
@@ -113,41 +137,101 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 def test_layers_grow_until_they_take_long_enough(monkeypatch):
     monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 512)
-    quick = Devices(Clock(0.001)).flops(CPU)
-    assert quick.method == "bfloat16 linear layers of 512 by 512"
-    slow = Devices(Clock()).flops(CPU)
+    monkeypatch.setattr(torch_rates, "LIMIT_SECONDS", 0)
+    assert devices(0.001).flops(CPU).method == "bfloat16 linear layers of 512 by 512"
+    slow = devices().flops(CPU, "float32")
     assert slow.per_second == 2 * torch_rates.SMALLEST_MATRIX**3
+    assert slow.method == "float32 linear layers of 256 by 256"
 
 
-def test_the_cpu_is_as_fast_as_its_layers_read_their_weights():
-    rate = Devices(Clock()).layer_bandwidth(3 * SHARE_OF_FREE * torch_rates.LAYER_BYTES)
-    assert rate.per_second == 3 * torch_rates.LAYER_BYTES
-    assert rate.method == "3 linear layers of 4096 by 4096, one token"
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
+def test_layers_read_their_weights_for_a_token_and_compute_besides_for_a_prompt(small, dtype, itemsize):
+    layers_bytes = itemsize * (64**2 + 128**2)
+    bandwidth, flops = devices().layers(dtype, 4 * SHARE_OF_FREE * layers_bytes)
+    assert bandwidth.per_second == 4 * layers_bytes  # in a second of this clock
+    assert bandwidth.method == f"8 {dtype} linear layers of 64 by 64 and 128 by 128, one token"
+    assert flops.per_second == int(2 * 16 * (64**2 + 128**2) / 0.75)  # a quarter of a second goes to reading
     with pytest.raises(NotMeasuredError, match="too little memory"):
-        Devices(Clock()).layer_bandwidth(torch_rates.LAYER_BYTES)
+        devices().layers(dtype, layers_bytes)
+
+
+def test_attention_is_of_a_query_after_a_long_context_and_of_a_prompt(small):
+    one, prompt = (devices().attention(2**30, is_prefill=is_prefill) for is_prefill in (False, True))
+    width = torch_rates.HEADS * torch_rates.HEAD_WIDTH
+    assert one.per_second == torch_rates.LAYERS_WITH_A_CACHE * 4 * 128 * width
+    assert prompt.per_second == 4 * 32 * 32 * width
+    with pytest.raises(NotMeasuredError, match="too little memory"):
+        devices().attention(2**10, is_prefill=False)
+
+
+def test_each_token_reads_experts_of_its_own(small, monkeypatch):
+    chosen, grouped_mm = [], torch.nn.functional.grouped_mm
+
+    def seen(rows, weights, offs):
+        ends = [0, *offs.tolist()]
+        chosen.append([expert for expert in range(len(offs)) if ends[expert] < ends[expert + 1]])
+        assert rows.shape[0] == ends[-1] == torch_rates.CHOSEN
+        return grouped_mm(rows, weights, offs=offs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", seen)
+    experts_bytes = 2 * 3 * 64 * 32
+    rate = devices().experts(SHARE_OF_FREE * 31 * experts_bytes)
+    assert rate.per_second == 24 * experts_bytes
+    assert rate.method == "8 of 24 experts of 64 by 32 for each of 3 tokens, bfloat16"
+    of_first, of_second = (sorted(chain.from_iterable(chosen[matrix:6:2])) for matrix in (0, 1))
+    assert of_first == of_second == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("threads", "working", "said"), [(1, 0.85, "1 thread, this had 85%"), (4, 3, "4 threads, this had 75%")]
+)
+def test_a_machine_with_other_work_to_do_is_too_noisy(threads, working, said):
+    assert devices(working=0.95 * threads)._seconds(lambda: None, CPU, threads=threads) == [1.0]
+    with pytest.raises(TooNoisyError, match=f"other work takes the CPU: of {said}"):
+        devices(working=working)._seconds(lambda: None, CPU, threads=threads)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda devices: devices.dispatches(CPU),
+        lambda devices: devices.layers("float16", 2**30),
+        lambda devices: devices.attention(2**30, is_prefill=False),
+        lambda devices: devices.attention(2**30, is_prefill=True),
+        lambda devices: devices.experts(2**30),
+    ],
+)
+def test_nothing_is_measured_on_the_cpu_beside_other_work(small, measure, monkeypatch):
+    monkeypatch.setattr(torch_rates, "QUIET", 0.9)
+    monkeypatch.setattr(torch_rates, "QUIET_TOGETHER", 0.8)
+    with pytest.raises(TooNoisyError):
+        measure(devices(working=0.5))
 
 
 def test_nothing_is_said_of_a_machine_that_is_busy(small, monkeypatch):
     monkeypatch.setattr(torch_rates, "QUIET", 1.5)  # of one thread, more than there is
     done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
     assert done.return_value == 5
-    assert "error[too-noisy]: nothing is said of this machine: other work takes the CPU: of one thread" in " ".join(
+    assert "error[too-noisy]: nothing is said of this machine: other work takes the CPU: of 1 thread" in " ".join(
         done.stderr.split()
     )
     assert done.stdout == ""
 
 
 def test_the_host_is_as_fast_as_it_asks_for_the_operations_of_a_model_with_next_to_nothing_to_compute(small):
-    rate = Devices(Clock()).dispatches(CPU)
+    rate = devices().dispatches(CPU)
     count = int(rate.method.split()[0])
     assert rate.method == f"{count} operations of a Llama with {torch_rates.NARROW['num_hidden_layers']} narrow layers"
     assert rate.per_second == count  # in a second of this clock
     assert 60 < count / torch_rates.NARROW["num_hidden_layers"] < 90  # what a layer of a Llama asks for
 
 
+PAIRS = {"0-cuda:1": 50, "0-cuda:2": 10, "1-cuda:2": 11}
+
+
 def test_pairs_with_a_bridge_have_a_line_of_their_own():
-    rates = {"cuda:0-cuda:1": 50, "cuda:0-cuda:2": 10, "cuda:1-cuda:2": 11}
-    assert peer_links(rates) == {"peer": 10, "cuda:0-cuda:1": 50}
+    pairs = {("links", f"cuda:{pair}"): Rate.of(rate, [1], "") for pair, rate in PAIRS.items()}
+    assert {route[1]: rate.per_second for route, rate in peer_links(pairs).items()} == {"peer": 10, "cuda:0-cuda:1": 50}
 
 
 @pytest.fixture
@@ -155,21 +239,27 @@ def small(monkeypatch):
     """Little is measured: defaults are bound where the functions are made."""
     monkeypatch.setitem(memory_bandwidth.__kwdefaults__, "buffer_bytes", SMALL["MEMORY_BUFFER_BYTES"])
     monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
-    monkeypatch.setattr(torch_rates, "LARGEST_MATRIX", 256)
-    monkeypatch.setattr(torch_rates, "LAYERS_BYTES", torch_rates.LAYER_BYTES)
-    monkeypatch.setattr(torch_rates, "QUIET", 0)  # other tests run beside this one
+    sizes = {"LARGEST_MATRIX": 256, "LAYER_WIDTHS": (64, 128), "LAYER_TOKENS": 16, "EXPERT_WIDTHS": (64, 32)}
+    lengths = {"PROMPT_TOKENS": 32, "CONTEXT_TOKENS": 128, "LAYERS_BYTES": 2**20, "LIMIT_SECONDS": 0.01}
+    for name, value in (sizes | lengths).items():
+        monkeypatch.setattr(torch_rates, name, value)
+    for name in ("QUIET", "QUIET_TOGETHER"):
+        monkeypatch.setattr(torch_rates, name, 0)  # other tests run beside this one
 
 
 def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, workspace):
     done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
     assert done.return_value == 0
     hardware = yaml.safe_load(done.stdout)["hardware"]
-    assert set(hardware["devices"]["cpu"]) == {"memory", "bandwidth", "flops"}
-    assert hardware["devices"]["disk"]["bandwidth"] == hardware["links"]["disk"]
-    comments = [line for line in done.stdout.splitlines() if line.startswith("# ")]
-    measured = ["operations that the host dispatches", "weights on the CPU", "disk", "layers on the CPU"]
-    assert [line[2:].partition(":")[0] for line in comments] == measured
+    cpu = hardware["devices"]["cpu"]
+    assert list(cpu) == ["memory", "bandwidth", "flops", "dtypes", "attention", "experts"]
+    assert set(cpu["attention"]) == {"decode", "prefill"}
+    assert {dtype: set(rates) for dtype, rates in cpu["dtypes"].items()} == {
+        "float16": {"bandwidth", "flops"},
+        "float32": {"bandwidth", "flops"},
+    }
     assert hardware["host"]["dispatch"].endswith("us measured")
+    assert len(re.findall(r"   # median of \d+ runs?, \S+ to \S+: \S", done.stdout)) == 11
     assert done.stderr == ""
 
     Path("profile.yaml").write_text(
@@ -181,6 +271,32 @@ def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, wo
     assert prediction.prefill_nanoseconds is not None
 
 
+def test_a_profile_has_every_rate_that_was_measured(tmp_path):
+    seen = SeenMachine(accelerators=(), host=SeenHost(memory_bytes=2**34, available_bytes=2**34, threads=2), disk=None)
+    planned = measuring.steps(seen, tmp_path, Devices())
+    routes = [route for step in planned for route in step.routes]
+    rates = {route: Rate(10**9 * (place + 1), "said", 10**8, 10**10, 3) for place, route in enumerate(routes)}
+    text = block_text(seen, hardware_block(seen, rates), rates)
+    assert "      bandwidth: 2.00GB/s measured   # median of 3 runs, 100MB/s to 10.0GB/s: said\n" in text
+    (tmp_path / "profile.yaml").write_text(f"version: 1\nmodel: {{source: x}}\n{text}")
+    sink = Sink()
+    inventory = build_inventory(load_profile(tmp_path / "profile.yaml", sink), sink)
+    assert sink.diagnostics == ()
+    [cpu] = inventory.devices
+    usual, half, whole = (cpu.in_dtype(dtype) for dtype in ("bfloat16", "float16", "float32"))
+    assert [
+        (each.bandwidth_bytes_per_second // 10**9, each.flops_per_second // 10**9) for each in (usual, half, whole)
+    ] == [
+        (2, 3),
+        (4, 5),
+        (6, 7),
+    ]
+    assert cpu.decode_attention_per_second == 8 * 10**9
+    assert cpu.prefill_attention_per_second == 9 * 10**9
+    assert (usual.experts_bytes_per_second, half.experts_bytes_per_second) == (10 * 10**9, None)
+    assert inventory.dispatch_nanoseconds == 1
+
+
 def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, monkeypatch):
     def refuse(*arguments, **more):
         raise OSError(30, "Read-only file system")
@@ -190,19 +306,16 @@ def test_what_cannot_be_measured_is_a_warning_and_the_rest_is_printed(small, mon
     value = json.loads(done.stdout)
     assert [each["code"] for each in value["diagnostics"]] == ["not-measured"]
     assert value["diagnostics"][0]["message"].startswith("disk could not be measured: nothing can be written to ")
-    assert set(value["measured"]) == {
-        "weights on the CPU",
-        "operations that the host dispatches",
-        "layers on the CPU",
-    }
-    assert "links" not in value["hardware"]
+    assert "devices.disk.bandwidth" not in value["measured"]
+    assert set(value["measured"]["devices.cpu.experts"]) == {"per_second", "least", "most", "passes", "method"}
+    assert "bandwidth" not in value["hardware"]["devices"]["disk"]
 
 
 def test_a_terminal_sees_the_progress_on_stderr_and_a_pipe_does_not(tmp_path):
     code = (
         "from devmap_config.probe import measuring, torch_rates\n"
         "from devmap_config.probe.rates import Rate\n"
-        "measuring.memory_bandwidth = measuring.disk_bandwidth = lambda *a: Rate(10**9, 'said')\n"
+        "measuring.memory_bandwidth = measuring.disk_bandwidth = lambda *a: Rate.of(10**9, [1], 'said')\n"
         "torch_rates.Devices.is_there = False\n"
         "from devmap_config.cli.probe import probe\n"
         "probe.main(['--measure'], standalone_mode=False)\n"
