@@ -1,6 +1,6 @@
 """What plans are timed by that no profile says and no catalogue has: every figure with what it was measured on.
 
-A profile's `hardware.host` and `hardware.links` come before these, and `devmap probe --measure` measures both.
+A profile's `hardware` comes before these, and `devmap probe --measure` measures what it can say.
 """
 
 from __future__ import annotations
