@@ -1,8 +1,8 @@
 """Prints, for this machine, what a plan predicts of a token and a prefill beside what they take.
 
-A dense model and a mixture of experts with random weights, on the CPU. In every round the machine is probed, the
-profile is compiled with what was found, and the plan is run, one after the other: what changes on the machine changes
-both.
+A dense model in bfloat16 and float32, and a mixture of experts, with random weights, on the CPU. In every round the
+machine is probed, the profile is compiled with what was found, and the plan is run, one after the other: what changes
+on the machine changes both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ MODELS = Path(__file__).parent / "plans" / "models"
 WORKLOADS = {"64 tokens": (64, 96), "448 tokens": (448, 512)}
 """By what it is called, the prompt and the context."""
 
-PHASES = ("decode", "prefill")
+CASES = {"dense-0.25b": "auto", "dense-0.25b, float32": "float32", "mixture-0.5b": "auto"}
+"""By the model and what else is told of it, its dtype."""
 
 
 def devmap(*arguments: str, folder: Path) -> str:
@@ -44,12 +45,12 @@ def devmap(*arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def ratios(folder: Path, model: str, lengths: tuple[int, int], hardware: Any) -> dict[str, float]:
+def ratios(folder: Path, case: str, lengths: tuple[int, int], hardware: Any) -> dict[str, float]:
     """Return, by phase, what is predicted over what is measured."""
     prompt_length, context_length = lengths
     profile = {
         "version": 1,
-        "model": {"source": f"models/{model}"},
+        "model": {"source": f"models/{case.partition(',')[0]}", "dtype": CASES[case]},
         "workload": {"prompt_length": prompt_length, "context_length": context_length},
         "hardware": hardware,
         "placement": {"strategy": "fastest"},
@@ -77,13 +78,13 @@ def main() -> None:
         for _ in range(rounds):
             hardware = yaml.safe_load(devmap("probe", "--measure", folder=folder))["hardware"]
             del hardware["devices"]["disk"]
-            for model in sorted(path.name for path in MODELS.iterdir()):
+            for case in CASES:
                 for words, lengths in WORKLOADS.items():
-                    for phase, ratio in ratios(folder, model, lengths, hardware).items():
-                        found.setdefault((model, words, phase), []).append(ratio)
+                    for phase, ratio in ratios(folder, case, lengths, hardware).items():
+                        found.setdefault((case, words, phase), []).append(ratio)
     table = Table("model", "prompt", "phase", "predicted ÷ measured", "least to most", box=box.MARKDOWN)
-    for (model, words, phase), each in found.items():
-        table.add_row(model, words, phase, f"{statistics.median(each):.2f}", f"{min(each):.2f} to {max(each):.2f}")
+    for (case, words, phase), each in found.items():
+        table.add_row(case, words, phase, f"{statistics.median(each):.2f}", f"{min(each):.2f} to {max(each):.2f}")
     Console(width=100).print(table)
 
 
