@@ -124,7 +124,9 @@ def read_receipt(path: Path) -> Receipt:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise FileError("is no receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
     if not runs:
-        raise CalibrationError(f"nothing was timed in `{path}`", "write it without `--no-generate`")
+        message = f"`{path}` has no time that was predicted and measured"
+        help = "compile with the machine's rates (`devmap probe --measure`), and write it without `--no-generate`"
+        raise CalibrationError(message, help)
     return receipt
 
 

@@ -37,7 +37,8 @@ def fitted(
 ) -> tuple[Inventory, dict[tuple[RateName, ...], float]]:
     """Return the machine on which times are as they were measured, and by which factors its rates then differ.
 
-    It is done twice, for what binds a time may be another thing then.
+    Which of them have one factor is asked twice, of the rates that are known and of those that were fitted: what binds
+    a time may be another thing then.
 
     Args:
         inventory: the machine with the rates that are known.
@@ -62,10 +63,9 @@ def fitted(
         if not groups:
             return inventory, {}
         together = np.array([[place in group for group in groups] for place in range(len(names))], dtype=float)
-        changes = changes + together @ _solved(log_times, measured, changes, together)
-    chosen = [place for place in range(len(names)) if changes[place] or any(place in group for group in groups)]
+        changes = together @ _solved(log_times, measured, together, changes @ together / together.sum(axis=0))
     factors = {tuple(names[place] for place in group): float(np.exp(changes[group[0]])) for group in groups}
-    return machine(changes, chosen), factors
+    return machine(changes, [place for group in groups for place in group]), factors
 
 
 def _effects(log_times: LogTimes, changes: np.ndarray, directions: np.ndarray) -> np.ndarray:
@@ -101,17 +101,16 @@ def _splits(names: Sequence[RateName]) -> Iterator[set[int]]:
     yield from ({place} for place in range(len(names)))
 
 
-def _solved(log_times: LogTimes, measured: np.ndarray, start: np.ndarray, together: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the factors with which times are least off, by Gauss and Newton's steps."""
+def _solved(log_times: LogTimes, measured: np.ndarray, together: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the factors with which times are least off, by Gauss and Newton's steps from some."""
     import numpy as np
 
     def off(factors: np.ndarray) -> np.ndarray:
-        return measured - log_times(start + together @ factors)
+        return measured - log_times(together @ factors)
 
-    factors = np.zeros(together.shape[1])
     best = off(factors)
     for _ in range(STEPS):
-        effects = _effects(log_times, start + together @ factors, together)
+        effects = _effects(log_times, together @ factors, together)
         step = np.clip(np.linalg.lstsq(effects, best, rcond=LEAST_SENSITIVITY)[0], -1, 1)
         for _ in range(HALVINGS):
             if (after := off(factors + step)) @ after < best @ best:

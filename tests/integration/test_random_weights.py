@@ -11,11 +11,13 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from devmap_config.cli.calibrate import calibrate
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.receipts import receipts
 from devmap_config.cli.run import run as run_model
@@ -192,6 +194,9 @@ def test_a_receipt_has_what_was_predicted_beside_what_is_seen(temporary):
     shown = CliRunner().invoke(receipts, ["mine.json"], standalone_mode=False, catch_exceptions=False)
     assert shown.stdout.splitlines()[0] == "mine: predicted → seen"
     assert shown.stdout.splitlines()[3].startswith("profile   cpu")
+    fitted = CliRunner().invoke(calibrate, ["mine.json"], standalone_mode=False, catch_exceptions=False)
+    assert fitted.return_value == 0
+    assert set(yaml.safe_load(fitted.stdout)["hardware"]) <= {"devices", "host"}
 
 
 def test_a_receipt_of_loading_alone_has_no_generation(temporary):

@@ -213,7 +213,7 @@ REFUSED = {
     "another dtype": ({"dtype": "float32"}, "(float32) are not of the same dtype"),
     "earlier": ({"receipt_version": 1}, "does not say what a forward does: an earlier devmap-config wrote it"),
     "newer": ({"receipt_version": RECEIPT_VERSION + 1}, "was written by a newer devmap-config"),
-    "nothing timed": ({"cases": []}, "nothing was timed in"),
+    "nothing timed": ({"cases": []}, "has no time that was predicted and measured"),
 }
 
 
