@@ -84,7 +84,9 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
     from devmap_config.probe.measuring import Step, measured, steps
     from devmap_config.probe.torch_rates import Devices
 
-    planned = tuple(steps(seen, disk_folder, Devices()))
+    devices = Devices()
+    planned = tuple(steps(seen, disk_folder, devices))
+    devices.share_time(len(planned))
     progress = progress_line(BarColumn(), DESCRIPTION)
     # One that is not to be seen is not begun: until rich 15 it would end with an empty line.
     with nullcontext() if quiet or not progress.console.is_terminal else progress:

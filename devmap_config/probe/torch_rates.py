@@ -18,6 +18,7 @@ from devmap_config.devices import CPU
 from devmap_config.libraries.torch import dispatched_by, torch_attention
 from devmap_config.probe.host import usable_threads
 from devmap_config.probe.rates import (
+    ALL_SECONDS,
     LIMIT_SECONDS,
     SHARE_OF_FREE,
     SHORTEST_SECONDS,
@@ -78,12 +79,17 @@ class Devices:
     ) -> None:
         """Read the time from a clock, and from another how long all threads of the process were at work."""
         self._clock, self._processor = clock, processor
+        self._limit_seconds = LIMIT_SECONDS
         self._torch: Any = None
         try:
             import torch
         except ImportError:
             return
         self._torch = torch
+
+    def share_time(self, measurements: int) -> None:
+        """Take less for each of so many measurements, where that keeps all within a minute."""
+        self._limit_seconds = min(LIMIT_SECONDS, ALL_SECONDS / measurements)
 
     @property
     def is_there(self) -> bool:
@@ -193,12 +199,13 @@ class Devices:
     def flops(self, device: Device, dtype: str | None = None) -> Rate:
         """Return the operations a second of a square linear layer: in bfloat16, or in float16 where it has none."""
         dtype = dtype or str(self._half_precision(device)).removeprefix("torch.")
-        size, seconds = SMALLEST_MATRIX // 2, [0.0]
-        while min(seconds) < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
+        size, seconds = SMALLEST_MATRIX // 2, 0.0
+        while seconds < LONG_ENOUGH_SECONDS and size < LARGEST_MATRIX:
             size *= 2
             inputs = self._ones(dtype, size, size).to(str(device))
-            seconds = self._seconds(partial(self._torch.nn.functional.linear, inputs, inputs.clone()), device)
-        return Rate.of(2 * size**3, seconds, f"{dtype} linear layers of {size} by {size}")
+            layer = partial(self._torch.nn.functional.linear, inputs, inputs.clone())
+            [seconds] = self._seconds(layer, device, limit_seconds=0)
+        return Rate.of(2 * size**3, self._seconds(layer, device), f"{dtype} linear layers of {size} by {size}")
 
     def from_host(self, accelerators: Iterable[SeenAccelerator], *, is_pinned: bool) -> Rate:
         """Return the bytes a second from the CPU to the accelerator that is slowest to reach."""
@@ -252,8 +259,10 @@ class Devices:
         """Return memory that was written to: what never was is not there to be copied."""
         return self._torch.ones(size_bytes, dtype=self._torch.uint8).to(str(device))
 
-    def _seconds(self, action: Callable[[], Any], *devices: Device, threads: int = 0) -> list[float]:
-        """Return the seconds in which the devices have done what an action gives them, of several passes.
+    def _seconds(
+        self, action: Callable[[], Any], *devices: Device, threads: int = 0, limit_seconds: float | None = None
+    ) -> list[float]:
+        """Return the seconds in which the devices have done what an action gives them, of passes until the time is up.
 
         Raises:
             TooNoisyError: where fewer than so many `threads` of this process were at work meanwhile.
@@ -266,7 +275,7 @@ class Devices:
 
         run()  # the first time, kernels are loaded and buffers made
         began, worked = self._clock(), self._processor()
-        seconds = passes(run, self._clock, LIMIT_SECONDS)
+        seconds = passes(run, self._clock, self._limit_seconds if limit_seconds is None else limit_seconds)
         elapsed, at_work = self._clock() - began, self._processor() - worked
         share = at_work / max(threads * elapsed, SHORTEST_SECONDS)
         if threads and share < (QUIET_TOGETHER if threads > 1 else QUIET):

@@ -70,6 +70,13 @@ def test_there_are_as_many_passes_as_the_time_allows_and_one_at_least():
     assert passes(lambda: None, Clock(0.25), limit_seconds=3.0) == [0.25] * 4  # of three readings of the clock
 
 
+def test_many_measurements_share_the_time():
+    for measurements, count in ((10, 3), (60, 2)):
+        eight_cards = devices(0.125)
+        eight_cards.share_time(measurements)
+        assert len(eight_cards._seconds(lambda: None, CPU)) == count
+
+
 def test_a_rate_is_that_of_the_median_pass():
     rate = Rate.of(600, [1.0, 6.0, 2.0], "said")
     assert rate == Rate(300, "said", least=100, most=600, passes=3)
