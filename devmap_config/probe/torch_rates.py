@@ -117,7 +117,8 @@ class Devices:
         count = self._count(itemsize * sum(width**2 for width in LAYER_WIDTHS), available_bytes, LAYERS_BYTES)
         weights = [self._ones(dtype, width, width) for width in LAYER_WIDTHS * count]
         size_bytes = sum(weight.nbytes for weight in weights)
-        reading = self._seconds(partial(self._multiply, weights, 1), CPU, threads=self._threads)
+        threads = 1 if dtype == "float32" else self._threads  # for one token, BLAS takes one
+        reading = self._seconds(partial(self._multiply, weights, 1), CPU, threads=threads)
         sizes = " and ".join(f"{width} by {width}" for width in LAYER_WIDTHS)
         said = f"{dtype} linear layers of {sizes}"
         bandwidth = Rate.of(size_bytes, reading, f"{len(weights)} {said}, one token")

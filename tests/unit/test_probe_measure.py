@@ -162,6 +162,20 @@ def test_layers_read_their_weights_for_a_token_and_compute_besides_for_a_prompt(
         devices().layers(dtype, layers_bytes)
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", [4, 4]), ("float32", [1, 4])])
+def test_of_several_threads_one_multiplies_a_token_in_float32(small, monkeypatch, dtype, expected):
+    at_work = []
+
+    def seconds(self, action, *devices, threads):
+        at_work.append(threads)
+        return [1.0]
+
+    monkeypatch.setattr(Devices, "_threads", 4)
+    monkeypatch.setattr(Devices, "_seconds", seconds)
+    devices().layers(dtype, 2**30)
+    assert at_work == expected
+
+
 def test_attention_is_of_a_query_after_a_long_context_and_of_a_prompt(small):
     one, prompt = (devices().attention(2**30, is_prefill=is_prefill) for is_prefill in (False, True))
     width = torch_rates.HEADS * torch_rates.HEAD_WIDTH
