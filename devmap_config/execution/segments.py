@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from devmap_config.devices import CPU, DISK, Device
 from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION, KERNEL_NANOSECONDS
-from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND
+from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND, whole
 from devmap_config.profile.quantities import BASES, basis_of
 
 if TYPE_CHECKING:
@@ -82,10 +82,17 @@ class Segment:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Segment:
-        """Return what `to_json` made plain data of."""
+        """Return what `to_json` made plain data of.
+
+        Raises:
+            KeyError, TypeError, ValueError: where something else is.
+        """
+        steps = (
+            ((Device.from_text(name), Step(*map(whole, step))), whole(count)) for name, count, *step in value["steps"]
+        )
         return cls(
-            steps=Counter({(Device.from_text(name), Step(*step)): count for name, count, *step in value["steps"]}),
-            dispatches=Counter({Device.from_text(name): count for name, count in value["dispatches"].items()}),
+            steps=Counter(dict(steps)),
+            dispatches=Counter({Device.from_text(name): whole(count) for name, count in value["dispatches"].items()}),
             copies=[_copy_from_json(*copy) for copy in value["copies"]],
             ahead=[tuple(_copy_from_json(*copy) for copy in together) for together in value["ahead"]],
         )
@@ -95,8 +102,8 @@ def _copy_to_json(copy: Copy) -> list[Any]:
     return [str(copy.source), str(copy.target), *copy[2:]]
 
 
-def _copy_from_json(source: str, target: str, *amounts: Any) -> Copy:
-    return Copy(Device.from_text(source), Device.from_text(target), *amounts)
+def _copy_from_json(source: str, target: str, size_bytes: Any, copies: Any, is_pinned: Any) -> Copy:
+    return Copy(Device.from_text(source), Device.from_text(target), whole(size_bytes), whole(copies), bool(is_pinned))
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,20 @@ class Link:
         )
 
 
+LARGEST = 10**18
+
+
+def whole(value: Any) -> int:
+    """Return an amount of plain data: a whole number that can be one.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{value!r} is no amount")
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InventoryDevice:
     """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`; `overhead_bytes` its context takes.
@@ -162,22 +176,30 @@ class Inventory:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Inventory:
-        """Return as fast a machine as `to_json` made plain data of; which accelerators it has is not told there."""
+        """Return as fast a machine as `to_json` made plain data of; which accelerators it has is not told there.
+
+        Raises:
+            KeyError, TypeError, ValueError: where something else is.
+        """
         devices = []
         for each in value["devices"]:
-            rates = {name: each[name] for name in RATE_NAMES if each.get(name) is not None}
+            rates: dict[str, Any] = {name: whole(each[name]) for name in RATE_NAMES if each.get(name) is not None}
             rates |= {name: KnownRate(rates[name], "measured") for name in each.get("seen", "").split(" and ") if name}
             device = InventoryDevice(
                 id=Device.from_text(each["id"]),
-                memory_bytes=each["memory_bytes"],
-                capacity_bytes=each["capacity_bytes"],
-                memory_efficiency=Fraction(each["memory_efficiency"]),
-                compute_efficiency=Fraction(each["compute_efficiency"]),
+                memory_bytes=whole(each["memory_bytes"]),
+                capacity_bytes=whole(each["capacity_bytes"]),
+                memory_efficiency=min(Fraction(each["memory_efficiency"]), Fraction(1)),
+                compute_efficiency=min(Fraction(each["compute_efficiency"]), Fraction(1)),
                 **rates,
             )
             devices.append(device)
-        links = {tuple(map(Device.from_text, pair.split("-"))): Link(**link) for pair, link in value["links"].items()}
-        return cls(tuple(devices), links, value.get("dispatch_nanoseconds", DISPATCH_NANOSECONDS))  # type: ignore[arg-type]
+        links = {}
+        for pair, figures in value["links"].items():
+            source, target = map(Device.from_text, pair.split("-"))
+            known = {name: whole(figure) for name, figure in figures.items() if figure is not None}
+            links[source, target] = Link(**known)
+        return cls(tuple(devices), links, whole(value.get("dispatch_nanoseconds", DISPATCH_NANOSECONDS)))
 
     def to_json(self) -> dict[str, object]:
         """As plain data, for digests."""

@@ -39,7 +39,7 @@ def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phas
     return found
 
 
-def as_told(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[str, object]:
+def as_told(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[str, Any]:
     """Return a plan as plain data with what no lock holds: on what its times rest."""
     return {
         **plan.to_json(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import ceil, floor
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.execution.segments import MissingFigureError, Rates, Segment
 from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_json
-from devmap_config.hardware.inventory import Inventory
+from devmap_config.hardware.inventory import Inventory, whole
 from devmap_config.plan.plan import OWN
 from devmap_config.profile.quantities import Spread
 from devmap_config.runner.fitting import fitted
@@ -99,7 +99,7 @@ class Calibration:
                 if each.run.phase == phase and each.left_out_nanoseconds
             ]
             if len(shares) >= FEWEST_RECEIPTS:
-                found[phase] = Spread(max(floor(min(shares)), 1), ceil(max(shares)))
+                found[phase] = Spread(max(math.floor(min(shares)), 1), math.ceil(max(shares)))
         return found
 
 
@@ -114,20 +114,29 @@ def read_receipt(path: Path) -> Receipt:
     try:
         _require_usable(path, value)
         machine = f"{value['machine']['processor']}, {value['machine']['threads']} threads"
+        inventory = Inventory.from_json(value["inventory"])
         runs = tuple(run for case in value["cases"] for run in _runs(path, case))
         receipt = Receipt(
             kind={"machine": machine, "dtype": str(value["dtype"]), **value["devices"]},
             versions=", ".join(f"{name} {version}" for name, version in value["versions"].items() if version),
-            inventory=Inventory.from_json(value["inventory"]),
+            inventory=inventory,
             runs=runs,
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        for run in runs:
+            _require_time(run.measured_nanoseconds)
+            _require_time(run.nanoseconds(inventory))
+    except (ArithmeticError, AttributeError, LookupError, MissingFigureError, TypeError, ValueError) as error:
         raise FileError("is no receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
     if not runs:
         message = f"`{path}` has no time that was predicted and measured"
         help = "compile with the machine's rates (`devmap probe --measure`), and write it without `--no-generate`"
         raise CalibrationError(message, help)
     return receipt
+
+
+def _require_time(nanoseconds: float) -> None:
+    if not 0 < nanoseconds < math.inf:
+        raise ValueError(f"{nanoseconds} is no time")
 
 
 def _require_usable(path: Path, value: Mapping[str, Any]) -> None:
@@ -149,8 +158,8 @@ def _runs(path: Path, case: Mapping[str, Any]) -> Iterator[Run]:
             yield Run(
                 receipt=str(path),
                 phase=phase,
-                segments=tuple((Segment.from_json(each), int(each["count"])) for each in case["forward"][phase]),
-                predicted_nanoseconds=int(case["predicted"]["prediction"][OWN[phase]]),
+                segments=tuple((Segment.from_json(each), whole(each["count"])) for each in case["forward"][phase]),
+                predicted_nanoseconds=whole(case["predicted"]["prediction"][OWN[phase]]),
                 measured_nanoseconds=1e9 * generation[seconds],
             )
 

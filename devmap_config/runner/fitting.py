@@ -6,6 +6,7 @@ rates apart: those that would not be found from them alone have one factor toget
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from devmap_config.hardware.scaling import rate_names, scaled
@@ -47,14 +48,14 @@ def fitted(
     """
     import numpy as np
 
-    names, measured = rate_names(inventory), np.log(measured_nanoseconds)
+    names, measured = rate_names(inventory), np.array([math.log(time) for time in measured_nanoseconds])
 
     def machine(changes: np.ndarray, chosen: Iterable[int]) -> Inventory:
         return scaled(inventory, {names[place]: float(np.exp(changes[place])) for place in chosen})
 
     def log_times(changes: np.ndarray) -> np.ndarray:
         everywhere = machine(changes, range(len(names)))
-        return np.log([max(time(everywhere), 1) for time in times])
+        return np.array([math.log(max(time(everywhere), 1)) for time in times])
 
     changes = np.zeros(len(names))
     groups: list[list[int]] = []

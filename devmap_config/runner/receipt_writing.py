@@ -8,7 +8,7 @@ from devmap_config.devices import CPU
 from devmap_config.files import write_atomically
 from devmap_config.libraries.versions import TRIED, installed
 from devmap_config.plan.plan import OWN
-from devmap_config.plan.prediction import amounts
+from devmap_config.plan.prediction import amounts, as_told
 from devmap_config.runner.receipts import RECEIPT_VERSION
 from devmap_config.runner.usage import peaks, weights_by_device
 from devmap_config.wording import json_text
@@ -38,8 +38,8 @@ def receipt_of(
         command: by which one gets another.
     """
     plan, compiled = deployment.plan, deployment.compiled
-    predicted, workload = plan.to_json(), compiled.loaded.profile.workload
-    inventory = compiled.inventory
+    inventory, workload = compiled.inventory, compiled.loaded.profile.workload
+    predicted = as_told(plan, compiled.model.graph, inventory)
     return {
         "receipt_version": RECEIPT_VERSION,
         "command": command,
@@ -59,7 +59,9 @@ def receipt_of(
                 "batch_size": workload.batch_size,
                 "context_length": workload.context_length.value,
                 "load_seconds": load.seconds,
-                "predicted": {name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction")},
+                "predicted": {
+                    name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction", "basis")
+                },
                 "compute": predicted["compute"],
                 "compiled": deployment.compiles,
                 "forward": {

@@ -241,6 +241,25 @@ def test_the_packages_own_receipts_are_of_an_earlier_version():
     assert (done.return_value, "an earlier devmap-config wrote it" in " ".join(done.stderr.split())) == (1, True)
 
 
+@pytest.mark.parametrize("value", [-1, "9", [1], float("inf"), pytest.param(10**400, id="long")])
+@pytest.mark.parametrize("where", ["rate", "link", "dispatch", "step", "count", "time"])
+def test_an_amount_that_can_be_none_is_told(tmp_path, where, value):
+    written_of = receipt(TRUTH, BELIEVED, dense(16, 1024))
+    [case] = written_of["cases"]
+    segment = case["forward"]["decode"][0]
+    holder, key = {
+        "rate": (written_of["inventory"]["devices"][1], "bandwidth_bytes_per_second"),
+        "link": (written_of["inventory"]["links"]["cpu-cuda:0"], "bytes_per_second"),
+        "dispatch": (written_of["inventory"], "dispatch_nanoseconds"),
+        "step": (segment["steps"][0], 2),
+        "count": (segment, "count"),
+        "time": (case["generation"], "decode_seconds_per_token"),
+    }[where]
+    holder[key] = value
+    done = run(*written(tmp_path, written_of))
+    assert (done.return_value, "is no receipt" in " ".join(done.stderr.split())) == (2, True)
+
+
 @pytest.mark.parametrize("text", [None, "{", "{}", "[1]", '{"receipt_version": 2, "cases": [1]}'])
 def test_a_file_that_is_no_receipt_is_told(tmp_path, text):
     path = tmp_path / "x.json"
