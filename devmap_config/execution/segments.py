@@ -9,12 +9,13 @@ for every kernel; on a CPU these add up, too.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from devmap_config.devices import CPU, DISK, Device
+from devmap_config.execution.overlap import Ahead, total_nanoseconds
 from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION, KERNEL_NANOSECONDS
 from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND, whole
 from devmap_config.profile.quantities import BASES, basis_of
@@ -106,6 +107,24 @@ def _copy_from_json(source: str, target: str, size_bytes: Any, copies: Any, is_p
     return Copy(Device.from_text(source), Device.from_text(target), whole(size_bytes), whole(copies), bool(is_pinned))
 
 
+class SegmentTime(NamedTuple):
+    """How long a segment takes, alone or beside others that are brought ahead to other cards."""
+
+    nanoseconds: int
+    ahead: tuple[Ahead, ...] = ()
+
+    def times(self, count: int) -> SegmentTime:
+        """Return how long it takes so many times."""
+        return SegmentTime(count * self.nanoseconds, tuple(each.times(count) for each in self.ahead))
+
+
+def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
+    """The card to which all of this is copied from the CPU's memory; `None` where it is not all so."""
+    ways = {(copy.source, copy.target) for copies in ahead for copy in copies}
+    source, target = next(iter(ways)) if len(ways) == 1 else (CPU, CPU)
+    return target if source == CPU and target.is_accelerator else None
+
+
 @dataclass(frozen=True)
 class Rates:
     """How long amounts take on a machine, in nanoseconds.
@@ -117,7 +136,11 @@ class Rates:
     inventory: Inventory
     phase: Phase
 
-    def nanoseconds(self, segment: Segment) -> int:
+    def nanoseconds(self, *segments: Segment) -> int:
+        """Return how long segments take, one after another, in a forward that is one of many."""
+        return total_nanoseconds(map(self.time, segments))
+
+    def time(self, segment: Segment) -> SegmentTime:
         """Return how long a segment takes."""
         working: Counter[Device] = Counter()
         for (device, step), count in segment.steps.items():
@@ -127,7 +150,16 @@ class Rates:
             dispatching = segment.dispatches[device] * self.inventory.dispatch_nanoseconds
             both = (working[device], dispatching)
             elapsed += max(both) if device.is_accelerator else sum(both)
-        return max(elapsed, sum(max(map(self.copy_nanoseconds, together)) for together in segment.ahead))
+        copying = sum(max(map(self.copy_nanoseconds, together)) for together in segment.ahead)
+        nanoseconds, card = max(elapsed, copying), _card_of(segment.ahead)
+        if card is None or self.inventory.together_bytes_per_second is None:
+            return SegmentTime(nanoseconds)
+        link = self._link(CPU, card)
+        together = replace(link, bytes_per_second=max(link.bytes_per_second, self.inventory.together_bytes_per_second))
+        shared = sum(together.nanoseconds(copy.size_bytes, copy.copies, is_pinned=True) for (copy,) in segment.ahead)
+        if max(elapsed, shared) == nanoseconds:  # other links bring nothing besides
+            return SegmentTime(nanoseconds)
+        return SegmentTime(0, (Ahead(self.phase, card, nanoseconds, max(elapsed, shared)),))
 
     def step_nanoseconds(self, step: Step, device: Device) -> int:
         """Return how long a device takes for what a module does."""
@@ -182,6 +214,7 @@ class Rates:
                 rates += [reached.computing] if step.operations > step.attention_operations else []
                 rates += [reached.attention or reached.computing] if step.attention_operations else []
             rates += [self.inventory.dispatch_nanoseconds] if any(segment.dispatches.values()) else []
+            rates += [self.inventory.together_bytes_per_second] if self.time(segment).ahead else []
             for copy in (*segment.copies, *chain.from_iterable(segment.ahead)):
                 if copy.source != copy.target and copy.copies:
                     rates.append(self._link(copy.source, copy.target).rate(is_pinned=copy.is_pinned))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Location
     from devmap_config.execution.executor import Executor
-    from devmap_config.execution.segments import Phase
+    from devmap_config.execution.segments import Phase, SegmentTime
     from devmap_config.graph.costs import Crossing, ModuleCost
     from devmap_config.graph.model import ModelGraph, Module, TensorName
     from devmap_config.hardware.inventory import Inventory
@@ -97,9 +97,9 @@ class Timing:
         size_bytes = crossing.prefill_bytes if prefills else crossing.decode_bytes
         return Copy(maker, reader, size_bytes, crossing.prefill_tensors if prefills else crossing.decode_tensors)
 
-    def module_nanoseconds(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
+    def module_time(self, module: Module, homes: Mapping[TensorName, Location]) -> SegmentTime:
         """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
-        return self.rates.nanoseconds(self.module(module, homes))
+        return self.rates.time(self.module(module, homes))
 
     def module(self, module: Module, homes: Mapping[TensorName, Location]) -> Segment:
         """The same in amounts."""
@@ -220,14 +220,14 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) ->
     Raises:
         MissingFigureError: where the machine does not say how fast something is that the plan uses.
     """
-    return sum(map(timing.rates.nanoseconds, forward_segments(timing, homes)))
+    return timing.rates.nanoseconds(*forward_segments(timing, homes))
 
 
 def forward_segments(timing: Timing, homes: Mapping[TensorName, Location]) -> Iterator[Segment]:
     """Yield what one forward of a whole plan does, one after another, in amounts."""
     graph, main_device = timing.graph, timing.main_device
     block_homes = homes_of_blocks(graph, homes)
-    yield from (timing.module(graph.modules[path], homes) for path in graph.blocks if path in block_homes)
+    yield from (timing.module(graph.modules[path], homes) for path in execution_order(graph) if path in block_homes)
     yield timing.outside(outside_of(graph))
     for crossing in crossings(graph):
         maker, reader = (block_homes.get(ModulePath(path), main_device) for path in (crossing.maker, crossing.reader))

@@ -47,8 +47,14 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     ordered = tuple(sorted(filter(None, devices), key=lambda device: device.id))
     hardware = loaded.profile.hardware
     spreads = {phase: spread for phase, spread in hardware.spread if spread is not None}
-    links = links_between(ordered, hardware.links)
-    return Inventory(ordered, links, _given(hardware.host.dispatch, DISPATCH_NANOSECONDS), spreads)
+    together = hardware.links.get("together")
+    return Inventory(
+        ordered,
+        links_between(ordered, hardware.links),
+        _given(hardware.host.dispatch, DISPATCH_NANOSECONDS),
+        spreads,
+        together_bytes_per_second=None if together is None else together.bandwidth,
+    )
 
 
 def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
@@ -251,7 +257,7 @@ def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
             )
 
 
-LINKS = ("host", "unpinned", "peer", "disk", "network")
+LINKS = ("host", "together", "unpinned", "peer", "disk", "network")
 
 OTHER_LINKS = {
     "pcie": "host",

@@ -136,13 +136,15 @@ class Inventory:
     """The devices in the order in which they are filled: accelerators by index, the CPU, the disk.
 
     `dispatch_nanoseconds` is what the host needs for each operation that torch is asked for. `spreads` are, by phase,
-    those of runs whose times rest on calibrated rates; no plan depends on them.
+    those of runs whose times rest on calibrated rates; no plan depends on them. `together_bytes_per_second` is what the
+    CPU's memory gives to all accelerators at once; without it, no more than to one of them.
     """
 
     devices: tuple[InventoryDevice, ...]
     links: Mapping[tuple[Device, Device], Link] = field(default_factory=dict)
     dispatch_nanoseconds: int = DISPATCH_NANOSECONDS
     spreads: Mapping[str, Spread] = field(default_factory=dict)
+    together_bytes_per_second: int | None = None
 
     @property
     def accelerators(self) -> tuple[InventoryDevice, ...]:
@@ -199,7 +201,13 @@ class Inventory:
             source, target = map(Device.from_text, pair.split("-"))
             known = {name: whole(figure) for name, figure in figures.items() if figure is not None}
             links[source, target] = Link(**known)
-        return cls(tuple(devices), links, whole(value.get("dispatch_nanoseconds", DISPATCH_NANOSECONDS)))
+        together = value.get("together_bytes_per_second")
+        return cls(
+            tuple(devices),
+            links,
+            whole(value.get("dispatch_nanoseconds", DISPATCH_NANOSECONDS)),
+            together_bytes_per_second=None if together is None else whole(together),
+        )
 
     def to_json(self) -> dict[str, object]:
         """As plain data, for digests."""
@@ -221,4 +229,6 @@ class Inventory:
         described: dict[str, object] = {"devices": devices, "links": links}
         if self.dispatch_nanoseconds != DISPATCH_NANOSECONDS:  # else no profile says it, and no machine has changed
             described["dispatch_nanoseconds"] = self.dispatch_nanoseconds
+        if self.together_bytes_per_second is not None:
+            described["together_bytes_per_second"] = self.together_bytes_per_second
         return described

@@ -71,6 +71,7 @@ def scaled(inventory: Inventory, factors: Mapping[RateName, float]) -> Inventory
         tuple(_scaled_device(device, factors) for device in inventory.devices),
         links,
         _times(inventory.dispatch_nanoseconds, None if dispatch is None else 1 / dispatch),
+        together_bytes_per_second=_times(inventory.together_bytes_per_second, factors.get(RateName("links", "host"))),
     )
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from devmap_config.execution.overlap import total_nanoseconds
+
 if TYPE_CHECKING:
     from devmap_config.devices import Device
+    from devmap_config.execution.overlap import Ahead
 
 Mode = (
     tuple[Literal["resident"]]
@@ -37,10 +40,10 @@ Choice = tuple[int, ...]
 class Option:
     """One way of placing a block.
 
-    It runs on `home` and takes `nanoseconds` there. Of `demands` a device holds all that its blocks ask for; of `peaks`
-    the largest, since blocks run one after another, and of `pieces` (weights that are copied in) the largest as well.
-    `mode` says how it is stored; it means nothing to the solver. What no rule pins of it runs `around`, where that is
-    another device than its home.
+    It runs on `home` and takes `nanoseconds` there; what it takes while other links bring what is theirs is `ahead`. Of
+    `demands` a device holds all that its blocks ask for; of `peaks` the largest, since blocks run one after another,
+    and of `pieces` (weights that are copied in) the largest as well. `mode` says how it is stored. What no rule pins of
+    it runs `around`, where that is another device than its home.
     """
 
     home: Device
@@ -50,6 +53,7 @@ class Option:
     pieces: Bytes = ()
     mode: Mode = ("resident",)
     around: Device | None = None
+    ahead: tuple[Ahead, ...] = ()
 
     @property
     def place(self) -> Place:
@@ -74,6 +78,7 @@ def together(options: Sequence[Option]) -> Option:
         peaks=tuple(peaks.items()),
         pieces=tuple(pieces.items()),
         mode=options[0].mode,
+        ahead=tuple(each for option in options for each in option.ahead),
     )
 
 
@@ -113,7 +118,7 @@ class Chain:
     def nanoseconds(self, choice: Choice) -> int:
         """Return the time of a choice: of all blocks and transfers."""
         chosen = [block.options[index] for block, index in zip(self.blocks, choice, strict=True)]
-        total = sum(option.nanoseconds for option in chosen)
+        total = total_nanoseconds(chosen)
         for transfer in self.transfers:
             total += transfer.nanoseconds.get((chosen[transfer.source].home, chosen[transfer.target].home), 0)
         return total
@@ -143,7 +148,7 @@ class Chain:
         blocks = []
         for block, timed in zip(self.blocks, other.blocks, strict=True):
             pairs = zip(block.options, timed.options, strict=True)
-            options = tuple(replace(option, nanoseconds=each.nanoseconds) for option, each in pairs)
+            options = tuple(replace(option, nanoseconds=each.nanoseconds, ahead=each.ahead) for option, each in pairs)
             blocks.append(replace(block, options=options))
         return replace(self, blocks=tuple(blocks), transfers=other.transfers)
 

@@ -8,12 +8,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import Device
+from devmap_config.execution.overlap import Clock
+from devmap_config.placement.chain import STREAMED
 from devmap_config.placement.program import HOPS_UNIT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from devmap_config.placement.chain import Choice
+    from devmap_config.placement.chain import Block, Chain, Choice, Option
     from devmap_config.placement.milp import Milp
     from devmap_config.placement.program import Program
 
@@ -56,6 +58,33 @@ def laid_out(program: Program, values: Sequence[int], runs: Runs | None = None) 
             choice |= dict(zip(member, program.classes[number].choices[index], strict=True))
         home = block.options[choice[position]].home
     return tuple(choice[position] for position in range(len(program.chain.blocks)))
+
+
+def in_turns(chain: Chain, choice: Choice) -> Choice:
+    """Return the faster of a choice and the same numbers with cards taking turns at what is copied to them ahead.
+
+    While one card computes, the links of the others bring what is theirs: the next of such blocks, among equal ones, is
+    the card's that is the first to end it.
+    """
+    left: dict[tuple[Option, ...], Counter[int]] = {}
+    for block, index in zip(chain.blocks, choice, strict=True):
+        if _is_copied_ahead(block, index):
+            left.setdefault(block.options, Counter())[index] += 1
+    turns, clock = list(choice), Clock()
+    for position, block in enumerate(chain.blocks):
+        if _is_copied_ahead(block, choice[position]):
+            indices = sorted(index for index, count in left[block.options].items() if count)
+            ends = {index: sum(map(clock.end_of, block.options[index].ahead)) for index in indices}
+            index = turns[position] = min(indices, key=ends.__getitem__)
+            left[block.options][index] -= 1
+            clock.run(block.options[index].ahead)
+    return min(choice, tuple(turns), key=chain.nanoseconds)
+
+
+def _is_copied_ahead(block: Block, index: int) -> bool:
+    """Whether an option of a block that is placed by itself is copied over one of several links."""
+    option = block.options[index]
+    return block.group is None and bool(option.ahead) and option.mode[0] in STREAMED
 
 
 @dataclass(frozen=True)

@@ -146,21 +146,23 @@ class OptionBuilder:
             is_streamed = self.problem.executor.streams(Location(store, self.main_device))
             if is_streamed and store not in self._forbidden(module):
                 yield self.main_device, ("streamed", store)
-                for device in self._better_linked:
+                for device in self._other_targets(store):
                     yield device, ("streamed elsewhere", store)
 
-    @cached_property
-    def _better_linked(self) -> list[Device]:
-        """The cards, if what is copied ahead may be to any, to which more can be copied at once than to the main one.
+    def _other_targets(self, store: Device) -> list[Device]:
+        """The cards besides the main one to which it is worth copying ahead, if that may be to any.
 
-        Of what several links could bring at once the program knows nothing: to others it would not copy.
+        Those with a faster link; and all, from the CPU's memory, where that gives more to several at once.
         """
-        links = self.aim.inventory.links
+        links, together = self.aim.inventory.links, self.aim.inventory.together_bytes_per_second
         rates = {device: link.bytes_per_second for (source, device), link in links.items() if source == CPU}
         ahead = self.problem.executor.works_ahead and self.main_device.is_accelerator
         least = rates.get(self.main_device)
-        found = [device for device in self.accelerators if ahead and least and rates.get(device, 0) > least]
-        return [device for device in found if device not in self.problem.refused]
+        if not ahead or least is None:
+            return []
+        gains = store == CPU and together is not None and together > least
+        others = (device for device in self.accelerators if device not in (self.main_device, *self.problem.refused))
+        return [device for device in others if rates.get(device, 0) > (0 if gains else least)]
 
     def _computed(self, module: Module) -> Iterator[Place]:
         """Where it is stored, on the CPU beside accelerators."""
@@ -247,14 +249,16 @@ class OptionBuilder:
         peak_bytes = self._peak_bytes(module)
         running = [location.runs_on for each in (locations, prefilled) for location in each.values()]
         involved = dict.fromkeys([home, *running])
+        spent = [timing.module_time(module, locations).times(times) for timing, times in self.timings]
         return Option(
             home=home,
-            nanoseconds=sum(times * timing.module_nanoseconds(module, locations) for timing, times in self.timings),
+            nanoseconds=sum(each.nanoseconds for each in spent),
             demands=tuple((device, size_bytes) for device, size_bytes in demands.items() if size_bytes),
             peaks=tuple((device, peak_bytes) for device in involved) if peak_bytes else (),
             pieces=tuple(pieces.items()),
             mode=mode,
             around=None if home == around else around,
+            ahead=tuple(each for time in spent for each in time.ahead),
         )
 
     def _pinned(self, name: TensorName) -> Location | None:

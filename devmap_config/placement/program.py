@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import permutations, product
 from typing import TYPE_CHECKING
 
+from devmap_config.execution.overlap import total_nanoseconds
 from devmap_config.placement.chain import together
 from devmap_config.placement.milp import Milp
 
@@ -94,6 +95,7 @@ def program_of(chain: Chain, *, is_exact: bool = False) -> Program:
             objective[variable] = option.nanoseconds
     program = Program(chain, classes, milp, counts, objective, hops)
     _add_memory(program)
+    _add_ahead(program, objective)
     _add_flows(program, flowing, objective)
     if not is_exact:
         _add_hops(program)
@@ -130,7 +132,8 @@ def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
     def key(way: _Way) -> tuple[object, ...]:
         option = way[1]
         sizes = (option.demands, option.peaks, option.pieces)
-        return (order.get(option.home, len(order)), option.home, option.nanoseconds, option.mode, *map(sorted, sizes))
+        place = (order.get(option.home, len(order)), option.home)
+        return (*place, total_nanoseconds([option]), option.mode, *map(sorted, sizes))
 
     ways.sort(key=key)
     return BlockClass(members, tuple(option for _, option in ways), tuple(choice for choice, _ in ways))
@@ -180,6 +183,22 @@ def _add_largest(program: Program, held: dict[int, int], by_size: Mapping[int, M
         for number, variables in by_class.items():
             program.milp.at_most(dict.fromkeys(variables, 1) | {switch: -len(program.classes[number].members)}, 0)
         below_bytes, below = size_bytes, switch
+
+
+def _add_ahead(program: Program, objective: dict[int, int]) -> None:
+    """What is brought ahead in a phase takes as long as its busiest card, and as all cards have it, at least."""
+    phases: dict[str, dict[Device | None, Counter[int]]] = {}
+    for variable, _, option in program.variables:
+        for block in option.ahead:
+            by_card = phases.setdefault(block.phase, {})
+            by_card.setdefault(block.card, Counter())[variable] += block.card_nanoseconds
+            by_card.setdefault(None, Counter())[variable] += block.nanoseconds
+    for by_card in phases.values():
+        unit = max(max(terms.values()) for terms in by_card.values())
+        period = program.milp.variable(len(program.chain.blocks), is_integer=False)
+        objective[period] = unit
+        for terms in by_card.values():
+            program.milp.at_most({**terms, period: -unit}, 0)
 
 
 def _add_flows(program: Program, transfers: Sequence[Transfer], objective: dict[int, int]) -> None:

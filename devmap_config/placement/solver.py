@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from devmap_config.placement.layout import in_runs, laid_out, order_in
+from devmap_config.placement.layout import in_runs, in_turns, laid_out, order_in
 from devmap_config.placement.milp import RELATIVE_GAP
 from devmap_config.placement.program import program_of
 
@@ -79,6 +79,7 @@ def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice]
     choices = [laid_out(program, solution.values)]
     if (chain.nanoseconds(choices[0]) - bound) * WORTH_CUTTING > bound:
         choices += _cut(program, choices[0])
+    choices = [in_turns(chain, choice) for choice in choices]
     feasible = [choice for choice in choices if chain.is_feasible(choice)]
     return feasible or _within(chain, choices[0], at_most, is_exact=is_exact), bound
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from devmap_config.amounts import format_bytes
 from devmap_config.placement.chain import STREAMED
-from devmap_config.placement.layout import in_runs, laid_out, order_in
+from devmap_config.placement.layout import in_runs, in_turns, laid_out, order_in
 from devmap_config.placement.program import program_of, use_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Granted:
         """Return the fastest choice that keeps to all of it."""
         program, milp, runs = self.stated()
         values = milp.minimize(_tidy(program), nodes=WISH_NODES).values
-        return None if values is None else laid_out(program, values, runs)
+        return None if values is None else in_turns(self.chain, laid_out(program, values, runs))
 
     def grant_length(self, contexts: Contexts, length: int) -> bool:
         """Grant a context length if it is possible, and return whether it is."""

@@ -49,11 +49,14 @@ class Saving:
 def savings(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> tuple[Saving, ...]:
     """Return what a phase of a plan waits for: of what would make it shorter by a hundredth, the most first."""
     now = getattr(plan.prediction, OWN[phase])
+    together = inventory.together_bytes_per_second
     faster = {
         "the host": replace(inventory, dispatch_nanoseconds=inventory.dispatch_nanoseconds // 2),
         "the devices' memory": _with_devices(inventory, lambda device: device.id != DISK, *READING),
         "the devices' computing": _with_devices(inventory, lambda device: True, *COMPUTING),
-        "the links": _with_links(inventory, lambda pair: DISK not in pair),
+        "the links": replace(
+            _with_links(inventory, lambda pair: DISK not in pair), together_bytes_per_second=together and 2 * together
+        ),
         "the disk": _with_links(inventory, lambda pair: DISK in pair),
     }
     times = ((what, getattr(predict(plan, graph, other), OWN[phase])) for what, other in faster.items())

@@ -185,7 +185,8 @@ class Plan:
         targets = sorted({location.runs_on for location in streamed}) or [self.main_device]
         copied = f"are copied to {' and '.join(map(str, targets))} at every forward"
         if self.executor.works_ahead:
-            return f"{copied}, ahead of their use; plain transformers waits for each, and takes longer"
+            ways = ", over the link of each" if len(targets) > 1 else ""
+            return f"{copied}{ways}, ahead of their use; plain transformers waits for each, and takes longer"
         return copied
 
     @property

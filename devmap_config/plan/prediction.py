@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.execution.running import longest_context, running_of
@@ -62,13 +62,10 @@ def _basis(basis: Basis, nanoseconds: int, spread: Spread | None) -> TimeBasis:
 
 
 def amounts(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> list[dict[str, object]]:
-    """Return what a forward of a plan does as plain data: each segment that is not like another, with how often."""
+    """Return what a forward of a plan does as plain data: each segment that is not like the last, with how often."""
     timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
-    unlike: dict[str, dict[str, Any]] = {}
-    for segment in forward_segments(timing, plan.locations):
-        value = segment.to_json()
-        unlike.setdefault(json.dumps(value), {"count": 0, **value})["count"] += 1
-    return list(unlike.values())
+    values = (segment.to_json() for segment in forward_segments(timing, plan.locations))
+    return [{"count": len(list(alike)), **value} for value, alike in groupby(values)]
 
 
 def predict(

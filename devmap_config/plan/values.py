@@ -48,8 +48,9 @@ def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
         text += "" if unpinned is None else f", {unpinned} B/s from memory that is not pinned"
         figures.setdefault(("", text), []).append(pair)
     values = {f"{names}{figure}": value for (figure, value), ids in figures.items() for names in _folded(ids)}
-    if (dispatch := data.get("dispatch_nanoseconds")) is not None:
-        values["host.dispatch_nanoseconds"] = dispatch  # type: ignore[assignment]
+    for name, route in (("dispatch_nanoseconds", "host"), ("together_bytes_per_second", "links")):
+        if (value := data.get(name)) is not None:
+            values[f"{route}.{name}"] = value  # type: ignore[assignment]
     return values
 
 

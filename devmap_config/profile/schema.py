@@ -219,10 +219,12 @@ class Hardware(Section):
     """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
 
     links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
-    """`host`, `unpinned`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the catalogue's.
+    """`host`, `together`, `unpinned`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the
+    catalogue's.
 
     `host` is what is reached from memory that is pinned, `unpinned` from other memory, from which accelerate copies:
-    without it, half of `host`, and at most 10 GB/s.
+    without it, half of `host`, and at most 10 GB/s. `together` is what the CPU's memory gives to all cards at once:
+    without it, no more than to one, as where cards share a switch.
     """
 
     host: Host = Field(default_factory=Host, examples=[{"dispatch": "12us"}])

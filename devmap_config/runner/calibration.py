@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.execution.overlap import total_nanoseconds
 from devmap_config.execution.segments import MissingFigureError, Rates, Segment
 from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_json
 from devmap_config.hardware.inventory import Inventory, whole
@@ -48,7 +49,7 @@ class Run:
     def nanoseconds(self, inventory: Inventory) -> int:
         """Return how long it takes on a machine."""
         rates = Rates(inventory, self.phase)
-        return sum(count * rates.nanoseconds(segment) for segment, count in self.segments)
+        return total_nanoseconds(rates.time(segment).times(count) for segment, count in self.segments)
 
 
 @dataclass(frozen=True, kw_only=True)

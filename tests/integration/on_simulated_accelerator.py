@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,29 @@ def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
     simulation = simulation_of(plan, run_pipeline(Request(path=Path("profile.yaml"))).model)
     ran_on |= dict.fromkeys(plan.computed_on_cpu, "cpu")  # whose results come back before they are seen here
     assert {path: str(device) for phase, path, device in simulation.calls if phase == "prefill"} == ran_on
+
+
+def test_cards_take_turns_where_their_links_bring_more_at_once(copies, monkeypatch):
+    """While a block computes on one card, what the next needs comes to the other."""
+    of_cards = {}
+    monkeypatch.setattr(streamed_weights, "CudaStreams", lambda device: of_cards.setdefault(str(device), LateCopies()))
+    save({**LLAMA, "num_hidden_layers": 8})
+    card = "{memory: 300KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: random}\nworkload: {context_length: 64}\n"
+        f'hardware:\n  devices: {{"npu:[0-1]": {card}, cpu: {{memory: 1GiB}}}}\n'
+        "  links: {host: 10MB/s, together: 20MB/s, peer: 10GB/s}\nplacement: {strategy: fastest}\n"
+    )
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    plan = compile_profile("profile.yaml")
+    targets = [str(each.location.runs_on) for each in plan.assignments if plan.executor.streams(each.location)]
+    assert len(targets) >= 4
+    assert all(one != other for one, other in pairwise(targets))
+    assert_same_as_plain(load_model("profile.yaml"))
+    assert sorted(of_cards) == ["npu:0", "npu:1"]
+    for use in plan.devices[:2]:
+        slots = {copy.target.data_ptr(): copy.target.nbytes for copy in of_cards[str(use.id)].copies}
+        assert 0 < 2 * max(slots.values()) <= use.overhead_bytes + 2 * streamed_weights.ALIGNMENT_BYTES * 20
 
 
 def test_a_read_that_fails_ends_devmap_run_in_one_line(copies, monkeypatch):

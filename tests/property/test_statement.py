@@ -112,6 +112,15 @@ SETTINGS = {
     "t5": (TIED_T5, "decode", ()),
     "t5 prefill": (TIED_T5, "prefill", ()),
     "llama beside a faster link": (LLAMA, "decode", (), "1TFLOP/s", '"cpu-cuda:1": 50GB/s, host: 25GB/s, peer: 10GB/s'),
+    "llama over two links": (LLAMA, "request", PINS, "1TFLOP/s", "host: 20MB/s, together: 30MB/s, peer: 10GB/s"),
+    "bert over two links": (BERT, "prefill", (), "1TFLOP/s", "host: 20MB/s, together: 90MB/s, peer: 10GB/s"),
+    "mixture prefill over two links": (
+        MIXTURE,
+        "prefill",
+        (),
+        "1GFLOP/s",
+        "host: 20MB/s, together: 30MB/s, peer: 1GB/s",
+    ),
     "mamba": (MAMBA, "decode", ()),
     "bert": (BERT, "prefill", ()),
 }
@@ -120,7 +129,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_chain_says_what_the_plan_says(workspace, monkeypatch, setting):
     problem, aim = problem_of(monkeypatch, *SETTINGS[setting])
-    modes = set()
+    modes, overlapping = set(), set()
     for main_device in problem.accelerators:
         stated = Statement(problem, aim, main_device)
         for seed in range(SEEDS):
@@ -142,11 +151,14 @@ def test_a_chain_says_what_the_plan_says(workspace, monkeypatch, setting):
             if problem.executor.main_device(each.stored_on for each in locations.values()) != main_device:
                 continue  # what is streamed then runs elsewhere, and this choice is another statement's
             modes |= {option.mode[0] for option in options}
+            overlapping |= {(each.phase, each.card) for option in options for each in option.ahead}
             used = stated.chain.used_bytes(choice)
             for use in device_uses(problem.graph, assignments, problem.capacities, problem.executor):
                 assert used.get(use.id, 0) == use.capacity_bytes - use.free_bytes, (use.id, seed)
     assert modes >= {"resident", "streamed", "computed"}
-    assert bool(problem.executor.prefilled_from) == ("prompts" in setting)
+    over_links = {(phase, card) for phase, _ in aim.phases for card in problem.accelerators}
+    assert overlapping == (over_links if "over two links" in setting else set())
+    assert bool(problem.executor.prefilled_from) == ("prompts" in setting or setting.startswith("mixture prefill"))
     assert "part" in modes or "llama" not in setting
 
 

@@ -11,7 +11,9 @@ from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.hardware.constants import LATENCY_NANOSECONDS
 from devmap_config.hardware.declared import build_inventory
-from devmap_config.hardware.inventory import Link
+from devmap_config.hardware.inventory import Inventory, Link
+from devmap_config.hardware.scaling import RateName, scaled
+from devmap_config.plan.values import values_of_hardware
 from devmap_config.profile.loading import load_profile
 
 GIB = 2**30
@@ -113,6 +115,16 @@ def test_memory_that_is_not_pinned_is_copied_more_slowly(declared, links, unpinn
     inventory = declared("cuda:0: h100-sxm, cpu: {memory: 1GiB}", f"  links: {{{links}}}\n")
     for pair in ((Device("cpu"), Device("cuda", 0)), (Device("cuda", 0), Device("cpu"))):
         assert inventory.links[pair].nanoseconds(10**9) == 10**18 // int(unpinned) + LATENCY_NANOSECONDS
+
+
+@pytest.mark.parametrize(("links", "together"), [("host: 5GB/s", None), ("host: 5GB/s, together: 9GB/s", 9 * 10**9)])
+def test_what_all_links_bring_at_once_is_said_or_no_more_than_one_does(declared, links, together):
+    inventory = declared("cuda:0: h100-sxm, cuda:1: h100-sxm, cpu: {memory: 1GiB}", f"  links: {{{links}}}\n")
+    assert inventory.together_bytes_per_second == together
+    assert inventory.to_json().get("together_bytes_per_second") == together  # without it, digests are as they were
+    assert Inventory.from_json(inventory.to_json()).together_bytes_per_second == together
+    assert values_of_hardware(inventory).get("links.together_bytes_per_second") == together
+    assert scaled(inventory, {RateName("links", "host"): 2.0}).together_bytes_per_second == (together and 2 * together)
 
 
 def test_what_nothing_tells_is_no_link(declared):

@@ -10,7 +10,7 @@ import pytest
 from conftest import LLAMA
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.devices import CPU
+from devmap_config.devices import CPU, Device
 from devmap_config.placement import optimal
 from devmap_config.plan.explanation import savings
 from devmap_config.plan.plan import OWN
@@ -181,6 +181,51 @@ def test_weights_are_copied_to_the_card_with_the_faster_link(workspace):
         streamed = [each for each in plan.assignments if plan.executor.streams(each.location)]
         assert {str(each.location.runs_on) for each in streamed} == streams_to
         assert set(plan.compute) == {each.unit for each in streamed if each.location.runs_on != plan.main_device}
+
+
+SMALL_CARD = "{memory: 300KiB, bandwidth: 1TB/s, flops: 100TFLOP/s, slack: 0, overhead: 0}"
+
+
+def over_links(cards, together, host="10MB/s", **options):
+    devices = f'"cuda:[0-{cards - 1}]": {SMALL_CARD}, cpu: {{memory: 1GiB}}'
+    return plan_of(devices, host=f"{host}, together: {together}" if together else host, **options)
+
+
+def streamed_to(plan):
+    streamed = (each for each in plan.assignments if plan.executor.streams(each.location))
+    return [(each.unit, str(each.location.runs_on)) for each in streamed]
+
+
+def test_weights_are_copied_over_the_links_of_all_cards_at_once(workspace):
+    """Cards take turns, so that each has its next weights copied while the others' are: it takes half as long."""
+    layers = {f"model.layers.{index}": None for index in range(12)}
+    Path("llama/config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": len(layers)}))
+    one, plan = over_links(2, None), over_links(2, "20MB/s")
+    targets = [target for unit, target in streamed_to(plan) if unit in layers]
+    assert {*targets[::2]}.isdisjoint(targets[1::2])
+    own, bound = plan.prediction.decode_nanoseconds_per_token, plan.prediction.bound_decode_nanoseconds_per_token
+    assert 0.5 <= own / one.prediction.decode_nanoseconds_per_token <= 0.56
+    assert bound <= own <= 1.03 * bound
+    assert "are copied to cuda:0 and cuda:1 at every forward, over the link of each, ahead" in plan.streaming
+    assert set(plan.compute.values()) == {Device("cuda", 1)}
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    found = savings(plan, compilation.graph, compilation.inventory, "decode")
+    assert {each.what: each.nanoseconds for each in found}["the links"] <= 0.6 * own
+
+
+def test_cards_that_share_a_link_bring_no_more_at_once_than_one(workspace):
+    one, shared = over_links(2, None), over_links(2, "10MB/s")
+    assert shared == one
+    assert {target for _, target in streamed_to(one)} == {"cuda:0"}
+
+
+def test_what_links_bring_at_once_ends_where_the_cpus_memory_does(workspace):
+    """Of three cards' links 1.5 times as much as of one: that is what more than one of them is worth."""
+    Path("llama/config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 12}))
+    one, most = over_links(3, None).prediction, over_links(3, "15MB/s").prediction
+    copied = one.streamed_bytes_per_token / most.streamed_bytes_per_token
+    ratio = one.decode_nanoseconds_per_token / most.decode_nanoseconds_per_token
+    assert 1.3 * copied <= ratio <= 1.5 * copied
 
 
 def test_a_cpu_of_which_nobody_says_what_it_computes_does_not_prefill(workspace):

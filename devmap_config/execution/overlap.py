@@ -1,0 +1,87 @@
+"""How long blocks take that are brought ahead to several cards, of which the links bring more at once than one does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from devmap_config.devices import Device
+
+FORWARDS = 8
+"""So many forwards are followed until one takes as long as the next."""
+
+
+class Ahead(NamedTuple):
+    """A block that runs in a phase on a card to which the CPU's memory brings it ahead.
+
+    It keeps its card for `card_nanoseconds`, the longer of running and of copying over the card's own link, and all
+    cards for `nanoseconds`: they run one after another, and share what the CPU's memory gives to all of them at once.
+    """
+
+    phase: str
+    card: Device
+    card_nanoseconds: int
+    nanoseconds: int
+
+    def times(self, count: int) -> Ahead:
+        """Return what it keeps them for in so many forwards."""
+        return Ahead(self.phase, self.card, count * self.card_nanoseconds, count * self.nanoseconds)
+
+
+class Timed(Protocol):
+    """What takes time: so many nanoseconds that add up, and what goes on beside other cards' copies."""
+
+    @property
+    def nanoseconds(self) -> int:
+        """What adds up."""
+
+    @property
+    def ahead(self) -> tuple[Ahead, ...]:
+        """What does not."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When blocks end that are brought ahead, by phase; the last on each card, and of all (on `None`)."""
+
+    ends: Counter[tuple[str, Device | None]] = field(default_factory=Counter)
+
+    def end_of(self, block: Ahead) -> int:
+        """Return when a block ends that is the next to run."""
+        last, own = self.ends[block.phase, None], self.ends[block.phase, block.card]
+        return max(last + block.nanoseconds, own + block.card_nanoseconds)
+
+    def run(self, blocks: Iterable[Ahead]) -> None:
+        """Run blocks one after another."""
+        for block in blocks:
+            self.ends[block.phase, block.card] = self.ends[block.phase, None] = self.end_of(block)
+
+
+def total_nanoseconds(times: Iterable[Timed]) -> int:
+    """Return how long a forward takes, one of many, of what is done in this order."""
+    every = tuple(times)
+    return sum(time.nanoseconds for time in every) + ahead_nanoseconds(each for time in every for each in time.ahead)
+
+
+def ahead_nanoseconds(blocks: Iterable[Ahead]) -> int:
+    """Return what these blocks take of a forward, in the order in which they run, with one forward after another.
+
+    It is by how much a forward ends later than the one before, on the card where that is the most. However few were
+    followed, it is not below what it comes to in the long run, nor below the sum of any card, nor that of all.
+
+    >>> turns = [Ahead("decode", card, 10, 5) for card in ("cuda:0", "cuda:1", "cuda:0", "cuda:1")]
+    >>> ahead_nanoseconds(turns), ahead_nanoseconds(sorted(turns)), ahead_nanoseconds(turns[::2])
+    (20, 30, 20)
+    """
+    forward, clock, before = tuple(blocks), Clock(), Counter[object]()
+    for _ in range(FORWARDS if forward else 0):
+        before = Counter(clock.ends)
+        clock.run(forward)
+    later: dict[str, int] = {}
+    for (phase, card), end in clock.ends.items():
+        later[phase] = max(later.get(phase, 0), end - before[phase, card])
+    return sum(later.values())

@@ -1,0 +1,193 @@
+"""Blocks that are brought ahead over several links at once: what they take, and what a plan of them is proven to."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+from test_solver import MOST_CHOICES, all_figures, small_chain
+
+from devmap_config.execution.overlap import Ahead, ahead_nanoseconds
+from devmap_config.placement import solver
+from devmap_config.placement.chain import Block, Chain, Option
+from devmap_config.placement.layout import in_turns
+
+MOST_LOOKED_AT = 1_000
+"""Choices of a problem of which each is timed; of one with more, some are."""
+
+
+# What a forward takes
+
+
+def random_blocks(rng, cards=3):
+    blocks = []
+    for _ in range(rng.randint(1, 9)):
+        own = rng.randint(0, 40)
+        blocks.append(Ahead("decode", f"cuda:{rng.randrange(cards)}", own, rng.randint(0, own)))
+    return blocks
+
+
+def longest_in_the_long_run(blocks):
+    """What a forward of very many takes: the heaviest ring of waits, for each forward that it goes through."""
+    cards = sorted({block.card for block in blocks})
+    waits = np.full((len(cards), len(cards)), -np.inf)  # from a card's end in one forward to another's in the next
+    for place, card in enumerate(cards):
+        last = 0 if card == blocks[-1].card else -np.inf
+        ends = {other: 0 if other == card else -np.inf for other in cards}
+        for block in blocks:
+            last = max(last + block.nanoseconds, ends[block.card] + block.card_nanoseconds)
+            ends[block.card] = last
+        waits[place] = [ends[other] for other in cards]
+    longest, walks = -np.inf, waits
+    for length in range(1, len(cards) + 1):
+        longest = max(longest, walks.diagonal().max() / length)
+        walks = (walks[:, :, None] + waits[None]).max(axis=1)
+    return longest
+
+
+def sums_of(blocks):
+    """What no order of them is below: all cards' own, and what all take together."""
+    own = [sum(block.card_nanoseconds for block in blocks if block.card == card) for card in {b.card for b in blocks}]
+    return max(*own, sum(block.nanoseconds for block in blocks))
+
+
+def test_blocks_take_what_they_take_in_the_long_run():
+    """Exactly, of nearly all; of a few whose forwards take turns at being late, a little more."""
+    exact = 0
+    for seed in range(2_000):
+        blocks = random_blocks(random.Random(seed))
+        taken, longest = ahead_nanoseconds(blocks), longest_in_the_long_run(blocks)
+        assert max(longest, sums_of(blocks)) <= taken + 1e-9, seed
+        assert taken <= sum(block.card_nanoseconds for block in blocks), seed
+        exact += taken == longest
+    assert exact > 1_980
+
+
+def test_on_one_card_times_add_up_and_phases_do_anyway():
+    blocks = random_blocks(random.Random(3), cards=1)
+    total = sum(block.card_nanoseconds for block in blocks)
+    assert ahead_nanoseconds(blocks) == total
+    others = [block._replace(phase="prefill", card="cuda:1") for block in blocks]
+    mixed = [block for pair in zip(blocks, others, strict=True) for block in pair]
+    assert ahead_nanoseconds(mixed) == 2 * total
+    assert ahead_nanoseconds(block.times(3) for block in blocks) == 3 * total
+    assert ahead_nanoseconds(()) == 0
+
+
+def test_cards_that_take_turns_take_no_longer_than_their_links():
+    turns = [Ahead("decode", f"cuda:{place % 3}", 30, 10) for place in range(9)]
+    assert ahead_nanoseconds(turns) == 90
+    assert ahead_nanoseconds(sorted(turns)) == 210  # one link at a time, but for the first that each brings
+
+
+# The program
+
+
+def over_links(chain, seed):
+    """The same where what is streamed from the CPU may be to any card, and takes other cards less than its own."""
+    rng, known = random.Random(seed), {}
+    cards = [device for device in chain.capacities if device.startswith("cuda")]
+    phases = rng.choice([("decode",), ("decode", "prefill")])
+
+    def to_each(option):
+        if option.mode != ("streamed", "cpu"):
+            return [option]
+        own, found = {phase: rng.randint(1, 40) for phase in phases}, []
+        shared = {phase: rng.randint(0, nanoseconds) for phase, nanoseconds in own.items()}
+        for card in cards:
+            moved = {
+                name: tuple((card if device == option.home else device, size) for device, size in getattr(option, name))
+                for name in ("demands", "peaks", "pieces")
+            }
+            mode = option.mode if card == option.home else ("streamed elsewhere", "cpu")
+            ahead = tuple(Ahead(phase, card, own[phase], shared[phase]) for phase in phases)
+            found.append(Option(home=card, nanoseconds=rng.choice([0, 5]), mode=mode, ahead=ahead, **moved))
+        return found
+
+    def linked(options):
+        if options not in known:
+            known[options] = tuple(each for option in options for each in to_each(option))
+        return known[options]
+
+    return replace(chain, blocks=tuple(replace(block, options=linked(block.options)) for block in chain.blocks))
+
+
+def problems(seeds):
+    """Random problems, each with every choice, what it takes at least, and whether it is feasible."""
+    for seed in seeds:
+        chain = over_links(small_chain(seed), seed)
+        shape = [len(block.options) for block in chain.blocks]
+        if prod(shape) <= MOST_CHOICES and any(each.ahead for block in chain.blocks for each in block.options):
+            choices = np.indices(shape).reshape(len(shape), -1).T
+            yield seed, chain, choices, *figures_of(chain, choices)
+
+
+def figures_of(chain, choices):
+    """A second reading of what choices take at least: the most of what any card takes, and of what all do."""
+    total, feasible = all_figures(chain, choices)
+    for phase in ("decode", "prefill"):
+        cards = {}
+        for position, block in enumerate(chain.blocks):
+            for card in chain.capacities:
+                own, shared = (
+                    np.array([sum(each[2 + place] for each in option.ahead if each[:2] == (phase, card))
+                              for option in block.options])
+                    for place in (0, 1)
+                )  # fmt: skip
+                cards[card] = cards.get(card, 0) + own[choices[:, position]]
+                cards[None] = cards.get(None, 0) + shared[choices[:, position]]
+        total += np.maximum.reduce(list(cards.values()))
+    return total, feasible
+
+
+def test_the_bound_is_what_the_best_choice_takes_at_least(monkeypatch):
+    """With every hop counted, exactly; else not above that. No choice takes less than what it is said to at least."""
+    seen, near = 0, 0
+    for seed, chain, choices, least, feasible in problems(range(220)):
+        some = random.Random(seed).sample(range(len(choices)), min(len(choices), MOST_LOOKED_AT // 50))
+        assert all(chain.nanoseconds(choices[place]) >= least[place] for place in some), seed
+        for few_choices in (0, solver.FEW_CHOICES):
+            monkeypatch.setattr(solver, "FEW_CHOICES", few_choices)
+            outcome = solver.solve(chain)
+            assert (outcome.fastest is None) == (not feasible.any()), seed
+            if outcome.fastest is None:
+                continue
+            optimum = least[feasible].min()
+            assert outcome.bound_nanoseconds == optimum if few_choices else outcome.bound_nanoseconds <= optimum, seed
+            assert chain.is_feasible(outcome.fastest.choice), seed
+            assert outcome.fastest.nanoseconds == chain.nanoseconds(outcome.fastest.choice), seed
+        if feasible.any() and len(choices) <= MOST_LOOKED_AT:
+            best = min(chain.nanoseconds(choice) for choice in choices[feasible])
+            assert outcome.bound_nanoseconds <= best <= outcome.fastest.nanoseconds, seed
+            seen, near = seen + 1, near + (outcome.fastest.nanoseconds <= 1.1 * best)
+    assert near > 0.9 * seen > 20
+
+
+def test_cards_take_turns_only_where_that_is_faster(monkeypatch):
+    """And the numbers of a choice stay as they are, so that what each device holds does."""
+    changed = 0
+    for _, chain, choices, _, feasible in problems(range(60)):
+        for choice in map(tuple, choices[feasible][:: max(feasible.sum() // 10, 1)].tolist()):
+            turns = in_turns(chain, choice)
+            changed += turns != choice
+            assert turns == choice or chain.nanoseconds(turns) < chain.nanoseconds(choice)
+            assert chain.used_bytes(turns) == chain.used_bytes(choice)
+            assert chain.is_feasible(turns)
+    assert changed
+
+
+def test_equal_blocks_of_two_cards_take_turns():
+    cards = ("cuda:0", "cuda:1")
+    streamed = [
+        Option(home=card, nanoseconds=0, mode=("streamed", "cpu"), ahead=(Ahead("decode", card, 20, 10),))
+        for card in cards
+    ]
+    block = Block("block", (*streamed, Option(home="cuda:0", nanoseconds=1)))
+    chain = Chain((block,) * 9, dict.fromkeys(cards, 0))
+    turns = in_turns(chain, (0, 0, 0, 2, 0, 1, 1, 1, 1))
+    assert turns == (0, 1, 0, 2, 1, 0, 1, 0, 1)
+    assert chain.nanoseconds(turns) == 80 + 1
+    together = replace(chain, blocks=(replace(block, group=0),) * 2)
+    assert in_turns(together, (0, 0)) == (0, 0)
