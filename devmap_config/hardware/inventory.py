@@ -116,8 +116,9 @@ class InventoryDevice:
         is_of_memory = name in ("bandwidth_bytes_per_second", "experts_bytes_per_second")
         efficiency = self.memory_efficiency if is_of_memory else self.compute_efficiency
         basis = basis_of(rate or 0)
-        share = int((rate or 0) * (efficiency if basis == "stated" else 1))
-        return KnownRate(share, basis) if share else None
+        if not rate:
+            return None
+        return KnownRate(max(int(rate * (efficiency if basis == "stated" else 1)), 1), basis)
 
     def in_dtype(self, dtype: str) -> InventoryDevice:
         """Return the same with the rates that it has with a model of this dtype."""

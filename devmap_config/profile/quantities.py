@@ -237,6 +237,8 @@ def _rate(text: str, example: str) -> tuple[Fraction, str | None]:
 def _bytes(text: str, number: Fraction, unit: str | None) -> int:
     if unit is None:
         return _whole(text, number, "write whole bytes, or a unit as in `20GiB`")
+    if not unit:  # `25/s`
+        raise QuantityError(f"`{text}` names no unit of bytes", f"units are {_names(BYTE_UNITS)}")
     if unit not in BYTE_UNITS:
         raise QuantityError(f"`{unit}` is no unit of bytes", _meant(text, unit))
     return _whole(text, number * BYTE_UNITS[unit], "a byte is the smallest there is")
