@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from devmap_config.probe.torch_rates import Devices
 
 PAIR_APART = 1.2
-"""A pair of accelerators that is so much faster than the slowest gets a line of its own: it has a bridge, say."""
+"""A pair of accelerators that is so much faster than the slowest gets a line of its own: it has a bridge, say. So do
+copies to all cards at once that are so much faster than to one.
+"""
+
+HOST: Route = ("links", "host")
+TOGETHER: Route = ("links", "together")
 
 ON_CPU: Route = ("devices", "cpu")
 OTHER_DTYPES = ("float16", "float32")
@@ -58,6 +63,9 @@ def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[St
         for name, words, is_pinned in (("host", "", can_pin), ("unpinned", "'s memory that is not pinned", False)):
             copying = partial(devices.from_host, cards, is_pinned=is_pinned)
             yield _step(("links", name), f"copies from the CPU{words}", copying)
+        if can_pin and len(cards) > 1:
+            copying = partial(devices.from_host_at_once, cards, seen.host.available_bytes)
+            yield _step(TOGETHER, "copies from the CPU to all cards at once", copying)
     for first, second in itertools.combinations(cards, 2):
         words = f"copies between {first.id} and {second.id}"
         yield _step(("links", f"{first.id}-{second.id}"), words, partial(devices.between, first, second))
@@ -100,8 +108,15 @@ def measured(planned: tuple[Step, ...], begun: Callable[[Step], None]) -> tuple[
             rates.update(zip(step.routes, step.measure(), strict=True))
         except (NotMeasuredError, RuntimeError) as error:  # of torch's: too little memory, a kernel that is missing
             failures[step.words] = next(iter(str(error).splitlines()), type(error).__name__)
+    if TOGETHER in rates and not _is_more_than_one_link(rates[TOGETHER], rates.get(HOST)):
+        del rates[TOGETHER]
     pairs = {route: rate for route, rate in rates.items() if route[0] == "links" and "-" in route[1]}
     return {route: rate for route, rate in rates.items() if route not in pairs} | peer_links(pairs), failures
+
+
+def _is_more_than_one_link(together: Rate, host: Rate | None) -> bool:
+    """Whether it is worth it to copy to several cards at once: where they share a link, it is not."""
+    return host is not None and together.per_second > host.per_second * PAIR_APART
 
 
 def peer_links(pairs: Mapping[Route, Rate]) -> dict[Route, Rate]:

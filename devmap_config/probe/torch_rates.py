@@ -29,12 +29,13 @@ from devmap_config.probe.rates import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from devmap_config.devices import Device
     from devmap_config.probe.machine import SeenAccelerator
 
 COPY_BYTES = 256 * MEBIBYTE
+AT_ONCE_BYTES = 1024 * MEBIBYTE
 LAYER_WIDTHS = (2048, 4096)
 LAYERS_BYTES = 1024 * MEBIBYTE
 """More than the caches of all but a few processors hold."""
@@ -217,6 +218,22 @@ class Devices:
             kind = "pinned memory" if is_pinned else "memory that is not pinned"
             rates.append(Rate.of(size_bytes, seconds, f"{size_bytes // MEBIBYTE} MiB of {kind} copied"))
         return min(rates, key=lambda rate: rate.per_second)
+
+    def from_host_at_once(self, accelerators: Sequence[SeenAccelerator], available_bytes: int) -> Rate:
+        """Return the bytes a second from pinned memory of the CPU to all accelerators together."""
+        count = len(accelerators)
+        most_bytes = min(available_bytes // SHARE_OF_FREE, AT_ONCE_BYTES) // count
+        size_bytes = min(most_bytes, *map(self._size, accelerators))
+        targets = [self._buffer(size_bytes, seen.id) for seen in accelerators]
+        sources = [self._buffer(size_bytes, CPU).pin_memory() for _ in targets]
+
+        def copy() -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+
+        seconds = self._seconds(copy, *(seen.id for seen in accelerators))
+        method = f"{size_bytes // MEBIBYTE} MiB of pinned memory copied to each of {count} at once"
+        return Rate.of(count * size_bytes, seconds, method)
 
     def between(self, first: SeenAccelerator, second: SeenAccelerator) -> Rate:
         """Return the bytes a second from one accelerator to another, in the slower direction."""

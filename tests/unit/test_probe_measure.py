@@ -25,8 +25,8 @@ from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.hardware.declared import build_inventory
 from devmap_config.probe import measuring, rates, torch_rates
 from devmap_config.probe.block import block_text, hardware_block
-from devmap_config.probe.machine import SeenHost, SeenMachine
-from devmap_config.probe.measuring import peer_links
+from devmap_config.probe.machine import SeenAccelerator, SeenHost, SeenMachine
+from devmap_config.probe.measuring import measured, peer_links, steps
 from devmap_config.probe.rates import (
     SHARE_OF_FREE,
     NotMeasuredError,
@@ -253,6 +253,45 @@ PAIRS = {"0-cuda:1": 50, "0-cuda:2": 10, "1-cuda:2": 11}
 def test_pairs_with_a_bridge_have_a_line_of_their_own():
     pairs = {("links", f"cuda:{pair}"): Rate.of(rate, [1], "") for pair, rate in PAIRS.items()}
     assert {route[1]: rate.per_second for route, rate in peer_links(pairs).items()} == {"peer": 10, "cuda:0-cuda:1": 50}
+
+
+CARDS = tuple(SeenAccelerator(id=Device("cuda", index), name="", memory_bytes=2**40) for index in (0, 1))
+
+
+class Buffer:
+    """Memory of a device; what is copied to it is noted."""
+
+    def __init__(self, noted, size_bytes, device):
+        self.noted, self.size_bytes, self.device, self.is_pinned = noted, size_bytes, device, False
+
+    def pin_memory(self):
+        self.is_pinned = True
+        return self
+
+    def copy_(self, source, *, non_blocking):
+        assert (source.device, source.is_pinned, source.size_bytes, non_blocking) == (CPU, True, self.size_bytes, True)
+        self.noted.append(f"to {self.device}")
+
+
+def test_copies_to_all_cards_are_under_way_before_any_is_waited_for(monkeypatch):
+    noted, timed = [], devices()
+    monkeypatch.setattr(timed, "_buffer", lambda size_bytes, device: Buffer(noted, size_bytes, device))
+    monkeypatch.setattr(timed, "_wait", lambda device: noted.append(f"wait for {device}"))
+    rate = timed.from_host_at_once(CARDS, available_bytes=8 * 2**30)
+    assert noted[:4] == ["to cuda:0", "to cuda:1", "wait for cuda:0", "wait for cuda:1"]
+    assert rate.per_second == 2 * torch_rates.COPY_BYTES  # in a second of this clock
+    assert timed.from_host_at_once(CARDS, available_bytes=64 * MEBIBYTE).per_second == 8 * MEBIBYTE
+
+
+@pytest.mark.parametrize(("at_once", "is_told"), [(30, False), (31, True)])
+def test_copies_to_all_cards_are_told_where_they_bring_more_than_one_link(monkeypatch, at_once, is_told):
+    """Cards that share a switch share a link."""
+    monkeypatch.setattr(Devices, "from_host", lambda *_, **__: Rate.of(25, [1], ""))
+    monkeypatch.setattr(Devices, "from_host_at_once", lambda *_: Rate.of(at_once, [1], ""))
+    host = SeenHost(memory_bytes=2**40, available_bytes=2**40, threads=2)
+    planned = steps(SeenMachine(accelerators=CARDS, host=host, disk=None), Path(), devices())
+    found, _ = measured(tuple(step for step in planned if step.words.startswith("copies from")), lambda _: None)
+    assert {route[1] for route in found} == {"host", "unpinned", *(["together"] if is_told else [])}
 
 
 @pytest.fixture
