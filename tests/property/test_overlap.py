@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 
 import numpy as np
+import pytest
 from test_solver import MOST_CHOICES, all_figures, small_chain
 
 from devmap_config.execution.overlap import Ahead, ahead_nanoseconds
@@ -80,6 +81,61 @@ def test_cards_that_take_turns_take_no_longer_than_their_links():
     turns = [Ahead("decode", f"cuda:{place % 3}", 30, 10) for place in range(9)]
     assert ahead_nanoseconds(turns) == 90
     assert ahead_nanoseconds(sorted(turns)) == 210  # one link at a time, but for the first that each brings
+
+
+class Simulated:
+    """Cards with two slots each, whose links bring a byte in a moment, or less where all share what the memory gives.
+
+    Blocks run one after another, `forwards` times, each once it is there. A block is copied while the one before it on
+    its card runs, in whatever slot is free.
+    """
+
+    def __init__(self, cards, blocks, size, running, together, forwards=8):
+        self.homes = [place % cards for _ in range(forwards) for place in range(blocks)]
+        self.left, self.running, self.together = [size] * len(self.homes), running, together
+        self.ends, self.now, self.begun = [], 0.0, None
+
+    def copied_now(self):
+        """The first block of each card that is not there, where a slot is free."""
+        missing = {}
+        for place in reversed(range(len(self.homes))):
+            if self.left[place]:
+                missing[self.homes[place]] = place
+        held = {card: self.homes[len(self.ends) : place].count(card) for card, place in missing.items()}
+        return [place for card, place in missing.items() if held[card] < 2]
+
+    def go_on(self):
+        """Until the next copy is there, or the block that runs has ended."""
+        place, copies = len(self.ends), self.copied_now()
+        if self.begun is None and not self.left[place]:
+            self.begun = self.now
+        rate = min(1, self.together / max(len(copies), 1))
+        lasting = [self.left[copy] / rate for copy in copies]
+        lasting += [] if self.begun is None else [self.begun + self.running - self.now]
+        self.now += min(lasting)
+        for copy in copies:
+            self.left[copy] = max(self.left[copy] - rate * min(lasting), 0)
+            self.left[copy] *= self.left[copy] > 1e-9
+        if self.begun is not None and self.now >= self.begun + self.running - 1e-9:
+            self.ends.append(self.now)
+            self.begun = None
+
+    def forward(self, blocks):
+        """What a forward takes once forwards are alike."""
+        while len(self.ends) < len(self.homes):
+            self.go_on()
+        return (self.ends[-1] - self.ends[-1 - 4 * blocks]) / 4
+
+
+@pytest.mark.parametrize("together", [1.5, 2, 3])
+@pytest.mark.parametrize("running", [0, 7, 55, 100])
+@pytest.mark.parametrize("cards", [2, 3])
+def test_cards_that_take_turns_take_what_slots_links_and_memory_let_them(cards, running, together):
+    blocks, size = 4 * cards, 100
+    shared = round(max(running, size / together))
+    turns = [Ahead("decode", f"cuda:{place % cards}", size, shared) for place in range(blocks)]
+    simulated = Simulated(cards, blocks, size, running, together).forward(blocks)
+    assert ahead_nanoseconds(turns) == pytest.approx(simulated, rel=0.01)
 
 
 # The program
