@@ -70,7 +70,7 @@ def test_json_is_one_object_whatever_happens(profile):
     assert value["plan"]["device_map"]["lm_head"] == "cpu"
     assert set(value["plan"]) == {
         "strategy", "executor", "main_device", "measured", "device_map", "compute", "devices", "prediction",
-        "offload_buffers", "loading_ram_bytes",
+        "offload_buffers", "loading_ram_bytes", "basis",
     }  # fmt: skip
     for use in value["plan"]["devices"]:
         others = sum(use[key] for key in ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes"))
