@@ -76,7 +76,7 @@ def hardware_block(found: Calibration) -> dict[str, Any]:
         if rates := _rates(device):
             own = {name: rates.pop(name) for name in ("bandwidth", "flops") if is_nested and name in rates}
             devices[str(device.id)] = rates | ({"dtypes": {found.kind["dtype"]: own}} if own else {})
-    links: dict[str, str] = {}
+    links = _rate("together", inventory.together_bytes_per_second)
     for (source, target), link in inventory.links.items():
         if source.is_accelerator and target.is_accelerator:
             links |= _rate("peer", min(link.bytes_per_second, inventory.links[target, source].bytes_per_second))

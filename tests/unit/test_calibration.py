@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from devmap_config.cli.calibrate import calibrate
+from devmap_config.cli.calibrate import calibrate, hardware_block
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.devices import CPU, DISK, Device
 from devmap_config.execution.segments import Copy, Rates, Segment, Step
@@ -133,6 +134,21 @@ def test_a_cards_rates_are_found_again_though_the_host_seemed_to_be_all(tmp_path
     assert found.inventory.dispatch_nanoseconds == pytest.approx(3000, rel=0.01)
     assert link.unpinned_bytes_per_second == pytest.approx(7 * 10**9, rel=0.01)
     assert link.bytes_per_second == 10 * 10**9  # on which no time depends
+    assert set(hardware_block(found)["links"]) == {"unpinned"}
+
+
+def test_links_are_fitted_and_written_as_a_profile_names_them(tmp_path):
+    """What is brought ahead of its use takes as long as its link: from the CPU, and from the disk through it."""
+    truth = replace(machine(12, 300, 3000, host=20, disk=3), together_bytes_per_second=30 * 10**9)
+    believed = replace(machine(12, 300, 3000), together_bytes_per_second=15 * 10**9)
+    from_cpu, from_disk = Copy(CPU, CARD, 10**8, is_pinned=True), Copy(DISK, CPU, 10**8)
+    receipts = []
+    for together in ([(from_cpu,)], [(from_disk, from_cpu)]):
+        [(layer, count), outside] = forward(CARD, 16, 1024, 1)
+        segments = [(replace(layer, ahead=together), count), outside]
+        receipts.append(receipt(truth, believed, {"decode": segments}))
+    links = hardware_block(fitted(tmp_path, *receipts))["links"]
+    assert links == {"together": "30.0GB/s calibrated", "host": "20.0GB/s calibrated", "disk": "3.00GB/s calibrated"}
 
 
 def test_of_one_receipt_two_factors_are_fitted_and_said_to_be(tmp_path):
