@@ -73,11 +73,12 @@ def _nested(**values: str | None) -> str | None:
 
 
 def link_lines(hardware: Hardware) -> list[str]:
-    """Return the lines within a profile's `hardware` that say how its devices are linked and given work, if it does."""
+    """Return the lines within a profile's `hardware` besides its `devices`, as far as it says more."""
     links = [f"  {yaml_text(name)}: {_link(link)}" for name, link in hardware.links.items()]
     dispatch = hardware.host.dispatch
     host = [] if dispatch is None else [f"host: {_flow({'dispatch': _amount(dispatch, {'ns': 1})})}"]
-    return [*(["links:", *links] if links else []), *host]
+    spread = {phase: str(each) for phase, each in hardware.spread if each is not None}
+    return [*(["links:", *links] if links else []), *host, *([f"spread: {_flow(spread)}"] if spread else [])]
 
 
 def _link(link: Link) -> str:

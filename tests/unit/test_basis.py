@@ -13,6 +13,8 @@ from devmap_config.compiler import Request, run_pipeline
 from devmap_config.hardware.constants import SPREADS
 from devmap_config.plan.prediction import time_bases
 from devmap_config.profile.quantities import Spread
+from devmap_config.profile.schema import Hardware
+from devmap_config.profile.writing import device_text, link_lines
 
 PROFILE = """\
 version: 1
@@ -87,6 +89,25 @@ def test_a_lock_does_not_depend_on_how_rates_are_known(workspace):
 def test_a_word_that_does_not_say_how_a_rate_is_known_is_refused(workspace, rate, help):
     [found] = compiled(f"devices: {{cpu: {{memory: 9GiB, bandwidth: {rate}}}}}", "auto").diagnostics
     assert (found.code, help in found.help) == ("bad-quantity", True)
+
+
+def test_a_machine_is_written_with_how_its_rates_are_known():
+    described = {
+        "devices": {"cpu": {"memory": "9GiB", "bandwidth": "9GB/s measured", "flops": "90GFLOP/s"}},
+        "links": {"host": "25GB/s calibrated", "disk": "2GB/s"},
+        "host": {"dispatch": "4us measured"},
+        "spread": {"decode": "90-120%"},
+    }
+    hardware = Hardware.model_validate(described)
+    [cpu] = hardware.devices.value.values()
+    assert device_text(cpu) == "{memory: 9GiB, bandwidth: 9GB/s measured, flops: 90GFLOP/s}"
+    assert link_lines(hardware) == [
+        "links:",
+        "  host: 25GB/s calibrated",
+        "  disk: 2GB/s",
+        "host: {dispatch: 4000ns measured}",
+        "spread: {decode: 90-120%}",
+    ]
 
 
 def run(*arguments):
