@@ -122,7 +122,7 @@ def test_the_spread_is_of_runs_that_nothing_was_fitted_with(tmp_path):
 
 def test_a_cards_rates_are_found_again_though_the_host_seemed_to_be_all(tmp_path):
     """By what was believed, the host binds every token; in truth it does so in the small models alone."""
-    truth, believed = machine(12, 300, 3000, unpinned=7), machine(14, 250, 9000)
+    truth, believed = machine(12, 300, 3000, unpinned=7), machine(14, 250, 900_000)
     sizes = ((8, 256), (16, 4096), (24, 8192), (12, 6144))
     copied = Copy(CPU, CARD, 10**8)
     whole = [receipt(truth, believed, dense(*size, CARD)) for size in sizes]
