@@ -9,7 +9,7 @@ WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 SECONDS ?= 600
 
-.PHONY: demo test test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity lint audit schemas libraries locks clean
+.PHONY: demo test test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -83,6 +83,11 @@ benchmark-published: $(INSTALLED)
 # What is predicted of this machine's CPU, once it was probed, beside what it takes: ten minutes, with nothing beside it.
 benchmark-fidelity: $(INSTALLED)
 	$(BIN)/python benchmarks/fidelity.py
+
+# Receipts of this machine's CPU and disk, those that are missing in `receipts/`: twelve minutes, as root on Linux.
+benchmark-receipts: $(INSTALLED)
+	$(BIN)/python -m benchmarks.receipts
+	$(BIN)/devmap receipts receipts/*.json
 
 # Which of transformers' own `auto` maps do not run, of every causal language model: three minutes.
 benchmark-auto-maps: $(INSTALLED)

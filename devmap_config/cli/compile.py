@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,6 +39,7 @@ def compile_command(
     from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.plan.lock import lock_path
     from devmap_config.plan.prediction import as_told
+    from devmap_config.plan.process_memory import process_memory
 
     target = output or lock_path(profile)
     earlier = lock_to_replace(target, writes=not dry_run, allow_outside=options.permissions.allow_outside)
@@ -53,7 +55,9 @@ def compile_command(
     device_map = _device_map(compiled) if options.output_format == "device-map" else None
     # Before anything is printed: a reader that goes away, or a disk that is full, is no reason not to.
     written = [] if dry_run else write_results(compiled, target, with_graph=vendor)
-    asked = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
+    asked: dict[str, Any] = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
+    memory = process_memory(plan, compiled.graph)
+    asked |= {} if memory is None else {"process_memory": asdict(memory)}
     told = as_told(plan, compiled.graph, compiled.inventory)
     options.report(compiled.diagnostics, compiled.texts, {"plan": told, **asked})
     if device_map is not None:

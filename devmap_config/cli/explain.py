@@ -95,8 +95,9 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
 
 def _story(compiled: Compiled) -> Iterator[str]:
     """The plan in some ten lines."""
-    from devmap_config.cli.plan_table import said_of_bases, weights_in_words
+    from devmap_config.cli.plan_table import memory_in_words, said_of_bases, weights_in_words
     from devmap_config.plan.prediction import time_bases
+    from devmap_config.plan.process_memory import process_memory
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     cache = f" and {format_bytes(graph.measurement.cache_bytes)} of cache" if graph.measurement else ""
@@ -109,6 +110,8 @@ def _story(compiled: Compiled) -> Iterator[str]:
         yield f"{counted(pinned, 'rule')} {decide} for {counted(len(decisions), 'tensor')}."
     for group in graph.tied_groups[:2]:
         yield f"{' and '.join(group)} are one tensor, and move together."
+    if (memory := process_memory(plan, graph)) is not None:
+        yield f"The {memory_in_words(memory)}."
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
     if bases := time_bases(plan, graph, compiled.inventory):

@@ -11,6 +11,7 @@ from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
 from devmap_config.plan.prediction import time_bases
+from devmap_config.plan.process_memory import process_memory
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.prediction import TimeBasis
+    from devmap_config.plan.process_memory import ProcessMemory
 
 PATTERNS_SHOWN = 6
 
@@ -92,12 +94,20 @@ def _notes(
     for use in plan.devices:
         if use.id != DISK and use.loading_bytes > use.capacity_bytes - use.free_bytes:
             yield Text(f"loading holds {format_bytes(use.loading_bytes)} at once on {use.id}", style="dim")
+    if (memory := process_memory(plan, model.graph)) is not None:
+        yield Text(f"the {memory_in_words(memory)}", style="dim")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")
     yield from map(Text, plan.prefilling)
     if context_length is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
+
+
+def memory_in_words(memory: ProcessMemory) -> str:
+    """What a process holds that runs a plan of the CPU."""
+    own, files, most = map(format_bytes, (memory.anonymous_bytes, memory.file_bytes, memory.peak_bytes))
+    return f"process holds {own} of its own and {files} of files' pages while it runs, {most} at most"
 
 
 def _in_transformers(plan: Plan) -> str:

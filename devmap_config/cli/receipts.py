@@ -62,7 +62,9 @@ Row = tuple[tuple[str, str], tuple[str, ...]]
 
 
 def _rows(cases: Iterable[Case]) -> Iterator[Row]:
-    """Yield a row for each device of each case, the times in the first."""
+    """Yield a row for each device of each case, the times in the first, and for what a process held of the CPU's."""
+    from devmap_config.runner.receipts import PROCESS
+
     for case in cases:
         if case.failed is not None:
             yield (case.name, ""), ("out of memory" if case.is_out_of_memory else "failed", "", "", "")
@@ -74,6 +76,8 @@ def _rows(cases: Iterable[Case]) -> Iterator[Row]:
             if figure.name == "running":
                 yield (case.name, str(figure.device)), (_both(figure, GIBIBYTE, 2), *times)
                 times = ("", "", "")
+            elif figure.name in PROCESS:
+                yield (case.name, f"{figure.device}: {figure.name}"), (_both(figure, GIBIBYTE, 2), "", "", "")
 
 
 LEAST_LOAD_SECONDS = 0.01

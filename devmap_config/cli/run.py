@@ -121,17 +121,18 @@ def _write_receipt(
     """Write what was predicted beside what is measured; what it `generates` is measured now."""
     from devmap_config.runner.demonstration import measured_generation
     from devmap_config.runner.receipt_writing import receipt_of, write_receipt
-    from devmap_config.runner.usage import reset_peaks
+    from devmap_config.runner.usage import process_watched, reset_peaks
 
     command = f"devmap run {deployment.compiled.loaded.path.name} --receipt {path.name}"
     command += " --random-weights" if deployment.has_random_weights else ""
     command += " --compile" if deployment.compiles else ""
     command += " --no-generate" if generates is None else f" --max-new-tokens {generates.new_tokens}"
     generation = None
-    if generates is not None:
-        reset_peaks(deployment.plan)
-        generation = measured_generation(model, deployment.request, generates, rounds=MEASURED_ROUNDS)
-    write_receipt(path, receipt_of(deployment, model, load, generation, command=command))
+    with process_watched() as process:
+        if generates is not None:
+            reset_peaks(deployment.plan)
+            generation = measured_generation(model, deployment.request, generates, rounds=MEASURED_ROUNDS)
+    write_receipt(path, receipt_of(deployment, model, load, generation, process, command=command))
 
 
 def _require_usable(prompt: str | None, receipt: Path | None, options: ProfileOptions, *, chat: bool) -> None:

@@ -56,22 +56,22 @@ def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
 def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_one: bool) -> int:
     here = [(tensor, device) for tensor, device in placed if not device.is_accelerator]
     cast_for_others = sorted(
-        (_part_bytes(tensor, facts) for tensor, device in placed if device.is_accelerator and _is_cast(tensor, facts)),
+        (_part_bytes(tensor, facts) for tensor, device in placed if device.is_accelerator and is_cast(tensor, facts)),
         reverse=True,
     )
     passing = sum(cast_for_others[: 1 if one_by_one else THREADS])
     if not one_by_one:
         merged = [tensor for tensor, _ in here if tensor.name in facts.merged]
         # Parts that are cast lie in small pieces, which the allocator keeps when what is merged from them is made.
-        kept = sum(tensor.size_bytes for tensor in merged if _is_cast(tensor, facts))
+        kept = sum(tensor.size_bytes for tensor in merged if is_cast(tensor, facts))
         return passing + kept + max((tensor.size_bytes for tensor in merged), default=0)
     alive, last = [0], [0]
     for tensor, device in here:
-        is_merged, is_cast = tensor.name in facts.merged, _is_cast(tensor, facts)
+        is_merged = tensor.name in facts.merged
         if _is_quantised(tensor, facts):
             made_bytes = _dense_bytes(tensor, facts) + tensor.size_bytes
         else:
-            made_bytes = tensor.size_bytes * (2 * is_merged + is_cast)
+            made_bytes = tensor.size_bytes * (2 * is_merged + is_cast(tensor, facts))
         alive.append(made_bytes - tensor.size_bytes if device == CPU and made_bytes else made_bytes)
         if device == DISK and made_bytes:
             last.append(tensor.size_bytes)
@@ -86,7 +86,8 @@ def _dense_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
     return tensor.element_count * ITEM_BYTES.get(facts.dtype, 4)
 
 
-def _is_cast(tensor: Tensor, facts: LoadingFacts) -> bool:
+def is_cast(tensor: Tensor, facts: LoadingFacts) -> bool:
+    """Whether a tensor is loaded in another dtype than it is stored in."""
     return facts.stored_dtype in ITEM_BYTES and tensor.dtype in ITEM_BYTES and tensor.dtype != facts.stored_dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import CPU
@@ -9,6 +10,7 @@ from devmap_config.files import write_atomically
 from devmap_config.libraries.versions import TRIED, installed
 from devmap_config.plan.plan import OWN
 from devmap_config.plan.prediction import amounts, as_told
+from devmap_config.plan.process_memory import process_memory
 from devmap_config.runner.receipts import RECEIPT_VERSION
 from devmap_config.runner.usage import peaks, weights_by_device
 from devmap_config.wording import json_text
@@ -22,11 +24,17 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
     from devmap_config.runner.generation_times import GenerationTimes
     from devmap_config.runner.runner import Deployment
-    from devmap_config.runner.usage import LoadCost
+    from devmap_config.runner.usage import LoadCost, ProcessUse
 
 
 def receipt_of(
-    deployment: Deployment, model: PreTrainedModel, load: LoadCost, generation: GenerationTimes | None, *, command: str
+    deployment: Deployment,
+    model: PreTrainedModel,
+    load: LoadCost,
+    generation: GenerationTimes | None,
+    process: ProcessUse,
+    *,
+    command: str,
 ) -> dict[str, Any]:
     """Return a receipt of one case: what was predicted of a deployment, and what this process has seen of it.
 
@@ -35,11 +43,13 @@ def receipt_of(
         model: its model, which was loaded in this process, and the only one.
         load: what that took.
         generation: what generating took; `None` where nothing was generated.
+        process: what the process held meanwhile.
         command: by which one gets another.
     """
     plan, compiled = deployment.plan, deployment.compiled
     inventory, workload = compiled.inventory, compiled.loaded.profile.workload
     predicted = as_told(plan, compiled.model.graph, inventory)
+    memory = process_memory(plan, compiled.model.graph)
     return {
         "receipt_version": RECEIPT_VERSION,
         "command": command,
@@ -60,7 +70,8 @@ def receipt_of(
                 "context_length": workload.context_length.value,
                 "load_seconds": load.seconds,
                 "predicted": {
-                    name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction", "basis")
+                    **{name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction", "basis")},
+                    "process_memory": None if memory is None or generation is None else asdict(memory),
                 },
                 "compute": predicted["compute"],
                 "compiled": deployment.compiles,
@@ -69,7 +80,7 @@ def receipt_of(
                     for phase, name in OWN.items()
                     if predicted["prediction"][name] is not None
                 },
-                "seen": _seen(deployment, model, load, generation),
+                "seen": _seen(deployment, model, load, generation, process),
                 "generation": None if generation is None else generation.to_json(),
             }
         ],
@@ -77,7 +88,11 @@ def receipt_of(
 
 
 def _seen(
-    deployment: Deployment, model: PreTrainedModel, load: LoadCost, generation: GenerationTimes | None
+    deployment: Deployment,
+    model: PreTrainedModel,
+    load: LoadCost,
+    generation: GenerationTimes | None,
+    process: ProcessUse,
 ) -> dict[str, dict[str, int]]:
     """Return what was held of each device; of the CPU, by this process."""
     plan = deployment.plan
@@ -92,6 +107,8 @@ def _seen(
             "process_bytes": load.process_bytes if device == CPU else None,
             "loading_peak_bytes": load.peak_bytes.get(device),
             "peak_bytes": peak_bytes.get(device),
+            "anonymous_bytes": process.anonymous_bytes or None if device == CPU else None,
+            "file_bytes": process.file_bytes or None if device == CPU else None,
         }
         seen[str(device)] = {name: size_bytes for name, size_bytes in found.items() if size_bytes is not None}
     return seen

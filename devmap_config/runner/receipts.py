@@ -25,6 +25,10 @@ HELD = ("weights", "kv_cache", "activation", "overhead")
 """What a device is planned to hold while the model runs."""
 
 
+PROCESS = ("anonymous", "file", "peak")
+"""What of a process's memory is predicted and seen, for plans of the CPU: its own, pages of files, most of both."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One figure of a case, as predicted and as seen; `None` where there is none.
@@ -72,6 +76,12 @@ def _case(receipt: str, case: Mapping[str, Any]) -> Case:
         return Case(receipt=receipt, name=str(case["case"]), failed=str(case["failed"]))
     predicted, generation = case["predicted"], case["generation"] or {}
     figures = [figure for use in predicted["devices"] for figure in _memory(use, case["seen"].get(use["id"], {}))]
+    process, seen_process = predicted.get("process_memory") or {}, case["seen"].get("cpu", {})
+    figures += [
+        Figure(name=name, device="cpu", predicted=process[f"{name}_bytes"], seen=seen_process.get(f"{name}_bytes"))
+        for name in PROCESS
+        if process
+    ]
     for name, planned, seen in (
         ("token", "decode_nanoseconds_per_token", "decode_seconds_per_token"),
         ("prefill", "prefill_nanoseconds", "prefill_seconds"),

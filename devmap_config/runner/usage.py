@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from devmap_config.devices import CPU
 from devmap_config.runner.inspection import tensor_home
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -61,6 +63,47 @@ def process_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+@dataclass(kw_only=True)
+class ProcessUse:
+    """The most that this process was seen to hold of its own, and of pages of files, in bytes; 0 where nobody says."""
+
+    anonymous_bytes: int = 0
+    file_bytes: int = 0
+
+    def look(self) -> None:
+        """Look at what it holds now."""
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        file_bytes = getattr(memory, "shared", None)  # Linux alone tells
+        if file_bytes is not None:
+            self.anonymous_bytes = max(self.anonymous_bytes, memory.rss - file_bytes)
+            self.file_bytes = max(self.file_bytes, file_bytes)
+
+
+LOOKS_EVERY_SECONDS = 0.01
+
+
+@contextmanager
+def process_watched() -> Iterator[ProcessUse]:
+    """Look at what this process holds, again and again, while a context lasts."""
+    use, is_over = ProcessUse(), threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(LOOKS_EVERY_SECONDS):
+            use.look()
+
+    thread = threading.Thread(target=watch, name="devmap-memory", daemon=True)
+    use.look()
+    thread.start()
+    try:
+        yield use
+    finally:
+        is_over.set()
+        thread.join()
+        use.look()
 
 
 def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> dict[Device, int]:

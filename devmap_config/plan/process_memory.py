@@ -1,0 +1,145 @@
+"""What the system sees a process hold that runs a plan of the CPU: of its own, of files, and at most.
+
+Tensors are not all of it. Python and the libraries are there before a model is; weights that are loaded as the
+checkpoint has them are pages of its files, which the system can take back; and the allocator keeps some of what was
+freed. torch packs no weights beforehand: oneDNN multiplies them as they lie, in bfloat16 too, and keeps only the code
+that it makes for each shape.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from math import isqrt
+from typing import TYPE_CHECKING
+
+from devmap_config.devices import CPU, DISK
+from devmap_config.execution.loading import ITEM_BYTES, is_cast
+from devmap_config.hardware.constants import (
+    HELD_SHARE,
+    HELD_SHARE_END_BYTES,
+    PROCESS_ANONYMOUS_BYTES,
+    PROCESS_FILE_BYTES,
+    PROGRAM_BYTES,
+    PROGRAM_SHAPES_MOST,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from devmap_config.graph.costs import Measurement
+    from devmap_config.graph.model import LoadingFacts, ModelGraph, Tensor
+    from devmap_config.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessMemory:
+    """Bytes of a process: anonymous ones and pages of files while the model runs, and the most of both at once.
+
+    What is anonymous must be there; the system takes pages of files back where memory is short, and reads them again.
+    The peak may be while loading, when the files are mapped of which tensors are made.
+    """
+
+    anonymous_bytes: int
+    file_bytes: int
+    peak_bytes: int
+
+
+def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
+    """Return what the process holds that runs a plan; `None` where it needs accelerators, or what it needs is unknown.
+
+    Args:
+        plan: the plan.
+        graph: its model, measured.
+    """
+    facts, measurement = graph.loading, graph.measurement
+    cpu = next((use for use in plan.devices if use.id == CPU), None)
+    if facts is None or measurement is None or cpu is None:
+        return None
+    if any(location.runs_on != CPU for location in plan.locations.values()):
+        return None
+    resident = [tensor for tensor, device in _stored(plan, graph) if device == CPU]
+    # The executor that reads ahead copies what stays in memory, and lets its pages go.
+    mapped = [] if plan.executor.works_ahead else [tensor for tensor in resident if _is_mapped(tensor, facts)]
+    mapped_bytes = sum(tensor.size_bytes for tensor in mapped)
+    read_bytes = sum(_source_bytes(tensor, facts) for tensor in resident if not _is_mapped(tensor, facts))
+    own_bytes = cpu.weights_bytes - mapped_bytes
+    running_bytes = cpu.kv_cache_bytes + cpu.activation_bytes
+    held_bytes = int(min(running_bytes, HELD_SHARE_END_BYTES) * HELD_SHARE)
+    anonymous_bytes = PROCESS_ANONYMOUS_BYTES + own_bytes + running_bytes + cpu.overhead_bytes + held_bytes
+    anonymous_bytes += PROGRAM_BYTES * _program_shapes(graph, measurement)
+    untouched_bytes = _untouched_bytes(mapped, graph, measurement)
+    # The pages that experts were merged from stay as long as another tensor of their file is mapped.
+    file_bytes = PROCESS_FILE_BYTES + mapped_bytes - untouched_bytes + (read_bytes if mapped else 0)
+    loading_bytes = PROCESS_ANONYMOUS_BYTES + PROCESS_FILE_BYTES + own_bytes + read_bytes
+    loading_bytes += cpu.loading_bytes - cpu.weights_bytes - _not_kept_bytes(resident, plan, facts)
+    return ProcessMemory(
+        anonymous_bytes=anonymous_bytes,
+        file_bytes=file_bytes,
+        peak_bytes=max(anonymous_bytes + file_bytes, loading_bytes),
+    )
+
+
+def _stored(plan: Plan, graph: ModelGraph) -> Iterable[tuple[Tensor, object]]:
+    """Yield each tensor that occupies memory of its own, with where it is stored."""
+    for name, location in plan.locations.items():
+        if graph.storage_of[name] == name:
+            yield graph.tensors[name], location.stored_on
+
+
+def _is_mapped(tensor: Tensor, facts: LoadingFacts) -> bool:
+    """Whether a tensor on the CPU is the checkpoint's own pages: nothing had to be made of them."""
+    is_made = tensor.name in facts.merged or is_cast(tensor, facts) or facts.quantises
+    return tensor.persistent and not is_made
+
+
+def _source_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
+    """Return how much of the checkpoint a tensor is made of."""
+    if not tensor.persistent:
+        return 0
+    is_stored_so = not facts.quantises and not is_cast(tensor, facts)
+    item_bytes = ITEM_BYTES.get(facts.stored_dtype, 0)
+    return tensor.size_bytes if is_stored_so else tensor.element_count * item_bytes
+
+
+def _not_kept_bytes(resident: Iterable[Tensor], plan: Plan, facts: LoadingFacts) -> int:
+    """Return what a plan allows for the parts of experts that are cast, and the allocator is not seen to keep of them.
+
+    It keeps half to two thirds, as threads come to take them; where there is a disk, one is taken after another.
+    """
+    if facts.quantises or any(location.stored_on == DISK for location in plan.locations.values()):
+        return 0
+    return sum(tensor.size_bytes for tensor in resident if tensor.name in facts.merged and is_cast(tensor, facts)) // 3
+
+
+def _untouched_bytes(mapped: Iterable[Tensor], graph: ModelGraph, measurement: Measurement) -> int:
+    """Return what is never read of embeddings that are pages of a file: more than a row for each token."""
+    workload = measurement.workload
+    tokens, tied = workload.batch_size * workload.context_length, {source for _, source in graph.ties}
+    untouched_bytes = 0
+    for tensor in mapped:
+        module = graph.modules[tensor.name.rpartition(".")[0]]  # type: ignore[index]
+        if module.class_name.endswith("Embedding") and len(tensor.shape) == 2 and tensor.name not in tied:
+            row_bytes = tensor.size_bytes // max(tensor.shape[0], 1)
+            touched_bytes = tokens * -(-row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            untouched_bytes += max(tensor.size_bytes - touched_bytes, 0)
+    return untouched_bytes
+
+
+def _program_shapes(graph: ModelGraph, measurement: Measurement) -> int:
+    """Return for how many shapes oneDNN makes code because experts are given ever other numbers of tokens.
+
+    Of a layer's experts, each is given as many tokens as chose it: with an even router a binomial number, of which some
+    twelve standard deviations are seen in all, for each of two products. Only half precision is computed by oneDNN.
+    """
+    merged = [graph.tensors[name] for name in graph.merged if len(graph.tensors[name].shape) > 2]
+    if not merged or merged[0].dtype not in ("bfloat16", "float16"):
+        return 0
+    paths = {tensor.name.rpartition(".")[0]: 0 for tensor in merged}
+    for tensor in merged:
+        paths[tensor.name.rpartition(".")[0]] += tensor.element_count
+    experts = merged[0].shape[0]
+    operations = {cost.path: cost.prefill_operations for cost in measurement.modules}
+    # Two operations for each weight of an expert and each of its tokens.
+    tokens = max((operations.get(path, 0) // (2 * max(elements, 1)) for path, elements in paths.items()), default=0)
+    return min(2 * min(len(paths) * experts, 12 * isqrt(tokens)), PROGRAM_SHAPES_MOST)

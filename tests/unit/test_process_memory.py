@@ -1,0 +1,122 @@
+"""What a process is said to hold: its own memory, pages of files, and the most of both, by how weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import LLAMA
+
+from devmap_config.cli.compile import compile_command
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.devices import CPU
+from devmap_config.hardware.constants import (
+    HELD_SHARE,
+    HELD_SHARE_END_BYTES,
+    PROCESS_ANONYMOUS_BYTES,
+    PROCESS_FILE_BYTES,
+    PROGRAM_BYTES,
+)
+from devmap_config.plan.process_memory import process_memory
+from devmap_config.runner import usage
+
+ON_CPU = "cpu: {memory: 4GiB}"
+CONTEXT = "{context_length: 32}"
+
+
+@pytest.fixture(autouse=True)
+def in_workspace(workspace):
+    return workspace
+
+
+def compiled(source, devices=ON_CPU, *, model="", workload=CONTEXT, placement="strategy: sequential"):
+    Path("profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: {source}{model}}}\nworkload: {workload}\n"
+        f"hardware: {{devices: {{{devices}}}}}\nplacement: {{{placement}}}\n"
+    )
+    return run_pipeline(Request(path=Path("profile.yaml")))
+
+
+def held(*arguments, **options):
+    """What of a plan's process is beyond the libraries, and what the plan says of the CPU."""
+    found = compiled(*arguments, **options)
+    memory = process_memory(found.plan, found.graph)
+    use = next(each for each in found.plan.devices if each.id == CPU)
+    running_bytes = use.kv_cache_bytes + use.activation_bytes
+    own_bytes = memory.anonymous_bytes - PROCESS_ANONYMOUS_BYTES - use.overhead_bytes
+    own_bytes -= running_bytes + int(min(running_bytes, HELD_SHARE_END_BYTES) * HELD_SHARE)
+    storages = [found.graph.tensors[name] for name in set(found.graph.storage_of.values())]
+    buffers_bytes = sum(each.size_bytes for each in storages if not each.persistent)
+    return own_bytes - buffers_bytes, memory.file_bytes - PROCESS_FILE_BYTES, memory, use.weights_bytes - buffers_bytes
+
+
+def test_weights_as_they_are_stored_are_pages_of_the_file():
+    own_bytes, file_bytes, memory, weights_bytes = held("llama")
+    assert (own_bytes, file_bytes) == (0, weights_bytes)
+    assert memory.peak_bytes == memory.anonymous_bytes + memory.file_bytes
+
+
+def test_weights_that_are_cast_are_its_own_and_their_file_is_mapped_while_loading():
+    own_bytes, file_bytes, memory, weights_bytes = held("llama", model=", dtype: float32")
+    assert (own_bytes, file_bytes) == (weights_bytes, 0)
+    is_loading = PROCESS_ANONYMOUS_BYTES + PROCESS_FILE_BYTES + weights_bytes * 3 // 2
+    running_bytes = memory.anonymous_bytes + memory.file_bytes
+    assert memory.peak_bytes == pytest.approx(max(is_loading, running_bytes), abs=2_000)
+
+
+def test_experts_are_merged_in_memory_and_their_parts_stay_mapped_beside_other_weights():
+    own_bytes, file_bytes, _, weights_bytes = held("mixture")
+    found = compiled("mixture")
+    merged_bytes = sum(found.graph.tensors[name].size_bytes for name in found.graph.merged)
+    programs = (own_bytes - merged_bytes) / PROGRAM_BYTES
+    assert programs == int(programs) > 0
+    assert file_bytes == weights_bytes
+    found_bytes, file_bytes, _, weights_bytes = held("mixture", model=", dtype: float32")
+    assert (found_bytes, file_bytes) == (weights_bytes, 0)  # float32 is multiplied by what keeps no code for a shape
+
+
+def test_a_token_touches_a_page_of_an_embedding():
+    Path("wide").mkdir()
+    Path("wide/config.json").write_text(json.dumps(LLAMA | {"vocab_size": 32_000}))
+    embedding_bytes = 32_000 * LLAMA["hidden_size"] * 2
+    _, file_bytes, _, weights_bytes = held("wide")
+    assert weights_bytes - file_bytes == embedding_bytes - 32 * 4096
+    Path("wide/config.json").write_text(json.dumps(LLAMA | {"vocab_size": 32_000, "tie_word_embeddings": True}))
+    _, file_bytes, _, weights_bytes = held("wide")
+    assert file_bytes == weights_bytes  # the head reads all of it
+
+
+def test_what_stays_in_memory_beside_a_disk_is_copied_there():
+    half = "strategy: sequential, offload: {folder: ./offload}, pins: [{match: 'model.layers.[1-]', device: disk}]"
+    own_bytes, file_bytes, _, weights_bytes = held("llama", f"{ON_CPU}, disk: {{memory: 1GiB}}", placement=half)
+    assert (own_bytes, file_bytes) == (weights_bytes, 0)
+
+
+@pytest.mark.parametrize(
+    ("devices", "workload"), [(f"cuda:0: {{memory: 1GiB}}, {ON_CPU}", CONTEXT), (ON_CPU, "{}")], ids=["card", "none"]
+)
+def test_nothing_is_said_beside_a_card_or_without_a_workload(devices, workload):
+    found = compiled("llama", devices, workload=workload)
+    assert process_memory(found.plan, found.graph) is None
+
+
+def test_the_plan_and_its_json_say_it(capsys):
+    memory = held("llama")[2]
+    assert compile_command.main(["profile.yaml"], standalone_mode=False) == 0
+    assert "the process holds 29" in capsys.readouterr().out
+    compile_command.main(["profile.yaml", "--format", "json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["process_memory"] == {
+        "anonymous_bytes": memory.anonymous_bytes,
+        "file_bytes": memory.file_bytes,
+        "peak_bytes": memory.peak_bytes,
+    }
+
+
+def test_a_process_is_seen_to_hold_what_it_takes_meanwhile():
+    with usage.process_watched() as before:
+        pass
+    with usage.process_watched() as seen:
+        taken = bytearray(b"x") * 64_000_000
+    assert len(taken) == 64_000_000
+    assert 60_000_000 < seen.anonymous_bytes - before.anonymous_bytes < 70_000_000
