@@ -84,9 +84,9 @@ CLASSES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One receipt: a model, how it is stored and loaded, what for, and how much of its weights the memory has room for.
+    """One receipt: a model, how it is stored and loaded, what for, and what of it is on disk.
 
-    Where that `share` is not all, the rest is on disk, and `is_cached` says whether it is in the system's cache.
+    `is_cached` says whether the files are in the system's cache before.
     """
 
     model: str
@@ -96,7 +96,7 @@ class Run:
     batch_size: int = 1
     quantization: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
-    share: float | None = None
+    on_disk: str | None = None
     is_cached: bool = True
 
     @property
@@ -105,7 +105,7 @@ class Run:
         cast = "" if self.stored == self.dtype else f"-from-{self.stored}"
         batch = "" if self.batch_size == 1 else f"-{self.batch_size}-sequences"
         method = f"-{self.quantization['method']}" if self.quantization else ""
-        disk = "" if self.share is None else "-disk-cached" if self.is_cached else "-disk-cold"
+        disk = "" if self.on_disk is None else "-disk-cached" if self.is_cached else "-disk-cold"
         return f"{self.model}-{self.dtype}{cast}{method}{batch}{disk}"
 
 
@@ -125,8 +125,8 @@ RUNS = (
     Run(model="mixture-0.7b"),
     Run(model="mixture-1.1b", stored="float32"),
     Run(model="dense-1.6b"),
-    Run(model="dense-1.6b", context_length=64, share=0.5, is_cached=False),
-    Run(model="dense-1.6b", context_length=64, share=0.5),
+    Run(model="dense-1.6b", context_length=64, on_disk="model.layers.[::2]", is_cached=False),
+    Run(model="dense-1.6b", context_length=64, on_disk="model.layers.[::2]"),
 )
 """Those of one model and stored dtype stand together: it is made once."""
 
@@ -155,8 +155,8 @@ def called(*command: str | Path, folder: Path, cgroup: Cgroup | None = None) -> 
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, preexec_fn=enter
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(f"exit {done.returncode}: {said[0] if said else 'it was ended'}")
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise RuntimeError(f"exit {done.returncode}: {' '.join(said)[:500] or 'it was ended'}")
     return done.stdout
 
 
@@ -171,24 +171,21 @@ def probed_hardware(folder: Path, *, measures: bool) -> dict[str, Any]:
         print(f"the machine was not measured, so that no times are predicted: {error}", flush=True)
         block = called(DEVMAP, "probe", folder=folder)
     hardware: dict[str, Any] = yaml.safe_load(block)["hardware"]
-    hardware["devices"] = {name: each for name, each in hardware["devices"].items() if name in ("cpu", "disk")}
+    hardware["devices"].setdefault("disk", {"memory": "20GiB"})
     return hardware
 
 
-def profile_of(run: Run, hardware: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the profile of a run: of the CPU alone, or of as much of it as holds a share of the weights."""
-    devices = {"cpu": dict(hardware["devices"]["cpu"])}
-    if run.share is not None:
-        weights_bytes = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
-        devices["cpu"]["memory"] = int(weights_bytes * run.share)
-        devices["disk"] = hardware["devices"].get("disk", {"memory": "100GiB"})
+def profile_of(run: Run, hardware: dict[str, Any]) -> dict[str, Any]:
+    """Return the profile of a run."""
+    names = ("cpu",) if run.on_disk is None else ("cpu", "disk")
     model: dict[str, Any] = {"source": "model", "dtype": run.dtype}
+    pins = [] if run.on_disk is None else [{"match": run.on_disk, "device": "disk"}]
     return {
         "version": 1,
         "model": model | ({"quantization": run.quantization} if run.quantization else {}),
         "workload": {"batch_size": run.batch_size, "context_length": run.context_length},
-        "hardware": {**hardware, "devices": devices},
-        "placement": {"strategy": "sequential", "offload": {"folder": "offload"}},
+        "hardware": {**hardware, "devices": {name: hardware["devices"][name] for name in names}},
+        "placement": {"strategy": "sequential", "pins": pins, "offload": {"folder": "offload"}},
     }
 
 
@@ -209,11 +206,11 @@ def make_receipt(run: Run, hardware: dict[str, Any], folder: Path, receipts: Pat
     Raises:
         RuntimeError: where a command fails.
     """
-    (folder / f"{run.name}.yaml").write_text(yaml.safe_dump(profile_of(run, hardware, folder)))
+    (folder / f"{run.name}.yaml").write_text(yaml.safe_dump(profile_of(run, hardware)))
     compiled = json.loads(called(DEVMAP, "compile", f"{run.name}.yaml", "--format", "json", folder=folder))
     memory = compiled["process_memory"]
     limit_bytes = None
-    if run.share is not None:
+    if run.on_disk is not None:
         limit_bytes = int(1.1 * (memory["anonymous_bytes"] + memory["file_bytes"]))
         empty_cache()
         for file in (folder / "model").glob("*.safetensors") if run.is_cached else ():

@@ -73,8 +73,8 @@ model of no size on the CPU: Python 3.11, torch 2.13 for the CPU, transformers 5
 HELD_SHARE = Fraction(3, 4)
 HELD_SHARE_END_BYTES = 256 * 2**20
 """Of the cache and the activations, what glibc's allocator holds besides: 0.4 to 0.95, seen of Llamas of 0.3 and 0.65
-billion parameters and a mixture of 0.7, with prompts of 256 to 1,024 tokens. What is larger than 32 MiB it gives back to
-the system at once."""
+billion parameters and a mixture of 0.7, with prompts of 256 to 1,024 tokens. What is larger than 32 MiB it gives back
+to the system at once."""
 
 PROGRAM_BYTES = 540_000
 PROGRAM_SHAPES_MOST = 1_024
