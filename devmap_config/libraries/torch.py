@@ -167,6 +167,43 @@ def without_modes() -> Any:
     return DISABLE_MODES.find()()
 
 
+WITH_DATA = Private(
+    "torch._subclasses.fake_tensor.unset_fake_temporarily",
+    "values that are known are computed, among tensors without data",
+)
+
+
+def with_data() -> Any:
+    """Return a context within which tensors have data again."""
+    return WITH_DATA.find()()
+
+
+@contextmanager
+def telling_values(value_of: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Let tensors without data be lists and numbers where `value_of` knows what they hold."""
+    import torch
+
+    class_, make = FAKE_TENSOR.find(), torch.tensor
+    of_torch = class_.tolist
+
+    def listed(tensor: torch.Tensor) -> Any:
+        value = value_of(tensor)
+        if value is None:
+            return of_torch(tensor)
+        with with_data():
+            return value.tolist()
+
+    def number(value: Any) -> Any:
+        is_known = isinstance(value, class_) and value.numel() == 1 and value_of(value) is not None
+        return listed(value) if is_known else value
+
+    def made(data: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        return make(tree_map(number, data) if isinstance(data, (list, tuple)) else data, *arguments, **options)
+
+    with patch.object(class_, "tolist", listed), patch.object(torch, "tensor", made):
+        yield
+
+
 def is_nondeterministic(operation: Any) -> bool:
     """Return whether an operation draws numbers at random."""
     import torch
@@ -184,6 +221,33 @@ def operation_name(operation: Any) -> str:
     except AttributeError as error:
         raise OPERATION_SCHEMA.changed() from error
     return name
+
+
+def has_data_dependent_shape(operation: Any) -> bool:
+    """Return whether what an operation gives, or how large it is, depends on data."""
+    import torch
+
+    try:
+        tags = operation.tags
+    except AttributeError as error:
+        raise OPERATION_TAGS.changed() from error
+    dependent = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return any(tag in tags for tag in dependent) or operation_name(operation) == "aten::equal"
+
+
+def writes_to(operation: Any, arguments: Any) -> list[torch.Tensor]:
+    """Return the tensors among an operation's arguments that it writes to."""
+    import torch
+
+    try:
+        described = operation._schema.arguments
+        written = [argument.alias_info is not None and argument.alias_info.is_write for argument in described]
+    except AttributeError as error:
+        raise OPERATION_SCHEMA.changed() from error
+    leaves = (
+        leaf for each, is_written in zip(arguments, written, strict=False) if is_written for leaf in tree_leaves(each)
+    )
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def operation_packet(operation: Any) -> Any:
@@ -218,6 +282,7 @@ def is_view(operation: Any) -> bool:
 # -- values within values ----------------------------------------------------------------------------------------------
 
 TREE_LEAVES = Private("torch.utils._pytree.tree_leaves", "the tensors within what a module is given and gives")
+TREE_MAP = Private("torch.utils._pytree.tree_map", "the same, each put in place of another")
 TREE_FLATTEN = Private("torch.utils._pytree.tree_flatten", "the same, with how they stand")
 TREE_UNFLATTEN = Private("torch.utils._pytree.tree_unflatten", "the output of a block that stands still, put together")
 
@@ -226,6 +291,11 @@ def tree_leaves(value: Any) -> list[Any]:
     """Return all that is within a value, in order."""
     leaves: list[Any] = TREE_LEAVES.find()(value)
     return leaves
+
+
+def tree_map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return a value in which each part is as it is changed."""
+    return TREE_MAP.find()(change, value)
 
 
 def tree_flatten(value: Any) -> tuple[list[Any], Any]:
