@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from small_media_models import LLAVA
 
 from devmap_config.cli import main
 from devmap_config.libraries import versions
@@ -86,6 +87,7 @@ MODELS = {
         "num_hidden_layers": 2,
         "image_size": 32,
     },
+    "images": {**LLAVA, "dtype": "bfloat16"},
     "quantized": {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}},
 }
 """Configs by the folder that cases name as `model.source`."""

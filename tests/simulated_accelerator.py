@@ -35,6 +35,9 @@ def install():
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
+    library.impl("_local_scalar_dense", _number, "PrivateUse1")
+    for overload in ("arange", "arange.start", "arange.start_step"):  # torch makes an empty one to be filled
+        library.impl(overload, _arange, "PrivateUse1")
     _kept.append(library)
 
 
@@ -117,6 +120,14 @@ def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memor
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
     return SimulatedTensor(torch.empty_strided(size, stride, dtype=dtype), torch.device(device))
+
+
+def _number(tensor):
+    return tensor.held.item()
+
+
+def _arange(*limits, dtype=None, layout=None, device=None, pin_memory=None):
+    return SimulatedTensor(torch.arange(*limits, dtype=dtype), torch.device(device))
 
 
 def _copy_from(source, target, non_blocking=False):

@@ -82,6 +82,8 @@ def _notes(
         yield Text(predicted)
     if bases:
         yield Text(said_of_bases(bases), style="dim")
+    if besides := _besides_text(model):
+        yield Text(besides)
     if plan.strategy in TRANSFORMERS_STRATEGIES and plan.measured and len(plan.devices) > 1:
         yield Text(_in_transformers(plan))
     if plan.strategy == "fastest" and not model.graph.decodes:
@@ -108,6 +110,36 @@ def memory_in_words(memory: ProcessMemory) -> str:
     """What a process holds that runs a plan of the CPU."""
     own, files, most = map(format_bytes, (memory.anonymous_bytes, memory.file_bytes, memory.peak_bytes))
     return f"process holds {own} of its own and {files} of files' pages while it runs, {most} at most"
+
+
+def _besides_text(model: LoadedModel) -> str:
+    """How many tokens of the prompt images and sound take; or that none were tried of a model that takes them."""
+    measurement = model.graph.measurement
+    if measurement is None or not measurement.measured:
+        return ""
+    workload, media = measurement.workload, measurement.media
+    if media is not None:
+        images = f"{workload.images:,} image{'s' if workload.images > 1 else ''}" if workload.images else ""
+        sound = f"{workload.audio_seconds:,} s of sound" if workload.audio_seconds else ""
+        what = " and ".join(filter(None, (images, sound)))
+        return "" if media.problem else f"{what} = {media.tokens:,} tokens of each prompt"
+    uncalled = [
+        path
+        for path in model.graph.blocks
+        if any(True for _ in model.graph.modules[path].parameters)
+        and not any(module.path in measurement.by_path for module in model.graph.modules[path].walk())
+    ]
+    inputs = next(
+        (given for part, given in INPUTS_OF_PARTS.items() if any(part in key for key in model.source.config)), ""
+    )
+    if not uncalled or not inputs:
+        return ""
+    patterns = ", ".join(fold_paths(uncalled)[:PATTERNS_SHOWN])
+    return f"text alone was tried, which does not call {patterns}: say `workload: {{inputs: {{{inputs}}}}}` for more"
+
+
+INPUTS_OF_PARTS = {"vision": "images: 1", "audio": "audio_seconds: 30"}
+"""By what a part of a config's keys is called, the inputs that such a part is for."""
 
 
 def _in_transformers(plan: Plan) -> str:

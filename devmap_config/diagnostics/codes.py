@@ -63,6 +63,7 @@ AlwaysError = Literal[
     "over-capacity",
     "overlapping-units",
     "pillow-missing",
+    "prompt-too-short",
     "quantizer-refuses",
     "range-beyond-end",
     "server-missing",
@@ -120,6 +121,7 @@ AlwaysWarning = Literal[
     "unknown-dtype",
     "unmeasured-model",
     "unseen-accelerator",
+    "untried-inputs",
     "untried-version",
 ]
 """What stops nothing."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.graph.failures import Cause  # noqa: TC001  pydantic reads the annotations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+MEDIA = ("images", "image_height", "image_width", "audio_seconds")
+"""The fields of a workload that say what a prompt holds besides text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +21,8 @@ class Workload:
     """What is run: sequences at once, tokens in the cache when it is full, tokens prefilled at once.
 
     `all_logits` says whether every position gets logits or, as `generate` does, the last of each sequence only.
-    `cache` is transformers' cache implementation.
+    `cache` is transformers' cache implementation. Of each sequence, the prompt holds so many `images` of one height and
+    width (in pixels; `None` where the model takes one size only), and so many seconds of sound, besides text.
     """
 
     batch_size: int
@@ -26,6 +30,24 @@ class Workload:
     prompt_length: int
     all_logits: bool = False
     cache: str = "dynamic"
+    images: int = 0
+    image_height: int | None = None
+    image_width: int | None = None
+    audio_seconds: int = 0
+
+    @property
+    def holds_text_alone(self) -> bool:
+        """Whether a prompt has neither images nor sound."""
+        return not self.images and not self.audio_seconds
+
+    @property
+    def text_alone(self) -> Workload:
+        """The same without images and sound, in as many tokens."""
+        return replace(self, images=0, image_height=None, image_width=None, audio_seconds=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; images and sound only where there are any."""
+        return {name: value for name, value in asdict(self).items() if name not in MEDIA or value}
 
     def decoding_before(self, end: int | None, tokens: int = 1) -> Workload:
         """Return the same with a context after which so many tokens can be decoded before positions end."""
@@ -137,6 +159,20 @@ _cost_values = attrgetter(*COST_FIELDS)
 _crossing_values = attrgetter(*CROSSING_FIELDS)
 
 
+@dataclass(frozen=True, slots=True)
+class MediaUse:
+    """What came of the images and the sound of a workload.
+
+    So many `tokens` of each sequence's prompt stand for them. Where there is a `problem`, text alone was measured, if
+    that: the model takes none (`none`), it takes images of any size and nobody said of which (`size`), the prompt has
+    no room for that many tokens (`room`), or the model's code did not run with them (`untried`), for this `reason`.
+    """
+
+    tokens: int = 0
+    problem: Literal["none", "size", "room", "untried"] | None = None
+    reason: str | None = None
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A model's costs under a workload, in the order in which its modules first run.
@@ -145,7 +181,7 @@ class Measurement:
     without being given it (a shared cache), or whose results the model itself joins: they must run on one device.
     `positions` tell how long a context the model takes, whatever room there is.
     `measured` is false where the model could not be run without data, for this `reason`, and formulas stand in; `cause`
-    says whose doing it is.
+    says whose doing it is. `media` is what came of images and sound, where the workload has such.
     """
 
     workload: Workload
@@ -156,6 +192,7 @@ class Measurement:
     reason: str | None = None
     cause: Cause = "model"
     positions: Positions = Positions()
+    media: MediaUse | None = None
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleCost]:
@@ -185,9 +222,10 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
-        cause = {} if self.cause == "model" else {"cause": self.cause}
-        return cause | {
-            "workload": asdict(self.workload),
+        rare: dict[str, Any] = {} if self.cause == "model" else {"cause": self.cause}
+        rare |= {} if self.media is None else {"media": asdict(self.media)}
+        return rare | {
+            "workload": self.workload.to_json(),
             "measured": self.measured,
             "reason": self.reason,
             "columns": list(COST_FIELDS),
@@ -213,6 +251,7 @@ class Measurement:
             reason=value["reason"],
             cause=value.get("cause", "model"),
             positions=Positions(**value["positions"]),
+            media=None if (media := value.get("media")) is None else MediaUse(**media),
         )
 
 

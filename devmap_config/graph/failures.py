@@ -28,7 +28,23 @@ LONGEST_REASON = 300
 
 
 class OtherInputsError(Exception):
-    """The model takes other inputs than text."""
+    """The model takes other inputs than it is given."""
+
+
+class NoMediaError(OtherInputsError):
+    """The model takes no images, or no sound."""
+
+
+class MissingSizeError(OtherInputsError):
+    """The model takes images of any size: how large they are does not follow from its config."""
+
+
+class PromptTooShortError(OtherInputsError):
+    """The prompt has no room for the tokens that stand for images and sound: so many of each sequence."""
+
+    def __init__(self, placeholders: int) -> None:
+        self.placeholders = placeholders
+        super().__init__(f"its images and sound take {placeholders:,} tokens of the prompt")
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,13 @@ HANDED_ON = ("__torch_function__", "__torch_dispatch__")
 def _frames(error: Exception) -> list[traceback.FrameSummary]:
     """Where something was raised, the innermost last: what torch refuses is refused of who asked, not of a mode."""
     frames = list(traceback.extract_tb(error.__traceback__))
-    while isinstance(error, RuntimeError) and frames and frames[-1].name in HANDED_ON:
+    while isinstance(error, RuntimeError) and frames and _hands_on(frames[-1]):
         frames.pop()
     return frames
+
+
+def _hands_on(frame: traceback.FrameSummary) -> bool:
+    return frame.name in HANDED_ON or frame.filename.endswith("known_values.py")
 
 
 def _package(filename: str) -> str:

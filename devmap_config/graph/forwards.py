@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.graph.failures import OtherInputsError
+from devmap_config.graph.failures import OtherInputsError, PromptTooShortError
+from devmap_config.graph.media import SOUND_NAMES, Media
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.transformers import CACHE_NAMES, is_own_model, unnamed_cache
 from devmap_config.libraries.versions import is_tried
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
 """What models for images and sounds take, and models that go on with what others made."""
 
+LEAST_WORDS = 4
+"""So many tokens of a prompt with images are words, at least."""
+
 SOUND_LENGTH = 1500
 PATCHES_ACROSS = 8
 """How much a tower is given of what its config does not bound."""
@@ -34,23 +38,27 @@ class Forwards:
 
     model: PreTrainedModel
     workload: Workload
+    media: tuple[Media, ...] = ()
     _encoded: Any = None
 
     def prefill_inputs(self, length: int) -> dict[str, Any]:
-        """Return what a prompt of so many tokens is given as.
+        """Return what a prompt of so many tokens is given as, those that stand for images and sound among them.
 
         Raises:
-            OtherInputsError: where the model takes no text, or more than text.
+            OtherInputsError: where the model takes no text, or more than is given.
+            PromptTooShortError: where the prompt has no room for what stands for images and sound.
             LibraryChangedError: where it takes text by another name than it did.
         """
-        self._require_text()
+        self._require_inputs()
         tokens = self._tokens(length)
-        inputs: dict[str, Any] = {"input_ids": tokens}
+        inputs: dict[str, Any] = {"input_ids": tokens} if "input_ids" in self._accepted else {}
         if self._has_encoder:
             inputs["decoder_input_ids"] = tokens
             if self.model.main_input_name == "input_features":
-                del inputs["input_ids"]
+                inputs.pop("input_ids", None)
                 inputs["input_features"] = self._features()
+        if self.media:
+            inputs |= self._beside_media(length)
         if self.has_static_cache and self._cache_name is not None:
             inputs[self._cache_name] = self._static_cache(length)
         return inputs | self._options()
@@ -107,12 +115,47 @@ class Forwards:
     def _cache_name(self) -> str | None:
         return next((name for name in CACHE_NAMES if name in self._accepted), None)
 
-    def _require_text(self) -> None:
+    def _beside_media(self, length: int) -> dict[str, Any]:
+        """Images and sound, and a prompt in which tokens stand for them."""
+        inputs: dict[str, Any] = {}
+        count = sum(each.placeholders for each in self.media)
+        if count + LEAST_WORDS > length:
+            raise PromptTooShortError(count)
+        tokens, place = self._tokens(length), 1
+        stands = torch.zeros_like(tokens, dtype=torch.bool)
+        for each in self.media:
+            here = slice(place, place + each.placeholders)
+            stands[:, here] = True
+            if each.token is not None:
+                tokens[:, here] = each.token
+            place += each.placeholders
+        for each in self.media:
+            inputs |= each.tensors | each.beside(tokens, stands)
+        beside_text = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "mm_token_type_ids": stands.long(),
+            "token_type_ids": torch.zeros_like(tokens),
+        }
+        named = (name for name in beside_text if name in self._accepted)
+        if "input_ids" in self._accepted and not (self._has_encoder and set(inputs) & set(SOUND_NAMES)):
+            inputs |= {name: beside_text[name] for name in named if name != "token_type_ids" or self._marks_prompts}
+        return inputs
+
+    @property
+    def _marks_prompts(self) -> bool:
+        """Whether the model is told by types of tokens what is prompt: it then attends to all of it both ways."""
+        return "mm_token_type_ids" not in self._accepted
+
+    def _require_inputs(self) -> None:
         """Check that the model takes what it is to be given, before its code runs on it."""
         name = self.model.main_input_name
         if type(self.model).forward is torch.nn.Module.forward:
             raise OtherInputsError("it has no forward of its own")
-        if not {"input_ids", "input_features"} & set(self._accepted):
+        given = {"input_ids", "input_features", "decoder_input_ids"}
+        for each in self.media:
+            given |= {*each.tensors}
+        if not given & set(self._accepted):
             # Models for images often keep the name that every model's main input has where its class says none.
             other = next((each for each in OTHER_INPUTS if each in self._accepted), name)
             raise (
@@ -120,7 +163,6 @@ class Forwards:
                 if other == "input_ids"
                 else OtherInputsError(f"it takes `{other}`, and no text")
             )
-        given = {"input_ids", "input_features", "decoder_input_ids"}
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         for wanted in self._accepted.values():
             if wanted.default is wanted.empty and wanted.kind not in kinds and wanted.name not in given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os.path
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.files import exists
@@ -363,7 +363,7 @@ def graph_from_source(inputs: GraphInputs) -> ModelGraph:
 
     key: dict[str, object] = {"config": source.config_digest, "class": inputs.class_name, "dtype": inputs.dtype}
     if workload is not None:
-        key |= {"workload": asdict(workload), "attention": inputs.attention}
+        key |= {"workload": workload.to_json(), "attention": inputs.attention}
     if quantization is not None and quantization.format() is not None:
         key["quantization"] = quantization.to_json()
     # Code that comes with a model may change without its config.
@@ -419,12 +419,18 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
     wanted = loaded.profile.workload
     if (context_length := wanted.context_length.value) is None:
         return None
+    inputs = wanted.inputs
+    size = inputs.image_size
     return Workload(
         batch_size=wanted.batch_size,
         context_length=context_length,
         prompt_length=wanted.prompt_length or context_length,
         all_logits=wanted.logits == "all",
         cache=wanted.cache,
+        images=inputs.images or 0,
+        image_height=size[0] if size else None,
+        image_width=size[-1] if size else None,
+        audio_seconds=inputs.audio_seconds or 0,
     )
 
 
@@ -458,6 +464,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
     if graph.measurement is not None:
         workload = loaded.profile.workload
         report_positions(graph.measurement, workload.context_length.span, sink)
+        report_media(graph.measurement, workload.inputs.span, sink)
         report_unmeasured(graph.measurement, workload.span, sink, allowed=allowed)
 
 
@@ -500,11 +507,37 @@ def report_positions(measurement: Measurement, span: Span | None, sink: Sink) ->
         )
 
 
+def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> None:
+    """Report what keeps images and sound of a workload from being measured; an error where the profile can mend it."""
+    media = measurement.media
+    if media is None or media.problem is None:
+        return
+    if media.problem == "none":
+        sink.error("unfit-input", f"this model cannot be given that: {media.reason}", span, help="remove it")
+    elif media.problem == "size":
+        help = "say how large they are, height and width in pixels: `inputs: {images: 1, image_size: [896, 896]}`"
+        sink.error("missing-key", "this model takes images of any size, and `image_size` is missing", span, help=help)
+    elif media.problem == "room":
+        length = measurement.workload.prompt_length
+        message = f"images and sound take {media.tokens:,} tokens of the prompt, which has {length:,} with its text"
+        help = f"a `prompt_length` (without one, a `context_length`) above {media.tokens:,}, or fewer or smaller images"
+        sink.error("prompt-too-short", message, span, help=help)
+    else:
+        sink.warning(
+            "untried-inputs",
+            f"whether the plan runs with images or sound was not tried: {media.reason}",
+            span,
+            help="text alone was measured: leave room on the device of the tower, and try it with `devmap run`",
+        )
+
+
 def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
     """Report that formulas stand in for a measurement, where they do, and why: an error where they may not."""
     end = measurement.positions.end
     if measurement.measured or (end is not None and measurement.workload.context_length > end):
         return
+    if measurement.media is not None and measurement.media.problem not in (None, "untried"):
+        return  # which is an error
     failure = Failure(measurement.cause, measurement.reason or "")
     if failure.cause == "model":
         sink.warning(

@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.graph.costs import CROSSING_FIELDS, WORK, Crossing, Measurement, ModuleCost, Positions, Workload
-from devmap_config.graph.failures import Failure, failure_of
+from devmap_config.graph.costs import (
+    CROSSING_FIELDS,
+    WORK,
+    Crossing,
+    Measurement,
+    MediaUse,
+    ModuleCost,
+    Positions,
+    Workload,
+)
+from devmap_config.graph.failures import Failure, MissingSizeError, NoMediaError, PromptTooShortError, failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
+from devmap_config.graph.known_values import knowing_values
+from devmap_config.graph.media import media_of
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.positions import SHORT_LENGTH, PositionReads, end_of_positions, stated_lengths, trained_length
 from devmap_config.graph.recording import Meter, OperationBudget, Traffic, replace_tensors, shown_bytes, total_bytes
@@ -81,8 +92,12 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
             if end is not None and end < max(workload.context_length, workload.prompt_length):
                 reason = f"its positions end at {end:,} tokens"
                 return Measurement(workload, (), measured=False, reason=reason, positions=positions)
-            forwards = Forwards(model, workload.decoding_before(end))
-            measurement = _measured(partial(runner, forwards), () if forwards.has_static_cache else alike)
+            within = workload.decoding_before(end)
+            alike = () if workload.cache == "static" else alike
+            if workload.holds_text_alone:
+                measurement = _measured(partial(runner, Forwards(model, within)), alike)
+            else:
+                measurement = _measured_with_media(model, within, runner, alike)
     except Exception as error:  # a model's own code may raise anything where there is no data
         LOGGER.debug("%s could not be run without data", type(model).__name__, exc_info=True)
         raise UnmeasurableModelError(failure_of(error), positions) from error
@@ -115,6 +130,31 @@ def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, 
         with suppress(Exception):
             return runner(kinds).measurement()
     return runner(()).measurement()
+
+
+def _measured_with_media(
+    model: PreTrainedModel, workload: Workload, runner: Callable[..., _Runner], kinds: tuple[Kind, ...]
+) -> Measurement:
+    """A measurement with images and sound; where these cannot be tried, of as many tokens of text alone."""
+    try:
+        with knowing_values():
+            media = media_of(model, workload)
+            measurement = _measured(partial(runner, Forwards(model, workload, media)), kinds)
+            return replace(measurement, media=MediaUse(sum(each.placeholders for each in media)))
+    except NoMediaError as error:
+        found = MediaUse(problem="none", reason=str(error))
+    except MissingSizeError as error:
+        found = MediaUse(problem="size", reason=str(error))
+    except PromptTooShortError as error:
+        found = MediaUse(error.placeholders, "room", str(error))
+    except Exception as error:  # a model's own code may raise anything where there is no data
+        if (failure := failure_of(error)).cause != "model":
+            raise
+        found = MediaUse(problem="untried", reason=failure.reason)
+    if found.problem != "untried":
+        return Measurement(workload, (), measured=False, reason=found.reason, media=found)
+    measurement = _measured(partial(runner, Forwards(model, workload.text_alone)), kinds)
+    return replace(measurement, workload=workload, media=found)
 
 
 @dataclass

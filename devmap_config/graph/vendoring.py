@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping  # noqa: TC003  pydantic reads the annotations
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,7 +73,7 @@ class VendoredGraph:
         }
         value |= {
             "graph": graph_to_json(self.graph),
-            "workload": None if self.workload is None else asdict(self.workload),
+            "workload": None if self.workload is None else self.workload.to_json(),
         }
         value = {key: part for key, part in value.items() if part or key not in LEFT_OUT}
         value["digest"] = digest(value)

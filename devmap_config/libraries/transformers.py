@@ -308,6 +308,18 @@ def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[
     return [name for name in names if made.search(name)]
 
 
+TILES = Private(
+    "transformers.models.llava_next.modeling_llava_next.image_size_to_num_patches",
+    "into how many tiles an image of a size is cut, which models ask as well",
+)
+
+
+def tiles_of(height: int, width: int, pinpoints: Any, side: int) -> int:
+    """Return in how many squares of a side an image is given, the whole of it included."""
+    count: int = TILES.find()([height, width], pinpoints, side)
+    return count
+
+
 COMPILES = Private(
     "transformers.GenerationMixin._valid_auto_compile_criteria",
     "whether `generate` compiles what decodes with a static cache",

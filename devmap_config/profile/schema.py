@@ -82,6 +82,46 @@ class Model(Section):
     """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
 
 
+MOST_INPUTS = {"images": 1_000, "image_size": 16_384, "audio_seconds": 86_400}
+"""What a prompt may hold at most: beyond that are mistakes, and it would be measured for minutes."""
+
+
+class Inputs(Section):
+    """What the prompt of each sequence holds besides text."""
+
+    images: Count | None = Field(default=None, examples=[1])
+    """How many images."""
+
+    image_size: OneOrMany[Count] | None = Field(default=None, examples=[[896, 896]])
+    """Height and width of each in pixels, or one number for both; for a model that takes images of any size."""
+
+    audio_seconds: Count | None = Field(default=None, examples=[30])
+    """How many seconds of sound."""
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Inputs:
+        largest = {
+            "images": self.images,
+            "image_size": max(self.image_size or (0,)),
+            "audio_seconds": self.audio_seconds,
+        }
+        for key, value in largest.items():
+            if (value or 0) > MOST_INPUTS[key]:
+                message = f"`workload.inputs.{key}` is at most {MOST_INPUTS[key]:,}, not {value:,}"
+                raise refusal("wrong-type", message, "plan for what one request holds", key=key)
+        return self
+
+    @model_validator(mode="after")
+    def _one_size_of_images(self) -> Inputs:
+        if self.image_size is not None and len(self.image_size) > 2:
+            message = "`workload.inputs.image_size` is a height and a width"
+            raise refusal("wrong-type", message, "all images have one size: the largest", key="image_size")
+        if self.image_size is not None and self.images is None:
+            message = "`workload.inputs.image_size` is that of images, and `images` says not how many"
+            raise refusal("wrong-type", message, "say `images: 1` besides", key="image_size")
+        return self
+
+
 class Workload(Section):
     """Sequences and tokens, and what is kept and computed for them."""
 
@@ -93,6 +133,9 @@ class Workload(Section):
 
     prompt_length: Count | None = Field(default=None, examples=[4096])
     """How many tokens are prefilled at once. Without it: `context_length`."""
+
+    inputs: Inputs = Field(default_factory=Inputs, examples=[{"images": 1, "image_size": [896, 896]}])
+    """What a prompt holds besides text; the tokens that stand for it count as the prompt's."""
 
     logits: Annotated[str, one_of("last", "all")] = Field(default="last", examples=["last", "all"])
     """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from devmap_config.devices import CPU
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
+from devmap_config.graph.known_values import knowing_values
+from devmap_config.graph.media import media_of
 from devmap_config.graph.model import TensorName, ancestors, is_within
 from devmap_config.graph.recording import (
     OperationBudget,
@@ -103,11 +105,16 @@ def _simulation(
     Raises:
         NotAlikeError: where blocks are not as much alike as that, or the plan does not run after one stood still.
     """
-    with torch.no_grad(), tensors_without_data():
+    media_use = None if graph.measurement is None else graph.measurement.media
+    holds_media = media_use is not None and media_use.problem is None
+    with torch.no_grad(), tensors_without_data(), knowing_values() if holds_media else nullcontext():
         run = _Run.of(model, graph, plan)
+        media = media_of(model, workload) if holds_media else ()
         try:
             with run.dispatched(spares_blocks=spares_blocks):
-                run.forwards(workload, decoded_tokens)
+                if media:  # text alone must run as well; what is told is of a prompt with all that it holds
+                    run.forwards(Forwards(model, workload.text_alone), decoded_tokens)
+                run.forwards(Forwards(model, workload, media), decoded_tokens)
                 run.towers()
         except DeviceMismatchError as error:
             if run.devices.repeated:
@@ -126,7 +133,8 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
         run = _Run.of(model, graph, plan)
         try:
             with _failing_modules_left_out(model), run.dispatched():
-                run.forwards(replace(workload, prompt_length=workload.context_length), decoded_tokens=0)
+                whole = replace(workload.text_alone, prompt_length=workload.context_length)
+                run.forwards(Forwards(model, whole), decoded_tokens=0)
                 run.towers()
         except DeviceMismatchError as error:
             return run.simulation(mismatch=error) if error.operands[0].device == NOWHERE else None
@@ -184,7 +192,8 @@ def _runnable(measurement: Measurement) -> Workload:
     decode = sum(cost.decode_launches for cost in measurement.modules)
     if prefill <= MOST_LAUNCHES or prefill <= 3 * decode:
         return measurement.workload
-    return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT))
+    held = 0 if measurement.media is None else measurement.media.tokens
+    return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT + held))
 
 
 def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
@@ -247,21 +256,21 @@ class _Run:
             with dispatched(self.model, self.plan, self.graph, self.devices, self.absent):
                 yield
 
-    def forwards(self, workload: Workload, decoded_tokens: int) -> None:
+    def forwards(self, forwards: Forwards, decoded_tokens: int) -> None:
         """A prefill, and tokens after it where the model keeps a cache."""
-        forwards = Forwards(self.model, workload)
+        workload = forwards.workload
         self._begin("prefill")
-        cache = self._run(forwards, self._given(forwards.prefill_inputs, workload.prompt_length))
+        cache = self._run(forwards, self._given(forwards, forwards.prefill_inputs, workload.prompt_length))
         if cache_tensors(cache) and workload.context_length > workload.prompt_length:
             cache = None
             self._begin(FILLING)
-            cache = self._run(forwards, self._given(forwards.prefill_inputs, workload.context_length))
+            cache = self._run(forwards, self._given(forwards, forwards.prefill_inputs, workload.context_length))
         self._note_cache(cache)
         if not any(self.cache_bytes.values()):
             return
         for _ in range(decoded_tokens):
             self._begin("decode")
-            cache = self._run(forwards, self._given(forwards.decode_inputs, cache))
+            cache = self._run(forwards, self._given(forwards, forwards.decode_inputs, cache))
 
     def _run(self, forwards: Forwards, inputs: dict[str, Any]) -> Any:
         repetition = Repetition(self.devices, () if forwards.has_static_cache else self.kinds)
@@ -315,13 +324,13 @@ class _Run:
             device: sum(spread(sizes, self.devices.repeated).values()) for device, sizes in shown.items()
         }
 
-    def _given(self, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
-        """Inputs, tokens and features on the main device, where `generate` wants them."""
+    def _given(self, forwards: Forwards, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
+        """Inputs on the main device, where `generate` wants them."""
         with self.devices.ignoring():
             inputs = inputs_for(argument)
-        for name in INPUT_NAMES:
-            if name in inputs:
-                self.devices.put(inputs[name], self.plan.main_device)
+        for name, value in inputs.items():
+            if name in INPUT_NAMES or (forwards.media and isinstance(value, torch.Tensor)):
+                self.devices.put(value, self.plan.main_device)
         return inputs
 
     def _begin(self, phase: str) -> None:

@@ -21,10 +21,11 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch takes no backend written in Python",
 )
-def test_on_a_simulated_accelerator():
+@pytest.mark.parametrize("tests", ["on_simulated_accelerator.py", "media_on_simulated_accelerator.py"])
+def test_on_a_simulated_accelerator(tests):
     """In a process of its own: torch cannot forget a device."""
-    tests = REPOSITORY / "tests" / "integration" / "on_simulated_accelerator.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    path = REPOSITORY / "tests" / "integration" / tests
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

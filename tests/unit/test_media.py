@@ -1,68 +1,220 @@
-"""Sound is read as it is, within bounds, and what cannot be read is said."""
+"""Images and sound in a prompt: what they are given as, how many tokens they take, and what is said of them."""
 
 from __future__ import annotations
 
-import os
-import wave
+import json
+from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LLAMA
+from small_media_models import IMAGE_MODELS, LLAVA, QWEN2_5_VL, QWEN2_AUDIO, WHISPER, built
 
-from devmap_config.files import FileError
-from devmap_config.runner.media import Sound, read_sound
+from devmap_config.cli.compile import compile_command
+from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.graph.costs import Workload
+from devmap_config.graph.forwards import Forwards
+from devmap_config.graph.introspection import graph_of
+from devmap_config.graph.known_values import knowing_values
+from devmap_config.graph.measurement import measure
+from devmap_config.graph.media import media_of
+from devmap_config.libraries.torch import tensors_without_data
+
+TOKENS = {
+    "llava": 16,
+    "gemma3": 4,
+    "mllama": 0,
+    "qwen2_5_vl": 16,
+    "qwen3_vl": 16,
+    "internvl": 4,
+    "idefics3": 4,
+    "blip-2": 4,
+}
+"""Of an image of 112 by 112 pixels where the model takes any size, else of its own."""
 
 
-def write(path, frames, *, rate=8_000, width=2, channels=1):
-    with wave.open(str(path), "wb") as file:
-        file.setparams((channels, width, rate, 0, "NONE", ""))
-        file.writeframes(frames)
-    return path
+def workload(**given):
+    return Workload(batch_size=1, context_length=128, prompt_length=120, **given)
+
+
+ONE_IMAGE = workload(images=1, image_height=112, image_width=112)
+
+
+def measured(config, asked):
+    model = built(config, torch.bfloat16, on_meta=True)
+    return measure(model, graph_of(model, torch.bfloat16), asked)
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama", "qwen3_vl"])
+def test_the_tower_is_measured_and_its_tokens_are_told(name):
+    found = measured(IMAGE_MODELS[name], ONE_IMAGE)
+    assert found.measured
+    assert (found.media.tokens, found.media.problem) == (TOKENS[name], None)
+    tower = next(path for path, cost in found.by_path.items() if "vis" in path and path.count(".") == 1)
+    assert found.by_path[tower].prefill_peak_bytes
+    assert not found.by_path[tower].decode_launches
+
+
+@pytest.mark.parametrize("kind", IMAGE_MODELS)
+@torch.no_grad()
+def test_a_model_with_numbers_takes_what_it_is_measured_with(kind):
+    model = built(IMAGE_MODELS[kind], torch.float32)
+    for name, parameter in model.named_parameters():
+        if "gate" in name or "projection_weight" in name:  # closed, until training opens it
+            parameter.fill_(0.5)
+    media = media_of(model, ONE_IMAGE)
+    assert sum(each.placeholders for each in media) == TOKENS[kind]
+    inputs = Forwards(model, ONE_IMAGE, media).prefill_inputs(60)
+    logits = model(**inputs).logits
+    torch.manual_seed(1)
+    pixels = {"pixel_values": torch.randn_like(inputs["pixel_values"])}
+    assert not torch.equal(model(**{**inputs, **pixels}).logits, logits)  # the image is looked at
+
+
+def test_more_images_take_more_tokens_and_each_sequence_has_its_own():
+    two = measured(LLAVA, workload(images=2))
+    assert two.media.tokens == 32
+    of_three = measured(LLAVA, Workload(batch_size=3, context_length=128, prompt_length=120, images=2))
+    assert of_three.media.tokens == 32
+    tower = "model.vision_tower.encoder.layers.0.mlp.fc1"
+    assert of_three.by_path[tower].prefill_operations == 3 * two.by_path[tower].prefill_operations > 0
+
+
+def test_of_any_size_the_size_decides_how_many_tokens():
+    small, large = (measured(QWEN2_5_VL, workload(images=1, image_height=side, image_width=56)) for side in (56, 224))
+    assert (small.media.tokens, large.media.tokens) == (4, 16)
+
+
+def test_seconds_of_sound_are_heard():
+    found = measured(WHISPER, workload(audio_seconds=1))
+    assert (found.media.tokens, found.media.problem) == (0, None)
+    assert found.by_path["model.encoder.layers.0"].prefill_launches
+
+
+PROFILE = """\
+version: 1
+model: {{source: small}}
+workload: {{context_length: 128{workload}}}
+hardware: {{devices: {{cuda:0: {{memory: 1GiB}}, cuda:1: {{memory: 1GiB}}}}}}
+placement: {{strategy: sequential}}
+"""
+
+
+def compiled(config, inputs):
+    Path("small").mkdir(exist_ok=True)
+    Path("small/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    Path("profile.yaml").write_text(PROFILE.format(workload=f", inputs: {inputs}" if inputs else ""))
+    return run_pipeline(Request(path=Path("profile.yaml"), simulates=True))
 
 
 @pytest.mark.parametrize(
-    ("width", "frames"),
+    ("config", "inputs", "code", "says"),
     [
-        (1, bytes([0, 128, 192])),
-        (2, np.array([-(2**15), 0, 2**14], "<i2").tobytes()),
-        (3, b"\0\0\x80" + b"\0\0\0" + b"\0\0\x40"),
-        (4, np.array([-(2**31), 0, 2**30], "<i4").tobytes()),
+        (QWEN2_5_VL, "{images: 1}", "missing-key", "`image_size` is missing"),
+        (
+            QWEN2_5_VL,
+            "{images: 1, image_size: 448}",
+            "prompt-too-short",
+            "take 256 tokens of the prompt, which has 128",
+        ),
+        (LLAVA, "{images: 8}", "prompt-too-short", "take 128 tokens"),
+        (LLAMA, "{images: 1}", "unfit-input", "it takes no images"),
+        (LLAVA, "{audio_seconds: 1}", "unfit-input", "it takes no sound"),
+        (LLAVA, "{image_size: [8, 8]}", "wrong-type", "`images` says not how many"),
+        (LLAVA, "{images: 1, image_size: [8, 8, 8]}", "wrong-type", "a height and a width"),
+        (LLAVA, "{images: 0}", "wrong-type", ""),
+        (LLAVA, "{images: 1001}", "wrong-type", "at most 1,000"),
+        (LLAVA, "{images: 1, image_size: [20000, 8]}", "wrong-type", "at most 16,384"),
+        (LLAVA, "{audio_seconds: 90000}", "wrong-type", "at most 86,400"),
+        (LLAVA, "{image: 1}", "unknown-key", ""),
     ],
 )
-def test_samples_of_each_width_are_between_minus_one_and_one(tmp_path, width, frames):
-    sound = read_sound(write(tmp_path / "sound.wav", frames, width=width))
-    assert (sound.samples.tolist(), sound.rate) == ([-1.0, 0.0, 0.5], 8_000)
+def test_what_cannot_be_is_an_error_at_the_inputs(workspace, config, inputs, code, says):
+    (finding,) = (each for each in compiled(config, inputs).diagnostics if each.severity == "error")
+    assert finding.code == code
+    assert says in finding.message
+    assert finding.span.line == 3
 
 
-def test_channels_are_mixed(tmp_path):
-    frames = np.array([[2**14, 0], [-(2**14), 2**14]], "<i2").tobytes()
-    assert read_sound(write(tmp_path / "sound.wav", frames, channels=2)).samples.tolist() == [0.25, 0.0]
+def test_what_the_code_does_not_take_is_told_and_text_is_measured(workspace):
+    compilation = compiled(QWEN2_AUDIO, "{audio_seconds: 1}")
+    assert isinstance(compilation, Compiled)
+    assert "untried-inputs" in [each.code for each in compilation.diagnostics]
+    assert compilation.plan.measured
 
 
-@pytest.mark.parametrize("rate", [4_000, 8_000, 16_000, 11_025])
-def test_a_wave_is_the_same_at_another_rate(rate):
-    def wave_at(rate):
-        return np.sin(np.arange(rate) * 2 * np.pi * 440 / rate).astype(np.float32)
-
-    assert Sound(wave_at(8_000), 8_000).at(rate) == pytest.approx(wave_at(rate), abs=1e-4)
-
-
-@pytest.mark.parametrize("content", [b"", b"RIFF", b"\xff" * 400, b"ID3 not a wave"])
-def test_what_is_no_sound_is_said(tmp_path, content):
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(FileError) as caught:
-        read_sound(tmp_path / "file")
-    assert caught.value.code == "syntax"
-    assert "ffmpeg" in caught.value.help
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ("{images: 2}", "2 images = 32 tokens of each prompt"),
+        ("", "text alone was tried, which does not call"),
+    ],
+)
+def test_compile_says_what_images_take_or_that_none_were_tried(workspace, inputs, says):
+    compiled(LLAVA, inputs)
+    done = CliRunner().invoke(compile_command, ["profile.yaml"])
+    assert done.exit_code == 0, done.output
+    assert says in " ".join(done.output.split())
 
 
-def test_sound_of_no_samples(tmp_path):
-    with pytest.raises(FileError, match="holds no sound"):
-        read_sound(write(tmp_path / "sound.wav", b""))
+def test_inputs_are_a_part_of_what_a_lock_was_made_from(workspace):
+    plain, with_image = (compiled(LLAVA, inputs).inputs for inputs in ("", "{images: 1}"))
+    assert plain.profile != with_image.profile
+    assert plain.measurement != with_image.measurement
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileError, match="is no regular file"):
-        read_sound(tmp_path / "pipe")
-    with pytest.raises(FileError, match="does not exist"):
-        read_sound(tmp_path / "nothing")
+# Values that are known
+
+
+def known(action):
+    """The result of an action among tensors without data, as a list."""
+    with torch.no_grad(), tensors_without_data(), knowing_values():
+        return action()
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: (torch.arange(6) % 2 == 0).nonzero().squeeze(1).tolist(),
+        lambda: torch.tensor([3, 1, 2]).repeat_interleave(torch.tensor([1, 0, 2])).tolist(),
+        lambda: list(torch.tensor([[1, 2], [3, 4]])[torch.tensor([True, False])].flatten().tolist()),
+        lambda: [torch.tensor(5).item(), int(torch.tensor([2, 3]).prod())],
+        lambda: torch.tensor([torch.tensor(4), 7]).tolist(),
+        lambda: torch.zeros(4, dtype=torch.long).index_fill_(0, torch.tensor([1, 3]), 9).tolist(),
+        lambda: torch.unique(torch.tensor([2, 2, 5])).tolist(),
+        lambda: torch.cumsum(torch.tensor([1, 2, 3]), 0)[1:].add_(1).tolist(),
+    ],
+)
+def test_what_follows_from_literals_is_known_as_if_there_were_data(action):
+    assert known(action) == action()
+
+
+def test_what_hangs_on_data_has_a_shape_where_a_mask_is_known():
+    def shapes():
+        unknown = torch.empty(3, 5)
+        mask = torch.tensor([True, False, True])
+        wide = mask.unsqueeze(1).expand(3, 5)
+        return [
+            list(unknown[mask].shape),
+            list(unknown[wide].shape),
+            list(unknown.masked_select(wide).shape),
+            list(unknown.repeat_interleave(torch.tensor([1, 0, 4]), dim=0).shape),
+        ]
+
+    assert known(shapes) == [[2, 5], [10], [10], [5, 5]]
+
+
+def test_what_is_written_to_with_something_unknown_is_known_no_more():
+    def asked():
+        counts = torch.zeros(3)
+        counts[1:] += torch.empty(2)
+        return counts.tolist()
+
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        known(asked)
+
+
+def test_numbers_at_random_are_not_known():
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        known(lambda: torch.randint(0, 9, (3,)).tolist())

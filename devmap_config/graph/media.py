@@ -1,0 +1,531 @@
+"""What a model is given of images and sound: tensors of the shapes that its processor would make, without one.
+
+The shapes follow from the names of its forward's parameters and from its config, more than from its type: what takes an
+`image_grid_thw` is given patches in a row, what takes `spatial_shapes` patches beside a mask. How many tokens of the
+prompt an image takes is asked of the model itself, which computes that many features of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from devmap_config.graph.failures import MissingSizeError, NoMediaError, OtherInputsError
+from devmap_config.libraries.torch import tree_leaves
+from devmap_config.libraries.transformers import tiles_of
+from devmap_config.wording import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from devmap_config.graph.costs import Workload
+
+    Tensors = dict[str, torch.Tensor]
+
+VISION_CONFIGS = (
+    *("vision_config", "vision_tower_config", "vq_config", "vision_encoder_config", "visual_config", "encoder"),
+    *("vit_config", "thinker_config"),
+)
+AUDIO_CONFIGS = (
+    "audio_config",
+    "encoder_config",
+    "speech_encoder",
+    "audio_encoder_config",
+    "encoder",
+    "thinker_config",
+)
+IMAGE_TOKENS = (
+    *("image_token_id", "image_token_index", "media_placeholder_token_id", "image_soft_token_id"),
+    *("boi_token_id", "img_context_token_id"),
+)
+AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
+SOUND_NAMES = ("input_features", "audio_input_features", "input_values")
+
+BIN_NAMES = (
+    *("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "feat_in", "input_feat_size", "n_mels"),
+)
+
+FRAMES_PER_SECOND = 100
+"""Spectrograms have a frame for every ten milliseconds."""
+
+SAMPLES_PER_SECOND = 16_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media:
+    """Images or sound as a model is given them.
+
+    `tensors` are named as its forward's parameters, `placeholders` is how many tokens of each sequence stand for them,
+    and `token` the one that does. `beside` makes what depends on the prompt, from its tokens and where these stand.
+    """
+
+    tensors: Tensors
+    placeholders: int = 0
+    token: int | None = None
+    beside: Callable[[torch.Tensor, torch.Tensor], Tensors] = field(default=lambda *_: {})
+
+
+def media_of(model: PreTrainedModel, workload: Workload) -> tuple[Media, ...]:
+    """Return the images and the sound of a workload as a model is given them.
+
+    To be called among tensors without data, of which values are known.
+
+    Raises:
+        NoMediaError: where it takes none.
+        MissingSizeError: where what it is given depends on how large images are, and the workload does not say that.
+        OtherInputsError: where it takes them in a way that is not known.
+    """
+    found = []
+    accepted = set(inspect.signature(model.forward).parameters)
+    if workload.images and not accepted & {"pixel_values", *BY_PARAMETER}:
+        raise NoMediaError("it takes no images")
+    if workload.audio_seconds and not accepted & {*SOUND_NAMES}:
+        raise NoMediaError("it takes no sound")
+    if workload.images:
+        found.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "get_image_features"))
+    if workload.audio_seconds:
+        found.append(_asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "get_audio_features"))
+    return tuple(found)
+
+
+def _asked(
+    model: PreTrainedModel, workload: Workload, candidates: Iterator[Media], token_names: tuple[str, ...], features: str
+) -> Media:
+    """The first candidate that the model's own code makes features of, with how many these are."""
+    error: Exception = OtherInputsError("it takes none that is known")
+    for media in candidates:
+        try:
+            rows = media.placeholders * workload.batch_size or _feature_rows(model, media.tensors, features)
+        except OtherInputsError:
+            raise
+        except Exception as raised:  # a model's code may raise anything of what it does not take
+            error = raised
+            continue
+        return Media(
+            tensors=media.tensors,
+            placeholders=rows // workload.batch_size,
+            token=_stated(model.config, *token_names),
+            beside=media.beside,
+        )
+    raise OtherInputsError(f"no features are made of what it is given: {first_line(error)}") from error
+
+
+def _feature_rows(model: PreTrainedModel, tensors: Tensors, name: str) -> int:
+    """How many features a model makes of them: as many tokens stand for them in the prompt."""
+    owners = (model, getattr(model, "model", None), getattr(model, "thinker", None))
+    method = next((getattr(owner, name) for owner in owners if hasattr(owner, name)), None)
+    if method is None:
+        return 0
+    parameters = inspect.signature(method).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    given = {key: value for key, value in tensors.items() if takes_any or key in parameters}
+    output = method(**given, **({"return_dict": True} if takes_any or "return_dict" in parameters else {}))
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = getattr(output, "last_hidden_state", output)
+    return sum(each.numel() // each.shape[-1] for each in tree_leaves(features) if isinstance(each, torch.Tensor))
+
+
+def _stated(config: PretrainedConfig, *names: str) -> Any:
+    """The first of these that a config says something of, or one within it."""
+    for each in (config, getattr(config, "thinker_config", None), getattr(config, "vision_config", None)):
+        for name in names:
+            if (value := getattr(each, name, None)) is not None:
+                return value
+    return None
+
+
+def _within(config: PretrainedConfig, names: tuple[str, ...]) -> PretrainedConfig:
+    inner = next((found for name in names if hasattr(found := getattr(config, name, None), "to_dict")), None)
+    return config if inner is None else _within(inner, names)
+
+
+# Images
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What the config says of the images that a model takes, and how many there are."""
+
+    model: PreTrainedModel
+    workload: Workload
+    accepted: frozenset[str]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def vision(self) -> PretrainedConfig:
+        return _within(self.config, VISION_CONFIGS)
+
+    @property
+    def count(self) -> int:
+        return self.workload.batch_size * self.workload.images
+
+    @property
+    def channels(self) -> int:
+        names = ("num_channels", "in_channels", "in_chans", "num_image_channels")
+        return int(self.first(*names, default=3))
+
+    @property
+    def patch(self) -> int:
+        return int(_side(self.first("patch_size", default=getattr(self.config, "patch_size", None)), 14))
+
+    @property
+    def merged(self) -> int:
+        """So many patches each way become one token."""
+        names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
+        outer = next((value for name in names[:2] if (value := getattr(self.config, name, None)) is not None), None)
+        return int(_side(self.first(*names, default=outer), 2))
+
+    @property
+    def fixed(self) -> int | None:
+        """The side of the square images that it takes, where it takes no others."""
+        side = _side(self.first("image_size", "input_size", "resolution"), None)
+        return None if side is None else int(side)
+
+    def first(self, *names: str, default: Any = None) -> Any:
+        return next((value for name in names if (value := getattr(self.vision, name, None)) is not None), default)
+
+    def ones(self, *shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=self.model.dtype)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The height and width of each image, in pixels.
+
+        Raises:
+            MissingSizeError: where the workload does not say.
+        """
+        height, width = self.workload.image_height, self.workload.image_width
+        if height is None or width is None:
+            raise MissingSizeError("it takes images of any size")
+        return height, width
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The height and width that it takes, where its config says that; else those of the workload."""
+        return self.size if self.fixed is None else (self.fixed, self.fixed)
+
+
+def _side(value: Any, default: Any) -> Any:
+    return value[0] if isinstance(value, (list, tuple)) else default if value is None else value
+
+
+def image_candidates(model: PreTrainedModel, workload: Workload) -> Iterator[Media]:
+    """Yield ways to give a model its images, likely ones first."""
+    images = _Images(model, workload, frozenset(inspect.signature(model.forward).parameters))
+    for name, make in BY_PARAMETER.items():
+        if name in images.accepted:
+            yield from make(images)
+            return
+    yield from _pixels(images)
+
+
+def _patches_in_a_row(images: _Images) -> Iterator[Media]:
+    """Patches of all images in a row, and for each image how many there are each way (Qwen2-VL and its kind)."""
+    patch, unit = images.patch, images.patch * images.merged
+    rows, columns = (max(1, round(side / unit)) * images.merged for side in images.size)
+    grid = torch.tensor([[1, rows, columns]] * images.count)
+    more = {"image_merge_sizes": torch.tensor([images.merged] * images.count)}
+    given = {"image_grid_thw": grid} | {name: each for name, each in more.items() if name in images.accepted}
+    count, depth = images.count * rows * columns, images.channels * patch * patch
+    temporal = images.first("temporal_patch_size", default=1)
+    for shape in (
+        (count, depth * temporal),
+        (count, depth),
+        (count, images.channels, patch, patch),
+        (count, 2 * depth),
+    ):
+        yield Media(tensors={"pixel_values": images.ones(*shape), **given})
+
+
+def _patches_by_height_and_width(images: _Images) -> Iterator[Media]:
+    rows, columns = (max(1, side // (2 * images.patch)) * 2 for side in images.size)
+    pixels = images.ones(images.count * rows * columns, images.channels * images.patch**2)
+    grid = torch.tensor([[rows, columns]] * images.count)
+    yield Media(tensors={"pixel_values": pixels, "image_grid_hw": grid})
+
+
+def _patches_beside_a_mask(images: _Images) -> Iterator[Media]:
+    """Each image in as many patches as it may have at most (SigLIP 2)."""
+    across = int(math.sqrt(images.first("num_patches", "max_num_patches", default=256))) // 2 * 2
+    yield Media(
+        tensors={
+            "pixel_values": images.ones(images.count, across**2, images.channels * images.patch**2),
+            "spatial_shapes": torch.tensor([[across, across]] * images.count),
+            "pixel_attention_mask": torch.ones((images.count, across**2), dtype=torch.long),
+        }
+    )
+
+
+def _patches_with_positions(images: _Images) -> Iterator[Media]:
+    tokens = images.first(
+        "default_output_length", default=_stated(images.config, "vision_soft_tokens_per_image") or 280
+    )
+    usual = int(math.sqrt(tokens)) * images.first("pooling_kernel_size", default=3)
+    own = images.first("model_patch_size", default=images.patch)
+    for across, patch in ((usual, own), (usual, images.patch), (16, 3 * images.patch), (16, images.patch)):
+        down, along = torch.meshgrid(torch.arange(across), torch.arange(across), indexing="ij")
+        positions = torch.stack([along, down], -1).reshape(1, -1, 2).repeat(images.count, 1, 1)
+        pixels = images.ones(images.count, across**2, images.channels * patch**2)
+        yield Media(tensors={"pixel_values": pixels, "image_position_ids": positions})
+
+
+def _patches_in_strips(images: _Images) -> Iterator[Media]:
+    rows, columns = (max(1, side // (4 * images.patch)) * 4 for side in images.size)
+    pixels = images.ones(images.count, images.channels, images.patch, images.patch * rows * columns)
+    sizes = torch.tensor([[rows, columns]] * images.count)
+    for dtype in (torch.long, torch.int32):
+        yield Media(tensors={"pixel_values": pixels, "target_sizes": sizes.to(dtype)})
+
+
+def _tiles_attended_across(images: _Images) -> Iterator[Media]:
+    """Tiles that decoder layers attend to apart from the prompt (Mllama)."""
+    batch, count, tiles = images.workload.batch_size, images.workload.images, images.first("max_num_tiles", default=4)
+    height, width = images.shape
+
+    def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
+        return {"cross_attention_mask": torch.ones((*ids.shape, count, tiles), dtype=torch.long)}
+
+    yield Media(
+        tensors={
+            "pixel_values": images.ones(batch, count, tiles, images.channels, height, width),
+            "aspect_ratio_ids": torch.ones((batch, count), dtype=torch.long),
+            "aspect_ratio_mask": torch.ones((batch, count, tiles), dtype=torch.long),
+        },
+        beside=beside,
+    )
+
+
+def _crops_with_a_mask(images: _Images) -> Iterator[Media]:
+    """A crop and the whole of each image (Phi-4-multimodal)."""
+    side = images.first("crop_size", "image_size", default=448)
+    across = side // images.patch
+    yield Media(
+        tensors={
+            "image_pixel_values": images.ones(images.count, 2, images.channels, side, side),
+            "image_sizes": torch.tensor([[side, side]] * images.count),
+            "image_attention_mask": torch.ones((images.count, 2, across, across), dtype=torch.long),
+        }
+    )
+
+
+def _flattened(images: _Images) -> Iterator[Media]:
+    """Patches that say themselves where they are (Pix2Struct, Kosmos-2.5)."""
+    patch = min(images.patch, 16) if images.patch <= 32 else 16
+    if "image_embeds_position_mask" in images.accepted:
+        sides = {"width": torch.tensor([64] * images.count), "height": torch.tensor([64] * images.count)}
+        pixels = images.ones(images.count, 4096, images.channels * patch**2 + 2)
+        latent = _stated(images.config, "latent_query_num") or 2048
+        yield Media(
+            tensors={"flattened_patches": pixels, **sides},
+            placeholders=latent * images.workload.images,
+            beside=_embedded_positions,
+        )
+        return
+    depth = images.first("patch_embed_hidden_size", default=images.channels * patch**2)
+    length = images.first("seq_len", default=2048)
+    yield Media(tensors={"flattened_patches": images.ones(images.count, length, depth + 2)})
+
+
+def _embedded_positions(_: torch.Tensor, stands: torch.Tensor) -> Tensors:
+    return {"image_embeds_position_mask": stands}
+
+
+def _latents(images: _Images) -> Iterator[Media]:
+    """Images whose features take the place of marked tokens (Kosmos-2)."""
+    height, width = images.shape
+    yield Media(
+        tensors={"pixel_values": images.ones(images.count, images.channels, height, width)},
+        placeholders=(_stated(images.config, "latent_query_num") or 64) * images.workload.images,
+        beside=_embedded_positions,
+    )
+
+
+def _pooled_patches(images: _Images) -> Iterator[Media]:
+    """The patches of each image, and which of them are pooled into one token (Molmo 2)."""
+    across = (images.fixed or 378) // images.patch
+    pooled = across // 2
+    pools = torch.arange(across**2).reshape(pooled, 2, pooled, 2).permute(0, 2, 1, 3).reshape(pooled**2, 4)
+    for crops, grid in ((1, [pooled, pooled, 0, 0]), (2, [pooled] * 4)):
+        yield Media(
+            tensors={
+                "pixel_values": images.ones(images.count * crops, across**2, images.channels * images.patch**2),
+                "image_token_pooling": pools.repeat(images.count * crops, 1),
+                "image_grids": torch.tensor([grid] * images.count),
+                "image_num_crops": torch.tensor([crops] * images.count),
+            }
+        )
+
+
+def _image_patches(images: _Images) -> Iterator[Media]:
+    """Patches that are embedded as words are (Fuyu)."""
+    patch = getattr(images.config, "patch_size", None) or 30
+    count = math.prod(max(1, side // patch) for side in images.size) * images.workload.images
+    pixels = images.ones(images.workload.batch_size, count, images.channels * patch**2)
+
+    def beside(_: torch.Tensor, stands: torch.Tensor) -> Tensors:
+        order = torch.where(stands, stands.long().cumsum(-1) - 1, -1)
+        return {"image_patches_indices": order} if "image_patches_indices" in images.accepted else {}
+
+    yield Media(tensors={"image_patches": pixels}, placeholders=count, beside=beside)
+
+
+def _tiles_of_its_size(images: _Images) -> Iterator[Media]:
+    """Each image whole and in tiles, as many as its size takes (LLaVA-NeXT)."""
+    side = images.fixed or 336
+    if not (pinpoints := getattr(images.config, "image_grid_pinpoints", None)):
+        yield from _pixels(images, sized=True)
+        return
+    tiles = tiles_of(*images.size, pinpoints, side)
+    sizes = torch.tensor([list(images.size)] * images.count)
+    pixels = images.ones(images.count, tiles, images.channels, side, side)
+    yield Media(tensors={"pixel_values": pixels, "image_sizes": sizes})
+
+
+def _images_beside_masks(images: _Images) -> Iterator[Media]:
+    """The images of each sequence, with a mask of their pixels (Idefics2 and 3)."""
+    batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
+    yield Media(
+        tensors={
+            "pixel_values": images.ones(batch, count, images.channels, height, width),
+            "pixel_attention_mask": torch.ones((batch, count, height, width), dtype=torch.bool),
+        }
+    )
+
+
+def _questioned(images: _Images) -> Iterator[Media]:
+    """Images of which a transformer asks by words of its own (InstructBLIP)."""
+    words = torch.ones((images.count, 8), dtype=torch.long)
+    height, width = images.shape
+    given = {"qformer_input_ids": words, "qformer_attention_mask": words}
+    for frames in ((), (4,)):
+        yield Media(
+            tensors={"pixel_values": images.ones(images.count, *frames, images.channels, height, width), **given}
+        )
+
+
+def _two_resolutions(images: _Images) -> Iterator[Media]:
+    high = getattr(images.config, "high_res_vision_config", images.vision).image_size
+    tokens = (_stated(images.config, "num_image_tokens") or 576) * images.workload.images
+    height, width = images.shape
+    yield Media(
+        tensors={
+            "pixel_values": images.ones(images.count, images.channels, height, width),
+            "high_res_pixel_values": images.ones(images.count, images.channels, high, high),
+        },
+        placeholders=tokens,
+    )
+
+
+def _boxes(images: _Images) -> Iterator[Media]:
+    """A page, and where each of its words stands (UDOP)."""
+    height, width = images.shape
+
+    def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
+        return {"bbox": images.ones(*ids.shape, 4) * 0}
+
+    yield Media(tensors={"pixel_values": images.ones(images.count, images.channels, height, width)}, beside=beside)
+
+
+def _attended_images(images: _Images) -> Iterator[Media]:
+    """Images that decoder layers attend to, each word to some (IDEFICS)."""
+    batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
+
+    def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
+        return {"image_attention_mask": torch.ones((*ids.shape, count), dtype=torch.long)}
+
+    yield Media(tensors={"pixel_values": images.ones(batch, count, images.channels, height, width)}, beside=beside)
+
+
+def _pixels(images: _Images, *, sized: bool = False) -> Iterator[Media]:
+    """Images as they are."""
+    height, width = images.shape
+    if getattr(images.vision, "model_type", "") == "pixtral":  # of any size up to its own
+        unit = 2 * images.patch
+        height, width = (min(own, side) // unit * unit for own, side in zip(images.size, (height, width), strict=True))
+    sizes = {"image_sizes": torch.tensor([[height, width]] * images.count)}
+    for given in (sizes, {}) if sized else ({},):
+        for shape in ((images.count, images.channels), (images.count, 1, images.channels), (images.count, 3)):
+            yield Media(tensors={"pixel_values": images.ones(*shape, height, width), **given})
+
+
+BY_PARAMETER: dict[str, Callable[[_Images], Iterator[Media]]] = {
+    "image_grid_thw": _patches_in_a_row,
+    "image_grid_hw": _patches_by_height_and_width,
+    "spatial_shapes": _patches_beside_a_mask,
+    "image_position_ids": _patches_with_positions,
+    "target_sizes": _patches_in_strips,
+    "aspect_ratio_ids": _tiles_attended_across,
+    "image_pixel_values": _crops_with_a_mask,
+    "flattened_patches": _flattened,
+    "image_token_pooling": _pooled_patches,
+    "image_patches": _image_patches,
+    "bbox": _boxes,
+    "image_embeds_position_mask": _latents,
+    "image_sizes": _tiles_of_its_size,
+    "pixel_attention_mask": _images_beside_masks,
+    "image_attention_mask": _attended_images,
+    "qformer_input_ids": _questioned,
+    "high_res_pixel_values": _two_resolutions,
+}
+"""By a parameter of a model's forward, the first that it has, how it is given images."""
+
+
+# Sound
+
+
+def sound_candidates(model: PreTrainedModel, workload: Workload) -> Iterator[Media]:
+    """Yield ways to give a model its sound, likely ones first."""
+    config, batch = model.config, workload.batch_size
+    accepted = inspect.signature(model.forward).parameters
+    inner = _within(config, AUDIO_CONFIGS)
+    name = next(name for name in SOUND_NAMES if name in accepted)
+
+    def ones(*shape: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype)
+
+    if name == "input_values":
+        samples = workload.audio_seconds * SAMPLES_PER_SECOND
+        for shape in ((batch, samples), (batch, 1, samples)):
+            yield Media(tensors={name: ones(*shape)})
+        return
+    names = (
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_size",
+        "input_dim",
+        "feat_in",
+        "input_feat_size",
+        "n_mels",
+    )
+    bins = next((value for key in names for each in (inner, config) if (value := getattr(each, key, None))), 80)
+    window = 2 * (getattr(inner, "max_source_positions", None) or 1500)  # what hears windows hears whole ones
+    asked = workload.audio_seconds * FRAMES_PER_SECOND
+    asked += -asked % 16
+    shapes = ((bins, window), (asked, bins), (asked, 2 * bins), (bins, asked), (asked, 7 * 80))
+    for shape in shapes:
+        frames = max(shape)
+        given = {name: ones(batch, *shape)}
+        if "feature_attention_mask" in accepted:
+            given["feature_attention_mask"] = ones(batch, frames, dtype=torch.long)
+        for dtype in (torch.bool, torch.long):
+            masked = dict(given)
+            if "input_features_mask" in accepted:
+                masked["input_features_mask"] = ones(batch, frames, dtype=dtype)
+            if "chunk_sample_lengths" in accepted:
+                masked["chunk_sample_lengths"] = torch.tensor([frames * 160] * batch)
+            tokens = 0
+            if name == "audio_input_features":
+                tokens = math.ceil(frames / 8)
+                masked["audio_embed_sizes"] = torch.tensor([tokens] * batch)
+                masked["audio_attention_mask"] = ones(batch, frames, dtype=torch.bool)
+            yield Media(tensors=masked, placeholders=tokens)

@@ -1,0 +1,118 @@
+"""Models that are given an image or sound, on several devices with real numbers: collected by a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import simulated_accelerator
+import torch
+from small_media_models import IMAGE_MODELS, WHISPER, built
+
+from devmap_config import load_model
+from devmap_config.cli.compile import compile_command
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.costs import Workload
+from devmap_config.graph.forwards import Forwards
+from devmap_config.graph.media import media_of
+
+simulated_accelerator.install()
+torch.set_num_threads(1)
+
+LENGTH = 60
+SIDE = 112
+IMAGE = Workload(batch_size=1, context_length=128, prompt_length=LENGTH, images=1, image_height=SIDE, image_width=SIDE)
+SOUND = Workload(batch_size=1, context_length=128, prompt_length=LENGTH, audio_seconds=1)
+INPUTS = {IMAGE: f"{{images: 1, image_size: {SIDE}}}", SOUND: "{audio_seconds: 1}"}
+
+PROFILE = """\
+version: 1
+model: {{source: random, dtype: float32, attention: eager}}
+workload: {{context_length: 128, prompt_length: {length}, inputs: {inputs}}}
+hardware: {{devices: {{npu:0: {{memory: 1GiB}}, npu:1: {{memory: 1GiB}}, cpu: {{memory: 1GiB}}}}}}
+placement: {placement}
+"""
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def saved(config):
+    """The model with numbers at random, of which none closes a gate; it is in `random` as well."""
+    model = built({**config, "attn_implementation": "eager"}, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.fill_(0.5)
+    model.save_pretrained("random")
+    return model
+
+
+def write_profile(workload, placement):
+    text = PROFILE.format(length=LENGTH, inputs=INPUTS[workload], placement=json.dumps(placement))
+    Path("profile.yaml").write_text(text)
+
+
+def prompt(model, workload):
+    """What the model is given: pixels and frequencies at random."""
+    inputs = Forwards(model, workload, media_of(model, workload)).prefill_inputs(LENGTH)
+    torch.manual_seed(1)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return {name: torch.rand_like(value) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+PINS = {
+    "llava": ["model.vision_tower", "model.language_model.layers.[2-3]"],
+    "gemma3": ["model.vision_tower.encoder.layers.1", "model.language_model.layers.3"],
+    "qwen2_5_vl": ["model.visual.blocks.1", "model.language_model.layers.[1-2]"],
+    "qwen3_vl": ["model.visual.blocks.[0-1]", "model.language_model.layers.3"],
+    "mllama": ["model.vision_model.global_transformer", "model.language_model.layers.[0-1]"],
+    "internvl": ["model.vision_tower.encoder.layer.1", "lm_head"],
+    "idefics3": ["model.text_model.layers.[0-1]"],
+    "blip-2": ["vision_model.encoder.layers.1", "qformer.encoder.layer.0"],
+    "whisper": ["model.encoder.layers.1", "model.decoder.layers.0"],
+}
+"""What is on the second card; the last layer is on the CPU, and is copied in."""
+
+
+@pytest.mark.parametrize("name", PINS)
+@torch.no_grad()
+def test_a_plan_that_was_compiled_for_it_says_what_one_device_says(name):
+    plain = saved({**IMAGE_MODELS, "whisper": WHISPER}[name])
+    workload = SOUND if name == "whisper" else IMAGE
+    pins = [{"match": match, "device": "npu:1"} for match in PINS[name]]
+    write_profile(workload, {"strategy": "sequential", "pins": pins})
+    assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
+    inputs = prompt(plain, workload)
+    model = load_model("profile.yaml")
+    assert {str(device) for device in model.hf_device_map.values()} >= {"0", "1"}
+    logits = model(**{key: value.to("npu:0") for key, value in inputs.items()}).logits
+    torch.testing.assert_close(logits.cpu(), plain(**inputs).logits, rtol=1e-5, atol=1e-6)
+
+
+APART = {
+    "internvl": "model.vision_tower.embeddings.patch_embeddings.projection",
+    "gemma3": "model.vision_tower.encoder.layers.0.self_attn.k_proj",
+    "qwen3_vl": "model.visual.patch_embed.proj",
+    "mllama": "model.vision_model.transformer.layers.0.self_attn.v_proj",
+    "idefics3": "model.vision_model.encoder.layers.1.self_attn.k_proj",
+}
+
+
+@pytest.mark.parametrize("name", APART)
+@torch.no_grad()
+def test_a_map_that_runs_with_text_and_not_with_an_image_is_refused(name):
+    plain = saved(IMAGE_MODELS[name])
+    device_map = {"": 0, APART[name]: 1}
+    write_profile(IMAGE, {"strategy": "manual", "device_map": device_map})
+    findings = run_pipeline(Request(path=Path("profile.yaml"), simulates=True)).diagnostics
+    assert [each.code for each in findings if each.severity == "error"] == ["device-mismatch"]
+    model = type(plain).from_pretrained("random", device_map=device_map, attn_implementation="eager")
+    on_card = [{key: value.to("npu:0") for key, value in prompt(plain, IMAGE).items()}]
+    on_card.append({"input_ids": torch.ones((1, LENGTH), dtype=torch.long).to("npu:0")})
+    assert model(**on_card[1]).logits.shape[1] == LENGTH
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        model(**on_card[0])
