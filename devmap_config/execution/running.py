@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from devmap_config.execution.pieces import copied_bytes, pieces_of
+from devmap_config.execution.timing import home_of
 from devmap_config.graph.costs import ModuleCost
 from devmap_config.graph.model import ancestors
 
@@ -99,8 +100,10 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
             devices, figures = list(dict.fromkeys([home, prefilling.get(cost.path, home)])), peaking
         else:
             # A module that is spread: its own operations run where its first part does, a block's parts share its peak.
-            within = parts.get(cost.path) or [main_device]
-            is_block = cost.path in graph.modules and graph.is_no_split(graph.modules[cost.path])  # type: ignore[index]
+            # One without tensors, within a block of which some are here and some there, runs where that block does.
+            around = next((path for path in ancestors(cost.path) if _is_block(graph, path) and path in parts), None)
+            within = parts.get(cost.path) or [main_device if around is None else home_of(parts[around])]
+            is_block = _is_block(graph, cost.path)
             devices, figures = (within, peaking) if is_block else (within[:1], own)
         if cost.cache_bytes or cost.retained_bytes:
             holding.setdefault(devices[0], Counter())[_held(cost)] += 1
@@ -114,6 +117,10 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
         streaming=_streaming_bytes(graph, placed, executor, main_device),
         most_tokens=measurement.positions.most,
     )
+
+
+def _is_block(graph: ModelGraph, path: str) -> bool:
+    return path in graph.modules and graph.is_no_split(graph.modules[path])  # type: ignore[index]
 
 
 LONGEST_CONTEXT = 2**24

@@ -121,6 +121,7 @@ SETTINGS = {
         "1GFLOP/s",
         "host: 20MB/s, together: 30MB/s, peer: 1GB/s",
     ),
+    "t5 beside a faster link": (TIED_T5, "decode", (), "1TFLOP/s", '"cpu-cuda:1": 50GB/s, host: 25GB/s, peer: 10GB/s'),
     "mamba": (MAMBA, "decode", ()),
     "bert": (BERT, "prefill", ()),
 }
