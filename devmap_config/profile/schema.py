@@ -82,7 +82,9 @@ class Model(Section):
     """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
 
 
-MOST_INPUTS = {"images": 1_000, "image_size": 16_384, "audio_seconds": 86_400}
+MOST_IMAGES = 1_000
+MOST_PIXELS_ACROSS = 16_384
+MOST_AUDIO_SECONDS = 86_400
 """What a prompt may hold at most: beyond that are mistakes, and it would be measured for minutes."""
 
 
@@ -101,13 +103,13 @@ class Inputs(Section):
     @model_validator(mode="after")
     def _within_bounds(self) -> Inputs:
         largest = {
-            "images": self.images,
-            "image_size": max(self.image_size or (0,)),
-            "audio_seconds": self.audio_seconds,
+            "images": (self.images, MOST_IMAGES),
+            "image_size": (max(self.image_size or (0,)), MOST_PIXELS_ACROSS),
+            "audio_seconds": (self.audio_seconds, MOST_AUDIO_SECONDS),
         }
-        for key, value in largest.items():
-            if (value or 0) > MOST_INPUTS[key]:
-                message = f"`workload.inputs.{key}` is at most {MOST_INPUTS[key]:,}, not {value:,}"
+        for key, (value, most) in largest.items():
+            if (value or 0) > most:
+                message = f"`workload.inputs.{key}` is at most {most:,}, not {value:,}"
                 raise refusal("wrong-type", message, "plan for what one request holds", key=key)
         return self
 
