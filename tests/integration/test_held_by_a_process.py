@@ -48,8 +48,9 @@ def test_a_process_holds_what_its_plan_says(tmp_path, monkeypatch):
     small, *larger = [predicted(name, *model) for name, model in profiles.items()]
     done = subprocess.run([sys.executable, SCRIPT, *profiles], capture_output=True, check=True)
     seen_small, *seen_larger = json.loads(done.stdout)
-    # Libraries take more or less by their versions; what a model takes beyond that does not vary so.
-    assert small == {part: pytest.approx(seen_bytes, rel=0.25) for part, seen_bytes in seen_small.items()}
+    # Libraries take more or less by their versions, and of their files as many pages are mapped as the system has at
+    # hand: 121 to 217 MiB were seen. What a model takes beyond that does not vary so.
+    assert small["anonymous"] == pytest.approx(seen_small["anonymous"], rel=0.25)
     for plan, seen in zip(larger, seen_larger, strict=True):
         for part in small:
             more_bytes = pytest.approx(seen[part] - seen_small[part], rel=0.1, abs=12_000_000)

@@ -165,7 +165,7 @@ COMMANDS = {
 
 
 def test_no_command_runs_a_models_code_or_asks_whether_it_may(marker):
-    without_model = {"probe", "hardware", "schema", "receipts"}
+    without_model = {"probe", "calibrate", "hardware", "schema", "receipts"}
     apart = {"bench", "serve"}  # one works in processes, the other goes on
     assert set(COMMANDS) == set(devmap.commands) - without_model - apart
     save_known()
