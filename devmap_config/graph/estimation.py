@@ -26,12 +26,12 @@ def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, f
 
     `config` is the text part of the model's config; what it does not say is taken to be as in a plain decoder.
     """
-    hidden = int(config.get("hidden_size") or config.get("d_model") or config.get("n_embd") or 0)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    key_value_heads = int(config.get("num_key_value_heads") or heads)
-    head_size = int(config.get("head_dim") or hidden // max(heads, 1))
-    intermediate = int(config.get("intermediate_size") or config.get("d_ff") or 4 * hidden)
-    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 0)
+    hidden = _number(config, "hidden_size", "d_model", "n_embd")
+    heads = _number(config, "num_attention_heads", "n_head") or 1
+    key_value_heads = _number(config, "num_key_value_heads") or heads
+    head_size = _number(config, "head_dim") or hidden // heads
+    intermediate = _number(config, "intermediate_size", "d_ff") or 4 * hidden
+    layers = _number(config, "num_hidden_layers", "n_layer", "num_layers")
     weights = next((tensor for tensor in graph.tensors.values() if tensor.kind == "parameter"), None)
     element_bytes = BYTES_PER_ELEMENT.get(weights.dtype if weights else "", 4)
     token_bytes = 2 * key_value_heads * head_size * element_bytes * workload.batch_size
@@ -52,3 +52,9 @@ def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, f
         for path in blocks
     ]
     return Measurement(workload, tuple(costs), measured=False, reason=failure.reason, cause=failure.cause)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of these of which a config says a number above none, else 0: a model may be built without it."""
+    numbers = (config.get(name) for name in names)
+    return next((value for value in numbers if isinstance(value, int) and value > 0), 0)

@@ -7,7 +7,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from devmap_config.files import kernel_text
+from devmap_config.files import is_folder, kernel_text, real_path
 from devmap_config.probe.cgroup import limiting_groups
 from devmap_config.probe.machine import SeenDisk, SeenHost
 
@@ -50,5 +50,5 @@ def seen_disk(folder: Path) -> SeenDisk:
 
 def existing_folder(path: Path) -> Path:
     """Return the folder in which a path is, or will be once it is made."""
-    resolved = path.resolve()
-    return next(folder for folder in (resolved, *resolved.parents) if folder.is_dir())
+    resolved = real_path(path)
+    return next(folder for folder in (resolved, *resolved.parents) if is_folder(folder))

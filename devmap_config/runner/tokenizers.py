@@ -20,7 +20,7 @@ OTHER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiec
 
 def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
     """Return the checkpoint's tokenizer; `None` where it has none that can be used, and why not is in the sink."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     stated = tokenizer_config(request.weights, request.revision)
     try:
@@ -41,6 +41,9 @@ def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
             of_code = f", which is code ({listed(files)}), cannot be had or run" if files else " cannot be loaded"
             _warn_without_tokenizer(f"the tokenizer{of_code}: {_why(error)}", sink)
         return None  # a checkpoint without a tokenizer is a checkpoint still
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # its config may name any class
+        _warn_without_tokenizer(f"a {type(tokenizer).__name__} is no tokenizer", sink)
+        return None
     if not _is_made_up(tokenizer, request):
         return tokenizer
     if stated:
