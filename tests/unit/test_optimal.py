@@ -267,6 +267,24 @@ def test_fewest_devices_compares_unlike_cards_and_needs_no_figures(workspace):
     assert plan.prediction.decode_nanoseconds_per_token is None
 
 
+@pytest.mark.parametrize("fast", [0, 1])
+def test_of_as_few_devices_the_faster_are_used(workspace, fast):
+    rates = {fast: "30MB/s", 1 - fast: "10MB/s"}
+    devices = ", ".join(f"cuda:{index}: {{memory: 100MiB, bandwidth: {rates[index]}}}" for index in range(2))
+    plan = plan_of(devices, strategy="fewest-devices")
+    assert {str(each.location.stored_on) for each in plan.assignments} == {f"cuda:{fast}"}
+
+
+def test_beyond_the_longest_context_nothing_fits(workspace):
+    devices = f'"cuda:[0-1]": {CARD}'
+    longest = plan_of(devices, "longest-context").prediction.longest_context
+    text = Path("profile.yaml").read_text()
+    for length, fits in ((longest, True), (longest * 33 // 32, False)):
+        other = text.replace("context_length: 64", f"context_length: {length}").replace("longest-context", "fastest")
+        Path("profile.yaml").write_text(other)
+        assert isinstance(run_pipeline(Request(path=Path("profile.yaml"))), Compiled) == fits
+
+
 def test_the_longest_context_is_longer_than_the_fastest_plans(workspace):
     devices = f"cuda:0: {CARD.replace('440KiB', '900KiB')}, cuda:1: {CARD.replace('440KiB', '900KiB')}"
     fastest = plan_of(devices).prediction.longest_context
