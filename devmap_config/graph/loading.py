@@ -461,8 +461,16 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
         )
     if graph.unread is not None:
         _report_unread(graph, graph.unread, loaded.profile.model.source.span, sink, allowed=allowed)
+    workload = loaded.profile.workload
+    asks_for_more = bool(workload.inputs.images or workload.inputs.audio_seconds)
+    if asks_for_more and workload.context_length.value is None and "context_length" not in workload.doubtful:
+        sink.error(
+            "unused-key",
+            "`inputs` has no effect without `context_length`: only weights are budgeted then",
+            workload.inputs.span,
+            help="name what the prompt and its answer take: `workload: {context_length: 4096}`",
+        )
     if graph.measurement is not None:
-        workload = loaded.profile.workload
         report_positions(graph.measurement, workload.context_length.span, sink)
         report_media(graph.measurement, workload.inputs.span, sink)
         report_unmeasured(graph.measurement, workload.span, sink, allowed=allowed)

@@ -137,6 +137,15 @@ def test_what_cannot_be_is_an_error_at_the_inputs(workspace, config, inputs, cod
     assert finding.span.line == 3
 
 
+def test_without_a_context_images_would_not_be_looked_at(workspace):
+    compiled(LLAVA, "{images: 1}")
+    text = Path("profile.yaml").read_text()
+    for context, codes in (("", ["unused-key"]), ("context_length: many, ", ["wrong-type"])):
+        Path("profile.yaml").write_text(text.replace("context_length: 128, ", context))
+        findings = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+        assert [each.code for each in findings if each.severity == "error"] == codes
+
+
 def test_what_the_code_does_not_take_is_told_and_text_is_measured(workspace):
     compilation = compiled(QWEN2_AUDIO, "{audio_seconds: 1}")
     assert isinstance(compilation, Compiled)
