@@ -311,7 +311,9 @@ SURFACES = {
         [
             *[["tree", "config.json"], ["compile", "config.yaml", "--dry-run", "--no-simulate"]] * 8,
             *[["compile", "workload.yaml", "--dry-run", "--no-simulate"]] * 4,
+            *[["compile", "inputs.yaml", "--dry-run", "--no-simulate"]] * 2,
             ["compile", "workload.yaml", "--dry-run"],
+            ["compile", "inputs.yaml", "--dry-run"],
             ["init", "config.json", "--on", "2xrtx-4090"],
         ],
         "config.json",

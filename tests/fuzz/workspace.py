@@ -13,6 +13,7 @@ import yaml
 from cases.test_cases import cases, read, with_defaults
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE, MODELS, REPOSITORY, write_models
+from small_media_models import LLAVA, WHISPER
 
 from devmap_config.cli import devmap
 
@@ -45,12 +46,38 @@ placement:
 targets: [transformers]
 """
 
+PICTURED = """\
+version: 1
+model: {source: pictured}
+workload: {context_length: 64, prompt_length: 48, inputs: {images: 2, image_size: [32, 32]}}
+hardware: {devices: {"cuda:[0-1]": {memory: 1MiB}, cpu: {memory: 64MiB}}}
+placement:
+  strategy: sequential
+  pins: [{match: "model.vision_tower.**", device: "cuda:1", optional: true}]
+"""
+
+HEARD = """\
+version: 1
+model: {source: heard}
+workload: {context_length: 16, inputs: {audio_seconds: 1}}
+hardware: {devices: {cuda:0: {memory: 1MiB}, cpu: {memory: 64MiB}}}
+placement: {strategy: sequential}
+"""
+
 MACHINE = """\
 hardware:
+  host: {dispatch: 12us}
   devices:
     "cuda:[0-1]": {memory: 1MiB, bandwidth: 1000GB/s, flops: 100TFLOP/s, efficiency: 80%}
-    cpu: {memory: 64MiB, bandwidth: 80GB/s, flops: 1TFLOP/s}
-  links: {host: {bandwidth: 25GB/s, latency: 10us}, peer: 12GB/s, "cuda:0-cuda:1": 20GB/s}
+    cpu:
+      memory: 64MiB
+      bandwidth: 80GB/s measured
+      flops: 1TFLOP/s calibrated
+      attention: {decode: 6GFLOP/s measured, prefill: 200GFLOP/s}
+      experts: 12GB/s measured
+      dtypes: {float32: {bandwidth: 25GB/s, flops: 100GFLOP/s}, float16: {flops: 30GFLOP/s measured}}
+  links: {host: {bandwidth: 25GB/s, latency: 10us}, peer: 12GB/s, "cuda:0-cuda:1": 20GB/s, together: 40GB/s}
+  spread: {decode: 94-108%, prefill: 90-117%}
 """
 
 LOCKED = """\
@@ -186,11 +213,13 @@ CONFIGS: list[dict[str, Any]] = [
     {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 32,
      "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64,
      "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8},
+    LLAVA,
+    WHISPER,
     {"architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_size": 32, "intermediate_size": 32,
      "num_attention_heads": 2, "num_hidden_layers": 3, "image_size": 32, "patch_size": 16, "id2label": {"0": "a",
      "1": "b"}},
 ]  # fmt: skip
-"""Configs to start from: of text, of pictures, of encoder and decoder, with experts, windows, rotations, quantised."""
+"""Configs to start from: of text, of images and sound, of encoder and decoder, with experts, windows, rotations, quantised."""
 
 
 def make_workspace(folder: Path) -> None:
@@ -206,11 +235,14 @@ def make_workspace(folder: Path) -> None:
         "locked.yaml": LOCKED,
         "vendored.yaml": VENDORED,
         "weights.yaml": WEIGHTS,
+        "pictured.yaml": PICTURED,
+        "heard.yaml": HEARD,
     }
     texts |= {
         "sharded.yaml": SHARDED,
         "config.yaml": OF_CONFIG,
         "workload.yaml": OF_CONFIG + "workload: {context_length: 64}\n",
+        "inputs.yaml": OF_CONFIG + "workload: {context_length: 64, inputs: {images: 1, image_size: 32}}\n",
     }
     texts |= {
         f"{name}.yaml": SPOKEN.replace("DEVICE", device) for name, device in (("card", "cuda:0"), ("spoken", "cpu"))
@@ -227,11 +259,12 @@ def make_workspace(folder: Path) -> None:
     Path("spoken/tokenizer.json").write_text(json.dumps(TOKENIZERS[0]), encoding="utf-8")
     Path("spoken/tokenizer_config.json").write_text(json.dumps(stated), encoding="utf-8")
     Path("sharded").mkdir()
-    Path("small").mkdir()
-    Path("small/config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    for name, config in (("small", SMALL), ("pictured", LLAVA), ("heard", WHISPER)):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps(config), encoding="utf-8")
     shutil.copyfile("weights/config.json", "sharded/config.json")
     shutil.copyfile("weights/model.safetensors", "sharded/part.safetensors")
-    for name in ("good", "locked", "card", "spoken", "vendored"):
+    for name in ("good", "locked", "card", "spoken", "vendored", "pictured", "heard"):
         command = ["compile", f"{name}.yaml", *(["--vendor"] if name == "vendored" else [])]
         done = CliRunner().invoke(devmap, command, standalone_mode=False)
         if done.exception or done.return_value:
@@ -240,7 +273,7 @@ def make_workspace(folder: Path) -> None:
 
 def profiles() -> list[bytes]:
     """Return the profiles to start from: the tests' cases and the shipped ones, each of a tiny model."""
-    return [text.encode() for text in (GOOD, GOOD, GOOD, LOCKED, WEIGHTS, *_shipped(), *_cases())]
+    return [text.encode() for text in (GOOD, GOOD, GOOD, LOCKED, WEIGHTS, PICTURED, PICTURED, HEARD, *_shipped(), *_cases())]
 
 
 def _shipped() -> Iterator[str]:
