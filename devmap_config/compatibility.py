@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
+from devmap_config.graph.adapter import AdapterError, stored_names
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import report_failure
-from devmap_config.graph.model import TensorName
+from devmap_config.graph.model import SAVED, TensorName
 from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
@@ -85,6 +86,49 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
         prepared.loaded.profile.model.quantization.span,
         help=f"say `{argument}: true`, or {advice}" if argument else advice,
     )
+
+
+def check_adapter(prepared: Prepared, sink: Sink) -> None:
+    """Report an adapter whose file does not hold what its config adds to the model, where that file is at hand."""
+    model, wanted = prepared.model, prepared.loaded.profile.model.adapter
+    if model.adapter is None or wanted is None:
+        return
+    try:
+        stored_names(model.adapter, model.graph, must_be_there=False)
+    except AdapterError as error:
+        sink.error("bad-adapter", str(error), wanted.source.span, help=error.help)
+
+
+def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared, sink: Sink) -> None:
+    """Report what an adapter does that cannot be done to modules whose weights are not there between two forwards.
+
+    LoRA's two matrices are beside the module, and stay; all else reads or replaces the module's own weights.
+    """
+    model, wanted = prepared.model, prepared.loaded.profile.model.adapter
+    if model.adapter is None or wanted is None:
+        return
+    config = model.adapter.config
+    for module in model.graph.adapted_modules:
+        own = {tensor.name.rpartition(".")[2] for tensor in module.own_tensors}
+        held_away = [tensor.name for tensor in module.parameters if tensor.name in streamed]
+        if not held_away:
+            continue
+        if "lora_magnitude_vector" in own:
+            what = "DoRA (`use_dora`) reads its weights while it does not run"
+        elif any(name.startswith(SAVED) for name in own):
+            what = "`modules_to_save` replaces it"
+        elif config.bias != "none" and "bias" in own:
+            what = f"`bias: {config.bias}` replaces its bias"
+        else:
+            continue
+        sink.error(
+            "unfit-adapter",
+            f"`{module.path}` is copied to where it runs at every forward, and {what} in this adapter",
+            wanted.source.span,
+            help=f"pin it to where it runs: `{{match: {module.path}, device: …}}`; or merge the adapter into the"
+            " checkpoint by `merge_and_unload()` of peft",
+        )
+        return
 
 
 def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -> Prepared:

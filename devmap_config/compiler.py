@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from devmap_config.compatibility import check_checkpoint, check_compute_dtype, check_dtype
+from devmap_config.compatibility import check_adapter, check_checkpoint, check_compute_dtype, check_dtype
 from devmap_config.diagnostics.diagnostic import ProfileError, Sink, TooManyErrorsError
 from devmap_config.diagnostics.overheard import passing_on
 from devmap_config.graph.failures import failure_of
@@ -198,6 +198,7 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
     prepared = None if loaded is None else prepare(loaded, None, sink)
     if prepared is not None and request.checks_checkpoint:
         prepared = check_checkpoint(prepared, sink, request.permissions)
+        check_adapter(prepared, sink)
     if prepared is None or build_problem(prepared, sink) is None:
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared), None
 

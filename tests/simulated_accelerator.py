@@ -38,6 +38,7 @@ def install():
     library.impl("_local_scalar_dense", _number, "PrivateUse1")
     for overload in ("arange", "arange.start", "arange.start_step"):  # torch makes an empty one to be filled
         library.impl(overload, _arange, "PrivateUse1")
+    library.impl("eye", _eye, "PrivateUse1")
     _kept.append(library)
 
 
@@ -75,6 +76,9 @@ class SimulatedTensor(torch.Tensor):
         # torch chooses a kernel for attention by the kind of device, and knows none for this one.
         if function is torch.nn.functional.scaled_dot_product_attention:
             return _run(function, args, kwargs or {})
+        if function is torch.Tensor.__deepcopy__:  # for which torch would copy a storage that there is not
+            copied = SimulatedTensor(args[0].held.clone(), args[0].device)
+            return torch.nn.Parameter(copied, args[0].requires_grad) if hasattr(args[0], "_is_param") else copied
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -97,10 +101,11 @@ def _run(operation, args, kwargs):
         if isinstance(value, SimulatedTensor):
             wrappers[id(value.held)] = value
             return value.held
-        return torch.device("cpu") if isinstance(value, torch.device) else value
+        is_device = isinstance(value, torch.device) and value.type != "meta"
+        return torch.device("cpu") if is_device else value
 
     def wrap(value):
-        if not isinstance(value, torch.Tensor) or target.type == "cpu":
+        if not isinstance(value, torch.Tensor) or target.type in ("cpu", "meta"):
             return value
         return wrappers[id(value)] if id(value) in wrappers else SimulatedTensor(value, target)
 
@@ -124,6 +129,10 @@ def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_me
 
 def _number(tensor):
     return tensor.held.item()
+
+
+def _eye(size, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return SimulatedTensor(torch.eye(size, dtype=dtype), torch.device(device))
 
 
 def _arange(*limits, dtype=None, layout=None, device=None, pin_memory=None):

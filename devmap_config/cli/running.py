@@ -36,6 +36,8 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
     "beyond-context": ExitCode.WRONG,
     "no-tokenizer": ExitCode.WRONG,
     "server-missing": ExitCode.WRONG,
+    "bad-adapter": ExitCode.WRONG,
+    "peft-missing": ExitCode.WRONG,
 }
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
 
@@ -122,4 +124,5 @@ def summary(deployment: Deployment) -> str:
     if deployment.unchecked is not None:
         return f"loaded: {where}; whether they are from the checkpoint was not checked: {deployment.unchecked}"
     but = f", but for what is new on purpose: {', '.join(f'`{name}`' for name in new)}" if new else ""
-    return f"loaded and verified: {where}, their weights from the checkpoint{but}"
+    adapter = "" if deployment.compiled.model.adapter is None else " and the adapter"
+    return f"loaded and verified: {where}, their weights from the checkpoint{adapter}{but}"

@@ -18,6 +18,7 @@ Severity = Literal["error", "warning"]
 AlwaysError = Literal[
     "accelerate-missing",
     "accelerate-too-old",
+    "bad-adapter",
     "bad-compute",
     "bad-device-name",
     "bad-pattern",
@@ -62,6 +63,7 @@ AlwaysError = Literal[
     "outside-repository",
     "over-capacity",
     "overlapping-units",
+    "peft-missing",
     "pillow-missing",
     "prompt-too-short",
     "quantizer-refuses",
@@ -75,6 +77,7 @@ AlwaysError = Literal[
     "too-noisy",
     "torch-missing",
     "undefined-variable",
+    "unfit-adapter",
     "unfit-input",
     "unfit-receipts",
     "unknown-accelerator",

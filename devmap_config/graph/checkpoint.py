@@ -215,13 +215,13 @@ Header = dict[str, tuple[str, tuple[int, ...], int, int]]
 """Of each tensor its dtype, its shape, and the bytes of its file from where to where."""
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, within: Boundary | None = ANYWHERE) -> Header:
     """Return the tensors of one safetensors file, which a library reads as well.
 
     Raises:
-        CheckpointError: where it is none.
+        CheckpointError: where it is none, or a link leads out of what it must be `within`.
     """
-    return _read_file(path, ANYWHERE)[1]
+    return _read_file(path, within)[1]
 
 
 def _read_file(path: Path, within: Boundary | None) -> tuple[int, Header]:

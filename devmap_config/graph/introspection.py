@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from devmap_config.graph.adapter import AdapterConfig
     from devmap_config.graph.costs import Measurement, Workload
     from devmap_config.quantization.method import Quantization
 
@@ -59,6 +60,7 @@ def build_graph(
     trust_remote_code: bool = False,
     repository: tuple[str, str] | None = None,
     quantization: Quantization | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> ModelGraph:
     """The graph of the model that `config_path` describes.
 
@@ -72,9 +74,11 @@ def build_graph(
         trust_remote_code: whether code that comes with the model may run.
         repository: the hub id and commit that the config is of, where its code is fetched from.
         quantization: how its weights are quantised once loaded.
+        adapter: what is added to it once it is loaded.
 
     Raises:
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+        AdapterError: where the adapter does not fit the model.
         LibraryChangedError: where something is not there that reading a model needs.
         QuantizationError: where the quantization's arguments cannot be meant.
         ModuleNotFoundError: where torch or transformers is not installed.
@@ -86,6 +90,7 @@ def build_graph(
         attention=attention,
         trust_remote_code=trust_remote_code,
         repository=repository,
+        adapter=adapter,
     )
     import torch
 
@@ -123,10 +128,12 @@ def meta_model(
     attention: str | None,
     trust_remote_code: bool = False,
     repository: tuple[str, str] | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> PreTrainedModel:
     """The model on the meta device; the arguments are those of `build_graph`.
 
     Raises:
+        AdapterError: where the adapter does not fit the model.
         UntrustedCodeError: where only code that comes with the model can build it, and it may not run.
         UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
     """
@@ -141,10 +148,15 @@ def meta_model(
             config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
         )
         try:
-            return build_meta_model(model_class, config, getattr(torch, dtype), attention)
+            model = build_meta_model(model_class, config, getattr(torch, dtype), attention)
         except Exception as error:  # whatever a model's own code raises on a config that it does not accept
             stated, _ = config.get_config_dict(str(config_path))
             raise _unbuildable(error, stated, class_name, trust_remote_code) from error
+    if adapter is not None:
+        from devmap_config.graph.adapted import adapt
+
+        adapt(model, adapter)
+    return model
 
 
 def config_and_class(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.files import exists
+from devmap_config.graph.adapter import Adapter, AdapterError, find_adapter
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import Workload
@@ -59,7 +60,7 @@ class LoadedModel:
     """A model's graph with what it was made from. `attention` is `None` where transformers is to choose.
 
     `quantization` is what transformers applies; it `is_counted` in the graph where its sizes are known. `dry_runs` are
-    what is kept beside the profile of dry runs of its plans.
+    what is kept beside the profile of dry runs of its plans. `adapter` is what is loaded on top of it.
     """
 
     graph: ModelGraph
@@ -69,6 +70,7 @@ class LoadedModel:
     attention: str | None
     quantization: Quantization | None = None
     dry_runs: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @property
     def is_counted(self) -> bool:
@@ -111,6 +113,7 @@ class GraphInputs:
     attention: str | None = None
     workload: Workload | None = None
     quantization: Quantization | None = None
+    adapter: Adapter | None = None
     trust_remote_code: bool = False
 
     def compared(self) -> Mapping[str, object]:
@@ -122,6 +125,7 @@ class GraphInputs:
             "attention": self.attention,
             "workload": self.workload,
             "quantization": _quantization_json(self.quantization),
+            "adapter": _adapter_digest(self.adapter),
         }
 
 
@@ -154,6 +158,11 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
     if source is None:
         return None
     profile_model = loaded.profile.model
+    try:
+        adapter = _find_adapter(loaded)
+    except AdapterError as error:
+        sink.error("bad-adapter", str(error), _adapter_span(loaded), help=error.help)
+        return None
     class_name = profile_model.class_name.value or source.class_name
     if class_name is None:
         sink.error(
@@ -180,6 +189,7 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
         attention=profile_model.attention if "attention" in profile_model.model_fields_set else None,
         workload=_workload(loaded),
         quantization=quantization if is_counted else None,
+        adapter=adapter,
         trust_remote_code=lookup.permissions.trust_remote_code,
     )
     made_from = None if vendored is None else _made_from(vendored, loaded)
@@ -193,7 +203,28 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
             return None
         graph = built
     graph = replace(graph, loading=_loading_facts(graph, source, inputs.dtype, quantization))
-    return LoadedModel(graph, source, class_name, inputs.dtype, inputs.attention, quantization, dry_runs)
+    return LoadedModel(graph, source, class_name, inputs.dtype, inputs.attention, quantization, dry_runs, adapter)
+
+
+def _find_adapter(loaded: LoadedProfile) -> Adapter | None:
+    """The adapter that a profile names.
+
+    Raises:
+        AdapterError: where there is none, or none that can be used.
+    """
+    wanted = loaded.profile.model.adapter
+    if wanted is None:
+        return None
+    return find_adapter(wanted.source.value, wanted.source.path, wanted.revision, loaded.boundary)
+
+
+def _adapter_span(loaded: LoadedProfile) -> Span | None:
+    wanted = loaded.profile.model.adapter
+    return None if wanted is None else wanted.source.span
+
+
+def _adapter_digest(adapter: Adapter | None) -> str | None:
+    return None if adapter is None else adapter.config.digest
 
 
 def _loading_facts(
@@ -222,6 +253,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
         attention=model.attention,
         workload=_workload(loaded),
         quantization=_quantization_json(model.quantization if model.is_counted else None),
+        adapter=_adapter_digest(model.adapter),
         dry_runs=dry_runs,
         stored_dtype=model.source.stored_dtype,
         checkpoint=model.source.checkpoint_digest,
@@ -233,6 +265,9 @@ def _built(inputs: GraphInputs, loaded: LoadedProfile, sink: Sink) -> ModelGraph
         return graph_from_source(inputs)
     except QuantizationError as error:
         sink.error("bad-quantization", str(error), loaded.profile.model.quantization.span, help=error.help)
+        return None
+    except AdapterError as error:
+        sink.error("bad-adapter", str(error), _adapter_span(loaded), help=error.help)
         return None
     except UntrustedCodeError as error:
         sink.error("remote-code", str(error), loaded.profile.model.source.span, help=READ_IT_FIRST)
@@ -322,6 +357,7 @@ def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> Mapping[str, o
         "attention": vendored.attention,
         "workload": vendored.workload,
         "quantization": vendored.quantization,
+        "adapter": vendored.adapter,
     }
 
 
@@ -344,6 +380,7 @@ def graph_from_source(inputs: GraphInputs) -> ModelGraph:
     Raises:
         UntrustedCodeError: where only code that comes with it can build it, and it may not run.
         UnbuildableModelError: where transformers cannot build it.
+        AdapterError: where the adapter does not fit the model.
         QuantizationError: where the quantization's arguments cannot be meant.
     """
     source, workload, quantization = inputs.source, inputs.workload, inputs.quantization
@@ -359,6 +396,7 @@ def graph_from_source(inputs: GraphInputs) -> ModelGraph:
                 trust_remote_code=inputs.trust_remote_code,
                 repository=source.repository,
                 quantization=quantization,
+                adapter=None if inputs.adapter is None else inputs.adapter.config,
             )
 
     key: dict[str, object] = {"config": source.config_digest, "class": inputs.class_name, "dtype": inputs.dtype}
@@ -366,6 +404,8 @@ def graph_from_source(inputs: GraphInputs) -> ModelGraph:
         key |= {"workload": workload.to_json(), "attention": inputs.attention}
     if quantization is not None and quantization.format() is not None:
         key["quantization"] = quantization.to_json()
+    if inputs.adapter is not None:
+        key["adapter"] = inputs.adapter.config.digest
     # Code that comes with a model may change without its config.
     graph = make() if inputs.trust_remote_code else cached_graph(key, make)
     apart = source.stored_apart(graph.ties)

@@ -23,6 +23,13 @@ TensorKind = Literal["parameter", "buffer"]
 FUSED_DIMENSIONS = 3
 """A parameter of fused experts has a leading expert dimension besides its two own."""
 
+LORA = ("lora_A", "lora_B", "lora_B_bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+SAVED = "modules_to_save_"
+"""How the tensors are called that an adapter adds to a module, and how the names begin of those that it brings whole.
+
+They are buffers that no checkpoint of the model holds: accelerate leaves such where the module runs.
+"""
+
 CONTAINER_CLASSES = ("ModuleList", "ModuleDict")
 """Modules without a forward of their own: to place one as a whole would hook every leaf below it."""
 
@@ -157,6 +164,17 @@ class ModelGraph:
         return {tensor.name: tensor for tensor in self.root.tensors()}
 
     @cached_property
+    def adapter_tensors(self) -> tuple[TensorName, ...]:
+        """What an adapter adds to the model, by its names."""
+        added = (tensor.name for tensor in self.root.tensors() if tensor.kind == "buffer" and not tensor.persistent)
+        return tuple(name for name in added if (own := name.rpartition(".")[2]) in LORA or own.startswith(SAVED))
+
+    @cached_property
+    def adapted_modules(self) -> tuple[Module, ...]:
+        """The modules to which an adapter adds tensors: all of one is on one device."""
+        return tuple(self.modules[ModulePath(path)] for path in dict.fromkeys(map(_parent, self.adapter_tensors)))
+
+    @cached_property
     def storage_of(self) -> dict[TensorName, TensorName]:
         """For each tensor, the name under which its bytes are counted: ties and aliases share one storage."""
         tied = dict(self.ties)
@@ -237,6 +255,10 @@ class ModelGraph:
         The model itself never counts, as in transformers' planner, though some name their own class.
         """
         return module.path != "" and module.class_name in self.no_split_classes
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def is_within(path: str, around: str) -> bool:

@@ -98,6 +98,7 @@ def _weights(path: Path) -> OtherFormat:
 def _adapter(path: Path, within: Boundary | None) -> OtherFormat:
     base = _read(path / "adapter_config.json", within).get("base_model_name_or_path")
     named = f"name the model that it adapts: `source: {base}`" if base else "name the model that it adapts"
+    named += f", and `adapter: {path.name}`"
     return OtherFormat(
         f"`{path.name}` is an adapter (LoRA), and no model by itself",
         f"{named}; or merge it first, by `merge_and_unload()` and `save_pretrained` of peft",

@@ -266,6 +266,26 @@ def hub_source(
     return ModelSource(path.parent, config, repository, resolved, stored_dtype, checkpoint)
 
 
+@without_retries()
+def hub_file(repository: str, name: str, commit: str) -> Path:
+    """Return a file of a repository of the hub at a commit, in the hub's cache.
+
+    Raises:
+        ModelNotFoundError: where neither that nor the hub has it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    access = _ACCESS.get(_AS_CONFIGURED)
+    had_by: dict[str, Any] = {"cache_dir": access.cache_dir, "token": access.token, "revision": commit}
+    try:
+        if (path := _cached_snapshot(repository, commit) / name).is_file():
+            return path
+        return Path(hf_hub_download(repository, name, local_files_only=not _hub_answers(), **had_by))
+    except Exception as error:  # what the hub client raises has many types and no common one
+        reason = first_line(error) or type(error).__name__
+        raise ModelNotFoundError(f"`{name}` of `{repository}` is not to be had from the hub: {reason}") from error
+
+
 def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:
     """What the headers of a commit's checkpoint say, where they are at hand without asking the hub."""
     from devmap_config.graph.hub_checkpoint import hub_checkpoint

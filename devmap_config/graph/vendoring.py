@@ -31,7 +31,7 @@ SCHEMA = "devmap-vendored-graph/3"
 KEYS = {"class_name": "class"}
 """How the file calls a field, where it has another name for it."""
 
-LEFT_OUT = ("quantization", "stored_dtype", "checkpoint", "dry_runs")
+LEFT_OUT = ("quantization", "adapter", "stored_dtype", "checkpoint", "dry_runs")
 """What the file does not speak of where there is none."""
 
 
@@ -59,6 +59,8 @@ class VendoredGraph:
     attention: str | None
     workload: Workload | None
     quantization: Mapping[str, Any] | None = None
+    adapter: str | None = None
+    """The digest of what the adapter's config says, which the graph counts."""
     stored_dtype: str | None = None
     checkpoint: str | None = None
     """The digest of what the checkpoint's headers say, where they were at hand."""

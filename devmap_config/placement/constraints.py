@@ -67,7 +67,9 @@ def build_problem(prepared: Prepared, sink: Sink, repairs: Repairs = NO_REPAIRS)
 def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorName, ...], ...]) -> Problem:
     graph, resolution, quantization = prepared.graph, prepared.resolution, prepared.model.quantization
     pinned: dict[TensorName, Device] = {}
-    for group in _united([*graph.tied_groups, *(names for _, names in resolution.groups), *together], graph):
+    adapted = [tuple(tensor.name for tensor in module.own_tensors) for module in graph.adapted_modules]
+    kept = [*graph.tied_groups, *adapted, *(names for _, names in resolution.groups), *together]
+    for group in _united(kept, graph):
         deciding = [resolution.decisions[name] for name in group if name in resolution.decisions]
         if not deciding:
             continue
@@ -280,6 +282,15 @@ def _check_agreement(
             f" and cannot be on {first.device} and {other.device}",
             other.rule.span,
             help="give both rules the same device",
+            related=related,
+        )
+    elif any(name in graph.adapter_tensors for name in group):
+        sink.error(
+            "conflicting-pins",
+            f"what an adapter adds is where its module is: {', '.join(f'`{name}`' for name in group)} cannot be on"
+            f" {first.device} and {other.device}",
+            other.rule.span,
+            help="give both rules the same device, or name the module alone",
             related=related,
         )
 

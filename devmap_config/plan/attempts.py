@@ -104,7 +104,11 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
 def _decide_alone(problem: Problem) -> bool:
     """Return whether nothing but budgets and sizes decides: transformers knows no pins, groups and the like."""
     has_constraints = problem.pinned or problem.groups or problem.forbidden
-    return not has_constraints and all(each.offloaded_bytes is None for each in problem.graph.tensors.values())
+    return (
+        not has_constraints
+        and not problem.graph.adapter_tensors
+        and all(each.offloaded_bytes is None for each in problem.graph.tensors.values())
+    )
 
 
 def _told_of_budgets(

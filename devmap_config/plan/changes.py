@@ -29,7 +29,7 @@ CAUSES = {
 def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> tuple[str, ...]:
     """What changed, a phrase for each input, with values where the lock has them; nothing where the lock is fresh."""
     now = inputs.to_json()
-    changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now[name]]
+    changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now.get(name)]
     values = {
         name: _changes(lock.values[name], inputs.values.get(name, {})) if name in lock.values else {}
         for name in changed

@@ -33,6 +33,7 @@ def inputs_of(prepared: Prepared) -> Inputs:
         hardware=digest(inventory.to_json()),
         commit=model.source.commit,
         checkpoint=model.source.checkpoint_digest,
+        adapter=None if model.adapter is None else model.adapter.config.digest,
         values={
             "config": values_of(model.source.counted_config),
             "hardware": values_of_hardware(inventory),

@@ -42,7 +42,8 @@ class LockError(DevmapError):
 class Inputs:
     """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
 
-    `checkpoint` is of what the headers of the checkpoint say; `None` where it was not at hand.
+    `checkpoint` is of what the headers of the checkpoint say; `None` where it was not at hand. `adapter` is of what the
+    config of an adapter says.
 
     `graph` is the module tree, `measurement` what running it was measured to take: versions of transformers differ in
     the latter more often than in the former. It is `None` where the two are one digest, as in early locks. `values` are
@@ -56,11 +57,13 @@ class Inputs:
     hardware: str
     commit: str | None = None
     checkpoint: str | None = None
+    adapter: str | None = None
     values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
-        """The digests as they stand in the lock."""
-        return {name: getattr(self, name) for name in INPUT_NAMES}
+        """The digests as they stand in the lock, which does not speak of an adapter where there is none."""
+        digests = {name: getattr(self, name) for name in INPUT_NAMES}
+        return {name: each for name, each in digests.items() if each is not None or name != "adapter"}
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
 """What git leaves in a file that it could not merge."""
 
 INPUT_NAMES = {
+    "adapter": "the adapter's config",
     "checkpoint": "the names, shapes, dtypes or file sizes of the checkpoint",
     "commit": "the commit that the model's revision resolves to",
     "config": "the model's config",

@@ -47,6 +47,7 @@ class _Part(BaseModel):
 class LockedInputs(_Part):
     """Digests of the parsed values that the plan was made from."""
 
+    adapter: Digest = _absent("", "Of the config of the adapter that is loaded on top; absent where there is none.")
     checkpoint: Digest | None = _absent(
         None, "Of the checkpoint's names, shapes, dtypes and file sizes; `null` where it was not at hand."
     )

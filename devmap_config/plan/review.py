@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
-from devmap_config.compatibility import check_quantizer
+from devmap_config.compatibility import check_adapter_placement, check_quantizer
 from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.execution.weighing import heaviest
@@ -30,6 +30,8 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     """Verify a plan, and return what does not hold, at the rule that brought it about where there is one."""
     loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
     check_quantizer({each.unit: each.location.stored_on for each in plan.assignments}, prepared, sink)
+    streamed = {name for each in plan.assignments if plan.executor.streams(each.location) for name in each.tensors}
+    check_adapter_placement(streamed, prepared, sink)
     split: dict[int, tuple[Rule, list[str]]] = {}
     stranded: dict[int, tuple[Decision, list[Violation]]] = {}
     overfull: list[str] = []

@@ -49,6 +49,21 @@ ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_att
 """transformers 5.24's implementations; a kernel of the hub is named by its repository, `owner/name`."""
 
 
+class Adapter(Section):
+    """What PEFT trained beside a model, and is loaded on top of it: its folder, or its repository on the hub."""
+
+    source: Located[Text] = Field(examples=["adapters/support-tone", "someone/llama-3.1-8b-lora"])
+    """A folder with an `adapter_config.json`, or a hub id; an existing path wins. Paths are relative to this file."""
+
+    revision: Text | None = Field(default=None, examples=["0123456789abcdef0123456789abcdef01234567"])
+    """The commit of a hub id."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_source(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class Model(Section):
     """Which model, and how it is loaded."""
 
@@ -80,6 +95,9 @@ class Model(Section):
 
     allow_new: OneOrMany[Located[PatternText]] = Field(default=(), examples=[["score"]])
     """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
+
+    adapter: Adapter | None = Field(default=None, examples=["adapters/support-tone"])
+    """A LoRA adapter that is loaded on top, and placed with what it adapts."""
 
 
 MOST_IMAGES = 1_000

@@ -240,7 +240,7 @@ def _tell_placement(model: PreTrainedModel, plan: Plan) -> None:
 
 MOVED = (
     "the hooks by which this model runs as planned are taken off: PEFT then places it anew, by the memory that is free;"
-    " merge the adapter into the checkpoint, and compile a profile for that"
+    " name the adapter in the profile (`model.adapter`), or merge it into the checkpoint"
 )
 
 

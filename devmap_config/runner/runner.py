@@ -66,9 +66,19 @@ class Deployment:
         return self.compiled.plan
 
     @property
+    def base_plan(self) -> Plan:
+        """The same without what an adapter adds: what transformers loads."""
+        added = frozenset(self.compiled.model.graph.adapter_tensors)
+        assignments = (
+            replace(each, tensors=tuple(name for name in each.tensors if name not in added))
+            for each in self.plan.assignments
+        )
+        return replace(self.plan, assignments=tuple(assignments)) if added else self.plan
+
+    @property
     def loaded_bytes(self) -> dict[str, int]:
         """The bytes of each tensor that is held once it is loaded: of all but those that stay on the disk."""
-        graph, plan = self.compiled.model.graph, self.plan
+        graph, plan = self.compiled.model.graph, self.base_plan
         return {
             name: plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
             for each in plan.assignments
@@ -127,7 +137,8 @@ def load_model(
             and the like. What the profile decides (`dtype`, `device_map`, `revision`, …) is none of them.
 
     Returns:
-        The model: every tensor from the checkpoint, on the device that the plan gives it.
+        The model: every tensor from the checkpoint, on the device that the plan gives it. With an adapter it is PEFT's
+        model around that.
 
     Raises:
         ArgumentError: where an argument is decided by the profile, or there is none of that name.
@@ -158,7 +169,9 @@ def load_model(
         deployment = replace(deployment, request=request, compiles=compile)
         for notice in notices(deployment, asks_machine=probe):
             warnings.warn(f"{notice.message} [{notice.code}]", DevmapWarning, stacklevel=2)
-        return load_verified(deployment)
+        adapted = load_adapted(deployment)
+        model: PreTrainedModel = adapted  # PEFT's gives on what is asked of the one within
+        return model
 
 
 @telling_of_changes("whether the checkpoint holds this model cannot be told")
@@ -286,13 +299,27 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     return found
 
 
-@telling_of_changes("whether the loaded model is what was planned cannot be told")
 def load_verified(deployment: Deployment) -> PreTrainedModel:
     """Return the model, loaded: every tensor is from the checkpoint and sits, and every module runs, where planned.
+
+    An adapter is within it.
 
     Raises:
         RunnerError: where it cannot be loaded here, tensors are not from the checkpoint, or sit elsewhere.
     """
+    loaded = load_adapted(deployment)
+    model: PreTrainedModel = loaded if deployment.compiled.model.adapter is None else loaded.get_base_model()
+    return model
+
+
+@telling_of_changes("whether the loaded model is what was planned cannot be told")
+def load_adapted(deployment: Deployment) -> Any:
+    """Return the same; with an adapter, PEFT's model around it.
+
+    Raises:
+        RunnerError: as `load_verified`, and where PEFT is missing or the adapter is not what its config says.
+    """
+    from devmap_config.runner.adapter import attach, require_peft, stored_adapter
     from devmap_config.runner.inspection import (
         misplaced_tensors,
         misread_by_quantizer,
@@ -303,15 +330,18 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
 
     if deployment.compiles:
         require_compilable(deployment.plan, deployment.compiled.loaded.profile.workload)
-    compiled = deployment.compiled.model
-    if otherwise := misread_by_quantizer(deployment.plan, compiled.graph):
+    compiled, plan, stored = deployment.compiled.model, deployment.base_plan, None
+    if compiled.adapter is not None:  # which takes no time, as loading may
+        require_peft()
+        stored = None if deployment.has_random_weights else stored_adapter(compiled.adapter, compiled.graph)
+    if otherwise := misread_by_quantizer(plan, compiled.graph):
         raise RunnerError(
             "dequantized",
             f"this version of transformers would not quantise as the plan counts: {_some(list(otherwise))}",
             "before 5.21 it takes the key of one layer on the CPU (`model.layers.1`) for others as well"
             " (`model.layers.10`): upgrade transformers",
         )
-    loaded = load(deployment.plan, deployment.request)
+    loaded = load(plan, deployment.request)
     model = loaded.model
     _require_loaded(loaded, deployment, compiled)
     if compiled.counts_quantized_weights and not getattr(model, "is_quantized", False):
@@ -320,15 +350,13 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
             "transformers dequantised the weights while loading: they take more room than the plan has for them",
             "install the kernels that the quantization needs, or say `dequantize: true`, and compile again",
         )
-    if unquantized := unquantized_tensors(model, deployment.plan, compiled.graph):
+    if unquantized := unquantized_tensors(model, plan, compiled.graph):
         raise RunnerError(
             "dequantized",
             f"transformers left unquantised what the plan counts quantised: {_some(list(unquantized))}",
             "this version of transformers may read the map in another way: please report it",
         )
-    misplaced = misplaced_tensors(
-        model, deployment.plan, compiled.graph, is_quantized=compiled.quantization is not None
-    )
+    misplaced = misplaced_tensors(model, plan, compiled.graph, is_quantized=compiled.quantization is not None)
     if misplaced:
         raise RunnerError(
             "misplaced-tensors",
@@ -336,18 +364,21 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
             + _some([f"{each.tensor} is on {each.found}, planned on {each.planned}" for each in misplaced]),
             "the checkpoint may hold another model than its config says; please report it if not",
         )
-    if misrun := misrun_modules(model, deployment.plan):
+    if misrun := misrun_modules(model, plan):
         raise RunnerError(
             "misplaced-tensors",
             "the loaded model does not run where the plan says: "
             + _some([f"{each.module} runs on {each.found}, planned on {each.planned}" for each in misrun]),
             "this version of transformers or accelerate may dispatch it otherwise; please report it",
         )
-    if misread := misread_tensors(model, deployment.plan, compiled.graph):
+    if misread := misread_tensors(model, plan, compiled.graph):
         raise RunnerError("wrong-checkpoint", f"what is read from disk is not the model's: {_some(misread)}", ANEW)
+    adapted = None
+    if compiled.adapter is not None:
+        adapted = attach(model, deployment.plan, compiled.graph, compiled.adapter, stored)
     if deployment.compiles:
         compile_decoding(model)
-    return model
+    return adapted or model
 
 
 ANEW = "get the checkpoint anew, and empty the offload folder"

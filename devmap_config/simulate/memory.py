@@ -68,6 +68,7 @@ def simulation_of(
                 attention=buildable_attention(model.attention),
                 trust_remote_code=trust_remote_code,
                 repository=model.source.repository,
+                adapter=None if model.adapter is None else model.adapter.config,
             )
     except UnbuildableModelError as error:
         return Simulation(outcome="unsimulated", reason=str(error))
@@ -99,6 +100,7 @@ def _key(plan: Plan, model: LoadedModel) -> str:
         "attention": model.attention,
         "quantization": None if model.quantization is None else model.quantization.to_json(),
         "workload": None if measurement is None else asdict(measurement.workload),
+        "adapter": None if model.adapter is None else model.adapter.config.digest,
         "plan": plan_digest(plan),
         "libraries": library_versions(),
         "code": code_digest("dispatch", "graph", "libraries", "quantization", "simulate"),

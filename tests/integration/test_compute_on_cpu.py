@@ -21,7 +21,10 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch takes no backend written in Python",
 )
-@pytest.mark.parametrize("tests", ["on_simulated_accelerator.py", "media_on_simulated_accelerator.py"])
+@pytest.mark.parametrize(
+    "tests",
+    ["on_simulated_accelerator.py", "media_on_simulated_accelerator.py", "adapters_on_simulated_accelerator.py"],
+)
 def test_on_a_simulated_accelerator(tests):
     """In a process of its own: torch cannot forget a device."""
     path = REPOSITORY / "tests" / "integration" / tests

@@ -1,0 +1,484 @@
+"""Reads an adapter as PEFT saves it: what its config adapts of a model, and what its file must hold for that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import re2
+
+from devmap_config.files import CONFIG, FileError, exists, is_folder, read_json
+from devmap_config.graph.checkpoint import ADAPTER_FILE, CheckpointError, read_header
+from devmap_config.graph.digest import digest
+from devmap_config.graph.model import SAVED, TensorName
+from devmap_config.graph.source import COMMIT, ModelNotFoundError, hub_file, is_hub_id
+from devmap_config.wording import first_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+    from pathlib import Path
+
+    from devmap_config.files import Boundary
+    from devmap_config.graph.checkpoint import Header
+    from devmap_config.graph.model import ModelGraph
+
+CONFIG_FILE = "adapter_config.json"
+
+MOST_NAMES = 100_000
+"""Modules, ranks and layers that a config may name: a list that PEFT writes of every layer has some thousands."""
+
+MOST_RANK = 2**16
+"""More than the width of any layer, beyond which a rank is of no use."""
+
+MOST_TRIES = 2_000_000
+"""So often an expression is tried on the name of a module; each takes a microsecond."""
+
+MOST_BYTES_OF_EXPRESSION = 2**23
+
+PREFIX = "base_model.model."
+"""How the names in an adapter's file begin, before those of the model."""
+
+PICKLE = "adapter_model.bin"
+
+
+class AdapterError(Exception):
+    """An adapter cannot be meant, or does not fit the model; the text says why, `help` what to do."""
+
+    def __init__(self, message: str, help: str) -> None:
+        super().__init__(message)
+        self.help = help
+
+
+MERGE = "merge it into the checkpoint by `merge_and_unload()` of peft, and name that as `model.source`"
+
+Bias = Literal["none", "all", "lora_only"]
+
+BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal")
+"""How LoRA's matrices may have begun, of the ways that leave the model's own weights as they are."""
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT saves whole by the adapter's `task_type`, whether or not the config says so."""
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    }
+)
+"""Keys that change nothing of an adapter that is trained: how it was begun, and what follows from the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an `adapter_config.json` of LoRA says, as far as it decides what is added to a model.
+
+    `targets` and `excluded` are one regular expression, or the ends of names of modules. `ranks` and `alphas` are by
+    expressions too, of which the first that matches counts. `saved` are modules that the adapter brings whole.
+    """
+
+    rank: int = 8
+    alpha: float = 8
+    targets: str | tuple[str, ...] = ()
+    excluded: str | tuple[str, ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    layers: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    bias: Bias = "none"
+    uses_dora: bool = False
+    is_rank_stabilized: bool = False
+    has_lora_bias: bool = False
+    task: str | None = None
+
+    @property
+    def takes_all_linear(self) -> bool:
+        """Whether it adapts all linear modules but the head."""
+        return isinstance(self.targets, str) and self.targets.lower() == "all-linear"
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that it says."""
+        return digest(asdict(self))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter with where its files are: a folder, or the hub's repository at a commit, of which that is a copy."""
+
+    config: AdapterConfig
+    folder: Path
+    repository: tuple[str, str] | None = None
+    within: Boundary | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What LoRA does to one module: two matrices of this rank, whose product is added times `scaling`."""
+
+    rank: int
+    alpha: float
+    scaling: float
+
+
+# -- finding it --------------------------------------------------------------------------------------------------------
+
+
+def find_adapter(source: str, path: Path, revision: str | None, within: Boundary) -> Adapter:
+    """Return the adapter in a folder, or in a repository of the hub at a commit.
+
+    Args:
+        source: what the profile names.
+        path: the folder that it would be.
+        revision: the commit, of a repository.
+        within: what its links, and itself, may not lead out of.
+
+    Raises:
+        AdapterError: where there is none, it is of another kind than LoRA, or cannot be meant.
+    """
+    if exists(path):
+        if not within.holds(path):
+            raise AdapterError(f"`{source}` lies outside of the repository", "keep it there, or pass `--allow-outside`")
+        if not is_folder(path):
+            raise AdapterError(f"`{source}` is no folder", f"name the folder that its `{CONFIG_FILE}` is in")
+        return Adapter(_read(path / CONFIG_FILE, within), path, None, within)
+    if source.startswith(("./", "../", "/")) or not is_hub_id(source):
+        raise AdapterError(f"there is no `{source}`", "paths are relative to the file that writes them")
+    if revision is None or not COMMIT.fullmatch(revision):
+        help = "say which: `adapter: {source: …, revision: …}` with the 40 digits of a commit"
+        raise AdapterError(f"`{source}` is an adapter of the hub, and its commit is not named", help)
+    try:
+        found = hub_file(source, CONFIG_FILE, revision)
+    except ModelNotFoundError as error:
+        raise AdapterError(str(error), error.help or "name an adapter's folder, or the hub id of one") from error
+    return Adapter(_read(found, None), found.parent, (source, revision))
+
+
+def _read(path: Path, within: Boundary | None) -> AdapterConfig:
+    try:
+        value = read_json(path, CONFIG, within)
+    except FileError as error:
+        what = "is not there: it is no adapter of PEFT" if error.is_absent else str(error)
+        raise AdapterError(f"`{path.name}` in `{path.parent.name}` {what}", error.help) from error
+    return parse_config(value)
+
+
+def parse_config(value: object) -> AdapterConfig:
+    """Return what an `adapter_config.json` says, once parsed.
+
+    Raises:
+        AdapterError: where a value is of a wrong type, or means what is not known here; the text says which.
+    """
+    if not isinstance(value, Mapping):
+        raise AdapterError(f"`{CONFIG_FILE}` holds no JSON object", "name an adapter that PEFT saved")
+    if value.get("peft_type") != "LORA":
+        kind = value.get("peft_type")
+        found = f"`{kind[:40]}`" if isinstance(kind, str) else "of no kind that it names"
+        raise AdapterError(f"the adapter is {found}, and LoRA alone is known here (`peft_type`)", MERGE)
+    read = _Reader(value)
+    targets, layers = read.names_or_expression("target_modules"), read.integers("layers_to_transform")
+    if not targets:
+        read.refuse("target_modules", "names no modules", "PEFT writes them there when it saves an adapter")
+    if isinstance(targets, str) and (layers or value.get("layers_pattern")):
+        read.refuse("layers_to_transform", "has no effect beside an expression as `target_modules`", "remove it")
+    bias = value.get("bias", "none")
+    if bias not in ("none", "all", "lora_only"):
+        read.refuse("bias", "is none of `none`, `all` and `lora_only`", "mend it")
+    task = value.get("task_type")
+    config = AdapterConfig(
+        rank=read.rank("r", 8),
+        alpha=read.number("lora_alpha", 8),
+        targets=targets,
+        excluded=read.names_or_expression("exclude_modules"),
+        ranks=read.by_expression("rank_pattern", read.as_rank),
+        alphas=read.by_expression("alpha_pattern", read.as_number),
+        layers=layers,
+        layers_pattern=_as_names(read.names_or_expression("layers_pattern")),
+        saved=_as_names(read.names_or_expression("modules_to_save")),
+        bias=bias,
+        uses_dora=read.flag("use_dora"),
+        is_rank_stabilized=read.flag("use_rslora"),
+        has_lora_bias=read.flag("lora_bias"),
+        task=task if isinstance(task, str) else None,
+    )
+    begun = value.get("init_lora_weights")
+    if not isinstance(begun, (str, bool, type(None))) or begun not in BASE_UNCHANGED:
+        help = f"convert it to plain LoRA when saving it (`path_initial_model_for_weight_conversion`), or {MERGE}"
+        read.refuse("init_lora_weights", "changes the model's own weights while it is loaded", help)
+    read.refuse_others()
+    return config
+
+
+def _as_names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+MEND = "mend it, or save the adapter anew"
+
+
+@dataclass
+class _Reader:
+    """Reads the values of a config, and notes which keys it knows."""
+
+    values: Mapping[str, Any]
+    known: set[str] = field(default_factory=lambda: {"peft_type", "task_type", "bias", "init_lora_weights"})
+
+    def get(self, key: str) -> Any:
+        self.known.add(key)
+        return self.values.get(key)
+
+    def refuse(self, route: str, what: str, help: str = MEND) -> NoReturn:
+        raise AdapterError(f"`{route}` in `{CONFIG_FILE}` {what}", help)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if not isinstance(value, (bool, type(None))):
+            self.refuse(key, "is neither true nor false")
+        return bool(value)
+
+    def rank(self, key: str, default: int) -> int:
+        value = self.get(key)
+        return default if value is None else self.as_rank(key, value)
+
+    def as_rank(self, route: str, value: Any) -> int:
+        if type(value) is not int or not 0 < value <= MOST_RANK:
+            self.refuse(route, f"is no number from 1 to {MOST_RANK:,}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key)
+        return default if value is None else self.as_number(key, value)
+
+    def as_number(self, route: str, value: Any) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 2**31:
+            self.refuse(route, "is no number")
+        return float(value)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        value = self.get(key)
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        self._bound(key, values)
+        for index, each in enumerate(values):
+            if type(each) is not int or each < 0:
+                self.refuse(f"{key}[{index}]" if isinstance(value, list) else key, "is no number of a layer")
+        return tuple(values)
+
+    def names_or_expression(self, key: str) -> str | tuple[str, ...]:
+        value = self.get(key)
+        if value is None or isinstance(value, str):
+            return value or ()
+        if not isinstance(value, list):
+            self.refuse(key, "is neither text nor a list")
+        self._bound(key, value)
+        for index, each in enumerate(value):
+            if not isinstance(each, str) or not each:
+                self.refuse(f"{key}[{index}]", "is not the name of a module")
+        return tuple(sorted(set(value)))
+
+    def by_expression(self, key: str, read: Callable[[str, Any], Any]) -> tuple[tuple[str, Any], ...]:
+        value = self.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, dict):
+            self.refuse(key, "is no mapping")
+        self._bound(key, value)
+        return tuple((pattern, read(f"{key}.{pattern[:80]}", each)) for pattern, each in value.items())
+
+    def _bound(self, key: str, values: Collection[Any]) -> None:
+        if len(values) > MOST_NAMES:
+            self.refuse(key, f"has more than {MOST_NAMES:,} entries", "name fewer, by an expression")
+
+    def refuse_others(self) -> None:
+        for key, value in self.values.items():
+            if key not in self.known and key not in WITHOUT_EFFECT and value:
+                self.refuse(key[:80], "is not known here, and may add to the model", MERGE)
+
+
+# -- what it adapts ----------------------------------------------------------------------------------------------------
+
+
+def changes_of(config: AdapterConfig, paths: Collection[str], linear: Collection[str]) -> dict[str, Change]:
+    """Return by path which modules LoRA changes, and how: as PEFT chooses them.
+
+    Args:
+        config: the adapter's.
+        paths: those of all modules.
+        linear: those of the modules that `all-linear` means.
+
+    Raises:
+        AdapterError: where an expression cannot be read, or none is adapted.
+    """
+    matching = _Matching(config, frozenset(linear))
+    changes = {path: matching.change(path) for path in paths if path and matching.is_adapted(path)}
+    if not changes:
+        raise AdapterError(
+            "no module of this model is adapted (`target_modules`)", "name the model that it was trained on"
+        )
+    return changes
+
+
+def saved_modules(config: AdapterConfig, paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules that the adapter brings whole, in place of the model's own."""
+    names = (*config.saved, *HEADS.get(config.task or "", ()))
+    return tuple(path for path in paths if path and path.endswith(names)) if names else ()
+
+
+class _Matching:
+    """Which modules a config means; expressions are read by an engine that takes no longer than their length."""
+
+    def __init__(self, config: AdapterConfig, linear: frozenset[str]) -> None:
+        self.config = config
+        self.linear = linear
+        self.tries = 0
+        self.targets = self._ends_or_expression("target_modules", config.targets)
+        self.excluded = self._ends_or_expression("exclude_modules", config.excluded)
+        self.ranks = [(self._keyed("rank_pattern", key), rank) for key, rank in config.ranks]
+        self.alphas = [(self._keyed("alpha_pattern", key), alpha) for key, alpha in config.alphas]
+        patterns = [rf"(?:.*?\.)?{each}" for each in config.layers_pattern] or [r".*?\.[^.]*"]
+        self.layers = [self._compiled("layers_pattern", rf"{each}\.(\d+)\.") for each in patterns]
+        saved = (*config.saved, *HEADS.get(config.task or "", ()))
+        self.saved = [re2.escape(name) for name in saved]
+        self.within_saved = self._compiled("modules_to_save", rf"(?:.*\.)?(?:{'|'.join(self.saved)})(?:\..*)?")
+
+    def _ends_or_expression(self, key: str, value: str | tuple[str, ...]) -> Any:
+        is_expression = isinstance(value, str) and not (key == "target_modules" and self.config.takes_all_linear)
+        return self._compiled(key, value) if is_expression else frozenset(value)
+
+    def _keyed(self, key: str, pattern: str) -> Any:
+        return self._compiled(f"{key}.{pattern[:80]}", rf"(?:.*\.)?(?:{pattern})")
+
+    def _compiled(self, route: str, expression: Any) -> Any:
+        options = re2.Options()
+        options.log_errors = False
+        options.max_mem = MOST_BYTES_OF_EXPRESSION
+        try:
+            return re2.compile(expression, options)
+        except re2.error as error:
+            reason = error.args[0] if error.args else ""
+            reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
+            raise AdapterError(
+                f"`{route}` in `{CONFIG_FILE}` cannot be read: {reason[:120]}",
+                "expressions are RE2's, without lookaround and back-references: name the modules in a list instead",
+            ) from None
+
+    def _tried(self, expression: Any, path: str) -> Any:
+        self.tries += 1
+        if self.tries > MOST_TRIES:
+            help = "name fewer modules and ranks, by one expression for those that are alike"
+            raise AdapterError(f"`{CONFIG_FILE}` has more expressions than can be tried on this model", help)
+        return expression.fullmatch(path)
+
+    def _named(self, means: Any, path: str) -> bool:
+        if not isinstance(means, frozenset):
+            return self._tried(means, path) is not None
+        segments = path.split(".")
+        return any(".".join(segments[start:]) in means for start in range(len(segments))) if means else False
+
+    def is_adapted(self, path: str) -> bool:
+        if self._named(self.excluded, path) or (self.saved and self._tried(self.within_saved, path)):
+            return False
+        if self.config.takes_all_linear:
+            return path in self.linear
+        return self._named(self.targets, path) and self._is_in_layers(path)
+
+    def _is_in_layers(self, path: str) -> bool:
+        if not self.config.layers:
+            return True
+        for expression in self.layers:
+            self.tries += 1
+            if (found := expression.match(path)) is not None:
+                return int(found.group(1)) in self.config.layers
+        return False
+
+    def change(self, path: str) -> Change:
+        config = self.config
+        rank = next((rank for each, rank in self.ranks if self._tried(each, path)), config.rank)
+        alpha = next((alpha for each, alpha in self.alphas if self._tried(each, path)), config.alpha)
+        return Change(rank, alpha, alpha / (math.sqrt(rank) if config.is_rank_stabilized else rank))
+
+
+# -- what its file holds -----------------------------------------------------------------------------------------------
+
+IN_FILE = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_B_bias": ".lora_B.bias"}
+"""How an adapter's file calls what a graph calls so; other names are the same, and what is saved has the module's."""
+
+
+def name_in_file(name: TensorName) -> str:
+    """Return how an adapter's file calls a tensor that it adds to a model."""
+    module, _, own = name.rpartition(".")
+    return f"{PREFIX}{module}{IN_FILE.get(own, f'.{own.removeprefix(SAVED)}')}"
+
+
+def stored_names(adapter: Adapter, graph: ModelGraph, *, must_be_there: bool) -> dict[str, str]:
+    """Return for each tensor that the adapter brings, by the graph's name, the name that its file has for it.
+
+    These are what it adds to the model, and biases of the model's own that it replaces.
+
+    Args:
+        adapter: the adapter.
+        graph: the model's, with what the adapter adds.
+        must_be_there: whether there must be a file; else nothing is told where there is none.
+
+    Raises:
+        AdapterError: where the file does not hold what its config says.
+    """
+    header = _header(adapter, must_be_there=must_be_there)
+    if header is None:
+        return {}
+    left = dict(header)
+    names: dict[str, str] = {}
+    for name in graph.adapter_tensors:
+        wanted, shape = name_in_file(name), graph.tensors[name].shape
+        stored = wanted if wanted in left else f"{wanted}.weight"
+        if stored not in left:
+            raise _misfit(f"lacks `{wanted}`")
+        if (found := left.pop(stored)[1]) != shape:
+            raise _misfit(f"has `{stored}` as {list(found)}, and the model takes {list(shape)}")
+        names[str(name)] = stored
+    for stored in [each for each in left if adapter.config.bias != "none" and each.endswith(".bias")]:
+        replaced = TensorName(stored.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if replaced in graph.tensors and left[stored][1] == graph.tensors[replaced].shape:
+            names[str(replaced)] = stored
+            del left[stored]
+    if left:
+        found_names = first_of([f"`{each}`" for each in left])
+        raise _misfit(f"holds what is nowhere in the adapted model: {found_names}")
+    return names
+
+
+def _misfit(what: str) -> AdapterError:
+    return AdapterError(f"`{ADAPTER_FILE}` {what}", "name the model that the adapter was trained on, as it was then")
+
+
+def _header(adapter: Adapter, *, must_be_there: bool) -> Header | None:
+    path = adapter.folder / ADAPTER_FILE
+    try:
+        if not exists(path):
+            if exists(adapter.folder / PICKLE):
+                help = "save it anew with `save_pretrained`, if you trust it"
+                raise AdapterError(f"`{PICKLE}` is a pickle: loading it may run any code", help)
+            if must_be_there:
+                raise AdapterError(f"there is no `{ADAPTER_FILE}` in `{adapter.folder.name}`", "put it there")
+            return None
+        return read_header(path, adapter.within)
+    except CheckpointError as error:
+        raise AdapterError(str(error), error.help) from error

@@ -1,0 +1,187 @@
+"""Gives a model that is loaded its adapter, by PEFT, and sees that what it adds is where the plan says."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.graph.adapter import AdapterError, changes_of, saved_modules, stored_names
+from devmap_config.graph.checkpoint import ADAPTER_FILE
+from devmap_config.graph.model import LORA, SAVED, TensorName
+from devmap_config.graph.source import ModelNotFoundError, hub_file
+from devmap_config.libraries.accelerate import hooks_of
+from devmap_config.libraries.torch import own_parameters
+from devmap_config.runner.loading import RunnerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.adapter import Adapter
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.plan.plan import Plan
+
+NAME = "default"
+"""What PEFT calls an adapter that has no name of its own."""
+
+SPREAD = 0.02
+"""The standard deviation of an adapter's weights where they are random."""
+
+IN_PEFT = {
+    "lora_A": (f"lora_A.{NAME}", "weight"),
+    "lora_B": (f"lora_B.{NAME}", "weight"),
+    "lora_B_bias": (f"lora_B.{NAME}", "bias"),
+    "lora_embedding_A": ("lora_embedding_A", NAME),
+    "lora_embedding_B": ("lora_embedding_B", NAME),
+    "lora_magnitude_vector": (f"lora_magnitude_vector.{NAME}", "weight"),
+}
+"""In which part of an adapted module PEFT holds a tensor, and how it calls it there."""
+
+
+def require_peft() -> Any:
+    """Return PEFT.
+
+    Raises:
+        RunnerError: where it is not installed.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError:
+        help = "run `pip install 'devmap-config[adapters]'`, or `pip install peft`"
+        raise RunnerError("peft-missing", "loading an adapter needs peft, which is not installed", help) from None
+    return peft
+
+
+def stored_adapter(adapter: Adapter, graph: ModelGraph) -> dict[str, str]:
+    """Return for each tensor that an adapter brings its name in the adapter's file, which is fetched if need be.
+
+    Raises:
+        RunnerError: where there is no file, or it does not hold what the adapter's config says.
+    """
+    try:
+        if adapter.repository is not None:
+            hub_file(adapter.repository[0], ADAPTER_FILE, adapter.repository[1])
+        return stored_names(adapter, graph, must_be_there=True)
+    except (AdapterError, ModelNotFoundError) as error:
+        raise RunnerError("bad-adapter", str(error), error.help) from error
+
+
+def attach(
+    model: PreTrainedModel, plan: Plan, graph: ModelGraph, adapter: Adapter, stored: Mapping[str, str] | None
+) -> Any:
+    """Return PEFT's model around one that is loaded and placed: that has the adapter within, where the plan says.
+
+    PEFT's own `from_pretrained` would take off the hooks of a model of which something is on the CPU or the disk, and
+    place it anew. So it makes its modules alone, without weights; these are given them here.
+
+    Args:
+        model: the loaded model, whose modules are replaced by PEFT's.
+        plan: where everything is.
+        graph: the model's, with what the adapter adds.
+        adapter: the adapter.
+        stored: the names of what it brings in its file; without, its weights are random.
+
+    Raises:
+        RunnerError: where PEFT is missing, or adds something else than is planned.
+    """
+    import torch
+
+    peft = require_peft()
+    before = list(model.parameters())
+    config = _config(model, adapter, peft)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of which PEFT asks
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    names = tuple(map(TensorName, graph.adapter_tensors if stored is None else stored))
+    read, added = _reader(adapter, stored), frozenset(graph.adapter_tensors)
+    for name in names:
+        tensor = graph.tensors[name]
+        module, own = _place_of(model, name)
+        home = plan.executor.residence(tensor, plan.locations[name]) if name in added else None
+        device = torch.device(str(home)) if home is not None else getattr(module, own).device
+        value = read(name, tensor.shape).to(device=device, dtype=getattr(torch, tensor.dtype))
+        own_parameters(module)[own] = torch.nn.Parameter(value, requires_grad=False)
+    _require_no_more(model, before, len(names))
+    _bring_to_modules(model, plan, graph)
+    adapted.eval()
+    return adapted
+
+
+def _config(model: PreTrainedModel, adapter: Adapter, peft: Any) -> Any:
+    """The adapter's config, with names of modules in place of expressions: PEFT would let these run away."""
+    from re import escape
+
+    from devmap_config.graph.adapted import all_linear
+
+    config = adapter.config
+    paths = [path for path, _ in model.named_modules()]
+    changes = changes_of(config, paths, all_linear(model, config))
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(changes),
+        rank_pattern={escape(path): each.rank for path, each in changes.items() if each.rank != config.rank},
+        alpha_pattern={escape(path): each.alpha for path, each in changes.items() if each.alpha != config.alpha},
+        modules_to_save=list(saved_modules(config, paths)) or None,
+        use_dora=config.uses_dora,
+        use_rslora=config.is_rank_stabilized,
+        lora_bias=config.has_lora_bias,
+        bias=config.bias,
+        task_type=config.task,
+        inference_mode=True,
+    )
+
+
+def _reader(adapter: Adapter, stored: Mapping[str, str] | None) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """Return what gives the values of a tensor, by its name in the graph and its shape."""
+    import torch
+    from safetensors.torch import load_file
+
+    if stored is None:
+        generator = torch.Generator().manual_seed(0)
+        return lambda _name, shape: torch.randn(shape, generator=generator).mul_(SPREAD)
+    tensors = load_file(adapter.folder / ADAPTER_FILE)  # maps the file
+    return lambda name, _shape: tensors[stored[name]]
+
+
+def _place_of(model: PreTrainedModel, name: str) -> tuple[torch.nn.Module, str]:
+    """Return the module of PEFT's that holds a tensor, and what it is called there."""
+    path, _, own = name.rpartition(".")
+    module: torch.nn.Module = model
+    for segment in path.split("."):
+        module = module.get_submodule(segment)
+        if own.startswith(SAVED) and "modules_to_save" in dict(module.named_children()):
+            module = module.get_submodule(f"modules_to_save.{NAME}")
+    if own in LORA:
+        part, own = IN_PEFT[own]
+        return module.get_submodule(part), own
+    if not own.startswith(SAVED) and "base_layer" in dict(module.named_children()):
+        module = module.get_submodule("base_layer")
+    return module, own.removeprefix(SAVED)
+
+
+def _require_no_more(model: PreTrainedModel, before: list[torch.nn.Parameter], count: int) -> None:
+    known = set(map(id, before))
+    added = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+    if len(added) != count:
+        raise RunnerError(
+            "misplaced-tensors",
+            f"PEFT adds {len(added):,} tensors to the model, and {count:,} are planned: {', '.join(added[:3])}",
+            "this version of PEFT may read the adapter's config in another way: please report it",
+        )
+
+
+def _bring_to_modules(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> None:
+    """Have an adapted module that is placed by itself given its input where it runs, as what it was made of is."""
+    import torch
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    runs_on = {each.unit: each.location.runs_on for each in plan.assignments}
+    for path in [module.path for module in graph.adapted_modules if module.path in runs_on]:
+        module = model.get_submodule(path)
+        if "base_layer" in dict(module.named_children()) and hooks_of(module.get_submodule("base_layer")):
+            is_brought_back = path in plan.computed_on_cpu
+            device = torch.device(str(runs_on[path]))
+            add_hook_to_module(module, AlignDevicesHook(device, io_same_device=is_brought_back))

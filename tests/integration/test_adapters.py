@@ -1,0 +1,214 @@
+"""A profile with an adapter: compiled, locked, loaded by PEFT and verified, on a CPU and a disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LLAMA, REPOSITORY, devmap
+from small_adapters import KINDS, save_adapter
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from devmap_config import compile_profile, load_model
+from devmap_config.cli.check import check
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.run import run as run_model
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.checkpoint import read_header
+from devmap_config.runner.loading import RunnerError
+
+TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
+
+IN_MEMORY = "{hardware: {devices: {cpu: {memory: 1GiB}}}}"
+PARTLY_ON_DISK = """{
+  hardware: {devices: {cpu: {memory: 1GiB}, disk: {memory: 1GiB}}},
+  placement: {pins: [{match: "model.layers.[2-5]", device: disk}], offload: {folder: offload}}
+}"""
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(".git").mkdir()
+    own = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype", "model_type")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", attention_bias=True, mlp_bias=True, **own))
+    model.to(torch.bfloat16).save_pretrained("random")
+    return tmp_path
+
+
+def adapted(**arguments):
+    """PEFT's model around the plain one, whose adapter is saved as well."""
+    return save_adapter(AutoModelForCausalLM.from_pretrained("random"), **arguments)
+
+
+def write_profile(machine, *, model="", workload="context_length: 64"):
+    Path("machine.yaml").write_text(machine)
+    Path("profile.yaml").write_text(
+        f"version: 1\nextends: [machine.yaml]\nmodel: {{source: random, adapter: adapter{model}}}\n"
+        f"workload: {{{workload}}}\n"
+    )
+
+
+def compiled():
+    return compile_command.main(["profile.yaml", "-q"], standalone_mode=False)
+
+
+@torch.no_grad()
+def assert_same(model, plain):
+    assert torch.equal(model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits)
+    written = {"input_ids": TOKENS, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**written), plain.generate(**written))
+
+
+@pytest.mark.parametrize("machine", [IN_MEMORY, PARTLY_ON_DISK], ids=["in memory", "partly on disk"])
+@pytest.mark.parametrize("kind", ["all linear", "an embedding", "the head", "ranks by name", "rank-stabilised"])
+def test_it_says_what_pefts_model_says(kind, machine):
+    plain = adapted(**KINDS[kind])
+    write_profile(machine)
+    assert compiled() == 0
+    assert_same(load_model("profile.yaml"), plain)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "a module whole", "with biases", "with a bias of its own"])
+def test_what_reads_or_replaces_the_models_own_weights_works_where_these_are(kind):
+    plain = adapted(**KINDS[kind])
+    write_profile(IN_MEMORY)
+    assert compiled() == 0
+    assert_same(load_model("profile.yaml"), plain)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "a module whole", "with biases"])
+def test_and_is_refused_where_they_are_away(kind):
+    adapted(**KINDS[kind])
+    write_profile(PARTLY_ON_DISK.replace("model.layers.[2-5]", "{model.layers.[2-5],model.norm,lm_head}"))
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert (finding.code, finding.span.line) == ("unfit-adapter", 3)
+    assert "`{match: " in finding.help
+
+
+def test_what_it_adds_is_counted_and_stays_in_memory():
+    adapted(target_modules="all-linear")
+    write_profile(PARTLY_ON_DISK)
+    held_bytes = {use.id.kind: use.weights_bytes for use in compile_profile("profile.yaml").devices}
+    Path("profile.yaml").write_text(Path("profile.yaml").read_text().replace(", adapter: adapter", ""))
+    before = {use.id.kind: use.weights_bytes for use in compile_profile("profile.yaml").devices}
+    saved = read_header(Path("adapter/adapter_model.safetensors"))
+    assert held_bytes["cpu"] - before["cpu"] == sum(end - start for _, _, start, end in saved.values())
+    assert held_bytes["disk"] == before["disk"]
+
+
+def test_the_lock_is_of_its_config(capsys):
+    adapted(target_modules=["q_proj"])
+    write_profile(IN_MEMORY)
+    assert compiled() == 0
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.5}))
+    assert devmap("check", "profile.yaml") == 0
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert devmap("check", "profile.yaml") == 3
+    assert "the adapter's config changed" in capsys.readouterr().err
+
+
+def test_it_compiles_without_peft_and_says_that_loading_needs_it(monkeypatch):
+    adapted(target_modules=["q_proj"])
+    write_profile(IN_MEMORY)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert compiled() == 0
+    with pytest.raises(RunnerError, match="loading an adapter needs peft") as caught:
+        load_model("profile.yaml")
+    assert caught.value.code == "peft-missing"
+
+
+def test_a_file_that_is_not_what_its_config_says_is_refused_when_compiling_and_when_loading():
+    adapted(target_modules=["q_proj"])
+    write_profile(IN_MEMORY)
+    assert compiled() == 0
+    file = Path("adapter/adapter_model.safetensors")
+    right = file.read_bytes()
+    adapted(target_modules=["q_proj"], r=4)
+    other = file.read_bytes()
+    adapted(target_modules=["q_proj"])
+    for wrong, told in ((other, "has `base_model.* as .* and the model takes"), (right[:-1], "is cut off"), (None, "")):
+        file.unlink() if wrong is None else file.write_bytes(wrong)
+        found = run_pipeline(Request(path=Path("profile.yaml"), checks_checkpoint=True)).diagnostics
+        assert [each.code for each in found] == ([] if wrong is None else ["bad-adapter"])
+        with pytest.raises(RunnerError, match=told or "there is no `adapter_model.safetensors`") as caught:
+            load_model("profile.yaml")
+        assert caught.value.code == "bad-adapter"
+
+
+def test_run_shows_what_it_says_and_tries_it_without_weights():
+    adapted(target_modules="all-linear")
+    write_profile(PARTLY_ON_DISK)
+    assert compiled() == 0
+    done = CliRunner().invoke(run_model, ["profile.yaml", "--random-weights"])
+    assert done.exit_code == 0, done.output
+    assert "loaded random weights" in done.output
+
+
+def test_the_one_that_ships_says_its_sentence():
+    arguments = [str(REPOSITORY / "profiles/quickstart-lora.yaml"), "--prompt", "An adapter", "--max-new-tokens", "48"]
+    done = CliRunner().invoke(run_model, [*arguments, "--no-probe"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == (
+        "An adapter is a few small matrices beside the large ones, and it is wherever they run."
+    )
+    assert "from the checkpoint and the adapter" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ("missing/folder/of-three", "there is no `missing/folder/of-three`"),
+        ("random", "`adapter_config.json` in `random` is not there"),
+        ("random/config.json", "`random/config.json` is no folder"),
+        ("../elsewhere", "`../elsewhere` lies outside of the repository"),
+        ("someone/lora", "its commit is not named"),
+        (f"{{source: someone/lora, revision: {'0' * 40}}}", "is not to be had from the hub"),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_told(adapter, told, workspace):
+    (workspace.parent / "elsewhere").mkdir(exist_ok=True)
+    write_profile(IN_MEMORY)
+    Path("profile.yaml").write_text(Path("profile.yaml").read_text().replace("adapter: adapter", f"adapter: {adapter}"))
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert (finding.code, finding.span.line) == ("bad-adapter", 3)
+    assert told in finding.message
+    assert finding.help
+
+
+def test_a_link_out_of_the_repository_is_not_followed(workspace):
+    adapted(target_modules=["q_proj"])
+    config = Path("adapter/adapter_config.json")
+    (workspace.parent / "secret.json").write_bytes(config.read_bytes())
+    config.unlink()
+    config.symlink_to(workspace.parent / "secret.json")
+    write_profile(IN_MEMORY)
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert "leads out of the repository" in finding.message
+
+
+def test_a_rule_for_what_it_adds_alone_is_refused():
+    adapted(target_modules=["q_proj"])
+    write_profile(
+        "{hardware: {devices: {cuda:0: {memory: 1GiB}, cuda:1: {memory: 1GiB}}}, placement: {pins: ["
+        '{match: "model.layers.0", device: 0}, {match: "model.layers.0.self_attn.q_proj.lora_A", device: 1}]}}'
+    )
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert finding.code == "conflicting-pins"
+    assert "what an adapter adds is where its module is" in finding.message
+
+
+def test_a_graph_that_is_kept_beside_is_of_the_adapter_too():
+    adapted(target_modules=["q_proj"])
+    write_profile(IN_MEMORY)
+    assert devmap("compile", "profile.yaml", "--vendor", "-q") == 0
+    assert CliRunner().invoke(check, ["profile.yaml"]).exit_code == 0
+    adapted(target_modules=["v_proj", "q_proj"])
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert (finding.code, "is of another adapter: it is made anew" in finding.message) == ("stale-graph", True)
