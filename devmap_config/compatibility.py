@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import CPU
+from devmap_config.files import exists
 from devmap_config.graph.adapter import AdapterError, stored_names
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import SAVED, TensorName
+from devmap_config.graph.source import COMMIT, is_hub_id
 from devmap_config.libraries.private import LibraryChangedError
 
 if TYPE_CHECKING:
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.prepared import Prepared
     from devmap_config.profile.permissions import Permissions
+    from devmap_config.profile.schema import Assistant
 
 
 def check_dtype(prepared: Prepared, sink: Sink) -> None:
@@ -129,6 +133,46 @@ def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared
             " checkpoint by `merge_and_unload()` of peft",
         )
         return
+
+
+def check_source_of_assistant(assistant: Assistant, sink: Sink) -> bool:
+    """Return whether a draft model is named so that it stays the same; else report it."""
+    source = assistant.source
+    if exists(source.path) or not is_hub_id(source.value) or COMMIT.fullmatch(assistant.revision or ""):
+        return True
+    sink.error(
+        "unfit-assistant",
+        f"`{source.value}` is a draft model of the hub, and its commit is not named",
+        source.span,
+        help="say which: `assistant: {source: …, revision: …}` with the 40 digits of a commit",
+    )
+    return False
+
+
+def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
+    """Report a workload that cannot be generated with a draft model, and one that speaks another language."""
+    profile = prepared.loaded.profile
+    workload, assistant = profile.workload, profile.model.assistant
+    mine, its = (_vocabulary(model.source.config) for model in (prepared.model, draft))
+    problems = {
+        "transformers takes a draft model for one sequence at a time": workload.batch_size > 1,
+        "transformers takes no draft model beside a static cache": workload.cache == "static",
+        f"its vocabulary has {its} words, and the model's {mine}": None not in (mine, its) and mine != its,
+        "it proposes tokens, and this model writes none": not prepared.graph.decodes,
+        "how far the context goes beside the draft's cache is not compared": prepared.strategy == "longest-context",
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            help = "leave `assistant` out, or change what is said there"
+            span = None if assistant is None else assistant.span
+            sink.error("unfit-assistant", f"no draft model here: {problem}", span, help=help)
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many words a model knows, by its config."""
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("vocab_size", config.get("vocab_size"))
+    return found if isinstance(found, int) else None
 
 
 def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -> Prepared:

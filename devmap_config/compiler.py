@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from devmap_config.compatibility import check_adapter, check_checkpoint, check_compute_dtype, check_dtype
+from devmap_config.compatibility import (
+    check_adapter,
+    check_assistant,
+    check_checkpoint,
+    check_compute_dtype,
+    check_dtype,
+    check_source_of_assistant,
+)
 from devmap_config.diagnostics.diagnostic import ProfileError, Sink, TooManyErrorsError
 from devmap_config.diagnostics.overheard import passing_on
 from devmap_config.graph.failures import failure_of
@@ -19,11 +26,11 @@ from devmap_config.placement.constraints import build_problem
 from devmap_config.plan.drift import Drift, Held, report_moved_figures, reuse_locked_plan
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
-from devmap_config.plan.planner import Planner, accepted
+from devmap_config.plan.planner import Planner, accepted, draft_of
 from devmap_config.plan.review import review
 from devmap_config.prepared import Prepared
 from devmap_config.profile.document import whole_file
-from devmap_config.profile.loading import load_profile, on_other_hardware
+from devmap_config.profile.loading import load_profile, of_assistant, on_other_hardware
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.rules.resolution import resolve
@@ -106,6 +113,8 @@ class Compiled(Prepared):
     verdicts: Mapping[str, Verdict]
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]
+    assistant: Compiled | None = None
+    """The draft model's profile with its plan, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +220,10 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
         previous = request.lock if request.keeps_plan else None
         planner = Planner(prepared, sink, prepare if request.advises else None, previous)
         rehearsal = _place(planner, request, sink)
-    return _result(prepared, inputs, rehearsal, sink), reused if isinstance(reused, Drift) else None
+    result = _result(prepared, inputs, rehearsal, sink)
+    if isinstance(result, Compiled) and prepared.draft is not None:
+        result = replace(result, assistant=_compiled_assistant(request.lookup, prepared.loaded, Sink()))
+    return result, reused if isinstance(reused, Drift) else None
 
 
 def _load(request: Request, sink: Sink) -> LoadedProfile | None:
@@ -242,7 +254,29 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     prepared = Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
     check_dtype(prepared, sink)
     check_compute_dtype(prepared, sink)
-    return prepared
+    if loaded.profile.model.assistant is None:
+        return prepared
+    assistant = _compiled_assistant(lookup, loaded, sink)
+    if assistant is None:
+        return None
+    check_assistant(prepared, assistant.model, sink)
+    return replace(prepared, draft=draft_of(assistant.plan, assistant.model, assistant.inputs.graph))
+
+
+def _compiled_assistant(lookup: Lookup, loaded: LoadedProfile, sink: Sink) -> Compiled | None:
+    """Compile the draft model by itself, whole on its device; what is wrong is reported as being of it."""
+    assistant = loaded.profile.model.assistant
+    if assistant is None or not check_source_of_assistant(assistant, sink):
+        return None
+    of_draft = Sink()
+    lookup = replace(lookup, resolved=None, must_ask=False, use_vendored=False)
+    prepared = _prepare(lookup, of_assistant(loaded, assistant), None, of_draft)
+    plan = None if prepared is None else Planner(prepared, of_draft, None).plan()
+    sink.report_all(replace(each, message=f"of the draft model: {each.message}") for each in of_draft.diagnostics)
+    if prepared is None or plan is None:
+        return None
+    result = _result(prepared, inputs_of(prepared), Rehearsal(plan), Sink())
+    return result if isinstance(result, Compiled) else None
 
 
 def _place(planner: Planner, request: Request, sink: Sink) -> Rehearsal:

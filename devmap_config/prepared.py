@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import CPU
 
@@ -18,14 +18,44 @@ if TYPE_CHECKING:
     from devmap_config.rules.resolution import Resolution
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What a draft model takes, which is whole on one device.
+
+    Its weights and its cache are there beside the model's. The two take turns, so that of their activations only the
+    larger are. `digest` is of what it is made from.
+    """
+
+    class_name: str
+    dtype: str
+    device: Device
+    weights_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+    decode_nanoseconds_per_token: int | None
+    digest: str
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds all the time."""
+        return self.weights_bytes + self.kv_cache_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a lock."""
+        figures = asdict(self)
+        del figures["digest"]
+        return {**figures, "device": str(self.device)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the stages before placing made of a profile."""
+    """What the stages before placing made of a profile; `draft` is what a draft model takes beside its model."""
 
     loaded: LoadedProfile
     inventory: Inventory
     model: LoadedModel
     resolution: Resolution
+    draft: Draft | None = None
 
     @property
     def strategy(self) -> str:
@@ -55,5 +85,8 @@ class Prepared:
 
     @property
     def capacities(self) -> Mapping[Device, int]:
-        """The bytes that each device has, in the order in which devices are filled."""
-        return self.inventory.capacities
+        """The bytes that each device has for the model, in the order in which devices are filled."""
+        capacities = dict(self.inventory.capacities)
+        if self.draft is not None:
+            capacities[self.draft.device] -= self.draft.held_bytes
+        return capacities

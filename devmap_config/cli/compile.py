@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,6 +33,7 @@ def compile_command(
     dry_run: bool,
 ) -> None:
     """Compile PROFILE: validate it, place its model, print the plan and write its lock."""
+    from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.locking import lock_to_replace, write_results
     from devmap_config.cli.plan_table import plan_lines
     from devmap_config.cli.reporting import echo, print_json, print_lines
@@ -63,7 +63,7 @@ def compile_command(
     if device_map is not None:
         print_json(device_map)
     elif options.shows_tables:
-        print_lines(partial(plan_lines, compiled))
+        print_lines(lambda width: (*plan_lines(compiled, width), *companion_lines(compiled)))
     if written and options.shows_tables:
         used = compiled.loaded.overrides
         again = ", ".join(f"{name}={used[name]}" for name in used if name not in options.variables)

@@ -12,7 +12,7 @@ from devmap_config.amounts import counted, format_bytes
 from devmap_config.cli.command import ProfileOptions, profile_command
 from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import EscapedStream, echo
-from devmap_config.cli.running import facts, failures_told, loaded, randomly_weighted, summary, to_tell
+from devmap_config.cli.running import assisted, facts, failures_told, loaded, randomly_weighted, summary, to_tell
 from devmap_config.devices import CPU
 from devmap_config.files import is_folder
 from devmap_config.wording import is_unicode
@@ -95,7 +95,7 @@ def run(
     if options.shows_tables:
         echo(f"{summary(deployment)}; it took {load.seconds:.1f} s", err=True)
     if shows is not None:
-        with failures_told(profile, sink, options), passing_on(sink):
+        with failures_told(profile, sink, options), passing_on(sink), assisted(model, deployment):
             writes = options.output_format == "table" and not random_weights
             outcome = _shown(replace(shows, sink=sink), model, given, writes=writes)
     figures = _figures(outcome, deployment, load.seconds)

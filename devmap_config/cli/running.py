@@ -98,6 +98,18 @@ def failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterato
         raise CommandError(to_tell(sink, options), exit_code=exit_code, data=data) from None
 
 
+@contextmanager
+def assisted(model: Any, deployment: Deployment) -> Iterator[None]:
+    """Load the draft model that a profile names, if it does, and have the model generate with it within."""
+    from devmap_config.runner.runner import load_draft, with_draft
+
+    with_draft(model, load_draft(deployment))
+    try:
+        yield
+    finally:
+        vars(model).pop("generate", None)
+
+
 def to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
     """Return what is left to be told: on a terminal, all but what was said in a line of its own."""
     return sink if options.output_format == "json" else [each for each in sink if each.code != "never-on-cards"]

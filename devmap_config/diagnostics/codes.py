@@ -78,6 +78,7 @@ AlwaysError = Literal[
     "torch-missing",
     "undefined-variable",
     "unfit-adapter",
+    "unfit-assistant",
     "unfit-input",
     "unfit-receipts",
     "unknown-accelerator",

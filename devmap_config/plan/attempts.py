@@ -90,7 +90,9 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
         for name, device in placed.placement.items()
     }
     units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
-    plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=problem.executor)
+    plan = assemble(
+        graph, units, prepared.capacities, strategy=strategy, executor=problem.executor, draft=prepared.draft
+    )
     bound = placed.bound_nanoseconds if prepared.proves_bound else None
     plan = replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
     budgets = placed.budgets
@@ -144,4 +146,7 @@ def _lowered_for_loading(
         if use.id in capacities and use.id != DISK and missing_bytes > 0:
             unused_bytes = max(capacities[use.id] - (use.capacity_bytes - use.free_bytes), 0)
             lowered_bytes[use.id] = max(unused_bytes + missing_bytes, 2 * before.get(use.id, 0))
+    if plan.draft is not None and plan.draft_missing_bytes:
+        device = plan.draft.device
+        lowered_bytes[device] = max(plan.draft_missing_bytes + lowered_bytes.get(device, 0), 2 * before.get(device, 0))
     return lowered_bytes

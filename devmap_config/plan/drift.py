@@ -169,7 +169,9 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
     executor = replace(executor, offload_buffers=lock.plan.get("offload_buffers", executor.offload_buffers))
     if executor not in executors:
         raise LockError(f"`offload_buffers` is {_shown(executor.offload_buffers)}, which its profile rules out")
-    plan = assemble(graph, units, prepared.capacities, strategy=prepared.strategy, executor=executor)
+    plan = assemble(
+        graph, units, prepared.capacities, strategy=prepared.strategy, executor=executor, draft=prepared.draft
+    )
     for each in plan.assignments:
         stored_on, runs_on = each.location.stored_on, each.location.runs_on
         if not plan.executor.can_run(each.location, plan.main_device):

@@ -34,6 +34,7 @@ def inputs_of(prepared: Prepared) -> Inputs:
         commit=model.source.commit,
         checkpoint=model.source.checkpoint_digest,
         adapter=None if model.adapter is None else model.adapter.config.digest,
+        assistant=None if prepared.draft is None else prepared.draft.digest,
         values={
             "config": values_of(model.source.counted_config),
             "hardware": values_of_hardware(inventory),

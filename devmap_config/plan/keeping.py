@@ -126,7 +126,9 @@ class _Search:
         graph = self.prepared.graph
         units = fold(graph, {name: homes[name] for name in graph.tensors})
         capacities = self.prepared.capacities
-        return assemble(graph, units, capacities, strategy=self.new.strategy, executor=self.new.executor)
+        return assemble(
+            graph, units, capacities, strategy=self.new.strategy, executor=self.new.executor, draft=self.new.draft
+        )
 
 
 def _is_as_good(earlier: Plan, new: Plan) -> bool:

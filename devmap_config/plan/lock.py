@@ -43,7 +43,7 @@ class Inputs:
     """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
 
     `checkpoint` is of what the headers of the checkpoint say; `None` where it was not at hand. `adapter` is of what the
-    config of an adapter says.
+    config of an adapter says, `assistant` of what a draft model is made from.
 
     `graph` is the module tree, `measurement` what running it was measured to take: versions of transformers differ in
     the latter more often than in the former. It is `None` where the two are one digest, as in early locks. `values` are
@@ -58,12 +58,13 @@ class Inputs:
     commit: str | None = None
     checkpoint: str | None = None
     adapter: str | None = None
+    assistant: str | None = None
     values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
-        """The digests as they stand in the lock, which does not speak of an adapter where there is none."""
+        """The digests as they stand in the lock: of an adapter and a draft model only where there are any."""
         digests = {name: getattr(self, name) for name in INPUT_NAMES}
-        return {name: each for name, each in digests.items() if each is not None or name != "adapter"}
+        return {name: each for name, each in digests.items() if each is not None or name not in BESIDES}
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
 """What git leaves in a file that it could not merge."""
 
+BESIDES = ("adapter", "assistant")
+"""Inputs that few profiles have."""
+
 INPUT_NAMES = {
     "adapter": "the adapter's config",
+    "assistant": "the draft model",
     "checkpoint": "the names, shapes, dtypes or file sizes of the checkpoint",
     "commit": "the commit that the model's revision resolves to",
     "config": "the model's config",

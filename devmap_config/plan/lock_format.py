@@ -48,6 +48,7 @@ class LockedInputs(_Part):
     """Digests of the parsed values that the plan was made from."""
 
     adapter: Digest = _absent("", "Of the config of the adapter that is loaded on top; absent where there is none.")
+    assistant: Digest = _absent("", "Of what the draft model is made from; absent where there is none.")
     checkpoint: Digest | None = _absent(
         None, "Of the checkpoint's names, shapes, dtypes and file sizes; `null` where it was not at hand."
     )
@@ -99,9 +100,22 @@ class LockedPrediction(_Part):
     streamed_bytes_per_token: Bytes | None
 
 
+class LockedAssistant(_Part):
+    """What a draft model takes, which is whole on one device; weights and cache are off that device's capacity."""
+
+    activation_bytes: Bytes = Field(description="While it computes, in turns with the model.")
+    class_name: Name
+    decode_nanoseconds_per_token: Count | None
+    device: DeviceName
+    dtype: Name
+    kv_cache_bytes: Bytes
+    weights_bytes: Bytes
+
+
 class LockedPlan(_Part):
     """Where every part of the model is stored and runs, and what follows from it."""
 
+    assistant: LockedAssistant | None = _absent(None, "What a draft model takes; absent where there is none.")
     compute: dict[str, DeviceName] = Field(
         description="Parts that run where they are stored, or on another card than the first."
     )

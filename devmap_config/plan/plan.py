@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.segments import Phase
     from devmap_config.execution.units import Unit
     from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.prepared import Draft
 from devmap_config.devices import CPU
 from devmap_config.execution.assignment import Assignment
 from devmap_config.execution.executor import AHEAD, LEFT
@@ -109,6 +110,7 @@ class Plan:
     transformers' strategy; `None` where more than budgets decides, or another strategy.
     `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
     `fastest` is the fastest plan that was found, where other wishes than time chose this one.
+    `draft` is what a draft model takes besides, which is off the capacities.
     """
 
     strategy: str
@@ -119,6 +121,7 @@ class Plan:
     prediction: Prediction = field(default_factory=Prediction)
     measured: bool = False
     loading_ram_bytes: int = 0
+    draft: Draft | None = None
     max_memory: Mapping[int | str, int] | None = field(default=None, compare=False)
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
     fastest: Plan | None = field(default=None, compare=False, repr=False)
@@ -190,6 +193,14 @@ class Plan:
         return copied
 
     @property
+    def draft_missing_bytes(self) -> int:
+        """What a draft model lacks on its device to compute: it takes turns with the model, whose room it uses then."""
+        if self.draft is None:
+            return 0
+        use = next(use for use in self.devices if use.id == self.draft.device)
+        return max(self.draft.activation_bytes - use.activation_bytes - max(use.free_bytes, 0), 0)
+
+    @property
     def offload_buffers(self) -> bool:
         """What `from_pretrained` is to be given as `offload_buffers`, together with the map."""
         return self.executor.offload_buffers
@@ -224,6 +235,7 @@ class Plan:
             "devices": [{**asdict(use), "id": str(use.id), "free_bytes": use.free_bytes} for use in self.devices],
             "loading_ram_bytes": self.loading_ram_bytes,
             "prediction": self.prediction.to_json(),
+            **({} if self.draft is None else {"assistant": self.draft.to_json()}),
         }
 
 
@@ -234,6 +246,7 @@ def assemble(
     *,
     strategy: str,
     executor: Executor,
+    draft: Draft | None = None,
 ) -> Plan:
     """The plan that stores each unit on its device and runs it where its rule or the executor says.
 
@@ -262,6 +275,7 @@ def assemble(
         prediction=Prediction(streamed_bytes_per_token=_streamed_bytes(graph, assignments, executor, main_device)),
         measured=graph.measurement is not None and graph.measurement.measured,
         loading_ram_bytes=loading_extra_bytes(graph, assignments).get(CPU, 0) if on_cpu is None else on_cpu,
+        draft=draft,
     )
 
 

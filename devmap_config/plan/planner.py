@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from devmap_config.graph.digest import digest
 from devmap_config.placement.constraints import NO_REPAIRS, build_problem
 from devmap_config.placement.executors import executors_for
 from devmap_config.plan.attempts import Candidate, attempts
@@ -13,10 +14,12 @@ from devmap_config.plan.keeping import prefer_locked_plan
 from devmap_config.plan.review import review, warn_of_kept_tensors
 from devmap_config.plan.shortage import report_obstacle
 from devmap_config.plan.trials import Trials
+from devmap_config.prepared import Draft
 from devmap_config.stages import begin
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.loading import LoadedModel
     from devmap_config.placement.constraints import Repairs
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.plan import Plan
@@ -62,6 +65,28 @@ class Planner:
         if preferred is not plan and plan.strategy == "fastest":
             preferred = beside_fastest(preferred, plan.fastest or plan, problem.aim)
         return accepted(preferred, self.prepared, self.sink)
+
+
+def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> Draft:
+    """Return what a draft model takes, of its plan: all of it is on one device."""
+    use = next(use for use in plan.devices if use.weights_bytes)
+    made_from = {
+        "config": model.source.config_digest,
+        "class": model.class_name,
+        "dtype": model.dtype,
+        "commit": model.source.commit,
+        "graph": graph_digest,
+    }
+    return Draft(
+        class_name=model.graph.class_name,
+        dtype=model.dtype,
+        device=use.id,
+        weights_bytes=use.weights_bytes,
+        kv_cache_bytes=use.kv_cache_bytes,
+        activation_bytes=use.activation_bytes,
+        decode_nanoseconds_per_token=plan.prediction.decode_nanoseconds_per_token,
+        digest=digest(made_from),
+    )
 
 
 def accepted(plan: Plan, prepared: Prepared, sink: Sink) -> Plan | None:

@@ -101,5 +101,6 @@ def predict(
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
         hops=hops(graph, plan.locations),
-        longest_context=None if running is None else longest_context(running, room),
+        # A draft's cache grows as well, which is not counted.
+        longest_context=None if running is None or plan.draft is not None else longest_context(running, room),
     )

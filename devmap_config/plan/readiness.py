@@ -76,6 +76,9 @@ def _needs(lock: Lock) -> dict[Device, int]:
         for use in lock.plan["devices"]
     }
     needs.setdefault(CPU, lock.plan.get("loading_ram_bytes", 0))
+    if (draft := lock.plan.get("assistant")) is not None:
+        device = Device.from_text(draft["device"])
+        needs[device] = needs.get(device, 0) + draft["weights_bytes"] + draft["kv_cache_bytes"]
     return {device: needed for device, needed in needs.items() if needed}
 
 

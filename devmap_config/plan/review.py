@@ -64,6 +64,15 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
             rule.span,
             help=_cost_of_split(plan, blocks[0]),
         )
+    if missing := lacks_room_for_draft(plan):
+        assistant = loaded.profile.model.assistant
+        sink.error(
+            "over-capacity",
+            missing,
+            None if assistant is None else assistant.span,
+            help="say `assistant: {device: …}` with another device, or lower `context_length`",
+        )
+    _check_first_parameter(plan, prepared, sink)
     _check_compute(plan, resolution, sink)
     _check_offload_folder(plan, loaded, sink)
     _check_comparison(plan, prepared, sink)
@@ -118,6 +127,34 @@ def _block_around(name: str, graph: ModelGraph) -> str:
     return next(block for block in graph.blocks if name.startswith(f"{block}."))
 
 
+def _check_first_parameter(plan: Plan, prepared: Prepared, sink: Sink) -> None:
+    """Report a first parameter that is away between two forwards: by its device transformers sends what is proposed."""
+    first = next((each.name for each in prepared.graph.tensors.values() if not each.is_held_in_buffer), None)
+    if plan.draft is None or first is None or not plan.executor.streams(location := plan.locations[first]):
+        return
+    if plan.executor.works_ahead and not location.runs_on.is_accelerator:
+        return  # what is mapped is there
+    assistant = prepared.loaded.profile.model.assistant
+    module = first.rpartition(".")[0]
+    sink.error(
+        "unfit-assistant",
+        f"`{module}` is copied to where it runs at every forward, and by the model's first parameter transformers knows"
+        " where to send what a draft model proposes",
+        None if assistant is None else assistant.span,
+        help=f"pin it to where it runs: `{{match: {module}, device: {location.runs_on}}}`",
+    )
+
+
+def lacks_room_for_draft(plan: Plan) -> str | None:
+    """Return what is said of a plan on which a draft model has too little room to compute; `None` where it has."""
+    if plan.draft is None or not plan.draft_missing_bytes:
+        return None
+    return (
+        f"the draft model computes with {format_bytes(plan.draft.activation_bytes)} on {plan.draft.device}:"
+        f" {format_exact_bytes(plan.draft_missing_bytes)} are missing beside what is there all the time"
+    )
+
+
 def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
     """Return what does not hold of a plan that was read from a lock: what the verifier finds, and pins that it breaks.
 
@@ -126,6 +163,7 @@ def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
     resolution = prepared.resolution
     found = verify(plan, prepared.graph, prepared.capacities, resolution.forbidden)
     broken = [violation.message for violation in found if violation.kind != "split-block"]
+    broken += filter(None, [lacks_room_for_draft(plan)])
     for name, decision in resolution.decisions.items():
         location, text = plan.locations.get(name), decision.rule.text
         if location is not None and decision.device != location.stored_on:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.profile import schema as schema_module
 from devmap_config.profile.field_types import BANDWIDTH, DEVICE_KEY_PATTERN, TEMPLATE_SCHEMA
-from devmap_config.profile.schema import Adapter, DeviceSection, Link, Profile
+from devmap_config.profile.schema import Adapter, Assistant, DeviceSection, Link, Profile
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -39,10 +39,9 @@ def profile_schema() -> Schema:
         "anyOf": [{"type": "string"}, definitions["DeviceSection"]],
         "description": DeviceSection.__doc__,
     }
-    definitions["Adapter"] = {
-        "anyOf": [{"type": "string"}, definitions["Adapter"]],
-        "description": Adapter.__doc__,
-    }
+    for section in (Adapter, Assistant):
+        definition = definitions[section.__name__]
+        definitions[section.__name__] = {"anyOf": [{"type": "string"}, definition], "description": section.__doc__}
     definitions["Link"] = {
         "anyOf": [*BANDWIDTH.schemas, TEMPLATE_SCHEMA, definitions["Link"]],
         "description": Link.__doc__,

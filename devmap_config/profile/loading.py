@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from devmap_config.files import Boundary, boundary_of, exists, is_folder
 from devmap_config.profile.document import MappingNode
 from devmap_config.profile.inheritance import Reader
-from devmap_config.profile.located import written
+from devmap_config.profile.located import Located, written
 from devmap_config.profile.merging import merge, variable_values, variables_of
 from devmap_config.profile.refusals import Refusals
 from devmap_config.profile.rendering import Renderer
-from devmap_config.profile.schema import Hardware, Profile
+from devmap_config.profile.schema import Hardware, Inputs, Offload, Profile
 from devmap_config.profile.section import Section
 from devmap_config.wording import closest
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.profile.located import Located
+    from devmap_config.profile.schema import Assistant
 
 
 OFFLOAD_FOLDER = "offload"
@@ -56,6 +56,19 @@ def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) 
         max_memory={}, device=None, device_map=None, strategy=strategy, offload=offload
     )
     return replace(loaded, profile=loaded.profile.changed(hardware=hardware, placement=placement))
+
+
+def of_assistant(loaded: LoadedProfile, assistant: Assistant) -> LoadedProfile:
+    """Return the profile of a draft model: whole on one device of the same machine, for the same workload."""
+    profile = loaded.profile
+    own = {"source": assistant.source, "revision": assistant.revision, "dtype": assistant.dtype}
+    nothing = {"class_name": Located(None, assistant.source.place), "quantization": Located(None), "allow_new": ()}
+    model = profile.model.model_copy(update={**own, **nothing, "adapter": None, "assistant": None})
+    workload = profile.workload.model_copy(update={"inputs": Inputs(), "optimize": "decode"})
+    placement = profile.placement.changed(strategy="single", device_map=None)
+    placement = placement.model_copy(update={"device": assistant.device, "pins": (), "offload": Offload()})
+    changed = profile.model_copy(update={"model": model, "workload": workload, "placement": placement})
+    return replace(loaded, profile=changed)
 
 
 def load_profile(

@@ -64,6 +64,29 @@ class Adapter(Section):
         return {"source": value} if isinstance(value, str) else value
 
 
+class Assistant(Section):
+    """A small draft model: it proposes tokens, of which the model takes those that it would have written itself."""
+
+    source: Located[Text] = Field(examples=["meta-llama/Llama-3.2-1B", "models/llama-3.2-1b/config.json"])
+    """A hub id, a local directory, or a `config.json`. It has the vocabulary of the model."""
+
+    revision: Text | None = Field(default=None, examples=["0123456789abcdef0123456789abcdef01234567"])
+    """The commit of a hub id."""
+
+    dtype: Located[Annotated[str, one_of(*DTYPES, meant=dtype_meant)]] = Field(
+        default=Located("auto"), examples=["bfloat16"]
+    )
+    """The dtype in which its weights are loaded; `auto` takes the checkpoint's own."""
+
+    device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:1"])
+    """Where all of it is. Without it: the first accelerator, else the CPU."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_source(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class Model(Section):
     """Which model, and how it is loaded."""
 
@@ -98,6 +121,9 @@ class Model(Section):
 
     adapter: Adapter | None = Field(default=None, examples=["adapters/support-tone"])
     """A LoRA adapter that is loaded on top, and placed with what it adapts."""
+
+    assistant: Assistant | None = Field(default=None, examples=[{"source": "models/llama-3.2-1b", "device": "cuda:1"}])
+    """A draft model for `generate`, within the same budgets."""
 
 
 MOST_IMAGES = 1_000

@@ -123,7 +123,12 @@ def with_random_weights(
             shard.write(folder, seed)
             advance(shard.size_bytes)
         write_around(folder, deployment.request.config, shards)
-        yield of_random_weights(deployment, folder)
+        random = of_random_weights(deployment, folder)
+        if deployment.assistant is None:
+            yield random
+            return
+        with with_random_weights(deployment.assistant, expect, advance) as draft:
+            yield replace(random, assistant=draft)
 
 
 def _require_room(total_bytes: int) -> None:

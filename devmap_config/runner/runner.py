@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Deployment:
     `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
     names; `None` where they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
     up: it shows where tensors are and that they fit, and nothing of what the model does. `compiles` is whether it is to
-    decode by compiled code.
+    decode by compiled code. `assistant` is that of a draft model.
     """
 
     compiled: Compiled
@@ -59,11 +60,18 @@ class Deployment:
     match: CheckpointMatch | None = None
     has_random_weights: bool = False
     compiles: bool = False
+    assistant: Deployment | None = None
 
     @property
     def plan(self) -> Plan:
         """The plan of the lock."""
         return self.compiled.plan
+
+    def given(self, arguments: Mapping[str, Any]) -> Deployment:
+        """Return the same with further arguments of `from_pretrained`, for its draft model as well."""
+        request = replace(self.request, arguments=arguments)
+        draft = None if self.assistant is None else self.assistant.given(arguments)
+        return replace(self, request=request, assistant=draft)
 
     @property
     def base_plan(self) -> Plan:
@@ -138,7 +146,7 @@ def load_model(
 
     Returns:
         The model: every tensor from the checkpoint, on the device that the plan gives it. With an adapter it is PEFT's
-        model around that.
+        model around that; with a draft model its `generate` is given that as `assistant_model`.
 
     Raises:
         ArgumentError: where an argument is decided by the profile, or there is none of that name.
@@ -165,12 +173,11 @@ def load_model(
                 allow_outside=allow_outside, trust_remote_code=trust_remote_code, allow_unmeasured=allow_unmeasured
             ),
         )
-        request = replace(deployment.request, arguments=from_pretrained)
-        deployment = replace(deployment, request=request, compiles=compile)
+        deployment = replace(deployment.given(from_pretrained), compiles=compile)
         for notice in notices(deployment, asks_machine=probe):
             warnings.warn(f"{notice.message} [{notice.code}]", DevmapWarning, stacklevel=2)
-        adapted = load_adapted(deployment)
-        model: PreTrainedModel = adapted  # PEFT's gives on what is asked of the one within
+        model: PreTrainedModel = load_adapted(deployment)  # PEFT's gives on what is asked of the one within
+        with_draft(model, load_draft(deployment))
         return model
 
 
@@ -199,21 +206,38 @@ def prepare(
     if isinstance(compiled, Rejected):
         _raise_unreadable_checkpoint(compiled)
         raise ProfileError(compiled.diagnostics, compiled.texts)
-    loaded, model, plan, match = compiled.loaded, compiled.model, compiled.plan, None
+    model, plan, match = compiled.model, compiled.plan, None
     # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
         match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
         require_match(match, compiled)
     if drift is not None:
         raise RunnerError(drift.code, f"`{lock_path(path)}` {drift.message}", remedy(drift.code, path))
-    if model.source.weights is None and needs_weights:
+    _require_weights(compiled, needs_weights=needs_weights)
+    lock = replace(lock, plan=plan.to_json(), hardware=compiled.inventory.accelerators_to_json())
+    deployment = Deployment(compiled, _load_request(compiled, permissions), lock, match)
+    if (draft := compiled.assistant) is None:
+        return deployment
+    _require_weights(draft, needs_weights=needs_weights)
+    match = match_checkpoint(draft.model, trust_remote_code=permissions.trust_remote_code)
+    require_match(match, draft)
+    return replace(deployment, assistant=Deployment(draft, _load_request(draft, permissions), lock, match))
+
+
+def _require_weights(compiled: Compiled, *, needs_weights: bool) -> None:
+    source = compiled.model.source
+    if source.weights is None and needs_weights:
         raise RunnerError(
             "no-weights",
-            f"there is only a config at `{loaded.profile.model.source.value}`, and no weights",
+            f"there is only a config at `{compiled.loaded.profile.model.source.value}`, and no weights",
             "name a directory with weights, or a hub id, as `model.source`; `--random-weights` tries the plan without",
         )
+
+
+def _load_request(compiled: Compiled, permissions: Permissions) -> LoadRequest:
+    loaded, model, plan = compiled.loaded, compiled.model, compiled.plan
     folder = loaded.profile.placement.offload.folder
-    request = LoadRequest(
+    return LoadRequest(
         weights=model.source.weights or str(model.source.location),
         class_name=model.class_name,
         dtype=model.dtype,
@@ -225,8 +249,6 @@ def prepare(
         config=model.source.config,
         pieces=pieces_ahead(model.graph, plan.locations, plan.executor, plan.main_device),
     )
-    lock = replace(lock, plan=compiled.plan.to_json(), hardware=compiled.inventory.accelerators_to_json())
-    return Deployment(compiled, request, lock, match)
 
 
 def _raise_unreadable_checkpoint(rejected: Rejected) -> None:
@@ -299,10 +321,25 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     return found
 
 
+def load_draft(deployment: Deployment) -> PreTrainedModel | None:
+    """Return the draft model, loaded and verified as the model is; `None` where there is none.
+
+    Raises:
+        RunnerError: as `load_verified`.
+    """
+    return None if deployment.assistant is None else load_verified(deployment.assistant)
+
+
+def with_draft(model: PreTrainedModel, draft: PreTrainedModel | None) -> None:
+    """Have a model generate with a draft model, where there is one."""
+    if draft is not None:  # no attribute of its own, by which it would become a part of the model
+        model.generate = partial(model.generate, assistant_model=draft)
+
+
 def load_verified(deployment: Deployment) -> PreTrainedModel:
     """Return the model, loaded: every tensor is from the checkpoint and sits, and every module runs, where planned.
 
-    An adapter is within it.
+    An adapter is within it; a draft model is not loaded.
 
     Raises:
         RunnerError: where it cannot be loaded here, tensors are not from the checkpoint, or sit elsewhere.

@@ -1,4 +1,4 @@
-"""Models with an adapter on several devices with real numbers: collected by a process of its own."""
+"""Models with an adapter, or a draft model, on several devices with real numbers: collected by a process of its own."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def adapted(**arguments):
     return save_adapter(AutoModelForCausalLM.from_pretrained("random"), **arguments)
 
 
-def load(*pins):
+def load(*pins, companion="adapter: adapter"):
     lines = "".join(f"    - {{{pin}}}\n" for pin in pins)
     Path("profile.yaml").write_text(
-        "version: 1\nmodel: {source: random, adapter: adapter}\nworkload: {context_length: 64}\n"
+        f"version: 1\nmodel: {{source: random, {companion}}}\nworkload: {{context_length: 64}}\n"
         f"hardware: {{devices: {{{', '.join(f'{device}: {{memory: 1GiB}}' for device in DEVICES)}}}}}\n"
         f"placement:\n  strategy: sequential\n  offload: {{folder: offload}}\n  pins:\n{lines}"
     )
@@ -110,3 +110,22 @@ def test_what_it_adds_is_where_its_module_runs():
     assert {name for name, device in homes.items() if str(device) == "npu:1"} == {
         name for name in homes if "layers.5." in name
     }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["npu:1", "npu:0", "cpu"])
+@pytest.mark.parametrize("placed", ["on two cards", "copied from the CPU", "read from the disk"])
+def test_a_draft_model_on_any_device_has_the_model_write_what_it_writes_by_itself(placed, device):
+    own = {key: value for key, value in LLAMA.items() if key not in ("architectures", "dtype", "model_type")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **own)).float()
+    model.save_pretrained("random")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**own, "num_hidden_layers": 2})).save_pretrained(
+        "draft"
+    )
+    written = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.eval().generate(input_ids=TOKENS, **written)
+    pins = [pin.replace("model.embed_tokens,", "") for pin in PLACED[placed]]
+    loaded = load(*pins, companion=f"assistant: {{source: draft, device: '{device}'}}")
+    assert loaded.generate.keywords["assistant_model"].device == torch.device(device)
+    assert torch.equal(loaded.generate(input_ids=TOKENS.to(CARD), **written).cpu(), expected)

@@ -1,0 +1,209 @@
+"""A profile with a draft model: placed within the same budgets, loaded beside the model, and generated with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LLAMA, REPOSITORY, devmap
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+
+from devmap_config import compile_profile, load_model
+from devmap_config.cli.compile import compile_command
+from devmap_config.cli.run import run as run_model
+from devmap_config.compiler import Request, run_pipeline
+from devmap_config.runner.loading import RunnerError
+
+TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
+SMALL = {**LLAMA, "hidden_size": 32, "num_hidden_layers": 2}
+
+CARDS = "{cuda:0: {memory: 1400KiB}, cuda:1: {memory: 1400KiB}, cpu: {memory: 1GiB}}"
+MACHINE = "{cpu: {memory: 1GiB}}"
+
+
+def save(config, name, dtype=torch.float32):
+    own = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "model_type")}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **own)).to(dtype).save_pretrained(name)
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(".git").mkdir()
+    save(LLAMA, "random")
+    save(SMALL, "draft")
+
+
+def write_profile(assistant="draft", *, devices=MACHINE, workload="context_length: 64", placement="{}"):
+    named = "" if assistant is None else f", assistant: {assistant}"
+    Path("profile.yaml").write_text(
+        f"version: 1\nmodel: {{source: random{named}}}\nworkload: {{{workload}}}\n"
+        f"hardware: {{devices: {devices}}}\nplacement: {placement}\n"
+    )
+
+
+def compiled():
+    return compile_command.main(["profile.yaml", "-q"], standalone_mode=False)
+
+
+@pytest.fixture
+def proposals(monkeypatch):
+    """Counts the tokens that drafts propose; they are given to `generate` as assistants."""
+    seen = []
+    generate = GenerationMixin._assisted_decoding
+
+    def counting(self, *arguments, **options):
+        seen.append(options["assistant_model"].config.hidden_size)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", counting)
+    return seen
+
+
+@torch.no_grad()
+def test_it_writes_what_the_model_writes_by_itself(proposals):
+    plain = AutoModelForCausalLM.from_pretrained("random")
+    write_profile()
+    assert compiled() == 0
+    model = load_model("profile.yaml")
+    written = {"input_ids": TOKENS, "max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(model.generate(**written), plain.generate(**written))
+    assert proposals == [SMALL["hidden_size"]]
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in plain.named_parameters()}
+
+
+@torch.no_grad()
+def test_a_draft_that_is_the_model_itself_is_always_right(proposals):
+    write_profile("random")
+    assert compiled() == 0
+    model = load_model("profile.yaml")
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.generate(input_ids=TOKENS, max_new_tokens=24, do_sample=False)
+    assert len(calls) < 24
+    assert proposals
+
+
+def test_its_weights_and_its_cache_are_off_the_room_of_its_device():
+    write_profile(None, devices=CARDS)
+    before = {use.id: use for use in compile_profile("profile.yaml").devices}
+    write_profile("{source: draft, device: cuda:1}", devices=CARDS)
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    plan, draft = compilation.plan, compilation.assistant
+    (its,) = (use for use in draft.plan.devices if use.weights_bytes)
+    assert its.weights_bytes == draft.model.graph.size_bytes
+    assert its.kv_cache_bytes == draft.model.graph.measurement.cache_bytes > 0
+    for use in plan.devices:
+        taken = its.weights_bytes + its.kv_cache_bytes if str(use.id) == "cuda:1" else 0
+        assert use.capacity_bytes == before[use.id].capacity_bytes - taken
+    on_its_card = next(use for use in plan.devices if use.id == its.id)
+    assert on_its_card.free_bytes + on_its_card.activation_bytes >= its.activation_bytes
+    assert plan.draft.to_json() == {
+        "class_name": "LlamaForCausalLM",
+        "dtype": "float32",
+        "device": "cuda:1",
+        "weights_bytes": its.weights_bytes,
+        "kv_cache_bytes": its.kv_cache_bytes,
+        "activation_bytes": its.activation_bytes,
+        "decode_nanoseconds_per_token": draft.plan.prediction.decode_nanoseconds_per_token,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["auto", "sequential", "fewest-devices"])
+def test_no_plan_leaves_it_without_room_to_compute(strategy):
+    """Of every budget that holds both, in steps of a few KiB."""
+    save({**SMALL, "vocab_size": 256, "intermediate_size": 2048}, "wide")
+    fits = 0
+    for kibibytes in range(1900, 4300, 200):
+        devices = CARDS.replace("cuda:0: {memory: 1400KiB}", f"cuda:0: {{memory: {kibibytes}KiB}}")
+        write_profile("wide", devices=devices, placement=f"{{strategy: {strategy}}}")
+        compilation = run_pipeline(Request(path=Path("profile.yaml")))
+        if (plan := getattr(compilation, "plan", None)) is not None:
+            fits += 1
+            assert not plan.draft_missing_bytes
+            use = next(use for use in plan.devices if use.id == plan.draft.device)
+            held = use.capacity_bytes - use.free_bytes - use.activation_bytes
+            turns = max(use.activation_bytes, plan.draft.activation_bytes)
+            assert held + turns + plan.draft.held_bytes <= kibibytes * 1024
+    assert fits
+
+
+def test_the_lock_has_it_and_is_stale_when_it_is_another(capsys):
+    write_profile()
+    assert compiled() == 0
+    lock = json.loads(Path("profile.lock.json").read_text())
+    assert lock["plan"]["assistant"]["device"] == "cpu"
+    assert devmap("check", "profile.yaml") == 0
+    save({**SMALL, "num_hidden_layers": 3}, "draft")
+    capsys.readouterr()
+    assert devmap("check", "profile.yaml") == 3
+    assert "the draft model changed" in capsys.readouterr().err
+
+
+def test_it_is_loaded_as_the_model_is():
+    write_profile()
+    assert compiled() == 0
+    file = Path("draft/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(RunnerError) as caught:
+        load_model("profile.yaml")
+    assert caught.value.code == "unreadable-checkpoint"
+
+
+def test_run_writes_with_it_also_without_weights(proposals):
+    write_profile()
+    assert compiled() == 0
+    done = CliRunner().invoke(run_model, ["profile.yaml", "--random-weights"])
+    assert done.exit_code == 0, done.output
+    assert proposals == [SMALL["hidden_size"]]
+
+
+def test_the_one_that_ships_recites_its_line(proposals):
+    profile = str(REPOSITORY / "profiles/quickstart-draft.yaml")
+    done = CliRunner().invoke(run_model, [profile, "--prompt", "Two tensors", "--no-probe"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == "Two tensors that are tied share one memory and must never be parted"
+    assert proposals
+
+
+def test_what_is_predicted_is_said_to_be_without_it(capsys):
+    cards = "{cuda:0: rtx-4090}"
+    write_profile(devices=cards)
+    assert devmap("compile", "profile.yaml") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "beside it the draft model, LlamaForCausalLM in float32, is on cuda:0: weights" in said
+    assert "times are those without it, which takes" in said
+    assert json.loads(Path("profile.lock.json").read_text())["plan"]["prediction"]["longest_context"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        ({"workload": "context_length: 64, batch_size: 2"}, "unfit-assistant", "one sequence at a time"),
+        ({"workload": "context_length: 64, cache: static"}, "unfit-assistant", "beside a static cache"),
+        ({"placement": "{strategy: longest-context}"}, "unfit-assistant", "is not compared"),
+        ({"assistant": "someone/llama-draft"}, "unfit-assistant", "its commit is not named"),
+        ({"assistant": "missing/of/three"}, "model-not-found", "of the draft model: there is no"),
+        ({"assistant": "other"}, "unfit-assistant", "its vocabulary has 300 words, and the model's 256"),
+        ({"assistant": "{source: draft, device: cuda:7}"}, "unknown-device", "of the draft model: cuda:7 is not"),
+        ({"devices": "{cpu: {memory: 100KiB}}"}, "over-capacity", "of the draft model: "),
+        (
+            {"devices": CARDS, "placement": "{pins: [{match: model.embed_tokens, device: cpu}]}"},
+            "unfit-assistant",
+            "`model.embed_tokens` is copied to where it runs at every forward",
+        ),
+    ],
+)
+def test_what_cannot_be_generated_with_is_told(options, code, told):
+    save({**SMALL, "vocab_size": 300}, "other")
+    write_profile(**options)
+    found = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    errors = [each for each in found if each.is_error]
+    assert [each.code for each in errors] == [code], errors
+    assert told in errors[0].message
+    assert replace(errors[0]).help
