@@ -24,6 +24,20 @@ def first_of(texts: Sequence[str], most: int = 3, separator: str = ", ") -> str:
     return separator.join(texts[:most]) + more
 
 
+MOST_DIGITS = 9
+"""No index or module has a number of more; Python refuses to read one of more than 4,300, and takes long for fewer."""
+
+
+def number_in(name: str) -> int | None:
+    """Return the number that a name is, written as Python writes it; `None` where it is another name.
+
+    >>> number_in("12"), number_in("012"), number_in("²"), number_in("9" * 5_000)
+    (12, None, None, None)
+    """
+    is_one = name.isdecimal() and name.isascii() and len(name) <= MOST_DIGITS
+    return int(name) if is_one and (name == "0" or name[0] != "0") else None
+
+
 def closest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that another was most likely meant to be, if any is near.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes
+from devmap_config.wording import number_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,10 +123,11 @@ def _runs(module: Module, marks: frozenset[str]) -> list[_Run]:
     for child in module.children:
         name = child.path.rpartition(".")[2]
         signature = _signature(child, child.path, marks)
-        if runs and name.isdigit() and signatures[-1] == signature:
+        number = number_in(name)
+        if runs and number is not None and signatures[-1] == signature:
             last = runs[-1]
             first = last.module.path.rpartition(".")[2]
-            if first.isdigit() and int(name) == int(first) + last.count:
+            if number_in(first) == number - last.count:
                 runs[-1] = _Run(last.module, f"[{first}-{name}]", last.count + 1)
                 continue
         runs.append(_Run(child, name, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -174,15 +175,16 @@ def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:
     """
     if all(name in checkpoint.tensors for name, _ in model.named_parameters()):
         return  # nothing is made of others: what is merged is not in the checkpoint under its own name
-    patterns = [re.compile(re.escape(name).replace(r"\*", r"(\d+)")) for name in merged_names(model)]
+    patterns = [re.compile(re.escape(name).replace(r"\*", r"([0-9]{1,9})(?![0-9])")) for name in merged_names(model)]
     numbers: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
         for match in filter(None, (pattern.search(name) for pattern in patterns)):
             start, end = match.span(1)
             numbers.setdefault(f"{name[:start]}*{name[end:]}", set()).add(int(match[1]))
     for name, found in numbers.items():
-        if absent := sorted(set(range(max(found))) - found):
-            yield Mismatch(name.replace("*", str(absent[0])), "", "", f"is missing between others, up to {max(found)}")
+        absent = next(number for number in count() if number not in found)
+        if absent < max(found):
+            yield Mismatch(name.replace("*", str(absent)), "", "", f"is missing between others, up to {max(found)}")
 
 
 def _shown(shape: Any) -> str:

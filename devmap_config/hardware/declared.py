@@ -14,7 +14,7 @@ from devmap_config.hardware.links import links_between
 from devmap_config.profile.document import MappingNode, ScalarNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 from devmap_config.profile.writing import device_text
-from devmap_config.wording import closest
+from devmap_config.wording import closest, number_in
 
 if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
@@ -221,11 +221,12 @@ def _as_memory(text: str) -> str | None:
 def _warn_of_few_bytes(memory: Located[Any], whose: str, sink: Sink) -> None:
     """Warn of a bare number that is so small that no bytes are meant by it."""
     node = memory.place.node
-    if isinstance(node, ScalarNode) and node.text.isdigit() and 0 < int(node.text) < MEBIBYTE:
-        unit = "GiB" if int(node.text) < KIBIBYTE else "MiB"
+    number = number_in(node.text) if isinstance(node, ScalarNode) else None
+    if isinstance(node, ScalarNode) and number is not None and 0 < number < MEBIBYTE:
+        unit = "GiB" if number < KIBIBYTE else "MiB"
         sink.warning(
             "few-bytes",
-            f"without a unit, {int(node.text):,} of {whose} are bytes",
+            f"without a unit, {number:,} of {whose} are bytes",
             memory.span,
             help=f"write `{node.text}{unit}`, if that is meant; else `{node.text}B`",
         )

@@ -11,6 +11,7 @@ from pydantic_core import to_jsonable_python
 from devmap_config.amounts import format_bytes
 from devmap_config.devices import Device
 from devmap_config.rules.folding import fold_paths
+from devmap_config.wording import number_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -196,4 +197,4 @@ def _home_of(unit: str, homes: Mapping[str, Home]) -> Home | None:
 
 def _naturally(path: str) -> list[tuple[int, str]]:
     """Sorts layer 10 behind layer 9."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in NUMBER.split(path)]
+    return [(0, part) if (number := number_in(part)) is None else (number, "") for part in NUMBER.split(path)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from devmap_config.graph.model import Module
 from devmap_config.rules.folding import ranges
 from devmap_config.rules.matching import children_of
+from devmap_config.wording import number_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,9 +74,9 @@ class _Search:
         entries: dict[tuple[Segment | None, tuple[Segment, ...], Device], list[int]] = {}
         for name, child in children_of(node).items():
             for rest, device in self.best(child, inherited):
-                is_number = name.isdecimal() and str(int(name)) == name
-                entries.setdefault((None if is_number else name, rest, device), []).extend(
-                    [int(name)] if is_number else []
+                number = number_in(name)
+                entries.setdefault((name if number is None else None, rest, device), []).extend(
+                    [] if number is None else [number]
                 )
         return tuple(
             ((tuple(numbers) if name is None else name, *rest), device)

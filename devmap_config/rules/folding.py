@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
+from devmap_config.wording import number_in
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -28,12 +30,15 @@ def _fold_nth_number(paths: list[Segments], nth: int, *, with_steps: bool) -> li
     """Paths that are alike but for their `nth` numbered segment, as one with a range there."""
     groups: dict[tuple[Segments, Segments] | Segments, list[int]] = {}
     for segments in paths:
-        numbered = [place for place, segment in enumerate(segments) if segment.isdigit() or segment.startswith("[")]
-        if len(numbered) <= nth or not segments[numbered[nth]].isdigit():
+        numbered = [
+            place for place, segment in enumerate(segments) if number_in(segment) is not None or segment.startswith("[")
+        ]
+        number = number_in(segments[numbered[nth]]) if len(numbered) > nth else None
+        if number is None:
             groups[segments] = []
             continue
         place = numbered[nth]
-        groups.setdefault((segments[:place], segments[place + 1 :]), []).append(int(segments[place]))
+        groups.setdefault((segments[:place], segments[place + 1 :]), []).append(number)
     folded: list[Segments] = []
     for key, numbers in groups.items():
         if numbers:

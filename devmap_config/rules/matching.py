@@ -24,6 +24,7 @@ from devmap_config.rules.pattern import (
     RegexPattern,
     compile_expression,
 )
+from devmap_config.wording import number_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +38,7 @@ MAX_STEPS = 20_000_000
 MAX_ALTERNATIVES = 512
 """Paths that the braces of one pattern may stand for."""
 
-INDEX = "(0|[1-9][0-9]*)"
+INDEX = "(0|[1-9][0-9]{0,8})"
 
 Node: TypeAlias = "Module | Tensor"
 
@@ -301,7 +302,7 @@ class _Walk:
         if segment.is_any_text:
             return children
         if segment.is_bare_range:
-            found = {child: (child,) for child in children if child.isdecimal() and str(int(child)) == child}
+            found = {child: (child,) for child in children if number_in(child) is not None}
         else:
             matches = ((child, segment.expression.fullmatch(child)) for child in children)
             found = {child: match.groups() for child, match in matches if match}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.rules.matching import FlatSegment, Stuck, children_of
 from devmap_config.rules.pattern import ClassPattern, Pattern
+from devmap_config.wording import number_in
 
 if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, Module
@@ -81,7 +82,7 @@ def described(path: str, graph: ModelGraph) -> str:
 
 def _numbered(node: Module, segment: FlatSegment, graph: ModelGraph) -> Suggestion | None:
     """A number that does not exist, or a range without its brackets."""
-    numbers = sorted(int(child) for child in children_of(node) if child.isdecimal())
+    numbers = sorted(number for child in children_of(node) if (number := number_in(child)) is not None)
     text = segment.literal or ""
     if not numbers or not text[:1].isdecimal():
         return None

@@ -23,7 +23,7 @@ TORCH_DEVICE = rf"(?:torch\.)?device\((?:type=)?(?P<type>{STRING})(?:,\s*(?:inde
 START = re.compile(rf"{GAP}(?:[\w.]+{GAP}={GAP})?(?P<ordered>(?:collections\.)?OrderedDict\({GAP})?(?P<bracket>[{{\[])")
 ENTRY = re.compile(
     rf"{GAP}(?P<pair>\({GAP})?(?P<key>{STRING}){GAP}[:,]{GAP}"
-    rf"(?P<value>(?P<text>{STRING})|-?\d+|{TORCH_DEVICE}){GAP}(?(pair)\)){GAP}(?P<more>,)?"
+    rf"(?P<value>(?P<text>{STRING})|-?[0-9]{{1,9}}|{TORCH_DEVICE}){GAP}(?(pair)\)){GAP}(?P<more>,)?"
 )
 END = re.compile(rf"{GAP}[}}\]]{GAP}\)?{GAP};?{GAP}")
 """Each is matched once where the one before ended: nothing of the text is run, and none of it is nested."""
