@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -18,13 +19,12 @@ from fuzz.workspace import make_workspace
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-    from pathlib import Path
 
 STUCK_CPU_SECONDS = 25
 """After so much of the processor's time an input counts as one that does not end."""
 
 STUCK_SECONDS = 120
-"""The same by the clock: it waits for something."""
+"""The same by the clock, without the time in which other work had the processors: it waits for something."""
 
 HEADROOM_BYTES = 3 * 2**29
 """What a worker may take besides what it has at first: more than is allowed, and less than endangers the machine."""
@@ -65,7 +65,7 @@ class Worker:
             self.close()
             self._start()
         self._tried += 1
-        self._started, self._cpu_seconds = time.monotonic(), self._cpu_time()
+        self._started, self._cpu_seconds = time.monotonic() - self._queued_seconds(), self._cpu_time()
         self.connection.send((surface, data))
 
     def outcome(self) -> Outcome | None:
@@ -78,7 +78,7 @@ class Worker:
             return self._ended(f"ends the process with {self._process.exitcode}")
         if self._cpu_time() - self._cpu_seconds > STUCK_CPU_SECONDS:
             return self._ended(SLOW)
-        if time.monotonic() - self._started > STUCK_SECONDS:
+        if time.monotonic() - self._queued_seconds() - self._started > STUCK_SECONDS:
             return self._ended("waits for something")
         return None
 
@@ -99,6 +99,13 @@ class Worker:
         self.close()
         self._start()
         return Outcome(kind)
+
+    def _queued_seconds(self) -> float:
+        """Return how long its first thread was ready to go on, and had no processor; Linux alone tells."""
+        try:
+            return int(Path(f"/proc/{self._process.pid}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+        except (OSError, IndexError):
+            return 0.0
 
     def _cpu_time(self) -> float:
         try:

@@ -219,7 +219,7 @@ CONFIGS: list[dict[str, Any]] = [
      "num_attention_heads": 2, "num_hidden_layers": 3, "image_size": 32, "patch_size": 16, "id2label": {"0": "a",
      "1": "b"}},
 ]  # fmt: skip
-"""Configs to start from: of text, of images and sound, of encoder and decoder, with experts, windows, rotations, quantised."""
+"""Configs to start from: of text, images, sound, of encoder and decoder, with experts, windows, rotations, quantised."""
 
 
 def make_workspace(folder: Path) -> None:
@@ -273,7 +273,9 @@ def make_workspace(folder: Path) -> None:
 
 def profiles() -> list[bytes]:
     """Return the profiles to start from: the tests' cases and the shipped ones, each of a tiny model."""
-    return [text.encode() for text in (GOOD, GOOD, GOOD, LOCKED, WEIGHTS, PICTURED, PICTURED, HEARD, *_shipped(), *_cases())]
+    return [
+        text.encode() for text in (GOOD, GOOD, GOOD, LOCKED, WEIGHTS, PICTURED, PICTURED, HEARD, *_shipped(), *_cases())
+    ]
 
 
 def _shipped() -> Iterator[str]:
