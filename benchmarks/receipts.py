@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RECEIPTS = Path(__file__).parents[1] / "receipts"
-NEW_TOKENS = 16
 
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -98,6 +97,7 @@ class Run:
     needs: str | None = None
     on_disk: str | None = None
     is_cached: bool = True
+    new_tokens: int = 16
 
     @property
     def name(self) -> str:
@@ -121,7 +121,7 @@ RUNS = (
     Run(model="tied-0.4b", context_length=1024),
     Run(model="sliding-window-0.4b", context_length=1024),
     Run(model="state-space-0.4b", context_length=128),
-    Run(model="encoder-decoder-0.7b", stored="float32", dtype="float32"),
+    Run(model="encoder-decoder-0.7b", stored="float32", dtype="float32", context_length=128, new_tokens=128),
     Run(model="mixture-0.7b"),
     Run(model="mixture-1.1b", stored="float32"),
     Run(model="dense-1.6b"),
@@ -219,7 +219,7 @@ def make_receipt(run: Run, hardware: dict[str, Any], folder: Path, receipts: Pat
     with limited(limit_bytes) as cgroup:
         called(
             DEVMAP, "run", f"{run.name}.yaml", "-q", "--no-probe", "--receipt", written.name, "--max-new-tokens",
-            str(NEW_TOKENS), folder=folder, cgroup=cgroup,
+            str(run.new_tokens), folder=folder, cgroup=cgroup,
         )  # fmt: skip
     seen = json.loads(written.read_text())["cases"][0]["seen"]["cpu"]
     receipts.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def make_receipt(run: Run, hardware: dict[str, Any], folder: Path, receipts: Pat
     return ", ".join(
         f"{part} {memory[f'{part}_bytes'] / 2**20:,.0f} → {seen[f'{part}_bytes'] / 2**20:,.0f} MiB"
         f" ({memory[f'{part}_bytes'] / seen[f'{part}_bytes'] - 1:+.0%})"
-        for part in ("anonymous", "file", "peak")
+        for part in ("anonymous", "file", "library_file", "peak")
     )
 
 

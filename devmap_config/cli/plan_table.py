@@ -109,7 +109,8 @@ def _notes(
 def memory_in_words(memory: ProcessMemory) -> str:
     """What a process holds that runs a plan of the CPU."""
     own, files, most = map(format_bytes, (memory.anonymous_bytes, memory.file_bytes, memory.peak_bytes))
-    return f"process holds {own} of its own and {files} of files' pages while it runs, {most} at most"
+    libraries = format_bytes(memory.library_file_bytes)
+    return f"process holds {own} of its own, {files} of the model's files and {libraries} of libraries', {most} at most"
 
 
 def _besides_text(model: LoadedModel) -> str:

@@ -1,4 +1,4 @@
-"""What the system sees a process hold that runs a plan of the CPU: of its own, of files, and at most.
+"""What the system sees a process hold that runs a plan of the CPU: of its own, of the model's files, of the libraries'.
 
 Tensors are not all of it. Python and the libraries are there before a model is; weights that are loaded as the
 checkpoint has them are pages of its files, which the system can take back; and the allocator keeps some of what was
@@ -18,8 +18,8 @@ from devmap_config.execution.loading import ITEM_BYTES, is_cast
 from devmap_config.hardware.constants import (
     HELD_SHARE,
     HELD_SHARE_END_BYTES,
+    LIBRARY_FILE_BYTES,
     PROCESS_ANONYMOUS_BYTES,
-    PROCESS_FILE_BYTES,
     PROGRAM_BYTES,
     PROGRAM_SHAPES_MOST,
 )
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMemory:
-    """Bytes of a process: anonymous ones and pages of files while the model runs, and the most of both at once.
+    """Bytes of a process: anonymous ones and pages of files while the model runs, and the most of all at once.
 
     What is anonymous must be there; the system takes pages of files back where memory is short, and reads them again.
-    The peak may be while loading, when the files are mapped of which tensors are made.
+    `file_bytes` are of the model's files, `library_file_bytes` of the libraries'; processes share the latter. The peak
+    may be while loading, when the files are mapped of which tensors are made.
     """
 
     anonymous_bytes: int
     file_bytes: int
+    library_file_bytes: int
     peak_bytes: int
 
 
@@ -70,13 +72,14 @@ def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
     anonymous_bytes += PROGRAM_BYTES * _program_shapes(graph, measurement)
     untouched_bytes = _untouched_bytes(mapped, graph, measurement)
     # The pages that experts were merged from stay as long as another tensor of their file is mapped.
-    file_bytes = PROCESS_FILE_BYTES + mapped_bytes - untouched_bytes + (read_bytes if mapped else 0)
-    loading_bytes = PROCESS_ANONYMOUS_BYTES + PROCESS_FILE_BYTES + own_bytes + read_bytes
+    file_bytes = mapped_bytes - untouched_bytes + (read_bytes if mapped else 0)
+    loading_bytes = PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES + own_bytes + read_bytes
     loading_bytes += cpu.loading_bytes - cpu.weights_bytes - _not_kept_bytes(resident, plan, facts)
     return ProcessMemory(
         anonymous_bytes=anonymous_bytes,
         file_bytes=file_bytes,
-        peak_bytes=max(anonymous_bytes + file_bytes, loading_bytes),
+        library_file_bytes=LIBRARY_FILE_BYTES,
+        peak_bytes=max(anonymous_bytes + file_bytes + LIBRARY_FILE_BYTES, loading_bytes),
     )
 
 

@@ -109,6 +109,7 @@ def _seen(
             "peak_bytes": peak_bytes.get(device),
             "anonymous_bytes": process.anonymous_bytes or None if device == CPU else None,
             "file_bytes": process.file_bytes or None if device == CPU else None,
+            "library_file_bytes": process.library_file_bytes or None if device == CPU else None,
         }
         seen[str(device)] = {name: size_bytes for name, size_bytes in found.items() if size_bytes is not None}
     return seen

@@ -25,8 +25,9 @@ HELD = ("weights", "kv_cache", "activation", "overhead")
 """What a device is planned to hold while the model runs."""
 
 
-PROCESS = ("anonymous", "file", "peak")
-"""What of a process's memory is predicted and seen, for plans of the CPU: its own, pages of files, most of both."""
+PROCESS = ("anonymous", "file", "library_file", "peak")
+"""What of a process's memory is predicted and seen, for plans of the CPU: its own, pages of the model's files and of
+the libraries', and the most of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def _case(receipt: str, case: Mapping[str, Any]) -> Case:
     figures += [
         Figure(name=name, device="cpu", predicted=process[f"{name}_bytes"], seen=seen_process.get(f"{name}_bytes"))
         for name in PROCESS
-        if process
+        if f"{name}_bytes" in process
     ]
     for name, planned, seen in (
         ("token", "decode_nanoseconds_per_token", "decode_seconds_per_token"),

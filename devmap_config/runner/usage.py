@@ -6,6 +6,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
@@ -67,10 +68,19 @@ def process_bytes() -> int:
 
 @dataclass(kw_only=True)
 class ProcessUse:
-    """The most that this process was seen to hold of its own, and of pages of files, in bytes; 0 where nobody says."""
+    """The most that this process was seen to hold of its own, and of pages of files, in bytes; 0 where nobody says.
+
+    `library_file_bytes` are what it held at last of the libraries' files, which are shared objects.
+    """
 
     anonymous_bytes: int = 0
-    file_bytes: int = 0
+    all_file_bytes: int = 0
+    library_file_bytes: int = 0
+
+    @property
+    def file_bytes(self) -> int:
+        """What it held of other files than the libraries'."""
+        return max(self.all_file_bytes - self.library_file_bytes, 0)
 
     def look(self) -> None:
         """Look at what it holds now."""
@@ -80,7 +90,15 @@ class ProcessUse:
         file_bytes = getattr(memory, "shared", None)  # Linux alone tells
         if file_bytes is not None:
             self.anonymous_bytes = max(self.anonymous_bytes, memory.rss - file_bytes)
-            self.file_bytes = max(self.file_bytes, file_bytes)
+            self.all_file_bytes = max(self.all_file_bytes, file_bytes)
+
+    def look_at_libraries(self) -> None:
+        """Look at what it holds now of the libraries' files, which takes some milliseconds."""
+        import psutil
+
+        if self.all_file_bytes:
+            mapped = psutil.Process().memory_maps()
+            self.library_file_bytes = sum(each.rss - each.anonymous for each in mapped if ".so" in Path(each.path).name)
 
 
 LOOKS_EVERY_SECONDS = 0.01
@@ -104,6 +122,7 @@ def process_watched() -> Iterator[ProcessUse]:
         is_over.set()
         thread.join()
         use.look()
+        use.look_at_libraries()
 
 
 def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> dict[Device, int]:

@@ -14,8 +14,8 @@ from devmap_config.devices import CPU
 from devmap_config.hardware.constants import (
     HELD_SHARE,
     HELD_SHARE_END_BYTES,
+    LIBRARY_FILE_BYTES,
     PROCESS_ANONYMOUS_BYTES,
-    PROCESS_FILE_BYTES,
     PROGRAM_BYTES,
 )
 from devmap_config.plan.process_memory import process_memory
@@ -48,20 +48,20 @@ def held(*arguments, **options):
     own_bytes -= running_bytes + int(min(running_bytes, HELD_SHARE_END_BYTES) * HELD_SHARE)
     storages = [found.graph.tensors[name] for name in set(found.graph.storage_of.values())]
     buffers_bytes = sum(each.size_bytes for each in storages if not each.persistent)
-    return own_bytes - buffers_bytes, memory.file_bytes - PROCESS_FILE_BYTES, memory, use.weights_bytes - buffers_bytes
+    return own_bytes - buffers_bytes, memory.file_bytes, memory, use.weights_bytes - buffers_bytes
 
 
 def test_weights_as_they_are_stored_are_pages_of_the_file():
     own_bytes, file_bytes, memory, weights_bytes = held("llama")
     assert (own_bytes, file_bytes) == (0, weights_bytes)
-    assert memory.peak_bytes == memory.anonymous_bytes + memory.file_bytes
+    assert memory.peak_bytes == memory.anonymous_bytes + memory.file_bytes + LIBRARY_FILE_BYTES
 
 
 def test_weights_that_are_cast_are_its_own_and_their_file_is_mapped_while_loading():
     own_bytes, file_bytes, memory, weights_bytes = held("llama", model=", dtype: float32")
     assert (own_bytes, file_bytes) == (weights_bytes, 0)
-    is_loading = PROCESS_ANONYMOUS_BYTES + PROCESS_FILE_BYTES + weights_bytes * 3 // 2
-    running_bytes = memory.anonymous_bytes + memory.file_bytes
+    is_loading = PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES + weights_bytes * 3 // 2
+    running_bytes = memory.anonymous_bytes + memory.file_bytes + LIBRARY_FILE_BYTES
     assert memory.peak_bytes == pytest.approx(max(is_loading, running_bytes), abs=2_000)
 
 
@@ -109,6 +109,7 @@ def test_the_plan_and_its_json_say_it(capsys):
     assert json.loads(capsys.readouterr().out)["process_memory"] == {
         "anonymous_bytes": memory.anonymous_bytes,
         "file_bytes": memory.file_bytes,
+        "library_file_bytes": LIBRARY_FILE_BYTES,
         "peak_bytes": memory.peak_bytes,
     }
 
