@@ -15,6 +15,10 @@ WORDS = {
     "Model.class": "architecture architectures model_class auto_class",
     "Model.dtype": "torch_dtype precision data_type",
     "Model.attention": "attn attn_implementation attention_implementation",
+    "Model.adapter": "lora peft adapters adapter_path adapter_model adapter_name_or_path lora_path lora_adapter",
+    "Model.assistant": "draft draft_model assistant_model speculative_model speculative_decoding model_draft drafter",
+    "Adapter.source": "path name folder repo repo_id id adapter_name_or_path",
+    "Assistant.source": "path name model repo repo_id id model_name_or_path",
     "Workload.context_length": "context ctx ctx_size n_ctx num_ctx context_size context_window max_context_length"
     " max_seq_len max_seq_length max_sequence_length max_model_len max_length max_position_embeddings seq_len"
     " sequence_length",
@@ -40,7 +44,19 @@ WORDS = {
 }
 """By what the key is called here, and in which section, what it is called elsewhere."""
 
-LINES = {
+NO_TRAINING = (
+    "a map is for running a model, and not for training it: a plan has no room for gradients and an optimizer's states,"
+    " and what is copied in at every forward gets none; train where the devices hold all of it, and name the adapter"
+    " that comes of it as `model.adapter`"
+)
+
+TRAINING = (
+    "train training trainable finetune finetuning fine_tune fine_tuning optimizer learning_rate lr epochs gradients"
+    " gradient_checkpointing gradient_accumulation_steps"
+)
+"""What is said of training where it is wanted."""
+
+LINES = dict.fromkeys(TRAINING.split(), NO_TRAINING) | {
     "device_map": "write `placement: {strategy: auto}`, or `placement: {strategy: manual, device_map: …}` for a map"
     " of your own",
     "load_in_4bit": "write `quantization: {method: bitsandbytes, load_in_4bit: true}` under `model`",
