@@ -208,6 +208,7 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
     if prepared is not None and request.checks_checkpoint:
         prepared = check_checkpoint(prepared, sink, request.permissions)
         check_adapter(prepared, sink)
+        _check_assistant_checkpoint(request, prepared, sink)
     if prepared is None or build_problem(prepared, sink) is None:
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared), None
 
@@ -263,6 +264,17 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     return replace(prepared, draft=draft_of(assistant.plan, assistant.model, assistant.inputs.graph))
 
 
+def _check_assistant_checkpoint(request: Request, prepared: Prepared, sink: Sink) -> None:
+    assistant = _compiled_assistant(request.lookup, prepared.loaded, Sink()) if prepared.draft is not None else None
+    if assistant is not None:
+        check_checkpoint(assistant, of_draft := Sink(), request.permissions)
+        _report_of_draft(of_draft, sink)
+
+
+def _report_of_draft(of_draft: Sink, sink: Sink) -> None:
+    sink.report_all(replace(each, message=f"of the draft model: {each.message}") for each in of_draft.diagnostics)
+
+
 def _compiled_assistant(lookup: Lookup, loaded: LoadedProfile, sink: Sink) -> Compiled | None:
     """Compile the draft model by itself, whole on its device; what is wrong is reported as being of it."""
     assistant = loaded.profile.model.assistant
@@ -272,7 +284,7 @@ def _compiled_assistant(lookup: Lookup, loaded: LoadedProfile, sink: Sink) -> Co
     lookup = replace(lookup, resolved=None, must_ask=False, use_vendored=False)
     prepared = _prepare(lookup, of_assistant(loaded, assistant), None, of_draft)
     plan = None if prepared is None else Planner(prepared, of_draft, None).plan()
-    sink.report_all(replace(each, message=f"of the draft model: {each.message}") for each in of_draft.diagnostics)
+    _report_of_draft(of_draft, sink)
     if prepared is None or plan is None:
         return None
     result = _result(prepared, inputs_of(prepared), Rehearsal(plan), Sink())

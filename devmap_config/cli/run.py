@@ -68,7 +68,7 @@ def run(
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.demonstration import demonstrator, demonstrator_of_plan, planned_generation
-    from devmap_config.runner.runner import prepare
+    from devmap_config.runner.runner import prepare, require_model_alone
 
     _require_usable(prompt, receipt, options, chat=chat)
     if random_weights and (prompt or chat or image or audio):
@@ -79,6 +79,8 @@ def run(
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         deployment = replace(deployment, compiles=compiles)
+        if receipt is not None:
+            require_model_alone(deployment, "a receipt is of a model alone")
         workload = deployment.compiled.loaded.profile.workload
         if not no_generate and random_weights:
             shows = demonstrator_of_plan(deployment.request, workload, sink, max_new_tokens=max_new_tokens)

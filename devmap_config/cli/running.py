@@ -37,6 +37,7 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
     "no-tokenizer": ExitCode.WRONG,
     "server-missing": ExitCode.WRONG,
     "bad-adapter": ExitCode.WRONG,
+    "unfit-adapter": ExitCode.WRONG,
     "peft-missing": ExitCode.WRONG,
 }
 """Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""

@@ -321,6 +321,20 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     return found
 
 
+def require_model_alone(deployment: Deployment, what: str) -> None:
+    """Refuse what is of a model alone, where an adapter is loaded on top.
+
+    Raises:
+        RunnerError: where one is.
+    """
+    if deployment.compiled.model.adapter is not None:
+        raise RunnerError(
+            "unfit-adapter",
+            f"{what}, and this profile has an adapter",
+            "try it by a profile without `model.adapter`",
+        )
+
+
 def load_draft(deployment: Deployment) -> PreTrainedModel | None:
     """Return the draft model, loaded and verified as the model is; `None` where there is none.
 

@@ -14,6 +14,7 @@ from small_adapters import KINDS, save_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from devmap_config import compile_profile, load_model
+from devmap_config.cli.bench import bench
 from devmap_config.cli.check import check
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
@@ -180,6 +181,31 @@ def test_an_adapter_that_is_not_there_is_told(adapter, told, workspace):
     assert (finding.code, finding.span.line) == ("bad-adapter", 3)
     assert told in finding.message
     assert finding.help
+
+
+def test_one_of_the_hub_is_read_at_its_commit(monkeypatch, workspace):
+    plain = adapted(target_modules=["q_proj"])
+    commit = "0123456789" * 4
+    folder = workspace / "hub" / "models--someone--lora"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "snapshots").mkdir()
+    Path("adapter").rename(folder / "snapshots" / commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(workspace / "hub"))
+    write_profile(IN_MEMORY)
+    named = f"adapter: {{source: someone/lora, revision: '{commit}'}}"
+    Path("profile.yaml").write_text(Path("profile.yaml").read_text().replace("adapter: adapter", named))
+    assert compiled() == 0
+    assert_same(load_model("profile.yaml"), plain)
+
+
+@pytest.mark.parametrize("command", [[run_model, "--receipt", "r.json"], [bench]])
+def test_what_is_of_a_model_alone_refuses_it(command):
+    adapted(target_modules=["q_proj"])
+    write_profile(IN_MEMORY)
+    assert compiled() == 0
+    done = CliRunner().invoke(command[0], ["profile.yaml", *command[1:]], standalone_mode=False)
+    assert done.return_value == 1
+    assert "error[unfit-adapter]" in done.stderr
 
 
 def test_a_link_out_of_the_repository_is_not_followed(workspace):

@@ -145,6 +145,15 @@ def test_the_lock_has_it_and_is_stale_when_it_is_another(capsys):
     assert "the draft model changed" in capsys.readouterr().err
 
 
+def test_its_checkpoint_is_held_to_it_when_compiling():
+    write_profile()
+    config = json.loads(Path("draft/config.json").read_text())
+    Path("draft/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    [finding] = run_pipeline(Request(path=Path("profile.yaml"), checks_checkpoint=True)).diagnostics
+    assert (finding.code, finding.span.line) == ("wrong-checkpoint", 2)
+    assert finding.message.startswith("of the draft model: the checkpoint does not hold this LlamaForCausalLM")
+
+
 def test_it_is_loaded_as_the_model_is():
     write_profile()
     assert compiled() == 0
