@@ -309,6 +309,7 @@ def _result(prepared: Prepared, inputs: Inputs, rehearsal: Rehearsal, sink: Sink
         inventory=prepared.inventory,
         model=prepared.model,
         resolution=prepared.resolution,
+        draft=prepared.draft,
         plan=plan,
         inputs=inputs,
         verdicts=rehearsal.verdicts,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MEDIA = ("images", "image_height", "image_width", "audio_seconds")
 """The fields of a workload that say what a prompt holds besides text."""
 
+RARE = (*MEDIA, "proposed_tokens")
+"""Those that are left out of plain data where they say nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -22,7 +25,8 @@ class Workload:
 
     `all_logits` says whether every position gets logits or, as `generate` does, the last of each sequence only.
     `cache` is transformers' cache implementation. Of each sequence, the prompt holds so many `images` of one height and
-    width (in pixels; `None` where the model takes one size only), and so many seconds of sound, besides text.
+    width (in pixels; `None` where the model takes one size only), and so many seconds of sound, besides text. So many
+    tokens a draft model proposes at once, for each of which there are logits as well.
     """
 
     batch_size: int
@@ -34,6 +38,7 @@ class Workload:
     image_height: int | None = None
     image_width: int | None = None
     audio_seconds: int = 0
+    proposed_tokens: int = 0
 
     @property
     def holds_text_alone(self) -> bool:
@@ -46,8 +51,8 @@ class Workload:
         return replace(self, images=0, image_height=None, image_width=None, audio_seconds=0)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; images and sound only where there are any."""
-        return {name: value for name, value in asdict(self).items() if name not in MEDIA or value}
+        """As plain data; images, sound and what is proposed only where there is any."""
+        return {name: value for name, value in asdict(self).items() if name not in RARE or value}
 
     def decoding_before(self, end: int | None, tokens: int = 1) -> Workload:
         """Return the same with a context after which so many tokens can be decoded before positions end."""

@@ -202,7 +202,7 @@ class Forwards:
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {}
         if "logits_to_keep" in self._accepted:
-            options["logits_to_keep"] = 0 if self.workload.all_logits else 1
+            options["logits_to_keep"] = 0 if self.workload.all_logits else 1 + self.workload.proposed_tokens
         if "use_cache" in self._accepted and self.model.can_generate():
             options["use_cache"] = True
         return options

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 BUILDABLE_ATTENTION = ("eager", "sdpa")
 """Implementations that need no package of their own; the module tree is the same under all of them."""
 
+PROPOSED_TOKENS = 20
+"""As many as transformers has a draft model propose at once (`num_assistant_tokens`), and as it is held to."""
+
 LIBRARIES_FOR_GRAPHS = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")
 """Without these, a profile still compiles where its graph is vendored."""
 
@@ -459,18 +462,19 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
     wanted = loaded.profile.workload
     if (context_length := wanted.context_length.value) is None:
         return None
-    inputs = wanted.inputs
-    size = inputs.image_size
+    inputs, size = wanted.inputs, wanted.inputs.image_size
+    proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # which the first forward takes as well
     return Workload(
         batch_size=wanted.batch_size,
         context_length=context_length,
-        prompt_length=wanted.prompt_length or context_length,
+        prompt_length=min((wanted.prompt_length or context_length) + proposed, context_length),
         all_logits=wanted.logits == "all",
         cache=wanted.cache,
         images=inputs.images or 0,
         image_height=size[0] if size else None,
         image_width=size[-1] if size else None,
         audio_seconds=inputs.audio_seconds or 0,
+        proposed_tokens=proposed,
     )
 
 

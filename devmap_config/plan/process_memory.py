@@ -58,6 +58,8 @@ def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
     cpu = next((use for use in plan.devices if use.id == CPU), None)
     if facts is None or measurement is None or cpu is None:
         return None
+    if plan.draft is not None or graph.adapter_tensors:  # of what holds these besides nothing was seen
+        return None
     if any(location.runs_on != CPU for location in plan.locations.values()):
         return None
     resident = [tensor for tensor, device in _stored(plan, graph) if device == CPU]

@@ -15,6 +15,7 @@ from devmap_config.diagnostics.diagnostic import DevmapWarning, ProfileError, Si
 from devmap_config.execution.pieces import pieces_ahead
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
+from devmap_config.graph.loading import PROPOSED_TOKENS
 from devmap_config.graph.source import HubAccess, cached_checkpoint
 from devmap_config.locked import compile_locked
 from devmap_config.plan.drift import remedy
@@ -347,6 +348,8 @@ def load_draft(deployment: Deployment) -> PreTrainedModel | None:
 def with_draft(model: PreTrainedModel, draft: PreTrainedModel | None) -> None:
     """Have a model generate with a draft model, where there is one."""
     if draft is not None:  # no attribute of its own, by which it would become a part of the model
+        draft.generation_config.num_assistant_tokens = PROPOSED_TOKENS  # for which there is room
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
         model.generate = partial(model.generate, assistant_model=draft)
 
 

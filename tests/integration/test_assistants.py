@@ -16,6 +16,7 @@ from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
+from devmap_config.graph.loading import PROPOSED_TOKENS
 from devmap_config.runner.loading import RunnerError
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
@@ -112,6 +113,17 @@ def test_its_weights_and_its_cache_are_off_the_room_of_its_device():
         "activation_bytes": its.activation_bytes,
         "decode_nanoseconds_per_token": draft.plan.prediction.decode_nanoseconds_per_token,
     }
+
+
+def test_logits_of_all_that_it_proposes_are_counted():
+    save({**LLAMA, "vocab_size": 20_000}, "random")
+    save({**SMALL, "vocab_size": 20_000}, "draft")
+    peaks = []
+    for named in (None, "draft"):
+        write_profile(named, workload="context_length: 32")
+        measurement = run_pipeline(Request(path=Path("profile.yaml"))).model.graph.measurement
+        peaks.append(measurement.by_path["lm_head"].prefill_peak_bytes)
+    assert peaks[1] - peaks[0] == PROPOSED_TOKENS * 20_000 * 4
 
 
 @pytest.mark.parametrize("strategy", ["auto", "sequential", "fewest-devices"])
