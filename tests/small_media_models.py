@@ -66,7 +66,7 @@ MLLAMA = {
         "supported_aspect_ratios": [[1, 1], [1, 2]],
     },
 }
-QWEN2_5_VL = {
+QWEN2_5_VL: dict[str, Any] = {
     "model_type": "qwen2_5_vl",
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "image_token_id": 100,
@@ -189,10 +189,51 @@ QWEN2_AUDIO = {
     },
 }
 
-IMAGE_MODELS = {
-    config["model_type"]: config for config in (LLAVA, GEMMA3, MLLAMA, QWEN2_5_VL, QWEN3_VL, INTERNVL, IDEFICS3, BLIP2)
+QWEN2_5_OMNI = {
+    "model_type": "qwen2_5_omni_thinker",
+    "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+    "image_token_id": 100,
+    "video_token_id": 101,
+    "vision_start_token_id": 102,
+    "vision_end_token_id": 103,
+    "audio_token_id": 104,
+    "audio_start_token_id": 105,
+    "audio_end_token_id": 106,
+    "text_config": {"model_type": "qwen2_5_omni_text", "rope_parameters": SECTIONS, **TEXT},
+    "vision_config": {**QWEN2_5_VL["vision_config"], "model_type": "qwen2_5_omni_vision_encoder"},
+    "audio_config": {
+        "model_type": "qwen2_5_omni_audio_encoder",
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "num_mel_bins": 16,
+        "max_source_positions": 32,
+        "n_window": 16,
+        "output_dim": 32,
+    },
 }
-SOUND_MODELS = {config["model_type"]: config for config in (WHISPER, QWEN2_AUDIO)}
+VOXTRAL = {
+    "model_type": "voxtral",
+    "architectures": ["VoxtralForConditionalGeneration"],
+    "audio_token_id": 100,
+    "text_config": {"model_type": "llama", **TEXT},
+    "audio_config": {
+        "model_type": "voxtral_encoder",
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_mel_bins": 16,
+        "max_source_positions": 32,
+    },
+}
+
+IMAGE_MODELS = {
+    config["model_type"]: config
+    for config in (LLAVA, GEMMA3, MLLAMA, QWEN2_5_VL, QWEN3_VL, INTERNVL, IDEFICS3, BLIP2, QWEN2_5_OMNI)
+}
+SOUND_MODELS = {config["model_type"]: config for config in (WHISPER, QWEN2_AUDIO, VOXTRAL, QWEN2_5_OMNI)}
 
 
 def built(config: dict[str, Any], dtype: Any, *, on_meta: bool = False) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +99,98 @@ def build_shallow(model_type: str, dtype: str = "float32") -> PreTrainedModel:
         except Exception:  # noqa: S112 - lists by layer, say, that must be as long
             continue
     return build(model_type, dtype)
+
+
+def image_model_types() -> list[str]:
+    """Every model type that goes on with a text about images."""
+    return image_text_model_types()
+
+
+def sound_model_types() -> list[str]:
+    """Every model type that goes on with a text about sound, or writes down what it hears."""
+    from transformers.models.auto import modeling_auto as auto
+
+    names = {*auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+    return sorted((names - {*auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}) | {*ALSO_OF_SOUND})
+
+
+ALSO_OF_SOUND = (
+    *("apertus1p5", "dots3_note", "muse_spark"),
+    *("gemma3n", "gemma4", "gemma4_unified", "nemotron_h_omni", "qwen2_5_omni_thinker"),
+    *("qwen3_omni_moe_thinker",),
+)
+"""The types of image-text models that take sound as well."""
+
+
+def build_media(model_type: str, dtype: str = "bfloat16") -> PreTrainedModel:
+    """The meta model of a small config that is consistent in itself, of a type that takes images or sound.
+
+    Raises:
+        Exception: whatever transformers raises for a type without a valid default config or a package that is missing.
+    """
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from devmap_config.graph.introspection import build_meta_model
+
+    config = CONFIG_MAPPING[model_type](**{**SENSIBLE.get(model_type, {}), **MEDIA.get(model_type, {})})
+    if model_type not in AS_DEEP_AS_IT_IS:
+        _make_shallow(config)
+    _make_consistent(config)
+    return build_meta_model(_media_class_of(config), config, getattr(torch, dtype))
+
+
+MEDIA: dict[str, dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "conformance" / "media_configs.yaml").read_text()
+)
+
+AS_DEEP_AS_IT_IS = ("mllama", "molmo2", "nemo_speechlm", "vipllava")
+
+DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"),
+    *("num_encoder_layers", "num_decoder_layers", "speech_encoder_layers"),
+)
+
+
+def _make_shallow(config: Any) -> None:
+    depth = next((value for name in DEPTHS if isinstance(value := getattr(config, name, None), int)), 0)
+    for name in DEPTHS:
+        if isinstance(value := getattr(config, name, None), int) and value > FEW_LAYERS:
+            setattr(config, name, FEW_LAYERS)
+    if depth > FEW_LAYERS:
+        for name, value in vars(config).items():
+            if isinstance(value, list) and len(value) == depth:
+                setattr(config, name, value[:FEW_LAYERS])
+    for inner in _within(config):
+        _make_shallow(inner)
+
+
+def _within(config: Any) -> list[Any]:
+    found = [getattr(config, name, None) for name in config.sub_configs]
+    return [each for each in found if hasattr(each, "sub_configs")]
+
+
+WIDTHS = ("out_hidden_size", "projection_dim", "output_dim")
+
+
+def _make_consistent(config: Any) -> None:
+    """Let what towers give be as wide as the text's embeddings, which defaults of the one and the other are not."""
+    text = getattr(config, "text_config", None)
+    for inner in _within(config):
+        if text is not None and inner is not text:
+            for name in WIDTHS:
+                if isinstance(getattr(inner, name, None), int):
+                    setattr(inner, name, text.hidden_size)
+        _make_consistent(inner)
+
+
+def _media_class_of(config: Any) -> Any:
+    from transformers.models.auto import modeling_auto as auto
+
+    for mapping in (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return _class_of(config)
 
 
 def _class_of(config: Any) -> Any:

@@ -123,7 +123,8 @@ def _besides_text(model: LoadedModel) -> str:
         images = f"{workload.images:,} image{'s' if workload.images > 1 else ''}" if workload.images else ""
         sound = f"{workload.audio_seconds:,} s of sound" if workload.audio_seconds else ""
         what = " and ".join(filter(None, (images, sound)))
-        return "" if media.problem else f"{what} = {media.tokens:,} tokens of each prompt"
+        tokens = f"= {media.tokens:,} tokens of each prompt" if media.tokens else "beside the tokens of each prompt"
+        return "" if media.problem else f"{what} {tokens}"
     uncalled = [
         path
         for path in model.graph.blocks

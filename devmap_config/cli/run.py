@@ -82,8 +82,9 @@ def run(
         if receipt is not None:
             require_model_alone(deployment, "a receipt is of a model alone")
         workload = deployment.compiled.loaded.profile.workload
+        measurement = deployment.compiled.model.graph.measurement
         if not no_generate and random_weights:
-            shows = demonstrator_of_plan(deployment.request, workload, sink, max_new_tokens=max_new_tokens)
+            shows = demonstrator_of_plan(deployment.request, workload, measurement, sink, max_new_tokens=max_new_tokens)
         elif not no_generate:
             shows = demonstrator(deployment.request, workload, given, sink, max_new_tokens=max_new_tokens)
         if random_weights:
@@ -105,7 +106,9 @@ def run(
     if receipt is not None:
         with failures_told(profile, sink, options), passing_on(sink):
             decodes = deployment.compiled.model.graph.decodes
-            generates = None if no_generate else planned_generation(workload, max_new_tokens, decodes=decodes)
+            generates = (
+                None if no_generate else planned_generation(workload, max_new_tokens, measurement, decodes=decodes)
+            )
             _write_receipt(receipt, deployment, model, load, generates)
     options.report(to_tell(sink, options), {}, {**facts(deployment), "output": output, **figures})
     if options.shows_tables:

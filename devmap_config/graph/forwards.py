@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
 """What models for images and sounds take, and models that go on with what others made."""
 
+IMAGES_ATTENDED = "image_encoder_embeddings"
+"""As what images are given that were looked at before."""
+
 LEAST_WORDS = 4
 """So many tokens of a prompt with images are words, at least."""
 
@@ -40,6 +43,7 @@ class Forwards:
     workload: Workload
     media: tuple[Media, ...] = ()
     _encoded: Any = None
+    _attended: Any = None
 
     def prefill_inputs(self, length: int) -> dict[str, Any]:
         """Return what a prompt of so many tokens is given as, those that stand for images and sound among them.
@@ -54,8 +58,9 @@ class Forwards:
         inputs: dict[str, Any] = {"input_ids": tokens} if "input_ids" in self._accepted else {}
         if self._has_encoder:
             inputs["decoder_input_ids"] = tokens
-            if self.model.main_input_name == "input_features":
+            if self._hears_apart or self.model.main_input_name == "input_features":
                 inputs.pop("input_ids", None)
+            if self.model.main_input_name == "input_features" and not self.media:
                 inputs["input_features"] = self._features()
         if self.media:
             inputs |= self._beside_media(length)
@@ -75,7 +80,7 @@ class Forwards:
         token = self._tokens(1)
         inputs = {self._cache_name: cache} | self._options()
         if not self._has_encoder:
-            return {"input_ids": token} | inputs
+            return {"input_ids": token} | inputs | self._beside_each_token()
         return {"decoder_input_ids": token, "encoder_outputs": self._encoded} | inputs
 
     def run(self, inputs: dict[str, Any]) -> Any:
@@ -90,6 +95,9 @@ class Forwards:
             from transformers.modeling_outputs import BaseModelOutput
 
             self._encoded = BaseModelOutput(last_hidden_state=encoded)
+            self._encoded.attention_mask = None  # which Moonshine's has besides
+        if self.media and IMAGES_ATTENDED in self._accepted:
+            self._attended = output.image_outputs.last_hidden_state
         # As a dict: to ask transformers' class for a name that it has given up is warned of.
         held = dict(output) if isinstance(output, dict) else {}
         cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
@@ -115,6 +123,14 @@ class Forwards:
     def _cache_name(self) -> str | None:
         return next((name for name in CACHE_NAMES if name in self._accepted), None)
 
+    def _beside_each_token(self) -> dict[str, Any]:
+        """What layers attend to that attend to images anew at every token (IDEFICS)."""
+        if self._attended is None:
+            return {}
+        name = "perceiver_embeddings" if getattr(self.model.config, "use_resampler", False) else IMAGES_ATTENDED
+        shape = (self.workload.batch_size, 1, self.workload.images)
+        return {name: self._attended, "image_attention_mask": torch.ones(shape, dtype=torch.long)}
+
     def _beside_media(self, length: int) -> dict[str, Any]:
         """Images and sound, and a prompt in which tokens stand for them."""
         inputs: dict[str, Any] = {}
@@ -138,9 +154,14 @@ class Forwards:
             "token_type_ids": torch.zeros_like(tokens),
         }
         named = (name for name in beside_text if name in self._accepted)
-        if "input_ids" in self._accepted and not (self._has_encoder and set(inputs) & set(SOUND_NAMES)):
+        if "input_ids" in self._accepted and not self._hears_apart:
             inputs |= {name: beside_text[name] for name in named if name != "token_type_ids" or self._marks_prompts}
         return inputs
+
+    @property
+    def _hears_apart(self) -> bool:
+        """Whether sound is given to an encoder, which then is given no text."""
+        return self._has_encoder and any(set(each.tensors) & set(SOUND_NAMES) for each in self.media)
 
     @property
     def _marks_prompts(self) -> bool:

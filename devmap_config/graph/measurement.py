@@ -26,14 +26,21 @@ from devmap_config.graph.costs import (
     Positions,
     Workload,
 )
-from devmap_config.graph.failures import Failure, MissingSizeError, NoMediaError, PromptTooShortError, failure_of
+from devmap_config.graph.failures import (
+    Failure,
+    MissingSizeError,
+    NoMediaError,
+    OtherInputsError,
+    PromptTooShortError,
+    failure_of,
+)
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.known_values import knowing_values
 from devmap_config.graph.media import media_of
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.positions import SHORT_LENGTH, PositionReads, end_of_positions, stated_lengths, trained_length
 from devmap_config.graph.recording import Meter, OperationBudget, Traffic, replace_tensors, shown_bytes, total_bytes
-from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, moved_to, spread
+from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_left, kinds_of, moved_to, spread
 from devmap_config.libraries.torch import tensors_without_data
 from devmap_config.stages import begin
 
@@ -126,9 +133,13 @@ def _end_of_positions(
 
 def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...]) -> Measurement:
     """A measurement that spares blocks of a kind; where anything comes of it that is no measurement, all are run."""
-    if kinds:
-        with suppress(Exception):
+    while kinds:
+        try:
             return runner(kinds).measurement()
+        except NotAlikeError as error:
+            kinds = kinds_left(kinds, error)
+        except Exception:  # it comes again, or does not, where all are run
+            kinds = ()
     return runner(()).measurement()
 
 
@@ -140,6 +151,7 @@ def _measured_with_media(
         with knowing_values():
             media = media_of(model, workload)
             measurement = _measured(partial(runner, Forwards(model, workload, media)), kinds)
+            _require_looked_at(measurement)
             return replace(measurement, media=MediaUse(sum(each.placeholders for each in media)))
     except NoMediaError as error:
         found = MediaUse(problem="none", reason=str(error))
@@ -150,11 +162,20 @@ def _measured_with_media(
     except Exception as error:  # a model's own code may raise anything where there is no data
         if (failure := failure_of(error)).cause != "model":
             raise
-        found = MediaUse(problem="untried", reason=failure.reason)
-    if found.problem != "untried":
-        return Measurement(workload, (), measured=False, reason=found.reason, media=found)
-    measurement = _measured(partial(runner, Forwards(model, workload.text_alone)), kinds)
-    return replace(measurement, workload=workload, media=found)
+        try:
+            measurement = _measured(partial(runner, Forwards(model, workload.text_alone)), kinds)
+            return replace(measurement, workload=workload, media=MediaUse(problem="untried", reason=failure.reason))
+        except Exception as of_text:
+            if failure_of(of_text).cause != "model":
+                raise
+        raise  # of what takes more than text, that is told which came of all that it takes
+    return Measurement(workload, (), measured=False, reason=found.reason, media=found)
+
+
+def _require_looked_at(measurement: Measurement) -> None:
+    """Check that something ran for images and sound: what does, does not for each token."""
+    if all(cost.decode_launches for cost in measurement.modules if cost.prefill_launches):
+        raise OtherInputsError("its code does not look at what it is given")
 
 
 @dataclass

@@ -42,17 +42,27 @@ AUDIO_CONFIGS = (
 )
 IMAGE_TOKENS = (
     *("image_token_id", "image_token_index", "media_placeholder_token_id", "image_soft_token_id"),
-    *("boi_token_id", "img_context_token_id"),
+    *("boi_token_id", "img_context_token_id", "video_token_index"),
 )
-AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
-SOUND_NAMES = ("input_features", "audio_input_features", "input_values")
+FEATURES = {"images": ("image", "video"), "sound": ("audio",)}
+"""Of what the methods tell that compute features; a video of few frames is given as images are."""
 
+AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
 BIN_NAMES = (
     *("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "feat_in", "input_feat_size", "n_mels"),
+    "input_size",
 )
 
 FRAMES_PER_SECOND = 100
 """Spectrograms have a frame for every ten milliseconds."""
+
+FRAMES_AT_ONCE = 16
+"""Frames are looked at in groups of as many, at most."""
+
+STACKED, STACKED_EVERY = 7, 6
+"""So many frames, from every so manieth on, are one where frames overlap (FunASR)."""
+
+USUAL_BINS = (128, 80)
 
 SAMPLES_PER_SECOND = 16_000
 
@@ -88,9 +98,9 @@ def media_of(model: PreTrainedModel, workload: Workload) -> tuple[Media, ...]:
     if workload.audio_seconds and not accepted & {*SOUND_NAMES}:
         raise NoMediaError("it takes no sound")
     if workload.images:
-        found.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "get_image_features"))
+        found.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
     if workload.audio_seconds:
-        found.append(_asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "get_audio_features"))
+        found.append(_asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound"))
     return tuple(found)
 
 
@@ -116,25 +126,64 @@ def _asked(
     raise OtherInputsError(f"no features are made of what it is given: {first_line(error)}") from error
 
 
-def _feature_rows(model: PreTrainedModel, tensors: Tensors, name: str) -> int:
-    """How many features a model makes of them: as many tokens stand for them in the prompt."""
+def _feature_rows(model: PreTrainedModel, tensors: Tensors, kind: str) -> int:
+    """How many features a model makes of them: as many tokens stand for them in the prompt.
+
+    An encoder's are attended to by a decoder of its own: none stand for them.
+    """
     owners = (model, getattr(model, "model", None), getattr(model, "thinker", None))
-    method = next((getattr(owner, name) for owner in owners if hasattr(owner, name)), None)
-    if method is None:
+    methods = (getattr(owner, f"get_{name}_features", None) for name in FEATURES[kind] for owner in owners)
+    if (method := next(filter(None, methods), None)) is not None:
+        return _rows(_called(method, tensors))
+    if model.config.is_encoder_decoder:
+        encoder = model.get_encoder()
+        if getattr(encoder, "main_input_name", None) in tensors:
+            _called(encoder, tensors)
         return 0
-    parameters = inspect.signature(method).parameters
+    return _projected_rows(model, tensors) if kind == "sound" else 0
+
+
+def _called(method: Callable[..., Any], tensors: Tensors) -> Any:
+    parameters = inspect.signature(getattr(method, "forward", method)).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     given = {key: value for key, value in tensors.items() if takes_any or key in parameters}
-    output = method(**given, **({"return_dict": True} if takes_any or "return_dict" in parameters else {}))
+    return method(**given, **({"return_dict": True} if takes_any or "return_dict" in parameters else {}))
+
+
+def _rows(output: Any) -> int:
     features = getattr(output, "pooler_output", None)
     if features is None:
         features = getattr(output, "last_hidden_state", output)
     return sum(each.numel() // each.shape[-1] for each in tree_leaves(features) if isinstance(each, torch.Tensor))
 
 
+def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:
+    """How many rows a model's projector gives, where no method gives them (Qwen2-Audio); none without one."""
+    if any(not bool(tensor.all()) for name, tensor in tensors.items() if name.endswith("_mask")):
+        raise ValueError("what a mask leaves out of what a projector gives is not known")
+    projector = next((module for name, module in model.named_modules() if name.endswith("projector")), None)
+    token = _stated(model.config, *AUDIO_TOKENS)
+    if projector is None or token is None:
+        return 0
+    rows: list[int] = []
+    watched = projector.register_forward_hook(lambda _module, _inputs, output: rows.append(_rows(output)))
+    prompt = torch.full((len(next(iter(tensors.values()))), 2), token)
+    try:
+        model(input_ids=prompt, attention_mask=torch.ones_like(prompt), **tensors)
+    except Exception:  # that two tokens do not stand for all of it is found after they are counted
+        if not rows:
+            raise
+    finally:
+        watched.remove()
+    return sum(rows)
+
+
 def _stated(config: PretrainedConfig, *names: str) -> Any:
     """The first of these that a config says something of, or one within it."""
-    for each in (config, getattr(config, "thinker_config", None), getattr(config, "vision_config", None)):
+    for each in (
+        config,
+        *(getattr(config, name, None) for name in ("thinker_config", "vision_config", "audio_config")),
+    ):
         for name in names:
             if (value := getattr(each, name, None)) is not None:
                 return value
@@ -142,8 +191,9 @@ def _stated(config: PretrainedConfig, *names: str) -> Any:
 
 
 def _within(config: PretrainedConfig, names: tuple[str, ...]) -> PretrainedConfig:
+    """The config of a tower, within those around it; some make one of their own kind within anew."""
     inner = next((found for name in names if hasattr(found := getattr(config, name, None), "to_dict")), None)
-    return config if inner is None else _within(inner, names)
+    return config if inner is None or type(inner) is type(config) else _within(inner, names)
 
 
 # Images
@@ -232,7 +282,8 @@ def image_candidates(model: PreTrainedModel, workload: Workload) -> Iterator[Med
 def _patches_in_a_row(images: _Images) -> Iterator[Media]:
     """Patches of all images in a row, and for each image how many there are each way (Qwen2-VL and its kind)."""
     patch, unit = images.patch, images.patch * images.merged
-    rows, columns = (max(1, round(side / unit)) * images.merged for side in images.size)
+    tokens_down, tokens_across = (max(1, round(side / unit)) for side in images.size)
+    rows, columns = tokens_down * images.merged, tokens_across * images.merged
     grid = torch.tensor([[1, rows, columns]] * images.count)
     more = {"image_merge_sizes": torch.tensor([images.merged] * images.count)}
     given = {"image_grid_thw": grid} | {name: each for name, each in more.items() if name in images.accepted}
@@ -245,6 +296,13 @@ def _patches_in_a_row(images: _Images) -> Iterator[Media]:
         (count, 2 * depth),
     ):
         yield Media(tensors={"pixel_values": images.ones(*shape), **given})
+    pixels = images.ones(images.count * tokens_down * tokens_across, unit, unit, images.channels)  # a token's, each
+    yield Media(
+        tensors={
+            "pixel_values": pixels,
+            "image_grid_thw": torch.tensor([[1, tokens_down, tokens_across]] * images.count),
+        }
+    )
 
 
 def _patches_by_height_and_width(images: _Images) -> Iterator[Media]:
@@ -306,24 +364,28 @@ def _tiles_attended_across(images: _Images) -> Iterator[Media]:
 
 
 def _crops_with_a_mask(images: _Images) -> Iterator[Media]:
-    """A crop and the whole of each image (Phi-4-multimodal)."""
+    """Crops of each image and the whole of it, both with a token at the end of each row (Phi-4-multimodal)."""
     side = images.first("crop_size", "image_size", default=448)
-    across = side // images.patch
+    given = (images.workload.image_height or side, images.workload.image_width or side)
+    rows, columns = (math.ceil(each / side) for each in given)
+    across, crops = side // images.patch, 1 + rows * columns
+    pooled = math.ceil(across / 2)
     yield Media(
         tensors={
-            "image_pixel_values": images.ones(images.count, 2, images.channels, side, side),
-            "image_sizes": torch.tensor([[side, side]] * images.count),
-            "image_attention_mask": torch.ones((images.count, 2, across, across), dtype=torch.long),
-        }
+            "image_pixel_values": images.ones(images.count, crops, images.channels, side, side),
+            "image_sizes": torch.tensor([[rows * side, columns * side]] * images.count),
+            "image_attention_mask": torch.ones((images.count, crops, across, across), dtype=torch.long),
+        },
+        placeholders=(rows * pooled * (columns * pooled + 1) + pooled * (pooled + 1) + 1) * images.workload.images,
     )
 
 
 def _flattened(images: _Images) -> Iterator[Media]:
     """Patches that say themselves where they are (Pix2Struct, Kosmos-2.5)."""
-    patch = min(images.patch, 16) if images.patch <= 32 else 16
+    depth = images.first("patch_embed_hidden_size", default=images.channels * min(images.patch, 16) ** 2)
     if "image_embeds_position_mask" in images.accepted:
         sides = {"width": torch.tensor([64] * images.count), "height": torch.tensor([64] * images.count)}
-        pixels = images.ones(images.count, 4096, images.channels * patch**2 + 2)
+        pixels = images.ones(images.count, 4096, depth + 2)
         latent = _stated(images.config, "latent_query_num") or 2048
         yield Media(
             tensors={"flattened_patches": pixels, **sides},
@@ -331,7 +393,6 @@ def _flattened(images: _Images) -> Iterator[Media]:
             beside=_embedded_positions,
         )
         return
-    depth = images.first("patch_embed_hidden_size", default=images.channels * patch**2)
     length = images.first("seq_len", default=2048)
     yield Media(tensors={"flattened_patches": images.ones(images.count, length, depth + 2)})
 
@@ -353,8 +414,10 @@ def _latents(images: _Images) -> Iterator[Media]:
 def _pooled_patches(images: _Images) -> Iterator[Media]:
     """The patches of each image, and which of them are pooled into one token (Molmo 2)."""
     across = (images.fixed or 378) // images.patch
-    pooled = across // 2
-    pools = torch.arange(across**2).reshape(pooled, 2, pooled, 2).permute(0, 2, 1, 3).reshape(pooled**2, 4)
+    pooled = math.ceil(across / 2)
+    order = torch.full((2 * pooled, 2 * pooled), -1)  # what is beyond the last patch is none
+    order[:across, :across] = torch.arange(across**2).reshape(across, across)
+    pools = order.reshape(pooled, 2, pooled, 2).permute(0, 2, 1, 3).reshape(pooled**2, 4)
     for crops, grid in ((1, [pooled, pooled, 0, 0]), (2, [pooled] * 4)):
         yield Media(
             tensors={
@@ -394,12 +457,10 @@ def _tiles_of_its_size(images: _Images) -> Iterator[Media]:
 def _images_beside_masks(images: _Images) -> Iterator[Media]:
     """The images of each sequence, with a mask of their pixels (Idefics2 and 3)."""
     batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
-    yield Media(
-        tensors={
-            "pixel_values": images.ones(batch, count, images.channels, height, width),
-            "pixel_attention_mask": torch.ones((batch, count, height, width), dtype=torch.bool),
-        }
-    )
+    pixels = images.ones(batch, count, images.channels, height, width)
+    for masked in ((height, width), ()):
+        mask = torch.ones((batch, count, *masked), dtype=torch.bool)
+        yield Media(tensors={"pixel_values": pixels, "pixel_attention_mask": mask})
 
 
 def _questioned(images: _Images) -> Iterator[Media]:
@@ -415,14 +476,12 @@ def _questioned(images: _Images) -> Iterator[Media]:
 
 def _two_resolutions(images: _Images) -> Iterator[Media]:
     high = getattr(images.config, "high_res_vision_config", images.vision).image_size
-    tokens = (_stated(images.config, "num_image_tokens") or 576) * images.workload.images
     height, width = images.shape
     yield Media(
         tensors={
             "pixel_values": images.ones(images.count, images.channels, height, width),
             "high_res_pixel_values": images.ones(images.count, images.channels, high, high),
-        },
-        placeholders=tokens,
+        }
     )
 
 
@@ -456,6 +515,10 @@ def _pixels(images: _Images, *, sized: bool = False) -> Iterator[Media]:
     for given in (sizes, {}) if sized else ({},):
         for shape in ((images.count, images.channels), (images.count, 1, images.channels), (images.count, 3)):
             yield Media(tensors={"pixel_values": images.ones(*shape, height, width), **given})
+    if (frames := images.first("temporal_patch_size")) and images.fixed is None:  # patches, each by itself (Inkling)
+        count = images.count * math.prod(max(1, side // images.patch) for side in images.size)
+        pixels = images.ones(count, frames, images.patch, images.patch, images.channels)
+        yield Media(tensors={"pixel_values": pixels})
 
 
 BY_PARAMETER: dict[str, Callable[[_Images], Iterator[Media]]] = {
@@ -483,49 +546,125 @@ BY_PARAMETER: dict[str, Callable[[_Images], Iterator[Media]]] = {
 # Sound
 
 
+@dataclass(frozen=True)
+class _Sound:
+    """What the config says of the sound that a model hears, and how long it is."""
+
+    model: PreTrainedModel
+    workload: Workload
+    accepted: frozenset[str]
+
+    @property
+    def audio(self) -> PretrainedConfig:
+        return _within(self.model.config, AUDIO_CONFIGS)
+
+    @property
+    def bins(self) -> tuple[int, ...]:
+        """How many frequencies a spectrogram has, as far as that is known."""
+        stated = (getattr(config, name, None) for name in BIN_NAMES for config in (self.audio, self.model.config))
+        return tuple(filter(None, stated))[:1] or USUAL_BINS
+
+    @property
+    def frames(self) -> int:
+        frames = self.workload.audio_seconds * FRAMES_PER_SECOND
+        return frames + -frames % FRAMES_AT_ONCE
+
+    @property
+    def samples(self) -> int:
+        rate = getattr(self.audio, "sampling_rate", None)
+        return self.workload.audio_seconds * (rate if isinstance(rate, int) else SAMPLES_PER_SECOND)
+
+    @property
+    def window(self) -> int:
+        """What hears windows hears whole ones, of so many frames."""
+        return 2 * (getattr(self.audio, "max_source_positions", None) or 1500)
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are; an encoder hears one after the other, by itself."""
+        one_by_one = self.model.config.is_encoder_decoder
+        return 1 if one_by_one else math.ceil(self.workload.audio_seconds * FRAMES_PER_SECOND / self.window)
+
+    def ones(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype or self.model.dtype)
+
+
 def sound_candidates(model: PreTrainedModel, workload: Workload) -> Iterator[Media]:
     """Yield ways to give a model its sound, likely ones first."""
-    config, batch = model.config, workload.batch_size
-    accepted = inspect.signature(model.forward).parameters
-    inner = _within(config, AUDIO_CONFIGS)
-    name = next(name for name in SOUND_NAMES if name in accepted)
+    sound = _Sound(model, workload, frozenset(inspect.signature(model.forward).parameters))
+    heard = getattr(model.get_encoder(), "main_input_name", None) if model.config.is_encoder_decoder else None
+    for name, make in SOUND_BY_PARAMETER.items():
+        if name in sound.accepted and (heard == name or heard not in SOUND_BY_PARAMETER):
+            yield from make(sound)
 
-    def ones(*shape: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
-        return torch.ones(shape, dtype=dtype)
 
-    if name == "input_values":
-        samples = workload.audio_seconds * SAMPLES_PER_SECOND
-        for shape in ((batch, samples), (batch, 1, samples)):
-            yield Media(tensors={name: ones(*shape)})
-        return
-    names = (
-        "num_mel_bins",
-        "input_feat_per_channel",
-        "feature_size",
-        "input_dim",
-        "feat_in",
-        "input_feat_size",
-        "n_mels",
-    )
-    bins = next((value for key in names for each in (inner, config) if (value := getattr(each, key, None))), 80)
-    window = 2 * (getattr(inner, "max_source_positions", None) or 1500)  # what hears windows hears whole ones
-    asked = workload.audio_seconds * FRAMES_PER_SECOND
-    asked += -asked % 16
-    shapes = ((bins, window), (asked, bins), (asked, 2 * bins), (bins, asked), (asked, 7 * 80))
-    for shape in shapes:
-        frames = max(shape)
-        given = {name: ones(batch, *shape)}
-        if "feature_attention_mask" in accepted:
-            given["feature_attention_mask"] = ones(batch, frames, dtype=torch.long)
-        for dtype in (torch.bool, torch.long):
-            masked = dict(given)
-            if "input_features_mask" in accepted:
-                masked["input_features_mask"] = ones(batch, frames, dtype=dtype)
-            if "chunk_sample_lengths" in accepted:
-                masked["chunk_sample_lengths"] = torch.tensor([frames * 160] * batch)
-            tokens = 0
-            if name == "audio_input_features":
-                tokens = math.ceil(frames / 8)
-                masked["audio_embed_sizes"] = torch.tensor([tokens] * batch)
-                masked["audio_attention_mask"] = ones(batch, frames, dtype=torch.bool)
-            yield Media(tensors=masked, placeholders=tokens)
+def _spectrograms(sound: _Sound) -> Iterator[Media]:
+    """Frequencies by time or times by frequency, as they are or several in a row; or waves of a token each."""
+    batch, frames, window = sound.workload.batch_size, sound.frames, sound.window
+    stacked = math.ceil(frames / STACKED_EVERY)
+    shapes: list[tuple[tuple[int, int, int], int]] = []
+    for bins in sound.bins:
+        shapes += [((batch * sound.windows, bins, window), window), ((batch, frames, bins), frames)]
+        shapes += [((batch, bins, frames), frames), ((batch, frames, 2 * bins), frames)]
+    shapes.append(((batch, stacked, STACKED * USUAL_BINS[-1]), stacked))
+    if width := getattr(sound.audio, "audio_embed_dim", None):
+        tokens = math.ceil(sound.samples / width)
+        shapes.append(((batch, tokens, width), tokens))
+    for shape, length in shapes:
+        pads = length == window and window * sound.windows * batch > sound.workload.audio_seconds * FRAMES_PER_SECOND
+        for is_padded in (True, False) if pads else (False,):
+            for dtype in (torch.bool, torch.long):
+                masks = _masks(sound, shape[0], length, dtype, is_padded=is_padded)
+                yield Media(tensors={"input_features": sound.ones(*shape), **masks})
+
+
+def _masks(sound: _Sound, count: int, frames: int, dtype: torch.dtype, *, is_padded: bool) -> Tensors:
+    """What says how much of windows is sound and no padding: all, or as many frames as there are seconds of it."""
+    config = sound.model.config
+    window, rate = (getattr(config, name, None) for name in ("window_size", "downsample_rate"))
+    masked = math.ceil(frames / window) * (window // rate) if window and rate else frames  # Granite's is of its tokens
+    heard = torch.ones((count, masked), dtype=torch.long)
+    if is_padded:
+        heard = torch.arange(sound.windows * masked) < sound.workload.audio_seconds * FRAMES_PER_SECOND
+        heard = heard.long().reshape(sound.windows, masked).repeat(sound.workload.batch_size, 1)
+    masks = {
+        "feature_attention_mask": heard,
+        "input_features_mask": heard.to(dtype),
+        "chunk_sample_lengths": heard.sum(-1) * (SAMPLES_PER_SECOND // FRAMES_PER_SECOND),
+        "padding_mask": sound.ones(sound.workload.batch_size, sound.samples, dtype=dtype),
+    }
+    return {name: mask for name, mask in masks.items() if name in sound.accepted}
+
+
+def _spectrograms_of_sizes(sound: _Sound) -> Iterator[Media]:
+    """Spectrograms, and how many tokens each takes (Phi-4-multimodal)."""
+    batch, frames = sound.workload.batch_size, sound.frames
+    tokens = math.ceil(frames / 8)
+    for bins in sound.bins:
+        yield Media(
+            tensors={
+                "audio_input_features": sound.ones(batch, frames, bins),
+                "audio_embed_sizes": torch.tensor([tokens] * batch),
+                "audio_attention_mask": sound.ones(batch, frames, dtype=torch.bool),
+            },
+            placeholders=tokens,
+        )
+
+
+def _samples(sound: _Sound) -> Iterator[Media]:
+    """A sound as it is."""
+    batch, count = sound.workload.batch_size, sound.samples
+    masks = {name: sound.ones(batch, count, dtype=torch.bool) for name in ("padding_mask", "input_values_mask")}
+    masks = {name: mask for name, mask in masks.items() if name in sound.accepted}
+    for shape in ((batch, count), (batch, 1, count)):
+        yield Media(tensors={"input_values": sound.ones(*shape), **masks})
+
+
+SOUND_BY_PARAMETER: dict[str, Callable[[_Sound], Iterator[Media]]] = {
+    "input_features": _spectrograms,
+    "audio_input_features": _spectrograms_of_sizes,
+    "input_values": _samples,
+}
+"""By a parameter of a model's forward how it may be given sound."""
+
+SOUND_NAMES = tuple(SOUND_BY_PARAMETER)

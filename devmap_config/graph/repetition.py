@@ -1,8 +1,9 @@
 """Runs only two of the blocks that are alike; the others repeat what the second did, without being run.
 
 Blocks are alike that are made alike (classes, shapes, settings, what the config says of each), are given the same, and
-of which the first two do the same. Where one does what cannot be repeated (keeps what it made, reads what it was not
-given, runs twice), this is an error, and the caller runs every block.
+of which the first two do the same. One that is given something else is run. Where one does what cannot be repeated
+(keeps what it made, reads what it was not given, runs twice), this is an error, and the caller runs every block of its
+kind.
 """
 
 from __future__ import annotations
@@ -31,11 +32,24 @@ Figure = TypeVar("Figure")
 
 
 class NotAlikeError(Exception):
-    """Blocks that looked alike do not do the same, or not in a way that can be repeated."""
+    """Blocks that looked alike do not do the same, or not in a way that can be repeated.
+
+    `block` is one of them, where it is known of which kind.
+    """
+
+    def __init__(self, message: str, block: str | None = None) -> None:
+        super().__init__(message)
+        self.block = block
 
 
 Kind = tuple[str, ...]
 """The paths of blocks that are made alike: more than the two that are run."""
+
+
+def kinds_left(kinds: tuple[Kind, ...], error: NotAlikeError) -> tuple[Kind, ...]:
+    """Return the kinds of which blocks may still be spared after one was found to be none."""
+    left = tuple(kind for kind in kinds if error.block not in kind)
+    return left if left != kinds else ()
 
 
 def kinds_of(
@@ -113,7 +127,7 @@ class Repetition:
                 for path in others:
                     block = model.get_submodule(path)
                     stack.callback(_restore_forward, block, vars(block).get("forward"))
-                    block.forward = self._repeating(path, second)
+                    block.forward = self._repeating(path, second, block.forward)
             yield
 
     def complete(self, cache: Iterable[torch.Tensor]) -> None:
@@ -130,13 +144,14 @@ class Repetition:
         likes = Counter(self._repeated.values())
         for first, second, *_others in self.kinds:
             if second in likes and not self._stretches[second].is_like(self._stretches[first]):
-                raise NotAlikeError("blocks that are made alike do not do the same")
-        if any(not self._stretches[path].left <= cached for path in likes):
-            raise NotAlikeError("a block keeps what it made")
-        if any(self._stretches[path].returned & cached for path in likes):
-            raise NotAlikeError("a block gives what the cache holds")
-        if any(path in likes for bond in self.recorder.traffic.bonds for path in bond):
-            raise NotAlikeError("a block reads what it was not given")
+                raise NotAlikeError("blocks that are made alike do not do the same", second)
+        for path in likes:
+            if not self._stretches[path].left <= cached:
+                raise NotAlikeError("a block keeps what it made", path)
+            if self._stretches[path].returned & cached:
+                raise NotAlikeError("a block gives what the cache holds", path)
+            if any(path in bond for bond in self.recorder.traffic.bonds):
+                raise NotAlikeError("a block reads what it was not given", path)
         self.recorder.stands_for |= {
             storage: (path, count) for path, count in likes.items() for storage in self._stretches[path].left
         }
@@ -147,7 +162,7 @@ class Repetition:
 
         def entering(_block: Any, arguments: Any, options: Any) -> None:
             if path in self._stretches:
-                raise NotAlikeError("a block runs twice")
+                raise NotAlikeError("a block runs twice", path)
             traits = _given_traits(arguments, options, position)
             brought = list(brought_along((arguments, options)))
             given[:] = [len(self.recorder.events), tree_leaves((arguments, options)), brought, traits]
@@ -156,7 +171,7 @@ class Repetition:
             mark, inputs, brought, traits = given
             given.clear()
             if list(map(id, brought_along((arguments, options)))) != list(map(id, brought)):
-                raise NotAlikeError("a block changes what it was given")
+                raise NotAlikeError("a block changes what it was given", path)
             leaves, structure = tree_flatten(output)
             events = tuple(self.recorder.events[mark:])
             allocations = [event for event in events if isinstance(event, Allocation)]
@@ -166,11 +181,11 @@ class Repetition:
             new = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in given_back]
             returned = {self.recorder.serial_of(leaf) for leaf in new}
             if returned - made:
-                raise NotAlikeError("a block gives what it neither was given nor made")
+                raise NotAlikeError("a block gives what it neither was given nor made", path)
             self._stretches[path] = _Stretch(
                 path=path,
                 given=traits,
-                gave=_gifts(leaves, inputs),
+                gave=_gifts(path, leaves, inputs),
                 structure=structure,
                 events=events,
                 left=frozenset(made - gone - returned),
@@ -181,16 +196,17 @@ class Repetition:
         # Before the recorder's own: that the block was left is not among its doings, for who repeats them is left too.
         stack.callback(block.register_forward_hook(left, with_kwargs=True, prepend=True).remove)
 
-    def _repeating(self, path: str, like: str) -> Callable[..., Any]:
+    def _repeating(self, path: str, like: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in for a block's `own` forward, which runs where the block is given something else."""
         position = _position(path)
 
         def forward(*arguments: Any, **options: Any) -> Any:
             stretch = self._stretches.get(like)
             if stretch is None or path in self._repeated:
-                raise NotAlikeError("blocks do not run one after the other")
+                raise NotAlikeError("blocks do not run one after the other", path)
             inputs = tree_leaves((arguments, options))
             if _given_traits(arguments, options, position) != stretch.given:
-                raise NotAlikeError("blocks that are made alike are not given the same")
+                return own(*arguments, **options)
             self._repeated[path] = self.recorder.repeated[path] = like
             mark = len(self.recorder.events)
             output = tree_unflatten([_given(gift, inputs) for gift in stretch.gave], stretch.structure)
@@ -240,7 +256,7 @@ class _Input:
     place: int
 
 
-def _gifts(leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
+def _gifts(path: str, leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
     """What a block gave: one of its inputs, or a tensor that is all of its storage."""
     places = {id(leaf): place for place, leaf in enumerate(inputs)}
     old = {storage_key(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor)}
@@ -251,9 +267,9 @@ def _gifts(leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
         elif leaf is None:
             gifts.append(None)
         elif not isinstance(leaf, torch.Tensor):
-            raise NotAlikeError("a block gives what is no tensor")
+            raise NotAlikeError("a block gives what is no tensor", path)
         elif storage_key(leaf) in old or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size():
-            raise NotAlikeError("a block gives a part of a tensor")
+            raise NotAlikeError("a block gives a part of a tensor", path)
         else:
             old.add(storage_key(leaf))
             gifts.append(_Tensor.like(leaf))

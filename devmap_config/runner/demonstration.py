@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.forwards import LEAST_WORDS
 from devmap_config.libraries.panics import panics_raised
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.context import PlannedContext
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.graph.costs import Measurement
     from devmap_config.profile.schema import Workload
     from devmap_config.runner.generation_times import GenerationTimes
     from devmap_config.runner.inputs import Inputs
@@ -84,7 +86,8 @@ class Demonstrator:
         Raises:
             RunnerError: where the model takes something else, or does not run.
         """
-        require_fit(type(model), given)
+        if self.made_up.besides is None:
+            require_fit(type(model), given)
         with running(self.request):
             encoder = None if model.can_generate() or given.has_media else sentence_encoder(self.request, self.sink)
             inputs = self._inputs(model, given, encoder)
@@ -190,7 +193,8 @@ def measured_generation(
     Raises:
         RunnerError: where it takes no tokens, or does not run.
     """
-    require_fit(type(model), Given())
+    if workload.prompts.besides is None:
+        require_fit(type(model), Given())
     with running(request), _failures_told():
         return measure_generation(model, workload, rounds=rounds, least_seconds=least_seconds)
 
@@ -231,15 +235,30 @@ def demonstrator(
 
 
 def demonstrator_of_plan(
-    request: LoadRequest, workload: Workload, sink: Sink, *, max_new_tokens: int | None = None
+    request: LoadRequest,
+    workload: Workload,
+    measurement: Measurement | None,
+    sink: Sink,
+    *,
+    max_new_tokens: int | None = None,
 ) -> Demonstrator:
-    """Return what has a model of random weights write as much as the plan has room for, from tokens that are made up.
+    """Return what has a model of random weights write as much as the plan has room for, from what is made up.
+
+    That is tokens, and images and sound of random numbers as the plan's `measurement` had them.
 
     Raises:
         RunnerError: where the model takes no tokens, or the plan has no room for as many.
     """
-    planned = planned_generation(workload, max_new_tokens)
-    require_fit_class(request, Given())
+    planned = planned_generation(workload, max_new_tokens, measurement)
+    if planned.prompts.besides is None:
+        require_fit_class(request, Given())
+    media = None if measurement is None else measurement.media
+    if media is not None and media.problem is not None:
+        sink.warning(
+            "untried-inputs",
+            f"the model is given text alone: it was not measured with images or sound ({media.reason})",
+            help="give it one with its checkpoint, by `--image` or `--audio`",
+        )
     return Demonstrator(
         request=request,
         sink=sink,
@@ -251,19 +270,28 @@ def demonstrator_of_plan(
     )
 
 
-def planned_generation(workload: Workload, new_tokens: int | None, *, decodes: bool = True) -> GenerationWorkload:
+def planned_generation(
+    workload: Workload, new_tokens: int | None, measurement: Measurement | None = None, *, decodes: bool = True
+) -> GenerationWorkload:
     """Return as many made-up tokens, and so many after them if a model `decodes`, as a workload has room for.
+
+    Among the made-up tokens are those of the images and the sound with which the plan was measured.
 
     Raises:
         RunnerError: where it has no room for so many.
     """
     context_length = workload.context_length.value or MADE_UP_LENGTH + (new_tokens or FEW_TOKENS)
-    count = (new_tokens or min(FEW_TOKENS, max(context_length - 1, 1))) if decodes else 0
+    media = None if measurement is None else measurement.media
+    besides = None if measurement is None or media is None or media.problem is not None else measurement.workload
+    least = 1 if besides is None or media is None else media.tokens + LEAST_WORDS
+    count = (new_tokens or max(min(FEW_TOKENS, context_length - least), 1)) if decodes else 0
     length = max(min(workload.prompt_length or context_length, context_length - count), 1)
     if decodes:
         PlannedContext.of(workload).new_tokens(length, wanted=count, default=FEW_TOKENS)
     return GenerationWorkload(
-        prompts=MadeUp(batch_size=workload.batch_size, length=length), new_tokens=count, cache=workload.cache
+        prompts=MadeUp(batch_size=workload.batch_size, length=length, besides=besides),
+        new_tokens=count,
+        cache=workload.cache,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.libraries.accelerate import hooks_of
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from devmap_config.graph.costs import Workload
     from devmap_config.runner.media import Sound
 
 PROMPT = "A model is placed"
@@ -116,10 +117,11 @@ def _takes(model_class: Any, names: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
-    """Tokens that stand in for texts: so many texts, each of so many tokens."""
+    """Tokens that stand in for texts: so many texts, each of so many tokens; `besides` names what else each holds."""
 
     batch_size: int = 1
     length: int = MADE_UP_LENGTH
+    besides: Workload | None = None
 
 
 ONE_TEXT = MadeUp()
@@ -129,12 +131,31 @@ def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> Inputs:
     """Return tokens that stand in for text, of which a model without a tokenizer knows none."""
     import torch
 
+    if made_up.besides is not None:
+        return _made_up_media(model, made_up, made_up.besides)
     tokens = torch.arange(1, made_up.batch_size * made_up.length + 1) % model.config.get_text_config().vocab_size
     # No two texts are the same: these would take the same experts.
     tensors = {"input_ids": tokens.reshape(made_up.batch_size, made_up.length)}
     if _takes(type(model), ("attention_mask",)):
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
     return Inputs(tensors=tensors, goes_on=True)
+
+
+def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: Workload) -> Inputs:
+    """Return images and sound of random numbers, as the plan was measured with, in prompts of made-up tokens."""
+    import torch
+
+    from devmap_config.graph.forwards import Forwards
+    from devmap_config.graph.media import media_of
+
+    workload = replace(workload, batch_size=made_up.batch_size)
+    with torch.device(_device_of_tokens(model)):  # what makes features of them is called without the model's own hooks
+        given = Forwards(model, workload, media_of(model, workload)).prefill_inputs(made_up.length)
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    if not model.config.is_encoder_decoder:
+        tensors.pop("decoder_input_ids", None)  # of what has a decoder of the one kind or the other (BLIP-2)
+    noise = {name: torch.rand_like(value) for name, value in tensors.items() if value.is_floating_point()}
+    return Inputs(tensors=tensors | noise, goes_on=True)
 
 
 def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> Inputs:

@@ -107,19 +107,20 @@ def _simulation(
     """
     media_use = None if graph.measurement is None else graph.measurement.media
     holds_media = media_use is not None and media_use.problem is None
-    with torch.no_grad(), tensors_without_data(), knowing_values() if holds_media else nullcontext():
-        run = _Run.of(model, graph, plan)
-        media = media_of(model, workload) if holds_media else ()
-        try:
-            with run.dispatched(spares_blocks=spares_blocks):
-                if media:  # text alone must run as well; what is told is of a prompt with all that it holds
-                    run.forwards(Forwards(model, workload.text_alone), decoded_tokens)
-                run.forwards(Forwards(model, workload, media), decoded_tokens)
-                run.towers()
-        except DeviceMismatchError as error:
-            if run.devices.repeated:
-                raise NotAlikeError("of what does not run, all that ran before is told") from error
-            return run.simulation(mismatch=error)
+    with torch.no_grad(), tensors_without_data():
+        run = _Run.of(model, graph, plan)  # of whose tensors no values are known
+        with knowing_values() if holds_media else nullcontext():
+            media = media_of(model, workload) if holds_media else ()
+            try:
+                with run.dispatched(spares_blocks=spares_blocks):
+                    if media:  # text alone must run as well; what is told is of a prompt with all that it holds
+                        run.forwards(Forwards(model, workload.text_alone), decoded_tokens)
+                    run.forwards(Forwards(model, workload, media), decoded_tokens)
+                    run.towers()
+            except DeviceMismatchError as error:
+                if run.devices.repeated:
+                    raise NotAlikeError("of what does not run, all that ran before is told") from error
+                return run.simulation(mismatch=error)
     return run.simulation()
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import transformers
 import yaml
 from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from safetensors import safe_open
+from small_media_models import IMAGE_MODELS, SOUND_MODELS
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from devmap_config.cli.calibrate import calibrate
@@ -57,6 +59,37 @@ def test_a_config_alone_is_loaded_by_the_lock_and_runs_as_long_as_planned(source
     assert (found["prompt_tokens"], found["tokens"]) == (2 * (64 - 4), 2 * 4)
     assert (found["verified"], found["unchecked"], found["output"]) == (False, "the weights are random", None)
     assert found["memory"][0]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        ("llava", "{images: 2}"),
+        ("blip-2", "{images: 1}"),
+        ("whisper", "{audio_seconds: 1}"),
+        ("qwen2_5_omni_thinker", "{images: 1, image_size: [112, 56], audio_seconds: 1}"),
+    ],
+)
+def test_images_and_sound_of_the_planned_sizes_are_made_up(model, inputs, temporary, monkeypatch):
+    Path("small").mkdir()
+    config = {**{**IMAGE_MODELS, **SOUND_MODELS}[model], "dtype": "float32"}
+    Path("small/config.json").write_text(json.dumps(config))
+    given, model_class = {}, getattr(transformers, config["architectures"][0])
+    generate = model_class.generate
+
+    def noting(self, *arguments, **options):
+        given.update(options)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(model_class, "generate", noting)
+    write_profile("small", f"workload: {{context_length: 128, batch_size: 2, inputs: {inputs}}}\n")
+    done = run("--format", "json", "--max-new-tokens", "4")
+    found = json.loads(done.stdout)
+    assert (done.return_value, found["tokens"], found["verified"]) == (0, 2 * 4, False), found["diagnostics"]
+    for name in ("pixel_values", "input_features"):
+        wanted = "images" in inputs if name == "pixel_values" else "audio" in inputs
+        assert (name in given) == wanted
+        assert not wanted or given[name].std() > 0
 
 
 def test_nobody_is_told_that_it_is_the_checkpoint(temporary):

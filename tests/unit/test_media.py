@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import LLAMA
-from small_media_models import IMAGE_MODELS, LLAVA, QWEN2_5_VL, QWEN2_AUDIO, WHISPER, built
+from small_media_models import IMAGE_MODELS, LLAVA, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.compiler import Compiled, Request, run_pipeline
@@ -30,6 +30,7 @@ TOKENS = {
     "internvl": 4,
     "idefics3": 4,
     "blip-2": 4,
+    "qwen2_5_omni_thinker": 16,
 }
 """Of an image of 112 by 112 pixels where the model takes any size, else of its own."""
 
@@ -70,6 +71,26 @@ def test_a_model_with_numbers_takes_what_it_is_measured_with(kind):
     torch.manual_seed(1)
     pixels = {"pixel_values": torch.randn_like(inputs["pixel_values"])}
     assert not torch.equal(model(**{**inputs, **pixels}).logits, logits)  # the image is looked at
+
+
+HEARD = {"whisper": 0, "qwen2_audio": 32, "voxtral": 16, "qwen2_5_omni_thinker": 25}
+"""How many tokens stand for a second of sound; of what hears windows of 64 frames, for two of them."""
+
+
+@pytest.mark.parametrize("kind", SOUND_MODELS)
+@torch.no_grad()
+def test_a_model_with_numbers_hears_what_it_is_measured_with(kind):
+    model = built(SOUND_MODELS[kind], torch.float32)
+    asked = workload(audio_seconds=1)
+    media = media_of(model, asked)
+    assert sum(each.placeholders for each in media) == HEARD[kind]
+    inputs = Forwards(model, asked, media).prefill_inputs(60)
+    logits = model(**inputs).logits
+    torch.manual_seed(1)
+    sound = {"input_features": torch.randn_like(inputs["input_features"])}
+    assert not torch.equal(model(**{**inputs, **sound}).logits, logits)
+    found = measured(SOUND_MODELS[kind], asked)
+    assert (found.media.tokens, found.media.problem) == (HEARD[kind], None)
 
 
 def test_more_images_take_more_tokens_and_each_sequence_has_its_own():
@@ -147,7 +168,8 @@ def test_without_a_context_images_would_not_be_looked_at(workspace):
 
 
 def test_what_the_code_does_not_take_is_told_and_text_is_measured(workspace):
-    compilation = compiled(QWEN2_AUDIO, "{audio_seconds: 1}")
+    narrow = {**QWEN2_5_VL, "vision_config": {**QWEN2_5_VL["vision_config"], "out_hidden_size": 16}}
+    compilation = compiled(narrow, "{images: 1, image_size: 56}")
     assert isinstance(compilation, Compiled)
     assert "untried-inputs" in [each.code for each in compilation.diagnostics]
     assert compilation.plan.measured
