@@ -90,8 +90,8 @@ class Demonstrator:
             require_fit(type(model), given)
         with running(self.request):
             encoder = None if model.can_generate() or given.has_media else sentence_encoder(self.request, self.sink)
-            inputs = self._inputs(model, given, encoder)
             with _failures_told():
+                inputs = self._inputs(model, given, encoder)
                 if model.can_generate():
                     return self._written(model, inputs, write)
                 self.context.require_room(inputs.prompt_tokens)
@@ -288,6 +288,10 @@ def planned_generation(
     length = max(min(workload.prompt_length or context_length, context_length - count), 1)
     if decodes:
         PlannedContext.of(workload).new_tokens(length, wanted=count, default=FEW_TOKENS)
+    if length < least:
+        taken = f"images and sound take {least - LEAST_WORDS:,} tokens"
+        message = f"{taken}, and {count:,} are to follow a prompt of {length:,}"
+        raise RunnerError("prompt-too-short", message, "have it write fewer, by `--max-new-tokens`")
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length, besides=besides),
         new_tokens=count,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import simulated_accelerator
 import torch
-from small_media_models import IMAGE_MODELS, WHISPER, built
+import yaml
+from click.testing import CliRunner
+from conftest import REPOSITORY
+from small_media_models import GEMMA3, IMAGE_MODELS, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
 
 from devmap_config import load_model
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.run import run
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.costs import Workload
 from devmap_config.graph.forwards import Forwards
@@ -24,7 +29,12 @@ LENGTH = 60
 SIDE = 112
 IMAGE = Workload(batch_size=1, context_length=128, prompt_length=LENGTH, images=1, image_height=SIDE, image_width=SIDE)
 SOUND = Workload(batch_size=1, context_length=128, prompt_length=LENGTH, audio_seconds=1)
-INPUTS = {IMAGE: f"{{images: 1, image_size: {SIDE}}}", SOUND: "{audio_seconds: 1}"}
+BOTH = replace(IMAGE, audio_seconds=1)
+INPUTS = {
+    IMAGE: f"{{images: 1, image_size: {SIDE}}}",
+    SOUND: "{audio_seconds: 1}",
+    BOTH: f"{{images: 1, image_size: {SIDE}, audio_seconds: 1}}",
+}
 
 PROFILE = """\
 version: 1
@@ -74,6 +84,9 @@ PINS = {
     "idefics3": ["model.text_model.layers.[0-1]"],
     "blip-2": ["vision_model.encoder.layers.1", "qformer.encoder.layer.0"],
     "whisper": ["model.encoder.layers.1", "model.decoder.layers.0"],
+    "voxtral": ["model.audio_tower.layers.1", "model.language_model.layers.[1-2]"],
+    "qwen2_audio": ["model.audio_tower.layers.1", "model.language_model.layers.3"],
+    "qwen2_5_omni_thinker": ["**.visual.blocks.1", "**.audio_tower.layers.1", "**.layers.3"],
 }
 """What is on the second card; the last layer is on the CPU, and is copied in."""
 
@@ -81,8 +94,8 @@ PINS = {
 @pytest.mark.parametrize("name", PINS)
 @torch.no_grad()
 def test_a_plan_that_was_compiled_for_it_says_what_one_device_says(name):
-    plain = saved({**IMAGE_MODELS, "whisper": WHISPER}[name])
-    workload = SOUND if name == "whisper" else IMAGE
+    plain = saved({**IMAGE_MODELS, **SOUND_MODELS}[name])
+    workload = BOTH if name in IMAGE_MODELS and name in SOUND_MODELS else SOUND if name in SOUND_MODELS else IMAGE
     pins = [{"match": match, "device": "npu:1"} for match in PINS[name]]
     write_profile(workload, {"strategy": "sequential", "pins": pins})
     assert compile_command.main(["profile.yaml", "-q"], standalone_mode=False) == 0
@@ -116,3 +129,39 @@ def test_a_map_that_runs_with_text_and_not_with_an_image_is_refused(name):
     assert model(**on_card[1]).logits.shape[1] == LENGTH
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
         model(**on_card[0])
+
+
+CARD = {"memory": "1GiB", "bandwidth": "900GB/s", "flops": "100TFLOP/s"}
+LINKS = {"host": "25GB/s", "peer": "12GB/s"}
+
+TWINS = {
+    "gemma-3-27b-images": (GEMMA3, {"images": 2}, ["model.vision_tower", "model.language_model.layers.3"]),
+    "qwen2.5-vl-7b-tower": (QWEN2_5_VL, {"images": 1, "image_size": SIDE}, []),
+    "whisper-large-v3": (WHISPER, {"audio_seconds": 1}, []),
+}
+"""By profiles that ship: a tiny model of the same kind, what it is given, and what is besides on the last card."""
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_tiny_twin_of_a_profile_that_ships_runs(name):
+    config, inputs, on_the_last = TWINS[name]
+    twin = yaml.safe_load((REPOSITORY / "profiles" / f"{name}.yaml").read_text())
+    Path("tiny").mkdir()
+    Path("tiny/config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    cards = 1 if name == "whisper-large-v3" else 2  # of which there are no more
+    pins = [{**pin, "device": pin["device"].replace("cuda", "npu")} for pin in twin["placement"].get("pins", [])] + [
+        {"match": match, "device": f"npu:{cards - 1}"} for match in on_the_last
+    ]
+    twin |= {
+        "model": {"source": "tiny", "attention": "eager"},
+        "workload": {"context_length": 128, "batch_size": 2, "inputs": inputs},
+        "hardware": {"devices": {f"npu:{index}": CARD for index in range(cards)}, "links": LINKS},
+        "placement": {**twin["placement"], "pins": pins},
+    }
+    Path("twin.yaml").write_text(yaml.safe_dump(twin))
+    assert compile_command.main(["twin.yaml", "-q"], standalone_mode=False) == 0
+    arguments = ["twin.yaml", "--random-weights", "--no-probe", "--max-new-tokens", "3", "--format", "json"]
+    done = CliRunner().invoke(run, arguments, standalone_mode=False, catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert done.return_value == 0, found["diagnostics"]
+    assert found["tokens"] == 2 * 3

@@ -92,6 +92,15 @@ def test_images_and_sound_of_the_planned_sizes_are_made_up(model, inputs, tempor
         assert not wanted or given[name].std() > 0
 
 
+def test_a_prompt_must_have_room_for_its_images_beside_what_is_written(temporary):
+    Path("small").mkdir()
+    Path("small/config.json").write_text(json.dumps({**IMAGE_MODELS["llava"], "dtype": "float32"}))
+    write_profile("small", "workload: {context_length: 40, inputs: {images: 2}}\n")
+    done = run("--max-new-tokens", "10")
+    assert "error[prompt-too-short]" in done.stderr
+    assert "images and sound take 32 tokens, and 10 are to follow a prompt of 30" in " ".join(done.stderr.split())
+
+
 def test_nobody_is_told_that_it_is_the_checkpoint(temporary):
     write_profile("llama")
     done = run()
