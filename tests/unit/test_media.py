@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import LLAMA
 from small_media_models import IMAGE_MODELS, LLAVA, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.compiler import Compiled, Request, run_pipeline
@@ -105,6 +106,24 @@ def test_more_images_take_more_tokens_and_each_sequence_has_its_own():
 def test_of_any_size_the_size_decides_how_many_tokens():
     small, large = (measured(QWEN2_5_VL, workload(images=1, image_height=side, image_width=56)) for side in (56, 224))
     assert (small.media.tokens, large.media.tokens) == (4, 16)
+
+
+def test_blocks_of_a_tower_that_are_given_something_else_are_run_and_the_others_spared(monkeypatch):
+    tower = {**QWEN2_5_VL["vision_config"], "depth": 8, "fullatt_block_indexes": [3, 7]}
+    asked = workload(images=1, image_height=224, image_width=224)
+    runs = []
+    attend = Qwen2_5_VLVisionAttention.forward
+    monkeypatch.setattr(
+        Qwen2_5_VLVisionAttention,
+        "forward",
+        lambda self, *arguments, **options: runs.append(self) or attend(self, *arguments, **options),
+    )
+    sparing = measured({**QWEN2_5_VL, "vision_config": tower}, asked)
+    run_of_spared = len(runs)
+    monkeypatch.setattr("devmap_config.graph.measurement.kinds_of", lambda *_: ())
+    runs.clear()
+    assert measured({**QWEN2_5_VL, "vision_config": tower}, asked) == sparing
+    assert run_of_spared < len(runs)
 
 
 def test_seconds_of_sound_are_heard():
