@@ -74,7 +74,7 @@ def hardware_block(found: Calibration) -> dict[str, Any]:
     devices: dict[str, Any] = {}
     for device in inventory.devices:
         if rates := _rates(device):
-            own = {name: rates.pop(name) for name in ("bandwidth", "flops") if is_nested and name in rates}
+            own = {name: rates.pop(name) for name in ("bandwidth", "flops", "products") if is_nested and name in rates}
             devices[str(device.id)] = rates | ({"dtypes": {found.kind["dtype"]: own}} if own else {})
     links = _rate("together", inventory.together_bytes_per_second)
     for (source, target), link in inventory.links.items():
@@ -94,16 +94,23 @@ def hardware_block(found: Calibration) -> dict[str, Any]:
 def _rates(device: InventoryDevice) -> dict[str, Any]:
     attention = _rate("decode", device.decode_attention_per_second, FLOPS_UNITS)
     attention |= _rate("prefill", device.prefill_attention_per_second, FLOPS_UNITS)
+    products = _per_second("decode", device.decode_products_per_second)
+    products |= _per_second("prefill", device.prefill_products_per_second)
     return {
         **_rate("bandwidth", device.bandwidth_bytes_per_second),
         **_rate("flops", device.flops_per_second, FLOPS_UNITS),
         **({"attention": attention} if attention else {}),
         **_rate("experts", device.experts_bytes_per_second),
+        **({"products": products} if products else {}),
     }
 
 
 def _rate(name: str, rate: int | None, *units: Any) -> dict[str, str]:
     return {} if rate is None or not _is_fitted(rate) else {name: f"{profile_rate(rate, *units)} calibrated"}
+
+
+def _per_second(name: str, rate: int | None) -> dict[str, str]:
+    return {} if rate is None or not _is_fitted(rate) else {name: f"{rate}/s calibrated"}
 
 
 def _is_fitted(rate: int) -> bool:

@@ -36,7 +36,8 @@ class MissingFigureError(Exception):
 class Step(NamedTuple):
     """What one module does itself: bytes that it touches, operations, those of attention among them, and kernels.
 
-    What it touches of experts that a token chooses is in `chosen_bytes` alone.
+    What it touches of experts that a token chooses is in `chosen_bytes` alone. `products` are how often the threads of
+    a CPU are given something to multiply, after they had to wait.
     """
 
     touched_bytes: int
@@ -44,6 +45,7 @@ class Step(NamedTuple):
     attention_operations: int = 0
     launches: int = 0
     chosen_bytes: int = 0
+    products: int = 0
 
 
 class Copy(NamedTuple):
@@ -183,7 +185,8 @@ class Rates:
             raise MissingFigureError(f"the `flops` of {device}")
         if device.is_accelerator:
             return max(reading, computing) + step.launches * KERNEL_NANOSECONDS
-        return reading + computing
+        beginning = step.products * NANOSECONDS_PER_SECOND // rates.products if rates.products else 0
+        return reading + computing + beginning
 
     def least_nanoseconds(self, step: Step) -> int:
         """Return how long it takes at least, whichever device does it: at the highest rates of all."""
@@ -213,6 +216,7 @@ class Rates:
                 rates += [reached.experts or reached.reading] if step.chosen_bytes else []
                 rates += [reached.computing] if step.operations > step.attention_operations else []
                 rates += [reached.attention or reached.computing] if step.attention_operations else []
+                rates += [reached.products] if step.products and not device.is_accelerator else []
             rates += [self.inventory.dispatch_nanoseconds] if any(segment.dispatches.values()) else []
             rates += [self.inventory.together_bytes_per_second] if self.time(segment).ahead else []
             for copy in (*segment.copies, *chain.from_iterable(segment.ahead)):
@@ -240,6 +244,7 @@ class _Reached(NamedTuple):
     computing: int | None = None
     attention: int | None = None
     experts: int | None = None
+    products: int | None = None
 
     @classmethod
     def of(cls, device: InventoryDevice, phase: Phase) -> _Reached:
@@ -248,4 +253,5 @@ class _Reached(NamedTuple):
             computing=device.reached("flops_per_second"),
             attention=device.reached(f"{phase}_attention_per_second"),
             experts=device.reached("experts_bytes_per_second"),
+            products=device.reached(f"{phase}_products_per_second"),
         )

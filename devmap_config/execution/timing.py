@@ -18,14 +18,14 @@ from devmap_config.graph.model import ModulePath
 from devmap_config.hardware.constants import GENERATION_DISPATCHES, HOOK_DISPATCHES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Location
     from devmap_config.execution.executor import Executor
     from devmap_config.execution.segments import Phase, SegmentTime
     from devmap_config.graph.costs import Crossing, ModuleCost
-    from devmap_config.graph.model import ModelGraph, Module, TensorName
+    from devmap_config.graph.model import ModelGraph, Module, Tensor, TensorName
     from devmap_config.hardware.inventory import Inventory
 
 PREFILL_WORK = attrgetter(*(f"prefill_{figure}" for figure in WORK))
@@ -78,14 +78,29 @@ class Timing:
             return
         touched_bytes, operations, attention_operations, launches, dispatches = self._work(cost)
         touched_bytes += added_bytes if launches else 0
-        chosen_bytes = touched_bytes if self.phase == "decode" and self._holds_experts(path) else 0
-        step = Step(touched_bytes - chosen_bytes, operations, attention_operations, launches, chosen_bytes)
+        experts = self._experts(path)
+        chosen_bytes = touched_bytes if self.phase == "decode" and experts else 0
+        products = self._products(experts, operations)
+        step = Step(touched_bytes - chosen_bytes, operations, attention_operations, launches, chosen_bytes, products)
         segment.steps[device, step] += 1
         segment.dispatches[device] += dispatches
 
-    def _holds_experts(self, path: str) -> bool:
+    def _experts(self, path: str) -> tuple[Tensor, ...]:
         module = self.graph.modules.get(ModulePath(path))
-        return module is not None and bool(module.experts)
+        return () if module is None else module.experts
+
+    def _products(self, experts: Sequence[Tensor], operations: int) -> int:
+        """How often a module gives a CPU's threads something to multiply: a token each expert that it chooses.
+
+        The experts of a prompt follow one another within one operation, where threads need not wait for Python.
+        """
+        if not experts:
+            return int(operations > 0)
+        if self.phase == "prefill":
+            return 0
+        count, elements = experts[0].shape[0], sum(tensor.element_count for tensor in experts)
+        choices = operations * count // (2 * max(elements, 1))  # two operations for each of a chosen expert's weights
+        return len(experts) * min(count, choices)
 
     def crossing_nanoseconds(self, crossing: Crossing, maker: Device, reader: Device) -> int:
         """What it takes to give a block what another made."""

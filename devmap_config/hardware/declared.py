@@ -100,6 +100,8 @@ def _device(
         decode_attention_per_second=section.attention.decode,
         prefill_attention_per_second=section.attention.prefill,
         experts_bytes_per_second=section.experts,
+        decode_products_per_second=section.products.decode,
+        prefill_products_per_second=section.products.prefill,
         by_dtype={dtype: _rates(rates, section, usual) for dtype, rates in section.dtypes.items()},
     )
 
@@ -108,11 +110,13 @@ def _rates(rates: Rates, section: DeviceSection, usual: Usual) -> dict[str, int 
     """The figures that change with a dtype; what is not said of it is as with others."""
     bandwidth = rates.bandwidth or section.bandwidth or usual.bandwidth
     flops = rates.flops or section.flops or usual.flops
-    experts = None if rates.bandwidth else section.experts
+    products = section.products if rates.bandwidth is None else rates.products
     return {
         "bandwidth_bytes_per_second": bandwidth,
         "flops_per_second": flops,
-        "experts_bytes_per_second": experts,
+        "experts_bytes_per_second": section.experts if rates.bandwidth is None else None,
+        "decode_products_per_second": rates.products.decode or products.decode,
+        "prefill_products_per_second": rates.products.prefill or products.prefill,
     }
 
 

@@ -97,6 +97,8 @@ class InventoryDevice:
     decode_attention_per_second: int | None = None
     prefill_attention_per_second: int | None = None
     experts_bytes_per_second: int | None = None
+    decode_products_per_second: int | None = None
+    prefill_products_per_second: int | None = None
     by_dtype: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
 
     @property
@@ -126,7 +128,10 @@ class InventoryDevice:
 
 
 RATES = ("bandwidth_bytes_per_second", "flops_per_second", "memory_efficiency", "compute_efficiency")
-RATES_OF_A_PROFILE = ("decode_attention_per_second", "prefill_attention_per_second", "experts_bytes_per_second")
+RATES_OF_A_PROFILE = (
+    *("decode_attention_per_second", "prefill_attention_per_second", "experts_bytes_per_second"),
+    *("decode_products_per_second", "prefill_products_per_second"),
+)
 """Without these, constants stand in: no catalogue has them."""
 
 RATE_NAMES = (*RATES[:2], *RATES_OF_A_PROFILE)

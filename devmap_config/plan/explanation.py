@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
 
 
-COMPUTING = ("flops_per_second", "decode_attention_per_second", "prefill_attention_per_second")
+COMPUTING = (
+    *("flops_per_second", "decode_attention_per_second", "prefill_attention_per_second"),
+    *("decode_products_per_second", "prefill_products_per_second"),
+)
 READING = ("bandwidth_bytes_per_second", "experts_bytes_per_second")
 
 

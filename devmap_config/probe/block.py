@@ -57,6 +57,8 @@ def _device(seen: SeenAccelerator) -> dict[str, str]:
 
 
 def _amount(route: Route, per_second: int) -> str:
+    if "products" in route:
+        return f"{per_second}/s"
     if route[-1] == "dispatch":
         return profile_duration(10**9 // per_second)
     return profile_rate(per_second, FLOPS_UNITS) if {"flops", "attention"} & {*route} else profile_rate(per_second)

@@ -39,7 +39,7 @@ class Step:
 
     routes: tuple[Route, ...]
     words: str
-    measure: Callable[[], tuple[Rate, ...]]
+    measure: Callable[[], tuple[Rate | None, ...]]
 
 
 def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Step]:
@@ -78,8 +78,9 @@ def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[Step]:
     yield _step(("host", "dispatch"), "operations that the host dispatches", partial(devices.dispatches, runs_on))
     for dtype in ("bfloat16", *OTHER_DTYPES):
         route = (*ON_CPU, "dtypes", dtype) if dtype in OTHER_DTYPES else ON_CPU
+        names = (("bandwidth",), ("flops",), ("products", "decode"), ("products", "prefill"))
         layers = partial(devices.layers, dtype, available_bytes)
-        yield Step(((*route, "bandwidth"), (*route, "flops")), f"layers in {dtype} on the CPU", layers)
+        yield Step(tuple((*route, *name) for name in names), f"layers in {dtype} on the CPU", layers)
     for phase, words in (("decode", "one query"), ("prefill", "a prompt")):
         attending = partial(devices.attention, available_bytes, is_prefill=phase == "prefill")
         yield _step((*ON_CPU, "attention", phase), f"attention of {words} on the CPU", attending)
@@ -105,7 +106,8 @@ def measured(planned: tuple[Step, ...], begun: Callable[[Step], None]) -> tuple[
     for step in planned:
         begun(step)
         try:
-            rates.update(zip(step.routes, step.measure(), strict=True))
+            found = zip(step.routes, step.measure(), strict=True)
+            rates.update({route: rate for route, rate in found if rate is not None})
         except (NotMeasuredError, RuntimeError) as error:  # of torch's: too little memory, a kernel that is missing
             failures[step.words] = next(iter(str(error).splitlines()), type(error).__name__)
     if TOGETHER in rates and not _is_more_than_one_link(rates[TOGETHER], rates.get(HOST)):

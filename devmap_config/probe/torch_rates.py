@@ -42,6 +42,10 @@ LAYERS_BYTES = 1024 * MEBIBYTE
 
 LAYER_TOKENS = 512
 
+NARROW_WIDTH, NARROW_BYTES, NARROW_TOKENS = 512, 256 * MEBIBYTE, 64
+LEAST_SHARE = 0.1
+"""What a narrow layer takes besides reading and computing is told where it is so much of its time."""
+
 HEADS, SHARED_HEADS, HEAD_WIDTH = 32, 8, 128
 """Heads of the queries, of the keys and values, and how long each is: as in models of 8 billion weights."""
 
@@ -82,6 +86,7 @@ class Devices:
         self._clock, self._processor = clock, processor
         self._limit_seconds = LIMIT_SECONDS
         self._torch: Any = None
+        self._product_seconds = 0.0
         try:
             import torch
         except ImportError:
@@ -103,12 +108,14 @@ class Devices:
         seconds = self._copying_seconds(size_bytes, seen.id, seen.id)
         return Rate.of(2 * size_bytes, seconds, f"{size_bytes // MEBIBYTE} MiB copied within the device")
 
-    def layers(self, dtype: str, available_bytes: int) -> tuple[Rate, Rate]:
+    def layers(self, dtype: str, available_bytes: int) -> tuple[Rate | None, ...]:
         """Return how fast linear layers run on the CPU in a dtype.
 
         The first rate is of one token: the bytes of weights that are read a second as it is multiplied by them. That is
         less than is read of memory that nothing is computed with: two thirds on 16 threads, in bfloat16. The second is
-        of a prompt: the operations a second, beside the time in which the weights are read.
+        of a prompt: the operations a second, beside the time in which the weights are read. The others are how many
+        products a second there would be of one token and of a prompt, were nothing to read or to compute; `None` where
+        a narrow layer takes no longer than by the first two.
 
         Raises:
             NotMeasuredError: where there is too little memory for layers that caches do not hold.
@@ -128,7 +135,31 @@ class Devices:
         multiplying = self._seconds(partial(self._multiply, few, LAYER_TOKENS), CPU, threads=self._threads)
         computing = [max(seconds - besides, seconds / 2) for seconds in multiplying]
         operations = 2 * LAYER_TOKENS * sum(weight.numel() for weight in few)
-        return bandwidth, Rate.of(operations, computing, f"{said}, {LAYER_TOKENS} tokens, beside reading them")
+        flops = Rate.of(operations, computing, f"{said}, {LAYER_TOKENS} tokens, beside reading them")
+        one_token, prompt = (
+            self._products(dtype, available_bytes, tokens, bandwidth, flops, threads=each)
+            for tokens, each in ((1, threads), (NARROW_TOKENS, self._threads))
+        )
+        if dtype == "bfloat16" and one_token is not None:
+            self._product_seconds = 1 / one_token.per_second
+        return bandwidth, flops, one_token, prompt
+
+    def _products(
+        self, dtype: str, available_bytes: int, tokens: int, bandwidth: Rate, flops: Rate, *, threads: int
+    ) -> Rate | None:
+        """Return how many products of narrow layers are done a second, without the time of reading and computing."""
+        layer_bytes = NARROW_WIDTH**2 * getattr(self._torch, dtype).itemsize
+        count = self._count(layer_bytes, available_bytes, NARROW_BYTES)
+        weights = [self._ones(dtype, NARROW_WIDTH, NARROW_WIDTH) for _ in range(count)]
+        seconds = self._seconds(partial(self._multiply, weights, tokens), CPU, threads=threads)
+        operations = 2 * tokens * NARROW_WIDTH**2 if tokens > 1 else 0
+        explained = count * (layer_bytes / bandwidth.per_second + operations / flops.per_second)
+        besides = [each - explained for each in seconds]
+        if median(besides) < LEAST_SHARE * median(seconds):
+            return None
+        several = f"{tokens} tokens" if tokens > 1 else "one token"
+        method = f"{dtype} linear layers of {NARROW_WIDTH} by {NARROW_WIDTH}, {several}, beside reading and computing"
+        return Rate.of(count, [max(each, LEAST_SHARE * explained) for each in besides], method)
 
     def _multiply(self, weights: list[Any], tokens: int) -> None:
         for weight in weights:
@@ -158,6 +189,8 @@ class Devices:
     def experts(self, available_bytes: int) -> Rate:
         """Return the bytes a second that the CPU reads of experts, as a token is multiplied by those that it chooses.
 
+        That is beside what so many products take at least, where `layers` found that.
+
         Raises:
             NotMeasuredError: where there is too little memory for the experts of a token.
             TooNoisyError: where other work takes the CPU.
@@ -175,8 +208,10 @@ class Devices:
                 torch.nn.functional.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
 
         seconds = self._seconds(choose, CPU, threads=self._threads)
+        besides = experts * len(weights) * self._product_seconds
+        reading = [max(each - besides, each / 2) for each in seconds]
         method = f"{CHOSEN} of {experts} experts of {hidden} by {inner} for each of {rounds} tokens, bfloat16"
-        return Rate.of(sum(weight.nbytes for weight in weights), seconds, method)
+        return Rate.of(sum(weight.nbytes for weight in weights), reading, method)
 
     def dispatches(self, device: Device) -> Rate:
         """Return the operations a second that this machine's Python and torch dispatch, as models ask for them.

@@ -24,6 +24,7 @@ from devmap_config.profile.quantities import (
     parse_efficiency,
     parse_flops,
     parse_nanoseconds,
+    parse_per_second,
     parse_share,
     parse_spread,
 )
@@ -252,6 +253,7 @@ Efficiency = Annotated[
 ]
 Bandwidth = Annotated[int, BANDWIDTH]
 Flops = Annotated[int, _quantity(known_rate(parse_flops), RATE, _matching(rf"^{POSITIVE} ?([GTP]FLOP/s)?{BASIS}$"))]
+PerSecond = Annotated[int, _quantity(known_rate(parse_per_second), RATE, _matching(rf"^{POSITIVE}(/s)?{BASIS}$"))]
 DURATION = r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)"
 Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(rf"{DURATION}$"))]
 Dispatch = Annotated[int, _quantity(known_rate(parse_nanoseconds), _matching(rf"{DURATION}{BASIS}$"))]

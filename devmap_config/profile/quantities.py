@@ -179,6 +179,19 @@ def parse_nanoseconds(text: str) -> int:
     return _whole(text, number * TIME_UNITS[unit] * 10**9, example)
 
 
+def parse_per_second(text: str) -> int:
+    """How many in a second: `6000/s`, or a plain number.
+
+    Raises:
+        QuantityError: where it is not.
+    """
+    example = "write how many in a second, as `6000/s`"
+    number, unit = _rate(text, example)
+    if unit not in (None, "/s"):
+        raise QuantityError(f"`{unit}` is no unit of what is counted", example)
+    return _whole(text, number, example)
+
+
 def known_rate(parse: Callable[[str], int]) -> Callable[[str], KnownRate]:
     """Return what reads a rate and the word behind it, if any, that says how it is known: `25GB/s measured`."""
 

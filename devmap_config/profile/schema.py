@@ -20,6 +20,7 @@ from devmap_config.profile.field_types import (
     NamedDevice,
     OneOrMany,
     PatternText,
+    PerSecond,
     Quantity,
     Quantization,
     ShareOfMemory,
@@ -206,6 +207,16 @@ class Workload(Section):
         return self
 
 
+class Products(Section):
+    """How many products with a matrix a CPU gets done in a second at most, however small they are."""
+
+    decode: PerSecond | None = Field(default=None, examples=["6000/s"])
+    """Of one token."""
+
+    prefill: PerSecond | None = Field(default=None, examples=["10000/s"])
+    """Of a prompt."""
+
+
 class Rates(Section):
     """How fast a device is with models of one dtype."""
 
@@ -214,6 +225,9 @@ class Rates(Section):
 
     flops: Flops | None = Field(default=None, examples=["100GFLOP/s"])
     """Dense floating-point operations a second."""
+
+    products: Products = Field(default_factory=Products, examples=[{"prefill": "10000/s"}])
+    """How many products it gets done, however small."""
 
 
 class Attention(Section):
@@ -258,10 +272,14 @@ class DeviceSection(Section):
     experts: Bandwidth | None = Field(default=None, examples=["12GB/s"])
     """How fast the experts are read that a token chooses. Without it: as other weights."""
 
+    products: Products = Field(default_factory=Products, examples=[{"decode": "6000/s", "prefill": "10000/s"}])
+    """How many products with a matrix a CPU gets done, however small: its threads have to be given each. Without it: as
+    many as `bandwidth` and `flops` allow."""
+
     dtypes: Mapping[Annotated[str, one_of(*DTYPES[1:])], Each[Rates]] = Field(
         default={}, examples=[{"float32": {"bandwidth": "25GB/s", "flops": "100GFLOP/s"}}]
     )
-    """By dtype of the model, what holds in place of `bandwidth`, `flops` and `experts`."""
+    """By dtype of the model, what holds in place of `bandwidth`, `flops`, `products` and `experts`."""
 
     efficiency: Efficiency | None = Field(default=None, examples=["80%"])
     """How much of bandwidth and flops is reached. Without it: the catalogue's. What was measured or calibrated is."""

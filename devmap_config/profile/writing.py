@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from fractions import Fraction
 
-    from devmap_config.profile.schema import DeviceSection, Hardware, Link, Rates
+    from devmap_config.profile.schema import DeviceSection, Hardware, Link, Products, Rates
 
 PLAIN = re.compile(r"[A-Za-z0-9_./~-][A-Za-z0-9_./:~-]*")
 """What needs no quotes anywhere, not even in a flow mapping."""
@@ -51,6 +51,7 @@ def device_text(section: DeviceSection) -> str:
         "flops": _flops(section.flops),
         "attention": _nested(decode=_flops(section.attention.decode), prefill=_flops(section.attention.prefill)),
         "experts": _given(section.experts, BANDWIDTH_UNITS),
+        "products": _products(section.products),
         "dtypes": _nested(**{dtype: _rates(rates) for dtype, rates in section.dtypes.items()}),
         "efficiency": _share(section.efficiency),
     }
@@ -59,7 +60,15 @@ def device_text(section: DeviceSection) -> str:
 
 
 def _rates(rates: Rates) -> str | None:
-    return _nested(bandwidth=_given(rates.bandwidth, BANDWIDTH_UNITS), flops=_flops(rates.flops))
+    return _nested(
+        bandwidth=_given(rates.bandwidth, BANDWIDTH_UNITS),
+        flops=_flops(rates.flops),
+        products=_products(rates.products),
+    )
+
+
+def _products(products: Products) -> str | None:
+    return _nested(decode=_given(products.decode, {"/s": 1}), prefill=_given(products.prefill, {"/s": 1}))
 
 
 def _flops(value: int | None) -> str | None:

@@ -154,7 +154,7 @@ def test_layers_grow_until_they_take_long_enough(monkeypatch):
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float32", 4)])
 def test_layers_read_their_weights_for_a_token_and_compute_besides_for_a_prompt(small, dtype, itemsize):
     layers_bytes = itemsize * (64**2 + 128**2)
-    bandwidth, flops = devices().layers(dtype, 4 * SHARE_OF_FREE * layers_bytes)
+    bandwidth, flops, *_ = devices().layers(dtype, 4 * SHARE_OF_FREE * layers_bytes)
     assert bandwidth.per_second == 4 * layers_bytes  # in a second of this clock
     assert bandwidth.method == f"8 {dtype} linear layers of 64 by 64 and 128 by 128, one token"
     assert flops.per_second == int(2 * 16 * (64**2 + 128**2) / 0.75)  # a quarter of a second goes to reading
@@ -162,7 +162,28 @@ def test_layers_read_their_weights_for_a_token_and_compute_besides_for_a_prompt(
         devices().layers(dtype, layers_bytes)
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", [4, 4]), ("float32", [1, 4])])
+def test_of_narrow_layers_products_are_told_beside_what_reading_and_computing_take(small, monkeypatch):
+    monkeypatch.setattr(torch_rates, "NARROW_TOKENS", 2)
+    there_is = devices()
+    bandwidth, flops, one_token, prompt = there_is.layers("bfloat16", 2**30)
+    count = 2**16 // (2 * 32**2)
+    reading_seconds = 2**16 / bandwidth.per_second  # of all these layers, which take a second of this clock
+    assert 0.01 < reading_seconds < 0.1
+    assert one_token.per_second == int(count / (1 - reading_seconds))
+    computing_seconds = count * 2 * torch_rates.NARROW_TOKENS * 32**2 / flops.per_second
+    assert 0.1 < computing_seconds < 0.5
+    assert prompt.per_second == int(count / (1 - reading_seconds - computing_seconds))
+    experts = there_is.experts(2**30)
+    besides_seconds = 64 * 2 / one_token.per_second
+    assert experts.per_second == int(64 * 2 * 3 * 64 * 32 / max(1 - besides_seconds, 0.5))
+
+
+def test_nothing_is_told_of_narrow_layers_that_are_as_fast_as_wide_ones(small, monkeypatch):
+    monkeypatch.setattr(torch_rates, "NARROW_BYTES", 2**20)  # as much is read as of wide ones, in the same second
+    assert devices().layers("bfloat16", 2**30)[2:] == (None, None)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", [4, 4, 4, 4]), ("float32", [1, 4, 1, 4])])
 def test_of_several_threads_one_multiplies_a_token_in_float32(small, monkeypatch, dtype, expected):
     at_work = []
 
@@ -300,6 +321,7 @@ def small(monkeypatch):
     monkeypatch.setitem(memory_bandwidth.__kwdefaults__, "buffer_bytes", SMALL["MEMORY_BUFFER_BYTES"])
     monkeypatch.setitem(disk_bandwidth.__kwdefaults__, "file_bytes", SMALL["DISK_FILE_BYTES"])
     sizes = {"LARGEST_MATRIX": 256, "LAYER_WIDTHS": (64, 128), "LAYER_TOKENS": 16, "EXPERT_WIDTHS": (64, 32)}
+    sizes |= {"NARROW_WIDTH": 32, "NARROW_BYTES": 2**16}
     lengths = {"PROMPT_TOKENS": 32, "CONTEXT_TOKENS": 128, "LAYERS_BYTES": 2**20, "LIMIT_SECONDS": 0.01}
     for name, value in (sizes | lengths).items():
         monkeypatch.setattr(torch_rates, name, value)
@@ -312,6 +334,7 @@ def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, wo
     assert done.return_value == 0
     hardware = yaml.safe_load(done.stdout)["hardware"]
     cpu = hardware["devices"]["cpu"]
+    products = [cpu.pop("products", {}), *(each.pop("products", {}) for each in cpu["dtypes"].values())]
     assert list(cpu) == ["memory", "bandwidth", "flops", "dtypes", "attention", "experts"]
     assert set(cpu["attention"]) == {"decode", "prefill"}
     assert {dtype: set(rates) for dtype, rates in cpu["dtypes"].items()} == {
@@ -319,7 +342,7 @@ def test_the_block_has_what_was_measured_and_plans_are_predicted_by_it(small, wo
         "float32": {"bandwidth", "flops"},
     }
     assert hardware["host"]["dispatch"].endswith("us measured")
-    assert len(re.findall(r"   # median of \d+ runs?, \S+ to \S+: \S", done.stdout)) == 11
+    assert len(re.findall(r"   # median of \d+ runs?, \S+ to \S+: \S", done.stdout)) == 11 + sum(map(len, products))
     assert done.stderr == ""
 
     Path("profile.yaml").write_text(
@@ -348,12 +371,14 @@ def test_a_profile_has_every_rate_that_was_measured(tmp_path):
         (each.bandwidth_bytes_per_second // 10**9, each.flops_per_second // 10**9) for each in (usual, half, whole)
     ] == [
         (2, 3),
-        (4, 5),
         (6, 7),
+        (10, 11),
     ]
-    assert cpu.decode_attention_per_second == 8 * 10**9
-    assert cpu.prefill_attention_per_second == 9 * 10**9
-    assert (usual.experts_bytes_per_second, half.experts_bytes_per_second) == (10 * 10**9, None)
+    products = [(each.decode_products_per_second, each.prefill_products_per_second) for each in (usual, half, whole)]
+    assert products == [(4 * 10**9, 5 * 10**9), (8 * 10**9, 9 * 10**9), (12 * 10**9, 13 * 10**9)]
+    assert cpu.decode_attention_per_second == 14 * 10**9
+    assert cpu.prefill_attention_per_second == 15 * 10**9
+    assert (usual.experts_bytes_per_second, half.experts_bytes_per_second) == (16 * 10**9, None)
     assert inventory.dispatch_nanoseconds == 1
 
 

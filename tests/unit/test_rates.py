@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import MIXTURE
 
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.diagnostics.diagnostic import Sink
@@ -61,6 +62,25 @@ def test_a_token_waits_for_its_experts_as_long_as_the_profile_says(compiled):
     assert prefill == 0
 
 
+def test_each_product_takes_a_while_to_begin_and_of_experts_those_of_a_token_alone(compiled):
+    usual = compiled(RATES)
+    slower = compiled(f"{RATES}, products: {{decode: 1000/s, prefill: 500/s}}")
+    decode, prefill = (after - before for before, after in zip(times(usual), times(slower), strict=True))
+    multiplying = [
+        cost
+        for cost in usual.model.graph.measurement.modules
+        if cost.prefill_operations and not cost.path.endswith(".experts")
+    ]
+    layers, chosen = MIXTURE["num_hidden_layers"], MIXTURE["num_experts_per_tok"]
+    assert prefill == len(multiplying) * SECOND // 500
+    assert decode == (len(multiplying) + 2 * layers * chosen) * SECOND // 1000
+    in_float32 = (
+        f"{RATES}, products: {{decode: 1000/s, prefill: 500/s}}, dtypes: {{float32: {{products: {{decode: 1/s}}}}}}"
+    )
+    assert times(compiled(in_float32)) == times(slower)
+    assert times(compiled(in_float32, "float32"))[0] > len(multiplying) * SECOND
+
+
 def test_a_device_has_rates_of_its_own_for_a_dtype(compiled):
     described = f"{RATES}, experts: 500MB/s, dtypes: {{float32: {{bandwidth: 2GB/s, flops: 70GFLOP/s}}}}"
     in_float32 = compiled(described, "float32")
@@ -82,8 +102,8 @@ def test_no_lock_speaks_of_rates_that_the_profile_does_not_give(compiled):
 
 def test_rates_are_written_as_they_are_read(tmp_path):
     device = (
-        "{memory: 1GiB, attention: {decode: 2GFLOP/s}, experts: 12GB/s, dtypes: {float16: {flops: 30GFLOP/s},"
-        " float32: {bandwidth: 25GB/s}}}"
+        "{memory: 1GiB, attention: {decode: 2GFLOP/s}, experts: 12GB/s, products: {decode: 17000/s measured},"
+        " dtypes: {float16: {flops: 30GFLOP/s}, float32: {bandwidth: 25GB/s, products: {prefill: 9000/s}}}}"
     )
     (tmp_path / "profile.yaml").write_text(
         f"version: 1\nmodel: {{source: x}}\nhardware: {{devices: {{cpu: {device}}}}}\n"
