@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.devices import CPU
+from devmap_config.devices import CPU, OFFLOADING_KIND
 from devmap_config.files import exists
 from devmap_config.graph.adapter import AdapterError, stored_names
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
+from devmap_config.graph.costs import OFFLOADED
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import SAVED, TensorName
@@ -64,6 +65,29 @@ def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
         wanted.span,
         help=f"say `bnb_4bit_compute_dtype: {model.dtype}`; or `float32`, if that is meant",
     )
+
+
+def check_cache(prepared: Prepared, sink: Sink) -> None:
+    """Report a machine on which a cache cannot be offloaded, and a draft model beside which none was tried."""
+    workload, name = prepared.loaded.profile.workload, prepared.loaded.profile.workload.cache.implementation
+    if name in ("dynamic", "static") or workload.context_length.value is None:
+        return
+    kinds = sorted({device.kind for device in prepared.capacities if device.is_accelerator})
+    if prepared.loaded.profile.model.assistant is not None:
+        reason, help = "beside a draft model, no cache was tried that is offloaded or quantised", "leave `cache` out"
+    elif name not in OFFLOADED:
+        return
+    elif not kinds:
+        reason, help = "there is no accelerator from which the cache could be offloaded", "leave `cache` out"
+    elif kinds != [OFFLOADING_KIND]:
+        reason = f"transformers offloads a cache from {OFFLOADING_KIND} devices alone, and these are {kinds[0]}"
+        help = "leave `cache` out"
+    elif CPU not in prepared.capacities:
+        reason = "the cache is to be on the CPU, and the profile lists none: what is not listed does not exist"
+        help = "list it with what it has: `cpu: {memory: 64GiB}`"
+    else:
+        return
+    sink.error("unfit-cache", reason, workload.cache.span, help=help)
 
 
 def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: Sink) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from devmap_config.compatibility import (
     check_adapter,
     check_assistant,
+    check_cache,
     check_checkpoint,
     check_compute_dtype,
     check_dtype,
@@ -30,7 +31,7 @@ from devmap_config.plan.planner import Planner, accepted, draft_of
 from devmap_config.plan.review import review
 from devmap_config.prepared import Prepared
 from devmap_config.profile.document import whole_file
-from devmap_config.profile.loading import load_profile, of_assistant, on_other_hardware
+from devmap_config.profile.loading import load_profile, of_assistant, on_other_hardware, with_workload
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.rules.resolution import resolve
@@ -56,7 +57,8 @@ class Request:
 
     `variables` are as `--set` gives them, and `lock` is one whose values and commit hold where nothing else is given;
     with `must_ask` only the hub may say what the model's revision resolves to. With `use_vendored` a graph that is kept
-    beside the profile is used where it is still right. With `hardware` another machine than the profile's is asked, by
+    beside the profile is used where it is still right. `workload` has another cache and context than the profile's,
+    where these are asked about. With `hardware` another machine than the profile's is asked, by
     `strategy`. With `keeps_plan` the lock's plan is preferred to a new one where it
     is as good. The plan is dry-run where this `simulates`. The checkpoint, where one is at hand, is held to the model
     where this `checks_checkpoint`. Where there is no plan, one that `advises` tries what would help.
@@ -70,6 +72,7 @@ class Request:
     use_vendored: bool = True
     hardware: Hardware | None = None
     strategy: str = "fastest"
+    workload: Mapping[str, Any] = field(default_factory=dict)
     keeps_plan: bool = False
     simulates: bool = False
     checks_checkpoint: bool = False
@@ -239,6 +242,8 @@ def _load(request: Request, sink: Sink) -> LoadedProfile | None:
         return None
     for library in untried():
         sink.warning("untried-version", never_tried(library))
+    if request.workload:
+        loaded = with_workload(loaded, **request.workload)
     return loaded if request.hardware is None else on_other_hardware(loaded, request.hardware, request.strategy)
 
 
@@ -255,6 +260,7 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
     prepared = Prepared(loaded=loaded, inventory=inventory, model=model, resolution=resolution)
     check_dtype(prepared, sink)
     check_compute_dtype(prepared, sink)
+    check_cache(prepared, sink)
     if loaded.profile.model.assistant is None:
         return prepared
     assistant = _compiled_assistant(lookup, loaded, sink)

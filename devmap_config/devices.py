@@ -74,6 +74,9 @@ COMPILING_KIND = "cuda"
 PINNING_KIND = "cuda"
 """The kind of accelerators to which weights are copied ahead, from memory that is pinned for them."""
 
+OFFLOADING_KIND = "cuda"
+"""The kind of accelerators from which transformers offloads a cache: it waits for streams of CUDA's."""
+
 
 def fill_order(device: Device) -> tuple[int, str, int]:
     """Return what devices are sorted by: accelerators by their numbers, then what is not one."""

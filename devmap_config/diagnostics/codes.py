@@ -79,6 +79,7 @@ AlwaysError = Literal[
     "undefined-variable",
     "unfit-adapter",
     "unfit-assistant",
+    "unfit-cache",
     "unfit-input",
     "unfit-receipts",
     "unknown-accelerator",

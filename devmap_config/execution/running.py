@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import CPU
 from devmap_config.execution.pieces import copied_bytes, pieces_of
 from devmap_config.execution.timing import home_of
-from devmap_config.graph.costs import ModuleCost
+from devmap_config.graph.costs import LAYERS_UNDER_WAY, ModuleCost
 from devmap_config.graph.model import ancestors
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ class RunningCost:
     """Bytes that a device needs while the plan runs.
 
     `activation_bytes` are the largest peak of a module that runs there, with what caches keep alive beyond what they
-    show; `streaming_bytes` the largest piece of weights that is copied in at once.
+    show, and what of an offloaded cache is on its way; `streaming_bytes` the largest piece of weights that is copied in
+    at once.
     """
 
     kv_cache_bytes: int = 0
@@ -37,6 +40,14 @@ class RunningCost:
     def total_bytes(self) -> int:
         """All of it."""
         return self.kv_cache_bytes + self.activation_bytes + self.streaming_bytes
+
+    def plus(self, kv_cache_bytes: int, activation_bytes: int) -> RunningCost:
+        """Return it with so much more."""
+        return replace(
+            self,
+            kv_cache_bytes=self.kv_cache_bytes + kv_cache_bytes,
+            activation_bytes=self.activation_bytes + activation_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,35 @@ class Running:
                 activation_bytes=max([*peaks, *own], default=0) + retained_bytes,
                 streaming_bytes=self.streaming.get(device, 0),
             )
-        return found
+        return self._with_offloaded(found, context_length)
+
+    def _with_offloaded(
+        self, costs: dict[Device, RunningCost], context_length: int | None
+    ) -> dict[Device, RunningCost]:
+        """The same with what is offloaded of a cache on the CPU, and what of it is there and on a card on its way."""
+        before, workload = self.workload, self.workload
+        if context_length is not None:
+            workload = before.at(context_length)
+        held = {
+            device: [(cost.at(before, workload.context_length), count) for cost, count in counts.items()]
+            for device, counts in self.holding.items()
+            if device.is_accelerator and any(cost.offloaded_bytes for cost in counts)
+        }
+        if not held:
+            return costs
+        every = [each for counts in held.values() for each in counts if each[0].offloaded_bytes]
+        visiting_bytes = max((cost.visiting_bytes(workload) for cost, _ in every), default=0)
+        for device in filter(attrgetter("is_accelerator"), costs):
+            offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in held.get(device, ()))
+            let_go_bytes = sum(
+                cost.retained_bytes * count for cost, count in held.get(device, ()) if cost.offloaded_bytes
+            )
+            costs[device] = costs[device].plus(-offloaded_bytes, visiting_bytes - let_go_bytes)
+        offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in every)
+        pinned_bytes = sum(cost.pinned_bytes(workload) * count for cost, count in every)
+        pinned_bytes += LAYERS_UNDER_WAY * max((cost.pinned_bytes(workload) for cost, _ in every), default=0)
+        costs[CPU] = costs.get(CPU, RunningCost()).plus(offloaded_bytes, pinned_bytes - offloaded_bytes)
+        return costs
 
 
 def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor) -> Running | None:
@@ -148,6 +187,8 @@ def _held(cost: ModuleCost) -> ModuleCost:
         cache_bytes=cost.cache_bytes,
         doubled_cache_bytes=cost.doubled_cache_bytes,
         retained_bytes=cost.retained_bytes,
+        offloaded_bytes=cost.offloaded_bytes,
+        offloaded_largest_bytes=cost.offloaded_largest_bytes,
     )
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, Module, Tensor, TensorName
     from devmap_config.hardware.inventory import Inventory
 
+KEYS_AND_VALUES = 2
+"""The tensors of a layer of a cache, each of which is copied by itself."""
+
 PREFILL_WORK = attrgetter(*(f"prefill_{figure}" for figure in WORK))
 DECODE_WORK = attrgetter(*(f"decode_{figure}" for figure in WORK))
 
@@ -131,6 +134,8 @@ class Timing:
         here = next(iter(running)) if len(running) == 1 else around
         self._do(segment, module.path, here, self._added_bytes(module, homes))
         cost = self._costs.get(module.path)
+        if cost is not None and cost.offloaded_bytes and here.is_accelerator:
+            self._exchange_cache(cost, here, segment)
         if here != around and cost is not None:
             prefills = self.phase == "prefill"
             given, given_back = (
@@ -141,6 +146,22 @@ class Timing:
             segment.copies += (Copy(around, here, given), Copy(here, around, given_back))
         for child in module.children:
             self._below(child, homes, here, segment)
+
+    def _exchange_cache(self, cost: ModuleCost, card: Device, segment: Segment) -> None:
+        """Add what goes to the CPU of a cache that is offloaded, which the card waits for, and has come from there.
+
+        That comes while the card computes, if it is the first, on which transformers makes the stream for it.
+        """
+        if self.graph.measurement is None:
+            return
+        size_bytes = cost.exchanged_bytes(self.phase, self.graph.measurement.workload)
+        segment.copies.append(Copy(card, CPU, size_bytes, KEYS_AND_VALUES, is_pinned=True))
+        if self.phase == "decode":
+            coming = Copy(CPU, card, size_bytes, KEYS_AND_VALUES, is_pinned=True)
+            if card.index == 0:
+                segment.ahead.append((coming,))
+            else:
+                segment.copies.append(coming)
 
     def _added_bytes(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
         """By how much the module's own weights are larger where a map offloads them than elsewhere."""

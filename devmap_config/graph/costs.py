@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 MEDIA = ("images", "image_height", "image_width", "audio_seconds")
 """The fields of a workload that say what a prompt holds besides text."""
 
-RARE = (*MEDIA, "proposed_tokens")
+OFFLOADED = ("offloaded", "offloaded_static")
+"""The caches whose layers are on the CPU while they do not run."""
+
+RARE = (*MEDIA, "proposed_tokens", "cache_backend", "cache_bits")
 """Those that are left out of plain data where they say nothing."""
 
 
@@ -24,9 +27,10 @@ class Workload:
     """What is run: sequences at once, tokens in the cache when it is full, tokens prefilled at once.
 
     `all_logits` says whether every position gets logits or, as `generate` does, the last of each sequence only.
-    `cache` is transformers' cache implementation. Of each sequence, the prompt holds so many `images` of one height and
-    width (in pixels; `None` where the model takes one size only), and so many seconds of sound, besides text. So many
-    tokens a draft model proposes at once, for each of which there are logits as well.
+    `cache` is transformers' cache implementation; of one that is quantised, the backend and its bits. Of each sequence,
+    the prompt holds so many `images` of one height and width (in pixels; `None` where the model takes one size only),
+    and so many seconds of sound, besides text. So many tokens a draft model proposes at once, for each of which there
+    are logits as well.
     """
 
     batch_size: int
@@ -39,6 +43,8 @@ class Workload:
     image_width: int | None = None
     audio_seconds: int = 0
     proposed_tokens: int = 0
+    cache_backend: str | None = None
+    cache_bits: int | None = None
 
     @property
     def holds_text_alone(self) -> bool:
@@ -50,8 +56,14 @@ class Workload:
         """The same without images and sound, in as many tokens."""
         return replace(self, images=0, image_height=None, image_width=None, audio_seconds=0)
 
+    def at(self, context_length: int) -> Workload:
+        """Return the same at another length of the context; the prompt grows with it where it fills it."""
+        fills = self.prompt_length == self.context_length
+        prompt_length = context_length if fills else min(self.prompt_length, context_length)
+        return replace(self, context_length=context_length, prompt_length=prompt_length)
+
     def to_json(self) -> dict[str, Any]:
-        """As plain data; images, sound and what is proposed only where there is any."""
+        """As plain data; what most workloads have nothing of only where there is any."""
         return {name: value for name, value in asdict(self).items() if name not in RARE or value}
 
     def decoding_before(self, end: int | None, tokens: int = 1) -> Workload:
@@ -66,15 +78,17 @@ class Workload:
 class ModuleCost:
     """What one module costs. All figures are of the whole batch.
 
-    `cache_bytes` are what the cache's tensors that it made show after a prefill of the context, `cache_bytes_per_token`
-    what a further token adds, and `retained_bytes` what their storages keep alive beyond what they show (a sliding
-    window is a view of all that was prefilled). `prefill_peak_bytes` and `decode_peak_bytes` are the largest sum of
-    live activations while it runs, with what lives around it, cache left out; `own_peak_bytes` only while none of its
-    children runs. The `doubled` figures are those of a prefill that is twice as long. Operations, bytes touched,
-    launches of kernels and dispatches are its own, without its children's: a dispatch is what the host is asked for, a
-    kernel or a view of a tensor. What decoding takes is what it takes on the mean, from the prompt to the end of the
-    context. `attention_operations` are those among the operations that a fused attention computes in half precision.
-    Input and output bytes are those of the tensors that it is given and gives back, caches left out.
+    `cache_bytes` are what the cache's tensors that it made show after a prefill of the context,
+    `cache_bytes_per_token` what a further token adds, and `retained_bytes` what their storages keep alive beyond
+    what they show (a sliding window is a view of all that was prefilled). `offloaded_bytes` of `cache_bytes` are on
+    the CPU while the module does not run, where the cache is one that is offloaded, of which the largest tensor has
+    `offloaded_largest_bytes`. `prefill_peak_bytes` and `decode_peak_bytes` are the largest sum of live activations
+    while it runs, with what lives around it, cache left out; `own_peak_bytes` only while none of its children runs.
+    The `doubled` figures are those of a prefill that is twice as long. Operations, bytes touched, launches of
+    kernels and dispatches are its own, without its children's: a dispatch is what the host is asked for, a kernel
+    or a view of a tensor. What decoding takes is what it takes on the mean, from the prompt to the end of the
+    context. `attention_operations` are those among the operations that a fused attention computes in half
+    precision. Input and output bytes are those of the tensors that it is given and gives back, caches left out.
     """
 
     path: str
@@ -101,11 +115,48 @@ class ModuleCost:
     decode_input_bytes: int = 0
     prefill_output_bytes: int = 0
     decode_output_bytes: int = 0
+    offloaded_bytes: int = 0
+    offloaded_largest_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The larger of its two peaks."""
         return max(self.prefill_peak_bytes, self.decode_peak_bytes)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What of its cache is where it runs, also while it does not."""
+        return self.cache_bytes - self.offloaded_bytes + (0 if self.offloaded_bytes else self.retained_bytes)
+
+    def exchanged_bytes(self, phase: str, workload: Workload) -> int:
+        """What of its cache goes to the CPU in a forward: of a token, on the mean from the prompt to the end.
+
+        In decoding, as much has come from there.
+        """
+        if not self.offloaded_bytes or workload.cache == "offloaded_static":
+            return self.offloaded_bytes
+        prefilled_bytes = self.at(workload, workload.prompt_length).offloaded_bytes
+        return prefilled_bytes if phase == "prefill" else (prefilled_bytes + self.offloaded_bytes) // 2
+
+    def visiting_bytes(self, workload: Workload) -> int:
+        """What of an offloaded cache is on a card at once: a layer's as it was and as it is, and the next one's."""
+        if not self.offloaded_bytes:
+            return 0
+        return (2 if workload.cache == "offloaded_static" else 3) * self.offloaded_bytes + self.retained_bytes
+
+    def pinned_bytes(self, workload: Workload) -> int:
+        """What of the CPU's memory its cache takes that is offloaded.
+
+        torch pins it in blocks of a power of two, and keeps those that the cache has outgrown since the prompt.
+        """
+        grows = workload.cache == "offloaded" and workload.prompt_length < workload.context_length
+        total_bytes = 0
+        for size_bytes in (self.offloaded_largest_bytes, self.offloaded_bytes - self.offloaded_largest_bytes):
+            block_bytes = _power_of_two(size_bytes)
+            prompt_bytes = size_bytes * workload.prompt_length // workload.context_length
+            outgrown_bytes = block_bytes - _power_of_two(prompt_bytes) if grows else 0
+            total_bytes += block_bytes + outgrown_bytes
+        return total_bytes
 
     def at(self, workload: Workload, context_length: int) -> ModuleCost:
         """What memory it takes at another length of the context than that of the workload it was measured under.
@@ -118,6 +169,8 @@ class ModuleCost:
         figures["cache_bytes"] = _grown_cache(self, before, context_length)
         figures["retained_bytes"] = _grown_retained(self, before, context_length)
         figures["decode_peak_bytes"] = self.decode_peak_bytes * max(context_length, before) // before
+        for figure in RARE_FIGURES if self.offloaded_bytes else ():
+            figures[figure] = figures["cache_bytes"] * getattr(self, figure) // self.cache_bytes
         return replace(self, **figures)  # type: ignore[arg-type]  # every one of these is an integer
 
 
@@ -153,6 +206,9 @@ class Positions:
         return min((length for length in (self.end, self.trained) if length is not None), default=None)
 
 
+RARE_FIGURES = ("offloaded_bytes", "offloaded_largest_bytes")
+"""The figures of a module that most measurements have nothing of."""
+
 WORK = ("touched_bytes", "operations", "attention_operations", "launches", "dispatches")
 """What a module does in a phase, by the name of each figure without the phase."""
 
@@ -160,7 +216,6 @@ COST_FIELDS = tuple(field.name for field in fields(ModuleCost))
 CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
 
 # A model has thousands of these, and `dataclasses.asdict` copies every value.
-_cost_values = attrgetter(*COST_FIELDS)
 _crossing_values = attrgetter(*CROSSING_FIELDS)
 
 
@@ -186,7 +241,8 @@ class Measurement:
     without being given it (a shared cache), or whose results the model itself joins: they must run on one device.
     `positions` tell how long a context the model takes, whatever room there is.
     `measured` is false where the model could not be run without data, for this `reason`, and formulas stand in; `cause`
-    says whose doing it is. `media` is what came of images and sound, where the workload has such.
+    says whose doing it is. `has_unfit_cache` is whether it could not since transformers does not give it the cache that
+    the workload names. `media` is what came of images and sound, where the workload has such.
     """
 
     workload: Workload
@@ -198,6 +254,7 @@ class Measurement:
     cause: Cause = "model"
     positions: Positions = Positions()
     media: MediaUse | None = None
+    has_unfit_cache: bool = False
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleCost]:
@@ -210,31 +267,42 @@ class Measurement:
         return sum(cost.cache_bytes for cost in self.modules)
 
     @cached_property
+    def visiting_bytes(self) -> int:
+        """What of an offloaded cache is on each card at once, at most."""
+        return max((cost.visiting_bytes(self.workload) for cost in self.modules), default=0)
+
+    @cached_property
+    def passing_bytes(self) -> int:
+        """What of the CPU's memory is taken by layers of an offloaded cache whose copies are under way."""
+        return LAYERS_UNDER_WAY * max((cost.pinned_bytes(self.workload) for cost in self.modules), default=0)
+
+    @cached_property
     def decodes(self) -> bool:
         """Whether there is a step of decoding: an encoder has none, nor has a model without a cache."""
         return not self.measured or any(cost.decode_launches for cost in self.modules)
 
     def at(self, context_length: int) -> Measurement:
         """What memory the same takes at another length of the context."""
-        workload = self.workload
-        prompt_grows = workload.prompt_length == workload.context_length
-        prompt_length = context_length if prompt_grows else min(workload.prompt_length, context_length)
         return replace(
             self,
-            workload=replace(workload, context_length=context_length, prompt_length=prompt_length),
-            modules=tuple(cost.at(workload, context_length) for cost in self.modules),
+            workload=self.workload.at(context_length),
+            modules=tuple(cost.at(self.workload, context_length) for cost in self.modules),
         )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `from_json` gives it back, equal."""
         rare: dict[str, Any] = {} if self.cause == "model" else {"cause": self.cause}
         rare |= {} if self.media is None else {"media": asdict(self.media)}
+        rare |= {"has_unfit_cache": True} if self.has_unfit_cache else {}
+        is_rare = any(cost.offloaded_bytes for cost in self.modules)
+        columns = [name for name in COST_FIELDS if is_rare or name not in RARE_FIGURES]
+        values = attrgetter(*columns)
         return rare | {
             "workload": self.workload.to_json(),
             "measured": self.measured,
             "reason": self.reason,
-            "columns": list(COST_FIELDS),
-            "modules": [list(_cost_values(cost)) for cost in self.modules],
+            "columns": columns,
+            "modules": [list(values(cost)) for cost in self.modules],
             "crossings": [list(_crossing_values(crossing)) for crossing in self.crossings],
             "bonds": [list(bond) for bond in self.bonds],
             "positions": asdict(self.positions),
@@ -257,7 +325,17 @@ class Measurement:
             cause=value.get("cause", "model"),
             positions=Positions(**value["positions"]),
             media=None if (media := value.get("media")) is None else MediaUse(**media),
+            has_unfit_cache=bool(value.get("has_unfit_cache")),
         )
+
+
+LAYERS_UNDER_WAY = 2
+"""Of an offloaded cache, so many layers have a copy more on the CPU, since the host goes on while copies are made."""
+
+
+def _power_of_two(size_bytes: int) -> int:
+    """The least power of two that is not less; nothing of nothing."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
 
 
 def _grown_cache(cost: ModuleCost, before: int, after: int) -> int:

@@ -39,6 +39,10 @@ class MissingSizeError(OtherInputsError):
     """The model takes images of any size: how large they are does not follow from its config."""
 
 
+class UnfitCacheError(OtherInputsError):
+    """transformers does not give the model the cache that is asked for."""
+
+
 class PromptTooShortError(OtherInputsError):
     """The prompt has no room for the tokens that stand for images and sound: so many of each sequence."""
 

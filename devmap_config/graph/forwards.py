@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from devmap_config.graph.failures import OtherInputsError, PromptTooShortError
+from devmap_config.graph.key_values import made_cache
 from devmap_config.graph.media import SOUND_NAMES, Media
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.transformers import CACHE_NAMES, is_own_model, unnamed_cache
@@ -37,11 +38,15 @@ PATCHES_ACROSS = 8
 
 @dataclass
 class Forwards:
-    """Forwards of a model whose tensors are fake, under a workload."""
+    """Forwards of a model whose tensors are fake, under a workload.
+
+    `offloads` is whether a cache that is to be offloaded is, from devices that are simulated.
+    """
 
     model: PreTrainedModel
     workload: Workload
     media: tuple[Media, ...] = ()
+    offloads: bool = False
     _encoded: Any = None
     _attended: Any = None
 
@@ -64,8 +69,9 @@ class Forwards:
                 inputs["input_features"] = self._features()
         if self.media:
             inputs |= self._beside_media(length)
-        if self.has_static_cache and self._cache_name is not None:
-            inputs[self._cache_name] = self._static_cache(length)
+        if self._cache_name is not None:
+            cache = made_cache(self.model, self.workload, length, offloading=self.offloads)
+            inputs |= {} if cache is None else {self._cache_name: cache}
         return inputs | self._options()
 
     def decode_inputs(self, cache: Any) -> dict[str, Any]:
@@ -106,9 +112,9 @@ class Forwards:
         return None if self._only_returns_its_cache else cache
 
     @property
-    def has_static_cache(self) -> bool:
+    def makes_cache(self) -> bool:
         """Whether a cache is made beforehand for every block, also for one that does not fill it."""
-        return self.workload.cache == "static"
+        return self.workload.cache not in (("dynamic",) if self.offloads else ("dynamic", "offloaded"))
 
     @property
     def _accepted(self) -> Any:
@@ -228,13 +234,6 @@ class Forwards:
             options["use_cache"] = True
         return options
 
-    def _static_cache(self, prompt_length: int) -> Any:
-        from transformers import StaticCache
-
-        # Room for the context and a token, and for more where more is prefilled.
-        length = max(self.workload.context_length, prompt_length) + 1
-        return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
-
 
 def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     """What a model for images or sounds within another may take, by what its config says; likely ones first."""
@@ -269,7 +268,9 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
     waiting, seen = [cache], set()
     while waiting:
         each = waiting.pop()
-        if isinstance(each, torch.Tensor):
+        if isinstance(each, torch.Tensor) and hasattr(each, "__tensor_flatten__"):  # what quanto packs holds tensors
+            waiting += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
+        elif isinstance(each, torch.Tensor):
             found.setdefault(id(each), each)
         elif id(each) not in seen:
             seen.add(id(each))

@@ -469,7 +469,9 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
         context_length=context_length,
         prompt_length=min((wanted.prompt_length or context_length) + proposed, context_length),
         all_logits=wanted.logits == "all",
-        cache=wanted.cache,
+        cache=wanted.cache.implementation,
+        cache_backend=wanted.cache.backend,
+        cache_bits=wanted.cache.bits,
         images=inputs.images or 0,
         image_height=size[0] if size else None,
         image_width=size[-1] if size else None,
@@ -514,9 +516,18 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
             workload.inputs.span,
             help="name what the prompt and its answer take: `workload: {context_length: 4096}`",
         )
+    is_asked_for = workload.cache.implementation not in ("dynamic", "static") and not workload.cache.doubtful
+    if is_asked_for and workload.context_length.value is None and "context_length" not in workload.doubtful:
+        sink.error(
+            "unused-key",
+            "`cache` has no effect without `context_length`: only weights are budgeted then",
+            workload.cache.span,
+            help="name what the prompt and its answer take: `workload: {context_length: 4096}`",
+        )
     if graph.measurement is not None:
         report_positions(graph.measurement, workload.context_length.span, sink)
         report_media(graph.measurement, workload.inputs.span, sink)
+        report_cache(graph.measurement, workload.cache.span, sink)
         report_unmeasured(graph.measurement, workload.span, sink, allowed=allowed)
 
 
@@ -583,6 +594,27 @@ def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> Non
         )
 
 
+def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> None:
+    """Report a cache that the model is not given, or of which it is not known how much would be where."""
+    name, end = measurement.workload.cache, measurement.positions.end
+    if measurement.has_unfit_cache:
+        reason = f"transformers gives this model no cache that is {said_of_cache(name)}: {measurement.reason}"
+    elif name in ("dynamic", "static") or (end is not None and measurement.workload.context_length > end):
+        return
+    elif not measurement.measured:
+        reason = f"how much a cache would take that is {said_of_cache(name)} is not known: {measurement.reason}"
+    elif name != "quantized" and not any(cost.offloaded_bytes for cost in measurement.modules):
+        reason = f"nothing of this model's cache is ever {said_of_cache(name)}"
+    else:
+        return
+    sink.error("unfit-cache", reason, span, help="say `cache: dynamic`, or leave it out")
+
+
+def said_of_cache(implementation: str) -> str:
+    """Return what a cache is, in a word."""
+    return "quantised" if implementation == "quantized" else "offloaded"
+
+
 def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
     """Report that formulas stand in for a measurement, where they do, and why: an error where they may not."""
     end = measurement.positions.end
@@ -590,6 +622,8 @@ def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *
         return
     if measurement.media is not None and measurement.media.problem not in (None, "untried"):
         return  # which is an error
+    if measurement.workload.cache not in ("dynamic", "static"):
+        return  # likewise
     failure = Failure(measurement.cause, measurement.reason or "")
     if failure.cause == "model":
         sink.warning(

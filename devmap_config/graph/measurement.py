@@ -32,9 +32,11 @@ from devmap_config.graph.failures import (
     NoMediaError,
     OtherInputsError,
     PromptTooShortError,
+    UnfitCacheError,
     failure_of,
 )
 from devmap_config.graph.forwards import Forwards, cache_tensors
+from devmap_config.graph.key_values import offloaded_tensors, require_fit
 from devmap_config.graph.known_values import knowing_values
 from devmap_config.graph.media import media_of
 from devmap_config.graph.model import ancestors
@@ -87,6 +89,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
     positions = Positions()
     try:
         positions = Positions(trained=trained_length(model.config))
+        require_fit(model, workload)
         with torch.no_grad(), tensors_without_data(), OperationBudget().within():
             names = {id(module): path for path, module in model.named_modules()}
             weights = replace_tensors(model)
@@ -100,11 +103,14 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
                 reason = f"its positions end at {end:,} tokens"
                 return Measurement(workload, (), measured=False, reason=reason, positions=positions)
             within = workload.decoding_before(end)
-            alike = () if workload.cache == "static" else alike
+            alike = () if Forwards(model, within).makes_cache else alike
             if workload.holds_text_alone:
                 measurement = _measured(partial(runner, Forwards(model, within)), alike)
             else:
                 measurement = _measured_with_media(model, within, runner, alike)
+    except UnfitCacheError as error:
+        reason = str(error)
+        return Measurement(workload, (), measured=False, reason=reason, positions=positions, has_unfit_cache=True)
     except Exception as error:  # a model's own code may raise anything where there is no data
         LOGGER.debug("%s could not be run without data", type(model).__name__, exc_info=True)
         raise UnmeasurableModelError(failure_of(error), positions) from error
@@ -202,6 +208,7 @@ class _Runner:
                 prefilled = recorder.traffic
             if length == workload.context_length:
                 self.add_cache(recorder, cache_tensors(cache))
+                self.add_offloaded(recorder, offloaded_tensors(cache, workload))
                 decoded = self.traffic()
             if shown_before := total_bytes(cache_tensors(cache)):
                 recorder, grown = self.run(self.forwards.decode_inputs(cache), cache)
@@ -255,6 +262,17 @@ class _Runner:
             self.cost(module)["cache_bytes"] = size_bytes
         for module, size_bytes in spread(held, recorder.repeated).items():
             self.cost(module)["retained_bytes"] = max(size_bytes - self.cost(module)["cache_bytes"], 0)
+
+    def add_offloaded(self, recorder: Meter, layers: list[list[torch.Tensor]]) -> None:
+        """What of the cache is offloaded, by the module that made it."""
+        sizes: dict[str, list[int]] = {}
+        for tensor in (tensor for tensors in layers for tensor in tensors):
+            module = recorder.maker.get(recorder.serial_of(tensor) or -1, "")
+            sizes.setdefault(module, []).append(shown_bytes(tensor))
+        for figure, of in (("offloaded_bytes", sum), ("offloaded_largest_bytes", max)):
+            by_module = {module: of(each) for module, each in sizes.items()}
+            for module, size_bytes in spread(by_module, recorder.repeated).items():
+                self.cost(module)[figure] = size_bytes
 
     def add_peaks(self, recorder: Meter, phase: str) -> None:
         """Replay what came and went, without what the cache keeps, and note each module's peak."""

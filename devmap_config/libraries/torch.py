@@ -49,6 +49,32 @@ def tensors_without_data() -> Iterator[None]:
         yield
 
 
+class _Stream:
+    """Stands in for a stream of a card, where what is given to it is done at once."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Whatever it is made for."""
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Done at once."""
+
+    def wait_stream(self, _: _Stream) -> None:
+        """Nothing is waited for."""
+
+
+@contextmanager
+def streams_without_a_card() -> Iterator[None]:
+    """Let streams of cards be made and waited for within where there is no card."""
+    import torch
+
+    # A class in the place of a class: what is imported within may name it in an annotation.
+    with patch.object(torch, "Stream", _Stream), patch.object(torch.cuda, "default_stream", _Stream):
+        yield
+
+
 @contextmanager
 def _logging_no_failures() -> Iterator[None]:
     """Keep torch from logging what fails without data; what comes of it is told, or nothing does."""

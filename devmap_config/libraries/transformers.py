@@ -32,6 +32,45 @@ def unnamed_cache(output: Any) -> str | None:
     return next((name for name, value in items if isinstance(value, class_)), None)
 
 
+STATES = ("conv_states", "recurrent_states")
+"""What layers keep whose attention is linear, beside keys and values or in their stead."""
+
+TAKES_CACHES = Private(
+    "transformers.GenerationMixin._supports_default_dynamic_cache",
+    "whether `generate` makes a model the cache that it is asked for, or the model one of its own",
+)
+QUANTO_LAYER = Private("transformers.cache_utils.QuantoQuantizedLayer", "patched: the package need not be there")
+QUANTIZED_LAYER = Private(
+    "transformers.cache_utils.QuantizedLayer", "when a layer of a cache is quantised, and what it gives back"
+)
+
+
+def supports_caches(model: PreTrainedModel) -> bool:
+    """Return whether `generate` makes a model the cache that it is asked for."""
+    supports: bool = TAKES_CACHES.of(model)()
+    return supports
+
+
+@contextmanager
+def quantizing_layers(quantize: Callable[..., tuple[Any, ...]], dequantize: Callable[..., Any]) -> Iterator[None]:
+    """Let caches that quanto quantises be made within as if it were there; `quantize` and `dequantize` stand in."""
+    base: Any = QUANTIZED_LAYER.find()
+
+    class Layer(base):  # type: ignore[misc]
+        __module__ = base.__module__  # a cache is looked through as transformers' own
+
+        def _quantize(self, tensor: torch.Tensor, axis: int) -> tuple[Any, ...]:
+            del axis  # of one sequence or several, groups are cut alike
+            return (*quantize(tensor, self.nbits), tensor.shape)
+
+        def _dequantize(self, made: tuple[Any, ...]) -> Any:
+            return dequantize(*made[:-1], bits=self.nbits, shape=made[-1])
+
+    QUANTO_LAYER.find()
+    with patch(QUANTO_LAYER.name, Layer):
+        yield
+
+
 def is_own_model(model: Any) -> bool:
     """Return whether a model's class is one of transformers, and not of code that comes with the model."""
     return type(model).__module__.startswith("transformers.")

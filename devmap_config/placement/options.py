@@ -40,7 +40,7 @@ NEARLY_ALL = (19, 20)
 
 
 FIGURES = attrgetter(
-    *("cache_bytes", "retained_bytes", "peak_bytes"),
+    *("cache_bytes", "retained_bytes", "peak_bytes", "offloaded_bytes", "offloaded_largest_bytes"),
     *(f"{phase}_{figure}" for phase in ("prefill", "decode") for figure in (*WORK, "input_bytes", "output_bytes")),
 )
 """What of a module's cost an option depends on."""
@@ -142,12 +142,18 @@ class OptionBuilder:
     def _streamed(self, module: Module) -> Iterator[Place]:
         """From the CPU or the disk, copied at every forward: to the main device, or to a card with a faster link."""
         stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities]
+        stores = [store for store in stores if self._takes_weights[store]]
         for store in stores:
             is_streamed = self.problem.executor.streams(Location(store, self.main_device))
             if is_streamed and store not in self._forbidden(module):
                 yield self.main_device, ("streamed", store)
                 for device in self._other_targets(store):
                     yield device, ("streamed elsewhere", store)
+
+    @cached_property
+    def _takes_weights(self) -> Mapping[Device, bool]:
+        """Whether weights may be stored on a device, and not the cache alone."""
+        return {device: self.problem.takes_weights(device) for device in self.problem.capacities}
 
     def _other_targets(self, store: Device) -> list[Device]:
         """The cards besides the main one to which it is worth copying ahead, if that may be to any.
@@ -166,7 +172,7 @@ class OptionBuilder:
 
     def _computed(self, module: Module) -> Iterator[Place]:
         """Where it is stored, on the CPU beside accelerators."""
-        if self._computes_on_cpu and CPU not in self._forbidden(module):
+        if self._computes_on_cpu and CPU not in self._forbidden(module) and not self._offloads(module):
             yield CPU, ("computed",)
 
     def _part(self, module: Module) -> Iterator[Place]:
@@ -182,7 +188,7 @@ class OptionBuilder:
     def _computes_on_cpu(self) -> bool:
         """Whether the CPU may compute beside accelerators: how fast it is must be known, and what runs must be."""
         rates = {device.id: device.bandwidth_bytes_per_second for device in self.aim.inventory.devices}
-        is_offered = CPU in self.problem.capacities and rates.get(CPU) is not None
+        is_offered = CPU in self.problem.capacities and self._takes_weights[CPU] and rates.get(CPU) is not None
         return bool(self.accelerators) and is_offered and self.problem.graph.measurement is not None
 
     def _heavy_parts(self, module: Module) -> list[str]:
@@ -195,7 +201,7 @@ class OptionBuilder:
         for each in module.walk():
             size_bytes = sum(tensor.size_bytes for tensor in each.tensors())
             is_pinned = any(tensor.name in self.problem.pinned for tensor in each.tensors())
-            if is_pinned or each.path not in self._costs or size_bytes == total_bytes:
+            if is_pinned or self._offloads(each) or each.path not in self._costs or size_bytes == total_bytes:
                 continue
             if size_bytes * SMALLEST_PART >= total_bytes:
                 found.append((-size_bytes, len(found), each.path[len(module.path) + 1 :]))
@@ -237,11 +243,16 @@ class OptionBuilder:
             if tensor.name in self._counted:
                 demands[residence] = demands.get(residence, 0) + held_bytes[tensor.name]
         prefilled = while_prefilled(module, locations, executor, self.main_device)
+        measurement = problem.graph.measurement
         for each in module.walk():
             if (cost := self._costs.get(each.path)) is not None:
                 within = {locations[tensor.name].runs_on for tensor in each.tensors()}
                 runs_on = next(iter(within)) if len(within) == 1 else home
-                demands[runs_on] = demands.get(runs_on, 0) + cost.cache_bytes + cost.retained_bytes
+                kept_bytes = cost.cache_bytes + cost.retained_bytes
+                if cost.offloaded_bytes and runs_on.is_accelerator and measurement is not None:
+                    kept_bytes = cost.kept_bytes
+                    demands[CPU] = demands.get(CPU, 0) + cost.pinned_bytes(measurement.workload)
+                demands[runs_on] = demands.get(runs_on, 0) + kept_bytes
         homes = {**prefilled, **self._shared_elsewhere(module, (around, mode))}
         for piece in self._pieces[module.path]:
             for device, size_bytes in copied_bytes(problem.graph, piece, homes, executor, self.main_device).items():
@@ -249,17 +260,32 @@ class OptionBuilder:
         peak_bytes = self._peak_bytes(module)
         running = [location.runs_on for each in (locations, prefilled) for location in each.values()]
         involved = dict.fromkeys([home, *running])
+        peaks = self._with_offloaded(dict.fromkeys(involved, peak_bytes))
         spent = [timing.module_time(module, locations).times(times) for timing, times in self.timings]
         return Option(
             home=home,
             nanoseconds=sum(each.nanoseconds for each in spent),
             demands=tuple((device, size_bytes) for device, size_bytes in demands.items() if size_bytes),
-            peaks=tuple((device, peak_bytes) for device in involved) if peak_bytes else (),
+            peaks=tuple((device, size_bytes) for device, size_bytes in peaks.items() if size_bytes),
             pieces=tuple(pieces.items()),
             mode=mode,
             around=None if home == around else around,
             ahead=tuple(each for time in spent for each in time.ahead),
         )
+
+    def _with_offloaded(self, peaks: dict[Device, int]) -> dict[Device, int]:
+        """What is needed at once beside weights and what is kept, with what of an offloaded cache is on its way."""
+        measurement = self.problem.graph.measurement
+        if measurement is None or not measurement.visiting_bytes:
+            return peaks
+        on_its_way = {device: measurement.visiting_bytes for device in peaks if device.is_accelerator}
+        on_its_way |= {CPU: measurement.passing_bytes} if on_its_way else {}
+        return {device: peaks.get(device, 0) + on_its_way.get(device, 0) for device in {**peaks, **on_its_way}}
+
+    def _offloads(self, module: Module) -> bool:
+        """Whether there is a cache within that transformers offloads, which it does not from the CPU to itself."""
+        costs = (self._costs.get(each.path) for each in module.walk())
+        return any(cost is not None and cost.offloaded_bytes for cost in costs)
 
     def _pinned(self, name: TensorName) -> Location | None:
         if name not in self.problem.pinned:

@@ -47,6 +47,10 @@ class Problem:
         """The devices that compute without streaming, in order."""
         return tuple(device for device in self.capacities if device.is_accelerator)
 
+    def takes_weights(self, device: Device) -> bool:
+        """Whether weights may be stored there: the quantizer does not refuse it, or a rule says so all the same."""
+        return device not in self.refused or device in self.pinned.values()
+
     @property
     def pinned_bytes(self) -> dict[Device, int]:
         """Bytes that the pins take on each device at least; what is tied counts once.

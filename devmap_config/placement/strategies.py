@@ -175,11 +175,11 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
     from devmap_config.placement import optimal  # with it comes numpy
 
     if problem.accelerators:
-        pinned = set(problem.pinned.values())
+        holds_cache = {CPU} if problem.graph.measurement and problem.graph.measurement.visiting_bytes else set()
         offered = {
             device: capacity
             for device, capacity in problem.capacities.items()
-            if device not in problem.refused or device in pinned
+            if problem.takes_weights(device) or device in holds_cache
         }
         problem = replace(problem, capacities=offered)
     if strategy == "fastest":

@@ -74,6 +74,7 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
         )
     _check_first_parameter(plan, prepared, sink)
     _check_compute(plan, resolution, sink)
+    _check_cache(plan, prepared, sink)
     _check_offload_folder(plan, loaded, sink)
     _check_comparison(plan, prepared, sink)
     return sink.diagnostics
@@ -283,6 +284,24 @@ def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
             help=f"it runs on {plan.executor.location(stored_on, plan.main_device).runs_on};"
             " only what is stored on `cpu` may say `compute: cpu`, or another card where weights are copied ahead",
         )
+
+
+def _check_cache(plan: Plan, prepared: Prepared, sink: Sink) -> None:
+    """transformers offloads a cache from a card, and fails where a layer of it runs on the CPU."""
+    graph, decisions = prepared.graph, prepared.resolution.decisions
+    costs = () if graph.measurement is None else graph.measurement.modules
+    for path in (cost.path for cost in costs if cost.offloaded_bytes):
+        names = [tensor.name for tensor in graph.modules[path].tensors()] if path in graph.modules else []  # type: ignore[index]
+        if any(plan.locations[name].runs_on != CPU for name in names):
+            continue
+        decision = next((decisions[name] for name in names if name in decisions), None)
+        sink.error(
+            "unfit-cache",
+            f"the cache is to be offloaded, and `{path}`, which fills a layer of it, runs on the CPU",
+            prepared.loaded.profile.workload.cache.span if decision is None else decision.rule.span,
+            help="leave `compute: cpu` to modules without a cache, such as experts; or say `cache: dynamic`",
+        )
+        return
 
 
 def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:

@@ -229,6 +229,12 @@ Count = Annotated[
     BeforeValidator(_as_yaml_reads),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, TEMPLATE_SCHEMA]}),
 ]
+CacheBits = Annotated[
+    int,
+    Field(strict=True),
+    BeforeValidator(_as_yaml_reads),
+    WithJsonSchema({"anyOf": [{"enum": [2, 4]}, TEMPLATE_SCHEMA]}),
+]
 Flag = Annotated[
     bool,
     Field(strict=True),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.profile import schema as schema_module
 from devmap_config.profile.field_types import BANDWIDTH, DEVICE_KEY_PATTERN, TEMPLATE_SCHEMA
-from devmap_config.profile.schema import Adapter, Assistant, DeviceSection, Link, Profile
+from devmap_config.profile.schema import Adapter, Assistant, Cache, DeviceSection, Link, Profile
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -45,6 +45,10 @@ def profile_schema() -> Schema:
     definitions["Link"] = {
         "anyOf": [*BANDWIDTH.schemas, TEMPLATE_SCHEMA, definitions["Link"]],
         "description": Link.__doc__,
+    }
+    definitions["Cache"] = {
+        "anyOf": [definitions["Cache"]["properties"]["implementation"]["anyOf"][0], definitions["Cache"]],
+        "description": Cache.__doc__,
     }
     schema["patternProperties"] = {"^x-": {"description": "Ignored: a place for YAML anchors."}}
     schema["if"] = {"not": {"required": ["extends"]}}

@@ -14,7 +14,7 @@ from devmap_config.profile.located import Located, written
 from devmap_config.profile.merging import merge, variable_values, variables_of
 from devmap_config.profile.refusals import Refusals
 from devmap_config.profile.rendering import Renderer
-from devmap_config.profile.schema import Hardware, Inputs, Offload, Profile
+from devmap_config.profile.schema import Cache, Hardware, Inputs, Offload, Profile
 from devmap_config.profile.section import Section
 from devmap_config.wording import closest
 
@@ -64,11 +64,21 @@ def of_assistant(loaded: LoadedProfile, assistant: Assistant) -> LoadedProfile:
     own = {"source": assistant.source, "revision": assistant.revision, "dtype": assistant.dtype}
     nothing = {"class_name": Located(None, assistant.source.place), "quantization": Located(None), "allow_new": ()}
     model = profile.model.model_copy(update={**own, **nothing, "adapter": None, "assistant": None})
-    workload = profile.workload.model_copy(update={"inputs": Inputs(), "optimize": "decode"})
+    workload = profile.workload.model_copy(update={"inputs": Inputs(), "optimize": "decode", "cache": Cache()})
     placement = profile.placement.changed(strategy="single", device_map=None)
     placement = placement.model_copy(update={"device": assistant.device, "pins": (), "offload": Offload()})
     changed = profile.model_copy(update={"model": model, "workload": workload, "placement": placement})
     return replace(loaded, profile=changed)
+
+
+def with_workload(loaded: LoadedProfile, *, cache: str, context_length: int) -> LoadedProfile:
+    """Return a profile with another cache and context than its own; its prompt fills that, or is as long as it was."""
+    workload = loaded.profile.workload
+    prompt_length = workload.prompt_length and min(workload.prompt_length, context_length)
+    if workload.cache.implementation != cache:
+        workload = workload.changed(cache=Cache(implementation=cache))
+    changed = workload.changed(context_length=context_length, prompt_length=prompt_length)
+    return replace(loaded, profile=loaded.profile.changed(workload=changed))
 
 
 def load_profile(

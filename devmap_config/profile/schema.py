@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from devmap_config.profile.field_types import (
     Anything,
     Bandwidth,
+    CacheBits,
     Count,
     Dispatch,
     Efficiency,
@@ -43,6 +44,10 @@ OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
 """Those that compare times; the first has to and is after nothing else, the others do where they can."""
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRATEGIES, "single", "manual")
+
+CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
+CACHE_BACKENDS = ("quanto", "fp8")
+"""transformers 5.24's, but for `hqq`, of which this package does not know how much its caches take."""
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
@@ -169,6 +174,57 @@ class Inputs(Section):
         return self
 
 
+class Cache(Section):
+    """Where, and how, a request keeps what its tokens were turned into: transformers' cache implementations."""
+
+    implementation: Annotated[str, one_of(*CACHES)] = Field(default="dynamic", examples=list(CACHES))
+    """`dynamic` grows with the context, `static` is as long from the start. Those that are `offloaded` are on the CPU,
+    but for the layers that run and the next. A `quantized` one holds fewer bits of each number."""
+
+    backend: Annotated[str, one_of(*CACHE_BACKENDS)] | None = Field(default=None, examples=list(CACHE_BACKENDS))
+    """What quantises a `quantized` cache: `quanto`, which is a package (`optimum-quanto`), or `fp8`. Without it:
+    `quanto`."""
+
+    bits: CacheBits | None = Field(default=None, examples=[4])
+    """Bits of each number by `quanto`: 2 or 4. Without it: 4."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_implementation(cls, value: object) -> object:
+        return {"implementation": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _backend_of_quantized(self) -> Cache:
+        named = next((key for key in ("backend", "bits") if getattr(self, key) is not None), None)
+        if named is not None and self.implementation != "quantized" and not self.doubtful:
+            message = f"`workload.cache.{named}` is that of a cache that is quantised, and this one is not"
+            raise refusal("wrong-type", message, "say `implementation: quantized` besides", key=named)
+        if self.bits is not None and self.backend == "fp8":
+            message = "`workload.cache.bits` is that of `quanto`: by `fp8`, each number has eight"
+            raise refusal("wrong-type", message, "leave it out, or say `backend: quanto`", key="bits")
+        if self.bits not in (None, 2, 4):
+            message = f"`workload.cache.bits` cannot be `{self.bits}`"
+            raise refusal("wrong-type", message, "2 or 4, which is what `quanto` has", key="bits")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> object:
+        said = {"backend": self.backend, "bits": self.bits}
+        more = {key: value for key, value in said.items() if value is not None}
+        return {"implementation": self.implementation, **more} if more else self.implementation
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cache) and self.said == other.said  # wherever it is written
+
+    def __hash__(self) -> int:
+        return hash(self.said)
+
+    @property
+    def said(self) -> tuple[str, str | None, int | None]:
+        """The values of its keys."""
+        return self.implementation, self.backend, self.bits
+
+
 class Workload(Section):
     """Sequences and tokens, and what is kept and computed for them."""
 
@@ -187,7 +243,7 @@ class Workload(Section):
     logits: Annotated[str, one_of("last", "all")] = Field(default="last", examples=["last", "all"])
     """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""
 
-    cache: Annotated[str, one_of("dynamic", "static")] = Field(default="dynamic", examples=["dynamic", "static"])
+    cache: Cache = Field(default=Cache(), examples=["static", {"implementation": "quantized", "backend": "quanto"}])
     """transformers' cache implementation."""
 
     optimize: Annotated[Literal["decode", "prefill", "request"], one_of("decode", "prefill", "request")] = Field(

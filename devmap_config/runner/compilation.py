@@ -26,7 +26,7 @@ def require_compilable(plan: Plan, workload: Workload | None) -> None:
         raise _refusal("the plan does not have all of the model on CUDA cards", NOT_COMPILED)
     if len(stores) > 1:
         raise _refusal("the plan spreads it over several cards", "`strategy: single` has it on one")
-    if workload is None or workload.cache != "static":
+    if workload is None or workload.cache.implementation != "static":
         raise _refusal(
             "the plan has no room for a static cache", "write `workload: {cache: static}`, and compile again"
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.graph.forwards import LEAST_WORDS
 from devmap_config.libraries.panics import panics_raised
 from devmap_config.libraries.remote_code import code_of_models
+from devmap_config.runner.caches import cache_arguments
 from devmap_config.runner.context import PlannedContext
 from devmap_config.runner.generation_times import GenerationWorkload, ignore_stop_strings, measure_generation
 from devmap_config.runner.heads import Output, output_of
@@ -295,7 +296,7 @@ def planned_generation(
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length, besides=besides),
         new_tokens=count,
-        cache=workload.cache,
+        cache=cache_arguments(workload.cache),
     )
 
 

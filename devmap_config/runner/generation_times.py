@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,12 @@ WARM_UP_TOKENS = 2
 class GenerationWorkload:
     """What is generated to be measured: tokens after prompts of one length, none by a model that does not decode.
 
-    `cache` is as the profile calls it.
+    `cache` are the arguments with which `generate` makes the planned one.
     """
 
     prompts: MadeUp
     new_tokens: int
-    cache: str = "dynamic"
+    cache: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def measure_generation(
             model,
             inputs,
             workload,
-            max(workload.new_tokens, WARM_UP_TOKENS) if workload.cache != "dynamic" else WARM_UP_TOKENS,
+            max(workload.new_tokens, WARM_UP_TOKENS) if workload.cache else WARM_UP_TOKENS,
         )
         first_seconds = time.perf_counter() - start_seconds
         end_seconds = time.perf_counter() + least_seconds
@@ -153,7 +153,7 @@ def _passed(
         num_beams=1,  # of beams, transformers hands on nothing before the end
         streamer=clock,
         return_dict_in_generate=True,
-        **({} if workload.cache == "dynamic" else {"cache_implementation": workload.cache}),
+        **workload.cache,
     )
     held = dict(generated)  # to ask transformers' class for a name that it has given up is warned of
     cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)

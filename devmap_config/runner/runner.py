@@ -25,6 +25,7 @@ from devmap_config.profile.document import whole_file
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.runner.arguments import require_passable
+from devmap_config.runner.caches import give_cache, require_cache
 from devmap_config.runner.compilation import compile_decoding, require_compilable
 from devmap_config.runner.loading import LoadRequest, RunnerError, UnfitMachineError, load, telling_of_changes
 from devmap_config.runner.receipts import never_seen
@@ -384,6 +385,7 @@ def load_adapted(deployment: Deployment) -> Any:
 
     if deployment.compiles:
         require_compilable(deployment.plan, deployment.compiled.loaded.profile.workload)
+    require_cache(deployment.compiled.loaded.profile.workload.cache)
     compiled, plan, stored = deployment.compiled.model, deployment.base_plan, None
     if compiled.adapter is not None:  # which takes no time, as loading may
         require_peft()
@@ -430,6 +432,7 @@ def load_adapted(deployment: Deployment) -> Any:
     adapted = None
     if compiled.adapter is not None:
         adapted = attach(model, deployment.plan, compiled.graph, compiled.adapter, stored)
+    give_cache(model, deployment.compiled.loaded.profile.workload.cache)
     if deployment.compiles:
         compile_decoding(model)
     return adapted or model

@@ -25,7 +25,7 @@ from devmap_config.graph.recording import (
     tensors_in,
 )
 from devmap_config.graph.repetition import NotAlikeError, Repetition, kinds_of, spread
-from devmap_config.libraries.torch import tensors_without_data
+from devmap_config.libraries.torch import streams_without_a_card, tensors_without_data
 from devmap_config.simulate.devices import DeviceMismatchError, Phase, SimulatedDevices
 from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights, tensors_of
 from devmap_config.simulate.reads import read_without_a_call
@@ -114,8 +114,8 @@ def _simulation(
             try:
                 with run.dispatched(spares_blocks=spares_blocks):
                     if media:  # text alone must run as well; what is told is of a prompt with all that it holds
-                        run.forwards(Forwards(model, workload.text_alone), decoded_tokens)
-                    run.forwards(Forwards(model, workload, media), decoded_tokens)
+                        run.forwards(Forwards(model, workload.text_alone, offloads=True), decoded_tokens)
+                    run.forwards(Forwards(model, workload, media, offloads=True), decoded_tokens)
                     run.towers()
             except DeviceMismatchError as error:
                 if run.devices.repeated:
@@ -135,7 +135,7 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
         try:
             with _failing_modules_left_out(model), run.dispatched():
                 whole = replace(workload.text_alone, prompt_length=workload.context_length)
-                run.forwards(Forwards(model, whole), decoded_tokens=0)
+                run.forwards(Forwards(model, whole, offloads=True), decoded_tokens=0)
                 run.towers()
         except DeviceMismatchError as error:
             return run.simulation(mismatch=error) if error.operands[0].device == NOWHERE else None
@@ -254,7 +254,7 @@ class _Run:
         with self.devices.watching(self.model):
             if spares_blocks:  # a tensor then says where the plan has it, which makes blocks alike or not
                 self.kinds = kinds_of(self.model, self.graph.blocks, _placement_of_blocks(self.graph, self.plan).get)
-            with dispatched(self.model, self.plan, self.graph, self.devices, self.absent):
+            with dispatched(self.model, self.plan, self.graph, self.devices, self.absent), streams_without_a_card():
                 yield
 
     def forwards(self, forwards: Forwards, decoded_tokens: int) -> None:
@@ -274,7 +274,7 @@ class _Run:
             cache = self._run(forwards, self._given(forwards, forwards.decode_inputs, cache))
 
     def _run(self, forwards: Forwards, inputs: dict[str, Any]) -> Any:
-        repetition = Repetition(self.devices, () if forwards.has_static_cache else self.kinds)
+        repetition = Repetition(self.devices, () if forwards.makes_cache else self.kinds)
         with repetition.within(self.model):
             cache = forwards.run(inputs)
         repetition.complete(cache_tensors(cache))

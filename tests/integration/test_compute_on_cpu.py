@@ -23,7 +23,12 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
 )
 @pytest.mark.parametrize(
     "tests",
-    ["on_simulated_accelerator.py", "media_on_simulated_accelerator.py", "companions_on_simulated_accelerator.py"],
+    [
+        "on_simulated_accelerator.py",
+        "media_on_simulated_accelerator.py",
+        "companions_on_simulated_accelerator.py",
+        "caches_on_simulated_accelerator.py",
+    ],
 )
 def test_on_a_simulated_accelerator(tests):
     """In a process of its own: torch cannot forget a device."""

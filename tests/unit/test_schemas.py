@@ -27,6 +27,8 @@ STRUCTURAL = ("unknown-key", "wrong-type", "unknown-strategy", "unsupported-vers
 """Codes of what a schema can refuse."""
 
 BEYOND_A_SCHEMA = (
+    "bits of a cache that is not quantised",
+    "bits of fp8",
     "a range that runs backwards",
     "computed on the disk",
     "a pin on a range of devices",
