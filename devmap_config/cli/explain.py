@@ -29,13 +29,19 @@ PATTERNS_SHOWN = 4
 
 @profile_command("explain", "table", "json", argument=click.argument("subject", metavar="CODE | PROFILE"))
 @click.argument("module", required=False)
-def explain(subject: str, options: ProfileOptions, module: str | None) -> None:
+@click.option("--caches", "compares_caches", is_flag=True, help="From which context on to offload the cache.")
+def explain(subject: str, options: ProfileOptions, module: str | None, compares_caches: bool) -> None:
     """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
     from devmap_config.diagnostics.codes import CODES, page
     from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
 
     if subject.endswith((*PROFILE_SUFFIXES, LOCK_SUFFIX)) or (subject not in CODES and exists(Path(subject))):
-        _explain_plan(options.compile(profile_of(Path(subject)), simulates=True), module, options)
+        profile = profile_of(Path(subject))
+        compiled = options.compile(profile, simulates=True)
+        if compares_caches:
+            _compare_caches(compiled, profile, options)
+        else:
+            _explain_plan(compiled, module, options)
     elif subject not in CODES:
         message = f"there is no diagnostic `{subject}`, and no profile of that name"
         raise click.UsageError(message + _meant(subject, CODES))
@@ -45,6 +51,18 @@ def explain(subject: str, options: ProfileOptions, module: str | None) -> None:
         options.report((), {}, {"plan": None, "code": subject, "page": page(subject)})
     else:
         _print_page(subject)
+
+
+def _compare_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> None:
+    """Print what a token takes by context, with the cache where the model runs and offloaded."""
+    from devmap_config.cli.caches import compared_caches, comparison_table, said_of_caches
+    from devmap_config.cli.reporting import print_lines
+
+    found = compared_caches(compiled, profile, options)
+    data = {"caches": [each.to_json() for each in found], "explanation": list(said_of_caches(found))}
+    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **data})
+    if options.shows_tables:
+        print_lines(lambda _: comparison_table(found))
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

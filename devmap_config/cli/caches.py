@@ -1,0 +1,145 @@
+"""From which context on a cache is better offloaded than weights are streamed: found by planning both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.amounts import format_bytes, format_duration
+from devmap_config.cli.progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from devmap_config.cli.command import ProfileOptions
+    from devmap_config.compiler import Compiled, Request
+    from devmap_config.plan.plan import Plan
+
+SHORTEST_CONTEXT = 1_024
+LONGEST_CONTEXT = 2**17
+"""Between these, contexts are tried of which each is twice the last, if the model is meant for them."""
+
+HALVINGS = 3
+"""So often the range is halved in which the better of both changes."""
+
+CACHES = ("dynamic", "offloaded")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The plans for one context, with the cache where the model runs and offloaded; `None` where there is none."""
+
+    context_length: int
+    plans: tuple[Plan | None, Plan | None]
+
+    @property
+    def nanoseconds(self) -> tuple[int | None, int | None]:
+        """What a token takes of each."""
+        there, offloaded = self.plans
+        return (
+            None if there is None else there.prediction.decode_nanoseconds_per_token,
+            None if offloaded is None else offloaded.prediction.decode_nanoseconds_per_token,
+        )
+
+    @property
+    def better(self) -> int | None:
+        """Which of the two is there alone, or takes less for a token; `None` where that is not known."""
+        fitting = [number for number, plan in enumerate(self.plans) if plan is not None]
+        if len(fitting) == 1:
+            return fitting[0]
+        there, offloaded = self.nanoseconds
+        return None if there is None or offloaded is None else int(offloaded < there)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "context_length": self.context_length,
+            "better": None if self.better is None else CACHES[self.better],
+            **{
+                name: None if plan is None else {"prediction": plan.to_json()["prediction"]}
+                for name, plan in zip(CACHES, self.plans, strict=True)
+            },
+        }
+
+
+def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> list[Comparison]:
+    """Plan a profile with both caches at several contexts, more of them where the better of both changes."""
+    measurement = compiled.graph.measurement
+    own = None if measurement is None else measurement.workload.context_length
+    end = min((measurement.positions.most if measurement else None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
+    lengths = [SHORTEST_CONTEXT << number for number in range(LONGEST_CONTEXT.bit_length())]
+    wanted = sorted({length for length in (*lengths, own, end) if length is not None and length <= max(end, own or 0)})
+    found: dict[int, Comparison] = {}
+    with progress(len(wanted) + HALVINGS, quiet=options.quiet) as begin:
+
+        def compare(length: int) -> Comparison:
+            begin(f"a context of {length:,} tokens")
+            if length not in found:
+                request = partial(options.request, profile, advises=False)
+                found[length] = Comparison(length, (_plan(request, 0, length), _plan(request, 1, length)))
+            return found[length]
+
+        every = [compare(length) for length in wanted]
+        change = next((pair for pair in pairwise(every) if _changes(*pair)), None)
+        if change is not None:
+            before, after = change
+            for _ in range(HALVINGS):
+                middle = compare((before.context_length + after.context_length) // 2)
+                before, after = (middle, after) if middle.better == before.better else (before, middle)
+    return [found[length] for length in sorted(found)]
+
+
+def _changes(before: Comparison, after: Comparison) -> bool:
+    return None not in (before.better, after.better) and before.better != after.better
+
+
+def _plan(request: Callable[..., Request], cache: int, context_length: int) -> Plan | None:
+    from devmap_config.compiler import Compiled, run_pipeline
+
+    found = run_pipeline(request(workload={"cache": CACHES[cache], "context_length": context_length}))
+    return found.plan if isinstance(found, Compiled) else None
+
+
+def comparison_table(every: list[Comparison]) -> Iterator[Table | str]:
+    """Yield the times of both by context, and from which one on the one is better."""
+    from devmap_config.cli.tables import new_table
+
+    table = new_table("context", figures=("a token", "weights copied", "a token, cache offloaded", "weights copied"))
+    for each in every:
+        table.add_row(f"{each.context_length:,}", *(text for plan in each.plans for text in _figures(plan)))
+    yield table
+    yield from said_of_caches(every)
+
+
+def said_of_caches(every: list[Comparison]) -> Iterator[str]:
+    """Yield from which context on which of both is the better."""
+    known = [each for each in every if each.better is not None]
+    if not known:
+        yield "No plan fits with either cache, or how long a token takes is not known."
+        return
+    changes = [(before, after) for before, after in pairwise(known) if before.better != after.better]
+    for before, after in changes:
+        there = "is better offloaded" if after.better else "is better where the model runs"
+        yield (
+            f"From a context of {after.context_length:,} tokens on, the cache {there};"
+            f" at {before.context_length:,} it is not yet."
+        )
+    if not changes:
+        there = "is better offloaded" if known[0].better else "is better where the model runs"
+        yield (
+            f"At every context that was tried, from {known[0].context_length:,} to {known[-1].context_length:,} tokens,"
+            f" the cache {there}."
+        )
+
+
+def _figures(plan: Plan | None) -> tuple[str, str]:
+    if plan is None:
+        return "–", "–"
+    nanoseconds = plan.prediction.decode_nanoseconds_per_token
+    streamed = plan.prediction.streamed_bytes_per_token
+    return "?" if nanoseconds is None else format_duration(nanoseconds), format_bytes(streamed) if streamed else "none"
