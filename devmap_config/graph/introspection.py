@@ -31,7 +31,7 @@ from devmap_config.quantization.storage import Storage, stored_tensors
 from devmap_config.wording import closest, first_line, first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -90,14 +90,15 @@ def build_graph(
         attention=attention,
         trust_remote_code=trust_remote_code,
         repository=repository,
-        adapter=adapter,
     )
     import torch
 
-    graph = graph_of(model, getattr(torch, dtype), quantization)
+    converted = stored_tensors(model, quantization)  # before the adapter is there, as when it is loaded
+    if adapter is not None:
+        _adapt(model, adapter)
+    graph = graph_of(model, getattr(torch, dtype), stored=converted)
     if workload is None:
         return graph
-    converted = stored_tensors(model, quantization)
     with code_of_models(allowed=trust_remote_code):
         measurement = _measured(model, graph, workload)
     if converted and quantization is not None:
@@ -153,10 +154,14 @@ def meta_model(
             stated, _ = config.get_config_dict(str(config_path))
             raise _unbuildable(error, stated, class_name, trust_remote_code) from error
     if adapter is not None:
-        from devmap_config.graph.adapted import adapt
-
-        adapt(model, adapter)
+        _adapt(model, adapter)
     return model
+
+
+def _adapt(model: PreTrainedModel, adapter: AdapterConfig) -> None:
+    from devmap_config.graph.adapted import adapt
+
+    adapt(model, adapter)
 
 
 def config_and_class(
@@ -319,10 +324,19 @@ def build_meta_model(
     return model
 
 
-def graph_of(model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelGraph:
-    """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised."""
+def graph_of(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    *,
+    stored: Mapping[str, Storage] | None = None,
+) -> ModelGraph:
+    """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised.
+
+    `stored` is what a quantizer holds, where that is known already.
+    """
     loaded_dtypes = kept_dtypes(model, dtype)
-    stored = stored_tensors(model, quantization)
+    stored = stored_tensors(model, quantization) if stored is None else stored
     first_names: dict[int, TensorName] = {}
 
     def tensor_of(name: str, value: torch.Tensor, kind: TensorKind, persistent: bool) -> Tensor:

@@ -103,6 +103,28 @@ def test_what_it_adds_is_counted_and_stays_in_memory():
     assert held_bytes["disk"] == before["disk"]
 
 
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        "{method: bitsandbytes, load_in_4bit: true, bnb_4bit_compute_dtype: bfloat16}",
+        "{method: bitsandbytes, load_in_8bit: true}",
+        "{method: fp8, weight_block_size: [32, 32]}",
+    ],
+)
+def test_what_it_adapts_is_quantised_as_without_it(quantization):
+    adapted(target_modules="all-linear")
+    sizes = []
+    for named in (", adapter: adapter", ""):
+        Path("profile.yaml").write_text(
+            f"version: 1\nmodel: {{source: random, quantization: {quantization}{named}}}\n"
+            "workload: {context_length: 64}\n"
+            "hardware: {devices: {cuda:0: {memory: 1GiB}}}\nplacement: {strategy: single}\n"
+        )
+        sizes.append(run_pipeline(Request(path=Path("profile.yaml"))).plan.devices[0].weights_bytes)
+    saved = read_header(Path("adapter/adapter_model.safetensors"))
+    assert sizes[0] - sizes[1] == sum(end - start for _, _, start, end in saved.values())
+
+
 def test_the_lock_is_of_its_config(capsys):
     adapted(target_modules=["q_proj"])
     write_profile(IN_MEMORY)
