@@ -98,7 +98,8 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
     now = {each.location for each in inside}
     others = [each for each in plan.assignments if each not in inside]
     places: list[Location] = []
-    for device in inventory.capacities:
+    capacities = {use.id: use.capacity_bytes for use in plan.devices}  # less what a draft model takes
+    for device in capacities:
         if device.is_accelerator:
             places.append(Location(device, device))
         else:
@@ -113,7 +114,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
             continue
         assignments = (*others, Assignment(block, tensors, location))
         moved = replace(
-            plan, assignments=assignments, devices=device_uses(graph, assignments, inventory.capacities, plan.executor)
+            plan, assignments=assignments, devices=device_uses(graph, assignments, capacities, plan.executor)
         )
         fullest = min(moved.devices, key=lambda use: use.free_bytes)
         figure = "decode_nanoseconds_per_token" if graph.decodes else "prefill_nanoseconds"

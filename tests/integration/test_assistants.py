@@ -17,6 +17,7 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.loading import PROPOSED_TOKENS
+from devmap_config.plan.explanation import alternatives
 from devmap_config.runner.loading import RunnerError
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
@@ -113,6 +114,20 @@ def test_its_weights_and_its_cache_are_off_the_room_of_its_device():
         "activation_bytes": its.activation_bytes,
         "decode_nanoseconds_per_token": draft.plan.prediction.decode_nanoseconds_per_token,
     }
+
+
+def test_no_other_place_of_a_block_counts_on_the_room_that_it_takes():
+    cards = "{cuda:0: {memory: 64MiB}, cuda:1: {memory: %s}, cpu: {memory: 1GiB}}"
+    write_profile("{source: draft, device: cuda:1}", devices=cards % "64MiB", placement="{strategy: sequential}")
+    draft = compile_profile("profile.yaml").draft
+    room_kibibytes = (draft.held_bytes + draft.activation_bytes) // 1024 + 8
+    layer = "model.layers.0"
+    for named, is_free in (("{source: draft, device: cuda:1}", False), (None, True)):
+        write_profile(named, devices=cards % f"{room_kibibytes}KiB", placement="{strategy: sequential}")
+        compiled = run_pipeline(Request(path=Path("profile.yaml")))
+        places = alternatives(compiled.plan, compiled.graph, compiled.inventory, layer)
+        beside_it = next(place for place in places if str(place.location.runs_on) == "cuda:1")
+        assert (beside_it.missing_bytes == 0) == is_free
 
 
 def test_logits_of_all_that_it_proposes_are_counted():
