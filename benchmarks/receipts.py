@@ -121,7 +121,7 @@ RUNS = (
     Run(model="tied-0.4b", context_length=1024),
     Run(model="sliding-window-0.4b", context_length=1024),
     Run(model="state-space-0.4b", context_length=128),
-    Run(model="encoder-decoder-0.7b", stored="float32", dtype="float32", context_length=128, new_tokens=128),
+    Run(model="encoder-decoder-0.7b", stored="float32", dtype="float32", context_length=128, new_tokens=112),
     Run(model="mixture-0.7b"),
     Run(model="mixture-1.1b", stored="float32"),
     Run(model="dense-1.6b"),
@@ -226,7 +226,7 @@ def make_receipt(run: Run, hardware: dict[str, Any], folder: Path, receipts: Pat
     shutil.copyfile(written, receipts / written.name)
     return ", ".join(
         f"{part} {memory[f'{part}_bytes'] / 2**20:,.0f} → {seen[f'{part}_bytes'] / 2**20:,.0f} MiB"
-        f" ({memory[f'{part}_bytes'] / seen[f'{part}_bytes'] - 1:+.0%})"
+        f" ({(memory[f'{part}_bytes'] - seen[f'{part}_bytes']) / max(seen[f'{part}_bytes'], 2**20):+.0%})"
         for part in ("anonymous", "file", "library_file", "peak")
     )
 
