@@ -183,7 +183,11 @@ def profile_of(run: Run, hardware: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": 1,
         "model": model | ({"quantization": run.quantization} if run.quantization else {}),
-        "workload": {"batch_size": run.batch_size, "context_length": run.context_length},
+        "workload": {
+            "batch_size": run.batch_size,
+            "context_length": run.context_length,
+            "prompt_length": run.context_length - run.new_tokens,
+        },
         "hardware": {**hardware, "devices": {name: hardware["devices"][name] for name in names}},
         "placement": {"strategy": "sequential", "pins": pins, "offload": {"folder": "offload"}},
     }
