@@ -180,7 +180,7 @@ def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
     mine, its = (_vocabulary(model.source.config) for model in (prepared.model, draft))
     problems = {
         "transformers takes a draft model for one sequence at a time": workload.batch_size > 1,
-        "transformers takes no draft model beside a static cache": workload.cache == "static",
+        "transformers takes no draft model beside a static cache": workload.cache.implementation == "static",
         f"its vocabulary has {its} words, and the model's {mine}": None not in (mine, its) and mine != its,
         "it would be given images and sound as well": bool(workload.inputs.images or workload.inputs.audio_seconds),
         "it proposes tokens, and this model writes none": not prepared.graph.decodes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,6 @@ from devmap_config.hardware.constants import (
     PROGRAM_BYTES,
 )
 from devmap_config.plan.process_memory import process_memory
-from devmap_config.runner import usage
 
 ON_CPU = "cpu: {memory: 4GiB}"
 CONTEXT = "{context_length: 32}"
@@ -115,9 +116,13 @@ def test_the_plan_and_its_json_say_it(capsys):
 
 
 def test_a_process_is_seen_to_hold_what_it_takes_meanwhile():
-    with usage.process_watched() as before:
-        pass
-    with usage.process_watched() as seen:
-        taken = bytearray(b"x") * 64_000_000
-    assert len(taken) == 64_000_000
-    assert 60_000_000 < seen.anonymous_bytes - before.anonymous_bytes < 70_000_000
+    taken = (
+        "from devmap_config.runner import usage\n"
+        "with usage.process_watched() as before:\n    pass\n"
+        "with usage.process_watched() as seen:\n    taken = bytearray(b'x') * 64_000_000\n"
+        "print(seen.anonymous_bytes - before.anonymous_bytes, seen.library_file_bytes, seen.file_bytes)"
+    )  # in a process of its own, which has nothing to give back
+    done = subprocess.run([sys.executable, "-c", taken], capture_output=True, text=True, check=True)
+    taken_bytes, library_bytes, file_bytes = map(int, done.stdout.split())
+    assert 60_000_000 < taken_bytes < 70_000_000
+    assert library_bytes > 1_000_000 > file_bytes - library_bytes

@@ -15,7 +15,7 @@ LENGTH = 50
 
 def running(*costs, streaming_bytes=0):
     return Running(
-        workload=SimpleNamespace(),
+        workload=SimpleNamespace(at=lambda context_length: SimpleNamespace(context_length=context_length)),
         holding={CPU: dict.fromkeys(costs, 2)} if costs else {},
         peaking={},
         own={},
