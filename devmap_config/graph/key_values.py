@@ -84,9 +84,9 @@ def offloaded_tensors(cache: Any, workload: Workload) -> list[list[torch.Tensor]
         return []
     keeps_windows = workload.cache == "offloaded_static"
     found = []
-    for layer, is_sliding, is_linear, is_dummy in zip(
-        cache.layers, cache.is_sliding, cache.is_linear, cache.is_dummy, strict=True
-    ):
+    none = [False] * len(cache.layers)  # transformers 5.14 knows no dummies
+    kinds = (cache.is_sliding, getattr(cache, "is_linear", none), getattr(cache, "is_dummy", none))
+    for layer, is_sliding, is_linear, is_dummy in zip(cache.layers, *kinds, strict=True):
         if is_linear or is_dummy or (is_sliding and keeps_windows):
             continue
         if any(getattr(layer, name, None) for name in STATES):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import simulated_accelerator
 import torch
+import transformers
 from click.testing import CliRunner
 from conftest import LLAMA, REPOSITORY
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -124,7 +125,7 @@ def test_an_offloaded_cache_changes_no_number_and_is_where_the_plan_has_it(place
     assert torch.equal(found.sequences.cpu(), plain.sequences)
     for own, other in zip(found.logits, plain.logits, strict=True):
         assert torch.equal(own.cpu(), other)
-    held = by_device(found[CACHE_NAMES[0]])
+    held = by_device(found[next(name for name in CACHE_NAMES if name in found)])
     uses = {use.id: use for use in run_pipeline(Request.for_profile(Path("profile.yaml"))).plan.devices}
     # The first layer that is offloaded has been brought back, for the next token.
     assert 0 < held["cpu"] < uses[CPU].kv_cache_bytes
@@ -189,6 +190,9 @@ def test_the_dry_run_has_it_cross_and_on_no_card_more_than_was_planned(placement
     assert whole <= come <= whole + 2 * token + 1024  # the last layer's update brings back the first, a token longer
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache"
+)
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_by_fp8_logits_are_nearly_those_of_the_whole_numbers(placement):
     plain = generated(saved(LLAMA), "cpu")
@@ -198,7 +202,7 @@ def test_by_fp8_logits_are_nearly_those_of_the_whole_numbers(placement):
     assert not torch.equal(second, plain.logits[1])
     spread = plain.logits[1].std()
     assert (second - plain.logits[1]).abs().max() < 0.1 * spread
-    held = by_device(found[CACHE_NAMES[0]])
+    held = by_device(found[next(name for name in CACHE_NAMES if name in found)])
     uses = run_pipeline(Request.for_profile(Path("profile.yaml"))).plan.devices
     planned = sum(use.kv_cache_bytes for use in uses if use.id.is_accelerator)
     assert planned * 30 // 32 < held["npu"] <= planned
