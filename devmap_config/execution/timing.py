@@ -93,9 +93,9 @@ class Timing:
         return () if module is None else module.experts
 
     def _products(self, experts: Sequence[Tensor], operations: int) -> int:
-        """How often a module gives a CPU's threads something to multiply: a token each expert that it chooses.
+        """Return how many products a module has a CPU's threads begin: one, or one for each matrix of a chosen expert.
 
-        The experts of a prompt follow one another within one operation, where threads need not wait for Python.
+        None for the experts of a prompt: they follow one another within one operation, and no thread waits for Python.
         """
         if not experts:
             return int(operations > 0)
