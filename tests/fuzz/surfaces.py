@@ -16,7 +16,7 @@ import yaml
 from devmap_config.graph.digest import digest
 from fuzz import grammars
 from fuzz.mutation import Pool, mutated_bytes, mutated_value
-from fuzz.workspace import CHAT, CONFIGS, MACHINE, TOKENIZER_CONFIG, TOKENIZERS, parsed, profiles
+from fuzz.workspace import ADAPTERS, CHAT, CONFIGS, MACHINE, TOKENIZER_CONFIG, TOKENIZERS, parsed, profiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +103,7 @@ class Sources:
         return {
             "profiles": Pool(self.values),
             "configs": Pool([*CONFIGS, CONFIG_KEYS]),
+            "adapters": Pool([*ADAPTERS, *CONFIGS]),
             "machine": Pool(parsed([MACHINE.encode(), *self.profiles])),
             **{name: Pool([self.json(name)]) for name in files},
             "header": Pool([self.header]),
@@ -206,6 +207,13 @@ def _configs(random: Random, sources: Sources) -> bytes:
     if random.random() < 0.1:
         return mutated_bytes(random, _json(config), sources.profiles)
     return _json(mutated_value(random, config, sources.pools["configs"]))
+
+
+def _adapters(random: Random, sources: Sources) -> bytes:
+    adapter = random.choice(ADAPTERS)
+    if random.random() < 0.1:
+        return mutated_bytes(random, _json(adapter), sources.profiles)
+    return _json(mutated_value(random, adapter, sources.pools["adapters"]))
 
 
 def _headers(random: Random, sources: Sources) -> bytes:
@@ -317,6 +325,17 @@ SURFACES = {
             ["init", "config.json", "--on", "2xrtx-4090"],
         ],
         "config.json",
+        reaches=True,
+    ),
+    "adapters": Surface(
+        _adapters,
+        [
+            *[["compile", "adapted.yaml", "--dry-run", "--no-simulate", "--format", name] for name in FORMATS[:2]] * 6,
+            ["compile", "adapted.yaml", "--dry-run"],
+            ["explain", "adapted.yaml", "--caches"],
+            ["run", "adapted.yaml", "--no-probe"],
+        ],
+        "adapter/adapter_config.json",
         reaches=True,
     ),
     "headers": Surface(

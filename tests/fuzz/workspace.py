@@ -64,6 +64,45 @@ hardware: {devices: {cuda:0: {memory: 1MiB}, cpu: {memory: 64MiB}}}
 placement: {strategy: sequential}
 """
 
+ADAPTED = """\
+version: 1
+model: {source: weights, adapter: adapter}
+workload: {context_length: 32}
+hardware: {devices: {cuda:0: {memory: 12KiB}, cpu: {memory: 64MiB}}}
+placement: {strategy: sequential}
+"""
+
+DRAFTED = """\
+version: 1
+model: {source: llama, assistant: {source: llama, dtype: float32, device: cpu}}
+workload: {context_length: 64}
+hardware: {devices: {"cuda:[0-1]": {memory: 900KiB}, cpu: {memory: 64MiB}}}
+placement: {strategy: sequential}
+"""
+
+AWAY = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64, cache: offloaded}
+hardware: {devices: {"cuda:[0-1]": {memory: 900KiB}, cpu: {memory: 64MiB}}}
+placement: {strategy: sequential}
+"""
+
+SQUEEZED = AWAY.replace("offloaded", "{implementation: quantized, backend: quanto, bits: 4}")
+"""Refused, since these models' heads are too narrow; what it says stands in other profiles, too."""
+
+ADAPTERS: list[dict[str, Any]] = [
+    {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+     "bias": "none", "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 7}, "use_rslora": True,
+     "base_model_name_or_path": "weights", "inference_mode": True, "lora_dropout": 0.1, "fan_in_fan_out": False},
+    {"peft_type": "LORA", "r": 8, "target_modules": r".*\.(\d+)\.(self_attn|mlp)\.(q|up)_proj", "bias": "all",
+     "use_dora": True, "exclude_modules": ["down_proj"], "modules_to_save": ["norm"], "lora_bias": False},
+    {"peft_type": "LORA", "r": 2, "target_modules": "all-linear", "exclude_modules": r".*\.[12]\..*",
+     "layers_to_transform": [0, 1], "layers_pattern": "layers", "init_lora_weights": True, "auto_mapping": None,
+     "target_parameters": None, "layer_replication": None, "megatron_config": None, "eva_config": None},
+]  # fmt: skip
+"""Three kinds of `adapter_config.json`, with most of what such a file may say."""
+
 MACHINE = """\
 hardware:
   host: {dispatch: 12us}
@@ -238,6 +277,8 @@ def make_workspace(folder: Path) -> None:
         "weights.yaml": WEIGHTS,
         "pictured.yaml": PICTURED,
         "heard.yaml": HEARD,
+        "adapted.yaml": ADAPTED,
+        "drafted.yaml": DRAFTED,
     }
     texts |= {
         "sharded.yaml": SHARDED,
@@ -260,6 +301,8 @@ def make_workspace(folder: Path) -> None:
     Path("spoken/tokenizer.json").write_text(json.dumps(TOKENIZERS[0]), encoding="utf-8")
     Path("spoken/tokenizer_config.json").write_text(json.dumps(stated), encoding="utf-8")
     Path("sharded").mkdir()
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text(json.dumps(ADAPTERS[0]), encoding="utf-8")
     for name, config in (("small", SMALL), ("pictured", LLAVA), ("heard", WHISPER)):
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -274,9 +317,8 @@ def make_workspace(folder: Path) -> None:
 
 def profiles() -> list[bytes]:
     """Return the profiles to start from: the tests' cases and the shipped ones, each of a tiny model."""
-    return [
-        text.encode() for text in (GOOD, GOOD, GOOD, LOCKED, WEIGHTS, PICTURED, PICTURED, HEARD, *_shipped(), *_cases())
-    ]
+    own = (*[GOOD] * 3, LOCKED, WEIGHTS, PICTURED, PICTURED, HEARD, ADAPTED, ADAPTED, DRAFTED, DRAFTED, AWAY, SQUEEZED)
+    return [text.encode() for text in (*own, *_shipped(), *_cases())]
 
 
 def _shipped() -> Iterator[str]:
