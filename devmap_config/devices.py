@@ -8,46 +8,56 @@ from typing import ClassVar
 class Device:
     """One device: `cuda:0`, `mps`, `cpu`, `disk`. Devices sort as they are filled: accelerators, the CPU, the disk.
 
+    One of several machines has the name of its host before it: `left/cuda:0`.
+
     There is one object for each device, which never changes: comparing and hashing cost what they do for any object.
 
     Attributes:
         kind: torch's type of device, or `disk`.
         index: its number among those of its kind; `None` where a machine has one at most.
+        host: the name of its machine; `None` where there is but one.
 
     Example:
         >>> sorted([DISK, Device("cuda", 10), CPU, Device("cuda", 9)])
         [Device('cuda', 9), Device('cuda', 10), Device('cpu'), Device('disk')]
+        >>> Device.from_text("left/cuda:0").host
+        'left'
     """
 
-    __slots__ = ("index", "kind")
+    __slots__ = ("host", "index", "kind")
     kind: str
     index: int | None
-    _known: ClassVar[dict[tuple[str, int | None], Device]] = {}
+    host: str | None
+    _known: ClassVar[dict[tuple[str, int | None, str | None], Device]] = {}
 
-    def __new__(cls, kind: str, index: int | None = None) -> Device:
+    def __new__(cls, kind: str, index: int | None = None, host: str | None = None) -> Device:
         """Return the object that stands for this device."""
         device = object.__new__(cls)
         object.__setattr__(device, "kind", kind)
         object.__setattr__(device, "index", index)
-        return cls._known.setdefault((kind, index), device)
+        object.__setattr__(device, "host", host)
+        return cls._known.setdefault((kind, index, host), device)
 
     @classmethod
     def from_text(cls, text: str) -> Device:
         """Return the device of which this is the text: what `str` gave."""
-        kind, _, index = text.partition(":")
-        return cls(kind, int(index) if index else None)
+        host, _, name = text.rpartition("/")
+        kind, _, index = name.partition(":")
+        return cls(kind, int(index) if index else None, host or None)
 
-    def __reduce__(self) -> tuple[type[Device], tuple[str, int | None]]:
-        return Device, (self.kind, self.index)
+    def __reduce__(self) -> tuple[type[Device], tuple[str, int | None, str | None]]:
+        return Device, (self.kind, self.index, self.host)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"`{name}` of a device cannot be set")
 
     def __str__(self) -> str:
-        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+        name = self.kind if self.index is None else f"{self.kind}:{self.index}"
+        return name if self.host is None else f"{self.host}/{name}"
 
     def __repr__(self) -> str:
-        return f"Device({self.kind!r})" if self.index is None else f"Device({self.kind!r}, {self.index})"
+        host = "" if self.host is None else f", host={self.host!r}"
+        return f"Device({self.kind!r}{'' if self.index is None else f', {self.index}'}{host})"
 
     def __lt__(self, other: Device) -> bool:
         return fill_order(self) < fill_order(other)
@@ -55,12 +65,17 @@ class Device:
     @property
     def is_accelerator(self) -> bool:
         """Whether modules on this device run there without being streamed: all but the CPU and the disk."""
-        return self not in STORAGE_DEVICES
+        return self.of_its_host not in STORAGE_DEVICES
+
+    @property
+    def of_its_host(self) -> Device:
+        """The device as its own machine names it."""
+        return self if self.host is None else Device(self.kind, self.index)
 
     @property
     def in_device_map(self) -> int | str:
-        """The device as transformers writes it: `cuda:1` is `1`; `mps`, `cpu` and `disk` stay."""
-        return self.kind if self.index is None else self.index
+        """The device as transformers writes it: `cuda:1` is `1`; `mps`, `cpu` and `disk` stay, and so does a host's."""
+        return str(self) if self.index is None or self.host is not None else self.index
 
 
 CPU = Device("cpu")
@@ -78,10 +93,10 @@ OFFLOADING_KIND = "cuda"
 """The kind of accelerators from which transformers offloads a cache: it waits for streams of CUDA's."""
 
 
-def fill_order(device: Device) -> tuple[int, str, int]:
-    """Return what devices are sorted by: accelerators by their numbers, then what is not one."""
-    place = STORAGE_DEVICES.index(device) + 1 if device in STORAGE_DEVICES else 0
-    return place, device.kind, device.index or 0
+def fill_order(device: Device) -> tuple[str, int, str, int]:
+    """Return what devices are sorted by: of a host, accelerators by their numbers, then what is not one."""
+    place = 0 if device.is_accelerator else STORAGE_DEVICES.index(device.of_its_host) + 1
+    return device.host or "", place, device.kind, device.index or 0
 
 
 def nth_accelerator(kind: str, index: int) -> Device:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.segments import Phase
     from devmap_config.execution.units import Unit
     from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.pipeline.stages import Pipeline
     from devmap_config.prepared import Draft
 from devmap_config.devices import CPU
 from devmap_config.execution.assignment import Assignment
@@ -111,6 +112,7 @@ class Plan:
     `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
     `fastest` is the fastest plan that was found, where other wishes than time chose this one.
     `draft` is what a draft model takes besides, which is off the capacities.
+    `pipeline` are the stages of a plan for vLLM; each part of the model is then on the first device of its stage.
     """
 
     strategy: str
@@ -122,6 +124,7 @@ class Plan:
     measured: bool = False
     loading_ram_bytes: int = 0
     draft: Draft | None = None
+    pipeline: Pipeline | None = None
     max_memory: Mapping[int | str, int] | None = field(default=None, compare=False)
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
     fastest: Plan | None = field(default=None, compare=False, repr=False)
@@ -236,6 +239,7 @@ class Plan:
             "loading_ram_bytes": self.loading_ram_bytes,
             "prediction": self.prediction.to_json(),
             **({} if self.draft is None else {"assistant": self.draft.to_json()}),
+            **({} if self.pipeline is None else {"pipeline": self.pipeline.to_json()}),
         }
 
 
