@@ -20,6 +20,7 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.diff import diff
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.explain import explain
+from devmap_config.cli.export import export
 from devmap_config.cli.fit import fit
 from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
@@ -64,6 +65,7 @@ for command in (
     calibrate,
     serve,
     simulate,
+    export,
     fit,
     init,
     adopt,

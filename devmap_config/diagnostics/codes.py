@@ -80,6 +80,7 @@ AlwaysError = Literal[
     "unfit-adapter",
     "unfit-assistant",
     "unfit-cache",
+    "unfit-export",
     "unfit-input",
     "unfit-receipts",
     "unknown-accelerator",

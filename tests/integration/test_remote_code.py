@@ -154,6 +154,7 @@ COMMANDS = {
     "check": ["check", "{}.yaml", "--format", "json"],
     "run": ["run", "{}.yaml", "--max-new-tokens", "2", "--format", "json"],
     "simulate": ["simulate", "{}.yaml", "--format", "json"],
+    "export": ["export", "{}.yaml", "--to", "transformers", "-o", "{}-exported"],
     "explain": ["explain", "{}.yaml"],
     "fit": ["fit", "{}.yaml", "--on", "2xrtx-4090", "--format", "json"],
     "tree": ["tree", "{}", "--measure", "--context", "8", "--format", "json"],
@@ -180,7 +181,9 @@ def test_no_command_runs_a_models_code_or_asks_whether_it_may(marker):
             if model == "known":
                 assert done.return_value == 0, f"{name}: {said}"
             else:  # nothing was compiled, so that there is no lock to run
-                assert ("missing-lock" if name == "run" else "--trust-remote-code") in said, f"{name}: {said}"
+                assert ("missing-lock" if name in ("run", "export") else "--trust-remote-code") in said, (
+                    f"{name}: {said}"
+                )
             if "json" in arguments and done.stdout:
                 json.loads(done.stdout)
 

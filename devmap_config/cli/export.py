@@ -1,0 +1,117 @@
+"""`devmap export`: files by which another program runs a locked plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
+from devmap_config.cli.exit_codes import ExitCode
+from devmap_config.cli.options import FILE, force_option
+from devmap_config.files import exists, is_file, is_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from devmap_config.compiler import Compiled
+    from devmap_config.exports.export import Export
+    from devmap_config.plan.lock import Lock
+
+PROGRAMS = ("transformers",)
+
+
+@profile_command("export", "table", "json")
+@click.option(
+    "--to", "program", type=click.Choice(PROGRAMS), required=True, help="The program that is to run the plan."
+)
+@click.option("-o", "--output", "folder", type=FILE, required=True, help="The folder that the files are written to.")
+@click.option("--model", "weights", metavar="WEIGHTS", help="Where the weights are, if not where the profile says.")
+@force_option
+def export(
+    profile: Path, options: ProfileOptions, program: str, folder: Path, weights: str | None, force: bool
+) -> None:
+    """Write files by which another program runs the locked plan of PROFILE: it must be able to do all that it says."""
+    from devmap_config.cli.reporting import echo
+
+    lock, compiled = _locked(profile, options)
+    made = _made(program, compiled, lock, folder, weights)
+    _write(made.files, folder, force=force)
+    files = {"files": [str(folder / name) for name in made.files], "notes": list(made.notes)}
+    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **files})
+    if options.shows_tables:
+        for note in made.notes:
+            echo(note, err=True)
+        echo(f"wrote {', '.join(made.files)} to {folder}", err=True)
+
+
+def _locked(profile: Path, options: ProfileOptions) -> tuple[Lock, Compiled]:
+    """Return a profile's lock and what follows from it today.
+
+    Raises:
+        CommandError: where the lock is missing, damaged or stale, or the profile is wrong.
+    """
+    from devmap_config.cli.progress import stages_shown
+    from devmap_config.compiler import Rejected
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.locked import compile_locked
+    from devmap_config.plan.drift import remedy
+    from devmap_config.plan.lock import LockError, lock_at, lock_path
+    from devmap_config.profile.document import whole_file
+
+    path, place = lock_path(profile), whole_file(str(profile))
+    try:
+        lock = lock_at(path, allow_outside=options.permissions.allow_outside)
+    except LockError as error:
+        found = Diagnostic.error(error.code, f"`{path}` {error}", place, help=remedy(error.code, profile))
+        raise CommandError((found,), exit_code=ExitCode.STALE) from None
+    with stages_shown(quiet=options.quiet):
+        compilation, drift = compile_locked(profile, lock, **options.of_request)
+    if isinstance(compilation, Rejected):
+        raise CommandError(compilation.diagnostics, compilation.texts)
+    if drift is not None:
+        found = Diagnostic.error(drift.code, f"`{path}` {drift.message}", place, help=remedy(drift.code, profile))
+        raise CommandError((*compilation.diagnostics, found), compilation.texts, exit_code=ExitCode.STALE)
+    return lock, compilation
+
+
+def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: str | None) -> Export:
+    """Return the files for a program.
+
+    Raises:
+        CommandError: where it cannot do what the plan says.
+    """
+    from devmap_config.exports.export import UnfitExportError
+    from devmap_config.exports.plain_transformers import export_to_transformers
+
+    try:
+        return export_to_transformers(compiled, folder, made_with=lock.made_with, weights=weights)
+    except UnfitExportError as error:
+        raise CommandError((*compiled.diagnostics, *error.diagnostics), compiled.texts) from None
+
+
+def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:
+    """Write files into a folder, which is made if need be, each whole or not at all.
+
+    Raises:
+        click.UsageError: where something is there that may not be replaced.
+        click.ClickException: where a file cannot be written.
+    """
+    from devmap_config.cli.locking import write
+
+    if not is_folder(folder.parent):
+        raise click.UsageError(f"the folder `{folder.parent}` does not exist")
+    if exists(folder) and not is_folder(folder):
+        raise click.UsageError(f"`{folder}` is no folder")
+    there = [folder / name for name in files if exists(folder / name)]
+    if odd := next((path for path in there if not is_file(path)), None):
+        raise click.UsageError(f"`{odd}` is no regular file")
+    if there and not force:
+        raise click.UsageError(f"`{there[0]}` exists: pass `--force` to replace what is exported there")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"`{folder}` cannot be made: {error.strerror}") from None
+    for name, text in files.items():
+        write(folder / name, text)

@@ -1,0 +1,92 @@
+"""`Export`: the files for one program; and what keeps a plan from being expressed there, with its place."""
+
+from __future__ import annotations
+
+import json
+import os.path
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+from devmap_config.files import exists, real_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from devmap_config.compiler import Compiled
+    from devmap_config.diagnostics.diagnostic import Sink, Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Files by name, each a text; `notes` are what differs there from what the plan says, in sentences."""
+
+    files: Mapping[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+
+class UnfitExportError(DevmapError):
+    """A plan says what the program that is exported to cannot do."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic], texts: Mapping[str, str]) -> None:
+        found = tuple(diagnostics)
+        super().__init__("; ".join(each.message for each in found if each.is_error), found, texts)
+
+
+def require_no_errors(sink: Sink, compiled: Compiled) -> None:
+    """Raise what was found, where any of it is an error.
+
+    Raises:
+        UnfitExportError: with all that was found.
+    """
+    if sink.has_errors:
+        raise UnfitExportError(sink.diagnostics, compiled.texts)
+
+
+def check_model_alone(compiled: Compiled, program: str, sink: Sink) -> None:
+    """Report what a profile has besides one model, which no export has, and code that comes with it."""
+    model, cannot = compiled.loaded.profile.model, "is not exported"
+    if model.adapter is not None:
+        help = "merge it into the checkpoint, or load the profile with `devmap run` or `load_model`"
+        sink.error("unfit-export", f"an adapter {cannot} to {program}", model.adapter.key_span, help=help)
+    if model.assistant is not None:
+        help = "leave it out, or load the profile with `devmap run` or `load_model`"
+        sink.error("unfit-export", f"a draft model {cannot} to {program}", model.assistant.key_span, help=help)
+
+
+def weights_for(compiled: Compiled, program: str, sink: Sink) -> str | None:
+    """Return the folder or hub id of the weights; `None` where there is a config alone, which is reported."""
+    source = compiled.model.source
+    if source.weights is None:
+        named = compiled.loaded.profile.model.source
+        sink.error(
+            "no-weights",
+            f"there is only a config at `{named.value}`, and {program} needs to be told where the weights are",
+            named.span,
+            help="say `--model` with a folder or a hub id, of the machine that is to run it",
+        )
+    return source.weights
+
+
+def from_folder(path: str | Path, folder: Path) -> str:
+    """Return the path of a file as it is reached from a folder; with `/`, on every system."""
+    return Path(os.path.relpath(real_path(Path(path)), real_path(folder))).as_posix()
+
+
+def is_local(weights: str) -> bool:
+    """Return whether weights are those of a folder here, and not of the hub."""
+    return exists(Path(weights))
+
+
+def span_of(compiled: Compiled, units: Iterable[str]) -> Span:
+    """Return the place of the rule that put these units where they are; of the strategy, where none did."""
+    tensors = {each.unit: each.tensors for each in compiled.plan.assignments}
+    decisions = compiled.resolution.decisions
+    rules = (decisions[name].rule for unit in units for name in tensors[unit] if name in decisions)
+    return next((rule.span for rule in rules), compiled.loaded.profile.placement.strategy.span)
+
+
+def as_json(value: object) -> str:
+    """Return a JSON text as it stands in a file of its own."""
+    return json.dumps(value, indent=2) + "\n"

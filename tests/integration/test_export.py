@@ -1,0 +1,117 @@
+"""What is exported loads without this package, and what another program cannot do is refused where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LLAMA
+from small_models import TOKENS, config_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from devmap_config.cli import devmap
+
+PROFILE = """\
+version: 1
+model: {source: weights}
+hardware: {devices: {cpu: {memory: 1GiB}, disk: {memory: 1GiB}}}
+placement:
+  pins: [{match: "model.layers.[0-2]", device: disk}]
+  offload: {folder: offload}
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(devmap, arguments, standalone_mode=False)
+
+
+def compiled(text, name="p"):
+    Path(f"{name}.yaml").write_text(text)
+    done = run("compile", f"{name}.yaml", "-q", "--no-simulate")
+    assert done.return_value == 0, done.stderr
+    return f"{name}.yaml"
+
+
+@pytest.fixture
+def weights(workspace):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config_of(LLAMA))).eval()
+    model.save_pretrained("weights")
+    return model
+
+
+LOADED_WITHOUT_THIS_PACKAGE = """\
+import json, sys
+sys.modules["devmap_config"] = None  # to import it is an error
+sys.path.insert(0, sys.argv[1])
+import torch
+from load_model import load_model
+model = load_model()
+logits = model(torch.tensor(json.loads(sys.argv[2]))).logits
+on = {name: str(parameter.device) for name, parameter in model.named_parameters()}
+print(json.dumps([model.hf_device_map, on, logits[0, -1].float().tolist()]))
+"""
+
+
+def test_plain_transformers_loads_what_is_exported(weights):
+    profile = compiled(PROFILE)
+    done = run("export", profile, "--to", "transformers", "-o", "exported")
+    assert done.return_value == 0, done.stderr
+    assert "it takes longer than predicted" in done.stderr
+    command = [sys.executable, "-c", LOADED_WITHOUT_THIS_PACKAGE, "exported", json.dumps(TOKENS.tolist())]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    device_map, on, logits = json.loads(ended.stdout)
+    assert device_map == json.loads(Path("p.lock.json").read_text())["plan"]["device_map"]
+    assert {name for name, device in on.items() if device == "meta"} == {
+        name for name in on if name.startswith(("model.layers.0.", "model.layers.1.", "model.layers.2."))
+    }
+    with torch.no_grad():
+        expected = weights(TOKENS).logits[0, -1]
+    assert torch.allclose(torch.tensor(logits), expected, atol=1e-5)
+    assert Path("offload").is_dir()  # the profile's folder, as it is seen from the exported file
+
+
+def test_a_plan_that_computes_on_the_cpu_is_refused_at_its_pin(workspace):
+    profile = compiled(
+        "version: 1\nmodel: {source: mixture}\n"
+        "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+        "placement:\n  pins:\n    - {match: 'model.layers.[2-3].mlp.experts', device: cpu, compute: cpu}\n"
+    )
+    done = run("export", profile, "--to", "transformers", "-o", "exported", "--model", "some/model", "--format", "json")
+    [found] = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
+    assert (done.return_value, found["code"], found["line"]) == (1, "not-a-device-map", 6)
+    assert not Path("exported").exists()
+
+
+def test_there_must_be_weights_and_nothing_is_replaced_unasked(workspace):
+    profile = compiled("version: 1\nmodel: {source: llama}\nhardware: {devices: {cuda:0: {memory: 1GiB}}}\n")
+    done = run("export", profile, "--to", "transformers", "-o", "exported")
+    assert (done.return_value, "error[no-weights]" in done.stderr) == (1, True)
+    hostile = 'x"; import os; os.system("touch ran") #\n\'""" {0} %s'
+    given = ("export", profile, "--to", "transformers", "-o", "exported", "--model", hostile)
+    assert run(*given).return_value == 0
+    Path("exported/load_model.py").write_text("changed")
+    refused = run(*given)
+    assert "exists: pass `--force`" in str(refused.exception)
+    assert run(*given, "--force").return_value == 0
+    code = "import sys; sys.path.insert(0, 'exported'); import load_model; print(load_model.SOURCE, end='')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == hostile
+    assert not Path("ran").exists()
+    assert json.loads(Path("exported/device_map.json").read_text()) == {"": 0}
+
+
+def test_a_lock_that_does_not_hold_is_not_exported(weights):
+    profile = compiled(PROFILE)
+    Path(profile).write_text(PROFILE.replace("[0-2]", "[0-3]"))
+    done = run("export", profile, "--to", "transformers", "-o", "exported")
+    assert (done.return_value, "error[stale-lock]" in done.stderr) == (3, True)
+    Path("p.lock.json").unlink()
+    done = run("export", profile, "--to", "transformers", "-o", "exported")
+    assert (done.return_value, "error[missing-lock]" in done.stderr) == (3, True)
