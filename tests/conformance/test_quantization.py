@@ -524,8 +524,8 @@ def test_every_method_of_transformers_is_known_once_and_by_its_name():
     assert list(METHODS) == sorted(method.value for method in QuantizationMethod)
     assert sorted(file.name.replace("_", "-") for file in iter_modules(methods.__path__)) == SIZED
     assert len(METHODS) == len(SIZED) + len(UNSIZED)
-    readme = (REPOSITORY / "README.md").read_text().lower()
-    assert [name for name in SIZED if name not in readme] == []
+    page = (REPOSITORY / "docs" / "quantization.md").read_text().lower()
+    assert [name for name in SIZED if name not in page] == []
 
 
 def test_what_lowers_the_planners_budgets_is_what_transformers_has():

@@ -218,8 +218,8 @@ def quickstart(tmp_path, monkeypatch):
     assert compile_command.main(["profiles/quickstart.yaml", "-q"], standalone_mode=False) == 0
 
 
-def test_the_example_in_the_readme(quickstart, capsys):
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_example_of_the_page(quickstart, capsys):
+    text = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
     [block] = re.findall(r"From Python:\n\n```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(block, names)  # noqa: S102  the text of our own page

@@ -86,8 +86,14 @@ def test_check_has_words_and_an_exit_code_for_every_state():
     assert sorted(EXIT_CODES) == sorted(get_args(State))
 
 
-def test_the_readme_tells_every_exit_code():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    [told] = re.findall(r"^Exit codes: (.*?)\n\n", text, re.MULTILINE | re.DOTALL)
-    codes = [int(number) for number in re.findall(r"(?:^|; )(\d+) ", told.replace("\n", " "))]
+def test_the_page_of_the_commands_tells_every_exit_code():
+    text = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("## Exit codes")
+    codes = [int(number) for number in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)]
     assert codes == [code for code in ExitCode if code is not ExitCode.INTERRUPTED]
+
+
+def test_the_page_of_the_commands_names_every_command_and_option_that_is_not_shared():
+    text = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in devmap.commands if f"`devmap {name}" not in text] == []
+    assert [name for name in SHARED if name not in text] == []

@@ -1,4 +1,4 @@
-"""The table of patterns of the README, against a real module tree."""
+"""The table of patterns of docs/patterns.md, against a real module tree."""
 
 from __future__ import annotations
 
