@@ -14,9 +14,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+MOST_DECODED = 1_000
+"""Each is a forward of the whole model: more of them show nothing else, and take minutes."""
+
+
 @profile_command("simulate", "table", "json")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=2, show_default=True, help="How many are decoded after the prefill."
+    "--tokens",
+    type=click.IntRange(1, MOST_DECODED),
+    default=2,
+    show_default=True,
+    help="How many are decoded after the prefill.",
 )
 def simulate(profile: Path, options: ProfileOptions, tokens: int) -> ExitCode:
     """Run the plan of PROFILE on simulated accelerators: what each device holds, and what goes from one to another."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 LARGEST_NUMBER = 2**63 - 1
 """What torch counts in."""
-MOST_LAYERS = 2_000
-"""Twice those of the deepest networks that were published."""
+MOST_LAYERS = 1_000
+"""Those of the deepest network that was published (DeepNet). So many take a minute to measure and place."""
 MOST_EXPERTS = 50_000
 """Three times those of Doge, which are the most of one of transformers."""
 MOST_COUNTED = 1_000_000
@@ -40,7 +40,7 @@ def unreasonable_number(config: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the first number of a config that no model can have; `None` where all are possible.
 
     >>> unreasonable_number({"text_config": {"num_hidden_layers": 200_000}})
-    '`text_config.num_hidden_layers` is 200,000, and no model has more than 2,000'
+    '`text_config.num_hidden_layers` is 200,000, and no model has more than 1,000'
     """
     for path, value in _numbers(config, ()):
         key = next((part for part in reversed(path) if not part.isdigit()), "")

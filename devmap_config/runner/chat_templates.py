@@ -22,9 +22,10 @@ MAX_SECONDS = 10
 MAX_BYTES = 2**29
 """What the template may take besides what the process has."""
 
-MAX_CHARACTERS = 4_000_000
+MAX_CHARACTERS = 1_000_000
+"""What it may write besides the messages: a tokenizer takes some seconds for so much."""
 
-BEYOND = f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters"
+BEYOND = f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters besides the chat"
 
 RENDERED, FAILED, ENDED = range(3)
 """How the process of a template ends by itself."""
@@ -42,14 +43,15 @@ def chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         TemplateFailedError: where it fails, or goes beyond its bounds.
     """
+    most = MAX_CHARACTERS + sum(len(str(message)) for message in messages)
     render = partial(writer.apply_chat_template, list(messages), add_generation_prompt=True, tokenize=False)
-    text, reason = _apart(render) if sys.platform == "linux" else _rendered(render)
+    text, reason = _apart(render, most) if sys.platform == "linux" else _rendered(render, most)
     if reason:
         raise TemplateFailedError(reason)
     return text
 
 
-def _rendered(render: Callable[[], str]) -> tuple[str, str]:
+def _rendered(render: Callable[[], str], most: int) -> tuple[str, str]:
     """Return a text, or why there is none."""
     try:
         text = render()
@@ -57,10 +59,10 @@ def _rendered(render: Callable[[], str]) -> tuple[str, str]:
         return "", BEYOND
     except Exception as error:  # whatever the template raises
         return "", f"{type(error).__name__}: {first_line(error)}"
-    return (text, "") if len(text) <= MAX_CHARACTERS else ("", BEYOND)
+    return (text, "") if len(text) <= most else ("", BEYOND)
 
 
-def _apart(render: Callable[[], str]) -> tuple[str, str]:
+def _apart(render: Callable[[], str], most: int) -> tuple[str, str]:
     """Return the same from a process of its own, which the system ends."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -69,7 +71,7 @@ def _apart(render: Callable[[], str]) -> tuple[str, str]:
     if child == 0:
         try:
             _limit()
-            text, reason = _rendered(render)
+            text, reason = _rendered(render, most)
             with os.fdopen(writer, "wb") as answer:
                 answer.write((reason or text).encode("utf-8", "surrogatepass"))
             os._exit(FAILED if reason else RENDERED)

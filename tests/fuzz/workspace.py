@@ -233,7 +233,7 @@ DEVICE_MAP = {
 }
 
 SHORT = {**LLAMA, "num_hidden_layers": 3}
-"""A thousand times as many layers are refused; twice a thousand are measured and placed, which takes minutes."""
+"""A thousand times as many layers are refused."""
 
 SMALL = {**MIXTURE, "num_hidden_layers": 2, "num_experts": 4, "max_position_embeddings": 64}
 """Of few parts, so that placing takes a twentieth of a second; and of no more positions than `LOCKED` asks for."""

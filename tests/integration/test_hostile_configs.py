@@ -102,7 +102,7 @@ def test_so_it_has_in_every_place(tmp_path, monkeypatch, config):
     [
         ("hidden_size", "x", '`hidden_size` is "x"'),
         ("num_attention_heads", -4, "`num_attention_heads` is -4"),
-        ("num_hidden_layers", 200_000, "`num_hidden_layers` is 200,000, and no model has more than 2,000"),
+        ("num_hidden_layers", 200_000, "`num_hidden_layers` is 200,000, and no model has more than 1,000"),
         ("num_local_experts", 100_000, "`num_local_experts` is 100,000, and no model has more than 50,000"),
         ("num_labels", 10**9, "`num_labels` is 1,000,000,000, and no model has more than 1,000,000"),
         ("vocab_size", 10**30, "`vocab_size` is 1,000,000,000,000,000,000,000,000,000,000, and no model has more"),
