@@ -63,9 +63,14 @@ class Prepared:
         return self.loaded.profile.placement.strategy.value
 
     @property
+    def is_for_vllm(self) -> bool:
+        """Whether the plan is to be within what vLLM can do."""
+        return self.loaded.profile.is_for_vllm
+
+    @property
     def proves_bound(self) -> bool:
         """Whether the strategy proves what no plan's time of a token can be below."""
-        return self.strategy == "fastest" and self.loaded.profile.workload.optimize == "decode"
+        return self.strategy == "fastest" and not self.is_for_vllm and self.loaded.profile.workload.optimize == "decode"
 
     @property
     def passes_over_cpu(self) -> bool:
@@ -73,6 +78,7 @@ class Prepared:
         cpu = next((device for device in self.inventory.devices if device.id == CPU), None)
         return (
             self.strategy == "fastest"
+            and not self.is_for_vllm
             and bool(self.inventory.accelerators)
             and cpu is not None
             and cpu.bandwidth_bytes_per_second is None

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 BUILDABLE_ATTENTION = ("eager", "sdpa")
 """Implementations that need no package of their own; the module tree is the same under all of them."""
 
+VLLM_BATCHED_TOKENS = 2048
+"""Tokens of prompts that vLLM computes at once where nothing else is said: its `max_num_batched_tokens`."""
+
 PROPOSED_TOKENS = 20
 """As many as transformers has a draft model propose at once (`num_assistant_tokens`), and as it is held to."""
 
@@ -464,10 +467,13 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
         return None
     inputs, size = wanted.inputs, wanted.inputs.image_size
     proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # which the first forward takes as well
+    prompt_length = wanted.prompt_length or context_length
+    if loaded.profile.is_for_vllm and wanted.prompt_length is None:
+        prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // wanted.batch_size), 1)
     return Workload(
         batch_size=wanted.batch_size,
         context_length=context_length,
-        prompt_length=min((wanted.prompt_length or context_length) + proposed, context_length),
+        prompt_length=min(prompt_length + proposed, context_length),
         all_logits=wanted.logits == "all",
         cache=wanted.cache.implementation,
         cache_backend=wanted.cache.backend,
@@ -481,7 +487,7 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
 
 
 def _has_accelerator(loaded: LoadedProfile) -> bool:
-    return any(device.is_accelerator for device in loaded.profile.hardware.devices.value)
+    return any(device.is_accelerator for device in loaded.profile.hardware.listed)
 
 
 def _quantization_json(quantization: Quantization | None) -> dict[str, object] | None:

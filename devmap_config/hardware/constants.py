@@ -48,6 +48,10 @@ takes a tenth of that.
 LATENCY_NANOSECONDS = 10_000
 """Until a copy begins, where the profile does not say: 10 µs a peer hop (aiconfigurator)."""
 
+NETWORK_LATENCY_NANOSECONDS = 50_000
+"""The same between two hosts: what a round over TCP in one rack takes, in vLLM's way through gloo or NCCL's sockets;
+assumed, and to be given by the profile where RDMA takes a tenth."""
+
 UNPINNED_SHARE = Fraction(1, 2)
 """Of a link's rate, what is reached from memory that is not pinned: 6 of 12 GB/s over PCIe 3.0, accelerate's own
 benchmark of big models."""

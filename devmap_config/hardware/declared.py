@@ -10,17 +10,19 @@ from devmap_config.devices import Device, nth_accelerator
 from devmap_config.hardware.catalogue import Accelerator, load_catalogue, nearest
 from devmap_config.hardware.constants import DISPATCH_NANOSECONDS
 from devmap_config.hardware.inventory import Inventory, InventoryDevice
-from devmap_config.hardware.links import links_between
+from devmap_config.hardware.links import links_between, links_of_hosts
 from devmap_config.profile.document import MappingNode, ScalarNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 from devmap_config.profile.writing import device_text
 from devmap_config.wording import closest, number_in
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.located import Located
-    from devmap_config.profile.schema import DeviceSection, Rates
+    from devmap_config.profile.schema import DeviceSection, Link, Rates
 
 T = TypeVar("T")
 
@@ -38,19 +40,21 @@ class Usual(NamedTuple):
 
 def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     """Return the machine that a profile describes; what is wrong with its description goes to the sink."""
-    sections = loaded.profile.hardware.devices.value
+    hardware = loaded.profile.hardware
     caps = loaded.profile.placement.max_memory
-    devices = [_device(device, section, caps.get(device), sink) for device, section in sections.items()]
-    _check_kinds(tuple(sections), loaded, sink)
+    by_host: dict[str | None, tuple[InventoryDevice, ...]] = {}
+    for name, listing in hardware.listings.items():
+        devices = [_device(device, section, caps.get(device), sink) for device, section in listing.value.items()]
+        by_host[name] = tuple(sorted(filter(None, devices), key=lambda device: device.id))
+    _check_kinds(tuple(hardware.listed), loaded, sink)
     _check_max_memory(loaded, sink)
     _check_links(loaded, sink)
-    ordered = tuple(sorted(filter(None, devices), key=lambda device: device.id))
-    hardware = loaded.profile.hardware
+    ordered = tuple(device for devices in by_host.values() for device in devices)
     spreads = {phase: spread for phase, spread in hardware.spread if spread is not None}
     together = hardware.links.get("together")
     return Inventory(
         ordered,
-        links_between(ordered, hardware.links),
+        links_between(ordered, hardware.links) if not hardware.hosts else links_of_hosts(by_host, hardware),
         _given(hardware.host.dispatch, DISPATCH_NANOSECONDS),
         spreads,
         together_bytes_per_second=None if together is None else together.bandwidth,
@@ -59,11 +63,12 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
 
 def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
     """Return every device that the profile lists, also those whose description is wrong."""
-    devices = loaded.profile.hardware.devices
-    node = devices.place.node
-    keys = [entry.key for entry in node.entries if not is_null(entry.value)] if isinstance(node, MappingNode) else []
+    listings = loaded.profile.hardware.listings.values()
+    nodes = [listing.place.node for listing in listings]
+    entries = [entry for node in nodes if isinstance(node, MappingNode) for entry in node.entries]
+    keys = [entry.key for entry in entries if not is_null(entry.value)]
     named = (Device.from_text(key.text) for key in keys if not key.is_unrendered)
-    return tuple(sorted({*devices.value, *named}))
+    return tuple(sorted({*(device for listing in listings for device in listing.value), *named}))
 
 
 def _device(
@@ -243,7 +248,7 @@ def _check_kinds(devices: tuple[Device, ...], loaded: LoadedProfile, sink: Sink)
         last = max(kinds.values(), key=loaded.profile.hardware.device_span)
         sink.error(
             "mixed-accelerators",
-            f"one machine cannot run {listed} devices together",
+            f"one {'pipeline' if loaded.profile.hardware.hosts else 'machine'} cannot run {listed} devices together",
             loaded.profile.hardware.device_span(last),
             help="torch is built for one kind: keep a profile for each",
         )
@@ -280,8 +285,17 @@ OTHER_LINKS = {
 
 
 def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
-    known = {str(device) for device in declared_devices(loaded)}
-    for name, described in loaded.profile.hardware.links.items():
+    hardware, devices = loaded.profile.hardware, declared_devices(loaded)
+    sections = [
+        (hardware.links, devices),
+        *((host.links, tuple(host.devices.value)) for host in hardware.hosts.values()),
+    ]
+    for links, reached in sections:
+        _check_names_of_links(links, {str(device.of_its_host) for device in reached}, loaded, sink)
+
+
+def _check_names_of_links(links: Mapping[str, Link], known: set[str], loaded: LoadedProfile, sink: Sink) -> None:
+    for name, described in links.items():
         ends = name.split("-")
         if name in LINKS or (len(ends) == 2 and all(end in known or not loaded.knows_devices for end in ends)):
             continue

@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import DISK
-from devmap_config.hardware.constants import LATENCY_NANOSECONDS, UNPINNED_MOST_BYTES_PER_SECOND, UNPINNED_SHARE
+from devmap_config.hardware.constants import (
+    LATENCY_NANOSECONDS,
+    NETWORK_LATENCY_NANOSECONDS,
+    UNPINNED_MOST_BYTES_PER_SECOND,
+    UNPINNED_SHARE,
+)
 from devmap_config.hardware.inventory import Link
 
 if TYPE_CHECKING:
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.hardware.inventory import InventoryDevice
+    from devmap_config.profile.schema import Hardware
     from devmap_config.profile.schema import Link as LinkSpecification
 
 
@@ -31,10 +37,49 @@ def links_between(
     for source in devices:
         for target in devices:
             if source is not target:
-                pair = given.get(f"{source.id}-{target.id}") or given.get(f"{target.id}-{source.id}")
+                ends = (source.id.of_its_host, target.id.of_its_host)
+                pair = given.get(f"{ends[0]}-{ends[1]}") or given.get(f"{ends[1]}-{ends[0]}")
                 if (link := pair or _usual(source, target, given)) is not None:
                     links[source.id, target.id] = link
     return links
+
+
+def links_of_hosts(
+    by_host: Mapping[str | None, Sequence[InventoryDevice]], hardware: Hardware
+) -> dict[tuple[Device, Device], Link]:
+    """Return the links within each host, and between accelerators of two by their networks: as fast as the slower."""
+    links: dict[tuple[Device, Device], Link] = {}
+    for name, devices in by_host.items():
+        own = {} if name is None else hardware.hosts[name].links
+        links |= links_between(devices, {**hardware.links, **own})
+    for source, devices in by_host.items():
+        for target, others in by_host.items():
+            if source is None or target is None or source == target:
+                continue
+            ends = _network(hardware, source), _network(hardware, target)
+            if (link := _slower(*ends)) is not None:
+                latency = max(end.latency_nanoseconds for end in ends if end is not None)
+                between = Link(bytes_per_second=link.bytes_per_second, latency_nanoseconds=latency)
+                links |= {
+                    (device.id, other.id): between for device in devices for other in others if _talks(device, other)
+                }
+    return links
+
+
+def _talks(device: InventoryDevice, other: InventoryDevice) -> bool:
+    return DISK not in (device.id.of_its_host, other.id.of_its_host)
+
+
+def _network(hardware: Hardware, host: str) -> Link | None:
+    network, usual = hardware.hosts[host].network, hardware.links.get("network")
+    bandwidth = network.bandwidth or (None if usual is None else usual.bandwidth)
+    latency = network.latency if network.latency is not None or usual is None else usual.latency
+    if bandwidth is None:
+        return None
+    return Link(
+        bytes_per_second=bandwidth,
+        latency_nanoseconds=NETWORK_LATENCY_NANOSECONDS if latency is None else int(latency),
+    )
 
 
 def _given(specification: LinkSpecification) -> Link:
@@ -50,7 +95,7 @@ def _usual(source: InventoryDevice, target: InventoryDevice, given: Mapping[str,
         hosts = _in_turn(_host(source, given), _host(target, given))
         return given.get("peer") or _slower(_peer(source), _peer(target)) or hosts
     accelerator = next((device for device in (source, target) if device.id.is_accelerator), None)
-    disk = next((device for device in (source, target) if device.id == DISK), None)
+    disk = next((device for device in (source, target) if device.id.of_its_host == DISK), None)
     reading = None if disk is None else given.get("disk") or _reading(disk)
     if accelerator is None:
         return reading

@@ -182,7 +182,7 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
 
 def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDevice, ...]:
     """The devices that compute; nothing where accelerators are, or may be, among what is wrongly listed."""
-    if not loaded.knows_devices or any(device.is_accelerator for device in loaded.profile.hardware.devices.value):
+    if not loaded.knows_devices or any(device.is_accelerator for device in loaded.profile.hardware.listed):
         return inventory.accelerators
     return tuple(device for device in inventory.devices if device.id == CPU)
 
@@ -198,7 +198,7 @@ def _missing_rates(
     for device in inventory.devices:
         if device not in computing and device.id not in apart:
             continue
-        doubtful = loaded.profile.hardware.devices.value[device.id].doubtful
+        doubtful = loaded.profile.hardware.listed[device.id].doubtful
         if device.bandwidth_bytes_per_second is None and not doubtful & {"accelerator", "bandwidth"}:
             example = f"`{device.id}: {{bandwidth: {'50' if device.id == CPU else '1000'}GB/s}}`"
             yield device.id, f"the bandwidth of {device.id}", example

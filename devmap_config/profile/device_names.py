@@ -1,4 +1,8 @@
-"""The names that a profile gives devices: `cuda:0`, `0`, ranges such as `cuda:[0-7]`, `cpu`, `disk`."""
+"""The names that a profile gives devices: `cuda:0`, `0`, ranges such as `cuda:[0-7]`, `cpu`, `disk`.
+
+With the name of a host before it, a device of that host: `left/cuda:0`. The CPU of a host may be several devices there,
+one for each rank that vLLM is to run on it: `left/cpu:[0-1]`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ ACCELERATOR_KINDS = ("cuda", "xpu", "npu", "hpu", "mps")
 
 MAX_DEVICES = 128
 """Twice the parts into which the cards of a host can be split (eight of seven each), and eight times its most cards."""
+
+HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+"""The name of a host, as it may stand in a file's name and before a device's."""
 
 _NAME = re.compile(
     r"(?:(?P<kind>[a-z]+):)?(?:(?P<index>0|[1-9][0-9]{0,3})|\[(?P<items>[0-9]{1,4}(?:-[0-9]{1,4})?(?:,[0-9]{1,4}(?:-[0-9]{1,4})?)*)\])"
@@ -60,7 +67,15 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
     Raises:
         DeviceNameError: where it is neither.
     """
-    if text in ("cpu", "cpu:0", "disk", "mps"):
+    host, slash, name = text.partition("/")
+    if slash and HOST_NAME.fullmatch(host):
+        return tuple(Device(each.kind, each.index, host) for each in _expanded(name, kind, (*ACCELERATOR_KINDS, "cpu")))
+    return _expanded(text, kind, ACCELERATOR_KINDS)
+
+
+def _expanded(text: str, kind: str, kinds: tuple[str, ...]) -> tuple[Device, ...]:
+    is_one = "cpu" not in kinds
+    if text in ("cpu", "disk", "mps") or (text == "cpu:0" and is_one):
         return (Device(text.removesuffix(":0")),)
     match = _NAME.fullmatch(text)
     if match is None:
@@ -68,7 +83,7 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
             raise DeviceNameError(f"`{text}` does not say which one", f'write `{text}:0`, or `"{text}:[0-1]"` for two')
         raise DeviceNameError(f"`{text}` is no device", _advice(text))
     kind = match["kind"] or kind
-    if kind not in ACCELERATOR_KINDS:
+    if kind not in kinds:
         raise DeviceNameError(f"`{kind}` is no kind of device", _advice(text))
     indices = [int(match["index"])] if match["index"] else _indices(match["items"])
     if kind == "mps" and indices != [0]:

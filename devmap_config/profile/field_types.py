@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError, PydanticOmit, core_schema
 
 from devmap_config.devices import Device
-from devmap_config.profile.device_names import DeviceNameError, expand_devices
+from devmap_config.profile.device_names import HOST_NAME, DeviceNameError, expand_devices
 from devmap_config.profile.located import WrittenNothing, WrittenText
 from devmap_config.profile.quantities import (
     BASES,
@@ -145,6 +146,35 @@ def _device(value: object) -> Device:
     return devices[0]
 
 
+def _group(value: object) -> tuple[Device, ...]:
+    if not isinstance(value, str):
+        raise PydanticCustomError("device_type", "a range of devices")
+    try:
+        return expand_devices(str(value), "cuda")
+    except DeviceNameError as error:
+        raise refusal("bad-device-name", error.message, error.help) from None
+
+
+def _named(pattern: str, what: str, help: str) -> Reads:
+    """Return the annotation of a name of the outside world, which other programs are given."""
+
+    def read(value: object) -> object:
+        text = str(value) if isinstance(value, str) else ""
+        if not re.fullmatch(pattern, text):
+            raise refusal("wrong-type", f"{{route}} is no {what}", help)
+        return text
+
+    return Reads(read, (_matching(f"^({pattern})$"),))
+
+
+def _host_name(value: object) -> str:
+    text = str(value)
+    if not HOST_NAME.fullmatch(text):
+        message = f"`{text}` is no name of a host"
+        raise refusal("wrong-type", message, "letters, digits and `-`, as in `left` or `node-1`")
+    return text
+
+
 def _listed_device(value: object) -> Device:
     if isinstance(value, WrittenText) and value.is_unrendered:
         raise PydanticOmit
@@ -207,9 +237,10 @@ RATE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0}
 INTEGER: dict[str, Any] = {"type": "integer", "minimum": 0}
 POSITIVE = r"(?=[0-9.]*[1-9])[0-9]+(\.[0-9]+)?"
 UNITS = "B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB"
-DEVICE_KEY_PATTERN = (
-    r"^((cuda|xpu|npu|hpu|mps):)?([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])$|^cpu(:0)?$|^disk$|^mps$"
-)
+RANGE_PATTERN = r"([0-9]+|\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])"
+DEVICE_KEY_PATTERN = rf"^((cuda|xpu|npu|hpu|mps):)?{RANGE_PATTERN}$|^cpu(:0)?$|^disk$|^mps$"
+HOST_DEVICE_KEY_PATTERN = rf"^((cuda|xpu|npu|hpu|mps|cpu):)?{RANGE_PATTERN}$|^cpu$|^disk$|^mps$"
+HOST_PATTERN = rf"({HOST_NAME.pattern}/)?"
 
 BASIS = rf"( ({'|'.join(BASES[1:])}))?"
 BANDWIDTH = _quantity(known_rate(parse_bandwidth), RATE, _matching(rf"^{POSITIVE} ?(({UNITS})/s)?{BASIS}$"))
@@ -268,7 +299,24 @@ ListedDevice = Annotated[Device, Reads(_listed_device, ()), PlainSerializer(str)
 """A key that names a device; merging has made it canonical, or reported that it names none."""
 NamedDevice = Annotated[
     Device | int,
-    Reads(_device_or_number, (INTEGER, _matching(r"^((cuda|xpu|npu|hpu):)?[0-9]+$|^cpu(:0)?$|^disk$|^mps(:0)?$"))),
+    Reads(
+        _device_or_number,
+        (INTEGER, _matching(rf"^{HOST_PATTERN}(((cuda|xpu|npu|hpu|cpu):)?[0-9]+|cpu|disk|mps(:0)?)$")),
+    ),
     PlainSerializer(str),
+]
+DeviceGroup = Annotated[
+    tuple[Device, ...],
+    Reads(_group, (_matching(rf"^{HOST_PATTERN}((cuda|xpu|npu|hpu|cpu):)?{RANGE_PATTERN}$"),)),
+    PlainSerializer(lambda devices: list(map(str, devices))),
+]
+HostName = Annotated[str, Reads(_host_name, ())]
+"""A key that names a host."""
+Address = Annotated[
+    str,
+    _named(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?", "address", "an IP address or a host's name: `10.0.0.1`"),
+]
+Interface = Annotated[
+    str, _named(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,14}", "network interface", "as `ip link` names it: `eth0`")
 ]
 Quantization = Annotated[Mapping[str, Any] | None, BeforeValidator(_quantization), WithJsonSchema(QUANTIZATION_SCHEMA)]

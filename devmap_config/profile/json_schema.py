@@ -9,8 +9,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.profile import schema as schema_module
-from devmap_config.profile.field_types import BANDWIDTH, DEVICE_KEY_PATTERN, TEMPLATE_SCHEMA
-from devmap_config.profile.schema import Adapter, Assistant, Cache, DeviceSection, Link, Profile
+from devmap_config.profile.field_types import (
+    BANDWIDTH,
+    DEVICE_KEY_PATTERN,
+    HOST_DEVICE_KEY_PATTERN,
+    HOST_PATTERN,
+    TEMPLATE_SCHEMA,
+)
+from devmap_config.profile.schema import Adapter, Assistant, Cache, DeviceSection, Hardware, Link, Network, Profile
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -31,8 +37,11 @@ def profile_schema() -> Schema:
     definitions = schema["definitions"]
     for section, definition in {Profile.__name__: schema, **definitions}.items():
         _describe(definition["properties"], section)
-    _set_keys(definitions["Hardware"]["properties"]["devices"])
-    _set_keys(definitions["PlacementSection"]["properties"]["max_memory"])
+    _set_keys(definitions["Hardware"]["properties"]["devices"], DEVICE_KEY_PATTERN)
+    _set_keys(definitions["HostSection"]["properties"]["devices"], HOST_DEVICE_KEY_PATTERN)
+    of_hosts = HOST_DEVICE_KEY_PATTERN.replace("^", "").replace("$", "")
+    caps = f"{DEVICE_KEY_PATTERN}|^{HOST_PATTERN.removesuffix('?')}({of_hosts})$"
+    _set_keys(definitions["PlacementSection"]["properties"]["max_memory"], caps)
     for definition in (schema, *definitions.values()):
         _nullable(definition)
     definitions["DeviceSection"] = {
@@ -42,10 +51,12 @@ def profile_schema() -> Schema:
     for section in (Adapter, Assistant):
         definition = definitions[section.__name__]
         definitions[section.__name__] = {"anyOf": [{"type": "string"}, definition], "description": section.__doc__}
-    definitions["Link"] = {
-        "anyOf": [*BANDWIDTH.schemas, TEMPLATE_SCHEMA, definitions["Link"]],
-        "description": Link.__doc__,
-    }
+    for link in (Link, Network):
+        definition = definitions[link.__name__]
+        definitions[link.__name__] = {
+            "anyOf": [*BANDWIDTH.schemas, TEMPLATE_SCHEMA, definition],
+            "description": link.__doc__,
+        }
     definitions["Cache"] = {
         "anyOf": [definitions["Cache"]["properties"]["implementation"]["anyOf"][0], definitions["Cache"]],
         "description": Cache.__doc__,
@@ -56,7 +67,12 @@ def profile_schema() -> Schema:
         "required": schema.pop("required"),
         "properties": {
             "model": {"required": definitions["Model"].pop("required")},
-            "hardware": {"required": definitions["Hardware"].pop("required")},
+            "hardware": {
+                "anyOf": [
+                    {"required": definitions["Hardware"].pop("required")},
+                    *({"required": [other]} for other in Hardware.ALTERNATIVES.values()),
+                ]
+            },
         },
     }
     return {"$schema": DRAFT_7, "title": "devmap-config profile, version 1", **schema}
@@ -87,12 +103,12 @@ def _documented_fields() -> dict[str, dict[str, str]]:
     return documented
 
 
-def _set_keys(mapping: Schema) -> None:
+def _set_keys(mapping: Schema, pattern: str) -> None:
     """Name the devices that may be keys, or have a template do so."""
     for alternative in mapping.get("anyOf", [mapping]):
         if "additionalProperties" in alternative:
             value = {"anyOf": [alternative["additionalProperties"], {"type": "null"}]}
-            alternative["patternProperties"] = {DEVICE_KEY_PATTERN: value, TEMPLATE_SCHEMA["pattern"]: value}
+            alternative["patternProperties"] = {pattern: value, TEMPLATE_SCHEMA["pattern"]: value}
             alternative["additionalProperties"] = False
 
 

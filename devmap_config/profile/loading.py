@@ -42,8 +42,10 @@ class LoadedProfile:
     @property
     def knows_devices(self) -> bool:
         """Whether the names of all devices could be read: one that is named elsewhere may else be among them."""
-        node = self.profile.hardware.devices.place.node
-        return not (isinstance(node, MappingNode) and any(entry.key.is_unrendered for entry in node.entries))
+        nodes = [listing.place.node for listing in self.profile.hardware.listings.values()]
+        return not any(
+            entry.key.is_unrendered for node in nodes if isinstance(node, MappingNode) for entry in node.entries
+        )
 
 
 def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) -> LoadedProfile:

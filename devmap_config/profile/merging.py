@@ -6,7 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from devmap_config.profile.device_names import MAX_DEVICES, DeviceNameError, expand_devices, is_range, kind_of
+from devmap_config.profile.device_names import (
+    HOST_NAME,
+    MAX_DEVICES,
+    DeviceNameError,
+    expand_devices,
+    is_range,
+    kind_of,
+)
 from devmap_config.profile.document import (
     Entry,
     MappingNode,
@@ -62,7 +69,26 @@ def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
         change_mapping(document, ("hardware", "devices"), lambda mapping: _described(expand(mapping)))
         for document in documents
     ]
+    documents = [change_mapping(document, ("hardware", "hosts"), partial(_hosts, sink=sink)) for document in documents]
     return _merged(documents)
+
+
+def _hosts(hosts: MappingNode, sink: Sink) -> MappingNode:
+    """The devices of each host by their names with the host's before them, ranges expanded."""
+
+    def devices_of(host: str) -> Callable[[MappingNode], MappingNode]:
+        before = f"{host}/" if HOST_NAME.fullmatch(host) else ""  # else it is refused where names are read
+        return lambda mapping: _described(_expand(mapping, _kind_within(mapping), sink, before))
+
+    return replace(
+        hosts,
+        entries=tuple(
+            replace(entry, value=change_mapping(entry.value, ("devices",), devices_of(entry.key.text)))
+            if isinstance(entry.value, MappingNode)
+            else entry
+            for entry in hosts.entries
+        ),
+    )
 
 
 def _merged(documents: list[MappingNode]) -> MappingNode:
@@ -111,18 +137,25 @@ def _accelerator_kind(documents: list[MappingNode]) -> str:
     for document in documents:
         hardware = document.get("hardware")
         devices = hardware.get("devices") if isinstance(hardware, MappingNode) else None
-        for entry in devices.entries if isinstance(devices, MappingNode) else ():
-            if kind := kind_of(entry.key.text):
-                return kind
+        if isinstance(devices, MappingNode) and any(kind_of(entry.key.text) for entry in devices.entries):
+            return _kind_within(devices)
     return "cuda"
 
 
-def _expand(mapping: MappingNode, kind: str, sink: Sink) -> MappingNode:
-    """One entry a device; what names a device by itself beats a range that holds it, whatever their order."""
+def _kind_within(devices: MappingNode) -> str:
+    """The kind of the first accelerator that is named with it, else `cuda`."""
+    return next((kind for entry in devices.entries if (kind := kind_of(entry.key.text))), "cuda")
+
+
+def _expand(mapping: MappingNode, kind: str, sink: Sink, host: str = "") -> MappingNode:
+    """One entry a device; what names a device by itself beats a range that holds it, whatever their order.
+
+    `host` is what stands before the names of its devices.
+    """
     entries: dict[str, Entry] = {}
     written: dict[str, ScalarNode] = {}
     for entry in sorted(mapping.entries, key=lambda entry: not is_range(entry.key.text)):
-        names, are_too_many = _names(entry.key, kind, sink), len(written) >= MAX_DEVICES
+        names, are_too_many = _names(entry.key, kind, sink, host), len(written) >= MAX_DEVICES
         if not names or are_too_many:
             entries[entry.key.text] = replace(entry, key=replace(entry.key, is_unrendered=True))
         if are_too_many:
@@ -138,12 +171,12 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink) -> MappingNode:
     return replace(mapping, entries=tuple(entries.values()))
 
 
-def _names(key: ScalarNode, kind: str, sink: Sink) -> tuple[str, ...]:
+def _names(key: ScalarNode, kind: str, sink: Sink, host: str) -> tuple[str, ...]:
     """The devices that a key names; none where it names none, which is reported."""
     if key.is_unrendered:
         return ()
     try:
-        return tuple(map(str, expand_devices(key.text, kind)))
+        return tuple(map(str, expand_devices(f"{host}{key.text}", kind)))
     except DeviceNameError as error:
         sink.error("bad-device-name", error.message, key.span, help=error.help)
         return ()

@@ -101,7 +101,8 @@ class Refusals:
         meant = {key_meant(key, section.__name__, fields) or closest(key, fields) or key for key in unknown}
         if section.__name__ == "Hardware" and any(is_device_name(key) for key in unknown):
             meant.add("devices")
-        missing = {key for key, field in fields.items() if field.is_required() and key not in value}
+        replaced = {key for key, other in getattr(section, "ALTERNATIVES", {}).items() if other in value}
+        missing = {key for key, field in fields.items() if field.is_required() and key not in value} - replaced
         self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
         may_be_elsewhere = self.is_incomplete and "[" not in place.route  # an item of a list is whole where it stands
         for key in fields if not may_be_elsewhere else ():

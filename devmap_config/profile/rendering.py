@@ -44,7 +44,16 @@ class Renderer:
         """Return a document with the keys rendered that are names."""
         for route in NAMED:
             document = change_mapping(document, route, self.keys)
-        return document
+        return change_mapping(document, ("hardware", "hosts"), self._names_within_hosts)
+
+    def _names_within_hosts(self, hosts: MappingNode) -> MappingNode:
+        entries = []
+        for entry in hosts.entries:
+            value = entry.value
+            for key in ("devices", "links"):
+                value = change_mapping(value, (key,), self.keys) if isinstance(value, MappingNode) else value
+            entries.append(replace(entry, value=value))
+        return replace(hosts, entries=tuple(entries))
 
     def keys(self, mapping: MappingNode) -> MappingNode:
         """Return a mapping with its keys rendered; of two that render to the same, the second is reported."""

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from devmap_config.profile.field_types import (
+    Address,
     Anything,
     Bandwidth,
     CacheBits,
     Count,
+    DeviceGroup,
     Dispatch,
     Efficiency,
     Flag,
     Flops,
+    HostName,
+    Interface,
     Latency,
     ListedDevice,
     NamedDevice,
@@ -48,6 +52,8 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRAT
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 CACHE_BACKENDS = ("quanto", "fp8")
 """transformers 5.24's, but for `hqq`, of which this package does not know how much its caches take."""
+
+TARGETS = ("transformers", "vllm")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
@@ -235,7 +241,7 @@ class Workload(Section):
     """Tokens of prompt and answer together. Without it only weights are budgeted."""
 
     prompt_length: Count | None = Field(default=None, examples=[4096])
-    """How many tokens are prefilled at once. Without it: `context_length`."""
+    """How many tokens are prefilled at once. Without it: `context_length`; for `targets: [vllm]` 2,048 at most."""
 
     inputs: Inputs = Field(default_factory=Inputs, examples=[{"images": 1, "image_size": [896, 896]}])
     """What a prompt holds besides text; the tokens that stand for it count as the prompt's."""
@@ -253,6 +259,10 @@ class Workload(Section):
 
     new_tokens: Count | None = Field(default=None, examples=[512])
     """Tokens that a request generates, for `optimize: request`."""
+
+    concurrency: Located[Count] = Field(default=Located(1), examples=[32])
+    """Requests in flight, each of `batch_size` sequences, for `targets: [vllm]`: with many the slowest stage of a
+    pipeline decides how fast they are, with one all of them together."""
 
     @model_validator(mode="after")
     def _prompt_within_context(self) -> Workload:
@@ -373,13 +383,57 @@ class Spreads(Section):
     """The least and the most of a prefill."""
 
 
+class Network(Section):
+    """How a host reaches the others."""
+
+    bandwidth: Bandwidth | None = Field(default=None, examples=["12.5GB/s"])
+    """Bytes a second, one way. Without it: that of `hardware.links.network`."""
+
+    latency: Latency | None = Field(default=None, examples=["30us"])
+    """Time until the first byte arrives."""
+
+    address: Located[Address | None] = Field(default=Located(None), examples=["10.0.0.1"])
+    """Where the other hosts reach it."""
+
+    interface: Located[Interface | None] = Field(default=Located(None), examples=["eth0"])
+    """The network interface that has this address."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_bandwidth(cls, value: object) -> object:
+        return {"bandwidth": value} if isinstance(value, (str, int, float)) else value
+
+
+class HostSection(Section):
+    """One of several machines."""
+
+    devices: Located[Annotated[Mapping[ListedDevice, Each[DeviceSection]], Field(min_length=1)]] = Field(
+        examples=[{"cuda:[0-7]": "h100-sxm"}]
+    )
+    """Its devices by name. Those that are not accelerators run nothing beside some; without any, `cpu` is one rank of
+    vLLM, and `cpu:[0-1]` two, each with the memory that is given."""
+
+    links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "450GB/s"}])
+    """Those within it, as in `hardware.links`."""
+
+    network: Network = Field(default_factory=Network, examples=[{"bandwidth": "12.5GB/s", "address": "10.0.0.1"}])
+    """How it reaches the other hosts."""
+
+
 class Hardware(Section):
-    """The machine. A device that is not listed here does not exist."""
+    """The machine, or the machines. A device that is not listed here does not exist."""
+
+    ALTERNATIVES: ClassVar[Mapping[str, str]] = {"devices": "hosts"}
 
     devices: Located[Annotated[Mapping[ListedDevice, Each[DeviceSection]], Field(min_length=1)]] = Field(
         examples=[{"cuda:[0-1]": "rtx-4090", "cpu": {"memory": "64GiB"}}]
     )
     """Devices by name: `cuda:0`, a range such as `cuda:[0-7]`, `cpu`, `disk`."""
+
+    hosts: Mapping[HostName, Each[HostSection]] = Field(
+        default={}, examples=[{"left": {"devices": {"cuda:[0-7]": "h100-sxm"}, "network": "12.5GB/s"}}]
+    )
+    """Machines by name, in the order of their ranks, in place of `devices`; for `targets: [vllm]`."""
 
     links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
     """`host`, `together`, `unpinned`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the
@@ -396,9 +450,29 @@ class Hardware(Section):
     spread: Spreads = Field(default_factory=Spreads, exclude=True, examples=[{"decode": "94-108%"}])
     """How far runs were from what calibrated rates predict; `devmap calibrate` writes it."""
 
+    @model_validator(mode="after")
+    def _devices_or_hosts(self) -> Hardware:
+        if self.hosts and self.devices.value:
+            message = "`hardware.hosts` stands in place of `hardware.devices`, and both are given"
+            raise refusal("wrong-type", message, "list devices under the host that has them", key="hosts")
+        return self
+
+    @property
+    def listings(self) -> Mapping[str | None, Located[Mapping[Device, DeviceSection]]]:
+        """The devices that are listed, by host: those of the one machine by `None`."""
+        hosts: dict[str | None, Located[Mapping[Device, DeviceSection]]] = {
+            name: host.devices for name, host in self.hosts.items()
+        }
+        return hosts or {None: self.devices}
+
+    @property
+    def listed(self) -> Mapping[Device, DeviceSection]:
+        """Every device of every host, in the order of the hosts."""
+        return {device: section for listing in self.listings.values() for device, section in listing.value.items()}
+
     def device_span(self, device: Device) -> Span:
         """Return the place of a device's name; of `devices` where it is not listed."""
-        section = self.devices.value.get(device)
+        section = self.listed.get(device)
         return self.devices.key_span if section is None else section.key_span
 
 
@@ -475,6 +549,10 @@ class PlacementSection(Section):
     pins: tuple[Each[Pin], ...] = Field(default=(), examples=[[{"match": "lm_head", "device": "cuda:1"}]])
     """Rules for parts of the model; they hold under every strategy."""
 
+    groups: OneOrMany[Located[DeviceGroup]] = Field(default=(), examples=[["cuda:[0-3]", "cuda:[4-7]"]])
+    """Equal devices of one host that share each layer between them (tensor parallelism), for `targets: [vllm]`: each
+    group is one stage, and all have as many devices."""
+
     offload: Offload = Field(default_factory=Offload)
     """How weights are kept outside of memory."""
 
@@ -511,7 +589,12 @@ class Profile(Section):
     placement: PlacementSection = Field(default_factory=PlacementSection)
     """Where the model goes."""
 
-    targets: tuple[Annotated[str, one_of("transformers")], ...] = Field(
-        default=("transformers",), examples=[["transformers"]]
+    targets: Located[OneOrMany[Annotated[str, one_of(*TARGETS)]]] = Field(
+        default=Located(("transformers",)), examples=[["transformers"], ["vllm"]]
     )
-    """What the plan is made for."""
+    """What the plan is made for: one of `transformers` and `vllm`."""
+
+    @property
+    def is_for_vllm(self) -> bool:
+        """Whether the plan is to be within what vLLM can do."""
+        return "vllm" in self.targets.value

@@ -42,6 +42,9 @@ class Section(BaseModel):
     STAND_INS: ClassVar[Mapping[str, object]] = {}
     """By required key, what stands in where it is missing or wrong, so that the rest can be looked at."""
 
+    ALTERNATIVES: ClassVar[Mapping[str, str]] = {}
+    """By required key, the one that may be given in its place: it is then an empty mapping."""
+
     _place: Place = PrivateAttr(default_factory=lambda: NOWHERE)  # which a default would be copied from
     _doubtful: frozenset[str] = PrivateAttr(default_factory=frozenset)
 
@@ -88,7 +91,10 @@ class Section(BaseModel):
         place, fields = Place(value.place.node, route=value.place.route), fields_by_key(cls)
         defaults = {key: _default(field, place, refusals) for key, field in fields.items() if not field.is_required()}
         located = {key: default for key, default in defaults.items() if isinstance(default, (Located, Section))}
-        return {**cls.STAND_INS, **located, **{key: item for key, item in value.items() if key in fields}}
+        others: dict[str, object] = {
+            key: Located({}, value[other].place) for key, other in cls.ALTERNATIVES.items() if other in value
+        }
+        return {**cls.STAND_INS, **others, **located, **{key: item for key, item in value.items() if key in fields}}
 
     @field_validator("*", mode="wrap")
     @classmethod
