@@ -23,6 +23,7 @@ from devmap_config.graph.loading import Lookup, load_model_graph, report_failure
 from devmap_config.hardware.declared import build_inventory, declared_devices
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried
+from devmap_config.pipeline.settings import check_settings
 from devmap_config.placement.constraints import build_problem
 from devmap_config.plan.drift import Drift, Held, report_moved_figures, reuse_locked_plan
 from devmap_config.plan.inputs import inputs_of
@@ -212,7 +213,7 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
         prepared = check_checkpoint(prepared, sink, request.permissions)
         check_adapter(prepared, sink)
         _check_assistant_checkpoint(request, prepared, sink)
-    if prepared is None or build_problem(prepared, sink) is None:
+    if prepared is None or not _can_be_placed(prepared, sink):
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared), None
 
     inputs = inputs_of(prepared)
@@ -228,6 +229,14 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
     if isinstance(result, Compiled) and prepared.draft is not None:
         result = replace(result, assistant=_compiled_assistant(request.lookup, prepared.loaded, Sink()))
     return result, reused if isinstance(reused, Drift) else None
+
+
+def _can_be_placed(prepared: Prepared, sink: Sink) -> bool:
+    if prepared.is_for_vllm:
+        from devmap_config.plan.pipelines import pose  # with it comes numpy
+
+        return not sink.has_errors and pose(prepared, sink) is not None
+    return build_problem(prepared, sink) is not None
 
 
 def _load(request: Request, sink: Sink) -> LoadedProfile | None:
@@ -248,6 +257,7 @@ def _load(request: Request, sink: Sink) -> LoadedProfile | None:
 
 
 def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, sink: Sink) -> Prepared | None:
+    check_settings(loaded, sink)
     inventory = build_inventory(loaded, sink)
     rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
     if model is None:
@@ -299,8 +309,8 @@ def _compiled_assistant(lookup: Lookup, loaded: LoadedProfile, sink: Sink) -> Co
 
 def _place(planner: Planner, request: Request, sink: Sink) -> Rehearsal:
     plan = planner.plan()
-    if plan is None or not request.simulates:
-        return Rehearsal(plan)
+    if plan is None or not request.simulates or plan.pipeline is not None:
+        return Rehearsal(plan)  # the dry run is of accelerate's hooks
     return rehearse(plan, planner.prepared, planner.plan, request.permissions, sink)
 
 

@@ -20,8 +20,6 @@ class Device:
     Example:
         >>> sorted([DISK, Device("cuda", 10), CPU, Device("cuda", 9)])
         [Device('cuda', 9), Device('cuda', 10), Device('cpu'), Device('disk')]
-        >>> Device.from_text("left/cuda:0").host
-        'left'
     """
 
     __slots__ = ("host", "index", "kind")

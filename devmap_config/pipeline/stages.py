@@ -21,7 +21,8 @@ class Stage:
 
     `first_layer` and `last_layer` are both included. `weights_bytes` are those that vLLM loads: with the embedding on
     the first stage, norm and head on the last (tied: the matrix on both). `capacity_bytes` is what the plan may use of
-    the rank's device, `activation_bytes` what is left free of it for a forward. `page_bytes` is what a block of the
+    the rank's device, `activation_bytes` what is left free of it for a forward, `overhead_bytes` what vLLM's processes
+    take of it where it is a CPU. `page_bytes` is what a block of the
     cache takes here, `blocks` how many this rank had room for by itself. Times are those of one decoded token of each
     request of a batch, and of one batch of a prompt, with what is sent on to the next stage; `None` where the machine
     does not say how fast it is.
@@ -32,6 +33,7 @@ class Stage:
     last_layer: int
     weights_bytes: int
     activation_bytes: int
+    overhead_bytes: int
     capacity_bytes: int
     page_bytes: int
     blocks: int

@@ -163,6 +163,10 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
     Raises:
         LockError: where it decides what cannot be.
     """
+    if prepared.is_for_vllm:
+        from devmap_config.plan.pipelines import derive_pipeline  # with it comes numpy
+
+        return derive_pipeline(lock, prepared)
     graph, executors = prepared.graph, executors_for(prepared)
     units = locked_units(lock, graph, prepared.inventory)
     executor = next((each for each in executors if each.name == lock.plan["executor"]), executors[0])
@@ -263,6 +267,9 @@ def _differences(before: object, after: object, route: str) -> Iterator[tuple[st
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in dict.fromkeys([*before, *after]):
             yield from _differences(before.get(key, _NOTHING), after.get(key, _NOTHING), f"{route}.{key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (item, now) in enumerate(zip(before, after, strict=True)):
+            yield from _differences(item, now, f"{route}[{index}]")
     elif before is _NOTHING or after is _NOTHING or json.dumps(before) != json.dumps(after):
         yield route, before, after
 

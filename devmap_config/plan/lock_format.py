@@ -26,7 +26,7 @@ Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Scalar = str | bool | int | float | None
 Name = Annotated[str, Field(min_length=1)]
-DeviceName = Annotated[str, Field(pattern="^[a-z]+(:[0-9]{1,9})?$")]
+DeviceName = Annotated[str, Field(pattern="^([A-Za-z0-9-]{1,63}/)?[a-z]+(:[0-9]{1,9})?$")]
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -112,6 +112,48 @@ class LockedAssistant(_Part):
     weights_bytes: Bytes
 
 
+class LockedStage(_Part):
+    """Consecutive layers on one device, or on each of a group; all figures are of one rank."""
+
+    activation_bytes: Bytes
+    blocks: Count = Field(description="Of the cache: how many this rank has room for by itself.")
+    capacity_bytes: Bytes
+    decode_nanoseconds: Count | None
+    devices: list[DeviceName] = Field(min_length=1)
+    first_layer: Count
+    last_layer: Count = Field(description="Included.")
+    overhead_bytes: Bytes
+    page_bytes: Bytes = Field(description="What a block of the cache takes.")
+    prefill_nanoseconds: Count | None
+    weights_bytes: Bytes
+
+
+class LockedHost(_Part):
+    """One machine of a pipeline: a node of vLLM, whose number is its place in the list."""
+
+    address: str | None
+    cache_bytes: Bytes = Field(description="What each of its ranks is to be given for its cache.")
+    devices: list[DeviceName] = Field(min_length=1)
+    interface: str | None
+    name: str | None
+
+
+class LockedPipeline(_Part):
+    """The stages of a plan for vLLM, in the order of their ranks."""
+
+    block_size: Count
+    blocks: Count = Field(description="Of the cache: what the least of all ranks has room for.")
+    blocks_per_request: Count
+    cache_dtype: Name
+    dtype: Name
+    hosts: list[LockedHost] = Field(min_length=1)
+    kind: Name
+    max_model_len: Count
+    max_num_batched_tokens: Count
+    max_num_seqs: Count
+    stages: list[LockedStage] = Field(min_length=1)
+
+
 class LockedPlan(_Part):
     """Where every part of the model is stored and runs, and what follows from it."""
 
@@ -130,6 +172,7 @@ class LockedPlan(_Part):
     offload_buffers: bool = _absent(
         False, "Whether buffers of streamed modules are streamed as well; early locks do not say."
     )
+    pipeline: LockedPipeline | None = _absent(None, "The stages of a plan for vLLM; absent where it is for another.")
     prediction: LockedPrediction
     strategy: Name
 

@@ -101,6 +101,16 @@ class NotADeviceMapError(DevmapError):
         super().__init__(f"{message}; {help}", (found,))
 
 
+class NotForTransformersError(DevmapError):
+    """The plan is one for vLLM: stages of layers, each in a process of its own."""
+
+    def __init__(self) -> None:
+        message = "this plan is one for vLLM, and transformers loads a device_map in one process"
+        help = "write its files with `devmap export PROFILE --to vllm -o FOLDER`, or leave `targets` out"
+        found = Diagnostic.error("not-a-device-map", message, help=help)
+        super().__init__(f"{message}; {help}", (found,))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where everything is and runs.
@@ -177,10 +187,21 @@ class Plan:
 
         Raises:
             NotADeviceMapError: where the plan computes on the CPU, or copies to several cards.
+            NotForTransformersError: where it is for vLLM.
         """
+        self.require_transformers()
         if self.compute:
             raise NotADeviceMapError(self.compute)
         return dict(self.placement)
+
+    def require_transformers(self) -> None:
+        """Refuse a plan that transformers does not load.
+
+        Raises:
+            NotForTransformersError: where it is for vLLM.
+        """
+        if self.pipeline is not None:
+            raise NotForTransformersError
 
     @property
     def streaming(self) -> str:

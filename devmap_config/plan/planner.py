@@ -43,6 +43,11 @@ class Planner:
     def plan(self, repairs: Repairs = NO_REPAIRS) -> Plan | None:
         """Return a verified plan that keeps to the repairs; `None` where there is none, and why is in the sink."""
         begin("place", f"placing {self.prepared.graph.class_name} by `{self.prepared.strategy}`")
+        if self.prepared.is_for_vllm:
+            from devmap_config.plan.pipelines import plan_pipeline  # with it comes numpy
+
+            plan = plan_pipeline(self.prepared, self.sink)
+            return None if plan is None else accepted(plan, self.prepared, self.sink)
         problem = build_problem(self.prepared, self.sink, repairs)
         if problem is None:
             return None

@@ -28,6 +28,10 @@ REPORT = "the verifier found what the placer should not have made: please report
 
 def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     """Verify a plan, and return what does not hold, at the rule that brought it about where there is one."""
+    if plan.pipeline is not None:
+        from devmap_config.plan.pipelines import review_pipeline  # with it comes numpy
+
+        return review_pipeline(plan, prepared)
     loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
     check_quantizer({each.unit: each.location.stored_on for each in plan.assignments}, prepared, sink)
     streamed = {name for each in plan.assignments if plan.executor.streams(each.location) for name in each.tensors}
@@ -161,6 +165,10 @@ def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
 
     A block that is split is no such thing: where a rule asked for it, compiling has said so.
     """
+    if plan.pipeline is not None:
+        from devmap_config.plan.pipelines import broken_stages  # with it comes numpy
+
+        return broken_stages(plan, prepared)
     resolution = prepared.resolution
     found = verify(plan, prepared.graph, prepared.capacities, resolution.forbidden)
     broken = [violation.message for violation in found if violation.kind != "split-block"]
@@ -305,7 +313,7 @@ def _check_cache(plan: Plan, prepared: Prepared, sink: Sink) -> None:
 
 
 def _check_offload_folder(plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
-    if loaded.profile.placement.offload.folder.value is not None or DISK not in loaded.profile.hardware.devices.value:
+    if loaded.profile.placement.offload.folder.value is not None or DISK not in loaded.profile.hardware.listed:
         return
     used = any(each.location.stored_on == DISK for each in plan.assignments)
     report = sink.error if used else sink.warning

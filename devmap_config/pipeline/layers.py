@@ -1,0 +1,263 @@
+"""A model as vLLM cuts it: a list of layers, what is before them on the first stage, what is behind on the last."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.execution.timing import execution_order
+from devmap_config.graph.model import TensorName, is_within
+from devmap_config.pipeline.cache import LayerCache
+from devmap_config.rules.folding import fold_paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from devmap_config.graph.model import ModelGraph, ModulePath, Tensor
+
+LAYER = re.compile(r"(?P<list>.+)\.(?P<number>[0-9]+)")
+
+MOST_VOCABULARY_PADDING = 64
+"""vLLM pads embedding and head to a multiple of it (`vocab_parallel_embedding.py`, `DEFAULT_VOCAB_PADDING_SIZE`)."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names of the kinds of layers whose cache is counted."""
+
+KEYS_OF_OTHER_CACHES = ("kv_lora_rank", "attention_chunk_size", "num_kv_shared_layers")
+"""Keys of configs whose layers keep something else than keys and values of their own for each head."""
+
+COLUMN = frozenset(
+    "q_proj k_proj v_proj qkv_proj query_key_value c_attn gate_proj up_proj gate_up_proj fc1 c_fc fc_in w1 w3"
+    " dense_h_to_4h".split()
+)
+ROW = frozenset("o_proj out_proj down_proj fc2 c_proj fc_out w2 dense_4h_to_h dense".split())
+"""What vLLM divides among the ranks of a group, by rows or by columns; all else each of them has whole."""
+
+KEY_OR_VALUE = frozenset({"k_proj", "v_proj"})
+FUSED_HEADS = frozenset({"qkv_proj", "query_key_value", "c_attn"})
+
+
+class UncutModelError(ValueError):
+    """The model is no list of layers that vLLM can cut and whose cache is counted; the text says why."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A model's layers in order, the tensors before and behind them, and what its config says of heads and windows.
+
+    `caches` is what each layer keeps of a token, by the kind of its attention, of one rank of a group of `ranks`.
+    """
+
+    graph: ModelGraph
+    paths: tuple[ModulePath, ...]
+    before: tuple[ModulePath, ...]
+    behind: tuple[ModulePath, ...]
+    heads: int
+    key_value_heads: int
+    head_size: int
+    hidden_size: int
+    vocabulary: int
+    positions: int
+    windows: tuple[int | None, ...]
+    element_bytes: int
+    is_rotary: bool
+
+    def caches(self, ranks: int) -> tuple[LayerCache, ...]:
+        """What each layer keeps, on one rank of a group: keys and values of its heads, of which it has at least one."""
+        kept = max(1, self.key_value_heads // ranks)
+        token_bytes = 2 * kept * self.head_size * self.element_bytes
+        return tuple(LayerCache(token_bytes=token_bytes, window=window) for window in self.windows)
+
+    def obstacle_to(self, ranks: int) -> str | None:
+        """Return why a group of so many devices cannot share the layers; `None` where it can."""
+        padded = _padded(self.vocabulary)
+        if self.heads % ranks:
+            return f"{self.heads} heads of attention cannot be divided among {ranks} devices"
+        if self.key_value_heads % ranks and ranks % self.key_value_heads:
+            return f"{self.key_value_heads} heads of keys and values cannot be divided among {ranks} devices"
+        if padded % ranks:
+            return f"a vocabulary of {padded:,}, padded, cannot be divided among {ranks} devices"
+        for path in self.paths:
+            for tensor in self.graph.modules[path].tensors():
+                if (
+                    _kind(tensor) == "column"
+                    and tensor.shape
+                    and tensor.shape[-2 if len(tensor.shape) > 1 else 0] % ranks
+                ):
+                    rows = tensor.shape[-2 if len(tensor.shape) > 1 else 0]
+                    if not _is_of_keys(tensor):
+                        return f"`{tensor.name}` has {rows:,} rows, which cannot be divided among {ranks} devices"
+        return None
+
+    @cached_property
+    def ends(self) -> tuple[ModulePath, ...]:
+        """What is before and behind the layers."""
+        return (*self.before, *self.behind)
+
+    def layer_bytes(self, ranks: int) -> tuple[int, ...]:
+        """The weights of each layer on one rank."""
+        return tuple(self._bytes_of((path,), ranks) for path in self.paths)
+
+    def first_bytes(self, ranks: int) -> int:
+        """What the first stage has besides layers: the embedding, and the table of rotations that each stage has."""
+        return self._bytes_of(self.before, ranks)
+
+    def last_bytes(self, ranks: int, stages: int) -> int:
+        """What the last has besides: norm and head, which of one that is tied is the embedding, once more."""
+        first = {self.graph.storage_of[name] for name in self._names(self.before)}
+        names = self._names(self.behind)
+        if stages == 1:
+            names = [name for name in names if self.graph.storage_of[name] not in first]
+        return self._bytes(names, ranks)
+
+    @property
+    def rotations_bytes(self) -> int:
+        """The table of rotations by position, which every stage has."""
+        return self.positions * self.head_size * self.element_bytes if self.is_rotary else 0
+
+    def _names(self, paths: Iterable[ModulePath]) -> list[TensorName]:
+        return [tensor.name for path in paths for tensor in self.graph.modules[path].tensors()]
+
+    def _bytes_of(self, paths: Iterable[ModulePath], ranks: int) -> int:
+        return self._bytes(self._names(paths), ranks)
+
+    def _bytes(self, names: Iterable[TensorName], ranks: int) -> int:
+        storages = dict.fromkeys(self.graph.storage_of[name] for name in names)
+        return sum(self._rank_bytes(self.graph.tensors[name], ranks) for name in storages)
+
+    def _rank_bytes(self, tensor: Tensor, ranks: int) -> int:
+        """What one rank of a group has of a tensor."""
+        size_bytes, kind = tensor.size_bytes, _kind(tensor)
+        if tensor.kind == "buffer" and not tensor.in_buffer:
+            return 0  # tables of rotations, which vLLM makes otherwise
+        if _is_of_vocabulary(tensor, self.vocabulary):
+            return size_bytes * _padded(self.vocabulary) // self.vocabulary // ranks
+        if kind == "row":
+            return size_bytes if _is_bias(tensor) else size_bytes // ranks
+        if kind != "column":
+            return size_bytes // ranks if tensor.name.endswith(".sinks") else size_bytes
+        kept = max(1, self.key_value_heads // ranks)
+        if _is_of_keys(tensor):
+            return size_bytes * kept // self.key_value_heads
+        if _owner(tensor) in FUSED_HEADS:
+            return size_bytes * (self.heads // ranks + 2 * kept) // (self.heads + 2 * self.key_value_heads)
+        return size_bytes // ranks
+
+
+def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
+    """Return a model as vLLM cuts it.
+
+    Raises:
+        UncutModelError: where it is none that can be cut, or whose cache is not counted.
+    """
+    paths = _list_of_layers(graph)
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    if count != len(paths):
+        raise UncutModelError(f"its config has {count} layers, and {len(paths)} are found")
+    order = [
+        path
+        for path in execution_order(graph)
+        if path not in paths and any(True for _ in graph.modules[path].tensors())
+    ]
+    running = execution_order(graph)
+    first, last = running.index(paths[0]), running.index(paths[-1])
+    holding = [path for path in order if any(tensor.kind == "parameter" for tensor in graph.modules[path].tensors())]
+    before = tuple(path for path in holding if running.index(path) < first)
+    behind = tuple(path for path in holding if running.index(path) > last)
+    if rest := [path for path in holding if path not in (*before, *behind)]:
+        raise UncutModelError(f"{', '.join(fold_paths(rest)[:2])} runs between its layers")
+    for key in KEYS_OF_OTHER_CACHES:
+        if config.get(key):
+            raise UncutModelError(f"what its layers keep of a token (`{key}` in its config) is not counted yet")
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    vocabulary = int(config.get("vocab_size") or 0)
+    if not heads or not hidden or not vocabulary:
+        raise UncutModelError("its config does not say how many heads, hidden units or words it has")
+    return Layers(
+        graph=graph,
+        paths=paths,
+        before=before,
+        behind=behind,
+        heads=heads,
+        key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_size=int(config.get("head_dim") or hidden // heads),
+        hidden_size=hidden,
+        vocabulary=vocabulary,
+        positions=int(config.get("max_position_embeddings") or 0),
+        windows=_windows(config, len(paths)),
+        element_bytes=_element_bytes(graph, paths),
+        is_rotary=any(path.endswith("rotary_emb") for path in graph.modules),
+    )
+
+
+def _list_of_layers(graph: ModelGraph) -> tuple[ModulePath, ...]:
+    lists: dict[str, list[ModulePath]] = {}
+    for path in graph.blocks:
+        if (match := LAYER.fullmatch(path)) and graph.is_no_split(graph.modules[path]):
+            lists.setdefault(match["list"], []).append(path)
+    if len(lists) != 1:
+        what = "no list of layers" if not lists else f"several lists of layers: {', '.join(lists)}"
+        raise UncutModelError(f"it has {what}")
+    return tuple(next(iter(lists.values())))
+
+
+def _windows(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
+    """How far back each layer sees; `None` where that is without an end."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds: Sequence[str] = config.get("layer_types") or [SLIDING if window else FULL] * count
+    if other := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        raise UncutModelError(f"what its layers keep that are `{other[0]}` is not counted yet")
+    if len(kinds) != count or (SLIDING in kinds and not isinstance(window, int)):
+        raise UncutModelError("its config does not say how far back each layer sees")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _element_bytes(graph: ModelGraph, paths: Sequence[ModulePath]) -> int:
+    """Bytes of a number of the model's dtype: of the norms, which no quantizer touches."""
+    sizes = [
+        tensor.size_bytes // tensor.element_count
+        for tensor in graph.modules[paths[0]].tensors()
+        if tensor.kind == "parameter" and len(tensor.shape) == 1 and tensor.element_count
+    ]
+    return min(sizes, default=2)
+
+
+def _padded(vocabulary: int) -> int:
+    return -(-vocabulary // MOST_VOCABULARY_PADDING) * MOST_VOCABULARY_PADDING
+
+
+def _is_of_vocabulary(tensor: Tensor, vocabulary: int) -> bool:
+    return bool(tensor.shape) and tensor.shape[0] == vocabulary
+
+
+def _owner(tensor: Tensor) -> str:
+    """The name of the matrix that a tensor is, or belongs to."""
+    *_, owner, name = ("", *tensor.name.split("."))
+    return owner if name in ("weight", "bias") or owner in COLUMN | ROW else name.removesuffix("_bias")
+
+
+def _is_bias(tensor: Tensor) -> bool:
+    return tensor.name.endswith((".bias", "_bias"))
+
+
+def _kind(tensor: Tensor) -> str:
+    owner = _owner(tensor)
+    return "column" if owner in COLUMN else "row" if owner in ROW else "whole"
+
+
+def _is_of_keys(tensor: Tensor) -> bool:
+    return _owner(tensor) in KEY_OR_VALUE
+
+
+def number_of(paths: Sequence[str], name: str) -> int | None:
+    """Return the number of the layer that a tensor or module is in, or that it is."""
+    match = re.match(rf"{re.escape(paths[0].rpartition('.')[0])}\.([0-9]+)(\.|$)", name)
+    return int(match[1]) if match else None
+
+
+def is_in(path: str, names: Iterable[str]) -> bool:
+    """Return whether a name is one of these modules or in one."""
+    return any(is_within(path, name) for name in names)

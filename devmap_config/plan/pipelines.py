@@ -1,0 +1,330 @@
+"""Plans for vLLM: from a prepared profile to a plan with stages, and from a lock's stages to all that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from devmap_config.amounts import counted, format_bytes
+from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.execution.assignment import Assignment, Location
+from devmap_config.execution.executor import Executor
+from devmap_config.pipeline.layers import UncutModelError, layers_of
+from devmap_config.pipeline.planning import PipelineProblem, best_place, bounds_of, pipeline_of, widest_place
+from devmap_config.pipeline.rules import in_order, wishes_of
+from devmap_config.pipeline.slots import slots_of
+from devmap_config.plan.lock import LockError
+from devmap_config.plan.plan import DeviceUse, Plan, Prediction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from devmap_config.devices import Device
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.pipeline.rules import Wishes
+    from devmap_config.pipeline.slots import Slot
+    from devmap_config.pipeline.stages import Pipeline
+    from devmap_config.plan.lock import Lock
+    from devmap_config.prepared import Prepared
+
+VLLM = Executor(name="vllm")
+"""What runs such a plan: each layer where it is."""
+
+CACHE_FIRST = "longest-context"
+
+LONGEST = 2**24
+"""Where a model's positions end nowhere, no length is the longest; this one is stated."""
+
+
+@dataclass(frozen=True)
+class Posed:
+    """The problem that a profile poses, with what its rules ask for."""
+
+    problem: PipelineProblem
+    wishes: Wishes
+
+
+def pose(prepared: Prepared, sink: Sink) -> Posed | None:
+    """Return the problem of cutting the model; `None` where rules, groups or the model keep it from being cut."""
+    loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
+    measurement = model.graph.measurement
+    if measurement is None:
+        return None  # which is reported: the profile names no context
+    try:
+        layers = layers_of(model.graph, model.source.config)
+    except UncutModelError as error:
+        message = f"a plan of {model.class_name} for vLLM cannot be made: {error}"
+        help = "leave `targets` out, for a plan for transformers"
+        sink.error("beyond-vllm", message, loaded.profile.model.source.span, help=help)
+        return None
+    slots = slots_of(loaded, inventory, sink)
+    if sink.has_errors or not slots:
+        return None
+    if len(slots[0]) > 1 and (reason := layers.obstacle_to(len(slots[0]))):
+        group = loaded.profile.placement.groups[0]
+        sink.error("bad-group", f"the model cannot be shared by such a group: {reason}", group.span, help=TRY_SMALLER)
+        return None
+    wishes = wishes_of(layers, prepared.resolution, slots, sink)
+    if sink.has_errors:
+        return None
+    hosts = loaded.profile.hardware.hosts
+    problem = PipelineProblem(
+        layers=layers,
+        inventory=inventory,
+        measurement=measurement,
+        dtype=model.dtype,
+        concurrency=loaded.profile.workload.concurrency.value,
+        slots=in_order(slots, wishes),
+        distinct=wishes.devices,
+        allowed=wishes.allowed,
+        networks={name: (host.network.address.value, host.network.interface.value) for name, host in hosts.items()},
+    )
+    return Posed(problem, wishes)
+
+
+TRY_SMALLER = "a group of another size: 2, 4 and 8 suit most models"
+
+
+def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
+    """Return the best plan within what vLLM can do; `None` where there is none, and why is in the sink."""
+    posed = pose(prepared, sink)
+    if posed is None:
+        return None
+    problem, strategy = posed.problem, prepared.strategy
+    if strategy == "fastest" and not problem.knows_times:
+        for device, message, help in _missing_rates(problem):
+            sink.error("missing-figure", message, prepared.loaded.profile.hardware.device_span(device), help=help)
+        return None
+    prefers_cache = strategy == CACHE_FIRST or not problem.knows_times
+    place = best_place(problem, prefers_cache=prefers_cache)
+    if place is None:
+        _report_no_room(problem, prepared, sink)
+        return None
+    bounds = bounds_of(place.cut.starts, len(problem.layers.paths))
+    return _plan(prepared, problem, place.slots, bounds)
+
+
+def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
+    """Return the plan that follows from the stages of a lock.
+
+    Raises:
+        LockError: where it has stages that cannot be.
+    """
+    sink = Sink()
+    posed = pose(prepared, sink)
+    if posed is None or "pipeline" not in lock.plan:
+        raise LockError("has no stages, and its profile is for vLLM" if posed else next(iter(sink)).message)
+    problem = posed.problem
+    by_devices = {tuple(str(device.id) for device in slot): slot for slot in problem.slots}
+    slots, bounds = [], []
+    for stage in lock.plan["pipeline"]["stages"]:
+        slot = by_devices.get(tuple(stage["devices"]))
+        if slot is None:
+            raise LockError(f"it has a stage on {' and '.join(stage['devices'])}, which is none of the profile's")
+        slots.append(slot)
+        bounds.append((stage["first_layer"], stage["last_layer"]))
+    expected = [-1, *(last for _, last in bounds)]
+    count = len(problem.layers.paths)
+    follows = all(first == before + 1 <= last for (first, last), before in zip(bounds, expected, strict=False))
+    if not follows or expected[-1] != count - 1 or len(set(map(_ids, slots))) < len(slots):
+        raise LockError(f"its stages are not {count} layers one after another")
+    ranks: dict[str | None, int] = {}
+    for slot in slots:
+        ranks[slot[0].id.host] = ranks.get(slot[0].id.host, 0) + 1
+    if len(set(ranks.values())) > 1:
+        raise LockError("its hosts have not as many ranks each")
+    return _plan(prepared, problem, slots, bounds)
+
+
+def broken_stages(plan: Plan, prepared: Prepared) -> list[str]:
+    """Return what does not hold of the stages of a plan: rules that they break, and requests that do not fit."""
+    pipeline, posed = plan.pipeline, pose(prepared, Sink())
+    if pipeline is None or posed is None:
+        return ["its profile poses no such problem"]
+    problem = posed.problem
+    by_devices = {_ids(slot): slot for slot in problem.slots}
+    slots = [by_devices[stage.devices] for stage in pipeline.stages]
+    broken = []
+    order = [problem.slots.index(slot) for slot in slots]
+    if order != sorted(order):
+        broken.append("its stages are not in the order of their hosts")
+    for stage, mask in zip(pipeline.stages, posed.wishes.allowed(slots), strict=True):
+        if not mask[stage.first_layer, stage.last_layer]:
+            broken.append(f"a rule keeps layers {stage.first_layer} to {stage.last_layer} off {stage.devices[0]}")
+        if stage.blocks < problem.needed_blocks(len(slots)):
+            broken.append(f"the requests do not fit on {stage.devices[0]}")
+    return broken
+
+
+def _ids(slot: Slot) -> tuple[Device, ...]:
+    return tuple(device.id for device in slot)
+
+
+def _plan(
+    prepared: Prepared, problem: PipelineProblem, slots: Sequence[Slot], bounds: Sequence[tuple[int, int]]
+) -> Plan:
+    pipeline = pipeline_of(problem, slots, bounds)
+    return Plan(
+        strategy=prepared.strategy,
+        executor=VLLM,
+        main_device=pipeline.stages[0].devices[0],
+        assignments=tuple(_assignments(problem, pipeline)),
+        devices=tuple(_uses(prepared, pipeline)),
+        prediction=_prediction(problem, pipeline, slots),
+        measured=problem.measurement.measured,
+        pipeline=pipeline,
+    )
+
+
+def _assignments(problem: PipelineProblem, pipeline: Pipeline) -> Iterator[Assignment]:
+    """Each part of the model on the first device of its stage."""
+    graph, layers = problem.layers.graph, problem.layers
+    stage_of = {
+        layers.paths[number]: stage
+        for stage in pipeline.stages
+        for number in range(stage.first_layer, stage.last_layer + 1)
+    }
+    for path in graph.blocks:
+        names = tuple(tensor.name for tensor in graph.modules[path].tensors())
+        stage = stage_of.get(path, pipeline.stages[-1 if path in layers.behind else 0])
+        if names:
+            yield Assignment(path, names, Location(stage.devices[0], stage.devices[0]))
+    placed = {name for path in graph.blocks for name in (each.name for each in graph.modules[path].tensors())}
+    for name in graph.tensors:
+        if name not in placed:
+            yield Assignment(name, (name,), Location(pipeline.stages[0].devices[0], pipeline.stages[0].devices[0]))
+
+
+def _uses(prepared: Prepared, pipeline: Pipeline) -> Iterator[DeviceUse]:
+    stages = {device: stage for stage in pipeline.stages for device in stage.devices}
+    for device, capacity_bytes in prepared.capacities.items():
+        stage = stages.get(device)
+        yield DeviceUse(
+            id=device,
+            capacity_bytes=capacity_bytes,
+            weights_bytes=0 if stage is None else stage.weights_bytes,
+            kv_cache_bytes=0 if stage is None else stage.page_bytes * pipeline.blocks,
+            activation_bytes=0 if stage is None else stage.activation_bytes,
+            overhead_bytes=0 if stage is None else stage.overhead_bytes,
+            loading_bytes=0 if stage is None else stage.weights_bytes,
+        )
+
+
+def _prediction(problem: PipelineProblem, pipeline: Pipeline, slots: Sequence[Slot]) -> Prediction:
+    """What a request waits for a token and for its prompt, and how long a context all requests may have."""
+    decode = [stage.decode_nanoseconds for stage in pipeline.stages]
+    prefill = [stage.prefill_nanoseconds for stage in pipeline.stages]
+    workload = problem.measurement.workload
+    chunks = (
+        -(-workload.context_length // workload.prompt_length) if workload.prompt_length < workload.context_length else 1
+    )
+    known_decode = [each for each in decode if each is not None]
+    known_prefill = [each for each in prefill if each is not None]
+    token = prompt = None
+    if len(known_decode) == len(slots) and problem.measurement.decodes and problem.measurement.measured:
+        token = max(sum(known_decode), problem.batches(len(slots)) * max(known_decode)) or None
+    if len(known_prefill) == len(slots) and problem.measurement.measured:
+        # A prompt goes through in parts, one behind the other.
+        prompt = sum(known_prefill) + (chunks - 1) * max(known_prefill) or None
+    return Prediction(
+        decode_nanoseconds_per_token=token,
+        prefill_nanoseconds=prompt,
+        streamed_bytes_per_token=0,
+        hops=len(slots) - 1,
+        longest_context=_longest_context(problem, pipeline),
+    )
+
+
+def _longest_context(problem: PipelineProblem, pipeline: Pipeline) -> int:
+    room, stages = pipeline.blocks, len(pipeline.stages)
+
+    def fits(length: int) -> bool:
+        workload = replace(problem.measurement.workload, context_length=length)
+        longer = replace(problem, measurement=replace(problem.measurement, workload=workload))
+        return longer.needed_blocks(stages) <= room
+
+    low, high = 0, problem.measurement.positions.most or LONGEST
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _missing_rates(problem: PipelineProblem) -> Iterator[tuple[Device, str, str]]:
+    for slot in problem.slots:
+        if slot[0].bandwidth_bytes_per_second is None:
+            example = f"write `{slot[0].id.of_its_host}: {{bandwidth: 1000GB/s}}`, or name an `accelerator`"
+            yield slot[0].id, f"`fastest` compares times, and the bandwidth of {slot[0].id} is not known", example
+    links = problem.inventory.links
+    for before, after in zip(problem.slots, problem.slots[1:], strict=False):
+        if (before[0].id, after[0].id) not in links:
+            is_between = before[0].id.host != after[0].id.host
+            key = "`network: 12.5GB/s` under each host" if is_between else "`links: {peer: 12GB/s}`"
+            yield (
+                after[0].id,
+                f"`fastest` compares times, and how fast {after[0].id} is reached from {before[0].id} is not known",
+                f"write {key}",
+            )
+    for slot in problem.slots:
+        if len(slot) > 1 and (slot[0].id, slot[1].id) not in links:
+            message = f"`fastest` compares times, and how fast {slot[1].id} is reached from {slot[0].id} is not known"
+            yield slot[1].id, message, "write `links: {peer: 12GB/s}`"
+
+
+def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) -> None:
+    """Report that not all requests fit: how many tokens there is room for, and which stage decides; or the weights."""
+    profile = prepared.loaded.profile
+    widest = widest_place(problem)
+    asked = f"{counted(problem.sequences, 'request')} of {problem.context_length:,} tokens"
+    if widest is None:
+        held_bytes = sum(slot[0].capacity_bytes * len(slot) for slot in problem.slots)
+        forward_bytes = max(int(problem.activations(place, 2).max()) for place in (0, 1))
+        message = (
+            f"no stages of whole layers fit: the weights are {format_bytes(problem.layers.graph.size_bytes)}, and the"
+            f" devices have {format_bytes(held_bytes)} together, of which a forward takes up to"
+            f" {format_bytes(forward_bytes)} on each"
+        )
+        if problem.distinct:
+            message += "; rules say which device has which layers"
+        sink.error("over-capacity", message, profile.hardware.devices.key_span, help="list more devices or memory")
+        return
+    bounds = bounds_of(widest.cut.starts, len(problem.layers.paths))
+    pipeline = pipeline_of(problem, widest.slots, bounds)
+    stage = pipeline.stages[pipeline.deciding_stage]
+    needed = problem.needed_blocks(len(widest.slots)) * problem.context_length // pipeline.blocks_per_request
+    batch_size = problem.measurement.workload.batch_size
+    most = max(pipeline.blocks - 1, 0) // pipeline.blocks_per_request // batch_size
+    sink.error(
+        "over-capacity",
+        f"{asked} take a cache of {needed:,} tokens, and there is room for {pipeline.cache_tokens:,}: stage"
+        f" {pipeline.deciding_stage} decides, layers {stage.first_layer} to {stage.last_layer} on {stage.devices[0]}",
+        profile.workload.context_length.span,
+        help=f"say `concurrency: {most}` or less, or a shorter `context_length`"
+        if most
+        else "lower `context_length`, or list more memory",
+    )
+
+
+def review_pipeline(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
+    """Return what does not hold of a plan for vLLM, and what its user should know."""
+    sink = Sink()
+    profile = prepared.loaded.profile
+    for broken in broken_stages(plan, prepared):
+        sink.error("over-capacity", f"of the stages, {broken}", profile.hardware.devices.key_span, help=REPORT)
+    if prepared.model.quantization is not None:
+        sink.warning(
+            "quantization-not-measured",
+            "the stages count quantised weights as transformers holds them, and vLLM may hold them otherwise",
+            profile.model.source.span,
+            help="leave some room: `reserve: 1GiB` on each device",
+        )
+    return sink.diagnostics
+
+
+REPORT = "the verifier found what should not have been made: please report it, with the profile"
+
+
+def stage_name(pipeline: Pipeline, number: int) -> str:
+    """Return how a stage is called for people."""
+    stage = pipeline.stages[number]
+    return f"stage {number} ({' + '.join(map(str, stage.devices))})"
