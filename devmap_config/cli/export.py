@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from devmap_config.exports.export import Export
     from devmap_config.plan.lock import Lock
 
-PROGRAMS = ("transformers",)
+PROGRAMS = ("transformers", "vllm")
 
 
 @profile_command("export", "table", "json")
@@ -28,15 +28,31 @@ PROGRAMS = ("transformers",)
 )
 @click.option("-o", "--output", "folder", type=FILE, required=True, help="The folder that the files are written to.")
 @click.option("--model", "weights", metavar="WEIGHTS", help="Where the weights are, if not where the profile says.")
+@click.option(
+    "--check",
+    "python",
+    metavar="PYTHON",
+    help="Hold what vLLM is told to the parser of the vLLM that is installed for this Python.",
+)
 @force_option
 def export(
-    profile: Path, options: ProfileOptions, program: str, folder: Path, weights: str | None, force: bool
+    profile: Path,
+    options: ProfileOptions,
+    program: str,
+    folder: Path,
+    weights: str | None,
+    python: str | None,
+    force: bool,
 ) -> None:
     """Write files by which another program runs the locked plan of PROFILE: it must be able to do all that it says."""
     from devmap_config.cli.reporting import echo
 
+    if python is not None and program != "vllm":
+        raise click.UsageError("`--check` asks an installed vLLM: it goes with `--to vllm`")
     lock, compiled = _locked(profile, options)
     made = _made(program, compiled, lock, folder, weights)
+    if python is not None:
+        made = _checked(made, python, compiled)
     _write(made.files, folder, force=force)
     files = {"files": [str(folder / name) for name in made.files], "notes": list(made.notes)}
     options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **files})
@@ -84,11 +100,33 @@ def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: s
     """
     from devmap_config.exports.export import UnfitExportError
     from devmap_config.exports.plain_transformers import export_to_transformers
+    from devmap_config.exports.vllm import export_to_vllm
 
     try:
+        if program == "vllm":
+            return export_to_vllm(compiled, weights=weights)
         return export_to_transformers(compiled, folder, made_with=lock.made_with, weights=weights)
     except UnfitExportError as error:
         raise CommandError((*compiled.diagnostics, *error.diagnostics), compiled.texts) from None
+
+
+def _checked(made: Export, python: str, compiled: Compiled) -> Export:
+    """Return the files once the parser of an installed vLLM takes what they tell it.
+
+    Raises:
+        CommandError: where it does not, or there is no such vLLM.
+    """
+    from dataclasses import replace
+
+    from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.exports.vllm_parser import ParserError, parsed_by
+
+    try:
+        version = parsed_by(python, made.files)
+    except ParserError as error:
+        found = Diagnostic.error("unfit-export", str(error), help=error.help)
+        raise CommandError((*compiled.diagnostics, found), compiled.texts) from None
+    return replace(made, notes=(*made.notes, f"vLLM {version} takes what it is told"))
 
 
 def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:

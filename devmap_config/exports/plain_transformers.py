@@ -17,7 +17,7 @@ from devmap_config.exports.export import (
     weights_for,
 )
 from devmap_config.graph.remote_code import class_reference
-from devmap_config.plan.plan import NotADeviceMapError
+from devmap_config.plan.plan import NotADeviceMapError, NotForTransformersError
 from devmap_config.quantization.registry import transformers_arguments
 from devmap_config.runner.caches import LEFT_TO_CALLERS, cache_arguments
 
@@ -125,12 +125,15 @@ def _check_class(compiled: Compiled, sink: Sink) -> None:
 
 
 def _check_map(compiled: Compiled, sink: Sink) -> None:
-    """Report what a map cannot say. accelerate's hooks take no more room than what brings weights ahead of their use."""
+    """Report what a map cannot say. accelerate's hooks need no more room than what brings weights ahead."""
     try:
         _ = compiled.plan.device_map
     except NotADeviceMapError as error:
         for found in error.diagnostics:
             sink.error("not-a-device-map", found.message, span_of(compiled, error.units), help=found.help)
+    except NotForTransformersError as error:
+        for found in error.diagnostics:
+            sink.error("not-a-device-map", found.message, compiled.loaded.profile.targets.span, help=found.help)
 
 
 def _source(weights: str, folder: Path) -> str:

@@ -115,3 +115,58 @@ def test_a_lock_that_does_not_hold_is_not_exported(weights):
     Path("p.lock.json").unlink()
     done = run("export", profile, "--to", "transformers", "-o", "exported")
     assert (done.return_value, "error[missing-lock]" in done.stderr) == (3, True)
+
+
+HOSTS = """\
+version: 1
+name: two
+model: {source: llama}
+workload: {context_length: 256}
+hardware:
+  hosts:
+    left: {devices: {cuda:0: {memory: 4GiB}}, network: {bandwidth: 1GB/s, address: 10.0.0.1, interface: eth0}}
+    right: {devices: {cuda:1: {memory: 4GiB}}, network: {bandwidth: 1GB/s, address: 10.0.0.2}}
+placement: {pins: [{match: "model.layers.[4-5]", device: right/cuda:1}, {match: "model.layers.3", device: left/cuda:0}]}
+targets: [vllm]
+"""
+
+
+def test_a_plan_for_vllm_is_files_for_every_host(workspace):
+    profile = compiled(HOSTS)
+    done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "/models/llama")
+    assert done.return_value == 0, done.stderr
+    plan = Path("exported/plan.env").read_text()
+    assert {"MODEL=/models/llama", "VLLM_PP_LAYER_PARTITION=4,2", "MASTER_ADDR=10.0.0.1", "NODES=2"} <= set(
+        plan.split()
+    )
+    assert "DEVICE_IDS=1\n" in Path("exported/node.1.env").read_text()
+    assert "INTERFACE=eth0\n" in Path("exported/node.0.env").read_text()
+    assert "| 1 | right | 10.0.0.2 | cuda:1 | 4–5 |" in Path("exported/README.md").read_text()
+    with_other = run("export", profile, "--to", "transformers", "-o", "other", "--model", "/models/llama")
+    assert (with_other.return_value, "error[not-a-device-map]" in with_other.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line", "message"),
+    [
+        ("targets: [vllm]\n", "", 5, "the plan is made for transformers"),
+        (", address: 10.0.0.2", "", 8, "vLLM needs the address of `right`"),
+    ],
+)
+def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, message):
+    text = HOSTS.replace(before, after)
+    if before.startswith("targets"):
+        text = text.partition("hardware:")[0] + "hardware: {devices: {cuda:0: {memory: 4GiB}}}\n"
+    profile = compiled(text)
+    done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y", "--format", "json")
+    [found] = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
+    assert (done.return_value, found["code"]) == (1, "unfit-export")
+    assert found["message"].startswith(message)
+    assert found["line"] == (1 if line == 5 else line)
+
+
+def test_a_python_without_vllm_checks_nothing(workspace):
+    profile = compiled(HOSTS)
+    done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y", "--check", sys.executable)
+    assert (done.return_value, "No module named 'vllm'" in " ".join(done.stderr.split())) == (1, True)
+    assert not Path("exported").exists()

@@ -1,0 +1,250 @@
+"""The files that are exported for vLLM, run with a program in the engine's place; `make test-vllm` runs the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from devmap_config.devices import Device
+from devmap_config.exports.vllm import ServedModel, files_for, options
+from devmap_config.pipeline.stages import Pipeline, PipelineHost, Stage
+
+STAGE = Stage(
+    devices=(),
+    first_layer=0,
+    last_layer=3,
+    weights_bytes=1,
+    activation_bytes=0,
+    overhead_bytes=0,
+    capacity_bytes=9,
+    page_bytes=1,
+    blocks=8,
+)
+
+
+def pipeline(hosts=2, kind="cuda", ranks=1):
+    names = [f"node-{number}" if hosts > 1 else None for number in range(hosts)]
+    devices = [tuple(Device(kind, rank, name) for rank in range(ranks)) for name in names]
+    stages = [(device,) for of_host in devices for device in of_host]
+    return Pipeline(
+        kind=kind,
+        hosts=tuple(
+            PipelineHost(name=name, devices=of_host, cache_bytes=2**26, address="127.0.0.1", interface="lo")
+            for name, of_host in zip(names, devices, strict=True)
+        ),
+        stages=tuple(replace(STAGE, devices=each) for each in stages),
+        dtype="float32",
+        cache_dtype="float32",
+        max_model_len=256,
+        max_num_seqs=4,
+        max_num_batched_tokens=256,
+        block_size=16,
+        blocks=8,
+        blocks_per_request=2,
+    )
+
+
+MODEL = ServedModel(source="/models/tiny", name="tiny")
+
+ENGINE = """\
+#!{python}
+import json, os, sys, time
+with open(sys.argv[0] + "." + str(os.getpid()), "w") as file:
+    json.dump([sys.argv[1:], dict(os.environ)], file)
+time.sleep(60)
+"""
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A program that notes what it is given, and sleeps."""
+    path = tmp_path / "engine"
+    path.write_text(ENGINE.format(python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+def exported(folder, made, model=MODEL, **changed):
+    """The files, with ports that are free and little patience."""
+    folder.mkdir()
+    for name, text in files_for(made, model).items():
+        (folder / name).write_text(text)
+    values = {"JOIN_PORT": free_port(), "JOIN_SECONDS": 20, **changed}
+    for name, value in values.items():
+        plan = (folder / "plan.env").read_text()
+        (folder / "plan.env").write_text(re.sub(rf"^{name}=.*$", f"{name}={value}", plan, flags=re.MULTILINE))
+    return folder
+
+
+def start(folder, node, engine, *flags, plan="plan.env"):
+    command = ["sh", folder / "serve.sh", folder / plan, folder / f"node.{node}.env", *flags]
+    environment = {**os.environ, "VLLM": str(engine), "PYTHON": sys.executable}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def given(engine, count):
+    """What the engine was given, by the number of the node, once so many were started."""
+    for _ in range(200):
+        notes = [path for path in engine.parent.glob("engine.*") if path.stat().st_size]
+        if len(notes) == count:
+            try:
+                read = {int(path.suffix[1:]): json.loads(path.read_text()) for path in notes}
+            except ValueError:  # half of it is written
+                continue
+            return {("--headless" in arguments): (pid, arguments, env) for pid, (arguments, env) in read.items()}
+        time.sleep(0.1)
+    raise AssertionError(f"{count} engines did not start")
+
+
+def ended(process, seconds=20):
+    _, said = process.communicate(timeout=seconds)
+    return process.returncode, said
+
+
+def is_running(pid):
+    return (
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    )
+
+
+def test_two_hosts_start_with_one_plan_and_end_together(tmp_path, engine):
+    folder = exported(tmp_path / "out", pipeline())
+    follower = start(folder, 1, engine)  # in any order
+    head = start(folder, 0, engine, "--seed", "1")
+    started = given(engine, 2)
+    _, arguments, environment = started[False]
+    assert arguments[:2] == ["serve", "/models/tiny"]
+    assert arguments[arguments.index("--seed") + 1] == "1"
+    assert {"--host", "--port", "--nnodes", "--device-ids"} <= set(arguments)
+    assert (environment["VLLM_PP_LAYER_PARTITION"], environment["GLOO_SOCKET_IFNAME"]) == ("4,4", "lo")
+    assert environment["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "300"
+    of_follower = started[True][1]
+    assert of_follower[of_follower.index("--node-rank") + 1] == "1"
+    assert "--port" not in of_follower
+    os.kill(started[True][0], signal.SIGKILL)  # the follower's engine
+    code, said = ended(head)
+    assert (code, "node 1 is gone" in said) == (1, True)
+    assert ended(follower)[0] == signal.SIGKILL
+    assert not is_running(started[False][0])
+
+
+def test_a_follower_ends_with_its_head_even_where_that_is_killed_at_once(tmp_path, engine):
+    folder = exported(tmp_path / "out", pipeline())
+    head, follower = start(folder, 0, engine), start(folder, 1, engine)
+    started = given(engine, 2)
+    head.kill()
+    code, said = ended(follower)
+    assert (code, "node 0 is gone" in said) == (1, True)
+    ended(head)
+    for _ in range(50):
+        if not any(is_running(pid) for pid, *_ in started.values()):
+            break
+        time.sleep(0.1)
+    assert not any(is_running(pid) for pid, *_ in started.values())
+
+
+def test_hosts_with_different_plans_do_not_start(tmp_path, engine):
+    folder = exported(tmp_path / "out", pipeline())
+    text = (folder / "plan.env").read_text()
+    (folder / "other.env").write_text(text.replace("VLLM_PP_LAYER_PARTITION=4,4", "VLLM_PP_LAYER_PARTITION=3,5"))
+    head, follower = start(folder, 0, engine), start(folder, 1, engine, plan="other.env")
+    for process in (head, follower):
+        code, said = ended(process)
+        assert (code, "not started: node 1 has another plan.env than node 0" in said) == (1, True), said
+    assert not list(tmp_path.glob("engine.*"))
+
+
+def test_a_host_that_does_not_come_is_not_waited_for_for_ever(tmp_path, engine):
+    folder = exported(tmp_path / "out", pipeline(), JOIN_SECONDS=2)
+    code, said = ended(start(folder, 0, engine))
+    assert (code, "after 2 s there is no word of node 1" in said) == (1, True)
+    code, said = ended(start(folder, 1, engine))
+    assert (code, "there is no word of node 0 at 127.0.0.1" in said) == (1, True)
+
+
+def test_one_host_needs_nobody_and_stops_when_it_is_told(tmp_path, engine):
+    folder = exported(tmp_path / "out", pipeline(hosts=1, kind="cpu", ranks=2))
+    process = start(folder, 0, engine)
+    pid, arguments, environment = given(engine, 1)[False]
+    assert arguments[arguments.index("--device-ids") + 1] == "0,1"
+    assert "--nnodes" not in arguments
+    assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
+    assert "GLOO_SOCKET_IFNAME" not in environment
+    cores = os.sched_getaffinity(0)
+    binding = environment["VLLM_CPU_OMP_THREADS_BIND"]
+    if len(cores) > 1:
+        parts = [set(map(int, part.split(","))) for part in binding.split("|")]
+        assert len(parts) == 2
+        assert not parts[0] & parts[1]
+        assert parts[0] | parts[1] <= cores
+    process.terminate()
+    assert ended(process)[0] == 128 + signal.SIGTERM
+    assert not is_running(pid)
+
+
+def test_every_flag_and_variable_is_one_of_the_table(tmp_path):
+    files = files_for(pipeline(), MODEL)
+    used = set(re.findall(r"--[a-z][a-z-]+", files["serve.sh"].partition("mode=serve")[2])) - {"--print", "--health"}
+    used |= set(re.findall(r"\b(?:VLLM_[A-Z_]+|[GN][LC]\w+_SOCKET_IFNAME)\b", files["serve.sh"]))
+    used |= set(re.findall(r'"(VLLM_[A-Z_]+)"', files["cluster.py"]))
+    assert used == set(options())
+
+
+HOSTILE = "it's $(touch ran) `touch ran` \"; touch ran; \\ \n#${HOME} {x}"
+
+
+def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ServedModel(source=f"/{HOSTILE}", name=HOSTILE)
+    folder = exported(tmp_path / "out", pipeline(), model)
+    command = ["sh", folder / "serve.sh", "--print", folder / "plan.env", folder / "node.0.env"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"/{HOSTILE}\n--served-model-name\n{HOSTILE}\n--dtype\n")
+    assert not (tmp_path / "ran").exists()
+    service = yaml.safe_load((folder / "compose.0.yaml").read_text())["services"]["vllm"]
+    assert service["volumes"][1]["source"] == f"/{HOSTILE}".replace("$", "$$")
+    assert service["entrypoint"][-1] == "/devmap/node.0.env"
+
+
+class Completions(BaseHTTPRequestHandler):
+    answer = (200, {"usage": {"completion_tokens": 1}})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        code, body = self.answer if asked["model"] == "tiny" and self.path == "/v1/completions" else (404, {})
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_health_is_an_answer(tmp_path):
+    with HTTPServer(("127.0.0.1", 0), Completions) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        folder = exported(tmp_path / "out", pipeline(), API_PORT=server.server_port)
+        command = ["sh", folder / "serve.sh", "--health", folder / "plan.env", folder / "node.1.env"]
+        assert subprocess.run(command, check=False).returncode == 0
+        Completions.answer = (500, {})
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+        server.shutdown()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
