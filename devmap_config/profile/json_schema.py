@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.profile import schema as schema_module
+from devmap_config.profile.device_names import HOST_NAME
 from devmap_config.profile.field_types import (
     BANDWIDTH,
     DEVICE_KEY_PATTERN,
@@ -39,6 +40,7 @@ def profile_schema() -> Schema:
         _describe(definition["properties"], section)
     _set_keys(definitions["Hardware"]["properties"]["devices"], DEVICE_KEY_PATTERN)
     _set_keys(definitions["HostSection"]["properties"]["devices"], HOST_DEVICE_KEY_PATTERN)
+    definitions["Hardware"]["properties"]["hosts"]["propertyNames"] = {"pattern": f"^{HOST_NAME.pattern}$"}
     of_hosts = HOST_DEVICE_KEY_PATTERN.replace("^", "").replace("$", "")
     caps = f"{DEVICE_KEY_PATTERN}|^{HOST_PATTERN.removesuffix('?')}({of_hosts})$"
     _set_keys(definitions["PlacementSection"]["properties"]["max_memory"], caps)
@@ -68,7 +70,7 @@ def profile_schema() -> Schema:
         "properties": {
             "model": {"required": definitions["Model"].pop("required")},
             "hardware": {
-                "anyOf": [
+                "oneOf": [
                     {"required": definitions["Hardware"].pop("required")},
                     *({"required": [other]} for other in Hardware.ALTERNATIVES.values()),
                 ]

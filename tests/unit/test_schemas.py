@@ -44,6 +44,7 @@ BEYOND_A_SCHEMA = (
     "a link that does not exist",
     "a prompt that is longer than the context",
     "a base file of another version",
+    "two engines at once",
 )
 """Cases whose mistake takes arithmetic, templates or merging to see."""
 
