@@ -101,7 +101,8 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
         )
     lines = list(_story(compiled) if module is None else _reasons(compiled, module))
     if options.output_format == "json":
-        others = () if module is None else _alternatives(compiled, module)
+        has_none = module is None or compiled.plan.pipeline is not None
+        others = () if has_none else _alternatives(compiled, str(module))
         data = {"module": module, "explanation": lines, "alternatives": to_jsonable_python(others, fallback=str)}
         told = as_told(compiled.plan, graph, compiled.inventory)
         options.report(compiled.diagnostics, compiled.texts, {"plan": told, **data})
@@ -118,6 +119,11 @@ def _story(compiled: Compiled) -> Iterator[str]:
     from devmap_config.plan.process_memory import process_memory
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
+    if plan.pipeline is not None:
+        from devmap_config.cli.stages_view import pipeline_story
+
+        yield from pipeline_story(compiled, plan.pipeline)
+        return
     cache = f" and {format_bytes(graph.measurement.cache_bytes)} of cache" if graph.measurement else ""
     yield f"{model.class_name}, weights of {weights_in_words(model, plan)}{cache}, by `{plan.strategy}`."
     for use in plan.devices:
@@ -238,6 +244,13 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     from devmap_config.plan.explanation import block_of
 
     plan, graph = compiled.plan, compiled.graph
+    if plan.pipeline is not None:
+        from devmap_config.cli.stages_view import module_in_words
+
+        yield from module_in_words(compiled, plan.pipeline, name)
+        rules = _rules_about(compiled.resolution, name, graph)
+        yield from rules or [f"No rule is about it: `{plan.strategy}` cut the layers so."]
+        return
     below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
     around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
     for each in below or around:

@@ -61,7 +61,7 @@ def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:
     if compiled is None:
         return None
     plan = compiled.plan.to_json()
-    return {key: plan[key] for key in ("strategy", "prediction", "devices")}
+    return {key: plan[key] for key in ("strategy", "prediction", "devices", "pipeline") if key in plan}
 
 
 @profile_command("fit", "table", "json")
@@ -143,6 +143,11 @@ def _figures(compiled: Compiled) -> tuple[str, str, str]:
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
+    if plan.pipeline is not None:
+        from devmap_config.cli.stages_view import cache_in_words
+
+        layers = " + ".join(map(str, plan.pipeline.partition))
+        yield f"{layers} layers; {cache_in_words(plan.pipeline)}"
     used = sum(use.weights_bytes > 0 for use in plan.devices)
     if used < len(plan.devices):
         yield f"{used} of {len(plan.devices)} devices are used"

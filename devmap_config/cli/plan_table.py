@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import format_bytes, format_duration, format_durations, largest_unit
+from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
@@ -33,6 +34,9 @@ PATTERNS_SHOWN = 6
 def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
     """The plan for a terminal of this width."""
     plan, model = compiled.plan, compiled.model
+    if plan.pipeline is not None:
+        yield from stage_lines(compiled, plan.pipeline)
+        return
     unit_bytes, unit = largest_unit(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"), f": {weights_in_words(model, plan)}, placed by `{plan.strategy}`; sizes in {unit}"

@@ -40,9 +40,17 @@ END_OTHERS = "end what else runs here, and measure again"
     metavar="LOCK",
     help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
 )
+@click.option("--host", metavar="NAME", help="Which host of LOCK's this machine is; else the one with its address.")
 @click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and products are; half a minute.")
 @quiet_option
-def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, output_format: str, quiet: bool) -> ExitCode:
+def probe(
+    disk_folder: Path | None,
+    lock_file: Path | None,
+    host: str | None,
+    measure: bool,
+    output_format: str,
+    quiet: bool,
+) -> ExitCode:
     """Print this machine as a `hardware:` block for profiles, in YAML."""
     from devmap_config.cli.reporting import echo_lines, report
     from devmap_config.diagnostics.diagnostic import Diagnostic
@@ -55,7 +63,9 @@ def probe(disk_folder: Path | None, lock_file: Path | None, measure: bool, outpu
             raise click.UsageError(
                 "`--against` compares memory, and nothing that is measured: leave out one of the two"
             )
-        return _against(lock_file, disk_folder or Path(), output_format, quiet)
+        return _against(lock_file, host, disk_folder or Path(), output_format, quiet)
+    if host is not None:
+        raise click.UsageError("`--host` names a host of a lock: give that with `--against`")
     seen = probe_machine(os.environ, disk_folder or Path())
     try:
         measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else ({}, ())
@@ -107,13 +117,39 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
     return found, notes
 
 
-def _against(file: Path, disk_folder: Path, output_format: str, quiet: bool) -> ExitCode:
+def _of_this_host(lock: Lock, named: str | None, file: Path) -> Lock:
+    """Return what a lock wants of the host that this machine is.
+
+    Raises:
+        click.UsageError: where that is none of its hosts, or cannot be told.
+    """
+    from devmap_config.plan.readiness import hosts_of, of_host
+    from devmap_config.probe.host import own_addresses
+
+    hosts = hosts_of(lock)
+    if not hosts:
+        if named is not None:
+            raise click.UsageError(f"`{file}` is for one machine, which has no name: leave `--host` out")
+        return lock
+    listed = ", ".join(f"`{name}`" for name in hosts)
+    if named is None:
+        own = own_addresses()
+        here = [name for name, address in hosts.items() if address in own]
+        if len(here) != 1:
+            raise click.UsageError(f"which host of `{file}` is this machine? Say `--host` and one of {listed}")
+        named = here[0]
+    elif named not in hosts:
+        raise click.UsageError(f"`{file}` has no host `{named}`: its hosts are {listed}")
+    return of_host(lock, named)
+
+
+def _against(file: Path, host: str | None, disk_folder: Path, output_format: str, quiet: bool) -> ExitCode:
     from devmap_config.cli.reporting import echo, report
     from devmap_config.plan.readiness import demands, differences
     from devmap_config.probe.probe import probe_machine
     from devmap_config.profile.document import whole_file
 
-    lock = _read(file)
+    lock = _of_this_host(_read(file), host, file)
     seen = probe_machine(os.environ, disk_folder)
     found = differences(lock, seen, whole_file(str(file)))
     is_fit = not any(each.is_error for each in found)

@@ -40,6 +40,8 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int) -> ExitCode:
         plan, reached, tried = None, compilation.reached, compilation.refused
     else:
         plan, reached, tried = compilation.plan, compilation, compilation.plan
+    if tried is not None:
+        tried.require_transformers()
     simulation = None
     if tried is not None and reached is not None and can_simulate():
         may_run_code = options.permissions.trust_remote_code

@@ -78,7 +78,7 @@ def _beyond(loaded: LoadedProfile) -> Iterator[tuple[Span, str, str]]:
         listed = ", ".join(f"`{name}`" for name in STRATEGIES[1:3])
         message = f"`{strategy.value}` decides where modules of a device_map are, and vLLM has stages of whole layers"
         yield strategy.span, message, f"one of {listed}"
-    if placement.offload.folder.value is not None:
+    if placement.offload.folder.is_written:
         yield placement.offload.folder.span, "vLLM keeps no weights on a disk", "remove `offload`"
     if placement.device.value is not None:
         yield placement.device.span, "`device` is that of `strategy: single`", "remove it"

@@ -150,12 +150,35 @@ def difference(
         devices={name: Change(uses[0].get(name), uses[1].get(name)) for name in {**uses[1], **uses[0]}},
         figures={name: Change(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
         settings=_changed_subjects(*made_of)
+        | _changed_stages(before, after)
         | {
             name: change
             for name, meant in SETTINGS.items()
             if not (change := Change(before.get(name, meant), after.get(name, meant))).is_none
         },
     )
+
+
+def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
+    """What is different of the stages of plans for vLLM."""
+    stages = [_said_of_stages(plan.get("pipeline")) for plan in (before, after)]
+    changes = {name: Change(stages[0].get(name), stages[1].get(name)) for name in {**stages[0], **stages[1]}}
+    return {name: change for name, change in changes.items() if not change.is_none}
+
+
+def _said_of_stages(pipeline: Mapping[str, Any] | None) -> dict[str, str]:
+    if pipeline is None:
+        return {}
+    layers = (str(stage["last_layer"] - stage["first_layer"] + 1) for stage in pipeline["stages"])
+    tokens = pipeline["blocks"] * pipeline["max_model_len"] // max(pipeline["blocks_per_request"], 1)
+    hosts = [str(host["name"]) for host in pipeline["hosts"] if host["name"] is not None]
+    return {
+        "layers by stage": " + ".join(layers),
+        "devices of a stage": str(len(pipeline["stages"][0]["devices"])),
+        "cache": f"{tokens:,} tokens",
+        "requests": f"{pipeline['max_num_seqs']:,} of {pipeline['max_model_len']:,} tokens",
+        **({"hosts": ", ".join(hosts)} if hosts else {}),
+    }
 
 
 def _homes(plan: Mapping[str, Any]) -> dict[str, Home]:

@@ -324,7 +324,50 @@ def review_pipeline(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
 REPORT = "the verifier found what should not have been made: please report it, with the profile"
 
 
-def stage_name(pipeline: Pipeline, number: int) -> str:
-    """Return how a stage is called for people."""
-    stage = pipeline.stages[number]
-    return f"stage {number} ({' + '.join(map(str, stage.devices))})"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMove:
+    """One layer on the stage before or behind its own: what a token then takes, and how many the cache holds.
+
+    `obstacle` is what keeps it from there.
+    """
+
+    layer: int
+    source: int
+    target: int
+    decode_nanoseconds: int | None = None
+    cache_tokens: int = 0
+    obstacle: str | None = None
+
+
+def moves_of_a_layer(plan: Plan, prepared: Prepared) -> Iterator[LayerMove]:
+    """Yield what moving one layer to the next stage, or to the one before, would do: at each cut, both ways."""
+    pipeline, posed = plan.pipeline, pose(prepared, Sink())
+    if pipeline is None or posed is None:
+        return
+    problem = posed.problem
+    by_devices = {_ids(slot): slot for slot in problem.slots}
+    slots = [by_devices[stage.devices] for stage in pipeline.stages]
+    bounds = [(stage.first_layer, stage.last_layer) for stage in pipeline.stages]
+    for place in range(len(slots) - 1):
+        for layer, source, target, cut in (
+            (bounds[place][1], place, place + 1, bounds[place][1]),
+            (bounds[place + 1][0], place + 1, place, bounds[place + 1][0] + 1),
+        ):
+            moved = list(bounds)
+            moved[place], moved[place + 1] = (bounds[place][0], cut - 1), (cut, bounds[place + 1][1])
+            if any(first > last for first, last in moved):
+                obstacle: str | None = "its stage would have none left"
+                yield LayerMove(layer=layer, source=source, target=target, obstacle=obstacle)
+                continue
+            other = _plan(prepared, problem, slots, moved)
+            obstacle = next(iter(broken_stages(other, prepared)), None)
+            if obstacle is not None or other.pipeline is None:
+                yield LayerMove(layer=layer, source=source, target=target, obstacle=obstacle)
+                continue
+            yield LayerMove(
+                layer=layer,
+                source=source,
+                target=target,
+                decode_nanoseconds=other.prediction.decode_nanoseconds_per_token,
+                cache_tokens=other.pipeline.cache_tokens,
+            )

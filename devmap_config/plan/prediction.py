@@ -31,6 +31,8 @@ class TimeBasis:
 def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, TimeBasis]:
     """Return, for each phase of which a plan predicts the time, on what that rests."""
     found: dict[Phase, TimeBasis] = {}
+    if plan.pipeline is not None:
+        return found  # of vLLM no runs were seen
     for phase, name in OWN.items():
         if (nanoseconds := getattr(plan.prediction, name)) is not None:
             timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)

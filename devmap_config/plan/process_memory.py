@@ -56,7 +56,7 @@ def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
     """
     facts, measurement = graph.loading, graph.measurement
     cpu = next((use for use in plan.devices if use.id == CPU), None)
-    if facts is None or measurement is None or cpu is None:
+    if facts is None or measurement is None or cpu is None or plan.pipeline is not None:
         return None
     if plan.draft is not None or graph.adapter_tensors:  # of what holds these besides nothing was seen
         return None

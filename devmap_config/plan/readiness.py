@@ -38,6 +38,29 @@ class Demand:
         return {"id": str(figures.pop("device")), **figures}
 
 
+def of_host(lock: Lock, host: str) -> Lock:
+    """Return what a lock wants of one of several hosts, whose devices are then as its own machine names them."""
+    before = f"{host}/"
+    own = [use for use in lock.plan["devices"] if use["id"].startswith(before)]
+    devices = [{**use, "id": use["id"].removeprefix(before)} for use in own]
+    hardware = {id.removeprefix(before): card for id, card in lock.hardware.items() if id.startswith(before)}
+    return replace(lock, plan={**lock.plan, "devices": _of_one_cpu(devices), "loading_ram_bytes": 0}, hardware=hardware)
+
+
+def _of_one_cpu(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return devices with the parts of a CPU as one: each of them is a share of its memory."""
+    parts = [use for use in devices if Device.from_text(use["id"]).kind == CPU.kind]
+    others = [use for use in devices if use not in parts]
+    figures = [key for key in (parts[0] if parts else {}) if key.endswith("_bytes")]
+    return [*others, *([{"id": str(CPU), **{key: sum(use[key] for use in parts) for key in figures}}] if parts else [])]
+
+
+def hosts_of(lock: Lock) -> dict[str, str | None]:
+    """Return the hosts of a plan for several, with their addresses; nothing where it is for one machine."""
+    hosts = (lock.plan.get("pipeline") or {}).get("hosts", ())
+    return {host["name"]: host["address"] for host in hosts if host["name"] is not None}
+
+
 def kind_needed(lock: Lock) -> str | None:
     """The kind of the accelerators that a plan uses, if it uses any."""
     return next((device.kind for device in _needs(lock) if device.is_accelerator), None)

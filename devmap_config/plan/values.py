@@ -47,15 +47,20 @@ def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
         unpinned = link["unpinned_bytes_per_second"]
         text += "" if unpinned is None else f", {unpinned} B/s from memory that is not pinned"
         figures.setdefault(("", text), []).append(pair)
-    values = {f"{names}{figure}": value for (figure, value), ids in figures.items() for names in _folded(ids)}
+    values = {f"{names}{figure}": value for (figure, value), ids in figures.items() for names in folded_devices(ids)}
     for name, route in (("dispatch_nanoseconds", "host"), ("together_bytes_per_second", "links")):
         if (value := data.get(name)) is not None:
             values[f"{route}.{name}"] = value  # type: ignore[assignment]
     return values
 
 
-def _folded(ids: Iterable[str]) -> tuple[str, ...]:
-    """Devices, or pairs of them, as ranges."""
+def folded_devices(ids: Iterable[str]) -> tuple[str, ...]:
+    """Return devices, or pairs of them, as ranges.
+
+    Example:
+        >>> folded_devices(["node-1/cuda:0", "node-1/cuda:1"])
+        ('node-1/cuda:[0-1]',)
+    """
     paths = [re.sub(r"[:-]", lambda found: {":": ".", "-": ".-."}[found.group()], each) for each in ids]
     return tuple(path.replace(".-.", "-").replace(".", ":") for path in fold_paths(paths, with_steps=False))
 

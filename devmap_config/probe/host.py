@@ -52,3 +52,10 @@ def existing_folder(path: Path) -> Path:
     """Return the folder in which a path is, or will be once it is made."""
     resolved = real_path(path)
     return next(folder for folder in (resolved, *resolved.parents) if is_folder(folder))
+
+
+def own_addresses() -> frozenset[str]:
+    """Return the addresses of this machine's network interfaces."""
+    import psutil
+
+    return frozenset(each.address for found in psutil.net_if_addrs().values() for each in found)

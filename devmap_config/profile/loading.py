@@ -51,11 +51,14 @@ class LoadedProfile:
 def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) -> LoadedProfile:
     """Return a profile with another machine than its own, and placed by this strategy.
 
-    Its caps mean nothing there, nor does the folder on its disk.
+    Its caps mean nothing there, nor does the folder on its disk, nor groups of devices that it does not have.
     """
     offload = loaded.profile.placement.offload.changed(folder=OFFLOAD_FOLDER)
+    groups = loaded.profile.placement.groups
+    if not all(device in hardware.listed for group in groups for device in group.value):
+        groups = ()
     placement = loaded.profile.placement.changed(
-        max_memory={}, device=None, device_map=None, strategy=strategy, offload=offload
+        max_memory={}, device=None, device_map=None, strategy=strategy, offload=offload, groups=groups
     )
     return replace(loaded, profile=loaded.profile.changed(hardware=hardware, placement=placement))
 

@@ -202,6 +202,7 @@ def prepare(
     Raises:
         ProfileError: where the profile is wrong.
         RunnerError: where the lock is missing, damaged or stale, or there are no weights.
+        NotForTransformersError: where the plan is for vLLM.
     """
     lock = _locked(path, permissions)
     compiled, drift = compile_locked(path, lock, variables=variables, permissions=permissions)
@@ -209,6 +210,7 @@ def prepare(
         _raise_unreadable_checkpoint(compiled)
         raise ProfileError(compiled.diagnostics, compiled.texts)
     model, plan, match = compiled.model, compiled.plan, None
+    plan.require_transformers()
     # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
         match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
