@@ -46,6 +46,11 @@ class Workload:
     cache_backend: str | None = None
     cache_bits: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what runs nothing: a file that says so is damaged, and costs are told by the length of the context."""
+        if min(self.batch_size, self.context_length, self.prompt_length) < 1:
+            raise ValueError("a workload has one token of one sequence at least")
+
     @property
     def holds_text_alone(self) -> bool:
         """Whether a prompt has neither images nor sound."""
