@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from devmap_config.graph.model import ModelGraph, TensorName
-    from devmap_config.simulate.simulation import Mismatch, Simulation
+    from devmap_config.simulate.simulation import DeviceMismatch, Simulation
 
 CARDS = 2
 
@@ -139,7 +139,7 @@ def lines(trials: list[Trial], crashed: Mapping[str, str], unbuilt: int) -> Iter
         yield f"- {model_type}: the planner raises {reason}"
 
 
-def _parties(mismatch: Mismatch) -> str:
+def _parties(mismatch: DeviceMismatch) -> str:
     return ", ".join(
         f"`{party.tensor or party.made_by or 'the model'}` on {party.device}" for party in mismatch.parties
     )

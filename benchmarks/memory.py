@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, EncoderDecoderCache, LlamaConfig, LlamaForCausalLM
 
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import build_meta_model
 from devmap_config.graph.loading import GraphInputs, graph_from_source
 from devmap_config.graph.source import local_source
@@ -178,7 +178,7 @@ def our_graph(directory: Path, kept_in: Path, *, dtype: str = "bfloat16", tokens
     source = local_source(directory)
     if source.class_name is None:
         raise BenchmarkError(f"{directory} names no class")
-    workload = None if tokens is None else Workload(batch_size=1, context_length=tokens, prompt_length=tokens)
+    workload = None if tokens is None else WorkloadShape(batch_size=1, context_length=tokens, prompt_length=tokens)
     inputs = GraphInputs(source=source, class_name=source.class_name, dtype=dtype, workload=workload)
     with patch.dict(os.environ, {"XDG_CACHE_HOME": str(kept_in)}):
         return graph_from_source(inputs)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.loading import LoadedModel
-    from devmap_config.plan.lock import Inputs, Lock
+    from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Hardware
@@ -113,7 +113,7 @@ class Compiled(Prepared):
     """A profile with its plan; `verdicts` are those on the plans that were dry-run, by the plans' digests."""
 
     plan: Plan
-    inputs: Inputs
+    inputs: InputDigests
     verdicts: Mapping[str, Verdict]
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]
@@ -233,9 +233,9 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
 
 def _can_be_placed(prepared: Prepared, sink: Sink) -> bool:
     if prepared.is_for_vllm:
-        from devmap_config.plan.pipelines import pose  # with it comes numpy
+        from devmap_config.plan.pipelines import pipeline_problem  # with it comes numpy
 
-        return not sink.has_errors and pose(prepared, sink) is not None
+        return not sink.has_errors and pipeline_problem(prepared, sink) is not None
     return build_problem(prepared, sink) is not None
 
 
@@ -314,7 +314,7 @@ def _place(planner: Planner, request: Request, sink: Sink) -> Rehearsal:
     return rehearse(plan, planner.prepared, planner.plan, request.permissions, sink)
 
 
-def _result(prepared: Prepared, inputs: Inputs, rehearsal: Rehearsal, sink: Sink) -> Compilation:
+def _result(prepared: Prepared, inputs: InputDigests, rehearsal: Rehearsal, sink: Sink) -> Compilation:
     plan, refused = rehearsal.plan, rehearsal.refused
     if (shown := plan or refused) is not None:
         sink.report_all(review(shown, prepared))

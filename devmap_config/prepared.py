@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class DraftModel:
     """What a draft model takes, which is whole on one device.
 
     Its weights and its cache are there beside the model's. The two take turns, so that of their activations only the
@@ -55,7 +55,7 @@ class Prepared:
     inventory: Inventory
     model: LoadedModel
     resolution: Resolution
-    draft: Draft | None = None
+    draft: DraftModel | None = None
 
     @property
     def strategy(self) -> str:

@@ -99,7 +99,7 @@ def init(
     """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
     require_new(output, force=force)
     hardware = machine_of(machine_name) if machine_name else _this_machine()
-    asked = Asked(
+    asked = InitOptions(
         source=source,
         output=output,
         class_name=class_name,
@@ -115,7 +115,7 @@ def init(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class InitOptions:
     """What a user asks of a first profile; `None` is left to be found."""
 
     source: str
@@ -129,7 +129,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class ProfileDraft:
     """What may become the first profile; `spare` are devices of the machine that it does without."""
 
     dtype: str | None = None
@@ -146,7 +146,7 @@ def _this_machine() -> Hardware:
     return as_hardware(probe_machine(os.environ, None))
 
 
-def first_profile(asked: Asked, *, simulates: bool = True, begin: Callable[[str], None] = lambda _: None) -> str:
+def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable[[str], None] = lambda _: None) -> str:
     """Return the text of the first draft that compiles: the longest context first, then the fewest devices.
 
     Args:
@@ -176,7 +176,7 @@ def first_profile(asked: Asked, *, simulates: bool = True, begin: Callable[[str]
     raise CommandError([replace(each, span=None) for each in failures[0].diagnostics], data={"profile": None})
 
 
-def _drafts(asked: Asked, context_length: int | None) -> Iterator[Draft]:
+def _drafts(asked: InitOptions, context_length: int | None) -> Iterator[ProfileDraft]:
     """Drafts from the one on the accelerators alone to the one that offloads most."""
     from devmap_config.profile.schema import DeviceSection
 
@@ -189,13 +189,13 @@ def _drafts(asked: Asked, context_length: int | None) -> Iterator[Draft]:
         if listed:
             spare = {device: section for device, section in devices.items() if device not in listed}
             strategy = asked.strategy or "fastest"
-            yield Draft(context_length=context_length, strategy=strategy, devices=dict(listed), spare=spare)
+            yield ProfileDraft(context_length=context_length, strategy=strategy, devices=dict(listed), spare=spare)
 
 
-def _settled(asked: Asked, draft: Draft, *, simulates: bool) -> tuple[Draft, Compilation]:
+def _settled(asked: InitOptions, draft: ProfileDraft, *, simulates: bool) -> tuple[ProfileDraft, Compilation]:
     """Compile a draft, once more with what cards without bfloat16 or figures need."""
 
-    def tried(draft: Draft) -> tuple[Draft, Compilation, set[str]]:
+    def tried(draft: ProfileDraft) -> tuple[ProfileDraft, Compilation, set[str]]:
         compilation = compile_draft(_profile(asked, draft), asked.permissions, simulates=simulates)
         return draft, compilation, {each.code for each in compilation.diagnostics if each.is_error}
 
@@ -219,7 +219,7 @@ def _positions(compilation: Compilation) -> int | None:
     return None if measurement is None else measurement.positions.most
 
 
-def _profile(asked: Asked, draft: Draft, compiled: Compiled | None = None) -> NewProfile:
+def _profile(asked: InitOptions, draft: ProfileDraft, compiled: Compiled | None = None) -> NewProfile:
     """Return a draft as a profile, with examples from the model once that is known."""
     from devmap_config.profile.writing import link_lines, yaml_text
 

@@ -91,7 +91,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
     from devmap_config.cli.console import progress_line
     from devmap_config.cli.progress import DESCRIPTION
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.probe.measuring import Step, measured, steps
+    from devmap_config.probe.measuring import MeasurementStep, measured, steps
     from devmap_config.probe.torch_rates import Devices
 
     devices = Devices()
@@ -102,7 +102,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
     with nullcontext() if quiet or not progress.console.is_terminal else progress:
         task = progress.add_task("", total=len(planned))
 
-        def begun(step: Step) -> None:
+        def begun(step: MeasurementStep) -> None:
             progress.update(task, completed=planned.index(step), description=step.words, refresh=True)
 
         found, failures = measured(planned, begun)

@@ -76,7 +76,7 @@ class _Stages(logging.Handler):
         shown.update(shown.task_ids[0], completed=stage, description=record.getMessage(), refresh=True)
 
 
-class Transfer:
+class ByteProgress:
     """Bytes that are loaded or written: how many are done, of how many."""
 
     def __init__(self, shown: Any = None, words: str = "") -> None:
@@ -109,13 +109,13 @@ class Transfer:
 
 
 @contextmanager
-def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[Transfer]:
+def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[ByteProgress]:
     """Show, where stderr is a terminal, a bar that goes again: how many bytes are done, of how many, and how fast.
 
     It begins once some are expected: until then, others may show bars of their own.
     """
     if quiet or not sys.stderr.isatty():
-        yield Transfer()
+        yield ByteProgress()
         return
     from rich.progress import BarColumn
 
@@ -125,14 +125,14 @@ def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[Transfer]:
     # It begins where stdout is redirected, and ends where it is not: rich would put back what it was at first.
     shown = progress_line(*columns, redirect_stdout=False, redirect_stderr=False)
     try:
-        yield Transfer(shown, words)
+        yield ByteProgress(shown, words)
     finally:
         if shown.tasks:
             shown.stop()
 
 
 @contextmanager
-def loading_shown(sizes: Mapping[str, int], *, quiet: bool = False) -> Iterator[Transfer]:
+def loading_shown(sizes: Mapping[str, int], *, quiet: bool = False) -> Iterator[ByteProgress]:
     """Show what is loaded within, by the bytes of each tensor; one that is not in `sizes` is not read yet."""
     from devmap_config.libraries.transformers import watching_load
 

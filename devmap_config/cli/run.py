@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from devmap_config.runner.demonstration import Demonstrator, Outcome
+    from devmap_config.runner.demonstration import Demonstration, Demonstrator
     from devmap_config.runner.generation_times import GenerationWorkload
     from devmap_config.runner.inputs import Given
     from devmap_config.runner.runner import Deployment
@@ -168,7 +168,7 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
 
 
-def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Outcome | None:
+def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Demonstration | None:
     """Return what the model made of what it was given, and write text to stdout as it is made; of a chat, the last."""
     escaped = EscapedStream(sys.stdout)  # while a model runs, what is printed there goes to stderr
 
@@ -176,7 +176,7 @@ def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Ou
         if writes:
             escaped.write(text)
 
-    def show(given: Given) -> Outcome:
+    def show(given: Given) -> Demonstration:
         outcome = shows.show(model, given, write)
         write("" if outcome.output.text.endswith("\n") else "\n")
         return outcome
@@ -209,7 +209,7 @@ def _turns() -> Iterator[str]:
             yield text
 
 
-def _figures(outcome: Outcome | None, deployment: Deployment, load_seconds: float) -> dict[str, Any]:
+def _figures(outcome: Demonstration | None, deployment: Deployment, load_seconds: float) -> dict[str, Any]:
     """Return what was measured, under the names of `--format json`; `None` where nothing was written."""
     from devmap_config.runner.usage import memory_use
 

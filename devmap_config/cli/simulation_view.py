@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
-    from devmap_config.simulate.simulation import Simulation, Step
+    from devmap_config.simulate.simulation import BlockRun, Simulation
 
 
 def simulation_lines(model: LoadedModel, plan: Plan, simulation: Simulation, width: int) -> Iterator[Text | Table]:
@@ -62,7 +62,7 @@ def _devices(plan: Plan, simulation: Simulation, unit_bytes: int, width: int) ->
     yield from listing(rows, width, names=("device",), figures=figures, rest="which was in")
 
 
-def _timeline(steps: list[Step], width: int) -> Table:
+def _timeline(steps: list[BlockRun], width: int) -> Table:
     """Blocks that run one after another on one device are one line."""
     table = Table.grid(padding=(0, 2), pad_edge=False)
     table.add_column(no_wrap=True)

@@ -96,7 +96,7 @@ def _shortcoming(pattern: str, found: Match, graph: ModelGraph) -> str:
     if found.beyond:
         parent, last = found.beyond[0].parent, found.beyond[0].existing[-1]
         return f"`{pattern}` asks for more than there is: the last index in `{parent}` is {last}"
-    label = nearest_to(parse_pattern(pattern), found.stuck, graph).label
+    label = nearest_to(parse_pattern(pattern), found.failure, graph).label
     return f"`{pattern}` matches nothing of {graph.class_name}" + (f"; {label}" if label else "")
 
 
@@ -132,7 +132,7 @@ def graph_of_source(
     With a `context_length` it is measured; one below 1 stands for the profile's, or the default.
     """
     from devmap_config.graph.checkpoint import CheckpointError
-    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.costs import WorkloadShape
     from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError
     from devmap_config.graph.loading import GraphInputs, graph_from_source
     from devmap_config.graph.remote_code import READ_IT_FIRST
@@ -147,7 +147,7 @@ def graph_of_source(
     workload = None
     if context_length is not None:
         length = context_length if context_length > 0 else DEFAULT_CONTEXT_LENGTH
-        workload = Workload(batch_size=1, context_length=length, prompt_length=length)
+        workload = WorkloadShape(batch_size=1, context_length=length, prompt_length=length)
     try:
         found = local_source(path) if exists(path) else hub_source(source, revision)
         name = class_name or found.class_name

@@ -19,7 +19,7 @@ MATCHED = "bold green"
 
 
 @dataclass(frozen=True)
-class _Run:
+class _EqualNeighbours:
     """Neighbours that are alike, and the first of them."""
 
     module: Module
@@ -72,11 +72,11 @@ def _below(
     runs = _runs(module, marks)
     shown = [run for run in runs if not filtered or _leads_to_match(run.module, marks)]
     tensors = [tensor for tensor in module.own_tensors if not filtered or tensor.name in marks]
-    entries: list[_Run | Tensor] = [*tensors, *shown]
+    entries: list[_EqualNeighbours | Tensor] = [*tensors, *shown]
     for number, entry in enumerate(entries):
         is_last = number == len(entries) - 1
         branch, onward = ("└─ ", "   ") if is_last else ("├─ ", "│  ")
-        if not isinstance(entry, _Run):
+        if not isinstance(entry, _EqualNeighbours):
             yield _tensor_line(entry, indent + branch, marks)
             continue
         yield _run_line(graph, entry, indent + branch, marks)
@@ -101,7 +101,7 @@ def _tensor_line(tensor: Tensor, lead: str, marks: frozenset[str]) -> Text:
     return _marked(line, tensor.name in marks, len(lead))
 
 
-def _run_line(graph: ModelGraph, run: _Run, lead: str, marks: frozenset[str]) -> Text:
+def _run_line(graph: ModelGraph, run: _EqualNeighbours, lead: str, marks: frozenset[str]) -> Text:
     size_bytes = graph.weights_bytes(tuple(tensor.name for tensor in run.module.tensors()))
     size = f"  {format_bytes(size_bytes)}" if size_bytes else ""
     each = f" each, {run.count} of them" if run.count > 1 and size else ""
@@ -116,9 +116,9 @@ def _marked(line: Text, is_marked: bool, start: int) -> Text:
     return line
 
 
-def _runs(module: Module, marks: frozenset[str]) -> list[_Run]:
+def _runs(module: Module, marks: frozenset[str]) -> list[_EqualNeighbours]:
     """The children, numbered neighbours that are alike (and alike matched) taken together."""
-    runs: list[_Run] = []
+    runs: list[_EqualNeighbours] = []
     signatures: list[object] = []
     for child in module.children:
         name = child.path.rpartition(".")[2]
@@ -128,9 +128,9 @@ def _runs(module: Module, marks: frozenset[str]) -> list[_Run]:
             last = runs[-1]
             first = last.module.path.rpartition(".")[2]
             if number_in(first) == number - last.count:
-                runs[-1] = _Run(last.module, f"[{first}-{name}]", last.count + 1)
+                runs[-1] = _EqualNeighbours(last.module, f"[{first}-{name}]", last.count + 1)
                 continue
-        runs.append(_Run(child, name, 1))
+        runs.append(_EqualNeighbours(child, name, 1))
         signatures.append(signature)
     return runs
 

@@ -6,7 +6,7 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from devmap_config.libraries.messages import Message, taken_down
+from devmap_config.libraries.messages import LibraryMessage, taken_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ LONGEST = 300
 @contextmanager
 def passing_on(sink: Sink) -> Iterator[None]:
     """Report, as warnings of ours, what transformers and accelerate warn of within and nothing of ours answers."""
-    messages: list[Message] = []
+    messages: list[LibraryMessage] = []
     try:
         with taken_down(messages):
             yield

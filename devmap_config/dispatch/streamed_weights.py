@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    Places = Mapping[torch.nn.Module, Mapping[str, "Place"]]
+    Places = Mapping[torch.nn.Module, Mapping[str, "TensorPlace"]]
     """Where the weights of modules lie in a load."""
 
 ALIGNMENT_BYTES = 256
@@ -58,7 +58,7 @@ class UnpinnedError(Exception):
     """Memory cannot be pinned, and copying from it would be slower than was planned."""
 
 
-class Event(Protocol):
+class StreamEvent(Protocol):
     """That all is done which a stream was given until then."""
 
     def synchronize(self) -> None:
@@ -107,7 +107,7 @@ class CudaStreams:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorPlace:
     """Where in a load a tensor lies, and what it is."""
 
     start: int
@@ -136,7 +136,7 @@ class Load:
     size_bytes: int
     memory: torch.Tensor | None = None
     piece: Piece | None = None
-    targets: Mapping[TensorInFile, Place] = field(default_factory=dict)
+    targets: Mapping[TensorInFile, TensorPlace] = field(default_factory=dict)
 
     def copies(
         self, target: torch.Tensor, staging: NDArray[np.uint8] | None
@@ -168,7 +168,7 @@ class Slot:
     running: set[torch.nn.Module] = field(default_factory=set)
 
 
-class Reader:
+class ReaderThread:
     """A thread that reads loads from disk, one after another, and has each copied to its slot.
 
     It has pinned memory for two: into one a load is read while what was read before is copied from the other.
@@ -176,14 +176,14 @@ class Reader:
 
     def __init__(self, streams: Streams, staging: Iterable[NDArray[np.uint8]]) -> None:
         self._streams = streams
-        self._staging: deque[tuple[NDArray[np.uint8], Event | None]] = deque((memory, None) for memory in staging)
+        self._staging: deque[tuple[NDArray[np.uint8], StreamEvent | None]] = deque((memory, None) for memory in staging)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="devmap-read-ahead")
 
-    def fetch(self, load: Load, target: torch.Tensor, computed: Event) -> Callable[[], Event]:
+    def fetch(self, load: Load, target: torch.Tensor, computed: StreamEvent) -> Callable[[], StreamEvent]:
         """Read a load, and copy it after an event; return at once, with what waits for the event that it is there."""
         return self._thread.submit(self._fetch, load, target, computed).result
 
-    def _fetch(self, load: Load, target: torch.Tensor, computed: Event) -> Event:
+    def _fetch(self, load: Load, target: torch.Tensor, computed: StreamEvent) -> StreamEvent:
         memory, copied = self._staging.popleft()
         try:
             if copied is not None:
@@ -196,12 +196,12 @@ class Reader:
         return event
 
 
-def _copy(copies: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams, after: Event) -> Event:
+def _copy(copies: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams, after: StreamEvent) -> StreamEvent:
     """Copy after an event, and return the event that it is done."""
     streams.copying.wait_event(after)
     for source, target in copies:
         streams.copy(source, target)
-    event: Event = streams.copying.record_event()
+    event: StreamEvent = streams.copying.record_event()
     return event
 
 
@@ -213,7 +213,7 @@ class Streamer:
     for until it has been read.
     """
 
-    def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot], reader: Reader) -> None:
+    def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot], reader: ReaderThread) -> None:
         followed = zip(loads, (*loads[1:], *loads[:1]), strict=True)
         self._next = {module: following for load, following in followed for module in load.places}
         self._last: tuple[torch.nn.Module, Load] | None = None
@@ -389,7 +389,7 @@ def stream_weights(
             pinned.append(memory)
         streams, slot_bytes = CudaStreams(device), max(load.size_bytes for load in loads)
         first, second = (Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(2))
-        streamer = Streamer(loads, streams, (first, second), Reader(streams, staging))
+        streamer = Streamer(loads, streams, (first, second), ReaderThread(streams, staging))
         attach(on_device, always, streamer)
         if device == main_device:
             prefill_on(model, prefilled, device, Apart(apart, streamer))
@@ -445,7 +445,7 @@ def load_of(module: torch.nn.Module) -> Load:
     own = {name: parameter for name, parameter in own_parameters(module).items() if parameter is not None}
     places, start = {}, 0
     for name, parameter in own.items():
-        places[name] = Place(start, start + parameter.nbytes, parameter.dtype, parameter.shape)
+        places[name] = TensorPlace(start, start + parameter.nbytes, parameter.dtype, parameter.shape)
         start = -(-places[name].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     memory = _paged(start)
     for name, parameter in own.items():
@@ -455,7 +455,7 @@ def load_of(module: torch.nn.Module) -> Load:
     return Load({module: places}, start, memory=memory)
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """What a weight is, and where: in a file, or at an address of the CPU's memory."""
 
     place: TensorInFile | int
@@ -471,7 +471,7 @@ class StreamedPiece:
     is_on_disk: bool
     device: torch.device
     hooks: Mapping[torch.nn.Module, AlignDevicesHook]
-    sources: Mapping[torch.nn.Module, Mapping[str, Source]]
+    sources: Mapping[torch.nn.Module, Mapping[str, WeightSource]]
 
 
 def streamed_pieces(
@@ -481,7 +481,7 @@ def streamed_pieces(
     found: list[StreamedPiece] = []
     for paths in pieces:
         hooks: dict[tuple[bool, torch.device], dict[torch.nn.Module, AlignDevicesHook]] = {}
-        sources: dict[torch.nn.Module, dict[str, Source]] = {}
+        sources: dict[torch.nn.Module, dict[str, WeightSource]] = {}
         for path in paths:
             module = model.get_submodule(path)
             for hook in hooks_of(module):
@@ -495,7 +495,9 @@ def streamed_pieces(
     return found
 
 
-def _sources(module: torch.nn.Module, hook: AlignDevicesHook, path: str, folder: Path | None) -> dict[str, Source]:
+def _sources(
+    module: torch.nn.Module, hook: AlignDevicesHook, path: str, folder: Path | None
+) -> dict[str, WeightSource]:
     sources = {}
     for name in names_copied_in(module, hook):
         stated = place_on_disk(hook, path, f"{path}.{name}")
@@ -505,7 +507,7 @@ def _sources(module: torch.nn.Module, hook: AlignDevicesHook, path: str, folder:
         else:
             weight = getattr(module, name)
             place = place_of(stated, weight.dtype, folder)
-        sources[name] = Source(place, weight.dtype, weight.shape, weight.nbytes)
+        sources[name] = WeightSource(place, weight.dtype, weight.shape, weight.nbytes)
     return sources
 
 
@@ -553,20 +555,20 @@ def _together(streamed: Sequence[StreamedPiece]) -> Iterator[list[StreamedPiece]
     yield pieces
 
 
-def _placed(pieces: Iterable[StreamedPiece]) -> tuple[Places, dict[TensorInFile, Place], int]:
+def _placed(pieces: Iterable[StreamedPiece]) -> tuple[Places, dict[TensorInFile, TensorPlace], int]:
     """Return where the weights of modules lie, one behind the other, and what they take; what is shared lies once.
 
     Besides, where those lie that are on disk.
     """
-    places: dict[torch.nn.Module, dict[str, Place]] = {}
-    known: dict[tuple[TensorInFile | int, torch.Size], Place] = {}
+    places: dict[torch.nn.Module, dict[str, TensorPlace]] = {}
+    known: dict[tuple[TensorInFile | int, torch.Size], TensorPlace] = {}
     start = 0
     for module, sources in ((module, piece.sources[module]) for piece in pieces for module in piece.hooks):
         places[module] = {}
         for name, source in sources.items():
             key = (source.place, source.shape)
             if key not in known:
-                known[key] = Place(start, start + source.size_bytes, source.dtype, source.shape)
+                known[key] = TensorPlace(start, start + source.size_bytes, source.dtype, source.shape)
                 start = -(-known[key].end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             places[module][name] = known[key]
     on_disk = {place: known[place, shape] for place, shape in known if isinstance(place, TensorInFile)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.execution.segments import Copy, MissingFigureError, Rates, Step
+from devmap_config.execution.segments import Copy, MachineRates, MissingFigureError, ModuleWork
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -23,7 +23,7 @@ def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
     measurement = graph.measurement
     if measurement is None or not measurement.measured or not inventory.accelerators:
         return {}
-    rates, card = Rates(inventory, "prefill"), inventory.accelerators[0].id
+    rates, card = MachineRates(inventory, "prefill"), inventory.accelerators[0].id
     prompt_tokens = measurement.workload.batch_size * measurement.workload.prompt_length
     found = {}
     for module in graph.modules.values():
@@ -44,9 +44,9 @@ def _is_apart(module: Module, cost: ModuleCost) -> bool:
     return is_whole and all(each.kind == "parameter" for each in own) and not cost.cache_bytes
 
 
-def _tokens(module: Module, cost: ModuleCost, rates: Rates, card: Device, prompt_tokens: int) -> int | None:
+def _tokens(module: Module, cost: ModuleCost, rates: MachineRates, card: Device, prompt_tokens: int) -> int | None:
     """How many tokens take the CPU as long as the link takes to copy the weights, and what the module gives back."""
-    computing = rates.step_nanoseconds(Step(0, cost.prefill_operations), CPU)
+    computing = rates.step_nanoseconds(ModuleWork(0, cost.prefill_operations), CPU)
     size_bytes = sum(tensor.size_bytes for tensor in module.own_tensors)
     copying = rates.copy_nanoseconds(Copy(CPU, card, size_bytes, is_pinned=True))
     return -(-copying * prompt_tokens // computing) if computing else None

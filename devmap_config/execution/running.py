@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Assignment
     from devmap_config.execution.executor import Executor
-    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.costs import WorkloadShape
     from devmap_config.graph.model import ModelGraph
 
 
@@ -59,7 +59,7 @@ class Running:
     themselves is there: modules that are spread over devices.
     """
 
-    workload: Workload
+    workload: WorkloadShape
     holding: Mapping[Device, Mapping[ModuleCost, int]]
     peaking: Mapping[Device, tuple[ModuleCost, ...]]
     own: Mapping[Device, tuple[ModuleCost, ...]]

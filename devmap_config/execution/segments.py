@@ -23,7 +23,7 @@ from devmap_config.profile.quantities import BASES, basis_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
+    from devmap_config.hardware.inventory import Inventory, InventoryDevice, InventoryLink
     from devmap_config.profile.quantities import Basis
 
 Phase = Literal["prefill", "decode"]
@@ -33,7 +33,7 @@ class MissingFigureError(Exception):
     """The machine's description does not say how fast something is; the text is what it would have to name."""
 
 
-class Step(NamedTuple):
+class ModuleWork(NamedTuple):
     """What one module does itself: bytes that it touches, operations, those of attention among them, and kernels.
 
     What it touches of experts that a token chooses is in `chosen_bytes` alone. `products` are how often the threads of
@@ -69,7 +69,7 @@ class Segment:
         ahead: what is brought while they work; copies that stand together are done at once.
     """
 
-    steps: Counter[tuple[Device, Step]] = field(default_factory=Counter)
+    steps: Counter[tuple[Device, ModuleWork]] = field(default_factory=Counter)
     dispatches: Counter[Device] = field(default_factory=Counter)
     copies: list[Copy] = field(default_factory=list)
     ahead: list[tuple[Copy, ...]] = field(default_factory=list)
@@ -91,7 +91,8 @@ class Segment:
             KeyError, TypeError, ValueError: where something else is.
         """
         steps = (
-            ((Device.from_text(name), Step(*map(whole, step))), whole(count)) for name, count, *step in value["steps"]
+            ((Device.from_text(name), ModuleWork(*map(whole, step))), whole(count))
+            for name, count, *step in value["steps"]
         )
         return cls(
             steps=Counter(dict(steps)),
@@ -128,7 +129,7 @@ def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
 
 
 @dataclass(frozen=True)
-class Rates:
+class MachineRates:
     """How long amounts take on a machine, in nanoseconds.
 
     What a device or a link would have to say for that and does not is a `MissingFigureError`; in decoding, that is not
@@ -163,7 +164,7 @@ class Rates:
             return SegmentTime(nanoseconds)
         return SegmentTime(0, (Ahead(self.phase, card, nanoseconds, max(elapsed, shared)),))
 
-    def step_nanoseconds(self, step: Step, device: Device) -> int:
+    def step_nanoseconds(self, step: ModuleWork, device: Device) -> int:
         """Return how long a device takes for what a module does."""
         rates = self._reached.get(device, _Reached())
         reading = computing = 0
@@ -188,7 +189,7 @@ class Rates:
         beginning = step.products * NANOSECONDS_PER_SECOND // rates.products if rates.products else 0
         return reading + computing + beginning
 
-    def least_nanoseconds(self, step: Step) -> int:
+    def least_nanoseconds(self, step: ModuleWork) -> int:
         """Return how long it takes at least, whichever device does it: at the highest rates of all."""
         amounts = ((step.touched_bytes, self._highest[0]), (step.operations, self._highest[1]))
         return max(amount * NANOSECONDS_PER_SECOND // rate if rate else 0 for amount, rate in amounts)
@@ -228,7 +229,7 @@ class Rates:
     def _reached(self) -> Mapping[Device, _Reached]:
         return {device.id: _Reached.of(device, self.phase) for device in self.inventory.devices}
 
-    def _link(self, source: Device, target: Device) -> Link:
+    def _link(self, source: Device, target: Device) -> InventoryLink:
         link = self.inventory.links.get((source, target))
         if link is None:
             kind = "peer" if source.is_accelerator and target.is_accelerator else "host"

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
-from devmap_config.execution.segments import Copy, Rates, Segment, Step
+from devmap_config.execution.segments import Copy, MachineRates, ModuleWork, Segment
 from devmap_config.graph.costs import WORK
 from devmap_config.graph.model import ModulePath
 from devmap_config.hardware.constants import GENERATION_DISPATCHES, HOOK_DISPATCHES
@@ -52,7 +52,7 @@ class Timing:
     @property
     def least_nanoseconds(self) -> int:
         """What a forward takes at least, wherever its modules are: each at the highest rates of all devices."""
-        steps = (Step(*self._work(cost)[:2]) for cost in self._costs.values())
+        steps = (ModuleWork(*self._work(cost)[:2]) for cost in self._costs.values())
         return max(sum(map(self.rates.least_nanoseconds, steps)), 1)
 
     def outside_nanoseconds(self, paths: Iterable[str]) -> int:
@@ -75,7 +75,7 @@ class Timing:
         if self.graph.measurement is None:  # then what is known is that its weights are read
             module = self.graph.modules.get(ModulePath(path))
             weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
-            segment.steps[device, Step(weights_bytes + added_bytes)] += 1
+            segment.steps[device, ModuleWork(weights_bytes + added_bytes)] += 1
             return
         if (cost := self._costs.get(path)) is None:
             return
@@ -84,7 +84,9 @@ class Timing:
         experts = self._experts(path)
         chosen_bytes = touched_bytes if self.phase == "decode" and experts else 0
         products = self._products(experts, operations)
-        step = Step(touched_bytes - chosen_bytes, operations, attention_operations, launches, chosen_bytes, products)
+        step = ModuleWork(
+            touched_bytes - chosen_bytes, operations, attention_operations, launches, chosen_bytes, products
+        )
         segment.steps[device, step] += 1
         segment.dispatches[device] += dispatches
 
@@ -224,9 +226,9 @@ class Timing:
         return {} if measurement is None else measurement.by_path
 
     @cached_property
-    def rates(self) -> Rates:
+    def rates(self) -> MachineRates:
         """How long amounts take on this machine in this phase."""
-        return Rates(self.inventory, self.phase)
+        return MachineRates(self.inventory, self.phase)
 
 
 def while_prefilled(

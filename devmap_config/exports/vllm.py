@@ -303,8 +303,8 @@ def _readme(pipeline: Pipeline) -> str:
     )
     answers = (
         f"Requests are answered at `http://{head}:{API_PORT}/v1`: {counted(len(pipeline.stages), 'stage')} of"
-        f" {partition} layers,\n{pipeline.max_num_seqs} at once, of up to {pipeline.max_model_len:,} tokens each. The cache holds"
-        f" {pipeline.cache_tokens:,} tokens."
+        f" {partition} layers,\n{pipeline.max_num_seqs} at once, of up to {pipeline.max_model_len:,} tokens each."
+        f" The cache holds {pipeline.cache_tokens:,} tokens."
     )
     return README.format(
         version=version(),

@@ -18,7 +18,7 @@ from devmap_config.libraries.transformers import is_conv1d
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from devmap_config.graph.adapter import AdapterConfig, Change
+    from devmap_config.graph.adapter import AdapterConfig, LowRankUpdate
 
 
 def adapt(model: PreTrainedModel, config: AdapterConfig) -> None:
@@ -49,7 +49,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or is_conv1d(module)
 
 
-def _add_lora(module: torch.nn.Module, path: str, change: Change, config: AdapterConfig) -> None:
+def _add_lora(module: torch.nn.Module, path: str, change: LowRankUpdate, config: AdapterConfig) -> None:
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, torch.nn.Embedding):
         if config.uses_dora or config.has_lora_bias:

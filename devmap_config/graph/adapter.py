@@ -122,7 +122,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraAdapter:
     """An adapter with where its files are: a folder, or the hub's repository at a commit, of which that is a copy."""
 
     config: AdapterConfig
@@ -132,7 +132,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LowRankUpdate:
     """What LoRA does to one module: two matrices of this rank, whose product is added times `scaling`."""
 
     rank: int
@@ -143,7 +143,7 @@ class Change:
 # -- finding it --------------------------------------------------------------------------------------------------------
 
 
-def find_adapter(source: str, path: Path, revision: str | None, within: Boundary) -> Adapter:
+def find_adapter(source: str, path: Path, revision: str | None, within: Boundary) -> LoraAdapter:
     """Return the adapter in a folder, or in a repository of the hub at a commit.
 
     Args:
@@ -160,7 +160,7 @@ def find_adapter(source: str, path: Path, revision: str | None, within: Boundary
             raise AdapterError(f"`{source}` lies outside of the repository", "keep it there, or pass `--allow-outside`")
         if not is_folder(path):
             raise AdapterError(f"`{source}` is no folder", f"name the folder that its `{CONFIG_FILE}` is in")
-        return Adapter(_read(path / CONFIG_FILE, within), path, None, within)
+        return LoraAdapter(_read(path / CONFIG_FILE, within), path, None, within)
     if source.startswith(("./", "../", "/")) or not is_hub_id(source):
         raise AdapterError(f"there is no `{source}`", "paths are relative to the file that writes them")
     if revision is None or not COMMIT.fullmatch(revision):
@@ -170,7 +170,7 @@ def find_adapter(source: str, path: Path, revision: str | None, within: Boundary
         found = hub_file(source, CONFIG_FILE, revision)
     except ModelNotFoundError as error:
         raise AdapterError(str(error), error.help or "name an adapter's folder, or the hub id of one") from error
-    return Adapter(_read(found, None), found.parent, (source, revision))
+    return LoraAdapter(_read(found, None), found.parent, (source, revision))
 
 
 def _read(path: Path, within: Boundary | None) -> AdapterConfig:
@@ -316,7 +316,7 @@ class _Reader:
 # -- what it adapts ----------------------------------------------------------------------------------------------------
 
 
-def changes_of(config: AdapterConfig, paths: Collection[str], linear: Collection[str]) -> dict[str, Change]:
+def changes_of(config: AdapterConfig, paths: Collection[str], linear: Collection[str]) -> dict[str, LowRankUpdate]:
     """Return by path which modules LoRA changes, and how: as PEFT chooses them.
 
     Args:
@@ -409,11 +409,11 @@ class _Matching:
                 return int(found.group(1)) in self.config.layers
         return False
 
-    def change(self, path: str) -> Change:
+    def change(self, path: str) -> LowRankUpdate:
         config = self.config
         rank = next((rank for each, rank in self.ranks if self._tried(each, path)), config.rank)
         alpha = next((alpha for each, alpha in self.alphas if self._tried(each, path)), config.alpha)
-        return Change(rank, alpha, alpha / (math.sqrt(rank) if config.is_rank_stabilized else rank))
+        return LowRankUpdate(rank, alpha, alpha / (math.sqrt(rank) if config.is_rank_stabilized else rank))
 
 
 # -- what its file holds -----------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def name_in_file(name: TensorName) -> str:
     return f"{PREFIX}{module}{IN_FILE.get(own, f'.{own.removeprefix(SAVED)}')}"
 
 
-def stored_names(adapter: Adapter, graph: ModelGraph, *, must_be_there: bool) -> dict[str, str]:
+def stored_names(adapter: LoraAdapter, graph: ModelGraph, *, must_be_there: bool) -> dict[str, str]:
     """Return for each tensor that the adapter brings, by the graph's name, the name that its file has for it.
 
     These are what it adds to the model, and biases of the model's own that it replaces.
@@ -469,7 +469,7 @@ def _misfit(what: str) -> AdapterError:
     return AdapterError(f"`{ADAPTER_FILE}` {what}", "name the model that the adapter was trained on, as it was then")
 
 
-def _header(adapter: Adapter, *, must_be_there: bool) -> Header | None:
+def _header(adapter: LoraAdapter, *, must_be_there: bool) -> Header | None:
     path = adapter.folder / ADAPTER_FILE
     try:
         if not exists(path):

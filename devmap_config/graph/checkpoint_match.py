@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Mismatch(NamedTuple):
+class TensorMismatch(NamedTuple):
     """A tensor that is stored otherwise than the model holds it: two shapes, or a `reason` where these do not tell."""
 
     name: str
@@ -47,14 +47,14 @@ class CheckpointMatch:
     missing: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: tuple[Mismatch, ...] = ()
+    mismatched: tuple[TensorMismatch, ...] = ()
     unchecked: str | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointMatch:
         """What `dataclasses.asdict` made plain data of."""
         names = {field: tuple(value[field]) for field in ("absent", "missing", "computed", "unexpected")}
-        mismatched = tuple(Mismatch(*each) for each in value["mismatched"])
+        mismatched = tuple(TensorMismatch(*each) for each in value["mismatched"])
         return cls(**{**value, **names, "mismatched": mismatched})
 
 
@@ -105,7 +105,7 @@ def _listed(one: str, many: str, texts: list[str]) -> str:
 
 
 def _kind_of_mistake(
-    match: CheckpointMatch, missing: tuple[str, ...], mismatched: tuple[Mismatch, ...], config: Mapping[str, Any]
+    match: CheckpointMatch, missing: tuple[str, ...], mismatched: tuple[TensorMismatch, ...], config: Mapping[str, Any]
 ) -> tuple[str, str]:
     """Which mistake it looks like, and what to do about that."""
     saved = next((name for name in config.get("architectures") or () if isinstance(name, str)), None)

@@ -23,7 +23,7 @@ RARE = (*MEDIA, "proposed_tokens", "cache_backend", "cache_bits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
+class WorkloadShape:
     """What is run: sequences at once, tokens in the cache when it is full, tokens prefilled at once.
 
     `all_logits` says whether every position gets logits or, as `generate` does, the last of each sequence only.
@@ -57,11 +57,11 @@ class Workload:
         return not self.images and not self.audio_seconds
 
     @property
-    def text_alone(self) -> Workload:
+    def text_alone(self) -> WorkloadShape:
         """The same without images and sound, in as many tokens."""
         return replace(self, images=0, image_height=None, image_width=None, audio_seconds=0)
 
-    def at(self, context_length: int) -> Workload:
+    def at(self, context_length: int) -> WorkloadShape:
         """Return the same at another length of the context; the prompt grows with it where it fills it."""
         fills = self.prompt_length == self.context_length
         prompt_length = context_length if fills else min(self.prompt_length, context_length)
@@ -71,7 +71,7 @@ class Workload:
         """As plain data; what most workloads have nothing of only where there is any."""
         return {name: value for name, value in asdict(self).items() if name not in RARE or value}
 
-    def decoding_before(self, end: int | None, tokens: int = 1) -> Workload:
+    def decoding_before(self, end: int | None, tokens: int = 1) -> WorkloadShape:
         """Return the same with a context after which so many tokens can be decoded before positions end."""
         if end is None or self.context_length <= end - tokens:
             return self
@@ -133,7 +133,7 @@ class ModuleCost:
         """What of its cache is where it runs, also while it does not."""
         return self.cache_bytes - self.offloaded_bytes + (0 if self.offloaded_bytes else self.retained_bytes)
 
-    def exchanged_bytes(self, phase: str, workload: Workload) -> int:
+    def exchanged_bytes(self, phase: str, workload: WorkloadShape) -> int:
         """What of its cache goes to the CPU in a forward: of a token, on the mean from the prompt to the end.
 
         In decoding, as much has come from there.
@@ -143,13 +143,13 @@ class ModuleCost:
         prefilled_bytes = self.at(workload, workload.prompt_length).offloaded_bytes
         return prefilled_bytes if phase == "prefill" else (prefilled_bytes + self.offloaded_bytes) // 2
 
-    def visiting_bytes(self, workload: Workload) -> int:
+    def visiting_bytes(self, workload: WorkloadShape) -> int:
         """What of an offloaded cache is on a card at once: a layer's as it was and as it is, and the next one's."""
         if not self.offloaded_bytes:
             return 0
         return (2 if workload.cache == "offloaded_static" else 3) * self.offloaded_bytes + self.retained_bytes
 
-    def pinned_bytes(self, workload: Workload) -> int:
+    def pinned_bytes(self, workload: WorkloadShape) -> int:
         """What of the CPU's memory its cache takes that is offloaded.
 
         torch pins it in blocks of a power of two, and keeps those that the cache has outgrown since the prompt.
@@ -163,7 +163,7 @@ class ModuleCost:
             total_bytes += block_bytes + outgrown_bytes
         return total_bytes
 
-    def at(self, workload: Workload, context_length: int) -> ModuleCost:
+    def at(self, workload: WorkloadShape, context_length: int) -> ModuleCost:
         """What memory it takes at another length of the context than that of the workload it was measured under.
 
         Caches grow as between the prefill and one twice as long, and so do the peaks of a prefill that is as long as
@@ -250,7 +250,7 @@ class Measurement:
     the workload names. `media` is what came of images and sound, where the workload has such.
     """
 
-    workload: Workload
+    workload: WorkloadShape
     modules: tuple[ModuleCost, ...]
     crossings: tuple[Crossing, ...] = ()
     bonds: tuple[tuple[str, str], ...] = ()
@@ -321,7 +321,7 @@ class Measurement:
             KeyError, TypeError: where the value is not one.
         """
         return cls(
-            workload=Workload(**value["workload"]),
+            workload=WorkloadShape(**value["workload"]),
             modules=tuple(ModuleCost(**dict(zip(value["columns"], row, strict=True))) for row in value["modules"]),
             crossings=tuple(Crossing(**dict(zip(CROSSING_FIELDS, row, strict=True))) for row in value["crossings"]),
             bonds=tuple((reader, maker) for reader, maker in value["bonds"]),

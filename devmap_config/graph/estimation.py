@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.costs import Measurement, ModuleCost, Workload
+from devmap_config.graph.costs import Measurement, ModuleCost, WorkloadShape
 from devmap_config.graph.model import ModelGraph, ModulePath
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.graph.failures import Failure
+    from devmap_config.graph.failures import MeasurementFailure
 
 BYTES_PER_ELEMENT = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -21,7 +21,9 @@ LIVE_INTERMEDIATE_STATES = 3
 """Copies of the widened states in a gated feed-forward: gate, its activation, up."""
 
 
-def estimate(graph: ModelGraph, config: Mapping[str, Any], workload: Workload, failure: Failure) -> Measurement:
+def estimate(
+    graph: ModelGraph, config: Mapping[str, Any], workload: WorkloadShape, failure: MeasurementFailure
+) -> Measurement:
     """Costs as a plain decoder of this size would have them, spread over the blocks; marked as not measured.
 
     `config` is the text part of the model's config; what it does not say is taken to be as in a plain decoder.

@@ -52,14 +52,14 @@ class PromptTooShortError(OtherInputsError):
 
 
 @dataclass(frozen=True)
-class Failure:
+class MeasurementFailure:
     """Why a model could not be run without data."""
 
     cause: Cause
     reason: str
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: Exception) -> MeasurementFailure:
     """Return why a model could not be run without data, by what was raised and where.
 
     What torch raises where data is missing is the model's doing under every version of the libraries. Anything else is
@@ -69,25 +69,25 @@ def failure_of(error: Exception) -> Failure:
     if (changed := next((each for each in causes if isinstance(each, LibraryChangedError)), None)) is not None:
         return _of_change(changed)
     if (other := next((each for each in causes if isinstance(each, OtherInputsError)), None)) is not None:
-        return Failure("model", str(other))
+        return MeasurementFailure("model", str(other))
     described = _described(error)
     try:
         if any(map(needs_data, causes)):
-            return Failure("model", described)
+            return MeasurementFailure("model", described)
     except LibraryChangedError as unknown:  # what torch raises where data is missing cannot be told any more
         return _of_change(unknown)
     frames = _frames(error)
     packages = [_package(frame.filename) for frame in reversed(frames)] or [""]
     if (new := untried()) and (library := next((each for each in packages if each in new), new[0])):
         where = f" ({_raised_at(frames)})" if packages[0] == OWN_CODE.name else ""
-        return Failure("library", _shortened(f"{moved(library)}: {described}{where}"))
+        return MeasurementFailure("library", _shortened(f"{moved(library)}: {described}{where}"))
     if packages[0] == OWN_CODE.name:
-        return Failure("own", _shortened(f"{described} ({_raised_at(frames)})"))
-    return Failure("model", described)
+        return MeasurementFailure("own", _shortened(f"{described} ({_raised_at(frames)})"))
+    return MeasurementFailure("model", described)
 
 
-def _of_change(change: LibraryChangedError) -> Failure:
-    return Failure("library", _shortened(f"{moved(change.library)}: {change.what}"))
+def _of_change(change: LibraryChangedError) -> MeasurementFailure:
+    return MeasurementFailure("library", _shortened(f"{moved(change.library)}: {change.what}"))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.costs import WorkloadShape
 
 OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
 """What models for images and sounds take, and models that go on with what others made."""
@@ -44,7 +44,7 @@ class Forwards:
     """
 
     model: PreTrainedModel
-    workload: Workload
+    workload: WorkloadShape
     media: tuple[Media, ...] = ()
     offloads: bool = False
     _encoded: Any = None

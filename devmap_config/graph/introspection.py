@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from devmap_config.graph.adapter import AdapterConfig
-    from devmap_config.graph.costs import Measurement, Workload
+    from devmap_config.graph.costs import Measurement, WorkloadShape
     from devmap_config.quantization.method import Quantization
 
 
@@ -56,7 +56,7 @@ def build_graph(
     class_name: str,
     dtype: str,
     attention: str | None,
-    workload: Workload | None = None,
+    workload: WorkloadShape | None = None,
     trust_remote_code: bool = False,
     repository: tuple[str, str] | None = None,
     quantization: Quantization | None = None,
@@ -252,7 +252,7 @@ def _is_own(class_name: str) -> bool:
     return found is not None and not is_auto_class(found)
 
 
-def _measured(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
+def _measured(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape) -> Measurement:
     text_config = model.config.get_text_config(decoder=True)
     try:
         from devmap_config.graph.measurement import UnmeasurableModelError, measure

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.costs import WorkloadShape
 
 GROUP_LENGTH = 64
 """So many numbers that are quantised have a scale and a shift in common: transformers' default."""
 
 
-def made_cache(model: PreTrainedModel, workload: Workload, length: int, *, offloading: bool) -> Any:
+def made_cache(model: PreTrainedModel, workload: WorkloadShape, length: int, *, offloading: bool) -> Any:
     """Return the cache that a model is given which is about to take a prompt of so many tokens; `None` for none.
 
     Args:
@@ -51,7 +51,7 @@ def made_cache(model: PreTrainedModel, workload: Workload, length: int, *, offlo
     return StaticCache(config=config, max_cache_len=room, offloading=is_offloaded)
 
 
-def require_fit(model: PreTrainedModel, workload: Workload) -> None:
+def require_fit(model: PreTrainedModel, workload: WorkloadShape) -> None:
     """Check that `generate` gives a model the cache that its workload names.
 
     Raises:
@@ -70,7 +70,7 @@ def require_fit(model: PreTrainedModel, workload: Workload) -> None:
     del cache
 
 
-def offloaded_tensors(cache: Any, workload: Workload) -> list[list[torch.Tensor]]:
+def offloaded_tensors(cache: Any, workload: WorkloadShape) -> list[list[torch.Tensor]]:
     """Return the tensors of each layer of a cache that are on the CPU while the layer does not run.
 
     Args:
@@ -96,7 +96,7 @@ def offloaded_tensors(cache: Any, workload: Workload) -> list[list[torch.Tensor]
     return [tensors for tensors in found if tensors]
 
 
-def _require_groups(config: Any, workload: Workload) -> None:
+def _require_groups(config: Any, workload: WorkloadShape) -> None:
     """Check that keys and values of any number of tokens are whole groups: else quanto fails, at some token."""
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     width = getattr(config, "head_dim", None) or _divided(config)

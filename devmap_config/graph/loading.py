@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.files import exists
-from devmap_config.graph.adapter import Adapter, AdapterError, find_adapter
+from devmap_config.graph.adapter import AdapterError, LoraAdapter, find_adapter
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
-from devmap_config.graph.costs import Workload
-from devmap_config.graph.failures import Failure, failure_of
+from devmap_config.graph.costs import WorkloadShape
+from devmap_config.graph.failures import MeasurementFailure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.model import LoadingFacts
 from devmap_config.graph.other_formats import advice_on_missing
@@ -76,7 +76,7 @@ class LoadedModel:
     attention: str | None
     quantization: Quantization | None = None
     dry_runs: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Adapter | None = None
+    adapter: LoraAdapter | None = None
 
     @property
     def is_counted(self) -> bool:
@@ -117,9 +117,9 @@ class GraphInputs:
     class_name: str
     dtype: str
     attention: str | None = None
-    workload: Workload | None = None
+    workload: WorkloadShape | None = None
     quantization: Quantization | None = None
-    adapter: Adapter | None = None
+    adapter: LoraAdapter | None = None
     trust_remote_code: bool = False
 
     def compared(self) -> Mapping[str, object]:
@@ -212,7 +212,7 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
     return LoadedModel(graph, source, class_name, inputs.dtype, inputs.attention, quantization, dry_runs, adapter)
 
 
-def _find_adapter(loaded: LoadedProfile) -> Adapter | None:
+def _find_adapter(loaded: LoadedProfile) -> LoraAdapter | None:
     """The adapter that a profile names.
 
     Raises:
@@ -229,7 +229,7 @@ def _adapter_span(loaded: LoadedProfile) -> Span | None:
     return None if wanted is None else wanted.source.span
 
 
-def _adapter_digest(adapter: Adapter | None) -> str | None:
+def _adapter_digest(adapter: LoraAdapter | None) -> str | None:
     return None if adapter is None else adapter.config.digest
 
 
@@ -460,7 +460,7 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
         return None
 
 
-def _workload(loaded: LoadedProfile) -> Workload | None:
+def _workload(loaded: LoadedProfile) -> WorkloadShape | None:
     """What is to be measured; nothing where the profile names no context."""
     wanted = loaded.profile.workload
     if (context_length := wanted.context_length.value) is None:
@@ -470,7 +470,7 @@ def _workload(loaded: LoadedProfile) -> Workload | None:
     prompt_length = wanted.prompt_length or context_length
     if loaded.profile.is_for_vllm and wanted.prompt_length is None:
         prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // wanted.batch_size), 1)
-    return Workload(
+    return WorkloadShape(
         batch_size=wanted.batch_size,
         context_length=context_length,
         prompt_length=min(prompt_length + proposed, context_length),
@@ -553,7 +553,7 @@ def _report_unread(graph: ModelGraph, reason: str, span: Span | None, sink: Sink
     """Report that it is not known what is merged while loading: an error of a model that has what may be merged."""
     may_be_merged = any(len(tensor.shape) > 2 for tensor in graph.root.tensors() if tensor.kind == "parameter")
     consequence = "what loading takes besides the weights is not known, and the plan has no room for it"
-    report_failure(Failure("library", reason), consequence, span, sink, allowed=allowed or not may_be_merged)
+    report_failure(MeasurementFailure("library", reason), consequence, span, sink, allowed=allowed or not may_be_merged)
 
 
 def report_positions(measurement: Measurement, span: Span | None, sink: Sink) -> None:
@@ -630,7 +630,7 @@ def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *
         return  # which is an error
     if measurement.workload.cache not in ("dynamic", "static"):
         return  # likewise
-    failure = Failure(measurement.cause, measurement.reason or "")
+    failure = MeasurementFailure(measurement.cause, measurement.reason or "")
     if failure.cause == "model":
         sink.warning(
             "unmeasured-model",
@@ -646,7 +646,9 @@ def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *
 ALLOW_UNMEASURED = "`--allow-unmeasured`"
 
 
-def report_failure(failure: Failure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool | None) -> None:
+def report_failure(
+    failure: MeasurementFailure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool | None
+) -> None:
     """Report that it was not for the model that something of it could not be found out.
 
     Args:

@@ -24,10 +24,10 @@ from devmap_config.graph.costs import (
     MediaUse,
     ModuleCost,
     Positions,
-    Workload,
+    WorkloadShape,
 )
 from devmap_config.graph.failures import (
-    Failure,
+    MeasurementFailure,
     MissingSizeError,
     NoMediaError,
     OtherInputsError,
@@ -64,13 +64,13 @@ class UnmeasurableModelError(Exception):
     `positions` tell how long a context it takes, as far as that could be found out.
     """
 
-    def __init__(self, failure: Failure, positions: Positions) -> None:
+    def __init__(self, failure: MeasurementFailure, positions: Positions) -> None:
         self.failure = failure
         self.positions = positions
         super().__init__(failure.reason)
 
 
-def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Measurement:
+def measure(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape) -> Measurement:
     """The costs of a model that was built on the meta device. The model is of no use afterwards: its tensors are fake.
 
     A context beyond the end of the model's positions is not measured: the measurement tells of that end alone.
@@ -119,7 +119,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: Workload) -> Me
     return replace(measurement, positions=positions)
 
 
-SHORT = Workload(batch_size=1, context_length=SHORT_LENGTH, prompt_length=SHORT_LENGTH)
+SHORT = WorkloadShape(batch_size=1, context_length=SHORT_LENGTH, prompt_length=SHORT_LENGTH)
 
 
 def _end_of_positions(
@@ -150,7 +150,7 @@ def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, 
 
 
 def _measured_with_media(
-    model: PreTrainedModel, workload: Workload, runner: Callable[..., _Runner], kinds: tuple[Kind, ...]
+    model: PreTrainedModel, workload: WorkloadShape, runner: Callable[..., _Runner], kinds: tuple[Kind, ...]
 ) -> Measurement:
     """A measurement with images and sound; where these cannot be tried, of as many tokens of text alone."""
     try:

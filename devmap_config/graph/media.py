@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.costs import WorkloadShape
 
     Tensors = dict[str, torch.Tensor]
 
@@ -81,7 +81,7 @@ class Media:
     beside: Callable[[torch.Tensor, torch.Tensor], Tensors] = field(default=lambda *_: {})
 
 
-def media_of(model: PreTrainedModel, workload: Workload) -> tuple[Media, ...]:
+def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ...]:
     """Return the images and the sound of a workload as a model is given them.
 
     To be called among tensors without data, of which values are known.
@@ -105,7 +105,11 @@ def media_of(model: PreTrainedModel, workload: Workload) -> tuple[Media, ...]:
 
 
 def _asked(
-    model: PreTrainedModel, workload: Workload, candidates: Iterator[Media], token_names: tuple[str, ...], features: str
+    model: PreTrainedModel,
+    workload: WorkloadShape,
+    candidates: Iterator[Media],
+    token_names: tuple[str, ...],
+    features: str,
 ) -> Media:
     """The first candidate that the model's own code makes features of, with how many these are."""
     error: Exception = OtherInputsError("it takes none that is known")
@@ -204,7 +208,7 @@ class _Images:
     """What the config says of the images that a model takes, and how many there are."""
 
     model: PreTrainedModel
-    workload: Workload
+    workload: WorkloadShape
     accepted: frozenset[str]
 
     @property
@@ -269,7 +273,7 @@ def _side(value: Any, default: Any) -> Any:
     return value[0] if isinstance(value, (list, tuple)) else default if value is None else value
 
 
-def image_candidates(model: PreTrainedModel, workload: Workload) -> Iterator[Media]:
+def image_candidates(model: PreTrainedModel, workload: WorkloadShape) -> Iterator[Media]:
     """Yield ways to give a model its images, likely ones first."""
     images = _Images(model, workload, frozenset(inspect.signature(model.forward).parameters))
     for name, make in BY_PARAMETER.items():
@@ -551,7 +555,7 @@ class _Sound:
     """What the config says of the sound that a model hears, and how long it is."""
 
     model: PreTrainedModel
-    workload: Workload
+    workload: WorkloadShape
     accepted: frozenset[str]
 
     @property
@@ -589,7 +593,7 @@ class _Sound:
         return torch.ones(shape, dtype=dtype or self.model.dtype)
 
 
-def sound_candidates(model: PreTrainedModel, workload: Workload) -> Iterator[Media]:
+def sound_candidates(model: PreTrainedModel, workload: WorkloadShape) -> Iterator[Media]:
     """Yield ways to give a model its sound, likely ones first."""
     sound = _Sound(model, workload, frozenset(inspect.signature(model.forward).parameters))
     heard = getattr(model.get_encoder(), "main_input_name", None) if model.config.is_encoder_decoder else None

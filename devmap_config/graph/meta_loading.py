@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from devmap_config.graph.checkpoint_match import CheckpointMatch, Mismatch
+from devmap_config.graph.checkpoint_match import CheckpointMatch, TensorMismatch
 from devmap_config.graph.introspection import config_and_class
 from devmap_config.graph.model import ancestors
 from devmap_config.libraries.remote_code import code_of_models
@@ -95,8 +95,8 @@ def match_names(
         )
     info = reports[0]
     wanted = model.state_dict()
-    reshaped = [Mismatch(name, _shown(found), _shown(expected)) for name, found, expected in info.mismatched_keys]
-    unconverted = [Mismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
+    reshaped = [TensorMismatch(name, _shown(found), _shown(expected)) for name, found, expected in info.mismatched_keys]
+    unconverted = [TensorMismatch(name, "", "", _last_line(reason)) for name, reason in info.conversion_errors.items()]
     is_quantized = getattr(config, "quantization_config", None) is not None
     other_kinds = _of_quantized(checkpoint, shapes) if is_quantized else _of_other_kinds(checkpoint, wanted)
     found = [*_gaps(checkpoint, model), *other_kinds, *unconverted, *reshaped]
@@ -142,7 +142,7 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) -> Iterator[Mismatch]:
+def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) -> Iterator[TensorMismatch]:
     """Tensors that are stored in a kind of number that casting does not turn into what the model holds.
 
     Integers, or floats of 8 bits, in place of weights are those of a quantised model, whose scales are apart.
@@ -154,21 +154,21 @@ def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) 
             continue
         if held.is_floating_point() and (not dtype.is_floating_point or dtype.itemsize == 1):
             shape, name_of_dtype = _shown(tensor.shape), str(held.dtype).removeprefix("torch.")
-            yield Mismatch(name, f"{shape} of {TORCH_DTYPES[tensor.dtype]}", f"{shape} of {name_of_dtype}")
+            yield TensorMismatch(name, f"{shape} of {TORCH_DTYPES[tensor.dtype]}", f"{shape} of {name_of_dtype}")
 
 
-def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Mismatch]:
+def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[TensorMismatch]:
     """Floats of 8 bits that transformers takes as they are: without a scale or, in older versions, in any shape."""
     for name, tensor in checkpoint.tensors.items():
         stem = name.removesuffix("weight")
         scales = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}weight_scale")
         if tensor.dtype.startswith("F8_E4") and not any(scale in checkpoint.tensors for scale in scales):
-            yield Mismatch(name, "", "", f"is of {tensor.dtype}, and its scale is missing")
+            yield TensorMismatch(name, "", "", f"is of {tensor.dtype}, and its scale is missing")
         if tensor.dtype.startswith("F8_E4") and shapes.get(name, tensor.shape) != tensor.shape:
-            yield Mismatch(name, _shown(tensor.shape), _shown(shapes[name]))
+            yield TensorMismatch(name, _shown(tensor.shape), _shown(shapes[name]))
 
 
-def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:
+def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[TensorMismatch]:
     """Lists that are merged into one tensor, and of which the checkpoint has numbers that do not follow one another.
 
     transformers merges them in their order, so that each after a gap would be taken for the one before it.
@@ -184,7 +184,9 @@ def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[Mismatch]:
     for name, found in numbers.items():
         absent = next(number for number in count() if number not in found)
         if absent < max(found):
-            yield Mismatch(name.replace("*", str(absent)), "", "", f"is missing between others, up to {max(found)}")
+            yield TensorMismatch(
+                name.replace("*", str(absent)), "", "", f"is missing between others, up to {max(found)}"
+            )
 
 
 def _shown(shape: Any) -> str:

@@ -43,14 +43,14 @@ TORCH_ATTENTION = torch_attention()
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class RecordedEvent:
     """Something that happened while these modules were running, the innermost last."""
 
     running: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Allocation(Event):
+class Allocation(RecordedEvent):
     """A storage that came to be (positive) or went (negative); which one it was tells no two apart."""
 
     storage: int = field(compare=False)
@@ -67,7 +67,7 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         self.names = names
         self.traffic = traffic
         self.running: tuple[str, ...] = ()
-        self.events: list[Event] = []
+        self.events: list[RecordedEvent] = []
         self.repeated: dict[str, str] = {}  # by blocks that stood still, the block whose doings they repeated
         self.stands_for: dict[int, tuple[str, int]] = {}
         """By storages that a block left, that block, and how many repeated it: theirs go when the storage goes."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from devmap_config.graph.recording import Event, Recorder
+    from devmap_config.graph.recording import RecordedEvent, Recorder
 
 Figure = TypeVar("Figure")
 
@@ -88,13 +88,13 @@ class _Stretch:
     gave: tuple[object, ...]
     """Of every leaf of its output which input it was, or the shape of a new tensor."""
     structure: Any
-    events: tuple[Event, ...]
+    events: tuple[RecordedEvent, ...]
     left: frozenset[int]
     """The storages that it made and left behind, besides its output."""
     returned: frozenset[int | None]
     """The storages of its output that it made."""
 
-    def moved_to(self, path: str) -> list[Event]:
+    def moved_to(self, path: str) -> list[RecordedEvent]:
         """What would have happened, had another block run."""
         moved = {
             running: tuple(moved_to(module, self.path, path) for module in running)
@@ -185,7 +185,7 @@ class Repetition:
             self._stretches[path] = _Stretch(
                 path=path,
                 given=traits,
-                gave=_gifts(path, leaves, inputs),
+                gave=_outputs(path, leaves, inputs),
                 structure=structure,
                 events=events,
                 left=frozenset(made - gone - returned),
@@ -209,7 +209,7 @@ class Repetition:
                 return own(*arguments, **options)
             self._repeated[path] = self.recorder.repeated[path] = like
             mark = len(self.recorder.events)
-            output = tree_unflatten([_given(gift, inputs) for gift in stretch.gave], stretch.structure)
+            output = tree_unflatten([_remade(part, inputs) for part in stretch.gave], stretch.structure)
             self.recorder.events[mark:] = stretch.moved_to(path)  # which tell of the output as well
             return output
 
@@ -256,24 +256,24 @@ class _Input:
     place: int
 
 
-def _gifts(path: str, leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
+def _outputs(path: str, leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
     """What a block gave: one of its inputs, or a tensor that is all of its storage."""
     places = {id(leaf): place for place, leaf in enumerate(inputs)}
     old = {storage_key(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor)}
-    gifts: list[object] = []
+    outputs: list[object] = []
     for leaf in leaves:
         if id(leaf) in places:
-            gifts.append(_Input(places[id(leaf)]))
+            outputs.append(_Input(places[id(leaf)]))
         elif leaf is None:
-            gifts.append(None)
+            outputs.append(None)
         elif not isinstance(leaf, torch.Tensor):
             raise NotAlikeError("a block gives what is no tensor", path)
         elif storage_key(leaf) in old or leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size():
             raise NotAlikeError("a block gives a part of a tensor", path)
         else:
             old.add(storage_key(leaf))
-            gifts.append(_Tensor.like(leaf))
-    return tuple(gifts)
+            outputs.append(_Tensor.like(leaf))
+    return tuple(outputs)
 
 
 def _given_traits(arguments: Any, options: Any, position: int) -> object:
@@ -283,11 +283,11 @@ def _given_traits(arguments: Any, options: Any, position: int) -> object:
     return (structure, tuple(_trait(leaf, position) for leaf in leaves), moved)
 
 
-def _given(gift: object, inputs: list[Any]) -> Any:
-    if isinstance(gift, _Input):
-        return inputs[gift.place]
-    if isinstance(gift, _Tensor):
-        return torch.empty_strided(gift.shape, gift.stride, dtype=gift.dtype, device=gift.device)
+def _remade(output: object, inputs: list[Any]) -> Any:
+    if isinstance(output, _Input):
+        return inputs[output.place]
+    if isinstance(output, _Tensor):
+        return torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device=output.device)
     return None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from devmap_config.files import GRAPH, FileError, read_json
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.digest import digest
 from devmap_config.graph.model import ModelGraph  # noqa: TC001
 from devmap_config.graph.serialization import graph_from_json, graph_to_json
@@ -57,7 +57,7 @@ class VendoredGraph:
     class_name: str
     dtype: str
     attention: str | None
-    workload: Workload | None
+    workload: WorkloadShape | None
     quantization: Mapping[str, Any] | None = None
     adapter: str | None = None
     """The digest of what the adapter's config says, which the graph counts."""
@@ -110,7 +110,7 @@ def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
             for each in fields(VendoredGraph)
             if each.name not in LEFT_OUT or each.name in value
         }
-        workload = None if value["workload"] is None else Workload(**value["workload"])
+        workload = None if value["workload"] is None else WorkloadShape(**value["workload"])
         vendored = VendoredGraph(**{**stated, "graph": graph_from_json(value["graph"]), "workload": workload})
         _types().validate_python(vendored)
         _require_consistent(vendored.graph)

@@ -20,7 +20,7 @@ NANOSECONDS_PER_SECOND = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class InventoryLink:
     """A way for bytes, one direction at a time.
 
     `unpinned_bytes_per_second` is what is reached where the CPU's memory at one end of it is not pinned.
@@ -40,24 +40,24 @@ class Link:
         return (None if is_pinned else self.unpinned_bytes_per_second) or self.bytes_per_second
 
     @property
-    def unpinned(self) -> Link:
+    def unpinned(self) -> InventoryLink:
         """The same from memory that is not pinned."""
-        return Link(bytes_per_second=self.rate(is_pinned=False), latency_nanoseconds=self.latency_nanoseconds)
+        return InventoryLink(bytes_per_second=self.rate(is_pinned=False), latency_nanoseconds=self.latency_nanoseconds)
 
     @property
-    def twice_as_fast(self) -> Link:
+    def twice_as_fast(self) -> InventoryLink:
         """The same, were it so."""
         unpinned = self.unpinned_bytes_per_second
-        return Link(
+        return InventoryLink(
             bytes_per_second=2 * self.bytes_per_second,
             latency_nanoseconds=self.latency_nanoseconds // 2,
             unpinned_bytes_per_second=None if unpinned is None else 2 * unpinned,
         )
 
-    def then(self, other: Link) -> Link:
+    def then(self, other: InventoryLink) -> InventoryLink:
         """Return one link after the other: what takes two copies."""
         both = self.bytes_per_second * other.bytes_per_second // (self.bytes_per_second + other.bytes_per_second)
-        return Link(
+        return InventoryLink(
             bytes_per_second=max(both, 1), latency_nanoseconds=self.latency_nanoseconds + other.latency_nanoseconds
         )
 
@@ -147,7 +147,7 @@ class Inventory:
     """
 
     devices: tuple[InventoryDevice, ...]
-    links: Mapping[tuple[Device, Device], Link] = field(default_factory=dict)
+    links: Mapping[tuple[Device, Device], InventoryLink] = field(default_factory=dict)
     dispatch_nanoseconds: int = DISPATCH_NANOSECONDS
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     together_bytes_per_second: int | None = None
@@ -206,7 +206,7 @@ class Inventory:
         for pair, figures in value["links"].items():
             source, target = map(Device.from_text, pair.split("-"))
             known = {name: whole(figure) for name, figure in figures.items() if figure is not None}
-            links[source, target] = Link(**known)
+            links[source, target] = InventoryLink(**known)
         together = value.get("together_bytes_per_second")
         return cls(
             tuple(devices),

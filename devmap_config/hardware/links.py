@@ -12,7 +12,7 @@ from devmap_config.hardware.constants import (
     UNPINNED_MOST_BYTES_PER_SECOND,
     UNPINNED_SHARE,
 )
-from devmap_config.hardware.inventory import Link
+from devmap_config.hardware.inventory import InventoryLink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 def links_between(
     devices: Sequence[InventoryDevice], specified: Mapping[str, LinkSpecification]
-) -> dict[tuple[Device, Device], Link]:
+) -> dict[tuple[Device, Device], InventoryLink]:
     """Return the link of every ordered pair of devices of which it is known: the profile's, else the catalogue's.
 
     A pair by name comes before `peer`, `host` and `disk`. Accelerators that cannot reach each other go through the
     host's memory, and what is on the disk through it as well.
     """
     given = {name: _given(specification) for name, specification in specified.items()}
-    links: dict[tuple[Device, Device], Link] = {}
+    links: dict[tuple[Device, Device], InventoryLink] = {}
     for source in devices:
         for target in devices:
             if source is not target:
@@ -46,9 +46,9 @@ def links_between(
 
 def links_of_hosts(
     by_host: Mapping[str | None, Sequence[InventoryDevice]], hardware: Hardware
-) -> dict[tuple[Device, Device], Link]:
+) -> dict[tuple[Device, Device], InventoryLink]:
     """Return the links within each host, and between accelerators of two by their networks: as fast as the slower."""
-    links: dict[tuple[Device, Device], Link] = {}
+    links: dict[tuple[Device, Device], InventoryLink] = {}
     for name, devices in by_host.items():
         own = {} if name is None else hardware.hosts[name].links
         links |= links_between(devices, {**hardware.links, **own})
@@ -59,7 +59,7 @@ def links_of_hosts(
             ends = _network(hardware, source), _network(hardware, target)
             if (link := _slower(*ends)) is not None:
                 latency = max(end.latency_nanoseconds for end in ends if end is not None)
-                between = Link(bytes_per_second=link.bytes_per_second, latency_nanoseconds=latency)
+                between = InventoryLink(bytes_per_second=link.bytes_per_second, latency_nanoseconds=latency)
                 links |= {
                     (device.id, other.id): between for device in devices for other in others if _talks(device, other)
                 }
@@ -70,27 +70,29 @@ def _talks(device: InventoryDevice, other: InventoryDevice) -> bool:
     return DISK not in (device.id.of_its_host, other.id.of_its_host)
 
 
-def _network(hardware: Hardware, host: str) -> Link | None:
+def _network(hardware: Hardware, host: str) -> InventoryLink | None:
     network, usual = hardware.hosts[host].network, hardware.links.get("network")
     bandwidth = network.bandwidth or (None if usual is None else usual.bandwidth)
     latency = network.latency if network.latency is not None or usual is None else usual.latency
     if bandwidth is None:
         return None
-    return Link(
+    return InventoryLink(
         bytes_per_second=bandwidth,
         latency_nanoseconds=NETWORK_LATENCY_NANOSECONDS if latency is None else int(latency),
     )
 
 
-def _given(specification: LinkSpecification) -> Link:
+def _given(specification: LinkSpecification) -> InventoryLink:
     latency = specification.latency
-    return Link(
+    return InventoryLink(
         bytes_per_second=specification.bandwidth,
         latency_nanoseconds=LATENCY_NANOSECONDS if latency is None else int(latency),
     )
 
 
-def _usual(source: InventoryDevice, target: InventoryDevice, given: Mapping[str, Link]) -> Link | None:
+def _usual(
+    source: InventoryDevice, target: InventoryDevice, given: Mapping[str, InventoryLink]
+) -> InventoryLink | None:
     if source.id.is_accelerator and target.id.is_accelerator:
         hosts = _in_turn(_host(source, given), _host(target, given))
         return given.get("peer") or _slower(_peer(source), _peer(target)) or hosts
@@ -103,28 +105,28 @@ def _usual(source: InventoryDevice, target: InventoryDevice, given: Mapping[str,
     return host if disk is None or host is None else _slower(reading, host.unpinned)  # it is read while it is copied
 
 
-def _in_turn(first: Link | None, second: Link | None) -> Link | None:
+def _in_turn(first: InventoryLink | None, second: InventoryLink | None) -> InventoryLink | None:
     return None if first is None or second is None else first.then(second)
 
 
-def _slower(first: Link | None, second: Link | None) -> Link | None:
+def _slower(first: InventoryLink | None, second: InventoryLink | None) -> InventoryLink | None:
     if first is None or second is None:
         return None
     return min(first, second, key=lambda link: link.bytes_per_second)
 
 
-def _peer(device: InventoryDevice) -> Link | None:
+def _peer(device: InventoryDevice) -> InventoryLink | None:
     card = device.accelerator
     return None if card is None else _reached(card.peer_link_bytes_per_second, card.link_efficiency)
 
 
-def _host(device: InventoryDevice, given: Mapping[str, Link]) -> Link | None:
+def _host(device: InventoryDevice, given: Mapping[str, InventoryLink]) -> InventoryLink | None:
     card = device.accelerator
     usual = None if card is None else _reached(card.host_link_bytes_per_second, card.link_efficiency)
     return _unpinned(given.get("host") or usual, given.get("unpinned"))
 
 
-def _unpinned(link: Link | None, given: Link | None) -> Link | None:
+def _unpinned(link: InventoryLink | None, given: InventoryLink | None) -> InventoryLink | None:
     """Return a link with what it reaches from memory that is not pinned."""
     if link is None:
         return None
@@ -132,10 +134,10 @@ def _unpinned(link: Link | None, given: Link | None) -> Link | None:
     return replace(link, unpinned_bytes_per_second=usual if given is None else given.bytes_per_second)
 
 
-def _reading(disk: InventoryDevice) -> Link | None:
+def _reading(disk: InventoryDevice) -> InventoryLink | None:
     rate = disk.reached("bandwidth_bytes_per_second")
-    return None if rate is None else Link(bytes_per_second=rate)
+    return None if rate is None else InventoryLink(bytes_per_second=rate)
 
 
-def _reached(rate: int | None, efficiency: Fraction) -> Link | None:
-    return None if rate is None else Link(bytes_per_second=max(int(rate * efficiency), 1))
+def _reached(rate: int | None, efficiency: Fraction) -> InventoryLink | None:
+    return None if rate is None else InventoryLink(bytes_per_second=max(int(rate * efficiency), 1))

@@ -17,7 +17,7 @@ LIBRARIES = ("transformers", "accelerate")
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class LibraryMessage:
     """A warning of a library: which one, and its text."""
 
     library: str
@@ -25,7 +25,7 @@ class Message:
 
 
 @contextmanager
-def taken_down(messages: list[Message]) -> Iterator[None]:
+def taken_down(messages: list[LibraryMessage]) -> Iterator[None]:
     """Take down, within, each warning that the libraries log or raise as Python's warnings, in the order they come.
 
     Imports none of them: who imports transformers within calls `take_down_from_here`.
@@ -40,7 +40,7 @@ def taken_down(messages: list[Message]) -> Iterator[None]:
             _SCRIBE.reset(token)
             scribe.leave()
             messages += [
-                Message(_library_of(each.filename), str(each.message))
+                LibraryMessage(_library_of(each.filename), str(each.message))
                 for each in raised
                 if not issubclass(each.category, (DeprecationWarning, PendingDeprecationWarning))  # for who writes code
             ]
@@ -70,7 +70,7 @@ def without_retries() -> Iterator[None]:
 class _Scribe(logging.Handler):
     """Writes down what the libraries log, in place of their handlers."""
 
-    def __init__(self, messages: list[Message]) -> None:
+    def __init__(self, messages: list[LibraryMessage]) -> None:
         super().__init__()
         self.messages = messages
         self.before: dict[logging.Logger, tuple[int, bool, list[logging.Handler]]] = {}
@@ -93,7 +93,7 @@ class _Scribe(logging.Handler):
             logger.handlers = handlers
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(Message(record.name.partition(".")[0], record.getMessage()))
+        self.messages.append(LibraryMessage(record.name.partition(".")[0], record.getMessage()))
 
 
 _SCRIBE: ContextVar[_Scribe | None] = ContextVar("scribe", default=None)

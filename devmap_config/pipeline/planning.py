@@ -43,7 +43,7 @@ Allowed: TypeAlias = "Callable[[Sequence[Slot]], Sequence[Mask]]"
 
 
 @dataclass(frozen=True)
-class Place:
+class PipelineCandidate:
     """A choice of devices with the best cut over them; `blocks` is what the least of the stages has room for."""
 
     slots: tuple[Slot, ...]
@@ -253,7 +253,7 @@ def _known(nanoseconds: int | None) -> int:
     return nanoseconds
 
 
-def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> Place | None:
+def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> PipelineCandidate | None:
     """Return the best stages in which all requests fit; `None` where there are none.
 
     Fast is what has a request wait least for its next token: with one request, all stages together; with as many as
@@ -276,7 +276,7 @@ def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> Place | None
     return min(widest, key=lambda place: (-place.tokens, len(place.slots), place.objective))
 
 
-def widest_place(problem: PipelineProblem) -> Place | None:
+def widest_place(problem: PipelineProblem) -> PipelineCandidate | None:
     """Return the stages with the largest cache, whether or not all requests fit; `None` where the weights do not."""
     places = [place for slots in _chosen(problem) if (place := _fastest(problem, slots, needed=0)) is not None]
     widest = [_widest(problem, place, None) for place in places]
@@ -289,13 +289,13 @@ def _chosen(problem: PipelineProblem) -> list[tuple[Slot, ...]]:
     return list(islice(chosen, MOST_CHOICES))
 
 
-def _fastest(problem: PipelineProblem, slots: tuple[Slot, ...], needed: int | None = None) -> Place | None:
+def _fastest(problem: PipelineProblem, slots: tuple[Slot, ...], needed: int | None = None) -> PipelineCandidate | None:
     needed = problem.needed_blocks(len(slots)) if needed is None else needed
     cut = _cut(problem, slots, needed)
     return None if cut is None else _place(problem, slots, cut)
 
 
-def _widest(problem: PipelineProblem, place: Place, budget: int | None) -> Place:
+def _widest(problem: PipelineProblem, place: PipelineCandidate, budget: int | None) -> PipelineCandidate:
     """Return the cut over the same devices with the largest cache that is within the budget."""
     best, low = place, place.blocks
     high = max(int(room.max()) for room in problem.rooms(place.slots))
@@ -317,12 +317,12 @@ def _cut(problem: PipelineProblem, slots: tuple[Slot, ...], needed: int) -> Cut 
     return best_cut(problem.costs(slots), allowed, problem.batches(len(slots)))
 
 
-def _place(problem: PipelineProblem, slots: tuple[Slot, ...], cut: Cut) -> Place:
+def _place(problem: PipelineProblem, slots: tuple[Slot, ...], cut: Cut) -> PipelineCandidate:
     bounds = bounds_of(cut.starts, len(problem.layers.paths))
     rooms = zip(problem.rooms(slots), bounds, strict=True)
     blocks = min(int(room[first, last]) for room, (first, last) in rooms)
     stages = len(slots)
-    return Place(
+    return PipelineCandidate(
         slots=slots,
         cut=cut,
         objective=cut.objective(problem.batches(stages)),

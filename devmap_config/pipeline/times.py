@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.segments import Phase
     from devmap_config.graph.costs import ModuleCost
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.hardware.inventory import Inventory, Link
+    from devmap_config.hardware.inventory import Inventory, InventoryLink
     from devmap_config.pipeline.slots import Slot
 
 SENT_TENSORS = 2
@@ -65,7 +65,7 @@ class StageTimes:
 
     def sending_nanoseconds(self, slot: Slot, following: Slot) -> int | None:
         """What it takes to give the next stage what it begins with."""
-        link: Link | None = self.inventory.links.get((slot[0].id, following[0].id))
+        link: InventoryLink | None = self.inventory.links.get((slot[0].id, following[0].id))
         if link is None:
             return None
         return link.nanoseconds(SENT_TENSORS * self.tokens * self.token_bytes, SENT_TENSORS)

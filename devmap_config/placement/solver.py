@@ -46,14 +46,14 @@ class Fastest:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ChainSolution:
     """The fastest choice that was found, if any, and what no choice can be below."""
 
     fastest: Fastest | None
     bound_nanoseconds: int
 
 
-def solve(chain: Chain, at_most: int = UNREACHABLE) -> Outcome:
+def solve(chain: Chain, at_most: int = UNREACHABLE) -> ChainSolution:
     """Return the fastest choice, of which it matters only whether it is below `at_most`: above that, there is no bound.
 
     The order of options does not matter.
@@ -63,8 +63,8 @@ def solve(chain: Chain, at_most: int = UNREACHABLE) -> Outcome:
     timed = [Fastest(choice, chain.nanoseconds(choice)) for choice in choices]
     fastest = min(timed, key=lambda each: each.nanoseconds, default=None)
     if fastest is None or fastest.nanoseconds >= at_most:
-        return Outcome(None, min(bound, at_most))
-    return Outcome(fastest, bound)
+        return ChainSolution(None, min(bound, at_most))
+    return ChainSolution(fastest, bound)
 
 
 def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice], int]:

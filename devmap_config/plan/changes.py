@@ -11,7 +11,7 @@ from devmap_config.wording import first_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from devmap_config.plan.lock import Inputs, Lock
+    from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.values import Scalar, Values
 
 WORTH_SEPARATORS = 10_000
@@ -26,7 +26,7 @@ CAUSES = {
 """What an input follows from: where such a value changed, that is what is said."""
 
 
-def changed_inputs(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> tuple[str, ...]:
+def changed_inputs(lock: Lock, inputs: InputDigests, variables: Mapping[str, str]) -> tuple[str, ...]:
     """What changed, a phrase for each input, with values where the lock has them; nothing where the lock is fresh."""
     now = inputs.to_json()
     changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now.get(name)]

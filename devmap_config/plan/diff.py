@@ -53,7 +53,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ValueChange:
     """A value in either plan."""
 
     before: Any
@@ -73,9 +73,9 @@ class Difference:
     """
 
     moves: tuple[Move, ...]
-    devices: Mapping[str, Change]
-    figures: Mapping[str, Change]
-    settings: Mapping[str, Change]
+    devices: Mapping[str, ValueChange]
+    figures: Mapping[str, ValueChange]
+    settings: Mapping[str, ValueChange]
 
     @property
     def is_none(self) -> bool:
@@ -123,11 +123,11 @@ def made_of(values: Mapping[str, Values], hardware: Mapping[str, Mapping[str, An
     return asked | config | cards
 
 
-def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, Change]:
+def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, ValueChange]:
     """What is different of the models and the cards; of two configs the first values, unless the model is another."""
     if not before or not after:
         return {}
-    changes = {name: Change(before.get(name), after.get(name)) for name in {**before, **after}}
+    changes = {name: ValueChange(before.get(name), after.get(name)) for name in {**before, **after}}
     changed = {name: change for name, change in changes.items() if not change.is_none}
     of_config = [name for name in changed if name.startswith("config.")]
     left_out = frozenset(of_config if "model" in changed else of_config[VALUES_SHOWN:])
@@ -147,14 +147,14 @@ def difference(
     uses = [{use["id"]: use for use in plan["devices"]} for plan in (before, after)]
     return Difference(
         moves=_moves(_homes(before), _homes(after)),
-        devices={name: Change(uses[0].get(name), uses[1].get(name)) for name in {**uses[1], **uses[0]}},
-        figures={name: Change(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
+        devices={name: ValueChange(uses[0].get(name), uses[1].get(name)) for name in {**uses[1], **uses[0]}},
+        figures={name: ValueChange(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
         settings=_changed_subjects(*made_of)
         | _changed_stages(before, after)
         | {
             name: change
             for name, meant in SETTINGS.items()
-            if not (change := Change(before.get(name, meant), after.get(name, meant))).is_none
+            if not (change := ValueChange(before.get(name, meant), after.get(name, meant))).is_none
         },
     )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.plan.lock import Inputs, Lock
+    from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.prepared import Prepared
     from devmap_config.profile.loading import LoadedProfile
@@ -78,7 +78,7 @@ def remedy(code: str, profile: Path) -> str:
     return "upgrade devmap-config" if code == "newer-lock" else f"run `devmap compile {profile}` and commit the lock"
 
 
-def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: Inputs) -> Held | Drift:
+def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> Held | Drift:
     """Return the plan of a lock where it holds, derived and verified as one that was just made; else why it does not.
 
     Nothing is placed for this. Where nothing but what was measured has changed, and the libraries that measure are of
@@ -140,7 +140,7 @@ def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _is_measured_otherwise(lock: Lock, inputs: Inputs, variables: Mapping[str, str]) -> bool:
+def _is_measured_otherwise(lock: Lock, inputs: InputDigests, variables: Mapping[str, str]) -> bool:
     """Return whether nothing has changed but what was measured.
 
     An early lock has one digest for that and the module tree: nothing else has changed then.
@@ -149,7 +149,7 @@ def _is_measured_otherwise(lock: Lock, inputs: Inputs, variables: Mapping[str, s
     return changed == {"graph" if lock.is_early else "measurement"} and dict(lock.variables) == dict(variables)
 
 
-def _comparable(inputs: Inputs, lock: Lock, graph: ModelGraph) -> Inputs:
+def _comparable(inputs: InputDigests, lock: Lock, graph: ModelGraph) -> InputDigests:
     """The inputs of now as far as a lock has them: early ones know no measurement, nor what was not at hand."""
     locked = lock.inputs.get("checkpoint")
     if locked is None or inputs.checkpoint is None:
@@ -193,7 +193,7 @@ def _drift(broken: list[str], versions: str, moved: tuple[str, ...] = ()) -> Dri
 
 
 def _contradictions(
-    lock: Lock, plan: Plan, hardware: Mapping[str, Any], inputs: Inputs, *, follows_measurement: bool
+    lock: Lock, plan: Plan, hardware: Mapping[str, Any], inputs: InputDigests, *, follows_measurement: bool
 ) -> Iterator[str]:
     """Everything that a lock says and that does not follow from what it decides and from its inputs."""
     if lock.plan["main_device"] != str(plan.main_device):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.graph.digest import digest
 from devmap_config.graph.serialization import graph_to_json
-from devmap_config.plan.lock import Inputs
+from devmap_config.plan.lock import InputDigests
 from devmap_config.plan.values import values_of, values_of_hardware
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ MEASURED = ("measurement", "skip_keys", "merged")
 """Of a graph, what tells how the model runs and not what it is: it differs between versions of transformers."""
 
 
-def inputs_of(prepared: Prepared) -> Inputs:
+def inputs_of(prepared: Prepared) -> InputDigests:
     """Return the inputs of a compilation."""
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
     graph = _as_digested(model.graph)
-    return Inputs(
+    return InputDigests(
         profile=digest(profile),
         config=model.source.config_digest,
         graph=digest({key: part for key, part in graph.items() if key not in (*MEASURED, "schema", "unread")}),

@@ -45,16 +45,16 @@ def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
     except LockError:
         return plan
     earlier = {name: home for unit, home in units for name in unit.tensors}
-    whole = _Search(plan, prepared, earlier)
+    whole = _PlanKeeping(plan, prepared, earlier)
     if whole.keep(tuple(earlier)):
         return whole.best
     found = []
     for order in (1, -1):
-        search = _Search(plan, prepared, earlier)
+        search = _PlanKeeping(plan, prepared, earlier)
         for moved in _moved_together(prepared.graph, earlier, _homes(plan))[::order]:
             search.keep_most(moved[::order])
         found.append(search)
-    return min(found, key=_Search.distance).best
+    return min(found, key=_PlanKeeping.distance).best
 
 
 def _homes(plan: Plan) -> Homes:
@@ -78,7 +78,7 @@ def _moved_together(graph: ModelGraph, before: Homes, after: Homes) -> list[tupl
 
 
 @dataclass
-class _Search:
+class _PlanKeeping:
     """Puts back what moved, as long as the plan stays as good as the new one; `best` is the nearest found so far."""
 
     new: Plan

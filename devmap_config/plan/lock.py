@@ -39,7 +39,7 @@ class LockError(DevmapError):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputDigests:
     """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
 
     `checkpoint` is of what the headers of the checkpoint say; `None` where it was not at hand. `adapter` is of what the
@@ -159,7 +159,7 @@ def _missing(message: str, help: str) -> ProfileError:
 
 def lock_of(
     plan: Plan,
-    inputs: Inputs,
+    inputs: InputDigests,
     variables: Mapping[str, str],
     made_with: Mapping[str, str | None],
     hardware: Mapping[str, Mapping[str, Any]] | None = None,

@@ -37,14 +37,14 @@ LONGEST = 2**24
 
 
 @dataclass(frozen=True)
-class Posed:
+class StatedProblem:
     """The problem that a profile poses, with what its rules ask for."""
 
     problem: PipelineProblem
     wishes: Wishes
 
 
-def pose(prepared: Prepared, sink: Sink) -> Posed | None:
+def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
     """Return the problem of cutting the model; `None` where rules, groups or the model keep it from being cut."""
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     measurement = model.graph.measurement
@@ -79,7 +79,7 @@ def pose(prepared: Prepared, sink: Sink) -> Posed | None:
         allowed=wishes.allowed,
         networks={name: (host.network.address.value, host.network.interface.value) for name, host in hosts.items()},
     )
-    return Posed(problem, wishes)
+    return StatedProblem(problem, wishes)
 
 
 TRY_SMALLER = "a group of another size: 2, 4 and 8 suit most models"
@@ -87,10 +87,10 @@ TRY_SMALLER = "a group of another size: 2, 4 and 8 suit most models"
 
 def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
     """Return the best plan within what vLLM can do; `None` where there is none, and why is in the sink."""
-    posed = pose(prepared, sink)
-    if posed is None:
+    stated = pipeline_problem(prepared, sink)
+    if stated is None:
         return None
-    problem, strategy = posed.problem, prepared.strategy
+    problem, strategy = stated.problem, prepared.strategy
     if strategy == "fastest" and not problem.knows_times:
         for device, message, help in _missing_rates(problem):
             sink.error("missing-figure", message, prepared.loaded.profile.hardware.device_span(device), help=help)
@@ -111,10 +111,10 @@ def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
         LockError: where it has stages that cannot be.
     """
     sink = Sink()
-    posed = pose(prepared, sink)
-    if posed is None or "pipeline" not in lock.plan:
-        raise LockError("has no stages, and its profile is for vLLM" if posed else next(iter(sink)).message)
-    problem = posed.problem
+    stated = pipeline_problem(prepared, sink)
+    if stated is None or "pipeline" not in lock.plan:
+        raise LockError("has no stages, and its profile is for vLLM" if stated else next(iter(sink)).message)
+    problem = stated.problem
     by_devices = {tuple(str(device.id) for device in slot): slot for slot in problem.slots}
     slots, bounds = [], []
     for stage in lock.plan["pipeline"]["stages"]:
@@ -138,17 +138,17 @@ def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
 
 def broken_stages(plan: Plan, prepared: Prepared) -> list[str]:
     """Return what does not hold of the stages of a plan: rules that they break, and requests that do not fit."""
-    pipeline, posed = plan.pipeline, pose(prepared, Sink())
-    if pipeline is None or posed is None:
+    pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
+    if pipeline is None or stated is None:
         return ["its profile poses no such problem"]
-    problem = posed.problem
+    problem = stated.problem
     by_devices = {_ids(slot): slot for slot in problem.slots}
     slots = [by_devices[stage.devices] for stage in pipeline.stages]
     broken = []
     order = [problem.slots.index(slot) for slot in slots]
     if order != sorted(order):
         broken.append("its stages are not in the order of their hosts")
-    for stage, mask in zip(pipeline.stages, posed.wishes.allowed(slots), strict=True):
+    for stage, mask in zip(pipeline.stages, stated.wishes.allowed(slots), strict=True):
         if not mask[stage.first_layer, stage.last_layer]:
             broken.append(f"a rule keeps layers {stage.first_layer} to {stage.last_layer} off {stage.devices[0]}")
         if stage.blocks < problem.needed_blocks(len(slots)):

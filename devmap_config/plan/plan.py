@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.units import Unit
     from devmap_config.graph.model import ModelGraph, TensorName
     from devmap_config.pipeline.stages import Pipeline
-    from devmap_config.prepared import Draft
+    from devmap_config.prepared import DraftModel
 from devmap_config.devices import CPU
 from devmap_config.execution.assignment import Assignment
 from devmap_config.execution.executor import AHEAD, LEFT
@@ -133,7 +133,7 @@ class Plan:
     prediction: Prediction = field(default_factory=Prediction)
     measured: bool = False
     loading_ram_bytes: int = 0
-    draft: Draft | None = None
+    draft: DraftModel | None = None
     pipeline: Pipeline | None = None
     max_memory: Mapping[int | str, int] | None = field(default=None, compare=False)
     diagnostics: tuple[Diagnostic, ...] = field(default=(), compare=False, repr=False)
@@ -271,7 +271,7 @@ def assemble(
     *,
     strategy: str,
     executor: Executor,
-    draft: Draft | None = None,
+    draft: DraftModel | None = None,
 ) -> Plan:
     """The plan that stores each unit on its device and runs it where its rule or the executor says.
 

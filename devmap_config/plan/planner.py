@@ -14,7 +14,7 @@ from devmap_config.plan.keeping import prefer_locked_plan
 from devmap_config.plan.review import review, warn_of_kept_tensors
 from devmap_config.plan.shortage import report_obstacle
 from devmap_config.plan.trials import Trials
-from devmap_config.prepared import Draft
+from devmap_config.prepared import DraftModel
 from devmap_config.stages import begin
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Planner:
         return accepted(preferred, self.prepared, self.sink)
 
 
-def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> Draft:
+def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> DraftModel:
     """Return what a draft model takes, of its plan: all of it is on one device."""
     use = next(use for use in plan.devices if use.weights_bytes)
     made_from = {
@@ -82,7 +82,7 @@ def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> Draft:
         "commit": model.source.commit,
         "graph": graph_digest,
     }
-    return Draft(
+    return DraftModel(
         class_name=model.graph.class_name,
         dtype=model.dtype,
         device=use.id,

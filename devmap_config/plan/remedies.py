@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import GIBIBYTE
 from devmap_config.devices import CPU, Device
-from devmap_config.plan.trials import Change
+from devmap_config.plan.trials import ProfileChange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Impasse:
 
 def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
     """Return the impasse of a problem for which no placement was found."""
-    search = _Search(problem, prepared, trials)
+    search = _RemedySearch(problem, prepared, trials)
     pins = search.contradicting_pins()
     remedies = [
         *search.dropped_pins(pins),
@@ -51,7 +51,7 @@ def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
 
 
 @dataclass(frozen=True)
-class _Search:
+class _RemedySearch:
     problem: Problem
     prepared: Prepared
     trials: Trials
@@ -59,12 +59,12 @@ class _Search:
     def contradicting_pins(self) -> tuple[Rule, ...]:
         """The fewest pins, left out one after another, that leave no placement together with the machine."""
         rules = tuple(dict.fromkeys(decision.rule for decision in self.prepared.resolution.decisions.values()))
-        if not rules or not self.trials.compiles(Change(without=rules)):
+        if not rules or not self.trials.compiles(ProfileChange(without=rules)):
             return ()
         kept = sorted(rules, key=lambda rule: rule.span)
         for rule in tuple(kept):
             others = [other for other in kept if other is not rule]
-            if not self.trials.fits(Change(without=tuple(rule for rule in rules if rule not in others))):
+            if not self.trials.fits(ProfileChange(without=tuple(rule for rule in rules if rule not in others))):
                 kept = others
         return tuple(kept)
 
@@ -72,7 +72,7 @@ class _Search:
         return [
             f"drop the pin of `{rule.text}` (line {rule.span.line})"
             for rule in pins
-            if self.trials.compiles(Change(without=(rule,)))
+            if self.trials.compiles(ProfileChange(without=(rule,)))
         ]
 
     def told_to_offload(self) -> str | None:
@@ -81,7 +81,7 @@ class _Search:
         argument = None if quantization is None else quantization.accepting_argument
         if argument is None or not asked:
             return None
-        tried = self.trials.compiles(Change(quantization={**asked, argument: True}))
+        tried = self.trials.compiles(ProfileChange(quantization={**asked, argument: True}))
         return f"say `{argument}: true`" if tried else None
 
     def shorter_context(self) -> str | None:
@@ -89,18 +89,19 @@ class _Search:
         if measurement is None:
             return None
         most = _most(
-            lambda length: self.trials.fits(Change(context_length=length)), measurement.workload.context_length - 1
+            lambda length: self.trials.fits(ProfileChange(context_length=length)),
+            measurement.workload.context_length - 1,
         )
         if most > CONTEXT_MULTIPLE:
             most -= most % CONTEXT_MULTIPLE
-        tried = most and self.trials.compiles(Change(context_length=most))
+        tried = most and self.trials.compiles(ProfileChange(context_length=most))
         return f"lower `context_length` to {most}" if tried else None
 
     def fewer_bits(self) -> str | None:
         room = sum(size for device, size in self.problem.capacities.items() if device.is_accelerator)
         if self.prepared.model.quantization is not None or not room or 2 * room < self.problem.graph.size_bytes:
             return None
-        tried = self.trials.compiles(Change(quantization=EIGHT_BIT))
+        tried = self.trials.compiles(ProfileChange(quantization=EIGHT_BIT))
         return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if tried else None
 
     def another_card(self) -> str | None:
@@ -109,7 +110,7 @@ class _Search:
         if last is None or last.accelerator is None or last.id.index is None:
             return None
         added, name = Device(last.id.kind, last.id.index + 1), last.accelerator.name
-        tried = self.trials.compiles(Change(devices={added: {"accelerator": name}}))
+        tried = self.trials.compiles(ProfileChange(devices={added: {"accelerator": name}}))
         return f"add `{added}: {name}`" if tried else None
 
     def more_memory(self) -> str | None:
@@ -119,8 +120,8 @@ class _Search:
         device = described or next((each for each in inventory.devices if each.id == CPU), None)
         name, before = (device.id, device.memory_bytes) if device is not None else (CPU, 0)
 
-        def enlarged(gibibytes: int) -> Change:
-            return Change(devices={name: {"memory": before + gibibytes * GIBIBYTE}})
+        def enlarged(gibibytes: int) -> ProfileChange:
+            return ProfileChange(devices={name: {"memory": before + gibibytes * GIBIBYTE}})
 
         spared = _most(lambda spared: self.trials.fits(enlarged(MOST_GIBIBYTES - spared)), MOST_GIBIBYTES - 1)
         least = MOST_GIBIBYTES - spared

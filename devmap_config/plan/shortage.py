@@ -12,7 +12,7 @@ from devmap_config.execution.weighing import heaviest_weights
 from devmap_config.placement.executors import can_be_offloaded
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
 from devmap_config.plan.remedies import MOST_GIBIBYTES, impasse_of
-from devmap_config.plan.trials import Change
+from devmap_config.plan.trials import ProfileChange
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -45,7 +45,7 @@ def _what_counts_with_all(problem: Problem, prepared: Prepared, trials: Trials) 
     if prepared.strategy not in TRANSFORMERS_STRATEGIES or problem.graph.measurement is None:
         return None
     for ours in ("fastest", ANY_FIT):
-        if trials.compiles(Change(strategy=ours)):
+        if trials.compiles(ProfileChange(strategy=ours)):
             return f"`strategy: {ours}` counts with all of this, and gives a plan: it was tried"
     return (
         f"`strategy: {ANY_FIT}` finds none either; lower `context_length` or `batch_size`, prefill in parts"
@@ -62,11 +62,11 @@ def _report_left_buffers(
     if not can_be_offloaded(problem.graph, problem.capacities):
         return False
     strategy = None
-    if not trials.compiles(Change(offload_buffers=True)):
+    if not trials.compiles(ProfileChange(offload_buffers=True)):
         strategy = ANY_FIT
-        if trials.compiles(Change(strategy=strategy)):
+        if trials.compiles(ProfileChange(strategy=strategy)):
             return False  # then the buffers are not what is in the way
-        if not trials.compiles(Change(strategy=strategy, offload_buffers=True)):
+        if not trials.compiles(ProfileChange(strategy=strategy, offload_buffers=True)):
             return False
     shortages = obstacle.shortages if isinstance(obstacle, Infeasible) else ()
     shortage = next((shortage for shortage in shortages if shortage.device), None)
@@ -190,13 +190,13 @@ def _report_unplaced(
 
 def _mend(problem: Problem, strategy: str, trials: Trials) -> str:
     for other in (*TRANSFORMERS_STRATEGIES, "fewest-devices", "single"):
-        if other != strategy and trials.compiles(Change(strategy=other)):
+        if other != strategy and trials.compiles(ProfileChange(strategy=other)):
             return f"`strategy: {other}` places all of it"
     plenty = {"memory": MOST_GIBIBYTES * GIBIBYTE}
     missing = [
         device
         for device in STORAGE_DEVICES
-        if device not in problem.capacities and trials.compiles(Change(devices={device: plenty}))
+        if device not in problem.capacities and trials.compiles(ProfileChange(devices={device: plenty}))
     ]
     if missing:
         named = " or ".join(f"`{device}`" for device in missing)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class ProfileChange:
     """What a profile would say otherwise; `None` is as it is.
 
     `without` are the rules of pins that are left out. `devices` gives, by name, what the description of a device says
@@ -85,18 +85,18 @@ class Trials:
     prepare: Prepare | None
     repairs: Repairs
 
-    def fits(self, change: Change) -> bool:
+    def fits(self, change: ProfileChange) -> bool:
         """Return whether there is a plan, however slow; another context is reckoned from the measurement at hand."""
         model, measurement = self.prepared.model, self.prepared.graph.measurement
         if change.context_length is not None and measurement is not None:
             model = replace(model, graph=replace(model.graph, measurement=measurement.at(change.context_length)))
         return self._has_plan(change, model, at_any_speed=True)
 
-    def compiles(self, change: Change) -> bool:
+    def compiles(self, change: ProfileChange) -> bool:
         """Return whether compiling the changed profile gives a plan."""
         return self._has_plan(change, None if change.is_of_model else self.prepared.model)
 
-    def _has_plan(self, change: Change, model: LoadedModel | None, *, at_any_speed: bool = False) -> bool:
+    def _has_plan(self, change: ProfileChange, model: LoadedModel | None, *, at_any_speed: bool = False) -> bool:
         if self.prepare is None or len(self.prepared.inventory.capacities) > MOST_DEVICES:
             return False
         sink = Sink()
@@ -108,5 +108,5 @@ class Trials:
             return False
         if at_any_speed and problem.aim is not None:
             problem = replace(problem, aim=replace(problem.aim, phases=()))
-            prepared = replace(prepared, loaded=Change(strategy="fastest").applied_to(prepared.loaded))
+            prepared = replace(prepared, loaded=ProfileChange(strategy="fastest").applied_to(prepared.loaded))
         return any(isinstance(attempt, Candidate) for attempt in attempts(problem, prepared))

@@ -34,7 +34,7 @@ OTHER_DTYPES = ("float16", "float32")
 
 
 @dataclass(frozen=True)
-class Step:
+class MeasurementStep:
     """One measurement: where its rates stand in the block, in which words a user is told of it, and how it is made."""
 
     routes: tuple[Route, ...]
@@ -42,7 +42,7 @@ class Step:
     measure: Callable[[], tuple[Rate | None, ...]]
 
 
-def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Step]:
+def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[MeasurementStep]:
     """Yield what there is to measure on a machine, in order."""
     host, disk = seen.host, seen.disk
     cards = [card for card in seen.accelerators if is_described(card)]
@@ -71,7 +71,7 @@ def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[St
         yield _step(("links", f"{first.id}-{second.id}"), words, partial(devices.between, first, second))
 
 
-def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[Step]:
+def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[MeasurementStep]:
     """The host first, for it tells whether the machine is too busy for the rest."""
     available_bytes = seen.host.available_bytes
     runs_on = next((card.id for card in seen.accelerators), CPU)
@@ -80,14 +80,14 @@ def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[Step]:
         route = (*ON_CPU, "dtypes", dtype) if dtype in OTHER_DTYPES else ON_CPU
         names = (("bandwidth",), ("flops",), ("products", "decode"), ("products", "prefill"))
         layers = partial(devices.layers, dtype, available_bytes)
-        yield Step(tuple((*route, *name) for name in names), f"layers in {dtype} on the CPU", layers)
+        yield MeasurementStep(tuple((*route, *name) for name in names), f"layers in {dtype} on the CPU", layers)
     for phase, words in (("decode", "one query"), ("prefill", "a prompt")):
         attending = partial(devices.attention, available_bytes, is_prefill=phase == "prefill")
         yield _step((*ON_CPU, "attention", phase), f"attention of {words} on the CPU", attending)
     yield _step((*ON_CPU, "experts"), "experts on the CPU", partial(devices.experts, available_bytes))
 
 
-def _steps_on_card(card: SeenAccelerator, devices: Devices) -> Iterator[Step]:
+def _steps_on_card(card: SeenAccelerator, devices: Devices) -> Iterator[MeasurementStep]:
     route = ("devices", str(card.id))
     yield _step((*route, "bandwidth"), f"memory of {card.id}", partial(devices.memory_bandwidth, card))
     yield _step((*route, "flops"), f"layers on {card.id}", partial(devices.flops, card.id))
@@ -95,11 +95,13 @@ def _steps_on_card(card: SeenAccelerator, devices: Devices) -> Iterator[Step]:
     yield _step((*route, "dtypes", "float32", "flops"), f"layers in float32 on {card.id}", in_float32)
 
 
-def _step(route: Route, words: str, measure: Callable[[], Rate]) -> Step:
-    return Step((route,), words, lambda: (measure(),))
+def _step(route: Route, words: str, measure: Callable[[], Rate]) -> MeasurementStep:
+    return MeasurementStep((route,), words, lambda: (measure(),))
 
 
-def measured(planned: tuple[Step, ...], begun: Callable[[Step], None]) -> tuple[dict[Route, Rate], dict[str, str]]:
+def measured(
+    planned: tuple[MeasurementStep, ...], begun: Callable[[MeasurementStep], None]
+) -> tuple[dict[Route, Rate], dict[str, str]]:
     """Make every measurement, announcing each; return what was measured, and why others were not, by their words."""
     rates: dict[Route, Rate] = {}
     failures: dict[str, str] = {}

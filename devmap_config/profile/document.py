@@ -12,7 +12,7 @@ from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceEndE
 from devmap_config.diagnostics.diagnostic import Related, Span
 from devmap_config.files import LINE_BREAK
 from devmap_config.profile.device_names import kind_of
-from devmap_config.profile.syntax import Source
+from devmap_config.profile.syntax import SourceText
 from devmap_config.wording import closest
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink
 
 def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
     """The mapping that a file holds, or `None` and what is wrong with it in the sink."""
-    source = Source(text, file, sink)
+    source = SourceText(text, file, sink)
     try:
         root = _Composer(source).document()
     except yaml.MarkedYAMLError as error:
@@ -166,7 +166,7 @@ class _RefusedError(Exception):
 class _Composer:
     """Builds nodes from libyaml's events, which unlike its nodes come one by one and can be bounded."""
 
-    source: Source
+    source: SourceText
     anchors: dict[str, tuple[Node | None, int]] = field(default_factory=dict)
     node_count: int = 0
 

@@ -27,7 +27,7 @@ RENAME = (
 
 
 @dataclass
-class Reader:
+class ProfileReader:
     """Reads files for one profile: each once, none in a cycle, none from outside.
 
     `is_incomplete` says that some could not be read: what seems to be missing may stand there.

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from devmap_config.files import Boundary, boundary_of, exists, is_folder
 from devmap_config.profile.document import MappingNode
-from devmap_config.profile.inheritance import Reader
+from devmap_config.profile.inheritance import ProfileReader
 from devmap_config.profile.located import Located, written
 from devmap_config.profile.merging import merge, variable_values, variables_of
 from devmap_config.profile.refusals import Refusals
@@ -105,7 +105,7 @@ def load_profile(
     """
     overrides = overrides or {}
     boundary = boundary_of(path, allow_outside=allow_outside)
-    reader = Reader(boundary, sink)
+    reader = ProfileReader(boundary, sink)
     documents = reader.read(str(path))
     if not documents:
         return None
@@ -131,7 +131,7 @@ def load_hardware(path: Path, sink: Sink) -> Hardware | None:
         path: the file, which may extend others.
         sink: takes everything that is wrong.
     """
-    reader = Reader(boundary_of(path), sink)
+    reader = ProfileReader(boundary_of(path), sink)
     documents = reader.read(str(path))
     if not documents:
         return None

@@ -50,7 +50,7 @@ PROBLEMS = {
 
 
 @dataclass
-class Source:
+class SourceText:
     """A text that is read, and the sink of what is wrong with it. Its lines and columns count from 0 here."""
 
     text: str

@@ -108,10 +108,10 @@ class _Adoption:
     def _nearest(self, key: str) -> str | None:
         try:
             pattern = parse_pattern(key)
-            stuck = match(pattern, self.graph).stuck
+            failure = match(pattern, self.graph).failure
         except PatternError:
             return None
-        return nearest_to(pattern, stuck, self.graph).label
+        return nearest_to(pattern, failure, self.graph).label
 
     def homes_of_left_out(self, homes: Mapping[TensorName, Device]) -> dict[TensorName, Device]:
         """Report what no key names, and return where it is put that has no device by the map."""

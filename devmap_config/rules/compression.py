@@ -28,7 +28,7 @@ def compress(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[str,
 
     A default for the whole model is used only where everything has one device.
     """
-    search = _Search(homes)
+    search = _RuleCompression(homes)
     if len(search.devices(graph.root)) == 1:
         return {"": next(iter(search.devices(graph.root)))}
     found = search.below(graph.root, None)
@@ -40,7 +40,7 @@ def _pattern(segments: tuple[Segment, ...]) -> str:
 
 
 @dataclass
-class _Search:
+class _RuleCompression:
     """Dynamic programming over the tree: the fewest rules below a node, given what it inherits."""
 
     homes: Mapping[TensorName, Device]

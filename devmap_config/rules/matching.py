@@ -53,7 +53,7 @@ class BeyondEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class Stuck:
+class MatchFailure:
     """How far an unmatched pattern got: at this node, no child answers to segment `position` of this path."""
 
     node: str
@@ -71,7 +71,7 @@ class Match:
 
     names: tuple[str, ...]
     beyond: tuple[BeyondEnd, ...] = ()
-    stuck: Stuck | None = None
+    failure: MatchFailure | None = None
     dead: tuple[tuple[int, int], ...] = ()
     steps: int = field(default=0, compare=False)
 
@@ -152,7 +152,7 @@ def _match_class(pattern: ClassPattern, graph: ModelGraph) -> Match:
             for module in graph.modules[path].walk():  # type: ignore[index]
                 if module.class_name == pattern.class_name:
                     found[module.path] = None
-    return Match(tuple(found), scope.beyond, scope.stuck, steps=scope.steps + len(found))
+    return Match(tuple(found), scope.beyond, scope.failure, steps=scope.steps + len(found))
 
 
 def _all_names(module: Module) -> Iterator[str]:
@@ -235,7 +235,7 @@ class _Walk:
     within: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     steps: int = 0
-    furthest: Stuck | None = None
+    furthest: MatchFailure | None = None
 
     def result(self) -> Match:
         flat = flatten(self.pattern.path, 0, len(self.pattern.text))
@@ -281,7 +281,7 @@ class _Walk:
         following: dict[str, list[State]] = {}
         for index, position in unfinished:
             if self.furthest is None or position > self.furthest.position:
-                self.furthest = Stuck(_name(node), self.paths[index], position)
+                self.furthest = MatchFailure(_name(node), self.paths[index], position)
             segment = self.paths[index][position]
             if segment.is_any_segments:
                 answering: Iterable[str] = children

@@ -129,7 +129,7 @@ Piece: TypeAlias = Literal | AnyText | AnyCharacter | AnySegments | Indices | Al
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PatternSegment:
     """What stands between two dots; `start` and `end` are its place in the text."""
 
     pieces: tuple[Piece, ...]
@@ -144,7 +144,7 @@ class Segment:
         return None
 
 
-Path: TypeAlias = tuple[Segment, ...]
+Path: TypeAlias = tuple[PatternSegment, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +340,7 @@ class _PathParser:
             segments.append(self.segment(within_braces=within_braces))
         return tuple(segments)
 
-    def segment(self, *, within_braces: bool) -> Segment:
+    def segment(self, *, within_braces: bool) -> PatternSegment:
         start = self.position
         pieces: list[Piece] = []
         while (piece := self.piece()) is not None:
@@ -350,7 +350,7 @@ class _PathParser:
             self.refuse_character()
         if not pieces:
             self.refuse_empty_segment(start, within_braces=within_braces)
-        return Segment(tuple(pieces), start, self.position)
+        return PatternSegment(tuple(pieces), start, self.position)
 
     def piece(self) -> Piece | None:
         character = self.peek()

@@ -100,7 +100,7 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
     if rule.optional:
         return
     if not found.names and not found.beyond:
-        suggestion = nearest_to(rule.pattern, found.stuck, graph)
+        suggestion = nearest_to(rule.pattern, found.failure, graph)
         sink.error(
             "unmatched-pattern",
             f"`{rule.text}` matches no module of {graph.class_name}",

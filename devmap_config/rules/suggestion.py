@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from devmap_config.rules.matching import FlatSegment, Stuck, children_of
+from devmap_config.rules.matching import FlatSegment, MatchFailure, children_of
 from devmap_config.rules.pattern import ClassPattern, Pattern
 from devmap_config.wording import number_in
 
@@ -37,21 +37,21 @@ def _quoted(pattern: str) -> str:
     return "'" + pattern.replace("'", "'\\''") + "'"
 
 
-def nearest_to(pattern: Pattern, stuck: Stuck | None, graph: ModelGraph) -> Suggestion:
-    """What was most likely meant, given where the walk over the tree got stuck."""
+def nearest_to(pattern: Pattern, failure: MatchFailure | None, graph: ModelGraph) -> Suggestion:
+    """What was most likely meant, given where the walk over the tree got failure."""
     if isinstance(pattern, ClassPattern):
         return _nearest_class(pattern, graph)
     if (dotted := NO_DOT.sub(".[", pattern.text)) != pattern.text:
         return Suggestion(label=f"a range is a segment of its own: `{dotted}`", pattern=dotted)
-    if stuck is None:
+    if failure is None:
         return Suggestion(label="no path of the model matches as a whole")
-    segment = stuck.path[stuck.position]
-    node = graph.modules.get(stuck.node)  # type: ignore[call-overload]
+    segment = failure.path[failure.position]
+    node = graph.modules.get(failure.node)  # type: ignore[call-overload]
     if node is None:
-        return Suggestion(label=f"`{stuck.node}` is a tensor: nothing is below it", pattern=stuck.node)
+        return Suggestion(label=f"`{failure.node}` is a tensor: nothing is below it", pattern=failure.node)
     if fused := _fused(node, segment):
         return fused
-    if stuck.position == 0 and (elsewhere := _with_prefix(stuck.path, graph)):
+    if failure.position == 0 and (elsewhere := _with_prefix(failure.path, graph)):
         return elsewhere
     if (numbered := _numbered(node, segment, graph)) is not None:
         return numbered
@@ -64,7 +64,7 @@ def nearest_to(pattern: Pattern, stuck: Stuck | None, graph: ModelGraph) -> Sugg
         more = ", …" if len(children) > 6 else ""
         return Suggestion(label=f"{where} holds {below}{more}", pattern=_joined(node.path, "*"))
     path = _joined(node.path, close[0])
-    whole = _completed(path, stuck.path[stuck.position + 1 :], graph)
+    whole = _completed(path, failure.path[failure.position + 1 :], graph)
     if whole is not None:
         return Suggestion(label=f"nearest: {described(whole, graph)}", pattern=whole)
     return Suggestion(label=f"nearest: {described(path, graph)}", pattern=_joined(path, "*"))

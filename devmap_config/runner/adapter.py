@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from devmap_config.graph.adapter import Adapter
+    from devmap_config.graph.adapter import LoraAdapter
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.plan import Plan
 
@@ -54,7 +54,7 @@ def require_peft() -> Any:
     return peft
 
 
-def stored_adapter(adapter: Adapter, graph: ModelGraph) -> dict[str, str]:
+def stored_adapter(adapter: LoraAdapter, graph: ModelGraph) -> dict[str, str]:
     """Return for each tensor that an adapter brings its name in the adapter's file, which is fetched if need be.
 
     Raises:
@@ -69,7 +69,7 @@ def stored_adapter(adapter: Adapter, graph: ModelGraph) -> dict[str, str]:
 
 
 def attach(
-    model: PreTrainedModel, plan: Plan, graph: ModelGraph, adapter: Adapter, stored: Mapping[str, str] | None
+    model: PreTrainedModel, plan: Plan, graph: ModelGraph, adapter: LoraAdapter, stored: Mapping[str, str] | None
 ) -> Any:
     """Return PEFT's model around one that is loaded and placed: that has the adapter within, where the plan says.
 
@@ -109,7 +109,7 @@ def attach(
     return adapted
 
 
-def _config(model: PreTrainedModel, adapter: Adapter, peft: Any) -> Any:
+def _config(model: PreTrainedModel, adapter: LoraAdapter, peft: Any) -> Any:
     """The adapter's config, with names of modules in place of expressions: PEFT would let these run away."""
     from re import escape
 
@@ -134,7 +134,7 @@ def _config(model: PreTrainedModel, adapter: Adapter, peft: Any) -> Any:
     )
 
 
-def _reader(adapter: Adapter, stored: Mapping[str, str] | None) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+def _reader(adapter: LoraAdapter, stored: Mapping[str, str] | None) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
     """Return what gives the values of a tensor, by its name in the graph and its shape."""
     import torch
     from safetensors.torch import load_file

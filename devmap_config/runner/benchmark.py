@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from devmap_config.runner.benchmark_process import Failure, Job, Loader, Sample, run_in_process
+from devmap_config.runner.benchmark_process import Job, Loader, Sample, SampleFailure, run_in_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ class Measured:
 
     loader: Loader
     samples: tuple[Sample, ...] = ()
-    failure: Failure | None = None
+    failure: SampleFailure | None = None
 
     def seconds(self, phase: Phase) -> tuple[float, ...]:
         """Return what a phase took, round by round; nothing where the model does not decode, or where it failed."""
@@ -197,7 +197,7 @@ def run_benchmark(jobs: tuple[Job, ...], *, rounds: int, begun: Callable[[str], 
     results = {loader: Measured(loader=loader) for loader in by_loader}
     begun("warming up")
     warm_up = run_in_process(replace(jobs[0], generation=replace(jobs[0].generation, new_tokens=1)))
-    if isinstance(warm_up, Failure):
+    if isinstance(warm_up, SampleFailure):
         results["plan"] = _with(results["plan"], warm_up)
     for number, order in enumerate(turns(tuple(by_loader), rounds), start=1):
         for loader in order:
@@ -210,7 +210,7 @@ def run_benchmark(jobs: tuple[Job, ...], *, rounds: int, begun: Callable[[str], 
     )
 
 
-def _with(found: Measured, outcome: Sample | Failure) -> Measured:
-    if isinstance(outcome, Failure):
+def _with(found: Measured, outcome: Sample | SampleFailure) -> Measured:
+    if isinstance(outcome, SampleFailure):
         return replace(found, failure=outcome)
     return replace(found, samples=(*found.samples, outcome))

@@ -78,7 +78,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
+class SampleFailure:
     """Why there is no sample, and what the process was doing."""
 
     doing: str
@@ -93,7 +93,7 @@ LIBRARIES = ("accelerate", "torch", "transformers")
 """Importing them is no part of loading."""
 
 
-def run_in_process(job: Job) -> Sample | Failure:
+def run_in_process(job: Job) -> Sample | SampleFailure:
     """Run a job in a new process, which begins with the libraries imported, and nothing else in memory."""
     context = get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
@@ -103,7 +103,7 @@ def run_in_process(job: Job) -> Sample | Failure:
             return pool.submit(measure, job).result()
         except BrokenProcessPool:
             reason = "its process was killed, as a system does that runs out of memory"
-            return Failure(doing="loading or running", reason=reason, is_out_of_memory=False)
+            return SampleFailure(doing="loading or running", reason=reason, is_out_of_memory=False)
 
 
 def start_server(modules: list[str]) -> None:
@@ -119,7 +119,7 @@ def start_server(modules: list[str]) -> None:
         os.chdir(folder)
 
 
-def measure(job: Job) -> Sample | Failure:
+def measure(job: Job) -> Sample | SampleFailure:
     """Run a job in this process, of which nothing is printed from then on."""
     os.chdir(job.folder)
     for stream in (sys.stdout, sys.stderr):
@@ -137,7 +137,7 @@ def measure(job: Job) -> Sample | Failure:
             doing = "running"
             generation = measured_generation(model, job.request, job.generation, least_seconds=job.least_seconds)
         except (DevmapError, MemoryError, RuntimeError) as error:
-            return Failure(doing=doing, reason=first_line(error), is_out_of_memory=is_out_of_memory(error))
+            return SampleFailure(doing=doing, reason=first_line(error), is_out_of_memory=is_out_of_memory(error))
     peaks = {str(device.id): peak_bytes_of(device.id) for device in job.devices}
     peak_bytes = {device: peak for device, peak in peaks.items() if peak is not None}
     return Sample(load_seconds=load_seconds, generation=generation, peak_bytes=peak_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.execution.overlap import total_nanoseconds
-from devmap_config.execution.segments import MissingFigureError, Rates, Segment
+from devmap_config.execution.segments import MachineRates, MissingFigureError, Segment
 from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_json
 from devmap_config.hardware.inventory import Inventory, whole
 from devmap_config.plan.plan import OWN
@@ -48,7 +48,7 @@ class Run:
 
     def nanoseconds(self, inventory: Inventory) -> int:
         """Return how long it takes on a machine."""
-        rates = Rates(inventory, self.phase)
+        rates = MachineRates(inventory, self.phase)
         return total_nanoseconds(rates.time(segment).times(count) for segment, count in self.segments)
 
 

@@ -25,7 +25,10 @@ MAX_BYTES = 2**29
 MAX_CHARACTERS = 1_000_000
 """What it may write besides the messages: a tokenizer takes some seconds for so much."""
 
-BEYOND = f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters besides the chat"
+BEYOND = (
+    f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters"
+    " besides the chat"
+)
 
 RENDERED, FAILED, ENDED = range(3)
 """How the process of a template ends by itself."""

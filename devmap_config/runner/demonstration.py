@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.costs import Measurement
     from devmap_config.profile.schema import Workload
     from devmap_config.runner.generation_times import GenerationTimes
-    from devmap_config.runner.inputs import Inputs
+    from devmap_config.runner.inputs import ModelInputs
     from devmap_config.runner.loading import LoadRequest
     from devmap_config.runner.sentence_encoder import SentenceEncoder
     from devmap_config.runner.text_stream import Speed
@@ -55,7 +55,7 @@ FEW_TOKENS, MANY_TOKENS = 24, 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Demonstration:
     """What a model made of what it was given, and in how many seconds; `speed` is that of a text that it wrote."""
 
     output: Output
@@ -81,7 +81,7 @@ class Demonstrator:
     made_up: MadeUp = ONE_TEXT
     writes_all: bool = False
 
-    def show(self, model: PreTrainedModel, given: Given, write: Write) -> Outcome:
+    def show(self, model: PreTrainedModel, given: Given, write: Write) -> Demonstration:
         """Return what the model makes of what it is given, and hand text to `write` as it is made.
 
         Raises:
@@ -100,9 +100,9 @@ class Demonstrator:
                 output = _read(model, inputs, encoder)
                 seconds = time.perf_counter() - start_seconds
         write(output.text)
-        return Outcome(output=output, seconds=seconds)
+        return Demonstration(output=output, seconds=seconds)
 
-    def new_tokens(self, inputs: Inputs) -> int:
+    def new_tokens(self, inputs: ModelInputs) -> int:
         """Return how many tokens are written behind inputs.
 
         Raises:
@@ -111,7 +111,7 @@ class Demonstrator:
         default = FEW_TOKENS if inputs.goes_on else MANY_TOKENS
         return self.context.new_tokens(inputs.prompt_tokens, wanted=self.max_new_tokens, default=default)
 
-    def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> Inputs:
+    def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> ModelInputs:
         if given.has_media:
             return media_inputs(self.processor, self.tokenizer, given)
         if self.tokenizer is None and not given.messages:
@@ -121,7 +121,7 @@ class Demonstrator:
         max_tokens = None if encoder is None else encoder.max_tokens
         return text_inputs(type(model), self.tokenizer, given, max_tokens=max_tokens)
 
-    def _written(self, model: PreTrainedModel, inputs: Inputs, write: Write) -> Outcome:
+    def _written(self, model: PreTrainedModel, inputs: ModelInputs, write: Write) -> Demonstration:
         is_apart = model.config.is_encoder_decoder
         count = self.new_tokens(inputs)
         shows_prompt = inputs.tokenizer is None or (inputs.goes_on and not is_apart)
@@ -144,10 +144,10 @@ class Demonstrator:
             stream.put(tokens[0, prompt_length:])
             stream.end()
         speed = stream.speed(sees_each=streams)
-        return Outcome(output=Output(stream.text, stream.text), seconds=speed.seconds, speed=speed)
+        return Demonstration(output=Output(stream.text, stream.text), seconds=speed.seconds, speed=speed)
 
 
-def _read(model: PreTrainedModel, inputs: Inputs, encoder: SentenceEncoder | None) -> Output:
+def _read(model: PreTrainedModel, inputs: ModelInputs, encoder: SentenceEncoder | None) -> Output:
     tensors = placed(inputs, model)
     forward = model(**tensors)
     if encoder is not None and "last_hidden_state" in forward and "attention_mask" in tensors:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from devmap_config.runner.inputs import Inputs
+    from devmap_config.runner.inputs import ModelInputs
 
 MOST_LABELS = 5
 LONGEST_ANSWER_TOKENS = 64
@@ -23,7 +23,7 @@ class Output(NamedTuple):
     value: Any
 
 
-def output_of(model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+def output_of(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """Return what a forward gave, as the model's kind of head means it; its shapes where no head is known."""
     name = type(model).__name__
     for suffix, read in HEADS.items():
@@ -32,7 +32,7 @@ def output_of(model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
     return _shapes(forward)
 
 
-def _labels(model: PreTrainedModel, forward: Any, _inputs: Inputs) -> Output:
+def _labels(model: PreTrainedModel, forward: Any, _inputs: ModelInputs) -> Output:
     """The labels with their probabilities: of one that holds, or of each by itself; the value where it is a number."""
     logits, config = forward.logits[0].float(), model.config
     if config.problem_type == "regression" or logits.numel() == 1:
@@ -59,7 +59,7 @@ def _label(model: PreTrainedModel, index: int) -> str:
     return str((model.config.id2label or {}).get(index, f"LABEL_{index}"))
 
 
-def _entities(model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+def _entities(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """The parts of the text that have a label, but for `O`: neighbours of one label are one part."""
     scores = forward.logits[0].float().softmax(-1).max(-1)
     found: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def _entities(model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
     return Output("\n".join(lines) or "no part of the text has a label", found)
 
 
-def _words(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+def _words(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """The likeliest words for each mask, in order."""
     masks = (inputs.tensors["input_ids"][0] == inputs.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
     scores = forward.logits[0].float().softmax(-1)
@@ -88,7 +88,7 @@ def _words(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
     return Output("\n\n".join(each.text for each in found), [each.value for each in found])
 
 
-def _answer(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+def _answer(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """The part of the second text that is likeliest to answer the first."""
     import torch
 
@@ -104,13 +104,13 @@ def _answer(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
     return Output(f"{score:.4f}  {text}", {"answer": text, "score": score})
 
 
-def _transcript(_model: PreTrainedModel, forward: Any, inputs: Inputs) -> Output:
+def _transcript(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
     """The text that connectionist temporal classification finds: its tokenizer joins what is repeated."""
     text = str(inputs.tokenizer.decode(forward.logits[0].argmax(-1), skip_special_tokens=True))
     return Output(text, text)
 
 
-HEADS: Mapping[str, Callable[[PreTrainedModel, Any, Inputs], Output]] = {
+HEADS: Mapping[str, Callable[[PreTrainedModel, Any, ModelInputs], Output]] = {
     "ForSequenceClassification": _labels,
     "ForImageClassification": _labels,
     "ForAudioClassification": _labels,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from devmap_config.graph.costs import Workload
+    from devmap_config.graph.costs import WorkloadShape
     from devmap_config.runner.media import Sound
 
 PROMPT = "A model is placed"
@@ -57,7 +57,7 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class ModelInputs:
     """A model's inputs, and what its output is read with.
 
     Attributes:
@@ -121,13 +121,13 @@ class MadeUp:
 
     batch_size: int = 1
     length: int = MADE_UP_LENGTH
-    besides: Workload | None = None
+    besides: WorkloadShape | None = None
 
 
 ONE_TEXT = MadeUp()
 
 
-def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> Inputs:
+def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> ModelInputs:
     """Return tokens that stand in for text, of which a model without a tokenizer knows none."""
     import torch
 
@@ -138,10 +138,10 @@ def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> Inputs:
     tensors = {"input_ids": tokens.reshape(made_up.batch_size, made_up.length)}
     if _takes(type(model), ("attention_mask",)):
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
-    return Inputs(tensors=tensors, goes_on=True)
+    return ModelInputs(tensors=tensors, goes_on=True)
 
 
-def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: Workload) -> Inputs:
+def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: WorkloadShape) -> ModelInputs:
     """Return images and sound of random numbers, as the plan was measured with, in prompts of made-up tokens."""
     import torch
 
@@ -155,10 +155,10 @@ def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: Workload) 
     if not model.config.is_encoder_decoder:
         tensors.pop("decoder_input_ids", None)  # of what has a decoder of the one kind or the other (BLIP-2)
     noise = {name: torch.rand_like(value) for name, value in tensors.items() if value.is_floating_point()}
-    return Inputs(tensors=tensors | noise, goes_on=True)
+    return ModelInputs(tensors=tensors | noise, goes_on=True)
 
 
-def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> Inputs:
+def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> ModelInputs:
     """Return the inputs for text, of which no more than `max_tokens` are taken, or for a chat.
 
     Raises:
@@ -177,7 +177,7 @@ def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: i
             raise RunnerError("unfit-input", "there is no text to answer the question by", help)
     ends = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
     encoding = _encoded(tokenizer, text, pair, **ends)
-    return Inputs(
+    return ModelInputs(
         tensors=_taken(model_class, encoding), tokenizer=tokenizer, encoding=encoding, text=text, goes_on=True
     )
 
@@ -215,10 +215,10 @@ def require_chat_template(tokenizer: Any) -> None:
         raise RunnerError("no-chat-template", f"{what}: it was not made to chat", "leave `--chat` out")
 
 
-def _chat_inputs(tokenizer: Any, given: Given) -> Inputs:
+def _chat_inputs(tokenizer: Any, given: Given) -> ModelInputs:
     text = _chat_text(tokenizer, given.messages)
     encoding = _encoded(tokenizer, text, add_special_tokens=False)
-    return Inputs(tensors=_without_types(encoding), tokenizer=tokenizer)
+    return ModelInputs(tensors=_without_types(encoding), tokenizer=tokenizer)
 
 
 def _chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -241,7 +241,7 @@ def _without_types(encoding: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in encoding.items() if name != "token_type_ids"}
 
 
-def media_inputs(processor: Any, tokenizer: Any, given: Given) -> Inputs:
+def media_inputs(processor: Any, tokenizer: Any, given: Given) -> ModelInputs:
     """Return the inputs for an image or sound, and for the text that goes with it.
 
     Raises:
@@ -264,7 +264,7 @@ def media_inputs(processor: Any, tokenizer: Any, given: Given) -> Inputs:
     except Exception as error:  # whatever a processor raises
         message = f"{type(processor).__name__} cannot take this: {type(error).__name__}: {first_line(error)}"
         raise RunnerError("unfit-input", message, USE_PYTHON) from error
-    return Inputs(tensors=_without_types(encoding), tokenizer=tokenizer)
+    return ModelInputs(tensors=_without_types(encoding), tokenizer=tokenizer)
 
 
 def _text_part(processor: Any, given: Given) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def _text_part(processor: Any, given: Given) -> dict[str, Any]:
     return {"text": given.prompt if given.prompt and token in given.prompt else f"{token}{given.prompt or ''}"}
 
 
-def placed(inputs: Inputs, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def placed(inputs: ModelInputs, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the tensors where the model takes them, and what is no number of a token in the model's dtype."""
     device = _device_of_tokens(model)
     return {

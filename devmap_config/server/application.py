@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from devmap_config.server.generation import Text, Writer
-    from devmap_config.server.requests import Asked
+    from devmap_config.server.requests import GenerationRequest
 
 GRACE_SECONDS = 30
 """How long requests may take to finish once the server is told to stop, and the body of one to come."""
@@ -47,7 +47,7 @@ class Answer:
     """What is told of a text in OpenAI's words."""
 
     text: Text
-    asked: Asked
+    asked: GenerationRequest
     tell: Callable[[RequestError], None]
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -164,7 +164,7 @@ class Service:
     def _model_card(self) -> dict[str, Any]:
         return {"id": self.model, "object": "model", "created": self.created, "owned_by": "devmap"}
 
-    async def _write(self, kind: type[Asked], request: Request) -> Response | _EventStream:
+    async def _write(self, kind: type[GenerationRequest], request: Request) -> Response | _EventStream:
         self._require_local(request)
         try:
             body = await asyncio.wait_for(_body(request), GRACE_SECONDS)

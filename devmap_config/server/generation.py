@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.runner.inputs import Inputs
+    from devmap_config.runner.inputs import ModelInputs
     from devmap_config.runner.loading import LoadRequest
-    from devmap_config.server.requests import Asked
+    from devmap_config.server.requests import GenerationRequest
 
 MANY_TOKENS = 256
 """How much is answered where neither a request nor the plan says."""
@@ -81,7 +81,7 @@ class Text:
         seconds: how long that took.
     """
 
-    def __init__(self, asked: Asked, inputs: Inputs, max_tokens: int) -> None:
+    def __init__(self, asked: GenerationRequest, inputs: ModelInputs, max_tokens: int) -> None:
         self.prompt_tokens = inputs.prompt_tokens
         self.tokens = 0
         self.finish_reason: Literal["stop", "length"] = "stop"
@@ -180,7 +180,7 @@ def _ends(model: PreTrainedModel) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def _sampling(asked: Asked, model: PreTrainedModel) -> dict[str, Any]:
+def _sampling(asked: GenerationRequest, model: PreTrainedModel) -> dict[str, Any]:
     """Return how tokens are chosen: as is asked for, else as the model's generation config says."""
     if asked.temperature is not None and asked.temperature < COLDEST:
         return {"do_sample": False}
@@ -213,7 +213,7 @@ class Writer:
         """How many texts wait."""
         return max(len(self._texts) - 1, 0)
 
-    async def begin(self, asked: Asked) -> Text:
+    async def begin(self, asked: GenerationRequest) -> Text:
         """Return a text that is being written, or waits for those before it.
 
         Raises:
@@ -242,7 +242,7 @@ class Writer:
         self._reader.shutdown(cancel_futures=True)
         self._writer.shutdown(cancel_futures=True)
 
-    def _read(self, asked: Asked) -> Text:
+    def _read(self, asked: GenerationRequest) -> Text:
         given = asked.given
         if given.messages:
             require_chat_template(self._tokenizer)

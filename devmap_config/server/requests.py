@@ -78,14 +78,14 @@ class StreamOptions(_Section):
     include_obfuscation: Literal[False] = False
 
 
-class Message(_Section):
+class ChatMessage(_Section):
     """A turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Asked(_Section):
+class GenerationRequest(_Section):
     """What both kinds of requests hold; `None` is left to the model's generation config."""
 
     given_by: ClassVar[str]
@@ -115,7 +115,7 @@ class Asked(_Section):
         raise NotImplementedError
 
 
-class Completion(Asked):
+class Completion(GenerationRequest):
     """A text that is to go on."""
 
     given_by = "prompt"
@@ -128,11 +128,11 @@ class Completion(Asked):
         return Given(prompt=self.prompt)
 
 
-class ChatCompletion(Asked):
+class ChatCompletion(GenerationRequest):
     """A chat that is to be answered."""
 
     given_by = "messages"
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
 
     @property
     def given(self) -> Given:
@@ -140,7 +140,7 @@ class ChatCompletion(Asked):
         return Given(messages=tuple(message.model_dump() for message in self.messages))
 
 
-def asked(kind: type[Asked], body: bytes) -> Asked:
+def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
     """Return what the body of a request asks for.
 
     Raises:

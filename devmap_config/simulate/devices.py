@@ -21,7 +21,7 @@ from devmap_config.dispatch.cpu_compute import TORCH_CPU
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.recording import (
     TORCH_ATTENTION,
-    Event,
+    RecordedEvent,
     Recorder,
     fused_attention,
     shown_bytes,
@@ -86,14 +86,14 @@ class DeviceMismatchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Phase(Event):
+class Phase(RecordedEvent):
     """A part of the dry run begins, before anything runs."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer(Event):
+class DeviceCopy(RecordedEvent):
     """Bytes that went from one device to another."""
 
     source: Device
@@ -103,7 +103,7 @@ class Transfer(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Event):
+class Call(RecordedEvent):
     """The innermost running module is left: where what it returns is."""
 
     device: Device
@@ -271,7 +271,7 @@ class SimulatedDevices(Recorder):
             copy = tensor.detach().clone()
         crossing_bytes = shown_bytes(tensor) if size_bytes is None else size_bytes
         is_weight = storage_key(tensor) in self.weights
-        self.events.append(Transfer(self.running, here, target, crossing_bytes, is_weight))
+        self.events.append(DeviceCopy(self.running, here, target, crossing_bytes, is_weight))
         return copy
 
     @contextmanager

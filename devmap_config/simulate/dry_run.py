@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from devmap_config.devices import CPU
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
 from devmap_config.graph.known_values import knowing_values
@@ -30,7 +30,7 @@ from devmap_config.simulate.devices import DeviceMismatchError, Phase, Simulated
 from devmap_config.simulate.hooks import dispatched, hold_in_buffers, place_weights, tensors_of
 from devmap_config.simulate.reads import read_without_a_call
 from devmap_config.simulate.replay import FILLING, TOWERS, Replay
-from devmap_config.simulate.simulation import NOWHERE, Mismatch, Party, Simulation
+from devmap_config.simulate.simulation import NOWHERE, DeviceMismatch, MismatchedTensor, Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 INPUT_NAMES = ("input_ids", "decoder_input_ids", "input_features")
 
-WITHOUT_WORKLOAD = Workload(batch_size=1, context_length=16, prompt_length=16)
+WITHOUT_WORKLOAD = WorkloadShape(batch_size=1, context_length=16, prompt_length=16)
 """What is run where the profile names no context: enough to see whether the plan runs."""
 
 
@@ -76,7 +76,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
 
 
 def _dry_run(
-    model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: Workload, decoded_tokens: int
+    model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: WorkloadShape, decoded_tokens: int
 ) -> Simulation:
     # What comes of blocks that stand still and is no dry run comes again, or does not, where all are run.
     with suppress(Exception):
@@ -95,7 +95,7 @@ def _simulation(
     model: PreTrainedModel,
     graph: ModelGraph,
     plan: Plan,
-    workload: Workload,
+    workload: WorkloadShape,
     decoded_tokens: int,
     *,
     spares_blocks: bool,
@@ -108,7 +108,7 @@ def _simulation(
     media_use = None if graph.measurement is None else graph.measurement.media
     holds_media = media_use is not None and media_use.problem is None
     with torch.no_grad(), tensors_without_data():
-        run = _Run.of(model, graph, plan)  # of whose tensors no values are known
+        run = _DryRun.of(model, graph, plan)  # of whose tensors no values are known
         with knowing_values() if holds_media else nullcontext():
             media = media_of(model, workload) if holds_media else ()
             try:
@@ -124,14 +124,14 @@ def _simulation(
     return run.simulation()
 
 
-def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: Workload) -> Simulation | None:
+def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: WorkloadShape) -> Simulation | None:
     """The dry run of a model whose code needs data, up to a weight that nothing copies in; `None` without one.
 
     A module that fails gives back what it was given. So the rest of the model is run, and though nothing else can be
     told of it: on a CPU, such a weight makes wrong numbers where it makes no error.
     """
     with torch.no_grad(), tensors_without_data():
-        run = _Run.of(model, graph, plan)
+        run = _DryRun.of(model, graph, plan)
         try:
             with _failing_modules_left_out(model), run.dispatched():
                 whole = replace(workload.text_alone, prompt_length=workload.context_length)
@@ -151,10 +151,10 @@ def _absent_by_its_code(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -
             continue
         if plan.executor.residence(graph.tensors[TensorName(name)], location) != location.runs_on:
             holder = name.rpartition(".")[0]
-            absent = Party(device=NOWHERE, block=_block_around(holder, graph), made_by=holder, tensor=name)
+            absent = MismatchedTensor(device=NOWHERE, block=_block_around(holder, graph), made_by=holder, tensor=name)
             return Simulation(
                 outcome="mismatch",
-                mismatch=Mismatch(operation="forward", phase="prefill", running=path, parties=(absent,)),
+                mismatch=DeviceMismatch(operation="forward", phase="prefill", running=path, tensors=(absent,)),
             )
     return None
 
@@ -187,7 +187,7 @@ def _or_what_is_given(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _runnable(measurement: Measurement) -> Workload:
+def _runnable(measurement: Measurement) -> WorkloadShape:
     """The workload, with a short prompt where a long one would take minutes."""
     prefill = sum(cost.prefill_launches for cost in measurement.modules)
     decode = sum(cost.decode_launches for cost in measurement.modules)
@@ -219,7 +219,7 @@ def _block_around(path: str, graph: ModelGraph) -> str:
 
 
 @dataclass
-class _Run:
+class _DryRun:
     """A dry run as it goes on."""
 
     model: PreTrainedModel
@@ -232,7 +232,7 @@ class _Run:
     cache_bytes: dict[Device, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _Run:
+    def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _DryRun:
         """A run that is about to begin."""
         hold_in_buffers(model, graph)
         known = replace_tensors(model)
@@ -358,16 +358,16 @@ class _Run:
     def _replay(self) -> Replay:
         return Replay(self.devices.events, self.devices.at, self.graph, self.plan)
 
-    def _mismatch(self, error: DeviceMismatchError) -> Mismatch:
-        return Mismatch(
+    def _mismatch(self, error: DeviceMismatchError) -> DeviceMismatch:
+        return DeviceMismatch(
             operation=error.operation,
             phase=self.phase,
             running=error.running,
-            parties=tuple(map(self._party, error.operands)),
+            tensors=tuple(map(self._operand, error.operands)),
         )
 
-    def _party(self, operand: Operand) -> Party:
-        return Party(
+    def _operand(self, operand: Operand) -> MismatchedTensor:
+        return MismatchedTensor(
             device=operand.device,
             block=_block_around(operand.made_by, self.graph),
             made_by=operand.made_by,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.diagnostics.diagnostic import Related
-from devmap_config.graph.failures import Failure
+from devmap_config.graph.failures import MeasurementFailure
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import TensorName
 from devmap_config.placement.constraints import NO_REPAIRS
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from devmap_config.rules.resolution import Decision
     from devmap_config.rules.rule import Rule
     from devmap_config.simulate.repairs import Together
-    from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
+    from devmap_config.simulate.simulation import DeviceMismatch, MismatchedTensor, SimulatedDevice, Verdict
 
 MOST_REPAIRS = 8
 """So often a plan is made anew with more that is kept together."""
@@ -85,21 +85,21 @@ def rehearse(
     return Rehearsal(current, verdicts) if not sink.has_errors else Rehearsal(None, verdicts, refused=current)
 
 
-def _refuse(mismatch: Mismatch, plan: Plan, prepared: Prepared, sink: Sink) -> None:
+def _refuse(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, sink: Sink) -> None:
     if mismatch.absent is not None:
         _refuse_absent(mismatch.absent, mismatch, plan, prepared, sink)
         return
-    first, second = mismatch.parties[:2]
-    decisions = [(party, _decision(party, plan, prepared)) for party in (first, second)]
-    decided = [(party, decision) for party, decision in decisions if decision is not None]
+    first, second = mismatch.tensors[:2]
+    decisions = [(operand, _decision(operand, plan, prepared)) for operand in (first, second)]
+    decided = [(operand, decision) for operand, decision in decisions if decision is not None]
     where = f"`{mismatch.running}`" if mismatch.running else "the model"
     related: tuple[Related, ...] = ()
     if decided:
         decided.sort(key=lambda pair: pair[1].rule.span)
         span = decided[-1][1].rule.span
         related = tuple(
-            Related(message=f"{party.device} comes from here", span=decision.rule.span)
-            for party, decision in decided[:-1]
+            Related(message=f"{operand.device} comes from here", span=decision.rule.span)
+            for operand, decision in decided[:-1]
             if decision.rule is not decided[-1][1].rule
         )
     else:
@@ -113,7 +113,9 @@ def _refuse(mismatch: Mismatch, plan: Plan, prepared: Prepared, sink: Sink) -> N
     )
 
 
-def _refuse_absent(absent: Party, mismatch: Mismatch, plan: Plan, prepared: Prepared, sink: Sink) -> None:
+def _refuse_absent(
+    absent: MismatchedTensor, mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, sink: Sink
+) -> None:
     name = absent.tensor or ""
     decision = prepared.resolution.decisions.get(TensorName(name))
     location = plan.locations.get(TensorName(name))
@@ -129,26 +131,26 @@ def _refuse_absent(absent: Party, mismatch: Mismatch, plan: Plan, prepared: Prep
     )
 
 
-def _described(party: Party) -> str:
-    if party.tensor is not None:
-        return f"`{party.tensor}` on {party.device}"
-    return f"what `{party.made_by}` made on {party.device}" if party.made_by else f"a tensor on {party.device}"
+def _described(operand: MismatchedTensor) -> str:
+    if operand.tensor is not None:
+        return f"`{operand.tensor}` on {operand.device}"
+    return f"what `{operand.made_by}` made on {operand.device}" if operand.made_by else f"a tensor on {operand.device}"
 
 
-def _decision(party: Party, plan: Plan, prepared: Prepared) -> Decision | None:
-    """The rule that put a party where it is: of its module, or of the next one around it that a rule decides for."""
-    path = party.tensor or party.made_by
+def _decision(operand: MismatchedTensor, plan: Plan, prepared: Prepared) -> Decision | None:
+    """The rule that put an operand where it is: of its module, or of the next one around it that a rule decides for."""
+    path = operand.tensor or operand.made_by
     while path:
         names = [name for name in prepared.graph.tensors if name == path or name.startswith(f"{path}.")]
         for name in names:
             decision = prepared.resolution.decisions.get(name)
-            if decision is not None and party.device in (decision.device, plan.main_device):
+            if decision is not None and operand.device in (decision.device, plan.main_device):
                 return decision
         path = path.rpartition(".")[0]
     return None
 
 
-def _mend(mismatch: Mismatch, plan: Plan, prepared: Prepared) -> str:
+def _mend(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared) -> str:
     """What to change: what must share a device, and the rules that hold it apart."""
     involved = involved_in(mismatch, plan, prepared.graph)
     if not involved:
@@ -254,7 +256,7 @@ def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[Device, None]]:
 
 def _tell_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, allow_unmeasured: bool) -> None:
     if verdict.cause != "model":
-        failure = Failure(verdict.cause, verdict.reason or "")
+        failure = MeasurementFailure(verdict.cause, verdict.reason or "")
         consequence = "whether the plan runs could not be tried"
         report_failure(failure, consequence, loaded.profile.model.source.span, sink, allowed=allow_unmeasured)
         return

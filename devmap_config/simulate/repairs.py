@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
     from devmap_config.prepared import Prepared
     from devmap_config.rules.resolution import Resolution
-    from devmap_config.simulate.simulation import Mismatch, Party, SimulatedDevice, Verdict
+    from devmap_config.simulate.simulation import DeviceMismatch, MismatchedTensor, SimulatedDevice, Verdict
 
 Together = tuple[tuple["TensorName", ...], ...]
 """Groups of tensors that must share a device."""
@@ -36,7 +36,7 @@ def repaired(repairs: Repairs, verdict: Verdict, plan: Plan, prepared: Prepared)
     return replace(repairs, reserved_bytes=reserved)
 
 
-def _to_keep_together(mismatch: Mismatch, plan: Plan, prepared: Prepared, before: Together) -> Together:
+def _to_keep_together(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, before: Together) -> Together:
     """Return what must be kept together so that this does not come about; the same as before where that cannot help.
 
     What is inside of one block concerns every block of its class. What passes between blocks brings in all that the
@@ -58,14 +58,14 @@ def _to_keep_together(mismatch: Mismatch, plan: Plan, prepared: Prepared, before
     return tuple(kept)
 
 
-def involved_in(mismatch: Mismatch, plan: Plan, graph: ModelGraph) -> list[str]:
+def involved_in(mismatch: DeviceMismatch, plan: Plan, graph: ModelGraph) -> list[str]:
     """Return what must share a device for an operation to run: blocks, and tensors of a model's own."""
     places: dict[str, None] = {}
-    for party in mismatch.parties:
-        own = party.block or party.tensor
-        if not own and not party.blocks and party.device == plan.main_device:
+    for operand in mismatch.tensors:
+        own = operand.block or operand.tensor
+        if not own and not operand.blocks and operand.device == plan.main_device:
             own = _first_on(plan.main_device, plan, graph)  # an input, which is where the model begins
-        places |= dict.fromkeys(filter(None, (own, *party.blocks)))
+        places |= dict.fromkeys(filter(None, (own, *operand.blocks)))
     places |= dict.fromkeys(filter(None, [block_of(graph, mismatch.running)]))
     return list(places)
 
@@ -83,7 +83,7 @@ def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
     return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
 
 
-def _to_keep(absent: Party, plan: Plan, prepared: Prepared) -> dict[TensorName, Device]:
+def _to_keep(absent: MismatchedTensor, plan: Plan, prepared: Prepared) -> dict[TensorName, Device]:
     """Return what must be where it is used: all of the weight's module, and of those at its place in blocks alike."""
     graph, decisions = prepared.graph, prepared.resolution.decisions
     module = (absent.tensor or "").rpartition(".")[0]

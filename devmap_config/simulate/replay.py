@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from devmap_config.devices import CPU
 from devmap_config.graph.model import ModulePath, ancestors
 from devmap_config.graph.recording import Allocation
-from devmap_config.simulate.devices import Call, Phase, Transfer
-from devmap_config.simulate.simulation import LinkUse, SimulatedDevice, Step
+from devmap_config.simulate.devices import Call, DeviceCopy, Phase
+from devmap_config.simulate.simulation import BlockRun, LinkUse, SimulatedDevice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.devices import Device
     from devmap_config.graph.model import ModelGraph
-    from devmap_config.graph.recording import Event
+    from devmap_config.graph.recording import RecordedEvent
     from devmap_config.plan.plan import Plan
 
 FILLING = "filling"
@@ -32,7 +32,9 @@ UNOBSERVED = (FILLING, TOWERS)
 class Replay:
     """What events show; of links and calls, in each phase by the last time that it ran."""
 
-    def __init__(self, events: Iterable[Event], at: Mapping[int, Device], graph: ModelGraph, plan: Plan) -> None:
+    def __init__(
+        self, events: Iterable[RecordedEvent], at: Mapping[int, Device], graph: ModelGraph, plan: Plan
+    ) -> None:
         """Args: the events in order, the device of each storage, the model, and how it was placed."""
         self._at, self._graph, self._plan = at, graph, plan
         self._blocks = dict.fromkeys(graph.blocks)
@@ -47,7 +49,7 @@ class Replay:
         for event in events:
             self._take(event)
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: RecordedEvent) -> None:
         match event:
             case Phase(name=name):
                 self._phase = name
@@ -62,7 +64,7 @@ class Replay:
                 apart = {unit: device for unit, device in self._plan.compute.items() if unit not in prefilled}
                 around = (apart[unit] for unit in (path, *ancestors(path)) if unit in apart)
                 self._calls[self._phase].append((path, next(around, event.device)))
-            case Transfer() if self._phase not in UNOBSERVED:
+            case DeviceCopy() if self._phase not in UNOBSERVED:
                 use = self._links[self._phase].setdefault((event.source, event.target), [0, 0, 0])
                 use[0] += 1
                 use[1] += event.size_bytes
@@ -96,11 +98,11 @@ class Replay:
         )
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[BlockRun, ...]:
         """The blocks that ran to their end, and the most that was held meanwhile."""
         ran_on = {(phase, path): device for phase, path, device in self.calls}
         return tuple(
-            Step(phase=phase, block=block, device=ran_on[phase, block], live_bytes=tuple(sorted(held.items())))
+            BlockRun(phase=phase, block=block, device=ran_on[phase, block], live_bytes=tuple(sorted(held.items())))
             for (phase, block), held in self._held.items()
             if (phase, block) in ran_on
         )

@@ -26,7 +26,7 @@ Outcome = Literal["runs", "mismatch", "unsimulated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Party:
+class MismatchedTensor:
     """A tensor of an operation that does not run: its device, the block that made or holds it, and which it is.
 
     `tensor` is a weight's name; `None` for what was computed. `block` is `""` for what the model makes outside of every
@@ -41,21 +41,21 @@ class Party:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mismatch:
+class DeviceMismatch:
     """An operation that does not run, in this phase, while this module was the innermost that ran.
 
-    It is over tensors of two devices, or over a weight that is `NOWHERE`, which is the first of `parties`.
+    It is over tensors of two devices, or over a weight that is `NOWHERE`, which is the first of `tensors`.
     """
 
     operation: str
     phase: str
     running: str
-    parties: tuple[Party, ...]
+    tensors: tuple[MismatchedTensor, ...]
 
     @property
-    def absent(self) -> Party | None:
+    def absent(self) -> MismatchedTensor | None:
         """The weight that nothing had copied in, if that is it."""
-        return self.parties[0] if self.parties[0].device == NOWHERE else None
+        return self.tensors[0] if self.tensors[0].device == NOWHERE else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class LinkUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class BlockRun:
     """A block that ran: on which device, and the most that was held on each device meanwhile, weights left out."""
 
     phase: str
@@ -108,11 +108,11 @@ class Simulation:
     outcome: Outcome
     devices: tuple[SimulatedDevice, ...] = ()
     links: tuple[LinkUse, ...] = ()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[BlockRun, ...] = ()
     calls: tuple[tuple[str, str, Device], ...] = ()
     idle: tuple[str, ...] = ()
     hops: int = 0
-    mismatch: Mismatch | None = None
+    mismatch: DeviceMismatch | None = None
     reason: str | None = None
     cause: Cause = "model"
     """Whose doing it is that it could not be tried."""
@@ -133,7 +133,7 @@ class Verdict:
 
     outcome: Outcome
     devices: tuple[SimulatedDevice, ...] = ()
-    mismatch: Mismatch | None = None
+    mismatch: DeviceMismatch | None = None
     reason: str | None = None
     cause: Cause = "model"
 
@@ -159,8 +159,8 @@ class Verdict:
         if not isinstance(value, dict) or value.keys() | {"cause"} != {each.name for each in fields(cls)}:
             raise ValueError("not a verdict")
         verdict = _verdict_reader().validate_python(value)
-        parties = () if verdict.mismatch is None else verdict.mismatch.parties
-        if bool(parties) != (verdict.outcome == "mismatch"):
+        tensors = () if verdict.mismatch is None else verdict.mismatch.tensors
+        if bool(tensors) != (verdict.outcome == "mismatch"):
             raise ValueError("not a verdict")
         return verdict
 

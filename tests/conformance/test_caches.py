@@ -11,7 +11,7 @@ import transformers
 from kinds import MODELS, config_of
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from devmap_config.graph.costs import Measurement, ModuleCost, Workload
+from devmap_config.graph.costs import Measurement, ModuleCost, WorkloadShape
 from devmap_config.graph.failures import UnfitCacheError
 from devmap_config.graph.forwards import CACHE_NAMES, cache_tensors
 from devmap_config.graph.introspection import build_meta_model, graph_of
@@ -24,7 +24,9 @@ WITHOUT_WINDOWS = ["dense", "grouped queries", "tied", "learned positions", "exp
 
 
 def workload(cache, **options):
-    return Workload(**{"batch_size": 2, "context_length": LENGTH, "prompt_length": LENGTH, "cache": cache, **options})
+    return WorkloadShape(
+        **{"batch_size": 2, "context_length": LENGTH, "prompt_length": LENGTH, "cache": cache, **options}
+    )
 
 
 def measured(name, wanted):

@@ -12,7 +12,7 @@ from kinds import MODELS, config_of
 from torch.profiler import ProfilerActivity, profile
 
 from devmap_config.graph import recording
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.forwards import Forwards
 from devmap_config.graph.introspection import build_meta_model, graph_of
 from devmap_config.graph.measurement import measure
@@ -25,7 +25,7 @@ WITH_EXPERTS = ("latent attention", "experts", "many experts")
 
 
 def workload(batch_size):
-    return Workload(batch_size=batch_size, context_length=LENGTH, prompt_length=LENGTH)
+    return WorkloadShape(batch_size=batch_size, context_length=LENGTH, prompt_length=LENGTH)
 
 
 def class_of(name):

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
 
 from devmap_config.graph import measurement
-from devmap_config.graph.costs import Measurement, Workload
+from devmap_config.graph.costs import Measurement, WorkloadShape
 from devmap_config.graph.forwards import CACHE_NAMES, cache_tensors
 from devmap_config.graph.introspection import build_graph, build_meta_model, graph_of
 from devmap_config.graph.measurement import measure
@@ -41,7 +41,7 @@ def measured(name, *, config=None, **workload):
     model_class = getattr(transformers, MODELS[name][0])
     model = build_meta_model(model_class, config or config_of(name), torch.float32)
     workload = {"batch_size": 2, "context_length": length_of(name), "prompt_length": length_of(name), **workload}
-    return measure(model, graph_of(model, torch.float32), Workload(**workload))
+    return measure(model, graph_of(model, torch.float32), WorkloadShape(**workload))
 
 
 def really_run(name):
@@ -160,7 +160,7 @@ def test_attention_in_half_precision_is_told_apart():
 
     def decoded(dtype):
         model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense"), dtype)
-        workload = Workload(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
+        workload = WorkloadShape(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
         cost = measure(model, graph_of(model, dtype), workload).by_path["model.layers.0.self_attn"]
         return cost.decode_attention_operations, cost.decode_operations
 
@@ -308,7 +308,7 @@ def test_what_a_block_does_besides_is_not_lost(what, monkeypatch):
     def measured_once():
         model = build_meta_model(transformers.LlamaForCausalLM, config_of("dense", num_hidden_layers=8), torch.float32)
         model.model.layers[0].marker = "is given one tensor, where the others are given two"
-        workload = Workload(batch_size=2, context_length=40, prompt_length=40)
+        workload = WorkloadShape(batch_size=2, context_length=40, prompt_length=40)
         return measure(model, graph_of(model, torch.float32), workload)
 
     spared = measured_once()
@@ -319,7 +319,7 @@ def test_what_a_block_does_besides_is_not_lost(what, monkeypatch):
 def test_what_a_shared_cache_brings_along_counts_where_it_is_brought(monkeypatch):
     """It grows between blocks that are made alike: those after it are given more than those before."""
     config = config_of_shared_caches()
-    workload = Workload(batch_size=2, context_length=40, prompt_length=40)
+    workload = WorkloadShape(batch_size=2, context_length=40, prompt_length=40)
 
     def measured_once():
         model = build_meta_model(transformers.Gemma3nForCausalLM, config, torch.float32)
@@ -354,7 +354,7 @@ def test_code_that_comes_with_a_model_is_run_whole():
 def test_the_same_is_measured_again_in_one_process():
     """What a model lets go of its own (here positions, which it converts) is not mistaken for what comes after."""
     config = transformers.CTRLConfig(vocab_size=99, n_positions=256, n_embd=1280, dff=64, n_layer=2, n_head=4)
-    workload = Workload(batch_size=1, context_length=32, prompt_length=32)
+    workload = WorkloadShape(batch_size=1, context_length=32, prompt_length=32)
 
     def measured_once():
         model = build_meta_model(transformers.CTRLLMHeadModel, config, torch.bfloat16)
@@ -429,7 +429,7 @@ def test_what_the_model_adds_up_itself_must_be_together():
 def test_layers_that_read_the_cache_of_another_must_be_with_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHARED_CACHE))
     (tmp_path / "modeling_sharing.py").write_text(SHARING_CODE)
-    workload = Workload(batch_size=1, context_length=16, prompt_length=16)
+    workload = WorkloadShape(batch_size=1, context_length=16, prompt_length=16)
     graph = build_graph(
         tmp_path,
         class_name="AutoModelForCausalLM",
@@ -453,7 +453,7 @@ def test_a_cache_that_is_brought_along_may_be_apart():
     )
     model = build_meta_model(transformers.Gemma3nForCausalLM, config, torch.float32)
     graph = graph_of(model, torch.float32)
-    workload = Workload(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
+    workload = WorkloadShape(batch_size=1, context_length=LENGTH, prompt_length=LENGTH)
     measurement = measure(model, graph, workload)
     # Until transformers 5.21 it is no argument that accelerate copies, and the model copies it itself.
     is_brought_along = "shared_kv_states" not in graph.skip_keys

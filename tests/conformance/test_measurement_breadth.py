@@ -16,14 +16,14 @@ import yaml
 import zoo
 
 import devmap_config.graph.measurement
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
 from devmap_config.graph.repetition import kinds_of
 
 UNMEASURABLE = yaml.safe_load((Path(__file__).parent / "unmeasurable.yaml").read_text())
 
-WORKLOAD = Workload(batch_size=1, context_length=32, prompt_length=32)
+WORKLOAD = WorkloadShape(batch_size=1, context_length=32, prompt_length=32)
 
 MODEL_TYPES = sorted({*zoo.causal_model_types(), *zoo.sequence_model_types(), *zoo.image_text_model_types()})
 

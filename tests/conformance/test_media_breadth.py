@@ -15,7 +15,7 @@ import yaml
 import zoo
 from conftest import REPOSITORY
 
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
 from devmap_config.graph.media import SOUND_NAMES
@@ -23,7 +23,7 @@ from devmap_config.graph.media import SOUND_NAMES
 UNTRIED = yaml.safe_load((Path(__file__).parent / "untried_media.yaml").read_text())
 """By what is given and the model's type: a part of what is said."""
 
-SHORT = Workload(batch_size=1, context_length=64, prompt_length=64)
+SHORT = WorkloadShape(batch_size=1, context_length=64, prompt_length=64)
 GIVEN = {
     "images": replace(SHORT, images=1, image_height=448, image_width=448),
     "sound": replace(SHORT, audio_seconds=30),

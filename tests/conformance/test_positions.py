@@ -11,7 +11,7 @@ import torch
 import zoo
 from transformers import XLNetConfig
 
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import build_meta_model, graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
 from devmap_config.graph.positions import trained_length
@@ -46,7 +46,7 @@ def short_model(model_type):
 
 
 def measured_positions(model):
-    workload = Workload(batch_size=1, context_length=16, prompt_length=16)
+    workload = WorkloadShape(batch_size=1, context_length=16, prompt_length=16)
     meta = build_meta_model(type(model), copy.deepcopy(model.config), torch.float32)
     try:
         return measure(meta, graph_of(meta, torch.float32), workload).positions

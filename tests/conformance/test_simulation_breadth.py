@@ -15,7 +15,7 @@ import yaml
 import zoo
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 UNMEASURABLE = yaml.safe_load((HERE / "unmeasurable.yaml").read_text())
 DO_NOT_RUN = yaml.safe_load((HERE / "auto_maps_that_do_not_run.yaml").read_text())
 
-WORKLOAD = Workload(batch_size=1, context_length=32, prompt_length=32)
+WORKLOAD = WorkloadShape(batch_size=1, context_length=32, prompt_length=32)
 
 FLOAT32_ONLY = ("xlnet",)
 """Its attention mask is made in float32, whatever the model's dtype."""

@@ -13,7 +13,7 @@ from kinds import MODELS, config_of, config_of_shared_caches, deep_config_of
 from placements import plans_that_do_not, plans_that_run
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import build_meta_model, graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
 from devmap_config.simulate import dry_run
@@ -24,7 +24,7 @@ FLOAT32_ONLY = ("xlnet",)
 CONFIGS = {name: lambda name=name: deep_config_of(name) for name in MODELS} | {"shared caches": config_of_shared_caches}
 CLASSES = {name: class_name for name, (class_name, *_) in MODELS.items()} | {"shared caches": "Gemma3nForCausalLM"}
 
-IN_PARTS = Workload(batch_size=2, context_length=20, prompt_length=8)
+IN_PARTS = WorkloadShape(batch_size=2, context_length=20, prompt_length=8)
 """A prompt that is a part of the context: prefilled, filled, decoded."""
 
 

@@ -17,7 +17,7 @@ from transformers.integrations.accelerate import _get_device_map, expand_device_
 from devmap_config.devices import CPU, Device
 from devmap_config.execution.executor import Executor
 from devmap_config.execution.units import fold
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import measure
 from devmap_config.placement.problem import Problem
@@ -107,7 +107,7 @@ def check_valid(graph, model, placement, where):
     assert {name: canonical(device) for name, device in read.items()} == placement, where
 
 
-WORKLOAD = Workload(batch_size=64, context_length=64, prompt_length=64)
+WORKLOAD = WorkloadShape(batch_size=64, context_length=64, prompt_length=64)
 
 
 def zoo_graph_with_workload(model_type):

@@ -18,7 +18,7 @@ from devmap_config import load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run
 from devmap_config.compiler import Request, run_pipeline
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.forwards import Forwards
 from devmap_config.graph.media import media_of
 
@@ -27,8 +27,10 @@ torch.set_num_threads(1)
 
 LENGTH = 60
 SIDE = 112
-IMAGE = Workload(batch_size=1, context_length=128, prompt_length=LENGTH, images=1, image_height=SIDE, image_width=SIDE)
-SOUND = Workload(batch_size=1, context_length=128, prompt_length=LENGTH, audio_seconds=1)
+IMAGE = WorkloadShape(
+    batch_size=1, context_length=128, prompt_length=LENGTH, images=1, image_height=SIDE, image_width=SIDE
+)
+SOUND = WorkloadShape(batch_size=1, context_length=128, prompt_length=LENGTH, audio_seconds=1)
 BOTH = replace(IMAGE, audio_seconds=1)
 INPUTS = {
     IMAGE: f"{{images: 1, image_size: {SIDE}}}",

@@ -32,7 +32,7 @@ from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch import streamed_weights
 from devmap_config.dispatch.streamed_weights import StreamingHook
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.forwards import Forwards
 from devmap_config.libraries.accelerate import hooks_of
 from devmap_config.placement import executors
@@ -516,7 +516,9 @@ def test_nothing_of_a_computed_unit_is_streamed_and_what_is_streamed_still_is():
 def test_the_cache_of_attention_on_the_cpu_is_there_too():
     save(LLAMA)
     model = load(computed("model.layers.[2-3].self_attn"))
-    forwards = Forwards(model, Workload(batch_size=1, context_length=TOKENS.shape[1], prompt_length=TOKENS.shape[1]))
+    forwards = Forwards(
+        model, WorkloadShape(batch_size=1, context_length=TOKENS.shape[1], prompt_length=TOKENS.shape[1])
+    )
     cache = forwards.run({"input_ids": TOKENS.to(CARD)})
     cache = forwards.run(forwards.decode_inputs(cache) | {"input_ids": TOKENS[:, -1:].to(CARD)})
     assert [layer.keys.device.type for layer in cache.layers] == ["npu", "npu", "cpu", "cpu", "npu", "npu"]

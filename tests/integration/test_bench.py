@@ -19,7 +19,7 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.profile.permissions import NO_PERMISSIONS
 from devmap_config.runner import benchmark, benchmark_process
 from devmap_config.runner.benchmark import jobs_of, ratio_of
-from devmap_config.runner.benchmark_process import Failure, Sample, run_in_process
+from devmap_config.runner.benchmark_process import Sample, SampleFailure, run_in_process
 from devmap_config.runner.demonstration import planned_generation
 from devmap_config.runner.generation_times import GenerationTimes
 from devmap_config.runner.loading import is_out_of_memory
@@ -60,7 +60,7 @@ def takes(**seconds):
 
     def run_in_process(job):
         found = 1.0 if next(warm_ups, False) else next(turns[job.loader])
-        if isinstance(found, Failure):
+        if isinstance(found, SampleFailure):
             return found
         generation = GenerationTimes(
             workload=job.generation,
@@ -175,7 +175,7 @@ def test_the_table_is_no_wider_than_the_terminal(workspace, monkeypatch, columns
     assert "123–123 ms" in done.stdout
 
 
-OUT_OF_MEMORY = Failure(doing="running", reason="CUDA out of memory", is_out_of_memory=True)
+OUT_OF_MEMORY = SampleFailure(doing="running", reason="CUDA out of memory", is_out_of_memory=True)
 
 
 def test_what_runs_out_of_memory_under_auto_is_a_result(workspace, monkeypatch):
@@ -189,7 +189,7 @@ def test_what_runs_out_of_memory_under_auto_is_a_result(workspace, monkeypatch):
 
 def test_a_plan_that_fails_is_an_error_and_no_ratio(workspace, monkeypatch):
     write_profile()
-    failure = Failure(doing="loading", reason="it is not there", is_out_of_memory=False)
+    failure = SampleFailure(doing="loading", reason="it is not there", is_out_of_memory=False)
     monkeypatch.setattr(benchmark, "run_in_process", takes(plan=[failure], auto=[1.0] * 2, cpu=[2.0] * 2))
     done = run("--rounds", "2", "--format", "json")
     value = json.loads(done.stdout)
@@ -226,7 +226,7 @@ def test_what_cannot_be_loaded_in_a_process_comes_back_as_a_failure(workspace):
     write_profile()
     _, auto, _ = jobs()
     found = run_in_process(replace(auto, request=replace(auto.request, weights="nowhere")))
-    assert isinstance(found, Failure)
+    assert isinstance(found, SampleFailure)
     assert (found.doing, found.is_out_of_memory, "OSError" in found.reason) == ("loading", False, True)
 
 
@@ -238,7 +238,7 @@ def test_a_process_that_the_system_kills_comes_back_as_a_failure(workspace, monk
     write_profile()
     monkeypatch.setattr(benchmark_process, "measure", die)
     found = run_in_process(jobs()[0])
-    assert isinstance(found, Failure)
+    assert isinstance(found, SampleFailure)
     assert str(found).startswith("its process was killed, as a system does that runs out of memory")
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 
 from devmap_config.cli import devmap
-from devmap_config.cli.init import Asked, first_profile
+from devmap_config.cli.init import InitOptions, first_profile
 from devmap_config.cli.machines import machine_of
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.hardware.catalogue import load_catalogue
@@ -144,7 +144,7 @@ def check(model, machine, folder, *, simulates):
     """What is written for a published model on a machine of the catalogue compiles."""
     source = REPOSITORY / "profiles" / "models" / model / "config.json"
     (folder / "config.json").write_bytes(source.read_bytes())
-    asked = Asked(
+    asked = InitOptions(
         source=str(folder / "config.json"),
         hardware=machine_of(machine),
         machine_name=machine,

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from devmap_config import ProfileError, compile_profile, load_model
 from devmap_config.cli import devmap
-from devmap_config.graph.failures import Failure, failure_of
+from devmap_config.graph.failures import MeasurementFailure, failure_of
 from devmap_config.graph.forwards import Forwards
 from devmap_config.graph.recording import Recorder, Traffic
 from devmap_config.libraries import torch as torch_adapter
@@ -311,7 +311,9 @@ def test_a_change_is_found_behind_what_was_made_of_it():
         except LibraryChangedError as error:
             raise ValueError("something else") from error
 
-    assert raised(wrapped) == Failure("library", f"torch {versions.installed('torch')}: `torch.nothing` is not there")
+    assert raised(wrapped) == MeasurementFailure(
+        "library", f"torch {versions.installed('torch')}: `torch.nothing` is not there"
+    )
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------

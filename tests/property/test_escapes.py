@@ -28,7 +28,7 @@ from devmap_config.cli.reporting import EscapedStream, echo, echo_lines, print_j
 from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError, Related, Span
 from devmap_config.diagnostics.terminal import print_diagnostics
 from devmap_config.graph.digest import digest
-from devmap_config.plan.diff import Change, Difference, Home, Move
+from devmap_config.plan.diff import Difference, Home, Move, ValueChange
 from devmap_config.runner.loading import RunnerError
 from devmap_config.wording import visible_lines
 
@@ -196,13 +196,15 @@ PIPE = re.compile(r"(?<!\\)\|")
 @given(text=strange)
 def test_tables_in_markdown_hold(text):
     moved = Move((text, "model"), Home(text), None)
-    change = Change({"capacity_bytes": 1, "weights_bytes": 1, "kv_cache_bytes": 0, "activation_bytes": 0,
+    change = ValueChange({"capacity_bytes": 1, "weights_bytes": 1, "kv_cache_bytes": 0, "activation_bytes": 0,
                      "overhead_bytes": 0, "free_bytes": 0}, None)  # fmt: skip
     nothing = dict.fromkeys(
         ("decode_nanoseconds_per_token", "bound_decode_nanoseconds_per_token", "prefill_nanoseconds",
-         "streamed_bytes_per_token", "hops", "longest_context"), Change(None, None)
+         "streamed_bytes_per_token", "hops", "longest_context"), ValueChange(None, None)
     )  # fmt: skip
-    found = Difference((moved,), {text: change}, nothing, {"model": Change(text, f"{text} "), text: Change("a", "b")})
+    found = Difference(
+        (moved,), {text: change}, nothing, {"model": ValueChange(text, f"{text} "), text: ValueChange("a", "b")}
+    )
     lines = [visible_lines(line) for line in _markdown(found, text, text)]  # as they are printed
     for line in lines:
         is_harmless(line)

@@ -437,7 +437,7 @@ def test_only_what_is_below_a_limit_is_an_answer():
             continue
         assert solver.solve(chain, best.nanoseconds + 1).fastest.nanoseconds == best.nanoseconds, seed
         for limit in (best.nanoseconds, best.nanoseconds // 2):
-            assert solver.solve(chain, limit) == solver.Outcome(None, limit), seed
+            assert solver.solve(chain, limit) == solver.ChainSolution(None, limit), seed
 
 
 def test_where_nothing_below_a_limit_is_found_the_bound_is_still_below_the_optimum(monkeypatch):

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from devmap_config.cli.calibrate import calibrate, hardware_block
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.devices import CPU, DISK, Device
-from devmap_config.execution.segments import Copy, Rates, Segment, Step
-from devmap_config.hardware.inventory import Inventory, InventoryDevice, Link
+from devmap_config.execution.segments import Copy, MachineRates, ModuleWork, Segment
+from devmap_config.hardware.inventory import Inventory, InventoryDevice, InventoryLink
 from devmap_config.plan.prediction import amounts
 from devmap_config.runner.calibration import calibrate as fit
 from devmap_config.runner.calibration import read_receipt
@@ -32,8 +32,8 @@ def machine(bandwidth, flops, dispatch, *, host=10, unpinned=5, disk=2):
         InventoryDevice(id=CPU, bandwidth_bytes_per_second=bandwidth * 10**9, flops_per_second=flops * 10**9, **rates),
         InventoryDevice(id=DISK, **rates),
     )
-    link = Link(bytes_per_second=host * 10**9, unpinned_bytes_per_second=unpinned * 10**9)
-    reading = Link(bytes_per_second=disk * 10**9)
+    link = InventoryLink(bytes_per_second=host * 10**9, unpinned_bytes_per_second=unpinned * 10**9)
+    reading = InventoryLink(bytes_per_second=disk * 10**9)
     links = {
         **dict.fromkeys(((CPU, CARD), (CARD, CPU)), link),
         **dict.fromkeys(((CPU, DISK), (DISK, CPU), (CARD, DISK), (DISK, CARD)), reading),
@@ -43,7 +43,7 @@ def machine(bandwidth, flops, dispatch, *, host=10, unpinned=5, disk=2):
 
 def forward(device, layers, width, tokens, copies=()):
     """What a forward of a dense model does: some layers, with next to nothing outside."""
-    step = Step(2 * width * width, 2 * tokens * width * width, launches=4)
+    step = ModuleWork(2 * width * width, 2 * tokens * width * width, launches=4)
     layer = Segment(Counter({(device, step): 4}), Counter({device: 60}), list(copies))
     return [(layer, layers), (Segment(dispatches=Counter({device: 76})), 1)]
 
@@ -54,7 +54,7 @@ def receipt(truth, believed, phases, **changes):
     written = {}
     for phase, segments in phases.items():
         nanoseconds = [
-            sum(count * Rates(each, phase).nanoseconds(segment) for segment, count in segments)
+            sum(count * MachineRates(each, phase).nanoseconds(segment) for segment, count in segments)
             for each in (believed, truth)
         ]
         predicted["decode_nanoseconds_per_token" if phase == "decode" else "prefill_nanoseconds"] = nanoseconds[0]
@@ -179,7 +179,7 @@ def test_amounts_say_what_the_plan_says(workspace, map):
     compiled = run_pipeline(Request(path=Path("p.yaml")))
     for phase, name in (("decode", "decode_nanoseconds_per_token"), ("prefill", "prefill_nanoseconds")):
         told = json.loads(json.dumps(amounts(compiled.plan, compiled.graph, compiled.inventory, phase)))
-        rates = Rates(Inventory.from_json(compiled.inventory.to_json()), phase)
+        rates = MachineRates(Inventory.from_json(compiled.inventory.to_json()), phase)
         times = [each["count"] * rates.nanoseconds(Segment.from_json(each)) for each in told]
         assert sum(times) == getattr(compiled.plan.prediction, name)
 

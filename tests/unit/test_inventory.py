@@ -11,7 +11,7 @@ from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.hardware.catalogue import load_catalogue
 from devmap_config.hardware.constants import LATENCY_NANOSECONDS
 from devmap_config.hardware.declared import build_inventory
-from devmap_config.hardware.inventory import Inventory, Link
+from devmap_config.hardware.inventory import Inventory, InventoryLink
 from devmap_config.hardware.scaling import RateName, scaled
 from devmap_config.plan.values import values_of_hardware
 from devmap_config.profile.loading import load_profile
@@ -89,7 +89,7 @@ def test_links_of_the_catalogue(declared):
     assert rate(inventory, "cuda:0", "cuda:1") == int(A100.peer_link_bytes_per_second * A100.link_efficiency)
     assert rate(inventory, "cuda:1", "cuda:0") == rate(inventory, "cuda:0", "cuda:1")
     assert rate(inventory, "cpu", "cuda:2") == host["cuda:2"]
-    in_turn = Link(bytes_per_second=host["cuda:0"]).then(Link(bytes_per_second=host["cuda:2"]))
+    in_turn = InventoryLink(bytes_per_second=host["cuda:0"]).then(InventoryLink(bytes_per_second=host["cuda:2"]))
     assert inventory.links[Device.from_text("cuda:0"), Device.from_text("cuda:2")] == in_turn
     assert rate(inventory, "disk", "cpu") == 8 * 10**9
     assert rate(inventory, "disk", "cuda:0") == 8 * 10**9

@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.graph.costs import Workload
+from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.forwards import Forwards
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.known_values import knowing_values
@@ -37,7 +37,7 @@ TOKENS = {
 
 
 def workload(**given):
-    return Workload(batch_size=1, context_length=128, prompt_length=120, **given)
+    return WorkloadShape(batch_size=1, context_length=128, prompt_length=120, **given)
 
 
 ONE_IMAGE = workload(images=1, image_height=112, image_width=112)
@@ -97,7 +97,7 @@ def test_a_model_with_numbers_hears_what_it_is_measured_with(kind):
 def test_more_images_take_more_tokens_and_each_sequence_has_its_own():
     two = measured(LLAVA, workload(images=2))
     assert two.media.tokens == 32
-    of_three = measured(LLAVA, Workload(batch_size=3, context_length=128, prompt_length=120, images=2))
+    of_three = measured(LLAVA, WorkloadShape(batch_size=3, context_length=128, prompt_length=120, images=2))
     assert of_three.media.tokens == 32
     tower = "model.vision_tower.encoder.layers.0.mlp.fc1"
     assert of_three.by_path[tower].prefill_operations == 3 * two.by_path[tower].prefill_operations > 0

@@ -12,7 +12,7 @@ from conftest import LLAMA
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.devices import CPU, Device
 from devmap_config.execution.overlap import total_nanoseconds
-from devmap_config.execution.segments import Rates, Segment
+from devmap_config.execution.segments import MachineRates, Segment
 from devmap_config.placement import optimal
 from devmap_config.plan.explanation import savings
 from devmap_config.plan.plan import OWN
@@ -213,7 +213,7 @@ def test_weights_are_copied_over_the_links_of_all_cards_at_once(workspace):
     assert set(plan.compute.values()) == {Device("cuda", 1)}
     compilation = run_pipeline(Request(path=Path("profile.yaml")))
     done = amounts(plan, compilation.graph, compilation.inventory, "decode")
-    rates = Rates(compilation.inventory, "decode")
+    rates = MachineRates(compilation.inventory, "decode")
     timed = (rates.time(Segment.from_json(each)).times(each["count"]) for each in done)
     assert total_nanoseconds(timed) == own  # by a receipt, rates are fitted to the same time
     found = savings(plan, compilation.graph, compilation.inventory, "decode")

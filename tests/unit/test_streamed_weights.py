@@ -32,10 +32,10 @@ from devmap_config.devices import CPU, Device
 from devmap_config.dispatch.streamed_weights import (
     ALIGNMENT_BYTES,
     Load,
-    Place,
-    Reader,
+    ReaderThread,
     Slot,
     Streamer,
+    TensorPlace,
     attach,
     loads_of,
     streamed_pieces,
@@ -118,7 +118,7 @@ def streaming(model, order=(), folder=None):
     assert slot_bytes <= largest_bytes <= slot_bytes + ALIGNMENT_BYTES * len(graph.tensors)
     slots = tuple(Slot(torch.full((largest_bytes,), POISON, dtype=torch.uint8)) for _ in range(2))
     staging = [pages(max(load.piece.size_bytes for load in loads if load.piece)) for _ in range(2) if folder]
-    attach(streamed, loads, Streamer(loads, streams, slots, Reader(streams, staging)))
+    attach(streamed, loads, Streamer(loads, streams, slots, ReaderThread(streams, staging)))
     return streams, loads
 
 
@@ -172,9 +172,11 @@ def test_what_is_next_is_read_while_a_module_computes(read, monkeypatch):
     model, _streams, loads, _file = read
     outputs(model)
     began, fetched = [], []
-    fetch = Reader.fetch
+    fetch = ReaderThread.fetch
     monkeypatch.setattr(
-        Reader, "fetch", lambda self, load, *rest: (fetched.append(loads.index(load)), fetch(self, load, *rest))[1]
+        ReaderThread,
+        "fetch",
+        lambda self, load, *rest: (fetched.append(loads.index(load)), fetch(self, load, *rest))[1],
     )
     for number, load in enumerate(loads):
         first = next(iter(load.places))
@@ -416,7 +418,7 @@ def load_of(*modules):
     places = {}
     for number, module in enumerate(modules):
         start = number * ALIGNMENT_BYTES
-        places[module] = {"weight": Place(start, start + 4, torch.float32, module.weight.shape)}
+        places[module] = {"weight": TensorPlace(start, start + 4, torch.float32, module.weight.shape)}
         places[module]["weight"].within(memory).copy_(module.weight)
     return Load(places, memory.nbytes, memory=memory)
 
@@ -435,7 +437,7 @@ class SlowPiece:
 
 
 def slow_load(number, *modules):
-    piece, place = SlowPiece(number), Place(0, 4, torch.float32, torch.Size((1, 1)))
+    piece, place = SlowPiece(number), TensorPlace(0, 4, torch.float32, torch.Size((1, 1)))
     return Load({module: {"weight": place} for module in modules}, 4, piece=piece, targets={piece.place: place})
 
 
@@ -446,7 +448,7 @@ def number_in(memory):
 def test_memory_that_is_copied_from_is_not_read_into():
     """Nobody has waited for any of the copies yet."""
     streams = LateCopies()
-    reader = Reader(streams, [pages(4) for _ in range(2)])
+    reader = ReaderThread(streams, [pages(4) for _ in range(2)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(5)]
     events = []
     for number, slot in enumerate(slots):
@@ -463,7 +465,7 @@ def test_what_is_brought_in_place_of_what_was_expected_is_not_overwritten_by_tha
     streams, late = LateCopies(), slow_load(7.0, expected)
     loads = [load_of(around), late, load_of(instead)]
     slots = tuple(Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)) for _ in range(2))
-    streamer = Streamer(loads, streams, slots, Reader(streams, [pages(4) for _ in range(2)]))
+    streamer = Streamer(loads, streams, slots, ReaderThread(streams, [pages(4) for _ in range(2)]))
     streamer.begin(around, loads[0])
     threading.Timer(0.1, late.piece.may_be_read.set).start()
     weight = streamer.begin(instead, loads[2])["weight"]
@@ -481,7 +483,7 @@ def test_what_runs_around_others_keeps_its_weights():
         Slot(torch.zeros(ALIGNMENT_BYTES, dtype=torch.uint8)),
     )
     streams = LateCopies()
-    streamer = Streamer(loads, streams, slots, Reader(streams, ()))
+    streamer = Streamer(loads, streams, slots, ReaderThread(streams, ()))
     held = {}
     for module, load in zip(modules, loads, strict=True):
         held[module] = streamer.begin(module, load)["weight"]
