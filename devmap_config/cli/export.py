@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from devmap_config.exports.export import Export
     from devmap_config.plan.lock import Lock
 
-PROGRAMS = ("transformers", "vllm")
+PROGRAMS = ("transformers", "llama.cpp", "vllm")
 
 
 @profile_command("export", "table", "json")
@@ -99,12 +99,15 @@ def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: s
         CommandError: where it cannot do what the plan says.
     """
     from devmap_config.exports.export import UnfitExportError
+    from devmap_config.exports.llama_cpp import export_to_llama_cpp
     from devmap_config.exports.plain_transformers import export_to_transformers
     from devmap_config.exports.vllm import export_to_vllm
 
     try:
         if program == "vllm":
             return export_to_vllm(compiled, weights=weights)
+        if program == "llama.cpp":
+            return export_to_llama_cpp(compiled, weights=weights)
         return export_to_transformers(compiled, folder, made_with=lock.made_with, weights=weights)
     except UnfitExportError as error:
         raise CommandError((*compiled.diagnostics, *error.diagnostics), compiled.texts) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,75 @@ def test_a_python_without_vllm_checks_nothing(workspace):
     done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y", "--check", sys.executable)
     assert (done.return_value, "No module named 'vllm'" in " ".join(done.stderr.split())) == (1, True)
     assert not Path("exported").exists()
+
+
+MIXED = """\
+version: 1
+model: {source: mixture}
+workload: {context_length: 64, batch_size: 2}
+hardware: {devices: {"cuda:[0-1]": {memory: 1GiB}, cpu: {memory: 1GiB}}}
+placement:
+  pins:
+    - {match: "model.layers.0", device: cpu, compute: cpu}
+    - {match: "model.layers.[1-2]", device: cuda:0}
+    - {match: "model.layers.[1-2].mlp.experts", device: cpu, compute: cpu, override: true}
+    - {match: "model.{embed_tokens,norm}", device: cuda:0}
+    - {match: "model.layers.3", device: cuda:1}
+    - {match: lm_head, device: cuda:1}
+"""
+
+
+def flags_of(*arguments):
+    """What a script that is exported gives a program."""
+    done = run("export", *arguments, "--to", "llama.cpp", "-o", "exported", "--model", "it's a model.gguf", "--force")
+    assert done.return_value == 0, done.stderr
+    Path("program").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    Path("program").chmod(0o755)
+    command = ["sh", "exported/serve.sh", "--port", "1"]
+    environment = {"LLAMA_SERVER": "./program", "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+
+def test_llama_cpp_is_told_which_tensors_are_where(workspace):
+    profile = compiled(MIXED)
+    flags = flags_of(profile)
+    assert flags == [
+        *shlex.split("-m 'it'\\''s a model.gguf' --fit off --device CUDA0,CUDA1 -ngl 4 --split-mode layer -ts 2,2"),
+        *("-ot", r"^blk\.(1|2)\.(ffn_down_exps|ffn_gate_exps|ffn_up_exps)\.(weight|bias)$=CPU"),
+        *("-ot", r"^output_norm\.(weight|bias)$=CUDA0"),
+        *shlex.split("-c 128 -np 2 -ctk bf16 -ctv bf16 --port 1"),
+    ]
+
+
+def test_experts_of_the_first_layers_have_a_flag_of_their_own(workspace):
+    profile = compiled(
+        "version: 1\nmodel: {source: mixture}\nhardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+        'placement: {pins: [{match: "model.layers.[0-2].mlp.experts", device: cpu, compute: cpu}]}\n'
+    )
+    flags = flags_of(profile)
+    assert flags[flags.index("--n-cpu-moe") + 1] == "3"
+    assert "-ot" not in flags
+    assert flags[flags.index("-ngl") + 1] == "5"
+
+
+@pytest.mark.parametrize(
+    ("model", "pin", "message"),
+    [
+        ("llama", "match: model.layers.5, device: cpu", "llama.cpp computes weights where they are"),
+        ("llama", "match: model.layers.5, device: cpu, compute: cpu", "layer 5 is on cpu, behind one on cuda:0"),
+        ("llama", "match: model.layers.2, device: cuda:1", "layer 3 is on cuda:0, behind one on cuda:1"),
+        ("llama", "match: model.layers.2.self_attn.q_proj, device: cuda:1", "the attention of layer 2 is on"),
+        ("unmeasurable", "match: layers, device: cuda:0", "how llama.cpp names the tensors of vit is not known here"),
+    ],
+)
+def test_what_llama_cpp_cannot_do_is_refused(workspace, model, pin, message):
+    profile = compiled(
+        f"version: 1\nmodel: {{source: {model}}}\n"
+        'hardware: {devices: {"cuda:[0-1]": {memory: 1GiB}, cpu: {memory: 1GiB}}}\n'
+        f"placement: {{pins: [{{match: '{{model,lm_head}}', device: cuda:0, optional: true}}, {{{pin}}}]}}\n"
+    )
+    done = run("export", profile, "--to", "llama.cpp", "-o", "exported", "--model", "x.gguf", "--format", "json")
+    found = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
+    assert (done.return_value, {each["code"] for each in found}) == (1, {"unfit-export"})
+    assert found[0]["message"].startswith(message)
+    assert found[0]["line"] == (2 if model == "unmeasurable" else 4)
