@@ -39,6 +39,7 @@ def explain(subject: str, options: ProfileOptions, module: str | None, compares_
         profile = profile_of(Path(subject))
         compiled = options.compile(profile, simulates=True)
         if compares_caches:
+            compiled.plan.require_transformers()
             _compare_caches(compiled, profile, options)
         else:
             _explain_plan(compiled, module, options)

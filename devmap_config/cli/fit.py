@@ -77,7 +77,7 @@ def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> Ex
     from devmap_config.cli.reporting import print_lines
 
     listed = [name.strip() for text in machines for name in text.split(",") if name.strip()]
-    named = {name: machine_of(name) for name in listed}
+    named = {name: machine_of(name, allows_hosts=True) for name in listed}
     rows: list[Row] = []
     with progress(len(named), quiet=options.quiet) as begin:
         for name, hardware in named.items():

@@ -36,8 +36,12 @@ MACHINE_CODES: frozenset[Code] = frozenset(
 """Errors that another machine may not have; any other is the profile's, wherever it is to run."""
 
 
-def machine_of(name: str) -> Hardware:
+def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
     """Return the machine that a user names: devices joined by `+`, or a file whose `hardware:` describes it.
+
+    Args:
+        name: what a user names.
+        allows_hosts: whether the file may describe several.
 
     Raises:
         click.UsageError: where there is none of that name.
@@ -46,7 +50,10 @@ def machine_of(name: str) -> Hardware:
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
     if name.endswith((".yaml", ".yml")):
-        return _machine_in(Path(name))
+        hardware = _machine_in(Path(name))
+        if hardware.hosts and not allows_hosts:
+            raise click.UsageError(f"`{name}` describes several hosts, and one machine is wanted")
+        return hardware
     if Path(name).suffix in (".json", ".toml", ".csv"):
         raise click.UsageError(
             f"`{name}` is no machine: a file that describes one is YAML, as `devmap probe` prints it"

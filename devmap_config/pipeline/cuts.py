@@ -54,7 +54,8 @@ def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> C
         >>> best_cut([even, 3 * even], [even > 0, even > 0], batches=2).starts
         (0, 3)
     """
-    steps = sorted({int(step) for cost, mask in zip(costs, allowed, strict=True) for step in np.unique(cost[mask])})
+    distinct = {(id(cost), id(mask)): cost[mask] for cost, mask in zip(costs, allowed, strict=True)}
+    steps = [int(step) for step in np.unique(np.concatenate(list(distinct.values())))]
     if not steps or least_total(costs, allowed, steps[-1]) is None:
         return None
     low, high = 0, len(steps) - 1
@@ -75,9 +76,13 @@ def least_total(costs: Sequence[Costs], allowed: Sequence[Mask], most: int) -> C
     sums = np.full(count + 1, NEVER, dtype=np.int64)
     sums[0] = 0
     chosen: list[NDArray[np.int64]] = []
+    possible: dict[tuple[int, int], Costs] = {}
     for cost, mask in zip(costs, allowed, strict=True):
+        key = (id(cost), id(mask))  # equal stages share their matrices
+        if key not in possible:
+            possible[key] = np.where(mask & (cost <= most), cost, NEVER)
         # Of a stage that begins at a row's layer and ends with a column's, with the best stages before it.
-        reached = np.where(mask & (cost <= most), sums[:count, None] + cost, NEVER)
+        reached = sums[:count, None] + possible[key]
         chosen.append(reached.argmin(axis=0))
         sums = np.full(count + 1, NEVER, dtype=np.int64)
         sums[1:] = np.minimum(reached.min(axis=0), NEVER)

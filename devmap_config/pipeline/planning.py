@@ -1,398 +1,179 @@
-"""Plans a pipeline: which devices have a stage, and which layers; and derives all that follows from such a cut."""
+"""Searches the best pipeline: over which devices, and which layers each of them has. Exact, and always the same."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from devmap_config.devices import CPU
-from devmap_config.pipeline.cache import BLOCK_TOKENS, CPU_BLOCK_TOKENS, NULL_BLOCKS, blocks_per_request, groups_of
-from devmap_config.pipeline.cuts import Cut, best_cut, between, forward, largest_between
+from devmap_config.pipeline.cuts import NEVER, Cut, best_cut, forward, least_total
+from devmap_config.pipeline.problem import bounds_of
 from devmap_config.pipeline.slots import MOST_CHOICES, choices
-from devmap_config.pipeline.stages import Pipeline, PipelineHost, Stage
-from devmap_config.pipeline.times import StageTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from devmap_config.devices import Device
-    from devmap_config.execution.segments import Phase
-    from devmap_config.graph.costs import Measurement
-    from devmap_config.hardware.inventory import Inventory
     from devmap_config.pipeline.cuts import Costs, Mask
-    from devmap_config.pipeline.layers import Layers
+    from devmap_config.pipeline.problem import PipelineProblem
     from devmap_config.pipeline.slots import Slot
-
-RANK_PROCESS_BYTES = 800_000_000
-HEAD_PROCESS_BYTES = 1_240_000_000
-FOLLOWER_PROCESS_BYTES = 620_000_000
-"""What processes of vLLM take of a host's memory besides weights and cache: a rank's, the head's server and engine, a
-follower's. Seen of vLLM 0.32.0 on CPUs: 0.72 to 0.80 GB a rank, 0.64 and 0.60, 0.62."""
-
-LOGITS_BYTES = 4
-"""vLLM samples from logits in float32."""
 
 WITHIN = 100
 """Of plans that take at most a hundredth longer than the fastest, the one with the largest cache is taken."""
 
-Allowed: TypeAlias = "Callable[[Sequence[Slot]], Sequence[Mask]]"
+
+class TooManyChoicesError(ValueError):
+    """There are more ways to choose the devices of a pipeline than are looked at."""
 
 
 @dataclass(frozen=True)
-class PipelineCandidate:
-    """A choice of devices with the best cut over them; `blocks` is what the least of the stages has room for."""
+class StagePlacement:
+    """Where the stages are, and which layers they have; what a request waits for, and how much the cache holds."""
 
     slots: tuple[Slot, ...]
-    cut: Cut
+    bounds: tuple[tuple[int, int], ...]
     objective: int
     blocks: int
     tokens: int
 
 
 @dataclass(frozen=True)
-class PipelineProblem:
-    """What is to be cut, for which requests, over which devices.
+class PipelineCandidate:
+    """Devices that may be the stages of a pipeline."""
 
-    `concurrency` is how many requests are in flight, each of `batch_size` sequences; `slots` where stages may be, in
-    the order of ranks; `distinct` the devices that rules name; `allowed` which layers the stages over some slots may
-    have, by the rules. `networks` are the address and interface of each host, by name.
-    """
-
-    layers: Layers
-    inventory: Inventory
-    measurement: Measurement
-    dtype: str
-    concurrency: int
+    problem: PipelineProblem
     slots: tuple[Slot, ...]
-    distinct: frozenset[Device]
-    allowed: Allowed
-    networks: Mapping[str | None, tuple[str | None, str | None]]
 
     @property
-    def kind(self) -> str:
-        """The kind of the devices that compute."""
-        return self.slots[0][0].id.kind
+    def stages(self) -> int:
+        """How many stages there are."""
+        return len(self.slots)
 
-    @property
-    def ranks(self) -> int:
-        """How many devices each stage has."""
-        return len(self.slots[0])
+    @cached_property
+    def needed_blocks(self) -> int:
+        """How many blocks all requests in flight take."""
+        return self.problem.needed_blocks(self.stages)
 
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block."""
-        return CPU_BLOCK_TOKENS if self.kind == CPU.kind else BLOCK_TOKENS
+    @cached_property
+    def most_blocks(self) -> int:
+        """More than this no stage has room for."""
+        return max(int(room.max()) for room in self._rooms)
 
-    @property
-    def context_length(self) -> int:
-        """Tokens of a request."""
-        return self.measurement.workload.context_length
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks a cache of so many tokens has."""
+        return -(-tokens * self.problem.blocks_per_request(self.stages) // self.problem.context_length)
 
-    @property
-    def sequences(self) -> int:
-        """How many sequences are in flight."""
-        return self.concurrency * self.measurement.workload.batch_size
+    def best(self, blocks: int) -> StagePlacement | None:
+        """Return the fastest cut with so much room for the cache; `None` where there is none."""
+        cut = best_cut(self._costs, self._allowed(blocks), self._batches)
+        return None if cut is None else self._place(cut)
 
-    @property
-    def batched_tokens(self) -> int:
-        """How many tokens are computed at once, at most."""
-        workload = self.measurement.workload
-        return max(workload.batch_size * workload.prompt_length, self.sequences)
+    def within(self, blocks: int, budget: int | None) -> Cut | None:
+        """Return a cut with so much room for the cache that takes no longer than the budget."""
+        if budget is None:
+            return least_total(self._costs, self._allowed(blocks), NEVER - 1)
+        cut = least_total(self._costs, self._allowed(blocks), budget // self._batches)
+        return cut if cut is not None and cut.total <= budget else None
 
-    def blocks_per_request(self, stages: int) -> int:
-        """How many blocks a request takes: with a window, what is under way in every stage is kept as well."""
-        # Where schedules are made ahead (`async_scheduling`, not on the CPU), one batch more may be under way.
-        batches = stages if self.kind == CPU.kind else stages + 1
-        return blocks_per_request(
-            self.layers.caches(self.ranks),
-            context_length=self.context_length,
-            block_size=self.block_size,
-            tokens_in_flight=batches * self.batched_tokens,
+    def _allowed(self, blocks: int) -> Sequence[Mask]:
+        known: dict[tuple[int, int], Mask] = {}
+        for mask, room in zip(self._masks, self._rooms, strict=True):
+            key = (id(mask), id(room))
+            if key not in known:
+                known[key] = mask & forward(len(self.problem.layers.paths)) & (room >= blocks)
+        return [known[id(mask), id(room)] for mask, room in zip(self._masks, self._rooms, strict=True)]
+
+    def _place(self, cut: Cut) -> StagePlacement:
+        bounds = bounds_of(cut.starts, len(self.problem.layers.paths))
+        blocks = min(int(room[bound]) for room, bound in zip(self._rooms, bounds, strict=True))
+        return StagePlacement(
+            slots=self.slots,
+            bounds=tuple(bounds),
+            objective=cut.objective(self._batches),
+            blocks=blocks,
+            tokens=blocks * self.problem.context_length // self.problem.blocks_per_request(self.stages),
         )
 
-    def needed_blocks(self, stages: int) -> int:
-        """How many blocks all requests in flight take, at full length."""
-        return self.sequences * self.blocks_per_request(stages) + NULL_BLOCKS
-
-    def batches(self, stages: int) -> int:
-        """How many batches are under way: one for each stage, where there are as many requests."""
-        return min(self.concurrency, stages)
-
-    def requests_of_a_batch(self, stages: int) -> int:
-        """How many requests one of them has."""
-        return -(-self.concurrency // self.batches(stages))
+    @property
+    def _batches(self) -> int:
+        return self.problem.batches(self.stages)
 
     @cached_property
-    def knows_times(self) -> bool:
-        """Whether the machine says how fast all is that a pipeline over it may use."""
-        try:
-            self.stage_times(self.slots, "decode")
-        except UnknownTimeError:
-            return False
-        return True
+    def _costs(self) -> list[Costs]:
+        return self.problem.costs(self.slots)
 
     @cached_property
-    def pages(self) -> Costs:
-        """What a block takes on a stage, by its layers."""
-        caches = self.layers.caches(self.ranks)
-        count = len(caches)
-        widest = np.zeros((count, count), dtype=np.int64)
-        for group in groups_of(caches):
-            members = [caches[number].token_bytes if number in group else 0 for number in range(count)]
-            widest = np.maximum(widest, between(members))
-        return widest * self.block_size
-
-    def weights(self, place: int, stages: int) -> Costs:
-        """The weights of one rank, by the stage's layers."""
-        layers, ranks = self.layers, self.ranks
-        weights = self._layer_weights + layers.rotations_bytes
-        if place == 0:
-            weights = weights + layers.first_bytes(ranks)
-        if place == stages - 1:
-            weights = weights + layers.last_bytes(ranks, stages)
-        return weights
-
-    def activations(self, place: int, stages: int) -> Costs:
-        """What one rank needs while it computes, by the stage's layers."""
-        peaks = self._layer_peaks
-        ends = (*(self.layers.before if place == 0 else ()), *(self.layers.behind if place == stages - 1 else ()))
-        most = max(map(self._peak_bytes, ends), default=0)
-        logits_bytes = self.sequences * self.layers.vocabulary * LOGITS_BYTES if place == stages - 1 else 0
-        return np.maximum(peaks, most) + logits_bytes
-
-    def process_bytes(self, slots: Sequence[Slot], place: int) -> int:
-        """What vLLM's processes take of the memory of a CPU; of an accelerator its capacity is without it."""
-        if self.kind != CPU.kind:
-            return 0
-        host = slots[place][0].id.host
-        is_first_of_host = place == 0 or slots[place - 1][0].id.host != host
-        others = HEAD_PROCESS_BYTES if place == 0 else FOLLOWER_PROCESS_BYTES
-        return RANK_PROCESS_BYTES + (others if is_first_of_host else 0)
-
-    def rooms(self, slots: Sequence[Slot]) -> list[Costs]:
-        """How many blocks each stage has room for, by its layers; -1 where not even its weights fit."""
-        rooms = []
-        for place, slot in enumerate(slots):
-            capacity_bytes = slot[0].capacity_bytes - self.process_bytes(slots, place)
-            free = capacity_bytes - self.weights(place, len(slots)) - self.activations(place, len(slots))
-            rooms.append(np.where((free >= 0) & (self.pages > 0), free // np.maximum(self.pages, 1), -1))
-        return rooms
-
-    def times(self, phase: Phase, stages: int) -> StageTimes:
-        """How long stages take, of so many."""
-        workload = self.measurement.workload
-        requests = self.requests_of_a_batch(stages) if phase == "decode" else 1
-        tokens = requests * workload.batch_size * (1 if phase == "decode" else workload.prompt_length)
-        token_bytes = self.layers.hidden_size * self.layers.element_bytes
-        return StageTimes(self.layers.graph, self.inventory, phase, requests, tokens, token_bytes)
-
-    def costs(self, slots: Sequence[Slot]) -> list[Costs]:
-        """What each stage takes to decode, by its layers; the weights stand in where no times are known."""
-        if not self.knows_times:
-            return [self.weights(place, len(slots)) for place in range(len(slots))]
-        return self.stage_times(slots, "decode")
-
-    def stage_times(self, slots: Sequence[Slot], phase: Phase) -> list[Costs]:
-        """Nanoseconds of each stage, by its layers.
-
-        Raises:
-            UnknownTimeError: where the machine does not say how fast something is.
-        """
-        times = self.times(phase, len(slots))
-        costs = []
-        for place, slot in enumerate(slots):
-            reducing = _known(times.reducing_nanoseconds(slot))
-            rows = [_known(self._nanoseconds(times, path, slot)) + reducing for path in self.layers.paths]
-            ends = (
-                *(self.layers.before if place == 0 else ()),
-                *(self.layers.behind if place == len(slots) - 1 else ()),
-            )
-            rest = sum(_known(self._nanoseconds(times, path, slot)) for path in ends)
-            if place < len(slots) - 1:
-                rest += _known(times.sending_nanoseconds(slot, slots[place + 1]))
-            costs.append(between(rows) + rest)
-        return costs
-
-    def _nanoseconds(self, times: StageTimes, path: str, slot: Slot) -> int | None:
-        key = (times.phase, times.requests, path, slot[0].rates, len(slot))
-        if key not in self._known_times:
-            self._known_times[key] = times.nanoseconds(path, slot)
-        return self._known_times[key]
+    def _masks(self) -> Sequence[Mask]:
+        return self.problem.allowed(self.slots)
 
     @cached_property
-    def _known_times(self) -> dict[tuple[object, ...], int | None]:
-        return {}
-
-    @cached_property
-    def _layer_weights(self) -> Costs:
-        return between(self.layers.layer_bytes(self.ranks))
-
-    @cached_property
-    def _layer_peaks(self) -> Costs:
-        return largest_between([self._peak_bytes(path) for path in self.layers.paths])
-
-    def _peak_bytes(self, path: str) -> int:
-        """The largest activations while a module runs: of its decoding as often as a batch has requests."""
-        cost = self.measurement.by_path.get(path)
-        if cost is None:
-            return 0
-        return max(cost.prefill_peak_bytes, cost.decode_peak_bytes * self.requests_of_a_batch(1))
+    def _rooms(self) -> list[Costs]:
+        return self.problem.rooms(self.slots)
 
 
-class UnknownTimeError(Exception):
-    """The machine does not say how fast something is."""
-
-
-def _known(nanoseconds: int | None) -> int:
-    if nanoseconds is None:
-        raise UnknownTimeError
-    return nanoseconds
-
-
-def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> PipelineCandidate | None:
+def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlacement | None:
     """Return the best stages in which all requests fit; `None` where there are none.
 
     Fast is what has a request wait least for its next token: with one request, all stages together; with as many as
     there are stages, the slowest as often as there are stages. Within a hundredth of the fastest, the largest cache is
-    taken, then the fewest devices. One that `prefers_cache` takes the largest cache first, then the fastest.
+    taken, then the fewest devices.
 
     Args:
         problem: what is to be cut.
         prefers_cache: whether the size of the cache comes before speed.
+
+    Raises:
+        TooManyChoicesError: where devices may be chosen in too many ways.
     """
-    places = [place for slots in _chosen(problem) if (place := _fastest(problem, slots)) is not None]
-    if not places:
+    candidates = _candidates(problem)
+    if prefers_cache:
+        fitting = [each for each in candidates if each.within(each.needed_blocks, None) is not None]
+        return _widest(fitting, None)
+    least: int | None = None
+    near: list[tuple[PipelineCandidate, int]] = []
+    for candidate in candidates:
+        # One that is not as fast as what was found already is not searched for its best.
+        if least is not None and candidate.within(candidate.needed_blocks, _with_slack(least)) is None:
+            continue
+        place = candidate.best(candidate.needed_blocks)
+        if place is not None:
+            near.append((candidate, place.objective))
+            least = place.objective if least is None else min(least, place.objective)
+    if least is None:
         return None
-    budget = None
-    if not prefers_cache:
-        least = min(place.objective for place in places)
-        budget = least + least // WITHIN
-        places = [place for place in places if place.objective <= budget]
-    widest = [_widest(problem, place, budget) for place in places]
-    return min(widest, key=lambda place: (-place.tokens, len(place.slots), place.objective))
+    budget = _with_slack(least)
+    return _widest((candidate for candidate, objective in near if objective <= budget), budget)
 
 
-def widest_place(problem: PipelineProblem) -> PipelineCandidate | None:
+def widest_place(problem: PipelineProblem) -> StagePlacement | None:
     """Return the stages with the largest cache, whether or not all requests fit; `None` where the weights do not."""
-    places = [place for slots in _chosen(problem) if (place := _fastest(problem, slots, needed=0)) is not None]
-    widest = [_widest(problem, place, None) for place in places]
-    return max(widest, key=lambda place: place.tokens, default=None)
+    return _widest((each for each in _candidates(problem) if each.within(0, None) is not None), None, needed=0)
 
 
-def _chosen(problem: PipelineProblem) -> list[tuple[Slot, ...]]:
-    most = len(problem.layers.paths)
-    chosen = (slots for slots in choices(problem.slots, problem.distinct) if len(slots) <= most)
-    return list(islice(chosen, MOST_CHOICES))
+def _with_slack(least: int) -> int:
+    return least + least // WITHIN
 
 
-def _fastest(problem: PipelineProblem, slots: tuple[Slot, ...], needed: int | None = None) -> PipelineCandidate | None:
-    needed = problem.needed_blocks(len(slots)) if needed is None else needed
-    cut = _cut(problem, slots, needed)
-    return None if cut is None else _place(problem, slots, cut)
+def _candidates(problem: PipelineProblem) -> list[PipelineCandidate]:
+    found = choices(problem.slots, problem.needed, problem.distinct)
+    chosen = list(islice((slots for slots in found if len(slots) <= len(problem.layers.paths)), MOST_CHOICES + 1))
+    if len(chosen) > MOST_CHOICES:
+        raise TooManyChoicesError
+    return [PipelineCandidate(problem, slots) for slots in chosen]
 
 
-def _widest(problem: PipelineProblem, place: PipelineCandidate, budget: int | None) -> PipelineCandidate:
-    """Return the cut over the same devices with the largest cache that is within the budget."""
-    best, low = place, place.blocks
-    high = max(int(room.max()) for room in problem.rooms(place.slots))
-    while low < high:
-        middle = (low + high + 1) // 2
-        cut = _cut(problem, place.slots, middle)
-        if cut is None or (budget is not None and cut.objective(problem.batches(len(place.slots))) > budget):
-            high = middle - 1
-        else:
-            best = _place(problem, place.slots, cut)
-            low = best.blocks
+def _widest(candidates: Iterable[PipelineCandidate], budget: int | None, needed: int | None = None) -> StagePlacement | None:
+    """Return the cut with the largest cache of those within the budget; of several, that on the fewest devices."""
+    best: StagePlacement | None = None
+    for candidate in sorted(candidates, key=lambda each: each.stages):
+        low = candidate.needed_blocks if needed is None else needed
+        if best is not None:
+            low = max(low, candidate.blocks_for(best.tokens + 1))
+        if candidate.within(low, budget) is None:
+            continue
+        high = max(candidate.most_blocks, low)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (low, middle - 1) if candidate.within(middle, budget) is None else (middle, high)
+        best = candidate.best(low) or best
     return best
-
-
-def _cut(problem: PipelineProblem, slots: tuple[Slot, ...], needed: int) -> Cut | None:
-    masks = problem.allowed(slots)
-    order = forward(len(problem.layers.paths))
-    allowed = [mask & order & (room >= needed) for mask, room in zip(masks, problem.rooms(slots), strict=True)]
-    return best_cut(problem.costs(slots), allowed, problem.batches(len(slots)))
-
-
-def _place(problem: PipelineProblem, slots: tuple[Slot, ...], cut: Cut) -> PipelineCandidate:
-    bounds = bounds_of(cut.starts, len(problem.layers.paths))
-    rooms = zip(problem.rooms(slots), bounds, strict=True)
-    blocks = min(int(room[first, last]) for room, (first, last) in rooms)
-    stages = len(slots)
-    return PipelineCandidate(
-        slots=slots,
-        cut=cut,
-        objective=cut.objective(problem.batches(stages)),
-        blocks=blocks,
-        tokens=blocks * problem.context_length // problem.blocks_per_request(stages),
-    )
-
-
-def bounds_of(starts: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Return the first and last layer of each stage, given where each begins."""
-    ends = [*starts[1:], count]
-    return [(start, end - 1) for start, end in zip(starts, ends, strict=True)]
-
-
-def pipeline_of(problem: PipelineProblem, slots: Sequence[Slot], bounds: Sequence[tuple[int, int]]) -> Pipeline:
-    """Return the pipeline with these stages: all else follows from where they are, and from which layers they have."""
-    stages, count = [], len(slots)
-    rooms = problem.rooms(slots)
-    decode, prefill = (_times_of(problem, slots, phase) for phase in ("decode", "prefill"))
-    for place, (slot, bound) in enumerate(zip(slots, bounds, strict=True)):
-        stages.append(
-            Stage(
-                devices=tuple(device.id for device in slot),
-                first_layer=bound[0],
-                last_layer=bound[1],
-                weights_bytes=int(problem.weights(place, count)[bound]),
-                activation_bytes=int(problem.activations(place, count)[bound]),
-                overhead_bytes=problem.process_bytes(slots, place),
-                capacity_bytes=slot[0].capacity_bytes,
-                page_bytes=int(problem.pages[bound]),
-                blocks=max(int(rooms[place][bound]), 0),
-                decode_nanoseconds=None if decode is None else int(decode[place][bound]),
-                prefill_nanoseconds=None if prefill is None else int(prefill[place][bound]),
-            )
-        )
-    blocks = min(stage.blocks for stage in stages)
-    return Pipeline(
-        kind=problem.kind,
-        hosts=_hosts(problem, stages, blocks),
-        stages=tuple(stages),
-        dtype=problem.dtype,
-        cache_dtype=problem.dtype,
-        max_model_len=problem.context_length,
-        max_num_seqs=problem.sequences,
-        max_num_batched_tokens=problem.batched_tokens,
-        block_size=problem.block_size,
-        blocks=blocks,
-        blocks_per_request=problem.blocks_per_request(count),
-    )
-
-
-def _times_of(problem: PipelineProblem, slots: Sequence[Slot], phase: Phase) -> list[Costs] | None:
-    try:
-        return problem.stage_times(slots, phase)
-    except UnknownTimeError:
-        return None
-
-
-def _hosts(problem: PipelineProblem, stages: Sequence[Stage], blocks: int) -> tuple[PipelineHost, ...]:
-    hosts = []
-    for name in dict.fromkeys(stage.host for stage in stages):
-        own = [stage for stage in stages if stage.host == name]
-        address, interface = problem.networks.get(name, (None, None))
-        hosts.append(
-            PipelineHost(
-                name=name,
-                devices=tuple(device for stage in own for device in stage.devices),
-                cache_bytes=blocks * max(stage.page_bytes for stage in own),
-                address=address,
-                interface=interface,
-            )
-        )
-    return tuple(hosts)

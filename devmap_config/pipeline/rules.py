@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,15 +36,26 @@ class Wishes:
     forbidden: Mapping[int, frozenset[Device]] = field(default_factory=dict)
     together: tuple[frozenset[int], ...] = ()
 
-    @property
+    @cached_property
     def devices(self) -> frozenset[Device]:
         """The devices that rules name."""
-        named = {device for device, _ in self.wanted.values()}
-        return frozenset(named.union(*self.forbidden.values()))
+        return self.needed.union(*self.forbidden.values())
+
+    @cached_property
+    def needed(self) -> frozenset[Device]:
+        """The devices on which rules put something: a pipeline without one of them breaks these."""
+        return frozenset(device for device, _ in self.wanted.values())
 
     def allowed(self, slots: Sequence[Slot]) -> list[Mask]:
-        """Return which layers each stage may have, were these the stages."""
-        return [self._allowed(place, slot, len(slots)) for place, slot in enumerate(slots)]
+        """Return which layers each stage may have, were these the stages; equal ones share their matrix."""
+        known: dict[tuple[object, ...], Mask] = {}
+        allowed = []
+        for place, slot in enumerate(slots):
+            key = (frozenset(device.id for device in slot) & self.devices, place == 0, place == len(slots) - 1)
+            if key not in known:
+                known[key] = self._allowed(place, slot, len(slots))
+            allowed.append(known[key])
+        return allowed
 
     def _allowed(self, place: int, slot: Slot, stages: int) -> Mask:
         ids = {device.id for device in slot}

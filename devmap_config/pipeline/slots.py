@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, TypeAlias
 
 from devmap_config.devices import CPU
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 Slot: TypeAlias = "tuple[InventoryDevice, ...]"
 """The devices of one stage: one, or those of a group."""
 
-MOST_CHOICES = 512
+MOST_CHOICES = 256
 """Ways to choose the devices of a pipeline that are looked at: equal devices of a host count once."""
 
 
@@ -76,34 +75,62 @@ def _problem_of(
     return None
 
 
-def choices(slots: Sequence[Slot], distinct: frozenset[Device]) -> Iterator[tuple[Slot, ...]]:
-    """Yield which slots may be the stages of a pipeline: as many on each host that is used.
+def choices(
+    slots: Sequence[Slot], needed: frozenset[Device], distinct: frozenset[Device]
+) -> Iterator[tuple[Slot, ...]]:
+    """Yield which slots may be the stages of a pipeline, most first: as many on each host that is used.
 
-    Of equal slots of a host, the first are taken; those with devices that are `distinct`, since a rule names them, are
-    like no others.
+    Of equal slots of a host, the first are taken.
+
+    Args:
+        slots: those that there are.
+        needed: devices of which each has to be in a stage.
+        distinct: devices that rules name: a slot with one of them is like no other.
     """
     hosts: dict[str | None, list[Slot]] = {}
     for slot in slots:
         hosts.setdefault(slot[0].id.host, []).append(slot)
-    most = max((len(own) for own in hosts.values()), default=0)
-    for count in range(most, 0, -1):
-        of_host = [[(), *_subsets(own, count, distinct)] for own in hosts.values()]
-        for chosen in itertools.product(*of_host):
-            if any(chosen):
-                yield tuple(slot for own in chosen for slot in own)
+    for count in range(max(map(len, hosts.values()), default=0), 0, -1):
+        for chosen in _of_hosts(list(hosts.values()), count, needed, distinct):
+            if chosen:
+                yield chosen
 
 
-def _subsets(slots: Sequence[Slot], count: int, distinct: frozenset[Device]) -> Iterator[tuple[Slot, ...]]:
+def _of_hosts(
+    hosts: Sequence[Sequence[Slot]], count: int, needed: frozenset[Device], distinct: frozenset[Device]
+) -> Iterator[tuple[Slot, ...]]:
+    """Yield so many slots of each of some hosts, those that are needed among them."""
+    if not hosts:
+        yield ()
+        return
+    is_needed = any(device.id in needed for slot in hosts[0] for device in slot)
+    for rest in _of_hosts(hosts[1:], count, needed, distinct):
+        yield from (own + rest for own in _subsets(hosts[0], count, needed, distinct))
+        if not is_needed:
+            yield rest
+
+
+def _subsets(
+    slots: Sequence[Slot], count: int, needed: frozenset[Device], distinct: frozenset[Device]
+) -> Iterator[tuple[Slot, ...]]:
     """Yield so many slots of a host in their order, equal ones counted instead of named."""
-    seen = set()
-    for numbers in itertools.combinations(range(len(slots)), count):
-        chosen = tuple(slots[number] for number in numbers)
-        kinds = tuple(_kind(slot, distinct) for slot in chosen)
-        if kinds not in seen:
-            seen.add(kinds)
-            yield chosen
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for number, slot in enumerate(slots):
+        named = tuple(device.id for device in slot if device.id in distinct)
+        kinds.setdefault((named, slot[0].memory_bytes, slot[0].capacity_bytes, slot[0].rates), []).append(number)
+    alike = list(kinds.values())
+    least = [sum(any(device.id in needed for device in slots[number]) for number in numbers) for numbers in alike]
+    for counts in _counts(list(map(len, alike)), least, count):
+        numbers = [number for own, taken in zip(alike, counts, strict=True) for number in own[:taken]]
+        yield tuple(slots[number] for number in sorted(numbers))
 
 
-def _kind(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
-    named = tuple(device.id for device in slot if device.id in distinct)
-    return (named, slot[0].memory_bytes, slot[0].capacity_bytes, slot[0].rates)
+def _counts(most: Sequence[int], least: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
+    """Yield how many of each kind may be taken, so many in all, the most of the first kinds first."""
+    if not most:
+        if not total:
+            yield ()
+        return
+    for taken in range(min(most[0], total), least[0] - 1, -1):
+        if sum(least[1:]) <= total - taken <= sum(most[1:]):
+            yield from ((taken, *rest) for rest in _counts(most[1:], least[1:], total - taken))

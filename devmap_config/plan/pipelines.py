@@ -10,9 +10,10 @@ from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.execution.assignment import Assignment, Location
 from devmap_config.execution.executor import Executor
 from devmap_config.pipeline.layers import UncutModelError, layers_of
-from devmap_config.pipeline.planning import PipelineProblem, best_place, bounds_of, pipeline_of, widest_place
+from devmap_config.pipeline.planning import TooManyChoicesError, best_place, widest_place
+from devmap_config.pipeline.problem import PipelineProblem, pipeline_of
 from devmap_config.pipeline.rules import in_order, wishes_of
-from devmap_config.pipeline.slots import slots_of
+from devmap_config.pipeline.slots import MOST_CHOICES, slots_of
 from devmap_config.plan.lock import LockError
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
 
@@ -75,6 +76,7 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
         dtype=model.dtype,
         concurrency=loaded.profile.workload.concurrency.value,
         slots=in_order(slots, wishes),
+        needed=wishes.needed,
         distinct=wishes.devices,
         allowed=wishes.allowed,
         networks={name: (host.network.address.value, host.network.interface.value) for name, host in hosts.items()},
@@ -96,12 +98,17 @@ def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
             sink.error("missing-figure", message, prepared.loaded.profile.hardware.device_span(device), help=help)
         return None
     prefers_cache = strategy == CACHE_FIRST or not problem.knows_times
-    place = best_place(problem, prefers_cache=prefers_cache)
+    try:
+        place = best_place(problem, prefers_cache=prefers_cache)
+    except TooManyChoicesError:
+        message = f"there are more than {MOST_CHOICES} ways to choose the stages among these devices"
+        help = "list those that are to have stages, or put layers on them by rules"
+        sink.error("too-large", message, prepared.loaded.profile.hardware.devices.key_span, help=help)
+        return None
     if place is None:
         _report_no_room(problem, prepared, sink)
         return None
-    bounds = bounds_of(place.cut.starts, len(problem.layers.paths))
-    return _plan(prepared, problem, place.slots, bounds)
+    return _plan(prepared, problem, place.slots, place.bounds)
 
 
 def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
@@ -288,8 +295,7 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
             message += "; rules say which device has which layers"
         sink.error("over-capacity", message, profile.hardware.devices.key_span, help="list more devices or memory")
         return
-    bounds = bounds_of(widest.cut.starts, len(problem.layers.paths))
-    pipeline = pipeline_of(problem, widest.slots, bounds)
+    pipeline = pipeline_of(problem, widest.slots, widest.bounds)
     stage = pipeline.stages[pipeline.deciding_stage]
     needed = problem.needed_blocks(len(widest.slots)) * problem.context_length // pipeline.blocks_per_request
     batch_size = problem.measurement.workload.batch_size

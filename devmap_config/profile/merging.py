@@ -75,20 +75,25 @@ def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
 
 def _hosts(hosts: MappingNode, sink: Sink) -> MappingNode:
     """The devices of each host by their names with the host's before them, ranges expanded."""
+    count = 0
 
     def devices_of(host: str) -> Callable[[MappingNode], MappingNode]:
         before = f"{host}/" if HOST_NAME.fullmatch(host) else ""  # else it is refused where names are read
         return lambda mapping: _described(_expand(mapping, _kind_within(mapping), sink, before))
 
-    return replace(
-        hosts,
-        entries=tuple(
-            replace(entry, value=change_mapping(entry.value, ("devices",), devices_of(entry.key.text)))
-            if isinstance(entry.value, MappingNode)
-            else entry
-            for entry in hosts.entries
-        ),
-    )
+    entries: list[Entry] = []
+    for entry in hosts.entries:
+        value = entry.value
+        if isinstance(value, MappingNode):
+            value = change_mapping(value, ("devices",), devices_of(entry.key.text))
+            devices = value.get("devices")
+            count += len(devices.entries) if isinstance(devices, MappingNode) else 0
+        if count > MAX_DEVICES:
+            message, help = f"the hosts have more than {MAX_DEVICES} devices together", "list fewer"
+            sink.error("too-large", message, entry.key.span, help=help)
+            break
+        entries.append(replace(entry, value=value))
+    return replace(hosts, entries=tuple(entries))
 
 
 def _merged(documents: list[MappingNode]) -> MappingNode:

@@ -1,0 +1,311 @@
+"""What is cut into stages, for which requests; and all that follows from a cut: the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from devmap_config.devices import CPU
+from devmap_config.pipeline.cache import BLOCK_TOKENS, CPU_BLOCK_TOKENS, NULL_BLOCKS, blocks_per_request, groups_of
+from devmap_config.pipeline.cuts import between, largest_between
+from devmap_config.pipeline.stages import Pipeline, PipelineHost, Stage
+from devmap_config.pipeline.times import StageTimes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from devmap_config.devices import Device
+    from devmap_config.execution.segments import Phase
+    from devmap_config.graph.costs import Measurement
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.pipeline.cuts import Costs, Mask
+    from devmap_config.pipeline.layers import Layers
+    from devmap_config.pipeline.slots import Slot
+
+RANK_PROCESS_BYTES = 800_000_000
+HEAD_PROCESS_BYTES = 1_240_000_000
+FOLLOWER_PROCESS_BYTES = 620_000_000
+"""What processes of vLLM take of a host's memory besides weights and cache: a rank's, the head's server and engine, a
+follower's. Seen of vLLM 0.32.0 on CPUs: 0.72 to 0.80 GB a rank, 0.64 and 0.60, 0.62."""
+
+LOGITS_BYTES = 4
+"""vLLM samples from logits in float32."""
+
+Allowed: TypeAlias = "Callable[[Sequence[Slot]], Sequence[Mask]]"
+
+
+@dataclass(frozen=True)
+class PipelineProblem:
+    """What is to be cut, for which requests, over which devices.
+
+    `concurrency` is how many requests are in flight, each of `batch_size` sequences; `slots` where stages may be, in
+    the order of ranks; `needed` the devices on which rules put something, `distinct` all that rules name; `allowed`
+    which layers the stages over some slots may have, by the rules. `networks` are the address and interface of each
+    host, by name.
+    """
+
+    layers: Layers
+    inventory: Inventory
+    measurement: Measurement
+    dtype: str
+    concurrency: int
+    slots: tuple[Slot, ...]
+    needed: frozenset[Device]
+    distinct: frozenset[Device]
+    allowed: Allowed
+    networks: Mapping[str | None, tuple[str | None, str | None]]
+
+    @property
+    def kind(self) -> str:
+        """The kind of the devices that compute."""
+        return self.slots[0][0].id.kind
+
+    @property
+    def ranks(self) -> int:
+        """How many devices each stage has."""
+        return len(self.slots[0])
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return CPU_BLOCK_TOKENS if self.kind == CPU.kind else BLOCK_TOKENS
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a request."""
+        return self.measurement.workload.context_length
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences are in flight."""
+        return self.concurrency * self.measurement.workload.batch_size
+
+    @property
+    def batched_tokens(self) -> int:
+        """How many tokens are computed at once, at most."""
+        workload = self.measurement.workload
+        return max(workload.batch_size * workload.prompt_length, self.sequences)
+
+    def blocks_per_request(self, stages: int) -> int:
+        """How many blocks a request takes: with a window, what is under way in every stage is kept as well."""
+        # Where schedules are made ahead (`async_scheduling`, not on the CPU), one batch more may be under way.
+        batches = stages if self.kind == CPU.kind else stages + 1
+        return blocks_per_request(
+            self.layers.caches(self.ranks),
+            context_length=self.context_length,
+            block_size=self.block_size,
+            tokens_in_flight=batches * self.batched_tokens,
+        )
+
+    def needed_blocks(self, stages: int) -> int:
+        """How many blocks all requests in flight take, at full length."""
+        return self.sequences * self.blocks_per_request(stages) + NULL_BLOCKS
+
+    def batches(self, stages: int) -> int:
+        """How many batches are under way: one for each stage, where there are as many requests."""
+        return min(self.concurrency, stages)
+
+    def requests_of_a_batch(self, stages: int) -> int:
+        """How many requests one of them has."""
+        return -(-self.concurrency // self.batches(stages))
+
+    @cached_property
+    def knows_times(self) -> bool:
+        """Whether the machine says how fast all is that a pipeline over it may use."""
+        try:
+            self.stage_times(self.slots, "decode")
+        except UnknownTimeError:
+            return False
+        return True
+
+    @cached_property
+    def pages(self) -> Costs:
+        """What a block takes on a stage, by its layers."""
+        caches = self.layers.caches(self.ranks)
+        count = len(caches)
+        widest = np.zeros((count, count), dtype=np.int64)
+        for group in groups_of(caches):
+            members = [caches[number].token_bytes if number in group else 0 for number in range(count)]
+            widest = np.maximum(widest, between(members))
+        return widest * self.block_size
+
+    def weights(self, place: int, stages: int) -> Costs:
+        """The weights of one rank, by the stage's layers."""
+        layers, ranks = self.layers, self.ranks
+        weights = self._layer_weights + layers.rotations_bytes
+        if place == 0:
+            weights = weights + layers.first_bytes(ranks)
+        if place == stages - 1:
+            weights = weights + layers.last_bytes(ranks, stages)
+        return weights
+
+    def activations(self, place: int, stages: int) -> Costs:
+        """What one rank needs while it computes, by the stage's layers."""
+        peaks = self._layer_peaks
+        ends = (*(self.layers.before if place == 0 else ()), *(self.layers.behind if place == stages - 1 else ()))
+        most = max(map(self._peak_bytes, ends), default=0)
+        logits_bytes = self.sequences * self.layers.vocabulary * LOGITS_BYTES if place == stages - 1 else 0
+        return np.maximum(peaks, most) + logits_bytes
+
+    def process_bytes(self, slots: Sequence[Slot], place: int) -> int:
+        """What vLLM's processes take of the memory of a CPU; of an accelerator its capacity is without it."""
+        if self.kind != CPU.kind:
+            return 0
+        host = slots[place][0].id.host
+        is_first_of_host = place == 0 or slots[place - 1][0].id.host != host
+        others = HEAD_PROCESS_BYTES if place == 0 else FOLLOWER_PROCESS_BYTES
+        return RANK_PROCESS_BYTES + (others if is_first_of_host else 0)
+
+    def rooms(self, slots: Sequence[Slot]) -> list[Costs]:
+        """How many blocks each stage has room for, by its layers; -1 where not even its weights fit.
+
+        Equal stages share their matrix.
+        """
+        rooms, known = [], {}
+        for place, slot in enumerate(slots):
+            capacity_bytes = slot[0].capacity_bytes - self.process_bytes(slots, place)
+            key = (capacity_bytes, place == 0, place == len(slots) - 1)
+            if key not in known:
+                free = capacity_bytes - self.weights(place, len(slots)) - self.activations(place, len(slots))
+                known[key] = np.where((free >= 0) & (self.pages > 0), free // np.maximum(self.pages, 1), -1)
+            rooms.append(known[key])
+        return rooms
+
+    def times(self, phase: Phase, stages: int) -> StageTimes:
+        """How long stages take, of so many."""
+        workload = self.measurement.workload
+        requests = self.requests_of_a_batch(stages) if phase == "decode" else 1
+        tokens = requests * workload.batch_size * (1 if phase == "decode" else workload.prompt_length)
+        token_bytes = self.layers.hidden_size * self.layers.element_bytes
+        return StageTimes(self.layers.graph, self.inventory, phase, requests, tokens, token_bytes)
+
+    def costs(self, slots: Sequence[Slot]) -> list[Costs]:
+        """What each stage takes to decode, by its layers; the weights stand in where no times are known."""
+        if not self.knows_times:
+            return [self.weights(place, len(slots)) for place in range(len(slots))]
+        return self.stage_times(slots, "decode")
+
+    def stage_times(self, slots: Sequence[Slot], phase: Phase) -> list[Costs]:
+        """Nanoseconds of each stage, by its layers; equal stages share their matrix.
+
+        Raises:
+            UnknownTimeError: where the machine does not say how fast something is.
+        """
+        times, last = self.times(phase, len(slots)), len(slots) - 1
+        costs, known = [], {}
+        for place, slot in enumerate(slots):
+            sending = 0 if place == last else _known(times.sending_nanoseconds(slot, slots[place + 1]))
+            reducing = _known(times.reducing_nanoseconds(slot))
+            key = (slot[0].rates, sending, reducing, place == 0, place == last)
+            if key not in known:
+                rows = [_known(self._nanoseconds(times, path, slot)) + reducing for path in self.layers.paths]
+                ends = (*(self.layers.before if place == 0 else ()), *(self.layers.behind if place == last else ()))
+                rest = sum(_known(self._nanoseconds(times, path, slot)) for path in ends) + sending
+                known[key] = between(rows) + rest
+            costs.append(known[key])
+        return costs
+
+    def _nanoseconds(self, times: StageTimes, path: str, slot: Slot) -> int | None:
+        key = (times.phase, times.requests, path, slot[0].rates, len(slot))
+        if key not in self._known_times:
+            self._known_times[key] = times.nanoseconds(path, slot)
+        return self._known_times[key]
+
+    @cached_property
+    def _known_times(self) -> dict[tuple[object, ...], int | None]:
+        return {}
+
+    @cached_property
+    def _layer_weights(self) -> Costs:
+        return between(self.layers.layer_bytes(self.ranks))
+
+    @cached_property
+    def _layer_peaks(self) -> Costs:
+        return largest_between([self._peak_bytes(path) for path in self.layers.paths])
+
+    def _peak_bytes(self, path: str) -> int:
+        """The largest activations while a module runs: of its decoding as often as a batch has requests."""
+        cost = self.measurement.by_path.get(path)
+        if cost is None:
+            return 0
+        return max(cost.prefill_peak_bytes, cost.decode_peak_bytes * self.requests_of_a_batch(1))
+
+
+class UnknownTimeError(Exception):
+    """The machine does not say how fast something is."""
+
+
+def _known(nanoseconds: int | None) -> int:
+    if nanoseconds is None:
+        raise UnknownTimeError
+    return nanoseconds
+
+
+def bounds_of(starts: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Return the first and last layer of each stage, given where each begins."""
+    ends = [*starts[1:], count]
+    return [(start, end - 1) for start, end in zip(starts, ends, strict=True)]
+
+
+def pipeline_of(problem: PipelineProblem, slots: Sequence[Slot], bounds: Sequence[tuple[int, int]]) -> Pipeline:
+    """Return the pipeline with these stages: all else follows from where they are, and from which layers they have."""
+    stages, count = [], len(slots)
+    rooms = problem.rooms(slots)
+    decode, prefill = (_times_of(problem, slots, phase) for phase in ("decode", "prefill"))
+    for place, (slot, bound) in enumerate(zip(slots, bounds, strict=True)):
+        stages.append(
+            Stage(
+                devices=tuple(device.id for device in slot),
+                first_layer=bound[0],
+                last_layer=bound[1],
+                weights_bytes=int(problem.weights(place, count)[bound]),
+                activation_bytes=int(problem.activations(place, count)[bound]),
+                overhead_bytes=problem.process_bytes(slots, place),
+                capacity_bytes=slot[0].capacity_bytes,
+                page_bytes=int(problem.pages[bound]),
+                blocks=max(int(rooms[place][bound]), 0),
+                decode_nanoseconds=None if decode is None else int(decode[place][bound]),
+                prefill_nanoseconds=None if prefill is None else int(prefill[place][bound]),
+            )
+        )
+    blocks = min(stage.blocks for stage in stages)
+    return Pipeline(
+        kind=problem.kind,
+        hosts=_hosts(problem, stages, blocks),
+        stages=tuple(stages),
+        dtype=problem.dtype,
+        cache_dtype=problem.dtype,
+        max_model_len=problem.context_length,
+        max_num_seqs=problem.sequences,
+        max_num_batched_tokens=problem.batched_tokens,
+        block_size=problem.block_size,
+        blocks=blocks,
+        blocks_per_request=problem.blocks_per_request(count),
+    )
+
+
+def _times_of(problem: PipelineProblem, slots: Sequence[Slot], phase: Phase) -> list[Costs] | None:
+    try:
+        return problem.stage_times(slots, phase)
+    except UnknownTimeError:
+        return None
+
+
+def _hosts(problem: PipelineProblem, stages: Sequence[Stage], blocks: int) -> tuple[PipelineHost, ...]:
+    hosts = []
+    for name in dict.fromkeys(stage.host for stage in stages):
+        own = [stage for stage in stages if stage.host == name]
+        address, interface = problem.networks.get(name, (None, None))
+        hosts.append(
+            PipelineHost(
+                name=name,
+                devices=tuple(device for stage in own for device in stage.devices),
+                cache_bytes=blocks * max(stage.page_bytes for stage in own),
+                address=address,
+                interface=interface,
+            )
+        )
+    return tuple(hosts)

@@ -1,0 +1,243 @@
+"""Stages of a plan for vLLM: cut exactly, counted as vLLM counts, and held to by the lock."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import LLAMA, write_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from devmap_config import compile_profile
+from devmap_config.compiler import Compiled, Request, run_pipeline
+from devmap_config.locked import compile_locked
+from devmap_config.pipeline import cache, cuts
+from devmap_config.pipeline.cache import LayerCache, blocks_per_request, groups_of, page_bytes
+from devmap_config.pipeline.cuts import best_cut, between, forward, largest_between
+from devmap_config.pipeline.layers import layers_of
+from devmap_config.pipeline.slots import choices
+from devmap_config.pipeline.stages import Pipeline
+from devmap_config.plan.lock import lock_of, read_lock
+from devmap_config.plan.pipelines import moves_of_a_layer
+
+MEBIBYTE = 2**20
+
+
+def test_the_examples_hold():
+    assert doctest.testmod(cache).failed == doctest.testmod(cuts).failed == 0
+
+
+@st.composite
+def problems(draw):
+    """Costs of a few stages by their layers, and which layers each may have."""
+    count, stages = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    numbers = st.integers(0, 30)
+    matrix = st.lists(st.lists(numbers, min_size=count, max_size=count), min_size=count, max_size=count)
+    costs = [np.array(draw(matrix), dtype=np.int64) for _ in range(stages)]
+    masks = [(np.array(draw(matrix)) > 4) & forward(count) for _ in range(stages)]
+    return costs, masks, draw(st.integers(1, stages))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_no_other_cut_has_a_request_wait_less(problem):
+    costs, masks, batches = problem
+    count, stages = costs[0].shape[0], len(costs)
+    objectives = []
+    for starts in itertools.combinations(range(1, count), stages - 1):
+        bounds = list(zip((0, *starts), (*starts, count), strict=True))
+        if all(mask[start, end - 1] for mask, (start, end) in zip(masks, bounds, strict=True)):
+            taken = [int(cost[start, end - 1]) for cost, (start, end) in zip(costs, bounds, strict=True)]
+            objectives.append(max(sum(taken), batches * max(taken)))
+    cut = best_cut(costs, masks, batches)
+    assert (None if cut is None else cut.objective(batches)) == min(objectives, default=None)
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=8))
+def test_sums_and_maxima_of_consecutive_layers(values):
+    sums, largest = between(values), largest_between(values)
+    for first, last in itertools.combinations_with_replacement(range(len(values)), 2):
+        assert sums[first, last] == sum(values[first : last + 1])
+        assert largest[first, last] == max(values[first : last + 1])
+
+
+LAYER = LayerCache(token_bytes=2 * 2 * 64 * 2)
+"""Two heads of 64 for keys and as many for values, in bfloat16."""
+
+
+@pytest.mark.parametrize(
+    ("stages", "layer", "rooms", "tokens"),
+    [
+        # What vLLM 0.32.0 logged, with blocks of 128 tokens and so much memory for the cache of each rank.
+        ([(0, 5)], LAYER, [64], 21_760),
+        ([(0, 3), (4, 5)], LAYER, [64, 64], 32_768),
+        ([(0, 3), (4, 5)], LayerCache(token_bytes=2 * 64 * 4), [64, 8], 8_192),  # one head of two, in float32
+    ],
+)
+def test_a_cache_has_as_many_tokens_as_vllm_logged(stages, layer, rooms, tokens):
+    pages = [page_bytes([layer] * 6, first, last, 128) for first, last in stages]
+    blocks = min(room * MEBIBYTE // page for room, page in zip(rooms, pages, strict=True))
+    each = blocks_per_request([layer] * 6, context_length=256, block_size=128, tokens_in_flight=512)
+    assert blocks * 256 // each == tokens
+
+
+def test_windows_are_groups_of_their_own():
+    """Five layers that see 512 tokens back, and one that sees all: 1,024 blocks, 109 of them a request, 76,959 tokens.
+
+    A cut after the fourth leaves each stage with a page as large: it has as many blocks.
+    """
+    layers = [replace(LAYER, window=512)] * 5 + [LAYER]
+    pages = [page_bytes(layers, *bound, 128) for bound in ((0, 5), (0, 3), (4, 5))]
+    assert [64 * MEBIBYTE // page for page in pages] == [1024, 1024, 1024]
+    each = blocks_per_request(layers, context_length=8192, block_size=128, tokens_in_flight=512)
+    assert (each, 1024 * 8192 // each) == (109, 76_959)
+
+
+def test_groups_are_as_large_as_the_rarer_kind_unless_there_are_nearly_as_many():
+    window = replace(LAYER, window=128)
+    assert [len(group) for group in groups_of([window] * 10 + [LAYER] * 2)] == [2, 2, 2, 2, 2, 2]
+    assert [len(group) for group in groups_of([window] * 13 + [LAYER] * 12)] == [13, 12]
+    assert groups_of([window, window, LAYER, window, window, LAYER])[0] == (0, 3)  # spread, so that stages share them
+
+
+TWO_HOSTS = """version: 1
+model: {source: llama}
+workload: {context_length: 64, concurrency: %(requests)s}
+hardware:
+  hosts:
+    left: {devices: {cuda:0: {memory: 1GiB, bandwidth: 1000GB/s, flops: 100TFLOP/s}}, network: 100GB/s}
+    right: {devices: {cuda:0: {memory: %(memory)s, bandwidth: 500GB/s, flops: 50TFLOP/s}}, network: 100GB/s}
+placement: {strategy: fastest}
+targets: [vllm]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture
+def compiled(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def compiled(text):
+        Path("profile.yaml").write_text(text, encoding="utf-8")
+        found = run_pipeline(Request(path=Path("profile.yaml")))
+        assert isinstance(found, Compiled), found.diagnostics
+        return found
+
+    return compiled
+
+
+def test_with_many_requests_the_faster_card_has_more_layers(compiled):
+    many = compiled(TWO_HOSTS % {"requests": 2, "memory": "1GiB"})
+    assert many.plan.pipeline.partition == (4, 2)
+    times = [stage.decode_nanoseconds for stage in many.plan.pipeline.stages]
+    assert many.plan.prediction.decode_nanoseconds_per_token == 2 * max(times) > sum(times)
+
+
+def test_with_one_request_the_faster_card_has_all(compiled):
+    """Nothing is won by a slower card where stages wait for one another: the second host stays empty."""
+    one = compiled(TWO_HOSTS % {"requests": 1, "memory": "1GiB"})
+    assert [stage.host for stage in one.plan.pipeline.stages] == ["left"]
+    assert {str(use.id): use.weights_bytes > 0 for use in one.plan.devices} == {
+        "left/cuda:0": True,
+        "right/cuda:0": False,
+    }
+
+
+def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compiled):
+    pipeline = compiled(TWO_HOSTS % {"requests": 2, "memory": "20MiB"}).plan.pipeline
+    assert pipeline.deciding_stage == 1
+    assert pipeline.blocks == pipeline.stages[1].blocks < pipeline.stages[0].blocks
+    for host, stage in zip(pipeline.hosts, pipeline.stages, strict=True):
+        assert host.cache_bytes == pipeline.blocks * stage.page_bytes  # all that this host's rank is to be given
+        held = stage.weights_bytes + stage.activation_bytes + host.cache_bytes
+        assert held <= stage.capacity_bytes
+    missing = pipeline.stages[1].capacity_bytes - held
+    assert 0 <= missing < pipeline.stages[1].page_bytes  # not one block more
+
+
+def test_moving_a_layer_is_slower_and_its_cache_as_planned(compiled):
+    found = compiled(TWO_HOSTS % {"requests": 2, "memory": "20MiB"})
+    moves = list(moves_of_a_layer(found.plan, found))
+    assert [(move.layer, move.source, move.target) for move in moves] == [(3, 0, 1), (4, 1, 0)]
+    token, tokens = found.plan.prediction.decode_nanoseconds_per_token, found.plan.pipeline.cache_tokens
+    assert [move.decode_nanoseconds > token for move in moves] == [True, True]
+    assert moves[0].cache_tokens < tokens < moves[1].cache_tokens
+
+
+def test_a_group_divides_what_vllm_divides(compiled):
+    groups = 'hardware: {devices: {"cuda:[0-3]": {memory: 1GiB}}}\nplacement: {groups: ["cuda:[0-%d]"]}\n'
+    head = "version: 1\nmodel: {source: llama}\nworkload: {context_length: 64}\ntargets: [vllm]\n"
+    two, four = (compiled(head + groups % last) for last in (1, 3))
+    hidden, middle, vocabulary = 64, 128, 256
+    norms = 2 * hidden  # in each layer, and whole on each rank
+    for found, ranks in ((two, 2), (four, 4)):
+        [stage] = found.plan.pipeline.stages
+        keys = 2 * max(1, 2 // ranks) * 16 * hidden  # of two heads each rank has one at least
+        layer = (2 * hidden * hidden + 3 * hidden * middle) // ranks + keys + norms
+        rotations = LLAMA["max_position_embeddings"] * 16
+        elements = 6 * layer + 2 * vocabulary * hidden // ranks + hidden + rotations
+        assert stage.weights_bytes == 2 * elements
+    assert two.plan.pipeline.stages[0].page_bytes == four.plan.pipeline.stages[0].page_bytes  # one head on each rank
+
+
+def test_what_is_tied_is_on_both_ends(compiled):
+    text = (TWO_HOSTS % {"requests": 2, "memory": "1GiB"}).replace("llama", "tied")
+    layers = layers_of(compiled(text).graph, {**LLAMA, "tie_word_embeddings": True})
+    assert layers.last_bytes(1, 2) == layers.first_bytes(1) + 64 * 2  # the norm besides
+    assert layers.last_bytes(1, 1) == 64 * 2
+
+
+def test_equal_devices_are_counted_and_hosts_have_as_many_ranks(compiled):
+    text = """version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware:
+  hosts:
+    left: {devices: {"cuda:[0-2]": {memory: 1GiB}}}
+    right: {devices: {"cuda:[0-1]": {memory: 1GiB}}}
+targets: [vllm]
+"""
+    inventory = compiled(text).inventory
+    slots = tuple((device,) for device in inventory.devices)
+    found = [[str(slot[0].id) for slot in chosen] for chosen in choices(slots, frozenset(), frozenset())]
+    left = [f"left/cuda:{index}" for index in range(3)]
+    right = [f"right/cuda:{index}" for index in range(2)]
+    assert found == [left, left[:2] + right, right, left[:2], left[:1] + right[:1], right[:1], left[:1]]
+    needed = frozenset({slots[4][0].id})  # the second of the right
+    assert all("right/cuda:1" in map(str, (slot[0].id for slot in chosen)) for chosen in choices(slots, needed, needed))
+
+
+def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
+    text = TWO_HOSTS % {"requests": 2, "memory": "1GiB"}
+    found = compiled(text)
+    lock = read_lock(lock_of(found.plan, found.inputs, {}, {}, found.inventory.accelerators_to_json()).to_text())
+    assert Pipeline.from_json(lock.plan["pipeline"]) == found.plan.pipeline
+    held, drift = compile_locked(Path("profile.yaml"), lock)
+    assert (held.plan, drift) == (found.plan, None)
+
+    plan = json.loads(json.dumps(dict(lock.plan)))
+    plan["pipeline"]["stages"][0]["last_layer"] = 2
+    _, drift = compile_locked(Path("profile.yaml"), replace(lock, plan=plan))
+    assert drift.reasons == ("its stages are not 6 layers one after another",)
+    plan["pipeline"]["stages"][1]["first_layer"] = 3
+    _, drift = compile_locked(Path("profile.yaml"), replace(lock, plan=plan))
+    assert any("weights_bytes" in reason for reason in drift.reasons)  # which are not what that cut has
+
+
+def test_a_plan_for_vllm_is_no_device_map(folder, monkeypatch, compiled):
+    compiled(TWO_HOSTS % {"requests": 2, "memory": "1GiB"})
+    plan = compile_profile("profile.yaml")
+    with pytest.raises(Exception, match="devmap export PROFILE --to vllm"):
+        _ = plan.device_map
