@@ -49,7 +49,7 @@ def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> C
         batches: how many are in flight.
 
     Example:
-        >>> layers = numpy.arange(4)
+        >>> layers = np.arange(4)
         >>> even = layers[None, :] - layers[:, None] + 1
         >>> best_cut([even, 3 * even], [even > 0, even > 0], batches=2).starts
         (0, 3)

@@ -162,7 +162,9 @@ def _candidates(problem: PipelineProblem) -> list[PipelineCandidate]:
     return [PipelineCandidate(problem, slots) for slots in chosen]
 
 
-def _widest(candidates: Iterable[PipelineCandidate], budget: int | None, needed: int | None = None) -> StagePlacement | None:
+def _widest(
+    candidates: Iterable[PipelineCandidate], budget: int | None, needed: int | None = None
+) -> StagePlacement | None:
     """Return the cut with the largest cache of those within the budget; of several, that on the fewest devices."""
     best: StagePlacement | None = None
     for candidate in sorted(candidates, key=lambda each: each.stages):

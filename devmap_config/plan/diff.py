@@ -159,10 +159,10 @@ def difference(
     )
 
 
-def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Change]:
+def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:
     """What is different of the stages of plans for vLLM."""
     stages = [_said_of_stages(plan.get("pipeline")) for plan in (before, after)]
-    changes = {name: Change(stages[0].get(name), stages[1].get(name)) for name in {**stages[0], **stages[1]}}
+    changes = {name: ValueChange(stages[0].get(name), stages[1].get(name)) for name in {**stages[0], **stages[1]}}
     return {name: change for name, change in changes.items() if not change.is_none}
 
 

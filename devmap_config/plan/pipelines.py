@@ -347,10 +347,10 @@ class LayerMove:
 
 def moves_of_a_layer(plan: Plan, prepared: Prepared) -> Iterator[LayerMove]:
     """Yield what moving one layer to the next stage, or to the one before, would do: at each cut, both ways."""
-    pipeline, posed = plan.pipeline, pose(prepared, Sink())
-    if pipeline is None or posed is None:
+    pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
+    if pipeline is None or stated is None:
         return
-    problem = posed.problem
+    problem = stated.problem
     by_devices = {_ids(slot): slot for slot in problem.slots}
     slots = [by_devices[stage.devices] for stage in pipeline.stages]
     bounds = [(stage.first_layer, stage.last_layer) for stage in pipeline.stages]

@@ -106,13 +106,15 @@ def test_groups_are_as_large_as_the_rarer_kind_unless_there_are_nearly_as_many()
     assert groups_of([window, window, LAYER, window, window, LAYER])[0] == (0, 3)  # spread, so that stages share them
 
 
+MADE_WITH = dict.fromkeys(("torch", "transformers", "accelerate"))
+
 TWO_HOSTS = """version: 1
 model: {source: llama}
-workload: {context_length: 64, concurrency: %(requests)s}
+workload: {context_length: %(context)s, concurrency: %(requests)s}
 hardware:
   hosts:
-    left: {devices: {cuda:0: {memory: 1GiB, bandwidth: 1000GB/s, flops: 100TFLOP/s}}, network: 100GB/s}
-    right: {devices: {cuda:0: {memory: %(memory)s, bandwidth: 500GB/s, flops: 50TFLOP/s}}, network: 100GB/s}
+    left: {devices: {cuda:0: {memory: 1GiB, bandwidth: 10GB/s, flops: 10TFLOP/s}}, network: 100GB/s}
+    right: {devices: {cuda:0: {memory: %(memory)s, bandwidth: 5GB/s, flops: 5TFLOP/s}}, network: 100GB/s}
 placement: {strategy: fastest}
 targets: [vllm]
 """
@@ -139,7 +141,7 @@ def compiled(folder, monkeypatch):
 
 
 def test_with_many_requests_the_faster_card_has_more_layers(compiled):
-    many = compiled(TWO_HOSTS % {"requests": 2, "memory": "1GiB"})
+    many = compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"})
     assert many.plan.pipeline.partition == (4, 2)
     times = [stage.decode_nanoseconds for stage in many.plan.pipeline.stages]
     assert many.plan.prediction.decode_nanoseconds_per_token == 2 * max(times) > sum(times)
@@ -147,7 +149,7 @@ def test_with_many_requests_the_faster_card_has_more_layers(compiled):
 
 def test_with_one_request_the_faster_card_has_all(compiled):
     """Nothing is won by a slower card where stages wait for one another: the second host stays empty."""
-    one = compiled(TWO_HOSTS % {"requests": 1, "memory": "1GiB"})
+    one = compiled(TWO_HOSTS % {"requests": 1, "context": 4096, "memory": "1GiB"})
     assert [stage.host for stage in one.plan.pipeline.stages] == ["left"]
     assert {str(use.id): use.weights_bytes > 0 for use in one.plan.devices} == {
         "left/cuda:0": True,
@@ -156,7 +158,7 @@ def test_with_one_request_the_faster_card_has_all(compiled):
 
 
 def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compiled):
-    pipeline = compiled(TWO_HOSTS % {"requests": 2, "memory": "20MiB"}).plan.pipeline
+    pipeline = compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"}).plan.pipeline
     assert pipeline.deciding_stage == 1
     assert pipeline.blocks == pipeline.stages[1].blocks < pipeline.stages[0].blocks
     for host, stage in zip(pipeline.hosts, pipeline.stages, strict=True):
@@ -168,7 +170,7 @@ def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compile
 
 
 def test_moving_a_layer_is_slower_and_its_cache_as_planned(compiled):
-    found = compiled(TWO_HOSTS % {"requests": 2, "memory": "20MiB"})
+    found = compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
     moves = list(moves_of_a_layer(found.plan, found))
     assert [(move.layer, move.source, move.target) for move in moves] == [(3, 0, 1), (4, 1, 0)]
     token, tokens = found.plan.prediction.decode_nanoseconds_per_token, found.plan.pipeline.cache_tokens
@@ -193,7 +195,7 @@ def test_a_group_divides_what_vllm_divides(compiled):
 
 
 def test_what_is_tied_is_on_both_ends(compiled):
-    text = (TWO_HOSTS % {"requests": 2, "memory": "1GiB"}).replace("llama", "tied")
+    text = (TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}).replace("llama", "tied")
     layers = layers_of(compiled(text).graph, {**LLAMA, "tie_word_embeddings": True})
     assert layers.last_bytes(1, 2) == layers.first_bytes(1) + 64 * 2  # the norm besides
     assert layers.last_bytes(1, 1) == 64 * 2
@@ -220,9 +222,9 @@ targets: [vllm]
 
 
 def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
-    text = TWO_HOSTS % {"requests": 2, "memory": "1GiB"}
+    text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     found = compiled(text)
-    lock = read_lock(lock_of(found.plan, found.inputs, {}, {}, found.inventory.accelerators_to_json()).to_text())
+    lock = read_lock(lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json()).to_text())
     assert Pipeline.from_json(lock.plan["pipeline"]) == found.plan.pipeline
     held, drift = compile_locked(Path("profile.yaml"), lock)
     assert (held.plan, drift) == (found.plan, None)
@@ -237,7 +239,7 @@ def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
 
 
 def test_a_plan_for_vllm_is_no_device_map(folder, monkeypatch, compiled):
-    compiled(TWO_HOSTS % {"requests": 2, "memory": "1GiB"})
+    compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"})
     plan = compile_profile("profile.yaml")
     with pytest.raises(Exception, match="devmap export PROFILE --to vllm"):
         _ = plan.device_map
