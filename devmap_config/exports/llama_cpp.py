@@ -42,7 +42,7 @@ def names_of(model_type: str) -> Mapping[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Placed:
+class GgufPlacement:
     """Tensors of a GGUF by name, each with the device that the plan has it on; `layers` is how many there are."""
 
     devices: Mapping[str, Device]
@@ -134,7 +134,7 @@ def _module_of(name: str) -> str:
     return NUMBER.sub("N", re.sub(r"\.(weight|bias)$", "", name), count=1)
 
 
-def _placed(compiled: Compiled, sink: Sink) -> Placed:
+def _placed(compiled: Compiled, sink: Sink) -> GgufPlacement:
     names = names_of(str(compiled.model.source.config["model_type"]))
     graph, locations = compiled.graph, compiled.plan.locations
     devices: dict[str, Device] = {}
@@ -156,10 +156,10 @@ def _placed(compiled: Compiled, sink: Sink) -> Placed:
         layers = max(layers, int(number) + 1) if number else layers
         for tensor in names[module]:
             devices[tensor.replace(".N.", f".{number}.")] = location.stored_on
-    return Placed(devices, layers)
+    return GgufPlacement(devices, layers)
 
 
-def _flags(placed: Placed, compiled: Compiled, sink: Sink) -> list[tuple[str, ...]]:
+def _flags(placed: GgufPlacement, compiled: Compiled, sink: Sink) -> list[tuple[str, ...]]:
     """Return the flags; what llama.cpp's own order of layers cannot be brought to is reported."""
     homes = [_home(placed, number, compiled, sink) for number in range(placed.layers)]
     require_no_errors(sink, compiled)
@@ -198,7 +198,7 @@ def _buffer(device: Device) -> str:
     return "CPU" if device == CPU else f"{BUFFERS[device.kind]}{device.index or 0}"
 
 
-def _home(placed: Placed, number: int, compiled: Compiled, sink: Sink) -> Device:
+def _home(placed: GgufPlacement, number: int, compiled: Compiled, sink: Sink) -> Device:
     """Return the device of a layer, where its attention and its cache are."""
     of_layer = placed.of_layer(number)
     devices = list(dict.fromkeys(device for name, device in of_layer.items() if name.startswith("attn_")))
@@ -230,7 +230,7 @@ def _check_order(homes: Sequence[Device], on_cpu: int, compiled: Compiled, sink:
             return
 
 
-def _overrides(placed: Placed, homes: Sequence[Device], own_output: Device) -> list[tuple[str, ...]]:
+def _overrides(placed: GgufPlacement, homes: Sequence[Device], own_output: Device) -> list[tuple[str, ...]]:
     """Return `--n-cpu-moe` and `-ot` for what is elsewhere than llama.cpp has it by layers alone."""
     numbers: dict[tuple[str, Device], list[int]] = {}
     for number, home in enumerate(homes):
@@ -258,7 +258,7 @@ def _overrides(placed: Placed, homes: Sequence[Device], own_output: Device) -> l
     return [*flags, *(("-ot", override) for override in overrides)]
 
 
-def _notes(placed: Placed, compiled: Compiled) -> list[str]:
+def _notes(placed: GgufPlacement, compiled: Compiled) -> list[str]:
     notes = ["predicted times and sizes are transformers': a GGUF holds weights in types of its own"]
     embedding = placed.devices["token_embd"]
     if embedding.is_accelerator:
