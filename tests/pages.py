@@ -21,8 +21,8 @@ BLOCK = re.compile(r"^```(?P<kind>\w+)[^\n]*\n(?P<text>.*?)^```$", re.MULTILINE 
 NAME = re.compile(r"# (?P<name>[\w./-]+\.yaml)$", re.MULTILINE)
 MARK = re.compile(r"\s+# (?:needs: (?P<needs>gpu|hub)|exit code (?P<code>\d+))$")
 
-ELSEWHERE = ("docs/ci.md",)
-"""Pages whose blocks are run by a test of their own: `tests/integration/test_ci.py`."""
+ELSEWHERE = ("docs/ci.md", "docs/vllm.md")
+"""Pages whose blocks are run by a test of their own: `tests/integration/test_ci.py`, `tests/engines/test_vllm.py`."""
 
 
 @dataclass(frozen=True)
