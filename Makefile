@@ -1,4 +1,4 @@
-# `make demo` compiles and runs the quickstart; `make test` runs everything that CI runs on each change.
+# `make demo` compiles and runs a small real model and one of 845 MiB with random weights; `make test` runs everything that CI runs on each change.
 # Both install into .venv first; nothing else on the machine is touched.
 
 PYTHON ?= python3
@@ -14,6 +14,8 @@ SECONDS ?= 600
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
 	$(BIN)/devmap run profiles/quickstart.yaml
+	$(BIN)/devmap-compile profiles/demo.yaml
+	$(BIN)/devmap run profiles/demo.yaml --random-weights --max-new-tokens 16
 
 test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
