@@ -111,6 +111,7 @@ AlwaysWarning = Literal[
     "cpu-passed-over",
     "few-bytes",
     "figures-moved",
+    "foreign-to-vllm",
     "guessed-order",
     "ignored-key",
     "kept-together",

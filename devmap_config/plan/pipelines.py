@@ -9,6 +9,7 @@ from devmap_config.amounts import counted, format_bytes
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.execution.assignment import Assignment, Location
 from devmap_config.execution.executor import Executor
+from devmap_config.pipeline.architectures import VLLM_VERSION, architectures
 from devmap_config.pipeline.layers import UncutModelError, layers_of
 from devmap_config.pipeline.planning import TooManyChoicesError, best_place, widest_place
 from devmap_config.pipeline.problem import PipelineProblem, pipeline_of
@@ -317,6 +318,14 @@ def review_pipeline(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     profile = prepared.loaded.profile
     for broken in broken_stages(plan, prepared):
         sink.error("over-capacity", f"of the stages, {broken}", profile.hardware.devices.key_span, help=REPORT)
+    name = prepared.graph.class_name
+    if name not in architectures():
+        sink.warning(
+            "foreign-to-vllm",
+            f"vLLM {VLLM_VERSION} has no `{name}` of its own, and may run transformers' code in its stead",
+            profile.model.source.span,
+            help="try it before you rely on the stages: `vllm serve MODEL --model-impl transformers`",
+        )
     if prepared.model.quantization is not None:
         sink.warning(
             "quantization-not-measured",
