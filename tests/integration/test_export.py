@@ -152,6 +152,7 @@ def test_a_plan_for_vllm_is_files_for_every_host(workspace):
     [
         ("targets: [vllm]\n", "", 5, "the plan is made for transformers"),
         (", address: 10.0.0.2", "", 8, "vLLM needs the address of `right`"),
+        ("{source: llama}", "{source: llama, dtype: float64}", 3, "vLLM has no float64"),
     ],
 )
 def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, message):
