@@ -15,16 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devmap_config import compile_profile
+from devmap_config.cli.explain import explain
+from devmap_config.cli.fit import fit
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.locked import compile_locked
 from devmap_config.pipeline import cache, cuts
 from devmap_config.pipeline.cache import LayerCache, blocks_per_request, groups_of, page_bytes
 from devmap_config.pipeline.cuts import best_cut, between, forward, largest_between
 from devmap_config.pipeline.layers import layers_of
+from devmap_config.pipeline.problem import FOLLOWER_PROCESS_BYTES, HEAD_PROCESS_BYTES, RANK_PROCESS_BYTES
 from devmap_config.pipeline.slots import choices
 from devmap_config.pipeline.stages import Pipeline
 from devmap_config.plan.lock import lock_of, read_lock
 from devmap_config.plan.pipelines import moves_of_a_layer
+from devmap_config.plan.readiness import hosts_of, of_host
 
 MEBIBYTE = 2**20
 
@@ -243,3 +247,53 @@ def test_a_plan_for_vllm_is_no_device_map(folder, monkeypatch, compiled):
     plan = compile_profile("profile.yaml")
     with pytest.raises(Exception, match="devmap export PROFILE --to vllm"):
         _ = plan.device_map
+
+
+def test_a_host_is_held_to_what_the_lock_wants_of_it(compiled):
+    text = """version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware:
+  hosts:
+    left: {devices: {"cpu:[0-1]": {memory: 4GiB}}}
+    right: {devices: {"cpu:[0-1]": {memory: 3GiB}}}
+placement:
+  pins: [{match: "model.layers.[0-4]", device: left/cpu:0}, {match: "model.layers.5", device: right/cpu:1}]
+targets: [vllm]
+"""
+    found = compiled(text)
+    assert [str(stage.devices[0]) for stage in found.plan.pipeline.stages] == ["left/cpu:0", "right/cpu:1"]
+    lock = lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
+    assert hosts_of(lock) == {"left": None, "right": None}
+    [use] = of_host(lock, "right").plan["devices"]
+    [planned] = (use for use in found.plan.devices if use.id.host == "right" and use.weights_bytes)
+    assert (use["id"], use["weights_bytes"], use["kv_cache_bytes"]) == (
+        "cpu",
+        planned.weights_bytes,
+        planned.kv_cache_bytes,
+    )
+    # A follower's processes besides those of its one rank; on the first host the server and the engine as well.
+    overheads = [stage.overhead_bytes for stage in found.plan.pipeline.stages]
+    assert overheads == [RANK_PROCESS_BYTES + HEAD_PROCESS_BYTES, RANK_PROCESS_BYTES + FOLLOWER_PROCESS_BYTES]
+
+
+def test_fit_says_which_stage_decides(compiled, capsys):
+    compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
+    Path("others.yaml").write_text(
+        'hardware: {hosts: {a: {devices: {"cuda:[0-1]": {memory: 120MiB}}}, b: {devices: {"cuda:[0-1]": {memory: 1GiB}}}}}\n'
+    )
+    assert fit.main(["profile.yaml", "--on", "others.yaml,24GiB,20MiB", "-q"], standalone_mode=False) == 0
+    assert fit.main(["profile.yaml", "--on", "others.yaml,20MiB", "--format", "json"], standalone_mode=False) == 0
+    several, small = json.loads(capsys.readouterr().out)["machines"]
+    # The small cards of the first host would leave all others as few blocks: the largest cache is without them.
+    assert [stage["devices"] for stage in several["pipeline"]["stages"]] == [["b/cuda:0"], ["b/cuda:1"]]
+    assert "stage 0 decides, layers 0 to 5 on cuda:0" in small["reason"]
+
+
+def test_explain_says_which_stage_binds(compiled, capsys):
+    compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
+    explain.main(["profile.yaml"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "stage 1 on right/cuda:0 decides, which has the least room" in said
+    assert "the slowest stage binds: stage 0 on left/cuda:0" in said
+    assert "Layer 3 on stage 1 instead of 0:" in said
