@@ -19,8 +19,8 @@ CHAT = [{"role": "user", "content": "a b"}]
 
 
 def tokenizer(template):
-    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))  # noqa: S106
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", chat_template=template)  # noqa: S106
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", chat_template=template)
 
 
 @pytest.mark.parametrize(
