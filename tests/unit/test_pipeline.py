@@ -279,11 +279,10 @@ targets: [vllm]
 
 def test_fit_says_which_stage_decides(compiled, capsys):
     compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
-    Path("others.yaml").write_text(
-        'hardware: {hosts: {a: {devices: {"cuda:[0-1]": {memory: 120MiB}}}, b: {devices: {"cuda:[0-1]": {memory: 1GiB}}}}}\n'
-    )
+    small, large = (f"{{devices: {{'cuda:[0-1]': {{memory: {memory}}}}}}}" for memory in ("120MiB", "1GiB"))
+    Path("others.yaml").write_text(f"hardware: {{hosts: {{a: {small}, b: {large}}}}}\n", encoding="utf-8")
     assert fit.main(["profile.yaml", "--on", "others.yaml,24GiB,20MiB", "-q"], standalone_mode=False) == 0
-    assert fit.main(["profile.yaml", "--on", "others.yaml,20MiB", "--format", "json"], standalone_mode=False) == 0
+    assert fit.main(["profile.yaml", "--on", "others.yaml,60MiB", "--format", "json"], standalone_mode=False) == 0
     several, small = json.loads(capsys.readouterr().out)["machines"]
     # The small cards of the first host would leave all others as few blocks: the largest cache is without them.
     assert [stage["devices"] for stage in several["pipeline"]["stages"]] == [["b/cuda:0"], ["b/cuda:1"]]
