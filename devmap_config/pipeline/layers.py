@@ -22,6 +22,10 @@ LAYER = re.compile(r"(?P<list>.+)\.(?P<number>[0-9]+)")
 MOST_VOCABULARY_PADDING = 64
 """vLLM pads embedding and head to a multiple of it (`vocab_parallel_embedding.py`, `DEFAULT_VOCAB_PADDING_SIZE`)."""
 
+MOST_LAYERS = 1024
+MOST_OF_A_FIGURE = 2**24
+"""More layers, heads, hidden units or words no model has: what is beyond is a mistake, and would overflow sums."""
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 """transformers' names of the kinds of layers whose cache is counted."""
 
@@ -176,6 +180,9 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
     vocabulary = int(config.get("vocab_size") or 0)
     if not heads or not hidden or not vocabulary:
         raise UncutModelError("its config does not say how many heads, hidden units or words it has")
+    figures = (heads, hidden, vocabulary, *(config.get(key) or 0 for key in ("num_key_value_heads", "head_dim")))
+    if len(paths) > MOST_LAYERS or not all(isinstance(each, int) and 0 <= each <= MOST_OF_A_FIGURE for each in figures):
+        raise UncutModelError("its config names more than any model has")
     return Layers(
         graph=graph,
         paths=paths,

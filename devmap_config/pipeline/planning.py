@@ -76,6 +76,7 @@ class PipelineCandidate:
         return cut if cut is not None and cut.total <= budget else None
 
     def _allowed(self, blocks: int) -> Sequence[Mask]:
+        blocks = min(blocks, NEVER)
         known: dict[tuple[int, int], Mask] = {}
         for mask, room in zip(self._masks, self._rooms, strict=True):
             key = (id(mask), id(room))

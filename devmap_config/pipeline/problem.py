@@ -31,6 +31,13 @@ FOLLOWER_PROCESS_BYTES = 620_000_000
 """What processes of vLLM take of a host's memory besides weights and cache: a rank's, the head's server and engine, a
 follower's. Seen of vLLM 0.32.0 on CPUs: 0.72 to 0.80 GB a rank, 0.64 and 0.60, 0.62."""
 
+MOST_BYTES = 2**51
+MOST_OF_A_LAYER = 2**52
+MOST_NANOSECONDS = 2**44
+MOST_RUNNING_BYTES = 2**60
+"""What figures are cut off at, so that sums of them are 64-bit integers: more than two petabytes of a device count as
+two, and what is larger than these fits on none; a layer that takes more than five hours counts as five."""
+
 LOGITS_BYTES = 4
 """vLLM samples from logits in float32."""
 
@@ -135,11 +142,11 @@ class PipelineProblem:
     def weights(self, place: int, stages: int) -> Costs:
         """The weights of one rank, by the stage's layers."""
         layers, ranks = self.layers, self.ranks
-        weights = self._layer_weights + layers.rotations_bytes
+        weights = self._layer_weights + min(layers.rotations_bytes, MOST_OF_A_LAYER)
         if place == 0:
-            weights = weights + layers.first_bytes(ranks)
+            weights = weights + min(layers.first_bytes(ranks), MOST_OF_A_LAYER)
         if place == stages - 1:
-            weights = weights + layers.last_bytes(ranks, stages)
+            weights = weights + min(layers.last_bytes(ranks, stages), MOST_OF_A_LAYER)
         return weights
 
     def activations(self, place: int, stages: int) -> Costs:
@@ -148,7 +155,7 @@ class PipelineProblem:
         ends = (*(self.layers.before if place == 0 else ()), *(self.layers.behind if place == stages - 1 else ()))
         most = max(map(self._peak_bytes, ends), default=0)
         logits_bytes = self.sequences * self.layers.vocabulary * LOGITS_BYTES if place == stages - 1 else 0
-        return np.maximum(peaks, most) + logits_bytes
+        return np.maximum(peaks, most) + min(logits_bytes, MOST_RUNNING_BYTES)
 
     def process_bytes(self, slots: Sequence[Slot], place: int) -> int:
         """What vLLM's processes take of the memory of a CPU; of an accelerator its capacity is without it."""
@@ -166,7 +173,7 @@ class PipelineProblem:
         """
         rooms, known = [], {}
         for place, slot in enumerate(slots):
-            capacity_bytes = slot[0].capacity_bytes - self.process_bytes(slots, place)
+            capacity_bytes = min(slot[0].capacity_bytes, MOST_BYTES) - self.process_bytes(slots, place)
             key = (capacity_bytes, place == 0, place == len(slots) - 1)
             if key not in known:
                 free = capacity_bytes - self.weights(place, len(slots)) - self.activations(place, len(slots))
@@ -220,7 +227,7 @@ class PipelineProblem:
 
     @cached_property
     def _layer_weights(self) -> Costs:
-        return between(self.layers.layer_bytes(self.ranks))
+        return between([min(size_bytes, MOST_OF_A_LAYER) for size_bytes in self.layers.layer_bytes(self.ranks)])
 
     @cached_property
     def _layer_peaks(self) -> Costs:
@@ -231,7 +238,8 @@ class PipelineProblem:
         cost = self.measurement.by_path.get(path)
         if cost is None:
             return 0
-        return max(cost.prefill_peak_bytes, cost.decode_peak_bytes * self.requests_of_a_batch(1))
+        peak_bytes = max(cost.prefill_peak_bytes, cost.decode_peak_bytes * self.requests_of_a_batch(1))
+        return min(peak_bytes, MOST_RUNNING_BYTES)
 
 
 class UnknownTimeError(Exception):
@@ -241,7 +249,7 @@ class UnknownTimeError(Exception):
 def _known(nanoseconds: int | None) -> int:
     if nanoseconds is None:
         raise UnknownTimeError
-    return nanoseconds
+    return min(nanoseconds, MOST_NANOSECONDS)
 
 
 def bounds_of(starts: Sequence[int], count: int) -> list[tuple[int, int]]:

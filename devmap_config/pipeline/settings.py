@@ -19,6 +19,9 @@ MULTIPLE_TARGETS = "a plan is made for one engine: name `transformers` or `vllm`
 def check_settings(loaded: LoadedProfile, sink: Sink) -> None:
     """Report what the profile's targets cannot do: hosts without vLLM, and with it what vLLM does otherwise."""
     profile = loaded.profile
+    if not profile.hardware.listed and not sink.has_errors:
+        span = profile.hardware.devices.key_span
+        sink.error("missing-key", "the profile lists no devices", span, help="list some, such as `cuda:0: rtx-4090`")
     if len(set(profile.targets.value)) > 1:
         sink.error("wrong-type", "`targets` names several engines", profile.targets.span, help=MULTIPLE_TARGETS)
         return

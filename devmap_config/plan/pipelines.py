@@ -60,6 +60,9 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
         sink.error("beyond-vllm", message, loaded.profile.model.source.span, help=help)
         return None
     slots = slots_of(loaded, inventory, sink)
+    if not slots and not sink.has_errors:
+        place = loaded.profile.hardware.devices.key_span
+        sink.error("beyond-vllm", "no device computes", place, help="list an accelerator, or `cpu`")
     if sink.has_errors or not slots:
         return None
     if len(slots[0]) > 1 and (reason := layers.obstacle_to(len(slots[0]))):
