@@ -26,6 +26,7 @@ from devmap_config.cli.hardware import hardware
 from devmap_config.cli.init import init
 from devmap_config.cli.probe import probe
 from devmap_config.cli.receipts import receipts
+from devmap_config.cli.report import report as report_command
 from devmap_config.cli.reporting import echo, echo_lines, report
 from devmap_config.cli.run import run
 from devmap_config.cli.schema import schema
@@ -66,6 +67,7 @@ for command in (
     serve,
     simulate,
     export,
+    report_command,
     fit,
     init,
     adopt,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from devmap_config.compiler import Compiled
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph
     from devmap_config.plan.explanation import Alternative
@@ -94,17 +96,19 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
 
     from devmap_config.cli.plan_table import bar_lines
     from devmap_config.plan.prediction import as_told
+    from devmap_config.plan.runs import runs_of
 
     graph = compiled.graph
     if module is not None and module not in graph.modules and module not in graph.tensors:
         raise click.UsageError(
             f"{graph.class_name} has no `{module}`{_meant(module, [*graph.modules, *graph.tensors])}"
         )
-    lines = list(_story(compiled) if module is None else _reasons(compiled, module))
+    lines = list(story(compiled) if module is None else _reasons(compiled, module))
     if options.output_format == "json":
         has_none = module is None or compiled.plan.pipeline is not None
-        others = () if has_none else _alternatives(compiled, str(module))
+        others = () if has_none else alternatives_of(compiled, str(module))
         data = {"module": module, "explanation": lines, "alternatives": to_jsonable_python(others, fallback=str)}
+        data |= {"runs": [run.to_json() for run in runs_of(compiled.plan, graph)], "waits": waits(compiled)}
         told = as_told(compiled.plan, graph, compiled.inventory)
         options.report(compiled.diagnostics, compiled.texts, {"plan": told, **data})
     elif not options.quiet:
@@ -113,7 +117,7 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
             echo(line)
 
 
-def _story(compiled: Compiled) -> Iterator[str]:
+def story(compiled: Compiled) -> Iterator[str]:
     """The plan in some ten lines."""
     from devmap_config.cli.plan_table import memory_in_words, said_of_bases, weights_in_words
     from devmap_config.plan.prediction import time_bases
@@ -178,17 +182,30 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
 
 def _waits(compiled: Compiled) -> Iterator[str]:
     """What each phase waits for: what it would take, were that twice as fast."""
-    from devmap_config.plan.explanation import savings
-    from devmap_config.plan.plan import OWN
-
-    for phase in OWN:
-        if getattr(compiled.plan.prediction, OWN[phase]) is None:
-            continue
-        found = savings(compiled.plan, compiled.graph, compiled.inventory, phase)
-        times = [f"{each.what} ({format_duration(each.nanoseconds)})" for each in found]
+    for phase, found in waits(compiled).items():
+        times = [f"{each['what']} ({format_duration(each['nanoseconds'])})" for each in found]
         if times:
             what = "token" if phase == "decode" else phase
             yield f"A {what} waits for {' and '.join(times)}: in brackets, its time were that twice as fast."
+
+
+def waits(compiled: Compiled) -> dict[Phase, list[dict[str, Any]]]:
+    """Return as plain data, for each phase of which a plan predicts the time, what would make it shorter.
+
+    Args:
+        compiled: the plan, with its model and machine.
+
+    Returns:
+        By phase, what the phase takes were one thing of the machine twice as fast: the one that saves most first.
+    """
+    from devmap_config.plan.explanation import savings
+    from devmap_config.plan.plan import OWN
+
+    plan, graph, inventory = compiled.plan, compiled.graph, compiled.inventory
+    if plan.pipeline is not None:  # whose times are those of its stages
+        return {}
+    predicted: tuple[Phase, ...] = tuple(phase for phase in OWN if getattr(plan.prediction, OWN[phase]) is not None)
+    return {phase: [asdict(each) for each in savings(plan, graph, inventory, phase)] for phase in predicted}
 
 
 def _room_for_context(longest: int, measurement: Measurement) -> str:
@@ -242,34 +259,47 @@ def _pace(plan: Plan) -> Iterator[str]:
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     """Why a module or tensor is where it is, and what another place would take."""
-    from devmap_config.plan.explanation import block_of
-
     plan, graph = compiled.plan, compiled.graph
     if plan.pipeline is not None:
-        from devmap_config.cli.stages_view import module_in_words
-
-        yield from module_in_words(compiled, plan.pipeline, name)
-        rules = _rules_about(compiled.resolution, name, graph)
-        yield from rules or [f"No rule is about it: `{plan.strategy}` cut the layers so."]
+        yield from why(compiled, name)
         return
     below = [each for each in plan.assignments if each.unit == name or each.unit.startswith(f"{name}.")]
     around = [each for each in plan.assignments if not each.unit or name.startswith(f"{each.unit}.")]
     for each in below or around:
         runs = "" if each.location.is_one_device else f", and runs on {each.location.runs_on}"
         yield f"`{each.unit or 'the whole model'}` is on {each.location.stored_on}{runs}."
-    rules = _rules_about(compiled.resolution, name, graph)
-    yield from rules
-    if rules:
+    *before, last = why(compiled, name)
+    yield from before
+    if _rules_about(compiled.resolution, name, graph):
+        yield last
         return
-    block = block_of(graph, name)
-    if block != name:
-        yield f"It is a part of the block `{block}`, which is placed as a whole."
-    yield f"No rule is about it: `{plan.strategy}` put it there. Elsewhere, all else as it is:"
-    for other in _alternatives(compiled, name):
+    yield f"{last} Elsewhere, all else as it is:"
+    for other in alternatives_of(compiled, name):
         yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
 
 
-def _alternatives(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
+def why(compiled: Compiled, name: str) -> Iterator[str]:
+    """Yield what decided where a module or tensor is: rules, or the strategy."""
+    from devmap_config.plan.explanation import block_of
+
+    plan, rules = compiled.plan, _rules_about(compiled.resolution, name, compiled.graph)
+    if plan.pipeline is not None:
+        from devmap_config.cli.stages_view import module_in_words
+
+        yield from module_in_words(compiled, plan.pipeline, name)
+        yield from rules or [f"No rule is about it: `{plan.strategy}` cut the layers so."]
+        return
+    yield from rules
+    if rules:
+        return
+    block = block_of(compiled.graph, name)
+    if block != name:
+        yield f"It is a part of the block `{block}`, which is placed as a whole."
+    yield f"No rule is about it: `{compiled.plan.strategy}` put it there."
+
+
+def alternatives_of(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
+    """Return what every other place of the block would cost that a module or tensor is of."""
     from devmap_config.plan.explanation import alternatives, block_of
 
     return alternatives(compiled.plan, compiled.graph, compiled.inventory, block_of(compiled.graph, name))

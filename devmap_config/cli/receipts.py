@@ -33,7 +33,7 @@ def receipts(files: tuple[Path, ...], output_format: str) -> None:
     from devmap_config.cli.reporting import echo, print_lines, report
     from devmap_config.runner.receipts import FOLDER
 
-    cases = [case for path in files or sorted(FOLDER.glob("*.json")) for case in _read(path)]
+    cases = [case for path in files or sorted(FOLDER.glob("*.json")) for case in cases_in(path)]
     report((), {}, output_format, data={"cases": [asdict(case) for case in cases]})
     if output_format == "markdown":
         for line in _markdown(cases):
@@ -42,7 +42,12 @@ def receipts(files: tuple[Path, ...], output_format: str) -> None:
         print_lines(lambda width: _lines(cases, width))
 
 
-def _read(path: Path) -> tuple[Case, ...]:
+def cases_in(path: Path) -> tuple[Case, ...]:
+    """Return the cases of a receipt.
+
+    Raises:
+        CommandError: where it cannot be read, or is no receipt.
+    """
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.files import FileError
     from devmap_config.runner.receipts import cases_of

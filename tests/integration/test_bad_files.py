@@ -67,7 +67,17 @@ def repository(compiled, tmp_path, monkeypatch):
 
 DONE, WRONG, ABSENT, STALE, UNLIKE_LOCK = range(5)
 
-COMMANDS = ("compile", "check", "explain", "fit --on 1xrtx-4090", "simulate", "run", "tree", "update")
+COMMANDS = (
+    "compile",
+    "check",
+    "explain",
+    "fit --on 1xrtx-4090",
+    "simulate",
+    "report -o page.html",
+    "run",
+    "tree",
+    "update",
+)
 
 PROFILES = {command: ("p.yaml", (*command.split(), "p.yaml"), WRONG, ABSENT) for command in COMMANDS}
 

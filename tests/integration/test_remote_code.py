@@ -156,6 +156,7 @@ COMMANDS = {
     "simulate": ["simulate", "{}.yaml", "--format", "json"],
     "export": ["export", "{}.yaml", "--to", "transformers", "-o", "{}-exported"],
     "explain": ["explain", "{}.yaml"],
+    "report": ["report", "{}.yaml", "-o", "{}.html", "--format", "json"],
     "fit": ["fit", "{}.yaml", "--on", "2xrtx-4090", "--format", "json"],
     "tree": ["tree", "{}", "--measure", "--context", "8", "--format", "json"],
     "init": ["init", "{}", "--output", "{}-first.yaml"],

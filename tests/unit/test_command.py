@@ -28,7 +28,7 @@ def run(made, *arguments):
     return CliRunner().invoke(made, list(arguments), standalone_mode=False, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", ["compile", "check", "explain", "fit", "run", "serve", "simulate", "update"])
+@pytest.mark.parametrize("name", ["compile", "check", "explain", "fit", "run", "serve", "simulate", "report", "update"])
 def test_commands_on_profiles_end_their_options_with_those_that_all_have(name):
     options = [each.opts[-1] for each in devmap.commands[name].params if each.opts[-1].startswith("--")]
     assert options[-len(SHARED) :] == SHARED

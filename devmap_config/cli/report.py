@@ -1,0 +1,174 @@
+"""`devmap report`: plans as a page that stands for itself, and the picture of a plan as SVG."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
+from devmap_config.cli.options import FILE
+from devmap_config.cli.reporting import echo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from devmap_config.compiler import Compiled
+
+PROFILES = click.argument("profiles", metavar="PROFILE…", type=FILE, nargs=-1, required=True)
+
+
+@profile_command("report", "table", "json", argument=PROFILES)
+@click.option("-o", "--output", type=FILE, metavar="FILE.html", help="Where to write the page.")
+@click.option("--svg", type=FILE, metavar="FILE.svg", help="Where to write the picture alone, of the first PROFILE.")
+@click.option(
+    "--against", metavar="A", help="Show also what is different from A: a profile, a lock, or a git revision."
+)
+@click.option(
+    "--receipt", "receipts", type=FILE, multiple=True, metavar="FILE", help="Show what such a run took beside it."
+)
+def report(
+    profiles: tuple[Path, ...],
+    options: ProfileOptions,
+    output: Path | None,
+    svg: Path | None,
+    against: str | None,
+    receipts: tuple[Path, ...],
+) -> None:
+    """Make a page of each PROFILE's plan: where everything is, how full devices are, what crosses, and why.
+
+    The page needs no network. Two profiles, or one and what it is `--against`, are shown with what is different. A plan
+    is that of the profile's lock, or what the profile asks for now where that does not hold.
+    """
+    from devmap_config.cli.locking import write
+    from devmap_config.cli.profiles import profiles_named
+    from devmap_config.cli.receipts import cases_in
+    from devmap_config.cli.reporting import own_version
+    from devmap_config.report.page import page_of, svg_of
+
+    _require_suffix(output, ".html", "-o")
+    _require_suffix(svg, ".svg", "--svg")
+    if output is None and svg is None and options.output_format != "json":
+        raise click.UsageError("name a file for the page (`-o plan.html`) or for the picture (`--svg plan.svg`)")
+    named = profiles_named(profiles)
+    if not named:
+        raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
+    cases = [asdict(case) for path in receipts for case in cases_in(path)]
+    sides = _sides(named, against)
+    reports: list[dict[str, Any]] = []
+    texts: dict[str, str] = {}
+    for path in named:
+        told, its_texts = _told(path, options)
+        reports.append(told)
+        texts |= its_texts
+    diff = None if sides is None else _difference(*sides, options)
+    written = []
+    if output is not None:
+        page = page_of(reports, diff=diff, sides=sides or ("", ""), cases=cases, version=own_version())
+        write(output, page)
+        written.append(output)
+    if svg is not None:
+        write(svg, svg_of(reports[0]))
+        written.append(svg)
+    data = {"plan": reports[0]["plan"], "reports": reports, "diff": diff, "cases": cases}
+    options.report((), texts, {**data, "written": [str(path) for path in written]})
+    if written and options.shows_tables:
+        echo(f"wrote {' and '.join(map(str, written))}", err=True)
+
+
+def _require_suffix(path: Path | None, suffix: str, option: str) -> None:
+    """Refuse to write a page over what may be a profile.
+
+    Raises:
+        click.UsageError: where a file has another name, or there is something else than a file.
+    """
+    from devmap_config.cli.new_profile import require_new
+
+    if path is not None and path.suffix != suffix:
+        raise click.UsageError(f"`{option} {path}`: name a file that ends in `{suffix}`")
+    require_new(path, force=True)
+
+
+def _sides(profiles: tuple[Path, ...], against: str | None) -> tuple[str, str] | None:
+    """Return what is compared: a profile with what it is against, or two profiles with each other."""
+    if against is not None:
+        return against, str(profiles[0])
+    return (str(profiles[0]), str(profiles[1])) if len(profiles) == 2 else None
+
+
+def _difference(before: str, after: str, options: ProfileOptions) -> dict[str, Any]:
+    """Return the difference of two plans, as `devmap diff --format json` prints it."""
+    from devmap_config.cli.sides import sides_of
+    from devmap_config.plan.diff import difference
+
+    sides = sides_of(before, after, options.permissions)
+    return difference(sides[0].plan, sides[1].plan, [side.made_of for side in sides]).to_json()
+
+
+def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what commands print of a profile with `--format json`, together, and the texts of its files.
+
+    Raises:
+        CommandError: where it is wrong or cannot be satisfied.
+    """
+    from devmap_config.cli.explain import story, waits
+    from devmap_config.cli.progress import stages_shown
+    from devmap_config.diagnostics.structured import diagnostics_to_json
+    from devmap_config.plan.prediction import as_told
+    from devmap_config.plan.runs import runs_of
+    from devmap_config.simulate.memory import can_simulate, simulation_of
+
+    compiled, lock = _compiled(profile, options)
+    plan, graph = compiled.plan, compiled.graph
+    simulation = None
+    if plan.pipeline is None and can_simulate():
+        may_run_code = options.permissions.trust_remote_code
+        with stages_shown(quiet=options.quiet):
+            ran = simulation_of(plan, compiled.model, decoded_tokens=2, trust_remote_code=may_run_code)
+        simulation = {key: value for key, value in ran.to_json().items() if key != "calls"}
+    told = {
+        "profile": str(profile),
+        "lock": lock,
+        "plan": as_told(plan, graph, compiled.inventory),
+        "hardware": compiled.inventory.accelerators_to_json(),
+        "explanation": list(story(compiled)),
+        "runs": [{**run.to_json(), **_reasons(compiled, run.first)} for run in runs_of(plan, graph)],
+        "waits": waits(compiled),
+        "simulation": simulation,
+        "diagnostics": diagnostics_to_json(compiled.diagnostics),
+    }
+    return told, dict(compiled.texts)
+
+
+def _reasons(compiled: Compiled, module: str) -> dict[str, Any]:
+    """Return why a module is where it is, and what other places would cost, as `devmap explain` tells them."""
+    from pydantic_core import to_jsonable_python
+
+    from devmap_config.cli.explain import alternatives_of, why
+
+    if compiled.plan.pipeline is not None:  # of which no part can be elsewhere, all else as it is
+        return {"why": list(why(compiled, module)), "alternatives": []}
+    others = to_jsonable_python(alternatives_of(compiled, module), fallback=str)
+    return {"why": list(why(compiled, module)), "alternatives": others}
+
+
+def _compiled(profile: Path, options: ProfileOptions) -> tuple[Compiled, str | None]:
+    """Return the plan of a profile's lock, or what it asks for now where that does not hold; and why it is not."""
+    from devmap_config.cli.progress import stages_shown
+    from devmap_config.compiler import Rejected
+    from devmap_config.locked import compile_locked
+    from devmap_config.plan.lock import LockError, lock_at, lock_path
+
+    path, lock, problem = lock_path(profile), None, None
+    try:
+        lock = lock_at(path, allow_outside=options.permissions.allow_outside)
+    except LockError as error:
+        problem = str(error)
+    with stages_shown(quiet=options.quiet):
+        compilation, drift = compile_locked(profile, lock, simulates=True, **options.of_request)
+    if isinstance(compilation, Rejected):
+        raise CommandError(compilation.diagnostics, compilation.texts)
+    problem = problem if drift is None else drift.message
+    said = None if problem is None else f"This is what the profile asks for now: {path.name} {problem}."
+    return compilation, said

@@ -1,0 +1,379 @@
+"""Renders plans as one self-contained page, and the picture of a plan as SVG."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from devmap_config.amounts import format_bytes, format_change, format_duration, format_durations
+from devmap_config.report.charts import (
+    MemoryChart,
+    PhaseSpan,
+    PhaseWaits,
+    comparisons_of,
+    device_changes,
+    memory_charts,
+    spans_of,
+    waits_of,
+)
+from devmap_config.report.picture import PHASES, Geometry, Picture, picture_of
+from devmap_config.rules.folding import fold_paths
+from devmap_config.wording import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+MODES = {
+    "resident": "runs where it is",
+    "streamed": "copied to {runs_on} at every forward",
+    "computed-on-cpu": "computed on the CPU, where it is",
+    "tensor-parallel": "a share of each layer, beside the others of its group",
+}
+"""How weights come to where they run, by the mode of a run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A figure of a plan, and what is to be known of it."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """A plan as its part of the page shows it.
+
+    Attributes:
+        told: what is told of its profile, as `--format json` has it.
+        number: its place on the page; names of its rows begin with it.
+    """
+
+    told: Mapping[str, Any]
+    number: int
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its rows begin with."""
+        return f"plan-{self.number}-"
+
+    @property
+    def name(self) -> str:
+        """The profile."""
+        return visible(self.told["profile"])
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """The plan, as `--format json` has it."""
+        plan: Mapping[str, Any] = self.told["plan"]
+        return plan
+
+    @cached_property
+    def picture(self) -> Picture:
+        """The devices, to scale."""
+        return picture_of(self.told, self.prefix)
+
+    @cached_property
+    def figures(self) -> tuple[Figure, ...]:
+        """What running the plan is predicted to take."""
+        return tuple(_figures(self.plan))
+
+    @property
+    def title(self) -> str:
+        """What the picture alone is called: the profile's name, else its file's."""
+        return visible(Path(self.told["profile"]).name.removesuffix(".yaml").removesuffix(".yml"))
+
+    @property
+    def subtitle(self) -> str:
+        """What the picture alone says of the plan."""
+        return " ".join([next(iter(self.story)), *(f"{each.value} {each.name}." for each in self.figures[:1])])
+
+    @property
+    def story(self) -> Iterator[str]:
+        """What `devmap explain` says of it."""
+        return map(visible, self.told["explanation"])
+
+    @property
+    def unit(self) -> str:
+        """What the time of a block's other places is of."""
+        has_token = self.plan["prediction"]["decode_nanoseconds_per_token"] is not None
+        return PHASES["decode" if has_token else "prefill"]
+
+    @property
+    def runs(self) -> Iterator[Mapping[str, Any]]:
+        """What each device holds, run by run, with how and why."""
+        for number, run in enumerate(self.told["runs"]):
+            yield {
+                "anchor": f"{self.prefix}run-{number}",
+                "device": visible(run["device"]),
+                "name": visible(", ".join(run["patterns"])),
+                "blocks": run["blocks"],
+                "first": visible(run["first"]),
+                "size": format_bytes(run["weights_bytes"]),
+                "mode": run["mode"],
+                "how": MODES[run["mode"]].format(runs_on=visible(run["runs_on"])),
+                "reasons": [visible(line) for line in run["why"]],
+                "alternatives": tuple(_alternatives(run["alternatives"])),
+            }
+
+    @property
+    def devices(self) -> Iterator[Mapping[str, str]]:
+        """What each device holds, in words."""
+        for use in self.plan["devices"]:
+            sizes = {key: format_bytes(use[f"{key}_bytes"]) if use[f"{key}_bytes"] else "–" for key in COLUMNS}
+            yield {**sizes, "id": visible(use["id"])}
+
+    @property
+    def links(self) -> tuple[Mapping[str, Any], ...]:
+        """What goes over each link, phase by phase."""
+        links: dict[tuple[str, str], dict[str, Any]] = {}
+        for use in (self.told["simulation"] or {"links": ()})["links"]:
+            pair = (use["source"], use["target"])
+            words = f"{format_bytes(use['size_bytes'])} in {use['transfers']:,} copies"
+            if use["weights_bytes"]:
+                words += f", {format_bytes(use['weights_bytes'])} of it weights"
+            links.setdefault(pair, {"source": visible(pair[0]), "target": visible(pair[1])})[use["phase"]] = words
+        place = {use["id"]: number for number, use in enumerate(self.plan["devices"])}
+        return tuple(links[pair] for pair in sorted(links, key=lambda pair: [place.get(each, -1) for each in pair]))
+
+    @cached_property
+    def memory(self) -> tuple[MemoryChart, ...]:
+        """What each device held besides weights, block by block."""
+        simulation = self.told["simulation"]
+        return () if not simulation or not simulation["steps"] else memory_charts(simulation, self.plan)
+
+    @property
+    def spans(self) -> tuple[PhaseSpan, ...]:
+        """The phases along the width of these charts."""
+        return spans_of(self.told["simulation"])
+
+    @property
+    def rehearsal(self) -> str:
+        """What the dry run showed, in a sentence."""
+        simulation = self.told["simulation"]
+        if self.stages:
+            return "Plans for vLLM are not dry-run: the figures are those of its rules and of the machine's rates."
+        if simulation is None:
+            return "The plan was not dry-run: torch is not installed where this page was made."
+        if simulation["outcome"] == "runs":
+            return "The plan ran on simulated devices: the model's own code, without data."
+        if simulation["mismatch"] is not None:
+            return f"The plan does not run: it fails in {simulation['mismatch']['phase']}."
+        return f"Whether the plan runs could not be tried: {visible(str(simulation['reason']))}."
+
+    @cached_property
+    def waits(self) -> tuple[PhaseWaits, ...]:
+        """What each phase waits for."""
+        return waits_of(self.told["waits"], self.plan)
+
+    @property
+    def stages(self) -> tuple[Mapping[str, Any], ...]:
+        """The stages of a plan for vLLM."""
+        pipeline = self.plan.get("pipeline")
+        return () if pipeline is None else tuple(_stages(pipeline))
+
+    @property
+    def findings(self) -> Iterator[Mapping[str, str]]:
+        """What is to be warned of."""
+        for each in self.told["diagnostics"]:
+            place = f"{each['file']}:{each['line']}" if each["file"] else ""
+            values = {"code": each["code"], "severity": each["severity"], "place": place, "help": each["help"] or ""}
+            yield {name: visible(value) for name, value in {**values, "message": each["message"]}.items()}
+
+
+def _stages(pipeline: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield each stage in words, with its time for a token in percent of the slowest one's."""
+    stages = pipeline["stages"]
+    slowest = max((stage["decode_nanoseconds"] or 0 for stage in stages), default=0)
+    for number, stage in enumerate(stages, 1):
+        times = {key: stage[f"{key}_nanoseconds"] for key in ("decode", "prefill")}
+        yield {
+            "number": number,
+            "devices": visible(", ".join(stage["devices"])),
+            "layers": f"{stage['first_layer']}–{stage['last_layer']}",
+            "blocks": f"{stage['blocks']:,}",
+            "share": round(100 * (times["decode"] or 0) / (slowest or 1), 2),
+            **{key: "–" if time is None else format_duration(time) for key, time in times.items()},
+        }
+
+
+def _alternatives(alternatives: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, str]]:
+    """Yield what other places of a block would cost, those together that cost the same."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for other in alternatives:
+        stored_on, runs_on = other["location"]["stored_on"], other["location"]["runs_on"]
+        where = "on {}" if stored_on == runs_on else f"on {{}}, copied to {runs_on} at every forward"
+        if stored_on == runs_on == "cpu":
+            where = "computed on the {}"
+        slower = other["slower_nanoseconds"]
+        sign = "+" if slower is not None and slower >= 0 else "−"
+        pace = "not known" if slower is None else f"{sign}{format_duration(abs(slower))}"
+        blocked = f"{format_bytes(other['missing_bytes'])} missing on {other['full_device']}"
+        alike.setdefault((where, pace, blocked if other["full_device"] else "fits"), []).append(stored_on)
+    for (where, pace, room), devices in alike.items():
+        yield {"where": visible(where.format(_and(fold_devices(devices)))), "pace": pace, "room": visible(room)}
+
+
+def fold_devices(devices: Sequence[str]) -> tuple[str, ...]:
+    """Return devices with equal ones of one kind as a range.
+
+    >>> fold_devices(["cuda:0", "cuda:1", "cuda:3", "cpu"])
+    ('cuda:[0-1,3]', 'cpu')
+    """
+    return tuple(
+        each.replace(".", ":") for each in fold_paths((each.replace(":", ".") for each in devices), with_steps=False)
+    )
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+COLUMNS = ("capacity", "weights", "kv_cache", "activation", "overhead", "free")
+"""What the table of devices shows, by the keys of a plan's `devices`."""
+
+
+def _figures(plan: Mapping[str, Any]) -> Iterator[Figure]:
+    prediction, bases = plan["prediction"], plan.get("basis", {})
+    for phase, key in (("decode", "decode_nanoseconds_per_token"), ("prefill", "prefill_nanoseconds")):
+        if (nanoseconds := prediction[key]) is None:
+            continue
+        basis = bases.get(phase, {})
+        notes = [f"{basis['rates']} rates"] if basis else []
+        if basis.get("least_nanoseconds") is not None:
+            notes.insert(0, f"such runs took {format_durations(basis['least_nanoseconds'], basis['most_nanoseconds'])}")
+        bound = prediction["bound_decode_nanoseconds_per_token"] if phase == "decode" else None
+        if bound is not None:
+            notes.append(f"no plan is below {format_duration(bound)}")
+        yield Figure(name=PHASES[phase], value=format_duration(nanoseconds), note="; ".join(notes))
+    if (longest := prediction["longest_context"]) is not None:
+        yield Figure(name="longest context", value=f"{longest:,}", note="tokens")
+    if streamed := prediction["streamed_bytes_per_token"]:
+        yield Figure(name="copied at every forward", value=format_bytes(streamed), note="of weights")
+    if (hops := prediction["hops"]) is not None:
+        yield Figure(name="hops", value=f"{hops:,}", note="changes of device in a forward")
+
+
+def page_of(
+    reports: Sequence[Mapping[str, Any]],
+    *,
+    diff: Mapping[str, Any] | None = None,
+    sides: tuple[str, str] = ("", ""),
+    cases: Sequence[Mapping[str, Any]] = (),
+    version: str,
+) -> str:
+    """Return the page of some plans.
+
+    Args:
+        reports: what is told of each profile.
+        diff: the difference of two plans, as `devmap diff --format json` has it.
+        sides: the names of these two.
+        cases: what receipts hold, as `devmap receipts --format json` has it.
+        version: that of devmap-config.
+    """
+    templates = _templates()
+    script, style = _source(templates, "page.js"), _source(templates, "page.css")
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return templates.get_template("page.html.j2").render(
+        views=[View(told, number) for number, told in enumerate(reports, 1)],
+        diff=diff,
+        changes=() if diff is None else device_changes(diff),
+        moves=() if diff is None else _moves(diff),
+        figure_changes=() if diff is None else _figure_changes(diff),
+        sides=tuple(map(visible, sides)),
+        comparisons=comparisons_of(cases),
+        failed=[case for case in cases if case["failed"]],
+        script=script,
+        script_hash=script_hash,
+        style=style,
+        geometry=GEOMETRY,
+        version=version,
+    )
+
+
+def svg_of(told: Mapping[str, Any]) -> str:
+    """Return the picture of a plan alone, as SVG."""
+    templates = _templates()
+    view = View(told, 1)
+    return templates.get_template("picture.svg.j2").render(view=view, picture=view.picture, geometry=SVG_GEOMETRY)
+
+
+GEOMETRY = Geometry(row=86, head=44, middle=37)
+"""Of the page, whose style has the same heights."""
+
+SVG_GEOMETRY = Geometry(row=84, head=36, middle=34)
+
+
+def _templates() -> Environment:
+    """Return the templates: what is put into them is text, and nothing else."""
+    templates = Environment(
+        loader=PackageLoader("devmap_config.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["bytes"] = format_bytes
+    templates.filters["prose"] = _prose
+    return templates
+
+
+def _prose(text: str) -> Markup:
+    """Return a text in which what is between backticks is code."""
+    parts = enumerate(text.split("`"))
+    return Markup("").join(Markup("<code>{}</code>").format(part) if number % 2 else part for number, part in parts)
+
+
+def _source(templates: Environment, name: str) -> str:
+    """Return the text of a file that is no template."""
+    if templates.loader is None:
+        raise LookupError(name)
+    return templates.loader.get_source(templates, name)[0]
+
+
+def _moves(diff: Mapping[str, Any]) -> Iterable[Mapping[str, str]]:
+    for move in diff["moved"]:
+        yield {
+            "modules": visible(", ".join(module or "everything" for module in move["modules"])),
+            "before": _home(move["before"]),
+            "after": _home(move["after"]),
+        }
+
+
+def _home(home: Mapping[str, Any] | None) -> str:
+    if home is None:
+        return "–"
+    computes = ", computed there" if home["computes_there"] else ""
+    return visible(f"{home['device']}{computes}" + (f", computed on {home['runs_on']}" if home["runs_on"] else ""))
+
+
+FIGURES = {
+    "decode_nanoseconds_per_token": ("a token", format_duration),
+    "bound_decode_nanoseconds_per_token": ("no plan is below", format_duration),
+    "prefill_nanoseconds": ("a prefill", format_duration),
+    "streamed_bytes_per_token": ("copied at every forward", format_bytes),
+    "hops": ("hops between devices", "{:,}".format),
+    "longest_context": ("longest context", "{:,} tokens".format),
+}
+
+
+def _figure_changes(diff: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
+    """Yield what is different of the plans as wholes, and of what they are predicted to take."""
+    for name, change in diff["settings"].items():
+        values = {side: "–" if change[side] is None else visible(str(change[side])) for side in ("before", "after")}
+        yield {"name": visible(name.replace("_", " ")), **values, "share": ""}
+    for name, (words, show) in FIGURES.items():
+        change = diff["prediction"][name]
+        before, after = change["before"], change["after"]
+        if before is not None or after is not None:
+            shown = {side: "–" if change[side] is None else show(change[side]) for side in ("before", "after")}
+            yield {"name": words, **shown, "share": "" if name == "hops" else format_change(before, after)}

@@ -1,0 +1,397 @@
+"""The picture of a plan: hosts, their devices to scale with what they hold, and what goes over the links."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from devmap_config.amounts import format_bytes, largest_unit
+from devmap_config.devices import Device
+from devmap_config.wording import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+Kind = Literal["weights", "cache", "activations", "overhead", "free"]
+
+PARTS: Mapping[Kind, str] = {
+    "cache": "kv_cache_bytes",
+    "activations": "activation_bytes",
+    "overhead": "overhead_bytes",
+    "free": "free_bytes",
+}
+"""What a device holds besides weights, in the order in which it is drawn, by its key in a plan's `devices`."""
+
+LEGEND: Mapping[str, str] = {
+    "resident": "weights that run where they are",
+    "streamed": "weights that are copied elsewhere at every forward",
+    "computed-on-cpu": "weights that the CPU computes with",
+    "tensor-parallel": "weights of a tensor-parallel group, a share on each device",
+    "cache": "key-value cache",
+    "activations": "activations, at their peak",
+    "overhead": "room for weights that are copied in",
+    "free": "free",
+}
+"""What is drawn, by the class of its parts."""
+
+LEAST_SHARE = 0.15
+"""Percent of the picture's width below which a part is not drawn: it would be narrower than a line."""
+
+LEAST_CELL = 0.35
+"""Percent of the picture's width from which on the blocks of a run are told apart."""
+
+CUT_OFF = 1.25
+"""So many times what it holds is drawn of a CPU's memory or of a disk that is larger than all accelerators."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of a device's bar.
+
+    Attributes:
+        kind: what it is.
+        style: the class by which it is drawn: how weights come to where they run, else the kind.
+        label: its name in a few letters.
+        title: its name in full.
+        size_bytes: how large it is.
+        start: where it begins in the bar, in percent of what is drawn of it.
+        share: how wide it is, in percent of that.
+        cells: how many blocks are told apart in it.
+        anchor: the row of the page's table that says more of it; `""` where none does.
+    """
+
+    kind: Kind
+    style: str
+    label: str
+    title: str
+    size_bytes: int
+    start: float
+    share: float
+    cells: int = 1
+    anchor: str = ""
+
+    @property
+    def size(self) -> str:
+        """Its size in words."""
+        return format_bytes(self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A device with what it holds.
+
+    `name` is that on its own host. `width` is what is drawn of its capacity, in percent of the picture's; `is_cut`
+    tells that some is not drawn.
+    """
+
+    device: str
+    name: str
+    model: str
+    capacity_bytes: int
+    free_bytes: int
+    parts: tuple[Part, ...]
+    width: float
+    is_cut: bool
+    flows: tuple[str, ...]
+    row: int
+
+    @property
+    def used(self) -> str:
+        """What of its capacity is used, in the unit of the capacity."""
+        unit_bytes, unit = largest_unit(self.capacity_bytes)
+        used_bytes = self.capacity_bytes - self.free_bytes
+        return f"{used_bytes / unit_bytes:,.1f} of {self.capacity_bytes / unit_bytes:,.1f} {unit}"
+
+    @property
+    def free(self) -> str:
+        """What is free."""
+        return format_bytes(self.free_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A machine; `name` is `None` where the profile has but one."""
+
+    name: str | None
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arc:
+    """What goes from the bar of one row to that of another while a token is decoded.
+
+    `lane` is how far from the bars it runs, so that no two cross; `weight` is how thick it is drawn.
+    """
+
+    source: int
+    target: int
+    lane: int
+    weight: int
+    is_weights: bool
+    title: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """All of it. `scale_bytes` is the memory that is as wide as the picture, `unit` what arcs are of: a token."""
+
+    hosts: tuple[Host, ...]
+    arcs: tuple[Arc, ...]
+    legend: tuple[tuple[str, str], ...]
+    scale_bytes: int
+    summary: str
+    unit: str
+
+    @property
+    def bars(self) -> tuple[Bar, ...]:
+        """The devices of all hosts."""
+        return tuple(bar for host in self.hosts for bar in host.bars)
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes the arcs take."""
+        return max((arc.lane for arc in self.arcs), default=-1) + 1
+
+
+def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
+    """Return the picture of a plan.
+
+    Args:
+        told: what is told of a profile: its `plan`, `runs`, `hardware` and `simulation`, as `--format json` has them.
+        prefix: what the names of the page's rows begin with.
+    """
+    devices = told["plan"]["devices"]
+    scale_bytes = _scale_bytes(devices)
+    rows = {use["id"]: row for row, use in enumerate(devices)}
+    links = list(_links(told.get("simulation"), rows))
+    bars = [_bar(use, told, scale_bytes, links, prefix, rows[use["id"]]) for use in devices]
+    by_host: dict[str | None, list[Bar]] = {}
+    for bar in bars:
+        by_host.setdefault(Device.from_text(bar.device).host, []).append(bar)
+    drawn = {part.style for bar in bars for part in bar.parts}
+    return Picture(
+        hosts=tuple(Host(name=name, bars=tuple(held)) for name, held in by_host.items()),
+        arcs=(*_arcs(links, rows), *_stages(told["plan"].get("pipeline"), rows)),
+        legend=tuple((style, words) for style, words in LEGEND.items() if style in drawn),
+        scale_bytes=scale_bytes,
+        summary="; ".join(f"{bar.device}: {bar.used}, {bar.free} free" for bar in bars),
+        unit=PHASES[last_phase(told.get("simulation")) or "decode"],
+    )
+
+
+def _scale_bytes(devices: Sequence[Mapping[str, Any]]) -> int:
+    """Return the memory that is as wide as the picture: of what is no accelerator, free memory is not the measure."""
+    accelerators = [use["capacity_bytes"] for use in devices if Device.from_text(use["id"]).is_accelerator]
+    others = [
+        min(use["capacity_bytes"], int(CUT_OFF * (use["capacity_bytes"] - use["free_bytes"])))
+        for use in devices
+        if not Device.from_text(use["id"]).is_accelerator
+    ]
+    return int(max([*accelerators, *others, 1]))
+
+
+def _bar(
+    use: Mapping[str, Any],
+    told: Mapping[str, Any],
+    scale_bytes: int,
+    links: Iterable[Mapping[str, Any]],
+    prefix: str,
+    row: int,
+) -> Bar:
+    device = use["id"]
+    shown_bytes = min(use["capacity_bytes"], scale_bytes)
+    is_cut = use["capacity_bytes"] > scale_bytes
+    parts, start_bytes = [], 0
+    for kind, style, title, size_bytes, cells, anchor in _contents(use, told["runs"], prefix):
+        drawn_bytes = max(shown_bytes - start_bytes, 0) if kind == "free" else size_bytes
+        share = 100 * drawn_bytes / max(shown_bytes, 1)
+        width = share * shown_bytes / scale_bytes
+        if width >= LEAST_SHARE:
+            parts.append(
+                Part(
+                    kind=kind,
+                    style=style,
+                    label=short(title),
+                    title=visible(", ".join(title)),
+                    size_bytes=size_bytes,
+                    start=round(100 * start_bytes / max(shown_bytes, 1), 3),
+                    share=round(share, 3),
+                    cells=cells if width / cells >= LEAST_CELL else 1,
+                    anchor=anchor,
+                )
+            )
+        start_bytes += size_bytes
+    hardware = told["hardware"].get(device, {})
+    return Bar(
+        device=visible(device),
+        name=visible(device.rpartition("/")[2]),
+        model=visible(hardware.get("accelerator") or ""),
+        capacity_bytes=use["capacity_bytes"],
+        free_bytes=use["free_bytes"],
+        parts=tuple(parts),
+        width=round(100 * shown_bytes / scale_bytes, 3),
+        is_cut=is_cut,
+        flows=tuple(_flows(device, links)),
+        row=row,
+    )
+
+
+def _contents(
+    use: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], prefix: str
+) -> Iterator[tuple[Kind, str, tuple[str, ...], int, int, str]]:
+    """Yield what a device holds: kind, style, names, bytes, blocks, and the row that says more."""
+    for number, run in enumerate(runs):
+        if run["device"] == use["id"]:
+            anchor = f"{prefix}run-{number}"
+            yield "weights", run["mode"], tuple(run["patterns"]), run["weights_bytes"], run["blocks"], anchor
+    for kind, key in PARTS.items():
+        if use[key]:
+            yield kind, kind, (kind,), use[key], 1, ""
+
+
+NUMBERS = re.compile(r"^(\d+|\[[\d,/-]+\])$")
+
+
+def short(patterns: Sequence[str]) -> str:
+    """Return a few letters for what patterns match.
+
+    >>> short(["model.layers.[0-9]"]), short(["layers.[0-31/2].mlp", "layers.[0-31/2].norm"]), short(["model.norm"])
+    ('layers 0–9', 'layers 0–31/2, 2 parts', 'norm')
+    """
+    segments = patterns[0].split(".")
+    numbered = [place for place, segment in enumerate(segments) if NUMBERS.match(segment)]
+    if not numbered:
+        label = segments[-1]
+    else:
+        place = numbered[-1]
+        label = " ".join([*segments[max(place - 1, 0) : place], segments[place].strip("[]").replace("-", "–")])
+        if len(patterns) == 1 and segments[place + 1 :]:
+            label += f" {'.'.join(segments[place + 1 :])}"
+    return visible(label + (f", {len(patterns)} parts" if len(patterns) > 1 else ""))
+
+
+PHASES = {"decode": "a token", "prefill": "a prefill"}
+"""What is computed in a phase."""
+
+
+def last_phase(simulation: Mapping[str, Any] | None) -> str | None:
+    """Return the phase of which a picture tells what crosses: decoding, of models that do."""
+    return simulation["links"][-1]["phase"] if simulation and simulation["links"] else None
+
+
+LEAST_OF_LINKS = 0.02
+"""What share of the busiest link's bytes another carries that is drawn; weights and activations apart."""
+
+
+def _links(simulation: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+    """Yield the links of the last phase that are drawn."""
+    if simulation is None:
+        return
+    phase = last_phase(simulation)
+    links = [
+        link
+        for link in simulation["links"]
+        if link["phase"] == phase and link["source"] in rows and link["target"] in rows
+    ]
+    for is_weights in (True, False):
+        alike = [link for link in links if bool(_of_weights(link)) == is_weights]
+        most_bytes = max((link["size_bytes"] for link in alike), default=0)
+        yield from (link for link in alike if link["size_bytes"] >= LEAST_OF_LINKS * most_bytes)
+
+
+def _flows(device: str, links: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what a device is given, in words."""
+    for link in links:
+        if link["target"] == device:
+            yield f"{format_bytes(link['size_bytes'])}{_of_weights(link)} from {visible(link['source'])}"
+
+
+def _of_weights(link: Mapping[str, Any]) -> str:
+    return " of weights" if link["weights_bytes"] * 2 > link["size_bytes"] else ""
+
+
+THICKER_BYTES = (2**20, 2**30)
+"""From so many bytes on an arc is drawn thicker."""
+
+
+def _arcs(links: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> tuple[Arc, ...]:
+    """Return the arcs, short ones nearest to the bars."""
+    taken: list[list[tuple[float, float]]] = []
+    arcs = []
+    for link in sorted(links, key=lambda link: abs(rows[link["source"]] - rows[link["target"]])):
+        source, target = rows[link["source"]], rows[link["target"]]
+        ends = (min(source, target) + 0.0, max(source, target) + 0.0)
+        lane = next(
+            (number for number, held in enumerate(taken) if all(_are_apart(ends, other) for other in held)), len(taken)
+        )
+        if lane == len(taken):
+            taken.append([])
+        taken[lane].append(ends)
+        arcs.append(
+            Arc(
+                source=source,
+                target=target,
+                lane=lane,
+                weight=sum(link["size_bytes"] >= least_bytes for least_bytes in THICKER_BYTES) + 1,
+                is_weights=bool(_of_weights(link)),
+                title=f"{visible(link['source'])} to {visible(link['target'])}: "
+                f"{format_bytes(link['size_bytes'])}{_of_weights(link)}",
+            )
+        )
+    return tuple(arcs)
+
+
+def _stages(pipeline: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Iterator[Arc]:
+    """Yield an arc from each stage of a pipeline to the next."""
+    stages = [] if pipeline is None else [stage["devices"] for stage in pipeline["stages"]]
+    for before, after in pairwise(stages):
+        source, target = before[-1], after[0]
+        title = f"{visible(source)} hands on to {visible(target)}"
+        yield Arc(source=rows[source], target=rows[target], lane=0, weight=1, is_weights=False, title=title)
+
+
+def _are_apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[1] <= other[0] or other[1] <= one[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """How large a drawing is, in pixels: of a row, of a host's name above its rows, to a bar's middle, of a lane."""
+
+    row: int
+    head: int
+    middle: int
+    lane: int = 10
+    margin: int = 12
+
+    def tops(self, picture: Picture) -> tuple[int, ...]:
+        """Return where each row begins."""
+        tops, top = [], 0
+        for host in picture.hosts:
+            top += 0 if host.name is None else self.head
+            for _ in host.bars:
+                tops.append(top)
+                top += self.row
+        return tuple(tops)
+
+    def height(self, picture: Picture) -> int:
+        """Return how high all rows are."""
+        return self.row * len(picture.bars) + self.head * sum(host.name is not None for host in picture.hosts)
+
+    def gutter(self, picture: Picture) -> int:
+        """Return how wide the lanes are."""
+        return self.lane * picture.lanes + self.margin if picture.arcs else 0
+
+    def paths(self, picture: Picture) -> Iterator[tuple[Arc, str, str]]:
+        """Yield each arc with the path of its line and of its head, which end at the right of the gutter."""
+        middles = [top + self.middle for top in self.tops(picture)]
+        right, step = self.gutter(picture), min(5, 20 // max(picture.lanes, 1))
+        for arc in picture.arcs:
+            down = 1 if arc.target > arc.source else -1
+            beside = 3 + step * (picture.lanes - 1 - arc.lane)  # the nearer to the bars, the further from the middle
+            start, end = middles[arc.source] + down * beside, middles[arc.target] - down * beside
+            left, bend = right - self.margin - self.lane * arc.lane, 4 * down
+            line = f"M{right} {start}H{left + 4}q-4 0 -4 {bend}V{end - bend}q0 {bend} 4 {bend}H{right - 4}"
+            yield arc, line, f"M{right - 6} {end - 3.5}L{right} {end}L{right - 6} {end + 3.5}Z"

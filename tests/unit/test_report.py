@@ -1,0 +1,264 @@
+"""The page and the picture of a plan: what they say is what `--format json` says, and names are text in them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from click.testing import CliRunner
+from conftest import write_models
+
+from devmap_config.amounts import format_bytes, format_duration
+from devmap_config.cli import devmap
+from devmap_config.report.page import page_of, svg_of
+from devmap_config.report.picture import picture_of
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware:
+  devices:
+    "cuda:[0-1]": {memory: 2MiB, bandwidth: 1TB/s, flops: 10TFLOP/s}
+    cpu: {memory: 1GiB, bandwidth: 50GB/s, flops: 1TFLOP/s}
+  links: {host: 25GB/s, peer: 10GB/s}
+placement:
+  strategy: sequential
+  max_memory: {0: 320KiB, 1: 320KiB}
+  pins: [{match: "model.layers.5.mlp", device: cpu, compute: cpu}, {match: lm_head, device: cuda:1}]
+"""
+
+HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(1)</script><svg onload=alert(1)>{{ 7*7 }}`</title></style>"
+
+
+def run(*arguments):
+    done = CliRunner().invoke(devmap, list(arguments), standalone_mode=False, catch_exceptions=False)
+    assert done.return_value == 0, done.output
+    return done
+
+
+def told(*arguments):
+    return json.loads(run(*arguments, "--format", "json").stdout)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a profile, its page and its picture, and the object that they were made of."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        write_models(folder)
+        patch.chdir(folder)
+        Path("plan.yaml").write_text(PROFILE)
+        data = told("report", "plan.yaml", "-o", "plan.html", "--svg", "plan.svg")
+        yield folder, data
+
+
+@pytest.fixture
+def folder(made, monkeypatch):
+    monkeypatch.chdir(made[0])
+    return made[0]
+
+
+@pytest.fixture
+def data(made):
+    return made[1]
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text of each row of its tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.rows, self.ids, self.attributes, self.in_cell = [], [], [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data):
+        if self.in_cell:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_what_it_is_made_of_is_what_other_commands_print(folder, data):
+    [report] = data["reports"]
+    assert report["plan"] == told("compile", "plan.yaml", "--dry-run")["plan"] == data["plan"]
+    explained = told("explain", "plan.yaml")
+    assert {**explained, **{key: report[key] for key in ("explanation", "waits")}} == explained
+    assert [{key: value for key, value in run.items() if key not in ("why", "alternatives")} for run in report["runs"]]
+    assert [{**run, **found} for run, found in zip(explained["runs"], report["runs"], strict=True)] == report["runs"]
+    simulated = told("simulate", "plan.yaml")["simulation"]
+    assert {**simulated, **report["simulation"]} == simulated
+    whole = told("explain", "plan.yaml", report["runs"][0]["first"])
+    assert report["runs"][0]["alternatives"] == whole["alternatives"]
+
+
+def test_weights_of_runs_are_those_of_their_devices(data):
+    [report] = data["reports"]
+    held = dict.fromkeys((use["id"] for use in report["plan"]["devices"]), 0)
+    for run_ in report["runs"]:
+        held[run_["device"]] += run_["weights_bytes"]
+    assert held == {use["id"]: use["weights_bytes"] for use in report["plan"]["devices"]}
+    assert {run_["mode"] for run_ in report["runs"]} == {"resident", "streamed", "computed-on-cpu"}
+
+
+def test_the_page_says_each_figure_as_it_is(folder, data):
+    [report] = data["reports"]
+    text = Path("plan.html").read_text(encoding="utf-8")
+    rows = Page(text).rows
+    for use in report["plan"]["devices"]:
+        keys = ("capacity", "weights", "kv_cache", "activation", "overhead", "free")
+        sizes = [use[f"{key}_bytes"] for key in keys]
+        assert [use["id"], *(format_bytes(size) if size else "–" for size in sizes)] in rows
+    for link in report["simulation"]["links"]:
+        row = next(row for row in rows if row[:2] == [link["source"], link["target"]])
+        assert format_bytes(link["size_bytes"]) in row[2 if link["phase"] == "prefill" else 3]
+    prediction = report["plan"]["prediction"]
+    for figure in ("decode_nanoseconds_per_token", "prefill_nanoseconds"):
+        assert f"<strong>{format_duration(prediction[figure])}</strong>" in text
+
+
+def test_parts_of_a_bar_are_to_scale(data):
+    [report] = data["reports"]
+    picture = picture_of(report)
+    for bar, use in zip(picture.bars, report["plan"]["devices"], strict=True):
+        drawn_bytes = picture.scale_bytes * bar.width / 100
+        for part in bar.parts:
+            if part.kind != "free":
+                assert part.size_bytes / drawn_bytes == pytest.approx(part.share / 100, abs=1e-4)
+        assert bar.is_cut == (use["capacity_bytes"] > drawn_bytes * 1.001)
+        assert bar.parts[-1].start + bar.parts[-1].share == pytest.approx(100, abs=0.3)
+
+
+def test_the_page_needs_nothing_else_and_its_script_is_the_only_one_that_may_run(folder):
+    text = Path("plan.html").read_text(encoding="utf-8")
+    page = Page(text)
+    named = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "xlink:href")]
+    assert named
+    assert all(value.startswith("#") for value in named)
+    assert {value[1:] for value in named} <= {*page.ids}
+    assert len(page.ids) == len({*page.ids})
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_the_same_plan_gives_the_same_bytes(folder, data):
+    [report] = data["reports"]
+    assert svg_of(json.loads(json.dumps(report))) == Path("plan.svg").read_text(encoding="utf-8")
+    assert page_of([report], version="1") == page_of(json.loads(json.dumps([report])), version="1")
+    assert str(folder) not in Path("plan.html").read_text(encoding="utf-8")
+
+
+def hostile(value):
+    """The same with names that are to be taken for something else."""
+    if isinstance(value, dict):
+        return {
+            key: hostile(each) if key not in NAMES else [HOSTILE] if isinstance(each, list) else HOSTILE
+            for key, each in value.items()
+        }
+    return [hostile(each) for each in value] if isinstance(value, list) else value
+
+
+NAMES = {"profile", "patterns", "first", "explanation", "why", "accelerator", "block", "full_device", "lock", "message"}
+
+
+def test_names_are_text_and_nothing_else(data):
+    [report] = data["reports"]
+    finding = dict.fromkeys(("file", "message", "help", "code", "severity"), HOSTILE) | {"line": 1}
+    case = {
+        "receipt": HOSTILE,
+        "name": HOSTILE,
+        "failed": HOSTILE,
+        "figures": [{"name": "running", "device": HOSTILE, "predicted": 1, "seen": 2}],
+    }
+    home = {"device": HOSTILE, "computes_there": True, "runs_on": HOSTILE}
+    change = {"before": HOSTILE, "after": HOSTILE}
+    figures = {key: {"before": 1, "after": 2} for key in report["plan"]["prediction"]}
+    diff = {
+        "equal": False,
+        "moved": [{"modules": [HOSTILE], "before": home, "after": home}],
+        "devices": [{"id": HOSTILE, "before": report["plan"]["devices"][0], "after": None}],
+        "prediction": figures,
+        "settings": {HOSTILE: change},
+    }
+    bad = {**hostile(report), "diagnostics": [finding]}
+    options = {"cases": [case], "diff": diff, "sides": (HOSTILE, HOSTILE), "version": "1"}
+    text = page_of([bad], **options)
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert [name for name, _ in page.attributes if name.startswith("on")] == []
+    assert "<svg onload" not in text
+    assert "{{ 7*7 }}" in text
+    picture = svg_of(bad)
+    tags = {element.tag.rpartition("}")[2] for element in ET.fromstring(picture).iter()}  # noqa: S314  our own
+    assert tags <= {
+        *("svg", "title", "desc", "style", "defs", "pattern", "rect", "circle", "path", "text", "tspan", "g")
+    }
+    assert "<script" not in picture
+
+
+def test_two_profiles_and_receipts_have_parts_of_their_own(folder):
+    Path("other.yaml").write_text(PROFILE.replace("1: 320KiB", "1: 280KiB"))
+    case = {
+        "case": "a-run",
+        "by": "devmap run",
+        "generation": {"decode_seconds_per_token": 0.5, "prefill_seconds": None},
+        "load_seconds": 1.0,
+        "seen": {"cpu": {"peak_bytes": 3 * 2**20, "process_bytes": 2**20}},
+        "predicted": {
+            "devices": [dict.fromkeys(("weights_bytes", "activation_bytes", "loading_bytes"), 2**19)],
+            "prediction": {"decode_nanoseconds_per_token": 250_000_000, "prefill_nanoseconds": 1},
+        },
+    }
+    case["predicted"]["devices"][0] |= {"id": "cpu", "kv_cache_bytes": 2**18, "overhead_bytes": 0}
+    Path("receipt.json").write_text(json.dumps({"cases": [case]}))
+    options = ("plan.yaml", "other.yaml", "-o", "both.html", "--receipt", "receipt.json")
+    data = told("report", *options)
+    assert data["diff"] == json.loads(diff("plan.yaml", "other.yaml"))["diff"]
+    assert data["cases"] == told("receipts", "receipt.json")["cases"]
+    page = Page(Path("both.html").read_text(encoding="utf-8"))
+    assert {"plan-1", "plan-2", "diff", "receipts"} <= {*page.ids}
+    running = next(row for row in page.rows if row[:2] == ["a-run", "memory while it runs on cpu"])
+    assert [running[2], running[3], *running[-2:]] == ["1.2 MiB", "2.0 MiB", "1.60", "768.0 KiB"]
+    token = next(row for row in page.rows if row[:2] == ["a-run", "a token"])
+    assert (token[2], token[3], token[-1]) == ("250 ms", "500 ms", "–")
+
+
+def diff(*sides):
+    return CliRunner().invoke(devmap, ["diff", *sides, "--format", "json"], standalone_mode=False).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan.yaml",), "name a file for the page"),
+        (("plan.yaml", "-o", "plan.yaml"), "ends in `.html`"),
+        (("plan.yaml", "--svg", "plan.html"), "ends in `.svg`"),
+        (("plan.yaml", "-o", "none/plan.html"), "does not exist"),
+    ],
+)
+def test_a_page_is_written_over_no_profile(folder, arguments, said):
+    done = CliRunner().invoke(devmap, ["report", *arguments])
+    assert done.exit_code != 0
+    assert said in done.output
+    assert Path("plan.yaml").read_text() == PROFILE
