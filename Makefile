@@ -1,4 +1,4 @@
-# `make demo` compiles and runs a small real model and one of 845 MiB with random weights; `make test` runs everything that CI runs on each change.
+# `make demo` compiles and runs a small real model and one of 845 MiB; `make test` runs all that CI runs on each change.
 # Both install into .venv first; nothing else on the machine is touched.
 
 PYTHON ?= python3
