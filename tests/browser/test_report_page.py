@@ -1,0 +1,125 @@
+"""The page of a plan in headless Chromium: `make test-report` installs what it takes; where that is missing, it fails."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import write_models
+
+from devmap_config.cli import devmap
+
+pytestmark = pytest.mark.browser
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: 64}
+hardware:
+  devices:
+    "cuda:[0-1]": {memory: 2MiB, bandwidth: 1TB/s, flops: 10TFLOP/s}
+    cpu: {memory: 1GiB, bandwidth: 50GB/s, flops: 1TFLOP/s}
+  links: {host: 25GB/s, peer: 10GB/s}
+placement:
+  strategy: sequential
+  max_memory: {0: 320KiB, 1: 320KiB}
+  pins: [{match: "model.layers.5.mlp", device: cpu, compute: cpu}, {match: lm_head, device: cuda:1}]
+"""
+
+WIDTHS = (360, 800, 1600)
+SCHEMES = ("light", "dark")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Where a page of two plans and their difference is."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        write_models(folder)
+        patch.chdir(folder)
+        Path("plan.yaml").write_text(PROFILE)
+        Path("other.yaml").write_text(PROFILE.replace("1: 320KiB", "1: 280KiB"))
+        done = CliRunner().invoke(devmap, ["report", "plan.yaml", "other.yaml", "-o", "plan.html", "-q"])
+        assert done.exit_code == 0, done.output
+    return (folder / "plan.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    executable = shutil.which("chromium")
+    assert executable, "Chromium is not installed: `make test-report` does it"
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser, address):
+    """Opens the page; what its console says of errors must be nothing."""
+    contexts, said = [], []
+
+    def open_page(width=1200, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if request.url != address else None)
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_is_as_wide_as_the_window_and_axe_finds_nothing(opened, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = opened(width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    found = Axe().run(page).response["violations"]
+    assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found] == []
+
+
+def test_the_ground_is_of_the_scheme(opened):
+    grounds = [opened(scheme=scheme).evaluate("getComputedStyle(document.body).backgroundColor") for scheme in SCHEMES]
+    light, dark = (sum(map(int, ground[4:-1].split(","))) for ground in grounds)
+    assert light > 600
+    assert dark < 150
+
+
+def test_the_keyboard_reaches_every_block_and_shows_what_is_said_of_it(opened):
+    page = opened()
+    page.locator(".bar").nth(1).locator("a").first.focus()
+    assert page.locator("#card").is_visible()
+    first = page.locator("#card").inner_text()
+    assert "of weights" in first
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#card").inner_text() != first
+    page.keyboard.press("ArrowDown")
+    bars = page.evaluate("[...document.querySelectorAll('.bar')].indexOf(document.activeElement.closest('.bar'))")
+    assert bars == 2
+    page.keyboard.press("Escape")
+    assert page.locator("#card").is_hidden()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.querySelector('.row:target') !== null")
+
+
+def test_pointing_at_a_block_shows_what_is_said_of_it(opened):
+    page = opened()
+    page.locator(".bar a").first.hover()
+    assert page.locator("#card").is_visible()
+
+
+def test_a_plan_prints_on_one_page(opened):
+    printed = opened().pdf(prefer_css_page_size=True)
+    assert printed.count(b"/Type /Page\n") == 3  # two plans, and what is different
