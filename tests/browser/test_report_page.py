@@ -1,4 +1,4 @@
-"""The page of a plan in headless Chromium: `make test-report` installs what it takes; where that is missing, it fails."""
+"""The page of a plan in headless Chromium. `make test-report` installs what that takes; without it, these tests fail."""
 
 from __future__ import annotations
 
