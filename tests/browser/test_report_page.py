@@ -1,4 +1,4 @@
-"""The page of a plan in headless Chromium. `make test-report` installs what that takes; without it, these tests fail."""
+"""The page of a plan in headless Chromium. `make test-report` installs what that takes; without it, tests fail."""
 
 from __future__ import annotations
 
