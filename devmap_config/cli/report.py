@@ -45,6 +45,7 @@ def report(
     from devmap_config.cli.profiles import profiles_named
     from devmap_config.cli.receipts import cases_in
     from devmap_config.cli.reporting import own_version
+    from devmap_config.plan.lock import profile_of
     from devmap_config.report.page import page_of, svg_of
 
     _require_suffix(output, ".html", "-o")
@@ -59,7 +60,7 @@ def report(
     reports: list[dict[str, Any]] = []
     texts: dict[str, str] = {}
     for path in named:
-        told, its_texts = _told(path, options)
+        told, its_texts = _told(profile_of(path), options)
         reports.append(told)
         texts |= its_texts
     diff = None if sides is None else _difference(*sides, options)
