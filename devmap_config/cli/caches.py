@@ -31,7 +31,7 @@ CACHES = ("dynamic", "offloaded")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CacheComparison:
     """The plans for one context, with the cache where the model runs and offloaded; `None` where there is none."""
 
     context_length: int
@@ -67,21 +67,21 @@ class Comparison:
         }
 
 
-def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> list[Comparison]:
+def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> list[CacheComparison]:
     """Plan a profile with both caches at several contexts, more of them where the better of both changes."""
     measurement = compiled.graph.measurement
     own = None if measurement is None else measurement.workload.context_length
     end = min((measurement.positions.most if measurement else None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
     lengths = [SHORTEST_CONTEXT << number for number in range(LONGEST_CONTEXT.bit_length())]
     wanted = sorted({length for length in (*lengths, own, end) if length is not None and length <= max(end, own or 0)})
-    found: dict[int, Comparison] = {}
+    found: dict[int, CacheComparison] = {}
     with progress(len(wanted) + HALVINGS, quiet=options.quiet) as begin:
 
-        def compare(length: int) -> Comparison:
+        def compare(length: int) -> CacheComparison:
             begin(f"a context of {length:,} tokens")
             if length not in found:
                 request = partial(options.request, profile, advises=False)
-                found[length] = Comparison(length, (_plan(request, 0, length), _plan(request, 1, length)))
+                found[length] = CacheComparison(length, (_plan(request, 0, length), _plan(request, 1, length)))
             return found[length]
 
         every = [compare(length) for length in wanted]
@@ -94,7 +94,7 @@ def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
     return [found[length] for length in sorted(found)]
 
 
-def _changes(before: Comparison, after: Comparison) -> bool:
+def _changes(before: CacheComparison, after: CacheComparison) -> bool:
     return None not in (before.better, after.better) and before.better != after.better
 
 
@@ -105,7 +105,7 @@ def _plan(request: Callable[..., Request], cache: int, context_length: int) -> P
     return found.plan if isinstance(found, Compiled) else None
 
 
-def comparison_table(every: list[Comparison]) -> Iterator[Table | str]:
+def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
     """Yield the times of both by context, and from which one on the one is better."""
     from devmap_config.cli.tables import new_table
 
@@ -116,7 +116,7 @@ def comparison_table(every: list[Comparison]) -> Iterator[Table | str]:
     yield from said_of_caches(every)
 
 
-def said_of_caches(every: list[Comparison]) -> Iterator[str]:
+def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
     """Yield from which context on which of both is the better."""
     known = [each for each in every if each.better is not None]
     if not known:

@@ -67,7 +67,7 @@ class PhaseWaits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class MeasuredBar:
     """A figure as predicted and as measured, as text, and as bars in percent of the longer of the two.
 
     `unaccounted` is what was measured beyond the prediction, where that is memory.
@@ -165,7 +165,7 @@ MEMORY = {"running": "memory while it runs", "weights": "weights", "cache": "cac
 TIMES = {"token": "a token", "prefill": "a prefill", "load": "loading"}
 
 
-def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[Comparison, ...]:
+def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[MeasuredBar, ...]:
     """Return the figures of receipts that were both predicted and measured."""
     return tuple(
         _comparison(case, figure)
@@ -175,7 +175,7 @@ def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[Comparison, ...]
     )
 
 
-def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> Comparison:
+def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> MeasuredBar:
     predicted, seen, name = figure["predicted"], figure["seen"], figure["name"]
     is_memory = name in MEMORY
     longer = max(predicted, seen) or 1
@@ -183,7 +183,7 @@ def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> Compariso
     def text(amount: float) -> str:
         return format_bytes(int(amount)) if is_memory else format_duration(round(amount * 1e9))
 
-    return Comparison(
+    return MeasuredBar(
         receipt=visible(case["receipt"]),
         case=visible(case["name"]),
         what=f"{MEMORY[name]} on {visible(figure['device'] or '')}" if is_memory else TIMES[name],
@@ -197,7 +197,7 @@ def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> Compariso
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class ComparedDevice:
     """What a device holds in one of two plans: its parts as kinds and percent of the widest device."""
 
     parts: tuple[tuple[str, float], ...]
@@ -209,8 +209,8 @@ class DeviceChange:
     """A device in two plans; a side is `None` where the plan does not have it."""
 
     device: str
-    before: Side | None
-    after: Side | None
+    before: ComparedDevice | None
+    after: ComparedDevice | None
     is_none: bool
 
 
@@ -238,12 +238,12 @@ def device_changes(diff: Mapping[str, Any]) -> tuple[DeviceChange, ...]:
     )
 
 
-def _side(use: Mapping[str, Any] | None, widest_bytes: int) -> Side | None:
+def _side(use: Mapping[str, Any] | None, widest_bytes: int) -> ComparedDevice | None:
     if use is None:
         return None
     drawn = {kind: use[key] for kind, key in HELD.items() if kind != "free" and use[key]}
     words = ", ".join(f"{kind} {format_bytes(use[key])}" for kind, key in HELD.items() if use[key] or kind == "free")
-    return Side(
+    return ComparedDevice(
         parts=tuple((kind, round(100 * size_bytes / widest_bytes, 3)) for kind, size_bytes in drawn.items()),
         words=words,
     )

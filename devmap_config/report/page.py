@@ -40,7 +40,7 @@ MODES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class PlanFigure:
     """A figure of a plan, and what is to be known of it."""
 
     name: str
@@ -82,7 +82,7 @@ class View:
         return picture_of(self.told, self.prefix)
 
     @cached_property
-    def figures(self) -> tuple[Figure, ...]:
+    def figures(self) -> tuple[PlanFigure, ...]:
         """What running the plan is predicted to take."""
         return tuple(_figures(self.plan))
 
@@ -241,7 +241,7 @@ COLUMNS = ("capacity", "weights", "kv_cache", "activation", "overhead", "free")
 """What the table of devices shows, by the keys of a plan's `devices`."""
 
 
-def _figures(plan: Mapping[str, Any]) -> Iterator[Figure]:
+def _figures(plan: Mapping[str, Any]) -> Iterator[PlanFigure]:
     prediction, bases = plan["prediction"], plan.get("basis", {})
     for phase, key in (("decode", "decode_nanoseconds_per_token"), ("prefill", "prefill_nanoseconds")):
         if (nanoseconds := prediction[key]) is None:
@@ -253,13 +253,13 @@ def _figures(plan: Mapping[str, Any]) -> Iterator[Figure]:
         bound = prediction["bound_decode_nanoseconds_per_token"] if phase == "decode" else None
         if bound is not None:
             notes.append(f"no plan is below {format_duration(bound)}")
-        yield Figure(name=PHASES[phase], value=format_duration(nanoseconds), note="; ".join(notes))
+        yield PlanFigure(name=PHASES[phase], value=format_duration(nanoseconds), note="; ".join(notes))
     if (longest := prediction["longest_context"]) is not None:
-        yield Figure(name="longest context", value=f"{longest:,}", note="tokens")
+        yield PlanFigure(name="longest context", value=f"{longest:,}", note="tokens")
     if streamed := prediction["streamed_bytes_per_token"]:
-        yield Figure(name="copied at every forward", value=format_bytes(streamed), note="of weights")
+        yield PlanFigure(name="copied at every forward", value=format_bytes(streamed), note="of weights")
     if (hops := prediction["hops"]) is not None:
-        yield Figure(name="hops", value=f"{hops:,}", note="changes of device in a forward")
+        yield PlanFigure(name="hops", value=f"{hops:,}", note="changes of device in a forward")
 
 
 def page_of(

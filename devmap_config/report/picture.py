@@ -111,7 +111,7 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class PictureHost:
     """A machine; `name` is `None` where the profile has but one."""
 
     name: str | None
@@ -137,7 +137,7 @@ class Arc:
 class Picture:
     """All of it. `scale_bytes` is the memory that is as wide as the picture, `unit` what arcs are of: a token."""
 
-    hosts: tuple[Host, ...]
+    hosts: tuple[PictureHost, ...]
     arcs: tuple[Arc, ...]
     legend: tuple[tuple[str, str], ...]
     scale_bytes: int
@@ -172,7 +172,7 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
         by_host.setdefault(Device.from_text(bar.device).host, []).append(bar)
     drawn = {part.style for bar in bars for part in bar.parts}
     return Picture(
-        hosts=tuple(Host(name=name, bars=tuple(held)) for name, held in by_host.items()),
+        hosts=tuple(PictureHost(name=name, bars=tuple(held)) for name, held in by_host.items()),
         arcs=(*_arcs(links, rows), *_stages(told["plan"].get("pipeline"), rows)),
         legend=tuple((style, words) for style, words in LEGEND.items() if style in drawn),
         scale_bytes=scale_bytes,

@@ -37,7 +37,7 @@ class CalibrationError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
+class PhaseRun:
     """One phase of a case: what it did, each segment with how often; what was predicted for it; how long it took."""
 
     receipt: str
@@ -66,14 +66,14 @@ class Receipt:
     kind: Mapping[str, str]
     versions: str
     inventory: Inventory
-    runs: tuple[Run, ...]
+    runs: tuple[PhaseRun, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
     """What is predicted of a run by the fitted rates, and by those that are fitted to the other receipts alone."""
 
-    run: Run
+    run: PhaseRun
     after_nanoseconds: int
     left_out_nanoseconds: int | None
 
@@ -152,11 +152,11 @@ def _require_usable(path: Path, value: Mapping[str, Any]) -> None:
         raise CalibrationError(message, "write it without `--compile`")
 
 
-def _runs(path: Path, case: Mapping[str, Any]) -> Iterator[Run]:
+def _runs(path: Path, case: Mapping[str, Any]) -> Iterator[PhaseRun]:
     generation = case["generation"] or {}
     for phase, seconds in SECONDS.items():
         if phase in case["forward"] and generation.get(seconds):
-            yield Run(
+            yield PhaseRun(
                 receipt=str(path),
                 phase=phase,
                 segments=tuple((Segment.from_json(each), whole(each["count"])) for each in case["forward"][phase]),
@@ -173,7 +173,7 @@ def calibrate(receipts: Sequence[Receipt]) -> Calibration:
     """
     kind = _kind(receipts)
     fit = _fit(receipts)
-    left_out: dict[Run, int] = {}
+    left_out: dict[PhaseRun, int] = {}
     if len(receipts) >= FEWEST_RECEIPTS:
         for receipt in receipts:
             machine = _fit([other for other in receipts if other is not receipt])[0]
