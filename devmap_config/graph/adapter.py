@@ -269,7 +269,7 @@ class _Reader:
         return default if value is None else self.as_number(key, value)
 
     def as_number(self, route: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 2**31:
+        if type(value) not in (int, float) or not abs(value) <= 2**31:
             self.refuse(route, "is no number")
         return float(value)
 

@@ -11,6 +11,7 @@ from devmap_config.hardware.catalogue import Accelerator, load_catalogue, neares
 from devmap_config.hardware.constants import DISPATCH_NANOSECONDS
 from devmap_config.hardware.inventory import Inventory, InventoryDevice
 from devmap_config.hardware.links import links_between, links_of_hosts
+from devmap_config.profile.device_names import is_range
 from devmap_config.profile.document import MappingNode, ScalarNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 from devmap_config.profile.writing import device_text
@@ -67,7 +68,7 @@ def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
     nodes = [listing.place.node for listing in listings]
     entries = [entry for node in nodes if isinstance(node, MappingNode) for entry in node.entries]
     keys = [entry.key for entry in entries if not is_null(entry.value)]
-    named = (Device.from_text(key.text) for key in keys if not key.is_unrendered)
+    named = (Device.from_text(key.text) for key in keys if not (key.is_unrendered or is_range(key.text)))
     return tuple(sorted({*(device for listing in listings for device in listing.value), *named}))
 
 
