@@ -95,7 +95,7 @@ test-vllm: $(INSTALLED) .venv-vllm/.installed
 test-report: $(INSTALLED)
 	command -v chromium > /dev/null || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; } \
 		|| { echo "Chromium is needed: install it as root, by \`apt-get install chromium\`" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet playwright axe-playwright-python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright axe-playwright-python
 	$(BIN)/pytest -m browser -q tests/browser
 
 # Every architecture that transformers builds, against transformers' own planner, and quantised sizes against the

@@ -90,6 +90,28 @@ def test_it_is_as_wide_as_the_window_and_axe_finds_nothing(opened, width, scheme
     assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found] == []
 
 
+LABELS = """Array.from(document.querySelectorAll("svg text.on:not(.free)")).map((label) => [
+    getComputedStyle(label).fill,
+    getComputedStyle(document.querySelector(`svg rect.${label.classList[1]}`)).fill,
+])"""
+
+
+def luminance(colour):
+    """As WCAG has it, of `rgb(1, 2, 3)`."""
+    parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_stands_on_a_part_can_be_read(opened, scheme):
+    pairs = opened(scheme=scheme).evaluate(LABELS)
+    assert pairs
+    for label, ground in pairs:
+        darker, lighter = sorted((luminance(label), luminance(ground)))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (label, ground)
+
+
 def test_the_ground_is_of_the_scheme(opened):
     grounds = [opened(scheme=scheme).evaluate("getComputedStyle(document.body).backgroundColor") for scheme in SCHEMES]
     light, dark = (sum(map(int, ground[4:-1].split(","))) for ground in grounds)

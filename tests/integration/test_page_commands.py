@@ -56,6 +56,13 @@ def servers():
         process.wait(60)
 
 
+def test_the_picture_of_the_readme_is_what_the_command_there_draws(workspace):
+    command = ["report", "profiles/qwen3-30b-a3b-fastest.yaml", "--svg", "plan.svg", "-q"]
+    assert f"`devmap {' '.join(command[:4])}`" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert CliRunner().invoke(devmap, command).exit_code == ExitCode.DONE
+    assert Path("plan.svg").read_bytes() == (REPOSITORY / "docs" / "images" / "plan.svg").read_bytes()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_commands_of_a_page(page, workspace, servers):
     for block in blocks(page):
