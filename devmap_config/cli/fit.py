@@ -38,7 +38,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        nothing = dict.fromkeys(("strategy", "prediction", "devices"))
+        nothing = dict.fromkeys(("strategy", "prediction", "basis", "devices"))
         return {
             "machine": self.machine,
             "fits": self.fastest is not None,
@@ -60,8 +60,10 @@ class Row:
 def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:
     if compiled is None:
         return None
-    plan = compiled.plan.to_json()
-    return {key: plan[key] for key in ("strategy", "prediction", "devices", "pipeline") if key in plan}
+    from devmap_config.plan.prediction import as_told
+
+    plan = as_told(compiled.plan, compiled.graph, compiled.inventory)
+    return {key: plan[key] for key in ("strategy", "prediction", "basis", "devices", "pipeline") if key in plan}
 
 
 @profile_command("fit", "table", "json")
@@ -123,12 +125,24 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
     yield table
     if any(row.fastest and row.fastest.graph.measurement is None for row in rows):
         yield "the profile names no workload: of the model only the weights are counted"
+    rates = {basis: None for row in rows for compiled in row.plans.values() for basis in _rates(compiled)}
+    if len(rates) == 1:
+        yield f"these times rest on {next(iter(rates))} rates"
     for row in rows:
         if row.reason is not None:
             yield f"{row.machine} does not fit: {row.reason}"
         for aim, compiled in row.plans.items():
-            if remarks := list(_remarks(compiled.plan)):
+            bases = [f"its times rest on {' and '.join(_rates(compiled))} rates"] if len(rates) > 1 else []
+            if remarks := [*_remarks(compiled.plan), *bases]:
                 yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
+
+
+def _rates(compiled: Compiled) -> list[str]:
+    """On which kinds of rates the times of a plan rest; on none where it predicts no time."""
+    from devmap_config.plan.prediction import time_bases
+
+    bases = time_bases(compiled.plan, compiled.graph, compiled.inventory)
+    return list(dict.fromkeys(each.rates for each in bases.values()))
 
 
 def _figures(compiled: Compiled) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_says_what_each_machine_would_do():
     assert code == 0
 
 
+def test_says_on_what_its_times_rest():
+    measured = re.sub(r"[TG]B/s|TFLOP/s", r"\g<0> measured", SMALL_BOX) + "  host: {dispatch: 4us measured}\n"
+    Path("measured.yaml").write_text(measured)
+    assert "these times rest on stated rates" in shown("h100-sxm")
+    assert "rest on" not in shown("24GiB")
+    output = " ".join(shown("h100-sxm", "measured.yaml").split())
+    assert "h100-sxm: its times rest on stated rates" in output
+    assert "measured.yaml, speed: 2 of 3 devices are used, its times rest on measured rates" in output
+    [row], _ = fit("h100-sxm")
+    assert row["basis"]["decode"]["rates"] == "stated"
+
+
 def test_the_context_at_full_speed_and_the_longest_with_its_speed():
     [row], _ = fit("box.yaml")
     assert (row["strategy"], row["longest_context"]["strategy"]) == ("fastest", "longest-context")
@@ -71,7 +84,7 @@ def test_the_context_at_full_speed_and_the_longest_with_its_speed():
 
 def test_one_line_where_one_plan_is_best_at_both():
     lines = shown("h100-sxm").splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert lines[2].split()[:2] == ["h100-sxm", "both"]
 
 
