@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from devmap_config.amounts import format_bytes, format_change, format_duration, format_durations
+from devmap_config.devices import CPU
 from devmap_config.report.charts import (
     MemoryChart,
     PhaseSpan,
@@ -211,7 +212,7 @@ def _alternatives(alternatives: Iterable[Mapping[str, Any]]) -> Iterator[Mapping
     for other in alternatives:
         stored_on, runs_on = other["location"]["stored_on"], other["location"]["runs_on"]
         where = "on {}" if stored_on == runs_on else f"on {{}}, copied to {runs_on} at every forward"
-        if stored_on == runs_on == "cpu":
+        if stored_on == runs_on == str(CPU):
             where = "computed on the {}"
         slower = other["slower_nanoseconds"]
         sign = "+" if slower is not None and slower >= 0 else "−"

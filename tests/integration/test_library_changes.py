@@ -322,7 +322,7 @@ def test_a_change_is_found_behind_what_was_made_of_it():
 def test_a_version_that_was_never_tried_is_said_once_in_one_line(newer):
     installed = versions.installed("transformers")
     line = (
-        f"transformers {installed} was never tried with devmap-config 0.1.0 (tried: 5.19.0): install one of these if"
+        f"transformers {installed} was never tried with devmap-config 0.2.0 (tried: 5.19.0): install one of these if"
         " something is off"
     )
     assert compiled()[1]["untried-version"] == ("warning", line)
