@@ -15,7 +15,7 @@ RESOLVE = re.compile(r"/(?P<repository>.+)/resolve/(?P<revision>[^/]+)/(?P<file>
 class Hub:
     """Files by commit, commits by branch; `sent` is how many bytes of which file went out, in order.
 
-    A part that is asked for is followed by `surplus_megabytes` more; `flooded_megabytes` are those that began to go out.
+    A part that is asked for is followed by `surplus_megabytes` more; `flooded_megabytes` began to go out.
     """
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)

@@ -43,6 +43,8 @@ def address(tmp_path_factory):
         Path("other.yaml").write_text(PROFILE.replace("1: 320KiB", "1: 280KiB"))
         done = CliRunner().invoke(devmap, ["report", "plan.yaml", "other.yaml", "-o", "plan.html", "-q"])
         assert done.exit_code == 0, done.output
+        drawn = CliRunner().invoke(devmap, ["report", "plan.yaml", "--svg", "plan.svg", "-q"])
+        assert drawn.exit_code == 0, drawn.output
     return (folder / "plan.html").as_uri()
 
 
@@ -90,9 +92,9 @@ def test_it_is_as_wide_as_the_window_and_axe_finds_nothing(opened, width, scheme
     assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found] == []
 
 
-LABELS = """Array.from(document.querySelectorAll("svg text.on:not(.free)")).map((label) => [
+LABELS = """Array.from(document.querySelectorAll("text.on:not(.free)")).map((label) => [
     getComputedStyle(label).fill,
-    getComputedStyle(document.querySelector(`svg rect.${label.classList[1]}`)).fill,
+    getComputedStyle(document.querySelector(`rect.${label.classList[1]}`)).fill,
 ])"""
 
 
@@ -104,8 +106,12 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_stands_on_a_part_can_be_read(opened, scheme):
-    pairs = opened(scheme=scheme).evaluate(LABELS)
+def test_what_stands_on_a_part_of_the_picture_can_be_read(browser, address, scheme):
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    page.goto(address.replace("plan.html", "plan.svg"))
+    pairs = page.evaluate(LABELS)
+    context.close()
     assert pairs
     for label, ground in pairs:
         darker, lighter = sorted((luminance(label), luminance(ground)))
