@@ -79,8 +79,8 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
     yield f"predicted: {', '.join(words)}"
     unused = [use.id for use in compiled.plan.devices if not use.weights_bytes]
     if unused:
-        verb, them = ("stays", "it") if len(unused) == 1 else ("stay", "them")
-        yield f"{', '.join(folded_devices(map(str, unused)))} {verb} empty: no stages that use {them} are better"
+        they_stay = "it stays" if len(unused) == 1 else "they stay"
+        yield f"no stages that use {', '.join(folded_devices(map(str, unused)))} are better: {they_stay} empty"
 
 
 def cache_in_words(pipeline: Pipeline) -> str:
