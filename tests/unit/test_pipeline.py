@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from devmap_config import compile_profile
 from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
+from devmap_config.cli.stages_view import pipeline_story
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.locked import compile_locked
 from devmap_config.pipeline import cache, cuts
@@ -159,6 +160,8 @@ def test_with_one_request_the_faster_card_has_all(compiled):
         "left/cuda:0": True,
         "right/cuda:0": False,
     }
+    told = "No stages that use right/cuda:0 are better: it stays empty."
+    assert told in list(pipeline_story(one, one.plan.pipeline))
 
 
 def test_the_stage_with_the_least_room_decides_how_many_blocks_there_are(compiled):
