@@ -267,8 +267,8 @@ def parse_header(text: bytes, size_bytes: int, name: str) -> Header:
     Raises:
         CheckpointError: where it is none, or says what cannot be of a file of this size.
 
-    >>> parse_header(b'{"weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}', 91, "x.safetensors")
-    {'weight': ('F16', (2, 3), 79, 91)}
+    >>> parse_header(b'{"weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}', 90, "x.safetensors")
+    {'weight': ('F16', (2, 3), 78, 90)}
     """
     try:
         value = parse_json(decoded(text), HEADER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 import subprocess
@@ -90,10 +89,6 @@ def test_a_ratio_is_that_of_each_round_and_its_spread():
 )
 def test_it_is_too_noisy_where_the_same_measured_twice_differs_by_more_than_a_tenth(own, others, is_too_noisy):
     assert ratio_of(own, others).is_too_noisy is is_too_noisy
-
-
-def test_the_examples_are_true():
-    assert doctest.testmod(benchmark) == doctest.TestResults(failed=0, attempted=3)
 
 
 def test_the_order_rotates_so_that_nobody_is_always_first():

@@ -1,4 +1,4 @@
-"""Amounts and other words of messages read as their docstrings show."""
+"""Amounts and other words of messages read as their docstrings show, which `test_docstrings.py` runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from devmap_config import amounts, wording
 
 
 @pytest.mark.parametrize("module", [amounts, wording])
-def test_every_function_formats_as_its_example_shows(module):
+def test_every_function_has_an_example(module):
     public = [name for name, value in vars(module).items() if callable(value) and value.__module__ == module.__name__]
     examples = {test.name.rpartition(".")[2]: test for test in doctest.DocTestFinder().find(module) if test.examples}
     assert sorted(examples) == sorted(name for name in public if not name.startswith("_"))
-    for test in examples.values():
-        assert doctest.DocTestRunner().run(test).failed == 0, test.name

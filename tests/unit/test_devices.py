@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ast
 import copy
-import doctest
 import random
 
 import pytest
 from conftest import REPOSITORY
 
-from devmap_config import devices
 from devmap_config.devices import CPU, DISK, Device, nth_accelerator
-from devmap_config.profile import device_names
 from devmap_config.profile.device_names import device_meant, expand_devices
 
 IN_ORDER = [Device("cuda", 0), Device("cuda", 2), Device("cuda", 10), Device("mps"), Device("xpu", 1), CPU, DISK]
@@ -57,11 +54,6 @@ def test_a_number_is_an_accelerator_of_the_machines_kind():
         CPU,
     ]
     assert (nth_accelerator("mps", 0), nth_accelerator("mps", 1)) == (Device("mps"), Device("mps", 1))
-
-
-@pytest.mark.parametrize("module", [devices, device_names], ids=lambda module: module.__name__)
-def test_the_examples_hold(module):
-    assert doctest.testmod(module) == doctest.TestResults(failed=0, attempted=1)
 
 
 # -- nobody else takes names apart -------------------------------------------------------------------------------------

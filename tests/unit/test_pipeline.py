@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import json
 from dataclasses import replace
@@ -20,7 +19,6 @@ from devmap_config.cli.fit import fit
 from devmap_config.cli.stages_view import pipeline_story
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.locked import compile_locked
-from devmap_config.pipeline import cache, cuts
 from devmap_config.pipeline.cache import LayerCache, blocks_per_request, groups_of, page_bytes
 from devmap_config.pipeline.cuts import best_cut, between, forward, largest_between
 from devmap_config.pipeline.layers import layers_of
@@ -32,10 +30,6 @@ from devmap_config.plan.pipelines import moves_of_a_layer
 from devmap_config.plan.readiness import hosts_of, of_host
 
 MEBIBYTE = 2**20
-
-
-def test_the_examples_hold():
-    assert doctest.testmod(cache).failed == doctest.testmod(cuts).failed == 0
 
 
 @st.composite
