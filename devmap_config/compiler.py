@@ -25,7 +25,7 @@ from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried
 from devmap_config.pipeline.settings import check_settings
 from devmap_config.placement.constraints import build_problem
-from devmap_config.plan.drift import Drift, Held, report_moved_figures, reuse_locked_plan
+from devmap_config.plan.drift import Drift, ReusedPlan, report_moved_figures, reuse_locked_plan
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.planner import Planner, accepted, draft_of
@@ -54,15 +54,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be compiled, and how far.
+    """A request to compile a profile: its file, its user's choices, and the stages that are asked for.
 
-    `variables` are as `--set` gives them, and `lock` is one whose values and commit hold where nothing else is given;
-    with `must_ask` only the hub may say what the model's revision resolves to. With `use_vendored` a graph that is kept
-    beside the profile is used where it is still right. `workload` has another cache and context than the profile's,
-    where these are asked about. With `hardware` another machine than the profile's is asked, by
-    `strategy`. With `keeps_plan` the lock's plan is preferred to a new one where it
-    is as good. The plan is dry-run where this `simulates`. The checkpoint, where one is at hand, is held to the model
-    where this `checks_checkpoint`. Where there is no plan, one that `advises` tries what would help.
+    Attributes:
+        path: the profile.
+        variables: values for its templates, as `--set` gives them.
+        lock: a lock whose `--set` values and commit are used where the request names none.
+        permissions: what the user allows the profile.
+        must_ask: resolve the model's revision on the hub, whatever the lock or a cache says.
+        use_vendored: read the graph that is kept beside the profile, if it is up to date.
+        hardware: another machine to compile for than the profile's.
+        strategy: the strategy on that other machine.
+        workload: fields of the workload that replace the profile's, such as `context_length`.
+        keeps_plan: prefer the lock's plan to a new one that is no better.
+        simulates: dry-run the plan.
+        checks_checkpoint: compare the checkpoint, if it is at hand, with the model.
+        advises: if no plan exists, try which changes to the profile would give one.
     """
 
     path: Path
@@ -96,12 +103,12 @@ class Request:
 
     @property
     def remembered(self) -> Mapping[str, str]:
-        """The `--set` values that the lock holds."""
+        """The `--set` values of the lock; none without a lock."""
         return {} if self.lock is None else self.lock.variables
 
     @property
     def lookup(self) -> Lookup:
-        """How the model is looked up: at the lock's commit, unless the hub is to be asked."""
+        """The rules by which the model is looked up: at the lock's commit, unless the hub must be asked."""
         resolved = None if self.lock is None or self.must_ask else self.lock.resolved
         return Lookup(
             resolved=resolved, must_ask=self.must_ask, use_vendored=self.use_vendored, permissions=self.permissions
@@ -110,7 +117,15 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Prepared):
-    """A profile with its plan; `verdicts` are those on the plans that were dry-run, by the plans' digests."""
+    """A profile with its verified plan.
+
+    Attributes:
+        plan: the plan.
+        inputs: digests of what the plan was made from, as its lock holds them.
+        verdicts: the results of the dry runs, by the digest of the plan that was run.
+        diagnostics: the warnings.
+        texts: the files that the diagnostics point into, by the names under which they are shown.
+    """
 
     plan: Plan
     inputs: InputDigests
@@ -123,9 +138,13 @@ class Compiled(Prepared):
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """What is wrong with a profile, in which texts.
+    """A profile without a plan, and the diagnostics that say why.
 
-    `reached` is the profile where all that is known before placing is known, `refused` a plan that does not run.
+    Attributes:
+        diagnostics: errors and warnings.
+        texts: the files that the diagnostics point into, by the names under which they are shown.
+        reached: the profile with its model and rules, if compilation got as far as placing.
+        refused: a plan that was placed, and that the dry run showed not to run.
     """
 
     diagnostics: tuple[Diagnostic, ...]
@@ -145,21 +164,22 @@ def compile_profile(
     trust_remote_code: bool = False,
     allow_unmeasured: bool = False,
 ) -> Plan:
-    """Return the plan of a profile; nothing is written.
+    """Compile a profile and return its plan; nothing is written.
 
     Args:
         path: the profile's file, or its lock.
-        variables: values for its templates, as `--set` gives them; else those that its lock holds.
-        allow_outside: whether paths of the profile may lead out of its repository.
-        trust_remote_code: whether Python code that comes with the model may run.
-        allow_unmeasured: whether formulas may stand in where a library that changed keeps it from being measured.
+        variables: values for its templates, as `--set` gives them; the values of its lock hold for all others.
+        allow_outside: allow paths in the profile that lead out of its repository.
+        trust_remote_code: allow Python code that comes with the model to run.
+        allow_unmeasured: estimate costs by formulas if a library has changed so that the model cannot be measured.
 
     Returns:
-        The plan, dry-run where that can be done here; its `diagnostics` are what is to be warned of.
+        The plan, dry-run if the model's code allows it. Its `diagnostics` are the warnings. Sizes are in bytes, times
+        in nanoseconds.
 
     Raises:
-        ProfileError: where the profile is missing, is wrong or cannot be satisfied; it carries every diagnostic.
-        DevmapError, TypeError: where the name of a variable is not text.
+        ProfileError: if the profile is missing, is wrong or cannot be satisfied; it carries every diagnostic.
+        DevmapError, TypeError: if the name of a variable is not text.
 
     Example:
         >>> plan = compile_profile("profiles/quickstart.yaml")
@@ -186,12 +206,28 @@ def compile_profile(
 
 
 def run_pipeline(request: Request) -> Compilation:
-    """Run every stage in turn, up to the one that cannot go on; its diagnostics say why, and those before it more."""
+    """Run the stages in turn, up to the first that cannot go on.
+
+    Args:
+        request: the profile, and what is asked of it.
+
+    Returns:
+        The profile with its plan, or the diagnostics that say why there is none.
+    """
     return hold_to_lock(request, None)[0]
 
 
 def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drift | None]:
-    """Run the stages with a lock's plan in place of placing, where it holds; else the drift says why not."""
+    """Compile a profile with the plan of a lock, if that plan still holds, in place of a new one.
+
+    Args:
+        request: the profile, and what is asked of it.
+        lock: the lock whose plan is reused; with `None` a plan is made.
+
+    Returns:
+        The compilation, and the reasons for which the lock's plan was not reused; `None` if it was, or if there was no
+        lock.
+    """
     sink = Sink()
     try:
         with passing_on(sink):
@@ -199,7 +235,7 @@ def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drif
         return replace(compilation, diagnostics=sink.diagnostics), drift
     except TooManyErrorsError as error:
         return Rejected(diagnostics=error.diagnostics, texts=error.texts), None
-    except LibraryChangedError as error:  # of which no stage could say what comes of it
+    except LibraryChangedError as error:  # raised where no stage has a substitute for what the library lacks
         place = whole_file(str(request.path))
         report_failure(failure_of(error), "the profile cannot be compiled", place, sink, allowed=None)
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts), None
@@ -218,7 +254,7 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
 
     inputs = inputs_of(prepared)
     reused = None if lock is None else reuse_locked_plan(lock, prepared, inputs)
-    if isinstance(reused, Held):
+    if isinstance(reused, ReusedPlan):
         report_moved_figures(reused, prepared.loaded, sink)
         rehearsal = Rehearsal(accepted(reused.plan, prepared, sink))
     else:
@@ -227,6 +263,7 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
         rehearsal = _place(planner, request, sink)
     result = _result(prepared, inputs, rehearsal, sink)
     if isinstance(result, Compiled) and prepared.draft is not None:
+        # Whatever there is to say of it was reported when the profile was prepared.
         result = replace(result, assistant=_compiled_assistant(request.lookup, prepared.loaded, Sink()))
     return result, reused if isinstance(reused, Drift) else None
 
@@ -283,24 +320,26 @@ def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, s
 def _check_assistant_checkpoint(request: Request, prepared: Prepared, sink: Sink) -> None:
     assistant = _compiled_assistant(request.lookup, prepared.loaded, Sink()) if prepared.draft is not None else None
     if assistant is not None:
-        check_checkpoint(assistant, of_draft := Sink(), request.permissions)
-        _report_of_draft(of_draft, sink)
+        check_checkpoint(assistant, draft_sink := Sink(), request.permissions)
+        _report_of_draft(draft_sink, sink)
 
 
-def _report_of_draft(of_draft: Sink, sink: Sink) -> None:
-    sink.report_all(replace(each, message=f"of the draft model: {each.message}") for each in of_draft.diagnostics)
+def _report_of_draft(draft_sink: Sink, sink: Sink) -> None:
+    sink.report_all(
+        replace(finding, message=f"of the draft model: {finding.message}") for finding in draft_sink.diagnostics
+    )
 
 
 def _compiled_assistant(lookup: Lookup, loaded: LoadedProfile, sink: Sink) -> Compiled | None:
-    """Compile the draft model by itself, whole on its device; what is wrong is reported as being of it."""
+    """Compile the draft model by itself, whole on its device; report its diagnostics as the draft model's."""
     assistant = loaded.profile.model.assistant
     if assistant is None or not check_source_of_assistant(assistant, sink):
         return None
-    of_draft = Sink()
+    draft_sink = Sink()
     lookup = replace(lookup, resolved=None, must_ask=False, use_vendored=False)
-    prepared = _prepare(lookup, of_assistant(loaded, assistant), None, of_draft)
-    plan = None if prepared is None else Planner(prepared, of_draft, None).plan()
-    _report_of_draft(of_draft, sink)
+    prepared = _prepare(lookup, of_assistant(loaded, assistant), None, draft_sink)
+    plan = None if prepared is None else Planner(prepared, draft_sink, None).plan()
+    _report_of_draft(draft_sink, sink)
     if prepared is None or plan is None:
         return None
     result = _result(prepared, inputs_of(prepared), Rehearsal(plan), Sink())
@@ -316,8 +355,8 @@ def _place(planner: Planner, request: Request, sink: Sink) -> Rehearsal:
 
 def _result(prepared: Prepared, inputs: InputDigests, rehearsal: Rehearsal, sink: Sink) -> Compilation:
     plan, refused = rehearsal.plan, rehearsal.refused
-    if (shown := plan or refused) is not None:
-        sink.report_all(review(shown, prepared))
+    if (placed := plan or refused) is not None:
+        sink.report_all(review(placed, prepared))
     if plan is None:
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts, reached=prepared, refused=refused)
     return Compiled(

@@ -1,1 +1,1 @@
-"""Diagnostics: what is wrong, where, and what to do next; made where the rule is, formatted here."""
+"""Diagnostics: findings with a place and advice. They are made by the stages; the formats are here."""

@@ -1,6 +1,6 @@
-"""The registry of diagnostic codes. Each has a page under `docs/codes/`, which says what it means and what to do.
+"""The registry of diagnostic codes. Each code has a page under `docs/codes/` with its meaning and a remedy.
 
-A diagnostic is added by an entry here, a page, and the call that reports it; CONTRIBUTING.md goes through it.
+A diagnostic is added by an entry here, a page, and the call that reports it; CONTRIBUTING.md shows how.
 """
 
 from __future__ import annotations
@@ -165,18 +165,26 @@ PAGES = Path(__file__).parent / "pages"
 
 
 def severities(code: Code) -> tuple[Severity, ...]:
-    """Return what a code may be reported as, the graver first."""
+    """Return the severities with which a code may be reported, the graver first.
+
+    >>> severities("stale-lock")
+    ('error', 'warning')
+    """
     may_be: dict[Severity, tuple[Code, ...]] = {"error": get_args(ErrorCode), "warning": get_args(WarningCode)}
     return tuple(severity for severity, codes in may_be.items() if code in codes)
 
 
 def page(code: str) -> str:
-    """Return the page of a code, in Markdown."""
+    """Return the page of a code, in Markdown.
+
+    >>> page("duplicate-key").splitlines()[0]
+    '# duplicate-key'
+    """
     return read_text(PAGES / f"{code}.md", PACKAGED, ANYWHERE)
 
 
 def summary(code: Code) -> str:
-    """Return what a code means in one sentence: the first of its page.
+    """Return the meaning of a code in one sentence: the first of its page.
 
     >>> summary("duplicate-key")
     'A mapping gives one key twice.'

@@ -1,4 +1,4 @@
-"""The one type in which every stage tells a user what is wrong, where, and what to do next."""
+"""The one type in which every stage tells a user what is wrong, where it is, and what to do next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Span:
-    """A stretch of a source file. Lines and columns count from 1, in characters; the end is exclusive."""
+    """A stretch of a source file. Lines and columns count from 1, in characters; the end is exclusive.
+
+    >>> Span.within_line("x.yaml", 8, 18, length=4).end_column
+    22
+    """
 
     file: str
     line: int
@@ -27,13 +31,13 @@ class Span:
 
     @classmethod
     def within_line(cls, file: str, line: int, column: int, length: int = 1) -> Span:
-        """Return the place of characters of a line."""
+        """Return the span of `length` characters of a line."""
         return cls(file=file, line=line, column=column, end_line=line, end_column=column + length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Related:
-    """A second place that a diagnostic speaks of."""
+    """A second place in a file that belongs to a diagnostic."""
 
     message: str
     span: Span
@@ -43,7 +47,7 @@ class Related:
 
 
 class Details(TypedDict, total=False):
-    """What a finding may say besides its message: beside the marked text, what to do next, and of other places."""
+    """The optional parts of a diagnostic: the label beside the marked text, the advice, and further places."""
 
     label: str | None
     help: str | None
@@ -52,10 +56,16 @@ class Details(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostic:
-    """One finding.
+    """One finding: an error or a warning. Characters that do not show are escaped in its texts.
 
-    `message` is one terse lower-case sentence; `label` stands beside the marked text; `help` is what to do next. What
-    does not show in them is escaped. `code` is stable and has a page under `docs/codes/`.
+    Attributes:
+        code: a stable code, which has a page under `docs/codes/`.
+        severity: an error stops a command.
+        message: one terse lower-case sentence.
+        span: the place.
+        label: a text beside the marked place.
+        help: what to do next.
+        related: further places.
     """
 
     code: Code
@@ -78,12 +88,12 @@ class Diagnostic:
     def warning(
         cls, code: WarningCode, message: str, span: Span | None = None, **details: Unpack[Details]
     ) -> Diagnostic:
-        """Return a finding that a user should know of and that stops nothing."""
+        """Return a finding that stops nothing."""
         return cls(code=code, severity="warning", message=message, span=span, **details)
 
     @property
     def is_error(self) -> bool:
-        """Whether the finding stops a command."""
+        """True if the finding stops a command."""
         return self.severity == "error"
 
 
@@ -92,7 +102,7 @@ MAX_ERRORS = 1000
 
 
 def _make_visible(finding: Diagnostic | Related, *names: str) -> None:
-    """Cut and escape what names and texts of strangers bring into the words of a finding."""
+    """Shorten and escape what names and texts of strangers bring into the texts of a finding."""
     for name in names:
         if (text := getattr(finding, name)) is not None:
             object.__setattr__(finding, name, visible(shortened(text)))
@@ -101,8 +111,9 @@ def _make_visible(finding: Diagnostic | Related, *names: str) -> None:
 class Sink:
     """Collects the diagnostics of one run, so that all of them are shown at once, up to `MAX_ERRORS`.
 
-    `origins` names, for a file that another extends, the place where it is named: findings in it point there as well.
-    `texts` are the files that were read, by the names under which they are shown.
+    Attributes:
+        origins: for a file that another extends, the place that names it; findings in that file point there as well.
+        texts: the files that were read, by the names under which they are shown.
     """
 
     def __init__(self) -> None:
@@ -112,18 +123,18 @@ class Sink:
         self.texts: dict[str, str] = {}
 
     def error(self, code: ErrorCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> None:
-        """Record something that stops the compilation."""
+        """Record a finding that stops the compilation."""
         self.report(Diagnostic.error(code, message, span, **details))
 
     def warning(self, code: WarningCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> None:
-        """Record something that a user should know but that stops nothing."""
+        """Record a finding that stops nothing."""
         self.report(Diagnostic.warning(code, message, span, **details))
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Record a finding that is already made; the same one twice is one. A place in no file is none.
+        """Record a finding; an equal one is recorded once. A place in no file is dropped.
 
         Raises:
-            TooManyErrorsError: where there are so many errors that nothing more is to be looked for.
+            TooManyErrorsError: after `MAX_ERRORS` errors.
         """
         if diagnostic.span is not None and not diagnostic.span.file:
             diagnostic = replace(diagnostic, span=None)
@@ -138,18 +149,18 @@ class Sink:
             self._diagnostics[diagnostic] = None
 
     def report_all(self, diagnostics: Iterable[Diagnostic]) -> None:
-        """Record findings that are already made."""
+        """Record several findings."""
         for diagnostic in diagnostics:
             self.report(diagnostic)
 
     @property
     def has_errors(self) -> bool:
-        """Whether anything recorded so far stops the compilation."""
+        """True if any error was recorded."""
         return self._error_count > 0
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """Everything recorded, by file and place; what has no place comes last."""
+        """All findings by file and place; those without a place come last."""
         return tuple(sorted(self._diagnostics, key=_place))
 
     def __iter__(self) -> Iterator[Diagnostic]:
@@ -164,11 +175,11 @@ def _place(diagnostic: Diagnostic) -> tuple[object, ...]:
 
 
 class DevmapError(Exception):
-    """The base of all that is raised to users.
+    """The base of all errors that users see.
 
     Attributes:
-        diagnostics: what is wrong, where that is known, and what to do next.
-        texts: the files that they speak of, by the names under which they are shown.
+        diagnostics: the findings that explain it, if there are any.
+        texts: the files that they point into, by the names under which they are shown.
     """
 
     def __init__(
@@ -180,11 +191,16 @@ class DevmapError(Exception):
 
 
 class DevmapWarning(UserWarning):
-    """What is to be known of a model that is loaded, and stops nothing; its text ends with the diagnostic's code."""
+    """A warning about a model that is loaded; its text ends with the diagnostic's code."""
 
 
 class ProfileError(DevmapError):
-    """A profile is wrong or cannot be satisfied; `diagnostics` say where and why, in which `texts`."""
+    """A profile is wrong or cannot be satisfied.
+
+    Attributes:
+        diagnostics: what is wrong, where, and what to do next.
+        texts: the files that they point into, by the names under which they are shown.
+    """
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...], texts: Mapping[str, str] | None = None) -> None:
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.is_error]
@@ -192,7 +208,7 @@ class ProfileError(DevmapError):
 
 
 class TooManyErrorsError(ProfileError):
-    """There are more errors than are collected: those that are, and that there are more."""
+    """There are more than `MAX_ERRORS` errors; `diagnostics` are those, and one that says so."""
 
     def __init__(self, sink: Sink) -> None:
         more = Diagnostic.error(

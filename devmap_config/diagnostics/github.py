@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def diagnostics_to_github(diagnostics: Iterable[Diagnostic]) -> list[str]:
-    """One line a finding."""
+    """Return one workflow command for each finding."""
     return [_command(diagnostic) for diagnostic in diagnostics]
 
 

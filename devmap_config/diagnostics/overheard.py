@@ -1,4 +1,4 @@
-"""What the libraries warn of while a model is built, loaded and run: passed on, but for what is answered."""
+"""Warnings of libraries while a model is built, loaded and run: passed on, except those that need no attention."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ LONGEST = 300
 
 @contextmanager
 def passing_on(sink: Sink) -> Iterator[None]:
-    """Report, as warnings of ours, what transformers and accelerate warn of within and nothing of ours answers."""
+    """Report warnings of transformers and accelerate within the context, except those in `ANSWERED`, as warnings of
+    ours.
+    """
     messages: list[LibraryMessage] = []
     try:
         with taken_down(messages):

@@ -17,7 +17,7 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dict[str, Any]:
-    """A SARIF log with one run; `version` is that of devmap-config."""
+    """Return a SARIF log with one run; `version` is that of devmap-config."""
     found = tuple(diagnostics)
     codes = sorted({diagnostic.code for diagnostic in found})
     return {
@@ -36,7 +36,7 @@ def diagnostics_to_sarif(diagnostics: Iterable[Diagnostic], version: str) -> dic
 
 
 def _rule(code: Code) -> dict[str, Any]:
-    """What the registry says of a code, which code hosts show beside the finding."""
+    """Return the description of a code, which code hosts show beside the finding."""
     text = page(code)
     return {
         "id": code,
@@ -65,7 +65,7 @@ def _result(diagnostic: Diagnostic, codes: Sequence[Code]) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """A message without links, which SARIF writes as Markdown does."""
+    """Escape brackets that SARIF would read as Markdown links."""
     return text.replace("](", r"\](")
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def diagnostics_to_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
-    """One object a finding; the keys of a place are `null` where there is none."""
+    """Return an object for each finding; the keys of a place are `null` if it has none."""
     return [
         {
             "code": diagnostic.code,

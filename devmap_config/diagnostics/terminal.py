@@ -1,4 +1,4 @@
-"""Diagnostics for a terminal, with the source they are about."""
+"""Diagnostics for a terminal, with the lines of source that they point into."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTEXT_CELLS = 12
 
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], texts: Mapping[str, str], console: Console) -> None:
-    """Print each finding with its place, its line and what to do; `texts` are the files by the name shown."""
+    """Print each finding with its place, its line and its advice; `texts` are the files by the names shown."""
     shown = tuple(diagnostics)
     files = {span.file for diagnostic in shown for span in _spans(diagnostic)} & texts.keys()
     sources = {file: LINE_BREAK.split(texts[file]) for file in sorted(files)}
@@ -75,7 +75,7 @@ def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Tex
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    """Lines of at most this width; what stands in backticks is for copying, and stays in one piece."""
+    """Wrap a text to a width; text in backticks, which is for copying, stays in one piece."""
     kept = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
     lines = textwrap.wrap(
         kept, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -112,12 +112,12 @@ def _snippet(
 
 
 def _around(line: str, start: int, end: int, most: int) -> tuple[str, str, str]:
-    """What stands before, at and after a place of a line, at most so many characters of each: no more can be shown."""
+    """Split a line at a place: before, marked and after, at most `most` characters each, since no more can be shown."""
     return line[max(start - most, 0) : start], line[start : min(end, start + most)], line[end : end + most]
 
 
 def _fitted(before: str, marked: str, after: str, room: int) -> tuple[str, str, str]:
-    """A line cut to the room there is, around its marked part."""
+    """Cut the three parts of a line to `room` terminal cells, around the marked part."""
     if cell_len(before) + cell_len(marked) + cell_len(after) <= room:
         return before, marked, after
     if cell_len(before) + cell_len(marked) > room - 1 and cell_len(before) > CONTEXT_CELLS:

@@ -1,8 +1,9 @@
-"""Runs a model's own code on tensors without data, and notes what every module allocates, computes and caches.
+"""Measures a model: runs its own code on tensors without data, and records what each module allocates, computes and
+caches.
 
-The model lives on a fake CPU: shapes and dtypes are real, data there is none. Attention is modelled as accelerators run
-it (flash, memory-efficient): without the matrix of scores, whatever the CPU's kernels could do with these heads. For
-experts transformers chooses the grouped product.
+The model lives on a fake CPU: shapes and dtypes are real, values do not exist. Attention is counted as accelerators run
+it (flash, memory-efficient), without the matrix of scores, whatever the CPU's kernels would do with these heads. For
+experts transformers chooses the grouped matrix product.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ LOGGER = logging.getLogger(__name__)
 
 
 class UnmeasurableModelError(Exception):
-    """The model could not be run without data: `failure` says why, and whose doing it is.
+    """The model could not be run without data.
 
-    `positions` tell how long a context it takes, as far as that could be found out.
+    Attributes:
+        failure: why, and whether the model's code, a library or this package is the cause.
+        positions: the length of context that the model takes, as far as it could be found out.
     """
 
     def __init__(self, failure: MeasurementFailure, positions: Positions) -> None:
@@ -71,18 +74,22 @@ class UnmeasurableModelError(Exception):
 
 
 def measure(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape) -> Measurement:
-    """The costs of a model that was built on the meta device. The model is of no use afterwards: its tensors are fake.
+    """Measure the costs of running a model that was built on the meta device.
 
-    A context beyond the end of the model's positions is not measured: the measurement tells of that end alone.
+    The model is unusable afterwards: its tensors are fake. A context beyond the end of the model's positions is not
+    measured; the measurement then holds that end alone.
 
     Args:
         model: the model.
-        graph: its graph, of whose blocks is noted what passes between them.
-        workload: what is run.
+        graph: its module tree; what passes between its blocks is recorded.
+        workload: batch, prompt and context, in sequences and tokens.
+
+    Returns:
+        Bytes and operations for each module, in one prefill and in one step of decoding.
 
     Raises:
-        UnmeasurableModelError: where its code asks for data, or for other inputs than tokens; where a library is not
-            as it was; where this package makes a mistake.
+        UnmeasurableModelError: if the model's code needs values or other inputs than tokens, if a library has changed,
+            or if this package makes a mistake.
     """
     begin("measure", f"measuring {type(model).__name__} at {workload.context_length:,} tokens")
     model.eval()
@@ -125,7 +132,10 @@ SHORT = WorkloadShape(batch_size=1, context_length=SHORT_LENGTH, prompt_length=S
 def _end_of_positions(
     runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...], reads: Callable[[], PositionReads]
 ) -> int | None:
-    """Where positions end, by runs that spare blocks of a kind, if these are alike; nothing where none can be run."""
+    """Return the number of positions that the model has, found by running it; `None` if it cannot be run.
+
+    The first attempt runs two blocks of each kind only, the second all blocks.
+    """
 
     def run(length: int, reads: PositionReads, kinds: tuple[Kind, ...]) -> None:
         with reads:
@@ -138,13 +148,15 @@ def _end_of_positions(
 
 
 def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...]) -> Measurement:
-    """A measurement that spares blocks of a kind; where anything comes of it that is no measurement, all are run."""
+    """Return the measurement of a run in which blocks of a kind repeat each other; if that fails, of a run of all
+    blocks.
+    """
     while kinds:
         try:
             return runner(kinds).measurement()
         except NotAlikeError as error:
             kinds = kinds_left(kinds, error)
-        except Exception:  # it comes again, or does not, where all are run
+        except Exception:  # if it is real, it repeats when all blocks are run
             kinds = ()
     return runner(()).measurement()
 
@@ -152,19 +164,19 @@ def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, 
 def _measured_with_media(
     model: PreTrainedModel, workload: WorkloadShape, runner: Callable[..., _Runner], kinds: tuple[Kind, ...]
 ) -> Measurement:
-    """A measurement with images and sound; where these cannot be tried, of as many tokens of text alone."""
+    """Return a measurement with images and sound; if these cannot be tried, one of as many tokens of text."""
     try:
         with knowing_values():
             media = media_of(model, workload)
             measurement = _measured(partial(runner, Forwards(model, workload, media)), kinds)
             _require_looked_at(measurement)
-            return replace(measurement, media=MediaUse(sum(each.placeholders for each in media)))
+            return replace(measurement, media=MediaUse(sum(medium.placeholders for medium in media)))
     except NoMediaError as error:
-        found = MediaUse(problem="none", reason=str(error))
+        media_use = MediaUse(problem="none", reason=str(error))
     except MissingSizeError as error:
-        found = MediaUse(problem="size", reason=str(error))
+        media_use = MediaUse(problem="size", reason=str(error))
     except PromptTooShortError as error:
-        found = MediaUse(error.placeholders, "room", str(error))
+        media_use = MediaUse(error.placeholders, "room", str(error))
     except Exception as error:  # a model's own code may raise anything where there is no data
         if (failure := failure_of(error)).cause != "model":
             raise
@@ -174,19 +186,19 @@ def _measured_with_media(
         except Exception as of_text:
             if failure_of(of_text).cause != "model":
                 raise
-        raise  # of what takes more than text, that is told which came of all that it takes
-    return Measurement(workload, (), measured=False, reason=found.reason, media=found)
+        raise  # the error with media says more than the one of text alone
+    return Measurement(workload, (), measured=False, reason=media_use.reason, media=media_use)
 
 
 def _require_looked_at(measurement: Measurement) -> None:
-    """Check that something ran for images and sound: what does, does not for each token."""
+    """Check that something ran for images and sound alone: modules that do not run for each token."""
     if all(cost.decode_launches for cost in measurement.modules if cost.prefill_launches):
         raise OtherInputsError("its code does not look at what it is given")
 
 
 @dataclass
 class _Runner:
-    """Prefill and one decode step of a model whose tensors are fake."""
+    """Runs prefill and one decode step of a model whose tensors are fake, and adds up the costs by module."""
 
     names: dict[int, str]
     weights: tuple[torch.Tensor, ...]
@@ -210,15 +222,15 @@ class _Runner:
                 self.add_cache(recorder, cache_tensors(cache))
                 self.add_offloaded(recorder, offloaded_tensors(cache, workload))
                 decoded = self.traffic()
-            if shown_before := total_bytes(cache_tensors(cache)):
+            if cache_bytes := total_bytes(cache_tensors(cache)):
                 recorder, grown = self.run(self.forwards.decode_inputs(cache), cache)
                 order |= recorder.order
                 decodes.append(recorder)
                 if length == workload.context_length:
                     self.add_peaks(recorder, "decode")
-                    self.add_growth(recorder, cache_tensors(grown), shown_before)
+                    self.add_growth(recorder, cache_tensors(grown), cache_bytes)
                     decoded = recorder.traffic
-        if decodes:  # a token takes what it takes on the mean from the prompt to the end of the context
+        if decodes:  # a token's work is the mean of the first one after the prompt and the last one of the context
             self.add_work("decode", *decodes)
         self.add_doubled()
         pairs = dict.fromkeys([*prefilled.crossings, *decoded.crossings])
@@ -246,7 +258,7 @@ class _Runner:
         return recorder, returned
 
     def add_cache(self, recorder: Meter, tensors: list[torch.Tensor]) -> None:
-        """What the cache shows, and what its storages keep alive besides, by the module that made them."""
+        """Record the bytes of the cache by the module that made them, and what its storages retain beyond those."""
         storages: dict[int, tuple[str, int]] = {}
         shown: dict[str, int] = {}
         for tensor in tensors:
@@ -264,18 +276,18 @@ class _Runner:
             self.cost(module)["retained_bytes"] = max(size_bytes - self.cost(module)["cache_bytes"], 0)
 
     def add_offloaded(self, recorder: Meter, layers: list[list[torch.Tensor]]) -> None:
-        """What of the cache is offloaded, by the module that made it."""
+        """Record the offloaded bytes of the cache by the module that made them."""
         sizes: dict[str, list[int]] = {}
         for tensor in (tensor for tensors in layers for tensor in tensors):
             module = recorder.maker.get(recorder.serial_of(tensor) or -1, "")
             sizes.setdefault(module, []).append(shown_bytes(tensor))
         for figure, of in (("offloaded_bytes", sum), ("offloaded_largest_bytes", max)):
-            by_module = {module: of(each) for module, each in sizes.items()}
+            by_module = {module: of(module_sizes) for module, module_sizes in sizes.items()}
             for module, size_bytes in spread(by_module, recorder.repeated).items():
                 self.cost(module)[figure] = size_bytes
 
     def add_peaks(self, recorder: Meter, phase: str) -> None:
-        """Replay what came and went, without what the cache keeps, and note each module's peak."""
+        """Replay allocations and releases, without those that the cache keeps, and record each module's peak."""
         live = 0
         for event in recorder.allocations:
             if event.storage in recorder.kept:
@@ -290,12 +302,12 @@ class _Runner:
         cost[figure] = max(cost.get(figure, 0), size_bytes)
 
     def add_doubled(self) -> None:
-        """Peaks and cache of a prefill that is twice as long."""
+        """Record peaks and cache of a prefill that is twice as long, from which other lengths are interpolated."""
         doubled = self.doubled()
         for path, cost in self.costs.items():
             seen = doubled.get(path, {})
             for phase, figure in (("prefill", "doubled_peak_bytes"), ("own", "doubled_own_peak_bytes")):
-                # What was not seen may grow as the matrix of scores does.
+                # If it could not be run, peaks may grow with the square of the length, as the matrix of scores does.
                 once = cost.get(f"{phase}_peak_bytes", 0)
                 cost[figure] = max(seen.get(f"{phase}_peak_bytes", 4 * once), once)
             once = cost.get("cache_bytes", 0)
@@ -304,7 +316,7 @@ class _Runner:
             cost["doubled_cache_bytes"] = max(seen.get("cache_bytes", 0) if prefilled_whole else once + grown, once)
 
     def doubled(self) -> dict[str, dict[str, int]]:
-        """What a prefill twice as long costs; nothing where it cannot be run."""
+        """Return the costs of a prefill twice as long; empty if it cannot be run."""
         costs, self.costs = self.costs, {}
         try:
             recorder, cache = self.prefill(2 * self.forwards.workload.prompt_length)
@@ -312,13 +324,13 @@ class _Runner:
             self.add_cache(recorder, cache_tensors(cache))
         except NotAlikeError:
             raise
-        except Exception:  # positions that end before
+        except Exception:  # the model may have no positions for it
             self.costs = {}
         doubled, self.costs = self.costs, costs
         return doubled
 
     def add_work(self, phase: str, *recorders: Meter) -> None:
-        """What was counted, on the mean; for blocks that stood still, what was for those whose doings they repeated."""
+        """Record the mean of the counted work; blocks that were not run have that of the block they repeated."""
         for figure in (*WORK, "input_bytes", "output_bytes"):
             total: Counter[str] = Counter()
             for recorder in recorders:
@@ -327,9 +339,9 @@ class _Runner:
             for module, count in total.items():
                 self.cost(module)[f"{phase}_{figure}"] = count // len(recorders)
 
-    def add_growth(self, recorder: Meter, tensors: list[torch.Tensor], shown_before: int) -> None:
-        """What a token adds to the cache, by the module that made it; else by each module's share of the cache."""
-        growth = total_bytes(tensors) - shown_before
+    def add_growth(self, recorder: Meter, tensors: list[torch.Tensor], bytes_before: int) -> None:
+        """Record the bytes that a token adds to the cache by the module that made them, or by shares of the cache."""
+        growth = total_bytes(tensors) - bytes_before
         shown: dict[str, int] = {}
         for tensor in tensors:
             if (serial := recorder.serial_of(tensor)) is not None:
@@ -349,7 +361,7 @@ class _Runner:
 
 
 def _whole_order(order: Mapping[str, None], repeated: Mapping[str, str]) -> dict[str, None]:
-    """The order in which all modules would have run, those of the blocks that stood still included."""
+    """Return the order in which all modules would have run, including those of blocks that were not run."""
     ran: dict[str, list[str]] = {}
     for path in order:
         for block in (path, *ancestors(path)):

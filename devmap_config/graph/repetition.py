@@ -1,9 +1,9 @@
 """Runs only two of the blocks that are alike; the others repeat what the second did, without being run.
 
-Blocks are alike that are made alike (classes, shapes, settings, what the config says of each), are given the same, and
-of which the first two do the same. One that is given something else is run. Where one does what cannot be repeated
-(keeps what it made, reads what it was not given, runs twice), this is an error, and the caller runs every block of its
-kind.
+Blocks are alike if they are made alike (classes, shapes, settings, the config's entries for each), are given alike
+inputs, and if the first two of them do the same. A block that is given something else is run. If a block does something
+that cannot be repeated (keeps what it made, reads what it was not given, runs twice), `NotAlikeError` is raised, and
+the caller runs every block of that kind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Figure = TypeVar("Figure")
 class NotAlikeError(Exception):
     """Blocks that looked alike do not do the same, or not in a way that can be repeated.
 
-    `block` is one of them, where it is known of which kind.
+    Attributes:
+        block: one of them, if it is known which kind they are of.
     """
 
     def __init__(self, message: str, block: str | None = None) -> None:
@@ -43,11 +44,11 @@ class NotAlikeError(Exception):
 
 
 Kind = tuple[str, ...]
-"""The paths of blocks that are made alike: more than the two that are run."""
+"""The paths of blocks that are alike: more than two, of which the first two are run."""
 
 
 def kinds_left(kinds: tuple[Kind, ...], error: NotAlikeError) -> tuple[Kind, ...]:
-    """Return the kinds of which blocks may still be spared after one was found to be none."""
+    """Return the kinds that may still be repeated, without the one whose blocks were found not to be alike."""
     left = tuple(kind for kind in kinds if error.block not in kind)
     return left if left != kinds else ()
 
@@ -55,10 +56,18 @@ def kinds_left(kinds: tuple[Kind, ...], error: NotAlikeError) -> tuple[Kind, ...
 def kinds_of(
     model: PreTrainedModel, blocks: Iterable[str], placed: Callable[[str], object] = lambda _path: None
 ) -> tuple[Kind, ...]:
-    """The blocks of a model that are made alike and `placed` alike, where there are enough of them to spare any.
+    """Group the blocks of a model that are made alike, and `placed` alike.
 
-    Code that comes with a model is not trusted with this: a block of it may look at its position while it runs. That
-    transformers' own do not is tested for every type, with its default config.
+    Code that comes with a model is not trusted with this: its blocks may look at their positions while they run. That
+    transformers' own blocks do not is tested for every architecture, with its default config.
+
+    Args:
+        model: the model, with tensors or without.
+        blocks: the paths of its blocks.
+        placed: returns the placement of a block in a form that can be compared.
+
+    Returns:
+        The groups of more than two blocks: of smaller ones, none could be left out.
     """
     if not is_own_model(model):
         return ()
@@ -72,7 +81,9 @@ def kinds_of(
     for parent, paths in lists.items():
         for path in paths:
             block, place = model.get_submodule(path), _position(path)
-            if all(is_within(first_names[id(module)], path) for module in block.modules()):  # it shares none
+            if all(
+                is_within(first_names[id(module)], path) for module in block.modules()
+            ):  # a module that other blocks share would run twice
                 settings = _settings_at(model.config, place, len(paths))
                 traits = (_module_traits(block, place), placed(path), *settings)
                 kinds.setdefault((parent, *traits), []).append(path)
@@ -81,21 +92,28 @@ def kinds_of(
 
 @dataclass(frozen=True)
 class _Stretch:
-    """What happened while a block ran."""
+    """The recorded events between the entry of a block and its exit.
+
+    Attributes:
+        path: the block.
+        given: comparable traits of its inputs.
+        gave: for each leaf of its output, the index of an input, or the shape of a new tensor.
+        structure: the nesting of its output.
+        events: the events, in order.
+        left: the storages that it made and left behind, besides its output.
+        returned: the storages that it made and returned.
+    """
 
     path: str
     given: object
     gave: tuple[object, ...]
-    """Of every leaf of its output which input it was, or the shape of a new tensor."""
     structure: Any
     events: tuple[RecordedEvent, ...]
     left: frozenset[int]
-    """The storages that it made and left behind, besides its output."""
     returned: frozenset[int | None]
-    """The storages of its output that it made."""
 
     def moved_to(self, path: str) -> list[RecordedEvent]:
-        """What would have happened, had another block run."""
+        """Return the events that would have been recorded if another block had run in its place."""
         moved = {
             running: tuple(moved_to(module, self.path, path) for module in running)
             for running in dict.fromkeys(event.running for event in self.events)
@@ -103,14 +121,19 @@ class _Stretch:
         return [replace(event, running=moved[event.running]) for event in self.events]
 
     def is_like(self, other: _Stretch) -> bool:
-        """Whether two blocks did the same."""
+        """Return whether two blocks did the same."""
         same = (self.given, self.gave, self.structure) == (other.given, other.gave, other.structure)
         return same and self.moved_to(other.path) == list(other.events)
 
 
 @dataclass
 class Repetition:
-    """What the first two blocks of each kind do under a recorder, and who repeated it."""
+    """Records the first two blocks of each kind, and lets the others repeat the second.
+
+    Attributes:
+        recorder: records what runs.
+        kinds: the groups of blocks that are made alike.
+    """
 
     recorder: Recorder
     kinds: tuple[Kind, ...]
@@ -119,7 +142,9 @@ class Repetition:
 
     @contextmanager
     def within(self, model: PreTrainedModel) -> Iterator[None]:
-        """Let the first two blocks of each kind run, and the others repeat what the second did."""
+        """Run the first two blocks of each kind, and let the others repeat what the second did, while the context
+        lasts.
+        """
         with ExitStack() as stack:
             for first, second, *others in self.kinds:
                 for path in (first, second):
@@ -131,14 +156,14 @@ class Repetition:
             yield
 
     def complete(self, cache: Iterable[torch.Tensor]) -> None:
-        """Check that the blocks that stood still would have done what they repeated.
+        """Check that the blocks that were not run would have done what they repeated.
 
         Args:
-            cache: what the model returned as its cache; a block may leave that behind.
+            cache: the tensors that the model returned as its cache; they are all that a block may leave behind.
 
         Raises:
-            NotAlikeError: where the first two of a kind did not do the same, or one left something else, or read what
-                it was not given.
+            NotAlikeError: if the first two blocks of a kind did not do the same, or if one left something else behind,
+                or read what it was not given.
         """
         cached = {self.recorder.serial_of(tensor) for tensor in cache}
         likes = Counter(self._repeated.values())
@@ -193,11 +218,11 @@ class Repetition:
             )
 
         stack.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
-        # Before the recorder's own: that the block was left is not among its doings, for who repeats them is left too.
+        # Before the recorder's own hook, which records the exit: it runs for repeating blocks as well.
         stack.callback(block.register_forward_hook(left, with_kwargs=True, prepend=True).remove)
 
     def _repeating(self, path: str, like: str, own: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands in for a block's `own` forward, which runs where the block is given something else."""
+        """Return a substitute for a block's forward, which runs `own` if the block is given something else."""
         position = _position(path)
 
         def forward(*arguments: Any, **options: Any) -> Any:
@@ -210,14 +235,14 @@ class Repetition:
             self._repeated[path] = self.recorder.repeated[path] = like
             mark = len(self.recorder.events)
             output = tree_unflatten([_remade(part, inputs) for part in stretch.gave], stretch.structure)
-            self.recorder.events[mark:] = stretch.moved_to(path)  # which tell of the output as well
+            self.recorder.events[mark:] = stretch.moved_to(path)  # these include the allocation of the output
             return output
 
         return forward
 
 
 def _restore_forward(block: torch.nn.Module, own: Any) -> None:
-    """Give back to a block the forward of its own that accelerate gave it, or let it have that of its class."""
+    """Restore a block's forward: the one that accelerate set on it or, with `None`, that of its class."""
     if own is None:
         del block.forward
     else:
@@ -225,13 +250,13 @@ def _restore_forward(block: torch.nn.Module, own: Any) -> None:
 
 
 def spread(figures: Mapping[str, Figure], repeated: Mapping[str, str]) -> dict[str, Figure]:
-    """Figures by module; those of the blocks that stood still are those of the blocks that they repeated."""
+    """Return figures by module, those of repeated blocks copied to the blocks that repeated them."""
     repeaters: dict[str, list[str]] = {}
     for path, like in repeated.items():
         repeaters.setdefault(like, []).append(path)
     result: dict[str, Figure] = {}
     for path, figure in figures.items():
-        block = next((each for each in (path, *ancestors(path)) if each in repeaters or each in repeated), "")
+        block = next((around for around in (path, *ancestors(path)) if around in repeaters or around in repeated), "")
         if block not in repeated:
             result[path] = figure
         for repeater in repeaters.get(block, ()):
@@ -257,7 +282,7 @@ class _Input:
 
 
 def _outputs(path: str, leaves: list[Any], inputs: list[Any]) -> tuple[object, ...]:
-    """What a block gave: one of its inputs, or a tensor that is all of its storage."""
+    """Return a template for each leaf of a block's output: an index of its inputs, or the shape of a new tensor."""
     places = {id(leaf): place for place, leaf in enumerate(inputs)}
     old = {storage_key(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor)}
     outputs: list[object] = []
@@ -277,7 +302,7 @@ def _outputs(path: str, leaves: list[Any], inputs: list[Any]) -> tuple[object, .
 
 
 def _given_traits(arguments: Any, options: Any, position: int) -> object:
-    """What can be compared of what a block is given: also what mappings hold that accelerate moves with it."""
+    """Return comparable traits of a block's inputs, and of the tensors in mappings that accelerate moves along."""
     leaves, structure = tree_flatten((arguments, options))
     moved = tuple(_trait(tensor, position) for tensor in brought_along((arguments, options)))
     return (structure, tuple(_trait(leaf, position) for leaf in leaves), moved)
@@ -308,7 +333,7 @@ def _module_traits(module: torch.nn.Module, position: int) -> object:
 
 
 def _trait(value: Any, position: int) -> object:
-    """What can be compared of a value: a number that is a block's own position is the same as another's."""
+    """Return comparable traits of a value; a number that is the block's own position equals that of another block."""
     if isinstance(value, torch.Tensor):
         return _Tensor.like(value)
     if isinstance(value, (bool, float, str, torch.dtype)) or value is None:
@@ -316,16 +341,16 @@ def _trait(value: Any, position: int) -> object:
     if isinstance(value, int):
         return (int, "position" if value == position else value)
     if isinstance(value, (list, tuple)):
-        return (type(value), tuple(_trait(each, position) for each in value))
+        return (type(value), tuple(_trait(item, position) for item in value))
     if isinstance(value, dict):
-        return tuple((name, _trait(each, position)) for name, each in value.items())
+        return tuple((name, _trait(item, position)) for name, item in value.items())
     if isinstance(value, partial):
         return (id(value.func), _trait(value.args, position), _trait(value.keywords, position))
     return id(value)
 
 
 def _settings_at(config: PreTrainedConfig, position: int, count: int) -> Iterator[object]:
-    """What the config says of the block at a position, in lists that say something of every block."""
+    """Yield the config's entries for the block at a position, from lists that have an entry for every block."""
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) >= max(count, position + 1):
             yield (name, repr(value[position]))
@@ -339,5 +364,5 @@ def _position(path: str) -> int:
 
 
 def moved_to(path: str, block: str, other: str) -> str:
-    """A path within a block, as it is within another; others as they are."""
+    """Return a path within `block` as a path within `other`; other paths unchanged."""
     return other + path[len(block) :] if is_within(path, block) else path

@@ -1,4 +1,4 @@
-"""From rules and machine to a `Problem`: what is pinned where, what must stay together, what is forbidden."""
+"""The constraints of a placement, from the rules and the machine: what is pinned, kept together or forbidden."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repairs:
-    """What a plan must keep to besides its rules, so that it runs.
+    """Constraints besides the rules that a plan needs in order to run, as a dry run showed.
 
-    `together` are groups of tensors that must share a device, `reserved_bytes` what must stay free on one, and `kept`
-    the device of tensors that are of use only where they are used.
+    Attributes:
+        together: groups of tensors that must share a device.
+        reserved_bytes: bytes that must stay free on a device.
+        kept: devices of tensors that are of use only on the device where they are read.
     """
 
     together: tuple[tuple[TensorName, ...], ...] = ()
@@ -47,12 +49,15 @@ NO_REPAIRS = Repairs()
 
 
 def build_problem(prepared: Prepared, sink: Sink, repairs: Repairs = NO_REPAIRS) -> Problem | None:
-    """Return the placement problem that rules and machine pose; `None` where they contradict each other.
+    """Build the placement problem from the rules and the machine.
 
     Args:
-        prepared: the profile.
-        sink: takes what contradicts itself.
-        repairs: what the plan must keep to besides.
+        prepared: the profile with its model and rules.
+        sink: takes the diagnostics.
+        repairs: further constraints, from a dry run.
+
+    Returns:
+        The problem, or `None` if rules contradict each other or a needed figure is missing.
     """
     problem = _constrained(prepared, sink, repairs.together)
     reserved = repairs.reserved_bytes
@@ -91,7 +96,7 @@ def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorNam
 
 
 def keeping(problem: Problem, kept: Mapping[TensorName, Device]) -> Problem:
-    """The problem with these tensors, and what must be with them, on these devices, where no rule decides for them."""
+    """Return the problem with these tensors and their groups pinned to these devices, unless a rule pins them."""
     pinned = dict(problem.pinned)
     for group in _united([*problem.graph.tied_groups, *problem.groups], problem.graph) if kept else ():
         needed = next((kept[name] for name in group if name in kept), None)
@@ -101,9 +106,9 @@ def keeping(problem: Problem, kept: Mapping[TensorName, Device]) -> Problem:
 
 
 def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Device | None:
-    """The device that `single` is told to use; checks that strategy and the keys beside it agree.
+    """Return the device of `strategy: single`, and check that the strategy and the keys beside it agree.
 
-    `manual` must say of every tensor where it goes.
+    `manual` must give every tensor a device.
     """
     placement = loaded.profile.placement
     strategy, device_map = placement.strategy.value, placement.device_map
@@ -140,7 +145,10 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
 
 
 def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
-    """What is to be fast under our own strategies; reports every figure that `fastest` needs and is not given."""
+    """Return what the strategy minimises, or `None` if it minimises nothing or a figure is missing.
+
+    Reports every figure that `fastest` needs and the profile does not give.
+    """
     loaded, inventory, strategy = prepared.loaded, prepared.inventory, prepared.strategy
     if strategy not in OPTIMAL_STRATEGIES:
         return None
@@ -181,7 +189,7 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
 
 
 def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDevice, ...]:
-    """The devices that compute; nothing where accelerators are, or may be, among what is wrongly listed."""
+    """Return the devices that compute; none if accelerators are, or may be, among names that could not be read."""
     if not loaded.knows_devices or any(device.is_accelerator for device in loaded.profile.hardware.listed):
         return inventory.accelerators
     return tuple(device for device in inventory.devices if device.id == CPU)
@@ -190,9 +198,14 @@ def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDe
 def _missing_rates(
     inventory: Inventory, loaded: LoadedProfile, apart: frozenset[Device], *, prefills: bool
 ) -> Iterator[tuple[Device, str, str]]:
-    """Device, figure and example of what is not known of the devices that compute, and not for another mistake.
+    """Yield device, figure and example for each unknown rate of a device that computes, unless a mistake was reported
+    there.
 
-    `apart` is where rules let something compute: on the CPU beside accelerators.
+    Args:
+        inventory: the devices.
+        loaded: the profile.
+        apart: further devices on which rules let modules compute, such as the CPU beside accelerators.
+        prefills: whether the time of a prompt counts, which needs flops.
     """
     computing = _computing(inventory, loaded)
     for device in inventory.devices:
@@ -208,7 +221,7 @@ def _missing_rates(
 
 
 def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> Iterator[tuple[Device, str, str]]:
-    """The same of the ways to and between them."""
+    """Yield device, figure and example for each unknown link to or between the devices that compute."""
     computing, hardware = _computing(inventory, loaded), loaded.profile.hardware
     wrong = [link for link in hardware.links.values() if _has_errors_within(link.key_span, sink)]
     if not computing or wrong or "links" in hardware.doubtful:
@@ -227,7 +240,7 @@ def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> I
 
 
 def _has_errors_within(place: Span, sink: Sink) -> bool:
-    """Whether something is wrong with what stands there: that it then lacks something follows from that."""
+    """Return whether an error was reported within a place, of which a missing figure is then a consequence."""
     begin, end = (place.line, place.column), (place.end_line, place.end_column)
     return any(
         each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end
@@ -252,7 +265,7 @@ def _check_covered(loaded: LoadedProfile, problem: Problem, sink: Sink) -> None:
 
 
 def _united(groups: list[tuple[TensorName, ...]], graph: ModelGraph) -> list[list[TensorName]]:
-    """Every tensor in the one group it belongs to, overlapping groups joined; in order of definition."""
+    """Return every tensor in the one group that it belongs to, overlapping groups joined, in order of definition."""
     return united([*((name,) for name in graph.tensors), *groups])
 
 
@@ -296,7 +309,7 @@ def _check_agreement(
 
 
 def _check_possible(problem: Problem, resolution: Resolution, sink: Sink) -> None:
-    """A part that is forbidden everywhere has no place."""
+    """Report a tensor that is forbidden on every device."""
     for name, rules in resolution.forbidden.items():
         if set(problem.capacities) <= set(rules) and name not in problem.pinned:
             rule = max(rules.values(), key=lambda rule: rule.span)

@@ -1,7 +1,7 @@
-"""The options of a block: a builder for each mode says where a block can be so, and all are timed and measured alike.
+"""The options of a block. A builder for each mode yields the places where a block can be in that mode.
 
-`OptionBuilder.of_block` asks the builders in turn. To add a mode, write its builder, and say in `locations` where the
-tensors of such a block are stored and run.
+`OptionBuilder.of_block` asks the builders in turn; time and memory of all options are computed alike. To add a mode,
+write its builder, and say in `locations` where the tensors of such a block are stored and run.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ FIGURES = attrgetter(
 
 @dataclass(frozen=True, eq=False)
 class OptionBuilder:
-    """Builds the options of blocks, with one accelerator (or the CPU) as the main device: the first that is used.
+    """Builds the options of blocks, given the main device: the first accelerator that is used, or the CPU.
 
-    `grouped` are the blocks that must share a place with others.
+    Attributes:
+        problem: the tensors, rules and capacities.
+        aim: the phases whose time is minimised, and the machine.
+        main_device: where streamed blocks run.
+        grouped: the paths of blocks that must share a place with others.
     """
 
     problem: Problem
@@ -60,13 +64,13 @@ class OptionBuilder:
 
     @cached_property
     def accelerators(self) -> tuple[Device, ...]:
-        """The accelerators that may be used: from the main device on."""
+        """The accelerators that may be used: those from the main device on."""
         every = self.problem.accelerators
         return every[every.index(self.main_device) :] if every else ()
 
     @cached_property
     def timings(self) -> list[tuple[Timing, int]]:
-        """The times of every phase that is to be fast, each with how often it is run."""
+        """The timing of each phase that is minimised, with the number of times that it is run."""
         problem, inventory = self.problem, self.aim.inventory
         return [
             (Timing(problem.graph, inventory, phase, problem.executor, self.main_device), times)
@@ -74,14 +78,20 @@ class OptionBuilder:
         ]
 
     def of_block(self, module: Module) -> tuple[Option, ...]:
-        """Return the options of a block; blocks that are alike share them."""
+        """Return the options of a block; equal blocks share the same tuple.
+
+        Args:
+            module: the block.
+        """
         signature = self._signature(module)
         if signature not in self._known:
             self._known[signature] = tuple(self._of_block(module))
         return self._known[signature]
 
     def of_tensor(self, tensor: Tensor) -> tuple[Option, ...]:
-        """Return those of a tensor of the model's own: on the main device, unless a rule or a tie says otherwise."""
+        """Return the options of a tensor outside of blocks: on the main device, unless a rule or a tie decides
+        otherwise.
+        """
         homes: tuple[Device, ...] = (self.main_device,)
         if tensor.name in self.problem.pinned:
             homes = (self.problem.pinned[tensor.name],)
@@ -91,13 +101,13 @@ class OptionBuilder:
         return tuple(Option(home=home, nanoseconds=0, demands=((home, size_bytes),)) for home in homes)
 
     def without_weights(self, module: Module) -> tuple[Option, ...]:
-        """Return the one of a block without weights: on the main device, or the first that no rule forbids."""
+        """Return the one option of a block without weights: on the main device, or the first that no rule forbids."""
         forbidden = self._forbidden(module)
         homes = (device for device in (self.main_device, *self.accelerators) if device not in forbidden)
         return (self._option(module, next(homes, self.main_device), ("resident",)),)
 
     def locations(self, module: Module, place: Place) -> dict[TensorName, Location]:
-        """Return where the tensors of a block are stored and run that has this place; pins come first."""
+        """Return where each tensor of a block is stored and runs if the block has this place; pins take precedence."""
         around, mode = self._around(place), place[1]
         part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
         return {
@@ -107,21 +117,21 @@ class OptionBuilder:
         }
 
     def _around(self, place: Place) -> Location:
-        """Where what no rule pins of a block is stored and runs, but for a part."""
+        """Return where the tensors of a block that no pin decides are stored and run, outside of a part."""
         home, mode = place
         if mode[0] == "streamed" or mode[0] == "streamed elsewhere":
             return Location(mode[1], home)
         return Location(home, home)
 
     def _shared_elsewhere(self, module: Module, place: Place) -> dict[TensorName, Location]:
-        """Where tensors of other blocks are that come together with some of this one: these are in the same place."""
+        """Return the locations of tensors of other blocks in this block's pieces, as if they had its place."""
         names = (tensor.name for piece in self._pieces[module.path] for each in piece for tensor in each.own_tensors)
         own = {tensor.name for tensor in module.tensors()}
         return {name: self._pinned(name) or self._around(place) for name in names if name not in own}
 
     @cached_property
     def _pieces(self) -> Mapping[str, list[tuple[Module, ...]]]:
-        """For each block, the pieces that hold something of it."""
+        """For each block, the pieces (modules that are copied in together) that hold a module of it."""
         graph = self.problem.graph
         block_of = {each.path: block for block in graph.blocks for each in graph.modules[block].walk()}
         pieces: dict[str, list[tuple[Module, ...]]] = {block: [] for block in graph.blocks}
@@ -133,14 +143,14 @@ class OptionBuilder:
     # A builder for each mode
 
     def _resident(self, module: Module) -> Iterator[Place]:
-        """On each accelerator; on the CPU where there is none."""
+        """Yield each accelerator; without accelerators, the CPU."""
         forbidden = self._forbidden(module)
         for device in self.accelerators or ((CPU,) if CPU in self.problem.capacities else ()):
             if device not in forbidden:
                 yield device, ("resident",)
 
     def _streamed(self, module: Module) -> Iterator[Place]:
-        """From the CPU or the disk, copied at every forward: to the main device, or to a card with a faster link."""
+        """Yield the CPU and the disk as stores from which the block is copied to the main device, or another card."""
         stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities]
         stores = [store for store in stores if self._takes_weights[store]]
         for store in stores:
@@ -152,13 +162,14 @@ class OptionBuilder:
 
     @cached_property
     def _takes_weights(self) -> Mapping[Device, bool]:
-        """Whether weights may be stored on a device, and not the cache alone."""
+        """For each device, whether weights may be stored there, and not the cache alone."""
         return {device: self.problem.takes_weights(device) for device in self.problem.capacities}
 
     def _other_targets(self, store: Device) -> list[Device]:
-        """The cards besides the main one to which it is worth copying ahead, if that may be to any.
+        """Return the cards besides the main one to which it is worth copying ahead.
 
-        Those with a faster link; and all, from the CPU's memory, where that gives more to several at once.
+        Those with a faster link than the main device's; from the CPU's memory also all others, if several links at once
+        carry more than one.
         """
         links, together = self.aim.inventory.links, self.aim.inventory.together_bytes_per_second
         rates = {device: link.bytes_per_second for (source, device), link in links.items() if source == CPU}
@@ -171,12 +182,12 @@ class OptionBuilder:
         return [device for device in others if rates.get(device, 0) > (0 if gains else least)]
 
     def _computed(self, module: Module) -> Iterator[Place]:
-        """Where it is stored, on the CPU beside accelerators."""
+        """Yield the CPU beside accelerators, on which the block is then stored and run."""
         if self._computes_on_cpu and CPU not in self._forbidden(module) and not self._offloads(module):
             yield CPU, ("computed",)
 
     def _part(self, module: Module) -> Iterator[Place]:
-        """On each accelerator, but for a heavy module within, which computes on the CPU."""
+        """Yield each accelerator with each heavy module within the block, which the CPU computes."""
         forbidden = self._forbidden(module)
         if self._computes_on_cpu and CPU not in forbidden and module.path not in self.grouped:
             for part in self._heavy_parts(module):
@@ -186,15 +197,15 @@ class OptionBuilder:
 
     @cached_property
     def _computes_on_cpu(self) -> bool:
-        """Whether the CPU may compute beside accelerators: how fast it is must be known, and what runs must be."""
+        """True if the CPU may compute beside accelerators; its speed and the model's costs must be known."""
         rates = {device.id: device.bandwidth_bytes_per_second for device in self.aim.inventory.devices}
         is_offered = CPU in self.problem.capacities and self._takes_weights[CPU] and rates.get(CPU) is not None
         return bool(self.accelerators) and is_offered and self.problem.graph.measurement is not None
 
     def _heavy_parts(self, module: Module) -> list[str]:
-        """The modules within a block that are heavy enough to be taken out, as paths from the block.
+        """Return the modules within a block that are heavy enough to be computed apart, as paths from the block.
 
-        Of one within another that weigh nearly the same, the inner one: the experts, without the router.
+        Of two nested modules of nearly the same weight, the inner one: the experts, without the router.
         """
         total_bytes = sum(tensor.size_bytes for tensor in module.tensors())
         found: list[tuple[int, int, str]] = []
@@ -274,7 +285,7 @@ class OptionBuilder:
         )
 
     def _with_offloaded(self, peaks: dict[Device, int]) -> dict[Device, int]:
-        """What is needed at once beside weights and what is kept, with what of an offloaded cache is on its way."""
+        """Return peaks increased by the parts of an offloaded cache that are in transit."""
         measurement = self.problem.graph.measurement
         if measurement is None or not measurement.visiting_bytes:
             return peaks
@@ -283,7 +294,7 @@ class OptionBuilder:
         return {device: peaks.get(device, 0) + on_its_way.get(device, 0) for device in {**peaks, **on_its_way}}
 
     def _offloads(self, module: Module) -> bool:
-        """Whether there is a cache within that transformers offloads, which it does not from the CPU to itself."""
+        """Return whether the module holds a cache that transformers offloads, which only accelerators do."""
         costs = (self._costs.get(each.path) for each in module.walk())
         return any(cost is not None and cost.offloaded_bytes for cost in costs)
 
@@ -303,7 +314,7 @@ class OptionBuilder:
 
     @cached_property
     def _composite_peaks(self) -> dict[str, int]:
-        """What a model's own operations need at once, by the first block within: that is where they run."""
+        """The peaks of a model's own operations outside of blocks, by the first block within, where they run."""
         graph = self.problem.graph
         peaks: dict[str, int] = {}
         for path in sorted(graph.composites):
@@ -320,7 +331,7 @@ class OptionBuilder:
 
     @cached_property
     def _counted(self) -> frozenset[TensorName]:
-        """Of names that share a storage, the one under which it is counted."""
+        """The tensors that are counted: of names that share a storage, the first."""
         first: dict[TensorName, TensorName] = {}
         for name in self.problem.graph.tensors:
             first.setdefault(self.problem.graph.storage_of[name], name)
@@ -333,7 +344,7 @@ class OptionBuilder:
         return {}
 
     def _signature(self, module: Module) -> tuple[object, ...]:
-        """What the options of a block depend on."""
+        """Return a key that is equal for blocks with equal options."""
         start, problem = len(module.path), self.problem
         tensors = tuple(
             (

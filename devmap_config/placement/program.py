@@ -36,12 +36,14 @@ MOST_HOPS = 2**40
 
 @dataclass(frozen=True)
 class BlockClass:
-    """Blocks that may change places: they have the same options, and are given the same by the same blocks.
+    """Blocks that are interchangeable: they have the same options, and take the same transfers from the same sources.
 
     Attributes:
-        members: the positions of each member's blocks: of one block, or of a group, which is placed as one.
-        options: in an order that depends on nothing but what they are; of a group, what its blocks come to together.
-        choices: for every option, which option of each block of a member it is.
+        members: for each member, the positions of its blocks in the chain. A group, which is placed as one, is a member
+            with several.
+        options: the options of a member, sorted by their content alone, so that the order is deterministic; of a group,
+            the sums over its blocks.
+        choices: for each option, the index of the option that each block of a member takes.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -51,10 +53,15 @@ class BlockClass:
 
 @dataclass(frozen=True)
 class Program:
-    """The program of a chain.
+    """The mixed-integer program of a chain.
 
-    `counts` has for each class and option the variable that counts the blocks which take it; `hops` is what hops cost,
-    in their unit.
+    Attributes:
+        chain: the blocks and the machine.
+        classes: the classes of interchangeable blocks.
+        milp: variables and constraints.
+        counts: for each class and option, the index of the variable that counts the members which take it.
+        objective: nanoseconds by variable.
+        hops: the index of the variable for the cost of all hops, in units of `HOPS_UNIT` nanoseconds.
     """
 
     chain: Chain
@@ -66,7 +73,7 @@ class Program:
 
     @cached_property
     def variables(self) -> tuple[tuple[int, int, Option], ...]:
-        """Every variable with its class and its option."""
+        """Each counting variable with the index of its class and its option."""
         return tuple(
             (variable, number, option)
             for number, (block_class, counts) in enumerate(zip(self.classes, self.counts, strict=True))
@@ -74,7 +81,7 @@ class Program:
         )
 
     def by_home(self, number: int) -> dict[Device, list[int]]:
-        """Return the variables of a class by the device on which their options run."""
+        """Return the counting variables of a class by the device on which their options run."""
         homes: dict[Device, list[int]] = {}
         for variable, option in zip(self.counts[number], self.classes[number].options, strict=True):
             homes.setdefault(option.home, []).append(variable)
@@ -82,7 +89,13 @@ class Program:
 
 
 def program_of(chain: Chain, *, is_exact: bool = False) -> Program:
-    """State the program of a chain; `is_exact` with a class of its own for every block, so that hops are counted."""
+    """State the program of a chain.
+
+    Args:
+        chain: the blocks in the order in which they run, with their options.
+        is_exact: give every block a class of its own and count transfers between neighbours exactly; otherwise blocks
+            share classes and the cost of hops is bounded from below.
+    """
     hopping = set() if is_exact else {(target - 1, target) for target in chain.hops}
     flowing = [each for each in chain.transfers if (each.source, each.target) not in hopping]
     classes, milp = _classes(chain, flowing), Milp()
@@ -106,7 +119,9 @@ def program_of(chain: Chain, *, is_exact: bool = False) -> Program:
 
 
 def _classes(chain: Chain, flowing: Sequence[Transfer]) -> tuple[BlockClass, ...]:
-    """The classes of a chain's blocks, in the order of their first blocks; who gives to several is alone in its own."""
+    """Return the classes of a chain's blocks, by their first blocks; a block that others depend on is alone in its
+    class.
+    """
     sources = {transfer.source for transfer in flowing}
     given: dict[int, list[tuple[int, int]]] = {}
     for transfer in flowing:
@@ -140,7 +155,7 @@ def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
 
 
 def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
-    """Yield what all blocks of a group can be."""
+    """Yield the options that all blocks of a group have in common: those with the same place."""
     by_place = [{option.place: index for index, option in enumerate(block.options)} for block in blocks]
     for place in by_place[0]:
         if all(place in indices for indices in by_place):
@@ -152,7 +167,7 @@ def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
 
 
 def _add_memory(program: Program) -> None:
-    """A device holds all demands, the largest peak and the largest piece of what uses it."""
+    """Constrain each device to hold all demands, plus the largest peak and the largest piece among its blocks."""
     chain, milp = program.chain, program.milp
     held: dict[Device, dict[int, int]] = {device: {} for device in chain.capacities}
     sized: dict[tuple[Device, str], dict[int, dict[int, list[int]]]] = {}
@@ -173,7 +188,11 @@ def _add_memory(program: Program) -> None:
 
 
 def _add_largest(program: Program, held: dict[int, int], by_size: Mapping[int, Mapping[int, list[int]]]) -> None:
-    """A switch for each size: it is on where a block needs that much or more, and adds what that is above the last."""
+    """Add a switch for each size, which is on if a block needs that size or more, and adds the difference to the next
+    smaller.
+
+    So the sum over the switches is the largest size that any block needs.
+    """
     below_bytes, below = 0, None
     for size_bytes, by_class in sorted(by_size.items()):
         switch = program.milp.switch()
@@ -186,7 +205,7 @@ def _add_largest(program: Program, held: dict[int, int], by_size: Mapping[int, M
 
 
 def _add_ahead(program: Program, objective: dict[int, int]) -> None:
-    """What is brought ahead in a phase takes as long as its busiest card, and as all cards have it, at least."""
+    """Bound the time of what is copied ahead in a phase: that of its busiest card, and that of all cards together."""
     phases: dict[str, dict[Device | None, Counter[int]]] = {}
     for variable, _, option in program.variables:
         for block in option.ahead:
@@ -202,7 +221,7 @@ def _add_ahead(program: Program, objective: dict[int, int]) -> None:
 
 
 def _add_flows(program: Program, transfers: Sequence[Transfer], objective: dict[int, int]) -> None:
-    """A transfer is a flow from where its source runs to where its targets run; equal ones are one flow."""
+    """State each transfer as a flow from the device of its source to those of its targets; equal ones share a flow."""
     class_of = {
         position: number
         for number, block_class in enumerate(program.classes)
@@ -231,10 +250,10 @@ def _add_flows(program: Program, transfers: Sequence[Transfer], objective: dict[
 
 
 def _add_hops(program: Program) -> None:
-    """State what hops cost at least: in which order blocks run the program does not know.
+    """Bound the cost of hops from below, without knowing the order in which blocks will run.
 
-    So rows are looked at in which every hop costs some price or more: all blocks, those without the cheapest hops, and
-    so on; the hops of each are part of the hops of all.
+    For each price, the rows of blocks are taken between which every hop costs that much or more: with the lowest price
+    all blocks, then those without the cheapest hops, and so on. The hops of each such set are part of all hops.
     """
     hops = program.chain.hops
     cheapest = {target: min(times.values(), default=0) for target, times in hops.items()}
@@ -251,10 +270,12 @@ def _add_hops(program: Program) -> None:
 
 
 def _add_walk(program: Program, row: list[int]) -> Terms:
-    """Blocks in a row are a walk over the devices that they use: state it, and return what its hops cost at least.
+    """State that blocks in a row walk over the devices which they use, and return the least cost of the hops of that
+    walk.
 
-    It stops at a device once or more, and no more often than blocks are there. All stops but the first are entered from
-    another, and all but the last are left. Devices that are alike in what hops take are counted together.
+    The walk stops at each used device at least once, and at most as often as blocks run there. Every stop but the first
+    is entered from another device, and every stop but the last is left. Devices with equal hop prices are counted
+    together.
     """
     chain, milp = program.chain, program.milp
     times = list({id(chain.hops[target]): chain.hops[target] for target in row[1:]}.values())
@@ -279,7 +300,7 @@ def _add_walk(program: Program, row: list[int]) -> Terms:
 
 
 def _kinds(devices: Sequence[Device], prices: Mapping[tuple[Device, Device], int]) -> list[list[Device]]:
-    """Devices by what it takes to get to them and from them."""
+    """Return the devices grouped by the prices of hops to and from them."""
     kinds: list[list[Device]] = []
     for device in devices:
         for kind in kinds:
@@ -298,7 +319,10 @@ def _kinds(devices: Sequence[Device], prices: Mapping[tuple[Device, Device], int
 
 
 def _end(program: Program, kinds: list[list[Device]], position: int) -> list[dict[int, int]]:
-    """For each kind of device, what counts whether a walk ends there: that of a block which is alone in its class."""
+    """Return for each kind of device the terms that are 1 if a walk ends there.
+
+    The end is known by the block at `position`, if that is alone in its class; otherwise free variables stand for it.
+    """
     for number, block_class in enumerate(program.classes):
         if len(block_class.members) == 1 and position in block_class.members[0]:
             homes = program.by_home(number)
@@ -309,7 +333,7 @@ def _end(program: Program, kinds: list[list[Device]], position: int) -> list[dic
 
 
 def _blocks_on(program: Program, devices: Sequence[Device], positions: set[int]) -> Terms:
-    """What counts the blocks on some devices in the classes that have some of these; of a group, those."""
+    """Return terms that count the blocks at `positions` on some devices, or more than those: of a class all members."""
     counts: dict[int, int] = {}
     for number, block_class in enumerate(program.classes):
         inside = max(len(positions.intersection(member)) for member in block_class.members)
@@ -319,12 +343,12 @@ def _blocks_on(program: Program, devices: Sequence[Device], positions: set[int])
 
 
 def _difference(terms: Terms, others: Terms) -> dict[int, int]:
-    """One expression less another."""
+    """Return one linear expression minus another."""
     return {variable: terms.get(variable, 0) - others.get(variable, 0) for variable in dict.fromkeys([*terms, *others])}
 
 
 def use_of(program: Program, milp: Milp, device: Device, positions: set[int]) -> int:
-    """Add a switch that is on where one of these blocks runs on a device, and return it."""
+    """Add a switch that is on if one of the blocks at `positions` runs on a device, and return its variable."""
     switch = milp.switch()
     for number, block_class in enumerate(program.classes):
         inside = sum(not positions.isdisjoint(member) for member in block_class.members)

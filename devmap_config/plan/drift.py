@@ -1,8 +1,9 @@
-"""Whether a lock still is what its profile asks for, and if not, why: what changed, or what its plan breaks.
+"""Checks whether a lock still holds for its profile and, if not, says why: which inputs changed, or what its plan
+breaks.
 
-A lock decides where everything is stored and runs, and states a bound that took long to prove. All else that it says
-follows from these and from its inputs, and is derived again and compared. The bound is held to what it cannot exceed;
-`check --prove` proves it again.
+A lock makes two kinds of statements that cannot be derived: where every unit is stored and runs, and a lower bound,
+whose proof took long. Everything else follows from these and from the inputs; it is derived again and compared. The
+bound is checked for plausibility only; `check --prove` proves it again.
 """
 
 from __future__ import annotations
@@ -37,17 +38,19 @@ if TYPE_CHECKING:
 BOUND = "bound_decode_nanoseconds_per_token"
 
 PROVEN = (BOUND, *FASTEST.values())
-"""What a lock says of other plans than its own."""
+"""The figures of a lock that are about other plans than its own: they are proved, not derived."""
 
 DriftCode = Literal["stale-lock", "broken-lock", "unproven-lock"]
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Why a lock does not hold any more.
+    """The reasons for which a lock does not hold any more.
 
-    `stale-lock` is one of inputs that changed, `broken-lock` one that says what does not follow from its inputs, and
-    `unproven-lock` one whose plan is not what its strategy makes. `reasons` are phrases; there is at least one.
+    Attributes:
+        code: `stale-lock` if inputs changed, `broken-lock` if it says what does not follow from its inputs,
+            `unproven-lock` if its plan is not the one that its strategy makes.
+        reasons: phrases, at least one.
     """
 
     code: DriftCode
@@ -55,7 +58,7 @@ class Drift:
 
     @property
     def message(self) -> str:
-        """What is wrong, as the predicate of the lock's name."""
+        """The predicate of a sentence about the lock: "is stale: the hardware changed"."""
         if self.code == "stale-lock":
             return f"is stale: {'; '.join(self.reasons)}"
         more = f", and {len(self.reasons) - 1} more" if len(self.reasons) > 1 else ""
@@ -63,10 +66,13 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A locked plan that holds, with all that follows from it derived anew.
+class ReusedPlan:
+    """The plan of a lock that still holds, with all figures derived anew.
 
-    `moved` says, where other versions of the libraries measure otherwise than when the lock was made, which and what.
+    Attributes:
+        plan: the plan.
+        moved: the versions of libraries that measure otherwise than when the lock was made, and the figures that moved;
+            `None` if none did.
     """
 
     plan: Plan
@@ -74,20 +80,23 @@ class Held:
 
 
 def remedy(code: str, profile: Path) -> str:
-    """What to do about a lock that is missing, cannot be read or does not hold."""
+    """Return the advice for a lock that is missing, cannot be read or does not hold."""
     return "upgrade devmap-config" if code == "newer-lock" else f"run `devmap compile {profile}` and commit the lock"
 
 
-def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> Held | Drift:
-    """Return the plan of a lock where it holds, derived and verified as one that was just made; else why it does not.
+def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> ReusedPlan | Drift:
+    """Derive the plan of a lock, verify it like a new one, and compare everything that the lock says with it.
 
-    Nothing is placed for this. Where nothing but what was measured has changed, and the libraries that measure are of
-    other versions than those that made the lock, its plan is held to the new figures.
+    Nothing is placed for this. If only the measurement has changed, and by other versions of the libraries, the locked
+    plan is checked against the new figures instead.
 
     Args:
-        lock: a lock of the profile; an early one says less.
-        prepared: the profile.
-        inputs: the inputs of now.
+        lock: a lock of the profile.
+        prepared: the profile with its model and rules.
+        inputs: the digests of the present inputs.
+
+    Returns:
+        The plan, or the reasons for which the lock does not hold.
     """
     inputs = _comparable(inputs, lock, prepared.graph)
     variables = prepared.loaded.overrides
@@ -109,48 +118,49 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> H
         return Drift("broken-lock", tuple(broken))
     if not versions:
         stated = {name: lock.plan["prediction"].get(name) for name in PROVEN}
-        return Held(replace(plan, prediction=replace(plan.prediction, **stated)))
+        return ReusedPlan(replace(plan, prediction=replace(plan.prediction, **stated)))
     moved = moved_figures(lock.plan, plan.to_json())
-    return Held(plan, f"{versions} moves {', '.join(moved)}" if moved else None)
+    return ReusedPlan(plan, f"{versions} moves {', '.join(moved)}" if moved else None)
 
 
-def report_moved_figures(held: Held, loaded: LoadedProfile, sink: Sink) -> None:
-    """Warn where a locked plan holds by other figures than it was made with."""
-    if held.moved is not None:
+def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) -> None:
+    """Warn that a locked plan holds, but by other figures than those it was made with."""
+    if reused.moved is not None:
         sink.warning(
             "figures-moved",
-            f"the lock's plan holds, by other figures than it was made with: {held.moved}",
+            f"the lock's plan holds, by other figures than it was made with: {reused.moved}",
             whole_file(str(loaded.path)),
             help="compile again where the new figures are wanted in the lock",
         )
 
 
 def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
-    """Return what a plan that was just made does not have in common with the lock that promises it."""
-    found = []
+    """Return the differences between a lock and a plan that was just made from the same inputs, as phrases."""
+    phrases = []
     for part in ("device_map", "compute", "offload_buffers"):
         now = plan.to_json()[part]
         for route, before, after in _differences(lock.plan.get(part, now), now, f"plan.{part}"):
-            found.append(f"`{route}` is {_shown(before)}, and placing anew gives {_shown(after)}")
+            phrases.append(f"`{route}` is {_written(before)}, and placing anew gives {_written(after)}")
     for name in PROVEN:
         before, after = lock.plan["prediction"].get(name), getattr(plan.prediction, name)
         if before != after:
             what = "is what is proven" if name == BOUND else "is what placing anew gives"
-            found.append(f"`plan.prediction.{name}` is {_shown(before)}, and {_shown(after)} {what}")
-    return tuple(found)
+            phrases.append(f"`plan.prediction.{name}` is {_written(before)}, and {_written(after)} {what}")
+    return tuple(phrases)
 
 
 def _is_measured_otherwise(lock: Lock, inputs: InputDigests, variables: Mapping[str, str]) -> bool:
-    """Return whether nothing has changed but what was measured.
+    """Return whether the measurement is the only input that changed.
 
-    An early lock has one digest for that and the module tree: nothing else has changed then.
+    In a lock of an early version one digest covers measurement and module tree; then nothing but that digest has
+    changed.
     """
     changed = {name for name, value in inputs.to_json().items() if lock.inputs.get(name, value) != value}
     return changed == {"graph" if lock.is_early else "measurement"} and dict(lock.variables) == dict(variables)
 
 
 def _comparable(inputs: InputDigests, lock: Lock, graph: ModelGraph) -> InputDigests:
-    """The inputs of now as far as a lock has them: early ones know no measurement, nor what was not at hand."""
+    """Return the present inputs reduced to those that the lock has digests of."""
     locked = lock.inputs.get("checkpoint")
     if locked is None or inputs.checkpoint is None:
         inputs = replace(inputs, checkpoint=locked)
@@ -158,10 +168,10 @@ def _comparable(inputs: InputDigests, lock: Lock, graph: ModelGraph) -> InputDig
 
 
 def _derived(lock: Lock, prepared: Prepared) -> Plan:
-    """Return the plan that follows from what a lock decides: the assignments, and what runs them.
+    """Return the plan that follows from the decisions of a lock: its assignments and executor.
 
     Raises:
-        LockError: where it decides what cannot be.
+        LockError: if a decision is impossible.
     """
     if prepared.is_for_vllm:
         from devmap_config.plan.pipelines import derive_pipeline  # with it comes numpy
@@ -169,17 +179,17 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
         return derive_pipeline(lock, prepared)
     graph, executors = prepared.graph, executors_for(prepared)
     units = locked_units(lock, graph, prepared.inventory)
-    executor = next((each for each in executors if each.name == lock.plan["executor"]), executors[0])
+    executor = next((executor for executor in executors if executor.name == lock.plan["executor"]), executors[0])
     executor = replace(executor, offload_buffers=lock.plan.get("offload_buffers", executor.offload_buffers))
     if executor not in executors:
-        raise LockError(f"`offload_buffers` is {_shown(executor.offload_buffers)}, which its profile rules out")
+        raise LockError(f"`offload_buffers` is {_written(executor.offload_buffers)}, which its profile rules out")
     plan = assemble(
         graph, units, prepared.capacities, strategy=prepared.strategy, executor=executor, draft=prepared.draft
     )
-    for each in plan.assignments:
-        stored_on, runs_on = each.location.stored_on, each.location.runs_on
-        if not plan.executor.can_run(each.location, plan.main_device):
-            raise LockError(f"it runs `{each.unit}` on {runs_on}, which is stored on {stored_on}")
+    for assigned in plan.assignments:
+        stored_on, runs_on = assigned.location.stored_on, assigned.location.runs_on
+        if not plan.executor.can_run(assigned.location, plan.main_device):
+            raise LockError(f"it runs `{assigned.unit}` on {runs_on}, which is stored on {stored_on}")
     if uncovered := [violation.message for violation in coverage(plan, graph)]:
         raise LockError(uncovered[0])
     return replace(plan, prediction=predict(plan, graph, prepared.inventory))
@@ -195,7 +205,7 @@ def _drift(broken: list[str], versions: str, moved: tuple[str, ...] = ()) -> Dri
 def _contradictions(
     lock: Lock, plan: Plan, hardware: Mapping[str, Any], inputs: InputDigests, *, follows_measurement: bool
 ) -> Iterator[str]:
-    """Everything that a lock says and that does not follow from what it decides and from its inputs."""
+    """Yield a phrase for each statement of a lock that does not follow from its decisions and its inputs."""
     if lock.plan["main_device"] != str(plan.main_device):
         yield f"its main device is {plan.main_device}, and it says {lock.plan['main_device']}"
     derived = plan.to_json()
@@ -220,50 +230,50 @@ def _contradictions(
 
 
 def _without_figures(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan with the names of its devices in place of what they hold."""
+    """Return a plan with the names of its devices in place of their figures."""
     return {**plan, "devices": [use["id"] for use in plan["devices"]]}
 
 
 def _bad_bounds(lock: Lock, prepared: Prepared) -> Iterator[str]:
-    """What is wrong with a bound whatever is proven: it is one only where there is a time, and is not above that."""
+    """Yield what is implausible about the bound: it exists without a time, or is above the plan's own."""
     decode, bound = lock.plan["prediction"]["decode_nanoseconds_per_token"], lock.plan["prediction"][BOUND]
     is_due = prepared.proves_bound and decode is not None
     if is_due != (bound is not None):
         proven = "one" if is_due else "none"
-        yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and `{prepared.strategy}` proves {proven}"
+        yield f"`plan.prediction.{BOUND}` is {_written(bound)}, and `{prepared.strategy}` proves {proven}"
     elif bound is not None and not 0 < bound <= decode:
-        yield f"`plan.prediction.{BOUND}` is {_shown(bound)}, and the plan takes {_shown(decode)}"
+        yield f"`plan.prediction.{BOUND}` is {_written(bound)}, and the plan takes {_written(decode)}"
 
 
 def _bad_fastest(lock: Lock, prepared: Prepared) -> Iterator[str]:
-    """What is wrong with the times of the fastest plan: none is looked for, they are below the bound, or no shorter."""
+    """Yield what is implausible about the fastest plan's times: not asked for, below the bound, or no shorter."""
     prediction = lock.plan["prediction"]
     stated = {phase: prediction[name] for phase, name in FASTEST.items() if name in prediction}
     least = {phase: (prediction[BOUND] if phase == "decode" else None) or 1 for phase in stated}
     is_shorter = any(nanoseconds < (prediction[OWN[phase]] or 0) for phase, nanoseconds in stated.items())
     for phase, nanoseconds in stated.items():
-        place = f"`plan.prediction.{FASTEST[phase]}` is {_shown(nanoseconds)}"
+        place = f"`plan.prediction.{FASTEST[phase]}` is {_written(nanoseconds)}"
         if prepared.strategy != "fastest":
             yield f"{place}, and `{prepared.strategy}` looks for none"
         elif nanoseconds < least[phase]:
-            yield f"{place}, and no plan is below {_shown(least[phase])}"
+            yield f"{place}, and no plan is below {_written(least[phase])}"
         elif not is_shorter:
-            yield f"{place}, and the plan takes {_shown(prediction[OWN[phase]])}"
+            yield f"{place}, and the plan takes {_written(prediction[OWN[phase]])}"
 
 
 def _contradiction(route: str, stated: object, follows: object) -> str:
     if follows is _NOTHING:
-        return f"`{route}` is {_shown(stated)}, and nothing of that name follows from its inputs"
+        return f"`{route}` is {_written(stated)}, and nothing of that name follows from its inputs"
     if stated is _NOTHING:
-        return f"`{route}` is missing, and {_shown(follows)} follows from its inputs"
-    return f"`{route}` is {_shown(stated)}, and {_shown(follows)} follows from its inputs"
+        return f"`{route}` is missing, and {_written(follows)} follows from its inputs"
+    return f"`{route}` is {_written(stated)}, and {_written(follows)} follows from its inputs"
 
 
 _NOTHING = object()
 
 
 def _differences(before: object, after: object, route: str) -> Iterator[tuple[str, object, object]]:
-    """Each scalar in which two pieces of plain data differ, a type included, by its route."""
+    """Yield each scalar that differs, in value or type, between two pieces of plain data, with its route."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in dict.fromkeys([*before, *after]):
             yield from _differences(before.get(key, _NOTHING), after.get(key, _NOTHING), f"{route}.{key}")
@@ -274,7 +284,7 @@ def _differences(before: object, after: object, route: str) -> Iterator[tuple[st
         yield route, before, after
 
 
-def _shown(value: object) -> str:
+def _written(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""The lockfile: a plan with digests of all that it was made from, one assignment a line, reviewed in git."""
+"""The lockfile: a plan with digests of all its inputs, one assignment a line, for review in git."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ LockCode = Literal["missing-lock", "newer-lock", "unreadable-lock"]
 
 
 class LockError(DevmapError):
-    """A lock cannot be had; the text says why, as the predicate of its file's name. `code` is a diagnostic's."""
+    """A lock is missing or cannot be used.
+
+    Attributes:
+        code: the code of the diagnostic. The message is a predicate, to follow the name of the file.
+    """
 
     def __init__(self, message: str, code: LockCode = "unreadable-lock") -> None:
         super().__init__(message, (Diagnostic.error(code, f"the lock {message}"),))
@@ -40,14 +44,21 @@ class LockError(DevmapError):
 
 @dataclass(frozen=True)
 class InputDigests:
-    """Digests of the parsed values that a plan was made from. `commit` is what the model's revision resolved to.
+    """Digests of the parsed inputs of a plan; if one of them changes, the plan's lock is stale.
 
-    `checkpoint` is of what the headers of the checkpoint say; `None` where it was not at hand. `adapter` is of what the
-    config of an adapter says, `assistant` of what a draft model is made from.
-
-    `graph` is the module tree, `measurement` what running it was measured to take: versions of transformers differ in
-    the latter more often than in the former. It is `None` where the two are one digest, as in early locks. `values` are
-    the parsed values by input and route, for all but these two, which are too large.
+    Attributes:
+        profile: the profile's values.
+        config: the model's config.
+        graph: the module tree.
+        measurement: the costs that running the model was measured to have, which change with versions of transformers
+            more often than the module tree; `None` if `graph` covers both, as in locks of early versions.
+        hardware: the machine.
+        commit: the commit that the model's revision resolved to.
+        checkpoint: the headers of the checkpoint; `None` if it was not at hand.
+        adapter: the config of the adapter.
+        assistant: the inputs of the draft model.
+        values: the parsed values by input and route, to name what changed; not of `graph` and `measurement`, which are
+            too large.
     """
 
     profile: str
@@ -62,17 +73,23 @@ class InputDigests:
     values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
-        """The digests as they stand in the lock: of an adapter and a draft model only where there are any."""
+        """Return the digests as they stand in the lock; of adapter and draft model only if there is one."""
         digests = {name: getattr(self, name) for name in INPUT_NAMES}
-        return {name: each for name, each in digests.items() if each is not None or name not in BESIDES}
+        return {name: value for name, value in digests.items() if value is not None or name not in OPTIONAL_INPUTS}
 
 
 @dataclass(frozen=True)
 class Lock:
-    """The content of a lockfile. What it was made from is judged by `inputs`; `values` tell what changed.
+    """The content of a lockfile.
 
-    `hardware` says what each accelerator was taken for. Early locks have neither that nor `values`, and one digest over
-    module tree and measurement together, as `inputs["graph"]`.
+    Attributes:
+        plan: the `plan` object.
+        inputs: digests by the name of the input. Locks of early versions have one for module tree and measurement
+            together, as `graph`.
+        variables: the `--set` values.
+        made_with: versions of the libraries, for messages.
+        values: the parsed values of the inputs, to name what changed; empty in locks of early versions.
+        hardware: the properties that each accelerator was assumed to have; empty in locks of early versions.
     """
 
     plan: Mapping[str, Any]
@@ -84,23 +101,23 @@ class Lock:
 
     @property
     def is_early(self) -> bool:
-        """Whether one digest stands for both the module tree and what was measured of it."""
+        """True if one digest covers both module tree and measurement, as in locks of early versions."""
         return "measurement" not in self.inputs
 
     @property
     def resolved(self) -> Resolved | None:
-        """What the model's revision was resolved to, for the source and the revision that it was then."""
+        """The commit that the model's revision was resolved to, with the source and revision that it is valid for."""
         commit = self.inputs.get("commit")
         if commit is None or "profile" not in self.values:
             return None if commit is None else Resolved(commit)
         source, revision = (self.values["profile"].get(f"model.{key}") for key in ("source", "revision"))
-        named = None if revision is None else str(revision)
-        if named is not None and COMMIT.fullmatch(named):
-            commit = named  # it is what it resolves to, whatever a lock says
-        return Resolved(commit, str(source), named, self.inputs.get("checkpoint"))
+        name = None if revision is None else str(revision)
+        if name is not None and COMMIT.fullmatch(name):
+            commit = name  # a commit resolves to itself, whatever a lock says
+        return Resolved(commit, str(source), name, self.inputs.get("checkpoint"))
 
     def to_text(self) -> str:
-        """The file: canonical JSON, the same bytes for the same plan on any machine."""
+        """Return the file: canonical JSON, the same bytes for the same plan on every machine."""
         body = {
             "lock_version": LOCK_VERSION,
             "inputs": dict(self.inputs),
@@ -119,23 +136,28 @@ PROFILE_SUFFIXES = (".yaml", ".yml")
 
 
 def lock_path(profile: Path) -> Path:
-    """`x.lock.json` beside `x.yaml`."""
+    """Return the path of a profile's lock.
+
+    >>> from pathlib import Path
+    >>> lock_path(Path("profiles/quickstart.yaml")).as_posix()
+    'profiles/quickstart.lock.json'
+    """
     return beside(profile, LOCK_SUFFIX)
 
 
 def profile_of(path: Path) -> Path:
-    """Return the profile that a path names: the file itself, or of a lock the profile that it lies beside.
+    """Return the profile that a path names: the path itself or, if it is a lock, the profile beside it.
 
     Raises:
-        ProfileError: where there is none (`missing-file`), or several that the lock may be of.
+        ProfileError: if there is no such file (`missing-file`), or if the lock may belong to several profiles.
     """
     if path.name.endswith(LOCK_SUFFIX):
         name = path.name.removesuffix(LOCK_SUFFIX)
         beside_it = [candidate for suffix in PROFILE_SUFFIXES if exists(candidate := path.with_name(name + suffix))]
         if len(beside_it) == 1:
             return beside_it[0]
-        found = " and ".join(f"`{each.name}`" for each in beside_it) or f"no `{name}.yaml`"
-        raise _missing(f"`{path}` is a lock, and beside it is {found}", "name the profile")
+        profiles = " and ".join(f"`{profile.name}`" for profile in beside_it) or f"no `{name}.yaml`"
+        raise _missing(f"`{path}` is a lock, and beside it is {profiles}", "name the profile")
     try:
         require_regular(path)
     except FileError as error:
@@ -144,11 +166,11 @@ def profile_of(path: Path) -> Path:
 
 
 def _meant(path: Path) -> str:
-    """Return what to name in place of what is no file."""
+    """Return advice on what to name instead of a path that is no file."""
     if is_folder(path):
         return "name a profile in it; `devmap check` takes folders as well"
     others = path.parent.glob("*") if is_folder(path.parent) else ()
-    names = [each.name for each in others if each.name.endswith(PROFILE_SUFFIXES)]
+    names = [other.name for other in others if other.name.endswith(PROFILE_SUFFIXES)]
     close = closest(path.name, names)
     return f"did you mean `{path.with_name(close)}`?" if close else "name a profile"
 
@@ -164,7 +186,7 @@ def lock_of(
     made_with: Mapping[str, str | None],
     hardware: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Lock:
-    """The lock of a plan that was just made."""
+    """Return the lock of a plan that was just made."""
     return Lock(
         plan=plan.to_json(),
         inputs=inputs.to_json(),
@@ -176,10 +198,14 @@ def lock_of(
 
 
 def lock_at(path: Path, *, allow_outside: bool = False) -> Lock:
-    """The lock in a file, which may be a link that leads out of its repository where that is allowed.
+    """Read the lock in a file.
+
+    Args:
+        path: the lockfile.
+        allow_outside: allow it to be a link that leads out of its repository.
 
     Raises:
-        LockError: where there is none (`missing-lock`), or none that can be read.
+        LockError: if it is missing (`missing-lock`) or cannot be read.
     """
     try:
         return read_lock(read_text(path, LOCK, boundary_of(path, allow_outside=allow_outside)))
@@ -188,7 +214,7 @@ def lock_at(path: Path, *, allow_outside: bool = False) -> Lock:
 
 
 def lock_beside(profile: Path, *, allow_outside: bool) -> Lock | None:
-    """Return the lock beside a profile, or `None` where there is none that can be read."""
+    """Return the lock beside a profile, or `None` if there is none that can be read."""
     try:
         return lock_at(lock_path(profile), allow_outside=allow_outside)
     except LockError:
@@ -196,10 +222,10 @@ def lock_beside(profile: Path, *, allow_outside: bool) -> Lock | None:
 
 
 def read_lock(text: str) -> Lock:
-    """The lock that a text holds.
+    """Parse the text of a lock, and check its digest and schema.
 
     Raises:
-        LockError: where it is damaged or was changed by hand (`unreadable-lock`), or comes from a newer devmap-config
+        LockError: if it is damaged or was changed by hand (`unreadable-lock`), or comes from a newer devmap-config
             (`newer-lock`).
     """
     value = _parsed(text)
@@ -226,7 +252,7 @@ def read_lock(text: str) -> Lock:
 
 
 def _parsed(text: str) -> Any:
-    """Return the JSON value of a text, in which no key of a mapping stands twice."""
+    """Return the JSON value of a text, and refuse a mapping in which a key stands twice."""
     try:
         return parse_json(text, LOCK, object_of=_without_duplicates)
     except FileError as error:
@@ -247,8 +273,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
 """What git leaves in a file that it could not merge."""
 
-BESIDES = ("adapter", "assistant")
-"""Inputs that few profiles have."""
+OPTIONAL_INPUTS = ("adapter", "assistant")
+"""Inputs that are left out of a lock whose profile does not have them."""
 
 INPUT_NAMES = {
     "adapter": "the adapter's config",
@@ -266,12 +292,13 @@ INPUT_NAMES = {
 def locked_units(
     lock: Lock, graph: ModelGraph, inventory: Inventory
 ) -> tuple[tuple[Unit, tuple[Device, Device | None]], ...]:
-    """Return what a lock decides: each unit with the device that stores it and, where the lock says so, runs it.
+    """Return the decisions of a lock: each unit with the device that stores it and, if the lock says so, the one that
+    runs it.
 
-    All else that a lock says follows from this and from its inputs.
+    Everything else in a lock follows from these and from its inputs.
 
     Raises:
-        LockError: where it names units that this model, or devices that this machine does not have.
+        LockError: if it names units that the model does not have, or devices that the machine does not have.
     """
     devices = {name: device for device in inventory.capacities for name in (device.in_device_map, str(device))}
     compute = lock.plan["compute"]

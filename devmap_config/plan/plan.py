@@ -1,4 +1,4 @@
-"""`Plan`: an ordered tuple of assignments and the executor that runs them; a device_map is a projection of it."""
+"""The plan: an assignment for each unit, and the executor that runs them. A `device_map` is a projection of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,16 @@ from devmap_config.rules.folding import fold_paths
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceUse:
-    """What one device holds, in bytes. `overhead_bytes` is what the executor needs there while it runs.
+    """The bytes that a device holds under a plan.
 
-    `loading_bytes` is the most that it holds while the model is loaded, the weights that are there by then included.
+    Attributes:
+        id: the device.
+        capacity_bytes: what may be used of its memory.
+        weights_bytes: the weights that are stored there.
+        kv_cache_bytes: the cache at the end of the workload's context.
+        activation_bytes: the activation peak.
+        overhead_bytes: buffers of the executor, such as staging buffers.
+        loading_bytes: the most that is held at once while the model is loaded, weights included.
     """
 
     id: Device
@@ -45,17 +52,24 @@ class DeviceUse:
 
     @property
     def free_bytes(self) -> int:
-        """What is left of the capacity."""
+        """The part of the capacity that the plan does not use; negative if it uses more."""
         used = self.weights_bytes + self.kv_cache_bytes + self.activation_bytes + self.overhead_bytes
         return self.capacity_bytes - used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What running the plan costs; a field is `None` where its inputs are missing.
+    """The predicted cost of running a plan; a field is `None` if its inputs are not known.
 
-    The two that begin with `fastest` are those of the fastest plan that was found, of what was to be fast; they are
-    `None` where this plan takes no longer.
+    Attributes:
+        decode_nanoseconds_per_token: the time of a token, on the mean from the prompt to the end of the context.
+        bound_decode_nanoseconds_per_token: a lower bound of that time over all placements.
+        prefill_nanoseconds: the time of a prompt.
+        streamed_bytes_per_token: weights that each forward copies to where they run.
+        hops: transfers of activations between devices while a token is decoded.
+        longest_context: the most tokens of context that fit.
+        fastest_decode_nanoseconds_per_token: that time of the fastest plan that was found; `None` if this plan is it.
+        fastest_prefill_nanoseconds: the same of a prompt.
     """
 
     decode_nanoseconds_per_token: int | None = None
@@ -68,7 +82,7 @@ class Prediction:
     fastest_prefill_nanoseconds: int | None = None
 
     def to_json(self) -> dict[str, int | None]:
-        """As it stands in a lock: what the fastest plan takes, only where that is less."""
+        """Return the figures as they stand in a lock, those of the fastest plan only if that is another one."""
         figures = asdict(self)
         return {name: figure for name, figure in figures.items() if figure is not None or name not in FASTEST.values()}
 
@@ -80,11 +94,12 @@ FASTEST: Mapping[Phase, str] = {
     "decode": "fastest_decode_nanoseconds_per_token",
     "prefill": "fastest_prefill_nanoseconds",
 }
-"""That of the fastest plan that was found."""
+"""The figure of the fastest plan that was found, by phase."""
 
 
 class NotADeviceMapError(DevmapError):
-    """The plan says more than a device_map can: some modules compute on the CPU, or on another card than the first.
+    """The plan cannot be expressed as a `device_map`: modules compute on the CPU, or on another card than the main
+    device.
 
     Attributes:
         units: those modules.
@@ -97,32 +112,39 @@ class NotADeviceMapError(DevmapError):
         )
         message = f"this plan computes on {devices}, which a device_map cannot say: {', '.join(fold_paths(self.units))}"
         help = "load it with `devmap run` or `devmap_config.load_model`"
-        found = Diagnostic.error("not-a-device-map", message, help=help)
-        super().__init__(f"{message}; {help}", (found,))
+        finding = Diagnostic.error("not-a-device-map", message, help=help)
+        super().__init__(f"{message}; {help}", (finding,))
 
 
 class NotForTransformersError(DevmapError):
-    """The plan is one for vLLM: stages of layers, each in a process of its own."""
+    """The plan is for vLLM: its stages of layers run in a process each."""
 
     def __init__(self) -> None:
         message = "this plan is one for vLLM, and transformers loads a device_map in one process"
         help = "write its files with `devmap export PROFILE --to vllm -o FOLDER`, or leave `targets` out"
-        found = Diagnostic.error("not-a-device-map", message, help=help)
-        super().__init__(f"{message}; {help}", (found,))
+        finding = Diagnostic.error("not-a-device-map", message, help=help)
+        super().__init__(f"{message}; {help}", (finding,))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything is and runs.
+    """A placement of a model, with the executor that runs it and the predicted costs.
 
-    `measured` tells whether more than weights was measured and budgeted. `diagnostics` are the warnings of the
-    compilation that made it; two plans are the same whatever was said of them.
-    `max_memory` are budgets that leave room for the workload, of which plain `from_pretrained` makes the same map by
-    transformers' strategy; `None` where more than budgets decides, or another strategy.
-    `loading_ram_bytes` is what loading takes of the CPU's memory at most, whether or not that is a device of the plan.
-    `fastest` is the fastest plan that was found, where other wishes than time chose this one.
-    `draft` is what a draft model takes besides, which is off the capacities.
-    `pipeline` are the stages of a plan for vLLM; each part of the model is then on the first device of its stage.
+    Attributes:
+        strategy: the strategy that made it.
+        executor: what runs it: accelerate's hooks, or ours.
+        main_device: where modules run whose weights are stored on `cpu` or `disk`.
+        assignments: every unit with its tensors and location, in the order of the model.
+        devices: the bytes that each device of the profile holds.
+        prediction: times, transfers and the longest context.
+        measured: whether cache and activations were measured and counted, besides weights.
+        loading_ram_bytes: the most that loading takes of the CPU's memory, whether or not the plan uses that device.
+        draft: the needs of a draft model, which are subtracted from the capacities.
+        pipeline: the stages of a plan for vLLM; every unit is then on the first device of its stage.
+        max_memory: budgets from which plain `from_pretrained` makes the same map, with room for the workload; `None` if
+            budgets do not suffice, or the strategy is not one of transformers'.
+        diagnostics: the warnings of the compilation; they do not make plans unequal.
+        fastest: the fastest plan that was found, if this one was preferred by another wish than time.
     """
 
     strategy: str
@@ -141,37 +163,41 @@ class Plan:
 
     @cached_property
     def placement(self) -> dict[str, int | str]:
-        """Unit to device as transformers writes it: accelerators by index, `cpu`, `disk`."""
-        return {each.unit: each.location.stored_on.in_device_map for each in self.assignments}
+        """The device of each unit as transformers writes it: the index of an accelerator, `cpu` or `disk`."""
+        return {assigned.unit: assigned.location.stored_on.in_device_map for assigned in self.assignments}
 
     @cached_property
     def locations(self) -> dict[TensorName, Location]:
-        """Where each tensor is stored and its module runs."""
-        return {name: each.location for each in self.assignments for name in each.tensors}
+        """The location of each tensor: where it is stored, and where its module runs."""
+        return {name: assigned.location for assigned in self.assignments for name in assigned.tensors}
 
     @cached_property
     def compute(self) -> dict[str, Device]:
-        """The units that run somewhere else than the executor would run them by where they are stored."""
+        """The units that run elsewhere than the executor would run them, by where they are stored; and where
+        they run.
+        """
         return {
-            each.unit: each.location.runs_on
-            for each in self.assignments
-            if each.location != self.executor.location(each.location.stored_on, self.main_device)
+            assigned.unit: assigned.location.runs_on
+            for assigned in self.assignments
+            if assigned.location != self.executor.location(assigned.location.stored_on, self.main_device)
         }
 
     @cached_property
     def computed_on_cpu(self) -> dict[str, Device]:
-        """Those of them that run on the CPU, where they are stored."""
+        """The units of `compute` that run on the CPU."""
         return {unit: device for unit, device in self.compute.items() if device == CPU}
 
     @cached_property
     def prefilled(self) -> dict[str, int]:
-        """Of the units that compute on the CPU, those that run on the main device for so many tokens, or more."""
+        """The units of `computed_on_cpu` that run on the main device for long prompts, and the tokens from which they
+        do.
+        """
         tokens = self.executor.prefilled_from
         return {unit: tokens[unit] for unit in self.computed_on_cpu if unit in tokens}
 
     @property
     def prefilling(self) -> tuple[str, ...]:
-        """What is said of those: from how many tokens on which of them run where."""
+        """Sentences about `prefilled`: which units are copied to the main device, and from how many tokens on."""
         units: dict[int, list[str]] = {}
         for unit, tokens in self.prefilled.items():
             units.setdefault(tokens, []).append(unit)
@@ -186,8 +212,8 @@ class Plan:
         """The map for `from_pretrained`.
 
         Raises:
-            NotADeviceMapError: where the plan computes on the CPU, or copies to several cards.
-            NotForTransformersError: where it is for vLLM.
+            NotADeviceMapError: if the plan computes on the CPU, or copies to several cards.
+            NotForTransformersError: if the plan is for vLLM.
         """
         self.require_transformers()
         if self.compute:
@@ -198,27 +224,32 @@ class Plan:
         """Refuse a plan that transformers does not load.
 
         Raises:
-            NotForTransformersError: where it is for vLLM.
+            NotForTransformersError: if the plan is for vLLM.
         """
         if self.pipeline is not None:
             raise NotForTransformersError
 
     @property
     def streaming(self) -> str:
-        """How weights come to where they run that are stored elsewhere: what is said of their size."""
+        """The predicate of a sentence about the streamed weights: "are copied to cuda:0 at every forward"."""
         if self.executor.works_ahead and not self.main_device.is_accelerator:
             return "are on disk, and read from there as each forward needs them"
-        streamed = (each.location for each in self.assignments if self.executor.streams(each.location))
-        targets = sorted({location.runs_on for location in streamed}) or [self.main_device]
+        locations = (assigned.location for assigned in self.assignments)
+        targets = sorted({location.runs_on for location in locations if self.executor.streams(location)}) or [
+            self.main_device
+        ]
         copied = f"are copied to {' and '.join(map(str, targets))} at every forward"
         if self.executor.works_ahead:
-            ways = ", over the link of each" if len(targets) > 1 else ""
-            return f"{copied}{ways}, ahead of their use; plain transformers waits for each, and takes longer"
+            links = ", over the link of each" if len(targets) > 1 else ""
+            return f"{copied}{links}, ahead of their use; plain transformers waits for each, and takes longer"
         return copied
 
     @property
     def draft_missing_bytes(self) -> int:
-        """What a draft model lacks on its device to compute: it takes turns with the model, whose room it uses then."""
+        """The bytes that the draft model's activations lack on its device.
+
+        It takes turns with the model, so that it may use the free memory and the room for the model's own activations.
+        """
         if self.draft is None:
             return 0
         use = next(use for use in self.devices if use.id == self.draft.device)
@@ -226,28 +257,29 @@ class Plan:
 
     @property
     def offload_buffers(self) -> bool:
-        """What `from_pretrained` is to be given as `offload_buffers`, together with the map."""
+        """The argument `offload_buffers` of `from_pretrained` for this plan."""
         return self.executor.offload_buffers
 
     @property
     def streams_buffers(self) -> bool:
-        """Whether it loads as it is planned only with `offload_buffers`: there is something that is streamed."""
-        return self.offload_buffers and any(self.executor.streams(each.location) for each in self.assignments)
+        """True if `from_pretrained` needs `offload_buffers` to load the plan: something is streamed with it."""
+        return self.offload_buffers and any(self.executor.streams(assigned.location) for assigned in self.assignments)
 
     def __str__(self) -> str:
-        """What each device holds, a line each."""
+        """Return a line for each device: the memory that is used, and the units that are stored there."""
         lines = [f"plan by `{self.strategy}`:"]
         for use in self.devices:
-            units = [each.unit or "everything" for each in self.assignments if each.location.stored_on == use.id]
-            held = f": {', '.join(fold_paths(units))}" if units else ""
+            stored = [assigned for assigned in self.assignments if assigned.location.stored_on == use.id]
+            units = [assigned.unit or "everything" for assigned in stored]
+            names = f": {', '.join(fold_paths(units))}" if units else ""
             used_bytes = use.capacity_bytes - use.free_bytes
-            lines.append(f"  {use.id} {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)}{held}")
+            lines.append(f"  {use.id} {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)}{names}")
         if self.computed_on_cpu:
             lines.append(f"  computed on the CPU: {', '.join(fold_paths(self.computed_on_cpu))}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The `plan` object of `--format json` and of the lock."""
+        """Return the `plan` object of `--format json` and of the lock."""
         return {
             "strategy": self.strategy,
             "executor": self.executor.name,
@@ -273,10 +305,16 @@ def assemble(
     executor: Executor,
     draft: DraftModel | None = None,
 ) -> Plan:
-    """The plan that stores each unit on its device and runs it where its rule or the executor says.
+    """Build a plan from the devices of its units: complete their locations, sum up memory and streamed bytes.
 
-    Where the executor would bring weights ahead and there are none to be, it is accelerate's; for prompts alone, the
-    one that does it always.
+    Args:
+        graph: the model.
+        units: each unit with the device that stores it and, if a rule says so, the device that runs it.
+        capacities: the bytes that may be used of each device.
+        strategy: the name of the strategy, for the plan.
+        executor: what runs the plan. One that copies ahead is replaced by accelerate's hooks if nothing is to be
+            copied, and by the one without prefills on the card if no unit has any.
+        draft: the needs of a draft model.
     """
     placed = tuple(units)
     main_device = executor.main_device(stored_on for _, (stored_on, _) in placed)
@@ -307,24 +345,31 @@ def assemble(
 def device_uses(
     graph: ModelGraph, assignments: Iterable[Assignment], capacities: Mapping[Device, int], executor: Executor
 ) -> tuple[DeviceUse, ...]:
-    """What each device of the profile holds under these assignments, in the profile's order."""
+    """Return the bytes that each device of the profile holds under these assignments, in the profile's order.
+
+    Args:
+        graph: the model, with its measurement if there is one.
+        assignments: the units and their locations.
+        capacities: the bytes that may be used of each device.
+        executor: what runs the plan.
+    """
     placed = tuple(assignments)
     main_device = executor.main_device(each.location.stored_on for each in placed)
-    held: dict[Device, list[TensorName]] = {device: [] for device in capacities}
+    stored: dict[Device, list[TensorName]] = {device: [] for device in capacities}
     offloaded: set[TensorName] = set()
     for each in placed:
         if executor.is_offloaded(each.location, main_device):
             offloaded.update(each.tensors)
         for name in each.tensors:
             home = executor.residence(graph.tensors[name], each.location)
-            held.setdefault(home, []).append(name)
+            stored.setdefault(home, []).append(name)
     running = running_of(graph, placed, executor)
     costs = {} if running is None else running.costs()
     none = RunningCost()
     loading = loading_extra_bytes(graph, placed)
     prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in placed]
     is_moved = any(location.stored_on == CPU and executor.streams(location) for location in prefilled)
-    if executor.works_ahead and is_moved:  # what moves to pinned memory is there twice, load by load
+    if executor.works_ahead and is_moved:  # while weights move to pinned memory, one load at a time is there twice
         streamed = (cost.streaming_bytes for device, cost in costs.items() if device.is_accelerator)
         moved_bytes = max(streamed, default=0) // executor.pieces_at_once
         loading[CPU] = max(loading.get(CPU, 0), moved_bytes)
@@ -338,14 +383,14 @@ def device_uses(
             overhead_bytes=costs.get(device, none).streaming_bytes,
             loading_bytes=weights_bytes + loading.get(device, 0),
         )
-        for device, names in held.items()
+        for device, names in stored.items()
     )
 
 
 def _streamed_bytes(
     graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor, main_device: Device
 ) -> int:
-    """Bytes of weights that are copied to where they run at every forward."""
+    """Return the bytes of weights that each forward copies to where they run."""
     copied = [
         (name, executor.is_offloaded(each.location, main_device))
         for each in assignments

@@ -1,4 +1,4 @@
-"""YAML as frozen nodes that know their place: YAML 1.2 scalars, no duplicate keys, bounded in size and expansion."""
+"""YAML as immutable nodes with their places: YAML 1.2 scalars, no duplicate keys, bounded size and depth."""
 
 from __future__ import annotations
 
@@ -46,10 +46,16 @@ CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Value]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class ScalarNode:
-    """One value as it was written. `is_plain` is false for quoted and block text, which is text whatever it holds.
+    """One value as it was written.
 
-    `is_verbatim` says that `text` stands in the file character for character, from `content_column` on;
-    `is_unrendered` that it is a template that could not be rendered, or the name of no device: which is reported.
+    Attributes:
+        text: the value, unquoted and unescaped.
+        span: its place.
+        is_plain: false for quoted and block text, which is text whatever it looks like.
+        is_verbatim: `text` stands in the file character for character, so that places within it can be told.
+        content_column: the column in which `text` begins, behind a quote.
+        is_unrendered: the value is a template that could not be rendered, or not the name of a device; this was
+            reported.
     """
 
     text: str
@@ -61,11 +67,11 @@ class ScalarNode:
 
     @property
     def value(self) -> Value:
-        """What YAML 1.2's core schema reads."""
+        """The value by YAML 1.2's core schema."""
         return plain_value(self.text) if self.is_plain else self.text
 
     def span_within(self, start: int, end: int) -> Span:
-        """The place of characters `start` to `end` (exclusive); of the whole value where that cannot be told."""
+        """Return the place of characters `start` to `end` (exclusive), or of the whole value if that is not known."""
         if not self.is_verbatim:
             return self.span
         column = self.content_column
@@ -88,11 +94,11 @@ class MappingNode:
     span: Span
 
     def get(self, key: str) -> Node | None:
-        """The value under a key."""
+        """Return the value under a key, or `None`."""
         return next((entry.value for entry in self.entries if entry.key.text == key), None)
 
     def only(self, is_wanted: Callable[[str], bool]) -> MappingNode:
-        """The mapping with those of its entries whose key is wanted."""
+        """Return the mapping reduced to the entries whose key `is_wanted`."""
         return replace(self, entries=tuple(entry for entry in self.entries if is_wanted(entry.key.text)))
 
 
@@ -108,22 +114,26 @@ Node: TypeAlias = "ScalarNode | SequenceNode | MappingNode"
 
 
 def plain_value(text: str) -> Value:
-    """An unquoted scalar by YAML 1.2's core schema: `no` is text, `010` is ten, `12:30` is text."""
+    """Return an unquoted scalar's value by YAML 1.2's core schema.
+
+    >>> plain_value("no"), plain_value("010"), plain_value("12:30"), plain_value("~")
+    ('no', 10, '12:30', None)
+    """
     return next((read(text) for pattern, read in CORE_SCHEMA if pattern.fullmatch(text)), text)
 
 
 def is_null(node: Node | None) -> bool:
-    """Return whether a node is a key's missing value, or a `null`."""
+    """Return whether a node is `null`, or the missing value of a key."""
     return isinstance(node, ScalarNode) and node.value is None
 
 
 def whole_file(file: str) -> Span:
-    """The place of what is wrong with a file as a whole: its beginning."""
+    """Return the place for a mistake of a file as a whole: its beginning."""
     return Span.within_line(file, 1, 1)
 
 
 def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...]:
-    """Return the entries without those whose key an earlier one has, which are reported."""
+    """Return the entries without those whose key stands in an earlier one, which are reported."""
     first: dict[str, Entry] = {}
     for entry in entries:
         earlier = first.setdefault(entry.key.text, entry)
@@ -133,7 +143,7 @@ def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...
 
 
 def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink) -> None:
-    """Report that what a name stands for is given twice."""
+    """Report that a name is given two values."""
     related = (Related(message="first given here", span=earlier.span),)
     help = "remove one of them"
     if kind_of(name) is not None:
@@ -142,7 +152,16 @@ def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink
 
 
 def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
-    """The mapping that a file holds, or `None` and what is wrong with it in the sink."""
+    """Parse a YAML file whose root is a mapping.
+
+    Args:
+        text: the content of the file.
+        file: its name, for places.
+        sink: takes the diagnostics.
+
+    Returns:
+        The mapping, or `None` if the text is not one.
+    """
     source = SourceText(text, file, sink)
     try:
         root = _Composer(source).document()
@@ -159,12 +178,12 @@ def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
 
 
 class _RefusedError(Exception):
-    """The document cannot be read on; the sink knows why."""
+    """Parsing stops here; the reason was reported."""
 
 
 @dataclass
 class _Composer:
-    """Builds nodes from libyaml's events, which unlike its nodes come one by one and can be bounded."""
+    """Builds nodes from libyaml's events, which come one by one, so that size and depth can be bounded."""
 
     source: SourceText
     anchors: dict[str, tuple[Node | None, int]] = field(default_factory=dict)
@@ -282,7 +301,7 @@ class _Composer:
             self.refuse(f"the tag `{shown}` is not allowed in a profile", event, "remove it")
 
     def refuse_unquoted(self, event: Any, message: str, help: str) -> NoReturn:
-        """Refuse what stands for a pattern without its quotes; for something else, in these words."""
+        """Stop parsing at a pattern that lacks its quotes, or else with this message."""
         if self.source.report_unquoted(event.start_mark.line, event.start_mark.column):
             raise _RefusedError
         self.refuse(message, event, help)
@@ -292,7 +311,7 @@ class _Composer:
         raise _RefusedError
 
     def span(self, first: Any, last: Any = None) -> Span:
-        """The place from one event to another; libyaml's lines and columns count from 0."""
+        """Return the place from one event to another; libyaml counts lines and columns from 0."""
         start, end = first.start_mark, (last or first).end_mark
         end_line, end_column = end.line, end.column
         if end_column == 0 and (end_line, end_column) > (start.line, start.column):

@@ -1,4 +1,4 @@
-"""The one matcher: a walk over the module tree that follows a pattern, never an expansion into many patterns."""
+"""The one matcher. It walks the module tree once with a pattern as an automaton; braces are the only part expanded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from devmap_config.rules.pattern import CompiledExpression, Path
 
 MAX_STEPS = 20_000_000
-"""Of one pattern, and of all those of a profile: sixty that begin with `**`, held to a model of 100,000 tensors."""
+"""The most steps of one pattern, and of all in a profile: as sixty take that begin with `**`, in 100,000 tensors."""
 
 MAX_ALTERNATIVES = 512
-"""Paths that the braces of one pattern may stand for."""
+"""The most paths that the braces of one pattern may stand for."""
 
 INDEX = "(0|[1-9][0-9]{0,8})"
 
@@ -45,7 +45,13 @@ Node: TypeAlias = "Module | Tensor"
 
 @dataclass(frozen=True, slots=True)
 class BeyondEnd:
-    """A range that asks for more than there is: of these indices under this parent."""
+    """A range that names indices which do not exist under a parent.
+
+    Attributes:
+        indices: the range.
+        parent: the path of the module whose children are counted.
+        existing: the indices that exist under it.
+    """
 
     indices: Indices
     parent: str
@@ -54,7 +60,13 @@ class BeyondEnd:
 
 @dataclass(frozen=True, slots=True)
 class MatchFailure:
-    """How far an unmatched pattern got: at this node, no child answers to segment `position` of this path."""
+    """The deepest point at which an unmatched pattern failed; suggestions start from it.
+
+    Attributes:
+        node: the path of the module down to which the pattern matched.
+        path: the pattern's segments.
+        position: the index of the segment that no child of the node matches.
+    """
 
     node: str
     path: tuple[FlatSegment, ...]
@@ -63,10 +75,14 @@ class MatchFailure:
 
 @dataclass(frozen=True)
 class Match:
-    """What a pattern matches: paths of modules and names of tensors, depth first; and what it asks beyond.
+    """The result of matching a pattern to a model.
 
-    `dead` are the places in its text of alternatives (`{norm,embd}`) that no match takes. `steps` is how long it took
-    to find: places in the pattern that nodes were held to.
+    Attributes:
+        names: paths of modules and names of tensors, depth first.
+        beyond: ranges that name indices which do not exist.
+        failure: the deepest point of failure; `None` if anything matched.
+        dead: places in the pattern's text of alternatives, as in `{norm,embd}`, that no match used.
+        steps: the work: pairs of a node and a place in the pattern that were compared.
     """
 
     names: tuple[str, ...]
@@ -78,7 +94,11 @@ class Match:
 
 @dataclass(frozen=True)
 class FlatSegment:
-    """A segment without braces; `start` and `end` are its place in the pattern's text."""
+    """A segment without braces; `start` and `end` are its place in the pattern's text.
+
+    >>> FlatSegment((Literal("layers"),), 0, 6).literal
+    'layers'
+    """
 
     pieces: tuple[Piece, ...]
     start: int
@@ -86,34 +106,34 @@ class FlatSegment:
 
     @cached_property
     def is_any_segments(self) -> bool:
-        """Whether it is `**`."""
+        """True if the segment is `**`."""
         return bool(self.pieces) and isinstance(self.pieces[0], AnySegments)
 
     @cached_property
     def is_any_text(self) -> bool:
-        """Whether it is `*`."""
+        """True if the segment is `*`."""
         return len(self.pieces) == 1 and isinstance(self.pieces[0], AnyText)
 
     @cached_property
     def is_bare_range(self) -> bool:
-        """Whether it is a range and nothing else."""
+        """True if the segment is a range and nothing else."""
         return len(self.pieces) == 1 and isinstance(self.pieces[0], Indices)
 
     @cached_property
     def literal(self) -> str | None:
-        """The one name it stands for."""
+        """The one name that the segment stands for, or `None` if it may stand for several."""
         if all(isinstance(piece, Literal) for piece in self.pieces):
             return "".join(piece.text for piece in self.pieces if isinstance(piece, Literal))
         return None
 
     @cached_property
     def indices(self) -> tuple[Indices, ...]:
-        """Its ranges, in order."""
+        """The ranges of the segment, in order."""
         return tuple(piece for piece in self.pieces if isinstance(piece, Indices))
 
     @cached_property
     def expression(self) -> CompiledExpression:
-        """A name that it may stand for, with a group for each range."""
+        """The regular expression of the names that the segment stands for, with a group for each range."""
         return compile_expression("".join(map(_expression, self.pieces)))
 
 
@@ -127,10 +147,17 @@ def _expression(piece: Piece) -> str:
 
 
 def match(pattern: Pattern, graph: ModelGraph) -> Match:
-    """Everything in the model's tree that a pattern matches; a match means the whole subtree.
+    """Find the modules and tensors of a model that a pattern matches; a matched module stands for its whole subtree.
+
+    Args:
+        pattern: a parsed pattern.
+        graph: the module tree.
+
+    Returns:
+        The names that match and, if none does, the point of failure.
 
     Raises:
-        PatternError: where its braces stand for too many paths.
+        PatternError: if the pattern's braces stand for too many paths, or matching takes too many steps.
     """
     if isinstance(pattern, RegexPattern):
         expression = compile_expression(pattern.expression)
@@ -146,13 +173,13 @@ def _match_class(pattern: ClassPattern, graph: ModelGraph) -> Match:
         names = tuple(module.path for module in graph.root.walk() if module.class_name == pattern.class_name)
         return Match(names, steps=len(graph.modules))
     scope = _Walk(pattern.scope, graph).result()
-    found: dict[str, None] = {}
+    matched: dict[str, None] = {}
     for path in scope.names:
         if path in graph.modules:
             for module in graph.modules[path].walk():  # type: ignore[index]
                 if module.class_name == pattern.class_name:
-                    found[module.path] = None
-    return Match(tuple(found), scope.beyond, scope.failure, steps=scope.steps + len(found))
+                    matched[module.path] = None
+    return Match(tuple(matched), scope.beyond, scope.failure, steps=scope.steps + len(matched))
 
 
 def _all_names(module: Module) -> Iterator[str]:
@@ -165,52 +192,63 @@ def _all_names(module: Module) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class FlatPath:
-    """A path without braces, and the alternatives (their places in the text) that it takes out of them."""
+    """A path without braces, and the alternatives that it was made from, as places in the pattern's text."""
 
     segments: tuple[FlatSegment, ...]
     alternatives: frozenset[tuple[int, int]] = frozenset()
 
 
 def flatten(path: Path, start: int, end: int) -> list[FlatPath]:
-    """The paths without braces that a path stands for.
+    """Expand the braces of a path into paths without braces.
+
+    Args:
+        path: the path.
+        start: the place of the pattern in its text, for errors.
+        end: the place after it.
 
     Raises:
-        PatternError: where there are too many of them.
+        PatternError: if there are more than `MAX_ALTERNATIVES` of them.
+
+    Example:
+        >>> from devmap_config.rules.pattern import parse_pattern
+        >>> paths = flatten(parse_pattern("layers.{norm,mlp.down}").path, 0, 22)
+        >>> [[segment.literal for segment in path.segments] for path in paths]
+        [['layers', 'norm'], ['layers', 'mlp', 'down']]
     """
     flattened = [FlatPath(())]
     for segment in path:
-        ways = [FlatPath((FlatSegment((), segment.start, segment.end),))]
+        expanded = [FlatPath((FlatSegment((), segment.start, segment.end),))]
         for piece in segment.pieces:
-            ways = _joined(ways, piece, start, end)
+            expanded = _joined(expanded, piece, start, end)
         flattened = [
             FlatPath(head.segments + tail.segments, head.alternatives | tail.alternatives)
             for head in flattened
-            for tail in ways
+            for tail in expanded
         ]
         _check_count(len(flattened), start, end)
     return flattened
 
 
-def _joined(ways: list[FlatPath], piece: Piece, start: int, end: int) -> list[FlatPath]:
-    """Each way with a piece put to its last segment; braces with dots begin new segments."""
+def _joined(paths: list[FlatPath], piece: Piece, start: int, end: int) -> list[FlatPath]:
+    """Return each path with a piece appended to its last segment; braces that hold dots begin new segments."""
     if not isinstance(piece, Alternatives):
-        return [_extended(way, (FlatSegment((piece,), 0, 0),), frozenset()) for way in ways]
+        return [_extended(path, (FlatSegment((piece,), 0, 0),), frozenset()) for path in paths]
     joined: list[FlatPath] = []
     for alternative in piece.paths:
         place = frozenset({(alternative[0].start, alternative[-1].end)})
         for flat in flatten(alternative, start, end):
-            joined += [_extended(way, flat.segments, flat.alternatives | place) for way in ways]
+            joined += [_extended(path, flat.segments, flat.alternatives | place) for path in paths]
             _check_count(len(joined), start, end)
     return joined
 
 
-def _extended(way: FlatPath, more: tuple[FlatSegment, ...], alternatives: frozenset[tuple[int, int]]) -> FlatPath:
-    """A way whose last segment goes on with the first of more segments, followed by the rest of them."""
-    *before, last = way.segments
+def _extended(path: FlatPath, more: tuple[FlatSegment, ...], alternatives: frozenset[tuple[int, int]]) -> FlatPath:
+    """Return a path whose last segment is continued by the first of `more`, and followed by the others."""
+    *before, last = path.segments
     first, *rest = more
     joint = FlatSegment(last.pieces + first.pieces, last.start, last.end)
     others = (FlatSegment(segment.pieces, last.start, last.end) for segment in rest)
-    return FlatPath((*before, joint, *others), way.alternatives | alternatives)
+    return FlatPath((*before, joint, *others), path.alternatives | alternatives)
 
 
 def _check_count(count: int, start: int, end: int) -> None:
@@ -221,12 +259,22 @@ def _check_count(count: int, start: int, end: int) -> None:
 
 
 State: TypeAlias = tuple[int, int]
-"""A place in the pattern: which of its paths, and how many of that path's segments are taken."""
+"""A state of the automaton: the index of a flat path, and the number of its segments that have matched."""
 
 
 @dataclass
 class _Walk:
-    """One pass over the tree with the set of places in the pattern that a node may be at."""
+    """One depth-first walk over the tree. The pattern is a nondeterministic automaton: each node is visited with its
+    states.
+
+    Attributes:
+        names: the paths that matched.
+        beyond: ranges that named too much under some parent.
+        within: the places of ranges that named nothing too much under some parent.
+        finished: the flat paths that matched something.
+        steps: pairs of node and state that were compared.
+        furthest: the deepest point of failure.
+    """
 
     pattern: PathPattern
     graph: ModelGraph
@@ -241,26 +289,26 @@ class _Walk:
         flat = flatten(self.pattern.path, 0, len(self.pattern.text))
         self.paths = [path.segments for path in flat]
         self.steps = sum(map(len, self.paths))
-        self.visit(self.graph.root, self.closed([(index, 0) for index in range(len(self.paths))]))
-        # Below a wildcard a range may reach beyond the end of some parents, but not of all.
+        self.visit(self.graph.root, self.closure([(index, 0) for index in range(len(self.paths))]))
+        # Below a wildcard, parents may have fewer indices than a range names, as long as one has enough.
         beyond = tuple(
-            each for each in self.beyond if not each.indices.after_wildcard or each.indices.start not in self.within
+            ask for ask in self.beyond if not ask.indices.after_wildcard or ask.indices.start not in self.within
         )
         alive = frozenset(place for index in self.finished for place in flat[index].alternatives)
         dead = sorted({place for path in flat for place in path.alternatives} - alive)
         names = tuple(dict.fromkeys(self.names))
         return Match(names, beyond, None if names else self.furthest, tuple(dead) if names else (), self.steps)
 
-    def closed(self, states: list[State]) -> list[State]:
-        """The states with those that `**` reaches without taking a segment, each once."""
-        closed: dict[State, None] = {}
+    def closure(self, states: list[State]) -> list[State]:
+        """Return the epsilon closure of the states: also those that a `**` reaches by standing for no segment."""
+        reached: dict[State, None] = {}
         for index, start in states:
             path, position = self.paths[index], start
-            while (index, position) not in closed:  # what follows one that is there is there as well
-                closed[index, position] = None
+            while (index, position) not in reached:  # the states that follow a reached one are reached as well
+                reached[index, position] = None
                 if position < len(path) and path[position].is_any_segments:
                     position += 1
-        return list(closed)
+        return list(reached)
 
     def take_steps(self, count: int) -> None:
         self.steps += count
@@ -284,30 +332,30 @@ class _Walk:
                 self.furthest = MatchFailure(_name(node), self.paths[index], position)
             segment = self.paths[index][position]
             if segment.is_any_segments:
-                answering: Iterable[str] = children
+                matching: Iterable[str] = children
                 then = (index, position)
             else:
-                answering = self.answering(segment, children, node)
+                matching = self.matching_children(segment, children, node)
                 then = (index, position + 1)
-            for child in answering:
+            for child in matching:
                 following.setdefault(child, []).append(then)
         for child, child_node in children.items():
             if child in following:
-                self.visit(child_node, self.closed(following[child]))
+                self.visit(child_node, self.closure(following[child]))
 
-    def answering(self, segment: FlatSegment, children: Mapping[str, Node], parent: Node) -> Iterable[str]:
-        """The children that a segment stands for."""
+    def matching_children(self, segment: FlatSegment, children: Mapping[str, Node], parent: Node) -> Iterable[str]:
+        """Return the children that a segment stands for; note ranges that name more than there are."""
         if segment.literal is not None:
             return (segment.literal,) if segment.literal in children else ()
         if segment.is_any_text:
             return children
         if segment.is_bare_range:
-            found = {child: (child,) for child in children if number_in(child) is not None}
+            numbered = {child: (child,) for child in children if number_in(child) is not None}
         else:
             matches = ((child, segment.expression.fullmatch(child)) for child in children)
-            found = {child: match.groups() for child, match in matches if match}
+            numbered = {child: match.groups() for child, match in matches if match}
         for group, indices in enumerate(segment.indices):
-            numbers = {child: int(groups[group]) for child, groups in found.items()}
+            numbers = {child: int(groups[group]) for child, groups in numbered.items()}
             existing = sorted(set(numbers.values()))
             if not existing:
                 return ()
@@ -316,12 +364,12 @@ class _Walk:
             else:
                 self.within.add(indices.start)
             selected = indices.select(existing)
-            found = {child: groups for child, groups in found.items() if numbers[child] in selected}
-        return found
+            numbered = {child: groups for child, groups in numbered.items() if numbers[child] in selected}
+        return numbered
 
 
 def children_of(node: Node) -> dict[str, Node]:
-    """What is directly below a node by its last name; tensors are leaves."""
+    """Return the children of a node by the last part of their names; tensors have none."""
     if not isinstance(node, Module):
         return {}
     start = len(node.path) + 1 if node.path else 0

@@ -1,4 +1,4 @@
-"""The pattern language: its grammar, and the tree that a pattern is parsed into."""
+"""The pattern language: its grammar, and the syntax tree that a pattern is parsed into."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ _MAX_NESTING = 16
 
 
 class PatternError(ValueError):
-    """A text is no pattern; characters `start` to `end` (exclusive) of it are wrong, `help` says what to write."""
+    """A text is not a pattern.
+
+    Attributes:
+        message: what is wrong.
+        start: the first wrong character of the text.
+        end: the character after the last wrong one.
+        help: what to write instead.
+    """
 
     def __init__(self, message: str, start: int, end: int, help: str | None = None) -> None:
         super().__init__(message)
@@ -37,14 +44,18 @@ class PatternError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class IndexRange:
-    """Integers from `first` to `last`, both included; to the end where `last` is `None`."""
+    """Integers from `first` to `last`, both included, in steps of `step`; without an end if `last` is `None`.
+
+    >>> IndexRange(0, None, step=2).select([0, 1, 2, 3])
+    [0, 2]
+    """
 
     first: int
     last: int | None
     step: int = 1
 
     def select(self, existing: Sequence[int]) -> list[int]:
-        """Those of the existing indices that are in the range."""
+        """Return those of the existing indices that are in the range."""
         return [
             index
             for index in existing
@@ -54,7 +65,15 @@ class IndexRange:
         ]
 
     def asks_beyond(self, existing: Sequence[int]) -> bool:
-        """Whether it ends after the last of the existing indices, or is a single number that is not among them."""
+        """Return whether the range names an index that does not exist.
+
+        It does if it ends after the last of `existing`, or is one number that is not among them.
+
+        >>> IndexRange(0, 7).asks_beyond([0, 1, 2, 3])
+        True
+        >>> IndexRange(2, None).asks_beyond([0, 1, 2, 3])
+        False
+        """
         if self.last is None:
             return False
         return self.last > max(existing) or (self.first == self.last and self.last not in existing)
@@ -62,20 +81,24 @@ class IndexRange:
 
 @dataclass(frozen=True, slots=True)
 class IndexSlice:
-    """A Python slice over the ascending list of the indices that exist."""
+    """A Python slice over the ascending list of the indices that exist.
+
+    >>> IndexSlice(-2, None).select([0, 1, 2, 3])
+    [2, 3]
+    """
 
     start: int | None
     stop: int | None
     step: int | None = None
 
     def select(self, existing: Sequence[int]) -> list[int]:
-        """Those of the existing indices (ascending) that the slice takes."""
+        """Return those of the existing indices, which ascend, that the slice takes."""
         return list(existing[self.start : self.stop : self.step])
 
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """These very characters."""
+    """A text that stands for itself."""
 
     text: str
 
@@ -99,9 +122,14 @@ class AnySegments:
 
 @dataclass(frozen=True, slots=True)
 class Indices:
-    """`[…]`: a whole number within a segment. `start` and `end` are its place in the text.
+    """A range in brackets, `[…]`: a whole number within a segment.
 
-    `after_wildcard` says that the parents it counts under were found by a wildcard instead of being named.
+    Attributes:
+        items: the comma-separated ranges and slices.
+        start: the place of `[` in the pattern's text.
+        end: the place after `]`.
+        after_wildcard: whether a wildcard stands before it, so that it is counted under several parents. Some of those
+            may have too few indices for it, as long as one has enough.
     """
 
     items: tuple[IndexRange | IndexSlice, ...]
@@ -110,11 +138,11 @@ class Indices:
     after_wildcard: bool = False
 
     def select(self, existing: Sequence[int]) -> frozenset[int]:
-        """Those of the existing indices (ascending) that it stands for."""
+        """Return the set of those of the existing indices, which ascend, that the range stands for."""
         return frozenset(index for item in self.items for index in item.select(existing))
 
     def asks_beyond(self, existing: Sequence[int]) -> bool:
-        """Whether one of its ranges (slices never do) asks for more than there is."""
+        """Return whether one of the ranges names an index that does not exist; slices never do."""
         return any(isinstance(item, IndexRange) and item.asks_beyond(existing) for item in self.items)
 
 
@@ -130,7 +158,7 @@ Piece: TypeAlias = Literal | AnyText | AnyCharacter | AnySegments | Indices | Al
 
 @dataclass(frozen=True, slots=True)
 class PatternSegment:
-    """What stands between two dots; `start` and `end` are its place in the text."""
+    """The part of a pattern between two dots; `start` and `end` are its place in the text."""
 
     pieces: tuple[Piece, ...]
     start: int
@@ -138,7 +166,7 @@ class PatternSegment:
 
     @property
     def literal(self) -> str | None:
-        """The one name it stands for, or `None` where it may stand for several."""
+        """The one name that the segment stands for, or `None` if it may stand for several."""
         if len(self.pieces) == 1 and isinstance(self.pieces[0], Literal):
             return self.pieces[0].text
         return None
@@ -149,7 +177,7 @@ Path: TypeAlias = tuple[PatternSegment, ...]
 
 @dataclass(frozen=True, slots=True)
 class PathPattern:
-    """A dotted path; without segments it is the whole model."""
+    """A dotted path with wildcards; without segments it stands for the whole model."""
 
     text: str
     path: Path
@@ -157,7 +185,7 @@ class PathPattern:
 
 @dataclass(frozen=True, slots=True)
 class ClassPattern:
-    """`class:Name`: every module of a class; with `scope`, those at or below what that matches."""
+    """`class:Name in path`: every module of a class; with a `scope`, those at or below what the scope matches."""
 
     text: str
     class_name: str
@@ -176,10 +204,29 @@ Pattern: TypeAlias = PathPattern | ClassPattern | RegexPattern
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern; the empty text is the whole model.
+    """Parse a pattern.
+
+    Args:
+        text: a dotted path with wildcards, `class:Name` or `re:…`; the empty text stands for the whole model.
+
+    Returns:
+        The syntax tree.
 
     Raises:
-        PatternError: with the place of what is wrong within `text`.
+        PatternError: if the text is not a pattern; it carries the place and what to write instead.
+
+    Example:
+        >>> parse_pattern("lm_head").path[0].literal
+        'lm_head'
+        >>> parse_pattern("model.layers.[0-3,8-]").path[2].pieces[0].select(range(10))
+        frozenset({0, 1, 2, 3, 8, 9})
+        >>> parse_pattern("class:LlamaMLP in model.layers.0").class_name
+        'LlamaMLP'
+        >>> try:
+        ...     parse_pattern("model.layers.1[0-9]")
+        ... except PatternError as error:
+        ...     print(error.start, error.help)
+        13 write the whole numbers: `[10-19]`, not `1[0-9]`
     """
     if text.startswith(REGEX_PREFIX):
         return _parse_regex(text)
@@ -189,7 +236,7 @@ def parse_pattern(text: str) -> Pattern:
 
 
 class CompiledExpression(Protocol):
-    """A regular expression that is compiled."""
+    """A compiled regular expression of RE2."""
 
     def fullmatch(self, text: str) -> Any:
         """Return a match of the whole text; `None` where there is none."""
@@ -199,13 +246,25 @@ class CompiledExpression(Protocol):
 
 
 def compile_expression(expression: str, most_bytes: int = 2**23) -> CompiledExpression:
-    """The compiled form of a regular expression, by an engine whose time is linear in the text."""
+    """Compile a regular expression by RE2, whose time is linear in the text that is matched.
+
+    Args:
+        expression: the expression; RE2 has no lookaround and no back-references.
+        most_bytes: the memory that the compiled expression may take.
+
+    Raises:
+        re2.error: if the expression cannot be read, or takes more memory.
+
+    Example:
+        >>> bool(compile_expression("layers[.][0-9]+").fullmatch("layers.12"))
+        True
+    """
     compiled: CompiledExpression = re2.compile(expression, engine_options(most_bytes))
     return compiled
 
 
 def engine_options(most_bytes: int) -> Any:
-    """Return what makes the engine quiet, and lets an expression take no more than so many bytes."""
+    """Return options of RE2 with which it logs nothing and gives an expression at most `most_bytes` of memory."""
     options = re2.Options()
     options.log_errors = False
     options.max_mem = most_bytes
@@ -217,7 +276,10 @@ MAX_BYTES_OF_KEYS = 2**28
 
 
 def compile_keys(keys: Iterable[str]) -> CompiledExpression:
-    """The keys of a map, as transformers joins them: most dots first, then the longest, unescaped, without an end."""
+    """Compile the keys of a `device_map` into one expression, as transformers joins them to look up a tensor.
+
+    The keys with most dots come first, then the longest; they are not escaped, and the expression has no end.
+    """
     order = sorted(keys, key=lambda key: (key.count("."), len(key)), reverse=True)
     return compile_expression("|".join(f"(?:{key})" for key in order), most_bytes=MAX_BYTES_OF_KEYS)
 
@@ -281,7 +343,7 @@ def _parse_path(text: str, start: int) -> PathPattern:
 
 
 def _check_any_segments(path: Path, *, open_left: bool, open_right: bool) -> None:
-    """Refuse a `**` that shares its segment, be it through the braces around it."""
+    """Refuse a `**` that is not alone in its segment, be it by the text around its braces."""
     for position, segment in enumerate(path):
         left = open_left and position == 0
         right = open_right and position == len(path) - 1
@@ -317,7 +379,7 @@ _NOT_IN_A_PATH = {
 
 
 class _PathParser:
-    """Reads one dotted path by recursive descent; `position` is where it stands in `text`."""
+    """A recursive-descent parser of one dotted path; `position` is the next character of `text`."""
 
     def __init__(self, text: str, position: int) -> None:
         self.text = text
@@ -501,7 +563,7 @@ class _PathParser:
         return self.text[self.position : self.position + 1]
 
     def refuse_character(self) -> NoReturn:
-        """Say what is wrong with the character here, which no path can hold at this place."""
+        """Raise the error for the next character, which cannot stand here in a path."""
         character = self.peek()
         place = (self.position, self.position + 1)
         if character.isspace():

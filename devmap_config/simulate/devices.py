@@ -1,9 +1,9 @@
-"""Simulated accelerators: tensors without data, each of which says that it is where the plan puts it.
+"""Simulated accelerators: tensors without data that answer with the device on which the plan puts them.
 
-Every tensor lives on a fake CPU. A mode around torch's functions takes every copy to a device as one; a mode around
-torch's operations notes where each result is, and refuses what a machine refuses: an operation over tensors of two
-devices. Meanwhile a fake tensor that is asked for its device answers with the simulated one. So nothing is registered
-with torch, no accelerator is touched where there is one, and nothing is left behind.
+All tensors live on one fake CPU. A mode around torch's functions intercepts copies to devices. A mode around torch's
+operations labels each result with a device, and refuses what a real machine refuses: an operation over tensors on two
+devices. While they are active, a fake tensor that is asked for its device answers with the simulated one. Nothing is
+registered with torch, no real accelerator is touched, and nothing remains afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::resize_")
 """Operations that take tensors of several devices."""
 
 MAY_BE_ABSENT = ("aten::detach", "aten::alias")
-"""What accelerate does to a weight that is not copied in as it sets it; whatever else is done to it is to read it."""
+"""Operations by which accelerate sets a weight that is not copied in; every other one would read it."""
 
 INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 """Operations whose indices may be on the CPU, wherever the tensor is that they index."""
@@ -58,10 +58,13 @@ GETTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor of an operation: its device, and the module that made it or the name of the weight that it is.
+    """A tensor of an operation.
 
-    `blocks` are those that it comes of: the block that made it, or, outside of blocks, all that made what it was made
-    of.
+    Attributes:
+        device: its device.
+        made_by: the module that made it, or that holds it.
+        weight: its name, if it is a weight.
+        blocks: the blocks that it derives from: the block that made it or, outside of blocks, those of all its sources.
     """
 
     device: Device
@@ -71,9 +74,13 @@ class Operand:
 
 
 class DeviceMismatchError(Exception):
-    """An operation over tensors of two devices: `operands` has one of each; `running` is the innermost module.
+    """An operation over tensors on two devices.
 
-    Where the first of them is `NOWHERE`, it is a weight that was not copied in, whatever the others are.
+    Attributes:
+        operation: the name of the operation.
+        operands: one tensor of each device. If the first is on `NOWHERE`, it is a weight that was not copied in,
+            whatever the others are.
+        running: the innermost module that was running.
     """
 
     def __init__(self, operation: str, operands: Sequence[Operand], running: str) -> None:
@@ -87,14 +94,14 @@ class DeviceMismatchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Phase(RecordedEvent):
-    """A part of the dry run begins, before anything runs."""
+    """An event: a part of the dry run begins."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceCopy(RecordedEvent):
-    """Bytes that went from one device to another."""
+    """An event: bytes were copied from one device to another."""
 
     source: Device
     target: Device
@@ -104,16 +111,20 @@ class DeviceCopy(RecordedEvent):
 
 @dataclass(frozen=True, slots=True)
 class Call(RecordedEvent):
-    """The innermost running module is left: where what it returns is."""
+    """An event: a module has returned a tensor on this device."""
 
     device: Device
 
 
 class SimulatedDevices(Recorder):
-    """Where every tensor is, and what went from one device to another.
+    """Labels every tensor with its device, and records copies between devices.
 
-    `accelerators` are the plan's, in the order of their simulated indices; `weights` the names of the weights by their
-    storage, `known` all the tensors that were there before; `traffic` tells what is placed as a whole.
+    Args:
+        accelerators: the plan's accelerators, in the order of their simulated indices.
+        modules: the paths of modules by their id.
+        known: the tensors that exist beforehand.
+        weights: the names of weights by their storage.
+        traffic: records what passes between blocks.
     """
 
     def __init__(
@@ -127,15 +138,15 @@ class SimulatedDevices(Recorder):
         super().__init__(modules, known, traffic)
         self.blocks = traffic.blocks
         self.given: frozenset[int] = frozenset()
-        """The numbers of what the block that runs was given: wherever it is, it was brought along."""
+        """The serial numbers of the inputs of the running block, which were brought along wherever they are."""
         self.accelerators = tuple(accelerators)
         self.weights = weights
         self.asked: torch.Tensor | None = None
-        """The weight that was last asked where it is while it was not copied in: what is sent there is lost."""
+        """The weight that was last asked for its device while it was not copied in: a tensor sent there is lost."""
         self.origins: dict[int, dict[str, None]] = {}
-        """The blocks that each storage that was noted comes of, by its number."""
+        """The blocks that each noted storage derives from, by its serial number."""
         self.at: dict[int, Device] = {}
-        """The device of each storage that was noted, by its number."""
+        """The device of each noted storage, by its serial number."""
         self._put: dict[int, Device] = {}
         self._torch_devices = {
             device: torch.device(ACCELERATOR, index) for index, device in enumerate(self.accelerators)
@@ -146,7 +157,7 @@ class SimulatedDevices(Recorder):
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Watch what runs; tensors are on simulated devices within."""
+        """Watch what runs; within the context, tensors are on simulated devices."""
 
         def device(tensor: torch.Tensor, of_torch: Callable[[], torch.device]) -> torch.device:
             # torch's own code, which runs within a function or an operation, must go on seeing the CPU.
@@ -161,7 +172,7 @@ class SimulatedDevices(Recorder):
             yield
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
-        """A module begins to run."""
+        """Note that a module begins to run."""
         with self.within_torch():
             super().enter(module, arguments, options)
             if self.innermost in self.blocks:
@@ -169,7 +180,7 @@ class SimulatedDevices(Recorder):
                 self.given = frozenset(serial for serial in serials if serial is not None)
 
     def leave(self, module: torch.nn.Module, arguments: Any, options: Any, output: Any) -> None:
-        """A module has run, or failed, which returns nothing."""
+        """Note that a module has returned `output`, or has failed."""
         with self.within_torch():
             first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if first is not None and (device := self.of(first)) is not None:
@@ -178,7 +189,7 @@ class SimulatedDevices(Recorder):
 
     @contextmanager
     def within_torch(self) -> Iterator[None]:
-        """Code of torch runs within: tensors answer as torch made them."""
+        """Let torch's own code run: within the context, tensors answer with their real device."""
         self._depth += 1
         try:
             with without_functions():
@@ -196,7 +207,7 @@ class SimulatedDevices(Recorder):
             device = self.of(inputs[0]) if inputs else None
         elif self._explicit is None:
             if name in INDEXES:
-                indices = (each for each in tensors_in(arguments[1]) if self.of(each) != CPU)
+                indices = (index for index in tensors_in(arguments[1]) if self.of(index) != CPU)
                 inputs = [arguments[0], *indices, *tensors_in(arguments[2:])]
             device = self.check(name.removeprefix("aten::"), inputs)
         with self.within_torch():
@@ -209,15 +220,15 @@ class SimulatedDevices(Recorder):
         return result
 
     def trace(self, inputs: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor]) -> None:
-        """Note which blocks the results of an operation come of."""
+        """Note the blocks that the results of an operation derive from."""
         block = self.running_block
-        found = {block: None} if block else {path: None for tensor in inputs for path in self.origins_of(tensor)}
-        for tensor in outputs if found else ():
+        origins = {block: None} if block else {path: None for tensor in inputs for path in self.origins_of(tensor)}
+        for tensor in outputs if origins else ():
             if (serial := self.serial_of(tensor)) is not None:
-                self.origins.setdefault(serial, {}).update(found)
+                self.origins.setdefault(serial, {}).update(origins)
 
     def origins_of(self, tensor: torch.Tensor) -> Iterable[str]:
-        """The blocks that a tensor comes of."""
+        """Return the blocks that a tensor derives from."""
         if (weight := self.weights.get(storage_key(tensor))) is not None:
             return [path for path in ancestors(weight) if path in self.blocks]
         return self.origins.get(self.serial_of(tensor) or -1, ())
@@ -228,14 +239,14 @@ class SimulatedDevices(Recorder):
         return next((path for path in reversed(self.running) if path in self.blocks), None)
 
     def put(self, tensor: torch.Tensor, device: Device) -> None:
-        """Say where something is that was there before."""
+        """Label a tensor that exists already with its device."""
         key = storage_key(tensor)
-        if key not in self._put:  # once it is gone, something else may have its address
+        if key not in self._put:  # when it is freed, another tensor may get its address
             finalize(tensor.untyped_storage(), self._put.pop, key, None)
         self._put[key] = device
 
     def of(self, tensor: torch.Tensor) -> Device | None:
-        """The device of a tensor; `None` where that cannot be told, as of what a model keeps on meta for itself."""
+        """Return the device of a tensor, or `None` if it has none, such as a constant that a model keeps on meta."""
         serial = self.serial_of(tensor)
         if serial is not None:
             return self.at.get(serial, CPU)
@@ -244,24 +255,29 @@ class SimulatedDevices(Recorder):
         return None if tensor.is_meta else CPU
 
     def torch_device(self, device: Device | None) -> torch.device:
-        """What a tensor on this device says of it."""
+        """Return the `torch.device` with which a tensor on this device answers."""
         return TORCH_CPU if device is None else self._torch_devices.get(device, TORCH_CPU)
 
     def named(self, device: Any) -> Device:
-        """The device that torch's own name for it means here; without an index, the first accelerator."""
+        """Return the device that torch's name for it means here; without an index, the first accelerator."""
         if isinstance(device, int) and not isinstance(device, bool):
             return self.accelerators[device]
-        wanted = torch.device(device)
-        if wanted.type in ("cpu", "meta") or not self.accelerators:
-            return Device(wanted.type)
-        return self.accelerators[wanted.index or 0]
+        name = torch.device(device)
+        if name.type in ("cpu", "meta") or not self.accelerators:
+            return Device(name.type)
+        return self.accelerators[name.index or 0]
 
     def moved(
         self, tensor: torch.Tensor, target: Device, *, source: Device | None = None, size_bytes: int | None = None
     ) -> torch.Tensor:
-        """A copy of a tensor on another device; one that is there already stays as it is.
+        """Return a copy of a tensor on another device, and record the copy; a tensor that is there already is returned
+        itself.
 
-        `size_bytes` is what crosses, where that is not what the tensor shows.
+        Args:
+            tensor: the tensor.
+            target: the device to copy to.
+            source: the device to copy from, if not the tensor's own.
+            size_bytes: the bytes that are copied, if not those of the tensor's elements.
         """
         here = source or self.of(tensor)
         if here == target or here is None:
@@ -276,7 +292,10 @@ class SimulatedDevices(Recorder):
 
     @contextmanager
     def making_on(self, device: Device | None, inherited: Device = CPU) -> Iterator[None]:
-        """What is made within is on this device; without one, on that of what it is made from, else the inherited."""
+        """Put tensors that are made within the context on `device`.
+
+        With `None`, a tensor is on the device of those that it is made from, or else on `inherited`.
+        """
         before = (self._explicit, self._inherited)
         self._explicit, self._inherited = device or self._explicit, inherited
         try:
@@ -286,37 +305,37 @@ class SimulatedDevices(Recorder):
 
     @property
     def innermost(self) -> str:
-        """The innermost module that is running."""
+        """The path of the innermost module that is running."""
         return self.running[-1] if self.running else ""
 
     def check(self, name: str, tensors: Iterable[torch.Tensor]) -> Device:
-        """The device of an operation over these tensors. A number on the CPU goes with any.
+        """Return the device of an operation over these tensors. A scalar on the CPU goes with any device.
 
         Raises:
-            DeviceMismatchError: where there are two.
+            DeviceMismatchError: if they are on two devices.
         """
-        found: dict[Device, list[torch.Tensor]] = {}
-        numbers = False
+        by_device: dict[Device, list[torch.Tensor]] = {}
+        has_scalars = False
         for tensor in tensors:
             device = self.of(tensor)
             if device is None:
                 continue
             if device == CPU and tensor.dim() == 0:
-                numbers = True
+                has_scalars = True
                 continue
-            found.setdefault(device, []).append(tensor)
-        if len(found) > 1:
-            operands = [self._operand(device, of_device) for device, of_device in found.items()]
+            by_device.setdefault(device, []).append(tensor)
+        if len(by_device) > 1:
+            operands = [self._operand(device, of_device) for device, of_device in by_device.items()]
             raise DeviceMismatchError(name, operands, self.innermost)
-        if found:
-            return next(iter(found))
-        return CPU if numbers else self._inherited
+        if by_device:
+            return next(iter(by_device))
+        return CPU if has_scalars else self._inherited
 
     def require_present(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Refuse an operation over a weight that is not copied in: there is nothing in its place.
+        """Refuse an operation that reads a weight which was not copied in: on a real machine it has no data then.
 
         Raises:
-            DeviceMismatchError: where there is one; it is the first operand.
+            DeviceMismatchError: if there is one; it is the first operand.
         """
         absent = next((tensor for tensor in tensors if self.of(tensor) == NOWHERE), None)
         if absent is not None:
@@ -327,16 +346,16 @@ class SimulatedDevices(Recorder):
             raise DeviceMismatchError(name, operands, self.innermost)
 
     def label(self, tensors: Iterable[torch.Tensor], device: Device) -> None:
-        """Note where the results of an operation are; what was there before stays where it is."""
+        """Label the results of an operation with their device; tensors that existed before keep theirs."""
         for tensor in tensors:
             if self._explicit is not None:
-                self.note(tensor)  # what is made from a list of numbers comes as if it had been there
+                self.note(tensor)  # a tensor made of Python numbers appears without an operation that makes it
             serial = self.serial_of(tensor)
             if serial is not None:
                 self.at.setdefault(serial, self._explicit or device)
 
     def _operand(self, device: Device, tensors: Sequence[torch.Tensor]) -> Operand:
-        """The tensors of an operation that are on one device, by the first of them and the blocks that all come of."""
+        """Describe the tensors of an operation that are on one device, by the first of them and the origins of all."""
         weight = self.weights.get(storage_key(tensors[0]))
         serial = self.serial_of(tensors[0])
         made_by = self.maker.get(serial, "") if serial is not None else (weight or "").rpartition(".")[0]
@@ -351,7 +370,7 @@ class SimulatedDevices(Recorder):
 
 
 class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read by the type checker
-    """Answers for the devices of tensors, and keeps every device that is asked for from torch."""
+    """Intercepts torch's functions: answers for the devices of tensors, and simulates copies to a device."""
 
     def __init__(self, devices: SimulatedDevices) -> None:
         super().__init__()
@@ -366,13 +385,13 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
         if function in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             return self._converted(function, arguments, options)
         explicit = None
-        if (wanted := options.get("device")) is not None:
-            explicit = devices.named(wanted)
+        if (requested := options.get("device")) is not None:
+            explicit = devices.named(requested)
             options["device"] = str(explicit if explicit == NOWHERE else CPU)
             if function in (torch.as_tensor, torch.asarray) and isinstance(arguments[0], torch.Tensor):
                 return devices.moved(function(*arguments, **options), explicit)
         tensors = list(tensors_in((arguments, options)))
-        inherited = next((at for each in tensors if each.dim() and (at := devices.of(each))), CPU)
+        inherited = next((at for tensor in tensors if tensor.dim() and (at := devices.of(tensor))), CPU)
         if function is TORCH_ATTENTION:
             devices.check("scaled_dot_product_attention", tensors)
             devices.traffic.operate(map(devices.serial_of, tensors), ())
@@ -389,29 +408,29 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch is not read 
         return getter == "is_cpu" and device.type == "cpu"
 
     def _converted(self, function: Any, arguments: Any, options: dict[str, Any]) -> torch.Tensor:
-        """A tensor on the device, and in the dtype, that `to` and its like ask for."""
+        """Return the tensor on the device, and in the dtype, that `to`, `cpu` or `cuda` asks for."""
         tensor, *rest = arguments
         target: Device | None = None
         if function is torch.Tensor.cpu:
             target, rest = CPU, []
         elif function is torch.Tensor.cuda:
-            wanted = rest.pop(0) if rest else options.pop("device", None)
-            target = self.devices.named(0 if wanted is None else wanted)
-        elif (wanted := options.pop("device", None)) is not None:
-            target = self.devices.named(wanted)
+            requested = rest.pop(0) if rest else options.pop("device", None)
+            target = self.devices.named(0 if requested is None else requested)
+        elif (requested := options.pop("device", None)) is not None:
+            target = self.devices.named(requested)
         elif rest and isinstance(rest[0], torch.Tensor):
             other = rest.pop(0)
             target, rest = self.devices.of(other), [other.dtype, *rest]
         elif rest and (rest[0] is None or isinstance(rest[0], (str, int, torch.device))):
-            wanted = rest.pop(0)
-            target = None if wanted is None else self.devices.named(wanted)
+            requested = rest.pop(0)
+            target = None if requested is None else self.devices.named(requested)
         if target == NOWHERE and self.devices.asked is not None:
             self.devices.require_present("to", [self.devices.asked, tensor])
         moved = tensor if target in (None, NOWHERE) else self.devices.moved(tensor, target)
         options.pop("other", None)
         options.pop("non_blocking", None)
-        flags = [each for each in rest if isinstance(each, torch.dtype)]
-        dtype = options.pop("dtype", None) or next(iter(flags), None) or moved.dtype
+        dtypes = [argument for argument in rest if isinstance(argument, torch.dtype)]
+        dtype = options.pop("dtype", None) or next(iter(dtypes), None) or moved.dtype
         with self.devices.within_torch():
             converted: torch.Tensor = moved.to(dtype, **options)
         return converted

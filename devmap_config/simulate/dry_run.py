@@ -1,4 +1,4 @@
-"""Runs a plan's prefill and decode steps on simulated accelerators, through accelerate's own hooks."""
+"""The dry run: a plan's prefill and decode steps on simulated accelerators, through accelerate's own hooks."""
 
 from __future__ import annotations
 
@@ -48,24 +48,28 @@ if TYPE_CHECKING:
 INPUT_NAMES = ("input_ids", "decoder_input_ids", "input_features")
 
 WITHOUT_WORKLOAD = WorkloadShape(batch_size=1, context_length=16, prompt_length=16)
-"""What is run where the profile names no context: enough to see whether the plan runs."""
+"""The workload if the profile names no context: enough to see that the plan runs."""
 
 
 MOST_LAUNCHES = 20_000
-"""A prefill of more operations is of code that goes from token to token (state spaces without their kernels)."""
+"""The most operations of a prefill at full length; code with more loops over tokens (state spaces without kernels)."""
 
 SHORT_PROMPT = 8
-"""So many tokens are then prefilled: enough to see whether the plan runs, and a matter of seconds."""
+"""The tokens of a prompt in place of one with too many operations: they take seconds."""
 
 
 def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_tokens: int = 1) -> Simulation:
-    """Run a model that was built on the meta device as the plan places it; the model is of no use afterwards.
+    """Run a model as its plan places it, on simulated accelerators.
 
     Args:
-        model: the model.
-        graph: its graph.
-        plan: where everything is and runs.
-        decoded_tokens: how many tokens are run after the prefill; what is told of decoding is of the last one.
+        model: the model, built on the meta device; it is unusable afterwards.
+        graph: its module tree.
+        plan: the location of every tensor, and the executor.
+        decoded_tokens: the number of tokens to decode after the prefill; figures of decoding are those of the last.
+
+    Returns:
+        The outcome: the plan runs, an operation mixes devices, or the model's code could not be run. With it the bytes
+        on each device, block by block, and the bytes over each link.
     """
     workload = WITHOUT_WORKLOAD
     if graph.measurement is not None:
@@ -78,7 +82,7 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
 def _dry_run(
     model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: WorkloadShape, decoded_tokens: int
 ) -> Simulation:
-    # What comes of blocks that stand still and is no dry run comes again, or does not, where all are run.
+    # If it fails with blocks left out, whatever the reason, all of them are run: the failure repeats if it is real.
     with suppress(Exception):
         return _simulation(model, graph, plan, workload, decoded_tokens, spares_blocks=True)
     try:
@@ -100,20 +104,20 @@ def _simulation(
     *,
     spares_blocks: bool,
 ) -> Simulation:
-    """Run the model; with `spares_blocks`, only two of those that are alike and placed alike.
+    """Run the model; with `spares_blocks`, only two of each group of blocks that are alike and placed alike.
 
     Raises:
-        NotAlikeError: where blocks are not as much alike as that, or the plan does not run after one stood still.
+        NotAlikeError: if the blocks are not alike after all, or if the plan does not run after a block was left out.
     """
     media_use = None if graph.measurement is None else graph.measurement.media
     holds_media = media_use is not None and media_use.problem is None
     with torch.no_grad(), tensors_without_data():
-        run = _DryRun.of(model, graph, plan)  # of whose tensors no values are known
+        run = _DryRun.of(model, graph, plan)  # before values are tracked: those of weights do not exist
         with knowing_values() if holds_media else nullcontext():
             media = media_of(model, workload) if holds_media else ()
             try:
                 with run.dispatched(spares_blocks=spares_blocks):
-                    if media:  # text alone must run as well; what is told is of a prompt with all that it holds
+                    if media:  # text alone must run as well; the figures are those of the prompt with media
                         run.forwards(Forwards(model, workload.text_alone, offloads=True), decoded_tokens)
                     run.forwards(Forwards(model, workload, media, offloads=True), decoded_tokens)
                     run.towers()
@@ -125,10 +129,11 @@ def _simulation(
 
 
 def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: WorkloadShape) -> Simulation | None:
-    """The dry run of a model whose code needs data, up to a weight that nothing copies in; `None` without one.
+    """Look for a read of a weight that nothing copies in, in a model whose code needs values and so cannot be run
+    whole.
 
-    A module that fails gives back what it was given. So the rest of the model is run, and though nothing else can be
-    told of it: on a CPU, such a weight makes wrong numbers where it makes no error.
+    A module that fails returns its input, so that the rest of the model runs. Nothing else can be learnt from such a
+    run, but this is worth it: on a CPU, such a weight makes wrong numbers instead of an error.
     """
     with torch.no_grad(), tensors_without_data():
         run = _DryRun.of(model, graph, plan)
@@ -145,7 +150,7 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
 
 
 def _absent_by_its_code(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation | None:
-    """A weight that nothing copies in, and that a module's code reads without calling what holds it; `None` without."""
+    """Look in the source of modules for weights that are read without a call of their module, and not copied in."""
     for path, name in read_without_a_call(model):
         if (location := plan.locations.get(TensorName(name))) is None:  # one of several names of a tensor
             continue
@@ -179,7 +184,7 @@ def _or_what_is_given(forward: Callable[..., Any]) -> Callable[..., Any]:
         except DeviceMismatchError:
             raise
         except Exception:
-            given = next((each for each in tensors_in((arguments, options)) if each.is_floating_point()), None)
+            given = next((tensor for tensor in tensors_in((arguments, options)) if tensor.is_floating_point()), None)
             if given is None:
                 raise
             return torch.empty_like(given)
@@ -188,17 +193,19 @@ def _or_what_is_given(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _runnable(measurement: Measurement) -> WorkloadShape:
-    """The workload, with a short prompt where a long one would take minutes."""
+    """Return the workload, with a short prompt if a long one would take minutes."""
     prefill = sum(cost.prefill_launches for cost in measurement.modules)
     decode = sum(cost.decode_launches for cost in measurement.modules)
     if prefill <= MOST_LAUNCHES or prefill <= 3 * decode:
         return measurement.workload
-    held = 0 if measurement.media is None else measurement.media.tokens
-    return replace(measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT + held))
+    media_tokens = 0 if measurement.media is None else measurement.media.tokens
+    return replace(
+        measurement.workload, prompt_length=min(measurement.workload.prompt_length, SHORT_PROMPT + media_tokens)
+    )
 
 
 def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
-    """Where the parts of each block are stored and run, and where the block before it runs, which gives to it."""
+    """Return for each block the locations of its parts, and the devices of the block before it, which feeds it."""
     parts: dict[str, list[tuple[str, Location]]] = {path: [] for path in graph.blocks}
     for each in plan.assignments:
         if block := _block_around(each.unit, graph):
@@ -214,13 +221,13 @@ def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
 
 
 def _block_around(path: str, graph: ModelGraph) -> str:
-    """The block that a module is, or is within; `""` where it is in none."""
+    """Return the block that a module is, or is within; `""` outside of blocks."""
     return next((each for each in (path, *ancestors(path)) if each in graph.blocks), "")
 
 
 @dataclass
 class _DryRun:
-    """A dry run as it goes on."""
+    """The state of a dry run."""
 
     model: PreTrainedModel
     graph: ModelGraph
@@ -233,14 +240,16 @@ class _DryRun:
 
     @classmethod
     def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _DryRun:
-        """A run that is about to begin."""
+        """Return a run that has not begun: weights are where the plan puts them."""
         hold_in_buffers(model, graph)
         known = replace_tensors(model)
-        held = tensors_of(model)
-        absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in held.items()}
+        weights = tensors_of(model)
+        absent = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in weights.items()}
         paths = {id(module): path for path, module in model.named_modules()}
         accelerators = tuple(use.id for use in plan.devices if use.id.is_accelerator)
-        names = {storage_key(tensor): name for tensors in (held, absent) for name, tensor in reversed(tensors.items())}
+        names = {
+            storage_key(tensor): name for tensors in (weights, absent) for name, tensor in reversed(tensors.items())
+        }
         traffic = Traffic(dict.fromkeys(graph.blocks), frozenset(graph.skip_keys))
         devices = SimulatedDevices(accelerators, paths, (*known, *absent.values()), names, traffic)
         for tensor in absent.values():
@@ -250,15 +259,15 @@ class _DryRun:
 
     @contextmanager
     def dispatched(self, *, spares_blocks: bool = False) -> Iterator[None]:
-        """The model with its hooks, on simulated devices, watched."""
+        """Attach the plan's hooks to the model, and watch it, while the context lasts."""
         with self.devices.watching(self.model):
-            if spares_blocks:  # a tensor then says where the plan has it, which makes blocks alike or not
+            if spares_blocks:  # within the mode: where the plan has a block's tensors is one of its traits
                 self.kinds = kinds_of(self.model, self.graph.blocks, _placement_of_blocks(self.graph, self.plan).get)
             with dispatched(self.model, self.plan, self.graph, self.devices, self.absent), streams_without_a_card():
                 yield
 
     def forwards(self, forwards: Forwards, decoded_tokens: int) -> None:
-        """A prefill, and tokens after it where the model keeps a cache."""
+        """Run a prefill and, if the model keeps a cache, decode tokens after it."""
         workload = forwards.workload
         self._begin("prefill")
         cache = self._run(forwards, self._given(forwards, forwards.prefill_inputs, workload.prompt_length))
@@ -281,7 +290,7 @@ class _DryRun:
         return cache
 
     def towers(self) -> None:
-        """Run the models within the model that text alone does not call, where not all of one is in one place."""
+        """Run each model within the model that text alone does not call, such as a vision tower, if it is split."""
         before = self.phase
         self._begin(TOWERS)
         for tower in self._idle_towers():
@@ -292,20 +301,20 @@ class _DryRun:
                     tower(**inputs)
                 except DeviceMismatchError:
                     raise
-                except Exception:  # noqa: S112 - it may want other inputs, or data
+                except Exception:  # noqa: S112 - it may need other inputs, or values
                     continue
                 break
         self.phase = before
 
     def _idle_towers(self) -> Iterator[PreTrainedModel]:
         called = {path for _, path, _ in self._replay.calls}
-        found: list[str] = []
+        towers: list[str] = []
         for path, module in self.model.named_modules():
-            if not path or any(is_within(path, other) for other in found) or not hasattr(module, "main_input_name"):
+            if not path or any(is_within(path, other) for other in towers) or not hasattr(module, "main_input_name"):
                 continue
             if any(is_within(other, path) for other in called):
                 continue
-            found.append(path)
+            towers.append(path)
             units = {path, *ancestors(path)}
             locations = {
                 each.location for each in self.plan.assignments if each.unit in units or is_within(each.unit, path)
@@ -314,19 +323,21 @@ class _DryRun:
                 yield module
 
     def _note_cache(self, cache: Any) -> None:
-        shown: dict[Device, dict[str, int]] = {}
-        for tensor in cache_tensors(cache):  # of which none may be held on to: what a step makes anew, it lets go
-            if not tensor.dim():  # a number that a layer keeps of itself, also where its block stood still
+        sizes_on: dict[Device, dict[str, int]] = {}
+        for tensor in cache_tensors(
+            cache
+        ):  # no reference may remain, or the cache that a step replaces would count as live
+            if not tensor.dim():  # a counter of a layer, which exists also if its block was left out
                 continue
             maker = self.devices.maker.get(self.devices.serial_of(tensor) or -1, "")
-            on_device = shown.setdefault(self.devices.of(tensor) or CPU, {})
+            on_device = sizes_on.setdefault(self.devices.of(tensor) or CPU, {})
             on_device[maker] = on_device.get(maker, 0) + shown_bytes(tensor)
         self.cache_bytes = {
-            device: sum(spread(sizes, self.devices.repeated).values()) for device, sizes in shown.items()
+            device: sum(spread(sizes, self.devices.repeated).values()) for device, sizes in sizes_on.items()
         }
 
     def _given(self, forwards: Forwards, inputs_for: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
-        """Inputs on the main device, where `generate` wants them."""
+        """Return inputs on the main device, as `generate` gives them."""
         with self.devices.ignoring():
             inputs = inputs_for(argument)
         for name, value in inputs.items():
@@ -341,7 +352,7 @@ class _DryRun:
     # What was seen
 
     def simulation(self, *, mismatch: DeviceMismatchError | None = None) -> Simulation:
-        """What was seen until now."""
+        """Return the result of what has run so far."""
         replay = self._replay
         return Simulation(
             outcome="runs" if mismatch is None else "mismatch",
