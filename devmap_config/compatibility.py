@@ -1,4 +1,4 @@
-"""Whether machine, model and checkpoint go together: the dtype, the quantizer's devices, what is stored."""
+"""Checks that machine, model and checkpoint go together: the dtype, the quantizer's devices, what is stored."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    """How many words a model knows, by its config."""
+    """Return the number of tokens that a model knows, by its config."""
     text = config.get("text_config")
     found = (text if isinstance(text, dict) else config).get("vocab_size", config.get("vocab_size"))
     return found if isinstance(found, int) else None

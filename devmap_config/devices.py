@@ -62,7 +62,7 @@ class Device:
 
     @property
     def is_accelerator(self) -> bool:
-        """Whether modules on this device run there without being streamed: all but the CPU and the disk."""
+        """True for all devices but `cpu` and `disk`: weights that are stored there are not streamed."""
         return self.of_its_host not in STORAGE_DEVICES
 
     @property

@@ -39,7 +39,7 @@ class CacheComparison:
 
     @property
     def nanoseconds(self) -> tuple[int | None, int | None]:
-        """What a token takes of each."""
+        """The time of a token with each of the two caches; `None` if it is not known."""
         there, offloaded = self.plans
         return (
             None if there is None else there.prediction.decode_nanoseconds_per_token,
@@ -48,7 +48,9 @@ class CacheComparison:
 
     @property
     def better(self) -> int | None:
-        """Which of the two is there alone, or takes less for a token; `None` where that is not known."""
+        """The index of the cache that alone has a plan, or with which a token takes less; `None` if that is
+        not known.
+        """
         fitting = [number for number, plan in enumerate(self.plans) if plan is not None]
         if len(fitting) == 1:
             return fitting[0]

@@ -75,7 +75,7 @@ def _data(results: Sequence[Checked]) -> dict[str, object]:
 
 
 def _summary(results: Sequence[Checked]) -> str:
-    """What became of the profiles, in one line: `12 locks up to date, 1 lock is stale`."""
+    """Return the outcomes of all profiles in one line: `12 locks up to date, 1 lock is stale`."""
     states = [checked.state for checked in results]
     counted = ((states.count(state), WORDS[state]) for state in reversed(EXIT_CODES) if state in states)
     return ", ".join(f"{count} {words[0] if count == 1 else words[1]}" for count, words in counted)

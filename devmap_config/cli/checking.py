@@ -40,7 +40,7 @@ MAX_PROCESSES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What checking one profile found, as data that passes between processes."""
+    """The result of checking one profile, as data that passes between processes."""
 
     profile: Path
     state: State

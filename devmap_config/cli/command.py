@@ -1,4 +1,4 @@
-"""What commands have in common: options, failures reported in the format that was asked for, exit codes."""
+"""The common parts of commands: options, failures in the format that was asked for, exit codes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _made(name: str, function: Function, *formats: str, options: tuple[Decorator
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
-    """What every command on profiles is told besides the profile."""
+    """The options that every command on profiles takes."""
 
     output_format: str = "table"
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class ProfileOptions:
 
     @property
     def shows_tables(self) -> bool:
-        """Whether what was found is printed for people."""
+        """True if results are printed for people."""
         return self.output_format == "table" and not self.quiet
 
     @property

@@ -1,4 +1,4 @@
-"""What is told of a plan's adapter and of its draft model."""
+"""The sentences about a plan's adapter and its draft model."""
 
 from __future__ import annotations
 

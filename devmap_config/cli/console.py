@@ -1,4 +1,4 @@
-"""What rich prints: escaped, and without the markup and emoji that names may look like."""
+"""Printing by rich: everything is escaped, and names that look like markup or emoji are printed as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands exit with."""
+"""The exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How a command ended; scripts rely on these numbers."""
+    """The outcome of a command; scripts rely on these numbers."""
 
     DONE = 0
     WRONG = 1

@@ -166,7 +166,7 @@ def _holdings(plan: Plan, use: DeviceUse) -> str:
 
 
 def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
-    """How fast the plan is."""
+    """Yield sentences about the plan's predicted times."""
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     if decode is not None and bound is not None:
         gap = 100 * (decode - bound) / bound
@@ -181,7 +181,7 @@ def _predictions(prediction: Prediction, graph: ModelGraph) -> Iterator[str]:
 
 
 def _waits(compiled: Compiled) -> Iterator[str]:
-    """What each phase waits for: what it would take, were that twice as fast."""
+    """Yield a sentence for each phase: the time that it would take if its slowest resource were twice as fast."""
     for phase, found in waits(compiled).items():
         times = [f"{each['what']} ({format_duration(each['nanoseconds'])})" for each in found]
         if times:
@@ -209,7 +209,7 @@ def waits(compiled: Compiled) -> dict[Phase, list[dict[str, Any]]]:
 
 
 def _room_for_context(longest: int, measurement: Measurement) -> str:
-    """How far the context may grow, and what ends it."""
+    """Return a sentence about the longest context, and what ends it."""
     positions, before = measurement.positions, measurement.workload.context_length
     if longest < before:
         return f"The model is meant for {counted(longest, 'token')}, fewer than are asked for."
@@ -227,7 +227,7 @@ def _percent(share: float) -> str:
 
 
 def _preference(plan: Plan) -> Iterator[str]:
-    """What the fastest plan takes, and by which wish beside time this one was preferred to it."""
+    """Yield sentences about the fastest plan, and the wish besides time by which this one was preferred to it."""
     from devmap_config.plan.comparison import deciding_wish
     from devmap_config.plan.plan import FASTEST, OWN
 
@@ -242,7 +242,7 @@ def _preference(plan: Plan) -> Iterator[str]:
 
 
 def _pace(plan: Plan) -> Iterator[str]:
-    """What crosses, is copied in, and computes elsewhere."""
+    """Yield sentences about transfers, streamed weights, and modules that compute elsewhere."""
     from devmap_config.rules.folding import fold_paths
 
     if plan.prediction.hops:
@@ -258,7 +258,7 @@ def _pace(plan: Plan) -> Iterator[str]:
 
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
-    """Why a module or tensor is where it is, and what another place would take."""
+    """Yield the reasons for which a module or tensor is where it is, and the costs of other places."""
     plan, graph = compiled.plan, compiled.graph
     if plan.pipeline is not None:
         yield from why(compiled, name)

@@ -29,7 +29,7 @@ WITHOUT_FIGURES = "fewest-devices"
 
 @dataclass(frozen=True)
 class Row:
-    """What was found on one machine: the fastest plan, the one with the longest context; or why nothing fits."""
+    """The result for one machine: the fastest plan and the one with the longest context, or why nothing fits."""
 
     machine: str
     fastest: Compiled | None = None

@@ -116,7 +116,7 @@ def init(
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions:
-    """What a user asks of a first profile; `None` is left to be found."""
+    """The options of a first profile; what is `None` is found out."""
 
     source: str
     hardware: Hardware
@@ -130,7 +130,7 @@ class InitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileDraft:
-    """What may become the first profile; `spare` are devices of the machine that it does without."""
+    """A candidate for the first profile; `spare` are devices of the machine that it does not use."""
 
     dtype: str | None = None
     context_length: int | None

@@ -1,4 +1,4 @@
-"""What running a model costs, block by block, for reading: blocks that cost the same in one line."""
+"""The measured costs of a model, block by block, for reading: blocks with equal costs in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCost:
-    """What one block costs with all that is within; operations are floating-point operations."""
+    """The costs of one block with everything in it; operations are floating-point operations."""
 
     weights_bytes: int
     cache_bytes: int

@@ -57,7 +57,7 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:
-    """How much the weights are, and in what: `6.9 GiB in float16, gptq 4 bit`."""
+    """Return the size and the format of the weights: `6.9 GiB in float16, gptq 4 bit`."""
     words = f"{format_bytes(model.graph.size_bytes)} in {model.dtype}"
     if model.quantization is None:
         return words
@@ -111,14 +111,14 @@ def _notes(
 
 
 def memory_in_words(memory: ProcessMemory) -> str:
-    """What a process holds that runs a plan of the CPU."""
+    """Return a sentence about the memory of a process that runs a plan on the CPU."""
     own, files, most = map(format_bytes, (memory.anonymous_bytes, memory.file_bytes, memory.peak_bytes))
     libraries = format_bytes(memory.library_file_bytes)
     return f"process holds {own} of its own, {files} of the model's files and {libraries} of libraries', {most} at most"
 
 
 def _besides_text(model: LoadedModel) -> str:
-    """How many tokens of the prompt images and sound take; or that none were tried of a model that takes them."""
+    """Return a note on the tokens that images and sound take of the prompt, or that none were measured."""
     measurement = model.graph.measurement
     if measurement is None or not measurement.measured:
         return ""
@@ -157,7 +157,7 @@ def _in_transformers(plan: Plan) -> str:
 
 
 def _predicted(plan: Plan) -> str:
-    """What the plan is predicted to take, as far as that is known."""
+    """Return the predicted figures of the plan, as far as they are known."""
     prediction = plan.prediction
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     words = []
@@ -193,7 +193,7 @@ def said_of_bases(bases: Mapping[Phase, TimeBasis]) -> str:
 
 
 def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:
-    """What the fastest plan takes, where that is another time in the digits that are shown."""
+    """Return a note on the fastest plan's time, if it differs in the digits that are printed."""
     shown = "" if nanoseconds is None else format_duration(nanoseconds)
     return f"the fastest plan takes {shown}" if shown not in ("", format_duration(own_nanoseconds)) else ""
 

@@ -99,9 +99,10 @@ def _built_on(paths: Iterable[Path], sketches: Mapping[Path, _Sketch]) -> set[Pa
 
 @dataclass(frozen=True)
 class _Sketch:
-    """What can be made out of a YAML file: its keys, which of them hold mappings, and what it extends.
+    """A rough reading of a YAML file, to tell profiles from other files.
 
-    `is_yaml` is false where it cannot be parsed; its keys are then those at the beginnings of lines.
+    Attributes:
+        is_yaml: the file can be parsed; otherwise the keys are those at the beginnings of lines.
     """
 
     keys: tuple[str, ...]
@@ -111,7 +112,7 @@ class _Sketch:
 
     @cached_property
     def meanings(self) -> dict[str, str]:
-        """What each key means that is a profile's, or nearly one."""
+        """The key of a profile that each key is, or nearly is."""
         from devmap_config.profile.schema import Profile
 
         known = list(Profile.model_fields)
@@ -126,7 +127,7 @@ class _Sketch:
 
     @property
     def holds_sections(self) -> bool:
-        """Whether the file itself has what only a profile has."""
+        """True if the file itself has a section that only a profile has."""
         meanings = self.meanings
         if not self.is_yaml:
             return bool(self.exact & {*SECTIONS, "hardware"}) or {"version", "extends"} <= self.exact

@@ -1,4 +1,4 @@
-"""What commands have in common that load a model by its lock: how it is, what is told of it, and failures."""
+"""The common parts of commands that load a model by its lock: loading, progress, warnings and failures."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or nothing where it fails, is not installed, or cannot be asked so."""
+    """Return the output of git, or `None` if it fails, is not installed, or refuses."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603  no shell, and options ended

@@ -125,7 +125,7 @@ def _stage_in_words(pipeline: Pipeline, number: int, stage: Stage) -> str:
 
 
 def _pace(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
-    """Which stage binds: the slowest, where several batches are under way, else all of them one after another."""
+    """Yield sentences about the stages that bind: the slowest if several batches are in flight, else their sum."""
     times = [stage.decode_nanoseconds or 0 for stage in pipeline.stages]
     token, slowest = compiled.plan.prediction.decode_nanoseconds_per_token, pipeline.slowest_stage
     if token is None or slowest is None or len(times) == 1:

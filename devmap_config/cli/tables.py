@@ -1,4 +1,4 @@
-"""How tables look, whatever they hold: as wide as the terminal, and no name in them broken."""
+"""The look of tables: as wide as the terminal, and no name in them broken."""
 
 from __future__ import annotations
 

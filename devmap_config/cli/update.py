@@ -59,7 +59,7 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
 
 
 def _summary(model: Model, before: str | None, after: str | None) -> str:
-    """What became of the revision, in one line."""
+    """Return the change of the model's revision in one line."""
     if after is None:
         return "the model is a local one: it has no revision to update"
     revision = model.revision or "main"

@@ -1,1 +1,1 @@
-"""What is attached to a model so that it runs as a plan says, besides what accelerate attaches by its device_map."""
+"""Everything that is attached to a model to run it by a plan, besides the hooks that accelerate attaches."""

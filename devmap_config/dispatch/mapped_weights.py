@@ -191,7 +191,7 @@ class MappedParameter(torch.nn.Parameter):  # type: ignore[misc]
 
     @property
     def is_as_read(self) -> bool:
-        """Whether the file still says what it holds, and no gradient is asked for, by which it would be written to."""
+        """True if the file is unchanged and no gradient is required, for which it would be written to."""
         return not (self._is_taken or self.requires_grad or version_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
@@ -204,7 +204,7 @@ class MappedParameter(torch.nn.Parameter):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class MappedWeights:
-    """What of a model is mapped: where each tensor lies, and at which address of this process."""
+    """The mapped tensors of a model: the place of each in its file, and its address in this process."""
 
     places: Mapping[str, TensorInFile]
     addresses: Mapping[TensorInFile, int]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Weights(Protocol):
-    """What has the weights of a module on an accelerator while it runs there; `lock` is held meanwhile."""
+    """The weights of a module on an accelerator while it runs there; `lock` is held meanwhile."""
 
     lock: Any
 

@@ -108,7 +108,7 @@ class CudaStreams:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """Where in a load a tensor lies, and what it is."""
+    """The place of a tensor in a load, with its shape and dtype."""
 
     start: int
     end: int
@@ -343,7 +343,7 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
 
     @property
     def _is_ahead(self) -> bool:
-        """Whether the module runs where it was planned to, with the weights that are in its load."""
+        """True if the module runs where it was planned to, with the weights of its load."""
         is_running = self._running_in == threading.get_ident()
         return is_running and self.execution_device == self._device and self.weights_map is self._weights
 
@@ -417,7 +417,7 @@ def attach(streamed: Iterable[StreamedPiece], loads: Iterable[Load], streamer: S
 
 
 class Apart:
-    """What a streamer brings for modules that have their weights on the CPU, and in loads besides."""
+    """The loads of modules that have their weights on the CPU and run on an accelerator for long prompts."""
 
     def __init__(self, loads: Iterable[Load], streamer: Streamer) -> None:
         self._loads = {module: load for load in loads for module in load.places}
@@ -456,7 +456,7 @@ def load_of(module: torch.nn.Module) -> Load:
 
 
 class WeightSource(NamedTuple):
-    """What a weight is, and where: in a file, or at an address of the CPU's memory."""
+    """The place of a weight: in a file, or at an address of the CPU's memory; and its shape and dtype."""
 
     place: TensorInFile | int
     dtype: torch.dtype

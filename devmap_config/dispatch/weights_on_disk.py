@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorInFile:
-    """Where a tensor lies: its name in a safetensors file, and the bytes from `start` to `end` of that file."""
+    """The place of a tensor: its name in a safetensors file, and the bytes from `start` to `end` of that file."""
 
     file: Path
     name: str
@@ -40,17 +40,17 @@ class TensorInFile:
 
     @property
     def size_bytes(self) -> int:
-        """What it occupies."""
+        """The bytes that the tensor occupies."""
         return self.end - self.start
 
     @property
     def first_page(self) -> int:
-        """Where in the file the first page begins that holds some of it."""
+        """The offset in the file of the first page that holds a part of the tensor."""
         return self.start // mmap.PAGESIZE * mmap.PAGESIZE
 
     @property
     def pages_bytes(self) -> int:
-        """What the pages occupy that hold it: past the system's cache, a file is read by whole ones."""
+        """The bytes of the pages that hold the tensor; past the system's cache, whole pages are read."""
         return -(-self.end // mmap.PAGESIZE) * mmap.PAGESIZE - self.first_page
 
 
@@ -132,7 +132,7 @@ class Piece:
 
     @cached_property
     def size_bytes(self) -> int:
-        """What their pages occupy."""
+        """The bytes of the pages that hold the tensors."""
         return sum(place.pages_bytes for place in self.files)
 
     def read(self, memory: NDArray[np.uint8]) -> dict[TensorInFile, torch.Tensor]:

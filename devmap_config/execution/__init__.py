@@ -1,1 +1,1 @@
-"""How a placement is executed, as values: what runs it, and what time and memory that takes."""
+"""The execution of a placement, as values: executors, and the time and memory that running takes."""

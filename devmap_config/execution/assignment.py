@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where weights are stored, and where the module that they belong to runs."""
+    """The device that stores weights, and the device that runs their module."""
 
     stored_on: Device
     runs_on: Device
 
     @property
     def is_one_device(self) -> bool:
-        """Whether what is stored there runs where it is."""
+        """True if the module runs where its weights are stored."""
         return self.stored_on == self.runs_on
 
 

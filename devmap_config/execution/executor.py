@@ -1,4 +1,4 @@
-"""What runs a plan, as a value: which device is main, and where a module that is stored elsewhere runs."""
+"""The executors of a plan, as values: the main device, and where a module that is stored elsewhere runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    """What streams modules to the main device, one device after another: by default accelerate's hooks.
+    """A way to run a plan; the defaults are those of accelerate's hooks, which stream one module after another.
 
-    `offload_buffers` is accelerate's argument: whether the buffers of a streamed module are streamed with it.
-    `works_ahead` is whether what the next module needs is brought while another one computes: read from the disk for
-    the CPU (`dispatch/mapped_weights.py`), or brought to an accelerator from either (`dispatch/streamed_weights.py`).
-    `prefilled_from` are paths of modules; where one of them computes on the CPU, it does so for fewer tokens than that
-    alone: for so many, or more, its weights are copied to the main device, ahead, and it runs there.
+    Attributes:
+        offload_buffers: accelerate's argument: stream the buffers of a module together with its parameters.
+        works_ahead: bring what the next module needs while another one computes: read it from the disk for the CPU
+            (`dispatch/mapped_weights.py`), or copy it to an accelerator (`dispatch/streamed_weights.py`).
+        prefilled_from: for paths of modules that compute on the CPU, the number of tokens at once from which they run
+            on the main device instead, to which their weights are then copied ahead.
     """
 
     name: str = "accelerate"
@@ -45,7 +46,7 @@ class Executor:
         return Location(stored_on, compute or (stored_on if stored_on.is_accelerator else main_device))
 
     def can_run(self, location: Location, main_device: Device) -> bool:
-        """Whether what is stored there can run there: in place, or where it is streamed to.
+        """Return whether a module can run at a location: where its weights are stored, or streamed to.
 
         accelerate streams to the main device alone; what is brought ahead may be to any card.
         """
@@ -61,34 +62,40 @@ class Executor:
         return Location(CPU, main_device) if is_copied else location
 
     def residence(self, tensor: Tensor, location: Location) -> Device:
-        """Where a tensor occupies memory while nothing runs: accelerate leaves some buffers where they are needed."""
+        """Return the device on which a tensor occupies memory while nothing runs; some buffers are kept where they are
+        used.
+        """
         is_left = self.streams(location) and not self._is_offloaded_with_its_module(tensor)
         return location.runs_on if is_left or _is_moved_for_good(location) else location.stored_on
 
     def streams(self, location: Location) -> bool:
-        """Whether what is stored here is copied to where it runs at every forward."""
+        """Return whether weights at this location are copied to where they run at every forward."""
         is_elsewhere = not location.is_one_device and not _is_moved_for_good(location)
         return location.stored_on == DISK or is_elsewhere
 
     def is_brought_ahead(self, location: Location) -> bool:
-        """Whether what is streamed from there is on its way while something else computes."""
+        """Return whether weights at this location are copied while something else computes."""
         return self.works_ahead and self.streams(location)
 
     def is_read_ahead_for_a_card(self, location: Location) -> bool:
-        """Whether it comes from the disk to an accelerator: through memory of the CPU, as large as it is there."""
+        """Return whether weights go from the disk to an accelerator, which takes a buffer of their size on the CPU."""
         return self.works_ahead and location.stored_on == DISK and location.runs_on.is_accelerator
 
     def is_copied_in(self, tensor: Tensor, location: Location) -> bool:
-        """Whether a tensor is copied to where its module runs at every forward."""
+        """Return whether a tensor is copied to where its module runs at every forward."""
         return self.streams(location) and self._is_offloaded_with_its_module(tensor)
 
     def is_offloaded(self, location: Location, main_device: Device) -> bool:
-        """Whether the map that loads it says `cpu` or `disk`; of what computes on the CPU beside cards it does not."""
+        """Return whether the map for loading has `cpu` or `disk` here; it has not for modules that the CPU computes
+        beside cards.
+        """
         computes_apart = location.is_one_device and location.runs_on != main_device
         return not location.stored_on.is_accelerator and not computes_apart
 
     def held_bytes(self, tensor: Tensor, location: Location, main_device: Device) -> int:
-        """What a tensor occupies, wherever it resides: some quantizers leave as it is what a map has on `cpu`."""
+        """Return the bytes that a tensor occupies where it resides; some quantizers leave tensors on `cpu` of a map
+        unquantised.
+        """
         return tensor.bytes_where(is_offloaded=self.is_offloaded(location, main_device))
 
     def _is_offloaded_with_its_module(self, tensor: Tensor) -> bool:
@@ -109,5 +116,7 @@ OFFLOADED = Executor(offload_buffers=True)
 
 
 def _is_moved_for_good(location: Location) -> bool:
-    """Whether accelerate puts what a map has on the CPU where it runs, and leaves it there: beside Apple's GPU."""
+    """Return whether accelerate moves weights from the CPU to where they run and leaves them there, as beside Apple's
+    GPU.
+    """
     return location.stored_on == CPU and location.runs_on.kind == "mps"

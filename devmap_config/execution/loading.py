@@ -1,11 +1,12 @@
-"""What loading holds at its peak besides the weights, by what transformers' loader keeps alive at once.
+"""The peak of loading beyond the weights, from what transformers' loader keeps alive at once.
 
-It maps the files of a checkpoint (safetensors) and takes one tensor after another from them. On the CPU, what is of the
-right dtype stays mapped, and everything else is made: cast, merged from the tensors of the experts, or quantised. For
-other devices, a cast is made on the CPU and the copy there. Without a disk in the plan and without quantising, threads
-take tensors ahead; otherwise one is taken after another, and the last one stays alive while the next is made.
+The loader maps the files of a checkpoint (safetensors) and takes one tensor after another from them. On the CPU, a
+tensor of the right dtype stays mapped, and everything else is made: cast, merged from the tensors of experts, or
+quantised. For other devices, a cast is made on the CPU and the copy on the device. Without a disk in the plan and
+without quantising, threads take tensors ahead; otherwise one is taken after another, and the last one stays alive while
+the next is made.
 
-The pages of files that are mapped are not counted: the system takes them back when it needs them.
+The pages of mapped files are not counted: the system takes them back when it needs them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) ->
 
 
 def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
-    """What is alive, besides the tensor itself, where it is made: the parts that are merged, or its dense values."""
+    """Return the bytes that are alive while a tensor is made, besides itself: parts that are merged, or its dense
+    values.
+    """
     if tensor.name in facts.merged:
         return tensor.size_bytes
     return _dense_bytes(tensor, facts) if _is_quantised(tensor, facts) else 0
@@ -87,10 +90,10 @@ def _dense_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
 
 
 def is_cast(tensor: Tensor, facts: LoadingFacts) -> bool:
-    """Whether a tensor is loaded in another dtype than it is stored in."""
+    """Return whether a tensor is loaded in another dtype than it is stored in."""
     return facts.stored_dtype in ITEM_BYTES and tensor.dtype in ITEM_BYTES and tensor.dtype != facts.stored_dtype
 
 
 def _part_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
-    """What is taken from the checkpoint at once for a tensor: of a merged one, an expert's part."""
+    """Return the bytes that are taken from the checkpoint at once for a tensor; of a merged one, an expert's part."""
     return tensor.size_bytes // max(tensor.shape[0], 1) if tensor.name in facts.merged else tensor.size_bytes

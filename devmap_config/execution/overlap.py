@@ -1,4 +1,4 @@
-"""How long blocks take that are brought ahead to several cards, of which the links bring more at once than one does."""
+"""The time of blocks that are copied ahead to several cards, whose links together carry more than one alone."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ class Ahead(NamedTuple):
 
 
 class Timed(Protocol):
-    """What takes time: so many nanoseconds that add up, and what goes on beside other cards' copies."""
+    """A time in two parts: nanoseconds that add up, and copies ahead that overlap with those to other cards."""
 
     @property
     def nanoseconds(self) -> int:
-        """What adds up."""
+        """The part that adds up."""
 
     @property
     def ahead(self) -> tuple[Ahead, ...]:
-        """What does not."""
+        """The copies ahead, which overlap."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """When blocks end that are brought ahead, by phase; the last on each card, and of all (on `None`)."""
+    """The ends of the blocks that are copied ahead, by phase: of the last on each card, and of the last of all
+    (`None`).
+    """
 
     ends: Counter[tuple[str, Device | None]] = field(default_factory=Counter)
 

@@ -1,4 +1,4 @@
-"""What comes to where it runs at once, of the weights that are stored elsewhere."""
+"""The pieces of a model: modules whose weights, stored elsewhere, come to where they run at the same time."""
 
 from __future__ import annotations
 

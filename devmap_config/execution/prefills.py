@@ -1,4 +1,6 @@
-"""Which modules that compute on the CPU are better prefilled on an accelerator, and from how many tokens on."""
+"""Selects the modules that compute on the CPU and are better prefilled on an accelerator, and from how many
+tokens on.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def _is_apart(module: Module, cost: ModuleCost) -> bool:
 
 
 def _tokens(module: Module, cost: ModuleCost, rates: MachineRates, card: Device, prompt_tokens: int) -> int | None:
-    """How many tokens take the CPU as long as the link takes to copy the weights, and what the module gives back."""
+    """Return the tokens for which the CPU takes as long as copying the weights and the outputs over the link; `None` if
+    never.
+    """
     computing = rates.step_nanoseconds(ModuleWork(0, cost.prefill_operations), CPU)
     size_bytes = sum(tensor.size_bytes for tensor in module.own_tensors)
     copying = rates.copy_nanoseconds(Copy(CPU, card, size_bytes, is_pinned=True))

@@ -1,4 +1,4 @@
-"""What each device needs besides weights while a plan runs, from the measured costs of the modules that run there."""
+"""The memory that each device needs besides weights while a plan runs, from the measured costs of modules."""
 
 from __future__ import annotations
 
@@ -52,11 +52,13 @@ class RunningCost:
 
 @dataclass(frozen=True)
 class Running:
-    """Which modules run on each device, alike ones counted together.
+    """The modules that run on each device, equal ones counted together.
 
-    `most_tokens` is how long a context the model takes, whatever room there is.
-    `holding` are those whose cache is there, `peaking` those whose peak is, `own` those of which only what they do
-    themselves is there: modules that are spread over devices.
+    Attributes:
+        most_tokens: the longest context that the model takes, whatever the memory.
+        holding: modules whose cache is on the device.
+        peaking: modules whose peak is on the device.
+        own: modules spread over devices, of which only their own operations run on the device.
     """
 
     workload: WorkloadShape
@@ -67,7 +69,7 @@ class Running:
     most_tokens: int | None = None
 
     def costs(self, context_length: int | None = None) -> dict[Device, RunningCost]:
-        """What each device needs, at the context of the workload or at another."""
+        """Return the bytes that each device needs, at the context of the workload or at another."""
         workload = self.workload
 
         def at(cost: ModuleCost) -> ModuleCost:
@@ -116,7 +118,7 @@ class Running:
 
 
 def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor) -> Running | None:
-    """What runs where under these assignments; nothing is known without a workload."""
+    """Return the modules that run on each device under these assignments, or `None` without a workload."""
     measurement = graph.measurement
     if measurement is None:
         return None

@@ -1,9 +1,9 @@
-"""What a forward does, in amounts: bytes, operations, kernels, dispatches and copies; and how long that takes.
+"""The amounts of a forward (bytes, operations, kernels, dispatches and copies), and the times that they take.
 
-The host gives a device its work, operation by operation, at a pace of its own: an accelerator works meanwhile, so that
-a segment takes the longer of the two there; a CPU does one after the other. On an accelerator a module takes the longer
-of reading what it touches and computing what it computes, at the rates that the machine reaches, and so long besides
-for every kernel; on a CPU these add up, too.
+The host dispatches operations to a device at its own pace. An accelerator works meanwhile, so that a segment takes the
+longer of the two; a CPU does one after the other. On an accelerator a module takes the longer of reading its bytes and
+computing its operations, at the rates that the machine reaches, plus a fixed time for every kernel; on a CPU the times
+of reading and computing add up as well.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class MissingFigureError(Exception):
 
 
 class ModuleWork(NamedTuple):
-    """What one module does itself: bytes that it touches, operations, those of attention among them, and kernels.
+    """The work of one module without its children.
 
-    What it touches of experts that a token chooses is in `chosen_bytes` alone. `products` are how often the threads of
-    a CPU are given something to multiply, after they had to wait.
+    Attributes:
+        touched_bytes: bytes that are touched, except those of experts that a token chooses.
+        chosen_bytes: bytes of experts that a token chooses.
+        products: the matrix products, before each of which the threads of a CPU wait for each other.
     """
 
     touched_bytes: int
@@ -49,7 +51,7 @@ class ModuleWork(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """What goes from one device to another, in so many pieces."""
+    """Bytes that go from one device to another, in a number of pieces."""
 
     source: Device
     target: Device
@@ -60,13 +62,13 @@ class Copy(NamedTuple):
 
 @dataclass
 class Segment:
-    """What is done before anything else is begun.
+    """Work that is done before any other begins.
 
     Attributes:
-        steps: by device, how many modules do the same.
-        dispatches: by device, what the host dispatches to it.
-        copies: what the devices wait for.
-        ahead: what is brought while they work; copies that stand together are done at once.
+        steps: by device, the work of modules and the number of modules that do the same.
+        dispatches: by device, the operations that the host dispatches.
+        copies: copies that the devices wait for.
+        ahead: copies that overlap with the work; those that stand together are made at once.
     """
 
     steps: Counter[tuple[Device, ModuleWork]] = field(default_factory=Counter)
@@ -111,7 +113,7 @@ def _copy_from_json(source: str, target: str, size_bytes: Any, copies: Any, is_p
 
 
 class SegmentTime(NamedTuple):
-    """How long a segment takes, alone or beside others that are brought ahead to other cards."""
+    """The time of a segment, alone or beside others that are copied ahead to other cards."""
 
     nanoseconds: int
     ahead: tuple[Ahead, ...] = ()
@@ -130,10 +132,10 @@ def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
 
 @dataclass(frozen=True)
 class MachineRates:
-    """How long amounts take on a machine, in nanoseconds.
+    """The times, in nanoseconds, that amounts take on a machine.
 
-    What a device or a link would have to say for that and does not is a `MissingFigureError`; in decoding, that is not
-    how fast a device computes: one token is bound by what is read.
+    A rate that is needed and not known is a `MissingFigureError`. In decoding that does not include the rate of
+    computing: one token is bound by what is read.
     """
 
     inventory: Inventory
@@ -239,7 +241,9 @@ class MachineRates:
 
 
 class _Reached(NamedTuple):
-    """What a device reaches in a second, in bytes read and operations computed, as far as the machine says."""
+    """The rates that a device reaches in bytes read and operations computed a second, as far as the machine states
+    them.
+    """
 
     reading: int | None = None
     computing: int | None = None

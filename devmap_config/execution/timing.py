@@ -1,4 +1,4 @@
-"""What a forward takes: every block on the device that it runs on, what is copied there first, and what crosses.
+"""The time of a forward: every block on the device that it runs on, copies before it, and transfers between devices.
 
 The devices of a plan run one after another, so times add up.
 """
@@ -51,12 +51,12 @@ class Timing:
 
     @property
     def least_nanoseconds(self) -> int:
-        """What a forward takes at least, wherever its modules are: each at the highest rates of all devices."""
+        """A lower bound of a forward's time wherever its modules are: each at the highest rates of all devices."""
         steps = (ModuleWork(*self._work(cost)[:2]) for cost in self._costs.values())
         return max(sum(map(self.rates.least_nanoseconds, steps)), 1)
 
     def outside_nanoseconds(self, paths: Iterable[str]) -> int:
-        """What is done outside of every block that is placed: by these modules, and by `generate` for each token."""
+        """Return the time of what runs outside of all placed blocks: these modules, and `generate` for each token."""
         return self.rates.nanoseconds(self.outside(paths))
 
     def outside(self, paths: Iterable[str]) -> Segment:
@@ -108,7 +108,7 @@ class Timing:
         return len(experts) * min(count, choices)
 
     def crossing_nanoseconds(self, crossing: Crossing, maker: Device, reader: Device) -> int:
-        """What it takes to give a block what another made."""
+        """Return the time of transferring to a block what another made."""
         return self.rates.copy_nanoseconds(self.crossing(crossing, maker, reader))
 
     def crossing(self, crossing: Crossing, maker: Device, reader: Device) -> Copy:
@@ -193,7 +193,9 @@ class Timing:
         return brought
 
     def _bringing(self, location: Location, size_bytes: int) -> tuple[Copy, ...]:
-        """What brings so much to where it runs; what is read ahead is read while what was read is copied."""
+        """Return the copies that bring weights to where they run; a read ahead overlaps with the copy of what
+        was read.
+        """
         source, target = location.stored_on, location.runs_on
         if not self.executor.is_read_ahead_for_a_card(location):
             return (Copy(source, target, size_bytes, is_pinned=self.executor.is_brought_ahead(location)),)
@@ -201,7 +203,9 @@ class Timing:
 
     @cached_property
     def _left_there(self) -> frozenset[TensorName]:
-        """What the module that runs last shares with the first: on an accelerator, the next forward finds it there."""
+        """The tensors that the last module shares with the first: on an accelerator, the next forward finds
+        them there.
+        """
         modules, storage_of = self.graph.modules, self.graph.storage_of
         running = [modules[ModulePath(path)] for path in self._costs if path in modules and self._runs(path)]
         holding = [module for module in running if module.parameters]
@@ -210,14 +214,14 @@ class Timing:
         return frozenset(name for name in last if storage_of[name] in first)
 
     def _runs(self, path: str) -> bool:
-        """Whether a module runs in this phase: an encoder does not while its decoder goes on."""
+        """Return whether a module runs in this phase; an encoder does not while its decoder decodes."""
         if self.graph.measurement is None or not self.graph.measurement.measured:
             return True
         cost = self._costs.get(path)
         return cost is not None and self._work(cost)[3] > 0
 
     def _work(self, cost: ModuleCost) -> tuple[int, int, int, int, int]:
-        """What it does in this phase, in the order of `WORK`."""
+        """Return a module's work in this phase, in the order of `WORK`."""
         return PREFILL_WORK(cost) if self.phase == "prefill" else DECODE_WORK(cost)
 
     @cached_property
@@ -227,7 +231,7 @@ class Timing:
 
     @cached_property
     def rates(self) -> MachineRates:
-        """How long amounts take on this machine in this phase."""
+        """The times that amounts take on this machine in this phase."""
         return MachineRates(self.inventory, self.phase)
 
 
@@ -247,16 +251,18 @@ def while_prefilled(
 
 
 def home_of(running: Iterable[Device]) -> Device:
-    """Where a block runs whose parts run here: on the first accelerator among them, else on the first of them."""
+    """Return the device on which a block runs whose parts run here: the first accelerator among them, else
+    the first.
+    """
     devices = list(dict.fromkeys(running))
     return next((device for device in devices if device.is_accelerator), devices[0] if devices else CPU)
 
 
 def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) -> int:
-    """What one forward of a whole plan takes.
+    """Return the time of one forward of a whole plan.
 
     Raises:
-        MissingFigureError: where the machine does not say how fast something is that the plan uses.
+        MissingFigureError: if a rate that the plan depends on is not known.
     """
     return timing.rates.nanoseconds(*forward_segments(timing, homes))
 
@@ -282,7 +288,7 @@ def outside_of(graph: ModelGraph) -> Iterator[str]:
 
 
 def hops(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> int:
-    """How often activations go on to another device: between blocks, and to a part of a block and back."""
+    """Return the number of transfers of activations: between blocks, and to a part of a block and back."""
     block_homes = homes_of_blocks(graph, homes)
     along = [block_homes[path] for path in execution_order(graph) if path in block_homes and has_weights(graph, path)]
     count = len([after for before, after in pairwise(along) if before != after])
@@ -309,7 +315,7 @@ def execution_order(graph: ModelGraph) -> list[ModulePath]:
 
 
 def has_weights(graph: ModelGraph, path: ModulePath) -> bool:
-    """Whether a block has parameters, and not buffers alone."""
+    """Return whether a block has parameters, and not buffers alone."""
     return any(tensor.kind == "parameter" for tensor in graph.modules[path].tensors())
 
 
@@ -322,7 +328,7 @@ def _parts_elsewhere(module: Module, homes: Mapping[TensorName, Location], aroun
 
 
 def homes_of_blocks(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> dict[ModulePath, Device]:
-    """Where each block runs that holds anything."""
+    """Return the device on which each block runs, for blocks that hold anything."""
     found: dict[ModulePath, Device] = {}
     for path in graph.blocks:
         running = [homes[tensor.name].runs_on for tensor in graph.modules[path].tensors()]
@@ -332,6 +338,6 @@ def homes_of_blocks(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> 
 
 
 def crossings(graph: ModelGraph) -> Iterator[Crossing]:
-    """What passes between blocks, where it was measured."""
+    """Yield the tensors that pass between blocks, if they were measured."""
     if graph.measurement is not None:
         yield from graph.measurement.crossings

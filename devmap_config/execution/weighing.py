@@ -75,7 +75,7 @@ def heaviest_weights(graph: ModelGraph, names: Iterable[TensorName], total_bytes
 
 
 def _is_of_words(graph: ModelGraph, name: TensorName) -> bool:
-    """Whether a matrix has a row for each word: an embedding, or a head as long as one."""
+    """Return whether a matrix has a row for each token of the vocabulary: an embedding, or a head as long."""
     rows = graph.tensors[name].shape[0]
     owner = graph.modules[name.rpartition(".")[0]]  # type: ignore[index]
     embeddings = [module for module in graph.modules.values() if module.class_name.endswith("Embedding")]
@@ -102,7 +102,7 @@ def _is_quadratic(cost: ModuleCost) -> bool:
 
 
 def _gives_words(graph: ModelGraph, path: str) -> bool:
-    """Whether a module is the model itself, or its head."""
+    """Return whether a module is the model itself, or its head."""
     return not path or ("." not in path and graph.modules[path].class_name == "Linear")  # type: ignore[index]
 
 

@@ -89,10 +89,14 @@ WITHOUT_EFFECT = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an `adapter_config.json` of LoRA says, as far as it decides what is added to a model.
+    """The parts of a LoRA's `adapter_config.json` that decide what is added to a model.
 
-    `targets` and `excluded` are one regular expression, or the ends of names of modules. `ranks` and `alphas` are by
-    expressions too, of which the first that matches counts. `saved` are modules that the adapter brings whole.
+    Attributes:
+        targets: the adapted modules, as one regular expression, or as the ends of their names.
+        excluded: modules that are not adapted, written like `targets`.
+        ranks: by regular expression the rank; the first that matches counts.
+        alphas: by regular expression the alpha; the first that matches counts.
+        saved: modules that the adapter brings as a whole.
     """
 
     rank: int = 8
@@ -112,7 +116,7 @@ class AdapterConfig:
 
     @property
     def takes_all_linear(self) -> bool:
-        """Whether it adapts all linear modules but the head."""
+        """True if it adapts all linear modules but the head."""
         return isinstance(self.targets, str) and self.targets.lower() == "all-linear"
 
     @cached_property
@@ -133,7 +137,7 @@ class LoraAdapter:
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
-    """What LoRA does to one module: two matrices of this rank, whose product is added times `scaling`."""
+    """A LoRA's update of one module: two matrices of this rank, whose product is added times `scaling`."""
 
     rank: int
     alpha: float
@@ -343,7 +347,7 @@ def saved_modules(config: AdapterConfig, paths: Iterable[str]) -> tuple[str, ...
 
 
 class _Matching:
-    """Which modules a config means; expressions are read by an engine that takes no longer than their length."""
+    """The modules that a config selects; expressions are matched in time linear in their length."""
 
     def __init__(self, config: AdapterConfig, linear: frozenset[str]) -> None:
         self.config = config

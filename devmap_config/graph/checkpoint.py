@@ -69,12 +69,12 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the headers of a checkpoint say.
+    """The headers of a checkpoint.
 
     Attributes:
         file_bytes: the size of each file, by its name.
-        tensors: every tensor by its name in the checkpoint.
-        folder: where the files are; `None` where only their headers are at hand.
+        tensors: every tensor, by its name in the checkpoint.
+        folder: the folder of the files; `None` if only their headers are at hand.
     """
 
     file_bytes: Mapping[str, int]
@@ -89,7 +89,7 @@ class Checkpoint:
 
     @property
     def summary(self) -> dict[str, int]:
-        """What a lock keeps to say later what changed."""
+        """The figures that a lock keeps in order to say later what changed."""
         return {
             "file_count": len(self.file_bytes),
             "tensor_count": len(self.tensors),

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the model that a config describes: every tensor by its name, in its shape."""
+"""Checks that a checkpoint holds the model that a config describes: every tensor by its name, in its shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the model that a config describes, and what to make of it."""
+"""Compares a checkpoint with the model that a config describes, and judges the differences."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class TensorMismatch(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What is wrong with it, in a few words."""
+        """The mismatch in a few words."""
         return f"`{self.name}` {self.reason or f'is {self.stored}, and {self.wanted} in the model'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMatch:
-    """What transformers' loader finds of the names in a checkpoint.
+    """The result of comparing a checkpoint's names with a model, as transformers' loader would.
 
     Attributes:
         class_name: the class that was loaded.
         absent: the largest modules all of whose tensors are missing.
-        tensor_count: how many tensors it holds.
+        tensor_count: the number of tensors in the checkpoint.
         missing: tensors of the model that the checkpoint does not hold.
-        computed: tensors that it does not hold either, and that transformers computes, as its lists say.
+        computed: tensors that it does not hold either, and that transformers computes, by its own lists.
         unexpected: tensors of the checkpoint that the model does not hold, and that transformers' lists do not name.
         mismatched: tensors that are stored in another shape, or kind of number.
-        unchecked: why names could not be compared; `None` where they were.
+        unchecked: the reason for which names could not be compared; `None` if they were.
     """
 
     class_name: str = ""
@@ -52,7 +52,7 @@ class CheckpointMatch:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointMatch:
-        """What `dataclasses.asdict` made plain data of."""
+        """Return the match that `dataclasses.asdict` turned into plain data."""
         names = {field: tuple(value[field]) for field in ("absent", "missing", "computed", "unexpected")}
         mismatched = tuple(TensorMismatch(*each) for each in value["mismatched"])
         return cls(**{**value, **names, "mismatched": mismatched})
@@ -60,7 +60,7 @@ class CheckpointMatch:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a match comes to: an error, or what is to be warned of; each with what to do."""
+    """The consequence of a match: an error or warnings, each with advice."""
 
     error: str | None = None
     error_help: str = ""
@@ -107,7 +107,7 @@ def _listed(one: str, many: str, texts: list[str]) -> str:
 def _kind_of_mistake(
     match: CheckpointMatch, missing: tuple[str, ...], mismatched: tuple[TensorMismatch, ...], config: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Which mistake it looks like, and what to do about that."""
+    """Return the mistake that a mismatch looks like, and the advice for it."""
     saved = next((name for name in config.get("architectures") or () if isinstance(name, str)), None)
     is_other_class = saved not in (None, match.class_name)
     heads = [part for part in match.absent if not any(segment.isdigit() for segment in part.split("."))]

@@ -1,4 +1,4 @@
-"""What running a model costs, module by module, for one workload: measured from the model's own code, torch-free."""
+"""The costs of running a model, module by module, for one workload: measured from the model's own code, torch-free."""
 
 from __future__ import annotations
 
@@ -24,13 +24,21 @@ RARE = (*MEDIA, "proposed_tokens", "cache_backend", "cache_bits")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadShape:
-    """What is run: sequences at once, tokens in the cache when it is full, tokens prefilled at once.
+    """The amounts of a workload, per sequence.
 
-    `all_logits` says whether every position gets logits or, as `generate` does, the last of each sequence only.
-    `cache` is transformers' cache implementation; of one that is quantised, the backend and its bits. Of each sequence,
-    the prompt holds so many `images` of one height and width (in pixels; `None` where the model takes one size only),
-    and so many seconds of sound, besides text. So many tokens a draft model proposes at once, for each of which there
-    are logits as well.
+    Attributes:
+        batch_size: sequences at once.
+        context_length: tokens in the cache when it is full.
+        prompt_length: tokens that are prefilled at once.
+        all_logits: make logits for every position; `generate` makes them for the last of each sequence only.
+        cache: transformers' cache implementation.
+        images: images in the prompt.
+        image_height: their height in pixels; `None` if the model takes one size only.
+        image_width: their width in pixels.
+        audio_seconds: seconds of sound in the prompt.
+        proposed_tokens: tokens that a draft model proposes at once; logits are made for each.
+        cache_backend: the library of a quantised cache.
+        cache_bits: the bits of its elements.
     """
 
     batch_size: int
@@ -53,7 +61,7 @@ class WorkloadShape:
 
     @property
     def holds_text_alone(self) -> bool:
-        """Whether a prompt has neither images nor sound."""
+        """True if the prompt has neither images nor sound."""
         return not self.images and not self.audio_seconds
 
     @property
@@ -81,19 +89,25 @@ class WorkloadShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleCost:
-    """What one module costs. All figures are of the whole batch.
+    """The costs of one module for the whole batch. Work is its own, without its children's.
 
-    `cache_bytes` are what the cache's tensors that it made show after a prefill of the context,
-    `cache_bytes_per_token` what a further token adds, and `retained_bytes` what their storages keep alive beyond
-    what they show (a sliding window is a view of all that was prefilled). `offloaded_bytes` of `cache_bytes` are on
-    the CPU while the module does not run, where the cache is one that is offloaded, of which the largest tensor has
-    `offloaded_largest_bytes`. `prefill_peak_bytes` and `decode_peak_bytes` are the largest sum of live activations
-    while it runs, with what lives around it, cache left out; `own_peak_bytes` only while none of its children runs.
-    The `doubled` figures are those of a prefill that is twice as long. Operations, bytes touched, launches of
-    kernels and dispatches are its own, without its children's: a dispatch is what the host is asked for, a kernel
-    or a view of a tensor. What decoding takes is what it takes on the mean, from the prompt to the end of the
-    context. `attention_operations` are those among the operations that a fused attention computes in half
-    precision. Input and output bytes are those of the tensors that it is given and gives back, caches left out.
+    A dispatch is a request of the host: a kernel, or a view of a tensor. The work of decoding is the mean from the
+    prompt to the end of the context. Input and output bytes are those of the tensors that pass in and out, caches left
+    out.
+
+    Attributes:
+        cache_bytes: the elements of the cache's tensors that the module made, after a prefill of the context.
+        cache_bytes_per_token: the growth of the cache with a further token.
+        retained_bytes: what the storages of those tensors keep alive beyond their elements: a sliding window is a view
+            of all that was prefilled.
+        offloaded_bytes: the part of `cache_bytes` that is on the CPU while the module does not run.
+        offloaded_largest_bytes: the largest tensor of that part.
+        prefill_peak_bytes: the largest sum of live activations while the module runs, with those alive around it, cache
+            left out.
+        decode_peak_bytes: the same of a step of decoding.
+        own_peak_bytes: the same while none of its children runs.
+        doubled_peak_bytes: the peak of a prefill that is twice as long; other figures named `doubled` likewise.
+        prefill_attention_operations: the operations that a fused attention computes in half precision.
     """
 
     path: str
@@ -130,13 +144,14 @@ class ModuleCost:
 
     @property
     def kept_bytes(self) -> int:
-        """What of its cache is where it runs, also while it does not."""
+        """The bytes of the cache that stay where the module runs while it does not run."""
         return self.cache_bytes - self.offloaded_bytes + (0 if self.offloaded_bytes else self.retained_bytes)
 
     def exchanged_bytes(self, phase: str, workload: WorkloadShape) -> int:
-        """What of its cache goes to the CPU in a forward: of a token, on the mean from the prompt to the end.
+        """Return the bytes of the cache that go to the CPU in a forward; in decoding the mean from the prompt to the
+        end.
 
-        In decoding, as much has come from there.
+        In decoding, as many bytes come from there.
         """
         if not self.offloaded_bytes or workload.cache == "offloaded_static":
             return self.offloaded_bytes
@@ -144,13 +159,15 @@ class ModuleCost:
         return prefilled_bytes if phase == "prefill" else (prefilled_bytes + self.offloaded_bytes) // 2
 
     def visiting_bytes(self, workload: WorkloadShape) -> int:
-        """What of an offloaded cache is on a card at once: a layer's as it was and as it is, and the next one's."""
+        """Return the bytes of an offloaded cache on a card at once: a layer's before and after, and the next
+        layer's.
+        """
         if not self.offloaded_bytes:
             return 0
         return (2 if workload.cache == "offloaded_static" else 3) * self.offloaded_bytes + self.retained_bytes
 
     def pinned_bytes(self, workload: WorkloadShape) -> int:
-        """What of the CPU's memory its cache takes that is offloaded.
+        """Return the CPU's memory that the module's offloaded cache takes.
 
         torch pins it in blocks of a power of two, and keeps those that the cache has outgrown since the prompt.
         """
@@ -164,10 +181,10 @@ class ModuleCost:
         return total_bytes
 
     def at(self, workload: WorkloadShape, context_length: int) -> ModuleCost:
-        """What memory it takes at another length of the context than that of the workload it was measured under.
+        """Return the memory at another length of context than that of the measured workload.
 
-        Caches grow as between the prefill and one twice as long, and so do the peaks of a prefill that is as long as
-        the context: on a line, or where they more than double on a parabola.
+        Caches grow as between the prefill and one twice as long. So do the peaks of a prefill that is as long as the
+        context: linearly, or quadratically if they more than double.
         """
         before = workload.context_length
         figures = _grown_peaks(self, before, context_length) if workload.prompt_length == before else {}
@@ -181,9 +198,11 @@ class ModuleCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """What one block is given that another made, tensors and bytes: they are copied where the two run on two devices.
+    """The tensors and bytes that one block takes from another: copied if the two run on two devices.
 
-    `maker` is `""` for what the model makes outside of every block (masks, positions): it lives on the main device.
+    Attributes:
+        maker: the block that made them, or `""` for what the model makes outside of blocks (masks, positions), which is
+            on the main device.
     """
 
     reader: str
@@ -196,10 +215,11 @@ class Crossing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """How far a model's positions go, in tokens; `None` where that is without an end.
+    """The lengths of context that a model takes, in tokens; `None` without a limit.
 
-    At `end` a table of positions has no further row, or the model's code refuses more. `trained` is how far a model is
-    meant to go that could be given more: its config's `max_position_embeddings`.
+    Attributes:
+        end: the length at which a table of positions ends, or at which the model's code refuses more.
+        trained: the length that the model was trained for, its config's `max_position_embeddings`.
     """
 
     end: int | None = None
@@ -226,11 +246,13 @@ _crossing_values = attrgetter(*CROSSING_FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class MediaUse:
-    """What came of the images and the sound of a workload.
+    """The treatment of the images and the sound of a workload.
 
-    So many `tokens` of each sequence's prompt stand for them. Where there is a `problem`, text alone was measured, if
-    that: the model takes none (`none`), it takes images of any size and nobody said of which (`size`), the prompt has
-    no room for that many tokens (`room`), or the model's code did not run with them (`untried`), for this `reason`.
+    Attributes:
+        tokens: the tokens of each sequence's prompt that stand for them.
+        problem: why they were not measured: the model takes none (`none`), it takes images of any size and none was
+            given (`size`), the prompt has no room for those tokens (`room`), or the model's code failed (`untried`).
+        reason: the same in words.
     """
 
     tokens: int = 0
@@ -273,21 +295,21 @@ class Measurement:
 
     @cached_property
     def visiting_bytes(self) -> int:
-        """What of an offloaded cache is on each card at once, at most."""
+        """The most bytes of an offloaded cache that are on a card at once."""
         return max((cost.visiting_bytes(self.workload) for cost in self.modules), default=0)
 
     @cached_property
     def passing_bytes(self) -> int:
-        """What of the CPU's memory is taken by layers of an offloaded cache whose copies are under way."""
+        """The CPU's memory of an offloaded cache's layers whose copies are under way."""
         return LAYERS_UNDER_WAY * max((cost.pinned_bytes(self.workload) for cost in self.modules), default=0)
 
     @cached_property
     def decodes(self) -> bool:
-        """Whether there is a step of decoding: an encoder has none, nor has a model without a cache."""
+        """True if there are steps of decoding; encoders and models without a cache have none."""
         return not self.measured or any(cost.decode_launches for cost in self.modules)
 
     def at(self, context_length: int) -> Measurement:
-        """What memory the same takes at another length of the context."""
+        """Return the costs at another length of the context."""
         return replace(
             self,
             workload=self.workload.at(context_length),
@@ -315,10 +337,10 @@ class Measurement:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Measurement:
-        """What `to_json` wrote.
+        """Return the measurement that `to_json` wrote.
 
         Raises:
-            KeyError, TypeError: where the value is not one.
+            KeyError, TypeError: if the value is not one.
         """
         return cls(
             workload=WorkloadShape(**value["workload"]),

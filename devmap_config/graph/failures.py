@@ -1,7 +1,7 @@
-"""Why a model could not be run without data: for its own code, for a library that changed, or for a mistake of ours.
+"""Classifies why a model could not be run without data: its own code, a library that changed, or a mistake of ours.
 
-Formulas may stand in only for the first: it was so when this package was tried, and the plan says so. A library that
-changed takes from a plan what it was trusted for, and a mistake of ours must not be told as the model's.
+Only after the first may formulas stand in: it was so when this package was tested, and the plan says so. A library that
+changed takes the ground from a plan's figures, and a mistake of ours must not be reported as the model's.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PromptTooShortError(OtherInputsError):
 
 @dataclass(frozen=True)
 class MeasurementFailure:
-    """Why a model could not be run without data."""
+    """The reason for which a model could not be run without data, and its cause."""
 
     cause: Cause
     reason: str
@@ -102,7 +102,7 @@ HANDED_ON = ("__torch_function__", "__torch_dispatch__")
 
 
 def _frames(error: Exception) -> list[traceback.FrameSummary]:
-    """Where something was raised, the innermost last: what torch refuses is refused of who asked, not of a mode."""
+    """Return the frames of an error, the innermost last, without those of our modes around torch."""
     frames = list(traceback.extract_tb(error.__traceback__))
     while isinstance(error, RuntimeError) and frames and _hands_on(frames[-1]):
         frames.pop()

@@ -1,4 +1,6 @@
-"""What `generate` runs: a prefill and the steps after it, with the inputs that each kind of model takes."""
+"""The forwards that `generate` runs: a prefill and the steps after it, with the inputs that each kind of
+model takes.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,7 @@ class Forwards:
 
     @property
     def makes_cache(self) -> bool:
-        """Whether a cache is made beforehand for every block, also for one that does not fill it."""
+        """True if the cache is made beforehand, for every block, also for blocks that do not fill it."""
         return self.workload.cache not in (("dynamic",) if self.offloads else ("dynamic", "offloaded"))
 
     @property
@@ -122,7 +124,7 @@ class Forwards:
 
     @property
     def _only_returns_its_cache(self) -> bool:
-        """Whether no further token can be given with what it returns: ColPali makes an embedding of a page."""
+        """True if no token can follow with the returned cache: ColPali makes an embedding of a page."""
         return self._cache_name is None and not self.model.can_generate() and is_tried("transformers")
 
     @property
@@ -130,7 +132,7 @@ class Forwards:
         return next((name for name in CACHE_NAMES if name in self._accepted), None)
 
     def _beside_each_token(self) -> dict[str, Any]:
-        """What layers attend to that attend to images anew at every token (IDEFICS)."""
+        """Return the inputs of layers that attend to images anew at every token (IDEFICS)."""
         if self._attended is None:
             return {}
         name = "perceiver_embeddings" if getattr(self.model.config, "use_resampler", False) else IMAGES_ATTENDED
@@ -166,12 +168,12 @@ class Forwards:
 
     @property
     def _hears_apart(self) -> bool:
-        """Whether sound is given to an encoder, which then is given no text."""
+        """True if sound is given to an encoder, which is then given no text."""
         return self._has_encoder and any(set(each.tensors) & set(SOUND_NAMES) for each in self.media)
 
     @property
     def _marks_prompts(self) -> bool:
-        """Whether the model is told by types of tokens what is prompt: it then attends to all of it both ways."""
+        """True if types of tokens mark the prompt, to which the model then attends in both directions."""
         return "mm_token_type_ids" not in self._accepted
 
     def _require_inputs(self) -> None:
@@ -196,14 +198,14 @@ class Forwards:
                 raise OtherInputsError(f"it takes `{wanted.name}` besides text")
 
     def _unlike(self, what: str) -> Exception:
-        """What is raised of a model that is not as those of transformers were; a stranger's may be as it likes."""
+        """Return the error for a model that is not as transformers' models were when this was tested."""
         if is_own_model(self.model):
             return LibraryChangedError("transformers", f"`{type(self.model).__name__}.forward` {what}")
         return OtherInputsError(f"it {what}")
 
     @property
     def _has_encoder(self) -> bool:
-        """Whether the model takes a decoder's tokens besides; the bare decoder of such a model does not."""
+        """True if the model takes tokens of a decoder as well; the bare decoder of such a model does not."""
         return "decoder_input_ids" in self._accepted
 
     def _tokens(self, length: int) -> torch.Tensor:
@@ -218,7 +220,9 @@ class Forwards:
         return next(word for word in range(1, len(names) + 2) if word not in special)
 
     def _features(self) -> torch.Tensor:
-        """What Whisper's encoder hears: windows of one length, of which its first convolutions keep every second."""
+        """Return the input of Whisper's encoder: windows of one length, of which convolutions keep every
+        second frame.
+        """
         config = self.model.config
         bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
         if bins is None or positions is None:
@@ -236,7 +240,7 @@ class Forwards:
 
 
 def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """What a model for images or sounds within another may take, by what its config says; likely ones first."""
+    """Yield inputs that a model for images or sound within another may take, by its config; likely ones first."""
     config = tower.config
     name = tower.main_input_name
 

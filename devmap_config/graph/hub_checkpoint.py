@@ -102,7 +102,7 @@ def _from_json(value: Mapping[str, Any]) -> Checkpoint:
 
 
 class _Commit(NamedTuple):
-    """What is asked of the hub, and as whom."""
+    """A commit on the hub, with the access to it."""
 
     repository: str
     sha: str
@@ -152,7 +152,7 @@ def _refuse_pickles(commit: _Commit) -> None:
 
 
 def _header_of(commit: _Commit, filename: str) -> Checkpoint | None:
-    """What one file's header says; `None` where the server does not send parts of it."""
+    """Return the header of one file, or `None` if the server does not send parts of it."""
     first = _range(commit, filename, 0, LENGTH_BYTES)
     if first is None:
         return None

@@ -213,7 +213,7 @@ def _check_config(stated: dict[str, Any], trust_remote_code: bool) -> None:
 def _unbuildable(
     error: Exception, stated: dict[str, Any], class_name: str, trust_remote_code: bool
 ) -> UnbuildableModelError:
-    """What is told of an error that came of a config and its class."""
+    """Return the error for a config and a class from which no model can be built."""
     has_none = isinstance(error, UnbuildableModelError) and class_reference(stated, class_name) is not None
     if not trust_remote_code and (has_none or fails_without(stated, class_name, error)):
         return UntrustedCodeError(not_run(stated))
@@ -227,7 +227,7 @@ def _unbuildable(
 
 
 def _usual_config(stated: dict[str, Any]) -> dict[str, Any]:
-    """What a config of this type says where nobody says otherwise; nothing where there is no such type."""
+    """Return the default config of this type; empty if the type is unknown."""
     try:
         from transformers import CONFIG_MAPPING
 
@@ -245,7 +245,7 @@ def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tup
 
 
 def _is_own(class_name: str) -> bool:
-    """Whether a class is a concrete one of transformers, which takes a config of transformers."""
+    """Return whether a class is a concrete one of transformers, which takes a config of transformers."""
     import transformers
 
     found = getattr(transformers, class_name, None)

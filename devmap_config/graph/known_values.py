@@ -166,7 +166,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
 
 
 def _is_unset(name: str, options: Any) -> bool:
-    """Whether an operation makes numbers that mean nothing yet; whole ones are soon written, and are looked at then."""
+    """Return whether an operation makes uninitialised numbers; integers are soon written, and then looked at."""
     return "empty" in name and options.get("dtype") in (None, torch.bfloat16, torch.float16, torch.float32)
 
 

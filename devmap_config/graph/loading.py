@@ -80,27 +80,29 @@ class LoadedModel:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the graph counts the weights as transformers holds them, and not as before quantization."""
+        """True if the graph counts the weights as transformers holds them, and not as before quantization."""
         return self.quantization is None or self.quantization.format() is not None
 
     @property
     def counts_quantized_weights(self) -> bool:
-        """Whether the graph counts on weights that stay quantised."""
+        """True if the graph counts weights that stay quantised."""
         return self.quantization is not None and self.quantization.format() not in (None, UNCHANGED)
 
     @property
     def lowers_budgets(self) -> bool:
-        """Whether the quantizer takes a tenth off every budget before transformers' planner fills it."""
+        """True if the quantizer takes a tenth off every budget before transformers' planner fills it."""
         return self.quantization is not None and self.quantization.method.lowers_budgets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lookup:
-    """How a model is looked up.
+    """The rules by which a model is looked up.
 
-    `resolved` is what the revision of a hub id resolved to before, which holds while they are the same; one that
-    `must_ask` has the hub say it anew. With `use_vendored` a graph beside the profile is used where it is still the
-    model's. `permissions` say whether code that comes with the model may run, and formulas stand in for measuring it.
+    Attributes:
+        resolved: the commit to which the revision of a hub id was resolved before, valid while both are unchanged.
+        must_ask: resolve the revision on the hub anew.
+        use_vendored: use a graph beside the profile, if it is up to date.
+        permissions: whether code that comes with the model may run, and formulas may stand in for a measurement.
     """
 
     resolved: Resolved | None = None
@@ -111,7 +113,7 @@ class Lookup:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphInputs:
-    """What a graph is made from. Without a workload nothing is measured; `quantization` is what is counted."""
+    """The inputs of a graph. Without a workload nothing is measured; `quantization` is the one that is counted."""
 
     source: ModelSource
     class_name: str
@@ -123,7 +125,7 @@ class GraphInputs:
     trust_remote_code: bool = False
 
     def compared(self) -> Mapping[str, object]:
-        """What tells whether a graph is of these, by the words for messages."""
+        """Return the values by which a graph is recognised as made from these inputs, by their names in messages."""
         return {
             "config": self.source.config_digest,
             "class": self.class_name,
@@ -236,7 +238,7 @@ def _adapter_digest(adapter: LoraAdapter | None) -> str | None:
 def _loading_facts(
     graph: ModelGraph, source: ModelSource, dtype: str, quantization: Quantization | None
 ) -> LoadingFacts:
-    """What loading depends on, by the config alone, so that a lock holds where the checkpoint is not at hand."""
+    """Return the facts about loading, by the config alone, so that a lock holds without the checkpoint at hand."""
     return LoadingFacts(
         merged=frozenset(graph.merged),
         stored_dtype=source.checkpoint_dtype() or dtype,
@@ -247,7 +249,7 @@ def _loading_facts(
 
 
 def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any]) -> VendoredGraph:
-    """What is kept beside a profile, so that its model need not be at hand."""
+    """Return what is stored beside a profile, so that its model need not be at hand."""
     return VendoredGraph(
         graph=model.graph,
         config=model.source.config,
@@ -327,7 +329,7 @@ def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
 
 
 def _differs_from_cache(vendored: VendoredGraph, loaded: LoadedProfile) -> bool:
-    """Whether the hub's cache has another config for the commit of a graph: what a commit holds never changes."""
+    """Return whether the hub's cache has another config for a graph's commit, which is immutable."""
     if vendored.commit is None or _is_local(loaded):
         return False
     source = _vendored_source(vendored, loaded)
@@ -355,7 +357,7 @@ def _at_hand(source: ModelSource) -> ModelSource:
 
 
 def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> Mapping[str, object]:
-    """What a vendored graph was made from, as `GraphInputs.compared` gives it."""
+    """Return the inputs of a vendored graph, as `GraphInputs.compared` gives them."""
     return {
         "config": _vendored_source(vendored, loaded).config_digest,
         "class": vendored.class_name,
@@ -461,7 +463,7 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
 
 
 def _workload(loaded: LoadedProfile) -> WorkloadShape | None:
-    """What is to be measured; nothing where the profile names no context."""
+    """Return the workload to measure, or `None` if the profile names no context."""
     wanted = loaded.profile.workload
     if (context_length := wanted.context_length.value) is None:
         return None

@@ -1,8 +1,8 @@
-"""What a model is given of images and sound: tensors of the shapes that its processor would make, without one.
+"""The inputs of a model for images and sound: tensors of the shapes that its processor would make, without a processor.
 
-The shapes follow from the names of its forward's parameters and from its config, more than from its type: what takes an
-`image_grid_thw` is given patches in a row, what takes `spatial_shapes` patches beside a mask. How many tokens of the
-prompt an image takes is asked of the model itself, which computes that many features of it.
+The shapes follow from the parameters of the model's forward and from its config, more than from its type: a model that
+takes an `image_grid_thw` is given patches in a row, one that takes `spatial_shapes` patches beside a mask. The number
+of tokens that an image takes of the prompt is that of the features which the model itself computes of it.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def _asked(
 
 
 def _feature_rows(model: PreTrainedModel, tensors: Tensors, kind: str) -> int:
-    """How many features a model makes of them: as many tokens stand for them in the prompt.
+    """Return the number of features that a model makes of the media: as many tokens stand for them in the prompt.
 
-    An encoder's are attended to by a decoder of its own: none stand for them.
+    None stand for those of an encoder, to which a decoder attends.
     """
     owners = (model, getattr(model, "model", None), getattr(model, "thinker", None))
     methods = (getattr(owner, f"get_{name}_features", None) for name in FEATURES[kind] for owner in owners)
@@ -162,7 +162,7 @@ def _rows(output: Any) -> int:
 
 
 def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:
-    """How many rows a model's projector gives, where no method gives them (Qwen2-Audio); none without one."""
+    """Return the number of rows that a model's projector gives, where no method gives features (Qwen2-Audio)."""
     if any(not bool(tensor.all()) for name, tensor in tensors.items() if name.endswith("_mask")):
         raise ValueError("what a mask leaves out of what a projector gives is not known")
     projector = next((module for name, module in model.named_modules() if name.endswith("projector")), None)
@@ -205,7 +205,7 @@ def _within(config: PretrainedConfig, names: tuple[str, ...]) -> PretrainedConfi
 
 @dataclass(frozen=True)
 class _Images:
-    """What the config says of the images that a model takes, and how many there are."""
+    """The config's description of the images that a model takes, and their number."""
 
     model: PreTrainedModel
     workload: WorkloadShape
@@ -552,7 +552,7 @@ BY_PARAMETER: dict[str, Callable[[_Images], Iterator[Media]]] = {
 
 @dataclass(frozen=True)
 class _Sound:
-    """What the config says of the sound that a model hears, and how long it is."""
+    """The config's description of the sound that a model takes, and its length."""
 
     model: PreTrainedModel
     workload: WorkloadShape
@@ -564,7 +564,7 @@ class _Sound:
 
     @property
     def bins(self) -> tuple[int, ...]:
-        """How many frequencies a spectrogram has, as far as that is known."""
+        """The numbers of frequencies that a spectrogram may have, as far as the config tells."""
         stated = (getattr(config, name, None) for name in BIN_NAMES for config in (self.audio, self.model.config))
         return tuple(filter(None, stated))[:1] or USUAL_BINS
 
@@ -580,12 +580,12 @@ class _Sound:
 
     @property
     def window(self) -> int:
-        """What hears windows hears whole ones, of so many frames."""
+        """The frames of a window: encoders that take windows take whole ones."""
         return 2 * (getattr(self.audio, "max_source_positions", None) or 1500)
 
     @property
     def windows(self) -> int:
-        """How many windows there are; an encoder hears one after the other, by itself."""
+        """The number of windows; an encoder takes them one after the other."""
         one_by_one = self.model.config.is_encoder_decoder
         return 1 if one_by_one else math.ceil(self.workload.audio_seconds * FRAMES_PER_SECOND / self.window)
 
@@ -623,7 +623,7 @@ def _spectrograms(sound: _Sound) -> Iterator[Media]:
 
 
 def _masks(sound: _Sound, count: int, frames: int, dtype: torch.dtype, *, is_padded: bool) -> Tensors:
-    """What says how much of windows is sound and no padding: all, or as many frames as there are seconds of it."""
+    """Return the masks that tell sound from padding: all frames, or as many as there are seconds of sound."""
     config = sound.model.config
     window, rate = (getattr(config, name, None) for name in ("window_size", "downsample_rate"))
     masked = math.ceil(frames / window) * (window // rate) if window and rate else frames  # Granite's is of its tokens

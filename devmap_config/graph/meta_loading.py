@@ -194,7 +194,7 @@ def _shown(shape: Any) -> str:
 
 
 def _last_line(text: str) -> str:
-    """What of a traceback tells most: torch's or transformers' own words."""
+    """Return the line of a traceback that says most: torch's or transformers' own message."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Traceback", "File", "^", "Error:"))]
     return f"cannot be put together: {said[-1] if said else 'its conversion fails'}".rstrip(".")

@@ -61,11 +61,11 @@ class Tensor:
 
     @property
     def is_held_in_buffer(self) -> bool:
-        """Whether accelerate sees a buffer in it, and no parameter."""
+        """True if the tensor is a buffer for accelerate, and not a parameter."""
         return self.kind == "buffer" or self.in_buffer
 
     def bytes_where(self, *, is_offloaded: bool) -> int:
-        """What it occupies: on `cpu` or `disk` of a map where it `is_offloaded`, else anywhere."""
+        """Return the bytes of the tensor on `cpu` or `disk` of a map if it `is_offloaded`, else elsewhere."""
         return self.offloaded_bytes if is_offloaded and self.offloaded_bytes is not None else self.size_bytes
 
     @property
@@ -110,11 +110,14 @@ class Module:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadingFacts:
-    """What loading depends on besides sizes.
+    """The facts, besides sizes, on which loading depends.
 
-    `merged` are tensors that transformers makes of several of the checkpoint's; `stored_dtype` is the checkpoint's, by
-    the config where that tells, and `dtype` that in which it is loaded. With `quantises` it is quantised while it
-    loads; `method` is how, or how it is stored.
+    Attributes:
+        merged: tensors that transformers makes of several of the checkpoint's.
+        stored_dtype: the dtype of the checkpoint, if the config tells it.
+        dtype: the dtype in which the model is loaded.
+        quantises: weights are quantised while they are loaded.
+        method: the method of quantization, or the one by which the checkpoint is stored.
     """
 
     merged: frozenset[TensorName]
@@ -165,7 +168,7 @@ class ModelGraph:
 
     @cached_property
     def adapter_tensors(self) -> tuple[TensorName, ...]:
-        """What an adapter adds to the model, by its names."""
+        """The names of the tensors that an adapter adds to the model."""
         added = (tensor.name for tensor in self.root.tensors() if tensor.kind == "buffer" and not tensor.persistent)
         return tuple(name for name in added if (own := name.rpartition(".")[2]) in LORA or own.startswith(SAVED))
 
@@ -198,7 +201,7 @@ class ModelGraph:
 
     @property
     def decodes(self) -> bool:
-        """Whether the model has steps of decoding, as far as it was measured."""
+        """True if the model has steps of decoding, as far as it was measured."""
         return self.measurement is None or self.measurement.decodes
 
     @cached_property
@@ -250,9 +253,9 @@ class ModelGraph:
         return tuple(below(self.root))
 
     def is_no_split(self, module: Module) -> bool:
-        """Whether transformers wants this module whole on one device.
+        """Return whether transformers keeps this module whole on one device.
 
-        The model itself never counts, as in transformers' planner, though some name their own class.
+        The model itself never counts, as in transformers' planner, though some models name their own class.
         """
         return module.path != "" and module.class_name in self.no_split_classes
 
@@ -262,7 +265,7 @@ def _parent(name: str) -> str:
 
 
 def is_within(path: str, around: str) -> bool:
-    """Whether a path is that of a module other than the model itself, or of what is below it."""
+    """Return whether a path is `around`, a module other than the model itself, or below it."""
     return path == around or path.startswith(f"{around}.")
 
 

@@ -23,7 +23,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 class OtherFormat(NamedTuple):
-    """What is there in place of a model of transformers, and what to do."""
+    """A format that is not transformers', found in place of a model, and advice."""
 
     message: str
     help: str

@@ -106,7 +106,7 @@ class PositionReads(dispatch_mode()):  # type: ignore[misc]  # torch is not read
 
 
 def _reads(function: Any, arguments: Any) -> Iterator[tuple[torch.Tensor, int, torch.Tensor | None]]:
-    """What an operation reads by position: the table, its dimension, and the positions where these are a tensor."""
+    """Yield the reads by position of an operation: the table, its dimension, and the positions if they are a tensor."""
     aten, operation = torch.ops.aten, operation_packet(function)
     if operation is aten.embedding:
         yield arguments[0], 0, arguments[1]

@@ -1,4 +1,4 @@
-"""What running a model costs with quantised weights, from what was measured with dense ones."""
+"""The costs of running a model with quantised weights, from those measured with dense weights."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
     """Notes storages as they come and go, the modules that are running meanwhile, and what passes between blocks."""
 
     def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...], traffic: Traffic) -> None:
-        """What is `known` was there before, and is kept: were it let go, what is made later could have its address."""
+        """Keep the `known` tensors alive: if they were freed, later tensors could have their addresses."""
         super().__init__()
         self._held = known
         self.names = names
@@ -89,7 +89,7 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
 
     @contextmanager
     def ignoring(self) -> Iterator[None]:
-        """What is made within counts as if it had been there before: what a model is given, say."""
+        """Treat tensors that are made within the context as if they had existed before, such as a model's inputs."""
         self._ignores = True
         try:
             yield
@@ -201,7 +201,7 @@ class TooManyOperationsError(OtherInputsError):
 
 @dataclass
 class OperationBudget:
-    """How many operations recorders may see before they refuse one."""
+    """The number of operations that recorders may see before they refuse one."""
 
     spent: int = 0
 
@@ -297,7 +297,7 @@ class Meter(Recorder):
 
 @dataclass
 class Traffic:
-    """What passes between blocks: what each is given, by whom it was made, and what it reads without being given it."""
+    """The tensors that pass between blocks: inputs with their makers, and reads of what was not an input."""
 
     blocks: Mapping[str, None]
     skipped: frozenset[str]

@@ -1,4 +1,4 @@
-"""What a config says of code that comes with its model, read without running any."""
+"""The references of a config to code that comes with its model, read without running any."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hub_kernel(config: Mapping[str, object]) -> str | None:
 
 
 def class_reference(config: Mapping[str, object], class_name: str) -> str | None:
-    """Which of its code the config gives for a class: by an Auto class's name, or by the class's own."""
+    """Return the config's reference to code for a class, by the name of an Auto class or of the class itself."""
     auto_map = config.get("auto_map")
     if not isinstance(auto_map, Mapping):
         return None
@@ -49,7 +49,7 @@ def class_reference(config: Mapping[str, object], class_name: str) -> str | None
 
 
 def fails_without(config: Mapping[str, object], class_name: str, error: Exception) -> bool:
-    """Whether it was for want of the code that the config names that transformers could not make the model."""
+    """Return whether transformers failed to make the model because the code that the config names was not run."""
     import transformers
 
     if hub_kernel(config) is not None:
@@ -66,7 +66,7 @@ def listed(files: tuple[str, ...]) -> str:
 
 
 def not_run(config: Mapping[str, object]) -> str:
-    """What is said of the code that a config names where it was not allowed to run."""
+    """Return a sentence about the code that a config names and that was not allowed to run."""
     if (kernel := hub_kernel(config)) is not None:
         return f"the model's config has attention computed by code of the hub, which was not run: `{kernel}`"
     return f"the model brings code of its own, which was not run: {listed(code_files(config))}"

@@ -48,9 +48,11 @@ class ModelNotFoundError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a revision of a hub id resolved to before. `source` is `None` where a lock of version 1 did not keep it.
+    """A revision of a hub id that was resolved to a commit before.
 
-    `checkpoint` is the digest of what the headers of that commit say, where they were read.
+    Attributes:
+        source: the hub id; `None` if a lock of version 1 did not keep it.
+        checkpoint: the digest of the headers of that commit, if they were read.
     """
 
     commit: str
@@ -59,7 +61,7 @@ class Resolved:
     checkpoint: str | None = None
 
     def holds_for(self, source: str, revision: str | None) -> bool:
-        """Whether it was this source and revision that was resolved."""
+        """Return whether this source and revision is the one that was resolved."""
         return self.source is None or (self.source, self.revision) == (source, revision)
 
 
@@ -87,7 +89,9 @@ class ModelSource:
 
     @contextmanager
     def as_config(self) -> Iterator[Path]:
-        """What transformers reads the config from; one that stands in a vendored graph is written out for it."""
+        """Give transformers a path to the config, while the context lasts; one in a vendored graph is written to a
+        file.
+        """
         if is_folder(self.location) or not self.location.name.endswith(".graph.json"):
             yield self.location
             return
@@ -184,7 +188,7 @@ def _undeclared_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) 
 
 @dataclass(frozen=True, kw_only=True)
 class HubAccess:
-    """How files are had from the hub; what is not said is as its client's environment has it."""
+    """The access to files on the hub; options that are not set are as the environment of its client has them."""
 
     NAMES: ClassVar = ("cache_dir", "token", "local_files_only")
 
@@ -287,7 +291,7 @@ def hub_file(repository: str, name: str, commit: str) -> Path:
 
 
 def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:
-    """What the headers of a commit's checkpoint say, where they are at hand without asking the hub."""
+    """Return the headers of a commit's checkpoint if they are at hand without asking the hub."""
     from devmap_config.graph.hub_checkpoint import hub_checkpoint
 
     snapshot = _cached_snapshot(repository, commit)
@@ -303,7 +307,7 @@ def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
 
 
 def _cached_snapshot(repository: str, commit: str) -> Path:
-    """Where the hub's client keeps the files of a commit; told without the client, which takes long to import."""
+    """Return the folder in which the hub's client keeps a commit, without importing the client, which takes long."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     named = (
         _ACCESS.get(_AS_CONFIGURED).cache_dir
@@ -316,7 +320,7 @@ def _cached_snapshot(repository: str, commit: str) -> Path:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached at all: its client would find out after half a minute of retries."""
+    """Return whether the hub can be reached; its client would find out only after half a minute of retries."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
@@ -337,7 +341,7 @@ def _hub_answers() -> bool:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a source may be the name of a repository on the hub."""
+    """Return whether a source may be the name of a repository on the hub."""
     return HUB_ID.fullmatch(text) is not None
 
 
