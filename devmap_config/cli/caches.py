@@ -28,14 +28,20 @@ HALVINGS = 3
 """So often the range is halved in which the better of both changes."""
 
 CACHES = ("dynamic", "offloaded")
+PLACES = ("where the model runs", "offloaded")
+"""What is compared, and where each has its keys and values."""
 
 
 @dataclass(frozen=True)
 class CacheComparison:
-    """The plans for one context, with the cache where the model runs and offloaded; `None` where there is none."""
+    """The plans for one context, with the cache where the model runs and offloaded; `None` where there is none.
+
+    `reasons` say why there is none.
+    """
 
     context_length: int
     plans: tuple[Plan | None, Plan | None]
+    reasons: tuple[str | None, str | None] = (None, None)
 
     @property
     def nanoseconds(self) -> tuple[int | None, int | None]:
@@ -82,8 +88,7 @@ def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
         def compare(length: int) -> CacheComparison:
             begin(f"a context of {length:,} tokens")
             if length not in found:
-                request = partial(options.request, profile, advises=False)
-                found[length] = CacheComparison(length, (_plan(request, 0, length), _plan(request, 1, length)))
+                found[length] = _compared(partial(options.request, profile, advises=False), length)
             return found[length]
 
         every = [compare(length) for length in wanted]
@@ -100,11 +105,19 @@ def _changes(before: CacheComparison, after: CacheComparison) -> bool:
     return None not in (before.better, after.better) and before.better != after.better
 
 
-def _plan(request: Callable[..., Request], cache: int, context_length: int) -> Plan | None:
+def _compared(request: Callable[..., Request], context_length: int) -> CacheComparison:
+    there, offloaded = (_plan(request(workload={"cache": cache, "context_length": context_length})) for cache in CACHES)
+    return CacheComparison(context_length, (there[0], offloaded[0]), (there[1], offloaded[1]))
+
+
+def _plan(request: Request) -> tuple[Plan | None, str | None]:
+    """Return the plan, or why there is none."""
     from devmap_config.compiler import Compiled, run_pipeline
 
-    found = run_pipeline(request(workload={"cache": CACHES[cache], "context_length": context_length}))
-    return found.plan if isinstance(found, Compiled) else None
+    found = run_pipeline(request)
+    if isinstance(found, Compiled):
+        return found.plan, None
+    return None, next((each.message for each in found.diagnostics if each.severity == "error"), None)
 
 
 def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
@@ -119,23 +132,25 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
 
 
 def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
-    """Yield from which context on which of both is the better."""
+    """Yield from which context on which of both is the better; or that there is a plan with one of them alone."""
+    for number, where in enumerate(PLACES):
+        if all(each.plans[number] is None for each in every):
+            yield f"With the cache {where}, there is no plan: {every[0].reasons[number]}."
+            return
     known = [each for each in every if each.better is not None]
     if not known:
-        yield "No plan fits with either cache, or how long a token takes is not known."
+        yield "How long a token takes is not known: the profile says too little of the machine."
         return
     changes = [(before, after) for before, after in pairwise(known) if before.better != after.better]
     for before, after in changes:
-        there = "is better offloaded" if after.better else "is better where the model runs"
         yield (
-            f"From a context of {after.context_length:,} tokens on, the cache {there};"
+            f"From a context of {after.context_length:,} tokens on, the cache is better {PLACES[after.better or 0]};"
             f" at {before.context_length:,} it is not yet."
         )
     if not changes:
-        there = "is better offloaded" if known[0].better else "is better where the model runs"
         yield (
             f"At every context that was tried, from {known[0].context_length:,} to {known[-1].context_length:,} tokens,"
-            f" the cache {there}."
+            f" the cache is better {PLACES[known[0].better or 0]}."
         )
 
 

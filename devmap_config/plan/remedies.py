@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import GIBIBYTE
-from devmap_config.devices import CPU, Device
+from devmap_config.devices import CPU, OFFLOADING_KIND, Device
 from devmap_config.plan.trials import ProfileChange
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def impasse_of(problem: Problem, prepared: Prepared, trials: Trials) -> Impasse:
         *search.dropped_pins(pins),
         search.told_to_offload(),
         search.shorter_context(),
+        search.cache_on_the_cpu(),
         search.fewer_bits(),
         search.another_card(),
         search.more_memory(),
@@ -96,6 +97,16 @@ class _RemedySearch:
             most -= most % CONTEXT_MULTIPLE
         tried = most and self.trials.compiles(ProfileChange(context_length=most))
         return f"lower `context_length` to {most}" if tried else None
+
+    def cache_on_the_cpu(self) -> str | None:
+        """Offload the cache, where the weights alone have room."""
+        problem, measurement = self.problem, self.problem.graph.measurement
+        is_dynamic = measurement is not None and measurement.workload.cache == "dynamic"
+        can_hold_it = CPU in problem.capacities and any(device.kind == OFFLOADING_KIND for device in problem.capacities)
+        has_room = problem.graph.size_bytes < sum(problem.capacities.values())
+        if not (is_dynamic and can_hold_it and has_room):
+            return None
+        return "say `cache: offloaded`" if self.trials.compiles(ProfileChange(cache="offloaded")) else None
 
     def fewer_bits(self) -> str | None:
         room = sum(size for device, size in self.problem.capacities.items() if device.is_accelerator)

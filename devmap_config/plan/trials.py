@@ -10,7 +10,7 @@ from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.placement.constraints import build_problem
 from devmap_config.plan.attempts import Candidate, attempts
-from devmap_config.profile.schema import DeviceSection
+from devmap_config.profile.schema import Cache, DeviceSection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +35,7 @@ class ProfileChange:
 
     without: tuple[Rule, ...] = ()
     context_length: int | None = None
+    cache: str | None = None
     quantization: Mapping[str, Any] | None = None
     strategy: str | None = None
     offload_buffers: bool | None = None
@@ -43,7 +44,7 @@ class ProfileChange:
     @property
     def is_of_model(self) -> bool:
         """Whether the model has to be measured anew."""
-        return self.context_length is not None or self.quantization is not None
+        return any(each is not None for each in (self.context_length, self.cache, self.quantization))
 
     def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
         """Return the profile as it is with this change."""
@@ -53,6 +54,8 @@ class ProfileChange:
             model = model.changed(quantization=self.quantization)
         if self.context_length is not None:
             workload = workload.changed(context_length=self.context_length)
+        if self.cache is not None:
+            workload = workload.changed(cache=Cache(implementation=self.cache))
         devices = dict(hardware.devices.value)
         for device, description in self.devices.items():
             devices[device] = devices.get(device, DeviceSection()).changed(**description)
@@ -87,6 +90,8 @@ class Trials:
 
     def fits(self, change: ProfileChange) -> bool:
         """Return whether there is a plan, however slow; another context is reckoned from the measurement at hand."""
+        if self.prepare is None:
+            return False
         model, measurement = self.prepared.model, self.prepared.graph.measurement
         if change.context_length is not None and measurement is not None:
             model = replace(model, graph=replace(model.graph, measurement=measurement.at(change.context_length)))

@@ -1,0 +1,89 @@
+"""From which context on a cache is better offloaded: both are planned, and what is said is what compiling gives."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import LLAMA
+
+from devmap_config.cli import caches, devmap
+from devmap_config.compiler import Compiled, Rejected, Request, run_pipeline
+
+PROFILE = """\
+version: 1
+model: {source: llama}
+workload: {context_length: CONTEXT, prompt_length: 64, cache: CACHE}
+hardware:
+  devices: {cuda:0: {memory: MEMORY, bandwidth: 1TB/s, flops: 100TFLOP/s}, cpu: {memory: 1GiB}}
+  links: {host: 100MB/s}
+placement: {strategy: fastest}
+"""
+
+
+@pytest.fixture(autouse=True)
+def few_contexts(workspace, monkeypatch):
+    """A model that is meant for 1,024 tokens."""
+    Path("llama/config.json").write_text(json.dumps(LLAMA | {"max_position_embeddings": 1024}))
+    monkeypatch.setattr(caches, "HALVINGS", 1)
+
+
+def written(*, context=64, cache="dynamic", memory="900KiB", text=PROFILE):
+    text = text.replace("CONTEXT", str(context)).replace("CACHE", cache).replace("MEMORY", memory)
+    Path("p.yaml").write_text(text)
+    return Path("p.yaml")
+
+
+def compared(profile):
+    done = CliRunner().invoke(devmap, ["explain", str(profile), "--caches", "--format", "json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def nanoseconds_of(found):
+    return [each and each["prediction"]["decode_nanoseconds_per_token"] for each in map(found.get, caches.CACHES)]
+
+
+def test_from_where_it_crosses_compiling_both_gives_the_other_order():
+    told = compared(written())
+    by_length = {each["context_length"]: each for each in told["caches"]}
+    assert list(by_length) == [64, 544, 1024]
+    assert [each["better"] for each in by_length.values()] == ["dynamic", "dynamic", "offloaded"]
+    assert told["explanation"] == [
+        "From a context of 1,024 tokens on, the cache is better offloaded; at 544 it is not yet."
+    ]
+    streamed = [each["dynamic"]["prediction"]["streamed_bytes_per_token"] for each in told["caches"]]
+    assert all(before < after for before, after in pairwise(streamed))  # the weights make room for the cache
+    for length in (544, 1024):
+        profiles = (written(context=length, cache=cache) for cache in caches.CACHES)
+        plans = [run_pipeline(Request(path=profile)).plan for profile in profiles]
+        taken = [plan.prediction.decode_nanoseconds_per_token for plan in plans]
+        assert taken == nanoseconds_of(by_length[length])
+        assert (taken[1] < taken[0]) == (length == 1024)
+
+
+def test_where_it_cannot_be_offloaded_the_reason_is_said():
+    profile = written(memory="2MiB", text=PROFILE.replace(", cpu: {memory: 1GiB}", ""))
+    (said,) = compared(profile)["explanation"]
+    assert said == (
+        "With the cache offloaded, there is no plan: the cache is to be on the CPU, and the profile lists none:"
+        " what is not listed does not exist."
+    )
+
+
+def test_without_rates_nothing_is_called_better():
+    text = PROFILE.replace(", bandwidth: 1TB/s, flops: 100TFLOP/s", "").replace("fastest", "fewest-devices")
+    (said,) = compared(written(memory="8MiB", text=text))["explanation"]
+    assert said.startswith("How long a token takes is not known")
+
+
+def test_to_offload_the_cache_is_proposed_where_that_fits():
+    profile = written(context=1024, memory="850KiB")
+    found = run_pipeline(Request(path=profile))
+    assert isinstance(found, Rejected)
+    (finding,) = (each for each in found.diagnostics if each.severity == "error")
+    assert "; or say `cache: offloaded`; or " in finding.help
+    assert isinstance(run_pipeline(Request(path=written(context=1024, memory="850KiB", cache="offloaded"))), Compiled)
