@@ -32,7 +32,7 @@ from devmap_config.plan.planner import Planner, accepted, draft_of
 from devmap_config.plan.review import review
 from devmap_config.prepared import Prepared
 from devmap_config.profile.document import whole_file
-from devmap_config.profile.loading import load_profile, of_assistant, on_other_hardware, with_workload
+from devmap_config.profile.loading import for_engine, load_profile, of_assistant, on_other_hardware, with_workload
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.profile.variables import texts_of
 from devmap_config.rules.resolution import resolve
@@ -43,6 +43,7 @@ from devmap_config.stages import begin
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.lock import InputDigests, Lock
@@ -65,6 +66,8 @@ class Request:
         use_vendored: read the graph that is kept beside the profile, if it is up to date.
         hardware: another machine to compile for than the profile's.
         strategy: the strategy on that other machine.
+        engine: another engine to plan for than the profile's target.
+        groups: with `engine`, the devices that share each layer there.
         workload: fields of the workload that replace the profile's, such as `context_length`.
         keeps_plan: prefer the lock's plan to a new one that is no better.
         simulates: dry-run the plan.
@@ -80,6 +83,8 @@ class Request:
     use_vendored: bool = True
     hardware: Hardware | None = None
     strategy: str = "fastest"
+    engine: str | None = None
+    groups: tuple[tuple[Device, ...], ...] = ()
     workload: Mapping[str, Any] = field(default_factory=dict)
     keeps_plan: bool = False
     simulates: bool = False
@@ -290,7 +295,9 @@ def _load(request: Request, sink: Sink) -> LoadedProfile | None:
         sink.warning("untried-version", never_tried(library))
     if request.workload:
         loaded = with_workload(loaded, **request.workload)
-    return loaded if request.hardware is None else on_other_hardware(loaded, request.hardware, request.strategy)
+    if request.hardware is not None:
+        loaded = on_other_hardware(loaded, request.hardware, request.strategy)
+    return loaded if request.engine is None else for_engine(loaded, request.engine, request.groups)
 
 
 def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, sink: Sink) -> Prepared | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from devmap_config.compiler import Compiled, Request
+    from devmap_config.exports.engines import OtherEngine
     from devmap_config.plan.plan import Plan
 
 WITHOUT_FIGURES = "fewest-devices"
@@ -29,12 +30,16 @@ WITHOUT_FIGURES = "fewest-devices"
 
 @dataclass(frozen=True)
 class Row:
-    """The result for one machine: the fastest plan and the one with the longest context, or why nothing fits."""
+    """The result for one machine: the fastest plan and the one with the longest context, or why nothing fits.
+
+    `other` is an engine that suits the machine better than the profile's.
+    """
 
     machine: str
     fastest: Compiled | None = None
     longest: Compiled | None = None
     reason: str | None = None
+    other: OtherEngine | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -45,6 +50,7 @@ class Row:
             "reason": self.reason,
             **(_plan_to_json(self.fastest) or nothing),
             "longest_context": _plan_to_json(self.longest),
+            "other_engine": None if self.other is None else self.other.to_json(),
         }
 
     @property
@@ -74,7 +80,8 @@ def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> Ex
     Two plans are made for each: the fastest (and how far the context goes with it), and the one with the longest
     context (and how fast it is). A token and a prefill are those of the profile's workload. The profile's hardware,
     strategy and `max_memory` are left aside, its pins are not. Where a machine does not say how fast it is, times are
-    not known, and the plan on the fewest devices stands for the fastest.
+    not known, and the plan on the fewest devices stands for the fastest. Where plans show that another engine suits a
+    machine better than the one that the profile is for, that is said as well, and why.
     """
     from devmap_config.cli.reporting import print_lines
 
@@ -98,16 +105,20 @@ def _row(machine: str, request: Callable[..., Request]) -> Row:
         CommandError: where the profile is wrong, whatever the machine.
     """
     from devmap_config.compiler import Compiled, Rejected, run_pipeline
+    from devmap_config.exports.engines import other_engine
 
-    fastest = run_pipeline(request(strategy="fastest"))
+    asked = request(strategy="fastest")
+    fastest = run_pipeline(asked)
     if any(each.code == "missing-figure" for each in fastest.diagnostics):
-        fastest = run_pipeline(request(strategy=WITHOUT_FIGURES))
+        asked = request(strategy=WITHOUT_FIGURES)
+        fastest = run_pipeline(asked)
     if isinstance(fastest, Rejected):
         if not is_of_machine(fastest.diagnostics):
             raise CommandError(fastest.diagnostics, fastest.texts, data={"machines": None})
-        return Row(machine, reason="; ".join(each.message for each in fastest.diagnostics if each.is_error))
+        reason = "; ".join(each.message for each in fastest.diagnostics if each.is_error)
+        return Row(machine, reason=reason, other=other_engine(asked, fastest))
     longest = run_pipeline(request(strategy="longest-context"))
-    return Row(machine, fastest, longest if isinstance(longest, Compiled) else None)
+    return Row(machine, fastest, longest if isinstance(longest, Compiled) else None, other=other_engine(asked, fastest))
 
 
 def _table(rows: list[Row]) -> Iterator[Table | str]:
@@ -135,6 +146,21 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
             bases = [f"its times rest on {' and '.join(_rates(compiled))} rates"] if len(rates) > 1 else []
             if remarks := [*_remarks(compiled.plan), *bases]:
                 yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
+        if row.other is not None:
+            yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
+    if any(row.other is not None and row.other.name == "vLLM" for row in rows):
+        yield "no time that is predicted of vLLM was held to a card"
+
+
+def _by(other: OtherEngine) -> str:
+    """What the profile would say for an engine; nothing where its own plan is exported."""
+    if not other.settings:
+        return ""
+    placement, workload = other.settings.get("placement", {}), other.settings.get("workload", {})
+    words = [f"`targets: [{other.settings['targets'][0]}]`"]
+    words += [f'`groups: ["{group}"]`' for group in placement.get("groups", ())]
+    words += [f"`batch_size: {size}`" for size in workload.values() if size > 1]
+    return f", by {' and '.join(words)}"
 
 
 def _rates(compiled: Compiled) -> list[str]:

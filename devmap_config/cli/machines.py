@@ -22,6 +22,7 @@ MACHINE_CODES: frozenset[Code] = frozenset(
         "compute-on-cpu",
         "conflicting-pins",
         "forbidden-device",
+        "hosts-need-vllm",
         "memory-beyond-card",
         "mixed-accelerators",
         "no-capacity",

@@ -66,6 +66,26 @@ def export_to_llama_cpp(compiled: Compiled, *, weights: str | None) -> Export:
             the plan says.
     """
     sink = Sink()
+    placed, flags = _placed_by_flags(compiled, weights, sink)
+    flags += _workload_flags(compiled)
+    model = shlex.quote(str(weights))
+    lines = " \\\n    ".join(" ".join(map(shlex.quote, flag)) for flag in flags)
+    script = SCRIPT.format(model=model, flags=lines)
+    return Export(files={"serve.sh": script}, notes=tuple(_notes(placed, compiled)))
+
+
+def placement_flags(compiled: Compiled) -> list[tuple[str, ...]]:
+    """Return the flags by which a GGUF of the model would be where the plan has it.
+
+    Raises:
+        UnfitExportError: as for the export.
+    """
+    return _placed_by_flags(compiled, "model.gguf", Sink())[1]
+
+
+def _placed_by_flags(
+    compiled: Compiled, weights: str | None, sink: Sink
+) -> tuple[GgufPlacement, list[tuple[str, ...]]]:
     check_model_alone(compiled, "llama.cpp", sink)
     _check_plan(compiled, weights, sink)
     require_no_errors(sink, compiled)
@@ -73,10 +93,7 @@ def export_to_llama_cpp(compiled: Compiled, *, weights: str | None) -> Export:
     require_no_errors(sink, compiled)
     flags = _flags(placed, compiled, sink)
     require_no_errors(sink, compiled)
-    model = shlex.quote(str(weights))
-    lines = " \\\n    ".join(" ".join(map(shlex.quote, flag)) for flag in flags)
-    script = SCRIPT.format(model=model, flags=lines)
-    return Export(files={"serve.sh": script}, notes=tuple(_notes(placed, compiled)))
+    return placed, flags
 
 
 SCRIPT = """\
@@ -184,7 +201,11 @@ def _flags(placed: GgufPlacement, compiled: Compiled, sink: Sink) -> list[tuple[
             ("--split-mode", "layer"),
             ("-ts", ",".join(str(counts[card]) for card in cards)),
         ]
-    flags += _overrides(placed, homes, own_output)
+    return flags + _overrides(placed, homes, own_output)
+
+
+def _workload_flags(compiled: Compiled) -> list[tuple[str, ...]]:
+    flags: list[tuple[str, ...]] = []
     workload, cache_type = compiled.loaded.profile.workload, CACHE_TYPES.get(compiled.model.dtype)
     if workload.context_length.value is not None:
         tokens = workload.context_length.value * workload.batch_size

@@ -19,9 +19,10 @@ from devmap_config.profile.section import Section
 from devmap_config.wording import closest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.schema import Assistant
 
@@ -61,6 +62,22 @@ def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) 
         max_memory={}, device=None, device_map=None, strategy=strategy, offload=offload, groups=groups
     )
     return replace(loaded, profile=loaded.profile.changed(hardware=hardware, placement=placement))
+
+
+def for_engine(loaded: LoadedProfile, engine: str, groups: Sequence[tuple[Device, ...]]) -> LoadedProfile:
+    """Return a profile that is planned for another engine than its own, for as many sequences at once.
+
+    Args:
+        loaded: the profile.
+        engine: the engine, as `targets` names it.
+        groups: devices that share each layer there.
+    """
+    profile = loaded.profile
+    workload, placement = profile.workload, profile.placement.changed(groups=tuple(map(Located, groups)))
+    if engine != "vllm":  # which alone has requests of a batch come and go by themselves
+        sequences = workload.batch_size * workload.concurrency.value
+        workload = workload.model_copy(update={"batch_size": sequences, "concurrency": Located(1)})
+    return replace(loaded, profile=profile.changed(targets=(engine,), workload=workload, placement=placement))
 
 
 def of_assistant(loaded: LoadedProfile, assistant: Assistant) -> LoadedProfile:

@@ -181,3 +181,93 @@ def test_a_mistake_of_the_profile_is_none_of_the_machine(profile):
     profile.write_text(PROFILE.replace("fastest}", "fastest, pins: [{match: lm_head, device: cuda:1}]}"))
     rows, code = fit("h100-sxm,2xl4")
     assert ([row["fits"] for row in rows], code) == ([False, True], 0)
+
+
+CARDS = """\
+hardware:
+  devices: {"cuda:[0-1]": {memory: 16MiB, bandwidth: 100MB/s, flops: 1TFLOP/s}}
+  links: {host: 25GB/s, peer: PEER}
+"""
+
+PART_ON_CPU = """\
+hardware:
+  devices: {cuda:0: {memory: 400KiB, bandwidth: 1TB/s, flops: 9TFLOP/s}, cpu: {memory: 8MiB, bandwidth: 500GB/s}}
+  links: {host: 100MB/s}
+"""
+
+
+def plan_of(text):
+    """What compiling a profile plans."""
+    Path("other.yaml").write_text(text)
+    done = CliRunner().invoke(
+        devmap, ["compile", "other.yaml", "--no-simulate", "--dry-run", "--format", "json"], standalone_mode=False
+    )
+    return json.loads(done.stdout)["plan"]
+
+
+def test_equal_cards_that_may_share_each_layer_suit_vllm(profile):
+    Path("cards.yaml").write_text(CARDS.replace("PEER", "25GB/s"))
+    [row], _ = fit("cards.yaml")
+    other = row["other_engine"]
+    assert (other["name"], other["settings"]["placement"]) == ("vLLM", {"groups": ["cuda:[0-1]"]})
+    # The settings, once they are written, give what was promised.
+    settings = {"targets": ["vllm"], "placement": {"strategy": "fastest", **other["settings"]["placement"]}}
+    machine = CARDS.replace("PEER", "25GB/s")
+    made = plan_of(f"{PROFILE.partition('hardware')[0]}{machine}{json.dumps(settings)[1:-1]}\n".replace('], "', ']\n"'))
+    assert made["pipeline"] == other["pipeline"]
+    assert made["prediction"] == other["prediction"]
+    said = " ".join(shown("cards.yaml").split())
+    assert 'cards.yaml suits vLLM better, by `targets: [vllm]` and `groups: ["cuda:[0-1]"]`' in said
+    assert f"a cache of {16 * made['pipeline']['blocks']:,} tokens" in said
+    # Where they reach each other slowly, sharing takes longer than one card after the other.
+    Path("cards.yaml").write_text(CARDS.replace("PEER", "100kB/s"))
+    [row], _ = fit("cards.yaml")
+    assert (row["fits"], row["other_engine"]) == (True, None)
+
+
+def test_one_card_that_holds_all_suits_no_other_engine():
+    rows, _ = fit("h100-sxm,2x24GiB")
+    assert [row["other_engine"] for row in rows] == [None, None]
+    assert "suits" not in shown("h100-sxm,2x24GiB")
+
+
+def test_hosts_are_none_of_transformers():
+    Path("hosts.yaml").write_text(
+        "hardware: {hosts: {a: {devices: {cuda:0: rtx-4090}, network: 1GB/s}, b: {devices: {cuda:0: rtx-4090}}}}\n"
+    )
+    [row], code = fit("hosts.yaml")
+    assert (row["fits"], row["other_engine"]["settings"], code) == (False, {"targets": ["vllm"]}, 1)
+    assert "stages of 3 + 3 layers" in row["other_engine"]["reason"]
+
+
+def test_what_vllm_has_no_room_for_transformers_may_keep_on_the_cpu(profile):
+    profile.write_text(
+        PROFILE.replace("64}", "64, concurrency: 2}").replace("placement: {strategy: fastest}", "targets: [vllm]")
+    )
+    Path("small.yaml").write_text(SMALL_BOX.replace("[0-1]", "0"))
+    [row], code = fit("small.yaml")
+    other = row["other_engine"]
+    assert (row["fits"], other["name"], code) == (False, "transformers", 1)
+    assert other["settings"] == {"targets": ["transformers"], "workload": {"batch_size": 2}}
+    text = PROFILE.replace("64}", "64, batch_size: 2}").partition("hardware")[0]
+    made = plan_of(f"{text}{SMALL_BOX.replace('[0-1]', '0')}placement: {{strategy: fastest}}\n")
+    assert made["prediction"] == other["prediction"]
+    assert "are copied to cuda:0 at every forward" in other["reason"]
+
+
+def test_experts_that_the_cpu_computes_suit_llama_cpp(profile):
+    profile.write_text(PROFILE.replace("llama", "mixture"))
+    Path("box.yaml").write_text(PART_ON_CPU)
+    [row], _ = fit("box.yaml")
+    other = row["other_engine"]
+    assert (other["name"], other["prediction"]) == ("llama.cpp", row["prediction"])
+    assert other["flags"][:4] == ["--fit", "off", "--device", "CUDA0"]
+    assert "experts" in other["reason"]
+    assert any("=CPU" in flag for flag in other["flags"])
+    # Its names of another model are not known.
+    config = json.loads(Path("mixture/config.json").read_text())
+    Path("mixture/config.json").write_text(
+        json.dumps({**config, "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]})
+    )
+    [row], _ = fit("box.yaml")
+    assert (row["fits"], row["other_engine"]) == (True, None)
