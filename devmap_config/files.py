@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """What one kind of file may be: its size in bytes, for which `reason`, and how deep its JSON is nested."""
+    """A kind of file with its limits: its size in bytes, for which `reason`, and the depth of its JSON."""
 
     max_bytes: int
     reason: str

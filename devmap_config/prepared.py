@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftModel:
-    """What a draft model takes, which is whole on one device.
+    """The needs of a draft model, which is whole on one device.
 
-    Its weights and its cache are there beside the model's. The two take turns, so that of their activations only the
-    larger are. `digest` is of what it is made from.
+    Its weights and its cache are there beside the model's. The two models take turns, so that only the larger of their
+    activations counts.
+
+    Attributes:
+        digest: the digest of its inputs.
     """
 
     class_name: str
@@ -37,7 +40,7 @@ class DraftModel:
 
     @property
     def held_bytes(self) -> int:
-        """What it holds all the time."""
+        """The bytes that it holds all the time."""
         return self.weights_bytes + self.kv_cache_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +52,7 @@ class DraftModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the stages before placing made of a profile; `draft` is what a draft model takes beside its model."""
+    """A profile with its machine, model and rules, ready for placing; `draft` are the needs of its draft model."""
 
     loaded: LoadedProfile
     inventory: Inventory
@@ -64,17 +67,19 @@ class Prepared:
 
     @property
     def is_for_vllm(self) -> bool:
-        """Whether the plan is to be within what vLLM can do."""
+        """True if the plan is for vLLM."""
         return self.loaded.profile.is_for_vllm
 
     @property
     def proves_bound(self) -> bool:
-        """Whether the strategy proves what no plan's time of a token can be below."""
+        """True if the strategy proves a lower bound of every plan's time of a token."""
         return self.strategy == "fastest" and not self.is_for_vllm and self.loaded.profile.workload.optimize == "decode"
 
     @property
     def passes_over_cpu(self) -> bool:
-        """Whether the CPU only holds, beside accelerators: nobody said how fast it is, so computing is not compared."""
+        """True if the CPU only stores, beside accelerators: its rates are unknown, so computing on it is not
+        compared.
+        """
         cpu = next((device for device in self.inventory.devices if device.id == CPU), None)
         return (
             self.strategy == "fastest"

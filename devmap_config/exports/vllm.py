@@ -56,7 +56,7 @@ def version() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What the engine is told of the model.
+    """The arguments of the engine that describe the model.
 
     `source` is its folder on every host or its hub id, `revision` the latter's commit (nothing for a folder), and
     `name` what requests call it.
@@ -68,7 +68,7 @@ class ServedModel:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of the hosts, and not of the hub."""
+        """True if the model is a folder of the hosts, and not on the hub."""
         return self.source.startswith(("/", "."))
 
 

@@ -1,6 +1,6 @@
-"""What plans are timed by that no profile says and no catalogue has: every figure with what it was measured on.
+"""The constants of timing that no profile states and the catalogue does not have, each with what it was measured on.
 
-A profile's `hardware` comes before these, and `devmap probe --measure` measures what it can say.
+A profile's `hardware` overrides these, and `devmap probe --measure` measures those that it can.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ T = TypeVar("T")
 
 
 class Usual(NamedTuple):
-    """What holds of a device where the profile does not say: what the catalogue has of its accelerator, if any."""
+    """The values of a device that hold unless the profile says otherwise: those of its accelerator in the catalogue, if
+    any.
+    """
 
     slack: Fraction = Fraction(0)
     overhead_bytes: int = 0

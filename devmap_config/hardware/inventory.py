@@ -172,7 +172,9 @@ class Inventory:
         return next((device.id.kind for device in self.accelerators), "cuda")
 
     def accelerators_to_json(self) -> dict[str, dict[str, object]]:
-        """What a machine is held to before it loads a plan: for the lock, outside of the digest of the hardware."""
+        """Return the properties that a machine must have before it loads a plan, for the lock, outside of the
+        hardware's digest.
+        """
         return {
             str(device.id): {
                 "accelerator": None if device.accelerator is None else device.accelerator.name,

@@ -1,4 +1,4 @@
-"""How fast bytes go from one device to another: what a profile says, else the catalogue."""
+"""The bandwidths between devices: those of the profile, else of the catalogue."""
 
 from __future__ import annotations
 

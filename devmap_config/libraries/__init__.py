@@ -1,5 +1,5 @@
-"""What is used of torch, transformers and accelerate without a promise that it stays: one adapter for each library.
+"""Uses of torch, transformers and accelerate that those do not promise to keep, in one adapter for each library.
 
-Nothing of theirs that is private, or that their documentation does not speak of, is named outside of this package.
-`docs/libraries.md` lists it.
+Nothing that is private in them, or missing in their documentation, is named outside of this package.
+`docs/libraries.md` lists all of it.
 """

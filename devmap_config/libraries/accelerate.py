@@ -1,4 +1,4 @@
-"""What is used of accelerate that it does not promise to keep. Imports accelerate."""
+"""The uses of accelerate that it does not promise to keep. Imports accelerate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers and accelerate say while they work, taken down instead of printed."""
+"""The messages of transformers and accelerate while they work, recorded instead of printed."""
 
 from __future__ import annotations
 

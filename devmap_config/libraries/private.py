@@ -40,7 +40,7 @@ class Private:
 
     @property
     def attribute(self) -> str:
-        """What it is called where it is."""
+        """The name under which its owner holds it."""
         return self.name.rpartition(".")[2]
 
     def find(self) -> Any:
@@ -74,10 +74,10 @@ class Private:
         return found
 
     def of(self, owner: Any) -> Any:
-        """What an instance has under this name.
+        """Return the value that an instance has under this name.
 
         Raises:
-            LibraryChangedError: where it has nothing.
+            LibraryChangedError: if it has none.
         """
         try:
             return getattr(owner, self.attribute)
@@ -85,7 +85,7 @@ class Private:
             raise self.changed() from error
 
     def changed(self, how: str = "is not there") -> LibraryChangedError:
-        """What is to be raised where it is not as it was."""
+        """Return the error to raise if it is not as it was."""
         return LibraryChangedError(self.library, f"`{self.name}` {how}")
 
     def _check_parameters(self, found: Any) -> None:

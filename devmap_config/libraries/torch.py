@@ -1,6 +1,6 @@
-"""What is used of torch that it does not promise to keep. Imports torch where it is called.
+"""The uses of torch that it does not promise to keep. Imports torch when they are called.
 
-Nothing is looked up before it is used: what one part of a command rests on must not keep the others from working.
+Nothing is looked up before it is used: a change that breaks one part of a command must not break the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is used of transformers that it does not promise to keep. Imports transformers where it is called."""
+"""The uses of transformers that it does not promise to keep. Imports transformers when they are called."""
 
 from __future__ import annotations
 

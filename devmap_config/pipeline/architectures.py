@@ -1,4 +1,4 @@
-"""Which classes of models vLLM has of its own: `vllm_architectures.csv`, taken from its registry."""
+"""The model classes that vLLM implements itself: `vllm_architectures.csv`, taken from its registry."""
 
 from __future__ import annotations
 

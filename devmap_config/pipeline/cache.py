@@ -25,7 +25,7 @@ FEW_MORE = (3, 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """What a layer keeps of a token on one rank, and how far back it sees; `None` for without an end."""
+    """The bytes that a layer keeps of a token on one rank, and its attention window; `None` without a limit."""
 
     token_bytes: int
     window: int | None = None

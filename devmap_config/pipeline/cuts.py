@@ -25,7 +25,7 @@ NEVER = 2**60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Where each stage begins, what all of them take one after another, and what the slowest does."""
+    """The first layer of each stage, the time of all stages one after another, and the time of the slowest."""
 
     starts: tuple[int, ...]
     total: int

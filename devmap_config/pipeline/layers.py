@@ -69,7 +69,9 @@ class Layers:
     is_rotary: bool
 
     def caches(self, ranks: int) -> tuple[LayerCache, ...]:
-        """What each layer keeps, on one rank of a group: keys and values of its heads, of which it has at least one."""
+        """Return the cache of each layer on one rank of a group: keys and values of its share of heads, at
+        least one.
+        """
         kept = max(1, self.key_value_heads // ranks)
         token_bytes = 2 * kept * self.head_size * self.element_bytes
         return tuple(LayerCache(token_bytes=token_bytes, window=window) for window in self.windows)
@@ -97,7 +99,7 @@ class Layers:
 
     @cached_property
     def ends(self) -> tuple[ModulePath, ...]:
-        """What is before and behind the layers."""
+        """The modules before and behind the layers."""
         return (*self.before, *self.behind)
 
     def layer_bytes(self, ranks: int) -> tuple[int, ...]:
@@ -105,11 +107,13 @@ class Layers:
         return tuple(self._bytes_of((path,), ranks) for path in self.paths)
 
     def first_bytes(self, ranks: int) -> int:
-        """What the first stage has besides layers: the embedding, and the table of rotations that each stage has."""
+        """Return the bytes of the first stage besides layers: the embedding, and the table of rotations of
+        every stage.
+        """
         return self._bytes_of(self.before, ranks)
 
     def last_bytes(self, ranks: int, stages: int) -> int:
-        """What the last has besides: norm and head, which of one that is tied is the embedding, once more."""
+        """Return the bytes of the last stage besides layers: norm and head; a tied head is a copy of the embedding."""
         first = {self.graph.storage_of[name] for name in self._names(self.before)}
         names = self._names(self.behind)
         if stages == 1:
@@ -132,7 +136,7 @@ class Layers:
         return sum(self._rank_bytes(self.graph.tensors[name], ranks) for name in storages)
 
     def _rank_bytes(self, tensor: Tensor, ranks: int) -> int:
-        """What one rank of a group has of a tensor."""
+        """Return the bytes that one rank of a group holds of a tensor."""
         size_bytes, kind = tensor.size_bytes, _kind(tensor)
         if tensor.kind == "buffer" and not tensor.in_buffer:
             return 0  # tables of rotations, which vLLM makes otherwise
@@ -212,7 +216,7 @@ def _list_of_layers(graph: ModelGraph) -> tuple[ModulePath, ...]:
 
 
 def _windows(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
-    """How far back each layer sees; `None` where that is without an end."""
+    """Return the attention window of each layer, in tokens; `None` without a limit."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     kinds: Sequence[str] = config.get("layer_types") or [SLIDING if window else FULL] * count
     if other := [kind for kind in kinds if kind not in (FULL, SLIDING)]:

@@ -28,7 +28,7 @@ class TooManyChoicesError(ValueError):
 
 @dataclass(frozen=True)
 class StagePlacement:
-    """Where the stages are, and which layers they have; what a request waits for, and how much the cache holds."""
+    """The devices and layers of the stages, with the times of a request and the size of the cache."""
 
     slots: tuple[Slot, ...]
     bounds: tuple[tuple[int, int], ...]
@@ -46,12 +46,12 @@ class PipelineCandidate:
 
     @property
     def stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return len(self.slots)
 
     @cached_property
     def needed_blocks(self) -> int:
-        """How many blocks all requests in flight take."""
+        """The cache blocks that all requests in flight take."""
         return self.problem.needed_blocks(self.stages)
 
     @cached_property

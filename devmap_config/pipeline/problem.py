@@ -1,4 +1,4 @@
-"""What is cut into stages, for which requests; and all that follows from a cut: the pipeline."""
+"""The pipeline problem: layers that are cut into stages for given requests, and everything that follows from a cut."""
 
 from __future__ import annotations
 
@@ -46,12 +46,15 @@ Allowed: TypeAlias = "Callable[[Sequence[Slot]], Sequence[Mask]]"
 
 @dataclass(frozen=True)
 class PipelineProblem:
-    """What is to be cut, for which requests, over which devices.
+    """The layers to be cut into stages, the requests to be served, and the devices to serve them.
 
-    `concurrency` is how many requests are in flight, each of `batch_size` sequences; `slots` where stages may be, in
-    the order of ranks; `needed` the devices on which rules put something, `distinct` all that rules name; `allowed`
-    which layers the stages over some slots may have, by the rules. `networks` are the address and interface of each
-    host, by name.
+    Attributes:
+        concurrency: requests in flight, each of `batch_size` sequences.
+        slots: the places of stages, in the order of ranks.
+        needed: the devices that rules require to be used.
+        distinct: all devices that rules name.
+        allowed: by the rules, the layers that a stage in a slot may have.
+        networks: the address and the interface of each host, by its name.
     """
 
     layers: Layers
@@ -72,7 +75,7 @@ class PipelineProblem:
 
     @property
     def ranks(self) -> int:
-        """How many devices each stage has."""
+        """The number of devices of each stage."""
         return len(self.slots[0])
 
     @property
@@ -87,17 +90,19 @@ class PipelineProblem:
 
     @property
     def sequences(self) -> int:
-        """How many sequences are in flight."""
+        """The number of sequences in flight."""
         return self.concurrency * self.measurement.workload.batch_size
 
     @property
     def batched_tokens(self) -> int:
-        """How many tokens are computed at once, at most."""
+        """The most tokens that are computed at once."""
         workload = self.measurement.workload
         return max(workload.batch_size * workload.prompt_length, self.sequences)
 
     def blocks_per_request(self, stages: int) -> int:
-        """How many blocks a request takes: with a window, what is under way in every stage is kept as well."""
+        """Return the cache blocks of a request; with an attention window, those under way in every stage are kept as
+        well.
+        """
         # Where schedules are made ahead (`async_scheduling`, not on the CPU), one batch more may be under way.
         batches = stages if self.kind == CPU.kind else stages + 1
         return blocks_per_request(
@@ -108,20 +113,20 @@ class PipelineProblem:
         )
 
     def needed_blocks(self, stages: int) -> int:
-        """How many blocks all requests in flight take, at full length."""
+        """Return the cache blocks that all requests in flight take at full length."""
         return self.sequences * self.blocks_per_request(stages) + NULL_BLOCKS
 
     def batches(self, stages: int) -> int:
-        """How many batches are under way: one for each stage, where there are as many requests."""
+        """Return the batches in flight: one for each stage, if there are as many requests."""
         return min(self.concurrency, stages)
 
     def requests_of_a_batch(self, stages: int) -> int:
-        """How many requests one of them has."""
+        """Return the requests of one batch."""
         return -(-self.concurrency // self.batches(stages))
 
     @cached_property
     def knows_times(self) -> bool:
-        """Whether the machine says how fast all is that a pipeline over it may use."""
+        """True if the machine states all rates that a pipeline over it may use."""
         try:
             self.stage_times(self.slots, "decode")
         except UnknownTimeError:
@@ -130,7 +135,7 @@ class PipelineProblem:
 
     @cached_property
     def pages(self) -> Costs:
-        """What a block takes on a stage, by its layers."""
+        """The bytes of a cache block on a stage, by its layers."""
         caches = self.layers.caches(self.ranks)
         count = len(caches)
         widest = np.zeros((count, count), dtype=np.int64)
@@ -150,7 +155,7 @@ class PipelineProblem:
         return weights
 
     def activations(self, place: int, stages: int) -> Costs:
-        """What one rank needs while it computes, by the stage's layers."""
+        """Return the bytes of activations on one rank, by the stage's layers."""
         peaks = self._layer_peaks
         ends = (*(self.layers.before if place == 0 else ()), *(self.layers.behind if place == stages - 1 else ()))
         most = max(map(self._peak_bytes, ends), default=0)
@@ -158,7 +163,7 @@ class PipelineProblem:
         return np.maximum(peaks, most) + min(logits_bytes, MOST_RUNNING_BYTES)
 
     def process_bytes(self, slots: Sequence[Slot], place: int) -> int:
-        """What vLLM's processes take of the memory of a CPU; of an accelerator its capacity is without it."""
+        """Return the memory that vLLM's processes take of a CPU; the capacity of an accelerator excludes it already."""
         if self.kind != CPU.kind:
             return 0
         host = slots[place][0].id.host
@@ -167,7 +172,7 @@ class PipelineProblem:
         return RANK_PROCESS_BYTES + (others if is_first_of_host else 0)
 
     def rooms(self, slots: Sequence[Slot]) -> list[Costs]:
-        """How many blocks each stage has room for, by its layers; -1 where not even its weights fit.
+        """Return the cache blocks that each stage has room for, by its layers; -1 if not even its weights fit.
 
         Equal stages share their matrix.
         """
@@ -182,7 +187,7 @@ class PipelineProblem:
         return rooms
 
     def times(self, phase: Phase, stages: int) -> StageTimes:
-        """How long stages take, of so many."""
+        """Return the times of a pipeline of so many stages."""
         workload = self.measurement.workload
         requests = self.requests_of_a_batch(stages) if phase == "decode" else 1
         tokens = requests * workload.batch_size * (1 if phase == "decode" else workload.prompt_length)
@@ -190,7 +195,9 @@ class PipelineProblem:
         return StageTimes(self.layers.graph, self.inventory, phase, requests, tokens, token_bytes)
 
     def costs(self, slots: Sequence[Slot]) -> list[Costs]:
-        """What each stage takes to decode, by its layers; the weights stand in where no times are known."""
+        """Return the time that each stage takes to decode, by its layers; the bytes of weights if no times
+        are known.
+        """
         if not self.knows_times:
             return [self.weights(place, len(slots)) for place in range(len(slots))]
         return self.stage_times(slots, "decode")

@@ -1,4 +1,4 @@
-"""What the rules of a profile ask of stages; what vLLM cannot express of it is refused where it is written."""
+"""The rules of a profile as constraints on stages; a rule that vLLM cannot express is refused where it is written."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What rules ask of a model's layers by their numbers, of what is before them as -1, and behind as their count.
+    """The constraints of rules on layers by number; -1 is what comes before the layers, their count what comes behind.
 
-    `wanted` is the device on which something is to be, with the rule that says so; `forbidden` those on which it must
-    not be; `together` are layers that must share a stage.
+    Attributes:
+        wanted: the device that something must be on, with the rule that says so.
+        forbidden: the devices that something must not be on.
+        together: layers that must share a stage.
     """
 
     layers: int

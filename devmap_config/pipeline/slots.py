@@ -1,4 +1,4 @@
-"""Where a stage may be: a device, or a tensor-parallel group of equal ones, host by host."""
+"""The places of stages: a device, or a tensor-parallel group of equal devices, host by host."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Stage:
 
     @property
     def layers(self) -> int:
-        """How many layers it has."""
+        """The number of layers of the stage."""
         return self.last_layer - self.first_layer + 1
 
 
@@ -102,12 +102,12 @@ class Pipeline:
 
     @property
     def partition(self) -> tuple[int, ...]:
-        """How many layers each stage has: `VLLM_PP_LAYER_PARTITION`."""
+        """The number of layers of each stage: `VLLM_PP_LAYER_PARTITION`."""
         return tuple(stage.layers for stage in self.stages)
 
     @property
     def concurrency(self) -> float:
-        """How many requests of full length there is room for at once, as vLLM logs it."""
+        """The number of requests of full length that the cache has room for at once, as vLLM logs it."""
         return self.blocks / self.blocks_per_request
 
     @property

@@ -1,4 +1,4 @@
-"""How long a stage takes: its layers at the rates of its device, and what it sends on.
+"""The time of a stage: its layers at the rates of its device, and the transfer to the next.
 
 vLLM replays its kernels (CUDA graphs), so that the host's pace is left out: a module takes the longer of reading and
 computing. These times compare stages of one plan; none was measured on a card.
@@ -42,7 +42,9 @@ class StageTimes:
     token_bytes: int
 
     def nanoseconds(self, path: str, slot: Slot) -> int | None:
-        """What a module takes with all below it, on each device of a group a share; `None` where no rate is known."""
+        """Return the time of a module and all below it, shared by the devices of a group; `None` if a rate is not
+        known.
+        """
         bandwidth, flops = (slot[0].reached(name) for name in ("bandwidth_bytes_per_second", "flops_per_second"))
         if bandwidth is None or (flops is None and self.phase == "prefill"):
             return None
@@ -54,7 +56,7 @@ class StageTimes:
         return total // len(slot)
 
     def reducing_nanoseconds(self, slot: Slot) -> int | None:
-        """What the ranks of a group take to add up their shares in a layer, in a ring."""
+        """Return the time in which the ranks of a group add up their shares of a layer, in a ring."""
         if len(slot) == 1:
             return 0
         link = self.inventory.links.get((slot[0].id, slot[1].id))
@@ -64,7 +66,7 @@ class StageTimes:
         return REDUCTIONS_OF_A_LAYER * link.nanoseconds(size_bytes)
 
     def sending_nanoseconds(self, slot: Slot, following: Slot) -> int | None:
-        """What it takes to give the next stage what it begins with."""
+        """Return the time of the transfer to the next stage."""
         link: InventoryLink | None = self.inventory.links.get((slot[0].id, following[0].id))
         if link is None:
             return None

@@ -57,7 +57,7 @@ class Option:
 
     @property
     def place(self) -> Place:
-        """Where and how: what blocks of one group share."""
+        """The device and the mode: what blocks of one group share."""
         return (self.around or self.home, self.mode)
 
 
@@ -84,7 +84,7 @@ def together(options: Sequence[Option]) -> Option:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What is placed as a whole. Blocks of one `group` share a place."""
+    """A part of the model that is placed as a whole. Blocks of one `group` share a place."""
 
     name: str
     options: tuple[Option, ...]
@@ -97,9 +97,12 @@ TransferTimes = Mapping[tuple["Device", "Device"], int]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What one block gives another, by positions: hidden states to the next, an encoder's output to its decoder's.
+    """The activations that one block passes to another: hidden states to the next, an encoder's output to its decoder.
 
-    Transfers that take the same share one mapping.
+    Attributes:
+        source: the position of the block that makes them.
+        target: the position of the block that takes them.
+        nanoseconds: the time by pair of devices; transfers with equal times share one mapping.
     """
 
     source: int
@@ -124,7 +127,7 @@ class Chain:
         return total
 
     def used_bytes(self, choice: Choice) -> dict[Device, int]:
-        """What each device needs under a choice."""
+        """Return the bytes that each device needs under a choice of options."""
         whole = together([block.options[index] for block, index in zip(self.blocks, choice, strict=True)])
         used: Counter[Device] = Counter()
         for sizes in (whole.demands, whole.peaks, whole.pieces):
@@ -132,7 +135,7 @@ class Chain:
         return used
 
     def is_feasible(self, choice: Choice) -> bool:
-        """Whether every device holds what it needs, and every group shares a place."""
+        """Return whether every device holds what a choice needs, and every group shares a place."""
         used = self.used_bytes(choice)
         if any(size_bytes > self.capacities.get(device, 0) for device, size_bytes in used.items()):
             return False
@@ -166,6 +169,6 @@ class Chain:
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:
-        """Where any block could run, in the order of the capacities."""
+        """The devices on which any block can run, in the order of the capacities."""
         homes = {option.home for block in self.blocks for option in block.options}
         return tuple(device for device in self.capacities if device in homes)

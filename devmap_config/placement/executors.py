@@ -1,4 +1,6 @@
-"""What may run a plan: what brings weights ahead, or accelerate, with or without its `offload_buffers`."""
+"""The executors that may run a plan: ours, which copies ahead, or accelerate's hooks, with or without
+`offload_buffers`.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,15 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
 
 
 def _can_be_brought_ahead(capacities: Mapping[Device, int]) -> bool:
-    """Whether weights can be on disk where but the CPU computes, or on the CPU beside cards that it is known for."""
+    """Return whether weights can be on disk if only the CPU computes, or on the CPU beside cards that the executor
+    supports.
+    """
     kinds = {device.kind for device in capacities if device.is_accelerator}
     return (CPU in capacities and kinds == {PINNING_KIND}) or (DISK in capacities and not kinds)
 
 
 def can_be_offloaded(graph: ModelGraph, capacities: Mapping[Device, int]) -> bool:
-    """Whether there are buffers that a checkpoint holds, and a device from which they could be streamed."""
+    """Return whether the checkpoint holds buffers, and there is a device from which they could be streamed."""
     is_held = any(tensor.is_held_in_buffer and tensor.persistent for tensor in graph.tensors.values())
     return is_held and any(device in STORAGE_DEVICES for device in capacities)
 

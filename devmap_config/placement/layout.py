@@ -82,7 +82,7 @@ def in_turns(chain: Chain, choice: Choice) -> Choice:
 
 
 def _is_copied_ahead(block: Block, index: int) -> bool:
-    """Whether an option of a block that is placed by itself is copied over one of several links."""
+    """Return whether a block's option is copied ahead over one of several links, for a block without a group."""
     option = block.options[index]
     return block.group is None and bool(option.ahead) and option.mode[0] in STREAMED
 

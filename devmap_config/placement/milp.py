@@ -44,7 +44,7 @@ class Constraint:
 
     @property
     def scale(self) -> int:
-        """What its coefficients are divided by, so that the tolerance is a part of the largest."""
+        """The divisor of the coefficients, so that the solver's tolerance is relative to the largest."""
         return max(abs(self.most), *map(abs, self.terms.values()), 1)
 
 

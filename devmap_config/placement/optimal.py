@@ -45,7 +45,7 @@ class Optimal:
 
 @dataclass(frozen=True, slots=True)
 class Wished:
-    """What is wished for among placements that are nearly as fast: a context of so many tokens at least, if known."""
+    """The wish among placements that are nearly as fast: a context of at least so many tokens, if known."""
 
     least_context: int | None = None
 
@@ -163,7 +163,9 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
 
 
 def _main_devices(problem: Problem, inventory: Inventory) -> list[Device]:
-    """What may be the first accelerator in use: none before it may hold a pin. Of cards that are alike, the first."""
+    """Return the devices that may be the first used accelerator: none before it may hold a pin; of equal cards the
+    first.
+    """
     if not problem.accelerators:
         return [CPU]
     pinned = {device for device in problem.pinned.values() if device.is_accelerator}

@@ -1,4 +1,4 @@
-"""What a strategy is asked: the tensors, the room on each device, and what must hold."""
+"""The placement problem that a strategy solves: the tensors, the capacities, and the constraints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Problem:
         return tuple(device for device in self.capacities if device.is_accelerator)
 
     def takes_weights(self, device: Device) -> bool:
-        """Whether weights may be stored there: the quantizer does not refuse it, or a rule says so all the same."""
+        """Return whether weights may be stored on a device: the quantizer accepts it, or a rule names it all
+        the same.
+        """
         return device not in self.refused or device in self.pinned.values()
 
     @property
@@ -64,7 +66,9 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What is to take the least time: phases, each with how often it is run; on which machine."""
+    """The objective: the phases whose time is minimised, each with the number of times that it is run, and
+    the machine.
+    """
 
     phases: tuple[tuple[Phase, int], ...]
     inventory: Inventory

@@ -89,7 +89,7 @@ class Statement:
 
     @property
     def least_nanoseconds(self) -> int:
-        """What no choice can be below, whichever accelerator is the first."""
+        """A lower bound of the time of every choice, whichever accelerator is the first."""
         return sum(times * timing.least_nanoseconds for timing, times in self._builder.timings)
 
     @cached_property
@@ -98,7 +98,7 @@ class Statement:
 
     @cached_property
     def _own_nanoseconds(self) -> int:
-        """What the model does outside of every block that holds anything."""
+        """The time of the model's operations outside of all blocks that hold anything."""
         paths = list(outside_of(self.problem.graph))
         return sum(times * timing.outside_nanoseconds(paths) for timing, times in self._builder.timings)
 
@@ -115,7 +115,9 @@ class Statement:
         return {name: number for number, names in enumerate(groups) for name in names}
 
     def _transfers(self, blocks: list[Block]) -> tuple[Transfer, ...]:
-        """What blocks give each other; equal times are one object. What holds nothing is the model's own code."""
+        """Return the transfers between blocks; equal times are one object. Blocks without tensors count as the model's
+        code.
+        """
         position = {block.name: place for place, block in enumerate(blocks)}
         times: dict[tuple[int, ...], Mapping[tuple[Device, Device], int]] = {}
         transfers = []
@@ -129,7 +131,7 @@ class Statement:
         return tuple(transfers)
 
     def _nanoseconds(self, crossing: Crossing) -> dict[tuple[Device, Device], int]:
-        """What a crossing takes, by the devices of its maker and its reader."""
+        """Return the times of a crossing, by the devices of its maker and its reader."""
         devices = [*self._builder.accelerators, *([CPU] if CPU in self.problem.capacities else [])]
         found: dict[tuple[Device, Device], int] = {}
         for pair in permutations(devices, 2):

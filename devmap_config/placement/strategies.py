@@ -33,7 +33,7 @@ class Shortage:
 
     @property
     def missing_bytes(self) -> int:
-        """How much is missing."""
+        """The number of bytes that are missing."""
         return self.needed_bytes - self.capacity_bytes
 
 
@@ -232,7 +232,7 @@ def _running_and_weights(problem: Problem, placement: Placement) -> tuple[Runnin
 
 
 def first_device(problem: Problem) -> Device:
-    """Where transformers loads a model without any map: the first accelerator, else the CPU."""
+    """Return the device on which transformers loads a model without a map: the first accelerator, else the CPU."""
     return next(iter(problem.capacities))
 
 

@@ -65,7 +65,7 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
 
 
 def _lacks_named_blocks(graph: ModelGraph) -> bool:
-    """Whether a model names classes of blocks of which it has none, whose largest their planner asks for."""
+    """Return whether a model names classes of blocks and has none of them; the planner asks for the largest."""
     named = set(graph.no_split_classes)
     return bool(named) and not any(module.class_name in named for module in graph.modules.values())
 
@@ -205,7 +205,9 @@ class _Filling:
     def _next_allowed(
         self, current: int, node: Module | Tensor, tied_items: Sequence[_Item], size_bytes: int
     ) -> Device:
-        """Where something goes that a rule keeps off the device being filled, which stays the one being filled."""
+        """Return the device for a module that a rule keeps off the device which is being filled, and goes on being
+        filled.
+        """
         for device in self._devices[current + 1 :]:
             fits = device == OVERFLOW or self._used[device] + size_bytes <= self._budgets[device]
             if fits and self._allows(device, node, tied_items):
@@ -216,7 +218,7 @@ class _Filling:
         return isinstance(node, Module) and bool(node.children) and not self._graph.is_no_split(node)
 
     def _parts(self, path: str, node: Module | Tensor) -> list[_Item]:
-        """What a module is replaced by when it is split. Its own buffers are left out here, as in transformers."""
+        """Return the items that replace a module when it is split, as in transformers without its own buffers."""
         if isinstance(node, Tensor):
             return []
         own: list[_Item] = [(tensor.name, tensor) for tensor in node.parameters]

@@ -55,8 +55,13 @@ class _Stated(NamedTuple):
 
 @dataclass
 class _Granted:
-    """What was granted so far: limits of time and of sums, the order of devices that are used in one run each, and the
-    chain at the context that is granted.
+    """The wishes that were granted so far.
+
+    Attributes:
+        chain: the chain at the granted context.
+        most_nanoseconds: the limit of time.
+        sums: sums with their limits.
+        order: the order of devices that are used in one run each.
     """
 
     chain: Chain
@@ -78,7 +83,7 @@ class _Granted:
 
     @property
     def is_possible(self) -> bool:
-        """Whether a placement that keeps to all of it is found."""
+        """True if a placement that keeps all of them is found."""
         return self.stated().milp.minimize({}, nodes=WISH_NODES).values is not None
 
     def choice(self) -> Choice | None:

@@ -1,4 +1,4 @@
-"""What a lock was made from that is something else now: which input, and which of its values."""
+"""The changes of a lock's inputs: which input changed, and which of its values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAUSES = {
 
 
 def changed_inputs(lock: Lock, inputs: InputDigests, variables: Mapping[str, str]) -> tuple[str, ...]:
-    """What changed, a phrase for each input, with values where the lock has them; nothing where the lock is fresh."""
+    """Return a phrase for each input that changed, with values if the lock has them; empty if the lock is fresh."""
     now = inputs.to_json()
     changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now.get(name)]
     values = {
@@ -70,7 +70,7 @@ def _phrase(name: str, changes: Mapping[str, str]) -> str:
 
 
 def _follows(name: str, values: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether an input changed because another did, or a value of it, that is named already."""
+    """Return whether an input changed only because another did that is named already."""
     if name == "measurement" and "graph" in values:
         return True
     return any(route.startswith(prefix) for cause, prefix in CAUSES.get(name, ()) for route in values.get(cause, {}))

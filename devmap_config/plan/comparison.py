@@ -1,4 +1,4 @@
-"""Which of several plans of one profile is the best, and what a plan has that the fastest one has not."""
+"""Compares plans of one profile: which is the best, and what a plan has that the fastest one has not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is different between two plans, as data: what moved, what devices hold, what running is predicted to take."""
+"""The differences between two plans, as data: what moved, what devices hold, predicted times."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NUMBER = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where modules are stored; whether they compute there, or on which card, though they would run elsewhere."""
+    """The store of modules and, if they run elsewhere than usual, the device on which they compute."""
 
     device: Device
     computes_there: bool = False
@@ -61,7 +61,7 @@ class ValueChange:
 
     @property
     def is_none(self) -> bool:
-        """Whether it is the same in both."""
+        """True if the value is the same in both."""
         return bool(self.before == self.after)
 
 
@@ -79,7 +79,7 @@ class Difference:
 
     @property
     def is_none(self) -> bool:
-        """Whether the plans are the same."""
+        """True if the plans are the same."""
         changes = (*self.devices.values(), *self.figures.values())
         return not self.moves and not self.settings and all(change.is_none for change in changes)
 
@@ -124,7 +124,7 @@ def made_of(values: Mapping[str, Values], hardware: Mapping[str, Mapping[str, An
 
 
 def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, ValueChange]:
-    """What is different of the models and the cards; of two configs the first values, unless the model is another."""
+    """Return the differences of models and cards; of two configs the first few values, unless the models differ."""
     if not before or not after:
         return {}
     changes = {name: ValueChange(before.get(name), after.get(name)) for name in {**before, **after}}
@@ -137,12 +137,12 @@ def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar])
 def difference(
     before: Mapping[str, Any], after: Mapping[str, Any], made_of: Sequence[Mapping[str, Scalar]] = ({}, {})
 ) -> Difference:
-    """How the second plan differs from the first.
+    """Return the differences from one plan to another.
 
     Args:
         before: the plan, as `Plan.to_json` gives it and locks hold it.
-        after: the other.
-        made_of: which model and which cards either is of.
+        after: the other plan.
+        made_of: the model and the cards of each.
     """
     uses = [{use["id"]: use for use in plan["devices"]} for plan in (before, after)]
     return Difference(
@@ -160,7 +160,7 @@ def difference(
 
 
 def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:
-    """What is different of the stages of plans for vLLM."""
+    """Return the differences of the stages of two plans for vLLM."""
     stages = [_said_of_stages(plan.get("pipeline")) for plan in (before, after)]
     changes = {name: ValueChange(stages[0].get(name), stages[1].get(name)) for name in {**stages[0], **stages[1]}}
     return {name: change for name, change in changes.items() if not change.is_none}
@@ -195,7 +195,7 @@ def _homes(plan: Mapping[str, Any]) -> dict[str, Home]:
 
 
 def _moves(before: Mapping[str, Home], after: Mapping[str, Home]) -> tuple[Move, ...]:
-    """What has another home, by where from and where to; a unit that one plan splits is looked at in its parts."""
+    """Return the units with another home, by old and new home; a unit that one plan splits is compared in its parts."""
     moved: dict[tuple[Home | None, Home | None], list[str]] = {}
     for unit in sorted(_finest({*before, *after}), key=_naturally):
         homes = (_home_of(unit, before), _home_of(unit, after))

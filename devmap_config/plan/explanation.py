@@ -1,4 +1,4 @@
-"""Why a module is where it is: what every other place would cost, and what keeps it from there."""
+"""Explains why a module is where it is: the costs of every other place, and what forbids it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """What a phase takes were one thing of the machine twice as fast, all else as it is."""
+    """The time that a phase would take if one resource of the machine were twice as fast, all else unchanged."""
 
     what: str
     nanoseconds: int

@@ -1,4 +1,4 @@
-"""What a plan was made from, as digests of parsed values: what makes a lock stale, and nothing else."""
+"""The inputs of a plan as digests of parsed values: what makes a lock stale, and nothing else."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
 
 
 def _homes(plan: Plan) -> Homes:
-    """Where each tensor is stored and, where its unit computes elsewhere than usual, where it runs."""
+    """Return the store of each tensor and, if its unit runs elsewhere than usual, the device on which it runs."""
     return {
         name: (each.location.stored_on, plan.compute.get(each.unit))
         for each in plan.assignments
@@ -99,7 +99,7 @@ class _PlanKeeping:
         self.keep_most(blocks[middle:])
 
     def keep(self, names: Sequence[TensorName]) -> bool:
-        """Whether these tensors can stay where they were; then they do."""
+        """Keep tensors where they were, if a plan with that exists, and return whether it does."""
         if self.trials >= MAX_TRIALS:
             return False
         self.trials += 1
@@ -116,7 +116,7 @@ class _PlanKeeping:
         return True
 
     def distance(self) -> tuple[int, int]:
-        """How many tensors of the best plan are not where they were, and then what a token takes."""
+        """Return the number of tensors of the best plan that are not where they were, and the time of a token."""
         homes = _homes(self.best)
         moved = sum(homes[name] != self.earlier[name] for name in self.earlier)
         return moved, self.best.prediction.decode_nanoseconds_per_token or 0

@@ -69,7 +69,7 @@ class MadeWith(_Part):
 
 
 class LockedDevice(_Part):
-    """What one device holds while the plan runs, and what it then has free."""
+    """The bytes that a device holds while the plan runs, and those that are free."""
 
     activation_bytes: Bytes
     capacity_bytes: Bytes
@@ -84,7 +84,7 @@ class LockedDevice(_Part):
 
 
 class LockedPrediction(_Part):
-    """What running the plan takes; `null` where what it follows from is not known."""
+    """The predicted cost of running the plan; `null` if its inputs are not known."""
 
     bound_decode_nanoseconds_per_token: Count | None = Field(
         description="What no plan takes less than, as proven when the lock was compiled; `null` where nothing was."
@@ -101,7 +101,7 @@ class LockedPrediction(_Part):
 
 
 class LockedAssistant(_Part):
-    """What a draft model takes, which is whole on one device; weights and cache are off that device's capacity."""
+    """The needs of a draft model, which is whole on one device; the capacity of that device is without them."""
 
     activation_bytes: Bytes = Field(description="While it computes, in turns with the model.")
     class_name: Name
@@ -155,7 +155,7 @@ class LockedPipeline(_Part):
 
 
 class LockedPlan(_Part):
-    """Where every part of the model is stored and runs, and what follows from it."""
+    """The places in which every part of the model is stored and runs, and what follows from these."""
 
     assistant: LockedAssistant | None = _absent(None, "What a draft model takes; absent where there is none.")
     compute: dict[str, DeviceName] = Field(
@@ -178,7 +178,7 @@ class LockedPlan(_Part):
 
 
 class LockedAccelerator(_Part):
-    """What an accelerator was taken for; a machine is held to it before it loads."""
+    """The properties that an accelerator was assumed to have; a machine is checked for them before it loads."""
 
     accelerator: str | None = Field(description="Its name in the catalogue.")
     memory_bytes: Bytes

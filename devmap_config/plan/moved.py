@@ -1,4 +1,4 @@
-"""What a plan states that follows from measurement, and what of it moved where other libraries measure otherwise."""
+"""The figures of a plan that follow from measurement, and which of them other versions of the libraries move."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def _uses(prepared: Prepared, pipeline: Pipeline) -> Iterator[DeviceUse]:
 
 
 def _prediction(problem: PipelineProblem, pipeline: Pipeline, slots: Sequence[Slot]) -> Prediction:
-    """What a request waits for a token and for its prompt, and how long a context all requests may have."""
+    """Return the times of a token and of a prompt for one request, and the longest context of all requests."""
     decode = [stage.decode_nanoseconds for stage in pipeline.stages]
     prefill = [stage.prefill_nanoseconds for stage in pipeline.stages]
     workload = problem.measurement.workload

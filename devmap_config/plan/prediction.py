@@ -1,4 +1,4 @@
-"""What running a plan takes: seconds, hops, and the longest context that it holds."""
+"""The predicted cost of running a plan: times, hops, and the longest context that fits."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What the system sees a process hold that runs a plan of the CPU: of its own, of the model's files, of the libraries'.
+"""The memory that the system shows for a process that runs a plan on the CPU: its own, the model's files, the
+libraries'.
 
 Tensors are not all of it. Python and the libraries are there before a model is; weights that are loaded as the
 checkpoint has them are pages of its files, which the system can take back; and the allocator keeps some of what was
-freed. torch packs no weights beforehand: oneDNN multiplies them as they lie, in bfloat16 too, and keeps only the code
-that it makes for each shape.
+freed. torch packs no weights beforehand: oneDNN multiplies them as they are, in bfloat16 too, and keeps only the code
+that it generates for each shape.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _stored(plan: Plan, graph: ModelGraph) -> Iterable[tuple[Tensor, object]]:
 
 
 def _is_mapped(tensor: Tensor, facts: LoadingFacts) -> bool:
-    """Whether a tensor on the CPU is the checkpoint's own pages: nothing had to be made of them."""
+    """Return whether a tensor on the CPU is the checkpoint's own pages, from which nothing had to be made."""
     is_made = tensor.name in facts.merged or is_cast(tensor, facts) or facts.quantises
     return tensor.persistent and not is_made
 

@@ -1,4 +1,4 @@
-"""Whether a machine can carry a locked plan, as it is now: what it lacks, one diagnostic each."""
+"""Checks that this machine can carry a locked plan now; each thing that it lacks is a diagnostic."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What a plan wants of one device, and what this machine has there; `None` where that is not known.
+    """The memory that a plan needs of one device, and that this machine has there; `None` if it is not known.
 
-    `context_bytes` is what the device's own context is expected to take besides, and has not taken yet.
+    Attributes:
+        context_bytes: memory that the device's driver context is expected to take besides, and has not taken yet.
     """
 
     device: Device
@@ -74,10 +75,11 @@ def demands(lock: Lock, seen: SeenMachine) -> tuple[Demand, ...]:
 def differences(
     lock: Lock, seen: SeenMachine, span: Span | None = None, *, disk_may_be_read_in_place: bool = False
 ) -> tuple[Diagnostic, ...]:
-    """What keeps this machine from carrying the plan, as errors; where it is merely another, a warning.
+    """Return the differences of this machine that keep it from carrying the plan, as errors; other differences as a
+    warning.
 
-    With `disk_may_be_read_in_place` too little disk is a warning: what is planned there may lie in the checkpoint, and
-    is then not written again.
+    With `disk_may_be_read_in_place` too little disk is a warning: weights that are planned there may be read from the
+    checkpoint, and are then not written again.
     """
     wanted = demands(lock, seen)
     found = [*_missing(lock, seen, wanted)]

@@ -1,4 +1,4 @@
-"""What contradicts itself where nothing fits, and what would mend it: every remedy was tried, and gave a plan."""
+"""Finds the contradiction if nothing fits, and remedies for it, each of which was tried and gave a plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EIGHT_BIT: Mapping[str, Any] = {"method": "bitsandbytes", "load_in_8bit": True}
 
 @dataclass(frozen=True)
 class Impasse:
-    """What cannot hold together: `pins`, of which none can be left out of the contradiction, and what would mend it."""
+    """A contradiction: `pins`, none of which can be left out of it, and remedies."""
 
     pins: tuple[Rule, ...]
     remedies: tuple[str, ...]

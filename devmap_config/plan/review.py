@@ -241,7 +241,9 @@ def _made_while_loading(graph: ModelGraph) -> str:
 
 
 def _computes_apart(violation: Violation, plan: Plan) -> bool:
-    """Whether what is elsewhere than the block computes there, on the CPU, or is where all of the block runs."""
+    """Return whether the part that is elsewhere than its block computes there, on the CPU, or where the whole block
+    runs.
+    """
     parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
     streamed = {
         each.location.stored_on

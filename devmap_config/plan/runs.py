@@ -51,7 +51,7 @@ class Run:
 
 
 class _Held(NamedTuple):
-    """What a device holds of one block in one way: the names that the plan has for it, and its tensors."""
+    """The tensors of one block that a device holds in one mode, and the plan's names for them."""
 
     device: Device
     runs_on: Device
@@ -60,7 +60,7 @@ class _Held(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What runs have in common: the block's path without its numbers, and which of its parts are there."""
+    """The key of a run: the block's path without numbers, and the parts that are there."""
 
     device: Device
     runs_on: Device

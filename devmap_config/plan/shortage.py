@@ -152,14 +152,14 @@ def _report_forbidden(infeasible: Infeasible, prepared: Prepared, sink: Sink) ->
 
 
 def _cause_span(loaded: LoadedProfile) -> Span:
-    """What of the profile the model does not fit: its strategy where it names one, else its machine."""
+    """Return the place in the profile that the model does not fit: its strategy if it names one, else its machine."""
     if loaded.profile.placement.strategy.is_written:
         return loaded.profile.placement.strategy.span
     return loaded.profile.hardware.devices.key_span
 
 
 def _cause(problem: Problem) -> str:
-    """What most of the model is, where that is one thing, as the end of a sentence."""
+    """Return the end of a sentence about the one thing that makes up most of the model; empty if there is none."""
     cause = heaviest_weights(problem.graph, problem.graph.tensors, problem.graph.size_bytes)
     return f"; {cause}" if cause else ""
 

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileChange:
-    """What a profile would say otherwise; `None` is as it is.
+    """A change of a profile to be tried; fields that are `None` are left as they are.
 
-    `without` are the rules of pins that are left out. `devices` gives, by name, what the description of a device says
-    instead; one that is not listed is added.
+    Attributes:
+        without: rules of pins that are left out.
+        devices: new descriptions of devices, by name; unlisted devices are added.
     """
 
     without: tuple[Rule, ...] = ()
@@ -43,7 +44,7 @@ class ProfileChange:
 
     @property
     def is_of_model(self) -> bool:
-        """Whether the model has to be measured anew."""
+        """True if the model has to be measured anew."""
         return any(each is not None for each in (self.context_length, self.cache, self.quantization))
 
     def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:

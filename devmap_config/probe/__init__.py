@@ -1,1 +1,1 @@
-"""What this machine has, asked of the machine itself."""
+"""Finds out what this machine has, from the machine itself."""

@@ -19,7 +19,7 @@ Route: TypeAlias = tuple[str, ...]
 
 
 def hardware_block(seen: SeenMachine, measured: Mapping[Route, Rate] | None = None) -> dict[str, Any]:
-    """What a profile's `hardware` says of this machine; every value as a profile writes it."""
+    """Return the `hardware` of a profile that describes this machine, with values as a profile writes them."""
     devices = {str(each.id): _device(each) for each in seen.accelerators if is_described(each)}
     devices["cpu"] = {"memory": profile_bytes(seen.host.memory_bytes)}
     if seen.disk is not None:
@@ -44,7 +44,7 @@ def as_hardware(seen: SeenMachine) -> Hardware:
 
 
 def is_described(seen: SeenAccelerator) -> bool:
-    """Whether its memory is known, by the catalogue or by itself: without it, a profile can say nothing of it."""
+    """Return whether a card's memory is known, by the catalogue or by the card; a profile cannot describe others."""
     return seen.accelerator is not None or seen.memory_bytes is not None
 
 

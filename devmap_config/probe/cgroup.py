@@ -17,14 +17,14 @@ UNLIMITED_BYTES = 2**60
 
 @dataclass(frozen=True)
 class GroupMemory:
-    """What one group may use, and uses now, what can be taken back at once (cached files) aside."""
+    """The memory limit of a control group, and its use without cached files, which can be taken back at once."""
 
     limit_bytes: int
     used_bytes: int
 
     @property
     def available_bytes(self) -> int:
-        """What is left of the limit."""
+        """The part of the limit that is not used."""
         return max(self.limit_bytes - self.used_bytes, 0)
 
 

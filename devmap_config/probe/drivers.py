@@ -30,7 +30,7 @@ WINDOWS_BELOW = "dev/dxg"
 
 
 def kinds_with_a_driver(root: Path = Path("/")) -> frozenset[str]:
-    """What may be there: kinds whose driver has left a file. Nothing is certain but that others are not there."""
+    """Return the kinds of devices whose driver has left a file; only the others are certain, which are not there."""
     if sys.platform == "darwin":
         return frozenset({"mps"} if platform.machine() == "arm64" else ())
     if os.name == "nt" or (root / WINDOWS_BELOW).exists():

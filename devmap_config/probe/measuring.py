@@ -119,7 +119,7 @@ def measured(
 
 
 def _is_more_than_one_link(together: Rate, host: Rate | None) -> bool:
-    """Whether it is worth it to copy to several cards at once: where they share a link, it is not."""
+    """Return whether copying to several cards at once is faster: not if they share a link."""
     return host is not None and together.per_second > host.per_second * PAIR_APART
 
 

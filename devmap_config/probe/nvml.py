@@ -1,4 +1,4 @@
-"""What NVIDIA's management library knows of the cards: without a context on any of them, and without torch."""
+"""The facts about cards from NVIDIA's management library: without a context on any of them, and without torch."""
 
 from __future__ import annotations
 

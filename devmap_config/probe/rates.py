@@ -1,6 +1,6 @@
-"""How fast this machine reads its memory and its disk, measured within bounds of time and size.
+"""Measures how fast this machine reads its memory and its disk, within bounds of time and size.
 
-As many passes are made as the time allows, and the median is what counts. The torch half is `torch_rates`.
+As many passes are made as the time allows, and the median is taken. The torch half is `torch_rates`.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def memory_bandwidth(
     buffer_bytes: int = MEMORY_BUFFER_BYTES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rate:
-    """How fast all threads together read a buffer that caches do not hold.
+    """Measure how fast all threads together read a buffer that no cache holds.
 
     Raises:
-        NotMeasuredError: where there is too little memory for one.
+        NotMeasuredError: if there is too little memory for one.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -112,15 +112,15 @@ def passes(action: Callable[[], object], clock: Callable[[], float], limit_secon
 def disk_bandwidth(
     folder: Path, free_bytes: int, *, file_bytes: int = DISK_FILE_BYTES, clock: Callable[[], float] = time.perf_counter
 ) -> Rate:
-    """How fast a file that was just written to a folder is read from its start to its end.
+    """Measure how fast a file that was just written to a folder is read from start to end.
 
-    The file system's cache is gone around where it lets itself (`O_DIRECT`; on macOS `F_NOCACHE`). Else the file's
-    pages are dropped from it before (`posix_fadvise`), which needs no privilege for pages that are written back; and
-    where that is not to be had either, the method says so. The drive's own cache, and that of a virtual machine's
+    The file system's cache is bypassed if it allows that (`O_DIRECT`; on macOS `F_NOCACHE`). Otherwise the file's pages
+    are dropped from it before (`posix_fadvise`), which needs no privilege for pages that are written back; and if that
+    is not possible either, the method of the result says so. The drive's own cache, and that of a virtual machine's
     host, are out of reach.
 
     Raises:
-        NotMeasuredError: where nothing can be written there.
+        NotMeasuredError: if nothing can be written there.
     """
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".devmap-probe-") as file:

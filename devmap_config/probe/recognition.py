@@ -1,7 +1,7 @@
-"""Which entry of the catalogue a card is: by the name that its driver reports, and only where its memory agrees.
+"""Recognises a card of the catalogue by the name that its driver reports, and only if its memory agrees.
 
 `reported_names.csv` holds the names, each exactly as it is reported: a `NVIDIA GeForce RTX 4090 Laptop GPU` is no
-`rtx-4090`. One name may be that of cards with more memory or less, which are then not in the catalogue.
+`rtx-4090`. One name may be that of cards with different memory, which are then not in the catalogue.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _processor_name() -> str:
 
 
 def _asked(backend: Any, function: str, index: int) -> Any:
-    """What a backend answers, or nothing: each knows another part of this interface."""
+    """Return the answer of a backend, or `None`: each implements another part of this interface."""
     try:
         return getattr(backend, function)(index)
     except (AttributeError, NotImplementedError, RuntimeError, AssertionError):

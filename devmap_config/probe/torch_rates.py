@@ -1,4 +1,4 @@
-"""What accelerators reach, and the CPU in multiplying matrices: the torch half of `devmap probe --measure`.
+"""Measures the rates of accelerators, and of the CPU's matrix products: the torch half of `devmap probe --measure`.
 
 Copies are made by torch. Everything is bounded in time and size.
 """
@@ -99,7 +99,7 @@ class Devices:
 
     @property
     def is_there(self) -> bool:
-        """Whether torch is installed."""
+        """True if torch is installed."""
         return self._torch is not None
 
     def memory_bandwidth(self, seen: SeenAccelerator) -> Rate:
@@ -279,11 +279,11 @@ class Devices:
 
     @property
     def _threads(self) -> int:
-        """How many threads a product keeps at work; what Apple's does, it does on others than torch knows."""
+        """The number of threads that a product keeps busy; on Apple's chips others than torch's do the work."""
         return 1 if sys.platform == "darwin" else min(self._torch.get_num_threads(), usable_threads())
 
     def _count(self, each_bytes: int, available_bytes: int, most_bytes: int) -> int:
-        """How many things of a size there is room for, within so many bytes."""
+        """Return the number of things of a size that there is room for, within so many bytes."""
         count = min(most_bytes, available_bytes // SHARE_OF_FREE) // each_bytes
         if not count:
             raise NotMeasuredError("there is too little memory free")

@@ -111,7 +111,7 @@ def device_meant(named: Device | int, kind: str) -> Device:
 
 
 def is_device_name(text: str) -> bool:
-    """Whether a text names a device, or a range of them."""
+    """Return whether a text names a device, or a range of devices."""
     try:
         return bool(expand_devices(text, "cuda"))
     except DeviceNameError:
@@ -119,7 +119,7 @@ def is_device_name(text: str) -> bool:
 
 
 def is_range(text: str) -> bool:
-    """Whether a name stands for several devices."""
+    """Return whether a name stands for several devices."""
     return "[" in text
 
 

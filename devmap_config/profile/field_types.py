@@ -1,4 +1,4 @@
-"""What the values of a profile may be: how each is read, and what its JSON Schema says of it to editors."""
+"""The types of a profile's values: how each is read, and its JSON Schema for editors."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class ProfileReader:
         return self.read(path.as_posix(), trail)
 
     def problem_of(self, base: str, path: Path, trail: tuple[Path, ...]) -> tuple[ErrorCode, str, str] | None:
-        """Why a file must not be read that another extends: code, message and help."""
+        """Return why a file that another extends must not be read, as code, message and help; `None` if it may."""
         if self.files_named > MAX_FILES:
             return "too-large", f"the profile extends more than {MAX_FILES} files", "extend fewer files"
         if not self.boundary.holds(path):
@@ -113,7 +113,7 @@ def base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
 
 
 def _moved_to(path: Path) -> str:
-    """Where a file of that name lies nearby: it may have moved."""
+    """Return a hint at a nearby file of that name, to which it may have moved."""
     folder = path.parent if path.parent.is_dir() else path.parent.parent
     if not folder.is_dir():
         return ""

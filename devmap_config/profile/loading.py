@@ -42,7 +42,9 @@ class LoadedProfile:
 
     @property
     def knows_devices(self) -> bool:
-        """Whether the names of all devices could be read: one that is named elsewhere may else be among them."""
+        """True if the names of all devices could be read; otherwise an unknown device may be among those that could
+        not.
+        """
         nodes = [listing.place.node for listing in self.profile.hardware.listings.values()]
         return not any(
             entry.key.is_unrendered for node in nodes if isinstance(node, MappingNode) for entry in node.entries

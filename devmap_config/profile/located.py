@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: its node, the key before it, and its route as a person writes it (`placement.pins[2]`).
+    """The place of a value: its node, the key before it, and its route as a person writes it (`placement.pins[2]`).
 
     Any two are equal, so that values are compared without their places.
     """
@@ -55,13 +55,13 @@ class WrittenText(Written, str):
 
     @property
     def value(self) -> Value:
-        """What YAML reads when it is not told that text is wanted."""
+        """The value that YAML reads if it is not told that text is wanted."""
         node = self.place.node
         return node.value if isinstance(node, ScalarNode) else str(self)
 
     @property
     def is_unrendered(self) -> bool:
-        """Whether it is reported already that this is no value."""
+        """True if it was reported already that this is no value."""
         node = self.place.node
         return isinstance(node, ScalarNode) and node.is_unrendered
 
@@ -148,7 +148,7 @@ class Located(Generic[T_co]):
 
     @property
     def is_written(self) -> bool:
-        """Whether it stands under a key of its own, and is no default."""
+        """True if the value stands under a key in the file, and is not a default."""
         return self.place.key is not None
 
     @property

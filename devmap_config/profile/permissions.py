@@ -1,4 +1,4 @@
-"""What a user allows a profile that need not be theirs."""
+"""The permissions that a user gives a profile, which may be a stranger's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Permissions:
-    """What is refused unless the command line says otherwise.
+    """The permissions of a profile; each is refused unless the command line gives it.
 
-    `allow_outside` lets paths lead out of the repository, `trust_remote_code` lets a model's own code run. With
-    `allow_unmeasured` formulas stand in where a library that changed, or a mistake of ours, kept the model from being
-    measured or the plan from being tried.
+    Attributes:
+        allow_outside: paths may lead out of the repository.
+        trust_remote_code: code that comes with the model may run.
+        allow_unmeasured: formulas may stand in if a library that changed, or a mistake of ours, keeps the model from
+            being measured or the plan from being dry-run.
     """
 
     allow_outside: bool = False

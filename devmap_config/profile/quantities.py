@@ -45,7 +45,7 @@ BASES: tuple[Basis, ...] = ("stated", "measured", "calibrated")
 
 
 class KnownRate(int):
-    """How much a second, or how long for one of something, and how that is known.
+    """A rate, or the time of one operation, with its basis: stated, measured or calibrated.
 
     >>> KnownRate(25_000_000_000, "measured").basis, basis_of(25_000_000_000)
     ('measured', 'stated')
@@ -180,10 +180,13 @@ def parse_nanoseconds(text: str) -> int:
 
 
 def parse_per_second(text: str) -> int:
-    """How many in a second: `6000/s`, or a plain number.
+    """Parse a number of events a second: `6000/s`, or a plain number.
+
+    >>> parse_per_second("6000/s")
+    6000
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     example = "write how many in a second, as `6000/s`"
     number, unit = _rate(text, example)

@@ -62,7 +62,7 @@ ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_att
 
 
 class Adapter(Section):
-    """What PEFT trained beside a model, and is loaded on top of it: its folder, or its repository on the hub."""
+    """A LoRA that PEFT trained, loaded on top of the model: its folder, or its repository on the hub."""
 
     source: Located[Text] = Field(examples=["adapters/support-tone", "someone/llama-3.1-8b-lora"])
     """A folder with an `adapter_config.json`, or a hub id; an existing path wins. Paths are relative to this file."""
@@ -100,7 +100,7 @@ class Assistant(Section):
 
 
 class Model(Section):
-    """Which model, and how it is loaded."""
+    """The model, and how it is loaded."""
 
     source: Located[Text] = Field(examples=["meta-llama/Llama-3.1-8B", "models/llama-3.1-8b/config.json"])
     """A hub id, a local directory, or a `config.json`; an existing path wins. Paths are relative to this file."""
@@ -145,7 +145,7 @@ MOST_AUDIO_SECONDS = 86_400
 
 
 class Inputs(Section):
-    """What the prompt of each sequence holds besides text."""
+    """The images and the sound that the prompt of each sequence holds besides text."""
 
     images: Count | None = Field(default=None, examples=[1])
     """How many images."""
@@ -181,7 +181,7 @@ class Inputs(Section):
 
 
 class Cache(Section):
-    """Where, and how, a request keeps what its tokens were turned into: transformers' cache implementations."""
+    """The cache of a request, by transformers' cache implementations, and where it is stored."""
 
     implementation: Annotated[str, one_of(*CACHES)] = Field(default="dynamic", examples=list(CACHES))
     """`dynamic` grows with the context, `static` is as long from the start. Those that are `offloaded` are on the CPU,
@@ -274,7 +274,7 @@ class Workload(Section):
 
 
 class Products(Section):
-    """How many products with a matrix a CPU gets done in a second at most, however small they are."""
+    """The most matrix products that a CPU computes in a second, however small they are."""
 
     decode: PerSecond | None = Field(default=None, examples=["6000/s"])
     """Of one token."""
@@ -284,7 +284,7 @@ class Products(Section):
 
 
 class Rates(Section):
-    """How fast a device is with models of one dtype."""
+    """The rates of a device with models of one dtype."""
 
     bandwidth: Bandwidth | None = Field(default=None, examples=["25GB/s"])
     """How fast the device reads its own memory."""
@@ -297,7 +297,7 @@ class Rates(Section):
 
 
 class Attention(Section):
-    """How fast a device computes attention in half precision, in floating-point operations a second."""
+    """The rate at which a device computes attention in half precision, in floating-point operations a second."""
 
     decode: Flops | None = Field(default=None, examples=["6GFLOP/s"])
     """Of one query."""
@@ -367,14 +367,14 @@ class Link(Section):
 
 
 class Host(Section):
-    """What gives the devices their work: the CPU that runs Python."""
+    """The CPU that runs Python and dispatches operations to the devices."""
 
     dispatch: Dispatch | None = Field(default=None, examples=["12us"])
     """How long it takes for an operation that torch is asked for. Without it: what servers were seen to take."""
 
 
 class Spreads(Section):
-    """What runs took, of what was predicted for them with the rates that others were calibrated by."""
+    """The times of runs relative to the predicted ones, by rates that were calibrated with other runs."""
 
     decode: SpreadOfRuns | None = Field(default=None, examples=["94-108%"])
     """The least and the most of a token."""
@@ -384,7 +384,7 @@ class Spreads(Section):
 
 
 class Network(Section):
-    """How a host reaches the others."""
+    """The network by which a host reaches the others."""
 
     bandwidth: Bandwidth | None = Field(default=None, examples=["12.5GB/s"])
     """Bytes a second, one way. Without it: that of `hardware.links.network`."""
@@ -477,7 +477,7 @@ class Hardware(Section):
 
 
 class Pin(Section):
-    """What is asked of a part of the model."""
+    """A rule for a part of the model."""
 
     STAND_INS: ClassVar[Mapping[str, object]] = {"match": "**"}
 
@@ -596,5 +596,5 @@ class Profile(Section):
 
     @property
     def is_for_vllm(self) -> bool:
-        """Whether the plan is to be within what vLLM can do."""
+        """True if the plan is for vLLM."""
         return "vllm" in self.targets.value

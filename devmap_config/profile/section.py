@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Section(BaseModel):
-    """What all parts of a profile share: frozen, without unknown keys, and with a place in the document."""
+    """The base of all sections of a profile: frozen, without unknown keys, and with a place in the document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,7 +86,7 @@ class Section(BaseModel):
 
     @classmethod
     def _data(cls, value: WrittenMapping, refusals: Refusals) -> dict[str, object]:
-        """What the section is read from: the values of known keys, and the defaults that have a place."""
+        """Return the data from which the section is read: the values of known keys, and defaults that have a place."""
         refusals.check_keys(cls, value)
         place, fields = Place(value.place.node, route=value.place.route), fields_by_key(cls)
         defaults = {key: _default(field, place, refusals) for key, field in fields.items() if not field.is_required()}

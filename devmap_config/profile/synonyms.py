@@ -1,4 +1,4 @@
-"""What other tools call what a profile says: so that a mistake is answered by the line that is to be written."""
+"""The names that other tools have for a profile's keys, so that a mistake is answered with the line to write."""
 
 from __future__ import annotations
 

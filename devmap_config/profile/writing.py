@@ -76,7 +76,7 @@ def _flops(value: int | None) -> str | None:
 
 
 def _nested(**values: str | None) -> str | None:
-    """What is given of some keys, as a flow mapping."""
+    """Return the keys that are given as a flow mapping, or `None` if none is."""
     given = {key: value for key, value in values.items() if value is not None}
     return _flow(given) if given else None
 

@@ -1,4 +1,4 @@
-"""What there is to know of a method of quantization, and a quantization of a model by such a method."""
+"""A method of quantization, and a quantization of a model by such a method."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ Arguments = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """How converted weights are stored.
+    """The format of converted weights.
 
-    `size` gives the bytes of one matrix with all companions, or `None` for a shape that the quantizer leaves as it is;
-    `planner` what transformers' planner counts for it (`param_element_size`). `dtype` is torch's name of what is
-    packed, `None` where that is the model's own. `bias_dtype` is what the quantizer's modules hold biases in, where
-    that is not the model's dtype. `in_buffers`: these modules hold all in buffers, which accelerate treats in another
-    way than parameters. `is_dense_where_offloaded`: what a map has on `cpu` or `disk` is left as it is.
+    Attributes:
+        size: returns the bytes of a matrix with all its companions, or `None` for a shape that the quantizer leaves as
+            it is.
+        planner: returns what transformers' planner counts for it (`param_element_size`).
+        dtype: torch's name of the packed dtype; `None` if it is the model's own.
+        bias_dtype: torch's name of the dtype of biases, if it is not the model's.
+        in_buffers: the quantizer's modules hold everything in buffers, which accelerate treats otherwise than
+            parameters.
+        is_dense_where_offloaded: weights on `cpu` or `disk` of a map are left unquantised.
     """
 
     dtype: str | None
@@ -66,23 +70,23 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What is known of one method of quantization; the defaults are for one whose sizes are not known.
+    """The properties of a method of quantization; the defaults are those of a method whose sizes are not known.
 
     Attributes:
         name: transformers' name of it (`QuantizationMethod`).
-        format: how weights are stored; `None` where the arguments leave it open, or are not known here.
-        converts: yields the names of the tensors that are converted, of a model on the meta device.
+        format: the format of the weights; `None` if the arguments leave it open, or it is not known here.
+        converts: yields the names of the converted tensors of a model on the meta device.
         details: the arguments in a few words, as in the heading of a plan.
-        dequantizes: whether a full copy of a weight, in the dtype that its module computes in, may live while it runs.
-        computes_in: torch's name of that dtype, where it is not the activations'.
-        source: where `dequantizes` is from.
-        refusal: what the quantizer does not load onto.
-        lowers_budgets: whether the quantizer's `adjust_max_memory` takes a tenth off every budget of the planner.
-        needs_accelerator: whether transformers dequantises the checkpoint while loading where there is none.
-        needs_fp8: whether accelerators have to compute in fp8.
-        offloads_buffers: whether transformers sets accelerate's `offload_buffers` itself (`accelerate_dispatch`).
+        dequantizes: a full copy of a weight, in the dtype that its module computes in, may live while it runs.
+        computes_in: torch's name of that dtype, if it is not the activations'.
+        source: the source of `dequantizes`.
+        refusal: the devices onto which the quantizer does not load.
+        lowers_budgets: the quantizer's `adjust_max_memory` takes a tenth off every budget of the planner.
+        needs_accelerator: without an accelerator, transformers dequantises the checkpoint while loading.
+        needs_fp8: accelerators have to compute in fp8.
+        offloads_buffers: transformers sets accelerate's `offload_buffers` itself (`accelerate_dispatch`).
         loading_arguments: what a profile may change of a checkpoint's own quantization (`get_loading_attributes`).
-        completed: the arguments as transformers takes them, where a profile may say less.
+        completed: returns the arguments as transformers takes them, if a profile may say less.
     """
 
     name: str
@@ -150,7 +154,7 @@ class Quantization:
 
     @property
     def is_patched(self) -> bool:
-        """Whether transformers replaces modules of the model, beside those that the quantizer does."""
+        """True if transformers replaces modules of the model besides those that the quantizer replaces."""
         return self.is_prequantized and self.model_type in PATCHED_MODEL_TYPES
 
     @property
@@ -168,6 +172,6 @@ class Quantization:
 
     @property
     def is_told_to_accept(self) -> bool:
-        """Whether the arguments say that the quantizer is to accept what it refuses by itself."""
+        """True if the arguments make the quantizer accept what it refuses by itself."""
         unless = self.method.refusal.unless
         return unless is not None and bool(self.arguments.get(unless))

@@ -1,4 +1,4 @@
-"""What a model holds of each tensor that a quantizer converts: bytes with scales and zero points."""
+"""The bytes of each tensor that a quantizer converts, with scales and zero points."""
 
 from __future__ import annotations
 

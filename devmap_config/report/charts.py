@@ -21,10 +21,13 @@ ROOM = 1.08
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryChart:
-    """What a device held besides its weights, block by block.
+    """The memory of a device besides its weights, block by block.
 
-    `line` and `area` are paths in a box as wide as there are `steps` and `HEIGHT` high, at the top of which `top_bytes`
-    are. `room` is how high the memory is that the weights leave, `None` where that is beyond the top.
+    Attributes:
+        line: a path in a box that is as wide as the number of `steps`, and `HEIGHT` high.
+        area: the path of the area below the line.
+        top_bytes: the bytes at the top of the box.
+        room: the height of the memory that the weights leave; `None` if that is above the top.
     """
 
     device: str
@@ -49,7 +52,9 @@ class PhaseSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """What a phase takes, were one thing of the machine twice as fast; `share` in percent of what it takes now."""
+    """The time that a phase would take if one resource were twice as fast; `share` is the percentage of its present
+    time.
+    """
 
     what: str
     time: str
@@ -59,7 +64,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseWaits:
-    """What a phase waits for."""
+    """The resources that a phase waits for."""
 
     name: str
     time: str
@@ -198,7 +203,7 @@ def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> MeasuredB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedDevice:
-    """What a device holds in one of two plans: its parts as kinds and percent of the widest device."""
+    """The memory of a device in one of two plans: its parts as kinds and percentages of the widest device."""
 
     parts: tuple[tuple[str, float], ...]
     words: str

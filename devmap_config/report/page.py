@@ -63,7 +63,7 @@ class View:
 
     @property
     def prefix(self) -> str:
-        """What the names of its rows begin with."""
+        """The prefix of the names of its rows."""
         return f"plan-{self.number}-"
 
     @property
@@ -84,33 +84,33 @@ class View:
 
     @cached_property
     def figures(self) -> tuple[PlanFigure, ...]:
-        """What running the plan is predicted to take."""
+        """The predicted cost of running the plan."""
         return tuple(_figures(self.plan))
 
     @property
     def title(self) -> str:
-        """What the picture alone is called: the profile's name, else its file's."""
+        """The title of the picture alone: the profile's name, else its file's."""
         return visible(Path(self.told["profile"]).name.removesuffix(".yaml").removesuffix(".yml"))
 
     @property
     def subtitle(self) -> str:
-        """What the picture alone says of the plan."""
+        """The description of the picture alone."""
         return " ".join([next(iter(self.story)), *(f"{each.value} {each.name}." for each in self.figures[:1])])
 
     @property
     def story(self) -> Iterator[str]:
-        """What `devmap explain` says of it."""
+        """The sentences of `devmap explain` about the plan."""
         return map(visible, self.told["explanation"])
 
     @property
     def unit(self) -> str:
-        """What the time of a block's other places is of."""
+        """The phase of which the time of a block's other places is given."""
         has_token = self.plan["prediction"]["decode_nanoseconds_per_token"] is not None
         return PHASES["decode" if has_token else "prefill"]
 
     @property
     def runs(self) -> Iterator[Mapping[str, Any]]:
-        """What each device holds, run by run, with how and why."""
+        """The runs of each device, with their mode and the reasons."""
         for number, run in enumerate(self.told["runs"]):
             yield {
                 "anchor": f"{self.prefix}run-{number}",
@@ -127,14 +127,14 @@ class View:
 
     @property
     def devices(self) -> Iterator[Mapping[str, str]]:
-        """What each device holds, in words."""
+        """The memory of each device, in words."""
         for use in self.plan["devices"]:
             sizes = {key: format_bytes(use[f"{key}_bytes"]) if use[f"{key}_bytes"] else "–" for key in COLUMNS}
             yield {**sizes, "id": visible(use["id"])}
 
     @property
     def links(self) -> tuple[Mapping[str, Any], ...]:
-        """What goes over each link, phase by phase."""
+        """The bytes over each link, phase by phase."""
         links: dict[tuple[str, str], dict[str, Any]] = {}
         for use in (self.told["simulation"] or {"links": ()})["links"]:
             pair = (use["source"], use["target"])
@@ -147,7 +147,7 @@ class View:
 
     @cached_property
     def memory(self) -> tuple[MemoryChart, ...]:
-        """What each device held besides weights, block by block."""
+        """The memory of each device besides weights, block by block."""
         simulation = self.told["simulation"]
         return () if not simulation or not simulation["steps"] else memory_charts(simulation, self.plan)
 
@@ -158,7 +158,7 @@ class View:
 
     @property
     def rehearsal(self) -> str:
-        """What the dry run showed, in a sentence."""
+        """The result of the dry run, in a sentence."""
         simulation = self.told["simulation"]
         if self.stages:
             return "Plans for vLLM are not dry-run: the figures are those of its rules and of the machine's rates."
@@ -172,7 +172,7 @@ class View:
 
     @cached_property
     def waits(self) -> tuple[PhaseWaits, ...]:
-        """What each phase waits for."""
+        """The resources that each phase waits for."""
         return waits_of(self.told["waits"], self.plan)
 
     @property
@@ -183,7 +183,7 @@ class View:
 
     @property
     def findings(self) -> Iterator[Mapping[str, str]]:
-        """What is to be warned of."""
+        """The warnings."""
         for each in self.told["diagnostics"]:
             place = f"{each['file']}:{each['line']}" if each["file"] else ""
             values = {"code": each["code"], "severity": each["severity"], "place": place, "help": each["help"] or ""}

@@ -99,14 +99,14 @@ class Bar:
 
     @property
     def used(self) -> str:
-        """What of its capacity is used, in the unit of the capacity."""
+        """The used part of the capacity, in the capacity's unit."""
         unit_bytes, unit = largest_unit(self.capacity_bytes)
         used_bytes = self.capacity_bytes - self.free_bytes
         return f"{used_bytes / unit_bytes:,.1f} of {self.capacity_bytes / unit_bytes:,.1f} {unit}"
 
     @property
     def free(self) -> str:
-        """What is free."""
+        """The free part of the capacity."""
         return format_bytes(self.free_bytes)
 
 
@@ -120,9 +120,11 @@ class PictureHost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arc:
-    """What goes from the bar of one row to that of another while a token is decoded.
+    """The bytes that go from the bar of one row to that of another while a token is decoded.
 
-    `lane` is how far from the bars it runs, so that no two cross; `weight` is how thick it is drawn.
+    Attributes:
+        lane: the distance from the bars, such that no two arcs cross.
+        weight: the thickness of the line.
     """
 
     source: int
@@ -151,7 +153,7 @@ class Picture:
 
     @property
     def lanes(self) -> int:
-        """How many lanes the arcs take."""
+        """The number of lanes of the arcs."""
         return max((arc.lane for arc in self.arcs), default=-1) + 1
 
 
@@ -358,7 +360,7 @@ def _are_apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """How large a drawing is, in pixels: of a row, of a host's name above its rows, to a bar's middle, of a lane."""
+    """The sizes of a drawing in pixels: of a row, of a host's name above its rows, to a bar's middle, of a lane."""
 
     row: int
     head: int

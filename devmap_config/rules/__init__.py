@@ -1,1 +1,1 @@
-"""What a user says of parts of a model: patterns, the one matcher for them, and which rule wins where."""
+"""Rules about parts of a model: patterns, the one matcher for them, and which rule wins."""

@@ -1,8 +1,8 @@
-"""What a profile says in the stead of a `device_map`: a device for every tensor; what is not as the map has it is told.
+"""Turns a `device_map` into pins: a device for every tensor; differences from what the map does are reported.
 
-What becomes of a map was seen with transformers 5.24 and accelerate 1.15, and is held to them by tests. Where a map has
-several devices, accelerate refuses it unless a key names each tensor that a checkpoint may hold. What else no key takes
-stays on the CPU, and no hook brings it to where it is used.
+The effects of a map were observed with transformers 5.24 and accelerate 1.15, and tests compare them. If a map has
+several devices, accelerate refuses it unless a key names each tensor that a checkpoint may hold. Other tensors that no
+key takes stay on the CPU, and no hook brings them to where they are used.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Adoption:
 
     @property
     def is_dispatched(self) -> bool:
-        """Whether accelerate gets the map, which checks it and attaches hooks."""
+        """True if accelerate gets the map, checks it and attaches hooks."""
         values = {entry.value for entry in self.entries.values()}
         return len(values) > 1 or DISK.kind in values
 
@@ -125,7 +125,7 @@ class _Adoption:
         return {name: self.main_device for name in self.graph.tensors if name not in homes}
 
     def _follows_tie(self, name: TensorName, homes: Mapping[TensorName, Device]) -> bool:
-        """Whether a tensor is another's, which has a device."""
+        """Return whether a tensor is tied to another that has a device."""
         return any(name in group and any(other in homes for other in group) for group in self.graph.tied_groups)
 
     def _report_refused(self, names: Collection[TensorName]) -> None:

@@ -27,14 +27,14 @@ PLAIN = re.compile(r"[\w.\-]*")
 
 @dataclass(frozen=True)
 class MapReading:
-    """What transformers makes of a map.
+    """The effect of a map in transformers.
 
     Attributes:
-        taken_by: by tensor the key that takes it; without one it goes to the CPU.
+        taken_by: for each tensor the key that takes it; a tensor without one goes to the CPU.
         left_out: the tensors that no key names, by themselves or by a module around them.
         unknown: the keys that name nothing.
-        fatal: the keys over which transformers fails: expressions that match a tensor or are none, and others whose
-            dot takes another character of one.
+        fatal: the keys at which transformers fails: expressions that match a tensor or cannot be compiled, and others
+            whose dot matches another character of one.
     """
 
     taken_by: Mapping[TensorName, str]

@@ -1,4 +1,4 @@
-"""Which rule wins where: the nearest match above a tensor, pins over `device_map`, later overrides over earlier."""
+"""Resolves rules: the nearest match above a tensor wins, pins win over `device_map`, later overrides over earlier."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the rules say of a tensor: where it is stored and, if said, where it runs; and the rule that won."""
+    """The decision for a tensor: the device that stores it and, if said, the one that runs it; and the rule
+    that won.
+    """
 
     device: Device
     compute: Device | None
@@ -44,7 +46,7 @@ class Resolution:
     matches: tuple[tuple[Rule, Match], ...] = ()
 
     def compute_of(self, name: TensorName) -> Device | None:
-        """Where the module of a tensor is to run, if a rule says."""
+        """Return the device on which rules have the module of a tensor run, or `None`."""
         decision = self.decisions.get(name)
         return decision.compute if decision else None
 
@@ -77,7 +79,7 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
 
 
 def _matched(rules: tuple[Rule, ...], graph: ModelGraph, sink: Sink) -> list[tuple[Rule, Match]]:
-    """What each rule matches; each pattern is held to the model once."""
+    """Match each rule's pattern to the model, each pattern once."""
     found: dict[str, Match] = {}
     matches: list[tuple[Rule, Match]] = []
     steps = 0
@@ -128,7 +130,7 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
 
 
 def _first(beyond: BeyondEnd) -> int:
-    """Where the range begins that asks for too much."""
+    """Return the start of the range that names too much."""
     starts = (item.first for item in beyond.indices.items if isinstance(item, IndexRange))
     return next((first for first in starts if first <= beyond.existing[-1]), beyond.existing[0])
 
@@ -136,7 +138,7 @@ def _first(beyond: BeyondEnd) -> int:
 def _decide(
     matches: list[tuple[Rule, Match]], graph: ModelGraph, sink: Sink
 ) -> tuple[dict[TensorName, Decision], set[int]]:
-    """What rules of one origin decide, and the (ids of) rules that conflict."""
+    """Return the decisions of rules of one origin, and the ids of rules that conflict."""
     at: dict[str, list[Decision]] = {}
     for rule, found in matches:
         if (device := rule.device or rule.compute) is not None:

@@ -1,4 +1,4 @@
-"""What a pattern that matches nothing was most likely meant to be: found in the tree, not only by spelling."""
+"""Suggests what a pattern that matches nothing was meant to be, from the tree and not only by spelling."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _quoted(pattern: str) -> str:
 
 
 def nearest_to(pattern: Pattern, failure: MatchFailure | None, graph: ModelGraph) -> Suggestion:
-    """What was most likely meant, given where the walk over the tree got failure."""
+    """Return the suggestion for a pattern, given the point in the tree at which it failed."""
     if isinstance(pattern, ClassPattern):
         return _nearest_class(pattern, graph)
     if (dotted := NO_DOT.sub(".[", pattern.text)) != pattern.text:

@@ -34,7 +34,7 @@ PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True, slots=True)
 class MapEntry:
-    """What a map says of a key: its device, what that is in Python, and where the key stands."""
+    """An entry of a map: the device of a key, its value in Python, and the key's place."""
 
     device: Device
     value: int | str

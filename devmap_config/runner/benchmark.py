@@ -27,9 +27,10 @@ MOST_NOISE = 1.10
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times the plan's time another loader's takes: of each round, the median, the least and the most.
+    """The ratio of another loader's time to the plan's: the median, the least and the most of all rounds.
 
-    `noise` is by how many times two measurements of the same differed, of either.
+    Attributes:
+        noise: the ratio of two measurements of the same, the larger of both loaders.
     """
 
     median: float
@@ -39,7 +40,7 @@ class Ratio:
 
     @property
     def is_too_noisy(self) -> bool:
-        """Whether it says nothing: the same, measured twice, differs too much."""
+        """True if the ratio says nothing: two measurements of the same differ too much."""
         return self.noise > MOST_NOISE
 
 
@@ -66,7 +67,7 @@ def noise_of(seconds: Sequence[float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one loader took in each round, or why it did not come to the end."""
+    """The times of one loader in each round, or why it did not finish."""
 
     loader: Loader
     samples: tuple[Sample, ...] = ()
@@ -100,7 +101,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What a plan and the other loaders took on this machine; the plan is the first."""
+    """The times of a plan and of other loaders on this machine; the plan is the first."""
 
     generation: GenerationWorkload
     max_memory: Mapping[int | str, int]
@@ -109,7 +110,7 @@ class Benchmark:
 
     @property
     def plan(self) -> Measured:
-        """What the plan took."""
+        """The times of the plan."""
         return self.results[0]
 
     def ratio(self, other: Measured, phase: Phase) -> Ratio | None:
@@ -119,7 +120,7 @@ class Benchmark:
 
     @property
     def is_too_noisy(self) -> bool:
-        """Whether any ratio says nothing."""
+        """True if any ratio says nothing."""
         ratios = (self.ratio(other, phase) for other in self.results for phase in PHASES)
         return any(ratio is not None and ratio.is_too_noisy for ratio in ratios)
 

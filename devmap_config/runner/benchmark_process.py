@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a process took to load a model and to generate, and the most that it held of each device's memory."""
+    """The times of a process that loads a model and generates, and its peak on each device."""
 
     load_seconds: float
     generation: GenerationTimes
@@ -79,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailure:
-    """Why there is no sample, and what the process was doing."""
+    """The reason for which there is no sample, and what the process was doing."""
 
     doing: str
     reason: str

@@ -54,12 +54,12 @@ class PhaseRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What of a receipt is fitted.
+    """The parts of a receipt that are fitted.
 
     Attributes:
-        kind: what all that are fitted together must have in common, as far as they have it: of what, and which.
-        versions: of the libraries that ran it.
-        inventory: the machine at the rates by which it was predicted.
+        kind: the properties that receipts must share to be fitted together, as far as they have them.
+        versions: the versions of the libraries that ran it.
+        inventory: the machine, at the rates by which it was predicted.
         runs: its phases.
     """
 
@@ -71,7 +71,7 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """What is predicted of a run by the fitted rates, and by those that are fitted to the other receipts alone."""
+    """The times of a run predicted by the fitted rates, and by rates that were fitted to the other receipts alone."""
 
     run: PhaseRun
     after_nanoseconds: int

@@ -35,7 +35,7 @@ RENDERED, FAILED, ENDED = range(3)
 
 
 class TemplateFailedError(Exception):
-    """What a template raises, or that it takes too much."""
+    """A chat template raised an error, or took too much."""
 
 
 def chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:

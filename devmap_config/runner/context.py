@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedContext:
-    """How many tokens prompt and answer may have together, and the prompt by itself; `None` where none are planned."""
+    """The tokens that prompt and answer may have together, and the prompt alone; `None` if none are planned."""
 
     tokens: int | None = None
     prompt_tokens: int | None = None

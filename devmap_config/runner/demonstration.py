@@ -56,7 +56,7 @@ FEW_TOKENS, MANY_TOKENS = 24, 256
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """What a model made of what it was given, and in how many seconds; `speed` is that of a text that it wrote."""
+    """The output of a model, and the seconds it took; `speed` is that of a text that it wrote."""
 
     output: Output
     seconds: float
@@ -65,11 +65,13 @@ class Demonstration:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrator:
-    """What comes with a checkpoint to make inputs of text, images and sound; made before the model is loaded.
+    """Makes inputs of text, images and sound with what comes with a checkpoint; made before the model is loaded.
 
-    `processor` is `None` where text alone is given, `tokenizer` where there is none that can be used: then the tokens
-    of `made_up` stand in for text. The plan has room for `context`. A model whose weights are random `writes_all` that
-    it may, whatever it writes.
+    Attributes:
+        processor: transformers' processor; `None` if only text is given.
+        tokenizer: the tokenizer; `None` if none can be used, so that the tokens of `made_up` stand in for text.
+        context: the tokens that the plan has room for.
+        writes_all: write as much as allowed, whatever the tokens, as with a model whose weights are random.
     """
 
     request: LoadRequest

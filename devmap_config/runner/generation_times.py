@@ -27,9 +27,10 @@ WARM_UP_TOKENS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationWorkload:
-    """What is generated to be measured: tokens after prompts of one length, none by a model that does not decode.
+    """The generation that is measured: tokens after prompts of one length; none by a model that does not decode.
 
-    `cache` are the arguments with which `generate` makes the planned one.
+    Attributes:
+        cache: the arguments with which `generate` makes the planned cache.
     """
 
     prompts: MadeUp
@@ -39,14 +40,14 @@ class GenerationWorkload:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTimes:
-    """What a model took, round by round.
+    """The times of a model, round by round.
 
     Attributes:
         workload: what was generated.
-        first_generation_seconds: of a warm-up.
-        prefill_seconds: until the first token; of a model that writes no text, of a forward.
-        decode_seconds: of a token, the median of a round's; none where no second token is written.
-        kv_cache_bytes: of the cache in the end, by the device of its tensors.
+        first_generation_seconds: the time of a warm-up.
+        prefill_seconds: the times to the first token; of a model that writes no text, of a forward.
+        decode_seconds: the median time of a token in each round; none if no second token is written.
+        kv_cache_bytes: the bytes of the cache in the end, by the device of its tensors.
     """
 
     workload: GenerationWorkload

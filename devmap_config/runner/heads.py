@@ -17,7 +17,7 @@ LONGEST_ANSWER_TOKENS = 64
 
 
 class Output(NamedTuple):
-    """What came out: as text for people, and as a JSON value."""
+    """The output of a model: as text for people, and as a JSON value."""
 
     text: str
     value: Any

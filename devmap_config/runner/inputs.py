@@ -38,7 +38,7 @@ USE_PYTHON = "`devmap_config.load_model` gives the model for inputs of its own, 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a model is given. Messages are a chat: each with its `role` and `content`, the last one the user's."""
+    """The input of a model. Messages are a chat: each has a `role` and `content`, and the last one is the user's."""
 
     prompt: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
@@ -47,12 +47,12 @@ class Given:
 
     @property
     def has_media(self) -> bool:
-        """Whether it is more than text."""
+        """True if it holds images or sound."""
         return self.image is not None or self.sound is not None
 
     @property
     def text(self) -> str | None:
-        """What the user wrote."""
+        """The user's text."""
         return self.messages[-1]["content"] if self.messages else self.prompt
 
 
@@ -76,7 +76,7 @@ class ModelInputs:
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens each text has; 0 where there is none."""
+        """The number of tokens of each text; 0 if there is none."""
         return self.tensors["input_ids"].shape[-1] if "input_ids" in self.tensors else 0
 
 

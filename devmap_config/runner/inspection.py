@@ -99,7 +99,7 @@ def _described(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
-    """What this version of transformers would quantise against the plan, or leave as it is against it."""
+    """Return the tensors that this version of transformers quantises or leaves unquantised against the plan."""
     homes = {name: each for each in plan.assignments for name in each.tensors}
     offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
     return tuple(
@@ -111,7 +111,9 @@ def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
 
 
 def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
-    """What the plan counts quantised, of a quantizer that leaves as it is what is offloaded, and is not."""
+    """Return the tensors that the plan counts as quantised and that are not, as some quantizers leave
+    offloaded ones.
+    """
     found: list[str] = []
     for each in plan.assignments:
         is_offloaded = plan.executor.is_offloaded(each.location, plan.main_device)
@@ -142,10 +144,11 @@ def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
 
 
 def running_place(model: PreTrainedModel, name: str) -> tuple[Device, bool] | None:
-    """Where the module that holds a tensor runs, and whether its weights are streamed there; `None` if it has none.
+    """Return the device on which a tensor's module runs, and whether its weights are streamed there; `None` without a
+    module.
 
-    accelerate's hook says so: the module's own, or that of a module around it which placed everything within. Without
-    one, nothing is moved, and it runs where the tensor is.
+    accelerate's hook says so: the module's own, or that of a module around it which placed everything within. Without a
+    hook, nothing is moved, and the module runs where the tensor is.
     """
     import torch
 
@@ -166,7 +169,9 @@ def running_place(model: PreTrainedModel, name: str) -> tuple[Device, bool] | No
 
 
 def tensor_home(model: PreTrainedModel, name: str) -> Device | None:
-    """Where a tensor of a loaded model is, or where accelerate streams it from; `None` where there is none."""
+    """Return the device of a tensor of a loaded model, or the one from which accelerate streams it; `None` if it has
+    none.
+    """
     parent_path, _, attribute = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_path)

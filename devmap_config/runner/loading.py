@@ -74,11 +74,14 @@ def telling_of_changes(consequence: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRequest:
-    """What `from_pretrained` is asked for besides the map.
+    """The arguments of `from_pretrained` besides the map.
 
-    `weights` is a directory or a hub id, `revision` the commit of the latter. `config` is the model's as it is written:
-    it names the code that comes with the model. `pieces` are the paths of the modules whose weights come ahead of their
-    use, of those that come at once together, as they run. `arguments` are passed on to `from_pretrained` as they are.
+    Attributes:
+        weights: a directory or a hub id.
+        revision: the commit of a hub id.
+        config: the model's config as it is written, with the code that comes with the model.
+        pieces: the paths of modules whose weights are copied ahead, grouped by those that come at once, in order.
+        arguments: further arguments, passed on as they are.
     """
 
     weights: str
@@ -156,7 +159,7 @@ def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> Pre
 
 
 def _arguments(request: LoadRequest) -> dict[str, Any]:
-    """What `from_pretrained` is given besides the map."""
+    """Return the arguments of `from_pretrained` besides the map."""
     arguments: dict[str, Any] = {
         **request.arguments,
         "dtype": request.dtype,
@@ -283,7 +286,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first: a line, with what it announces by a colon."""
+    """Return the first line of an error and, if that ends with a colon, what it announces."""
     said: list[str] = []
     for line in filter(None, map(str.strip, str(error).splitlines())):
         said.append(line)

@@ -55,7 +55,7 @@ class Case:
 
     @property
     def is_out_of_memory(self) -> bool:
-        """Whether it failed for want of memory."""
+        """True if it failed for lack of memory."""
         return "out of memory" in (self.failed or "")
 
 

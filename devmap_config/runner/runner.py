@@ -98,9 +98,9 @@ class Deployment:
 
     @property
     def unchecked(self) -> str | None:
-        """Why it cannot be told that every tensor comes from the checkpoint; `None` where it can.
+        """The reason for which it is not known that every tensor comes from the checkpoint; `None` if it is known.
 
-        transformers' own report tells it as well, but not of what is on disk.
+        transformers' own report says so as well, but not of tensors on disk.
         """
         if self.has_random_weights:
             return "the weights are random"
@@ -109,7 +109,7 @@ class Deployment:
 
     @property
     def left_out(self) -> str | None:
-        """What the checkpoint holds besides, and is not loaded; `None` where it is nothing."""
+        """A phrase about the checkpoint's tensors that are not loaded; `None` if there are none."""
         if self.match is None or self.match.unchecked is not None:
             return None
         return judge(self.match, self.compiled.model.source.config, _allowed(self.compiled)).warning
@@ -256,7 +256,7 @@ def _load_request(compiled: Compiled, permissions: Permissions) -> LoadRequest:
 
 
 def _raise_unreadable_checkpoint(rejected: Rejected) -> None:
-    """Where files of the checkpoint cannot be read, it is not the profile that is wrong."""
+    """Raise an error if files of the checkpoint cannot be read; the profile is then not wrong."""
     for each in rejected.diagnostics:
         if each.code in ("unreadable-checkpoint", "no-safetensors"):
             raise RunnerError(each.code, each.message, each.help)

@@ -1,4 +1,4 @@
-"""What makes a sentence encoder of an encoder: the modules that sentence-transformers has behind it, by their files."""
+"""Makes a sentence encoder of an encoder: the modules that sentence-transformers adds, read from their files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MODES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceEncoder:
-    """How one vector is made of those of the tokens, and of how much of the text.
+    """The way in which the vectors of tokens become one vector.
 
     Attributes:
-        modes: the poolings, joined where they are several.
-        normalizes: whether the vector is scaled to a length of 1.
-        prompt: what is put before every text.
-        max_tokens: how many tokens are read at most.
-        lowers_case: whether the text is put in small letters.
+        modes: the poolings, whose results are joined if there are several.
+        normalizes: the vector is scaled to a length of 1.
+        prompt: the text that is put before every text.
+        max_tokens: the most tokens that are read.
+        lowers_case: the text is put in small letters.
     """
 
     modes: tuple[str, ...]

@@ -20,9 +20,9 @@ PROMPT_CONTEXT = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How long a model took for so many tokens.
+    """The time of a model for a number of tokens.
 
-    The first of them, one for each text at once, take the prefill; `None` where they were not seen apart.
+    The first tokens, one for each text at once, take the prefill; `None` if they were not seen apart.
     """
 
     prompt_tokens: int
@@ -33,7 +33,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """How many were made in a second, the first left out where their time is known and there are others."""
+        """The tokens written in a second, without the first if its time is known and there are others."""
         if self.first_token_seconds is None or self.tokens <= self.first_tokens:
             return self.tokens / self.seconds
         return (self.tokens - self.first_tokens) / (self.seconds - self.first_token_seconds)
@@ -102,7 +102,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """What was handed on."""
+        """The text that was handed on."""
         return "".join(self._written)
 
     def speed(self, *, sees_each: bool) -> Speed:

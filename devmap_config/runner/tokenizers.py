@@ -61,16 +61,16 @@ def _warn_without_tokenizer(message: str, sink: Sink) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Why a tokenizer could not be loaded, in words of ours where transformers' are a list of all that might be."""
+    """Return why a tokenizer could not be loaded, in our words if transformers' only list possible reasons."""
     if "backend tokenizer" in first_line(error):
         return "no file with its vocabulary is there that what is installed here can read"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _is_made_up(tokenizer: Any, request: LoadRequest) -> bool:
-    """Whether there are no files of a tokenizer: for some models, transformers makes one up then, which knows no words.
+    """Return whether a tokenizer has no files: for some models, transformers then makes one up, which knows no words.
 
-    Some need no file, such as those of bytes.
+    Some tokenizers need no file, such as those of bytes.
     """
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         return True
@@ -85,7 +85,7 @@ def _vocabulary_files(tokenizer: Any) -> tuple[str, ...]:
 
 
 def _is_at_hand(name: str, request: LoadRequest) -> bool:
-    """Whether a file is in the model's folder, or, of the hub, was fetched."""
+    """Return whether a file is in the model's folder or, of a model on the hub, was fetched."""
     if Path(request.weights).is_dir():
         return Path(request.weights, name).is_file()
     from huggingface_hub import try_to_load_from_cache

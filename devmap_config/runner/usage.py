@@ -1,4 +1,4 @@
-"""What a run was seen to take, of each device's memory above all, beside what the plan counts on."""
+"""The resources that a run was observed to use, device memory above all, beside those that the plan predicts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadCost:
-    """What loading a model took. `process_bytes` is what the process held before, `peak_bytes` the most by the end."""
+    """The cost of loading a model: `process_bytes` were held before, `peak_bytes` at most until the end."""
 
     seconds: float
     process_bytes: int
@@ -79,7 +79,7 @@ class ProcessUse:
 
     @property
     def file_bytes(self) -> int:
-        """What it held of other files than the libraries'."""
+        """The bytes held of files other than the libraries'."""
         return max(self.all_file_bytes - self.library_file_bytes, 0)
 
     def look(self) -> None:

@@ -44,7 +44,7 @@ POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Answer:
-    """What is told of a text in OpenAI's words."""
+    """The answer to a request, in OpenAI's format."""
 
     text: Text
     asked: GenerationRequest
@@ -54,7 +54,7 @@ class Answer:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it answers a chat."""
+        """True if it answers a chat."""
         return isinstance(self.asked, ChatCompletion)
 
     async def whole(self) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class Writer:
 
     @property
     def waiting(self) -> int:
-        """How many texts wait."""
+        """The number of texts that wait."""
         return max(len(self._texts) - 1, 0)
 
     async def begin(self, asked: GenerationRequest) -> Text:

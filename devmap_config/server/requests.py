@@ -72,7 +72,7 @@ class _Section(BaseModel):
 
 
 class StreamOptions(_Section):
-    """What a stream holds besides text."""
+    """The options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -86,7 +86,7 @@ class ChatMessage(_Section):
 
 
 class GenerationRequest(_Section):
-    """What both kinds of requests hold; `None` is left to the model's generation config."""
+    """The fields that both kinds of requests have; for `None` the model's generation config decides."""
 
     given_by: ClassVar[str]
     """The field that holds what the model is given."""
@@ -106,12 +106,12 @@ class GenerationRequest(_Section):
 
     @property
     def most_tokens(self) -> int | None:
-        """How many tokens are written at most, where it is said."""
+        """The most tokens to write, or `None`."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def given(self) -> Given:
-        """What the model is given."""
+        """The input for the model."""
         raise NotImplementedError
 
 
@@ -124,7 +124,7 @@ class Completion(GenerationRequest):
 
     @property
     def given(self) -> Given:
-        """What the model is given."""
+        """The input for the model."""
         return Given(prompt=self.prompt)
 
 
@@ -136,7 +136,7 @@ class ChatCompletion(GenerationRequest):
 
     @property
     def given(self) -> Given:
-        """What the model is given."""
+        """The input for the model."""
         return Given(messages=tuple(message.model_dump() for message in self.messages))
 
 

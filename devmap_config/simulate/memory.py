@@ -24,7 +24,7 @@ SCHEMA = "devmap-dry-run/4"
 
 
 def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = False) -> Verdict | None:
-    """Whether a plan runs: as it was remembered, else tried; `None` where it cannot be tried, without torch."""
+    """Return whether a plan runs, as remembered or else by a dry run; `None` if that cannot be done, without torch."""
     with suppress(KeyError, ValueError):  # it was not kept beside the profile, or by another version
         verdict = Verdict.from_json(model.dry_runs[plan_digest(plan)])
         if {device.id for device in verdict.devices} <= {use.id for use in plan.devices}:
@@ -42,7 +42,7 @@ def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = Fals
 
 
 def can_simulate() -> bool:
-    """Whether what a dry run needs is installed."""
+    """Return whether the libraries for a dry run are installed."""
     return all(find_spec(library) is not None for library in LIBRARIES)
 
 
@@ -77,7 +77,7 @@ def simulation_of(
 
 
 def plan_digest(plan: Plan) -> str:
-    """What a plan's dry run depends on besides the model."""
+    """Return the digest of everything besides the model on which a plan's dry run depends."""
     return digest(
         {
             "assignments": [

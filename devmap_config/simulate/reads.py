@@ -72,7 +72,9 @@ def _function_of(module_class: type[torch.nn.Module], name: str) -> FunctionType
 
 @functools.cache
 def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, ...], ...]:
-    """What is read of `self` in a method of a class, and in the methods that it calls, each as its names in turn."""
+    """Return the attributes of `self` that a method of a class reads, and the methods that it calls, each as its names
+    in turn.
+    """
     found: dict[tuple[str, ...], None] = {}
     waiting, seen = [start], set()
     while waiting:

@@ -151,7 +151,7 @@ def _decision(operand: MismatchedTensor, plan: Plan, prepared: Prepared) -> Deci
 
 
 def _mend(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared) -> str:
-    """What to change: what must share a device, and the rules that hold it apart."""
+    """Return advice on what must share a device, and which rules keep it apart."""
     involved = involved_in(mismatch, plan, prepared.graph)
     if not involved:
         return "give what it reads and what it is one device"
@@ -230,7 +230,7 @@ def _folded(paths: list[str]) -> str:
 
 
 def _moves(before: Plan, after: Plan | None, graph: ModelGraph) -> str:
-    """What is elsewhere than it was; nothing where there is no plan."""
+    """Return a phrase about what has moved; empty without a plan."""
     if after is None:
         return ""
     moves: dict[tuple[str, str], list[str]] = {}

@@ -1,4 +1,4 @@
-"""What a plan must keep to so that it runs: read off a dry run that shows it does not."""
+"""Derives from a dry run that fails the constraints that a plan must keep in order to run."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ UNOBSERVED = (FILLING, TOWERS)
 
 
 class Replay:
-    """What events show; of links and calls, in each phase by the last time that it ran."""
+    """Evaluates the events of a dry run; of links and calls, those of the last run of each phase."""
 
     def __init__(
         self, events: Iterable[RecordedEvent], at: Mapping[int, Device], graph: ModelGraph, plan: Plan
@@ -83,7 +83,7 @@ class Replay:
             held[device] = max(held.get(device, 0), live)
 
     def devices(self, cache_bytes: Mapping[Device, int]) -> tuple[SimulatedDevice, ...]:
-        """What each device of the plan held, of which the cache showed so much after the prefill."""
+        """Return the memory of each device of the plan, given the bytes of the cache after the prefill."""
         none = (0, "", "")
         return tuple(
             SimulatedDevice(
@@ -109,7 +109,7 @@ class Replay:
 
     @property
     def links(self) -> tuple[LinkUse, ...]:
-        """What went over each link."""
+        """The bytes over each link."""
         return tuple(
             LinkUse(phase=phase, source=source, target=target, transfers=count, size_bytes=total, weights_bytes=weights)
             for phase, links in self._links.items()
@@ -132,7 +132,7 @@ class Replay:
         )
 
     def hops(self, phase: str) -> int:
-        """How often a phase went on to another device, from block to block."""
+        """Return the number of transfers from one device to another between blocks in a phase."""
         ran_on = dict(self._calls.get(phase, ()))
         along = [device for path, device in ran_on.items() if path in self._with_weights]
         return sum(before != after for before, after in itertools.pairwise(along))

@@ -1,4 +1,4 @@
-"""What a dry run of a plan showed, as frozen data that needs no torch."""
+"""The result of a dry run, as immutable data that needs no torch."""
 
 from __future__ import annotations
 
@@ -60,10 +60,13 @@ class DeviceMismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedDevice:
-    """What a device held while it ran, in bytes.
+    """The memory of a device during a dry run, in bytes.
 
-    `peak_bytes` is the most at once, weights and cache included; it came about in `peak_phase`, in `peak_module`.
-    `cache_bytes` is what the cache's tensors show there after the prefill.
+    Attributes:
+        peak_bytes: the most at once, weights and cache included.
+        peak_phase: the phase in which that was.
+        peak_module: the module in which that was.
+        cache_bytes: the elements of the cache's tensors after the prefill.
     """
 
     id: ReadDevice
@@ -76,7 +79,7 @@ class SimulatedDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkUse:
-    """What went over a link in one phase; `weights_bytes` of `size_bytes` were weights that are streamed."""
+    """The bytes over a link in one phase; `weights_bytes` of `size_bytes` were streamed weights."""
 
     phase: str
     source: Device
@@ -129,7 +132,7 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is remembered of a dry run: whether the plan runs, and what each device held at most."""
+    """The remembered result of a dry run: whether the plan runs, and the peak of each device."""
 
     outcome: Outcome
     devices: tuple[SimulatedDevice, ...] = ()
@@ -139,7 +142,7 @@ class Verdict:
 
     @classmethod
     def of(cls, simulation: Simulation) -> Verdict:
-        """What is remembered of this dry run."""
+        """Return the result of this dry run that is remembered."""
         return cls(**{each.name: getattr(simulation, each.name) for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
@@ -151,10 +154,10 @@ class Verdict:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Verdict:
-        """What `to_json` wrote.
+        """Return the verdict that `to_json` wrote.
 
         Raises:
-            ValueError: where the value is not one.
+            ValueError: if the value is not one.
         """
         if not isinstance(value, dict) or value.keys() | {"cause"} != {each.name for each in fields(cls)}:
             raise ValueError("not a verdict")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import re
 
 import pytest
 from conftest import REPOSITORY
@@ -31,3 +33,46 @@ def test_the_examples_of_a_module_hold(name, monkeypatch):
     assert examples
     for test in examples:
         assert doctest.DocTestRunner().run(test).failed == 0, test.name
+
+
+PRIVATE_OPENINGS = ("how", "what", "when", "where", "whether", "which", "who", "whose", "why")
+"""A sentence that begins so leaves out what a function does with it."""
+
+
+def documented():
+    for name, text in FILES.items():
+        for node in ast.walk(ast.parse(text)):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
+                yield f"{name}.{getattr(node, 'name', '')}", node, docstring
+
+
+def test_a_docstring_is_a_sentence_of_what_is_returned_or_done():
+    openings = {place: text.split()[0].lower().strip(",:") for place, _, text in documented()}
+    assert len(openings) > 2000
+    assert [place for place, word in openings.items() if word in PRIVATE_OPENINGS] == []
+
+
+ENTRIES = re.compile(r"^(Args|Attributes):\n((?: {4}.*\n?|\n(?= {4}))+)", re.MULTILINE)
+
+
+def test_what_a_docstring_lists_is_there_and_complete():
+    listed = 0
+    for place, node, text in documented():
+        for section, entries in ENTRIES.findall(text):
+            names = {
+                name.strip("* ")
+                for line in re.findall(r"^ {4}([\w*, ]+):", entries, re.MULTILINE)
+                for name in line.split(",")
+            }
+            listed += len(names)
+            if isinstance(node, ast.ClassDef):
+                body = "\n".join(map(ast.unparse, node.body))
+                missing = {name for name in names if not re.search(rf"\b{name}\b *[:=(,]", body)}
+                assert not missing, f"{place} has no {missing}"
+            else:
+                signature = node.args
+                arguments = {argument.arg for argument in ast.walk(signature) if isinstance(argument, ast.arg)}
+                assert section == "Args"
+                assert names == {name for name in arguments - {"self", "cls"} if not name.startswith("_")}, place
+    assert listed > 500
