@@ -153,7 +153,7 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
 
 
 def _by(other: OtherEngine) -> str:
-    """What the profile would say for an engine; nothing where its own plan is exported."""
+    """Return the key that a profile for an engine would have; empty if the engine takes the profile's own plan."""
     if not other.settings:
         return ""
     placement, workload = other.settings.get("placement", {}), other.settings.get("workload", {})

@@ -1,4 +1,4 @@
-"""Whether another engine than a profile's suits a machine better: by the plans that are made here for both."""
+"""Compares engines on a machine by the plans that are made here for each: one may suit it better than the profile's."""
 
 from __future__ import annotations
 
