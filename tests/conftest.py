@@ -111,6 +111,7 @@ def write_models(folder: Path) -> None:
 
 def pytest_addoption(parser):
     parser.addoption("--engines", metavar="PYTHON", help="run what is marked `engine`, with the engines of this Python")
+    parser.addoption("--without-namespaces", action="store_true", help="leave out what needs two network namespaces")
     parser.addoption("--share", default="1/1", metavar="K/N", help="of the tests marked `zoo`, the Kth of every N")
 
 
@@ -119,6 +120,8 @@ def pytest_collection_modifyitems(config, items):
     wanted, of = map(int, config.getoption("--share").split("/"))
     zoo = [item for item in items if item.get_closest_marker("zoo")]
     left_out = {id(item) for item in items if item.get_closest_marker("engine") and not config.getoption("--engines")}
+    if config.getoption("--without-namespaces"):
+        left_out |= {id(item) for item in items if "spaces" in getattr(item, "fixturenames", ())}
     left_out |= {id(item) for place, item in enumerate(zoo) if place % of != wanted - 1}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
     items[:] = [item for item in items if id(item) not in left_out]

@@ -240,7 +240,8 @@ README = """\
 # A plan for vLLM {version}
 
 Made by `devmap export` from a lock; export it again rather than edit it. Tried with vLLM {version} on CPUs, over two
-network namespaces; `vllm@.service` and the compose files were checked for their form alone.
+network namespaces. systemd and Docker did not run `vllm@.service` and the compose files: they keep to what
+`systemd-analyze verify` and the schema of the Compose Specification ask for.
 
 {table}
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from shutil import which
 
 import pytest
 import yaml
@@ -222,6 +223,33 @@ def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
     service = yaml.safe_load((folder / "compose.0.yaml").read_text())["services"]["vllm"]
     assert service["volumes"][1]["source"] == f"/{HOSTILE}".replace("$", "$$")
     assert service["entrypoint"][-1] == "/devmap/node.0.env"
+
+
+def test_compose_files_keep_to_the_specification(tmp_path):
+    """The published schema of the Compose Specification, as `check-jsonschema` brings it."""
+    model = ServedModel(source="org/model", name=HOSTILE)
+    folders = [exported(tmp_path / kind, pipeline(kind=kind), model) for kind in ("cuda", "cpu")]
+    files = [path for folder in folders for path in folder.glob("compose.*.yaml")]
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(files[0].read_text().replace("network_mode:", "network_mod:"))
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, *files, wrong], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("::$")) == (1, 1), done.stdout
+    assert "'network_mod' was unexpected" in done.stdout
+
+
+@pytest.mark.skipif(which("systemd-analyze") is None, reason="systemd is not on this machine")
+def test_systemd_knows_every_key_of_the_unit(tmp_path):
+    folder = exported(tmp_path / "out", pipeline())
+    text = (folder / "vllm@.service").read_text()
+    (folder / "wrong@.service").write_text(text.replace("KillMode", "KilMode"))
+
+    def said_of(unit):
+        command = ["systemd-analyze", "verify", "--man=no", f"./{unit}@0.service"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+
+    assert said_of("vllm") == ""
+    assert "'KilMode'" in said_of("wrong")
 
 
 class Completions(BaseHTTPRequestHandler):
