@@ -14,8 +14,8 @@ class Device:
 
     Attributes:
         kind: torch's type of device, or `disk`.
-        index: its number among those of its kind; `None` where a machine has one at most.
-        host: the name of its machine; `None` where there is but one.
+        index: its number among those of its kind; `None` if a machine has one at most.
+        host: the name of its machine; `None` if there is but one.
 
     Example:
         >>> sorted([DISK, Device("cuda", 10), CPU, Device("cuda", 9)])

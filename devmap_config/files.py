@@ -79,7 +79,7 @@ class FileError(Exception):
 
 @dataclass(frozen=True)
 class Boundary:
-    """The folder that links lead out of in vain; `None` where they may lead anywhere."""
+    """The folder that links lead out of in vain; `None` if they may lead anywhere."""
 
     folder: Path | None
 
@@ -135,7 +135,7 @@ def opened(path: Path, within: Boundary | None = None) -> Iterator[BinaryIO]:
         within: the folder that its links may not lead out of; its repository where it is `None`.
 
     Raises:
-        FileError: where there is none, it is something else, it lies outside, or it may not be read.
+        FileError: if there is none, it is something else, it lies outside, or it may not be read.
     """
     try:
         descriptor = _descriptor(path, within or boundary_of(path))
@@ -231,7 +231,7 @@ def decoded(data: bytes) -> str:
     """Return the text of UTF-8.
 
     Raises:
-        FileError: where it is none, or begins with a byte order mark; it says at which place.
+        FileError: if it is none, or begins with a byte order mark; it says at which place.
     """
     if data.startswith(BYTE_ORDER_MARKS):
         raise FileError("begins with a byte order mark", "syntax", "save it as UTF-8 without one")
@@ -272,7 +272,7 @@ def parse_json(text: str, kind: Kind, *, object_of: Callable[[Pairs], Any] | Non
         object_of: makes an object of its pairs, as `json.loads` takes it.
 
     Raises:
-        FileError: where it is none, is nested deeper than its kind may be, holds too many values, or half a character.
+        FileError: if it is none, is nested deeper than its kind may be, holds too many values, or half a character.
     """
     _check_size(text, kind.max_depth)
     try:
@@ -320,7 +320,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, and nothing is left of one that was not finished.
 
     Raises:
-        OSError: where it cannot be written.
+        OSError: if it cannot be written.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -372,10 +372,10 @@ class HeldFolder:
 
     @classmethod
     def of(cls, folder: Path) -> HeldFolder | None:
-        """Hold a folder, which is made if need be; return `None` where this system or its disk cannot.
+        """Hold a folder, which is made if need be; return `None` if this system or its disk cannot.
 
         Raises:
-            BlockingIOError: where another process holds it.
+            BlockingIOError: if another process holds it.
         """
         if fcntl is None:
             return None

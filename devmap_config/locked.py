@@ -36,7 +36,7 @@ def compile_locked(path: Path, lock: Lock | None, **options: Any) -> tuple[Compi
 
 
 def prove(request: Request, lock: Lock) -> Drift | None:
-    """Place anew what a lock holds, and return what of its plan or bound that does not prove; `None` where it does.
+    """Place anew what a lock holds, and return what of its plan or bound that does not prove; `None` if it does.
 
     A plan that is as good as the new one, and nearer to the lock, is its plan: `--keep` makes such locks.
     """

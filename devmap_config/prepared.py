@@ -44,7 +44,7 @@ class DraftModel:
         return self.weights_bytes + self.kv_cache_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a lock."""
+        """Return it as it stands in a lock."""
         figures = asdict(self)
         del figures["digest"]
         return {**figures, "device": str(self.device)}

@@ -29,7 +29,7 @@ MOST_DIGITS = 9
 
 
 def number_in(name: str) -> int | None:
-    """Return the number that a name is, written as Python writes it; `None` where it is another name.
+    """Return the number that a name is, written as Python writes it; `None` if it is another name.
 
     >>> number_in("12"), number_in("012"), number_in("²"), number_in("9" * 5_000)
     (12, None, None, None)

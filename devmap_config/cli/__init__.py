@@ -158,7 +158,7 @@ def _fault(error: OSError) -> ExitCode:
 
 
 def _output_format() -> str:
-    """The value of `--format`, as far as it was read."""
+    """Return the value of `--format`, as far as it was read."""
     arguments = sys.argv[1:]
     given = [name.partition("=")[2] for name in arguments if name.startswith("--format=")]
     given += [after for before, after in itertools.pairwise(arguments) if before == "--format"]

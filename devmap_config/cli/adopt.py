@@ -144,7 +144,7 @@ def adopted_profile(
     output: Path | None,
     title: str,
 ) -> NewProfile:
-    """The profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
+    """Return the profile that places every tensor as `homes` says; without a machine, one that is just large enough."""
     from devmap_config.profile.schema import DeviceSection
     from devmap_config.profile.writing import link_lines, yaml_text
     from devmap_config.rules.compression import compress
@@ -177,7 +177,7 @@ def adopted_profile(
 
 
 def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[Device, int]:
-    """Bytes on each device once loaded: some buffers of what is streamed stay where it runs."""
+    """Return the bytes on each device once loaded; some buffers of streamed modules stay where these run."""
     from devmap_config.placement.problem import Problem, bytes_by_device
 
     problem = Problem(graph, dict.fromkeys(homes.values(), 0))

@@ -34,7 +34,7 @@ PLACES = ("where the model runs", "offloaded")
 
 @dataclass(frozen=True)
 class CacheComparison:
-    """The plans for one context, with the cache where the model runs and offloaded; `None` where there is none.
+    """The plans for one context, with the cache where the model runs and offloaded; `None` if there is none.
 
     `reasons` say why there is none.
     """
@@ -64,7 +64,7 @@ class CacheComparison:
         return None if there is None or offloaded is None else int(offloaded < there)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         return {
             "context_length": self.context_length,
             "better": None if self.better is None else CACHES[self.better],

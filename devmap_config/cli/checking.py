@@ -50,7 +50,7 @@ class Checked:
 
 
 def check_all(profiles: Sequence[Path], options: ProfileOptions, *, proves: bool = False) -> list[Checked]:
-    """Every profile checked, in the order in which they are given, by as many processes as that is worth.
+    """Check all profiles, by as many processes as that is worth, and yield the results in the order of the profiles.
 
     Processes, since it is Python that takes the time: threads would wait for each other.
     """

@@ -127,7 +127,7 @@ class ProfileOptions:
         """Run the pipeline on a profile.
 
         Raises:
-            CommandError: where the profile is wrong or cannot be satisfied.
+            CommandError: if the profile is wrong or cannot be satisfied.
         """
         from devmap_config.compiler import Rejected
 

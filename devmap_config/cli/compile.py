@@ -75,7 +75,7 @@ def _device_map(compiled: Compiled) -> Mapping[str, int | str]:
     """Return the plan as a `device_map` alone.
 
     Raises:
-        CommandError: where it is more than one.
+        CommandError: if it is more than one.
     """
     from devmap_config.cli.reporting import echo
     from devmap_config.plan.plan import NotADeviceMapError

@@ -56,7 +56,7 @@ def diff(
 
 
 def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
-    """The difference for a terminal."""
+    """Yield the difference for a terminal."""
     if found.is_none:
         yield f"{before} and {after} are the same plan"
         return
@@ -74,7 +74,7 @@ def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
 
 
 def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
-    """For a comment on a pull request."""
+    """Yield the difference as a comment on a pull request."""
     from devmap_config.cli.markdown import cell, code
 
     if found.is_none:
@@ -139,7 +139,7 @@ _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
 
 
 def _device_rows(found: Difference) -> list[tuple[str, ...]]:
-    """A heading, and each device that holds something else or has another capacity."""
+    """Return a heading, and each device that holds something else or has another capacity."""
 
     def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
         return _arrow(None if before is None else of(before), None if after is None else of(after), format_bytes)
@@ -160,7 +160,7 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
 
 
 def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
-    """Each figure that is known of one of the plans, and by how much it changes."""
+    """Return each figure that is known of one of the plans, and by how much it changes."""
     shown: dict[str, tuple[str, Callable[[int], str]]] = {
         "decode_nanoseconds_per_token": ("a token", format_duration),
         "bound_decode_nanoseconds_per_token": ("no plan is below", format_duration),
@@ -180,6 +180,6 @@ def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
 
 
 def _arrow(before: Any, after: Any, show: Callable[[Any], str]) -> str:
-    """`before → after`, or what both are."""
+    """Return `before → after`, or what both are."""
     texts = ["–" if value is None else show(value) for value in (before, after)]
     return texts[0] if before == after else f"{texts[0]} {ARROW} {texts[1]}"

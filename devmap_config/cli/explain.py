@@ -118,7 +118,7 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
 
 
 def story(compiled: Compiled) -> Iterator[str]:
-    """The plan in some ten lines."""
+    """Yield the plan in some ten lines."""
     from devmap_config.cli.plan_table import memory_in_words, said_of_bases, weights_in_words
     from devmap_config.plan.prediction import time_bases
     from devmap_config.plan.process_memory import process_memory
@@ -306,7 +306,7 @@ def alternatives_of(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
 
 
 def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[str]:
-    """The rules that match, the one that wins first."""
+    """Return the rules that match, the one that wins first."""
     from devmap_config.graph.model import ModulePath, TensorName
 
     module = graph.modules.get(ModulePath(name))

@@ -66,7 +66,7 @@ def _locked(profile: Path, options: ProfileOptions) -> tuple[Lock, Compiled]:
     """Return a profile's lock and what follows from it today.
 
     Raises:
-        CommandError: where the lock is missing, damaged or stale, or the profile is wrong.
+        CommandError: if the lock is missing, damaged or stale, or the profile is wrong.
     """
     from devmap_config.cli.progress import stages_shown
     from devmap_config.compiler import Rejected
@@ -96,7 +96,7 @@ def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: s
     """Return the files for a program.
 
     Raises:
-        CommandError: where it cannot do what the plan says.
+        CommandError: if it cannot do what the plan says.
     """
     from devmap_config.exports.export import UnfitExportError
     from devmap_config.exports.llama_cpp import export_to_llama_cpp
@@ -117,7 +117,7 @@ def _checked(made: Export, python: str, compiled: Compiled) -> Export:
     """Return the files once the parser of an installed vLLM takes what they tell it.
 
     Raises:
-        CommandError: where it does not, or there is no such vLLM.
+        CommandError: if it does not, or there is no such vLLM.
     """
     from dataclasses import replace
 
@@ -136,7 +136,7 @@ def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:
     """Write files into a folder, which is made if need be, each whole or not at all.
 
     Raises:
-        click.UsageError: where something is there that may not be replaced.
+        click.UsageError: if something is there that may not be replaced.
         click.ClickException: where a file cannot be written.
     """
     from devmap_config.cli.locking import write

@@ -42,7 +42,7 @@ class Row:
     other: OtherEngine | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         nothing = dict.fromkeys(("strategy", "prediction", "basis", "devices"))
         return {
             "machine": self.machine,
@@ -102,7 +102,7 @@ def _row(machine: str, request: Callable[..., Request]) -> Row:
     """Return what is found on a machine.
 
     Raises:
-        CommandError: where the profile is wrong, whatever the machine.
+        CommandError: if the profile is wrong, whatever the machine.
     """
     from devmap_config.compiler import Compiled, Rejected, run_pipeline
     from devmap_config.exports.engines import other_engine
@@ -153,7 +153,9 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
 
 
 def _by(other: OtherEngine) -> str:
-    """Return the key that a profile for an engine would have; empty if the engine takes the profile's own plan."""
+    """Return a phrase with the keys by which a profile is for an engine; empty if the engine takes the profile's own
+    plan.
+    """
     if not other.settings:
         return ""
     placement, workload = other.settings.get("placement", {}), other.settings.get("workload", {})
@@ -164,7 +166,7 @@ def _by(other: OtherEngine) -> str:
 
 
 def _rates(compiled: Compiled) -> list[str]:
-    """On which kinds of rates the times of a plan rest; on none where it predicts no time."""
+    """Return the bases of the rates on which the times of a plan rest; empty if it predicts no time."""
     from devmap_config.plan.prediction import time_bases
 
     bases = time_bases(compiled.plan, compiled.graph, compiled.inventory)

@@ -155,7 +155,7 @@ def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable
         begin: is told which context is tried.
 
     Raises:
-        CommandError: where none does, with what is wrong with the first.
+        CommandError: if none does, with what is wrong with the first.
     """
     from devmap_config.compiler import Compiled
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def lock_to_replace(path: Path, *, writes: bool, allow_outside: bool) -> Lock | None:
-    """Return the lock at a path that a command is about to write; `None` where there is none that can be read.
+    """Return the lock at a path that a command is about to write; `None` if there is none that can be read.
 
     Raises:
-        click.UsageError: where what is there may not be replaced, and the command `writes`.
+        click.UsageError: if what is there may not be replaced, and the command `writes`.
     """
     from devmap_config.plan.lock import LockError, lock_at
 

@@ -45,8 +45,8 @@ def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
         allows_hosts: whether the file may describe several.
 
     Raises:
-        click.UsageError: where there is none of that name.
-        ProfileError: where the file, or what it says, is wrong.
+        click.UsageError: if there is none of that name.
+        ProfileError: if the file, or what it says, is wrong.
     """
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 

@@ -32,13 +32,13 @@ class BlockCost:
 
 
 def measured_to_json(graph: ModelGraph, measurement: Measurement) -> dict[str, Any]:
-    """The cost of every block as plain data, in order of definition."""
+    """Return the cost of every block as plain data, in order of definition."""
     blocks = [{"path": path, **asdict(cost)} for path, cost in _block_costs(graph, measurement).items()]
     return {"workload": asdict(measurement.workload), "measured": measurement.measured, "blocks": blocks}
 
 
 def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> Iterator[Text | Table]:
-    """The cost of every block as a table, and what they add up to."""
+    """Yield the cost of every block as a table, and what they add up to."""
     workload = measurement.workload
     yield Text.assemble(
         (graph.class_name, "bold"),

@@ -99,7 +99,7 @@ def relative_source(source: str, output: Path | None) -> str:
     """Return a source as the profile is to name it: local paths relative to where the profile lies.
 
     Raises:
-        click.UsageError: where a profile cannot, for it is UTF-8.
+        click.UsageError: if a profile cannot, for it is UTF-8.
     """
     if not is_unicode(source):
         raise click.UsageError(f"`{source}` is not UTF-8, as profiles are: give it another name")

@@ -83,7 +83,7 @@ force_option: Decorator = click.option("--force", is_flag=True, help="Replace a 
 
 
 def format_option(*formats: str) -> Decorator:
-    """`--format`; the first is the default."""
+    """Return the option `--format`; the first of its choices is the default."""
     return click.option(
         "--format",
         "output_format",

@@ -32,7 +32,7 @@ PATTERNS_SHOWN = 6
 
 
 def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
-    """The plan for a terminal of this width."""
+    """Yield the plan for a terminal of this width."""
     plan, model = compiled.plan, compiled.model
     if plan.pipeline is not None:
         yield from stage_lines(compiled, plan.pipeline)
@@ -149,7 +149,7 @@ INPUTS_OF_PARTS = {"vision": "images: 1", "audio": "audio_seconds: 30"}
 
 
 def _in_transformers(plan: Plan) -> str:
-    """Of what plain transformers makes the same plan."""
+    """Return the sentence about the arguments with which plain transformers makes the same plan."""
     if plan.max_memory is None:
         return "plain transformers makes this plan of its map alone, not of `max_memory`: more than budgets decides"
     shown = f"max_memory={dict(plan.max_memory)}"
@@ -209,7 +209,9 @@ BAR_PARTS = (("weights", "█"), ("cache", "▓"), ("running", "▒"), ("free", 
 
 
 def bar_lines(plan: Plan, width: int) -> Iterator[str]:
-    """Each device as a bar, as long as its capacity: weights, cache, what is needed while it runs, what is free."""
+    """Yield each device as a bar, as long as its capacity: weights, cache, what is needed while it runs, what
+    is free.
+    """
     yield "  ".join(f"{character} {name}" for name, character in BAR_PARTS)
     longest = max(len(str(use.id)) for use in plan.devices)
     for use in plan.devices:

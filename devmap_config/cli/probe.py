@@ -121,7 +121,7 @@ def _of_this_host(lock: Lock, named: str | None, file: Path) -> Lock:
     """Return what a lock wants of the host that this machine is.
 
     Raises:
-        click.UsageError: where that is none of its hosts, or cannot be told.
+        click.UsageError: if that is none of its hosts, or cannot be told.
     """
     from devmap_config.plan.readiness import hosts_of, of_host
     from devmap_config.probe.host import own_addresses

@@ -42,7 +42,7 @@ SIMILARITY = 0.75
 
 
 def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
-    """The profiles that arguments name, each once: files as they are given, of folders those below them by name.
+    """Return the profiles that arguments name, each once: files as they are given, of folders those below them by name.
 
     What names nothing stays, so that it is reported.
     """
@@ -60,7 +60,9 @@ def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def _of_lock(path: Path) -> Path:
-    """The profile of a lock, where it is one that is named; what has no profile stays, so that it is reported."""
+    """Return the profile of a lock, where it is one that is named; what has no profile stays, so that it is
+    reported.
+    """
     try:
         return profile_of(path) if path.name.endswith(LOCK_SUFFIX) else path
     except ProfileError:
@@ -68,7 +70,7 @@ def _of_lock(path: Path) -> Path:
 
 
 def _profiles_below(folder: Path) -> tuple[Path, ...]:
-    """The profiles in a folder and those below it, hidden ones left out."""
+    """Return the profiles in a folder and those below it, hidden ones left out."""
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -157,7 +159,7 @@ def _looks_like_profile(sketch: _Sketch, sketches: Mapping[Path, _Sketch]) -> bo
 
 
 def _sketch_of(path: Path) -> _Sketch | None:
-    """Return what can be made out of a file, or `None` where it cannot be read."""
+    """Return what can be made out of a file, or `None` if it cannot be read."""
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.document import MappingNode, parse_document
     from devmap_config.profile.inheritance import base_files

@@ -82,7 +82,7 @@ class ByteProgress:
     def __init__(self, shown: Any = None, words: str = "") -> None:
         self.total_bytes = 0
         self.done_bytes = 0
-        self._shown = shown  # rich's `Progress`; `None` where nobody looks
+        self._shown = shown  # rich's `Progress`; `None` if nobody looks
         self._words = words
 
     def expect(self, size_bytes: int) -> None:

@@ -82,7 +82,7 @@ def _require_suffix(path: Path | None, suffix: str, option: str) -> None:
     """Refuse to write a page over what may be a profile.
 
     Raises:
-        click.UsageError: where a file has another name, or there is something else than a file.
+        click.UsageError: if a file has another name, or there is something else than a file.
     """
     from devmap_config.cli.new_profile import require_new
 
@@ -111,7 +111,7 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
     """Return what commands print of a profile with `--format json`, together, and the texts of its files.
 
     Raises:
-        CommandError: where it is wrong or cannot be satisfied.
+        CommandError: if it is wrong or cannot be satisfied.
     """
     from devmap_config.cli.explain import story, waits
     from devmap_config.cli.progress import stages_shown

@@ -118,7 +118,7 @@ def print_json(value: Any) -> None:
 
 
 def own_version() -> str:
-    """The version of devmap-config."""
+    """Return the version of devmap-config."""
     from importlib.metadata import version
 
     return version("devmap-config")

@@ -210,7 +210,7 @@ def _turns() -> Iterator[str]:
 
 
 def _figures(outcome: Demonstration | None, deployment: Deployment, load_seconds: float) -> dict[str, Any]:
-    """Return what was measured, under the names of `--format json`; `None` where nothing was written."""
+    """Return what was measured, under the names of `--format json`; `None` if nothing was written."""
     from devmap_config.runner.usage import memory_use
 
     speed = None if outcome is None else outcome.speed

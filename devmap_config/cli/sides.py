@@ -40,10 +40,10 @@ class Side:
 
 
 def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
-    """The plans of both arguments.
+    """Return the plans of both arguments.
 
     Raises:
-        CommandError: where one cannot be had.
+        CommandError: if one cannot be had.
     """
     return [_side(before, after, permissions), _side(after, before, permissions)]
 
@@ -74,7 +74,7 @@ def _lock_in(path: Path, permissions: Permissions) -> Lock:
 
 
 def _asked_for(profile: Path, permissions: Permissions) -> Side:
-    """The locked plan of a profile, or what it asks for now where there is none that holds."""
+    """Return the locked plan of a profile, or what it asks for now where there is none that holds."""
     from devmap_config.compiler import Rejected
     from devmap_config.locked import compile_locked
 
@@ -98,7 +98,7 @@ def _asked_for(profile: Path, permissions: Permissions) -> Side:
 
 
 def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
-    """The lock of a profile, or a lock, as it was at a git revision."""
+    """Return the lock of a profile, or a lock, as it was at a git revision."""
     path = file if file.suffix == ".json" else lock_path(file)
     commit = _git(path.parent, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit is None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def simulation_lines(model: LoadedModel, plan: Plan, simulation: Simulation, width: int) -> Iterator[Text | Table]:
-    """The dry run for a terminal of this width."""
+    """Yield the dry run for a terminal of this width."""
     unit_bytes, unit = largest_unit(model.graph.size_bytes)
     yield Text.assemble(
         (model.class_name, "bold"), f" on simulated accelerators: {_outcome(simulation)}; sizes in {unit}"

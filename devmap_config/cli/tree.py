@@ -127,7 +127,7 @@ def graph_of_source(
     trust_remote_code: bool,
     context_length: int | None = None,
 ) -> ModelGraph:
-    """The graph of a source as a user names it on the command line.
+    """Return the graph of a source as a user names it on the command line.
 
     With a `context_length` it is measured; one below 1 stands for the profile's, or the default.
     """

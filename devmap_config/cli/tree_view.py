@@ -28,7 +28,7 @@ class _EqualNeighbours:
 
 
 def tree_lines(graph: ModelGraph, matched: tuple[str, ...] | None, depth: int | None = None) -> Iterator[Text]:
-    """The tree, a line a module or tensor; with `matched`, only those, marked, and what leads to them."""
+    """Yield the tree, a line a module or tensor; with `matched`, only those, marked, and what leads to them."""
     marks = frozenset(matched or ())
     yield Text.assemble(
         (graph.class_name, "bold"), f"  {format_bytes(graph.size_bytes)}", *([("  ←", MATCHED)] if "" in marks else [])
@@ -42,7 +42,7 @@ def tree_lines(graph: ModelGraph, matched: tuple[str, ...] | None, depth: int | 
 
 
 def tree_to_json(graph: ModelGraph, matched: tuple[str, ...] | None) -> dict[str, Any]:
-    """The tree as plain data: modules in order, each with its class and bytes, and what a pattern matched."""
+    """Return the tree as plain data: modules in order, each with its class and bytes, and what a pattern matched."""
     modules = [
         {
             "path": module.path,
@@ -117,7 +117,7 @@ def _marked(line: Text, is_marked: bool, start: int) -> Text:
 
 
 def _runs(module: Module, marks: frozenset[str]) -> list[_EqualNeighbours]:
-    """The children, numbered neighbours that are alike (and alike matched) taken together."""
+    """Return the children, numbered neighbours that are alike (and alike matched) taken together."""
     runs: list[_EqualNeighbours] = []
     signatures: list[object] = []
     for child in module.children:

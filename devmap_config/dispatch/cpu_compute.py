@@ -42,7 +42,7 @@ def compute_on_cpu(model: PreTrainedModel, units: Iterable[str]) -> None:
     layers are made where their first keys come from.
 
     Raises:
-        UncallableUnitError: where a unit cannot run there on its own.
+        UncallableUnitError: if a unit cannot run there on its own.
     """
     skipped = skip_keys(model)  # as transformers passes it to accelerate
     for unit in units:
@@ -73,7 +73,7 @@ def use_cpu_experts(model: PreTrainedModel, runs_on_cpu: Callable[[str], bool]) 
 
 
 def _accelerators_attention(module: torch.nn.Module) -> str | None:
-    """The kernel of an attention module, if it is one that only accelerators have."""
+    """Return the kernel of an attention module, if it is one that only accelerators have."""
     implementation = attention_of(getattr(module, "config", None))
     is_attention = hasattr(module, "is_causal")
     return implementation if is_attention and implementation is not None and "flash" in implementation else None

@@ -44,7 +44,7 @@ class Slots:
         self._taken: list[tuple[int, int, weakref.ref[NDArray[np.uint8]]]] = []
 
     def take(self, size_bytes: int) -> NDArray[np.uint8] | None:
-        """Return so much memory within one slot; `None` where neither has it."""
+        """Return so much memory within one slot; `None` if neither has it."""
         self._taken = [each for each in self._taken if each[2]() is not None]
         for start in sorted((0, self.slot_bytes, *(last for _, last, _ in self._taken))):
             end = start + size_bytes
@@ -80,7 +80,7 @@ class ReadAhead:
         """Say that a module begins, and return the bytes of its weights once they are in memory.
 
         Raises:
-            OSError: where they cannot be read.
+            OSError: if they cannot be read.
         """
         with self._changed:
             if self._last is not None:
@@ -195,7 +195,7 @@ class MappedParameter(torch.nn.Parameter):  # type: ignore[misc]
         return not (self._is_taken or self.requires_grad or version_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
-        """A copy is in memory."""
+        """Return a copy in memory, which is not mapped."""
         if id(self) not in memo:
             memo[id(self)] = torch.nn.Parameter(self.detach().clone(), self.requires_grad)
         copied: torch.nn.Parameter = memo[id(self)]
@@ -234,8 +234,8 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
         folder: where weights are written anew that their file has in another dtype.
 
     Raises:
-        FileError: where a file cannot be read.
-        OSError: where one cannot be written.
+        FileError: if a file cannot be read.
+        OSError: if one cannot be written.
     """
     absent = {name for name, each in model.named_parameters(remove_duplicate=False) if each.is_meta}
     stated = {name: found for name in names if name in absent and (found := place_in_file(model, name)) is not None}

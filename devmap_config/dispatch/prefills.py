@@ -29,7 +29,7 @@ class Weights(Protocol):
     lock: Any
 
     def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-        """Return the weights by their names; `None` where those of the module are not the ones to be copied."""
+        """Return the weights by their names; `None` if those of the module are not the ones to be copied."""
 
     def end(self, module: torch.nn.Module) -> None:
         """Say that the module has run, or failed."""

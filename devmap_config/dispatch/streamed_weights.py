@@ -144,7 +144,7 @@ class Load:
         """Return what is to be copied to where in a slot; what is on disk is read into the staging memory.
 
         Raises:
-            OSError: where it cannot be read.
+            OSError: if it cannot be read.
         """
         if self.memory is not None:
             return [(self.memory, target[: self.size_bytes])]
@@ -228,7 +228,7 @@ class Streamer:
         Where modules of both slots run, around this one, its weights are brought to a slot of its own.
 
         Raises:
-            OSError: where they cannot be read.
+            OSError: if they cannot be read.
         """
         slot = self._slot_of(load)
         if slot is None:
@@ -367,9 +367,9 @@ def stream_weights(
         prefilled: the paths of modules that compute on the CPU unless they are given so many tokens, or more.
 
     Raises:
-        UnpinnedError: where memory cannot be pinned.
-        FileError: where a file cannot be read.
-        OSError: where one cannot be written.
+        UnpinnedError: if memory cannot be pinned.
+        FileError: if a file cannot be read.
+        OSError: if one cannot be written.
     """
     pinned: list[torch.Tensor] = []
     weakref.finalize(model, _unpin, pinned).atexit = False
@@ -425,7 +425,7 @@ class Apart:
         self.lock = streamer.lock
 
     def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-        """Return the weights of a module that begins; `None` where others were put in the place of its load's."""
+        """Return the weights of a module that begins; `None` if others were put in the place of its load's."""
         load, own = self._loads[module], own_parameters(module)
         for name, place in load.places[module].items():
             parameter = own[name]
@@ -515,7 +515,7 @@ def loads_of(streamed: Sequence[StreamedPiece]) -> list[Load]:
     """Move weights to loads, none of which is larger than the largest piece; those on disk stay there.
 
     Raises:
-        FileError: where a file cannot be read.
+        FileError: if a file cannot be read.
     """
     loads = []
     on_disk = [piece for piece in streamed if piece.is_on_disk]

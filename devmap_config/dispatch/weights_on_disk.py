@@ -61,7 +61,7 @@ class MappedFile:
         """Map a regular file, wherever its links lead; what is read ahead `is_cached` by the system, or passes it by.
 
         Raises:
-            FileError: where it cannot be read.
+            FileError: if it cannot be read.
         """
         with files.opened(path, files.ANYWHERE) as file:
             self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
@@ -80,7 +80,7 @@ class MappedFile:
         """Read the pages of a tensor into memory of their size, which begins where a page does.
 
         Raises:
-            OSError: where they cannot be read, or the file has become shorter.
+            OSError: if they cannot be read, or the file has become shorter.
         """
         position = self._file.seek(place.first_page)
         while position < place.end:
@@ -139,7 +139,7 @@ class Piece:
         """Read them into memory of this size, and return the bytes of each.
 
         Raises:
-            OSError: where they cannot be read.
+            OSError: if they cannot be read.
         """
         data, start = torch.from_numpy(memory), 0
         read: dict[TensorInFile, torch.Tensor] = {}
@@ -162,7 +162,7 @@ def mapped_files(places: Iterable[TensorInFile]) -> dict[Path, MappedFile]:
     than these take, all of it would have gone again before its turn comes, and they are read past that cache.
 
     Raises:
-        FileError: where a file cannot be read.
+        FileError: if a file cannot be read.
     """
     distinct = dict.fromkeys(places)
     is_cached = sum(place.size_bytes for place in distinct) <= seen_host().available_bytes
@@ -170,7 +170,7 @@ def mapped_files(places: Iterable[TensorInFile]) -> dict[Path, MappedFile]:
 
 
 def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
-    """Return from where accelerate's hook reads a tensor that is on disk; `None` where none does."""
+    """Return from where accelerate's hook reads a tensor that is on disk; `None` if none does."""
     for path in ancestors(name):
         for hook in hooks_of(model.get_submodule(path)):
             place = place_on_disk(hook, path, name)
@@ -205,7 +205,7 @@ def _digest(data: torch.Tensor) -> torch.Tensor:
 
 
 def _written_place(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInFile | None:
-    """Return where a tensor lies that was written anew; `None` where there is none, or another, or a damaged one."""
+    """Return where a tensor lies that was written anew; `None` if there is none, or another, or a damaged one."""
     try:
         header = read_header(path)
         stored_dtype, stored_shape, *ends = header[name]

@@ -29,7 +29,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> dict[Device, int]:
-    """The bytes that each device holds at most while loading, beyond the weights that stay there."""
+    """Return the bytes that each device holds at most while loading, beyond the weights that stay there."""
     facts = graph.loading
     if facts is None:
         return {}

@@ -76,7 +76,7 @@ def pieces_ahead(
 
 
 def _outermost(graph: ModelGraph) -> list[Module]:
-    """The modules within blocks, or blocks, that hold parameters and are in none that does."""
+    """Return the modules within blocks, or blocks, that hold parameters and are in none that does."""
     found: list[Module] = []
 
     def visit(module: Module) -> None:

@@ -91,7 +91,9 @@ class Running:
     def _with_offloaded(
         self, costs: dict[Device, RunningCost], context_length: int | None
     ) -> dict[Device, RunningCost]:
-        """The same with what is offloaded of a cache on the CPU, and what of it is there and on a card on its way."""
+        """Return the costs with the offloaded part of a cache on the CPU, and with what is in transit there and on a
+        card.
+        """
         before, workload = self.workload, self.workload
         if context_length is not None:
             workload = before.at(context_length)
@@ -169,7 +171,7 @@ LONGEST_CONTEXT = 2**24
 
 
 def longest_context(running: Running, room: Mapping[Device, int]) -> int:
-    """The longest context, in tokens, with which every device has room beside its weights; 0 where none fits."""
+    """Return the longest context, in tokens, with which every device has room beside its weights; 0 where none fits."""
 
     def fits(context_length: int) -> bool:
         costs = running.costs(context_length)
@@ -183,7 +185,7 @@ def longest_context(running: Running, room: Mapping[Device, int]) -> int:
 
 
 def _held(cost: ModuleCost) -> ModuleCost:
-    """Of a cost, what concerns the cache."""
+    """Return the part of a cost that concerns the cache."""
     return ModuleCost(
         path="",
         cache_bytes=cost.cache_bytes,
@@ -195,7 +197,7 @@ def _held(cost: ModuleCost) -> ModuleCost:
 
 
 def _largest(costs: Iterable[ModuleCost]) -> tuple[ModuleCost, ...]:
-    """Those of which no other has larger peaks in every respect: at any context, one of them has the largest."""
+    """Return the costs that no other exceeds in every respect: at any context, one of them is the largest."""
     by_peaks = {_peaks(cost): cost for cost in costs}
     kept: list[tuple[int, ...]] = []
     for peaks in sorted(by_peaks, reverse=True):
@@ -212,7 +214,7 @@ def _peaks(cost: ModuleCost) -> tuple[int, ...]:
 def _streaming_bytes(
     graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: Device
 ) -> dict[Device, int]:
-    """The largest piece that is copied to where it runs, as often as there may be one."""
+    """Return the largest piece that is copied to where it runs, as often as there may be one."""
     locations = {
         name: executor.prefill_location(each.unit, each.location, main_device)
         for each in assignments

@@ -90,7 +90,7 @@ class Segment:
         """Return what `to_json` made plain data of.
 
         Raises:
-            KeyError, TypeError, ValueError: where something else is.
+            KeyError, TypeError, ValueError: if something else is.
         """
         steps = (
             ((Device.from_text(name), ModuleWork(*map(whole, step))), whole(count))
@@ -124,7 +124,7 @@ class SegmentTime(NamedTuple):
 
 
 def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
-    """The card to which all of this is copied from the CPU's memory; `None` where it is not all so."""
+    """Return the card to which all of this is copied from the CPU's memory; `None` if it is not all so."""
     ways = {(copy.source, copy.target) for copies in ahead for copy in copies}
     source, target = next(iter(ways)) if len(ways) == 1 else (CPU, CPU)
     return target if source == CPU and target.is_accelerator else None

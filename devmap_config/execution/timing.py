@@ -60,7 +60,7 @@ class Timing:
         return self.rates.nanoseconds(self.outside(paths))
 
     def outside(self, paths: Iterable[str]) -> Segment:
-        """The same in amounts."""
+        """Return the amounts of what runs outside of all placed blocks."""
         segment = Segment()
         segment.dispatches[self.main_device] = GENERATION_DISPATCHES if self.phase == "decode" else 0
         for path in paths:
@@ -112,17 +112,19 @@ class Timing:
         return self.rates.copy_nanoseconds(self.crossing(crossing, maker, reader))
 
     def crossing(self, crossing: Crossing, maker: Device, reader: Device) -> Copy:
-        """The same in amounts."""
+        """Return the amounts of transferring to a block what another made."""
         prefills = self.phase == "prefill"
         size_bytes = crossing.prefill_bytes if prefills else crossing.decode_bytes
         return Copy(maker, reader, size_bytes, crossing.prefill_tensors if prefills else crossing.decode_tensors)
 
     def module_time(self, module: Module, homes: Mapping[TensorName, Location]) -> SegmentTime:
-        """A block with all within: what is stored elsewhere is copied in, what runs elsewhere is given its tensors."""
+        """Return the time of a block with everything in it: copies of what is stored elsewhere, and of the inputs of
+        parts elsewhere.
+        """
         return self.rates.time(self.module(module, homes))
 
     def module(self, module: Module, homes: Mapping[TensorName, Location]) -> Segment:
-        """The same in amounts."""
+        """Return the amounts of a block with everything in it."""
         if self.phase == "prefill":
             homes = while_prefilled(module, homes, self.executor, self.main_device)
         home = home_of(homes[tensor.name].runs_on for tensor in module.tensors())
@@ -166,7 +168,7 @@ class Timing:
                 segment.copies.append(coming)
 
     def _added_bytes(self, module: Module, homes: Mapping[TensorName, Location]) -> int:
-        """By how much the module's own weights are larger where a map offloads them than elsewhere."""
+        """Return the bytes by which the module's own weights are larger if a map offloads them."""
         return sum(
             self.executor.held_bytes(tensor, homes[tensor.name], self.main_device) - tensor.size_bytes
             for tensor in module.parameters
@@ -280,7 +282,7 @@ def forward_segments(timing: Timing, homes: Mapping[TensorName, Location]) -> It
 
 
 def outside_of(graph: ModelGraph) -> Iterator[str]:
-    """The modules outside of every block that holds anything, which run on the main device."""
+    """Yield the modules outside of every block that holds anything, which run on the main device."""
     yield from graph.composites
     for path in graph.blocks:
         if not any(True for _ in graph.modules[path].tensors()):
@@ -298,7 +300,9 @@ def hops(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> int:
 
 
 def execution_order(graph: ModelGraph) -> list[ModulePath]:
-    """The blocks in the order in which they first run; those that do not run stay before what is defined after them."""
+    """Return the blocks in the order in which they first run; those that do not run stay before what is defined after
+    them.
+    """
     measurement = graph.measurement
     if measurement is None:
         return list(graph.blocks)

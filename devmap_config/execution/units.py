@@ -23,7 +23,11 @@ class Unit:
 
 
 def united(groups: Iterable[Sequence[Name]]) -> list[list[Name]]:
-    """Join groups that overlap; each is in the order in which its names are first met, and so are the groups."""
+    """Join overlapping groups; each item is in one group of the result, in order of first appearance.
+
+    >>> united([("a",), ("b",), ("c",), ("a", "c")])
+    [['a', 'c'], ['b']]
+    """
     leader: dict[Name, Name] = {}
 
     def find(name: Name) -> Name:
@@ -42,7 +46,7 @@ def united(groups: Iterable[Sequence[Name]]) -> list[list[Name]]:
 
 
 def fold(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Unit, Home], ...]:
-    """The coarsest units whose tensors all have one home, in order of definition.
+    """Return the coarsest units whose tensors all have one home, in order of definition.
 
     A unit is a no-split block, or a module that holds neither such a block nor a list of modules; where its tensors
     have several homes, its parts. No unit lies within another, and together they hold every tensor.
@@ -65,7 +69,7 @@ def fold(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Uni
 
 
 def whole_model(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Unit, Home], ...]:
-    """The one unit that is everything, where everything has one home; else the usual units."""
+    """Return one unit for everything if everything has one home, else the usual units."""
     if len(set(homes.values())) > 1:
         return fold(graph, homes)
     return ((Unit("", tuple(graph.tensors)), next(iter(homes.values()))),)

@@ -27,7 +27,7 @@ def heaviest(
     device: Device,
     parts: Mapping[str, int],
 ) -> str | None:
-    """Return what most of the bytes on a device are, and why; `None` where no one thing is.
+    """Return what most of the bytes on a device are, and why; `None` if no one thing is.
 
     `parts` are the bytes of `weights`, `cache`, `activations` and `streamed weights` there.
     """

@@ -40,7 +40,7 @@ class OtherEngine:
     flags: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         plan = self.compiled.plan
         return {
             "name": self.name,
@@ -53,7 +53,7 @@ class OtherEngine:
 
 
 def other_engine(request: Request, compilation: Compilation) -> OtherEngine | None:
-    """Return the engine that suits the machine better than the profile's own; `None` where no plan shows that any does.
+    """Return the engine that suits the machine better than the profile's own; `None` if no plan shows that any does.
 
     Args:
         request: a profile on a machine.

@@ -56,7 +56,7 @@ def check_model_alone(compiled: Compiled, program: str, sink: Sink) -> None:
 
 
 def weights_for(compiled: Compiled, program: str, sink: Sink) -> str | None:
-    """Return the folder or hub id of the weights; `None` where there is a config alone, which is reported."""
+    """Return the folder or hub id of the weights; `None` if there is a config alone, which is reported."""
     source = compiled.model.source
     if source.weights is None:
         named = compiled.loaded.profile.model.source

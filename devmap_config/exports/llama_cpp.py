@@ -62,7 +62,7 @@ def export_to_llama_cpp(compiled: Compiled, *, weights: str | None) -> Export:
         weights: the GGUF, on the machine that is to run it.
 
     Raises:
-        UnfitExportError: where llama.cpp does not know the model by the names that are known here, or cannot do what
+        UnfitExportError: if llama.cpp does not know the model by the names that are known here, or cannot do what
             the plan says.
     """
     sink = Sink()

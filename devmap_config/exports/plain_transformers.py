@@ -88,7 +88,7 @@ def export_to_transformers(
         weights: where the weights are, if not where the profile says.
 
     Raises:
-        UnfitExportError: where the plan is more than a map, or holds only by this package's own executor.
+        UnfitExportError: if the plan is more than a map, or holds only by this package's own executor.
     """
     sink = Sink()
     check_model_alone(compiled, "transformers", sink)

@@ -80,7 +80,7 @@ def export_to_vllm(compiled: Compiled, *, weights: str | None) -> Export:
         weights: where the weights are on every host, if not where the profile says.
 
     Raises:
-        UnfitExportError: where the plan was not made for vLLM, or lacks what the hosts need to find each other.
+        UnfitExportError: if the plan was not made for vLLM, or lacks what the hosts need to find each other.
     """
     sink, profile = Sink(), compiled.loaded.profile
     check_model_alone(compiled, "vLLM", sink)

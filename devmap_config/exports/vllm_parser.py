@@ -62,7 +62,7 @@ def parsed_by(python: str, files: Mapping[str, str]) -> str:
         files: what is exported, by name.
 
     Raises:
-        ParserError: where it takes it not, or vLLM is not there.
+        ParserError: if it takes it not, or vLLM is not there.
     """
     output = _output([python, "-c", PROGRAM], json.dumps(_arguments(files)))
     try:

@@ -25,7 +25,7 @@ def adapt(model: PreTrainedModel, config: AdapterConfig) -> None:
     """Add to a model on the meta device what an adapter does.
 
     Raises:
-        AdapterError: where it adapts nothing of this model, or what is not known here.
+        AdapterError: if it adapts nothing of this model, or what is not known here.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     for path, change in changes_of(config, modules, all_linear(model, config)).items():
@@ -90,7 +90,9 @@ MIXED: dict[tuple[type, type], type] = {}
 
 
 def _mixed(kind: type, own: type) -> type:
-    """A class for modules of another, with its name; one for each, so that blocks which are alike are known to be."""
+    """Return a class for modules of another, with its name; one for each, so that blocks which are alike are known to
+    be.
+    """
     return MIXED.setdefault((kind, own), type(own.__name__, (kind, own), {}))
 
 

@@ -157,7 +157,7 @@ def find_adapter(source: str, path: Path, revision: str | None, within: Boundary
         within: what its links, and itself, may not lead out of.
 
     Raises:
-        AdapterError: where there is none, it is of another kind than LoRA, or cannot be meant.
+        AdapterError: if there is none, it is of another kind than LoRA, or cannot be meant.
     """
     if exists(path):
         if not within.holds(path):
@@ -190,7 +190,7 @@ def parse_config(value: object) -> AdapterConfig:
     """Return what an `adapter_config.json` says, once parsed.
 
     Raises:
-        AdapterError: where a value is of a wrong type, or means what is not known here; the text says which.
+        AdapterError: if a value is of a wrong type, or means what is not known here; the text says which.
     """
     if not isinstance(value, Mapping):
         raise AdapterError(f"`{CONFIG_FILE}` holds no JSON object", "name an adapter that PEFT saved")
@@ -329,7 +329,7 @@ def changes_of(config: AdapterConfig, paths: Collection[str], linear: Collection
         linear: those of the modules that `all-linear` means.
 
     Raises:
-        AdapterError: where an expression cannot be read, or none is adapted.
+        AdapterError: if an expression cannot be read, or none is adapted.
     """
     matching = _Matching(config, frozenset(linear))
     changes = {path: matching.change(path) for path in paths if path and matching.is_adapted(path)}
@@ -443,7 +443,7 @@ def stored_names(adapter: LoraAdapter, graph: ModelGraph, *, must_be_there: bool
         must_be_there: whether there must be a file; else nothing is told where there is none.
 
     Raises:
-        AdapterError: where the file does not hold what its config says.
+        AdapterError: if the file does not hold what its config says.
     """
     header = _header(adapter, must_be_there=must_be_there)
     if header is None:

@@ -24,14 +24,14 @@ LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 def library_versions() -> dict[str, str | None]:
-    """The installed versions of what makes graphs, read without importing it."""
+    """Return the installed versions of what makes graphs, read without importing it."""
     return {name: build(name) for name in LIBRARIES}
 
 
 def cached_graph(
     key: dict[str, object], make: Callable[[], ModelGraph], *, directory: Path | None = None
 ) -> ModelGraph:
-    """The graph under this key, made where it is not kept yet.
+    """Return the graph under this key, made where it is not kept yet.
 
     What a library or a mistake of ours kept from being read or measured is not kept: it is to be measured once that is
     mended.
@@ -53,7 +53,7 @@ def cached_graph(
 
 
 def default_directory() -> Path:
-    """`$XDG_CACHE_HOME/devmap-config/graphs`, or the same under `~/.cache`."""
+    """Return `$XDG_CACHE_HOME/devmap-config/graphs`, or the same under `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     return Path(base) / "devmap-config" / "graphs"
 
@@ -67,7 +67,7 @@ def keep(path: Path, value: object) -> None:
 
 
 def kept(path: Path) -> Any:
-    """Return the value that was kept, or `None` where there is none or it is not what was written under this name."""
+    """Return the value that was kept, or `None` if there is none or it is not what was written under this name."""
     try:
         seal, _, text = read_text(path, GRAPH).partition("\n")
         return parse_json(text, GRAPH) if seal == _seal(path, text) else None

@@ -125,7 +125,7 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any], within: Boundary | 
         within: what its links may not lead out of; its repository where it is `None`.
 
     Raises:
-        CheckpointError: where there are weights that cannot be loaded: pickles, files that are cut off or garbage,
+        CheckpointError: if there are weights that cannot be loaded: pickles, files that are cut off or garbage,
             broken links, shards that an index names and that are not there.
     """
     names = _file_names(folder, config, within)
@@ -185,7 +185,7 @@ def index_files(index: Any, name: str) -> list[str]:
     """Return the files that an index names, in order.
 
     Raises:
-        CheckpointError: where it is no index, or names files elsewhere.
+        CheckpointError: if it is no index, or names files elsewhere.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
@@ -203,7 +203,7 @@ def read_index(path: Path, within: Boundary | None = None) -> Any:
     """Return the JSON value of an index.
 
     Raises:
-        CheckpointError: where there is none that can be read.
+        CheckpointError: if there is none that can be read.
     """
     try:
         return read_json(path, INDEX, within)
@@ -219,7 +219,7 @@ def read_header(path: Path, within: Boundary | None = ANYWHERE) -> Header:
     """Return the tensors of one safetensors file, which a library reads as well.
 
     Raises:
-        CheckpointError: where it is none, or a link leads out of what it must be `within`.
+        CheckpointError: if it is none, or a link leads out of what it must be `within`.
     """
     return _read_file(path, within)[1]
 
@@ -238,7 +238,7 @@ def header_length(first_bytes: bytes, size_bytes: int, name: str) -> int:
     """Return how many bytes of JSON follow the first eight of a safetensors file of this size and name.
 
     Raises:
-        CheckpointError: where that cannot be.
+        CheckpointError: if that cannot be.
     """
     if first_bytes == GIT_LFS:
         raise CheckpointError(
@@ -265,7 +265,7 @@ def parse_header(text: bytes, size_bytes: int, name: str) -> Header:
         name: the file's name, for messages.
 
     Raises:
-        CheckpointError: where it is none, or says what cannot be of a file of this size.
+        CheckpointError: if it is none, or says what cannot be of a file of this size.
 
     >>> parse_header(b'{"weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}', 90, "x.safetensors")
     {'weight': ('F16', (2, 3), 78, 90)}

@@ -23,10 +23,10 @@ SCHEMA = "devmap-checkpoint-match/3"
 def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> CheckpointMatch | None:
     """Return whether the checkpoint of a model holds it, as it was found before, else tried with transformers' loader.
 
-    `None` where no checkpoint is at hand. Imports torch where it was not tried before.
+    `None` if no checkpoint is at hand. Imports torch where it was not tried before.
 
     Raises:
-        LibraryChangedError: where something is not there that this rests on.
+        LibraryChangedError: if something is not there that this rests on.
     """
     checkpoint = model.source.checkpoint
     if checkpoint is None:

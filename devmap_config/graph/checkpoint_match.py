@@ -98,7 +98,7 @@ def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[
 
 
 def _listed(one: str, many: str, texts: list[str]) -> str:
-    """A count, and the first few by name: `2 are not in the model (`a`, `b`)`."""
+    """Return a count, and the first few by name: `2 are not in the model (`a`, `b`)`."""
     if not texts:
         return ""
     return f"{len(texts)} {one if len(texts) == 1 else many} ({first_of(texts)})"

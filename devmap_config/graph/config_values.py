@@ -37,7 +37,7 @@ Path = tuple[str, ...]
 
 
 def unreasonable_number(config: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the first number of a config that no model can have; `None` where all are possible.
+    """Return what is wrong with the first number of a config that no model can have; `None` if all are possible.
 
     >>> unreasonable_number({"text_config": {"num_hidden_layers": 200_000}})
     '`text_config.num_hidden_layers` is 200,000, and no model has more than 1,000'

@@ -76,7 +76,7 @@ class WorkloadShape:
         return replace(self, context_length=context_length, prompt_length=prompt_length)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; what most workloads have nothing of only where there is any."""
+        """Return it as plain data; fields that few workloads have are left out unless they are set."""
         return {name: value for name, value in asdict(self).items() if name not in RARE or value}
 
     def decoding_before(self, end: int | None, tokens: int = 1) -> WorkloadShape:
@@ -317,7 +317,7 @@ class Measurement:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; `from_json` gives it back, equal."""
+        """Return it as plain data; `from_json` gives it back, equal."""
         rare: dict[str, Any] = {} if self.cause == "model" else {"cause": self.cause}
         rare |= {} if self.media is None else {"media": asdict(self.media)}
         rare |= {"has_unfit_cache": True} if self.has_unfit_cache else {}
@@ -361,7 +361,7 @@ LAYERS_UNDER_WAY = 2
 
 
 def _power_of_two(size_bytes: int) -> int:
-    """The least power of two that is not less; nothing of nothing."""
+    """Return the least power of two that is not less than a number; of 0, 0."""
     return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
 
 
@@ -370,7 +370,9 @@ def _grown_cache(cost: ModuleCost, before: int, after: int) -> int:
 
 
 def _grown_retained(cost: ModuleCost, before: int, after: int) -> int:
-    """A window's storage holds all that was prefilled, of which the cache shows what it keeps."""
+    """Return the bytes retained by a grown cache: a window's storage holds everything prefilled, of which it shows a
+    part.
+    """
     if not cost.retained_bytes or after <= before:
         return cost.retained_bytes
     held_bytes = cost.cache_bytes + cost.retained_bytes

@@ -57,6 +57,6 @@ def estimate(
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
-    """The first of these of which a config says a number above none, else 0: a model may be built without it."""
+    """Return the first of these entries of a config that is a number above 0, else 0."""
     numbers = (config.get(name) for name in names)
     return next((value for value in numbers if isinstance(value, int) and value > 0), 0)

@@ -91,7 +91,7 @@ def _of_change(change: LibraryChangedError) -> MeasurementFailure:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception with those that it came of."""
+    """Yield an exception with those that it came of."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -121,14 +121,14 @@ def _package(filename: str) -> str:
 
 
 def _raised_at(frames: list[traceback.FrameSummary]) -> str:
-    """The line of ours that raised something."""
+    """Return the line of ours that raised something."""
     own = [frame for frame in frames if _package(frame.filename) == OWN_CODE.name]
     path = Path(own[-1].filename).relative_to(OWN_CODE.parent)
     return f"{path.as_posix()}:{own[-1].lineno}"
 
 
 def _described(error: Exception) -> str:
-    """An exception's type and the first line of its text."""
+    """Return an exception's type and the first line of its text."""
     return _shortened(": ".join(filter(None, (type(error).__name__, first_line(error)))))
 
 

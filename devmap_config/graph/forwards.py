@@ -56,9 +56,9 @@ class Forwards:
         """Return what a prompt of so many tokens is given as, those that stand for images and sound among them.
 
         Raises:
-            OtherInputsError: where the model takes no text, or more than is given.
-            PromptTooShortError: where the prompt has no room for what stands for images and sound.
-            LibraryChangedError: where it takes text by another name than it did.
+            OtherInputsError: if the model takes no text, or more than is given.
+            PromptTooShortError: if the prompt has no room for what stands for images and sound.
+            LibraryChangedError: if it takes text by another name than it did.
         """
         self._require_inputs()
         tokens = self._tokens(length)
@@ -80,7 +80,7 @@ class Forwards:
         """Return what one more token is given as, on a cache that a forward returned.
 
         Raises:
-            LibraryChangedError: where the model takes its cache by no name that is known; `OtherInputsError` where
+            LibraryChangedError: if the model takes its cache by no name that is known; `OtherInputsError` where
                 it is no model of transformers.
         """
         if self._cache_name is None:
@@ -95,7 +95,7 @@ class Forwards:
         """Run a forward, and return the cache that the model returned.
 
         Raises:
-            LibraryChangedError: where it returns its cache by a name that is not known; `OtherInputsError` where it
+            LibraryChangedError: if it returns its cache by a name that is not known; `OtherInputsError` where it
                 is no model of transformers.
         """
         output = self.model(**inputs)
@@ -140,7 +140,7 @@ class Forwards:
         return {name: self._attended, "image_attention_mask": torch.ones(shape, dtype=torch.long)}
 
     def _beside_media(self, length: int) -> dict[str, Any]:
-        """Images and sound, and a prompt in which tokens stand for them."""
+        """Return images and sound, and a prompt in which tokens stand for them."""
         inputs: dict[str, Any] = {}
         count = sum(each.placeholders for each in self.media)
         if count + LEAST_WORDS > length:
@@ -267,7 +267,7 @@ def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
-    """Every tensor within a cache, whatever its class."""
+    """Return every tensor within a cache, whatever its class."""
     found: dict[int, torch.Tensor] = {}
     waiting, seen = [cache], set()
     while waiting:

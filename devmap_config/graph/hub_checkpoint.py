@@ -51,7 +51,7 @@ def hub_checkpoint(
     may_ask: Callable[[], bool],
     token: str | bool | None = None,
 ) -> Checkpoint | None:
-    """Return what the headers of a checkpoint say; `None` where they cannot be had.
+    """Return what the headers of a checkpoint say; `None` if they cannot be had.
 
     What a commit holds never changes: it is kept beside the graphs, so that a profile means the same off line.
 
@@ -64,7 +64,7 @@ def hub_checkpoint(
         token: who asks the hub; as its client is configured where it is `None`.
 
     Raises:
-        CheckpointError: where the files cannot be used: pickles, or headers that cannot be read.
+        CheckpointError: if the files cannot be used: pickles, or headers that cannot be read.
     """
     name = digest({"checkpoint": repository, "commit": commit, "schema": SCHEMA}).removeprefix("sha256:")
     path = default_directory().with_name("checkpoints") / f"{name}.json"
@@ -79,7 +79,7 @@ def hub_checkpoint(
 
 
 def _in_snapshot(snapshot: Path, config: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint as the hub's client has it, where all of it is there."""
+    """Return the checkpoint as the hub's client has it, where all of it is there."""
     try:
         return read_checkpoint(snapshot, config)
     except (CheckpointError, OSError):  # a download that was not finished goes on when the model is loaded
@@ -167,7 +167,9 @@ def _header_of(commit: _Commit, filename: str) -> Checkpoint | None:
 
 
 def _range(commit: _Commit, filename: str, start: int, end: int) -> tuple[bytes, int] | None:
-    """The bytes of a file from `start` to before `end`, and its size; nothing is read of an answer that is another."""
+    """Return the bytes of a file from `start` to before `end`, and its size; nothing is read of an answer that is
+    another.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 

@@ -62,7 +62,7 @@ def build_graph(
     quantization: Quantization | None = None,
     adapter: AdapterConfig | None = None,
 ) -> ModelGraph:
-    """The graph of the model that `config_path` describes.
+    """Return the graph of the model that `config_path` describes.
 
     Args:
         config_path: a `config.json`, or the directory that holds it.
@@ -77,11 +77,11 @@ def build_graph(
         adapter: what is added to it once it is loaded.
 
     Raises:
-        UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
-        AdapterError: where the adapter does not fit the model.
-        LibraryChangedError: where something is not there that reading a model needs.
-        QuantizationError: where the quantization's arguments cannot be meant.
-        ModuleNotFoundError: where torch or transformers is not installed.
+        UnbuildableModelError: if transformers does not know the architecture, or does not accept the config.
+        AdapterError: if the adapter does not fit the model.
+        LibraryChangedError: if something is not there that reading a model needs.
+        QuantizationError: if the quantization's arguments cannot be meant.
+        ModuleNotFoundError: if torch or transformers is not installed.
     """
     model = meta_model(
         config_path,
@@ -111,7 +111,9 @@ def build_graph(
 
 
 def _copy_itemsize(quantization: Quantization, dtype: torch.dtype) -> int:
-    """Bytes of an element of the copy that a module makes of its quantised weight to compute; 0 where it makes none."""
+    """Return the bytes of an element of the copy that a module makes of its quantised weight to compute; 0 where it
+    makes none.
+    """
     import torch
 
     if not quantization.method.dequantizes:
@@ -131,12 +133,12 @@ def meta_model(
     repository: tuple[str, str] | None = None,
     adapter: AdapterConfig | None = None,
 ) -> PreTrainedModel:
-    """The model on the meta device; the arguments are those of `build_graph`.
+    """Return the model on the meta device; the arguments are those of `build_graph`.
 
     Raises:
-        AdapterError: where the adapter does not fit the model.
-        UntrustedCodeError: where only code that comes with the model can build it, and it may not run.
-        UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+        AdapterError: if the adapter does not fit the model.
+        UntrustedCodeError: if only code that comes with the model can build it, and it may not run.
+        UnbuildableModelError: if transformers does not know the architecture, or does not accept the config.
     """
     try:
         import torch
@@ -167,13 +169,13 @@ def _adapt(model: PreTrainedModel, adapter: AdapterConfig) -> None:
 def config_and_class(
     config_path: Path, class_name: str, *, trust_remote_code: bool = False, repository: tuple[str, str] | None = None
 ) -> tuple[PreTrainedConfig, Any]:
-    """The model's config and its concrete class: those that `from_pretrained` takes.
+    """Return the model's config and its concrete class: those that `from_pretrained` takes.
 
     Where code that comes with the model may run, the class is its own if the config says so.
 
     Raises:
-        UntrustedCodeError: where only code that comes with the model has them, and it may not run.
-        UnbuildableModelError: where transformers does not know the architecture, or does not accept the config.
+        UntrustedCodeError: if only code that comes with the model has them, and it may not run.
+        UnbuildableModelError: if transformers does not know the architecture, or does not accept the config.
     """
     stated: dict[str, Any] = {}
     try:
@@ -238,7 +240,7 @@ def _usual_config(stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tuple[str, str | None]:
-    """The folder, or the repository and its commit, of which transformers takes code along with the config."""
+    """Return the folder, or the repository and its commit, of which transformers takes code along with the config."""
     if repository is not None:
         return repository
     return str(config_path.parent if config_path.name == "config.json" else config_path), None
@@ -272,7 +274,7 @@ RENAMED_CLASSES = {
 
 
 def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
-    """The concrete class of transformers that `class_name` means for this config."""
+    """Return the concrete class of transformers that `class_name` means for this config."""
     import transformers
 
     found = getattr(transformers, class_name, None)
@@ -309,7 +311,7 @@ class _Parts:
 def build_meta_model(
     model_class: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
 ) -> PreTrainedModel:
-    """The model on the meta device, in the state in which `from_pretrained` plans its device map."""
+    """Return the model on the meta device, in the state in which `from_pretrained` plans its device map."""
     if attention is not None:
         set_attention(config, attention)
     config.dtype = dtype
@@ -331,7 +333,7 @@ def graph_of(
     *,
     stored: Mapping[str, Storage] | None = None,
 ) -> ModelGraph:
-    """The graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised.
+    """Return the graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised.
 
     `stored` is what a quantizer holds, where that is known already.
     """
@@ -392,7 +394,7 @@ def graph_of(
 
 
 def _made_while_loading(model: PreTrainedModel) -> tuple[tuple[TensorName, ...], str | None]:
-    """The parameters that transformers makes of several tensors while it loads; else why that cannot be told."""
+    """Return the parameters that transformers makes of several tensors while it loads; else why that cannot be told."""
     try:
         made = is_made_while_loading(model, [name for name, _ in model.named_parameters()])
     except LibraryChangedError as error:

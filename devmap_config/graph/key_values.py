@@ -28,7 +28,7 @@ def made_cache(model: PreTrainedModel, workload: WorkloadShape, length: int, *, 
         offloading: whether a cache that is offloaded is to do so. Without, it is as it is on one device.
 
     Raises:
-        UnfitCacheError: where transformers does not give such a model that cache.
+        UnfitCacheError: if transformers does not give such a model that cache.
     """
     from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -55,7 +55,7 @@ def require_fit(model: PreTrainedModel, workload: WorkloadShape) -> None:
     """Check that `generate` gives a model the cache that its workload names.
 
     Raises:
-        UnfitCacheError: where it does not; `generate` would say so, or take another in silence.
+        UnfitCacheError: if it does not; `generate` would say so, or take another in silence.
     """
     if workload.cache in ("dynamic", "static"):
         return
@@ -78,7 +78,7 @@ def offloaded_tensors(cache: Any, workload: WorkloadShape) -> list[list[torch.Te
         workload: what it was filled under.
 
     Raises:
-        UnfitCacheError: where a layer keeps states besides, for which nothing waits until they are brought back.
+        UnfitCacheError: if a layer keeps states besides, for which nothing waits until they are brought back.
     """
     if workload.cache not in OFFLOADED or not hasattr(cache, "layers"):
         return []

@@ -150,7 +150,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
             return function(*tree_map(real, arguments), **tree_map(real, options))
 
     def _without_data(self, value: Any) -> Any:
-        """A tensor without data that is known to have this value."""
+        """Return a tensor without data that is known to have this value."""
         if not isinstance(value, torch.Tensor):
             return value
         tensor = torch.empty(value.shape, dtype=value.dtype)

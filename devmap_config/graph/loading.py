@@ -57,13 +57,15 @@ LIBRARIES_FOR_GRAPHS = ("torch", "transformers", "accelerate", "huggingface_hub"
 
 
 def buildable_attention(attention: str | None) -> str | None:
-    """The implementation with which a model is built without data; `None` for the one that transformers chooses."""
+    """Return the implementation with which a model is built without data; `None` for the one that
+    transformers chooses.
+    """
     return attention if attention in BUILDABLE_ATTENTION else None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model's graph with what it was made from. `attention` is `None` where transformers is to choose.
+    """A model's graph with what it was made from. `attention` is `None` if transformers is to choose.
 
     `quantization` is what transformers applies; it `is_counted` in the graph where its sizes are known. `dry_runs` are
     what is kept beside the profile of dry runs of its plans. `adapter` is what is loaded on top of it.
@@ -215,10 +217,10 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
 
 
 def _find_adapter(loaded: LoadedProfile) -> LoraAdapter | None:
-    """The adapter that a profile names.
+    """Return the adapter that a profile names.
 
     Raises:
-        AdapterError: where there is none, or none that can be used.
+        AdapterError: if there is none, or none that can be used.
     """
     wanted = loaded.profile.model.adapter
     if wanted is None:
@@ -297,7 +299,9 @@ def _built(inputs: GraphInputs, loaded: LoadedProfile, sink: Sink) -> ModelGraph
 
 
 def source_from_here(loaded: LoadedProfile) -> str:
-    """The model's source as a command names it: a local path from the working directory, not from the profile."""
+    """Return the model's source as a command names it: a local path from the working directory, not from the
+    profile.
+    """
     source = loaded.profile.model.source
     return os.path.normpath(source.path) if _is_local(loaded) else source.value
 
@@ -307,7 +311,7 @@ def _is_local(loaded: LoadedProfile) -> bool:
 
 
 def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
-    """The graph beside the profile, where there is one of this very model and revision."""
+    """Return the graph beside the profile, where there is one of this very model and revision."""
     path = vendored_path(loaded.path)
     try:
         vendored = read_vendored(path, loaded.boundary)
@@ -350,7 +354,7 @@ def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSou
 
 
 def _at_hand(source: ModelSource) -> ModelSource:
-    """A source with the headers of its checkpoint, where they were read before."""
+    """Return a source with the headers of its checkpoint, where they were read before."""
     if source.weights is None or source.commit is None:
         return source
     return replace(source, checkpoint=cached_checkpoint(source.weights, source.commit, source.config))
@@ -383,13 +387,13 @@ def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model
 
 
 def graph_from_source(inputs: GraphInputs) -> ModelGraph:
-    """The graph of a model, from the cache where it is kept.
+    """Return the graph of a model, from the cache where it is kept.
 
     Raises:
-        UntrustedCodeError: where only code that comes with it can build it, and it may not run.
-        UnbuildableModelError: where transformers cannot build it.
-        AdapterError: where the adapter does not fit the model.
-        QuantizationError: where the quantization's arguments cannot be meant.
+        UntrustedCodeError: if only code that comes with it can build it, and it may not run.
+        UnbuildableModelError: if transformers cannot build it.
+        AdapterError: if the adapter does not fit the model.
+        QuantizationError: if the quantization's arguments cannot be meant.
     """
     source, workload, quantization = inputs.source, inputs.workload, inputs.quantization
 
@@ -658,7 +662,7 @@ def report_failure(
         consequence: what comes of it.
         span: what of the profile asks for it.
         sink: takes what is found.
-        allowed: whether the user said that it may be so; `None` where it may not, whatever the user says.
+        allowed: whether the user said that it may be so; `None` if it may not, whatever the user says.
     """
     code: Literal["library-changed", "measuring-failed"]
     if failure.cause == "library":

@@ -87,9 +87,9 @@ def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ..
     To be called among tensors without data, of which values are known.
 
     Raises:
-        NoMediaError: where it takes none.
-        MissingSizeError: where what it is given depends on how large images are, and the workload does not say that.
-        OtherInputsError: where it takes them in a way that is not known.
+        NoMediaError: if it takes none.
+        MissingSizeError: if what it is given depends on how large images are, and the workload does not say that.
+        OtherInputsError: if it takes them in a way that is not known.
     """
     found = []
     accepted = set(inspect.signature(model.forward).parameters)
@@ -111,7 +111,7 @@ def _asked(
     token_names: tuple[str, ...],
     features: str,
 ) -> Media:
-    """The first candidate that the model's own code makes features of, with how many these are."""
+    """Return the first candidate that the model's own code makes features of, with how many these are."""
     error: Exception = OtherInputsError("it takes none that is known")
     for media in candidates:
         try:
@@ -183,7 +183,7 @@ def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:
 
 
 def _stated(config: PretrainedConfig, *names: str) -> Any:
-    """The first of these that a config says something of, or one within it."""
+    """Return the first of these that a config says something of, or one within it."""
     for each in (
         config,
         *(getattr(config, name, None) for name in ("thinker_config", "vision_config", "audio_config")),
@@ -195,7 +195,7 @@ def _stated(config: PretrainedConfig, *names: str) -> Any:
 
 
 def _within(config: PretrainedConfig, names: tuple[str, ...]) -> PretrainedConfig:
-    """The config of a tower, within those around it; some make one of their own kind within anew."""
+    """Return the config of a tower, within those around it; some make one of their own kind within anew."""
     inner = next((found for name in names if hasattr(found := getattr(config, name, None), "to_dict")), None)
     return config if inner is None or type(inner) is type(config) else _within(inner, names)
 
@@ -256,7 +256,7 @@ class _Images:
         """The height and width of each image, in pixels.
 
         Raises:
-            MissingSizeError: where the workload does not say.
+            MissingSizeError: if the workload does not say.
         """
         height, width = self.workload.image_height, self.workload.image_width
         if height is None or width is None:
@@ -284,7 +284,7 @@ def image_candidates(model: PreTrainedModel, workload: WorkloadShape) -> Iterato
 
 
 def _patches_in_a_row(images: _Images) -> Iterator[Media]:
-    """Patches of all images in a row, and for each image how many there are each way (Qwen2-VL and its kind)."""
+    """Yield patches of all images in a row, and for each image how many there are each way (Qwen2-VL and its kind)."""
     patch, unit = images.patch, images.patch * images.merged
     tokens_down, tokens_across = (max(1, round(side / unit)) for side in images.size)
     rows, columns = tokens_down * images.merged, tokens_across * images.merged
@@ -317,7 +317,7 @@ def _patches_by_height_and_width(images: _Images) -> Iterator[Media]:
 
 
 def _patches_beside_a_mask(images: _Images) -> Iterator[Media]:
-    """Each image in as many patches as it may have at most (SigLIP 2)."""
+    """Yield each image in as many patches as it may have at most (SigLIP 2)."""
     across = int(math.sqrt(images.first("num_patches", "max_num_patches", default=256))) // 2 * 2
     yield Media(
         tensors={
@@ -385,7 +385,7 @@ def _crops_with_a_mask(images: _Images) -> Iterator[Media]:
 
 
 def _flattened(images: _Images) -> Iterator[Media]:
-    """Patches that say themselves where they are (Pix2Struct, Kosmos-2.5)."""
+    """Yield patches that say themselves where they are (Pix2Struct, Kosmos-2.5)."""
     depth = images.first("patch_embed_hidden_size", default=images.channels * min(images.patch, 16) ** 2)
     if "image_embeds_position_mask" in images.accepted:
         sides = {"width": torch.tensor([64] * images.count), "height": torch.tensor([64] * images.count)}
@@ -406,7 +406,7 @@ def _embedded_positions(_: torch.Tensor, stands: torch.Tensor) -> Tensors:
 
 
 def _latents(images: _Images) -> Iterator[Media]:
-    """Images whose features take the place of marked tokens (Kosmos-2)."""
+    """Yield images whose features take the place of marked tokens (Kosmos-2)."""
     height, width = images.shape
     yield Media(
         tensors={"pixel_values": images.ones(images.count, images.channels, height, width)},
@@ -416,7 +416,7 @@ def _latents(images: _Images) -> Iterator[Media]:
 
 
 def _pooled_patches(images: _Images) -> Iterator[Media]:
-    """The patches of each image, and which of them are pooled into one token (Molmo 2)."""
+    """Yield the patches of each image, and which of them are pooled into one token (Molmo 2)."""
     across = (images.fixed or 378) // images.patch
     pooled = math.ceil(across / 2)
     order = torch.full((2 * pooled, 2 * pooled), -1)  # what is beyond the last patch is none
@@ -434,7 +434,7 @@ def _pooled_patches(images: _Images) -> Iterator[Media]:
 
 
 def _image_patches(images: _Images) -> Iterator[Media]:
-    """Patches that are embedded as words are (Fuyu)."""
+    """Yield patches that are embedded as words are (Fuyu)."""
     patch = getattr(images.config, "patch_size", None) or 30
     count = math.prod(max(1, side // patch) for side in images.size) * images.workload.images
     pixels = images.ones(images.workload.batch_size, count, images.channels * patch**2)
@@ -447,7 +447,7 @@ def _image_patches(images: _Images) -> Iterator[Media]:
 
 
 def _tiles_of_its_size(images: _Images) -> Iterator[Media]:
-    """Each image whole and in tiles, as many as its size takes (LLaVA-NeXT)."""
+    """Yield each image whole and in tiles, as many as its size takes (LLaVA-NeXT)."""
     side = images.fixed or 336
     if not (pinpoints := getattr(images.config, "image_grid_pinpoints", None)):
         yield from _pixels(images, sized=True)
@@ -459,7 +459,7 @@ def _tiles_of_its_size(images: _Images) -> Iterator[Media]:
 
 
 def _images_beside_masks(images: _Images) -> Iterator[Media]:
-    """The images of each sequence, with a mask of their pixels (Idefics2 and 3)."""
+    """Yield the images of each sequence, with a mask of their pixels (Idefics2 and 3)."""
     batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
     pixels = images.ones(batch, count, images.channels, height, width)
     for masked in ((height, width), ()):
@@ -468,7 +468,7 @@ def _images_beside_masks(images: _Images) -> Iterator[Media]:
 
 
 def _questioned(images: _Images) -> Iterator[Media]:
-    """Images of which a transformer asks by words of its own (InstructBLIP)."""
+    """Yield images of which a transformer asks by words of its own (InstructBLIP)."""
     words = torch.ones((images.count, 8), dtype=torch.long)
     height, width = images.shape
     given = {"qformer_input_ids": words, "qformer_attention_mask": words}
@@ -490,7 +490,7 @@ def _two_resolutions(images: _Images) -> Iterator[Media]:
 
 
 def _boxes(images: _Images) -> Iterator[Media]:
-    """A page, and where each of its words stands (UDOP)."""
+    """Yield a page, and where each of its words stands (UDOP)."""
     height, width = images.shape
 
     def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
@@ -500,7 +500,7 @@ def _boxes(images: _Images) -> Iterator[Media]:
 
 
 def _attended_images(images: _Images) -> Iterator[Media]:
-    """Images that decoder layers attend to, each word to some (IDEFICS)."""
+    """Yield images that decoder layers attend to, each word to some (IDEFICS)."""
     batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
 
     def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
@@ -510,7 +510,7 @@ def _attended_images(images: _Images) -> Iterator[Media]:
 
 
 def _pixels(images: _Images, *, sized: bool = False) -> Iterator[Media]:
-    """Images as they are."""
+    """Yield images as they are."""
     height, width = images.shape
     if getattr(images.vision, "model_type", "") == "pixtral":  # of any size up to its own
         unit = 2 * images.patch
@@ -656,7 +656,7 @@ def _spectrograms_of_sizes(sound: _Sound) -> Iterator[Media]:
 
 
 def _samples(sound: _Sound) -> Iterator[Media]:
-    """A sound as it is."""
+    """Yield a sound as it is."""
     batch, count = sound.workload.batch_size, sound.samples
     masks = {name: sound.ones(batch, count, dtype=torch.bool) for name in ("padding_mask", "input_values_mask")}
     masks = {name: mask for name, mask in masks.items() if name in sound.accepted}

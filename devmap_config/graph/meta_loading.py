@@ -58,7 +58,7 @@ def load_over_meta(
         repository: the hub id and commit that the config is of, where its code is fetched from.
 
     Raises:
-        UntrustedCodeError: where only code that comes with the model has its class, and it may not run.
+        UntrustedCodeError: if only code that comes with the model has its class, and it may not run.
         Exception: whatever transformers raises where it does not come to compare names, as without the package of a
             quantizer.
     """
@@ -114,7 +114,7 @@ def match_names(
 
 
 def _absent_modules(names: Iterable[str], missing: tuple[str, ...]) -> tuple[str, ...]:
-    """The largest modules all of whose tensors are missing; a tensor of the model's own is one by itself."""
+    """Return the largest modules all of whose tensors are missing; a tensor of the model's own is one by itself."""
     present = {module for name in set(names) - set(missing) for module in (name, *ancestors(name))}
     found = {
         next(path for path in (*reversed([*ancestors(name)]), name) if path not in present)

@@ -91,7 +91,7 @@ class Module:
             yield from child.walk()
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every parameter and buffer at or below this module, depth first."""
+        """Yield every parameter and buffer at or below this module, depth first."""
         for module in self.walk():
             yield from module.parameters
             yield from module.buffers
@@ -133,7 +133,7 @@ class ModelGraph:
 
     `ties` holds `(target, source)` pairs of transformers' `all_tied_weights_keys`: two names, one storage.
     `no_split_classes`, `no_placement_parameters` and `skip_keys` are the model's `_no_split_modules`,
-    `_no_placement_params` (`None` where the model has no such attribute) and `_skip_keys_device_placement`.
+    `_no_placement_params` (`None` if the model has no such attribute) and `_skip_keys_device_placement`.
     `measurement` is what running it costs under a workload, where one was named. `merged` are tensors that loading
     makes of several (the weights of experts); where a library that changed keeps these from being known, `unread` says
     so. `computed` are tensors that the checkpoint at hand does not hold, and that transformers computes instead.
@@ -210,7 +210,7 @@ class ModelGraph:
         return self.weights_bytes(tuple(self.tensors))
 
     def weights_bytes(self, names: Iterable[TensorName], offloaded: Collection[TensorName] = ()) -> int:
-        """Bytes that these tensors occupy together on one device; what is tied counts once.
+        """Return the bytes that these tensors occupy together on one device; what is tied counts once.
 
         `offloaded` are those among them that a map has on `cpu` or `disk`.
         """
@@ -265,12 +265,20 @@ def _parent(name: str) -> str:
 
 
 def is_within(path: str, around: str) -> bool:
-    """Return whether a path is `around`, a module other than the model itself, or below it."""
+    """Return whether a path is that of `around`, or of a module or tensor below it; the model itself does not count.
+
+    >>> is_within("model.layers.1.mlp", "model.layers.1"), is_within("model.layers.10", "model.layers.1")
+    (True, False)
+    """
     return path == around or path.startswith(f"{around}.")
 
 
 def ancestors(path: str) -> Iterator[str]:
-    """The modules around a path, nearest first, the model itself (`""`) last."""
+    """Yield the paths of the modules around a path: the nearest first, the model itself (`""`) last.
+
+    >>> list(ancestors("model.layers.0"))
+    ['model.layers', 'model', '']
+    """
     while path:
         path = path.rpartition(".")[0]
         yield path

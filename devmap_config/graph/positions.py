@@ -44,7 +44,7 @@ class PositionsEndError(Exception):
 
 
 def end_of_positions(run: Callable[[int, PositionReads], object], reads: Callable[[], PositionReads]) -> int | None:
-    """Return the most tokens that a model can be given at once; `None` where its positions do not end.
+    """Return the most tokens that a model can be given at once; `None` if its positions do not end.
 
     Args:
         run: runs the model on a prompt of so many tokens, within what sees the tables that are read.
@@ -121,7 +121,7 @@ def _reads(function: Any, arguments: Any) -> Iterator[tuple[torch.Tensor, int, t
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The numbers of a tensor without data, where they are known."""
+    """Return the numbers of a tensor without data, where they are known."""
     return getattr(tensor, "known_numbers", None)
 
 

@@ -97,13 +97,13 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
             self._ignores = False
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
-        """A module begins to run."""
+        """Note that a module begins to run."""
         path = self.names[id(module)]
         self.running = (*self.running, path)
         self.traffic.enter(path, arguments, options, self.serial_of)
 
     def leave(self, module: torch.nn.Module, _arguments: Any, _options: Any, output: Any) -> None:
-        """A module has run."""
+        """Note that a module has run."""
         self.running = self.running[:-1]
         self.traffic.leave(self.names[id(module)], output)
 
@@ -166,7 +166,7 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         finalize(storage, self.forget, key, self._serial, size_bytes)
 
     def watch_for_release(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Note when storages go that were there before: a cache that grows is a new one, then the old one goes."""
+        """Note when storages that existed before are freed, as when a cache grows into a new one."""
         for tensor in tensors:
             key = storage_key(tensor)
             if key not in self._known:
@@ -174,12 +174,12 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
                 finalize(tensor.untyped_storage(), self.release, key, tensor.untyped_storage().nbytes())
 
     def release(self, key: int, size_bytes: int) -> None:
-        """A storage that was there before is gone."""
+        """Note that a storage which existed before is freed."""
         self._known.discard(key)
         self.events.append(Allocation(self.running, -1, -size_bytes))
 
     def forget(self, key: int, serial: int, size_bytes: int) -> None:
-        """A storage that was noted is gone."""
+        """Note that a recorded storage is freed."""
         if self._alive.get(key) == serial:
             del self._alive[key]
             block, others = self.stands_for.pop(serial, ("", 0))
@@ -209,7 +209,7 @@ class OperationBudget:
         """Count an operation.
 
         Raises:
-            TooManyOperationsError: where it is one too many.
+            TooManyOperationsError: if it is one too many.
         """
         self.spent += 1
         if self.spent > MOST_OPERATIONS:
@@ -243,7 +243,7 @@ class Meter(Recorder):
         self.kept: frozenset[int] = frozenset()  # what the cache holds in the end
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
-        """A module begins to run."""
+        """Note that a module begins to run."""
         super().enter(module, arguments, options)
         self.order.setdefault(self.running[-1])
 
@@ -255,7 +255,7 @@ class Meter(Recorder):
             yield
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        """Attention as a fused kernel runs it, and counted as one, where there is one for the shape."""
+        """Run attention as a fused kernel does, and count it as one, if there is one for the shape."""
         self._is_within_kernel = True
         output = fused_attention(query, key, value, *rest, **options)
         self._is_within_kernel = False
@@ -353,17 +353,18 @@ class Traffic:
                 self.origin.setdefault(made, home)
 
     def bond(self, first: str, second: str) -> None:
-        """Two blocks that must run on one device."""
+        """Note that two blocks must run on one device."""
         self.bonds.setdefault((min(first, second), max(first, second)))
 
 
 def fused_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_arguments: Any, **options: Any
 ) -> torch.Tensor | None:
-    """The output of attention as a fused kernel makes it: with one number a row besides, and no matrix of scores.
+    """Return the output of attention as a fused kernel makes it: with one number a row besides, and no matrix of
+    scores.
 
     Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
-    values differ in size, as in latent attention. `None` where no fused kernel has the shape.
+    values differ in size, as in latent attention. `None` if no fused kernel has the shape.
     """
     if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
         return None  # fused kernels do not broadcast heads; then the scores are formed
@@ -395,7 +396,7 @@ def replace_tensors(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments or results of an operation."""
+    """Yield the tensors among the arguments or results of an operation."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -407,7 +408,9 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
-    """The tensors that accelerate copies to where a module runs: also those of a mapping that knows how to be moved."""
+    """Yield the tensors that accelerate copies to where a module runs: also those of a mapping that knows how to be
+    moved.
+    """
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor):
             yield leaf
@@ -416,12 +419,12 @@ def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """The identity of the storage that a tensor shows."""
+    """Return the identity of the storage that a tensor shows."""
     return storage_identity(shown_storage(tensor))
 
 
 def _grouped_product(arguments: Any) -> torch.Tensor | None:
-    """The product of rows with their experts' weights: without data torch knows its shape for bfloat16 only."""
+    """Return the product of rows with their experts' weights: without data torch knows its shape for bfloat16 only."""
     rows, weights = arguments[:2]
     if rows.dim() != 2 or weights.dim() != 3:
         return None
@@ -429,7 +432,7 @@ def _grouped_product(arguments: Any) -> torch.Tensor | None:
 
 
 def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
-    """Floating-point operations of a product or an attention; others are bound by memory and count as none."""
+    """Return floating-point"""
     packet = operation_packet(function)
     if packet in (registry := flop_registry()):
         return int(registry[packet](*arguments, **options, out_val=result))
@@ -440,7 +443,7 @@ def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int
 
 
 def _attention_operations(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """Floating-point operations of the two products of attention: of queries with keys, and of scores with values.
+    """Return floating-point
 
     Keys and values may have fewer heads, which several of the queries' share.
     """
@@ -456,7 +459,7 @@ WITHOUT_KERNEL = frozenset(
 
 
 def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
-    """Bytes that an operation reads and writes."""
+    """Return the bytes that an operation reads and writes."""
     name = operation_name(function)
     written = sum(shown_bytes(tensor) for tensor in outputs)
     if name in ("aten::embedding", "aten::index", "aten::gather", "aten::index_select"):
@@ -469,11 +472,11 @@ def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torc
 
 
 def shown_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the elements of a tensor, whatever its storage holds besides."""
+    """Return the bytes of the elements of a tensor, whatever its storage holds besides."""
     size_bytes: int = tensor.numel() * tensor.element_size()
     return size_bytes
 
 
 def total_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the elements of all these tensors."""
+    """Return the bytes of the elements of all these tensors."""
     return sum(shown_bytes(tensor) for tensor in tensors)

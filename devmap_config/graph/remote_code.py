@@ -13,7 +13,7 @@ READ_IT_FIRST = "read it, then pass `--trust-remote-code`: it runs with all that
 
 
 def code_files(config: Mapping[str, object]) -> tuple[str, ...]:
-    """The files that the config, or the config of a model within, would have run; in order, each once.
+    """Return the files that the config, or the config of a model within, would have run; in order, each once.
 
     A file of another repository than the model's is written `owner/name: file.py`.
     """
@@ -21,7 +21,7 @@ def code_files(config: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def hub_kernel(config: Mapping[str, object]) -> str | None:
-    """The repository of the hub whose code the config, or that of a model within, has attention computed by."""
+    """Return the repository of the hub whose code the config, or that of a model within, has attention computed by."""
     for key, value in config.items():
         if key in ("attn_implementation", "_attn_implementation") and isinstance(value, str) and "/" in value:
             return value

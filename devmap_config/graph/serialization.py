@@ -12,7 +12,7 @@ SCHEMA = "devmap-graph/6"
 
 
 def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
-    """The graph as plain data; `graph_from_json` gives it back, equal."""
+    """Return the graph as plain data; `graph_from_json` gives it back, equal."""
     no_placement = graph.no_placement_parameters
     return {
         "schema": SCHEMA,
@@ -28,10 +28,10 @@ def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
 
 
 def graph_from_json(value: dict[str, Any]) -> ModelGraph:
-    """The graph that `graph_to_json` wrote.
+    """Return the graph that `graph_to_json` wrote.
 
     Raises:
-        ValueError, KeyError, TypeError: where the value is not one.
+        ValueError, KeyError, TypeError: if the value is not one.
     """
     if value["schema"] != SCHEMA:
         raise ValueError(f"unknown graph schema {value['schema']!r}")
@@ -49,7 +49,7 @@ def graph_from_json(value: dict[str, Any]) -> ModelGraph:
 
 
 def _module_to_json(module: Module) -> list[Any]:
-    """`[last segment, class, parameters, buffers, children]`: short, since there may be tens of thousands."""
+    """Return `[last segment, class, parameters, buffers, children]`: short, since there may be tens of thousands."""
     return [
         module.path.rpartition(".")[2],
         module.class_name,

@@ -72,7 +72,7 @@ class ModelSource:
     Attributes:
         location: the directory or `config.json` to build from.
         config: the parsed config.
-        weights: the directory or hub id that `from_pretrained` takes; `None` where there is only a config.
+        weights: the directory or hub id that `from_pretrained` takes; `None` if there is only a config.
         commit: what a hub revision resolved to.
         stored_dtype: the dtype of the checkpoint, where the config does not tell.
         checkpoint: what the headers of the checkpoint say, where they are at hand.
@@ -106,7 +106,7 @@ class ModelSource:
 
     @property
     def class_name(self) -> str | None:
-        """The class that the config names first; `None` where it names none, or something else is in its place."""
+        """The class that the config names first; `None` if it names none, or something else is in its place."""
         architectures = self.config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else None
         return first if isinstance(first, str) else None
@@ -123,15 +123,15 @@ class ModelSource:
 
     @property
     def checkpoint_digest(self) -> str | None:
-        """A digest of the checkpoint's names, shapes, dtypes and file sizes; `None` where they were never read."""
+        """A digest of the checkpoint's names, shapes, dtypes and file sizes; `None` if they were never read."""
         return self.known_checkpoint if self.checkpoint is None else self.checkpoint.digest
 
     def checkpoint_dtype(self) -> str | None:
-        """The dtype that transformers' `auto` loads in, as far as the config or the checkpoint tells."""
+        """Return the dtype that transformers' `auto` loads in, as far as the config or the checkpoint tells."""
         return _declared_dtype(self.config) or self.stored_dtype
 
     def stored_apart(self, ties: Iterable[tuple[TensorName, TensorName]]) -> frozenset[tuple[TensorName, TensorName]]:
-        """The ties of which a local checkpoint holds both tensors, with different values.
+        """Return the ties of which a local checkpoint holds both tensors, with different values.
 
         transformers then loads two tensors, whatever the config says (flan-t5 has a head of its own).
         """
@@ -146,18 +146,18 @@ class ModelSource:
         )
 
     def dtype_for(self, wanted: str) -> str:
-        """The dtype that weights are loaded in, where `auto` is wanted as well."""
+        """Return the dtype that weights are loaded in; `auto` is resolved."""
         return wanted if wanted != "auto" else self.checkpoint_dtype() or ASSUMED_DTYPE
 
 
 def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
-    """The model in a directory, or that of a `config.json` alone.
+    """Return the model in a directory, or that of a `config.json` alone.
 
     Links of its files lead nowhere out of `within`, or else of its own repository.
 
     Raises:
-        ModelNotFoundError: where there is no readable config.
-        CheckpointError: where there are weights that cannot be loaded.
+        ModelNotFoundError: if there is no readable config.
+        CheckpointError: if there are weights that cannot be loaded.
     """
     if (other := other_format(path, within)) is not None:
         raise ModelNotFoundError(other.message, other.help)
@@ -172,7 +172,7 @@ def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
 
 
 def _checkpoint_beside(path: Path, config: Mapping[str, Any], within: Boundary | None) -> Checkpoint | None:
-    """The weights in the folder of a config: they tell the dtype, and are not what is to be loaded."""
+    """Return the weights in the folder of a config: they tell the dtype, and are not what is to be loaded."""
     try:
         return read_checkpoint(path.parent, config, within)
     except (CheckpointError, OSError):
@@ -180,7 +180,7 @@ def _checkpoint_beside(path: Path, config: Mapping[str, Any], within: Boundary |
 
 
 def _undeclared_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) -> str | None:
-    """The dtype that a checkpoint holds, where the config does not tell."""
+    """Return the dtype that a checkpoint holds, where the config does not tell."""
     if checkpoint is None or _declared_dtype(config) is not None:
         return None
     return first_floating_dtype(checkpoint.tensors.values())
@@ -215,7 +215,7 @@ _ACCESS: ContextVar[HubAccess] = ContextVar("hub access")
 def hub_source(
     repository: str, revision: str | None, *, commit: str | None = None, must_ask: bool = False
 ) -> ModelSource:
-    """The model in a repository of the hub: its cached config, or, on line, the current one.
+    """Return the model in a repository of the hub: its cached config, or, on line, the current one.
 
     Args:
         repository: the hub id.
@@ -224,8 +224,8 @@ def hub_source(
         must_ask: whether only the hub itself can say what a branch is now, and not what its cache remembers.
 
     Raises:
-        ModelNotFoundError: where the hub and its cache have no such repository, revision or config.
-        CheckpointError: where its weights cannot be loaded.
+        ModelNotFoundError: if the hub and its cache have no such repository, revision or config.
+        CheckpointError: if its weights cannot be loaded.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -275,7 +275,7 @@ def hub_file(repository: str, name: str, commit: str) -> Path:
     """Return a file of a repository of the hub at a commit, in the hub's cache.
 
     Raises:
-        ModelNotFoundError: where neither that nor the hub has it.
+        ModelNotFoundError: if neither that nor the hub has it.
     """
     from huggingface_hub import hf_hub_download
 
@@ -299,7 +299,7 @@ def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -
 
 
 def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
-    """The config of a commit, where the hub's cache has it."""
+    """Return the config of a commit, where the hub's cache has it."""
     try:
         return _read_config(_cached_snapshot(repository, commit) / "config.json")
     except ModelNotFoundError:

@@ -68,7 +68,7 @@ class VendoredGraph:
     """What was found of plans of this model, by their digest."""
 
     def to_text(self) -> str:
-        """The file: compact, the same bytes for the same graph."""
+        """Return the file: compact, the same bytes for the same graph."""
         value: dict[str, Any] = {
             "schema": SCHEMA,
             **{KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)},
@@ -83,21 +83,26 @@ class VendoredGraph:
 
 
 def vendored_path(profile: Path) -> Path:
-    """`x.graph.json` beside `x.yaml`."""
+    """Return `x.graph.json` beside `x.yaml`."""
     return beside(profile, ".graph.json")
 
 
 def beside(profile: Path, suffix: str) -> Path:
-    """A file of a profile's name with another suffix, beside it."""
+    """Return the path of a file that lies beside a profile and has its name, with another suffix.
+
+    >>> from pathlib import Path
+    >>> beside(Path("profiles/quickstart.yaml"), ".lock.json").as_posix()
+    'profiles/quickstart.lock.json'
+    """
     name = profile.name.removesuffix(".yaml").removesuffix(".yml")
     return profile.parent / (name + suffix)  # also where it is a folder that has no name, `.`
 
 
 def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
-    """Return the vendored graph in a file within a boundary; `None` where there is no file.
+    """Return the vendored graph in a file within a boundary; `None` if there is no file.
 
     Raises:
-        VendoredGraphError: where it holds none that can be used.
+        VendoredGraphError: if it holds none that can be used.
     """
     try:
         value = read_json(path, GRAPH, within)
@@ -132,7 +137,7 @@ def _require_consistent(graph: ModelGraph) -> None:
     """Refuse a graph that speaks of what it does not have, of sizes below nothing, or by names that none has.
 
     Raises:
-        ValueError, VendoredGraphError: where it does.
+        ValueError, VendoredGraphError: if it does.
     """
     modules, tensors = list(graph.root.walk()), list(graph.root.tensors())
     named = {

@@ -62,14 +62,17 @@ class Accelerator:
 
 @cache
 def load_catalogue() -> Mapping[str, Accelerator]:
-    """Every accelerator of the package's catalogue by its name, in the order of the file."""
+    """Return every accelerator of the package's catalogue by its name, in the order of the file."""
     return MappingProxyType({row["name"]: _accelerator(row) for row in catalogue_rows()})
 
 
 def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> str | None:
-    """The catalogue's name that `name` was most likely meant to be, if any is near.
+    """Return the name in the catalogue that `name` was most likely meant to be, or `None` if none is near.
 
-    A name that another begins with (`h100`) is near to the first of those in the file (`h100-sxm`).
+    A name with which others begin (`h100`) is near to the first of those in the file (`h100-sxm`).
+
+    >>> nearest("RTX4090"), nearest("h100")
+    ('rtx-4090', 'h100-sxm')
     """
     names = list(load_catalogue() if catalogue is None else catalogue)
     wanted = _spelling(name)
@@ -86,7 +89,7 @@ def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> st
 
 
 def _spelling(name: str) -> str:
-    """A name without what people write in ten ways: case, separators, the maker."""
+    """Return a name without what people write in many ways: case, separators, the maker."""
     letters = "".join(character for character in name.lower() if character.isalnum())
     return letters.removeprefix("nvidia").removeprefix("amd").removeprefix("geforce")
 

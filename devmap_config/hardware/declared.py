@@ -115,7 +115,7 @@ def _device(
 
 
 def _rates(rates: Rates, section: DeviceSection, usual: Usual) -> dict[str, int | None]:
-    """The figures that change with a dtype; what is not said of it is as with others."""
+    """Return the figures that depend on the dtype; what is not said for it is as for others."""
     bandwidth = rates.bandwidth or section.bandwidth or usual.bandwidth
     flops = rates.flops or section.flops or usual.flops
     products = section.products if rates.bandwidth is None else rates.products

@@ -69,7 +69,7 @@ def whole(value: Any) -> int:
     """Return an amount of plain data: a whole number that can be one.
 
     Raises:
-        ValueError: where it is none.
+        ValueError: if it is none.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
         raise ValueError(f"{value!r} is no amount")
@@ -80,7 +80,7 @@ def whole(value: Any) -> int:
 class InventoryDevice:
     """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`; `overhead_bytes` its context takes.
 
-    `bandwidth_bytes_per_second` and `flops_per_second` are `None` where neither profile nor catalogue tells; of them
+    `bandwidth_bytes_per_second` and `flops_per_second` are `None` if neither profile nor catalogue tells; of them
     the efficiencies are reached. Attention in half precision, and the experts that a token chooses, have rates of their
     own where the profile gives them. `by_dtype` are the figures that another dtype of the model changes.
     """
@@ -189,7 +189,7 @@ class Inventory:
         """Return as fast a machine as `to_json` made plain data of; which accelerators it has is not told there.
 
         Raises:
-            KeyError, TypeError, ValueError: where something else is.
+            KeyError, TypeError, ValueError: if something else is.
         """
         devices = []
         for each in value["devices"]:
@@ -218,7 +218,7 @@ class Inventory:
         )
 
     def to_json(self) -> dict[str, object]:
-        """As plain data, for digests."""
+        """Return it as plain data, for digests."""
         devices = [
             {
                 "id": str(device.id),

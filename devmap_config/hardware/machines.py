@@ -25,7 +25,7 @@ def named_machine(text: str) -> Hardware:
         ['cuda:0', 'cuda:1', 'cpu']
 
     Raises:
-        UnknownMachineError: where it names none.
+        UnknownMachineError: if it names none.
     """
     accelerators: list[tuple[str, dict[str, str]]] = []
     storage: dict[str, dict[str, str]] = {}

@@ -70,7 +70,7 @@ def sent(value: Any, device: Any, skip_keys: Any = None) -> Any:
 
 
 def found_device(value: Any) -> Any:
-    """Return the device of the first tensor within a value; `None` where there is none."""
+    """Return the device of the first tensor within a value; `None` if there is none."""
     return FIND_DEVICE.find()(value)
 
 
@@ -96,7 +96,7 @@ def replace_streamed(hook: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def streamed_from(hook: Any, path: str, name: str) -> Device | None:
-    """Return from where a hook copies a tensor in, the CPU or the disk; `None` where it does not.
+    """Return from where a hook copies a tensor in, the CPU or the disk; `None` if it does not.
 
     Args:
         hook: a hook of the module at `path`.

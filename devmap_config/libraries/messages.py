@@ -100,7 +100,7 @@ _SCRIBE: ContextVar[_Scribe | None] = ContextVar("scribe", default=None)
 
 
 def _library_of(filename: str) -> str:
-    """The library whose file raised a warning."""
+    """Return the library whose file raised a warning."""
     parts = filename.replace("\\", "/").split("/")
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1].removesuffix(".py")

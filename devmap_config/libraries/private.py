@@ -44,11 +44,11 @@ class Private:
         return self.name.rpartition(".")[2]
 
     def find(self) -> Any:
-        """The thing itself: a class, a function or a value of a module or of a class.
+        """Return the thing itself: a class, a function or a value of a module or of a class.
 
         Raises:
-            LibraryChangedError: where it is not there, or does not take what it is called with.
-            ModuleNotFoundError: where the library is not installed.
+            LibraryChangedError: if it is not there, or does not take what it is called with.
+            ModuleNotFoundError: if the library is not installed.
         """
         try:
             found = self._within(import_module(self.library))

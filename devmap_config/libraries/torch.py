@@ -62,7 +62,7 @@ class _Stream:
         """Done at once."""
 
     def wait_stream(self, _: _Stream) -> None:
-        """Nothing is waited for."""
+        """Wait for nothing: there is no card."""
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Cut:
 
 
 def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> Cut | None:
-    """Return the cut by which one of so many batches in flight waits least for its next step; `None` where none may be.
+    """Return the cut by which one of so many batches in flight waits least for its next step; `None` if none may be.
 
     A batch goes through all stages, and through the slowest one only when the others have: so its step takes what all
     stages do together, or what the slowest one does for every batch, if that is longer. Under each bound of the

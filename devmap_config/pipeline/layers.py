@@ -77,7 +77,7 @@ class Layers:
         return tuple(LayerCache(token_bytes=token_bytes, window=window) for window in self.windows)
 
     def obstacle_to(self, ranks: int) -> str | None:
-        """Return why a group of so many devices cannot share the layers; `None` where it can."""
+        """Return why a group of so many devices cannot share the layers; `None` if it can."""
         padded = _padded(self.vocabulary)
         if self.heads % ranks:
             return f"{self.heads} heads of attention cannot be divided among {ranks} devices"
@@ -103,7 +103,7 @@ class Layers:
         return (*self.before, *self.behind)
 
     def layer_bytes(self, ranks: int) -> tuple[int, ...]:
-        """The weights of each layer on one rank."""
+        """Return the weights of each layer on one rank."""
         return tuple(self._bytes_of((path,), ranks) for path in self.paths)
 
     def first_bytes(self, ranks: int) -> int:
@@ -158,7 +158,7 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
     """Return a model as vLLM cuts it.
 
     Raises:
-        UncutModelError: where it is none that can be cut, or whose cache is not counted.
+        UncutModelError: if it is none that can be cut, or whose cache is not counted.
     """
     paths = _list_of_layers(graph)
     count = config.get("num_hidden_layers", config.get("n_layer"))
@@ -227,7 +227,7 @@ def _windows(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
 
 
 def _element_bytes(graph: ModelGraph, paths: Sequence[ModulePath]) -> int:
-    """Bytes of a number of the model's dtype: of the norms, which no quantizer touches."""
+    """Return the bytes of a number of the model's dtype: of the norms, which no quantizer touches."""
     sizes = [
         tensor.size_bytes // tensor.element_count
         for tensor in graph.modules[paths[0]].tensors()
@@ -245,7 +245,7 @@ def _is_of_vocabulary(tensor: Tensor, vocabulary: int) -> bool:
 
 
 def _owner(tensor: Tensor) -> str:
-    """The name of the matrix that a tensor is, or belongs to."""
+    """Return the name of the matrix that a tensor is, or belongs to."""
     *_, owner, name = ("", *tensor.name.split("."))
     return owner if name in ("weight", "bias") or owner in COLUMN | ROW else name.removesuffix("_bias")
 

@@ -64,7 +64,7 @@ class PipelineCandidate:
         return -(-tokens * self.problem.blocks_per_request(self.stages) // self.problem.context_length)
 
     def best(self, blocks: int) -> StagePlacement | None:
-        """Return the fastest cut with so much room for the cache; `None` where there is none."""
+        """Return the fastest cut with so much room for the cache; `None` if there is none."""
         cut = best_cut(self._costs, self._allowed(blocks), self._batches)
         return None if cut is None else self._place(cut)
 
@@ -113,7 +113,7 @@ class PipelineCandidate:
 
 
 def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlacement | None:
-    """Return the best stages in which all requests fit; `None` where there are none.
+    """Return the best stages in which all requests fit; `None` if there are none.
 
     Fast is what has a request wait least for its next token: with one request, all stages together; with as many as
     there are stages, the slowest as often as there are stages. Within a hundredth of the fastest, the largest cache is
@@ -124,7 +124,7 @@ def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlaceme
         prefers_cache: whether the size of the cache comes before speed.
 
     Raises:
-        TooManyChoicesError: where devices may be chosen in too many ways.
+        TooManyChoicesError: if devices may be chosen in too many ways.
     """
     candidates = _candidates(problem)
     if prefers_cache:
@@ -147,7 +147,7 @@ def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlaceme
 
 
 def widest_place(problem: PipelineProblem) -> StagePlacement | None:
-    """Return the stages with the largest cache, whether or not all requests fit; `None` where the weights do not."""
+    """Return the stages with the largest cache, whether or not all requests fit; `None` if the weights do not."""
     return _widest((each for each in _candidates(problem) if each.within(0, None) is not None), None, needed=0)
 
 

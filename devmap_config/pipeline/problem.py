@@ -145,7 +145,7 @@ class PipelineProblem:
         return widest * self.block_size
 
     def weights(self, place: int, stages: int) -> Costs:
-        """The weights of one rank, by the stage's layers."""
+        """Return the weights of one rank, by the stage's layers."""
         layers, ranks = self.layers, self.ranks
         weights = self._layer_weights + min(layers.rotations_bytes, MOST_OF_A_LAYER)
         if place == 0:
@@ -206,7 +206,7 @@ class PipelineProblem:
         """Nanoseconds of each stage, by its layers; equal stages share their matrix.
 
         Raises:
-            UnknownTimeError: where the machine does not say how fast something is.
+            UnknownTimeError: if the machine does not say how fast something is.
         """
         times, last = self.times(phase, len(slots)), len(slots) - 1
         costs, known = [], {}
@@ -241,7 +241,7 @@ class PipelineProblem:
         return largest_between([self._peak_bytes(path) for path in self.layers.paths])
 
     def _peak_bytes(self, path: str) -> int:
-        """The largest activations while a module runs: of its decoding as often as a batch has requests."""
+        """Return the largest activations while a module runs: of its decoding as often as a batch has requests."""
         cost = self.measurement.by_path.get(path)
         if cost is None:
             return 0

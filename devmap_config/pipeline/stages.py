@@ -24,7 +24,7 @@ class Stage:
     the rank's device, `activation_bytes` what is left free of it for a forward, `overhead_bytes` what vLLM's processes
     take of it where it is a CPU. `page_bytes` is what a block of the
     cache takes here, `blocks` how many this rank had room for by itself. Times are those of one decoded token of each
-    request of a batch, and of one batch of a prompt, with what is sent on to the next stage; `None` where the machine
+    request of a batch, and of one batch of a prompt, with what is sent on to the next stage; `None` if the machine
     does not say how fast it is.
     """
 
@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def host(self) -> str | None:
-        """The name of the host that it is on; `None` where the profile has one machine without a name."""
+        """The name of the host that it is on; `None` if the profile has one machine without a name."""
         return self.devices[0].host
 
     @property
@@ -56,7 +56,7 @@ class PipelineHost:
     """One machine of a pipeline: a node of vLLM, whose number is its place among the hosts.
 
     `devices` are those of its ranks, in the order of the local ranks: their indices are what `--device-ids` is given.
-    `address` and `interface` are the profile's, of the network over which the hosts reach each other; `None` where it
+    `address` and `interface` are the profile's, of the network over which the hosts reach each other; `None` if it
     does not say. `cache_bytes` is what each of its ranks is to be given as `--kv-cache-memory-bytes`: the blocks of the
     whole pipeline, at the largest page of this host's stages.
     """
@@ -122,13 +122,13 @@ class Pipeline:
 
     @property
     def slowest_stage(self) -> int | None:
-        """The number of the stage that takes longest to decode; `None` where times are not known."""
+        """The number of the stage that takes longest to decode; `None` if times are not known."""
         times = [stage.decode_nanoseconds for stage in self.stages]
         known = [each for each in times if each is not None]
         return times.index(max(known)) if len(known) == len(times) else None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a lock."""
+        """Return it as it stands in a lock."""
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in ("hosts", "stages")},
             "hosts": [{**asdict(host), "devices": list(map(str, host.devices))} for host in self.hosts],
@@ -140,7 +140,7 @@ class Pipeline:
         """Return what `to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: where the value is not one.
+            KeyError, TypeError, ValueError: if the value is not one.
         """
         hosts = tuple(PipelineHost(**{**each, "devices": _devices(each)}) for each in value["hosts"])
         stages = tuple(Stage(**{**each, "devices": _devices(each)}) for each in value["stages"])

@@ -73,7 +73,9 @@ class StageTimes:
         return link.nanoseconds(SENT_TENSORS * self.tokens * self.token_bytes, SENT_TENSORS)
 
     def _work(self, path: str) -> Iterable[tuple[int, int]]:
-        """Bytes and operations of each module below a path: weights are read once, all else for each request."""
+        """Yield the bytes and operations of each module below a path: weights are read once, all else for
+        each request.
+        """
         measurement = self.graph.measurement
         for module in self.graph.modules[path].walk():  # type: ignore[index]
             weights_bytes = sum(tensor.size_bytes for tensor in module.own_tensors)

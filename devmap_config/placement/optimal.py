@@ -51,7 +51,7 @@ class Wished:
 
 
 def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> Optimal | None:
-    """The fastest placement, or `None` where none was found that fits.
+    """Return the fastest placement, or `None` if none was found that fits.
 
     Args:
         problem: what is to be placed, and within what.
@@ -59,7 +59,7 @@ def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> O
         wished: what else is wished for among what is nearly as fast; without it, nothing is.
 
     Raises:
-        MissingFigureError: where the machine does not say how fast something is.
+        MissingFigureError: if the machine does not say how fast something is.
     """
     best: tuple[Statement, Fastest] | None = None
     main_devices = _main_devices(problem, aim.inventory)
@@ -99,10 +99,10 @@ def _optimal(stated: Statement, choice: Choice, bound_nanoseconds: int) -> Optim
 
 
 def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
-    """The fastest placement under which the context can be longest, or `None` where none fits the workload's.
+    """Return the fastest placement under which the context can be longest, or `None` if none fits the workload's.
 
     Raises:
-        MissingFigureError: where the machine does not say how fast something is.
+        MissingFigureError: if the machine does not say how fast something is.
     """
     measurement = problem.graph.measurement
     if measurement is None or place_fastest(problem, aim) is None:
@@ -128,12 +128,13 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
 
 
 def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
-    """The fastest placement on the fewest accelerators that hold all of it; on all, with the rest, where none do.
+    """Return the fastest placement on the fewest accelerators that hold all of it; on all, with the rest, where none
+    do.
 
     Where no time is to be compared, what else is wished for decides: few hops, a long context.
 
     Raises:
-        MissingFigureError: where the machine does not say how fast something is.
+        MissingFigureError: if the machine does not say how fast something is.
     """
     wished = None if aim.phases else Wished()
     devices = {device.id: device for device in aim.inventory.devices}

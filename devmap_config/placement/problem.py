@@ -75,7 +75,7 @@ class Aim:
 
 
 def bytes_by_device(problem: Problem, placement: Placement, *, main_device: Device | None = None) -> dict[Device, int]:
-    """Bytes that a placement takes on each device; what is tied counts once a device.
+    """Return the bytes that a placement takes on each device; what is tied counts once a device.
 
     Without a main device, on which streamed modules run, all of them count where they are stored.
     """

@@ -106,7 +106,7 @@ def _within(chain: Chain, choice: Choice, at_most: int, *, is_exact: bool) -> li
 
 
 def _whole(bound: float) -> int:
-    """The least whole number of nanoseconds that is not below a bound, for all that floating point may have added."""
+    """Return a bound as an integer of nanoseconds that is surely not above it, whatever floating point added."""
     if bound >= UNREACHABLE:
         return UNREACHABLE
     return ceil(bound - max(bound * BOUND_TOLERANCE, LEAST_TOLERANCE))

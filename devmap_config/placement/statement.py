@@ -67,7 +67,7 @@ class Statement:
         return {name: found[name] for name in graph.tensors}
 
     def contexts(self, least: int | None) -> Contexts | None:
-        """Return the chain at other context lengths, in the times of this; `None` where its cache does not grow.
+        """Return the chain at other context lengths, in the times of this; `None` if its cache does not grow.
 
         Args:
             least: the context, in tokens, that is wished for at least, if any is.

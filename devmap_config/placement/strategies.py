@@ -207,7 +207,9 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
 
 
 def _context_of_sequential(problem: Problem) -> int | None:
-    """The longest context, in tokens, of transformers' plan that fills one device after another; `None` without one."""
+    """Return the longest context, in tokens, of transformers' plan that fills one device after another; `None` without
+    one.
+    """
     placed = _like_transformers(problem, "sequential", problem.capacities)
     if isinstance(placed, Infeasible) or _shortages(problem, _used_bytes(problem, placed.placement)):
         return None

@@ -43,7 +43,7 @@ class TransformersPlacement:
 
 
 def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> TransformersPlacement:
-    """The device of every tensor that is not pinned, as transformers decides it for the same budgets.
+    """Return the device of every tensor that is not pinned, as transformers decides it for the same budgets.
 
     What fits on no device of the problem is put on `disk`, whether or not the problem has one: that is for the caller
     to judge. Tensors that transformers' map loses, or whose ties it splits, are placed with what they belong to.
@@ -149,7 +149,7 @@ class _Filling:
         self.crashes = False  # theirs, which looks for a tied tensor within what is queued, and nowhere else
 
     def run(self) -> dict[str, Device]:
-        """The device of each path that was placed whole."""
+        """Return the device of each path that was placed whole."""
         placed: dict[str, Device] = {}
         current = 0
         largest_bytes, largest_paths = self._largest_block(self._queue)
@@ -225,7 +225,7 @@ class _Filling:
         return own + [(child.path, child) for child in node.children]
 
     def _partners(self, path: str) -> list[TensorName]:
-        """The tensors outside `path` that must be where those inside are."""
+        """Return the tensors outside `path` that must be where those inside are."""
         inside = path + "."
         partners: list[TensorName] = []
         for group in self._groups:
@@ -236,7 +236,7 @@ class _Filling:
         return partners
 
     def _items_holding(self, names: Iterable[TensorName]) -> list[_Item]:
-        """The queued items that hold these tensors; one that is placed already has none."""
+        """Return the queued items that hold these tensors; one that is placed already has none."""
         items: dict[str, _Item] = {}
         for name in names:
             holder = next((item for item in self._queue if _is_at_or_below(name, item[0])), None)
@@ -257,7 +257,9 @@ class _Filling:
     def _around_unplaced_parameters(
         self, path: str, node: Module | Tensor, next_device: Device, bytes_with_ties: int
     ) -> list[_Item]:
-        """The parts of a no-split block without its `no_placement_parameters`, where these are what does not fit."""
+        """Return the parts of a no-split block without its `no_placement_parameters`, where these are what does not
+        fit.
+        """
         unplaced = self._graph.no_placement_parameters
         if unplaced is None or not isinstance(node, Module) or not self._graph.is_no_split(node):
             return []
@@ -274,7 +276,7 @@ class _Filling:
         return [item for item in self._queue if isinstance(item[1], Module)]
 
     def _largest_block(self, items: Iterable[_Item]) -> tuple[int, list[str]]:
-        """The bytes of the largest thing that is never split, and the paths of all of that size."""
+        """Return the bytes of the largest thing that is never split, and the paths of all of that size."""
         largest_bytes = 0
         paths: list[str] = []
         stack = list(items)[::-1]
@@ -292,7 +294,7 @@ class _Filling:
 
 
 def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> tuple[dict[TensorName, Device], bool]:
-    """The device of every tensor, from those of the paths, with what their map leaves out put where it belongs.
+    """Return the device of every tensor, from those of the paths, with what their map leaves out put where it belongs.
 
     Whether anything had to be put otherwise than their map has it is told besides.
     """
@@ -324,7 +326,7 @@ def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> 
 
 
 def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, Device], problem: Problem) -> Device:
-    """The device of what is first placed next to or around a tensor."""
+    """Return the device of what is first placed next to or around a tensor."""
     parent = tensor.name
     while parent:
         parent = parent.rpartition(".")[0]  # type: ignore[assignment]
@@ -346,7 +348,7 @@ def _unite(group: Sequence[TensorName], placement: dict[TensorName, Device], pro
 
 
 def _tie_groups(graph: ModelGraph) -> list[tuple[TensorName, ...]]:
-    """Their groups: each source with its targets, by name."""
+    """Return the planner's groups of tied parameters: each source with its targets, by name."""
     targets: dict[TensorName, list[TensorName]] = {}
     for target, source in graph.ties:
         targets.setdefault(source, []).append(target)
@@ -354,7 +356,7 @@ def _tie_groups(graph: ModelGraph) -> list[tuple[TensorName, ...]]:
 
 
 def _without(module: Module, pinned: Mapping[TensorName, Device]) -> Module | None:
-    """The tree less what is pinned; a module of which nothing is left is gone."""
+    """Return the tree less what is pinned; a module of which nothing is left is gone."""
     if not pinned:
         return module
     parameters = tuple(tensor for tensor in module.parameters if tensor.name not in pinned)

@@ -101,7 +101,7 @@ class _Granted:
 
 
 def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) -> Choice | None:
-    """Return the choice that is wished for most among what takes no longer than that; `None` where none is found.
+    """Return the choice that is wished for most among what takes no longer than that; `None` if none is found.
 
     Each wish is granted as far as those before it leave room.
 
@@ -123,29 +123,33 @@ def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) ->
 
 
 def _apart_from_a_map(program: Program, _: Milp) -> Terms:
-    """The blocks that no `device_map` can say: they compute on the CPU beside accelerators, or are copied elsewhere."""
+    """Return the blocks that no `device_map` can say: they compute on the CPU beside accelerators, or are copied
+    elsewhere.
+    """
     apart = ("part", "computed", "streamed elsewhere")
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in apart}
 
 
 def _copied_in(program: Program, _: Milp) -> Terms:
-    """The blocks that are stored on the CPU or the disk."""
+    """Return the blocks that are stored on the CPU or the disk."""
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in STREAMED}
 
 
 def _devices_used(program: Program, milp: Milp) -> Terms:
-    """The devices on which blocks run."""
+    """Return the devices on which blocks run."""
     every = set(range(len(program.chain.blocks)))
     return {use_of(program, milp, device, every): 1 for device in program.chain.devices}
 
 
 def _late_devices(program: Program, milp: Milp) -> Terms:
-    """The places of the devices that are used in the order in which they are listed."""
+    """Return the indices of the used devices in the order in which devices are listed."""
     return {variable: place for place, variable in enumerate(_devices_used(program, milp))}
 
 
 def _tidy(program: Program) -> Terms:
-    """The time, and a nanosecond or so for what is not resident: of blocks that take equally long, the first are."""
+    """Return the time plus about a nanosecond for what is not resident, so that of equal blocks the first are
+    resident.
+    """
     objective = dict(program.objective)
     for variable, number, option in program.variables:
         if option.mode != ("resident",):

@@ -45,7 +45,7 @@ def changed_inputs(lock: Lock, inputs: InputDigests, variables: Mapping[str, str
 
 
 def _changes(before: Values, after: Values) -> dict[str, str]:
-    """Each value that is not the same, by its route, as `80 → 81`."""
+    """Return each value that is not the same, by its route, as `80 → 81`."""
     routes = [*before, *(route for route in after if route not in before)]
     return {
         route: _change(route, before, after)
@@ -63,7 +63,9 @@ def _change(route: str, before: Values, after: Values) -> str:
 
 
 def _phrase(name: str, changes: Mapping[str, str]) -> str:
-    """`the model's config: `num_hidden_layers` 80 → 81`; without known values only that it changed."""
+    """Return a phrase such as `the model's config: `num_hidden_layers` 80 → 81`, without values if they are
+    not known.
+    """
     if not changes:
         return f"{name} changed"
     return f"{name}: {first_of([f'`{route}` {change}' if route else change for route, change in changes.items()])}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def best_of(plans: Sequence[Plan], aim: Aim | None) -> Plan:
-    """The best of the plans, of equal ones the first; no plan can be below the least of their bounds."""
+    """Return the best of the plans, of equal ones the first; no plan can be below the least of their bounds."""
     best = min(plans, key=lambda plan: _rank(plan, aim))
     bounds = [plan.prediction.bound_decode_nanoseconds_per_token for plan in plans]
     least = min((bound for bound in bounds if bound is not None), default=None)
@@ -39,7 +39,7 @@ def beside_fastest(plan: Plan, fastest: Plan, aim: Aim | None) -> Plan:
 
 
 def deciding_wish(plan: Plan) -> str | None:
-    """Return the first wish beside time by which a plan is better than the fastest; `None` where it is not, by any."""
+    """Return the first wish beside time by which a plan is better than the fastest; `None` if it is not, by any."""
     from devmap_config.placement.wishes import WISHES  # with it comes numpy
 
     if plan.fastest is None:

@@ -45,7 +45,7 @@ class Home:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Modules, folded into patterns, that have another home; `None` where a plan does not have them."""
+    """Modules, folded into patterns, that have another home; `None` if a plan does not have them."""
 
     modules: tuple[str, ...]
     before: Home | None
@@ -84,7 +84,7 @@ class Difference:
         return not self.moves and not self.settings and all(change.is_none for change in changes)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         return {
             "equal": self.is_none,
             "moved": [to_jsonable_python(move, fallback=str) for move in self.moves],
@@ -182,7 +182,7 @@ def _said_of_stages(pipeline: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _homes(plan: Mapping[str, Any]) -> dict[str, Home]:
-    """The home of each unit."""
+    """Return the home of each unit."""
     devices = [Device.from_text(use["id"]) for use in plan["devices"]]
     named = {device.in_device_map: device for device in devices}
     compute = {unit: Device.from_text(device) for unit, device in plan["compute"].items()}
@@ -205,14 +205,14 @@ def _moves(before: Mapping[str, Home], after: Mapping[str, Home]) -> tuple[Move,
 
 
 def _finest(units: Iterable[str]) -> set[str]:
-    """The units that hold none of the others."""
+    """Return the units that hold none of the others."""
     finest = set(units)
     holders = {unit[:place] for unit in finest for place, character in enumerate(unit) if character == "."}
     return finest - holders - ({""} if len(finest) > 1 else set())
 
 
 def _home_of(unit: str, homes: Mapping[str, Home]) -> Home | None:
-    """The home of a unit, or of what it is a part of."""
+    """Return the home of a unit, or of what it is a part of."""
     while unit and unit not in homes:
         unit = unit.rpartition(".")[0]
     return homes.get(unit)

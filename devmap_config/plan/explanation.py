@@ -31,7 +31,7 @@ READING = ("bandwidth_bytes_per_second", "experts_bytes_per_second")
 class Alternative:
     """Another place for a block, all else as it is.
 
-    `slower_nanoseconds` is by how much a token then takes longer (less, where it is negative), `None` where that is not
+    `slower_nanoseconds` is by how much a token then takes longer (less, where it is negative), `None` if that is not
     known; `missing_bytes` what is missing on `full_device` for it.
     """
 
@@ -81,7 +81,7 @@ def _with_links(inventory: Inventory, chosen: Callable[[tuple[Device, Device]], 
 
 
 def block_of(graph: ModelGraph, path: str) -> str:
-    """The block that a module or tensor belongs to; itself where it is none's."""
+    """Return the block that a module or tensor belongs to; itself where it is none's."""
     around = path
     while around and ModulePath(around) not in graph.blocks:
         around = around.rpartition(".")[0]
@@ -89,7 +89,9 @@ def block_of(graph: ModelGraph, path: str) -> str:
 
 
 def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str) -> tuple[Alternative, ...]:
-    """Every other place of a block: on each accelerator, copied in from the CPU or the disk, computed on the CPU."""
+    """Return every other place of a block: on each accelerator, copied in from the CPU or the disk, computed on the
+    CPU.
+    """
     module = graph.modules.get(ModulePath(block))
     if module is None:
         return ()

@@ -49,8 +49,8 @@ def early_graph_digest(graph: ModelGraph) -> str:
 
 
 def _as_digested(graph: ModelGraph) -> dict[str, Any]:
-    """A graph as plain data, but for where positions end: that follows from the config, and early locks know nothing
-    of it.
+    """Return a graph as plain data without the end of positions, which follows from the config and is missing in early
+    locks.
     """
     value = graph_to_json(graph)
     if value["measurement"] is not None:

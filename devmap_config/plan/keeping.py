@@ -67,7 +67,7 @@ def _homes(plan: Plan) -> Homes:
 
 
 def _moved_together(graph: ModelGraph, before: Homes, after: Homes) -> list[tuple[Block, ...]]:
-    """The blocks that moved, neighbours that went the same way together."""
+    """Return the blocks that moved, neighbours that went the same way together."""
 
     def way(block: Block) -> tuple[tuple[object, ...], ...]:
         return tuple(dict.fromkeys((before[name], after[name]) for name in block))
@@ -122,7 +122,7 @@ class _PlanKeeping:
         return moved, self.best.prediction.decode_nanoseconds_per_token or 0
 
     def plan_with(self, homes: Mapping[TensorName, tuple[Device, Device | None]]) -> Plan:
-        """The plan that stores and runs everything there."""
+        """Return the plan that stores and runs everything there."""
         graph = self.prepared.graph
         units = fold(graph, {name: homes[name] for name in graph.tensors})
         capacities = self.prepared.capacities

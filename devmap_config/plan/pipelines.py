@@ -47,7 +47,7 @@ class StatedProblem:
 
 
 def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
-    """Return the problem of cutting the model; `None` where rules, groups or the model keep it from being cut."""
+    """Return the problem of cutting the model; `None` if rules, groups or the model keep it from being cut."""
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     measurement = model.graph.measurement
     if measurement is None:
@@ -92,7 +92,7 @@ TRY_SMALLER = "a group of another size: 2, 4 and 8 suit most models"
 
 
 def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
-    """Return the best plan within what vLLM can do; `None` where there is none, and why is in the sink."""
+    """Return the best plan within what vLLM can do; `None` if there is none, and why is in the sink."""
     stated = pipeline_problem(prepared, sink)
     if stated is None:
         return None
@@ -119,7 +119,7 @@ def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
     """Return the plan that follows from the stages of a lock.
 
     Raises:
-        LockError: where it has stages that cannot be.
+        LockError: if it has stages that cannot be.
     """
     sink = Sink()
     stated = pipeline_problem(prepared, sink)
@@ -188,7 +188,7 @@ def _plan(
 
 
 def _assignments(problem: PipelineProblem, pipeline: Pipeline) -> Iterator[Assignment]:
-    """Each part of the model on the first device of its stage."""
+    """Yield each part of the model on the first device of its stage."""
     graph, layers = problem.layers.graph, problem.layers
     stage_of = {
         layers.paths[number]: stage

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Planner:
     """Makes plans of a prepared profile: one, and where that does not run, others with repairs.
 
-    `prepare` prepares changed profiles, to tell what would help where there is no plan; `None` where nobody asks.
+    `prepare` prepares changed profiles, to tell what would help where there is no plan; `None` if nobody asks.
     `previous` is a lock whose plan is preferred to a new one where it is as good.
     """
 
@@ -41,7 +41,7 @@ class Planner:
     previous: Lock | None = None
 
     def plan(self, repairs: Repairs = NO_REPAIRS) -> Plan | None:
-        """Return a verified plan that keeps to the repairs; `None` where there is none, and why is in the sink."""
+        """Return a verified plan that keeps to the repairs; `None` if there is none, and why is in the sink."""
         begin("place", f"placing {self.prepared.graph.class_name} by `{self.prepared.strategy}`")
         if self.prepared.is_for_vllm:
             from devmap_config.plan.pipelines import plan_pipeline  # with it comes numpy

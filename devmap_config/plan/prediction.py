@@ -73,7 +73,7 @@ def amounts(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
 def predict(
     plan: Plan, graph: ModelGraph, inventory: Inventory, *, bound_decode_nanoseconds: int | None = None
 ) -> Prediction:
-    """The prediction for a plan; a field whose inputs are missing stays `None`.
+    """Return the prediction for a plan; a field whose inputs are missing stays `None`.
 
     Args:
         plan: the plan.

@@ -49,7 +49,7 @@ class ProcessMemory:
 
 
 def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
-    """Return what the process holds that runs a plan; `None` where it needs accelerators, or what it needs is unknown.
+    """Return what the process holds that runs a plan; `None` if it needs accelerators, or what it needs is unknown.
 
     Args:
         plan: the plan.

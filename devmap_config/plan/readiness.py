@@ -34,7 +34,7 @@ class Demand:
     is_there: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         figures = asdict(self)
         return {"id": str(figures.pop("device")), **figures}
 
@@ -63,12 +63,12 @@ def hosts_of(lock: Lock) -> dict[str, str | None]:
 
 
 def kind_needed(lock: Lock) -> str | None:
-    """The kind of the accelerators that a plan uses, if it uses any."""
+    """Return the kind of the accelerators that a plan uses, if it uses any."""
     return next((device.kind for device in _needs(lock) if device.is_accelerator), None)
 
 
 def demands(lock: Lock, seen: SeenMachine) -> tuple[Demand, ...]:
-    """Every device on which the plan puts anything, in the plan's order."""
+    """Return every device on which the plan puts anything, in the plan's order."""
     return tuple(_demand(device, needed, lock, seen) for device, needed in _needs(lock).items())
 
 
@@ -94,7 +94,7 @@ def differences(
 
 
 def _needs(lock: Lock) -> dict[Device, int]:
-    """Bytes by device, where there are any."""
+    """Return the bytes by device, where there are any."""
     parts = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
     needs = {
         Device.from_text(use["id"]): max(sum(use[part] for part in parts), use.get("loading_bytes", 0))
@@ -149,7 +149,7 @@ def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Itera
 
 
 def _other_cards(lock: Lock, seen: SeenMachine) -> Iterator[Diagnostic]:
-    """A card that is not the one that was planned with may do; what was predicted for the other is then not true."""
+    """Yield a warning for each card that is not the planned one: it may do, but predictions are of the other."""
     used = _needs(lock)
     for each in seen.accelerators:
         planned = lock.hardware.get(str(each.id), {}).get("accelerator") if each.id in used else None

@@ -58,7 +58,7 @@ class _RemedySearch:
     trials: Trials
 
     def contradicting_pins(self) -> tuple[Rule, ...]:
-        """The fewest pins, left out one after another, that leave no placement together with the machine."""
+        """Return the fewest pins, left out one after another, that leave no placement together with the machine."""
         rules = tuple(dict.fromkeys(decision.rule for decision in self.prepared.resolution.decisions.values()))
         if not rules or not self.trials.compiles(ProfileChange(without=rules)):
             return ()
@@ -99,7 +99,7 @@ class _RemedySearch:
         return f"lower `context_length` to {most}" if tried else None
 
     def cache_on_the_cpu(self) -> str | None:
-        """Offload the cache, where the weights alone have room."""
+        """Offload the cache, if the weights alone have room."""
         problem, measurement = self.problem, self.problem.graph.measurement
         is_dynamic = measurement is not None and measurement.workload.cache == "dynamic"
         can_hold_it = CPU in problem.capacities and any(device.kind == OFFLOADING_KIND for device in problem.capacities)
@@ -116,7 +116,7 @@ class _RemedySearch:
         return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if tried else None
 
     def another_card(self) -> str | None:
-        """One more of the last accelerator, where it is one of the catalogue."""
+        """Add one more of the last accelerator, if it is one of the catalogue."""
         last = next(reversed(self.prepared.inventory.accelerators), None)
         if last is None or last.accelerator is None or last.id.index is None:
             return None
@@ -125,7 +125,9 @@ class _RemedySearch:
         return f"add `{added}: {name}`" if tried else None
 
     def more_memory(self) -> str | None:
-        """The least more of the CPU, or of the first accelerator that is described by its memory."""
+        """Return the least additional memory of the CPU, or of the first accelerator that is described by its
+        memory.
+        """
         inventory = self.prepared.inventory
         described = next((each for each in inventory.accelerators if each.accelerator is None), None)
         device = described or next((each for each in inventory.devices if each.id == CPU), None)
@@ -144,7 +146,7 @@ class _RemedySearch:
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to the limit that fits, if smaller ones do; 0 where none does."""
+    """Return the largest number up to the limit that fits, if smaller ones do; 0 where none does."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -151,7 +151,7 @@ def _check_first_parameter(plan: Plan, prepared: Prepared, sink: Sink) -> None:
 
 
 def lacks_room_for_draft(plan: Plan) -> str | None:
-    """Return what is said of a plan on which a draft model has too little room to compute; `None` where it has."""
+    """Return what is said of a plan on which a draft model has too little room to compute; `None` if it has."""
     if plan.draft is None or not plan.draft_missing_bytes:
         return None
     return (
@@ -216,7 +216,7 @@ def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: 
 
 
 def _report_overfull_loading(uses: list[DeviceUse], graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
-    """It would fit once it is loaded, and does not while it is."""
+    """Report a plan that fits once it is loaded, and does not while it is being loaded."""
     fullest = max(uses, key=lambda use: use.loading_bytes - use.capacity_bytes)
     extra_bytes = fullest.loading_bytes - fullest.weights_bytes
     sink.error(
@@ -265,7 +265,7 @@ def _cost_of_split(plan: Plan, block: str) -> str:
 
 
 def _cause_of_split(violation: Violation, graph: ModelGraph, resolution: Resolution) -> Decision | None:
-    """The rule that takes a part out of a block: the one that decides for fewest of its tensors."""
+    """Return the rule that takes a part out of a block: the one that decides for fewest of its tensors."""
     block = graph.modules[violation.subjects[0]]  # type: ignore[index]
     names = [tensor.name for tensor in block.tensors()]
     deciding = [resolution.decisions[name] for name in names if name in resolution.decisions]
@@ -277,7 +277,7 @@ def _cause_of_split(violation: Violation, graph: ModelGraph, resolution: Resolut
 
 
 def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
-    """accelerate runs a module where it is stored or streams it to the main device; the CPU may run what it stores."""
+    """Check that modules run where they are stored, on the main device, or on the CPU that stores them."""
     reported: set[int] = set()
     for each in plan.assignments:
         stored_on = each.location.stored_on
@@ -297,7 +297,7 @@ def _check_compute(plan: Plan, resolution: Resolution, sink: Sink) -> None:
 
 
 def _check_cache(plan: Plan, prepared: Prepared, sink: Sink) -> None:
-    """transformers offloads a cache from a card, and fails where a layer of it runs on the CPU."""
+    """Check that no layer of an offloaded cache runs on the CPU, where transformers fails."""
     graph, decisions = prepared.graph, prepared.resolution.decisions
     costs = () if graph.measurement is None else graph.measurement.modules
     for path in (cost.path for cost in costs if cost.offloaded_bytes):

@@ -45,7 +45,7 @@ class Run:
     weights_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return {**values, "patterns": list(self.patterns), "device": str(self.device), "runs_on": str(self.runs_on)}
 

@@ -35,7 +35,9 @@ def values_of(data: object) -> dict[str, Scalar]:
 
 
 def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
-    """Each figure of the devices and the links, equal ones of several devices together: `cuda:[0-7].memory_bytes`."""
+    """Return each figure of the devices and the links, equal ones of several devices together:
+    `cuda:[0-7].memory_bytes`.
+    """
     data = inventory.to_json()
     figures: dict[tuple[str, Scalar], list[str]] = {}
     for device in data["devices"]:  # type: ignore[attr-defined]

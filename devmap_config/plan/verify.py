@@ -46,9 +46,16 @@ def verify(
     capacities: Mapping[Device, int],
     forbidden: Mapping[TensorName, Collection[Device]] | None = None,
 ) -> tuple[Violation, ...]:
-    """Everything that is wrong with a plan; nothing, for a plan that loads, fits and keeps together what must be.
+    """Verify a plan, without trusting the placer: every tensor is counted anew.
 
-    `forbidden` names, by tensor, the devices on which it must not be stored.
+    Args:
+        plan: the plan.
+        graph: the model.
+        capacities: the bytes that may be used of each device.
+        forbidden: by tensor, the devices on which it must not be stored.
+
+    Returns:
+        A violation for each mistake; none for a plan that loads, fits and keeps together what must be.
     """
     found = [violation for check in CHECKS for violation in check(plan, graph)]
     return (*found, *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
@@ -59,7 +66,7 @@ def _stored_on(plan: Plan) -> dict[str, Device]:
 
 
 def coverage(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """Every tensor has one place, and one only."""
+    """Yield a violation for each tensor that does not have exactly one place."""
     times = dict.fromkeys(map(str, graph.tensors), 0)
     for each in plan.assignments:
         for name in each.tensors:
@@ -87,7 +94,7 @@ def _known_units(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """No unit within another, and none beside the root: both libraries read such maps in ways of their own."""
+    """Yield a violation for each unit within another, or beside the root: the libraries read such maps differently."""
     del graph
     units = {each.unit for each in plan.assignments}
     for unit in sorted(units):
@@ -104,7 +111,9 @@ def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """The map read as transformers' `expand_device_map` reads it: keys joined to one unescaped regular expression."""
+    """Yield violations of the map as transformers' `expand_device_map` reads it: keys joined to one unescaped
+    expression.
+    """
     devices = {each.unit: each.location.stored_on for each in plan.assignments}
     if not devices:
         return
@@ -122,7 +131,7 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _quantizer_reading(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """The map read by a quantizer that leaves what is offloaded as it is (transformers' `should_convert_module`)."""
+    """Yield violations of the map as a quantizer reads it that leaves offloaded weights unquantised."""
     homes = {name: each for each in plan.assignments for name in each.tensors}
     offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
     for tensor in graph.tensors.values():
@@ -173,7 +182,7 @@ USED_BY_THEIR_PARENT = (
 
 
 def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
-    """The tensors that are streamed and that nothing would bring to where they are used, each with why.
+    """Return the streamed tensors that nothing would bring to where they are used, each with the reason.
 
     accelerate's hooks bring in what a module holds when the module is called. They are on modules: those that a map
     names, and what is below them. A tensor that a map names by itself stays where it is loaded to, and one on disk is
@@ -217,7 +226,7 @@ def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[Device, int]) -> Iterator[Violation]:
-    """Adds up what each device holds anew, from the tensors."""
+    """Yield a violation for each device that holds more than its capacity, added up anew from the tensors."""
     held: dict[Device, dict[TensorName, int]] = {}
     for each in plan.assignments:
         for name in each.tensors:

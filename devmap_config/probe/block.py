@@ -65,7 +65,7 @@ def _amount(route: Route, per_second: int) -> str:
 
 
 def block_text(seen: SeenMachine, block: Mapping[str, Any], measured: Mapping[Route, Rate] | None = None) -> str:
-    """The block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`.
+    """Return the block as YAML: to be pasted into a profile, or kept in a file that profiles name in `extends`.
 
     Beside each figure stands what was seen of its device, or how it was `measured`.
     """
@@ -84,7 +84,7 @@ def block_text(seen: SeenMachine, block: Mapping[str, Any], measured: Mapping[Ro
 
 
 def _lines(route: Route, value: Any, remarks: Mapping[Route, str]) -> Iterator[str]:
-    """A key with its value: in a flow mapping, unless there is something to remark of what is within."""
+    """Yield a key with its value, as a flow mapping unless there is a remark on something within."""
     remark = f"   # {remarks[route]}" if route in remarks else ""
     begin = f"{'  ' * len(route)}{route[-1]}:"
     if any(other[: len(route)] == route != other for other in remarks):

@@ -29,7 +29,7 @@ class GroupMemory:
 
 
 def limiting_groups(root: Path = Path("/")) -> tuple[GroupMemory, ...]:
-    """Every group with a limit, from this process's outwards; none where the machine has no control groups."""
+    """Return every group with a limit, from this process's outwards; none where the machine has no control groups."""
     groups = kernel_text(root / "proc/self/cgroup").splitlines()
     mounts = kernel_text(root / "proc/self/mountinfo").splitlines()
     found = [_version_2(folder) for folder in _folders(root, groups, mounts, "")]
@@ -38,7 +38,7 @@ def limiting_groups(root: Path = Path("/")) -> tuple[GroupMemory, ...]:
 
 
 def _folders(root: Path, groups: list[str], mounts: list[str], controller: str) -> Iterator[Path]:
-    """The folders of a controller's groups; those of version 2 have no controller's name."""
+    """Yield the folders of a controller's groups; those of version 2 have no controller's name."""
     within = next((path for names, path in map(_group, groups) if controller in names), None)
     mount = next((found for line in mounts if (found := _mount(line, controller))), None)
     if within is None or mount is None:
@@ -55,14 +55,14 @@ def _folders(root: Path, groups: list[str], mounts: list[str], controller: str) 
 
 
 def _group(line: str) -> tuple[list[str], str]:
-    """`4:memory:/a/b` as its controllers and its path."""
+    """Return the controllers and the path of a line such as `4:memory:/a/b`."""
     _, _, rest = line.partition(":")
     names, _, path = rest.partition(":")
     return names.split(","), path
 
 
 def _mount(line: str, controller: str) -> tuple[str, str] | None:
-    """The group that is mounted and where, if the line of `mountinfo` is that of the controller."""
+    """Return the group that is mounted and where, if the line of `mountinfo` is that of the controller."""
     fields, _, rest = line.partition(" - ")
     kind, _, options = rest.partition(" ")
     parts = fields.split(" ")
@@ -88,7 +88,7 @@ def _version_1(folder: Path) -> GroupMemory | None:
 
 
 def _number(file: Path) -> int | None:
-    """A file's number; `max` is none."""
+    """Return the number in a file, or `None` for `max`."""
     text = kernel_text(file).strip()
     return int(text) if text.isdigit() else None
 

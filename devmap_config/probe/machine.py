@@ -15,7 +15,7 @@ class SeenAccelerator:
     """One accelerator, by torch's number.
 
     `name` is what its driver reports, `accelerator` the catalogue's name for it. `held_bytes` is what processes hold
-    there now and `free_bytes` what a new one may take; either is `None` where nobody can tell. With `has_context` the
+    there now and `free_bytes` what a new one may take; either is `None` if nobody can tell. With `has_context` the
     context of this process is among what is held.
     """
 
@@ -65,7 +65,7 @@ class SeenMachine:
         return self.accelerators[0].id.kind if self.accelerators else None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         return {
             "accelerators": [{**asdict(each), "id": str(each.id)} for each in self.accelerators],
             "cpu": asdict(self.host),

@@ -72,7 +72,9 @@ def steps(seen: SeenMachine, disk_folder: Path, devices: Devices) -> Iterator[Me
 
 
 def _steps_on_cpu(seen: SeenMachine, devices: Devices) -> Iterator[MeasurementStep]:
-    """The host first, for it tells whether the machine is too busy for the rest."""
+    """Yield the steps of measuring the CPU; the host comes first, which tells whether the machine is too busy for the
+    others.
+    """
     available_bytes = seen.host.available_bytes
     runs_on = next((card.id for card in seen.accelerators), CPU)
     yield _step(("host", "dispatch"), "operations that the host dispatches", partial(devices.dispatches, runs_on))

@@ -80,7 +80,9 @@ def _seen(nvml: Any, device: Device, handle: Any, is_slice: bool) -> SeenAcceler
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[int | None, int | None, int | None]:
-    """Total, free, held by processes. The newer call tells the driver's own share apart, which the older calls used."""
+    """Return the total and free memory, and that held by processes; only the newer call tells the driver's own share
+    apart.
+    """
     version = getattr(nvml, "nvmlMemory_v2", None)
     for arguments in [(handle, version), (handle,)] if version is not None else [(handle,)]:
         try:

@@ -162,7 +162,7 @@ def _seconds_to_read(file: FileIO, block: mmap.mmap, clock: Callable[[], float])
 
 
 def _opened(path: Path) -> tuple[int, str]:
-    """A file that is to be read from the disk, and how its cache is avoided."""
+    """Open a file for reading from the disk, and say how its cache is avoided."""
     if hasattr(os, "O_DIRECT"):
         with suppress(OSError):  # not every file system has it
             return os.open(path, os.O_RDONLY | os.O_DIRECT), "around the cache (O_DIRECT)"  # noqa: TID251  its own file

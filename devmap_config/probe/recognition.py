@@ -15,7 +15,7 @@ LEAST_SHARE_SEEN = 0.9
 
 
 def recognised(reported_name: str, memory_bytes: int | None, kind: str) -> str | None:
-    """The catalogue's name of a card, if it has it; `memory_bytes` is what the card reports, if it does."""
+    """Return the catalogue's name of a card, if it has it; `memory_bytes` is what the card reports, if it does."""
     name = _names().get(_spelling(reported_name))
     if name is None:
         return None

@@ -23,7 +23,7 @@ KINDS = ("cuda", "xpu", "npu", "hpu")
 
 
 def torch_accelerators(cards: Sequence[SeenAccelerator] = ()) -> tuple[SeenAccelerator, ...]:
-    """The accelerators of the first kind of which torch has any; `cards` are those that NVML knows."""
+    """Return the accelerators of the first kind of which torch has any; `cards` are those that NVML knows."""
     try:
         import torch
     except ImportError:

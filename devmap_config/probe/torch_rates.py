@@ -118,8 +118,8 @@ class Devices:
         a narrow layer takes no longer than by the first two.
 
         Raises:
-            NotMeasuredError: where there is too little memory for layers that caches do not hold.
-            TooNoisyError: where other work takes the CPU.
+            NotMeasuredError: if there is too little memory for layers that caches do not hold.
+            TooNoisyError: if other work takes the CPU.
         """
         itemsize = getattr(self._torch, dtype).itemsize
         count = self._count(itemsize * sum(width**2 for width in LAYER_WIDTHS), available_bytes, LAYERS_BYTES)
@@ -171,8 +171,8 @@ class Devices:
         All queries of a prompt are counted with all keys, as they are where its time is predicted.
 
         Raises:
-            NotMeasuredError: where there is too little memory for the cache of a layer.
-            TooNoisyError: where other work takes the CPU.
+            NotMeasuredError: if there is too little memory for the cache of a layer.
+            TooNoisyError: if other work takes the CPU.
         """
         queries, tokens = (PROMPT_TOKENS, PROMPT_TOKENS) if is_prefill else (1, CONTEXT_TOKENS)
         layer_bytes = 2 * 2 * SHARED_HEADS * tokens * HEAD_WIDTH
@@ -192,8 +192,8 @@ class Devices:
         That is beside what so many products take at least, where `layers` found that.
 
         Raises:
-            NotMeasuredError: where there is too little memory for the experts of a token.
-            TooNoisyError: where other work takes the CPU.
+            NotMeasuredError: if there is too little memory for the experts of a token.
+            TooNoisyError: if other work takes the CPU.
         """
         torch = self._torch
         hidden, inner = EXPERT_WIDTHS
@@ -219,7 +219,7 @@ class Devices:
         A Llama so narrow that a device has next to nothing to do: what it takes is what the host takes, on one thread.
 
         Raises:
-            TooNoisyError: where other work took the CPU meanwhile: then nothing that was measured here is of use.
+            TooNoisyError: if other work took the CPU meanwhile: then nothing that was measured here is of use.
         """
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -318,7 +318,7 @@ class Devices:
         """Return the seconds in which the devices have done what an action gives them, of passes until the time is up.
 
         Raises:
-            TooNoisyError: where fewer than so many `threads` of this process were at work meanwhile.
+            TooNoisyError: if fewer than so many `threads` of this process were at work meanwhile.
         """
 
         def run() -> None:

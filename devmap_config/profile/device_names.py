@@ -65,7 +65,7 @@ def expand_devices(text: str, kind: str) -> tuple[Device, ...]:
         (Device('xpu', 0), Device('xpu', 2))
 
     Raises:
-        DeviceNameError: where it is neither.
+        DeviceNameError: if it is neither.
     """
     host, slash, name = text.partition("/")
     if slash and HOST_NAME.fullmatch(host):
@@ -111,7 +111,11 @@ def device_meant(named: Device | int, kind: str) -> Device:
 
 
 def is_device_name(text: str) -> bool:
-    """Return whether a text names a device, or a range of devices."""
+    """Return whether a text names a device, or a range of devices.
+
+    >>> is_device_name("cuda:[0-3]"), is_device_name("disk"), is_device_name("gpu zero")
+    (True, True, False)
+    """
     try:
         return bool(expand_devices(text, "cuda"))
     except DeviceNameError:
@@ -124,7 +128,11 @@ def is_range(text: str) -> bool:
 
 
 def kind_of(text: str) -> str | None:
-    """Return the kind of accelerator that a name or range states, if it states one."""
+    """Return the kind of accelerator that a name or a range states, or `None`.
+
+    >>> kind_of("cuda:[0-3]"), kind_of("cpu")
+    ('cuda', None)
+    """
     match = _NAME.fullmatch(text)
     kind = text if match is None else match["kind"]
     return kind if kind in ACCELERATOR_KINDS else None

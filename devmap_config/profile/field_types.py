@@ -182,7 +182,7 @@ def _listed_device(value: object) -> Device:
 
 
 def _device_or_number(value: object) -> Device | int:
-    """A number stays one: of which kind it is, the machine says."""
+    """Return a device, or a number as it is: the machine decides of which kind its devices are."""
     device = _device(value)
     return int(str(value)) if str(value).isdecimal() else device
 
@@ -213,7 +213,7 @@ def _quantization(value: object) -> object:
 
 
 def _as_yaml_reads(value: object) -> object:
-    """A value, and every one within it, as YAML reads it when it is not told what is wanted."""
+    """Return a value, and all values within it, as YAML reads them without a type."""
     if isinstance(value, dict):
         return {str(key): _as_yaml_reads(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -222,7 +222,7 @@ def _as_yaml_reads(value: object) -> object:
 
 
 def _as_text(value: object) -> object:
-    """A scalar as it is written, also where YAML reads a number."""
+    """Return a scalar as it is written, also where YAML reads a number."""
     if isinstance(value, WrittenText) and value.is_unrendered:
         raise PydanticOmit
     return str(value) if isinstance(value, str) else value

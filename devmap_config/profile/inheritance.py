@@ -39,7 +39,7 @@ class ProfileReader:
     is_incomplete: bool = False
 
     def read(self, shown: str, trail: tuple[Path, ...] = ()) -> list[MappingNode]:
-        """The documents of a file and of those it extends, in the order in which they are merged."""
+        """Return the documents of a file and of those it extends, in the order in which they are merged."""
         path = Path(shown)
         text = self.text_of(path, shown)
         document = None if text is None else parse_document(text, shown, self.sink)
@@ -53,14 +53,14 @@ class ProfileReader:
         return [*itertools.chain.from_iterable(bases), document]
 
     def check_version(self, document: MappingNode) -> None:
-        """A base file may leave its version out, but not be of another one."""
+        """Check that a base file has no version, or the one that is supported."""
         version = document.get("version")
         if isinstance(version, ScalarNode) and not is_null(version) and version.text != "1":
             message, help = unsupported_version(version.text)
             self.sink.error("unsupported-version", message, version.span, help=help)
 
     def read_base(self, base: ScalarNode, extending: Path, trail: tuple[Path, ...]) -> list[MappingNode]:
-        """The documents of a file that another extends; a file that must not be read is reported."""
+        """Return the documents of a file that another extends; a file that must not be read is reported."""
         self.files_named += 1
         path = Path(os.path.normpath(extending.parent / base.text))
         if problem := self.problem_of(base.text, path, trail):
@@ -90,7 +90,7 @@ class ProfileReader:
         return None
 
     def text_of(self, path: Path, shown: str) -> str | None:
-        """A file's text, kept for those who show what is wrong in it."""
+        """Return the text of a file, and keep it for diagnostics."""
         try:
             data = read_bytes(path, PROFILE, self.boundary)
             self.sink.texts[shown] = data.decode("utf-8", errors="replace")
@@ -106,7 +106,7 @@ class ProfileReader:
 
 
 def base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
-    """The files that `extends` names; what is not text there is left to the schema."""
+    """Return the files that `extends` names; what is not text there is left to the schema."""
     extends = document.get("extends")
     nodes = extends.items if isinstance(extends, SequenceNode) else (extends,)
     return tuple(node for node in nodes if isinstance(node, ScalarNode) and not is_null(node))

@@ -29,7 +29,7 @@ Schema = dict[str, Any]
 
 
 def profile_schema() -> Schema:
-    """The schema of a profile file, in draft 7.
+    """Return the schema of a profile file, in draft 7.
 
     A template may stand for any scalar, `null` for any key (it removes an inherited one), and what a file leaves out
     may stand in one that it extends.
@@ -92,7 +92,7 @@ def _describe(properties: Schema, section: str) -> None:
 
 @cache
 def _documented_fields() -> dict[str, dict[str, str]]:
-    """By class of the profile's sections, the text below each field."""
+    """Return the text below each field, by class of the profile's sections."""
     documented: dict[str, dict[str, str]] = {}
     for section in ast.parse(inspect.getsource(schema_module)).body:
         if isinstance(section, ast.ClassDef):
@@ -123,7 +123,7 @@ def _nullable(definition: Schema) -> None:
 
 
 def as_draft7(value: Any) -> Any:
-    """The same schema in the words of draft 7, without titles that only repeat a key."""
+    """Return the same schema in the words of draft 7, without titles that only repeat a key."""
     if isinstance(value, list):
         return [as_draft7(item) for item in value]
     if not isinstance(value, dict):

@@ -113,7 +113,7 @@ def load_profile(
     remembered: Mapping[str, str] | None = None,
     allow_outside: bool = False,
 ) -> LoadedProfile | None:
-    """The profile in a file, or `None` where so little of it is valid that nothing more can be said.
+    """Return the profile in a file, or `None` if so little of it is valid that nothing more can be said.
 
     Args:
         path: the profile's file.
@@ -144,7 +144,8 @@ def load_profile(
 
 
 def load_hardware(path: Path, sink: Sink) -> Hardware | None:
-    """The machine that the `hardware:` of a file describes, or `None` where that is wrong; other keys are left aside.
+    """Return the machine that the `hardware:` of a file describes, or `None` if that is wrong; other keys are left
+    aside.
 
     Args:
         path: the file, which may extend others.
@@ -168,7 +169,7 @@ class _Machine(Section):
 
 
 def _merged(documents: list[MappingNode], renderer: Renderer) -> MappingNode:
-    """One document of several, with their templates rendered."""
+    """Return one document of several, with their templates rendered."""
     return renderer.values(merge([renderer.names(document) for document in documents], renderer.sink))
 
 

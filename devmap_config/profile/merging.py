@@ -36,7 +36,7 @@ APPENDED = (("placement", "pins"),)
 
 
 def variables_of(documents: list[MappingNode]) -> MappingNode:
-    """The `variables` of all documents, with the place of that key; of the last file where there is none."""
+    """Return the `variables` of all documents, with the place of that key; of the last file where there is none."""
     merged = _merged([document.only(lambda key: key == "variables") for document in documents])
     for entry in merged.entries:
         if isinstance(entry.value, MappingNode):
@@ -45,7 +45,7 @@ def variables_of(documents: list[MappingNode]) -> MappingNode:
 
 
 def variable_values(variables: MappingNode, overrides: Mapping[str, str]) -> dict[str, object]:
-    """The variables by name; overrides are read as if they had been written there."""
+    """Return the variables by name; overrides are read as if they had been written there."""
     values: dict[str, object] = {entry.key.text: _plain(entry.value) for entry in variables.entries}
     return values | {name: plain_value(text) for name, text in overrides.items()}
 
@@ -59,7 +59,7 @@ def _plain(node: Node) -> object:
 
 
 def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
-    """One document: mappings merge, lists replace, pins append, `null` removes, `x-` keys vanish.
+    """Merge documents: mappings merge, lists replace, pins append, `null` removes, keys with `x-` vanish.
 
     Device names are made canonical and ranges expanded first, so that `cuda:[0-1]` and `cuda:0` meet.
     """
@@ -74,7 +74,7 @@ def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
 
 
 def _hosts(hosts: MappingNode, sink: Sink) -> MappingNode:
-    """The devices of each host by their names with the host's before them, ranges expanded."""
+    """Return the devices of each host by their names with the host's before them, ranges expanded."""
     count = 0
 
     def devices_of(host: str) -> Callable[[MappingNode], MappingNode]:
@@ -138,7 +138,7 @@ def change_mapping(
 
 
 def _accelerator_kind(documents: list[MappingNode]) -> str:
-    """The kind of the accelerators that a profile lists: that of the first one named with it, else `cuda`."""
+    """Return the kind of the accelerators that a profile lists: that of the first one named with it, else `cuda`."""
     for document in documents:
         hardware = document.get("hardware")
         devices = hardware.get("devices") if isinstance(hardware, MappingNode) else None
@@ -148,12 +148,12 @@ def _accelerator_kind(documents: list[MappingNode]) -> str:
 
 
 def _kind_within(devices: MappingNode) -> str:
-    """The kind of the first accelerator that is named with it, else `cuda`."""
+    """Return the kind of the first accelerator that is named with it, else `cuda`."""
     return next((kind for entry in devices.entries if (kind := kind_of(entry.key.text))), "cuda")
 
 
 def _expand(mapping: MappingNode, kind: str, sink: Sink, host: str = "") -> MappingNode:
-    """One entry a device; what names a device by itself beats a range that holds it, whatever their order.
+    """Return one entry for each device; a device's own entry precedes a range that holds it, whatever their order.
 
     `host` is what stands before the names of its devices.
     """
@@ -177,7 +177,7 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink, host: str = "") -> Mapp
 
 
 def _names(key: ScalarNode, kind: str, sink: Sink, host: str) -> tuple[str, ...]:
-    """The devices that a key names; none where it names none, which is reported."""
+    """Return the devices that a key names; none where it names none, which is reported."""
     if key.is_unrendered:
         return ()
     try:

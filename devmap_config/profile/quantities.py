@@ -89,10 +89,13 @@ ASKED_OF_THE_MACHINE = ("auto", "max", "all", "free", "available")
 
 
 def parse_bytes(text: str) -> int | Share:
-    """`20GiB`, `512MB`, whole bytes, or `90%`.
+    """Parse an amount of memory: `20GiB`, `512MB`, whole bytes, or a share such as `90%`.
+
+    >>> parse_bytes("20GiB"), parse_bytes("512MB"), parse_bytes("4096")
+    (21474836480, 512000000, 4096)
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     if text.lower() in ASKED_OF_THE_MACHINE:
         help = "write how much there is, such as `24GiB` (`devmap probe` tells), or name the card instead"
@@ -104,10 +107,13 @@ def parse_bytes(text: str) -> int | Share:
 
 
 def parse_share(text: str) -> Fraction:
-    """A share as `5%` or `0.05`.
+    """Parse a share: `5%` or `0.05`.
+
+    >>> parse_share("5%")
+    Fraction(1, 20)
 
     Raises:
-        QuantityError: where it is not, or is not between 0 and 1.
+        QuantityError: if it is not one, or is not between 0 and 1.
     """
     number, unit = _split(text, "write a share as `5%` or `0.05`")
     if unit == "%":
@@ -119,10 +125,13 @@ def parse_share(text: str) -> Fraction:
 
 
 def parse_efficiency(text: str) -> Fraction:
-    """A share that is more than none.
+    """Parse a share that is more than none.
+
+    >>> parse_efficiency("80%")
+    Fraction(4, 5)
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     share = parse_share(text)
     if not share:
@@ -131,10 +140,13 @@ def parse_efficiency(text: str) -> Fraction:
 
 
 def parse_bandwidth(text: str) -> int:
-    """Bytes a second: `25GB/s`, or a plain number.
+    """Parse a bandwidth in bytes a second: `25GB/s`, or a plain number.
+
+    >>> parse_bandwidth("25GB/s")
+    25000000000
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     example = "write a bandwidth as `25GB/s`, or in bytes a second"
     number, unit = _rate(text, example)
@@ -150,10 +162,13 @@ def parse_bandwidth(text: str) -> int:
 
 
 def parse_flops(text: str) -> int:
-    """Floating-point operations a second: `165TFLOP/s`, or a plain number.
+    """Parse a rate in floating-point operations a second: `165TFLOP/s`, or a plain number.
+
+    >>> parse_flops("165TFLOP/s")
+    165000000000000
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     example = "write compute as `165TFLOP/s`, or in operations a second"
     number, unit = _rate(text, example)
@@ -167,10 +182,13 @@ def parse_flops(text: str) -> int:
 
 
 def parse_nanoseconds(text: str) -> int:
-    """A latency: `10us`.
+    """Parse a latency into nanoseconds: `10us`.
+
+    >>> parse_nanoseconds("10us")
+    10000
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     example = "write a latency as `10us`"
     number, unit = _split(text, example)
@@ -196,7 +214,11 @@ def parse_per_second(text: str) -> int:
 
 
 def known_rate(parse: Callable[[str], int]) -> Callable[[str], KnownRate]:
-    """Return what reads a rate and the word behind it, if any, that says how it is known: `25GB/s measured`."""
+    """Return a parser for a rate with an optional word for its basis: `25GB/s measured`.
+
+    >>> known_rate(parse_bandwidth)("25GB/s measured").basis
+    'measured'
+    """
 
     def read(text: str) -> KnownRate:
         amount, _, word = text.rpartition(" ")
@@ -212,7 +234,7 @@ def known_rate(parse: Callable[[str], int]) -> Callable[[str], KnownRate]:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Between which percentages of what was predicted runs were seen to be."""
+    """The percentages of the predicted time between which runs were observed to be."""
 
     least_percent: int
     most_percent: int
@@ -223,10 +245,13 @@ class Spread:
 
 
 def parse_spread(text: str) -> Spread:
-    """Read the least and the most of what was predicted that runs took: `94-108%`.
+    """Parse the least and the most, in percent of the predicted time, that runs took: `94-108%`.
+
+    >>> parse_spread("94-108%")
+    Spread(least_percent=94, most_percent=108)
 
     Raises:
-        QuantityError: where it is not.
+        QuantityError: if it is not one.
     """
     match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})%", text)
     if match is None or not 0 < int(match[1]) <= int(match[2]):
@@ -261,7 +286,7 @@ def _bytes(text: str, number: Fraction, unit: str | None) -> int:
 
 
 def _meant(text: str, unit: str) -> str:
-    """`20G` may be gigabytes or gibibytes, and is not guessed."""
+    """Return advice for `20G`, which may be gigabytes or gibibytes, and is not guessed."""
     letter = unit[0].upper()
     if letter in "KMGT":
         number = text[: len(text) - len(unit)].strip()

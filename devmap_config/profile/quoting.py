@@ -21,9 +21,12 @@ OPENING = {"[": "]", "{": "}"}
 
 
 def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
-    """The unquoted value around a column (from 0) of a line that YAML stumbled over, and where it begins.
+    """Return the unquoted value around a column of a line at which YAML stumbled, and the column in which it begins.
 
-    `None` where the value there holds nothing that would need quotes.
+    Columns count from 0.
+
+    >>> unquoted_text("  - {match: model.layers.[0-3], device: 0}", 24)
+    (12, 'model.layers.[0-3]')
     """
     for device_range in DEVICE_RANGE.finditer(line):
         if device_range.start() <= column <= device_range.end():
@@ -44,7 +47,11 @@ def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
 
 
 def closed(text: str) -> str:
-    """A text with what it leaves open closed: `[0-15` is `[0-15]`."""
+    """Return a text with its open brackets and quotes closed.
+
+    >>> closed("[0-15")
+    '[0-15]'
+    """
     open_brackets: list[str] = []
     for character in text:
         if character in OPENING:
@@ -55,7 +62,7 @@ def closed(text: str) -> str:
 
 
 def _extent(line: str, start: int) -> str:
-    """From a value's start to the comma, bracket, comment or end of line that ends it."""
+    """Return the part of a line from a value's start to the comma, bracket or comment that ends it."""
     open_brackets: list[str] = []
     for position in range(start, len(line)):
         character = line[position]

@@ -84,7 +84,7 @@ class Renderer:
         """Return a template rendered, each once.
 
         Raises:
-            TemplateRefusedError: where it cannot be, or there were too many others.
+            TemplateRefusedError: if it cannot be, or there were too many others.
         """
         from devmap_config.profile.template import TemplateRefusedError, render
 

@@ -114,7 +114,7 @@ class Section(BaseModel):
 
 
 def _default(field: FieldInfo, place: Place, refusals: Refusals) -> object:
-    """The default of a field at a place: of what holds it, or of what is wrong in its stead."""
+    """Return the default of a field at a place: that of its section, or of what is wrong in its stead."""
     kind = field.annotation
     if isinstance(kind, type) and issubclass(kind, Section):
         empty = Place(MappingNode((), place.span), route=place.route)

@@ -52,7 +52,7 @@ def render(text: str, variables: Mapping[str, object]) -> str:
     """Return a text rendered.
 
     Raises:
-        TemplateRefusedError: where it cannot be, or grows too large.
+        TemplateRefusedError: if it cannot be, or grows too large.
     """
     environment = _Environment(len(text))
     try:
@@ -171,7 +171,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return counted
 
     def _check_product(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """`join` and `replace` may put every text of theirs between every two others."""
+        """Refuse `join` and `replace` if their result may be too large."""
         sizes = [
             len(str(part)) for part in (*arguments, *options.values()) if isinstance(part, (str, list, tuple, dict))
         ]
@@ -186,7 +186,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise _limit(f"`tojson` and `round` take numbers up to {MAX_WIDTH}")
 
     def call(self, context: Any, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Only macros, `range`, `loop` and the harmless methods of text and mappings may be called."""
+        """Call macros, `range`, `loop` and the harmless methods of text and mappings, and nothing else."""
         self.count(self._steps_of_text)
         owner = getattr(function, "__self__", None)
         allowed = (
@@ -217,7 +217,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.check_size(super().call_binop(context, operator, left, right))
 
     def concatenate(self, parts: tuple[object, ...]) -> str:
-        """`~`."""
+        """Concatenate texts, as `~` does."""
         self.count()
         texts = [str(self.check_size(part)) for part in parts]
         self.check_length(sum(map(len, texts)))
@@ -235,12 +235,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise _limit(f"the template's text grows beyond {MAX_CHARACTERS:,} characters")
 
     def check_size(self, value: Any) -> Any:
-        """The value, where it is not too large."""
+        """Return a value, and refuse one that is too large."""
         self._weigh(value, 0)
         return value
 
     def _weigh(self, value: Any, weight: int) -> int:
-        """The characters and entries within a value, which may hold one list many times over."""
+        """Return the characters and entries within a value, which may hold one list many times over."""
         if isinstance(value, str):
             weight += len(value)
         elif isinstance(value, (list, tuple)):

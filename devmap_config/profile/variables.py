@@ -23,7 +23,7 @@ def texts_of(variables: Mapping[str, object] | None) -> dict[str, str]:
     """Return the values of variables as `--set` gives them.
 
     Raises:
-        VariableNameError: where a name is not text.
+        VariableNameError: if a name is not text.
     """
     for name in variables or {}:
         if not isinstance(name, str):

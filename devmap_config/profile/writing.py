@@ -20,7 +20,11 @@ PLAIN = re.compile(r"[A-Za-z0-9_./~-][A-Za-z0-9_./:~-]*")
 
 
 def yaml_text(value: str) -> str:
-    """A text as a YAML scalar that reads back as this very text."""
+    """Return a text as a YAML scalar that reads back as the same text.
+
+    >>> yaml_text("model.norm"), yaml_text("layers.[0-3]")
+    ('model.norm', '"layers.[0-3]"')
+    """
     is_plain = PLAIN.fullmatch(value) and isinstance(plain_value(value), str) and not value.endswith(":")
     if is_plain:
         return value

@@ -123,10 +123,10 @@ class Quantization:
     model_type: str = ""
 
     def format(self) -> Format | None:
-        """Return how its weights are stored, or `None` where that is not known.
+        """Return how its weights are stored, or `None` if that is not known.
 
         Raises:
-            QuantizationError: where its arguments cannot be meant.
+            QuantizationError: if its arguments cannot be meant.
         """
         with reported_as_error(self.method.name):
             return self.method.format(self)
@@ -137,7 +137,7 @@ class Quantization:
         return self.method.computes_in(self.arguments)
 
     def __str__(self) -> str:
-        """In a few words, as in the heading of a plan: `gptq 4 bit`, `bitsandbytes nf4 4 bit`."""
+        """Return it in a few words, as in the heading of a plan: `gptq 4 bit`, `bitsandbytes nf4 4 bit`."""
         details = "dequantised" if self.format() is UNCHANGED else self.method.details(self.arguments)
         return f"{self.method.name} {details}".rstrip()
 

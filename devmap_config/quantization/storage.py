@@ -43,7 +43,7 @@ def stored_tensors(model: PreTrainedModel, quantization: Quantization | None) ->
     Without a quantization, or where it is not known how it stores weights, there are none.
 
     Raises:
-        QuantizationError: where its arguments cannot be meant.
+        QuantizationError: if its arguments cannot be meant.
     """
     form = None if quantization is None else quantization.format()
     if quantization is None or form is None or form is UNCHANGED:

@@ -211,7 +211,7 @@ class ComparedDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceChange:
-    """A device in two plans; a side is `None` where the plan does not have it."""
+    """A device in two plans; a side is `None` if the plan does not have it."""
 
     device: str
     before: ComparedDevice | None

@@ -112,7 +112,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureHost:
-    """A machine; `name` is `None` where the profile has but one."""
+    """A machine; `name` is `None` if the profile has but one."""
 
     name: str | None
     bars: tuple[Bar, ...]

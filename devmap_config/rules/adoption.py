@@ -139,7 +139,7 @@ class _Adoption:
             )
 
     def _report_alone(self, names: Collection[TensorName], homes: Mapping[TensorName, Device]) -> None:
-        """Of a map with one device, which is not checked."""
+        """Report the mistakes of a map with one device, which accelerate does not check."""
         for key, modules in self._modules_by_key(names):
             if key:
                 what = f"transformers puts it where `{key}` is, whose expression has no end"
@@ -168,7 +168,7 @@ class _Adoption:
             )
 
     def _modules_by_key(self, names: Collection[TensorName]) -> Iterator[tuple[str | None, tuple[str, ...]]]:
-        """The modules, or tensors, that hold these tensors and no other, by the key that takes them by chance."""
+        """Yield the modules, or tensors, that hold exactly these tensors, by the key that takes them by chance."""
         wanted = set(names)
         alike: dict[str | None, list[str]] = {}
         for path, first in _holding(self.graph.root, wanted):
@@ -202,7 +202,9 @@ class _Adoption:
 
 
 def _holding(module: Module, wanted: Collection[TensorName]) -> Iterator[tuple[str, TensorName]]:
-    """The outermost modules of which every tensor is wanted, and other wanted tensors, each with its first tensor."""
+    """Yield the outermost modules all of whose tensors are wanted, and other wanted tensors, each with its first
+    tensor.
+    """
     names = [tensor.name for tensor in module.tensors()]
     if names and module.path and all(name in wanted for name in names):
         yield module.path, names[0]

@@ -48,7 +48,7 @@ class _RuleCompression:
     _best: dict[tuple[str, Device | None], Rules] = field(default_factory=dict)
 
     def devices(self, node: Node) -> tuple[Device, ...]:
-        """The devices of a node's tensors, in order of definition."""
+        """Return the devices of a node's tensors, in order of definition."""
         if not isinstance(node, Module):
             return (self.homes[node.name],)
         if node.path not in self._devices:
@@ -57,7 +57,7 @@ class _RuleCompression:
         return self._devices[node.path]
 
     def best(self, node: Node, inherited: Device | None) -> Rules:
-        """The fewest rules for a node and what is below it; their paths are relative to it."""
+        """Return the fewest rules for a node and what is below it; their paths are relative to it."""
         devices = self.devices(node)
         if len(devices) <= 1:
             return () if devices in ((), (inherited,)) else (((), devices[0]),)
@@ -70,7 +70,7 @@ class _RuleCompression:
         return self._best[key]
 
     def below(self, node: Node, inherited: Device | None) -> Rules:
-        """The fewest rules for what is below a node; numbered children with the same rule share it."""
+        """Return the fewest rules for what is below a node; numbered children with the same rule share it."""
         entries: dict[tuple[Segment | None, tuple[Segment, ...], Device], list[int]] = {}
         for name, child in children_of(node).items():
             for rest, device in self.best(child, inherited):

@@ -54,7 +54,7 @@ STEPS = 3
 
 
 def ranges(numbers: Sequence[int], *, with_steps: bool = True) -> str:
-    """Ascending numbers as `[0-3,8,10-20/2]`; one alone as itself.
+    """Return ascending numbers as a range of the pattern language; one number as itself.
 
     >>> ranges([1, 3, 5, 7]), ranges([0, 1, 4]), ranges([7])
     ('[1-7/2]', '[0-1,4]', '7')

@@ -239,10 +239,10 @@ class CompiledExpression(Protocol):
     """A compiled regular expression of RE2."""
 
     def fullmatch(self, text: str) -> Any:
-        """Return a match of the whole text; `None` where there is none."""
+        """Return a match of the whole text; `None` if there is none."""
 
     def match(self, text: str) -> Any:
-        """Return a match of the text's beginning; `None` where there is none."""
+        """Return a match of the text's beginning; `None` if there is none."""
 
 
 def compile_expression(expression: str, most_bytes: int = 2**23) -> CompiledExpression:

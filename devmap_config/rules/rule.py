@@ -50,7 +50,7 @@ class Rule:
 
 
 def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
-    """The rules of a profile: what may be new, the keys of its `device_map`, then its pins.
+    """Return the rules of a profile: the keys of its `device_map`, then its pins.
 
     Of wrong ones, which are reported, the pattern alone is left, so that it is held to the model.
 
@@ -128,7 +128,7 @@ class _Listed:
     are_all: bool
 
     def known(self, named: Located[Device | int | None]) -> Device | None:
-        """The device that is named; `None` where there is none, or it is not listed, which is reported."""
+        """Return the device that is named, or `None` if it is not listed, which is reported."""
         if named.value is None:
             return None
         device = device_meant(named.value, self.kind)

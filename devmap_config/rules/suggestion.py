@@ -29,7 +29,7 @@ class Suggestion:
 
 
 def tree_command(source: str, pattern: str) -> str:
-    """The command that shows what a pattern matches."""
+    """Return the command that shows what a pattern matches."""
     return f"`devmap tree {shlex.quote(source)} --match {_quoted(pattern)}`"
 
 
@@ -71,7 +71,7 @@ def nearest_to(pattern: Pattern, failure: MatchFailure | None, graph: ModelGraph
 
 
 def described(path: str, graph: ModelGraph) -> str:
-    """A path with how many numbered parts it has: `model.layers` (80 layers)."""
+    """Return a path with the number of its numbered children: `model.layers` (80 layers)."""
     module = graph.modules.get(path)  # type: ignore[call-overload]
     if module is None:
         return f"`{path}`"
@@ -81,7 +81,7 @@ def described(path: str, graph: ModelGraph) -> str:
 
 
 def _numbered(node: Module, segment: FlatSegment, graph: ModelGraph) -> Suggestion | None:
-    """A number that does not exist, or a range without its brackets."""
+    """Suggest a number that exists, or a range with its brackets."""
     numbers = sorted(number for child in children_of(node) if (number := number_in(child)) is not None)
     text = segment.literal or ""
     if not numbers or not text[:1].isdecimal():
@@ -94,7 +94,9 @@ def _numbered(node: Module, segment: FlatSegment, graph: ModelGraph) -> Suggesti
 
 
 def _completed(path: str, rest: tuple[FlatSegment, ...], graph: ModelGraph) -> str | None:
-    """A path followed by the rest of a pattern, each name by the nearest there is; `None` where it leads nowhere."""
+    """Return a path followed by the rest of a pattern, each name replaced by the nearest one; `None` if it leads
+    nowhere.
+    """
     for segment in rest:
         node = graph.modules.get(path)  # type: ignore[call-overload]
         if node is None or segment.literal is None:
@@ -123,7 +125,7 @@ def _fused(node: Module, segment: FlatSegment) -> Suggestion | None:
 
 
 def _with_prefix(path: tuple[FlatSegment, ...], graph: ModelGraph) -> Suggestion | None:
-    """A path that lacks its beginning (`layers.0` for `model.layers.0`), or has another model's."""
+    """Suggest a path with the beginning that it lacks (`layers.0` for `model.layers.0`), or with this model's."""
     literal = [segment.literal for segment in path]
     for skipped in range(len(path)):
         names: list[str] = []

@@ -42,7 +42,7 @@ class MapEntry:
 
 
 def read_device_map(text: str, file: str, sink: Sink) -> dict[str, MapEntry] | None:
-    """Return a map by its keys, of which the last counts where one stands twice; `None` where it cannot be read.
+    """Return a map by its keys, of which the last counts where one stands twice; `None` if it cannot be read.
 
     Args:
         text: JSON, or a Python dict of names, numbers and `torch.device`.
@@ -92,7 +92,7 @@ def _advice(text: str) -> str:
 
 
 def _value(entry: re.Match[str]) -> int | str:
-    """A value as Python has it; a `torch.device` as its name."""
+    """Return a value as Python has it; a `torch.device` as its name."""
     if entry["type"]:
         return _string(entry["type"]) + (f":{entry['index']}" if entry["index"] else "")
     return _string(entry["text"]) if entry["text"] else int(entry["value"])

@@ -44,7 +44,7 @@ def require_peft() -> Any:
     """Return PEFT.
 
     Raises:
-        RunnerError: where it is not installed.
+        RunnerError: if it is not installed.
     """
     try:
         import peft
@@ -58,7 +58,7 @@ def stored_adapter(adapter: LoraAdapter, graph: ModelGraph) -> dict[str, str]:
     """Return for each tensor that an adapter brings its name in the adapter's file, which is fetched if need be.
 
     Raises:
-        RunnerError: where there is no file, or it does not hold what the adapter's config says.
+        RunnerError: if there is no file, or it does not hold what the adapter's config says.
     """
     try:
         if adapter.repository is not None:
@@ -84,7 +84,7 @@ def attach(
         stored: the names of what it brings in its file; without, its weights are random.
 
     Raises:
-        RunnerError: where PEFT is missing, or adds something else than is planned.
+        RunnerError: if PEFT is missing, or adds something else than is planned.
     """
     import torch
 
@@ -110,7 +110,7 @@ def attach(
 
 
 def _config(model: PreTrainedModel, adapter: LoraAdapter, peft: Any) -> Any:
-    """The adapter's config, with names of modules in place of expressions: PEFT would let these run away."""
+    """Return the adapter's config, with names of modules in place of expressions: PEFT would let these run away."""
     from re import escape
 
     from devmap_config.graph.adapted import all_linear

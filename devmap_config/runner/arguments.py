@@ -72,7 +72,7 @@ def require_passable(arguments: Mapping[str, Any]) -> None:
     """Check that arguments may be passed on to `from_pretrained`.
 
     Raises:
-        ArgumentError: where the profile decides one (`decided-argument`), or there is none of that name
+        ArgumentError: if the profile decides one (`decided-argument`), or there is none of that name
             (`unknown-argument`).
     """
     for name, value in arguments.items():

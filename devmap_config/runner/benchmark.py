@@ -91,7 +91,7 @@ class Measured:
         return dict(peaks)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         return {
             "failure": None if self.failure is None else asdict(self.failure),
             **{f"{phase}_seconds": list(self.seconds(phase)) for phase in PHASES},
@@ -114,7 +114,7 @@ class Benchmark:
         return self.results[0]
 
     def ratio(self, other: Measured, phase: Phase) -> Ratio | None:
-        """Return how many times the plan's time another loader takes; `None` where either has none."""
+        """Return how many times the plan's time another loader takes; `None` if either has none."""
         own, others = self.plan.seconds(phase), other.seconds(phase)
         return ratio_of(own, others) if own and others and other is not self.plan else None
 
@@ -125,7 +125,7 @@ class Benchmark:
         return any(ratio is not None and ratio.is_too_noisy for ratio in ratios)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; a ratio that is too noisy is none."""
+        """Return it as plain data; a ratio that is too noisy is `None`."""
         prompts = self.generation.prompts
         return {
             "rounds": self.rounds,

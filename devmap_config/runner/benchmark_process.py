@@ -179,7 +179,7 @@ def _wait_for(devices: tuple[InventoryDevice, ...]) -> None:
 
 
 def _backend(device: InventoryDevice) -> Any:
-    """Return torch's module for a kind of accelerator; `None` where it has none."""
+    """Return torch's module for a kind of accelerator; `None` if it has none."""
     import torch
 
     return getattr(torch, device.id.kind, None)

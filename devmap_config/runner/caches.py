@@ -31,7 +31,7 @@ def require_cache(cache: Cache) -> None:
     """Check, before a model is loaded, that what quantises its cache is installed.
 
     Raises:
-        RunnerError: where it is not.
+        RunnerError: if it is not.
     """
     if cache.implementation != "quantized" or cache.backend == "fp8":
         return

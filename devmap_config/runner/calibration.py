@@ -108,8 +108,8 @@ def read_receipt(path: Path) -> Receipt:
     """Return what of a receipt is fitted.
 
     Raises:
-        FileError: where it cannot be read, or is no receipt.
-        CalibrationError: where it lacks what a fit needs.
+        FileError: if it cannot be read, or is no receipt.
+        CalibrationError: if it lacks what a fit needs.
     """
     value = read_json(path, PACKAGED, ANYWHERE)
     try:
@@ -169,7 +169,7 @@ def calibrate(receipts: Sequence[Receipt]) -> Calibration:
     """Fit the rates of a machine to its receipts; where there are enough, to all but one in turn besides.
 
     Raises:
-        CalibrationError: where they are not of one machine and dtype, or no time depends on any rate.
+        CalibrationError: if they are not of one machine and dtype, or no time depends on any rate.
     """
     kind = _kind(receipts)
     fit = _fit(receipts)

@@ -44,7 +44,7 @@ def chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     On Linux the template is bounded in time, memory and text, whatever it makes in between.
 
     Raises:
-        TemplateFailedError: where it fails, or goes beyond its bounds.
+        TemplateFailedError: if it fails, or goes beyond its bounds.
     """
     most = MAX_CHARACTERS + sum(len(str(message)) for message in messages)
     render = partial(writer.apply_chat_template, list(messages), add_generation_prompt=True, tokenize=False)

@@ -19,7 +19,7 @@ def require_compilable(plan: Plan, workload: Workload | None) -> None:
     """Check, before it is loaded, that a plan has a model where compiled code was seen to be as right and faster.
 
     Raises:
-        RunnerError: where it does not.
+        RunnerError: if it does not.
     """
     stores = dict.fromkeys(each.location for each in plan.assignments)
     if {(location.stored_on.kind, location.is_one_device) for location in stores} != {(COMPILING_KIND, True)}:
@@ -36,7 +36,7 @@ def compile_decoding(model: PreTrainedModel) -> None:
     """Have `generate` make a static cache, and compile what decodes when it is first called.
 
     Raises:
-        RunnerError: where transformers would not compile this model.
+        RunnerError: if transformers would not compile this model.
     """
     if not (model.can_generate() and compiles_generation(model)):
         raise _refusal("transformers compiles no model of its kind", NOT_COMPILED)

@@ -28,7 +28,7 @@ class PlannedContext:
         """Return how many tokens may be written after a prompt: those that are wanted, or the default or fewer.
 
         Raises:
-            RunnerError: where the plan has no room for the prompt, or for what is wanted behind it.
+            RunnerError: if the plan has no room for the prompt, or for what is wanted behind it.
 
         Example:
             >>> PlannedContext(tokens=100, prompt_tokens=90).new_tokens(80, wanted=None, default=24)
@@ -49,7 +49,7 @@ class PlannedContext:
         """Check that the plan has room for a prompt.
 
         Raises:
-            RunnerError: where it has not.
+            RunnerError: if it has not.
         """
         if self.prompt_tokens is not None and prompt_tokens > self.prompt_tokens:
             raise RunnerError(

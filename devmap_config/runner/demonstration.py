@@ -87,7 +87,7 @@ class Demonstrator:
         """Return what the model makes of what it is given, and hand text to `write` as it is made.
 
         Raises:
-            RunnerError: where the model takes something else, or does not run.
+            RunnerError: if the model takes something else, or does not run.
         """
         if self.made_up.besides is None:
             require_fit(type(model), given)
@@ -108,7 +108,7 @@ class Demonstrator:
         """Return how many tokens are written behind inputs.
 
         Raises:
-            RunnerError: where the plan has no room for them.
+            RunnerError: if the plan has no room for them.
         """
         default = FEW_TOKENS if inputs.goes_on else MANY_TOKENS
         return self.context.new_tokens(inputs.prompt_tokens, wanted=self.max_new_tokens, default=default)
@@ -194,7 +194,7 @@ def measured_generation(
     """Return what a loaded model takes to generate so much, as `measure_generation` does.
 
     Raises:
-        RunnerError: where it takes no tokens, or does not run.
+        RunnerError: if it takes no tokens, or does not run.
     """
     if workload.prompts.besides is None:
         require_fit(type(model), Given())
@@ -208,7 +208,7 @@ def demonstrator(
     """Return what will show a model that is to be loaded, once it is seen that it takes what it will be given.
 
     Raises:
-        RunnerError: where it does not, the plan has no room for it, or there is nothing to make its inputs with.
+        RunnerError: if it does not, the plan has no room for it, or there is nothing to make its inputs with.
     """
     model_class = require_fit_class(request, given)
     with running(request):
@@ -250,7 +250,7 @@ def demonstrator_of_plan(
     That is tokens, and images and sound of random numbers as the plan's `measurement` had them.
 
     Raises:
-        RunnerError: where the model takes no tokens, or the plan has no room for as many.
+        RunnerError: if the model takes no tokens, or the plan has no room for as many.
     """
     planned = planned_generation(workload, max_new_tokens, measurement)
     if planned.prompts.besides is None:
@@ -281,7 +281,7 @@ def planned_generation(
     Among the made-up tokens are those of the images and the sound with which the plan was measured.
 
     Raises:
-        RunnerError: where it has no room for so many.
+        RunnerError: if it has no room for so many.
     """
     context_length = workload.context_length.value or MADE_UP_LENGTH + (new_tokens or FEW_TOKENS)
     media = None if measurement is None else measurement.media
@@ -306,7 +306,7 @@ def require_fit_class(request: LoadRequest, given: Given) -> Any:
     """Return a model's class, seen to take what it will be given; `None` of one that is code, which is not run yet.
 
     Raises:
-        RunnerError: where it does not.
+        RunnerError: if it does not.
     """
     import transformers
 

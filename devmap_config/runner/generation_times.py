@@ -57,7 +57,7 @@ class GenerationTimes:
     kv_cache_bytes: Mapping[Device, int]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, with the medians: what a receipt says of a generation."""
+        """Return it as plain data, with the medians: what a receipt says of a generation."""
         return {
             "prompt_tokens": self.workload.prompts.length,
             "new_tokens": self.workload.new_tokens,
@@ -95,7 +95,7 @@ def measure_generation(
         least_seconds: until when there are more.
 
     Raises:
-        RunnerError: where the model takes no tokens; else whatever a model raises that does not run.
+        RunnerError: if the model takes no tokens; else whatever a model raises that does not run.
     """
     import torch
 

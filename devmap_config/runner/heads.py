@@ -33,7 +33,9 @@ def output_of(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Outp
 
 
 def _labels(model: PreTrainedModel, forward: Any, _inputs: ModelInputs) -> Output:
-    """The labels with their probabilities: of one that holds, or of each by itself; the value where it is a number."""
+    """Return the labels with their probabilities: of the one that holds, or of each by itself; or the value, if it is a
+    number.
+    """
     logits, config = forward.logits[0].float(), model.config
     if config.problem_type == "regression" or logits.numel() == 1:
         values = logits.tolist()
@@ -60,7 +62,7 @@ def _label(model: PreTrainedModel, index: int) -> str:
 
 
 def _entities(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """The parts of the text that have a label, but for `O`: neighbours of one label are one part."""
+    """Return the parts of the text that have a label, but for `O`: neighbours of one label are one part."""
     scores = forward.logits[0].float().softmax(-1).max(-1)
     found: list[dict[str, Any]] = []
     for index, (score, best) in enumerate(zip(scores.values.tolist(), scores.indices.tolist(), strict=True)):
@@ -81,7 +83,7 @@ def _entities(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Outp
 
 
 def _words(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """The likeliest words for each mask, in order."""
+    """Return the likeliest words for each mask, in order."""
     masks = (inputs.tensors["input_ids"][0] == inputs.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
     scores = forward.logits[0].float().softmax(-1)
     found = [_ranked(scores[mask], lambda index: inputs.tokenizer.decode([index]).strip(), "word") for mask in masks]
@@ -89,7 +91,7 @@ def _words(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output
 
 
 def _answer(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """The part of the second text that is likeliest to answer the first."""
+    """Return the part of the second text that is likeliest to answer the first."""
     import torch
 
     of_texts = torch.tensor([part == 1 for part in inputs.encoding.sequence_ids(0)])
@@ -105,7 +107,7 @@ def _answer(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Outpu
 
 
 def _transcript(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """The text that connectionist temporal classification finds: its tokenizer joins what is repeated."""
+    """Return the text that connectionist temporal classification finds: its tokenizer joins what is repeated."""
     text = str(inputs.tokenizer.decode(forward.logits[0].argmax(-1), skip_special_tokens=True))
     return Output(text, text)
 

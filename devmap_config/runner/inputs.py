@@ -62,7 +62,7 @@ class ModelInputs:
 
     Attributes:
         tensors: by the names of the model's arguments.
-        tokenizer: makes text of tokens; `None` where there is none.
+        tokenizer: makes text of tokens; `None` if there is none.
         encoding: what a tokenizer made of `text`; it knows which characters each token stands for.
         text: what was encoded.
         goes_on: whether what is generated goes on from the text, and does not answer it.
@@ -84,7 +84,7 @@ def require_fit(model_class: Any, given: Given) -> None:
     """Check that a model takes what it is given.
 
     Raises:
-        RunnerError: where it does not, or takes something else besides.
+        RunnerError: if it does not, or takes something else besides.
     """
     name, main = model_class.__name__, model_class.main_input_name
     for what, names, is_given in (
@@ -162,7 +162,7 @@ def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: i
     """Return the inputs for text, of which no more than `max_tokens` are taken, or for a chat.
 
     Raises:
-        RunnerError: where there is no chat template, no mask to fill, or no text to answer a question by.
+        RunnerError: if there is no chat template, no mask to fill, or no text to answer a question by.
     """
     if given.messages:
         return _chat_inputs(tokenizer, given)
@@ -208,7 +208,7 @@ def require_chat_template(tokenizer: Any) -> None:
     """Check that a tokenizer, or a processor, says how a chat is written.
 
     Raises:
-        RunnerError: where it does not.
+        RunnerError: if it does not.
     """
     if not getattr(tokenizer, "chat_template", None):
         what = "the checkpoint has no tokenizer" if tokenizer is None else "the checkpoint has no chat template"
@@ -245,7 +245,7 @@ def media_inputs(processor: Any, tokenizer: Any, given: Given) -> ModelInputs:
     """Return the inputs for an image or sound, and for the text that goes with it.
 
     Raises:
-        RunnerError: where the processor does not take it.
+        RunnerError: if the processor does not take it.
     """
     parts: dict[str, Any] = {}
     if given.image is not None:

@@ -50,7 +50,7 @@ class Misrun:
 def misplaced_tensors(
     model: PreTrainedModel, plan: Plan, graph: ModelGraph, *, is_quantized: bool = False
 ) -> tuple[Misplaced, ...]:
-    """Every parameter and buffer, of the plan or of the model, that the two do not agree on.
+    """Return every parameter and buffer, of the plan or of the model, that the two do not agree on.
 
     Where `is_quantized`, a weight may be held under other names in its module (`qweight`, `weight_packed`), with scales
     beside it: these are then held to where tensors of their kind are, of a module that is stored and runs there.
@@ -83,7 +83,7 @@ def misplaced_tensors(
 
 
 def _described(model: PreTrainedModel, name: str) -> Tensor:
-    """A tensor of a loaded model as a graph has it, as far as accelerate treats its kind in a way of its own."""
+    """Return a tensor of a loaded model as a graph has it, as far as accelerate treats its kind in a way of its own."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     is_buffer = attribute in own_buffers(module)
@@ -128,7 +128,9 @@ def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -
 
 
 def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
-    """Every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is not."""
+    """Return every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is
+    not.
+    """
     wrong: dict[str, Misrun] = {}
     for each in plan.assignments:
         is_streamed = plan.executor.streams(each.location)
@@ -186,7 +188,7 @@ def tensor_home(model: PreTrainedModel, name: str) -> Device | None:
 
 
 def _streamed_from(model: PreTrainedModel, name: str) -> Device:
-    """The place behind accelerate's hook for a tensor that it offloaded."""
+    """Return the place behind accelerate's hook for a tensor that it offloaded."""
     path = name
     while path:
         path = path.rpartition(".")[0]
@@ -222,7 +224,7 @@ def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> li
 
 
 def _read_from(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
-    """From where a tensor that is on disk is read, as accelerate writes it."""
+    """Return the file from which a tensor on disk is read, as accelerate writes it."""
     if (mapped := mapped_place(model, name)) is not None:
         return {"safetensors_file": mapped.file, "weight_name": mapped.name}
     return place_in_file(model, name) if tensor_home(model, name) == DISK else None

@@ -109,7 +109,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
     """Return the model, loaded with the plan's map; what computes on the CPU does.
 
     Raises:
-        RunnerError: where accelerate is missing or too old, a library is not as it was tried, a device of the plan is
+        RunnerError: if accelerate is missing or too old, a library is not as it was tried, a device of the plan is
             not on this machine, a part that is to compute on the CPU cannot, or what is offloaded would be written to
             where a link leads.
     """
@@ -152,7 +152,7 @@ def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> Pre
     """Return the model as plain `from_pretrained` loads it by one of its own device maps, `auto` say.
 
     Raises:
-        RunnerError: where transformers cannot load it so.
+        RunnerError: if transformers cannot load it so.
     """
     with code_of_models(allowed=request.trust_remote_code):
         return _loaded(request, {**_arguments(request), "device_map": device_map, **arguments}).model
@@ -172,7 +172,9 @@ def _arguments(request: LoadRequest) -> dict[str, Any]:
 
 
 def _device_map(plan: Plan) -> dict[str, Any]:
-    """The plan's map; where there is but one device, without parts: some quantizers take these for offloading."""
+    """Return the plan's map; where there is but one device, without parts: some quantizers take these for
+    offloading.
+    """
     if plan.computed_on_cpu:
         from devmap_config.dispatch.cpu_compute import TORCH_CPU
 
@@ -296,7 +298,7 @@ def first_line(error: Exception) -> str:
 
 
 def _model_class(request: LoadRequest) -> Any:
-    """The class that the plan was made for, whose `from_pretrained` is what runs."""
+    """Return the class that the plan was made for, whose `from_pretrained` is what runs."""
     import transformers
 
     if reference := _code_reference(request):
@@ -305,7 +307,7 @@ def _model_class(request: LoadRequest) -> Any:
 
 
 def _own_config(request: LoadRequest) -> dict[str, Any]:
-    """The config of a model that brings its class: such a class need not say which config it takes."""
+    """Return the config of a model that brings its class: such a class need not say which config it takes."""
     from transformers import AutoConfig
 
     if _code_reference(request) is None:
@@ -361,7 +363,7 @@ def require_accelerate() -> None:
     """Check that accelerate is there and new enough.
 
     Raises:
-        RunnerError: where it is not; its help names the command that mends it.
+        RunnerError: if it is not; its help names the command that mends it.
     """
     wanted = TRIED["accelerate"][0]  # older ones were tried too, and mix up tied weights that are on disk
     command = f"run `pip install 'accelerate>={wanted}'`"

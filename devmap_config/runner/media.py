@@ -40,7 +40,7 @@ def read_image(path: Path) -> Any:
     """Return the image in a file, in red, green and blue.
 
     Raises:
-        FileError: where there is none that can be read.
+        FileError: if there is none that can be read.
         RunnerError: without Pillow.
     """
     try:
@@ -63,7 +63,7 @@ def read_sound(path: Path) -> Sound:
     """Return the sound in a WAV file of whole numbers, its channels mixed.
 
     Raises:
-        FileError: where there is none that can be read.
+        FileError: if there is none that can be read.
     """
     data = read_bytes(path, SOUND, ANYWHERE)
     try:

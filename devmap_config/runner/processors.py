@@ -16,7 +16,7 @@ def load_processor(request: LoadRequest, given: Given) -> Any:
     """Return the checkpoint's processor for an image or sound; the part that takes it where there is no whole one.
 
     Raises:
-        RunnerError: where it has none that can be used.
+        RunnerError: if it has none that can be used.
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedTokenizerBase
 

@@ -111,7 +111,7 @@ def with_random_weights(
         advance: is told of each part of them that is.
 
     Raises:
-        RunnerError: where there is no room for it, or the model is one of which none can be made.
+        RunnerError: if there is no room for it, or the model is one of which none can be made.
     """
     shards = shards_of(_model_without_data(deployment))
     total_bytes = sum(shard.size_bytes for shard in shards)

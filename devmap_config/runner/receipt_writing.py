@@ -42,7 +42,7 @@ def receipt_of(
         deployment: the locked plan.
         model: its model, which was loaded in this process, and the only one.
         load: what that took.
-        generation: what generating took; `None` where nothing was generated.
+        generation: what generating took; `None` if nothing was generated.
         process: what the process held meanwhile.
         command: by which one gets another.
     """
@@ -143,7 +143,7 @@ def write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
     """Write a receipt, whole or not at all; what is no whole number has four digits, as far as they mean anything.
 
     Raises:
-        OSError: where it cannot be written.
+        OSError: if it cannot be written.
     """
     write_atomically(path, json_text(_rounded(receipt)) + "\n")
 

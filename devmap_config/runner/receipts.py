@@ -32,7 +32,7 @@ the libraries', and the most of all."""
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of a case, as predicted and as seen; `None` where there is none.
+    """One figure of a case, as predicted and as seen; `None` if there is none.
 
     It is bytes of a `device`, else seconds. Of the CPU, what is seen is what the process held besides what it held
     before the model was loaded.
@@ -63,7 +63,7 @@ def cases_of(path: Path) -> tuple[Case, ...]:
     """Return the cases of a receipt.
 
     Raises:
-        FileError: where it cannot be read, or is no receipt.
+        FileError: if it cannot be read, or is no receipt.
     """
     receipt = read_json(path, PACKAGED, ANYWHERE)
     try:

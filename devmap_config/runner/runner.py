@@ -51,7 +51,7 @@ class Deployment:
     """A locked plan with all that is needed to load it.
 
     `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
-    names; `None` where they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
+    names; `None` if they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
     up: it shows where tensors are and that they fit, and nothing of what the model does. `compiles` is whether it is to
     decode by compiled code. `assistant` is that of a draft model.
     """
@@ -151,9 +151,9 @@ def load_model(
         model around that; with a draft model its `generate` is given that as `assistant_model`.
 
     Raises:
-        ArgumentError: where an argument is decided by the profile, or there is none of that name.
-        ProfileError: where the profile is missing or wrong; it carries every diagnostic.
-        RunnerError: where the lock is missing or stale, or the machine or the loaded model is not what it says.
+        ArgumentError: if an argument is decided by the profile, or there is none of that name.
+        ProfileError: if the profile is missing or wrong; it carries every diagnostic.
+        RunnerError: if the lock is missing or stale, or the machine or the loaded model is not what it says.
 
     Warns:
         DevmapWarning: of what is to be known before, as `devmap run` does: that figures have moved since the lock was
@@ -200,9 +200,9 @@ def prepare(
         needs_weights: whether there must be weights: a config alone will do where random ones are to stand in.
 
     Raises:
-        ProfileError: where the profile is wrong.
-        RunnerError: where the lock is missing, damaged or stale, or there are no weights.
-        NotForTransformersError: where the plan is for vLLM.
+        ProfileError: if the profile is wrong.
+        RunnerError: if the lock is missing, damaged or stale, or there are no weights.
+        NotForTransformersError: if the plan is for vLLM.
     """
     lock = _locked(path, permissions)
     compiled, drift = compile_locked(path, lock, variables=variables, permissions=permissions)
@@ -270,7 +270,7 @@ def require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
     """Refuse a checkpoint that does not hold the model.
 
     Raises:
-        RunnerError: where it does not; it names the tensors.
+        RunnerError: if it does not; it names the tensors.
     """
     if match is None or match.unchecked is not None:
         return
@@ -294,7 +294,7 @@ def notices(deployment: Deployment, *, asks_machine: bool) -> tuple[Diagnostic, 
     """Return what is to be known before a model is loaded: of libraries, the checkpoint, and of this machine if asked.
 
     Raises:
-        UnfitMachineError: where this machine cannot carry the plan; it carries every reason.
+        UnfitMachineError: if this machine cannot carry the plan; it carries every reason.
     """
     sink = Sink()
     sink.report_all(each for each in deployment.compiled.diagnostics if each.code in SAID_AGAIN)
@@ -308,10 +308,10 @@ def notices(deployment: Deployment, *, asks_machine: bool) -> tuple[Diagnostic, 
 
 
 def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
-    """Ask this machine whether it can carry the plan now; gives what is to be warned of.
+    """Check that this machine can carry the plan now, and return the warnings.
 
     Raises:
-        UnfitMachineError: where it cannot; it carries every reason.
+        UnfitMachineError: if it cannot; it carries every reason.
     """
     from devmap_config.probe.probe import probe_machine
 
@@ -329,7 +329,7 @@ def require_model_alone(deployment: Deployment, what: str) -> None:
     """Refuse what is of a model alone, where an adapter is loaded on top.
 
     Raises:
-        RunnerError: where one is.
+        RunnerError: if one is.
     """
     if deployment.compiled.model.adapter is not None:
         raise RunnerError(
@@ -340,7 +340,7 @@ def require_model_alone(deployment: Deployment, what: str) -> None:
 
 
 def load_draft(deployment: Deployment) -> PreTrainedModel | None:
-    """Return the draft model, loaded and verified as the model is; `None` where there is none.
+    """Return the draft model, loaded and verified as the model is; `None` if there is none.
 
     Raises:
         RunnerError: as `load_verified`.
@@ -362,7 +362,7 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
     An adapter is within it; a draft model is not loaded.
 
     Raises:
-        RunnerError: where it cannot be loaded here, tensors are not from the checkpoint, or sit elsewhere.
+        RunnerError: if it cannot be loaded here, tensors are not from the checkpoint, or sit elsewhere.
     """
     loaded = load_adapted(deployment)
     model: PreTrainedModel = loaded if deployment.compiled.model.adapter is None else loaded.get_base_model()
@@ -447,7 +447,7 @@ def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedMode
     """Refuse a model of which transformers has made up tensors.
 
     Raises:
-        RunnerError: where it has.
+        RunnerError: if it has.
     """
     if deployment.match is None and compiled.source.weights is not None and compiled.source.commit is not None:
         source = compiled.source  # by now it is downloaded

@@ -77,7 +77,7 @@ def _pooled(mode: str, states: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 
 def sentence_encoder(request: LoadRequest, sink: Sink) -> SentenceEncoder | None:
-    """Return how the checkpoint's modules make one vector of a text; `None` where it has none, or others than known."""
+    """Return how the checkpoint's modules make one vector of a text; `None` if it has none, or others than known."""
     modules = _read(request, "modules.json")
     if not isinstance(modules, list):
         return None
@@ -119,7 +119,7 @@ def _as_object(value: Any) -> dict[str, Any]:
 
 
 def _read(request: LoadRequest, name: str) -> Any:
-    """Return the value in a file of the checkpoint; `None` where there is none that can be read."""
+    """Return the value in a file of the checkpoint; `None` if there is none that can be read."""
     folder = Path(request.weights)
     try:
         if folder.is_dir():

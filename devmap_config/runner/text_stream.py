@@ -59,7 +59,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Any, write: Callable[[str], None], *, shows_prompt: bool, goes_on: bool = False
     ) -> None:
-        """Begin; `tokenizer` is `None` where tokens are to be shown as numbers, at the end.
+        """Begin; `tokenizer` is `None` if tokens are to be shown as numbers, at the end.
 
         What `goes_on` from a prompt that is not shown is the text behind it, a space at its beginning included.
         """

@@ -19,7 +19,7 @@ OTHER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiec
 
 
 def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
-    """Return the checkpoint's tokenizer; `None` where it has none that can be used, and why not is in the sink."""
+    """Return the checkpoint's tokenizer; `None` if it has none that can be used, and why not is in the sink."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     stated = tokenizer_config(request.weights, request.revision)
@@ -79,7 +79,7 @@ def _is_made_up(tokenizer: Any, request: LoadRequest) -> bool:
 
 
 def _vocabulary_files(tokenizer: Any) -> tuple[str, ...]:
-    """The files of which a tokenizer of this class has its words; any of them may do."""
+    """Return the files of which a tokenizer of this class has its words; any of them may do."""
     named = [each for each in tokenizer.vocab_files_names.values() if isinstance(each, str)]
     return tuple(dict.fromkeys([*named, *(OTHER_VOCABULARIES if named else ())]))
 

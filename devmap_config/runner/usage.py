@@ -148,7 +148,7 @@ def memory_use(plan: Plan) -> tuple[MemoryUse, ...]:
 
 
 def peak_bytes_of(device: Device) -> int | None:
-    """Return the most that was held of a device's memory since the process began; `None` where it is not measured."""
+    """Return the most that was held of a device's memory since the process began; `None` if it is not measured."""
     return _process_peak_bytes() if device == CPU else _accelerator_peak_bytes(device)
 
 

@@ -216,7 +216,7 @@ async def _body(request: Request) -> bytes:
     """Return a request's body.
 
     Raises:
-        RequestError: where it is no JSON, by its header, or more than is read.
+        RequestError: if it is no JSON, by its header, or more than is read.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("the body is to be `application/json`", status=415)

@@ -110,7 +110,7 @@ class Text:
         """Yield the text piece by piece.
 
         Raises:
-            RequestError: where the model does not run, or the text is cut.
+            RequestError: if the model does not run, or the text is cut.
         """
         while (piece := await self._pieces.get()) is not None:
             yield piece
@@ -217,7 +217,7 @@ class Writer:
         """Return a text that is being written, or waits for those before it.
 
         Raises:
-            RequestError: where the model cannot be given this, the plan has no room for it, or too many wait.
+            RequestError: if the model cannot be given this, the plan has no room for it, or too many wait.
         """
         self._require_place()  # before work is done for it
         loop = asyncio.get_running_loop()
@@ -274,7 +274,7 @@ def writing_tokenizer(request: LoadRequest, sink: Sink) -> Any:
     """Return the tokenizer of a model that is to be loaded and writes text.
 
     Raises:
-        RunnerError: where it writes none, or has no tokenizer.
+        RunnerError: if it writes none, or has no tokenizer.
     """
     model_class = require_fit_class(request, Given())
     if model_class is not None:
@@ -292,7 +292,7 @@ def require_writes(model_class: Any) -> None:
     """Check that a model writes text.
 
     Raises:
-        RunnerError: where it does not.
+        RunnerError: if it does not.
     """
     if not model_class.can_generate():
         raise RunnerError(

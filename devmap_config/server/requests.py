@@ -144,7 +144,7 @@ def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
     """Return what the body of a request asks for.
 
     Raises:
-        RequestError: where it is none, or asks for what is not done here; the error names the field.
+        RequestError: if it is none, or asks for what is not done here; the error names the field.
     """
     try:
         value = parse_json(body.decode(), REQUEST)

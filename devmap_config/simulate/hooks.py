@@ -57,7 +57,7 @@ def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices
 def dispatched(
     model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices, absent: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """The model with accelerate's hooks as `dispatch_model` attaches them, what they place and copy simulated.
+    """Attach accelerate's hooks as `dispatch_model` does, with simulated copies, while the context lasts.
 
     Where a plan has one device and nothing is streamed, `from_pretrained` attaches none, and neither does this.
     `absent` has, for the name of each tensor that is streamed, what is in its place while it is not copied in.

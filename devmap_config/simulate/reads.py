@@ -125,7 +125,7 @@ def _items(tree: ast.AST) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _dotted(node: ast.expr) -> tuple[str | None, tuple[str, ...]]:
-    """Return a name and the names that follow it with dots; `None` where it begins with something else."""
+    """Return a name and the names that follow it with dots; `None` if it begins with something else."""
     steps: list[str] = []
     while isinstance(node, ast.Attribute):
         steps.insert(0, node.attr)

@@ -38,7 +38,7 @@ MOST_REPAIRS = 8
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The plan that runs, `None` where there is none; what was found of each plan that was tried; one that does not."""
+    """The plan that runs, `None` if there is none; what was found of each plan that was tried; one that does not."""
 
     plan: Plan | None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
@@ -138,7 +138,9 @@ def _described(operand: MismatchedTensor) -> str:
 
 
 def _decision(operand: MismatchedTensor, plan: Plan, prepared: Prepared) -> Decision | None:
-    """The rule that put an operand where it is: of its module, or of the next one around it that a rule decides for."""
+    """Return the rule that put an operand where it is: of its module, or of the nearest module around it with
+    a rule.
+    """
     path = operand.tensor or operand.made_by
     while path:
         names = [name for name in prepared.graph.tensors if name == path or name.startswith(f"{path}.")]
@@ -202,13 +204,15 @@ def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan
 
 
 def _beside(rules: Iterable[Rule]) -> str:
-    """The rules that decide for a part of what is kept together."""
+    """Return the rules that decide for a part of what is kept together."""
     named = [f"`{rule.text}` (line {rule.span.line})" for rule in rules]
     return f" beside {' and '.join(named)}" if named else ""
 
 
 def _kept(together: Together, graph: ModelGraph) -> tuple[list[str], list[list[str]]]:
-    """The blocks that are kept whole, and those that are kept on one device with others, each in the model's order."""
+    """Return the blocks that are kept whole, and those that are kept on one device with others, each in the model's
+    order.
+    """
     whole: dict[str, None] = {}
     joined: list[dict[str, None]] = []
     for names in together:
@@ -244,7 +248,7 @@ def _moves(before: Plan, after: Plan | None, graph: ModelGraph) -> str:
 
 
 def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[Device, None]]:
-    """The devices that each block is stored on."""
+    """Return the devices that each block is stored on."""
     places = plan.locations
     return {
         path: dict.fromkeys(

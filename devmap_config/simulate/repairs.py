@@ -71,13 +71,13 @@ def involved_in(mismatch: DeviceMismatch, plan: Plan, graph: ModelGraph) -> list
 
 
 def _first_on(device: Device, plan: Plan, graph: ModelGraph) -> str:
-    """The first block with tensors that runs on a device."""
+    """Return the first block with tensors that runs on a device."""
     running = {name for each in plan.assignments if each.location.runs_on == device for name in each.tensors}
     return next((path for path in graph.blocks if running & set(tensors_of(graph, path))), "")
 
 
 def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
-    """The blocks of the same classes as these."""
+    """Return the blocks of the same classes as these."""
     modules = [graph.modules[ModulePath(place)] for place in places if place in graph.modules]
     class_names = {module.class_name for module in modules}
     return [path for path in graph.blocks if graph.modules[path].class_name in class_names]

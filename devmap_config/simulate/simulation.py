@@ -121,7 +121,7 @@ class Simulation:
     """Whose doing it is that it could not be tried."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         plain: dict[str, Any] = to_jsonable_python(self, fallback=str)
         return {
             **{key: plain[key] for key in ("outcome", "reason", "mismatch", "hops", "idle", "devices", "links")},
@@ -146,7 +146,7 @@ class Verdict:
         return cls(**{each.name: getattr(simulation, each.name) for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; `from_json` gives it back, equal."""
+        """Return it as plain data; `from_json` gives it back, equal."""
         value: dict[str, Any] = to_jsonable_python(self, fallback=str)
         if self.cause == "model":
             del value["cause"]

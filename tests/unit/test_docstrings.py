@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import re
+from functools import cache
 
 import pytest
 from conftest import REPOSITORY
@@ -39,12 +40,18 @@ PRIVATE_OPENINGS = ("how", "what", "when", "where", "whether", "which", "who", "
 """A sentence that begins so leaves out what a function does with it."""
 
 
+@cache
 def documented():
-    for name, text in FILES.items():
-        for node in ast.walk(ast.parse(text)):
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
-                yield f"{name}.{getattr(node, 'name', '')}", node, docstring
+    """Every docstring, with its place and what it is of."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [
+        (name, node) for name, text in FILES.items() for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)
+    ]
+    return [
+        (f"{name}.{getattr(node, 'name', '')}", node, docstring)
+        for name, node in nodes
+        if (docstring := ast.get_docstring(node))
+    ]
 
 
 def test_a_docstring_is_a_sentence_of_what_is_returned_or_done():

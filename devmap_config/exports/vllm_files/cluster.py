@@ -52,7 +52,7 @@ def own_part(plan: str, node: int, nodes: int) -> dict[str, str | int]:
 
 
 def difference(own: dict[str, str | int], other: dict[str, str | int]) -> str | None:
-    """Return why two hosts cannot serve together; `None` where they can."""
+    """Return why two hosts cannot serve together; `None` if they can."""
     node = other.get("node")
     for key, name in (("plan", "plan.env"), ("vllm", "version of vLLM"), ("nodes", "number of hosts")):
         if own[key] != other.get(key):
@@ -79,7 +79,7 @@ class Peer:
         """Return the object of a line of JSON.
 
         Raises:
-            OSError, ValueError: where there comes none.
+            OSError, ValueError: if there comes none.
         """
         line = b""
         while not line.endswith(b"\n"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _format(quantization: Quantization) -> Format | None:
-    """`qweight` and `qzeros` in int32, `scales` in float16 (gptqmodel's `AWQuantLinear`)."""
+    """Return the format: `qweight` and `qzeros` in int32, `scales` in float16 (gptqmodel's `AWQuantLinear`)."""
     bits, group = bits_and_group(METHOD.name, quantization.arguments, (4,))
     check_names(quantization.arguments, "modules_to_not_convert")
     form = quantization.arguments.get("format") or quantization.arguments.get("version") or "gemm"

@@ -82,7 +82,9 @@ def _details(arguments: Arguments) -> str:
 
 
 def _computes_in(arguments: Arguments) -> str | None:
-    """transformers gives `Linear4bit` this dtype, to which inputs and weights are cast; without it, float32."""
+    """Return the dtype to which `Linear4bit` casts inputs and weights: the one that transformers gives it, else
+    float32.
+    """
     if not arguments.get("load_in_4bit"):
         return None
     return str(arguments.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")

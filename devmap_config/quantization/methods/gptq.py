@@ -21,7 +21,7 @@ BLOCKS = "transformer.h model.decoder.layers gpt_neox.layers model.layers model.
 
 
 def _format(quantization: Quantization) -> Format | None:
-    """`qweight` and `qzeros` in int32, `scales` in float16, and `g_idx` in int32 (gptqmodel's `GPTQQuantLinear`).
+    """Return the format: `qweight`, `qzeros` and `g_idx` in int32, `scales` in float16 (gptqmodel's `GPTQQuantLinear`).
 
     Beside them stand the shifts that unpack a word, as gptqmodel's torch kernels hold them; other kernels repack, and
     hold a workspace of some hundred bytes. These hold all of it in buffers; Marlin, which holds parameters, repacks

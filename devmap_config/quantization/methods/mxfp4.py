@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def _format(quantization: Quantization) -> Format | None:
-    """Two values a byte, and an exponent of a byte for each 32; biases in float32 (`Mxfp4GptOssExperts`)."""
+    """Return the format: two values a byte, an exponent of a byte for each 32, biases in float32
+    (`Mxfp4GptOssExperts`).
+    """
     check_names(quantization.arguments, "modules_to_not_convert")
     if flag(quantization.arguments, "dequantize"):
         return UNCHANGED
