@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from command_process import run_command
 
 from devmap_config.cli import devmap as devmap_command
 from devmap_config.plan.lock import read_lock
@@ -32,8 +33,7 @@ def devmap(*arguments, program="devmap"):
     """
     if ("compile" in arguments[:1] or program == "devmap-compile") and "--vendor" not in arguments:
         arguments = (*arguments, "--no-simulate")
-    executable = Path(sys.executable).with_name(program)
-    return subprocess.run([executable, *arguments], capture_output=True, text=True, check=False)
+    return run_command(program, *arguments)
 
 
 @pytest.fixture
