@@ -38,7 +38,7 @@ from devmap_config.profile.field_types import (
 from devmap_config.profile.located import Located
 from devmap_config.profile.refusals import refusal
 from devmap_config.profile.section import Each, Section
-from devmap_config.profile.synonyms import attention_meant, dtype_meant, strategy_meant
+from devmap_config.profile.synonyms import attention_meant, cache_backend_meant, dtype_meant, strategy_meant
 
 if TYPE_CHECKING:
     from devmap_config.devices import Device
@@ -51,7 +51,7 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRAT
 
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 CACHE_BACKENDS = ("quanto", "fp8")
-"""transformers 5.24's, but for `hqq`, of which this package does not know how much its caches take."""
+"""transformers 5.24's, but for `hqq`."""
 
 TARGETS = ("transformers", "vllm")
 
@@ -187,7 +187,9 @@ class Cache(Section):
     """`dynamic` grows with the context, `static` is as long from the start. Those that are `offloaded` are on the CPU,
     but for the layers that run and the next. A `quantized` one holds fewer bits of each number."""
 
-    backend: Annotated[str, one_of(*CACHE_BACKENDS)] | None = Field(default=None, examples=list(CACHE_BACKENDS))
+    backend: Annotated[str, one_of(*CACHE_BACKENDS, meant=cache_backend_meant)] | None = Field(
+        default=None, examples=list(CACHE_BACKENDS)
+    )
     """What quantises a `quantized` cache: `quanto`, which is a package (`optimum-quanto`), or `fp8`. Without it:
     `quanto`."""
 

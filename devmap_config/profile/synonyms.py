@@ -158,6 +158,16 @@ def attention_meant(text: str) -> str | None:
     )
 
 
+def cache_backend_meant(text: str) -> str | None:
+    """Return why one of transformers' quantizers of a cache cannot be had here."""
+    if text.lower() != "hqq":
+        return None
+    return (
+        "how much a cache takes by HQQ was never measured here: say `quanto`, which takes 2 or 4 bits of each number,"
+        " or `fp8`"
+    )
+
+
 def quantization_meant(text: str) -> str | None:
     """Return the quantization that a text stands for."""
     return next((line for line, words in QUANTIZED.items() if text.lower() in words.split()), None)

@@ -1,13 +1,16 @@
-"""Caches that are offloaded or quantised take what transformers' own objects take, wherever they are."""
+"""Caches that are offloaded or quantised take what transformers' own objects take, wherever they are.
+
+What is marked `zoo` quantises by quanto, which stands in the extra `quantizers`; that it is missing is a failure.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
 import transformers
+from conftest import REPOSITORY
 from kinds import MODELS, config_of
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -111,7 +114,7 @@ def test_what_stands_in_for_quanto_packs_numbers_that_come_back_nearly(bits):
     assert (back - keys).abs().max() <= scale.max() / 2 + 1e-6
 
 
-@pytest.mark.skipif(find_spec("optimum") is None, reason="quanto is not installed")
+@pytest.mark.zoo
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_stands_in_for_quanto_does_what_quanto_does(bits, dtype):
@@ -124,13 +127,47 @@ def test_what_stands_in_for_quanto_does_what_quanto_does(bits, dtype):
     assert torch.equal(layer._dequantize(made), dequantized(packed, scale, shift, bits, keys.shape))
 
 
-@pytest.mark.skipif(find_spec("optimum") is None, reason="quanto is not installed")
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_by_quanto_a_cache_takes_what_its_tensors_take(name, bits):
     wanted = workload("quantized", cache_backend="quanto", cache_bits=bits)
     cache = filled(name, QuantizedCache("quanto", config_of(name), nbits=bits), wanted)
     assert measured(name, wanted).cache_bytes == size_of(cache_tensors(cache))
+
+
+TOLERANCES = {("fp8", None): 0.01, ("quanto", 4): 0.06, ("quanto", 2): 0.2}
+"""By what quantises, the root mean square by which logits may move, in parts of their spread: docs/long-context.md."""
+
+
+@pytest.mark.parametrize("name", WITHOUT_WINDOWS)
+@pytest.mark.parametrize(
+    ("backend", "bits"),
+    [pytest.param(*how, marks=() if how[0] == "fp8" else pytest.mark.zoo) for how in TOLERANCES],
+)
+def test_logits_move_by_no_more_than_the_page_says(name, backend, bits):
+    torch.manual_seed(0)
+    model = getattr(transformers, MODELS[name][0])(config_of(name)).eval()
+    prompt, tokens = torch.randint(1, 100, (2, LENGTH)), torch.randint(1, 100, (8, 2, 1))
+
+    @torch.no_grad()
+    def logits(cache):
+        outputs = [model(prompt, use_cache=True, **({} if cache is None else {CACHE_NAMES[0]: cache}))]
+        for token in tokens:
+            outputs.append(model(token, use_cache=True, **{CACHE_NAMES[0]: outputs[0][CACHE_NAMES[0]]}))
+        return torch.stack([output.logits[:, -1] for output in outputs])
+
+    plain = logits(None)
+    moved = logits(QuantizedCache(backend, config_of(name), **({} if bits is None else {"nbits": bits}))) - plain
+    assert not moved[0].any()  # the prompt reads nothing that was quantised
+    root_mean_square = moved[1:].square().mean().sqrt() / plain.std()
+    assert 0 < root_mean_square < TOLERANCES[backend, bits]
+
+
+def test_the_page_says_how_far_logits_move():
+    page = " ".join((REPOSITORY / "docs" / "long-context.md").read_text(encoding="utf-8").split())
+    fp8, four, two = (f"{100 * part:g} %" for part in TOLERANCES.values())
+    assert f"by at most {fp8} of their spread by `fp8`, {four} by 4 bits of `quanto` and {two} by 2" in page
 
 
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)

@@ -174,6 +174,13 @@ MISTAKES = [
         "one level deeper",
     ),
     (PLACEMENT, "{pins: [{match: lm_head, device: gpu}]}", "gpu", "bad-device-name", "write `cuda:0`"),
+    (
+        WORKLOAD,
+        "{context_length: 64, cache: {implementation: quantized, backend: hqq}}",
+        "hqq",
+        "wrong-type",
+        "never measured here: say `quanto`",
+    ),
     (PLACEMENT, "{strategy: tensor-parallel}", "tensor-parallel", "unknown-strategy", "write `strategy: fastest`"),
     (PLACEMENT, "{strategy: pipeline}", "pipeline", "unknown-strategy", "write `strategy: fastest`"),
     (CARD, "cuda:0: {memory: auto}", "auto", "bad-quantity", "write how much there is, such as `24GiB`"),
