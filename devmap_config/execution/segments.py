@@ -147,14 +147,7 @@ class MachineRates:
 
     def time(self, segment: Segment) -> SegmentTime:
         """Return how long a segment takes."""
-        working: Counter[Device] = Counter()
-        for (device, step), count in segment.steps.items():
-            working[device] += count * self.step_nanoseconds(step, device)
-        elapsed = sum(map(self.copy_nanoseconds, segment.copies))
-        for device in dict.fromkeys([*working, *segment.dispatches]):
-            dispatching = segment.dispatches[device] * self.inventory.dispatch_nanoseconds
-            both = (working[device], dispatching)
-            elapsed += max(both) if device.is_accelerator else sum(both)
+        elapsed = sum(map(self.copy_nanoseconds, segment.copies)) + sum(self.working(segment).values())
         copying = sum(max(map(self.copy_nanoseconds, together)) for together in segment.ahead)
         nanoseconds, card = max(elapsed, copying), _card_of(segment.ahead)
         if card is None or self.inventory.together_bytes_per_second is None:
@@ -165,6 +158,17 @@ class MachineRates:
         if max(elapsed, shared) == nanoseconds:  # other links bring nothing besides
             return SegmentTime(nanoseconds)
         return SegmentTime(0, (Ahead(self.phase, card, nanoseconds, max(elapsed, shared)),))
+
+    def working(self, segment: Segment) -> dict[Device, int]:
+        """Return how long each device works on a segment, with what it is given as fast as the host does it."""
+        working: Counter[Device] = Counter()
+        for (device, step), count in segment.steps.items():
+            working[device] += count * self.step_nanoseconds(step, device)
+        found = {}
+        for device in dict.fromkeys([*working, *segment.dispatches]):
+            both = (working[device], segment.dispatches[device] * self.inventory.dispatch_nanoseconds)
+            found[device] = max(both) if device.is_accelerator else sum(both)
+        return found
 
     def step_nanoseconds(self, step: ModuleWork, device: Device) -> int:
         """Return how long a device takes for what a module does."""

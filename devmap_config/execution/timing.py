@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from devmap_config.devices import CPU
 from devmap_config.execution.segments import Copy, MachineRates, ModuleWork, Segment
@@ -269,16 +269,36 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) ->
     return timing.rates.nanoseconds(*forward_segments(timing, homes))
 
 
+class ForwardPart(NamedTuple):
+    """What a forward does before it goes on: a block, what crosses to one, or what is outside of every block.
+
+    `path` is the block, or the one that reads what crosses; `""` outside. `home` is the device that goes on with it.
+    """
+
+    path: str
+    home: Device
+    segment: Segment
+    is_crossing: bool = False
+
+
 def forward_segments(timing: Timing, homes: Mapping[TensorName, Location]) -> Iterator[Segment]:
     """Yield what one forward of a whole plan does, one after another, in amounts."""
+    return (part.segment for part in forward_parts(timing, homes))
+
+
+def forward_parts(timing: Timing, homes: Mapping[TensorName, Location]) -> Iterator[ForwardPart]:
+    """Yield the same with what it belongs to: blocks as they run, what is outside of them, and what crosses."""
     graph, main_device = timing.graph, timing.main_device
     block_homes = homes_of_blocks(graph, homes)
-    yield from (timing.module(graph.modules[path], homes) for path in execution_order(graph) if path in block_homes)
-    yield timing.outside(outside_of(graph))
+    for path in execution_order(graph):
+        if path in block_homes:
+            yield ForwardPart(path, block_homes[path], timing.module(graph.modules[path], homes))
+    yield ForwardPart("", main_device, timing.outside(outside_of(graph)))
     for crossing in crossings(graph):
         maker, reader = (block_homes.get(ModulePath(path), main_device) for path in (crossing.maker, crossing.reader))
         if maker != reader:
-            yield Segment(copies=[timing.crossing(crossing, maker, reader)])
+            segment = Segment(copies=[timing.crossing(crossing, maker, reader)])
+            yield ForwardPart(crossing.reader, reader, segment, is_crossing=True)
 
 
 def outside_of(graph: ModelGraph) -> Iterator[str]:

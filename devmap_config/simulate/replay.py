@@ -39,6 +39,7 @@ class Replay:
         self._at, self._graph, self._plan = at, graph, plan
         self._blocks = dict.fromkeys(graph.blocks)
         self._phase = ""
+        self._block: str | None = None
         # What is brought ahead lies beside what the module that runs has copied in: a piece as large as that may be.
         ahead = plan.devices if plan.executor.works_ahead else ()
         self._live = {use.id: use.overhead_bytes // plan.executor.pieces_at_once for use in ahead}
@@ -52,7 +53,7 @@ class Replay:
     def _take(self, event: RecordedEvent) -> None:
         match event:
             case Phase(name=name):
-                self._phase = name
+                self._phase, self._block = name, None
                 if name not in UNOBSERVED:
                     self._calls[name], self._links[name] = [], {}
             case Allocation():
@@ -80,7 +81,12 @@ class Replay:
         block = next((path for path in event.running if path in self._blocks), None)
         if block is not None:
             held = self._held.setdefault((self._phase, block), {})
-            held[device] = max(held.get(device, 0), live)
+            # As a block begins, what others hold counts as well, though it may not change while this one runs.
+            begins = block != self._block
+            for each, now in self._live.items():
+                if each == device or (begins and each in self._peaks):
+                    held[each] = max(held.get(each, 0), now)
+        self._block = block
 
     def devices(self, cache_bytes: Mapping[Device, int]) -> tuple[SimulatedDevice, ...]:
         """Return the memory of each device of the plan, given the bytes of the cache after the prefill."""

@@ -1,0 +1,330 @@
+"""A Chrome trace of forwards as a plan predicts them: what runs where and when, what it waits for, and what is held.
+
+Perfetto and `chrome://tracing` open it. Every device is a process of the trace, and so are the links, with a thread for
+each. Times are in whole microseconds: where they had fractions, viewers round each by itself, and slices overlap.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.devices import Device
+from devmap_config.execution.overlap import FORWARDS, Clock, total_nanoseconds
+from devmap_config.execution.segments import MissingFigureError
+from devmap_config.execution.timing import Timing, forward_nanoseconds, forward_parts
+from devmap_config.plan.plan import OWN
+from devmap_config.plan.prediction import time_bases
+from devmap_config.wording import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from devmap_config.execution.segments import Copy, MachineRates, Phase
+    from devmap_config.execution.timing import ForwardPart
+    from devmap_config.graph.model import ModelGraph
+    from devmap_config.hardware.inventory import Inventory
+    from devmap_config.plan.plan import Plan
+    from devmap_config.simulate.simulation import Simulation
+
+NANOSECONDS_PER_MICROSECOND = 1_000
+
+ORDER = "MXCsf"
+"""Of events at one time: what a flow is bound to comes before it, and its beginning before its end."""
+
+FORWARDS_PROCESS = 1
+"""The process of the trace in which forwards are one slice each; those of the devices and of the links come after."""
+
+OUTSIDE = "outside of blocks"
+
+
+def unknown_times(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, str]:
+    """Return, of phases whose time cannot be predicted, what the machine would have to say for that."""
+    found: dict[Phase, str] = {}
+    for phase in _phases(graph):
+        try:
+            forward_nanoseconds(_timing(plan, graph, inventory, phase), plan.locations)
+        except MissingFigureError as error:
+            found[phase] = str(error)
+    return found
+
+
+def _phases(graph: ModelGraph) -> tuple[Phase, ...]:
+    return ("prefill", "decode") if graph.decodes else ("prefill",)
+
+
+def trace_of(
+    plan: Plan, graph: ModelGraph, inventory: Inventory, simulation: Simulation | None, *, tokens: int, name: str
+) -> dict[str, Any]:
+    """Return the trace of a prefill and of so many tokens after it, where the model decodes.
+
+    Args:
+        plan: a plan of which some time is known; a phase without is left out, and it is said why.
+        graph: its model, with a measurement.
+        inventory: its machine.
+        simulation: its dry run, which tells what devices hold; without one, the trace shows times alone.
+        tokens: how many are decoded.
+        name: the model's.
+
+    Returns:
+        What `trace_text` writes.
+    """
+    bases = {phase: asdict(basis) for phase, basis in time_bases(plan, graph, inventory).items()}
+    unknown = unknown_times(plan, graph, inventory)
+    titles = {"prefill": ["prefill"], "decode": [f"token {number}" for number in range(1, tokens + 1)]}
+    trace = _Trace(plan, simulation)
+    trace.begin(visible(name), inventory)
+    for phase in _phases(graph):
+        if phase not in unknown:
+            timing = _timing(plan, graph, inventory, phase)
+            parts = _as_they_run(tuple(forward_parts(timing, plan.locations)))
+            told = {"predicted_nanoseconds": getattr(plan.prediction, OWN[phase]), "basis": bases.get(phase)}
+            for title in titles[phase]:
+                trace.forward(title, timing.rates, parts, told)
+    return {
+        "traceEvents": sorted(trace.events, key=lambda event: (event.get("ts", 0), ORDER.index(event["ph"]))),
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "model": visible(name),
+            "strategy": plan.strategy,
+            "times": "predicted from the rates of the profile's machine, not measured",
+            "basis": bases,
+            "not shown": {phase: f"{figure} is not known" for phase, figure in unknown.items()},
+            "memory": _told_of_memory(simulation),
+        },
+    }
+
+
+def trace_text(trace: Mapping[str, Any]) -> str:
+    """Return a trace as JSON in ASCII, a line for each event."""
+    events = ",\n".join(map(json.dumps, trace["traceEvents"]))
+    others = (f",\n{json.dumps(key)}: {json.dumps(value)}" for key, value in trace.items() if key != "traceEvents")
+    text = f'{{"traceEvents": [\n{events}\n]{"".join(others)}}}'
+    return text.replace("##[", r"\u0023#[")  # which GitHub's runner would take for a command
+
+
+def _timing(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> Timing:
+    return Timing(graph, inventory, phase, plan.executor, plan.main_device)
+
+
+def _told_of_memory(simulation: Simulation | None) -> str:
+    if simulation is None:
+        return "not shown, for nothing was tried without torch"
+    if not simulation.devices:
+        return f"not shown, for the plan could not be tried: {visible(simulation.reason or simulation.outcome)}"
+    return "in the dry run, the most that a device held while a block ran"
+
+
+def _as_they_run(parts: Sequence[ForwardPart]) -> tuple[ForwardPart, ...]:
+    """Return the parts of a forward in the order in which they run: what crosses comes before what reads it."""
+    crossing: dict[str, list[ForwardPart]] = {}
+    for part in parts:
+        if part.is_crossing:
+            crossing.setdefault(part.path, []).append(part)
+    own = [part for part in parts if not part.is_crossing]
+    run = [each for part in own for each in (*crossing.pop(part.path, ()), part)]
+    return (*run, *chain.from_iterable(crossing.values()))
+
+
+def _in_turn(part: ForwardPart, working: Iterable[Device]) -> list[Copy | Device]:
+    """Return what a part does one after another: the home after what it waits for, others given theirs before.
+
+    What such a device gives back comes after it. Amounts do not tell more of the order in which it is done.
+    """
+    turns = {device: number for number, device in enumerate(dict.fromkeys((part.home, *working)))}
+
+    def turn(each: Copy | Device) -> tuple[int, int]:
+        if isinstance(each, Device):
+            return turns[each], 1
+        given, giving = turns.get(each.target, 0), turns.get(each.source, 0)
+        return (giving, 2) if giving and not given else (given, 0)
+
+    return sorted([*part.segment.copies, *working], key=turn)
+
+
+@dataclass
+class _Trace:
+    """A trace as far as it is written: up to `now`, in nanoseconds. Of all devices, one works or waits at a time."""
+
+    plan: Plan
+    simulation: Simulation | None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    now: int = 0
+    waiting: tuple[Device, int] | None = None
+    """The device that waits now, and since when."""
+    links: dict[tuple[Device, Device, bool], int] = field(default_factory=dict)
+    """The thread of each link; what is brought ahead over it has one of its own."""
+    arriving: dict[Device, list[dict[str, Any]]] = field(default_factory=dict)
+    """Where flows begin that end where their device goes on."""
+    flows: int = 0
+
+    def __post_init__(self) -> None:
+        self.processes = {use.id: number for number, use in enumerate(self.plan.devices, FORWARDS_PROCESS + 1)}
+        self.links_process = FORWARDS_PROCESS + len(self.processes) + 1
+        simulated = () if self.simulation is None else self.simulation.devices
+        self.simulated = {each.id: each for each in simulated if each.id in self.processes}
+        steps = () if self.simulation is None else self.simulation.steps
+        self.live = {(step.phase, step.block): dict(step.live_bytes) for step in steps}
+        for each in self.simulated.values():  # where no block held as much as that, it was outside of them
+            reached = (live.get(each.id, 0) for (phase, _), live in self.live.items() if phase == each.peak_phase)
+            if each.peak_bytes - each.weights_bytes > max(reached, default=0):
+                self.live.setdefault((each.peak_phase, ""), {})[each.id] = each.peak_bytes - each.weights_bytes
+
+    def begin(self, name: str, inventory: Inventory) -> None:
+        """Name the processes, and show what devices hold before anything runs."""
+        accelerators = {device.id: device.accelerator for device in inventory.devices}
+        self._name(FORWARDS_PROCESS, f"{name}: predicted, not measured", "forwards")
+        for device, process in self.processes.items():
+            accelerator = accelerators.get(device)
+            self._name(process, str(device) if accelerator is None else f"{device} {visible(accelerator.name)}", "runs")
+        self._hold(dict.fromkeys(self.simulated, 0))
+
+    def forward(self, title: str, rates: MachineRates, parts: Sequence[ForwardPart], told: Mapping[str, Any]) -> None:
+        """Add a forward that is one of many: what is brought ahead has come as far as it has in the long run."""
+        began, clock, of_all = self.now, Clock(), (rates.phase, None)
+        times = [rates.time(part.segment) for part in parts]
+        for _ in range(FORWARDS - 1):
+            clock.run(block for time in times for block in time.ahead)
+        for part, time in zip(parts, times, strict=True):
+            before = clock.ends[of_all]
+            clock.run(time.ahead)
+            ends = self.now + time.nanoseconds + clock.ends[of_all] - before
+            if not part.is_crossing:
+                self._hold(self.live.get((rates.phase, part.path), {}))
+            self._bring_ahead(part, rates, ends, began if time.ahead else None)
+            self._run(part, rates, ends)
+        self._wait(self.plan.main_device, began + total_nanoseconds(times))
+        self._end_wait()
+        self._slice(FORWARDS_PROCESS, FORWARDS_PROCESS, title, "forward", began, self.now, told)
+        self.arriving.clear()
+
+    def _bring_ahead(self, part: ForwardPart, rates: MachineRates, ends: int, earliest: int | None) -> None:
+        """Show what is brought while devices work: from now on, or so that all is there as the part ends.
+
+        The latter where cards have a link each, which goes on while others run; what that did earlier is cut off.
+        """
+        times = [[rates.copy_nanoseconds(copy) for copy in together] for together in part.segment.ahead]
+        at = self.now if earliest is None else ends - sum(map(max, times))
+        for together, taken in zip(part.segment.ahead, times, strict=True):
+            for copy, nanoseconds in zip(together, taken, strict=True):
+                since = at if earliest is None else min(max(at, earliest), at + nanoseconds)
+                self._copy(copy, part.path, since, at + nanoseconds, nanoseconds, together[-1].target, ahead=True)
+            at += max(taken)
+
+    def _run(self, part: ForwardPart, rates: MachineRates, ends: int) -> None:
+        """Show which devices work in turn, and which wait meanwhile for what is copied."""
+        working = {device: nanoseconds for device, nanoseconds in rates.working(part.segment).items() if nanoseconds}
+        turns = [
+            (each, working[each] if isinstance(each, Device) else rates.copy_nanoseconds(each))
+            for each in _in_turn(part, working)
+        ]
+        self._wait(part.home, ends - sum(nanoseconds for _, nanoseconds in turns))
+        for each, nanoseconds in turns:
+            began = self.now
+            if isinstance(each, Device):
+                self._end_wait()
+                self.now += nanoseconds
+                process = self.processes[each]
+                if self._slice(process, process, part.path or OUTSIDE, "runs", began, self.now):
+                    self._arrive(each, process, process, began)
+            else:
+                self._wait(each.target if each.target in working else part.home, began + nanoseconds)
+                self._copy(
+                    each,
+                    part.path,
+                    began,
+                    self.now,
+                    nanoseconds,
+                    each.target if each.target in (*working, part.home) else None,
+                )
+
+    def _copy(
+        self,
+        copy: Copy,
+        path: str,
+        began: int,
+        ended: int,
+        nanoseconds: int,
+        reader: Device | None,
+        *,
+        ahead: bool = False,
+    ) -> None:
+        """Show a copy on its link, and have a flow begin there that ends where its reader goes on."""
+        link = (copy.source, copy.target, ahead)
+        if link not in self.links:
+            self.links[link] = self.links_process + len(self.links)
+            way = f"{copy.source} → {copy.target}"
+            self._name(self.links_process, "links", f"{way}, ahead" if ahead else way, self.links[link])
+        thread, told = self.links[link], {"bytes": copy.size_bytes, "nanoseconds": nanoseconds}
+        if self._slice(self.links_process, thread, path or OUTSIDE, "copies", began, ended, told):
+            if not ahead:
+                self._arrive(copy.source, self.links_process, thread, began)
+            if reader is not None:
+                place = {"pid": self.links_process, "tid": thread, "ts": began // NANOSECONDS_PER_MICROSECOND}
+                self.arriving.setdefault(reader, []).append(place)
+
+    def _arrive(self, device: Device, process: int, thread: int, began: int) -> None:
+        """Have what was copied to a device end in the slice with which it goes on, which ends now."""
+        ends = self.now // NANOSECONDS_PER_MICROSECOND
+        for place in self.arriving.pop(device, ()):
+            if place["ts"] >= ends:
+                self.arriving.setdefault(device, []).append(place)
+                continue
+            self.flows += 1
+            flow = {"name": "copy", "cat": "copies", "id": self.flows}
+            at = max(place["ts"], began // NANOSECONDS_PER_MICROSECOND)
+            self.events.append({"ph": "s", **place, **flow})
+            self.events.append({"ph": "f", "bp": "e", "pid": process, "tid": thread, "ts": at, **flow})
+
+    def _wait(self, device: Device, until: int) -> None:
+        """Let a device wait until then; waits of one that follow one another are shown as one."""
+        if until > self.now:
+            if self.waiting is None or self.waiting[0] != device:
+                self._end_wait()
+                self.waiting = (device, self.now)
+            self.now = until
+
+    def _end_wait(self) -> None:
+        if self.waiting is not None:
+            device, began = self.waiting
+            self._slice(self.processes[device], self.processes[device], "waits for copies", "waits", began, self.now)
+            self.waiting = None
+
+    def _hold(self, live: Mapping[Device, int]) -> None:
+        """Show what devices hold from now on, besides weights."""
+        for device, size_bytes in live.items():
+            if device in self.simulated:
+                held = {"bytes": self.simulated[device].weights_bytes + size_bytes}
+                process, now = self.processes[device], self.now // NANOSECONDS_PER_MICROSECOND
+                self.events.append(
+                    {"ph": "C", "pid": process, "tid": process, "ts": now, "name": "memory", "args": held}
+                )
+
+    def _slice(
+        self,
+        process: int,
+        thread: int,
+        name: str,
+        category: str,
+        began: int,
+        ended: int,
+        told: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Add a slice, and return whether it is long enough to be seen."""
+        start, end = began // NANOSECONDS_PER_MICROSECOND, ended // NANOSECONDS_PER_MICROSECOND
+        if start < end:
+            place = {"ph": "X", "pid": process, "tid": thread, "ts": start, "dur": end - start}
+            arguments = {"nanoseconds": ended - began, **(told or {})}
+            self.events.append({**place, "name": visible(name), "cat": category, "args": arguments})
+        return start < end
+
+    def _name(self, process: int, name: str, thread_name: str, thread: int | None = None) -> None:
+        """Name a process and a thread of it, and have processes shown in this order."""
+        place = {"ph": "M", "pid": process, "tid": process if thread is None else thread}
+        self.events += (
+            {**place, "name": "process_name", "args": {"name": name}},
+            {**place, "name": "process_sort_index", "args": {"sort_index": process}},
+            {**place, "name": "thread_name", "args": {"name": thread_name}},
+        )
