@@ -1,7 +1,7 @@
 """devmap-config: a compiler for model placement. Importing it imports neither torch nor transformers.
 
-`compile_profile` makes the plan of a profile, `load_model` the model itself, by its lock. All that they raise is a
-`DevmapError`, whose `diagnostics` say what is wrong, where, and what to do next.
+`compile_profile` makes the plan of a profile, `load_model` loads the model by its lock. All errors that they raise are
+a `DevmapError`, whose `diagnostics` say what is wrong, where, and what to do next.
 """
 
 from __future__ import annotations

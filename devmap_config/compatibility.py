@@ -52,7 +52,7 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
 
 
 def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
-    """Report a quantizer that computes in float32 what is a model of another dtype, unless it was asked to."""
+    """Report a quantizer that computes in float32 though the model has another dtype, unless it was asked to."""
     model, wanted = prepared.model, prepared.loaded.profile.model.quantization
     if model.quantization is None or model.quantization.computes_in != "float32" or model.dtype == "float32":
         return
@@ -68,7 +68,9 @@ def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
 
 
 def check_cache(prepared: Prepared, sink: Sink) -> None:
-    """Report a machine on which a cache cannot be offloaded, and a draft model beside which none was tried."""
+    """Report a machine on which a cache cannot be offloaded, and a draft model beside which offloading was never
+    tested.
+    """
     workload, name = prepared.loaded.profile.workload, prepared.loaded.profile.workload.cache.implementation
     if name in ("dynamic", "static") or workload.context_length.value is None:
         return
@@ -128,9 +130,9 @@ def check_adapter(prepared: Prepared, sink: Sink) -> None:
 
 
 def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared, sink: Sink) -> None:
-    """Report what an adapter does that cannot be done to modules whose weights are not there between two forwards.
+    """Report an adapter that needs the weights of streamed modules between two forwards, when they are not there.
 
-    LoRA's two matrices are beside the module, and stay; all else reads or replaces the module's own weights.
+    LoRA's two matrices stay beside the module; all other adapters read or replace the module's own weights.
     """
     model, wanted = prepared.model, prepared.loaded.profile.model.adapter
     if model.adapter is None or wanted is None:
@@ -160,7 +162,7 @@ def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared
 
 
 def check_source_of_assistant(assistant: Assistant, sink: Sink) -> bool:
-    """Return whether a draft model is named so that it stays the same; else report it."""
+    """Return whether a draft model is named so that it cannot change; report it otherwise."""
     source = assistant.source
     if exists(source.path) or not is_hub_id(source.value) or COMMIT.fullmatch(assistant.revision or ""):
         return True
@@ -174,7 +176,7 @@ def check_source_of_assistant(assistant: Assistant, sink: Sink) -> bool:
 
 
 def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
-    """Report a workload that cannot be generated with a draft model, and one that speaks another language."""
+    """Report a workload that cannot be generated with a draft model, and a draft model with another vocabulary."""
     profile = prepared.loaded.profile
     workload, assistant = profile.workload, profile.model.assistant
     mine, its = (_vocabulary(model.source.config) for model in (prepared.model, draft))
@@ -201,11 +203,15 @@ def _vocabulary(config: Mapping[str, Any]) -> int | None:
 
 
 def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -> Prepared:
-    """Report a checkpoint that does not hold the model, as far as a checkpoint is at hand.
+    """Report differences between the checkpoint, if one is at hand, and the model.
+
+    Args:
+        prepared: the profile with its model.
+        sink: takes the diagnostics.
+        permissions: what the user allows the profile.
 
     Returns:
-        The profile, with what is now known of its model: the tensors that are in no file, since transformers computes
-        them.
+        The profile, in which tensors that are in no file, since transformers computes them, are marked.
     """
     model, resolution, span = prepared.model, prepared.resolution, prepared.loaded.profile.model.source.span
     try:

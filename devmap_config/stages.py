@@ -14,5 +14,5 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def begin(stage: Stage, words: str) -> None:
-    """Say that a stage begins, and what is done in it: `placing it by auto`."""
+    """Announce that a stage begins, in words for a line of progress: `placing it by auto`."""
     LOGGER.info(words, extra={"stage": STAGES.index(stage)})

@@ -86,12 +86,12 @@ GARBAGE_THRESHOLD = 50_000
 
 
 def main() -> None:
-    """The command `devmap`."""
+    """Run the command `devmap`."""
     _run(devmap, "devmap")
 
 
 def compile_main() -> None:
-    """The command `devmap-compile`: the same as `devmap compile`."""
+    """Run the command `devmap-compile`, which is `devmap compile`."""
     _run(compile_command, "devmap-compile")
 
 
@@ -158,7 +158,7 @@ def _fault(error: OSError) -> ExitCode:
 
 
 def _output_format() -> str:
-    """Return the value of `--format`, as far as it was read."""
+    """Return the value of `--format`, as far as it was parsed."""
     arguments = sys.argv[1:]
     given = [name.partition("=")[2] for name in arguments if name.startswith("--format=")]
     given += [after for before, after in itertools.pairwise(arguments) if before == "--format"]
@@ -166,6 +166,6 @@ def _output_format() -> str:
 
 
 def _print_failure(code: ErrorCode, message: str) -> None:
-    """The one object that `--format json` promises, where a command came to none."""
+    """Print the one object that `--format json` promises, for a command that failed before it had a result."""
     if _output_format() == "json":
         report([Diagnostic.error(code, message)], {}, "json", data={"plan": None})

@@ -59,8 +59,8 @@ def adopt(
 ) -> None:
     """Write a profile that places a model as MAP does: JSON, or a Python dict such as `model.hf_device_map` prints.
 
-    `-` reads the map from stdin. Where the profile is not the map to the letter (keys that name nothing, tensors that
-    no key names, tied tensors apart) it is said, with what transformers makes of it.
+    With `-` the map is read from stdin. If the profile cannot be exactly the map (keys that name nothing, tensors that
+    no key names, tied tensors apart), the differences are listed, with the effect of the map in transformers.
     """
     from devmap_config.cli.tree import graph_of_source
     from devmap_config.compiler import Rejected

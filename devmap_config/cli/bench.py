@@ -23,23 +23,21 @@ if TYPE_CHECKING:
 
 
 @profile_command("bench", "table", "json")
-@click.option("--rounds", type=click.IntRange(min=2), default=4, show_default=True, help="How often each takes a turn.")
+@click.option("--rounds", type=click.IntRange(min=2), default=4, show_default=True, help="The number of rounds.")
 @click.option(
     "--new-tokens",
     type=click.IntRange(min=2),
-    help="How much is written in each turn, of what the plan has room for; 24 else.",
+    help="The number of tokens to generate in each round, as far as the plan has room. [default: 24]",
 )
-@click.option(
-    "--random-weights", is_flag=True, help="Measure before there is a checkpoint: with one of random weights."
-)
+@click.option("--random-weights", is_flag=True, help="Use random weights in place of a checkpoint.")
 def bench(
     profile: Path, options: ProfileOptions, rounds: int, new_tokens: int | None, random_weights: bool
 ) -> ExitCode:
-    """Measure load, prefill and decode of the plan of PROFILE beside plain transformers'.
+    """Measure loading, prefill and decoding of PROFILE's plan, beside plain transformers.
 
     The model is loaded by its lock, and by `device_map="auto"` with as much room for weights on each device; without
-    accelerators by `device_map="cpu"` too. They take turns, each in a process of its own. A ratio is how many times
-    the plan's time another takes; where two measurements of the same differ by more than 10 %, it is `too noisy`.
+    accelerators by `device_map="cpu"` too. The loaders take turns, each in a process of its own. A ratio is a loader's
+    time divided by the plan's; if two measurements of the same loader differ by more than 10 %, it is `too noisy`.
     """
     from devmap_config.cli.progress import progress, stages_shown
     from devmap_config.cli.reporting import print_lines

@@ -26,9 +26,9 @@ NESTED = ("float32", "float64")
 @command("calibrate", "table", "json")
 @click.argument("files", nargs=-1, required=True, type=FILE, metavar="RECEIPT...")
 def calibrate(files: tuple[Path, ...], output_format: str) -> None:
-    """Fit this machine's rates to each RECEIPT that `devmap run --receipt` wrote here; print them as `hardware:`.
+    """Fit this machine's rates to each RECEIPT that `devmap run --receipt` wrote here, and print them as `hardware:`.
 
-    It is for a file of its own, that a profile names in `extends` after its machine's, or to be pasted into one.
+    Keep the output in a file that a profile names in `extends` after its machine's, or paste it into one.
     """
     from devmap_config.cli.reporting import echo, report
     from devmap_config.diagnostics.diagnostic import Diagnostic

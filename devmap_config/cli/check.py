@@ -42,13 +42,16 @@ PROFILES = click.argument("profiles", metavar="PROFILE…", type=FILE, nargs=-1,
 
 @profile_command("check", "table", "json", "sarif", "github", argument=PROFILES)
 @click.option(
-    "--prove", "proves", is_flag=True, help="Place anew: is each plan what its strategy makes, its bound proven?"
+    "--prove",
+    "proves",
+    is_flag=True,
+    help="Place anew, to check that each plan is the one its strategy makes, and prove its bound.",
 )
 def check(profiles: tuple[Path, ...], options: ProfileOptions, proves: bool) -> ExitCode:
-    """Check that each PROFILE has a lock, and that it still is what the profile asks for.
+    """Check that each PROFILE has a lock that still is what the profile asks for.
 
-    A folder stands for all profiles in it and below. What a lock says is derived again and compared; only the bound
-    of `fastest` is taken as it was compiled, unless `--prove` is given.
+    A folder stands for all profiles in it and below. Everything in a lock is derived again and compared, except the
+    bound of `fastest`, which is proved again only with `--prove`.
     """
     from devmap_config.cli.checking import check_all
     from devmap_config.cli.profiles import profiles_named

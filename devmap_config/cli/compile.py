@@ -18,10 +18,21 @@ if TYPE_CHECKING:
 
 
 @profile_command("compile", "table", "json", "device-map", "sarif", "github")
-@click.option("-o", "--output", type=FILE, help="Where to write the lock; beside the profile else.")
-@click.option("--keep", is_flag=True, help="Of plans that are as good, take the nearest to the existing lock.")
-@click.option("--vendor", is_flag=True, help="Keep the model's graph beside the profile: no hub, no torch next time.")
-@click.option("--simulate/--no-simulate", "simulates", default=True, help="Dry-run the plan, which is the default.")
+@click.option("-o", "--output", type=FILE, help="Write the lock to this file. [default: beside the profile]")
+@click.option(
+    "--keep", is_flag=True, help="Among plans that are equally good, take the one nearest to the existing lock."
+)
+@click.option(
+    "--vendor",
+    is_flag=True,
+    help="Store the model's graph beside the profile: later compilations need neither the hub nor torch.",
+)
+@click.option(
+    "--simulate/--no-simulate",
+    "simulates",
+    default=True,
+    help="Dry-run the plan on simulated accelerators, or not. [default: simulate]",
+)
 @dry_run_option
 def compile_command(
     profile: Path,

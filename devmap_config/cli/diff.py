@@ -28,10 +28,10 @@ ARROW = "→"
 def diff(
     before: str, after: str, output_format: str, quiet: bool, allow_outside: bool, trust_remote_code: bool
 ) -> ExitCode:
-    """Show what is different in the plan of B, seen from that of A.
+    """Show the differences between the plans of A and B.
 
-    Each is a lock, a profile (its lock, or what it asks for now where that does not hold), or a git revision: the
-    other's lock as it was there.
+    Each is a lock, a profile (its lock or, if that does not hold, the plan that the profile asks for now), or a git
+    revision: the other's lock in that revision.
     """
     from devmap_config.cli.progress import stages_shown
     from devmap_config.cli.reporting import echo, report

@@ -31,9 +31,14 @@ PATTERNS_SHOWN = 4
 
 @profile_command("explain", "table", "json", argument=click.argument("subject", metavar="CODE | PROFILE"))
 @click.argument("module", required=False)
-@click.option("--caches", "compares_caches", is_flag=True, help="From which context on to offload the cache.")
+@click.option(
+    "--caches",
+    "compares_caches",
+    is_flag=True,
+    help="Compare the cache on the device with an offloaded one, by length of context.",
+)
 def explain(subject: str, options: ProfileOptions, module: str | None, compares_caches: bool) -> None:
-    """Print what the diagnostic CODE means; or the story of PROFILE's plan; or why MODULE is where it is there."""
+    """Explain a diagnostic CODE, the plan of PROFILE, or the place of MODULE in that plan."""
     from devmap_config.diagnostics.codes import CODES, page
     from devmap_config.plan.lock import LOCK_SUFFIX, PROFILE_SUFFIXES, profile_of
 

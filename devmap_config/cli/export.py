@@ -23,16 +23,16 @@ PROGRAMS = ("transformers", "llama.cpp", "vllm")
 
 
 @profile_command("export", "table", "json")
+@click.option("--to", "program", type=click.Choice(PROGRAMS), required=True, help="The program to export for.")
+@click.option("-o", "--output", "folder", type=FILE, required=True, help="The folder to write to.")
 @click.option(
-    "--to", "program", type=click.Choice(PROGRAMS), required=True, help="The program that is to run the plan."
+    "--model", "weights", metavar="WEIGHTS", help="The folder or hub id of the weights. [default: the profile's]"
 )
-@click.option("-o", "--output", "folder", type=FILE, required=True, help="The folder that the files are written to.")
-@click.option("--model", "weights", metavar="WEIGHTS", help="Where the weights are, if not where the profile says.")
 @click.option(
     "--check",
     "python",
     metavar="PYTHON",
-    help="Hold what vLLM is told to the parser of the vLLM that is installed for this Python.",
+    help="Check the arguments with the parser of the installed vLLM.",
 )
 @force_option
 def export(
@@ -44,7 +44,7 @@ def export(
     python: str | None,
     force: bool,
 ) -> None:
-    """Write files by which another program runs the locked plan of PROFILE: it must be able to do all that it says."""
+    """Write files by which another program runs the locked plan of PROFILE, if that program can express the plan."""
     from devmap_config.cli.reporting import echo
 
     if python is not None and program != "vllm":

@@ -75,13 +75,13 @@ def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:
 @profile_command("fit", "table", "json")
 @click.option("--on", "machines", required=True, multiple=True, metavar="MACHINE,…", help=f"Machines: {MACHINE_HELP}.")
 def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> ExitCode:
-    """Say of every MACHINE whether PROFILE's model and workload fit there, how fast, and with what context.
+    """Show for each MACHINE whether PROFILE's model and workload fit, how fast they run, and the longest context.
 
-    Two plans are made for each: the fastest (and how far the context goes with it), and the one with the longest
-    context (and how fast it is). A token and a prefill are those of the profile's workload. The profile's hardware,
-    strategy and `max_memory` are left aside, its pins are not. Where a machine does not say how fast it is, times are
-    not known, and the plan on the fewest devices stands for the fastest. Where plans show that another engine suits a
-    machine better than the one that the profile is for, that is said as well, and why.
+    Two plans are made for each machine: the fastest (with the longest context that it has room for), and the one with
+    the longest context (with its times). Times are those of the profile's workload. The profile's pins hold; its
+    hardware, strategy and `max_memory` do not. If a machine's rates are not known, neither are times, and the plan on
+    the fewest devices stands for the fastest. If another engine suits a machine better than the profile's, this is
+    said, with the reason.
     """
     from devmap_config.cli.reporting import print_lines
 

@@ -11,7 +11,7 @@ from devmap_config.cli.command import command
 @command("hardware", "table", "json")
 @click.argument("name", required=False)
 def hardware(name: str | None, output_format: str) -> None:
-    """List known accelerators, or all that is known of one, with its sources."""
+    """List the accelerators of the catalogue, or show one of them with the sources of its figures."""
     from devmap_config.cli.reporting import echo, print_json
     from devmap_config.hardware.catalogue import catalogue_rows, load_catalogue, nearest
 

@@ -63,19 +63,19 @@ class Tokens(click.IntRange):
 
 @command("init", "table", "json")
 @click.argument("source")
-@click.option("--on", "machine_name", metavar="MACHINE", help=f"{MACHINE_HELP}; else this one.")
+@click.option("--on", "machine_name", metavar="MACHINE", help=f"The machine: {MACHINE_HELP}. [default: this one]")
 @click.option(
     "--workload",
     "context_length",
     type=Tokens(min=1),
     metavar="TOKENS",
-    help=f"The context that must fit; else {CONTEXT_LENGTHS[0]:,}, or as much of it as the model takes.",
+    help=f"The tokens of context that must fit. [default: {CONTEXT_LENGTHS[0]:,}, or as much of it as the model takes]",
 )
 @click.option(
     "--strategy",
     type=click.Choice(CHOICES),
     metavar="STRATEGY",
-    help="How the model is placed; else fastest, where the machine says how fast it is.",
+    help="The strategy. [default: fastest, if the machine's rates are known]",
 )
 @class_option
 @output_option
@@ -96,7 +96,7 @@ def init(
     allow_outside: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Write a first profile for SOURCE (a hub id, a directory, a config.json) that compiles as it is."""
+    """Write a first profile for SOURCE (a hub id, a directory or a config.json) that compiles as it is."""
     require_new(output, force=force)
     hardware = machine_of(machine_name) if machine_name else _this_machine()
     asked = InitOptions(

@@ -29,7 +29,12 @@ FILE = click.Path(path_type=Path)
 
 profile_argument: Decorator = click.argument("profile", type=FILE)
 set_option: Decorator = click.option(
-    "--set", "variables", multiple=True, metavar="NAME=VALUE", callback=_variables, help="Give a variable a value."
+    "--set",
+    "variables",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_variables,
+    help="Set a variable of the profile's templates.",
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 
@@ -56,30 +61,32 @@ verbose_option: Decorator = click.option(
     is_flag=True,
     expose_value=False,
     callback=_log_everything,
-    help="Print also what is logged: each stage as it begins, and tracebacks of what could not be run without data.",
+    help="Log each stage as it begins, and the traceback if a model cannot be run without data.",
 )
 outside_option: Decorator = click.option(
-    "--allow-outside", is_flag=True, help="Let paths of the profile lead out of its repository."
+    "--allow-outside", is_flag=True, help="Allow paths in the profile that lead out of its repository."
 )
 remote_code_option: Decorator = click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."
+    "--trust-remote-code", is_flag=True, help="Allow Python code that comes with the model to run."
 )
 unmeasured_option: Decorator = click.option(
     "--allow-unmeasured",
     is_flag=True,
-    help="Let formulas stand in where a library that changed keeps the model from being measured.",
+    help="Estimate costs by formulas if a library has changed so that the model cannot be measured.",
 )
 class_option: Decorator = click.option(
-    "--class", "class_name", help="The model's class, if not the first that its config names."
+    "--class", "class_name", help="The model's class. [default: the first that its config names]"
 )
 dtype_option: Decorator = click.option(
     "--dtype",
     type=click.Choice(("bfloat16", "float16", "float32", "float64")),
-    help="The dtype it is loaded in, if not the checkpoint's.",
+    help="The dtype to load in. [default: the checkpoint's]",
 )
 dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Write nothing.")
-output_option: Decorator = click.option("-o", "--output", type=FILE, help="Where to write the profile; to stdout else.")
-force_option: Decorator = click.option("--force", is_flag=True, help="Replace a file that exists.")
+output_option: Decorator = click.option(
+    "-o", "--output", type=FILE, help="Write the profile to this file. [default: stdout]"
+)
+force_option: Decorator = click.option("--force", is_flag=True, help="Overwrite existing files.")
 
 
 def format_option(*formats: str) -> Decorator:
@@ -90,5 +97,5 @@ def format_option(*formats: str) -> Decorator:
         type=click.Choice(formats),
         default=formats[0],
         show_default=True,
-        help="What to print.",
+        help="The format of the output.",
     )

@@ -32,16 +32,18 @@ END_OTHERS = "end what else runs here, and measure again"
 
 
 @command("probe", "table", "json")
-@click.option("--disk", "disk_folder", type=FILE, help="A folder on the disk that is meant.")
+@click.option("--disk", "disk_folder", type=FILE, help="A folder on the disk to describe.")
 @click.option(
     "--against",
     "lock_file",
     type=FILE,
     metavar="LOCK",
-    help="Say instead whether this machine can carry LOCK's plan now; exit 4 if not.",
+    help="Check instead that this machine can carry LOCK's plan now; exit with 4 if not.",
 )
-@click.option("--host", metavar="NAME", help="Which host of LOCK's this machine is; else the one with its address.")
-@click.option("--measure", is_flag=True, help="Measure how fast memory, disk, links and products are; half a minute.")
+@click.option(
+    "--host", metavar="NAME", help="The host of LOCK that this machine is. [default: the one with its address]"
+)
+@click.option("--measure", is_flag=True, help="Measure memory, disk, links and matrix products; takes half a minute.")
 @quiet_option
 def probe(
     disk_folder: Path | None,

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @command("receipts", "table", "json", "markdown")
 @click.argument("files", nargs=-1, type=FILE, metavar="[FILE]...")
 def receipts(files: tuple[Path, ...], output_format: str) -> None:
-    """Show what was predicted beside what was seen, of each FILE that `devmap run --receipt` wrote.
+    """Show predicted and measured figures side by side, for each FILE that `devmap run --receipt` wrote.
 
-    Without a FILE, of the runs on real cards that come with the package.
+    Without a FILE, those of the runs on real cards that come with the package.
     """
     from devmap_config.cli.reporting import echo, print_lines, report
     from devmap_config.runner.receipts import FOLDER

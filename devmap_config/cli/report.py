@@ -20,13 +20,16 @@ PROFILES = click.argument("profiles", metavar="PROFILE…", type=FILE, nargs=-1,
 
 
 @profile_command("report", "table", "json", argument=PROFILES)
-@click.option("-o", "--output", type=FILE, metavar="FILE.html", help="Where to write the page.")
-@click.option("--svg", type=FILE, metavar="FILE.svg", help="Where to write the picture alone, of the first PROFILE.")
+@click.option("-o", "--output", type=FILE, metavar="FILE.html", help="Write the page to this file.")
+@click.option("--svg", type=FILE, metavar="FILE.svg", help="Write the picture of the first PROFILE alone to this file.")
+@click.option("--against", metavar="A", help="Also show the differences from A: a profile, a lock or a git revision.")
 @click.option(
-    "--against", metavar="A", help="Show also what is different from A: a profile, a lock, or a git revision."
-)
-@click.option(
-    "--receipt", "receipts", type=FILE, multiple=True, metavar="FILE", help="Show what such a run took beside it."
+    "--receipt",
+    "receipts",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Also show what a run took, from a receipt of `devmap run`.",
 )
 def report(
     profiles: tuple[Path, ...],
@@ -36,10 +39,10 @@ def report(
     against: str | None,
     receipts: tuple[Path, ...],
 ) -> None:
-    """Make a page of each PROFILE's plan: where everything is, how full devices are, what crosses, and why.
+    """Make a page of the plans of PROFILE: where everything is, how full devices are, what crosses, and why.
 
-    The page needs no network. Two profiles, or one and what it is `--against`, are shown with what is different. A plan
-    is that of the profile's lock, or what the profile asks for now where that does not hold.
+    The page needs no network. The differences between two profiles, or between one and what it is `--against`, are
+    shown. The plan of a profile is its lock's or, if that does not hold, the one that the profile asks for now.
     """
     from devmap_config.cli.locking import write
     from devmap_config.cli.profiles import profiles_named

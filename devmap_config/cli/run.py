@@ -29,26 +29,30 @@ if TYPE_CHECKING:
 
 
 @profile_command("run", "table", "json")
-@click.option("--prompt", help="What the model goes on from, or answers; a few words of ours else.")
+@click.option("--prompt", help="The text to continue, or to answer. [default: a few words]")
 @click.option(
-    "--chat", is_flag=True, help="Talk, by the model's chat template: one turn of `--prompt`, else on and on."
+    "--chat", is_flag=True, help="Chat by the model's template: one turn with `--prompt`, otherwise interactively."
 )
-@click.option("--image", type=FILE, help="An image, for a model that takes one.")
-@click.option("--audio", type=FILE, help="A WAV file, for a model that takes sound.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="How much it writes; 24 else, of an answer 256.")
+@click.option("--image", type=FILE, help="An image file for the prompt.")
+@click.option("--audio", type=FILE, help="A WAV file for the prompt.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), help="The most tokens to generate. [default: 24; 256 in a chat]"
+)
 @click.option(
     "--random-weights",
     is_flag=True,
-    help="Try the plan before there is a checkpoint: write one of random weights, load it, have it write, delete it.",
+    help="Try the plan without a checkpoint: write one of random weights, load it, generate, and delete it.",
 )
-@click.option("--compile", "compiles", is_flag=True, help="Decode by compiled code, where all is on one CUDA card.")
+@click.option(
+    "--compile", "compiles", is_flag=True, help="Decode by compiled code; the whole model must be on one CUDA card."
+)
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
 @click.option(
     "--receipt",
     type=FILE,
-    help="Measure besides what the profile's workload takes, and write it into this file beside what was predicted.",
+    help="Measure the profile's workload, and write the times and memory to this file beside the predicted ones.",
 )
-@click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
+@click.option("--no-probe", is_flag=True, help="Do not check first that this machine can carry the plan.")
 def run(
     profile: Path,
     options: ProfileOptions,

@@ -22,21 +22,23 @@ if TYPE_CHECKING:
 
 
 @profile_command("serve", "table", "json")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="The address to listen at; this machine's own else."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="The port to listen at; 0 takes a free one.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option(
     "--queue",
     type=click.IntRange(min=0),
     default=16,
     show_default=True,
-    help="How many requests may wait while one is answered; more are told to come again (429).",
+    help="The number of requests that may wait while one is answered; further ones get status 429.",
 )
-@click.option(
-    "--random-weights", is_flag=True, help="Serve random weights, to try clients before there is a checkpoint."
-)
-@click.option("--no-probe", is_flag=True, help="Do not ask first whether this machine can carry the plan.")
+@click.option("--random-weights", is_flag=True, help="Serve random weights, to try clients without a checkpoint.")
+@click.option("--no-probe", is_flag=True, help="Do not check first that this machine can carry the plan.")
 def serve(
     profile: Path, options: ProfileOptions, host: str, port: int, queue: int, random_weights: bool, no_probe: bool
 ) -> None:

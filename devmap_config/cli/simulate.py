@@ -28,13 +28,13 @@ MOST_DECODED = 1_000
     type=click.IntRange(1, MOST_DECODED),
     default=2,
     show_default=True,
-    help="How many are decoded after the prefill.",
+    help="The number of tokens to decode after the prefill.",
 )
-@click.option("-o", "--output", type=FILE, metavar="FILE.json", help="Where to write the trace; to stdout else.")
+@click.option("-o", "--output", type=FILE, metavar="FILE.json", help="Write the trace to this file. [default: stdout]")
 def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path | None) -> ExitCode:
-    """Run the plan of PROFILE on simulated accelerators: what each device holds, and what goes from one to another.
+    """Run the plan of PROFILE on simulated accelerators, and show what each device holds and each link carries.
 
-    `--format trace` is a timeline of a prefill and of the tokens after it, as predicted, for Perfetto.
+    With `--format trace`, print a predicted timeline of a prefill and of the tokens after it, for Perfetto.
     """
     from devmap_config.cli.locking import write
     from devmap_config.cli.progress import stages_shown

@@ -24,18 +24,20 @@ DEFAULT_CONTEXT_LENGTH = 4096
 
 @command("tree", "table", "json")
 @click.argument("source")
-@click.option("--match", "pattern", help="Mark what this pattern matches, and show only that and what is around it.")
-@click.option("--measure", "is_measured", is_flag=True, help="What every block weighs, caches, needs and computes.")
+@click.option("--match", "pattern", help="Show only what this pattern matches, marked, and the modules around it.")
+@click.option(
+    "--measure", "is_measured", is_flag=True, help="Show the weights, cache, activations and operations of every block."
+)
 @click.option(
     "--context",
     "context_length",
     type=click.IntRange(min=1),
-    help=f"How many tokens `--measure` prefills and caches: a profile's, else {DEFAULT_CONTEXT_LENGTH}.",
+    help=f"The context, in tokens, for `--measure`. [default: the profile's, else {DEFAULT_CONTEXT_LENGTH}]",
 )
-@click.option("--depth", type=click.IntRange(min=1), help="How many levels to show.")
+@click.option("--depth", type=click.IntRange(min=1), help="The number of levels to show.")
 @class_option
 @dtype_option
-@click.option("--revision", help="A branch, tag or commit of a hub id.")
+@click.option("--revision", help="A branch, tag or commit on the hub.")
 @remote_code_option
 @unmeasured_option
 def tree(
@@ -51,7 +53,7 @@ def tree(
     trust_remote_code: bool,
     allow_unmeasured: bool,
 ) -> ExitCode:
-    """Show the module tree of SOURCE (a hub id, a directory, a config.json, or a profile) with classes and bytes."""
+    """Show the module tree of SOURCE (a hub id, a directory, a config.json or a profile) with classes and bytes."""
     from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.cli.tree_view import tree_lines, tree_to_json
 

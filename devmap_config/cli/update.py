@@ -20,7 +20,7 @@ DIGITS_SHOWN = 12
 @profile_command("update", "table", "json")
 @dry_run_option
 def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
-    """Ask the hub what the revision of PROFILE's model is now, compile with that, and show what moves.
+    """Ask the hub for the present commit of PROFILE's model revision, compile with it, and show what moves.
 
     Nothing else moves a revision: `compile` and `check` stay at the commit that the lock holds.
     """

@@ -60,10 +60,11 @@ class MeasurementFailure:
 
 
 def failure_of(error: Exception) -> MeasurementFailure:
-    """Return why a model could not be run without data, by what was raised and where.
+    """Classify why a model could not be run without data, by the error and the place where it was raised.
 
-    What torch raises where data is missing is the model's doing under every version of the libraries. Anything else is
-    so only where the installed versions were tried; where one was not, it is taken for what came of that.
+    An error of torch about missing data is the model's doing under every version of the libraries. Any other error
+    counts as the model's only if the installed versions of the libraries were tested; otherwise it is attributed to
+    them.
     """
     causes = tuple(_chain(error))
     if (changed := next((each for each in causes if isinstance(each, LibraryChangedError)), None)) is not None:

@@ -140,7 +140,16 @@ class GraphInputs:
 
 
 def load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> LoadedModel | None:
-    """Return the graph of the model that a profile names, or `None` with the reason in the sink."""
+    """Build, measure or look up the module tree of the model that a profile names.
+
+    Args:
+        loaded: the profile.
+        lookup: the rules by which the model is looked up.
+        sink: takes the diagnostics.
+
+    Returns:
+        The model with sizes in bytes, or `None` if it cannot be built.
+    """
     try:
         model = _load_model_graph(loaded, lookup, sink)
     except ModuleNotFoundError as error:
@@ -299,9 +308,7 @@ def _built(inputs: GraphInputs, loaded: LoadedProfile, sink: Sink) -> ModelGraph
 
 
 def source_from_here(loaded: LoadedProfile) -> str:
-    """Return the model's source as a command names it: a local path from the working directory, not from the
-    profile.
-    """
+    """Return the model's source as a command names it: local paths are relative to the working directory."""
     source = loaded.profile.model.source
     return os.path.normpath(source.path) if _is_local(loaded) else source.value
 
@@ -656,14 +663,14 @@ ALLOW_UNMEASURED = "`--allow-unmeasured`"
 def report_failure(
     failure: MeasurementFailure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool | None
 ) -> None:
-    """Report that it was not for the model that something of it could not be found out.
+    """Report that something could not be found out for another reason than the model's own code.
 
     Args:
-        failure: why, and whose doing it is.
-        consequence: what comes of it.
-        span: what of the profile asks for it.
-        sink: takes what is found.
-        allowed: whether the user said that it may be so; `None` if it may not, whatever the user says.
+        failure: the reason, and its cause.
+        consequence: what follows from it, as a clause.
+        span: the place in the profile that asks for it.
+        sink: takes the diagnostic.
+        allowed: whether the user allowed it, which makes it a warning; `None` if it cannot be allowed.
     """
     code: Literal["library-changed", "measuring-failed"]
     if failure.cause == "library":

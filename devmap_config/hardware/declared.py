@@ -42,7 +42,15 @@ class Usual(NamedTuple):
 
 
 def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
-    """Return the machine that a profile describes; what is wrong with its description goes to the sink."""
+    """Build the inventory from the profile's description of the machine and the catalogue.
+
+    Args:
+        loaded: the profile.
+        sink: takes the diagnostics.
+
+    Returns:
+        The devices in the order in which they are filled, with capacities in bytes, and rates and links a second.
+    """
     hardware = loaded.profile.hardware
     caps = loaded.profile.placement.max_memory
     by_host: dict[str | None, tuple[InventoryDevice, ...]] = {}
@@ -65,7 +73,7 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
 
 
 def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
-    """Return every device that the profile lists, also those whose description is wrong."""
+    """Return every device that the profile lists, including those with a wrong description."""
     listings = loaded.profile.hardware.listings.values()
     nodes = [listing.place.node for listing in listings]
     entries = [entry for node in nodes if isinstance(node, MappingNode) for entry in node.entries]

@@ -16,7 +16,7 @@ TRIED: dict[str, tuple[str, ...]] = {
 
 @cache  # its metadata is parsed for it, which takes longer than to read a profile
 def build(library: str) -> str | None:
-    """Return the installed version of a library, with what tells one build from another; `None` without one."""
+    """Return the installed version of a library with its build, such as `2.13.0+cpu`; `None` if it is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -24,31 +24,35 @@ def build(library: str) -> str | None:
 
 
 def installed(library: str) -> str | None:
-    """Return the installed version of a library, without what tells one build from another; `None` without one."""
+    """Return the installed version of a library without its build; `None` if it is not installed."""
     found = build(library)
     return found and found.partition("+")[0]
 
 
 def release(text: str) -> tuple[int, ...]:
-    """Return the numbers of a version: `(5, 24, 0)` of `5.24.0` and of `5.24.0rc1`."""
+    """Return the numbers of a version.
+
+    >>> release("5.24.0"), release("5.24.0rc1")
+    ((5, 24, 0), (5, 24, 0))
+    """
     numbers = re.match(r"\d+(?:\.\d+)*", text)
     return tuple(map(int, numbers.group().split("."))) if numbers else ()
 
 
 def is_tried(library: str) -> bool:
-    """Return whether this package was tried with the installed version of a library."""
+    """Return whether this package was tested with the installed version of a library."""
     return installed(library) in TRIED[library]
 
 
 def untried() -> tuple[str, ...]:
-    """Return the libraries of which another version is installed than any that was tried."""
+    """Return the libraries whose installed version was never tested."""
     return tuple(library for library in TRIED if installed(library) is not None and not is_tried(library))
 
 
 def moved(library: str) -> str:
-    """Return how a message tells that a library is another one: `transformers 5.24.0 → 5.25.0`.
+    """Return a phrase about a library whose version was never tested: `transformers 5.24.0 → 5.25.0`.
 
-    The first is the nearest version that was tried: the newest that is no newer, else the oldest.
+    The first is the nearest version that was tested: the newest that is no newer, else the oldest.
     """
     found = installed(library)
     if found is None or is_tried(library):
@@ -58,7 +62,7 @@ def moved(library: str) -> str:
 
 
 def never_tried(library: str) -> str:
-    """Return the line that says of the installed version of a library that it was never tried."""
+    """Return the sentence that the installed version of a library was never tested."""
     tried, own = ", ".join(TRIED[library]), version("devmap-config")
     found = f"{library} {installed(library)} was never tried with devmap-config {own} (tried: {tried})"
     return f"{found}: install one of these if something is off"

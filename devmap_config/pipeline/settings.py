@@ -17,7 +17,9 @@ MULTIPLE_TARGETS = "a plan is made for one engine: name `transformers` or `vllm`
 
 
 def check_settings(loaded: LoadedProfile, sink: Sink) -> None:
-    """Report what the profile's targets cannot do: hosts without vLLM, and with it what vLLM does otherwise."""
+    """Report settings that the profile's targets do not support: several hosts without vLLM, and what vLLM does
+    otherwise.
+    """
     profile = loaded.profile
     if not profile.hardware.listed and not sink.has_errors:
         span = profile.hardware.devices.key_span

@@ -25,7 +25,7 @@ TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage:
-    """Bytes that a device, or all of them together (`device` is `None`), would need beyond what they have."""
+    """The bytes that a device, or all devices together (`device` is `None`), would need beyond what they have."""
 
     device: Device | None
     needed_bytes: int
@@ -39,10 +39,11 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """Bytes for which transformers' planner was asked, by device.
+    """The budgets, in bytes by device, that were given to transformers' planner.
 
-    `is_mended` tells that its own map of them is another. `rounds` is how many were tried, where none leaves room for
-    what running needs besides weights.
+    Attributes:
+        is_mended: the planner's map was changed afterwards.
+        rounds: the number of budgets that were tried, if none leaves room for what running needs besides weights.
     """
 
     max_memory: Mapping[Device, int]
@@ -52,10 +53,12 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """The device of every tensor, what runs elsewhere than where it is stored, and a bound where one was proven.
+    """A placement: the device of every tensor, and the modules that run elsewhere than where they are stored.
 
-    `bound_nanoseconds` is what no placement can be below, of what the strategy makes fast; `fastest` is the fastest
-    placement that was found, where other wishes than time chose this one. `budgets` are those of transformers' planner.
+    Attributes:
+        bound_nanoseconds: a lower bound of the time that the strategy minimises, if one was proved.
+        fastest: the fastest placement that was found, if this one was preferred by another wish than time.
+        budgets: the budgets of transformers' planner.
     """
 
     placement: Placement
@@ -67,9 +70,9 @@ class Placed:
 
 @dataclass(frozen=True)
 class Infeasible:
-    """No placement holds: where how much is missing, and the tensors that found no place.
+    """The result of a strategy that found no placement: the shortages, and the tensors that found no place.
 
-    Without a shortage, the strategy has no other device for them than one that a rule forbids.
+    Without a shortage, the only other devices for those tensors are forbidden by rules.
     """
 
     shortages: tuple[Shortage, ...]
@@ -81,12 +84,15 @@ UNREPAIRED_STRATEGIES = ("manual", "single")
 
 
 def place(problem: Problem, strategy: str) -> Placed | Infeasible:
-    """Return the device of every tensor of the problem, pinned ones included.
+    """Place every tensor of a problem by a strategy.
 
     Args:
-        problem: what is to be placed, within what, and what is to be fast where it has an aim.
-        strategy: `single` (on its device, else the first accelerator, else `cpu`), `manual` (all is pinned already), or
-            one of the others' names.
+        problem: the tensors, capacities and constraints, and the objective if the strategy has one.
+        strategy: `single` (on its device, else the first accelerator, else `cpu`), `manual` (everything is pinned), or
+            the name of another.
+
+    Returns:
+        The placement, or why there is none.
     """
     if shortages := _shortages(problem, problem.pinned_bytes):
         return Infeasible(shortages)

@@ -21,7 +21,7 @@ MEASURED = ("measurement", "skip_keys", "merged")
 
 
 def inputs_of(prepared: Prepared) -> InputDigests:
-    """Return the inputs of a compilation."""
+    """Return the digests, and the parsed values, of everything from which a plan is made."""
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
     graph = _as_digested(model.graph)

@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Planner:
-    """Makes plans of a prepared profile: one, and where that does not run, others with repairs.
+    """Makes plans of a prepared profile: the first one and, if that does not run, others with repairs.
 
-    `prepare` prepares changed profiles, to tell what would help where there is no plan; `None` if nobody asks.
-    `previous` is a lock whose plan is preferred to a new one where it is as good.
+    Attributes:
+        prepared: the profile with its model and rules.
+        sink: takes the diagnostics.
+        prepare: prepares changed profiles, to find remedies if there is no plan; `None` if nobody asks for them.
+        previous: a lock whose plan is preferred to a new one that is no better.
     """
 
     prepared: Prepared
@@ -73,7 +76,7 @@ class Planner:
 
 
 def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> DraftModel:
-    """Return what a draft model takes, of its plan: all of it is on one device."""
+    """Return the needs of a draft model from its plan, in which all of it is on one device."""
     use = next(use for use in plan.devices if use.weights_bytes)
     made_from = {
         "config": model.source.config_digest,
@@ -95,7 +98,7 @@ def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> DraftModel:
 
 
 def accepted(plan: Plan, prepared: Prepared, sink: Sink) -> Plan | None:
-    """Return the plan, where it verifies; else what is wrong with it goes to the sink."""
+    """Return the plan if it passes verification; otherwise report what is wrong with it, and return `None`."""
     findings = review(plan, prepared)
     if not any(finding.is_error for finding in findings):
         return plan

@@ -27,7 +27,15 @@ REPORT = "the verifier found what the placer should not have made: please report
 
 
 def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
-    """Verify a plan, and return what does not hold, at the rule that brought it about where there is one."""
+    """Verify a plan, and report violations and warnings at the rules that caused them.
+
+    Args:
+        plan: the plan.
+        prepared: the profile that it was made for.
+
+    Returns:
+        The diagnostics.
+    """
     if plan.pipeline is not None:
         from devmap_config.plan.pipelines import review_pipeline  # with it comes numpy
 

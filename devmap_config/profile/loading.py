@@ -33,7 +33,12 @@ OFFLOAD_FOLDER = "offload"
 
 @dataclass(frozen=True)
 class LoadedProfile:
-    """A valid profile, or what is valid of it. `path` is as it was given, `overrides` the `--set` values."""
+    """A profile that was read; sections with mistakes are left out, and reported.
+
+    Attributes:
+        path: the file, as it was given.
+        overrides: the `--set` values.
+    """
 
     path: Path
     profile: Profile
@@ -52,9 +57,9 @@ class LoadedProfile:
 
 
 def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) -> LoadedProfile:
-    """Return a profile with another machine than its own, and placed by this strategy.
+    """Return a profile for another machine, placed by this strategy.
 
-    Its caps mean nothing there, nor does the folder on its disk, nor groups of devices that it does not have.
+    Memory caps, the folder on disk and groups of devices are left out: they belong to the profile's own machine.
     """
     offload = loaded.profile.placement.offload.changed(folder=OFFLOAD_FOLDER)
     groups = loaded.profile.placement.groups
@@ -67,7 +72,7 @@ def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) 
 
 
 def for_engine(loaded: LoadedProfile, engine: str, groups: Sequence[tuple[Device, ...]]) -> LoadedProfile:
-    """Return a profile that is planned for another engine than its own, for as many sequences at once.
+    """Return a profile for another engine, with as many sequences at once.
 
     Args:
         loaded: the profile.
@@ -96,7 +101,7 @@ def of_assistant(loaded: LoadedProfile, assistant: Assistant) -> LoadedProfile:
 
 
 def with_workload(loaded: LoadedProfile, *, cache: str, context_length: int) -> LoadedProfile:
-    """Return a profile with another cache and context than its own; its prompt fills that, or is as long as it was."""
+    """Return a profile with another cache and context; a prompt that filled the context still does."""
     workload = loaded.profile.workload
     prompt_length = workload.prompt_length and min(workload.prompt_length, context_length)
     if workload.cache.implementation != cache:
@@ -113,14 +118,17 @@ def load_profile(
     remembered: Mapping[str, str] | None = None,
     allow_outside: bool = False,
 ) -> LoadedProfile | None:
-    """Return the profile in a file, or `None` if so little of it is valid that nothing more can be said.
+    """Read, merge, render and validate a profile.
 
     Args:
         path: the profile's file.
-        sink: takes everything that is wrong.
+        sink: takes the diagnostics.
         overrides: values for variables, as text; a variable that the profile does not have is a mistake.
-        remembered: such values from before, for those of the variables that still exist.
-        allow_outside: whether paths may lead out of the repository.
+        remembered: values from an earlier compilation, for those of the variables that still exist.
+        allow_outside: allow paths that lead out of the repository.
+
+    Returns:
+        The profile without its invalid parts, or `None` if too little of it is valid to go on.
     """
     overrides = overrides or {}
     boundary = boundary_of(path, allow_outside=allow_outside)
@@ -144,12 +152,14 @@ def load_profile(
 
 
 def load_hardware(path: Path, sink: Sink) -> Hardware | None:
-    """Return the machine that the `hardware:` of a file describes, or `None` if that is wrong; other keys are left
-    aside.
+    """Read the machine that the `hardware:` of a file describes; other keys are ignored.
 
     Args:
         path: the file, which may extend others.
-        sink: takes everything that is wrong.
+        sink: takes the diagnostics.
+
+    Returns:
+        The machine, or `None` if its description is wrong.
     """
     reader = ProfileReader(boundary_of(path), sink)
     documents = reader.read(str(path))

@@ -22,6 +22,9 @@ class VariableNameError(DevmapError, TypeError):
 def texts_of(variables: Mapping[str, object] | None) -> dict[str, str]:
     """Return the values of variables as `--set` gives them.
 
+    >>> texts_of({"context": 8192, "cards": "2"})
+    {'context': '8192', 'cards': '2'}
+
     Raises:
         VariableNameError: if a name is not text.
     """

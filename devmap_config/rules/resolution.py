@@ -52,9 +52,16 @@ class Resolution:
 
 
 def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink) -> Resolution:
-    """Apply rules to a model; unmatched, conflicting and shadowed ones go to the sink.
+    """Apply rules to a model: match their patterns, and decide for each tensor which rule wins.
 
-    `source` is the model as its user names it, for the commands that messages propose.
+    Args:
+        rules: the rules, in the order of the profile.
+        graph: the module tree.
+        source: the model as its user names it, for the commands that messages propose.
+        sink: takes the diagnostics of rules that match nothing, conflict or have no effect.
+
+    Returns:
+        The decision for each tensor, and the groups that stay together.
     """
     matches = _matched(rules, graph, sink)
     for rule, found in matches:

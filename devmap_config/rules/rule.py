@@ -52,13 +52,14 @@ class Rule:
 def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
     """Return the rules of a profile: the keys of its `device_map`, then its pins.
 
-    Of wrong ones, which are reported, the pattern alone is left, so that it is held to the model.
+    Wrong rules are reported; if the pattern of one is right, it is kept without its device, so that it is still
+    matched.
 
     Args:
         loaded: the profile.
         devices: the devices that it lists.
         kind: the kind of accelerator that a bare number stands for.
-        sink: takes bad patterns and unknown devices.
+        sink: takes the diagnostics.
     """
     profile, listed = loaded.profile, _Listed(devices, kind, sink, are_all=loaded.knows_devices)
     new = [_rule_of_new(source, sink) for source in profile.model.allow_new]

@@ -48,12 +48,15 @@ EXAMPLES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Deployment:
-    """A locked plan with all that is needed to load it.
+    """A locked plan with everything that is needed to load it.
 
-    `lock` holds what follows from it by today's figures. `match` is what the headers of the checkpoint say of its
-    names; `None` if they are not at hand before it is loaded. Where it `has_random_weights`, the checkpoint is made
-    up: it shows where tensors are and that they fit, and nothing of what the model does. `compiles` is whether it is to
-    decode by compiled code. `assistant` is that of a draft model.
+    Attributes:
+        lock: the lock, with figures by the installed libraries.
+        match: the comparison of the checkpoint's headers with the model; `None` if they are not at hand before loading.
+        has_random_weights: the checkpoint is made up: loading it shows that tensors fit, and nothing of the model's
+            output.
+        compiles: decode by compiled code.
+        assistant: the deployment of the draft model.
     """
 
     compiled: Compiled
@@ -132,32 +135,31 @@ def load_model(
     compile: bool = False,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
-    """Return the model of a profile, loaded by its lock and verified.
+    """Load the model of a profile by its lock, and verify it.
 
     Args:
         path: the profile's file, or its lock.
-        variables: values for its templates, if not those that the lock remembers.
-        allow_outside: whether paths of the profile may lead out of its repository.
-        trust_remote_code: whether Python code that comes with the model may run.
-        allow_unmeasured: whether a plan is taken for which formulas stand in where a library that changed kept the
-            model from being measured.
-        probe: whether this machine is asked first if it can carry the plan.
-        compile: whether `generate` decodes by compiled code, with a static cache: where all is on one CUDA card.
+        variables: values for its templates, as `--set` gives them; the values of its lock hold for all others.
+        allow_outside: allow paths in the profile that lead out of its repository.
+        trust_remote_code: allow Python code that comes with the model to run.
+        allow_unmeasured: accept a plan whose costs were estimated by formulas, since a library has changed so that the
+            model cannot be measured.
+        probe: check first that this machine can carry the plan.
+        compile: decode by compiled code with a static cache, in `generate`; the whole model must be on one CUDA card.
         from_pretrained: further arguments of transformers' `from_pretrained`: `local_files_only`, `token`, `cache_dir`
-            and the like. What the profile decides (`dtype`, `device_map`, `revision`, …) is none of them.
+            and the like, but none that the profile decides (`dtype`, `device_map`, `revision`, …).
 
     Returns:
         The model: every tensor from the checkpoint, on the device that the plan gives it. With an adapter it is PEFT's
-        model around that; with a draft model its `generate` is given that as `assistant_model`.
+        model around that; with a draft model, `generate` is given that as `assistant_model`.
 
     Raises:
-        ArgumentError: if an argument is decided by the profile, or there is none of that name.
+        ArgumentError: if an argument is decided by the profile, or `from_pretrained` has none of that name.
         ProfileError: if the profile is missing or wrong; it carries every diagnostic.
-        RunnerError: if the lock is missing or stale, or the machine or the loaded model is not what it says.
+        RunnerError: if the lock is missing or stale, or if the machine or the loaded model differs from it.
 
-    Warns:
-        DevmapWarning: of what is to be known before, as `devmap run` does: that figures have moved since the lock was
-            made, say, or that a library's version was never tried.
+    Warns:     DevmapWarning: of everything that `devmap run` warns of, such as a library's version that was never
+    tested.
 
     Example:
         >>> model = load_model("profiles/quickstart.yaml", local_files_only=True)

@@ -38,7 +38,13 @@ MOST_REPAIRS = 8
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The plan that runs, `None` if there is none; what was found of each plan that was tried; one that does not."""
+    """The result of dry-running plans until one runs.
+
+    Attributes:
+        plan: the plan that runs; `None` if there is none.
+        verdicts: the results by the digest of each plan that was run.
+        refused: a plan that does not run.
+    """
 
     plan: Plan | None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
@@ -48,14 +54,17 @@ class Rehearsal:
 def rehearse(
     plan: Plan, prepared: Prepared, replan: Callable[[Repairs], Plan | None], permissions: Permissions, sink: Sink
 ) -> Rehearsal:
-    """Dry-run a plan; where a tensor is on the wrong device, keep together what must be and place anew.
+    """Dry-run a plan; if a tensor is on the wrong device, keep together what must be, and place anew.
 
     Args:
         plan: a plan that was verified.
         prepared: its profile.
         replan: makes a plan that keeps to repairs, or reports why there is none.
-        permissions: whether code of the model may run, and a plan be taken that could not be tried.
-        sink: takes what is found.
+        permissions: whether code of the model may run, and a plan be accepted that could not be dry-run.
+        sink: takes the diagnostics.
+
+    Returns:
+        The plan that runs, if there is one, with the results of all dry runs.
     """
     model, loaded = prepared.model, prepared.loaded
     verdicts: dict[str, Verdict] = {}
