@@ -270,7 +270,7 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) ->
 
 
 class ForwardPart(NamedTuple):
-    """What a forward does before it goes on: a block, what crosses to one, or what is outside of every block.
+    """A part of a forward, in the order in which they run: a block, a transfer to one, or work outside of every block.
 
     `path` is the block, or the one that reads what crosses; `""` outside. `home` is the device that goes on with it.
     """
