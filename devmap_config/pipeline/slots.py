@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink, Span
-    from devmap_config.hardware.inventory import Inventory, InventoryDevice
+    from devmap_config.hardware.inventory import Inventory, InventoryDevice, InventoryLink
     from devmap_config.profile.loading import LoadedProfile
 
 Slot: TypeAlias = "tuple[InventoryDevice, ...]"
 """The devices of one stage: one, or those of a group."""
 
-MOST_CHOICES = 256
-"""Ways to choose the devices of a pipeline that are looked at: equal devices of a host count once."""
+MOST_CHOICES = 1024
+"""Ways to choose the devices of a pipeline that are looked at; equal devices of a host, and equal hosts, count once.
+
+Four hosts with two cards of each of two kinds come to 430; with 126 layers, that takes three seconds."""
 
 
 def slots_of(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> tuple[Slot, ...]:
@@ -76,49 +78,81 @@ def _problem_of(
 
 
 def choices(
-    slots: Sequence[Slot], needed: frozenset[Device], distinct: frozenset[Device]
+    slots: Sequence[Slot],
+    needed: frozenset[Device],
+    distinct: frozenset[Device],
+    links: Mapping[tuple[Device, Device], InventoryLink],
 ) -> Iterator[tuple[Slot, ...]]:
     """Yield which slots may be the stages of a pipeline, most first: as many on each host that is used.
 
-    Of equal slots of a host, the first are taken.
+    Of equal slots of a host the first are taken, and of equal hosts the first.
 
     Args:
         slots: those that there are.
         needed: devices of which each has to be in a stage.
         distinct: devices that rules name: a slot with one of them is like no other.
+        links: between devices; hosts are equal only where theirs are.
     """
     hosts: dict[str | None, list[Slot]] = {}
     for slot in slots:
         hosts.setdefault(slot[0].id.host, []).append(slot)
+    kinds = {slot[0].id: _kind(slot, distinct) for slot in slots}
+    for own in hosts.values():
+        reached = _reached(own, slots, links)
+        kinds |= {slot[0].id: (kinds[slot[0].id], reached) for slot in own}
     for count in range(max(map(len, hosts.values()), default=0), 0, -1):
-        for chosen in _of_hosts(list(hosts.values()), count, needed, distinct):
+        for chosen in _of_hosts(list(hosts.values()), count, needed, kinds):
             if chosen:
                 yield chosen
 
 
+def _kind(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
+    """Return what two slots have in common that may stand for each other."""
+    named = tuple(device.id for device in slot if device.id in distinct)
+    return (named, slot[0].memory_bytes, slot[0].capacity_bytes, slot[0].rates)
+
+
+def _reached(
+    own: Sequence[Slot], slots: Sequence[Slot], links: Mapping[tuple[Device, Device], InventoryLink]
+) -> tuple[object, ...]:
+    """Return what two hosts have in common whose devices reach each other, and those of others, equally fast.
+
+    Between two hosts the slower network decides, so that the fastest link tells a host's own as far as it matters.
+    """
+    devices = [device.id for slot in own for device in slot]
+    within = tuple(links.get((source, target)) for source in devices for target in devices if source != target)
+    others = [links.get((devices[0], slot[0].id)) for slot in slots if slot[0].id.host != devices[0].host]
+    known = [each for each in others if each is not None]
+    fastest = max((each.bytes_per_second for each in known), default=None)
+    return (within, fastest, min((each.latency_nanoseconds for each in known), default=None))
+
+
 def _of_hosts(
-    hosts: Sequence[Sequence[Slot]], count: int, needed: frozenset[Device], distinct: frozenset[Device]
+    hosts: Sequence[Sequence[Slot]], count: int, needed: frozenset[Device], kinds: Mapping[Device, object]
 ) -> Iterator[tuple[Slot, ...]]:
-    """Yield so many slots of each of some hosts, those that are needed among them."""
+    """Yield so many slots of each of some hosts, those that are needed among them; of choices that are alike, one."""
     if not hosts:
         yield ()
         return
     is_needed = any(device.id in needed for slot in hosts[0] for device in slot)
-    for rest in _of_hosts(hosts[1:], count, needed, distinct):
-        yield from (own + rest for own in _subsets(hosts[0], count, needed, distinct))
-        if not is_needed:
-            yield rest
+    seen: set[tuple[object, ...]] = set()
+    following = list(_of_hosts(hosts[1:], count, needed, kinds))
+    for own in (*_subsets(hosts[0], count, needed, kinds), *(() if is_needed else ((),))):
+        for rest in following:
+            key = tuple(kinds[slot[0].id] for slot in own + rest)
+            if key not in seen:
+                seen.add(key)
+                yield own + rest
 
 
 def _subsets(
-    slots: Sequence[Slot], count: int, needed: frozenset[Device], distinct: frozenset[Device]
+    slots: Sequence[Slot], count: int, needed: frozenset[Device], kinds: Mapping[Device, object]
 ) -> Iterator[tuple[Slot, ...]]:
     """Yield so many slots of a host in their order, equal ones counted instead of named."""
-    kinds: dict[tuple[object, ...], list[int]] = {}
+    by_kind: dict[object, list[int]] = {}
     for number, slot in enumerate(slots):
-        named = tuple(device.id for device in slot if device.id in distinct)
-        kinds.setdefault((named, slot[0].memory_bytes, slot[0].capacity_bytes, slot[0].rates), []).append(number)
-    alike = list(kinds.values())
+        by_kind.setdefault(kinds[slot[0].id], []).append(number)
+    alike = list(by_kind.values())
     least = [sum(any(device.id in needed for device in slots[number]) for number in numbers) for numbers in alike]
     for counts in _counts(list(map(len, alike)), least, count):
         numbers = [number for own, taken in zip(alike, counts, strict=True) for number in own[:taken]]

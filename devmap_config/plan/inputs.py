@@ -25,8 +25,11 @@ def inputs_of(prepared: Prepared) -> InputDigests:
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
     graph = _as_digested(model.graph)
+    profile_digest = digest(profile)
+    if loaded.profile.hardware.hosts:
+        del profile["hardware"]["devices"]  # in whose place they are
     return InputDigests(
-        profile=digest(profile),
+        profile=profile_digest,
         config=model.source.config_digest,
         graph=digest({key: part for key, part in graph.items() if key not in (*MEASURED, "schema", "unread")}),
         measurement=digest({key: graph[key] for key in MEASURED if key in graph}),

@@ -293,7 +293,7 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
         message = (
             f"no stages of whole layers fit: the weights are {format_bytes(problem.layers.graph.size_bytes)}, and the"
             f" devices have {format_bytes(held_bytes)} together, of which a forward takes up to"
-            f" {format_bytes(forward_bytes)} on each"
+            f" {format_bytes(forward_bytes)} on each{_of_processes(problem)}"
         )
         if problem.distinct:
             message += "; rules say which device has which layers"
@@ -307,12 +307,22 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
     sink.error(
         "over-capacity",
         f"{asked} take a cache of {needed:,} tokens, and there is room for {pipeline.cache_tokens:,}: stage"
-        f" {pipeline.deciding_stage} decides, layers {stage.first_layer} to {stage.last_layer} on {stage.devices[0]}",
+        f" {pipeline.deciding_stage} decides, layers {stage.first_layer} to {stage.last_layer} on"
+        f" {stage.devices[0]}{_of_processes(problem)}",
         profile.workload.context_length.span,
         help=f"say `concurrency: {most}` or less, or a shorter `context_length`"
         if most
         else "lower `context_length`, or list more memory",
     )
+
+
+def _of_processes(problem: PipelineProblem) -> str:
+    """Return what is said of vLLM's own processes, which take a part of a CPU's memory; nothing for accelerators."""
+    own_bytes = problem.process_bytes(problem.slots, 0)
+    if not own_bytes:
+        return ""
+    others = ", and less of the others" if len(problem.slots) > 1 else ""
+    return f"; vLLM's own processes take {format_bytes(own_bytes)} of {problem.slots[0][0].id}{others}"
 
 
 def review_pipeline(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:

@@ -214,12 +214,34 @@ targets: [vllm]
 """
     inventory = compiled(text).inventory
     slots = tuple((device,) for device in inventory.devices)
-    found = [[str(slot[0].id) for slot in chosen] for chosen in choices(slots, frozenset(), frozenset())]
+    found = [[str(slot[0].id) for slot in chosen] for chosen in choices(slots, frozenset(), frozenset(), {})]
     left = [f"left/cuda:{index}" for index in range(3)]
     right = [f"right/cuda:{index}" for index in range(2)]
-    assert found == [left, left[:2] + right, right, left[:2], left[:1] + right[:1], right[:1], left[:1]]
+    assert found == [left, left[:2] + right, left[:2], right, left[:1] + right[:1], left[:1], right[:1]]
     needed = frozenset({slots[4][0].id})  # the second of the right
-    assert all("right/cuda:1" in map(str, (slot[0].id for slot in chosen)) for chosen in choices(slots, needed, needed))
+    found = list(choices(slots, needed, needed, {}))
+    assert found
+    assert all("right/cuda:1" in map(str, (slot[0].id for slot in chosen)) for chosen in found)
+
+
+def test_of_equal_hosts_the_first_are_taken(compiled):
+    hosts = "".join(
+        f"    h{number}: {{devices: {{cuda:0: {{memory: 1GiB}}}}, network: 1GB/s}}\n" for number in range(12)
+    )
+    text = f"version: 1\nmodel: {{source: llama}}\nworkload: {{context_length: 64}}\nhardware:\n  hosts:\n{hosts}"
+
+    def hosts_of(text):
+        found = compiled(f"{text}targets: [vllm]\n").inventory
+        slots = tuple((device,) for device in found.devices)
+        chosen = choices(slots, frozenset(), frozenset(), found.links)
+        return [[int(slot[0].id.host[1:]) for slot in each] for each in chosen]
+
+    assert hosts_of(text) == [list(range(count)) for count in range(12, 0, -1)]
+    # One that is reached more slowly is like no other: with it, up to five before it and up to six behind.
+    slower = text.replace(
+        "h5: {devices: {cuda:0: {memory: 1GiB}}, network: 1GB/s", "h5: {devices: {cuda:0: {memory: 1GiB}}"
+    )
+    assert len(hosts_of(slower)) == 6 * 7 + 11
 
 
 def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
