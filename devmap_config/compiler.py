@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,6 +29,7 @@ from devmap_config.plan.drift import Drift, ReusedPlan, report_moved_figures, re
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.planner import Planner, accepted, draft_of
+from devmap_config.plan.prediction import time_bases
 from devmap_config.plan.review import review
 from devmap_config.prepared import Prepared
 from devmap_config.profile.document import whole_file
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.execution.segments import Phase
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.plan import Plan
+    from devmap_config.plan.prediction import TimeBasis
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Hardware
     from devmap_config.simulate.simulation import Verdict
@@ -139,6 +142,15 @@ class Compiled(Prepared):
     texts: Mapping[str, str]
     assistant: Compiled | None = None
     """The draft model's profile with its plan, where there is one."""
+
+    @property
+    def time_bases(self) -> dict[Phase, TimeBasis]:
+        """On what each predicted time rests."""
+        return time_bases(self.plan, self.graph, self.inventory)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data with what no lock holds: on what its times rest."""
+        return {**self.plan.to_json(), "basis": {phase: asdict(each) for phase, each in self.time_bases.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)

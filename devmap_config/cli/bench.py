@@ -66,7 +66,7 @@ def bench(
         found = run_benchmark(jobs, rounds=rounds, begun=begun)
     if (failure := found.plan.failure) is not None:
         sink.error("load-failed" if failure.doing == "loading" else "forward-failed", f"the plan: {failure}")
-    options.report(sink, {}, {"plan": deployment.plan.to_json(), "benchmark": found.to_json()})
+    options.report(sink, {}, {"plan": deployment.compiled.to_json(), "benchmark": found.to_json()})
     if options.shows_tables:
         print_lines(lambda width: _lines(found, deployment, width))
     if failure is not None:
@@ -83,6 +83,7 @@ WIDE = 70
 def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
     """Yield what was measured, of what, and what did not come to an end."""
     from devmap_config.cli.plan_table import weights_in_words
+    from devmap_config.cli.predictions import predicted, said_of_bases
 
     prompts, new_tokens = found.generation.prompts, found.generation.new_tokens
     model = deployment.compiled.model
@@ -94,6 +95,9 @@ def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str
     for result in found.results:
         held = f"at most {_amounts(result.peak_bytes)}"
         yield f"{result.loader}: {held if result.failure is None else result.failure}"
+    if bases := deployment.compiled.time_bases:
+        yield f"{predicted(deployment.plan)}, for the workload of the profile"
+        yield said_of_bases(bases)
     yield f"auto was given as much room for weights as the plan has: {_amounts(found.max_memory)}"
     if found.is_too_noisy:
         yield "too noisy: the same, measured twice, differed by so many times; end what else runs, or add `--rounds`"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from devmap_config.cli.command import ProfileOptions
     from devmap_config.compiler import Compiled, Request
-    from devmap_config.plan.plan import Plan
+    from devmap_config.plan.prediction import TimeBasis
 
 SHORTEST_CONTEXT = 1_024
 LONGEST_CONTEXT = 2**17
@@ -40,7 +40,7 @@ class CacheComparison:
     """
 
     context_length: int
-    plans: tuple[Plan | None, Plan | None]
+    plans: tuple[Compiled | None, Compiled | None]
     reasons: tuple[str | None, str | None] = (None, None)
 
     @property
@@ -48,8 +48,8 @@ class CacheComparison:
         """The time of a token with each of the two caches; `None` if it is not known."""
         there, offloaded = self.plans
         return (
-            None if there is None else there.prediction.decode_nanoseconds_per_token,
-            None if offloaded is None else offloaded.prediction.decode_nanoseconds_per_token,
+            None if there is None else there.plan.prediction.decode_nanoseconds_per_token,
+            None if offloaded is None else offloaded.plan.prediction.decode_nanoseconds_per_token,
         )
 
     @property
@@ -69,8 +69,8 @@ class CacheComparison:
             "context_length": self.context_length,
             "better": None if self.better is None else CACHES[self.better],
             **{
-                name: None if plan is None else {"prediction": plan.to_json()["prediction"]}
-                for name, plan in zip(CACHES, self.plans, strict=True)
+                name: None if compiled is None else {key: compiled.to_json()[key] for key in ("prediction", "basis")}
+                for name, compiled in zip(CACHES, self.plans, strict=True)
             },
         }
 
@@ -110,13 +110,13 @@ def _compared(request: Callable[..., Request], context_length: int) -> CacheComp
     return CacheComparison(context_length, (there[0], offloaded[0]), (there[1], offloaded[1]))
 
 
-def _plan(request: Request) -> tuple[Plan | None, str | None]:
+def _plan(request: Request) -> tuple[Compiled | None, str | None]:
     """Return the plan, or why there is none."""
     from devmap_config.compiler import Compiled, run_pipeline
 
     found = run_pipeline(request)
     if isinstance(found, Compiled):
-        return found.plan, None
+        return found, None
     return None, next((each.message for each in found.diagnostics if each.severity == "error"), None)
 
 
@@ -129,6 +129,9 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
         table.add_row(f"{each.context_length:,}", *(text for plan in each.plans for text in _figures(plan)))
     yield table
     yield from said_of_caches(every)
+    rates = {basis.rates: None for each in every for found in each.plans if found for basis in _decoding(found)}
+    if rates:
+        yield f"These times rest on {' and '.join(rates)} rates."
 
 
 def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
@@ -154,9 +157,14 @@ def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
         )
 
 
-def _figures(plan: Plan | None) -> tuple[str, str]:
-    if plan is None:
+def _decoding(compiled: Compiled) -> Iterator[TimeBasis]:
+    yield from (basis for phase, basis in compiled.time_bases.items() if phase == "decode")
+
+
+def _figures(compiled: Compiled | None) -> tuple[str, str]:
+    if compiled is None:
         return "–", "–"
+    plan = compiled.plan
     nanoseconds = plan.prediction.decode_nanoseconds_per_token
     streamed = plan.prediction.streamed_bytes_per_token
     return "?" if nanoseconds is None else format_duration(nanoseconds), format_bytes(streamed) if streamed else "none"

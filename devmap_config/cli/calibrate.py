@@ -151,7 +151,7 @@ HEADINGS = ("measured", "before", "after", "left out")
 
 def _table(residuals: Sequence[Residual]) -> Iterator[str]:
     """Yield, as comments, how long each run took, and what was and is predicted for it."""
-    from devmap_config.cli.plan_table import UNITS
+    from devmap_config.cli.predictions import UNITS
 
     rows: list[tuple[tuple[str, str], tuple[str, ...]]] = [(("receipt", ""), HEADINGS)]
     for each in residuals:

@@ -128,5 +128,5 @@ def _checked(profile: Path, compiled: Compiled, state: State, *findings: Diagnos
         state=state,
         diagnostics=(*compiled.diagnostics, *findings),
         texts=compiled.texts,
-        plan=compiled.plan.to_json(),
+        plan=compiled.to_json(),
     )

@@ -49,7 +49,6 @@ def compile_command(
     from devmap_config.cli.plan_table import plan_lines
     from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.plan.lock import lock_path
-    from devmap_config.plan.prediction import as_told
     from devmap_config.plan.process_memory import process_memory
 
     target = output or lock_path(profile)
@@ -69,8 +68,7 @@ def compile_command(
     asked: dict[str, Any] = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
     memory = process_memory(plan, compiled.graph)
     asked |= {} if memory is None else {"process_memory": asdict(memory)}
-    told = as_told(plan, compiled.graph, compiled.inventory)
-    options.report(compiled.diagnostics, compiled.texts, {"plan": told, **asked})
+    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **asked})
     if device_map is not None:
         print_json(device_map)
     elif options.shows_tables:

@@ -35,14 +35,13 @@ def diff(
     """
     from devmap_config.cli.progress import stages_shown
     from devmap_config.cli.reporting import echo, report
-    from devmap_config.cli.sides import sides_of
-    from devmap_config.plan.diff import difference
+    from devmap_config.cli.sides import difference_of, sides_of
     from devmap_config.profile.permissions import Permissions
 
     permissions = Permissions(allow_outside=allow_outside, trust_remote_code=trust_remote_code)
     with stages_shown(quiet=quiet):
         sides = sides_of(before, after, permissions)
-    found = difference(sides[0].plan, sides[1].plan, [side.made_of for side in sides])
+    found = difference_of(sides)
     notes = [note for side in sides for note in side.notes]
     if output_format == "json":
         report(notes, {}, "json", data={"diff": found.to_json()})
@@ -60,6 +59,8 @@ def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
     if found.is_none:
         yield f"{before} and {after} are the same plan"
         return
+    from devmap_config.plan.diff import rates_in_words
+
     yield f"{before} {ARROW} {after}"
     blocks: list[list[tuple[str, ...]]] = [
         _setting_rows(found),
@@ -71,11 +72,14 @@ def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
         if rows:
             yield ""
             yield from _aligned(rows)
+    if said := rates_in_words(found.to_json()):
+        yield said
 
 
 def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
     """Yield the difference as a comment on a pull request."""
     from devmap_config.cli.markdown import cell, code
+    from devmap_config.plan.diff import rates_in_words
 
     if found.is_none:
         yield f"{code(before)} and {code(after)} are the same plan."
@@ -95,6 +99,9 @@ def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
             name = code if rows is moved else cell
             for row in rows:
                 yield f"| {name(row[0])} | {' | '.join(map(cell, row[1:]))} |"
+    if said := rates_in_words(found.to_json()):
+        yield ""
+        yield f"{said[0].upper()}{said[1:]}."
 
 
 def _split(row: tuple[str, ...]) -> tuple[str, str, str]:

@@ -68,7 +68,7 @@ def _compare_caches(compiled: Compiled, profile: Path, options: ProfileOptions) 
 
     found = compared_caches(compiled, profile, options)
     data = {"caches": [each.to_json() for each in found], "explanation": list(said_of_caches(found))}
-    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **data})
+    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **data})
     if options.shows_tables:
         print_lines(lambda _: comparison_table(found))
 
@@ -100,7 +100,6 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.plan_table import bar_lines
-    from devmap_config.plan.prediction import as_told
     from devmap_config.plan.runs import runs_of
 
     graph = compiled.graph
@@ -114,8 +113,7 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
         others = () if has_none else alternatives_of(compiled, str(module))
         data = {"module": module, "explanation": lines, "alternatives": to_jsonable_python(others, fallback=str)}
         data |= {"runs": [run.to_json() for run in runs_of(compiled.plan, graph)], "waits": waits(compiled)}
-        told = as_told(compiled.plan, graph, compiled.inventory)
-        options.report(compiled.diagnostics, compiled.texts, {"plan": told, **data})
+        options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **data})
     elif not options.quiet:
         bars = bar_lines(compiled.plan, get_terminal_size().columns) if module is None else ()
         for line in [lines[0], *bars, *lines[1:]]:
@@ -124,8 +122,8 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
 
 def story(compiled: Compiled) -> Iterator[str]:
     """Yield the plan in some ten lines."""
-    from devmap_config.cli.plan_table import memory_in_words, said_of_bases, weights_in_words
-    from devmap_config.plan.prediction import time_bases
+    from devmap_config.cli.plan_table import memory_in_words, weights_in_words
+    from devmap_config.cli.predictions import said_of_bases
     from devmap_config.plan.process_memory import process_memory
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
@@ -148,7 +146,7 @@ def story(compiled: Compiled) -> Iterator[str]:
         yield f"The {memory_in_words(memory)}."
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
-    if bases := time_bases(plan, graph, compiled.inventory):
+    if bases := compiled.time_bases:
         said = said_of_bases(bases)
         yield f"{said[0].upper()}{said[1:]}."
     if plan.prediction.longest_context is not None and graph.measurement is not None:
@@ -279,8 +277,11 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
         yield last
         return
     yield f"{last} Elsewhere, all else as it is:"
-    for other in alternatives_of(compiled, name):
+    others = alternatives_of(compiled, name)
+    for other in others:
         yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
+    if rates := dict.fromkeys(other.rates for other in others if other.rates is not None):
+        yield f"These times rest on {' and '.join(rates)} rates."
 
 
 def why(compiled: Compiled, name: str) -> Iterator[str]:

@@ -55,7 +55,7 @@ def export(
         made = _checked(made, python, compiled)
     _write(made.files, folder, force=force)
     files = {"files": [str(folder / name) for name in made.files], "notes": list(made.notes)}
-    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.plan.to_json(), **files})
+    options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **files})
     if options.shows_tables:
         for note in made.notes:
             echo(note, err=True)

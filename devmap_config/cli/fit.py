@@ -66,9 +66,7 @@ class Row:
 def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:
     if compiled is None:
         return None
-    from devmap_config.plan.prediction import as_told
-
-    plan = as_told(compiled.plan, compiled.graph, compiled.inventory)
+    plan = compiled.to_json()
     return {key: plan[key] for key in ("strategy", "prediction", "basis", "devices", "pipeline") if key in plan}
 
 
@@ -167,10 +165,7 @@ def _by(other: OtherEngine) -> str:
 
 def _rates(compiled: Compiled) -> list[str]:
     """Return the bases of the rates on which the times of a plan rest; empty if it predicts no time."""
-    from devmap_config.plan.prediction import time_bases
-
-    bases = time_bases(compiled.plan, compiled.graph, compiled.inventory)
-    return list(dict.fromkeys(each.rates for each in bases.values()))
+    return list(dict.fromkeys(each.rates for each in compiled.time_bases.values()))
 
 
 def _figures(compiled: Compiled) -> tuple[str, str, str]:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from devmap_config.amounts import format_bytes, format_duration, format_durations, largest_unit
+from devmap_config.amounts import format_bytes, largest_unit
+from devmap_config.cli.predictions import predicted, said_of_bases
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
-from devmap_config.plan.prediction import time_bases
 from devmap_config.plan.process_memory import process_memory
 from devmap_config.rules.folding import fold_paths
 
@@ -52,8 +52,7 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
         rows.append(((str(use.id), *figures), _held(plan, use.id)))
     headings = ("capacity", "weights", *running_headings, "free")
     yield from listing(rows, width, names=("device",), figures=headings, rest="holds")
-    bases = time_bases(plan, model.graph, compiled.inventory)
-    yield from _notes(plan, model, bases, compiled.loaded.profile.workload.context_length.value)
+    yield from _notes(plan, model, compiled.time_bases, compiled.loaded.profile.workload.context_length.value)
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:
@@ -82,8 +81,8 @@ def _held(plan: Plan, device: Device) -> list[str]:
 def _notes(
     plan: Plan, model: LoadedModel, bases: Mapping[Phase, TimeBasis], context_length: int | None
 ) -> Iterator[Text]:
-    if predicted := _predicted(plan):
-        yield Text(predicted)
+    if said := predicted(plan):
+        yield Text(said)
     if bases:
         yield Text(said_of_bases(bases), style="dim")
     if besides := _besides_text(model):
@@ -154,53 +153,6 @@ def _in_transformers(plan: Plan) -> str:
         return "plain transformers makes this plan of its map alone, not of `max_memory`: more than budgets decides"
     shown = f"max_memory={dict(plan.max_memory)}"
     return f'plain transformers makes the same map of device_map="{plan.strategy}", {shown}'
-
-
-def _predicted(plan: Plan) -> str:
-    """Return the predicted figures of the plan, as far as they are known."""
-    prediction = plan.prediction
-    decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
-    words = []
-    if decode is not None:
-        proof = f"no plan is below {format_duration(bound)}" if bound is not None else ""
-        fastest = _fastest(prediction.fastest_decode_nanoseconds_per_token, decode)
-        words.append(f"{format_duration(decode)} a token{_in_parentheses(fastest, proof)}")
-    if prediction.prefill_nanoseconds is not None:
-        fastest = _fastest(prediction.fastest_prefill_nanoseconds, prediction.prefill_nanoseconds)
-        words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill{_in_parentheses(fastest)}")
-    if prediction.longest_context is not None:
-        words.append(f"a context of up to {prediction.longest_context:,} tokens")
-    return f"predicted: {', '.join(words)}" if words else ""
-
-
-UNITS: Mapping[Phase, str] = {"decode": "a token", "prefill": "a prefill"}
-"""What a phase's time is of."""
-
-
-def said_of_bases(bases: Mapping[Phase, TimeBasis]) -> str:
-    """Return on which rates the times rest, and between which times such runs were."""
-    rates = {UNITS[phase]: each.rates for phase, each in bases.items()}
-    if len(set(rates.values())) == 1:
-        said = f"these times rest on {next(iter(rates.values()))} rates"
-    else:
-        said = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
-    ranges = [
-        f"{UNITS[phase]} {format_durations(each.least_nanoseconds, each.most_nanoseconds)}"
-        for phase, each in bases.items()
-        if each.least_nanoseconds is not None and each.most_nanoseconds is not None
-    ]
-    return said + (f"; as such runs went, {', '.join(ranges)}" if ranges else "")
-
-
-def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:
-    """Return a note on the fastest plan's time, if it differs in the digits that are printed."""
-    shown = "" if nanoseconds is None else format_duration(nanoseconds)
-    return f"the fastest plan takes {shown}" if shown not in ("", format_duration(own_nanoseconds)) else ""
-
-
-def _in_parentheses(*phrases: str) -> str:
-    said = "; ".join(phrase for phrase in phrases if phrase)
-    return f" ({said})" if said else ""
 
 
 BAR_COLUMNS = 30

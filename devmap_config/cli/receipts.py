@@ -100,19 +100,26 @@ NARROW = 80
 
 
 def _lines(cases: Iterable[Case], width: int) -> Iterator[str | Table]:
-    """Yield each receipt's name and a table of its cases."""
+    """Yield each receipt's name and a table of its cases, in which long names make room for figures."""
+    from rich.table import Column
+
     from devmap_config.cli.tables import new_table
 
     is_narrow = width < NARROW
-    names, figures = (NAMES[:1], FIGURES[:3]) if is_narrow else (NAMES, FIGURES)
-    for receipt, of_receipt in groupby(cases, key=lambda case: case.receipt):
-        table = new_table(*names, figures=figures)
+    figures = FIGURES[:3] if is_narrow else FIGURES
+    for receipt, grouped in groupby(cases, key=lambda case: case.receipt):
+        of_receipt = list(grouped)
+        rates = dict.fromkeys(basis for case in of_receipt for basis in case.rates.values())
         rows = list(_rows(of_receipt))
         held = Counter(case for (case, _), _ in rows)
+        table = new_table(*(Column(NAMES[0], overflow="fold"), NAMES[1])[: 2 - is_narrow], figures=figures)
         for (case, device), amounts in rows:
-            name = f"{case} {device}" if is_narrow and held[case] > 1 else case
-            table.add_row(*(name, device)[: len(names)], *amounts[: len(figures)])
-        yield f"{receipt}: predicted → seen"
+            name = "" if ": " in device else case  # a part of what stands above it
+            if is_narrow and held[case] > 1:
+                name = f"{name} {device}".strip()
+            table.add_row(*(name, device)[: 2 - is_narrow], *amounts[: len(figures)])
+        by = f" by {' and '.join(rates)} rates" if rates else ""
+        yield f"{receipt}: predicted{by} → seen"
         yield table
         yield ""
 

@@ -103,11 +103,9 @@ def _sides(profiles: tuple[Path, ...], against: str | None) -> tuple[str, str] |
 
 def _difference(before: str, after: str, options: ProfileOptions) -> dict[str, Any]:
     """Return the difference of two plans, as `devmap diff --format json` prints it."""
-    from devmap_config.cli.sides import sides_of
-    from devmap_config.plan.diff import difference
+    from devmap_config.cli.sides import difference_of, sides_of
 
-    sides = sides_of(before, after, options.permissions)
-    return difference(sides[0].plan, sides[1].plan, [side.made_of for side in sides]).to_json()
+    return difference_of(sides_of(before, after, options.permissions)).to_json()
 
 
 def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[str, str]]:
@@ -119,7 +117,6 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
     from devmap_config.cli.explain import story, waits
     from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.structured import diagnostics_to_json
-    from devmap_config.plan.prediction import as_told
     from devmap_config.plan.runs import runs_of
     from devmap_config.simulate.memory import can_simulate, simulation_of
 
@@ -134,7 +131,7 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
     told = {
         "profile": str(profile),
         "lock": lock,
-        "plan": as_told(plan, graph, compiled.inventory),
+        "plan": compiled.to_json(),
         "hardware": compiled.inventory.accelerators_to_json(),
         "explanation": list(story(compiled)),
         "runs": [{**run.to_json(), **_reasons(compiled, run.first)} for run in runs_of(plan, graph)],

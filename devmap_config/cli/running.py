@@ -119,7 +119,7 @@ def to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
 def facts(deployment: Deployment) -> dict[str, Any]:
     """Return what `--format json` says of a model that is loaded."""
     return {
-        "plan": deployment.plan.to_json(),
+        "plan": deployment.compiled.to_json(),
         "verified": deployment.unchecked is None,
         "unchecked": deployment.unchecked,
         "new_tensors": list(deployment.new),

@@ -11,13 +11,15 @@ from devmap_config.cli.command import CommandError
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.files import LOCK, exists
-from devmap_config.plan.diff import made_of
+from devmap_config.plan.diff import bases_in_lock, difference, made_of
 from devmap_config.plan.lock import LockError, lock_at, lock_path, profile_of, read_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from devmap_config.compiler import Compiled
     from devmap_config.diagnostics.codes import ErrorCode, WarningCode
+    from devmap_config.plan.diff import Bases, Difference
     from devmap_config.plan.lock import Lock
     from devmap_config.plan.values import Scalar
     from devmap_config.profile.permissions import Permissions
@@ -30,12 +32,14 @@ NOTHING = {"diff": None}
 class Side:
     """A plan, as locks hold it, under the name by which it was asked for.
 
-    `made_of` says which model and which cards it is of, `notes` what else is to be known.
+    `made_of` says which model and which cards it is of, `bases` on which rates its times rest, `notes` what else is to
+    be known.
     """
 
     name: str
     plan: Mapping[str, Any]
     made_of: Mapping[str, Scalar]
+    bases: Bases
     notes: tuple[Diagnostic, ...] = ()
 
 
@@ -48,22 +52,36 @@ def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
     return [_side(before, after, permissions), _side(after, before, permissions)]
 
 
+def difference_of(sides: Sequence[Side]) -> Difference:
+    """Return how the second side differs from the first."""
+    before, after = sides
+    return difference(before.plan, after.plan, (before.made_of, after.made_of), (before.bases, after.bases))
+
+
 def _side(text: str, other: str, permissions: Permissions) -> Side:
     path = Path(text)
     if exists(path):
         if path.suffix == ".json":
-            return _locked(text, _lock_in(path, permissions))
+            return locked_side(text, _lock_in(path, permissions))
         return _asked_for(profile_of(path), permissions)
     revision, colon, inside = text.partition(":")
     if colon and inside:
-        return _locked(text, _lock_at_revision(revision, Path(inside), text))
+        return locked_side(text, _lock_at_revision(revision, Path(inside), text))
     if exists(Path(other)) and not text.endswith((".yaml", ".yml", ".json")):
-        return _locked(text, _lock_at_revision(text, Path(other), text))
+        return locked_side(text, _lock_at_revision(text, Path(other), text))
     raise _refused("missing-file", f"`{text}` does not exist", "name a profile, a lock, or a git revision beside one")
 
 
-def _locked(name: str, lock: Lock) -> Side:
-    return Side(name, lock.plan, made_of(lock.values, lock.hardware))
+def compiled_side(name: str, compiled: Compiled, notes: tuple[Diagnostic, ...] = ()) -> Side:
+    """Return the plan of a profile that was just compiled, or held to its lock."""
+    subjects = made_of(compiled.inputs.values, compiled.inventory.accelerators_to_json())
+    bases = {phase: each.rates for phase, each in compiled.time_bases.items()}
+    return Side(name, compiled.plan.to_json(), subjects, bases, notes)
+
+
+def locked_side(name: str, lock: Lock) -> Side:
+    """Return the plan of a lock, of which only what it says is known."""
+    return Side(name, lock.plan, made_of(lock.values, lock.hardware), bases_in_lock(lock.plan, lock.values))
 
 
 def _lock_in(path: Path, permissions: Permissions) -> Lock:
@@ -93,8 +111,7 @@ def _asked_for(profile: Path, permissions: Permissions) -> Side:
     notes: tuple[Diagnostic, ...] = ()
     if problem is not None:
         notes = (Diagnostic.warning(code, f"`{path}` {problem}", help="compared is what the profile asks for now"),)
-    subjects = made_of(compilation.inputs.values, compilation.inventory.accelerators_to_json())
-    return Side(str(profile), compilation.plan.to_json(), subjects, notes)
+    return compiled_side(str(profile), compilation, notes)
 
 
 def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:

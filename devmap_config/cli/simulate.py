@@ -47,9 +47,9 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path |
     compilation = options.run_pipeline(profile, simulates=True)
     # A plan that does not run is shown as far as it came.
     if isinstance(compilation, Rejected):
-        plan, reached, tried = None, compilation.reached, compilation.refused
+        told, reached, tried = None, compilation.reached, compilation.refused
     else:
-        plan, reached, tried = compilation.plan, compilation, compilation.plan
+        told, reached, tried = compilation.to_json(), compilation, compilation.plan
     if tried is not None:
         tried.require_transformers()
     simulation = None
@@ -65,12 +65,12 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path |
             write(output, f"{trace}\n")
             if not options.quiet:
                 echo(f"wrote {output}", err=True)
-    data = {"plan": plan.to_json() if plan else None, "simulation": simulation.to_json() if simulation else None}
+    data = {"plan": told, "simulation": simulation.to_json() if simulation else None}
     options.report(compilation.diagnostics, compilation.texts, data)
     if simulation is not None and reached is not None and tried is not None and options.shows_tables:
         print_lines(partial(simulation_lines, reached.model, tried, simulation))
     runs = simulation is None or simulation.mismatch is None
-    return ExitCode.DONE if plan is not None and runs else ExitCode.WRONG
+    return ExitCode.DONE if told is not None and runs else ExitCode.WRONG
 
 
 def _require_trace(output: Path | None, options: ProfileOptions) -> None:

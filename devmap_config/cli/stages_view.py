@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import counted, format_bytes, format_change, format_duration, largest_unit
+from devmap_config.cli.predictions import said_of_bases
 from devmap_config.cli.tables import new_table
 from devmap_config.plan.values import folded_devices
 
@@ -77,6 +78,8 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
     if prediction.longest_context is not None:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     yield f"predicted: {', '.join(words)}"
+    if bases := compiled.time_bases:
+        yield f"{said_of_bases(bases)}; of vLLM no run was seen"
     unused = [use.id for use in compiled.plan.devices if not use.weights_bytes]
     if unused:
         they_stay = "it stays" if len(unused) == 1 else "they stay"

@@ -26,9 +26,9 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     """
     from devmap_config.cli.diff import table_lines
     from devmap_config.cli.locking import lock_to_replace, write_results
+    from devmap_config.cli.sides import compiled_side, difference_of, locked_side
     from devmap_config.compiler import Rejected
     from devmap_config.graph.vendoring import vendored_path
-    from devmap_config.plan.diff import difference
     from devmap_config.plan.lock import lock_path
 
     target = lock_path(profile)
@@ -39,10 +39,13 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     before = earlier.inputs.get("commit") if earlier else None
     reached = compilation.reached if isinstance(compilation, Rejected) else compilation
     after = reached.model.source.commit if reached else None
-    plan = None if isinstance(compilation, Rejected) else compilation.plan
-    found = difference(earlier.plan, plan.to_json()) if earlier and plan else None
+    found = plan = None
+    if not isinstance(compilation, Rejected):
+        plan = compilation.to_json()
+        if earlier:
+            found = difference_of((locked_side("before", earlier), compiled_side("now", compilation)))
     data = {
-        "plan": plan.to_json() if plan else None,
+        "plan": plan,
         "commit": {"before": before, "after": after},
         "diff": found.to_json() if found else None,
     }

@@ -18,7 +18,7 @@ from devmap_config.devices import CPU, DISK, Device
 from devmap_config.execution.overlap import Ahead, total_nanoseconds
 from devmap_config.hardware.constants import CPU_DECODE_ATTENTION, CPU_PREFILL_ATTENTION, KERNEL_NANOSECONDS
 from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND, whole
-from devmap_config.profile.quantities import BASES, basis_of
+from devmap_config.profile.quantities import weakest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -229,7 +229,7 @@ class MachineRates:
             for copy in (*segment.copies, *chain.from_iterable(segment.ahead)):
                 if copy.source != copy.target and copy.copies:
                     rates.append(self._link(copy.source, copy.target).rate(is_pinned=copy.is_pinned))
-        return min((basis_of(rate) for rate in rates if rate is not None), key=BASES.index, default="stated")
+        return weakest(rates)
 
     @cached_property
     def _reached(self) -> Mapping[Device, _Reached]:

@@ -10,13 +10,18 @@ from pydantic_core import to_jsonable_python
 
 from devmap_config.amounts import format_bytes
 from devmap_config.devices import Device
+from devmap_config.plan.plan import OWN
 from devmap_config.rules.folding import fold_paths
 from devmap_config.wording import number_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from devmap_config.execution.segments import Phase
     from devmap_config.plan.values import Scalar, Values
+    from devmap_config.profile.quantities import Basis
+
+    Bases = Mapping[Phase, Basis]
 
 FIGURES = (
     "decode_nanoseconds_per_token",
@@ -69,13 +74,15 @@ class ValueChange:
 class Difference:
     """Two plans side by side. `devices` are all of either, `figures` all of a prediction.
 
-    `settings` is what differs of the plans as a whole, of their models and of their cards.
+    `settings` is what differs of the plans as a whole, of their models and of their cards. `basis` is, by phase, on
+    which rates the predicted times rest: `None` where that is not known, or there is no time.
     """
 
     moves: tuple[Move, ...]
     devices: Mapping[str, ValueChange]
     figures: Mapping[str, ValueChange]
     settings: Mapping[str, ValueChange]
+    basis: Mapping[Phase, ValueChange]
 
     @property
     def is_none(self) -> bool:
@@ -90,6 +97,7 @@ class Difference:
             "moved": [to_jsonable_python(move, fallback=str) for move in self.moves],
             "devices": [{"id": device, **asdict(change)} for device, change in self.devices.items()],
             "prediction": {name: asdict(change) for name, change in self.figures.items()},
+            "basis": {phase: asdict(change) for phase, change in self.basis.items()},
             "settings": {name: asdict(change) for name, change in self.settings.items()},
         }
 
@@ -134,8 +142,31 @@ def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar])
     return {name: change for name, change in changed.items() if name not in left_out}
 
 
+def bases_in_lock(plan: Mapping[str, Any], values: Mapping[str, Values]) -> Bases:
+    """Return on which rates the times of a locked plan rest, by phase, as far as the lock tells.
+
+    No lock holds how the rates are known that a profile gives. But a rate that it does not give is stated, and no time
+    is known better than any rate that it takes: each takes the host's, or, under vLLM, how fast a device reads.
+
+    Args:
+        plan: the plan, as its lock holds it.
+        values: of the inputs, as a lock holds them; early locks have none, and then nothing is known.
+    """
+    given = [route for route in values.get("profile", {}) if route.startswith("hardware.")]
+    if "pipeline" in plan:
+        takes_given = any(route.endswith(".bandwidth") for route in given if ".devices." in route)
+    else:
+        takes_given = "hardware.host.dispatch" in given
+    if "profile" not in values or takes_given:
+        return {}
+    return {phase: "stated" for phase, name in OWN.items() if plan["prediction"].get(name) is not None}
+
+
 def difference(
-    before: Mapping[str, Any], after: Mapping[str, Any], made_of: Sequence[Mapping[str, Scalar]] = ({}, {})
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    made_of: Sequence[Mapping[str, Scalar]] = ({}, {}),
+    bases: Sequence[Bases] = ({}, {}),
 ) -> Difference:
     """Return the differences from one plan to another.
 
@@ -143,6 +174,7 @@ def difference(
         before: the plan, as `Plan.to_json` gives it and locks hold it.
         after: the other plan.
         made_of: the model and the cards of each.
+        bases: on which rates the times of either rest, as far as that is known.
     """
     uses = [{use["id"]: use for use in plan["devices"]} for plan in (before, after)]
     return Difference(
@@ -156,7 +188,27 @@ def difference(
             for name, meant in SETTINGS.items()
             if not (change := ValueChange(before.get(name, meant), after.get(name, meant))).is_none
         },
+        basis={phase: ValueChange(*(each.get(phase) for each in bases)) for phase in OWN},
     )
+
+
+def rates_in_words(diff: Mapping[str, Any]) -> str:
+    """Return on which rates the times of two plans rest, of a `Difference` as plain data; empty where none is told."""
+    said = {side: words for side in ("before", "after") if (words := _rates_of_side(diff, side))}
+    if len(set(said.values())) == 1:
+        return f"these times rest on {next(iter(said.values()))}"
+    return ", ".join(f"the times {side} rest on {words}" for side, words in said.items())
+
+
+def _rates_of_side(diff: Mapping[str, Any], side: str) -> str:
+    words = {}
+    for phase, name in OWN.items():
+        if diff["prediction"][name][side] is not None:
+            basis = diff["basis"][phase][side]
+            words[phase] = f"{basis} rates" if basis else "rates of which its lock does not say how they are known"
+    if len(set(words.values())) <= 1:
+        return next(iter(words.values()), "")
+    return " and ".join(f"{rates} in {phase}" for phase, rates in words.items())
 
 
 def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:

@@ -9,7 +9,7 @@ from devmap_config.devices import CPU, DISK
 from devmap_config.execution.assignment import ON_CPU, Assignment, Location
 from devmap_config.graph.model import ModulePath, is_within
 from devmap_config.plan.plan import OWN, Plan, device_uses
-from devmap_config.plan.prediction import predict
+from devmap_config.plan.prediction import predict, rates_basis
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory, InventoryDevice
+    from devmap_config.profile.quantities import Basis
 
 
 COMPUTING = (
@@ -32,11 +33,12 @@ class Alternative:
     """Another place for a block, all else as it is.
 
     `slower_nanoseconds` is by how much a token then takes longer (less, where it is negative), `None` if that is not
-    known; `missing_bytes` what is missing on `full_device` for it.
+    known; `rates` are the weakest of those that either time takes; `missing_bytes` is what is missing on `full_device`.
     """
 
     location: Location
     slower_nanoseconds: int | None
+    rates: Basis | None
     missing_bytes: int
     full_device: Device | None
 
@@ -119,12 +121,14 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
             plan, assignments=assignments, devices=device_uses(graph, assignments, capacities, plan.executor)
         )
         fullest = min(moved.devices, key=lambda use: use.free_bytes)
-        figure = "decode_nanoseconds_per_token" if graph.decodes else "prefill_nanoseconds"
-        times = tuple(getattr(each, figure) for each in (predict(moved, graph, inventory), plan.prediction))
+        phase: Phase = "decode" if graph.decodes else "prefill"
+        times = tuple(getattr(each, OWN[phase]) for each in (predict(moved, graph, inventory), plan.prediction))
+        is_known = None not in times
         found.append(
             Alternative(
                 location=location,
-                slower_nanoseconds=None if times[0] is None or times[1] is None else times[0] - times[1],
+                slower_nanoseconds=times[0] - times[1] if is_known else None,
+                rates=rates_basis(graph, inventory, phase, plan, moved) if is_known else None,
                 missing_bytes=max(-fullest.free_bytes, 0),
                 full_device=fullest.id if fullest.free_bytes < 0 else None,
             )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
 
 from devmap_config.execution.running import longest_context, running_of
 from devmap_config.execution.segments import MissingFigureError
 from devmap_config.execution.timing import Timing, forward_nanoseconds, forward_segments, hops
 from devmap_config.hardware.constants import SPREADS
+from devmap_config.hardware.inventory import RATES
 from devmap_config.plan.plan import OWN, Plan, Prediction
+from devmap_config.profile.quantities import BASES, weakest
 
 if TYPE_CHECKING:
     from devmap_config.execution.segments import Phase
     from devmap_config.graph.model import ModelGraph
     from devmap_config.hardware.inventory import Inventory
+    from devmap_config.pipeline.stages import Pipeline
     from devmap_config.profile.quantities import Basis, Spread
 
 
@@ -31,22 +34,38 @@ class TimeBasis:
 def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, TimeBasis]:
     """Return, for each phase of which a plan predicts the time, on what that rests."""
     found: dict[Phase, TimeBasis] = {}
-    if plan.pipeline is not None:
-        return found  # of vLLM no runs were seen
     for phase, name in OWN.items():
-        if (nanoseconds := getattr(plan.prediction, name)) is not None:
-            timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
-            basis = timing.rates.basis(forward_segments(timing, plan.locations))
+        if (nanoseconds := getattr(plan.prediction, name)) is None:
+            continue
+        if plan.pipeline is not None:
+            found[phase] = TimeBasis(rates=_basis_of_stages(plan.pipeline, inventory))  # of vLLM no runs were seen
+        else:
+            basis = rates_basis(graph, inventory, phase, plan)
             found[phase] = _basis(basis, nanoseconds, _spread(basis, phase, plan, inventory))
     return found
 
 
-def as_told(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[str, Any]:
-    """Return a plan as plain data with what no lock holds: on what its times rest."""
-    return {
-        **plan.to_json(),
-        "basis": {phase: asdict(each) for phase, each in time_bases(plan, graph, inventory).items()},
-    }
+def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: Plan) -> Basis:
+    """Return the weakest basis of all rates that a phase of these plans takes, whose times are known."""
+    timings = [Timing(graph, inventory, phase, plan.executor, plan.main_device) for plan in plans]
+    bases = (
+        timing.rates.basis(forward_segments(timing, plan.locations))
+        for timing, plan in zip(timings, plans, strict=True)
+    )
+    return min(bases, key=BASES.index)
+
+
+def _basis_of_stages(pipeline: Pipeline, inventory: Inventory) -> Basis:
+    """Return the weakest basis of what stages are timed by: their devices' rates, and the links within and between."""
+    devices = {device.id: device for device in inventory.devices}
+    groups = [stage.devices for stage in pipeline.stages]
+    joined = [
+        *(group[:2] for group in groups if len(group) > 1),
+        *((before[0], after[0]) for before, after in pairwise(groups)),
+    ]
+    links = [inventory.links[source, target].bytes_per_second for source, target in joined]
+    rates = (devices[id].reached(name) for group in groups for id in group for name in RATES[:2])
+    return weakest((*rates, *links))
 
 
 def _spread(basis: Basis, phase: Phase, plan: Plan, inventory: Inventory) -> Spread | None:

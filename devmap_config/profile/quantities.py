@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from devmap_config.wording import closest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from typing_extensions import Self
 
@@ -63,6 +63,15 @@ class KnownRate(int):
 def basis_of(rate: int) -> Basis:
     """Return how a rate is known: of a bare number, nothing is told."""
     return rate.basis if isinstance(rate, KnownRate) else "stated"
+
+
+def weakest(rates: Iterable[int | None]) -> Basis:
+    """Return the weakest basis of all rates that are known.
+
+    >>> weakest((None, KnownRate(9, "calibrated"), KnownRate(5, "measured")))
+    'measured'
+    """
+    return min((basis_of(rate) for rate in rates if rate is not None), key=BASES.index, default="stated")
 
 
 _NUMBER_AND_UNIT = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<unit>[^0-9\s.,]\S*)?")

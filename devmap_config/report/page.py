@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from devmap_config.amounts import format_bytes, format_change, format_duration, format_durations
 from devmap_config.devices import CPU
+from devmap_config.plan.diff import rates_in_words
 from devmap_config.report.charts import (
     MemoryChart,
     PhaseSpan,
@@ -289,6 +290,7 @@ def page_of(
         changes=() if diff is None else device_changes(diff),
         moves=() if diff is None else _moves(diff),
         figure_changes=() if diff is None else _figure_changes(diff),
+        rates="" if diff is None else visible(rates_in_words(diff)),
         sides=tuple(map(visible, sides)),
         comparisons=comparisons_of(cases),
         failed=[case for case in cases if case["failed"]],

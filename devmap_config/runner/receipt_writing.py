@@ -9,7 +9,7 @@ from devmap_config.devices import CPU
 from devmap_config.files import write_atomically
 from devmap_config.libraries.versions import TRIED, installed
 from devmap_config.plan.plan import OWN
-from devmap_config.plan.prediction import amounts, as_told
+from devmap_config.plan.prediction import amounts
 from devmap_config.plan.process_memory import process_memory
 from devmap_config.runner.receipts import RECEIPT_VERSION
 from devmap_config.runner.usage import peaks, weights_by_device
@@ -48,7 +48,7 @@ def receipt_of(
     """
     plan, compiled = deployment.plan, deployment.compiled
     inventory, workload = compiled.inventory, compiled.loaded.profile.workload
-    predicted = as_told(plan, compiled.model.graph, inventory)
+    predicted = compiled.to_json()
     memory = process_memory(plan, compiled.model.graph)
     return {
         "receipt_version": RECEIPT_VERSION,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,12 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run of a receipt: its figures, or why it failed."""
+    """One run of a receipt: its figures, or why it failed. `rates` are those that predicted times rest on, by phase."""
 
     receipt: str
     name: str
     figures: tuple[Figure, ...] = ()
+    rates: Mapping[str, str] = field(default_factory=dict)
     failed: str | None = None
 
     @property
@@ -76,6 +77,7 @@ def _case(receipt: str, case: Mapping[str, Any]) -> Case:
     if "failed" in case:
         return Case(receipt=receipt, name=str(case["case"]), failed=str(case["failed"]))
     predicted, generation = case["predicted"], case["generation"] or {}
+    bases = predicted.get("basis") or {}  # early ones have none
     figures = [figure for use in predicted["devices"] for figure in _memory(use, case["seen"].get(use["id"], {}))]
     process, seen_process = predicted.get("process_memory") or {}, case["seen"].get("cpu", {})
     figures += [
@@ -92,8 +94,9 @@ def _case(receipt: str, case: Mapping[str, Any]) -> Case:
         figures.append(Figure(name=name, device=None, predicted=seconds, seen=generation.get(seen)))
     figures.append(Figure(name="load", device=None, predicted=None, seen=case["load_seconds"]))
     if not case["by"].startswith("devmap"):  # by which the plan's predictions are for another
-        figures = [replace(figure, predicted=None) for figure in figures]
-    return Case(receipt=receipt, name=str(case["case"]), figures=tuple(figures))
+        figures, bases = [replace(figure, predicted=None) for figure in figures], {}
+    rates = {str(phase): str(basis["rates"]) for phase, basis in bases.items()}
+    return Case(receipt=receipt, name=str(case["case"]), figures=tuple(figures), rates=rates)
 
 
 def _memory(use: Mapping[str, Any], seen: Mapping[str, int]) -> Iterable[Figure]:

@@ -149,7 +149,20 @@ def test_times_are_shown_with_their_spread_and_ratios(workspace, monkeypatch):
     assert lines[5].split() == ["auto", "1.5", "s", "1.5–1.51", "s", "1.50", "1.50–1.50"]
     assert lines[6].split() == ["cpu", "500", "ms", "500–600", "ms", "too", "noisy", "1.2×"]
     assert "plan: at most 1.0 GiB of cpu" in lines
+    assert not any("predicted" in line for line in lines)  # the machine does not say how fast it is
     assert max(map(len, lines)) <= 80
+
+
+def test_what_was_predicted_is_told_with_what_it_rests_on(workspace, monkeypatch):
+    write_profile("cpu: {memory: 1GiB, bandwidth: 9GB/s measured, flops: 90GFLOP/s measured}")
+    monkeypatch.setattr(benchmark, "run_in_process", takes(plan=[1.0] * 2, auto=[1.5] * 2, cpu=[2.0] * 2))
+    lines = run("--rounds", "2").stdout.splitlines()
+    [place] = [place for place, line in enumerate(lines) if line.startswith("predicted: ")]
+    assert " a token, " in lines[place]
+    assert "these times rest on stated rates" in lines[place:]  # how fast the host is, nobody measured
+    monkeypatch.setattr(benchmark, "run_in_process", takes(plan=[1.0] * 2, auto=[1.5] * 2, cpu=[2.0] * 2))
+    told = json.loads(run("--rounds", "2", "--format", "json").stdout)["plan"]["basis"]
+    assert {phase: each["rates"] for phase, each in told.items()} == {"decode": "stated", "prefill": "stated"}
 
 
 def test_a_quiet_machine_is_told_nothing_of_noise(workspace, monkeypatch):

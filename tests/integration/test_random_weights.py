@@ -234,7 +234,7 @@ def test_a_receipt_has_what_was_predicted_beside_what_is_seen(temporary):
     assert set(receipt["versions"]) == {"devmap-config", "torch", "transformers", "accelerate"}
     assert receipt["machine"]["threads"] == torch.get_num_threads()
     shown = CliRunner().invoke(receipts, ["mine.json"], standalone_mode=False, catch_exceptions=False)
-    assert shown.stdout.splitlines()[0] == "mine: predicted → seen"
+    assert shown.stdout.splitlines()[0] == "mine: predicted by stated rates → seen"
     assert shown.stdout.splitlines()[3].startswith("profile   cpu")
     fitted = CliRunner().invoke(calibrate, ["mine.json"], standalone_mode=False, catch_exceptions=False)
     assert fitted.return_value == 0

@@ -82,6 +82,58 @@ def test_a_lock_does_not_depend_on_how_rates_are_known(workspace):
     assert said[0] == said[1]
 
 
+def test_stages_rest_on_the_weakest_rate_of_their_devices_and_of_the_links_between_them(workspace):
+    card = "memory: 1GiB, flops: 9TFLOP/s measured, bandwidth: 9GB/s"
+    machine = f"devices: {{cuda:0: {{{card} measured}}, cuda:1: {{{card} READ}}}}, links: {{peer: 9GB/s LINK}}"
+    for read, link, basis in (("", "", "stated"), ("measured", "measured", "measured"), ("measured", "", "stated")):
+        text = PROFILE.replace("HARDWARE", machine.replace("READ", read).replace("LINK", link))
+        pins = "[{match: 'model.layers.[0-2]', device: 'cuda:0'}, {match: 'model.layers.[3-5]', device: 'cuda:1'}]"
+        text = text.replace("STRATEGY", f"fastest, pins: {pins}")
+        Path("p.yaml").write_text(text + "targets: [vllm]\n")
+        found = run_pipeline(Request(path=Path("p.yaml")))
+        assert len(found.plan.pipeline.stages) == 2
+        assert {phase: each.rates for phase, each in found.time_bases.items()} == dict.fromkeys(
+            ("decode", "prefill"), basis
+        )
+        assert f"these times rest on {basis} rates; of vLLM no run was seen" in run("compile", "p.yaml", "--dry-run")
+
+
+def said_by_diff(*sides):
+    found = json.loads(run("diff", *sides, "--format", "json"))["diff"]["basis"]
+    return found["decode"]["before"], found["decode"]["after"], run("diff", *sides).splitlines()[-1]
+
+
+def test_a_difference_says_on_what_the_times_of_both_plans_rest(workspace):
+    measured = cpu("measured", "measured", "measured").replace("90G", "99G")
+    for name, hardware in (("own.yaml", cpu()), ("seen.yaml", measured), ("plain.yaml", cpu().partition(", host")[0])):
+        compiled(hardware)
+        Path("p.yaml").rename(name)
+        run("compile", name, "-q", "--no-simulate")
+    assert said_by_diff("own.yaml", "seen.yaml") == (
+        "stated",
+        "measured",
+        "the times before rest on stated rates, the times after rest on measured rates",
+    )
+    assert said_by_diff("plain.yaml", "own.yaml")[2] == "these times rest on stated rates"
+    # A lock holds no basis; but a rate that its profile does not give can only be stated.
+    assert said_by_diff("plain.lock.json", "seen.yaml")[:2] == ("stated", "measured")
+    before, _, said = said_by_diff("own.lock.json", "seen.yaml")
+    assert before is None
+    assert said.startswith("the times before rest on rates of which its lock does not say how they are known, the ")
+    markdown = run("diff", "own.yaml", "seen.yaml", "--format", "markdown").splitlines()
+    assert markdown[-1] == "The times before rest on stated rates, the times after rest on measured rates."
+
+
+def test_what_another_place_would_take_rests_on_what_either_takes(workspace):
+    card = "cuda:0: {memory: 9GiB, bandwidth: 9GB/s measured, flops: 9TFLOP/s measured}, cpu: {memory: 9GiB}"
+    compiled(f"devices: {{{card}}}, host: {{dispatch: 9us measured}}, links: {{host: 9GB/s}}")
+    told = json.loads(run("explain", "p.yaml", "lm_head", "--format", "json"))
+    assert told["plan"]["basis"]["decode"]["rates"] == "measured"
+    rates = {str(each["location"]): each["rates"] for each in told["alternatives"] if each["slower_nanoseconds"]}
+    assert set(rates.values()) == {"stated"}  # all of them take the link
+    assert told["explanation"][-1] == "These times rest on stated rates."
+
+
 @pytest.mark.parametrize(
     ("rate", "help"),
     [("9GB/s measurd", "`9GB/s measured`"), ("9GB/s calibrate", "`9GB/s calibrated`"), ("9GB/s often", "`25GB/s`")],

@@ -198,6 +198,7 @@ def test_names_are_text_and_nothing_else(data):
         "moved": [{"modules": [HOSTILE], "before": home, "after": home}],
         "devices": [{"id": HOSTILE, "before": report["plan"]["devices"][0], "after": None}],
         "prediction": figures,
+        "basis": {"decode": change, "prefill": change},
         "settings": {HOSTILE: change},
     }
     bad = {**hostile(report), "diagnostics": [finding]}

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from devmap_config import compile_profile
 from devmap_config.amounts import counted
 from devmap_config.cli import devmap
-from devmap_config.cli.plan_table import _predicted
+from devmap_config.cli.predictions import predicted
 from devmap_config.plan.plan import NotADeviceMapError, Prediction
 
 PROFILE = """\
@@ -85,5 +85,5 @@ def test_a_context_that_cannot_grow_is_said_to_end_and_not_to_grow_to_itself(wor
 @pytest.mark.parametrize(("fastest", "shown"), [(99_800_000, True), (100_000_000, False), (100_000_001, False)])
 def test_the_fastest_plans_time_is_shown_where_its_digits_are_others(fastest, shown):
     prediction = Prediction(decode_nanoseconds_per_token=100_000_002, fastest_decode_nanoseconds_per_token=fastest)
-    assert ("the fastest plan takes 99.8 ms" in _predicted(SimpleNamespace(prediction=prediction))) == shown
-    assert ("the fastest plan" in _predicted(SimpleNamespace(prediction=prediction))) == shown
+    assert ("the fastest plan takes 99.8 ms" in predicted(SimpleNamespace(prediction=prediction))) == shown
+    assert ("the fastest plan" in predicted(SimpleNamespace(prediction=prediction))) == shown

@@ -1,0 +1,61 @@
+"""What a plan is predicted to take, and on which rates that rests, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.amounts import format_duration, format_durations
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devmap_config.execution.segments import Phase
+    from devmap_config.plan.plan import Plan
+    from devmap_config.plan.prediction import TimeBasis
+
+
+def predicted(plan: Plan) -> str:
+    """Return the predicted figures of the plan, as far as they are known."""
+    prediction = plan.prediction
+    decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
+    words = []
+    if decode is not None:
+        proof = f"no plan is below {format_duration(bound)}" if bound is not None else ""
+        fastest = _fastest(prediction.fastest_decode_nanoseconds_per_token, decode)
+        words.append(f"{format_duration(decode)} a token{_in_parentheses(fastest, proof)}")
+    if prediction.prefill_nanoseconds is not None:
+        fastest = _fastest(prediction.fastest_prefill_nanoseconds, prediction.prefill_nanoseconds)
+        words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill{_in_parentheses(fastest)}")
+    if prediction.longest_context is not None:
+        words.append(f"a context of up to {prediction.longest_context:,} tokens")
+    return f"predicted: {', '.join(words)}" if words else ""
+
+
+UNITS: Mapping[Phase, str] = {"decode": "a token", "prefill": "a prefill"}
+"""What a phase's time is of."""
+
+
+def said_of_bases(bases: Mapping[Phase, TimeBasis]) -> str:
+    """Return on which rates the times rest, and between which times such runs were."""
+    rates = {UNITS[phase]: each.rates for phase, each in bases.items()}
+    if len(set(rates.values())) == 1:
+        said = f"these times rest on {next(iter(rates.values()))} rates"
+    else:
+        said = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
+    ranges = [
+        f"{UNITS[phase]} {format_durations(each.least_nanoseconds, each.most_nanoseconds)}"
+        for phase, each in bases.items()
+        if each.least_nanoseconds is not None and each.most_nanoseconds is not None
+    ]
+    return said + (f"; as such runs went, {', '.join(ranges)}" if ranges else "")
+
+
+def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:
+    """Return a note on the fastest plan's time, if it differs in the digits that are printed."""
+    shown = "" if nanoseconds is None else format_duration(nanoseconds)
+    return f"the fastest plan takes {shown}" if shown not in ("", format_duration(own_nanoseconds)) else ""
+
+
+def _in_parentheses(*phrases: str) -> str:
+    said = "; ".join(phrase for phrase in phrases if phrase)
+    return f" ({said})" if said else ""
