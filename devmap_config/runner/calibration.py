@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.execution.overlap import total_nanoseconds
 from devmap_config.execution.segments import MachineRates, MissingFigureError, Segment
 from devmap_config.files import ANYWHERE, PACKAGED, FileError, read_json
-from devmap_config.hardware.inventory import Inventory, whole
+from devmap_config.hardware.inventory import RATE_NAMES, Inventory, whole
 from devmap_config.plan.plan import OWN
 from devmap_config.profile.quantities import Spread
 from devmap_config.runner.fitting import fitted
 from devmap_config.runner.receipts import RECEIPT_VERSION
+from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 FEWEST_RECEIPTS = 3
 """As many it takes to leave one out, and still to say how far the others are apart."""
+
+NAMED = 12
+"""So many receipts are named that do not go with the others."""
 
 SECONDS: Mapping[Phase, str] = {"decode": "decode_seconds_per_token", "prefill": "prefill_seconds"}
 
@@ -57,12 +61,14 @@ class Receipt:
     """The parts of a receipt that are fitted.
 
     Attributes:
+        name: the path of its file.
         kind: the properties that receipts must share to be fitted together, as far as they have them.
         versions: the versions of the libraries that ran it.
         inventory: the machine, at the rates by which it was predicted.
         runs: its phases.
     """
 
+    name: str
     kind: Mapping[str, str]
     versions: str
     inventory: Inventory
@@ -118,6 +124,7 @@ def read_receipt(path: Path) -> Receipt:
         inventory = Inventory.from_json(value["inventory"])
         runs = tuple(run for case in value["cases"] for run in _runs(path, case))
         receipt = Receipt(
+            name=str(path),
             kind={"machine": machine, "dtype": str(value["dtype"]), **value["devices"]},
             versions=", ".join(f"{name} {version}" for name, version in value["versions"].items() if version),
             inventory=inventory,
@@ -172,12 +179,13 @@ def calibrate(receipts: Sequence[Receipt]) -> Calibration:
         CalibrationError: if they are not of one machine and dtype, or no time depends on any rate.
     """
     kind = _kind(receipts)
-    fit = _fit(receipts)
+    machine = _machine_of(receipts)
+    fit = _fit(machine, receipts)
     left_out: dict[PhaseRun, int] = {}
     if len(receipts) >= FEWEST_RECEIPTS:
         for receipt in receipts:
-            machine = _fit([other for other in receipts if other is not receipt])[0]
-            left_out |= {run: run.nanoseconds(machine) for run in receipt.runs}
+            without = _fit(machine, [other for other in receipts if other is not receipt])[0]
+            left_out |= {run: run.nanoseconds(without) for run in receipt.runs}
     return Calibration(
         kind=kind,
         versions=" and ".join(dict.fromkeys(receipt.versions for receipt in receipts)),
@@ -194,26 +202,42 @@ def calibrate(receipts: Sequence[Receipt]) -> Calibration:
 
 def _kind(receipts: Sequence[Receipt]) -> dict[str, str]:
     """Return of which machine and dtype receipts are."""
-    first: dict[str, Receipt] = {}
+    kinds: dict[str, dict[str, list[str]]] = {}
     for receipt in receipts:
         for what, which in receipt.kind.items():
-            known = first.setdefault(what, receipt)
-            if known.kind[what] != which:
-                one, other = (f"`{each.runs[0].receipt}` ({each.kind[what]})" for each in (known, receipt))
-                message = f"{one} and {other} are not of the same {what}"
-                raise CalibrationError(message, "rates are fitted to one machine, and to models of one dtype")
-    return {what: receipt.kind[what] for what, receipt in first.items()}
+            kinds.setdefault(what, {}).setdefault(which, []).append(receipt.name)
+    for what, by_kind in kinds.items():
+        most, *others = sorted(by_kind.items(), key=lambda item: -len(item[1]))
+        if others:
+            counts = " and ".join(f"{len(names)} of {which}" for which, names in (most, *others))
+            left_out = [f"`{name}`" for _, names in others for name in names]
+            help = f"rates are fitted to one machine, and to models of one dtype: leave out {first_of(left_out, NAMED)}"
+            raise CalibrationError(f"these receipts are not of the same {what}: {counts}", help)
+    return {what: next(iter(by_kind)) for what, by_kind in kinds.items()}
 
 
-def _fit(receipts: Sequence[Receipt]) -> tuple[Inventory, dict[tuple[RateName, ...], float]]:
+def _machine_of(receipts: Sequence[Receipt]) -> Inventory:
+    """Return the machine with all rates that any receipt was predicted by: those of the last one that has them."""
+    first, *others = (receipt.inventory for receipt in receipts)
+    devices, links = {device.id: device for device in first.devices}, dict(first.links)
+    for inventory in others:
+        for device in inventory.devices:
+            before = devices.get(device.id, device)
+            known = {name: getattr(before, name) for name in RATE_NAMES if getattr(device, name) is None}
+            devices[device.id] = replace(device, **known)
+        links |= inventory.links
+    together = (receipt.inventory.together_bytes_per_second for receipt in reversed(receipts))
+    return replace(
+        receipts[-1].inventory,
+        devices=tuple(devices.values()),
+        links=links,
+        together_bytes_per_second=next(filter(None, together), None),
+    )
+
+
+def _fit(machine: Inventory, receipts: Sequence[Receipt]) -> tuple[Inventory, dict[tuple[RateName, ...], float]]:
     runs = [run for receipt in receipts for run in receipt.runs]
-    try:
-        found = fitted(
-            receipts[-1].inventory, [run.nanoseconds for run in runs], [run.measured_nanoseconds for run in runs]
-        )
-    except MissingFigureError as error:
-        message = f"`{receipts[-1].runs[0].receipt}` was predicted without {error}, which another receipt depends on"
-        raise CalibrationError(message, "compile with all rates of the machine, and write it again") from None
+    found = fitted(machine, [run.nanoseconds for run in runs], [run.measured_nanoseconds for run in runs])
     if not found[1]:
         raise CalibrationError("no time of these receipts depends on a rate", "name receipts of larger models")
     return found

@@ -225,8 +225,11 @@ def test_rates_of_another_dtype_are_written_under_it(tmp_path):
 
 
 REFUSED = {
-    "another machine": ({"machine": {"processor": "a CPU", "threads": 4}}, "are not of the same machine"),
-    "another dtype": ({"dtype": "float32"}, "(float32) are not of the same dtype"),
+    "another machine": (
+        {"machine": {"processor": "a CPU", "threads": 4}},
+        "not of the same machine: 2 of a CPU, 2 threads and 1 of a CPU, 4 threads",
+    ),
+    "another dtype": ({"dtype": "float32"}, "not of the same dtype: 2 of bfloat16 and 1 of float32"),
     "earlier": ({"receipt_version": 1}, "does not say what a forward does: an earlier devmap-config wrote it"),
     "newer": ({"receipt_version": RECEIPT_VERSION + 1}, "was written by a newer devmap-config"),
     "nothing timed": ({"cases": []}, "has no time that was predicted and measured"),
@@ -236,11 +239,30 @@ REFUSED = {
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_receipts_that_cannot_be_fitted_together_are_refused(tmp_path, changes, message):
     phases = dense(16, 1024)
-    done = run(*written(tmp_path, receipt(TRUTH, BELIEVED, phases), receipt(TRUTH, BELIEVED, phases, **changes)))
+    changed = [changes, {}, {}]
+    done = run(*written(tmp_path, *(receipt(TRUTH, BELIEVED, phases, **each) for each in changed)))
     assert done.return_value == 1
     assert "error[unfit-receipts]" in done.stderr
     assert message in " ".join(done.stderr.split())
+    assert f"{tmp_path}/0.json" in "".join(done.stderr.split())  # the one that is not as the others
+    assert f"{tmp_path}/1.json" not in "".join(done.stderr.split())
     assert done.stdout == ""
+
+
+def test_a_rate_that_one_receipt_alone_depends_on_is_fitted_beside_the_others(tmp_path):
+    """As profiles of one machine name its disk only where a model is too large."""
+    [whole, *others] = SIZES
+    alone = Inventory(BELIEVED.devices[1:2], {}, BELIEVED.dispatch_nanoseconds)
+    reading = dense(*whole, copies=[Copy(DISK, CPU, 10**8)])
+    truth = replace(
+        TRUTH, links={pair: replace(each, bytes_per_second=3 * 10**9) for pair, each in TRUTH.links.items()}
+    )
+    receipts = [receipt(truth, BELIEVED, reading), *(receipt(truth, alone, dense(*size)) for size in others)]
+    found = fitted(tmp_path, *receipts)
+    assert found.inventory.links[DISK, CPU].bytes_per_second == pytest.approx(3 * 10**9, rel=0.01)
+    assert found.inventory.devices[1].bandwidth_bytes_per_second == pytest.approx(12 * 10**9, rel=0.01)
+    believed = [each.left_out_nanoseconds for each in found.residuals if each.run.receipt.endswith("0.json")]
+    assert all(time is not None for time in believed)  # without it, the disk is as fast as it was believed to be
 
 
 def test_compiled_code_is_refused(tmp_path):
