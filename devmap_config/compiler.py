@@ -30,6 +30,7 @@ from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.planner import Planner, accepted, draft_of
 from devmap_config.plan.prediction import time_bases
+from devmap_config.plan.process_memory import process_memory
 from devmap_config.plan.review import review
 from devmap_config.prepared import Prepared
 from devmap_config.profile.document import whole_file
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.prediction import TimeBasis
+    from devmap_config.plan.process_memory import ProcessMemory
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.schema import Hardware
     from devmap_config.simulate.simulation import Verdict
@@ -147,6 +149,11 @@ class Compiled(Prepared):
     def time_bases(self) -> dict[Phase, TimeBasis]:
         """On what each predicted time rests."""
         return time_bases(self.plan, self.graph, self.inventory)
+
+    @property
+    def process_memory(self) -> ProcessMemory | None:
+        """The memory of the process that runs the plan, where it is known."""
+        return process_memory(self.plan, self.graph, self.inventory)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data with what no lock holds: on what its times rest."""

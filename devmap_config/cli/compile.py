@@ -49,7 +49,6 @@ def compile_command(
     from devmap_config.cli.plan_table import plan_lines
     from devmap_config.cli.reporting import echo, print_json, print_lines
     from devmap_config.plan.lock import lock_path
-    from devmap_config.plan.process_memory import process_memory
 
     target = output or lock_path(profile)
     earlier = lock_to_replace(target, writes=not dry_run, allow_outside=options.permissions.allow_outside)
@@ -66,8 +65,7 @@ def compile_command(
     # Before anything is printed: a reader that goes away, or a disk that is full, is no reason not to.
     written = [] if dry_run else write_results(compiled, target, with_graph=vendor)
     asked: dict[str, Any] = {} if plan.max_memory is None else {"max_memory": dict(plan.max_memory)}
-    memory = process_memory(plan, compiled.graph)
-    asked |= {} if memory is None else {"process_memory": asdict(memory)}
+    asked |= {} if (memory := compiled.process_memory) is None else {"process_memory": asdict(memory)}
     options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **asked})
     if device_map is not None:
         print_json(device_map)

@@ -124,7 +124,6 @@ def story(compiled: Compiled) -> Iterator[str]:
     """Yield the plan in some ten lines."""
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
     from devmap_config.cli.predictions import said_of_bases
-    from devmap_config.plan.process_memory import process_memory
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     if plan.pipeline is not None:
@@ -142,7 +141,7 @@ def story(compiled: Compiled) -> Iterator[str]:
         yield f"{counted(pinned, 'rule')} {decide} for {counted(len(decisions), 'tensor')}."
     for group in graph.tied_groups[:2]:
         yield f"{' and '.join(group)} are one tensor, and move together."
-    if (memory := process_memory(plan, graph)) is not None:
+    if (memory := compiled.process_memory) is not None:
         yield f"The {memory_in_words(memory)}."
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)

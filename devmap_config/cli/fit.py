@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from devmap_config.cli.command import CommandError, ProfileOptions, profile_comm
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
 from devmap_config.cli.progress import progress
+from devmap_config.devices import CPU
+from devmap_config.hardware.constants import PROCESS_ANONYMOUS_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from devmap_config.compiler import Compiled, Request
     from devmap_config.exports.engines import OtherEngine
-    from devmap_config.plan.plan import Plan
 
 WITHOUT_FIGURES = "fewest-devices"
 """What is asked where the machine does not say how fast it is: whether the model fits does not depend on that."""
@@ -43,7 +44,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        nothing = dict.fromkeys(("strategy", "prediction", "basis", "devices"))
+        nothing = dict.fromkeys(("strategy", "prediction", "basis", "devices", "process_memory"))
         return {
             "machine": self.machine,
             "fits": self.fastest is not None,
@@ -66,8 +67,11 @@ class Row:
 def _plan_to_json(compiled: Compiled | None) -> dict[str, Any] | None:
     if compiled is None:
         return None
-    plan = compiled.to_json()
-    return {key: plan[key] for key in ("strategy", "prediction", "basis", "devices", "pipeline") if key in plan}
+    plan, memory = compiled.to_json(), compiled.process_memory
+    told: dict[str, Any] = {
+        key: plan[key] for key in ("strategy", "prediction", "basis", "devices", "pipeline") if key in plan
+    }
+    return told | {"process_memory": None if memory is None else asdict(memory)}
 
 
 @profile_command("fit", "table", "json")
@@ -137,12 +141,15 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
     rates = {basis: None for row in rows for compiled in row.plans.values() for basis in _rates(compiled)}
     if len(rates) == 1:
         yield f"these times rest on {next(iter(rates))} rates"
+    if any(map(_holds_uncounted, (compiled for row in rows for compiled in row.plans.values()))):
+        base = format_bytes(PROCESS_ANONYMOUS_BYTES)
+        yield f"of the CPU's memory, tensors are counted: Python and the libraries hold {base} or more besides"
     for row in rows:
         if row.reason is not None:
             yield f"{row.machine} does not fit: {row.reason}"
         for aim, compiled in row.plans.items():
             bases = [f"its times rest on {' and '.join(_rates(compiled))} rates"] if len(rates) > 1 else []
-            if remarks := [*_remarks(compiled.plan), *bases]:
+            if remarks := [*_remarks(compiled), *bases]:
                 yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
         if row.other is not None:
             yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
@@ -163,6 +170,13 @@ def _by(other: OtherEngine) -> str:
     return f", by {' and '.join(words)}"
 
 
+def _holds_uncounted(compiled: Compiled) -> bool:
+    """Return whether a plan keeps something in the CPU's memory, and the memory of its process is not known."""
+    plan = compiled.plan
+    held = any(use.id == CPU and use.free_bytes < use.capacity_bytes for use in plan.devices)
+    return held and plan.pipeline is None and compiled.process_memory is None
+
+
 def _rates(compiled: Compiled) -> list[str]:
     """Return the bases of the rates on which the times of a plan rest; empty if it predicts no time."""
     return list(dict.fromkeys(each.rates for each in compiled.time_bases.values()))
@@ -179,12 +193,15 @@ def _figures(compiled: Compiled) -> tuple[str, str, str]:
     )
 
 
-def _remarks(plan: Plan) -> Iterator[str]:
+def _remarks(compiled: Compiled) -> Iterator[str]:
+    plan, memory = compiled.plan, compiled.process_memory
     if plan.pipeline is not None:
         from devmap_config.cli.stages_view import cache_in_words
 
         layers = " + ".join(map(str, plan.pipeline.partition))
         yield f"{layers} layers; {cache_in_words(plan.pipeline)}"
+    if memory is not None and memory.missing_bytes:
+        yield f"with Python and the libraries its process is {format_bytes(memory.missing_bytes)} too large for the CPU"
     used = sum(use.weights_bytes > 0 for use in plan.devices)
     if used < len(plan.devices):
         yield f"{used} of {len(plan.devices)} devices are used"

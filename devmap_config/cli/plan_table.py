@@ -6,26 +6,23 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from devmap_config.amounts import format_bytes, largest_unit
+from devmap_config.amounts import MEBIBYTE, format_bytes, largest_unit
 from devmap_config.cli.predictions import predicted, said_of_bases
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
 from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES
-from devmap_config.plan.process_memory import process_memory
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from rich.table import Table
 
     from devmap_config.compiler import Compiled
     from devmap_config.devices import Device
-    from devmap_config.execution.segments import Phase
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
-    from devmap_config.plan.prediction import TimeBasis
     from devmap_config.plan.process_memory import ProcessMemory
 
 PATTERNS_SHOWN = 6
@@ -52,7 +49,7 @@ def plan_lines(compiled: Compiled, width: int) -> Iterator[Text | Table]:
         rows.append(((str(use.id), *figures), _held(plan, use.id)))
     headings = ("capacity", "weights", *running_headings, "free")
     yield from listing(rows, width, names=("device",), figures=headings, rest="holds")
-    yield from _notes(plan, model, compiled.time_bases, compiled.loaded.profile.workload.context_length.value)
+    yield from _notes(compiled)
 
 
 def weights_in_words(model: LoadedModel, plan: Plan) -> str:
@@ -78,12 +75,11 @@ def _held(plan: Plan, device: Device) -> list[str]:
     return shown or ["–"]
 
 
-def _notes(
-    plan: Plan, model: LoadedModel, bases: Mapping[Phase, TimeBasis], context_length: int | None
-) -> Iterator[Text]:
+def _notes(compiled: Compiled) -> Iterator[Text]:
+    plan, model = compiled.plan, compiled.model
     if said := predicted(plan):
         yield Text(said)
-    if bases:
+    if bases := compiled.time_bases:
         yield Text(said_of_bases(bases), style="dim")
     if besides := _besides_text(model):
         yield Text(besides)
@@ -99,13 +95,13 @@ def _notes(
     for use in plan.devices:
         if use.id != DISK and use.loading_bytes > use.capacity_bytes - use.free_bytes:
             yield Text(f"loading holds {format_bytes(use.loading_bytes)} at once on {use.id}", style="dim")
-    if (memory := process_memory(plan, model.graph)) is not None:
+    if (memory := compiled.process_memory) is not None:
         yield Text(f"the {memory_in_words(memory)}", style="dim")
     for device in dict.fromkeys(plan.compute.values()):
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")
     yield from map(Text, plan.prefilling)
-    if context_length is None:
+    if compiled.loaded.profile.workload.context_length.value is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
 
 
@@ -113,7 +109,13 @@ def memory_in_words(memory: ProcessMemory) -> str:
     """Return a sentence about the memory of a process that runs a plan on the CPU."""
     own, files, most = map(format_bytes, (memory.anonymous_bytes, memory.file_bytes, memory.peak_bytes))
     libraries = format_bytes(memory.library_file_bytes)
-    return f"process holds {own} of its own, {files} of the model's files and {libraries} of libraries', {most} at most"
+    held = f"process holds {own} of its own, {files} of the model's files and {libraries} of libraries', {most} at most"
+    if not memory.missing_bytes:
+        return held
+    reserve = f"{-(-memory.uncounted_bytes // MEBIBYTE)}MiB"
+    return (
+        f"{held}: more than the CPU's memory, of which tensors are counted; `reserve: {reserve}` is room for the rest"
+    )
 
 
 def _besides_text(model: LoadedModel) -> str:

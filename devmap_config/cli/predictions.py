@@ -1,4 +1,4 @@
-"""What a plan is predicted to take, and on which rates that rests, in words."""
+"""Say in words what a plan is predicted to take, and on which rates that rests."""
 
 from __future__ import annotations
 

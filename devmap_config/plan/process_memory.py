@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import LoadingFacts, ModelGraph, Tensor
+    from devmap_config.hardware.inventory import Inventory
     from devmap_config.plan.plan import Plan
 
 
@@ -40,20 +41,26 @@ class ProcessMemory:
     What is anonymous must be there; the system takes pages of files back where memory is short, and reads them again.
     `file_bytes` are of the model's files, `library_file_bytes` of the libraries'; processes share the latter. The peak
     may be while loading, when the files are mapped of which tensors are made.
+
+    A plan fits by its tensors: `uncounted_bytes` are held besides these while it runs, and for `missing_bytes` the CPU
+    has no room.
     """
 
     anonymous_bytes: int
     file_bytes: int
     library_file_bytes: int
     peak_bytes: int
+    uncounted_bytes: int
+    missing_bytes: int
 
 
-def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
+def process_memory(plan: Plan, graph: ModelGraph, inventory: Inventory) -> ProcessMemory | None:
     """Return what the process holds that runs a plan; `None` if it needs accelerators, or what it needs is unknown.
 
     Args:
         plan: the plan.
         graph: its model, measured.
+        inventory: its machine.
     """
     facts, measurement = graph.loading, graph.measurement
     cpu = next((use for use in plan.devices if use.id == CPU), None)
@@ -69,20 +76,24 @@ def process_memory(plan: Plan, graph: ModelGraph) -> ProcessMemory | None:
     mapped_bytes = sum(tensor.size_bytes for tensor in mapped)
     read_bytes = sum(_source_bytes(tensor, facts) for tensor in resident if not _is_mapped(tensor, facts))
     own_bytes = cpu.weights_bytes - mapped_bytes
-    running_bytes = cpu.kv_cache_bytes + cpu.activation_bytes
-    held_bytes = int(min(running_bytes, HELD_SHARE_END_BYTES) * HELD_SHARE)
-    anonymous_bytes = PROCESS_ANONYMOUS_BYTES + own_bytes + running_bytes + cpu.overhead_bytes + held_bytes
+    working_bytes = cpu.kv_cache_bytes + cpu.activation_bytes
+    held_bytes = int(min(working_bytes, HELD_SHARE_END_BYTES) * HELD_SHARE)
+    anonymous_bytes = PROCESS_ANONYMOUS_BYTES + own_bytes + working_bytes + cpu.overhead_bytes + held_bytes
     anonymous_bytes += PROGRAM_BYTES * _program_shapes(graph, measurement)
     untouched_bytes = _untouched_bytes(mapped, graph, measurement)
     # The pages that experts were merged from stay as long as another tensor of their file is mapped.
     file_bytes = mapped_bytes - untouched_bytes + (read_bytes if mapped else 0)
     loading_bytes = PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES + own_bytes + read_bytes
     loading_bytes += cpu.loading_bytes - cpu.weights_bytes - _not_kept_bytes(resident, plan, facts)
+    running_bytes = anonymous_bytes + file_bytes + LIBRARY_FILE_BYTES
+    there_bytes = next(device.memory_bytes for device in inventory.devices if device.id == CPU)
     return ProcessMemory(
         anonymous_bytes=anonymous_bytes,
         file_bytes=file_bytes,
         library_file_bytes=LIBRARY_FILE_BYTES,
-        peak_bytes=max(anonymous_bytes + file_bytes + LIBRARY_FILE_BYTES, loading_bytes),
+        peak_bytes=max(running_bytes, loading_bytes),
+        uncounted_bytes=max(running_bytes - (cpu.capacity_bytes - cpu.free_bytes), 0),
+        missing_bytes=max(running_bytes - there_bytes, 0),
     )
 
 

@@ -10,7 +10,6 @@ from devmap_config.files import write_atomically
 from devmap_config.libraries.versions import TRIED, installed
 from devmap_config.plan.plan import OWN
 from devmap_config.plan.prediction import amounts
-from devmap_config.plan.process_memory import process_memory
 from devmap_config.runner.receipts import RECEIPT_VERSION
 from devmap_config.runner.usage import peaks, weights_by_device
 from devmap_config.wording import json_text
@@ -49,7 +48,7 @@ def receipt_of(
     plan, compiled = deployment.plan, deployment.compiled
     inventory, workload = compiled.inventory, compiled.loaded.profile.workload
     predicted = compiled.to_json()
-    memory = process_memory(plan, compiled.model.graph)
+    memory = compiled.process_memory
     return {
         "receipt_version": RECEIPT_VERSION,
         "command": command,

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.compiler import Request, run_pipeline
-from devmap_config.plan.process_memory import process_memory
 
 SCRIPT = Path(__file__).with_name("held_by_a_process.py")
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 4_000}
@@ -34,7 +33,7 @@ def predicted(name, source, dtype):
     )
     assert compile_command.main([profile.name, "-q", "--no-simulate"], standalone_mode=False) == 0
     found = run_pipeline(Request(path=profile))
-    memory = process_memory(found.plan, found.graph)
+    memory = found.process_memory
     return {"anonymous": memory.anonymous_bytes, "file": memory.file_bytes, "peak": memory.peak_bytes}
 
 

@@ -11,6 +11,7 @@ import pytest
 from conftest import LLAMA
 
 from devmap_config.cli.compile import compile_command
+from devmap_config.cli.fit import fit
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.devices import CPU
 from devmap_config.hardware.constants import (
@@ -20,7 +21,6 @@ from devmap_config.hardware.constants import (
     PROCESS_ANONYMOUS_BYTES,
     PROGRAM_BYTES,
 )
-from devmap_config.plan.process_memory import process_memory
 
 ON_CPU = "cpu: {memory: 4GiB}"
 CONTEXT = "{context_length: 32}"
@@ -42,7 +42,7 @@ def compiled(source, devices=ON_CPU, *, model="", workload=CONTEXT, placement="s
 def held(*arguments, **options):
     """What of a plan's process is beyond the libraries, and what the plan says of the CPU."""
     found = compiled(*arguments, **options)
-    memory = process_memory(found.plan, found.graph)
+    memory = found.process_memory
     use = next(each for each in found.plan.devices if each.id == CPU)
     running_bytes = use.kv_cache_bytes + use.activation_bytes
     own_bytes = memory.anonymous_bytes - PROCESS_ANONYMOUS_BYTES - use.overhead_bytes
@@ -99,7 +99,7 @@ def test_what_stays_in_memory_beside_a_disk_is_copied_there():
 )
 def test_nothing_is_said_beside_a_card_or_without_a_workload(devices, workload):
     found = compiled("llama", devices, workload=workload)
-    assert process_memory(found.plan, found.graph) is None
+    assert found.process_memory is None
 
 
 def test_the_plan_and_its_json_say_it(capsys):
@@ -112,7 +112,30 @@ def test_the_plan_and_its_json_say_it(capsys):
         "file_bytes": memory.file_bytes,
         "library_file_bytes": LIBRARY_FILE_BYTES,
         "peak_bytes": memory.peak_bytes,
+        "uncounted_bytes": memory.uncounted_bytes,
+        "missing_bytes": 0,
     }
+
+
+def test_a_process_that_is_larger_than_the_cpus_memory_is_told_though_its_tensors_fit(capsys):
+    """As a budget the CPU's memory may be meant so; where it is all that there is, a reserve makes the plan fit."""
+    memory = held("llama", "cpu: {memory: 40MiB}")[2]
+    assert memory.missing_bytes == memory.anonymous_bytes + memory.file_bytes + LIBRARY_FILE_BYTES - 40 * 2**20
+    assert memory.uncounted_bytes > PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES
+    assert compile_command.main(["profile.yaml"], standalone_mode=False) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    reserve = f"{-(-memory.uncounted_bytes // 2**20)}MiB"
+    assert (
+        f"more than the CPU's memory, of which tensors are counted; `reserve: {reserve}` is room for the rest" in said
+    )
+    memory_bytes = memory.uncounted_bytes + 40 * 2**20
+    assert held("llama", f"cpu: {{memory: {memory_bytes}, reserve: {reserve}}}")[2].missing_bytes == 0
+    fit.main(["profile.yaml", "--on", "cpu:40MiB,cpu:9GiB,1GiB+cpu:9GiB"], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    too_large = "with Python and the libraries its process is "
+    assert said.count(too_large) == 1
+    assert f"cpu:40MiB: {too_large}" in said
+    assert "of the CPU's memory" not in said  # the card has room for all
 
 
 def test_a_process_is_seen_to_hold_what_it_takes_meanwhile():
