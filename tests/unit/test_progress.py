@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from command_process import run_command
 
 from devmap_config.stages import LOGGER
 
@@ -55,23 +56,20 @@ def test_stages_are_shown_on_a_terminal(fresh):
 
 def test_nothing_is_shown_elsewhere(fresh, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    done = subprocess.run(COMPILE, capture_output=True, text=True, check=True)
-    assert done.stderr == "wrote p.lock.json\n"
+    done = run_command("devmap", "compile", "p.yaml")
+    assert (done.returncode, done.stderr) == (0, "wrote p.lock.json\n")
 
 
-def test_tracebacks_are_for_those_who_ask(fresh, workspace):
+def test_tracebacks_are_for_those_who_ask(fresh, workspace, monkeypatch):
     (workspace / "p.yaml").write_text(PROFILE.replace("llama", "unmeasurable"))
-    arguments = [*COMPILE, "--no-simulate"]
-    plain, verbose = (
-        subprocess.run(
-            [*arguments, *more],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "XDG_CACHE_HOME": str(workspace / f"cache{len(more)}")},
-        ).stderr
-        for more in ([], ["--verbose"])
-    )
+
+    def printed(*more):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / f"cache{len(more)}"))
+        done = run_command("devmap", "compile", "p.yaml", "--no-simulate", *more)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    plain, verbose = printed(), printed("--verbose")
     assert "takes\n  `pixel_values`, and no text" in plain
     assert "Traceback" not in plain
     assert "Traceback" in verbose
