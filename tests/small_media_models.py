@@ -235,6 +235,20 @@ IMAGE_MODELS = {
 }
 SOUND_MODELS = {config["model_type"]: config for config in (WHISPER, QWEN2_AUDIO, VOXTRAL, QWEN2_5_OMNI)}
 
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "internvl": {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "max_patches": 6,
+    },
+    "idefics3": {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": 64},
+        "max_image_size": {"longest_edge": 32},
+    },
+}
+"""What stands in `preprocessor_config.json` of those whose images are cut into tiles."""
+
 
 def built(config: dict[str, Any], dtype: Any, *, on_meta: bool = False) -> Any:
     """The model of a config, with random weights or without any."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from devmap_config.amounts import MEBIBYTE, format_bytes, largest_unit
+from devmap_config.amounts import MEBIBYTE, counted, format_bytes, largest_unit
 from devmap_config.cli.predictions import predicted, said_of_bases
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
@@ -125,7 +125,9 @@ def _besides_text(model: LoadedModel) -> str:
         return ""
     workload, media = measurement.workload, measurement.media
     if media is not None:
-        images = f"{workload.images:,} image{'s' if workload.images > 1 else ''}" if workload.images else ""
+        images = counted(workload.images, "image") if workload.images else ""
+        if workload.tiles:
+            images += f", of {counted(workload.tiles, 'tile')}" + (" each," if workload.images > 1 else ",")
         sound = f"{workload.audio_seconds:,} s of sound" if workload.audio_seconds else ""
         what = " and ".join(filter(None, (images, sound)))
         tokens = f"= {media.tokens:,} tokens of each prompt" if media.tokens else "beside the tokens of each prompt"

@@ -12,7 +12,7 @@ from devmap_config.graph.failures import Cause  # noqa: TC001  pydantic reads th
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MEDIA = ("images", "image_height", "image_width", "audio_seconds")
+MEDIA = ("images", "image_height", "image_width", "audio_seconds", "tiles")
 """The fields of a workload that say what a prompt holds besides text."""
 
 OFFLOADED = ("offloaded", "offloaded_static")
@@ -39,6 +39,7 @@ class WorkloadShape:
         proposed_tokens: tokens that a draft model proposes at once; logits are made for each.
         cache_backend: the library of a quantised cache.
         cache_bits: the bits of its elements.
+        tiles: into how many tiles each image is cut; 0 of a model whose processor cuts none.
     """
 
     batch_size: int
@@ -53,6 +54,7 @@ class WorkloadShape:
     proposed_tokens: int = 0
     cache_backend: str | None = None
     cache_bits: int | None = None
+    tiles: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what runs nothing: a file that says so is damaged, and costs are told by the length of the context."""

@@ -27,6 +27,7 @@ from devmap_config.graph.source import (
     is_hub_id,
     local_source,
 )
+from devmap_config.graph.tiles import UnknownTilesError, is_cut, tiles_of_image
 from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
@@ -201,12 +202,23 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
         if quantization is not None and quantization.is_prequantized:
             return None
         quantization, is_counted = None, False  # what else is wrong is told by the model without it
+    try:
+        workload = _workload(loaded, source, None if vendored is None else vendored.workload)
+    except UnknownTilesError as error:
+        sink.error(
+            "unfit-input",
+            f"the processor of this model cuts an image into tiles, and into how many is not known: {error}",
+            loaded.profile.workload.inputs.span,
+            help="have the processor's files beside the config; or leave `image_size` out, and say as many `images` as"
+            " there are tiles",
+        )
+        return None
     inputs = GraphInputs(
         source=source,
         class_name=class_name,
         dtype=source.dtype_for(profile_model.dtype.value),
         attention=profile_model.attention if "attention" in profile_model.model_fields_set else None,
-        workload=_workload(loaded),
+        workload=workload,
         quantization=quantization if is_counted else None,
         adapter=adapter,
         trust_remote_code=lookup.permissions.trust_remote_code,
@@ -261,6 +273,7 @@ def _loading_facts(
 
 def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any]) -> VendoredGraph:
     """Return what is stored beside a profile, so that its model need not be at hand."""
+    measured = model.graph.measurement
     return VendoredGraph(
         graph=model.graph,
         config=model.source.config,
@@ -270,7 +283,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
         class_name=model.class_name,
         dtype=model.dtype,
         attention=model.attention,
-        workload=_workload(loaded),
+        workload=_workload(loaded, model.source, None if measured is None else measured.workload),
         quantization=_quantization_json(model.quantization if model.is_counted else None),
         adapter=_adapter_digest(model.adapter),
         dry_runs=dry_runs,
@@ -473,8 +486,13 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
         return None
 
 
-def _workload(loaded: LoadedProfile) -> WorkloadShape | None:
-    """Return the workload to measure, or `None` if the profile names no context."""
+def _workload(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> WorkloadShape | None:
+    """Return the workload to measure, or `None` if the profile names no context.
+
+    Raises:
+        UnknownTilesError: if images are cut into tiles, and neither the processor's files nor the workload of a
+            measurement `before` tell into how many.
+    """
     wanted = loaded.profile.workload
     if (context_length := wanted.context_length.value) is None:
         return None
@@ -496,7 +514,23 @@ def _workload(loaded: LoadedProfile) -> WorkloadShape | None:
         image_width=size[-1] if size else None,
         audio_seconds=inputs.audio_seconds or 0,
         proposed_tokens=proposed,
+        tiles=_tiles(loaded, source, before),
     )
+
+
+def _tiles(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> int:
+    """Return the number of tiles of each image: one without a size, and 0 of a model whose processor cuts none."""
+    inputs = loaded.profile.workload.inputs
+    if not inputs.images or not is_cut(source):
+        return 0
+    if (size := inputs.image_size) is None:
+        return 1
+    try:
+        return tiles_of_image(source, size[0], size[-1], loaded.boundary)
+    except UnknownTilesError:
+        if before is None or (before.image_height, before.image_width) != (size[0], size[-1]):
+            raise
+        return before.tiles
 
 
 def _has_accelerator(loaded: LoadedProfile) -> bool:

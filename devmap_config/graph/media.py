@@ -221,7 +221,12 @@ class _Images:
 
     @property
     def count(self) -> int:
-        return self.workload.batch_size * self.workload.images
+        return self.workload.batch_size * self.in_sequence
+
+    @property
+    def in_sequence(self) -> int:
+        """The images of each sequence, as the model is given them: tiles of an image are images of their own."""
+        return self.workload.images * max(self.workload.tiles, 1)
 
     @property
     def channels(self) -> int:
@@ -460,7 +465,7 @@ def _tiles_of_its_size(images: _Images) -> Iterator[Media]:
 
 def _images_beside_masks(images: _Images) -> Iterator[Media]:
     """Yield the images of each sequence, with a mask of their pixels (Idefics2 and 3)."""
-    batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
+    batch, count, (height, width) = images.workload.batch_size, images.in_sequence, images.shape
     pixels = images.ones(batch, count, images.channels, height, width)
     for masked in ((height, width), ()):
         mask = torch.ones((batch, count, *masked), dtype=torch.bool)

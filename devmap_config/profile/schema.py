@@ -151,7 +151,8 @@ class Inputs(Section):
     """How many images."""
 
     image_size: OneOrMany[Count] | None = Field(default=None, examples=[[896, 896]])
-    """Height and width of each in pixels, or one number for both; for a model that takes images of any size."""
+    """Height and width of each in pixels, or one number for both; for a model that takes images of any size, or cuts
+    them into tiles."""
 
     audio_seconds: Count | None = Field(default=None, examples=[30])
     """How many seconds of sound."""

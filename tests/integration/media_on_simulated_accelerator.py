@@ -12,7 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import REPOSITORY
-from small_media_models import GEMMA3, IMAGE_MODELS, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
+from small_media_models import GEMMA3, IMAGE_MODELS, PROCESSORS, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
 
 from devmap_config import load_model
 from devmap_config.cli.compile import compile_command
@@ -27,6 +27,9 @@ torch.set_num_threads(1)
 
 LENGTH = 60
 SIDE = 112
+TILES = 5
+"""A square image is cut into four, and is given whole besides."""
+
 IMAGE = WorkloadShape(
     batch_size=1, context_length=128, prompt_length=LENGTH, images=1, image_height=SIDE, image_width=SIDE
 )
@@ -60,6 +63,8 @@ def saved(config):
             if not parameter.any():
                 parameter.fill_(0.5)
     model.save_pretrained("random")
+    if (settings := PROCESSORS.get(config["model_type"])) is not None:
+        Path("random/preprocessor_config.json").write_text(json.dumps(settings))
     return model
 
 
@@ -70,6 +75,8 @@ def write_profile(workload, placement):
 
 def prompt(model, workload):
     """What the model is given: pixels and frequencies at random."""
+    if model.config.model_type in PROCESSORS:
+        workload = replace(workload, tiles=TILES)
     inputs = Forwards(model, workload, media_of(model, workload)).prefill_inputs(LENGTH)
     torch.manual_seed(1)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}

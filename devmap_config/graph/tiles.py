@@ -1,0 +1,99 @@
+"""Counts the tiles that a model's processor cuts an image into, by the settings beside the model's config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.files import CONFIG, FileError, is_folder, read_json
+from devmap_config.graph.source import ModelNotFoundError, hub_file
+from devmap_config.wording import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from devmap_config.files import Boundary
+    from devmap_config.graph.source import ModelSource
+
+TILING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "idefics3": ("Idefics3ImageProcessor", {}),
+    "internvl": ("GotOcr2ImageProcessor", {"crop_to_patches": True}),
+    "smolvlm": ("SmolVLMImageProcessor", {}),
+}
+"""By type of model, transformers' class that cuts its images, and what the model's processor tells that class to do."""
+
+FILES = ("processor_config.json", "preprocessor_config.json")
+
+LARGEST_SETTINGS = {"size": 2**16, "max_image_size": 2**16, "min_patches": 256, "max_patches": 256}
+"""The settings that are numbers, and how large they may be: cutting takes the square of the number of tiles."""
+
+SWITCHES = ("do_image_splitting", "crop_to_patches")
+
+
+class UnknownTilesError(Exception):
+    """The settings of the processor are not at hand, or are none by which an image can be cut."""
+
+
+def is_cut(source: ModelSource) -> bool:
+    """Return whether the model's processor may cut an image into tiles, each of which the model takes as an image."""
+    return source.config.get("model_type") in TILING
+
+
+def tiles_of_image(source: ModelSource, height: int, width: int, boundary: Boundary) -> int:
+    """Return how many tiles an image of a size is cut into, the whole of it included.
+
+    Args:
+        source: the model, whose processor's settings are read from beside its config.
+        height: the image's, in pixels.
+        width: likewise.
+        boundary: what files of the repository may lead to.
+
+    Raises:
+        UnknownTilesError: where the settings do not say.
+    """
+    import transformers
+
+    name, told = TILING[source.config["model_type"]]
+    settings = _settings(source, boundary)
+    processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    try:
+        found = processor(**settings).get_number_of_image_patches(height, width, dict(told))
+    except Exception as error:  # whatever comes of settings that are none
+        raise UnknownTilesError(f"its processor's settings do not say: {first_line(error)}") from error
+    tiles = found[0] if isinstance(found, tuple) else found
+    return max(int(tiles), 1)
+
+
+def _settings(source: ModelSource, boundary: Boundary) -> dict[str, Any]:
+    """Return the settings that decide into how many tiles an image is cut."""
+    for name in FILES:
+        values = _read(source, name, boundary)
+        found = values.get("image_processor") if name == FILES[0] and values is not None else values
+        if isinstance(found, dict):
+            break
+    else:
+        raise UnknownTilesError(f"neither `{FILES[1]}` nor `{FILES[0]}` is beside its config")
+    settings = {name: found[name] for name in (*LARGEST_SETTINGS, *SWITCHES) if found.get(name) is not None}
+    for name, value in settings.items():
+        most = LARGEST_SETTINGS.get(name, 1)
+        for number in value.values() if isinstance(value, dict) else (value,):
+            least = 0 if name in SWITCHES else 1
+            if number is not None and (not isinstance(number, int) or not least <= number <= most):
+                raise UnknownTilesError(f"`{name}` of its processor is none that an image can be cut by")
+    return settings
+
+
+def _read(source: ModelSource, name: str, boundary: Boundary) -> dict[str, Any] | None:
+    try:
+        if source.repository is not None:
+            value = read_json(hub_file(source.repository[0], name, source.repository[1]), CONFIG)
+        else:
+            folder: Path = source.location if is_folder(source.location) else source.location.parent
+            value = read_json(folder / name, CONFIG, boundary)
+    except ModelNotFoundError:
+        return None
+    except FileError as error:
+        if error.is_absent:
+            return None
+        raise UnknownTilesError(f"`{name}` {error}") from error
+    return value if isinstance(value, dict) else None
