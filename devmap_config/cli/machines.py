@@ -53,7 +53,10 @@ def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
     if name.endswith((".yaml", ".yml")):
         hardware = _machine_in(Path(name))
         if hardware.hosts and not allows_hosts:
-            raise click.UsageError(f"`{name}` describes several hosts, and one machine is wanted")
+            raise click.UsageError(
+                f"`{name}` describes several hosts, and one machine is wanted: write a profile for several by hand,"
+                f" with `extends: [{name}]` and `targets: [vllm]`"
+            )
         return hardware
     if Path(name).suffix in (".json", ".toml", ".csv"):
         raise click.UsageError(

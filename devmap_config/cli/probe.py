@@ -119,8 +119,8 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
     return found, notes
 
 
-def _of_this_host(lock: Lock, named: str | None, file: Path) -> Lock:
-    """Return what a lock wants of the host that this machine is.
+def _of_this_host(lock: Lock, named: str | None, file: Path) -> tuple[Lock, str | None]:
+    """Return what a lock wants of the host that this machine is, and that host's name.
 
     Raises:
         click.UsageError: if that is none of its hosts, or cannot be told.
@@ -132,7 +132,7 @@ def _of_this_host(lock: Lock, named: str | None, file: Path) -> Lock:
     if not hosts:
         if named is not None:
             raise click.UsageError(f"`{file}` is for one machine, which has no name: leave `--host` out")
-        return lock
+        return lock, None
     listed = ", ".join(f"`{name}`" for name in hosts)
     if named is None:
         own = own_addresses()
@@ -142,26 +142,29 @@ def _of_this_host(lock: Lock, named: str | None, file: Path) -> Lock:
         named = here[0]
     elif named not in hosts:
         raise click.UsageError(f"`{file}` has no host `{named}`: its hosts are {listed}")
-    return of_host(lock, named)
+    return of_host(lock, named), named
 
 
 def _against(file: Path, host: str | None, disk_folder: Path, output_format: str, quiet: bool) -> ExitCode:
     from devmap_config.cli.reporting import echo, report
+    from devmap_config.plan.lock import lock_path
     from devmap_config.plan.readiness import demands, differences
     from devmap_config.probe.probe import probe_machine
     from devmap_config.profile.document import whole_file
 
-    lock = _of_this_host(_read(file), host, file)
+    file = lock_path(file) if file.suffix in (".yaml", ".yml") else file
+    lock, here = _of_this_host(_read(file), host, file)
     seen = probe_machine(os.environ, disk_folder)
     found = differences(lock, seen, whole_file(str(file)))
     is_fit = not any(each.is_error for each in found)
     wanted = demands(lock, seen)
-    data = {"fits": is_fit, "needs": [each.to_json() for each in wanted], "seen": seen.to_json()}
+    data = {"fits": is_fit, "host": here, "needs": [each.to_json() for each in wanted], "seen": seen.to_json()}
     report([*seen.notes, *found], {}, output_format, quiet=quiet, data=data)
     if output_format == "table" and not quiet:
         for demand in wanted:
             echo(_sentence(demand))
-        echo(f"this machine {'can' if is_fit else 'cannot'} carry {file}")
+        what = file if here is None else f"what `{here}` has of {file}"
+        echo(f"this machine {'can' if is_fit else 'cannot'} carry {what}")
     return ExitCode.DONE if is_fit else ExitCode.UNLIKE_LOCK
 
 
@@ -185,7 +188,7 @@ def _read(file: Path) -> Lock:
         return lock_at(file)
     except LockError as error:
         problem = error
-    data = {"fits": None, "needs": None, "seen": None}
+    data = {"fits": None, "host": None, "needs": None, "seen": None}
     if not is_file(file):
         message = f"`{file}` {problem}"
         missing = Diagnostic.error("missing-file", message, help="name a lock, as `devmap compile` writes it")

@@ -71,7 +71,8 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
     if prediction.decode_nanoseconds_per_token is not None:
         seconds = prediction.decode_nanoseconds_per_token / 10**9
         rate = pipeline.max_num_seqs / seconds
-        each = f", {rate:,.0f} tokens a second in all" if pipeline.max_num_seqs > 1 else ""
+        digits = 0 if rate >= 10 else 1
+        each = f", {rate:,.{digits}f} tokens a second in all" if pipeline.max_num_seqs > 1 else ""
         words.append(f"{format_duration(prediction.decode_nanoseconds_per_token)} a token of a request{each}")
     if prediction.prefill_nanoseconds is not None:
         words.append(f"{format_duration(prediction.prefill_nanoseconds)} a prefill")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import LLAMA, write_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from devmap_config import compile_profile
 from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
+from devmap_config.cli.probe import probe
 from devmap_config.cli.stages_view import pipeline_story
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.locked import compile_locked
@@ -294,6 +296,9 @@ targets: [vllm]
     # A follower's processes besides those of its one rank; on the first host the server and the engine as well.
     overheads = [stage.overhead_bytes for stage in found.plan.pipeline.stages]
     assert overheads == [RANK_PROCESS_BYTES + HEAD_PROCESS_BYTES, RANK_PROCESS_BYTES + FOLLOWER_PROCESS_BYTES]
+    Path("profile.lock.json").write_text(lock.to_text())
+    done = CliRunner().invoke(probe, ["--against", "profile.yaml", "--host", "right"], standalone_mode=False)
+    assert done.stdout.endswith("carry what `right` has of profile.lock.json\n")
 
 
 def test_fit_says_which_stage_decides(compiled, capsys):

@@ -185,6 +185,7 @@ def test_the_command_says_that_it_fits(lock, monkeypatch):
     assert done.return_value == 0
     assert done.stdout.splitlines()[0] == "cuda:0 (card 0): 1.3 GiB needed, 24.0 GiB there, 23.0 GiB free now"
     assert done.stdout.splitlines()[-1] == "this machine can carry profile.lock.json"
+    assert run(monkeypatch, MACHINE, "profile.yaml").stdout == done.stdout  # which names its lock
 
 
 def test_the_command_exits_with_4_and_points_at_the_lock(lock, monkeypatch):
