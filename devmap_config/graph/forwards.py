@@ -30,6 +30,9 @@ OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
 IMAGES_ATTENDED = "image_encoder_embeddings"
 """As what images are given that were looked at before."""
 
+WRITTEN = "language_model_outputs"
+"""As what a model returns what its language model made, to which it leaves what follows the prompt (BLIP-2)."""
+
 LEAST_WORDS = 4
 """So many tokens of a prompt with images are words, at least."""
 
@@ -51,6 +54,7 @@ class Forwards:
     offloads: bool = False
     _encoded: Any = None
     _attended: Any = None
+    _writer: Forwards | None = None
 
     def prefill_inputs(self, length: int) -> dict[str, Any]:
         """Return what a prompt of so many tokens is given as, those that stand for images and sound among them.
@@ -71,9 +75,9 @@ class Forwards:
                 inputs["input_features"] = self._features()
         if self.media:
             inputs |= self._beside_media(length)
-        if self._cache_name is not None:
+        if self.cache_name is not None:
             cache = made_cache(self.model, self.workload, length, offloading=self.offloads)
-            inputs |= {} if cache is None else {self._cache_name: cache}
+            inputs |= {} if cache is None else {self.cache_name: cache}
         return inputs | self._options()
 
     def decode_inputs(self, cache: Any) -> dict[str, Any]:
@@ -83,10 +87,12 @@ class Forwards:
             LibraryChangedError: if the model takes its cache by no name that is known; `OtherInputsError` where
                 it is no model of transformers.
         """
-        if self._cache_name is None:
+        if self._writer is not None:
+            return self._writer.decode_inputs(cache)
+        if self.cache_name is None:
             raise self._unlike(f"takes its cache by none of the names {', '.join(CACHE_NAMES)}")
         token = self._tokens(1)
-        inputs = {self._cache_name: cache} | self._options()
+        inputs = {self.cache_name: cache} | self._options()
         if not self._has_encoder:
             return {"input_ids": token} | inputs | self._beside_each_token()
         return {"decoder_input_ids": token, "encoder_outputs": self._encoded} | inputs
@@ -98,7 +104,18 @@ class Forwards:
             LibraryChangedError: if it returns its cache by a name that is not known; `OtherInputsError` where it
                 is no model of transformers.
         """
+        if self._writer is not None and self._writer.cache_name in inputs:
+            return self._writer.run(inputs)
         output = self.model(**inputs)
+        # As a dict: to ask transformers' class for a name that it has given up is warned of.
+        held = dict(output) if isinstance(output, dict) else {}
+        if isinstance(written := held.get(WRITTEN), dict):
+            self._writer = Forwards(self.model.language_model, self.workload)
+            return self._writer.cache_of(written)
+        return self.cache_of(output)
+
+    def cache_of(self, output: Any) -> Any:
+        """Return the cache in what a forward returned, and remember what the encoder made."""
         if (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
             from transformers.modeling_outputs import BaseModelOutput
 
@@ -106,7 +123,6 @@ class Forwards:
             self._encoded.attention_mask = None  # which Moonshine's has besides
         if self.media and IMAGES_ATTENDED in self._accepted:
             self._attended = output.image_outputs.last_hidden_state
-        # As a dict: to ask transformers' class for a name that it has given up is warned of.
         held = dict(output) if isinstance(output, dict) else {}
         cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
         if cache is None and (name := unnamed_cache(output)) is not None:
@@ -125,10 +141,11 @@ class Forwards:
     @property
     def _only_returns_its_cache(self) -> bool:
         """True if no token can follow with the returned cache: ColPali makes an embedding of a page."""
-        return self._cache_name is None and not self.model.can_generate() and is_tried("transformers")
+        return self.cache_name is None and not self.model.can_generate() and is_tried("transformers")
 
     @property
-    def _cache_name(self) -> str | None:
+    def cache_name(self) -> str | None:
+        """The name under which the model takes a cache; `None` if it takes none."""
         return next((name for name in CACHE_NAMES if name in self._accepted), None)
 
     def _beside_each_token(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import LLAMA
-from small_media_models import IMAGE_MODELS, LLAVA, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
+from small_media_models import BLIP2, IMAGE_MODELS, LLAVA, QWEN2_5_VL, SOUND_MODELS, WHISPER, built
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 from devmap_config.cli.compile import compile_command
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.graph.costs import WorkloadShape
-from devmap_config.graph.forwards import Forwards
+from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.known_values import knowing_values
 from devmap_config.graph.measurement import measure
@@ -46,6 +46,22 @@ ONE_IMAGE = workload(images=1, image_height=112, image_width=112)
 def measured(config, asked):
     model = built(config, torch.bfloat16, on_meta=True)
     return measure(model, graph_of(model, torch.bfloat16), asked)
+
+
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 128}
+
+
+@pytest.mark.parametrize("text", [BLIP2["text_config"], T5], ids=["opt", "t5"])
+def test_the_cache_of_a_language_model_within_is_that_of_what_really_decodes(text):
+    config = {**BLIP2, "text_config": text, "use_decoder_only_language_model": text is not T5}
+    found = measured(config, ONE_IMAGE)
+    assert found.decodes
+    assert any(cost.decode_operations for path, cost in found.by_path.items() if path.startswith("language_model."))
+    model = built(config, torch.bfloat16)
+    inputs = Forwards(model, ONE_IMAGE, media_of(model, ONE_IMAGE)).prefill_inputs(ONE_IMAGE.context_length)
+    with torch.no_grad():
+        cache = model(**inputs).language_model_outputs.past_key_values
+    assert found.cache_bytes == sum(tensor.nbytes for tensor in cache_tensors(cache)) > 0
 
 
 @pytest.mark.parametrize("name", ["llava", "mllama", "qwen3_vl"])
