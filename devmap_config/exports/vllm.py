@@ -128,7 +128,17 @@ def _check(pipeline: Pipeline, compiled: Compiled, sink: Sink) -> None:
     if pipeline.dtype not in DTYPES:
         message, help = f"vLLM has no {pipeline.dtype}", f"say one of {', '.join(DTYPES)}"
         sink.error("unfit-export", message, profile.model.dtype.span, help=help)
+    addresses: dict[str, str | None] = {}
     for host in pipeline.hosts if len(pipeline.hosts) > 1 else ():
+        if host.address is not None and host.address in addresses:
+            sink.error(
+                "unfit-export",
+                f"`{host.name}` has the address of `{addresses[host.address]}`, and hosts reach each other by theirs",
+                profile.hardware.hosts[str(host.name)].network.address.span,
+                help="give each host its own: on one machine 127.0.0.1 and 127.0.0.2 are two",
+            )
+        elif host.address is not None:
+            addresses[host.address] = host.name
         if host.address is None:
             sink.error(
                 "unfit-export",

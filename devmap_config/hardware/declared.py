@@ -11,7 +11,7 @@ from devmap_config.hardware.catalogue import Accelerator, load_catalogue, neares
 from devmap_config.hardware.constants import DISPATCH_NANOSECONDS
 from devmap_config.hardware.inventory import Inventory, InventoryDevice
 from devmap_config.hardware.links import links_between, links_of_hosts
-from devmap_config.profile.device_names import is_range
+from devmap_config.profile.device_names import is_range, where_to_list
 from devmap_config.profile.document import MappingNode, ScalarNode, is_null
 from devmap_config.profile.quantities import QuantityError, Share, parse_bytes
 from devmap_config.profile.writing import device_text
@@ -274,7 +274,7 @@ def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
                 "unknown-device",
                 f"`max_memory` caps {device}, which the profile does not list",
                 cap.key_span,
-                help=f"list it under `hardware.devices`, or remove the cap; listed are {', '.join(map(str, known))}",
+                help=f"remove the cap, or {where_to_list(device, known)}",
             )
 
 

@@ -44,7 +44,7 @@ def check_settings(loaded: LoadedProfile, sink: Sink) -> None:
 
 def _check_without_vllm(loaded: LoadedProfile, sink: Sink) -> None:
     profile = loaded.profile
-    if profile.hardware.hosts:
+    if profile.hardware.hosts and "targets" not in profile.doubtful:
         sink.error(
             "hosts-need-vllm",
             "`hardware.hosts` are several machines, and a device_map of transformers is one process on one",

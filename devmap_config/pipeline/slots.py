@@ -47,7 +47,14 @@ def slots_of(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> tuple[S
 
 
 def _computing(inventory: Inventory) -> tuple[InventoryDevice, ...]:
-    return inventory.accelerators or tuple(device for device in inventory.devices if device.id.of_its_host == CPU)
+    if any(device.id.kind != CPU.kind for device in inventory.accelerators):
+        return inventory.accelerators
+    in_parts = {device.id.host for device in inventory.accelerators}  # hosts whose CPU is several devices
+    return tuple(
+        device
+        for device in inventory.devices
+        if device.id.kind == CPU.kind and (device.id.index is not None or device.id.host not in in_parts)
+    )
 
 
 def _problem_of(

@@ -9,7 +9,7 @@ from devmap_config.devices import CPU
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.execution.units import fold, united
 from devmap_config.placement.problem import Aim, Problem
-from devmap_config.profile.device_names import device_meant
+from devmap_config.profile.device_names import device_meant, where_to_list
 from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 
@@ -139,7 +139,7 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
             "unknown-device",
             f"{device} is not a device of this profile",
             placement.device.span,
-            help=f"list it under `hardware.devices`; listed are {', '.join(map(str, problem.capacities))}",
+            help=where_to_list(device, problem.capacities),
         )
     return device
 

@@ -297,7 +297,8 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
         )
         if problem.distinct:
             message += "; rules say which device has which layers"
-        sink.error("over-capacity", message, profile.hardware.devices.key_span, help="list more devices or memory")
+        help = "list more devices or memory" + (", or lower `concurrency`" if problem.sequences > 1 else "")
+        sink.error("over-capacity", message, profile.hardware.devices.key_span, help=help)
         return
     pipeline = pipeline_of(problem, widest.slots, widest.bounds)
     stage = pipeline.stages[pipeline.deciding_stage]

@@ -7,8 +7,13 @@ one for each rank that vLLM is to run on it: `left/cpu:[0-1]`.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from devmap_config.devices import Device, nth_accelerator
+from devmap_config.wording import closest
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 ACCELERATOR_KINDS = ("cuda", "xpu", "npu", "hpu", "mps")
 """torch's device types that a map may name; AMD's cards are `cuda` as well."""
@@ -151,3 +156,20 @@ def _indices(items: str) -> list[int]:
         if len(indices) > MAX_DEVICES or items.count(",") >= MAX_DEVICES:
             raise DeviceNameError(f"`{items}` names more than {MAX_DEVICES} devices", "name those that there are")
     return list(indices)
+
+
+def where_to_list(device: Device, listed: Collection[Device]) -> str:
+    """Return what to do about a device that a profile does not list: name its host, another one, or list it.
+
+    >>> where_to_list(Device("cpu"), [Device("cpu", host="left"), Device("cpu", host="right")])
+    'name its host as well: `left/cpu`, `right/cpu`'
+    >>> where_to_list(Device("cuda", 2), [Device("cuda", 0), Device("cuda", 1)])
+    'list it under `hardware.devices`; listed are cuda:0, cuda:1'
+    """
+    if device.host is None and (named := [each for each in listed if each.host and each.of_its_host == device]):
+        return f"name its host as well: {', '.join(f'`{each}`' for each in named)}"
+    of_hosts = any(each.host is not None for each in listed)
+    close = closest(str(device), map(str, listed)) if of_hosts else None
+    meant = f"did you mean `{close}`? " if close is not None and device.host is not None else ""
+    key = "the devices of its host" if of_hosts else "`hardware.devices`"
+    return f"{meant}list it under {key}; listed are {', '.join(map(str, listed))}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from devmap_config.devices import DISK
-from devmap_config.profile.device_names import device_meant
+from devmap_config.profile.device_names import device_meant, where_to_list
 from devmap_config.rules.pattern import Pattern, PatternError, parse_pattern
 
 if TYPE_CHECKING:
@@ -141,6 +141,6 @@ class _Listed:
             "unknown-device",
             f"{device} is not a device of this profile",
             named.span,
-            help=f"list it under `hardware.devices`; listed are {', '.join(map(str, self.devices))}",
+            help=where_to_list(device, self.devices),
         )
         return None

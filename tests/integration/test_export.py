@@ -152,6 +152,7 @@ def test_a_plan_for_vllm_is_files_for_every_host(workspace):
     [
         ("targets: [vllm]\n", "", 5, "the plan is made for transformers"),
         (", address: 10.0.0.2", "", 8, "vLLM needs the address of `right`"),
+        ("10.0.0.2", "10.0.0.1", 8, "`right` has the address of `left`"),
         ("{source: llama}", "{source: llama, dtype: float64}", 3, "vLLM has no float64"),
     ],
 )
