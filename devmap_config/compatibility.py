@@ -40,7 +40,7 @@ def check_dtype(prepared: Prepared, sink: Sink) -> None:
         if wants_fp8 and not card.supports_fp8:
             wanted, mend = "fp8", "choose another quantization, or a card of the Ada or Hopper generation or later"
         elif model.dtype == "bfloat16" and not card.supports_bf16:
-            wanted, mend = "bfloat16", "say `dtype: float16`"
+            wanted, mend = "bfloat16", "write `dtype: float16`"
         else:
             continue
         sink.error(
@@ -63,7 +63,7 @@ def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
         f"{model.quantization} computes in float32, though the model is in {model.dtype}: more slowly, and with a copy"
         " of each weight that is twice as large while it is used",
         wanted.span,
-        help=f"say `bnb_4bit_compute_dtype: {model.dtype}`; or `float32`, if that is meant",
+        help=f"write `bnb_4bit_compute_dtype: {model.dtype}`; or `float32`, if that is meant",
     )
 
 
@@ -101,9 +101,9 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
     used = devices.intersection(quantization.refused_devices)
     joined, advice = " or ", "give the accelerators more room, or leave these devices out of the profile"
     if refusal.one_device_only and len(devices) > 1:
-        used, joined, advice = devices, " together with ", "say `strategy: single`"
+        used, joined, advice = devices, " together with ", "write `strategy: single`"
     elif devices == {CPU} and refusal.whole_is_fine:
-        used, advice = used if len(stored_on) > 1 else set(), "say `strategy: single`, whose map has one key"
+        used, advice = used if len(stored_on) > 1 else set(), "write `strategy: single`, whose map has one key"
     elif devices == {CPU} and refusal.alone_is_fine and not quantization.is_told_to_accept:
         return
     if not used:
@@ -114,7 +114,7 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
         "quantizer-refuses",
         f"{quantization.method.name} loads {nothing} onto {joined.join(map(str, sorted(used)))}",
         prepared.loaded.profile.model.quantization.span,
-        help=f"say `{argument}: true`, or {advice}" if argument else advice,
+        help=f"write `{argument}: true`, or {advice}" if argument else advice,
     )
 
 
@@ -168,7 +168,7 @@ def check_source_of_assistant(assistant: Assistant, sink: Sink) -> bool:
         return True
     sink.error(
         "unfit-assistant",
-        f"`{source.value}` is a draft model of the hub, and its commit is not named",
+        f"`{source.value}` is a draft model on the hub, and its commit is not named",
         source.span,
         help="say which: `assistant: {source: …, revision: …}` with the 40 digits of a commit",
     )
@@ -225,7 +225,7 @@ def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -
     if match.unchecked is not None:
         sink.warning(
             "unchecked-checkpoint",
-            f"whether the checkpoint holds this model was not checked: {match.unchecked}",
+            f"it was not checked that the checkpoint holds this model: {match.unchecked}",
             span,
             help="install what is missing, and compile again",
         )
@@ -238,7 +238,7 @@ def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -
             "unexpected-tensors",
             f"the checkpoint holds more than this {match.class_name}: {found.warning}",
             span,
-            help="what is not in the model is not loaded; see that its class is the one that was saved",
+            help="tensors that are not in the model are not loaded; check that its class is the one that was saved",
         )
     lacking = {*match.missing, *(mismatch.name for mismatch in match.mismatched)}
     needless = {name: rule for name, rule in resolution.new.items() if name not in lacking}

@@ -167,7 +167,7 @@ FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOC
 
 
 def require_regular(path: Path) -> None:
-    """Raise `FileError` where a path, its links followed, is no regular file; nothing is opened."""
+    """Raise `FileError` where a path, its links followed, is not a regular file; nothing is opened."""
     try:
         _require_regular(path.stat().st_mode)
     except (OSError, ValueError) as error:
@@ -176,13 +176,13 @@ def require_regular(path: Path) -> None:
 
 def _require_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        what = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+        what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
         raise FileError(what, "missing-file", "name a file")
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> FileError:
     if not isinstance(error, OSError):
-        return FileError("is no name that a file can have", "missing-file", "name a file")
+        return FileError("is not a name that a file can have", "missing-file", "name a file")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         is_link = path.is_symlink()
         what = "is a link to a file that is not there" if is_link else "does not exist"
@@ -190,7 +190,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> FileError:
     if error.errno == errno.ELOOP:
         return FileError("is a link that leads back to itself", "missing-file", "name a file that is there")
     if error.errno == errno.ENXIO:
-        return FileError("is no regular file", "missing-file", "name a file")  # a socket
+        return FileError("is not a regular file", "missing-file", "name a file")  # a socket
     return FileError(f"cannot be read: {error.strerror}", "missing-file", "check that it may be read")
 
 

@@ -63,7 +63,7 @@ LONGEST_TEXT = 5_000
 def shortened(text: str) -> str:
     """Return a text with the middle of its longest names left out, and all that is beyond any message.
 
-    >>> len(shortened("`" + "x" * 5_000 + "` is no name"))
+    >>> len(shortened("`" + "x" * 5_000 + "` is not a name"))
     614
     """
     text = LONG_NAME.sub(r"`\1…\2`", text)

@@ -54,7 +54,7 @@ NO_FILES = {
     "broken link": link("gone"),
     "loop": lambda path, _: path.symlink_to(path.name),
 }
-"""What is no regular file; each puts it where a file was, of which it is given the bytes."""
+"""What is not a regular file; each puts it where a file was, of which it is given the bytes."""
 
 FILES = {
     "link to outside": outside,

@@ -115,7 +115,7 @@ def _map_text(path: Path) -> tuple[str, str]:
             return path.name, read_text(path, DEVICE_MAP)
         data = sys.stdin.buffer.read(DEVICE_MAP.max_bytes + 1)
         if len(data) > DEVICE_MAP.max_bytes:
-            raise click.UsageError(f"stdin holds more than {DEVICE_MAP.max_bytes:,} bytes: that is no device_map")
+            raise click.UsageError(f"stdin holds more than {DEVICE_MAP.max_bytes:,} bytes: that is not a device_map")
         return "stdin", decoded(data)
     except FileError as error:
         raise click.UsageError(f"`{path}` {error}") from None

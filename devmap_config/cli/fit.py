@@ -154,7 +154,7 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
         if row.other is not None:
             yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
     if any(row.other is not None and row.other.name == "vLLM" for row in rows):
-        yield "no time that is predicted of vLLM was held to a card"
+        yield "no predicted time of vLLM was compared with a card"
 
 
 def _by(other: OtherEngine) -> str:

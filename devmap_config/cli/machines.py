@@ -60,7 +60,7 @@ def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
         return hardware
     if Path(name).suffix in (".json", ".toml", ".csv"):
         raise click.UsageError(
-            f"`{name}` is no machine: a file that describes one is YAML, as `devmap probe` prints it"
+            f"`{name}` is not a machine: a file that describes one is YAML, as `devmap probe` prints it"
         )
     if "," in name:
         raise click.UsageError(
@@ -70,7 +70,7 @@ def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
     try:
         return named_machine(name)
     except UnknownMachineError as error:
-        raise click.UsageError(f"`{name}` is no machine: {error}") from None
+        raise click.UsageError(f"`{name}` is not a machine: {error}") from None
 
 
 def _machine_in(path: Path) -> Hardware:

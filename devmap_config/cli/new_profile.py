@@ -122,7 +122,7 @@ def require_new(path: Path | None, *, force: bool) -> None:
     if is_folder(path):
         raise click.UsageError(f"`{path}` is a folder")
     if exists(path) and not is_file(path):  # a file would take the place of a device or a pipe
-        raise click.UsageError(f"`{path}` is no regular file")
+        raise click.UsageError(f"`{path}` is not a regular file")
     if exists(path) and not force:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 

@@ -144,7 +144,7 @@ def _besides_text(model: LoadedModel) -> str:
     if not uncalled or not inputs:
         return ""
     patterns = ", ".join(fold_paths(uncalled)[:PATTERNS_SHOWN])
-    return f"text alone was tried, which does not call {patterns}: say `workload: {{inputs: {{{inputs}}}}}` for more"
+    return f"text alone was tried, which does not call {patterns}: write `workload: {{inputs: {{{inputs}}}}}` for more"
 
 
 INPUTS_OF_PARTS = {"vision": "images: 1", "audio": "audio_seconds: 30"}

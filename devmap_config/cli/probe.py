@@ -72,7 +72,7 @@ def probe(
     try:
         measured, notes = _measured(seen, disk_folder or Path(), quiet) if measure else ({}, ())
     except TooNoisyError as error:
-        busy = Diagnostic.error("too-noisy", f"nothing is said of this machine: {error}", help=END_OTHERS)
+        busy = Diagnostic.error("too-noisy", f"this machine was not measured: {error}", help=END_OTHERS)
         report([busy], {}, output_format, quiet=quiet)
         return ExitCode.TOO_NOISY
     block = hardware_block(seen, measured)

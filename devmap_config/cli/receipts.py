@@ -46,7 +46,7 @@ def cases_in(path: Path) -> tuple[Case, ...]:
     """Return the cases of a receipt.
 
     Raises:
-        CommandError: if it cannot be read, or is no receipt.
+        CommandError: if it cannot be read, or is not a receipt.
     """
     from devmap_config.diagnostics.diagnostic import Diagnostic
     from devmap_config.files import FileError

@@ -94,7 +94,7 @@ def _listen(
     options.report(to_tell(sink, options), {}, {**facts(deployment), "url": url, "model": service.model})
     if options.shows_tables:
         if planned.tokens is None:
-            echo("no context is planned: say `workload.context_length`, so that there is room for requests", err=True)
+            echo("no context is planned: write `workload.context_length`, so that there is room for requests", err=True)
         if not service.is_local:
             echo("whoever reaches this address can use the model: no key is asked for", err=True)
         echo(f"`{service.model}` is served at {url}")

@@ -212,7 +212,9 @@ class TooManyErrorsError(ProfileError):
 
     def __init__(self, sink: Sink) -> None:
         more = Diagnostic.error(
-            "too-large", f"there are more than {MAX_ERRORS:,} errors", help="mend these; then the rest is looked for"
+            "too-large",
+            f"there are more than {MAX_ERRORS:,} errors",
+            help="correct these first; then the others are reported",
         )
         super().__init__((*sink.diagnostics, more), sink.texts)
 

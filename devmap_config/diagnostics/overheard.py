@@ -49,7 +49,7 @@ def passing_on(sink: Sink) -> Iterator[None]:
                 sink.warning(
                     "library-warning",
                     f"{message.library} says: {_in_one_line(message.text)}",
-                    help="it is passed on as it came",
+                    help="this is the library's own message",
                 )
 
 

@@ -64,7 +64,7 @@ def weights_for(compiled: Compiled, program: str, sink: Sink) -> str | None:
             "no-weights",
             f"there is only a config at `{named.value}`, and {program} needs to be told where the weights are",
             named.span,
-            help="say `--model` with a folder or a hub id, of the machine that is to run it",
+            help="pass `--model` with a folder or a hub id, of the machine that is to run it",
         )
     return source.weights
 

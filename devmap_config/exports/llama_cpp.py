@@ -125,7 +125,7 @@ def _check_plan(compiled: Compiled, weights: str | None, sink: Sink) -> None:
             "no-weights",
             "llama.cpp reads a GGUF, and none is named",
             profile.model.source.span,
-            help="say `--model model.gguf`: a GGUF of the same model, on the machine that is to run it",
+            help="pass `--model model.gguf`: a GGUF of the same model, on the machine that is to run it",
         )
     for each in plan.assignments:
         stored_on, runs_on = each.location.stored_on, each.location.runs_on

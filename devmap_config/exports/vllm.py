@@ -90,7 +90,7 @@ def export_to_vllm(compiled: Compiled, *, weights: str | None) -> Export:
             "unfit-export",
             "the plan is made for transformers, and vLLM places by its own rules",
             profile.targets.span,
-            help="say `targets: [vllm]` and compile again",
+            help="write `targets: [vllm]` and compile again",
         )
         raise UnfitExportError(sink.diagnostics, compiled.texts)
     _check(pipeline, compiled, sink)
@@ -144,7 +144,7 @@ def _check(pipeline: Pipeline, compiled: Compiled, sink: Sink) -> None:
                 "unfit-export",
                 f"vLLM needs the address of `{host.name}`, at which the other hosts reach it",
                 profile.hardware.hosts[str(host.name)].key_span,
-                help="say `network: {address: 10.0.0.1}`",
+                help="write `network: {address: 10.0.0.1}`",
             )
 
 

@@ -163,7 +163,7 @@ def find_adapter(source: str, path: Path, revision: str | None, within: Boundary
         if not within.holds(path):
             raise AdapterError(f"`{source}` lies outside of the repository", "keep it there, or pass `--allow-outside`")
         if not is_folder(path):
-            raise AdapterError(f"`{source}` is no folder", f"name the folder that its `{CONFIG_FILE}` is in")
+            raise AdapterError(f"`{source}` is not a folder", f"name the folder that its `{CONFIG_FILE}` is in")
         return LoraAdapter(_read(path / CONFIG_FILE, within), path, None, within)
     if source.startswith(("./", "../", "/")) or not is_hub_id(source):
         raise AdapterError(f"there is no `{source}`", "paths are relative to the file that writes them")
@@ -181,7 +181,7 @@ def _read(path: Path, within: Boundary | None) -> AdapterConfig:
     try:
         value = read_json(path, CONFIG, within)
     except FileError as error:
-        what = "is not there: it is no adapter of PEFT" if error.is_absent else str(error)
+        what = "is not there: it is not an adapter of PEFT" if error.is_absent else str(error)
         raise AdapterError(f"`{path.name}` in `{path.parent.name}` {what}", error.help) from error
     return parse_config(value)
 
@@ -265,7 +265,7 @@ class _Reader:
 
     def as_rank(self, route: str, value: Any) -> int:
         if type(value) is not int or not 0 < value <= MOST_RANK:
-            self.refuse(route, f"is no number from 1 to {MOST_RANK:,}")
+            self.refuse(route, f"is not a number from 1 to {MOST_RANK:,}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -274,7 +274,7 @@ class _Reader:
 
     def as_number(self, route: str, value: Any) -> float:
         if type(value) not in (int, float) or not abs(value) <= 2**31:
-            self.refuse(route, "is no number")
+            self.refuse(route, "is not a number")
         return float(value)
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -283,7 +283,7 @@ class _Reader:
         self._bound(key, values)
         for index, each in enumerate(values):
             if type(each) is not int or each < 0:
-                self.refuse(f"{key}[{index}]" if isinstance(value, list) else key, "is no number of a layer")
+                self.refuse(f"{key}[{index}]" if isinstance(value, list) else key, "is not a number of a layer")
         return tuple(values)
 
     def names_or_expression(self, key: str) -> str | tuple[str, ...]:
@@ -303,7 +303,7 @@ class _Reader:
         if value is None:
             return ()
         if not isinstance(value, dict):
-            self.refuse(key, "is no mapping")
+            self.refuse(key, "is not a mapping")
         self._bound(key, value)
         return tuple((pattern, read(f"{key}.{pattern[:80]}", each)) for pattern, each in value.items())
 

@@ -185,17 +185,17 @@ def index_files(index: Any, name: str) -> list[str]:
     """Return the files that an index names, in order.
 
     Raises:
-        CheckpointError: if it is no index, or names files elsewhere.
+        CheckpointError: if it is not an index, or names files elsewhere.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise _unreadable(name, "is no index: it has no `weight_map` from tensors to files")
+        raise _unreadable(name, "is not an index: it has no `weight_map` from tensors to files")
     return [_within(file, name) for file in sorted(set(weight_map.values()))]
 
 
 def _within(file: str, name: str) -> str:
     if "/" in file or "\\" in file or not file.endswith(".safetensors"):
-        raise _unreadable(name, f"names `{file}`, which is no safetensors file beside it")
+        raise _unreadable(name, f"names `{file}`, which is not a safetensors file beside it")
     return file
 
 
@@ -250,9 +250,9 @@ def header_length(first_bytes: bytes, size_bytes: int, name: str) -> int:
     if len(first_bytes) < LENGTH_BYTES:
         raise _unreadable(name, "is empty" if not first_bytes else "is cut off in its first bytes")
     if length > HEADER.max_bytes or not length:
-        raise _unreadable(name, "is no safetensors file: it does not begin with a header")
+        raise _unreadable(name, "is not a safetensors file: it does not begin with a header")
     if LENGTH_BYTES + length > size_bytes:
-        raise _unreadable(name, "is cut off in its header, or is no safetensors file")
+        raise _unreadable(name, "is cut off in its header, or is not a safetensors file")
     return length
 
 
@@ -273,9 +273,9 @@ def parse_header(text: bytes, size_bytes: int, name: str) -> Header:
     try:
         value = parse_json(decoded(text), HEADER)
     except FileError as error:
-        raise _unreadable(name, f"is no safetensors file: its header {error}") from None
+        raise _unreadable(name, f"is not a safetensors file: its header {error}") from None
     if not isinstance(value, dict):
-        raise _unreadable(name, "is no safetensors file: its header is no JSON object")
+        raise _unreadable(name, "is not a safetensors file: its header is not a JSON object")
     data_start = LENGTH_BYTES + len(text)
     entries = {tensor: entry for tensor, entry in value.items() if tensor != "__metadata__"}
     header = {tensor: _parse_entry(tensor, entry, data_start, name) for tensor, entry in entries.items()}

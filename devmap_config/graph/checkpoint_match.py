@@ -113,7 +113,7 @@ def _kind_of_mistake(
     heads = [part for part in match.absent if not any(segment.isdigit() for segment in part.split("."))]
     if missing and not mismatched and all(any(is_within(name, head) for head in heads) for name in missing):
         listed, which = ", ".join(heads), "it is" if len(heads) == 1 else "they are"
-        other = f"; to load what was saved, say `class: {saved}`" if is_other_class else ""
+        other = f"; to load what was saved, write `class: {saved}`" if is_other_class else ""
         advice = f"if {which} to be trained, say so: `allow_new: [{listed}]` under `model`{other}; else get it anew"
         return f"one without {' and '.join(f'`{part}`' for part in heads)}", advice
     strange = len(missing) + len(match.unexpected)

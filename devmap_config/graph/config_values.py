@@ -46,7 +46,7 @@ def unreasonable_number(config: Mapping[str, Any]) -> str | None:
         key = next((part for part in reversed(path) if not part.isdigit()), "")
         if isinstance(value, float):
             if math.isnan(value):
-                return f"`{'.'.join(path)}` is no number (NaN)"
+                return f"`{'.'.join(path)}` is not a number (NaN)"
             continue
         if abs(value) > (most := _most(key)):
             shown = f"{value:,}" if len(str(value)) < LONGEST_VALUE else f"a number of {len(str(value))} digits"

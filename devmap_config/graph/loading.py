@@ -400,7 +400,7 @@ def _differing(inputs: Mapping[str, object], made_from: Mapping[str, object]) ->
 def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model or revision") -> None:
     sink.warning(
         "stale-graph",
-        f"the graph in `{vendored_path(loaded.path).name}` is of another {differing}: it is made anew",
+        f"the graph in `{vendored_path(loaded.path).name}` was made from another {differing}, and is made anew",
         loaded.profile.model.source.span,
         help="run `devmap compile --vendor` again",
     )
@@ -550,7 +550,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
             "unknown-dtype",
             f"neither config nor checkpoint tells the dtype: {ASSUMED_DTYPE} is assumed",
             loaded.profile.model.dtype.span,
-            help="say `dtype: bfloat16`, or what the checkpoint holds",
+            help="write `dtype: bfloat16`, or what the checkpoint holds",
         )
     if not model.is_counted:
         sink.warning(
@@ -591,9 +591,9 @@ def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) ->
     if files and not name.startswith("Auto") and class_reference(model.source.config, name) is None:
         sink.warning(
             "remote-code",
-            f"transformers' own `{name}` is taken, and none of the code that the config names: {listed(files)}",
+            f"transformers' own `{name}` is used, and none of the code that the config names: {listed(files)}",
             span,
-            help="to have that code run, name its class, or the Auto class that `auto_map` gives it, as `class`",
+            help="to run that code, name its class, or the Auto class that `auto_map` gives it, as `class`",
         )
 
 
@@ -612,15 +612,15 @@ def report_positions(measurement: Measurement, span: Span | None, sink: Sink) ->
             "context-too-long",
             f"the model's positions end at {positions.end:,} tokens, and {wanted:,} are wanted",
             span,
-            help=f"say `context_length: {positions.end}` or less",
+            help=f"write `context_length: {positions.end}` or less",
         )
     elif positions.trained is not None and wanted > positions.trained:
         sink.warning(
             "context-too-long",
             f"the model is meant for {positions.trained:,} tokens, by its config, and {wanted:,} are wanted",
             span,
-            help="it runs, but what it says beyond is seldom of use; if its rotations are to be stretched, its config"
-            " says so (`rope_parameters`)",
+            help="it runs, but its output beyond that is seldom useful; to stretch its rotary positions, set"
+            " `rope_parameters` in its config",
         )
 
 
@@ -630,7 +630,7 @@ def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> Non
     if media is None or media.problem is None:
         return
     if media.problem == "none":
-        sink.error("unfit-input", f"this model cannot be given that: {media.reason}", span, help="remove it")
+        sink.error("unfit-input", f"this model does not take such inputs: {media.reason}", span, help="remove it")
     elif media.problem == "size":
         help = "say how large they are, height and width in pixels: `inputs: {images: 1, image_size: [896, 896]}`"
         sink.error("missing-key", "this model takes images of any size, and `image_size` is missing", span, help=help)
@@ -642,7 +642,7 @@ def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> Non
     else:
         sink.warning(
             "untried-inputs",
-            f"whether the plan runs with images or sound was not tried: {media.reason}",
+            f"the plan was not tried with images or sound: {media.reason}",
             span,
             help="text alone was measured: leave room on the device of the tower, and try it with `devmap run`",
         )
@@ -661,7 +661,7 @@ def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> Non
         reason = f"nothing of this model's cache is ever {said_of_cache(name)}"
     else:
         return
-    sink.error("unfit-cache", reason, span, help="say `cache: dynamic`, or leave it out")
+    sink.error("unfit-cache", reason, span, help="write `cache: dynamic`, or leave it out")
 
 
 def said_of_cache(implementation: str) -> str:
@@ -724,5 +724,5 @@ def report_failure(
 
 def _building_advice(reason: str) -> str:
     if "attn_implementation" in reason or "scaled_dot_product_attention" in reason:
-        return "say `attention: eager`"
+        return "write `attention: eager`"
     return "check `class`, and that this version of transformers knows the model"

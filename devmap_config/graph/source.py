@@ -249,7 +249,7 @@ def hub_source(
             path = Path(download())
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(
-            f"`{repository}` is no local path, it is not in the hub's cache, and the hub cannot be reached",
+            f"`{repository}` is not a local path, it is not in the hub's cache, and the hub cannot be reached",
             ORIGINAL if names_gguf(repository) else None,
         ) from error
     except EntryNotFoundError as error:

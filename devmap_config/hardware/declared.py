@@ -98,7 +98,7 @@ def _device(
     if capacity_bytes <= 0:
         sink.error(
             "no-capacity",
-            f"nothing is left of the memory of {device} once slack, reserve and overhead are taken off",
+            f"nothing is left of the memory of {device} once slack, reserve and overhead are subtracted",
             section.key_span,
             help="lower its `reserve`, `overhead` or `slack`, or leave the device out",
         )
@@ -155,7 +155,7 @@ def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerat
     if isinstance(memory, Share):
         sink.error(
             "bad-quantity",
-            f"the memory of {device} is a share of nothing",
+            f"the memory of {device} is a share of an unknown amount",
             section.memory.span,
             help="write it in bytes, such as `24GiB`, or name the `accelerator`",
         )
@@ -210,7 +210,7 @@ def _accelerator(device: Device, named: Located[str | None], sink: Sink) -> Acce
         return None
     found, memory = load_catalogue().get(named.value), _as_memory(named.value)
     if not device.is_accelerator:
-        message, help = f"{device} is no accelerator", f"write `{device}: {{memory: {memory or '64GiB'}}}`"
+        message, help = f"{device} is not an accelerator", f"write `{device}: {{memory: {memory or '64GiB'}}}`"
     elif found is None:
         meant = nearest(named.value)
         message = f"the catalogue has no accelerator `{named.value}`"
@@ -314,7 +314,7 @@ def _check_names_of_links(links: Mapping[str, Link], known: set[str], loaded: Lo
         listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"
         sink.error(
             "unknown-key",
-            f"`{name}` is no link of this machine",
+            f"`{name}` is not a link of this machine",
             described.key_span,
             help=f"did you mean `{close}`?" if close else listed,
         )

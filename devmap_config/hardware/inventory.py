@@ -72,7 +72,7 @@ def whole(value: Any) -> int:
         ValueError: if it is none.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
-        raise ValueError(f"{value!r} is no amount")
+        raise ValueError(f"{value!r} is not an amount")
     return value
 
 

@@ -38,7 +38,7 @@ def named_machine(text: str) -> Hardware:
         match = PART.fullmatch(part)
         if match is None:
             raise UnknownMachineError(
-                f"`{part}` is no part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`, joined by `+`"
+                f"`{part}` is not a part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`, joined by `+`"
             )
         accelerators += [_accelerator(match["what"])] * int(match["count"] or 1)
     kinds = list(dict.fromkeys(kind for kind, _ in accelerators if kind))
@@ -73,4 +73,4 @@ def _memory(text: str) -> str:
             return text
     except QuantityError as error:
         raise UnknownMachineError(f"{error.message}: {error.help}") from None
-    raise UnknownMachineError(f"`{text}` is no amount of memory: write `24GiB`")
+    raise UnknownMachineError(f"`{text}` is not an amount of memory: write `24GiB`")

@@ -100,7 +100,7 @@ def answering_for_devices(answer: Callable[[Any, Callable[[], torch.device]], to
     class_ = FAKE_TENSOR.find()
     own = FAKE_TENSOR_DEVICE.of(class_)
     if not isinstance(own, property) or own.fget is None:
-        raise FAKE_TENSOR_DEVICE.changed("is no property")
+        raise FAKE_TENSOR_DEVICE.changed("is not a property")
     of_torch: Any = own.fget
 
     def device(tensor: Any) -> torch.device:

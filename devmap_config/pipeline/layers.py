@@ -44,7 +44,7 @@ FUSED_HEADS = frozenset({"qkv_proj", "query_key_value", "c_attn"})
 
 
 class UncutModelError(ValueError):
-    """The model is no list of layers that vLLM can cut and whose cache is counted; the text says why."""
+    """The model is not a list of layers that vLLM can cut and whose cache is counted; the text says why."""
 
 
 @dataclass(frozen=True)

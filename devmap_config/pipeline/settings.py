@@ -49,7 +49,7 @@ def _check_without_vllm(loaded: LoadedProfile, sink: Sink) -> None:
             "hosts-need-vllm",
             "`hardware.hosts` are several machines, and a device_map of transformers is one process on one",
             profile.hardware.devices.key_span,
-            help="say `targets: [vllm]`, or list the devices of one machine under `hardware.devices`",
+            help="write `targets: [vllm]`, or list the devices of one machine under `hardware.devices`",
         )
     unused = {
         "placement.groups": profile.placement.groups[0].span if profile.placement.groups else None,
@@ -63,7 +63,7 @@ def _check_without_vllm(loaded: LoadedProfile, sink: Sink) -> None:
                 "unused-key",
                 f"`{key}` has no effect without `targets: [vllm]`",
                 span,
-                help="say `targets: [vllm]`, or remove it",
+                help="write `targets: [vllm]`, or remove it",
             )
 
 

@@ -26,7 +26,7 @@ Four hosts with two cards of each of two kinds come to 430; with 126 layers, tha
 def slots_of(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> tuple[Slot, ...]:
     """Return where a stage may be, in the order of hosts and devices; what is wrong with the groups goes to the sink.
 
-    vLLM runs on one kind of device: what is no accelerator computes only where no host has any.
+    vLLM runs on one kind of device: what is not an accelerator computes only where no host has any.
     """
     by_id = {device.id: device for device in inventory.devices}
     groups = loaded.profile.placement.groups

@@ -117,7 +117,7 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
             "unused-key",
             f"`device_map` has no effect under `strategy: {strategy}`",
             device_map.key_span,
-            help="say `strategy: manual`, or remove it; to decide for a part of the model, use `pins`",
+            help="write `strategy: manual`, or remove it; to decide for a part of the model, use `pins`",
         )
     deciding = [pin.span for pin in placement.pins] + ([device_map.span] if device_map.is_written else [])
     if strategy == "manual" and not any(_has_errors_within(place, sink) for place in deciding):
@@ -129,7 +129,7 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
             "unused-key",
             f"`device` has no effect under `strategy: {strategy}`",
             placement.device.key_span,
-            help="say `strategy: single`, or remove it",
+            help="write `strategy: single`, or remove it",
         )
         return None
     kind = next((device.kind for device in problem.accelerators), "cuda")
@@ -300,8 +300,8 @@ def _check_agreement(
     elif any(name in graph.adapter_tensors for name in group):
         sink.error(
             "conflicting-pins",
-            f"what an adapter adds is where its module is: {', '.join(f'`{name}`' for name in group)} cannot be on"
-            f" {first.device} and {other.device}",
+            f"an adapter's tensors are on the device of their module: {', '.join(f'`{name}`' for name in group)} cannot"
+            f" be on {first.device} and {other.device}",
             other.rule.span,
             help="give both rules the same device, or name the module alone",
             related=related,

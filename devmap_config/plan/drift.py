@@ -128,7 +128,7 @@ def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) 
     if reused.moved is not None:
         sink.warning(
             "figures-moved",
-            f"the lock's plan holds, by other figures than it was made with: {reused.moved}",
+            f"the lock's plan holds, with other figures than it was made with: {reused.moved}",
             whole_file(str(loaded.path)),
             help="compile again where the new figures are wanted in the lock",
         )

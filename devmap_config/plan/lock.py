@@ -233,7 +233,7 @@ def read_lock(text: str) -> Lock:
     if not isinstance(value, dict) or version is None:
         raise LockError("is not a lock: it has no `lock_version`")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise LockError("is not a lock: its `lock_version` is no integer of at least 1")
+        raise LockError("is not a lock: its `lock_version` is not an integer of at least 1")
     if version > LOCK_VERSION:
         raise LockError(f"has lock_version {version}, and this devmap-config reads up to {LOCK_VERSION}", "newer-lock")
     sealed = {key: part for key, part in value.items() if key not in ("digest", "made_with")}

@@ -234,7 +234,7 @@ def lock_schema() -> dict[str, Any]:
 
 def _phrase(route: str, kind: str, value: object) -> str:
     if kind == "extra_forbidden":
-        return f"`{route}` is no key of a lock"
+        return f"`{route}` is not a key of a lock"
     if kind == "missing":
         return f"`{route}` is missing"
     text = json.dumps(value)

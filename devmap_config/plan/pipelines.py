@@ -311,7 +311,7 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
         f" {pipeline.deciding_stage} decides, layers {stage.first_layer} to {stage.last_layer} on"
         f" {stage.devices[0]}{_of_processes(problem)}",
         profile.workload.context_length.span,
-        help=f"say `concurrency: {most}` or less, or a shorter `context_length`"
+        help=f"write `concurrency: {most}` or less, or a shorter `context_length`"
         if most
         else "lower `context_length`, or list more memory",
     )

@@ -83,7 +83,7 @@ class _RemedySearch:
         if argument is None or not asked:
             return None
         tried = self.trials.compiles(ProfileChange(quantization={**asked, argument: True}))
-        return f"say `{argument}: true`" if tried else None
+        return f"write `{argument}: true`" if tried else None
 
     def shorter_context(self) -> str | None:
         measurement = self.problem.graph.measurement
@@ -106,7 +106,7 @@ class _RemedySearch:
         has_room = problem.graph.size_bytes < sum(problem.capacities.values())
         if not (is_dynamic and can_hold_it and has_room):
             return None
-        return "say `cache: offloaded`" if self.trials.compiles(ProfileChange(cache="offloaded")) else None
+        return "write `cache: offloaded`" if self.trials.compiles(ProfileChange(cache="offloaded")) else None
 
     def fewer_bits(self) -> str | None:
         room = sum(size for device, size in self.problem.capacities.items() if device.is_accelerator)

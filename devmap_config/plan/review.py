@@ -82,7 +82,7 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
             "over-capacity",
             missing,
             None if assistant is None else assistant.span,
-            help="say `assistant: {device: …}` with another device, or lower `context_length`",
+            help="write `assistant: {device: …}` with another device, or lower `context_length`",
         )
     _check_first_parameter(plan, prepared, sink)
     _check_compute(plan, resolution, sink)
@@ -98,8 +98,8 @@ def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     if streamed and prepared.passes_over_cpu:
         sink.warning(
             "cpu-passed-over",
-            f"the CPU is taken to hold {format_bytes(streamed)} of weights only: its bandwidth is not known, so"
-            " computing with them there, which may be faster, was not compared",
+            f"the CPU only stores {format_bytes(streamed)} of weights: its bandwidth is not known, so computing with"
+            " them there, which may be faster, was not considered",
             prepared.loaded.profile.hardware.device_span(CPU),
             help="write `cpu: {bandwidth: 50GB/s}`, or what `devmap probe --measure` finds",
         )
@@ -129,7 +129,7 @@ def _report_stranded(
         "compute-on-cpu" if decision.compute == CPU else "stranded-tensor",
         violations[0].message + others,
         decision.rule.span,
-        help="say `compute: cpu` of the module around it, or drop it"
+        help="write `compute: cpu` of the module around it, or drop it"
         if decision.compute == CPU
         else f"pin {patterns} to {plan.main_device}, where it is used: accelerate brings in what a module holds when"
         " that module is called",
@@ -151,8 +151,8 @@ def _check_first_parameter(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     module = first.rpartition(".")[0]
     sink.error(
         "unfit-assistant",
-        f"`{module}` is copied to where it runs at every forward, and by the model's first parameter transformers knows"
-        " where to send what a draft model proposes",
+        f"`{module}` is copied to where it runs at every forward, and transformers sends the draft model's"
+        " proposals to the device of the model's first parameter",
         None if assistant is None else assistant.span,
         help=f"pin it to where it runs: `{{match: {module}, device: {location.runs_on}}}`",
     )
@@ -218,7 +218,7 @@ def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: 
         f" and has {format_bytes(fullest.capacity_bytes)}:"
         f" {format_exact_bytes(-fullest.free_bytes)} are missing{others}",
         loaded.profile.workload.context_length.span,
-        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or say `strategy: fastest`,"
+        help="lower `context_length` or `batch_size`, prefill in parts (`prompt_length`), or write `strategy: fastest`,"
         " which counts with all of this",
     )
 
@@ -317,7 +317,7 @@ def _check_cache(plan: Plan, prepared: Prepared, sink: Sink) -> None:
             "unfit-cache",
             f"the cache is to be offloaded, and `{path}`, which fills a layer of it, runs on the CPU",
             prepared.loaded.profile.workload.cache.span if decision is None else decision.rule.span,
-            help="leave `compute: cpu` to modules without a cache, such as experts; or say `cache: dynamic`",
+            help="leave `compute: cpu` to modules without a cache, such as experts; or write `cache: dynamic`",
         )
         return
 

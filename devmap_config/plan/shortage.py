@@ -75,7 +75,7 @@ def _report_left_buffers(
         "with `buffers: false` the buffers of what is streamed stay where it runs, and "
         + (_lack(shortage) if shortage else "it does not fit"),
         loaded.profile.placement.offload.buffers.span,
-        help="say `buffers: true`, or leave it out"
+        help="write `buffers: true`, or leave it out"
         + (f", and `strategy: {strategy}`" if strategy else "")
         + ": it was tried, and fits",
     )

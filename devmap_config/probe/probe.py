@@ -64,7 +64,7 @@ def _order_is_known(cards: Sequence[SeenAccelerator], environment: Mapping[str, 
 def _guessed_order() -> Diagnostic:
     return Diagnostic.warning(
         "guessed-order",
-        "how CUDA numbers these cards cannot be told without torch: they are given as they are on the PCI bus",
+        "without torch, CUDA's numbers of these cards are not known: they are listed in the order of the PCI bus",
         help="install torch for CUDA; or set `CUDA_DEVICE_ORDER=PCI_BUS_ID` and leave out `CUDA_VISIBLE_DEVICES`, "
         "here and where the model runs",
     )
@@ -79,6 +79,6 @@ def _unseen(kind: str) -> Diagnostic:
     )
     return Diagnostic.warning(
         "unseen-accelerator",
-        f"there is a driver of {maker}'s, and nothing installed that can ask it for its accelerators",
+        f"there is a driver of {maker}'s, and nothing is installed that can ask it for its accelerators",
         help=f"install {can_tell}",
     )

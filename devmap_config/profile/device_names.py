@@ -86,10 +86,10 @@ def _expanded(text: str, kind: str, kinds: tuple[str, ...]) -> tuple[Device, ...
     if match is None:
         if text in ACCELERATOR_KINDS:
             raise DeviceNameError(f"`{text}` does not say which one", f'write `{text}:0`, or `"{text}:[0-1]"` for two')
-        raise DeviceNameError(f"`{text}` is no device", _advice(text))
+        raise DeviceNameError(f"`{text}` is not a device", _advice(text))
     kind = match["kind"] or kind
     if kind not in kinds:
-        raise DeviceNameError(f"`{kind}` is no kind of device", _advice(text))
+        raise DeviceNameError(f"`{kind}` is not a kind of device", _advice(text))
     indices = [int(match["index"])] if match["index"] else _indices(match["items"])
     if kind == "mps" and indices != [0]:
         raise DeviceNameError(f"`{text}` does not exist: a machine has one `mps`", "write `mps`")

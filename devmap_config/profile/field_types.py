@@ -170,7 +170,7 @@ def _named(pattern: str, what: str, help: str) -> Reads:
 def _host_name(value: object) -> str:
     text = str(value)
     if not HOST_NAME.fullmatch(text):
-        message = f"`{text}` is no name of a host"
+        message = f"`{text}` is not a name of a host"
         raise refusal("wrong-type", message, "letters, digits and `-`, as in `left` or `node-1`")
     return text
 

@@ -196,7 +196,7 @@ def _check_offload_folder(folder: Located[str | None], boundary: Boundary, sink:
     elif exists(folder.path) and not is_folder(folder.path):
         sink.error(
             "missing-offload-folder",
-            f"`{folder.value}` is a file, and a folder is wanted",
+            f"`{folder.value}` is a file, not a folder",
             folder.span,
             help="name a folder; it need not exist",
         )
@@ -209,7 +209,7 @@ def _check_overrides(variables: MappingNode, overrides: Mapping[str, str], sink:
             close = closest(name, known)
             sink.error(
                 "unknown-variable",
-                f"a value is given for `{name}`, which is no variable of the profile",
+                f"a value is given for `{name}`, which is not a variable of the profile",
                 variables.span,
                 help=f"did you mean `{close}`?" if close else f"add `{name}` under `variables:`",
             )

@@ -78,7 +78,7 @@ _NUMBER_AND_UNIT = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<u
 
 
 class QuantityError(ValueError):
-    """A text is no quantity of the kind that is wanted; `help` says what to write."""
+    """A text is not a quantity of the kind that is wanted; `help` says what to write."""
 
     def __init__(self, message: str, help: str) -> None:
         super().__init__(message)
@@ -108,7 +108,7 @@ def parse_bytes(text: str) -> int | Share:
     """
     if text.lower() in ASKED_OF_THE_MACHINE:
         help = "write how much there is, such as `24GiB` (`devmap probe` tells), or name the card instead"
-        raise QuantityError(f"`{text}` is no quantity: a plan asks nothing of this machine", help)
+        raise QuantityError(f"`{text}` is not a quantity: a plan asks nothing of this machine", help)
     number, unit = _split(text, "write bytes as `20GiB`, `512MB`, a whole number, or a share such as `90%`")
     if unit == "%":
         return Share(_share(text, number))
@@ -129,7 +129,7 @@ def parse_share(text: str) -> Fraction:
         return _share(text, number)
     if unit or number > 1:
         help = f"write `{text}%`" if not unit and number <= 100 else "write a share as `5%` or `0.05`"
-        raise QuantityError(f"`{text}` is no share", help)
+        raise QuantityError(f"`{text}` is not a share", help)
     return number
 
 
@@ -144,7 +144,9 @@ def parse_efficiency(text: str) -> Fraction:
     """
     share = parse_share(text)
     if not share:
-        raise QuantityError(f"`{text}` is no efficiency: nothing would ever be done", "write what is reached, as `80%`")
+        raise QuantityError(
+            f"`{text}` is not an efficiency: nothing would ever be done", "write what is reached, as `80%`"
+        )
     return share
 
 
@@ -164,9 +166,9 @@ def parse_bandwidth(text: str) -> int:
     if "bit" in unit or unit.endswith("bps"):
         raise QuantityError(f"`{text}` is in bits", "bandwidths are in bytes: divide by 8, as in `10GB/s`")
     if unit.endswith("ps") and unit[:-2] in BYTE_UNITS:
-        raise QuantityError(f"`{unit}` is no unit of bandwidth", f"write `{text[: -len('ps')]}/s`")
+        raise QuantityError(f"`{unit}` is not a unit of bandwidth", f"write `{text[: -len('ps')]}/s`")
     if not unit.endswith("/s"):
-        raise QuantityError(f"`{text}` is no bandwidth: `/s` is missing", f"write `{text}/s`")
+        raise QuantityError(f"`{text}` is not a bandwidth: `/s` is missing", f"write `{text}/s`")
     return _bytes(text, number, unit.removesuffix("/s"))
 
 
@@ -186,7 +188,7 @@ def parse_flops(text: str) -> int:
     if unit not in FLOP_UNITS:
         meant = next((known for known in FLOP_UNITS if known[:5] == unit.upper()[:5]), None)
         help = f"write `{text.removesuffix(unit).strip()}{meant}`" if meant else f"units are {_names(FLOP_UNITS)}"
-        raise QuantityError(f"`{unit}` is no unit of compute", help)
+        raise QuantityError(f"`{unit}` is not a unit of compute", help)
     return _whole(text, number * FLOP_UNITS[unit], example)
 
 
@@ -218,7 +220,7 @@ def parse_per_second(text: str) -> int:
     example = "write how many in a second, as `6000/s`"
     number, unit = _rate(text, example)
     if unit not in (None, "/s"):
-        raise QuantityError(f"`{unit}` is no unit of what is counted", example)
+        raise QuantityError(f"`{unit}` is not a unit of what is counted", example)
     return _whole(text, number, example)
 
 
@@ -264,7 +266,7 @@ def parse_spread(text: str) -> Spread:
     """
     match = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})%", text)
     if match is None or not 0 < int(match[1]) <= int(match[2]):
-        raise QuantityError(f"`{text}` is no spread", "write the least and the most, as `94-108%`")
+        raise QuantityError(f"`{text}` is not a spread", "write the least and the most, as `94-108%`")
     return Spread(int(match[1]), int(match[2]))
 
 
@@ -273,14 +275,14 @@ def _split(text: str, example: str) -> tuple[Fraction, str | None]:
         raise QuantityError(f"`{text}` is negative", example)
     match = _NUMBER_AND_UNIT.fullmatch(text)
     if match is None:
-        raise QuantityError(f"`{text}` is no quantity", example)
+        raise QuantityError(f"`{text}` is not a quantity", example)
     return Fraction(match["number"]), match["unit"]
 
 
 def _rate(text: str, example: str) -> tuple[Fraction, str | None]:
     number, unit = _split(text, example)
     if not number:
-        raise QuantityError(f"`{text}` is no rate: nothing would ever be done", f"{example}, or leave it out")
+        raise QuantityError(f"`{text}` is not a rate: nothing would ever be done", f"{example}, or leave it out")
     return number, unit
 
 
@@ -290,7 +292,7 @@ def _bytes(text: str, number: Fraction, unit: str | None) -> int:
     if not unit:  # `25/s`
         raise QuantityError(f"`{text}` names no unit of bytes", f"units are {_names(BYTE_UNITS)}")
     if unit not in BYTE_UNITS:
-        raise QuantityError(f"`{unit}` is no unit of bytes", _meant(text, unit))
+        raise QuantityError(f"`{unit}` is not a unit of bytes", _meant(text, unit))
     return _whole(text, number * BYTE_UNITS[unit], "a byte is the smallest there is")
 
 

@@ -177,7 +177,7 @@ class Inputs(Section):
             raise refusal("wrong-type", message, "all images have one size: the largest", key="image_size")
         if self.image_size is not None and self.images is None:
             message = "`workload.inputs.image_size` is that of images, and `images` says not how many"
-            raise refusal("wrong-type", message, "say `images: 1` besides", key="image_size")
+            raise refusal("wrong-type", message, "write `images: 1` besides", key="image_size")
         return self
 
 
@@ -207,10 +207,10 @@ class Cache(Section):
         named = next((key for key in ("backend", "bits") if getattr(self, key) is not None), None)
         if named is not None and self.implementation != "quantized" and not self.doubtful:
             message = f"`workload.cache.{named}` is that of a cache that is quantised, and this one is not"
-            raise refusal("wrong-type", message, "say `implementation: quantized` besides", key=named)
+            raise refusal("wrong-type", message, "write `implementation: quantized` besides", key=named)
         if self.bits is not None and self.backend == "fp8":
             message = "`workload.cache.bits` is that of `quanto`: by `fp8`, each number has eight"
-            raise refusal("wrong-type", message, "leave it out, or say `backend: quanto`", key="bits")
+            raise refusal("wrong-type", message, "leave it out, or write `backend: quanto`", key="bits")
         if self.bits not in (None, 2, 4):
             message = f"`workload.cache.bits` cannot be `{self.bits}`"
             raise refusal("wrong-type", message, "2 or 4, which is what `quanto` has", key="bits")
@@ -531,7 +531,8 @@ class PlacementSection(Section):
 
     strategy: Located[
         Annotated[
-            str, one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is no strategy", meant=strategy_meant)
+            str,
+            one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is not a strategy", meant=strategy_meant),
         ]
     ] = Field(default=Located("auto"), examples=list(STRATEGIES))
     """How what is not pinned is placed."""

@@ -163,7 +163,7 @@ def cache_backend_meant(text: str) -> str | None:
     if text.lower() != "hqq":
         return None
     return (
-        "how much a cache takes by HQQ was never measured here: say `quanto`, which takes 2 or 4 bits of each number,"
+        "how much a cache takes by HQQ was never measured here: write `quanto`, which takes 2 or 4 bits of each number,"
         " or `fp8`"
     )
 

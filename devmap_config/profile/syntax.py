@@ -79,7 +79,7 @@ class SourceText:
             return
         if "\t" in before + after[:1]:
             span = self.span(line, self.lines[line].index("\t"))
-            self.error("a tab stands where YAML wants spaces", span, "indent with spaces")
+            self.error("a tab stands where YAML requires spaces", span, "indent with spaces")
         elif not self.report_misplaced(error, line, column):
             start = error.context_mark
             if start is not None and error.context in UNCLOSED and (line > start.line or not after.strip()):
@@ -122,7 +122,7 @@ class SourceText:
         start, text = unquoted
         if shell := SHELL_VARIABLE.fullmatch(text):
             help = f'write `"{{{{ {shell["name"]} }}}}"`, and `--set {shell["name"]}=…`: the environment is not read'
-            self.error(f"`{text}` is no template", self.span(line, start, len(text)), help, "needs-quotes")
+            self.error(f"`{text}` is not a template", self.span(line, start, len(text)), help, "needs-quotes")
             return True
         quoted = '"' + closed(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
         help = f"write `{quoted}`"

@@ -35,22 +35,22 @@ def flag(arguments: Mapping[str, Any], name: str) -> bool:
     value = arguments.get(name)
     if value is None or isinstance(value, bool):
         return bool(value)
-    raise QuantizationError(f"`{name}` is neither true nor false", f"say `{name}: true`, or leave it out")
+    raise QuantizationError(f"`{name}` is neither true nor false", f"write `{name}: true`, or leave it out")
 
 
 def positive(arguments: Mapping[str, Any], name: str, default: int) -> int:
     """Return an argument that is a positive whole number."""
     value = arguments.get(name, default)
     if type(value) is not int or value <= 0:
-        raise QuantizationError(f"`{name}` is no positive whole number", f"such as `{name}: {default}`")
+        raise QuantizationError(f"`{name}` is not a positive whole number", f"such as `{name}: {default}`")
     return value
 
 
 def check_names(arguments: Mapping[str, Any], name: str) -> None:
-    """Raise where an argument is given and is no list of names."""
+    """Raise where an argument is given and is not a list of names."""
     value = arguments.get(name)
     if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-        raise QuantizationError(f"`{name}` is no list of names", f"such as `{name}: [lm_head]`")
+        raise QuantizationError(f"`{name}` is not a list of names", f"such as `{name}: [lm_head]`")
 
 
 def bits_and_group(method: str, arguments: Mapping[str, Any], known: Sequence[int]) -> tuple[int, int | None]:
@@ -58,6 +58,6 @@ def bits_and_group(method: str, arguments: Mapping[str, Any], known: Sequence[in
     bits = positive(arguments, "bits", 4)
     if bits not in known:
         allowed = ", ".join(map(str, known))
-        raise QuantizationError(f"{method} has no weights of {bits} bits", f"say `bits:` with {allowed}")
+        raise QuantizationError(f"{method} has no weights of {bits} bits", f"write `bits:` with {allowed}")
     group = arguments.get("group_size", 128)
     return bits, None if group == -1 else positive(arguments, "group_size", 128)

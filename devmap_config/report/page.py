@@ -169,7 +169,7 @@ class View:
             return "The plan ran on simulated devices: the model's own code, without data."
         if simulation["mismatch"] is not None:
             return f"The plan does not run: it fails in {simulation['mismatch']['phase']}."
-        return f"Whether the plan runs could not be tried: {visible(str(simulation['reason']))}."
+        return f"The plan could not be dry-run: {visible(str(simulation['reason']))}."
 
     @cached_property
     def waits(self) -> tuple[PhaseWaits, ...]:
@@ -337,7 +337,7 @@ def _prose(text: str) -> Markup:
 
 
 def _source(templates: Environment, name: str) -> str:
-    """Return the text of a file that is no template."""
+    """Return the text of a file that is not a template."""
     if templates.loader is None:
         raise LookupError(name)
     return templates.loader.get_source(templates, name)[0]

@@ -184,7 +184,7 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
 
 
 def _scale_bytes(devices: Sequence[Mapping[str, Any]]) -> int:
-    """Return the memory that is as wide as the picture: of what is no accelerator, free memory is not the measure."""
+    """Return the memory that is as wide as the picture; free memory counts for accelerators only."""
     accelerators = [use["capacity_bytes"] for use in devices if Device.from_text(use["id"]).is_accelerator]
     others = [
         min(use["capacity_bytes"], int(CUT_OFF * (use["capacity_bytes"] - use["free_bytes"])))

@@ -87,7 +87,7 @@ class _Adoption:
         for key in self.reading.fatal:
             self.sink.error(
                 "misread-map",
-                f"transformers fails over the key `{key}`, which it takes for a regular expression",
+                f"transformers fails at the key `{key}`, which it reads as a regular expression",
                 self.entries[key].span,
                 help="name each module; patterns are for the `device_map` of a profile with `strategy: manual`",
             )
@@ -102,7 +102,7 @@ class _Adoption:
                 f"{self.graph.class_name} has no {_quoted(fold_paths(keys))}: transformers ignores such keys",
                 self.entries[keys[0]].span,
                 label=self._nearest(keys[0]) if number < MOST_EXPLAINED else None,
-                help="the profile goes without; correct the name if it was to place something",
+                help="the profile leaves it out; correct the name if it was meant to place something",
             )
 
     def _nearest(self, key: str) -> str | None:

@@ -556,7 +556,7 @@ class _PathParser:
                 f"`{digits}` has a leading zero", match.start(), match.end(), f"write `{int(digits[:_MAX_DIGITS])}`"
             )
         if len(digits) > _MAX_DIGITS:
-            raise PatternError(f"`{digits}` is no index of a module", match.start(), match.end())
+            raise PatternError(f"`{digits}` is not an index of a module", match.start(), match.end())
         return -int(digits) if sign else int(digits)
 
     def peek(self) -> str:

@@ -97,7 +97,7 @@ def _matched(rules: tuple[Rule, ...], graph: ModelGraph, sink: Sink) -> list[tup
                 steps += found[rule.text].steps
             matches.append((rule, found[rule.text]))
         except PatternError as error:
-            sink.error("bad-pattern", f"`{rule.text}` is no pattern: {error.message}", rule.span, help=error.help)
+            sink.error("bad-pattern", f"`{rule.text}` is not a pattern: {error.message}", rule.span, help=error.help)
         if steps > MAX_STEPS:
             message = f"it takes more than {MAX_STEPS:,} steps to hold the model to these rules"
             sink.error("too-large", message, rule.span, help="write fewer rules: one pattern stands for many modules")
@@ -132,7 +132,7 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
             f"`{rule.text}` asks for more than there is: the last index in {where} is {last}",
             rule.span,
             label=f"{len(beyond.existing)} there, {beyond.existing[0]} to {last}",
-            help=f"lower the end, leave it open (`[{_first(beyond)}-]`), or say `optional: true`",
+            help=f"lower the end, leave it open (`[{_first(beyond)}-]`), or write `optional: true`",
         )
 
 
@@ -194,7 +194,7 @@ def _report_conflict(name: str, first: Decision, second: Decision, sink: Sink) -
         f"two rules give {what} different devices: {_said(first)} and {_said(second)}",
         second.rule.span,
         label=f"{_said(second)} here",
-        help="remove one, or say `override: true` in the later one",
+        help="remove one, or write `override: true` in the later one",
         related=(Related(message=f"{_said(first)} here", span=first.rule.span),),
     )
 

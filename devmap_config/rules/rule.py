@@ -115,7 +115,7 @@ def _parse(source: Located[str], sink: Sink) -> Pattern | None:
         return parse_pattern(source.value)
     except PatternError as error:
         place = source.span_within(error.start, error.end)
-        sink.error("bad-pattern", f"`{source.value}` is no pattern: {error.message}", place, help=error.help)
+        sink.error("bad-pattern", f"`{source.value}` is not a pattern: {error.message}", place, help=error.help)
         return None
 
 

@@ -82,7 +82,7 @@ def _report_other(text: str, file: str, sink: Sink) -> None:
     help = f"such as {EXAMPLE}, or what `print(model.hf_device_map)` shows"
     if planned in PLANNED:
         help = f"`{planned}` leaves it to transformers: `devmap init MODEL --strategy {planned}` writes a profile"
-    sink.error("wrong-type", "this is no device_map: it must be modules and devices", whole_file(file), help=help)
+    sink.error("wrong-type", "this is not a device_map: it must be modules and devices", whole_file(file), help=help)
 
 
 def _advice(text: str) -> str:

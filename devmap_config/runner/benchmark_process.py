@@ -90,7 +90,7 @@ class SampleFailure:
 
 
 LIBRARIES = ("accelerate", "torch", "transformers")
-"""Importing them is no part of loading."""
+"""Importing them is not a part of loading."""
 
 
 def run_in_process(job: Job) -> Sample | SampleFailure:

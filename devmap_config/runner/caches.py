@@ -39,7 +39,7 @@ def require_cache(cache: Cache) -> None:
         raise RunnerError(
             "unfit-cache",
             "the cache is quantised by quanto, which is not installed here",
-            "`pip install optimum-quanto`; or say `cache: {implementation: quantized, backend: fp8}`, which needs no"
+            "`pip install optimum-quanto`; or write `cache: {implementation: quantized, backend: fp8}`, which needs no"
             " package, and compile again",
         )
 

@@ -114,7 +114,7 @@ def read_receipt(path: Path) -> Receipt:
     """Return what of a receipt is fitted.
 
     Raises:
-        FileError: if it cannot be read, or is no receipt.
+        FileError: if it cannot be read, or is not a receipt.
         CalibrationError: if it lacks what a fit needs.
     """
     value = read_json(path, PACKAGED, ANYWHERE)
@@ -134,7 +134,7 @@ def read_receipt(path: Path) -> Receipt:
             _require_time(run.measured_nanoseconds)
             _require_time(run.nanoseconds(inventory))
     except (ArithmeticError, AttributeError, LookupError, MissingFigureError, TypeError, ValueError) as error:
-        raise FileError("is no receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
+        raise FileError("is not a receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
     if not runs:
         message = f"`{path}` has no time that was predicted and measured"
         help = "compile with the machine's rates (`devmap probe --measure`), and write it without `--no-generate`"

@@ -220,7 +220,7 @@ def demonstrator(
     if tokenizer is None and given.prompt is not None and not given.has_media and not is_told:
         sink.warning(
             "no-tokenizer",
-            "there is no tokenizer to make tokens of the prompt, which is not used: made-up tokens stand in for it",
+            "there is no tokenizer, so the prompt is not used: made-up tokens stand in for it",
             help="put the tokenizer's files into the model's folder",
         )
     shows = Demonstrator(

@@ -101,11 +101,11 @@ def require_fit(model_class: Any, given: Given) -> None:
         if main in names and not is_given:
             raise RunnerError(
                 "no-text-input",
-                f"{name} takes `{main}`, for which a prompt is no input",
+                f"{name} takes `{main}`, for which a prompt is not an input",
                 f"give it one by `--{what} FILE`; {USE_PYTHON}",
             )
     if main not in (*TEXT_INPUTS, *IMAGE_INPUTS, *SOUND_INPUTS):
-        raise RunnerError("no-text-input", f"{name} takes `{main}`, for which a prompt is no input", USE_PYTHON)
+        raise RunnerError("no-text-input", f"{name} takes `{main}`, for which a prompt is not an input", USE_PYTHON)
     if given.messages and not model_class.can_generate():
         raise RunnerError("unfit-input", f"{name} writes no text, and so does not chat", "leave `--chat` out")
 
@@ -286,7 +286,7 @@ def _text_part(processor: Any, given: Given) -> dict[str, Any]:
 
 
 def placed(inputs: ModelInputs, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the tensors where the model takes them, and what is no number of a token in the model's dtype."""
+    """Return the tensors where the model takes them, and what is not a number of a token in the model's dtype."""
     device = _device_of_tokens(model)
     return {
         name: tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)

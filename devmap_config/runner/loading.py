@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import Code, ErrorCode
     from devmap_config.plan.plan import Plan
 
-COMPUTE_HELP = "say `compute: cpu` of the module around it, or drop it: the weights are then streamed at every forward"
+COMPUTE_HELP = (
+    "write `compute: cpu` of the module around it, or drop it: the weights are then streamed at every forward"
+)
 
 
 class RunnerError(DevmapError):

@@ -54,7 +54,7 @@ def read_image(path: Path) -> Any:
     try:
         return exif_transpose(image_of(io.BytesIO(data))).convert("RGB")
     except UnidentifiedImageError:
-        raise FileError("is no image that Pillow knows", "syntax", "convert it to PNG") from None
+        raise FileError("is not an image that Pillow knows", "syntax", "convert it to PNG") from None
     except Exception as error:  # what is damaged raises many types, and so does more than Pillow unpacks
         raise FileError(f"cannot be read as an image: {error}", "syntax", "convert it to PNG") from None
 

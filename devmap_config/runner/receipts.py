@@ -64,13 +64,13 @@ def cases_of(path: Path) -> tuple[Case, ...]:
     """Return the cases of a receipt.
 
     Raises:
-        FileError: if it cannot be read, or is no receipt.
+        FileError: if it cannot be read, or is not a receipt.
     """
     receipt = read_json(path, PACKAGED, ANYWHERE)
     try:
         return tuple(_case(path.stem, each) for each in receipt["cases"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FileError("is no receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
+        raise FileError("is not a receipt", "syntax", "name a file that `devmap run --receipt` wrote") from error
 
 
 def _case(receipt: str, case: Mapping[str, Any]) -> Case:

@@ -408,7 +408,7 @@ def load_adapted(deployment: Deployment) -> Any:
         raise RunnerError(
             "dequantized",
             "transformers dequantised the weights while loading: they take more room than the plan has for them",
-            "install the kernels that the quantization needs, or say `dequantize: true`, and compile again",
+            "install the kernels that the quantization needs, or write `dequantize: true`, and compile again",
         )
     if unquantized := unquantized_tensors(model, plan, compiled.graph):
         raise RunnerError(

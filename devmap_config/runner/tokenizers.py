@@ -42,7 +42,7 @@ def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
             _warn_without_tokenizer(f"the tokenizer{of_code}: {_why(error)}", sink)
         return None  # a checkpoint without a tokenizer is a checkpoint still
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # its config may name any class
-        _warn_without_tokenizer(f"a {type(tokenizer).__name__} is no tokenizer", sink)
+        _warn_without_tokenizer(f"a {type(tokenizer).__name__} is not a tokenizer", sink)
         return None
     if not _is_made_up(tokenizer, request):
         return tokenizer

@@ -153,7 +153,7 @@ def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
     except FileError as error:
         raise RequestError(f"the body {error}") from None
     if not isinstance(value, dict):
-        raise RequestError("the body is no JSON object")
+        raise RequestError("the body is not a JSON object")
     try:
         return kind.model_validate(_normalized(value))
     except ValidationError as error:

@@ -270,12 +270,12 @@ def _homes(plan: Plan, graph: ModelGraph) -> dict[str, dict[Device, None]]:
 def _tell_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, allow_unmeasured: bool) -> None:
     if verdict.cause != "model":
         failure = MeasurementFailure(verdict.cause, verdict.reason or "")
-        consequence = "whether the plan runs could not be tried"
+        consequence = "the plan could not be dry-run"
         report_failure(failure, consequence, loaded.profile.model.source.span, sink, allowed=allow_unmeasured)
         return
     sink.warning(
         "not-simulated",
-        f"whether the plan runs could not be tried: the model's code cannot be run without data ({verdict.reason})",
+        f"the plan could not be dry-run: the model's code cannot be run without data ({verdict.reason})",
         loaded.profile.model.source.span,
         help="try it where it is to run: `devmap run`",
     )
@@ -284,7 +284,7 @@ def _tell_unsimulated(verdict: Verdict, loaded: LoadedProfile, sink: Sink, *, al
 def _warn_without_torch(loaded: LoadedProfile, sink: Sink) -> None:
     sink.warning(
         "not-simulated",
-        "whether the plan runs was not tried: torch is not installed here",
+        "the plan was not dry-run: torch is not installed",
         loaded.profile.model.source.span,
         help="compile with `--vendor` where torch is, or pass `--no-simulate`",
     )

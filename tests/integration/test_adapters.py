@@ -189,7 +189,7 @@ def test_the_one_that_ships_says_its_sentence():
     [
         ("missing/folder/of-three", "there is no `missing/folder/of-three`"),
         ("random", "`adapter_config.json` in `random` is not there"),
-        ("random/config.json", "`random/config.json` is no folder"),
+        ("random/config.json", "`random/config.json` is not a folder"),
         ("../elsewhere", "`../elsewhere` lies outside of the repository"),
         ("someone/lora", "its commit is not named"),
         (f"{{source: someone/lora, revision: {'0' * 40}}}", "is not to be had from the hub"),
@@ -249,7 +249,7 @@ def test_a_rule_for_what_it_adds_alone_is_refused():
     )
     [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     assert finding.code == "conflicting-pins"
-    assert "what an adapter adds is where its module is" in finding.message
+    assert "an adapter's tensors are on the device of their module" in finding.message
 
 
 def test_a_graph_that_is_kept_beside_is_of_the_adapter_too():
@@ -259,4 +259,4 @@ def test_a_graph_that_is_kept_beside_is_of_the_adapter_too():
     assert CliRunner().invoke(check, ["profile.yaml"]).exit_code == 0
     adapted(target_modules=["v_proj", "q_proj"])
     [finding] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
-    assert (finding.code, "is of another adapter: it is made anew" in finding.message) == ("stale-graph", True)
+    assert (finding.code, "was made from another adapter, and is made anew" in finding.message) == ("stale-graph", True)

@@ -126,17 +126,17 @@ def test_tied_tensors_apart():
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ("[]", "wrong-type", "this is no device_map"),
-        ('"auto"', "wrong-type", "this is no device_map"),
+        ("[]", "wrong-type", "this is not a device_map"),
+        ('"auto"', "wrong-type", "this is not a device_map"),
         ("{}", "wrong-type", "the device_map is empty"),
         ("{", "syntax", "cannot be read here"),
         ('{"model": {"layers": 0}}', "syntax", "cannot be read here"),
         ('{f"model.layers.{i}": 0 for i in range(12)}', "syntax", "cannot be read here"),
-        ('{"model": "gpu"}', "bad-device-name", "`gpu` is no device"),
+        ('{"model": "gpu"}', "bad-device-name", "`gpu` is not a device"),
         ('{"model": "cuda:[0-1]"}', "bad-device-name", "is several devices"),
-        ('{"model": -1}', "bad-device-name", "`-1` is no device"),
-        ('{"model": 0, "model.layers.[0-5]": 1}', "misread-map", "takes for a regular expression"),
-        ('{"model": 0, "model.(": 1}', "misread-map", "takes for a regular expression"),
+        ('{"model": -1}', "bad-device-name", "`-1` is not a device"),
+        ('{"model": 0, "model.layers.[0-5]": 1}', "misread-map", "reads as a regular expression"),
+        ('{"model": 0, "model.(": 1}', "misread-map", "reads as a regular expression"),
     ],
 )
 def test_what_is_no_map(text, code, message):

@@ -250,7 +250,7 @@ def test_a_graph_that_has_to_be_made_without_torch_is_an_error_that_says_so(prof
     done = devmap_without_torch("check", "profile.yaml")
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
-    assert "the graph in `profile.graph.json` is of another workload: it is made anew" in said
+    assert "the graph in `profile.graph.json` was made from another workload, and is made anew" in said
     assert "torch is not installed" in said
     assert "run `devmap compile --vendor profile.yaml` where torch" in said
 

@@ -449,7 +449,7 @@ def test_what_is_no_image_is_a_mistake_of_the_command_line(image, content):
     cut_off = Path("image.png").read_bytes()[:500]
     Path("image.png").write_bytes(cut_off if content == "cut off" else content)
     Path("profile.yaml").write_text("version: 1\n")
-    with pytest.raises(click.UsageError, match=r"`image\.png` (is no image|cannot be read as an image)"):
+    with pytest.raises(click.UsageError, match=r"`image\.png` (is not an image|cannot be read as an image)"):
         run("--image", "image.png", catch_exceptions=False)
 
 

@@ -157,7 +157,7 @@ def test_a_machine_of_several_files_and_ranges():
     ("machine", "said"),
     [
         ("h1000", "did you mean `h100-sxm`?"),
-        ("2xrtx-4090+64GB/s", "`64GB/s` is no part of a machine"),
+        ("2xrtx-4090+64GB/s", "`64GB/s` is not a part of a machine"),
         ("2x24G", "write `24GiB` or `24GB`"),
         ("24", "write `24GiB`"),
         ("rtx-4090+cpu", "write `cpu:64GiB`"),

@@ -106,7 +106,7 @@ def test_so_it_has_in_every_place(tmp_path, monkeypatch, config):
         ("num_local_experts", 100_000, "`num_local_experts` is 100,000, and no model has more than 50,000"),
         ("num_labels", 10**9, "`num_labels` is 1,000,000,000, and no model has more than 1,000,000"),
         ("vocab_size", 10**30, "`vocab_size` is 1,000,000,000,000,000,000,000,000,000,000, and no model has more"),
-        ("rms_norm_eps", math.nan, "`rms_norm_eps` is no number (NaN)"),
+        ("rms_norm_eps", math.nan, "`rms_norm_eps` is not a number (NaN)"),
     ],
 )
 def test_it_tells_where_in_the_config_the_mistake_is(tmp_path, monkeypatch, key, value, told):

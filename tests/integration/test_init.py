@@ -33,7 +33,7 @@ def said(done):
 
 def test_no_file_takes_the_place_of_a_pipe(workspace):
     os.mkfifo("pipe")
-    assert "`pipe` is no regular file" in said(run("init", "llama", "--on", "t4", "-o", "pipe", "--force"))
+    assert "`pipe` is not a regular file" in said(run("init", "llama", "--on", "t4", "-o", "pipe", "--force"))
     assert Path("pipe").is_fifo()
 
 

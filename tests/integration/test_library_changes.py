@@ -207,7 +207,7 @@ def test_a_dry_run_that_a_change_stops_is_an_error(newer, monkeypatch):
     severity, message = found["library-changed"]
     assert (code, severity) == (1, "error")
     assert message.startswith(f"{newer}: `transformers.PreTrainedModel._skip_keys_device_placement` is not there")
-    assert message.endswith("whether the plan runs could not be tried")
+    assert message.endswith("the plan could not be dry-run")
     code, found, _ = compiled("--allow-unmeasured")
     assert (code, found["library-changed"][0]) == (0, "warning")
 

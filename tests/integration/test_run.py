@@ -245,7 +245,7 @@ def test_run_of_a_model_without_tokenizer_shows_tokens(llama):
     assert done.stdout.startswith("tokens [1, 2, 3, 4, 5, 6, 7, 8, ")
     assert "no-tokenizer" not in done.stderr
     done = run_command("--max-new-tokens", "3", "--prompt", "hello")
-    assert "warning[no-tokenizer]: there is no tokenizer to make tokens of the prompt, which" in done.stderr
+    assert "warning[no-tokenizer]: there is no tokenizer, so the prompt is not used" in done.stderr
 
 
 def test_run_of_an_encoder_says_what_came_out(workspace):
@@ -500,7 +500,9 @@ def test_a_head_that_is_new_on_purpose(llama):
     profile = ON_CPU.replace("random", "random, class: LlamaForSequenceClassification")
     Path("profile.yaml").write_text(profile)
     done = invoke(compile_command, ["profile.yaml"])
-    help = "`allow_new: [score]` under `model`; to load what was saved, say `class: LlamaForCausalLM`; else get it anew"
+    help = (
+        "`allow_new: [score]` under `model`; to load what was saved, write `class: LlamaForCausalLM`; else get it anew"
+    )
     assert (done.return_value, help in " ".join(done.stderr.split())) == (1, True)
     write_profile(profile.replace("Classification}", "Classification, allow_new: [score]}"))
     ran = invoke(run_model, ["profile.yaml"])

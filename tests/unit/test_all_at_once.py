@@ -52,7 +52,7 @@ MISTAKES = {
     "unknown accelerator": (("hardware", "devices", "cuda:2"), "rtx-4091"),
     "accelerator without bfloat16": (("hardware", "devices", "cuda:3"), "t4"),
     "more memory than the card": (("hardware", "devices", "cuda:4"), {"accelerator": "rtx-4090", "memory": "99GiB"}),
-    "device that is no mapping": (("hardware", "devices", "cuda:5"), ["24GiB"]),
+    "device that is not a mapping": (("hardware", "devices", "cuda:5"), ["24GiB"]),
     "device without memory": (("hardware", "devices", "cuda:6"), {"bandwidth": "1000GB/s"}),
     "device without capacity": (
         ("hardware", "devices", "cuda:7"),

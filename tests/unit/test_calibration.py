@@ -295,7 +295,7 @@ def test_an_amount_that_can_be_none_is_told(tmp_path, where, value):
     }[where]
     holder[key] = value
     done = run(*written(tmp_path, written_of))
-    assert (done.return_value, "is no receipt" in " ".join(done.stderr.split())) == (2, True)
+    assert (done.return_value, "is not a receipt" in " ".join(done.stderr.split())) == (2, True)
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", "[1]", '{"receipt_version": 2, "cases": [1]}'])

@@ -51,10 +51,10 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
         for path in (tmp_path / "pipe", tmp_path / "socket"):
-            assert str(refused(path)) == "is no regular file"
+            assert str(refused(path)) == "is not a regular file"
     for device in ("zero", "null", "full"):
         (tmp_path / device).symlink_to(f"/dev/{device}")
-        assert str(refused(tmp_path / device, within=ANYWHERE)) == "is no regular file"
+        assert str(refused(tmp_path / device, within=ANYWHERE)) == "is not a regular file"
     assert str(refused(tmp_path)) == "is a folder"
 
 
@@ -71,7 +71,7 @@ def test_what_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["a\0b", "half \ud800"])
 def test_what_no_file_can_be_named(tmp_path, name):
-    assert str(refused(tmp_path / name)) == "is no name that a file can have"
+    assert str(refused(tmp_path / name)) == "is not a name that a file can have"
 
 
 def test_a_name_that_is_too_long(tmp_path):

@@ -190,7 +190,7 @@ def test_versions_stand_outside_of_the_digest_and_of_every_comparison_but_are_ty
         (("inputs", "measurement"), f"sha256:{'0' * 64}", "what running the model was measured to take changed"),
         (("set", "context"), "8", "the profile: `workload.context_length` 24 → 8"),
         (("plan", "prediction", "bound_decode_nanoseconds_per_token"), 1, "is 1, and `sequential` proves none"),
-        (("plan", "magic"), 1, "`plan.magic` is no key of a lock"),
+        (("plan", "magic"), 1, "`plan.magic` is not a key of a lock"),
         (("plan", "devices", 1, "id"), NOTHING, "`plan.devices[1].id` is missing"),
         (("plan", "devices", 1, "id"), "cuda:0", "`plan.devices[1].id` is cuda:0, and cuda:1 follows"),
         (("plan", "prediction", "hops"), -1, "`plan.prediction.hops` cannot be -1"),

@@ -179,7 +179,7 @@ MISTAKES = [
         "{context_length: 64, cache: {implementation: quantized, backend: hqq}}",
         "hqq",
         "wrong-type",
-        "never measured here: say `quanto`",
+        "never measured here: write `quanto`",
     ),
     (PLACEMENT, "{strategy: tensor-parallel}", "tensor-parallel", "unknown-strategy", "write `strategy: fastest`"),
     (PLACEMENT, "{strategy: pipeline}", "pipeline", "unknown-strategy", "write `strategy: fastest`"),

@@ -102,7 +102,7 @@ def test_a_lock_that_holds_by_other_figures_is_not_stale_and_says_what_moved(str
     code, said, shown = run("check", "p.yaml")
     assert (code, shown) == (0, "1 lock up to date\n")
     made = lock()["made_with"]["transformers"]
-    assert "warning[figures-moved]: the lock's plan holds, by other figures than it was made with" in said
+    assert "warning[figures-moved]: the lock's plan holds, with other figures than it was made with" in said
     assert f"transformers {made} → 9.9.9 moves activations on cuda:0" in said
     assert "KiB → " in said
     assert ", predicted token " in said

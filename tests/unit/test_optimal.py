@@ -356,7 +356,7 @@ def test_every_way_out_of_a_quantizer_that_refuses_the_cpu_compiles(workspace):
     (finding,) = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
     assert "bitsandbytes loads nothing onto cpu" in finding.message
     told = "llm_int8_enable_fp32_cpu_offload: true"
-    assert finding.help == f"{WAYS_OUT}say `{told}`; or lower `context_length` to 29; or give cuda:0 1 GiB more"
+    assert finding.help == f"{WAYS_OUT}write `{told}`; or lower `context_length` to 29; or give cuda:0 1 GiB more"
     assert compiles_with("load_in_4bit: true", f"load_in_4bit: true, {told}")
     assert compiles_with("context_length: 64", "context_length: 29")
     assert compiles_with("270KiB", str(270 * 2**10 + 2**30))

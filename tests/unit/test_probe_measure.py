@@ -254,7 +254,7 @@ def test_nothing_is_said_of_a_machine_that_is_busy(small, monkeypatch):
     monkeypatch.setattr(torch_rates, "QUIET", 1.5)  # of one thread, more than there is
     done = CliRunner().invoke(probe_command, ["--measure"], standalone_mode=False)
     assert done.return_value == 5
-    assert "error[too-noisy]: nothing is said of this machine: other work takes the CPU: of 1 thread" in " ".join(
+    assert "error[too-noisy]: this machine was not measured: other work takes the CPU: of 1 thread" in " ".join(
         done.stderr.split()
     )
     assert done.stdout == ""

@@ -102,7 +102,7 @@ def test_the_cpus_memory_is_told_without_what_the_process_held_before(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("{", "is not JSON at line 1"), ("{}", "is no receipt"), ("[1]", "is no receipt")],
+    [(None, "does not exist"), ("{", "is not JSON at line 1"), ("{}", "is not a receipt"), ("[1]", "is not a receipt")],
 )
 def test_a_file_that_is_no_receipt_is_told(tmp_path, text, message):
     path = tmp_path / "x.json"

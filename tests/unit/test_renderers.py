@@ -36,7 +36,7 @@ hardware:
 """
 
 EXPECTED = """\
-error[bad-quantity]: `G` is no unit of bytes
+error[bad-quantity]: `G` is not a unit of bytes
  --> base.yaml:4:19
   |
 4 |     cpu: {memory: 20G}
@@ -72,7 +72,7 @@ error[conflicting-pins]: two rules give `lm_head` different devices: cuda:0 and
   |
 8 |     - {match: lm_head, device: cuda:0}
   |               ------- cuda:0 here
-  = help: remove one, or say `override: true` in the later one
+  = help: remove one, or write `override: true` in the later one
 
 """
 

@@ -38,7 +38,7 @@ BEYOND_A_SCHEMA = (
     "a value cannot inject structure",
     "a name cannot inject structure",
     "a template that renders to the wrong type",
-    "a merge of what is no mapping",
+    "a merge of what is not a mapping",
     "more than all",
     "010 is ten",
     "a link that does not exist",

@@ -251,7 +251,7 @@ def test_layers_in_4_bit_on_the_card_and_dense_on_the_cpu(big):
     assert passed_over.code == "cpu-passed-over"
     assert (warning.code, warning.help) == (
         "computes-in-float32",
-        "say `bnb_4bit_compute_dtype: float16`; or `float32`, if that is meant",
+        "write `bnb_4bit_compute_dtype: float16`; or `float32`, if that is meant",
     )
     plan, graph = compilation.plan, compilation.model.graph
     layers = {str(each.location.stored_on): each for each in plan.assignments if each.unit.startswith("model.layers.")}

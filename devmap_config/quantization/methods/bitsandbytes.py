@@ -57,7 +57,7 @@ def _format(quantization: Quantization) -> Format | None:
         )
     kind = arguments.get("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
-        raise QuantizationError(f"`{kind}` is no type of bitsandbytes", "say `bnb_4bit_quant_type: nf4`, or `fp4`")
+        raise QuantizationError(f"`{kind}` is not a type of bitsandbytes", "write `bnb_4bit_quant_type: nf4`, or `fp4`")
     if (computes_in := _computes_in(arguments)) not in COMPUTE_DTYPES:
         raise QuantizationError(
             f"bitsandbytes does not compute in `{computes_in}`", f"say one of {', '.join(COMPUTE_DTYPES)}"

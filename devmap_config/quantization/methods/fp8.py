@@ -24,7 +24,7 @@ def _format(quantization: Quantization) -> Format | None:
     block = arguments.get("weight_block_size", (128, 128))
     check_names(arguments, "modules_to_not_convert")
     if block is not None and not _is_block(block):
-        raise QuantizationError("`weight_block_size` is not two sizes", "say `weight_block_size: [128, 128]`")
+        raise QuantizationError("`weight_block_size` is not two sizes", "write `weight_block_size: [128, 128]`")
     if arguments.get("modules_to_convert") or arguments.get("expert_dtype", "fp8") != "fp8":
         return None
     scale_bytes = {"float": 4, "ue8m0": 1}.get(arguments.get("scale_fmt", "float"))

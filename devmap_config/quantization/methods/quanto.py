@@ -24,7 +24,9 @@ def _format(quantization: Quantization) -> Format | None:
     check_names(quantization.arguments, "modules_to_not_convert")
     if not isinstance(weights, str) or weights not in BITS:
         allowed = ", ".join(BITS)
-        raise QuantizationError(f"`{weights}` is no type of quanto's weights", f"say `weights:` with one of {allowed}")
+        raise QuantizationError(
+            f"`{weights}` is not a type of quanto's weights", f"write `weights:` with one of {allowed}"
+        )
     if quantization.is_prequantized or quantization.arguments.get("activations") is not None:
         return None
     bits = BITS[weights]
