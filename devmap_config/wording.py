@@ -64,7 +64,7 @@ def shortened(text: str) -> str:
     """Return a text with the middle of its longest names left out, and all that is beyond any message.
 
     >>> len(shortened("`" + "x" * 5_000 + "` is not a name"))
-    614
+    617
     """
     text = LONG_NAME.sub(r"`\1…\2`", text)
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
