@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.amounts import format_bytes
 from devmap_config.devices import COMPILING_KIND
 from devmap_config.libraries.transformers import compiles_generation
 from devmap_config.runner.loading import RunnerError
@@ -21,11 +22,15 @@ def require_compilable(plan: Plan, workload: Workload | None) -> None:
     Raises:
         RunnerError: if it does not.
     """
-    stores = dict.fromkeys(each.location for each in plan.assignments)
-    if {(location.stored_on.kind, location.is_one_device) for location in stores} != {(COMPILING_KIND, True)}:
-        raise _refusal("the plan does not have all of the model on CUDA cards", NOT_COMPILED)
-    if len(stores) > 1:
-        raise _refusal("the plan spreads it over several cards", "`strategy: single` has it on one")
+    holding = [use for use in plan.devices if use.weights_bytes]
+    elsewhere = [use for use in holding if use.id.kind != COMPILING_KIND]
+    if elsewhere:
+        held = " and ".join(f"{format_bytes(use.weights_bytes)} on {use.id}" for use in elsewhere)
+        has_card = any(use.id.kind == COMPILING_KIND for use in plan.devices)
+        raise _refusal(f"the plan has {held}, {SEEN}", ON_ONE_CARD if has_card else NOT_COMPILED)
+    if len(holding) > 1:
+        cards = " and ".join(str(use.id) for use in holding)
+        raise _refusal(f"the plan spreads it over {cards}, {SEEN}", ON_ONE_CARD)
     if workload is None or workload.cache.implementation != "static":
         raise _refusal(
             "the plan has no room for a static cache", "write `workload: {cache: static}`, and compile again"
@@ -43,7 +48,10 @@ def compile_decoding(model: PreTrainedModel) -> None:
     model.generation_config.cache_implementation = "static"
 
 
+SEEN = "and compiled code was seen to be right, and faster, of models that are whole on one CUDA card"
+
 NOT_COMPILED = "leave out `--compile`, or in Python `compile=True`"
+ON_ONE_CARD = f"where one card has room for all of it, `strategy: single` has it there; else {NOT_COMPILED}"
 
 
 def _refusal(reason: str, what_to_do: str) -> RunnerError:

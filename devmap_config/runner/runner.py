@@ -158,8 +158,8 @@ def load_model(
         ProfileError: if the profile is missing or wrong; it carries every diagnostic.
         RunnerError: if the lock is missing or stale, or if the machine or the loaded model differs from it.
 
-    Warns:     DevmapWarning: of everything that `devmap run` warns of, such as a library's version that was never
-    tested.
+    Warns:
+        DevmapWarning: of everything that `devmap run` warns of, such as a library's version that was never tested.
 
     Example:
         >>> model = load_model("profiles/quickstart.yaml", local_files_only=True)
