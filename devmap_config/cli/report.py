@@ -117,6 +117,7 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
     from devmap_config.cli.explain import story, waits
     from devmap_config.cli.progress import stages_shown
     from devmap_config.diagnostics.structured import diagnostics_to_json
+    from devmap_config.plan.pipelines import sent_bytes
     from devmap_config.plan.runs import runs_of
     from devmap_config.simulate.memory import can_simulate, simulation_of
 
@@ -133,10 +134,12 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
         "lock": lock,
         "plan": compiled.to_json(),
         "hardware": compiled.inventory.accelerators_to_json(),
+        "workload": None if graph.measurement is None else graph.measurement.workload.to_json(),
         "explanation": list(story(compiled)),
         "runs": [{**run.to_json(), **_reasons(compiled, run.first)} for run in runs_of(plan, graph)],
         "waits": waits(compiled),
         "simulation": simulation,
+        "sent_bytes": None if plan.pipeline is None else sent_bytes(compiled),
         "diagnostics": diagnostics_to_json(compiled.diagnostics),
     }
     return told, dict(compiled.texts)
@@ -147,11 +150,13 @@ def _reasons(compiled: Compiled, module: str) -> dict[str, Any]:
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.explain import alternatives_of, why
+    from devmap_config.plan.explanation import block_of
 
-    if compiled.plan.pipeline is not None:  # of which no part can be elsewhere, all else as it is
-        return {"why": list(why(compiled, module)), "alternatives": []}
-    others = to_jsonable_python(alternatives_of(compiled, module), fallback=str)
-    return {"why": list(why(compiled, module)), "alternatives": others}
+    others: list[dict[str, Any]] = []
+    if compiled.plan.pipeline is None:  # of which no part can be elsewhere, all else as it is
+        others = to_jsonable_python(alternatives_of(compiled, module), fallback=str)
+    block = block_of(compiled.graph, module)
+    return {"why": list(why(compiled, module)), "block": block, "alternatives": others}
 
 
 def _compiled(profile: Path, options: ProfileOptions) -> tuple[Compiled, str | None]:

@@ -15,6 +15,7 @@ from devmap_config.pipeline.planning import TooManyChoicesError, best_place, wid
 from devmap_config.pipeline.problem import PipelineProblem, pipeline_of
 from devmap_config.pipeline.rules import in_order, wishes_of
 from devmap_config.pipeline.slots import MOST_CHOICES, slots_of
+from devmap_config.pipeline.times import SENT_TENSORS
 from devmap_config.plan.lock import LockError
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
 
@@ -89,6 +90,16 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
 
 
 TRY_SMALLER = "a group of another size: 2, 4 and 8 suit most models"
+
+
+def sent_bytes(prepared: Prepared) -> int:
+    """Return the bytes that a stage of a pipeline sends to the next for a token of a request.
+
+    Raises:
+        UncutModelError: where the model cannot be cut into stages.
+    """
+    layers = layers_of(prepared.model.graph, prepared.model.source.config)
+    return SENT_TENSORS * layers.hidden_size * layers.element_bytes
 
 
 def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from devmap_config.amounts import format_bytes, format_change, format_duration, format_durations
+from devmap_config.amounts import counted, format_bytes, format_change, format_duration, format_durations
 from devmap_config.devices import CPU
 from devmap_config.plan.diff import rates_in_words
 from devmap_config.report.charts import (
@@ -118,7 +118,7 @@ class View:
                 "device": visible(run["device"]),
                 "name": visible(", ".join(run["patterns"])),
                 "blocks": run["blocks"],
-                "first": visible(run["first"]),
+                "moved": visible(run["block"] if run["block"] != run["first"] or run["blocks"] > 1 else ""),
                 "size": format_bytes(run["weights_bytes"]),
                 "mode": run["mode"],
                 "how": MODES[run["mode"]].format(runs_on=visible(run["runs_on"])),
@@ -134,17 +134,30 @@ class View:
             yield {**sizes, "id": visible(use["id"])}
 
     @property
+    def workload(self) -> str:
+        """What runs, in a sentence; nothing where the profile does not say, or the story of the stages does."""
+        workload = self.told.get("workload")
+        return "" if workload is None or self.stages else _workload(workload)
+
+    @property
     def links(self) -> tuple[Mapping[str, Any], ...]:
-        """The bytes over each link, phase by phase."""
+        """The bytes over each link, phase by phase; links from a device that carry the same are one row."""
         links: dict[tuple[str, str], dict[str, Any]] = {}
         for use in (self.told["simulation"] or {"links": ()})["links"]:
             pair = (use["source"], use["target"])
-            words = f"{format_bytes(use['size_bytes'])} in {use['transfers']:,} copies"
+            copies = counted(use["transfers"], "copy").replace("copys", "copies")
+            words = f"{format_bytes(use['size_bytes'])} in {copies}"
             if use["weights_bytes"]:
                 words += f", {format_bytes(use['weights_bytes'])} of it weights"
-            links.setdefault(pair, {"source": visible(pair[0]), "target": visible(pair[1])})[use["phase"]] = words
+            links.setdefault(pair, {"source": pair[0]})[use["phase"]] = words
         place = {use["id"]: number for number, use in enumerate(self.plan["devices"])}
-        return tuple(links[pair] for pair in sorted(links, key=lambda pair: [place.get(each, -1) for each in pair]))
+        alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for source, target in sorted(links, key=lambda pair: [place.get(each, -1) for each in pair]):
+            alike.setdefault(tuple(links[source, target].items()), []).append(target)
+        return tuple(
+            {**dict(link), "source": visible(dict(link)["source"]), "target": visible(_and(fold_devices(targets)))}
+            for link, targets in alike.items()
+        )
 
     @cached_property
     def memory(self) -> tuple[MemoryChart, ...]:
@@ -195,7 +208,7 @@ def _stages(pipeline: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield each stage in words, with its time for a token in percent of the slowest one's."""
     stages = pipeline["stages"]
     slowest = max((stage["decode_nanoseconds"] or 0 for stage in stages), default=0)
-    for number, stage in enumerate(stages, 1):
+    for number, stage in enumerate(stages):  # as vLLM counts them
         times = {key: stage[f"{key}_nanoseconds"] for key in ("decode", "prefill")}
         yield {
             "number": number,
@@ -205,6 +218,29 @@ def _stages(pipeline: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             "share": round(100 * (times["decode"] or 0) / (slowest or 1), 2),
             **{key: "–" if time is None else format_duration(time) for key, time in times.items()},
         }
+
+
+def _workload(workload: Mapping[str, Any]) -> str:
+    """Return a workload in a sentence.
+
+    >>> _workload({"batch_size": 1, "context_length": 4096, "prompt_length": 1024, "images": 2})
+    'For 1 sequence of 4,096 tokens and a prompt of 1,024, with 2 images.'
+    """
+    words = f"For {counted(workload['batch_size'], 'sequence')} of {counted(workload['context_length'], 'token')}"
+    if workload["prompt_length"] != workload["context_length"]:
+        words += f" and a prompt of {workload['prompt_length']:,}"
+    held = []
+    if images := workload.get("images"):
+        size = (
+            f" of {workload['image_width']:,} × {workload['image_height']:,} pixels"
+            if "image_width" in workload
+            else ""
+        )
+        held.append(counted(images, "image") + size)
+    if seconds := workload.get("audio_seconds"):
+        held.append(f"{seconds:,} s of sound")
+    words += f", with {' and '.join(held)}" if held else ""
+    return f"{words}."
 
 
 def _alternatives(alternatives: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, str]]:

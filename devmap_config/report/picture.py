@@ -167,7 +167,7 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
     devices = told["plan"]["devices"]
     scale_bytes = _scale_bytes(devices)
     rows = {use["id"]: row for row, use in enumerate(devices)}
-    links = list(_links(told.get("simulation"), rows))
+    links = [*_links(told.get("simulation"), rows), *_sent(told)]
     bars = [_bar(use, told, scale_bytes, links, prefix, rows[use["id"]]) for use in devices]
     by_host: dict[str | None, list[Bar]] = {}
     for bar in bars:
@@ -175,7 +175,7 @@ def picture_of(told: Mapping[str, Any], prefix: str = "") -> Picture:
     drawn = {part.style for bar in bars for part in bar.parts}
     return Picture(
         hosts=tuple(PictureHost(name=name, bars=tuple(held)) for name, held in by_host.items()),
-        arcs=(*_arcs(links, rows), *_stages(told["plan"].get("pipeline"), rows)),
+        arcs=_arcs(links, rows),
         legend=tuple((style, words) for style, words in LEGEND.items() if style in drawn),
         scale_bytes=scale_bytes,
         summary="; ".join(f"{bar.device}: {bar.used}, {bar.free} free" for bar in bars),
@@ -307,7 +307,8 @@ def _flows(device: str, links: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what a device is given, in words."""
     for link in links:
         if link["target"] == device:
-            yield f"{format_bytes(link['size_bytes'])}{_of_weights(link)} from {visible(link['source'])}"
+            source = link.get("sender", link["source"])
+            yield f"{format_bytes(link['size_bytes'])}{_of_weights(link)} from {visible(source)}"
 
 
 def _of_weights(link: Mapping[str, Any]) -> str:
@@ -338,20 +339,26 @@ def _arcs(links: Sequence[Mapping[str, Any]], rows: Mapping[str, int]) -> tuple[
                 lane=lane,
                 weight=sum(link["size_bytes"] >= least_bytes for least_bytes in THICKER_BYTES) + 1,
                 is_weights=bool(_of_weights(link)),
-                title=f"{visible(link['source'])} to {visible(link['target'])}: "
+                title=f"{visible(link.get('sender', link['source']))} to {visible(link['target'])}: "
                 f"{format_bytes(link['size_bytes'])}{_of_weights(link)}",
             )
         )
     return tuple(arcs)
 
 
-def _stages(pipeline: Mapping[str, Any] | None, rows: Mapping[str, int]) -> Iterator[Arc]:
-    """Yield an arc from each stage of a pipeline to the next."""
+def _sent(told: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what each stage of a pipeline sends to the next for a token of a request, as links are told."""
+    pipeline = told["plan"].get("pipeline")
     stages = [] if pipeline is None else [stage["devices"] for stage in pipeline["stages"]]
     for before, after in pairwise(stages):
-        source, target = before[-1], after[0]
-        title = f"{visible(source)} hands on to {visible(target)}"
-        yield Arc(source=rows[source], target=rows[target], lane=0, weight=1, is_weights=False, title=title)
+        sender = before[0] if len(before) == 1 else f"{before[0]} to {before[-1]}"
+        yield {
+            "source": before[-1],
+            "target": after[0],
+            "sender": sender,
+            "size_bytes": told["sent_bytes"],
+            "weights_bytes": 0,
+        }
 
 
 def _are_apart(one: tuple[float, float], other: tuple[float, float]) -> bool:

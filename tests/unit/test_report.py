@@ -12,26 +12,12 @@ from xml.etree import ElementTree as ET
 import pytest
 from click.testing import CliRunner
 from conftest import write_models
+from reported import PROFILE
 
 from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli import devmap
 from devmap_config.report.page import page_of, svg_of
 from devmap_config.report.picture import picture_of
-
-PROFILE = """\
-version: 1
-model: {source: llama}
-workload: {context_length: 64}
-hardware:
-  devices:
-    "cuda:[0-1]": {memory: 2MiB, bandwidth: 1TB/s, flops: 10TFLOP/s}
-    cpu: {memory: 1GiB, bandwidth: 50GB/s, flops: 1TFLOP/s}
-  links: {host: 25GB/s, peer: 10GB/s}
-placement:
-  strategy: sequential
-  max_memory: {0: 320KiB, 1: 320KiB}
-  pins: [{match: "model.layers.5.mlp", device: cpu, compute: cpu}, {match: lm_head, device: cuda:1}]
-"""
 
 HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(1)</script><svg onload=alert(1)>{{ 7*7 }}`</title></style>"
 
@@ -263,3 +249,44 @@ def test_a_page_is_written_over_no_profile(folder, arguments, said):
     assert done.exit_code != 0
     assert said in done.output
     assert Path("plan.yaml").read_text() == PROFILE
+
+
+def test_a_page_says_for_which_workload_a_plan_is(data):
+    [report] = data["reports"]
+    assert "For 1 sequence of 64 tokens." in page_of([report], version="1")
+    workload = {"batch_size": 2, "context_length": 9_000, "prompt_length": 1_000}
+    workload |= {"images": 2, "image_width": 896, "image_height": 448, "audio_seconds": 30}
+    said = "For 2 sequences of 9,000 tokens and a prompt of 1,000, with 2 images of 896 × 448 pixels and 30 s of sound."
+    assert said in page_of([{**report, "workload": workload}], version="1")
+
+
+def test_links_from_a_device_that_carry_the_same_are_one_row(data):
+    [report] = data["reports"]
+    link = {"phase": "decode", "source": "cuda:1", "transfers": 1, "size_bytes": 2**20, "weights_bytes": 0}
+    links = [{**link, "target": target} for target in ("cuda:0", "cuda:2", "cuda:3", "cpu")]
+    links.append({**link, "source": "cpu", "target": "cuda:0"})
+    simulation = {**report["simulation"], "links": links}
+    rows = Page(page_of([{**report, "simulation": simulation}], version="1")).rows
+    assert ["cuda:1", "cuda:[0,2-3] and cpu", "–", "1.0 MiB in 1 copy"] in rows
+    assert ["cpu", "cuda:0", "–", "1.0 MiB in 1 copy"] in rows
+
+
+def test_what_stages_send_is_drawn_and_stages_have_the_numbers_that_the_story_gives_them(data):
+    [report] = data["reports"]
+    stage = {"first_layer": 0, "last_layer": 2, "decode_nanoseconds": 5, "prefill_nanoseconds": 9, "blocks": 7}
+    stages = [{**stage, "devices": ["cuda:0", "cuda:1"]}, {**stage, "devices": ["cpu"]}]
+    plan = {**report["plan"], "pipeline": {"stages": stages}}
+    told_ = {**report, "plan": plan, "simulation": None, "sent_bytes": 2**13}
+    [arc] = picture_of(told_).arcs
+    assert (arc.source, arc.target, arc.title) == (1, 2, "cuda:0 to cuda:1 to cpu: 8.0 KiB")
+    assert picture_of(told_).bars[2].flows == ("8.0 KiB from cuda:0 to cuda:1",)
+    rows = Page(page_of([told_], version="1")).rows
+    assert [row[:2] for row in rows if row[2:3] == ["0–2"]] == [["0", "cuda:0, cuda:1"], ["1", "cpu"]]
+
+
+def test_other_places_are_those_of_the_whole_block(data):
+    [report] = data["reports"]
+    text = page_of([report], version="1")
+    part = next(run_ for run_ in report["runs"] if run_["mode"] == "computed-on-cpu")
+    assert (part["first"], part["block"]) == ("model.layers.5.mlp", "model.layers.5")
+    assert "<code>model.layers.5</code> elsewhere, all else as it is" in text
