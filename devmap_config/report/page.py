@@ -135,7 +135,7 @@ class View:
 
     @property
     def workload(self) -> str:
-        """What runs, in a sentence; nothing where the profile does not say, or the story of the stages does."""
+        """The workload in a sentence; empty if the profile has none, or if the description of the stages has it."""
         workload = self.told.get("workload")
         return "" if workload is None or self.stages else _workload(workload)
 
