@@ -6,10 +6,8 @@ show: the speed, that copies are ordered with what a stream still computes, and 
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from command_process import run_command
 from conftest import REPOSITORY
 from torch.utils import backend_registration
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,13 +28,12 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
         "caches_on_simulated_accelerator.py",
     ],
 )
-def test_on_a_simulated_accelerator(tests):
+def test_on_a_simulated_accelerator(tests, monkeypatch):
     """In a process of its own: torch cannot forget a device."""
     if tests.startswith("companions"):
         pytest.importorskip("peft")
-    path = REPOSITORY / "tests" / "integration" / tests
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    monkeypatch.chdir(REPOSITORY)
+    done = run_command("pytest", "-q", "-p", "no:cacheprovider", f"tests/integration/{tests}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
