@@ -31,7 +31,9 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.dispatch import streamed_weights
+from devmap_config.dispatch.loads import ALIGNMENT_BYTES
 from devmap_config.dispatch.streamed_weights import StreamingHook
+from devmap_config.dispatch.weights_on_disk import Piece
 from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.forwards import Forwards
 from devmap_config.libraries.accelerate import hooks_of
@@ -199,7 +201,7 @@ def test_what_is_planned_to_be_copied_ahead_is(name, resident, copies):
         if plan.executor.is_copied_in(graph.tensors[name], location) and plan.executor.is_brought_ahead(location)
     }
     (card,) = (use for use in plan.devices if use.id == plan.main_device)
-    rounding = streamed_weights.ALIGNMENT_BYTES * len(graph.tensors)
+    rounding = ALIGNMENT_BYTES * len(graph.tensors)
     slots = {slot.memory.data_ptr(): slot.memory.nbytes for hook in hooks.values() for slot in hook._streamer._slots}
     assert card.overhead_bytes <= sum(slots.values()) < card.overhead_bytes + rounding
 
@@ -232,7 +234,7 @@ def test_what_is_on_disk_is_read_ahead_for_a_card(config, dtype, copies):
     assert read == on_disk
     (ram,) = (use for use in plan.devices if str(use.id) == "cpu")
     staging = [memory for memory, _ in hooks[model.model.layers[0].self_attn.q_proj]._streamer._reader._staging]
-    pages = streamed_weights.ALIGNMENT_BYTES + 2 * 4096 * len(on_disk)
+    pages = ALIGNMENT_BYTES + 2 * 4096 * len(on_disk)
     assert ram.overhead_bytes <= sum(memory.nbytes for memory in staging) + pages
     assert sum(memory.nbytes for memory in staging) <= ram.overhead_bytes + pages
 
@@ -265,7 +267,7 @@ def test_each_card_brings_in_what_runs_on_it(copies, monkeypatch):
     assert sorted(of_cards) == ["npu:0", "npu:1"]
     for use in plan.devices[:2]:
         slots = {copy.target.data_ptr(): copy.target.nbytes for copy in of_cards[str(use.id)].copies}
-        assert 0 < 2 * max(slots.values()) <= use.overhead_bytes + 2 * streamed_weights.ALIGNMENT_BYTES * 20
+        assert 0 < 2 * max(slots.values()) <= use.overhead_bytes + 2 * ALIGNMENT_BYTES * 20
     ran_on = calls_of(model)
     model(TOKENS.to(CARD), use_cache=True)
     simulation = simulation_of(plan, run_pipeline(Request(path=Path("profile.yaml"))).model)
@@ -293,13 +295,13 @@ def test_cards_take_turns_where_their_links_bring_more_at_once(copies, monkeypat
     assert sorted(of_cards) == ["npu:0", "npu:1"]
     for use in plan.devices[:2]:
         slots = {copy.target.data_ptr(): copy.target.nbytes for copy in of_cards[str(use.id)].copies}
-        assert 0 < 2 * max(slots.values()) <= use.overhead_bytes + 2 * streamed_weights.ALIGNMENT_BYTES * 20
+        assert 0 < 2 * max(slots.values()) <= use.overhead_bytes + 2 * ALIGNMENT_BYTES * 20
 
 
 def test_a_read_that_fails_ends_devmap_run_in_one_line(copies, monkeypatch):
     save(LLAMA)
     load('match: "model.layers.[0-1]", device: disk', disk=DISK)
-    monkeypatch.setattr(streamed_weights.Piece, "read", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    monkeypatch.setattr(Piece, "read", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     arguments = ["profile.yaml", "--max-new-tokens", "2", "-q"]
     done = CliRunner().invoke(run_model, arguments, standalone_mode=False, catch_exceptions=False)
     assert done.return_value == 4

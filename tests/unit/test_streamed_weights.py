@@ -29,17 +29,9 @@ from transformers import (
 )
 
 from devmap_config.devices import CPU, Device
-from devmap_config.dispatch.streamed_weights import (
-    ALIGNMENT_BYTES,
-    Load,
-    ReaderThread,
-    Slot,
-    Streamer,
-    TensorPlace,
-    attach,
-    loads_of,
-    streamed_pieces,
-)
+from devmap_config.dispatch.loads import ALIGNMENT_BYTES, Load, TensorPlace, loads_of, streamed_pieces
+from devmap_config.dispatch.streamed_weights import attach
+from devmap_config.dispatch.streamer import ReaderThread, Slot, Streamer
 from devmap_config.dispatch.weights_on_disk import TensorInFile, pages
 from devmap_config.execution.assignment import Location
 from devmap_config.execution.executor import AHEAD
