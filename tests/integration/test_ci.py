@@ -124,7 +124,8 @@ def action():
 def step(run, name, folder, tmp_path, **inputs):
     """Run one step as GitHub's runner does, expressions over inputs replaced; gives the process and the summary."""
     [found] = [each for each in action()["runs"]["steps"] if each["name"].startswith(name)]
-    values = {"inputs." + key: value for key, value in inputs.items()} | {"github.action_path": str(REPOSITORY)}
+    values = {key if "." in key else f"inputs.{key}": value for key, value in inputs.items()}
+    values["github.action_path"] = str(REPOSITORY)
     given = {
         key: re.sub(r"\$\{\{ (.*?) \}\}", lambda match: values[match[1]], value) for key, value in found["env"].items()
     }
@@ -150,7 +151,10 @@ def test_the_action_and_the_hooks_have_the_shape_that_their_readers_want(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     names = [each["name"] for each in action()["runs"]["steps"]]
-    assert names == ["Install devmap", "Check the locks", "Show what moved"]
+    assert names == [
+        *("Install devmap", "Check the locks", "Show what moved"),
+        *("Keep the pictures", "Link the pictures"),
+    ]
     used = set(re.findall(r"inputs\.(\w+)", (REPOSITORY / "action.yml").read_text()))
     assert used == set(action()["inputs"])
 
@@ -210,6 +214,23 @@ def test_the_summary_shows_what_moved(run, placed, tmp_path):
     assert summary.startswith("### `profiles/a.lock.json`\n\n")
     assert "| `everything` | cuda:0 | cpu |" in summary.splitlines()
     assert "b.lock.json" not in summary
+    drawn = tmp_path / "runner" / "devmap-plans"
+    assert sorted(each.name for each in drawn.iterdir()) == ["first.svg", "plans.html"]
+    assert ">profiles/a.yaml</h2>" in (drawn / "plans.html").read_text()
+
+
+def test_the_summary_links_what_is_drawn_where_it_is_kept(run, placed, tmp_path):
+    [kept] = [each for each in action()["runs"]["steps"] if each["name"] == "Keep the pictures"]
+    assert kept["with"] | {"path": kept["with"]["path"].replace("${{ runner.temp }}", "$RUNNER_TEMP")} == {
+        "name": "devmap-plans",
+        "path": "$RUNNER_TEMP/devmap-plans",
+        "if-no-files-found": "ignore",
+        "overwrite": True,
+    }
+    address = "https://github.com/o/r/actions/runs/1/artifacts/2"
+    done, summary = step(run, "Link", placed, tmp_path, **{"steps.pictures.outputs.artifact-url": address})
+    assert (done.returncode, done.stdout) == (0, "")
+    assert summary == f"[The plans as pages and pictures (`devmap-plans`)](<{address}>)\n"
 
 
 STRANGE = ["-q né.yaml", "c\n::error::forged\n.yaml", "d|`<img src=x>`\u202e\udce9.yaml"]
@@ -233,6 +254,9 @@ def test_the_action_holds_for_any_name_of_a_file(run, placed, tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
     done, summary = step(run, "Show", placed, tmp_path, profiles="profiles", base="HEAD~1")
     assert (done.returncode, done.stdout, summary.count("The lock is new.")) == (0, "", 3)
+    page = (tmp_path / "runner/devmap-plans/plans.html").read_text()
+    assert page.count('class="title"') == 3
+    assert "<img" not in page
     change(placed, old="strategy: single", new="strategy: single, device: cpu")
     done, _ = step(run, "Check", placed, tmp_path, profiles="profiles")
     run("devmap", "compile", "--vendor", "-q", "profiles/a.yaml", folder=placed)
