@@ -165,7 +165,7 @@ def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerat
             "missing-memory",
             f"{device} has no memory",
             section.key_span,
-            help=f"write `{device}: {{memory: 24GiB}}`"
+            help=f"write `{device}: {device_text(section.changed(memory=24 * 2**30))}`"
             + (", or an accelerator that `devmap hardware` lists" if device.is_accelerator else ""),
         )
     return memory

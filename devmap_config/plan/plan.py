@@ -65,7 +65,7 @@ class Prediction:
         decode_nanoseconds_per_token: the time of a token, on the mean from the prompt to the end of the context.
         bound_decode_nanoseconds_per_token: a lower bound of that time over all placements.
         prefill_nanoseconds: the time of a prompt.
-        streamed_bytes_per_token: weights that each forward copies to where they run.
+        streamed_bytes_per_token: weights that the forward of a token copies to where they run.
         hops: transfers of activations between devices while a token is decoded.
         longest_context: the most tokens of context that fit.
         fastest_decode_nanoseconds_per_token: that time of the fastest plan that was found; `None` if this plan is it.
@@ -390,11 +390,22 @@ def device_uses(
 def _streamed_bytes(
     graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor, main_device: Device
 ) -> int:
-    """Return the bytes of weights that each forward copies to where they run."""
+    """Return the bytes of weights that the forward of a token copies to where they run.
+
+    What a token does not call is not copied for it: the tower of a model that sees images, an encoder. A model that
+    does not decode has one kind of forward.
+    """
+    measurement = graph.measurement
+    decodes = measurement is not None and measurement.measured and measurement.decodes
+
+    def runs(name: TensorName) -> bool:
+        cost = measurement.by_path.get(name.rpartition(".")[0]) if measurement is not None else None
+        return not decodes or (cost is not None and cost.decode_launches > 0)
+
     copied = [
         (name, executor.is_offloaded(each.location, main_device))
         for each in assignments
         for name in each.tensors
-        if executor.is_copied_in(graph.tensors[name], each.location)
+        if executor.is_copied_in(graph.tensors[name], each.location) and runs(name)
     ]
     return graph.weights_bytes([name for name, _ in copied], {name for name, is_offloaded in copied if is_offloaded})

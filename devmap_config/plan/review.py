@@ -10,6 +10,7 @@ from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.execution.weighing import heaviest
 from devmap_config.plan.verify import Violation, verify
+from devmap_config.profile.writing import device_text
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -96,12 +97,14 @@ def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     """Report that what is copied from the CPU might have been computed there, had it been known how fast that is."""
     streamed = next((use.weights_bytes for use in plan.devices if use.id == CPU), 0)
     if streamed and prepared.passes_over_cpu:
+        hardware = prepared.loaded.profile.hardware
+        with_bandwidth = device_text(hardware.listed[CPU].changed(bandwidth=50 * 10**9))
         sink.warning(
             "cpu-passed-over",
             f"the CPU only stores {format_bytes(streamed)} of weights: its bandwidth is not known, so computing with"
             " them there, which may be faster, was not considered",
-            prepared.loaded.profile.hardware.device_span(CPU),
-            help="write `cpu: {bandwidth: 50GB/s}`, or what `devmap probe --measure` finds",
+            hardware.device_span(CPU),
+            help=f"write `cpu: {with_bandwidth}`, or what `devmap probe --measure` finds",
         )
 
 

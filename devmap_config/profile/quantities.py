@@ -164,7 +164,7 @@ def parse_bandwidth(text: str) -> int:
     if unit is None:
         return _whole(text, number, example)
     if "bit" in unit or unit.endswith("bps"):
-        raise QuantityError(f"`{text}` is in bits", "bandwidths are in bytes: divide by 8, as in `10GB/s`")
+        raise QuantityError(f"`{text}` is in bits", _in_bytes(number, unit))
     if unit.endswith("ps") and unit[:-2] in BYTE_UNITS:
         raise QuantityError(f"`{unit}` is not a unit of bandwidth", f"write `{text[: -len('ps')]}/s`")
     if not unit.endswith("/s"):
@@ -284,6 +284,13 @@ def _rate(text: str, example: str) -> tuple[Fraction, str | None]:
     if not number:
         raise QuantityError(f"`{text}` is not a rate: nothing would ever be done", f"{example}, or leave it out")
     return number, unit
+
+
+def _in_bytes(number: Fraction, unit: str) -> str:
+    """Return advice for a bandwidth in bits, such as `10Gbit/s`: the same in bytes."""
+    prefix = unit[0] if unit[0] in "kKMGT" else ""
+    eighth = f"{float(number / 8):.6g}"
+    return f"bandwidths are in bytes: write `{eighth}{'k' if prefix == 'K' else prefix}B/s`"
 
 
 def _bytes(text: str, number: Fraction, unit: str | None) -> int:
