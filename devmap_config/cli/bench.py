@@ -46,13 +46,14 @@ def bench(
     from devmap_config.runner.benchmark import jobs_of, run_benchmark
     from devmap_config.runner.demonstration import planned_generation, require_fit_class
     from devmap_config.runner.inputs import Given
-    from devmap_config.runner.runner import notices, prepare, require_model_alone
+    from devmap_config.runner.runner import notices, prepare, require_model_alone, require_text
 
     sink = Sink()
     with failures_told(profile, sink, options), passing_on(sink):
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         require_model_alone(deployment, "plain transformers, which the plan is compared with, loads a model alone")
+        require_text(deployment, "the benchmark")
         workload, decodes = deployment.compiled.loaded.profile.workload, deployment.compiled.model.graph.decodes
         generation = planned_generation(workload, new_tokens, decodes=decodes)
         require_fit_class(deployment.request, Given())

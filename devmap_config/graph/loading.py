@@ -579,7 +579,8 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
         )
     if graph.measurement is not None:
         report_positions(graph.measurement, workload.context_length.span, sink)
-        report_media(graph.measurement, workload.inputs.span, sink)
+        if not workload.inputs.doubtful:
+            report_media(graph.measurement, workload.inputs.span, sink)
         if not workload.cache.doubtful:
             report_cache(graph.measurement, workload.cache.span, sink)
         report_unmeasured(graph.measurement, workload.span, sink, allowed=allowed)

@@ -113,7 +113,7 @@ class _RemedySearch:
         if self.prepared.model.quantization is not None or not room or 2 * room < self.problem.graph.size_bytes:
             return None
         tried = self.trials.compiles(ProfileChange(quantization=EIGHT_BIT))
-        return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}`" if tried else None
+        return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}` under `model`" if tried else None
 
     def another_card(self) -> str | None:
         """Add one more of the last accelerator, if it is one of the catalogue."""

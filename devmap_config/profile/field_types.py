@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -167,6 +168,23 @@ def _named(pattern: str, what: str, help: str) -> Reads:
     return Reads(read, (_matching(f"^({pattern})$"),))
 
 
+ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?"
+
+
+def _address(value: object) -> str:
+    """Return an address; one of digits and dots, or with colons, must be an IP address."""
+    text = str(value) if isinstance(value, str) else ""
+    is_address = bool(re.fullmatch(ADDRESS, text))
+    if is_address and (":" in text or not text.strip("0123456789.")):
+        try:
+            ip_address(text)
+        except ValueError:
+            is_address = False
+    if not is_address:
+        raise refusal("wrong-type", "{route} is not an address", "an IP address or a host's name: `10.0.0.1`")
+    return text
+
+
 def _host_name(value: object) -> str:
     text = str(value)
     if not HOST_NAME.fullmatch(text):
@@ -312,10 +330,7 @@ DeviceGroup = Annotated[
 ]
 HostName = Annotated[str, Reads(_host_name, ())]
 """A key that names a host."""
-Address = Annotated[
-    str,
-    _named(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?", "address", "an IP address or a host's name: `10.0.0.1`"),
-]
+Address = Annotated[str, Reads(_address, (_matching(f"^({ADDRESS})$"),))]
 Interface = Annotated[
     str, _named(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,14}", "network interface", "as `ip link` names it: `eth0`")
 ]

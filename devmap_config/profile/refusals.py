@@ -12,11 +12,13 @@ from pydantic_core import PydanticCustomError
 
 from devmap_config.profile.device_names import is_device_name
 from devmap_config.profile.document import MappingNode, ScalarNode, SequenceNode
-from devmap_config.profile.located import Place, Written, WrittenMapping
+from devmap_config.profile.located import Place, Written, WrittenList, WrittenMapping
 from devmap_config.profile.synonyms import key_meant, line_for_key, line_for_scalar
 from devmap_config.wording import closest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import ValidationError
     from pydantic.fields import FieldInfo
 
@@ -147,7 +149,7 @@ class Refusals:
         for details in error.errors(include_url=False):
             kind, context, given = details["type"], details.get("ctx") or {}, details["input"]
             if not isinstance(given, Written):
-                given = value
+                given = _item(value, details["loc"])
             if isinstance(given, WrittenMapping) and "key" in context:
                 given = given[context["key"]]
             node, route = given.place.node, f"`{given.place.route}`" if given.place.route else "the profile"
@@ -166,7 +168,8 @@ class Refusals:
                 message = f"{route} must be {wanted}, not {_found(node)}"
                 if kind == "too_short":
                     message = f"{route} must not be empty"
-                help = _advice_on_type(kind, given, field if given is value else None)
+                is_item = given is not value and isinstance(value, WrittenList) and given in value
+                help = _advice_on_type(kind, value if is_item else given, field if is_item or given is value else None)
                 self.report("wrong-type", message, given.place.span, help)
 
     def report(self, code: ErrorCode, message: str, span: Span, help: str) -> None:
@@ -174,6 +177,14 @@ class Refusals:
         if (code, span) not in self.said:
             self.said.add((code, span))
             self.sink.error(code, message, span, help=help)
+
+
+def _item(value: Written, route: Iterable[object]) -> Written:
+    """Return the item of a list to which an error's route leads; the value itself where it leads to none."""
+    for index in route:
+        if isinstance(value, WrittenList) and isinstance(index, int) and index < len(value):
+            value = value[index]
+    return value
 
 
 def _found(node: Node) -> str:

@@ -101,6 +101,15 @@ def test_a_prompt_must_have_room_for_its_images_beside_what_is_written(temporary
     assert "images and sound take 32 tokens, and 10 are to follow a prompt of 30" in " ".join(done.stderr.split())
 
 
+def test_a_receipt_of_prompts_of_text_is_not_taken_for_one_of_images(temporary):
+    Path("small").mkdir()
+    Path("small/config.json").write_text(json.dumps({**IMAGE_MODELS["llava"], "dtype": "float32"}))
+    write_profile("small", "workload: {context_length: 40, inputs: {images: 1}}\n")
+    done = run("--receipt", "receipt.json")
+    assert "error[unfit-input]: a receipt is of prompts of text" in done.stderr
+    assert not Path("receipt.json").exists()
+
+
 def test_nobody_is_told_that_it_is_the_checkpoint(temporary):
     write_profile("llama")
     done = run()

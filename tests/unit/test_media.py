@@ -179,6 +179,8 @@ def compiled(config, inputs):
         (LLAVA, "{audio_seconds: 1}", "unfit-input", "it takes no sound"),
         (LLAVA, "{image_size: [8, 8]}", "wrong-type", "`images` says not how many"),
         (LLAVA, "{images: 1, image_size: [8, 8, 8]}", "wrong-type", "a height and a width"),
+        (LLAVA, "{images: 1, image_size: [8x8]}", "wrong-type", "image_size[0]` must be a whole number, not `8x8`"),
+        (QWEN2_5_VL, "{images: 1, image_size: [8x8]}", "wrong-type", "image_size[0]` must be"),
         (LLAVA, "{images: 0}", "wrong-type", ""),
         (LLAVA, "{images: 1001}", "wrong-type", "at most 1,000"),
         (LLAVA, "{images: 1, image_size: [20000, 8]}", "wrong-type", "at most 16,384"),
@@ -191,6 +193,19 @@ def test_what_cannot_be_is_an_error_at_the_inputs(workspace, config, inputs, cod
     assert finding.code == code
     assert says in finding.message
     assert finding.span.line == 3
+
+
+@pytest.mark.parametrize(("pin", "is_copied"), [("model.vision_tower", False), ("lm_head", True)])
+def test_a_token_copies_nothing_of_a_tower_that_it_does_not_call(workspace, pin, is_copied):
+    compiled(LLAVA, "{images: 1}")
+    pins = f"placement: {{strategy: sequential, pins: [{{match: {pin}, device: cpu}}]}}\n"
+    lines = Path("profile.yaml").read_text().replace("cuda:1", "cpu").splitlines(keepends=True)
+    Path("profile.yaml").write_text("".join(line for line in lines if "strategy" not in line) + pins)
+    compilation = run_pipeline(Request(path=Path("profile.yaml")))
+    assert isinstance(compilation, Compiled), compilation.diagnostics
+    (cpu,) = (use for use in compilation.plan.devices if str(use.id) == "cpu")
+    assert cpu.weights_bytes > 0
+    assert compilation.plan.prediction.streamed_bytes_per_token == (cpu.weights_bytes if is_copied else 0)
 
 
 def test_without_a_context_images_would_not_be_looked_at(workspace):

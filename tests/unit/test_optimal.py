@@ -297,7 +297,7 @@ def test_where_nothing_fits_every_way_out_that_is_named_compiles(workspace):
     assert finding.code == "over-capacity"
     assert "find no place on cuda:0" in finding.message
     quantised = "quantization: {method: bitsandbytes, load_in_8bit: true}"
-    assert finding.help == f"{WAYS_OUT}quantise: `{quantised}`; or give cuda:0 1 GiB more"
+    assert finding.help == f"{WAYS_OUT}quantise: `{quantised}` under `model`; or give cuda:0 1 GiB more"
     assert compiles_with("source: llama", f"source: llama, {quantised}")
     assert compiles_with("500KiB", str(500 * 2**10 + 2**30))
 
