@@ -98,19 +98,22 @@ def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: s
     Raises:
         CommandError: if it cannot do what the plan says.
     """
-    from devmap_config.exports.export import UnfitExportError
+    from devmap_config.exports.export import UnfitExportError, require_text
     from devmap_config.exports.llama_cpp import export_to_llama_cpp
     from devmap_config.exports.plain_transformers import export_to_transformers
     from devmap_config.exports.vllm import export_to_vllm
 
     try:
         if program == "vllm":
-            return export_to_vllm(compiled, weights=weights)
-        if program == "llama.cpp":
-            return export_to_llama_cpp(compiled, weights=weights)
-        return export_to_transformers(compiled, folder, made_with=lock.made_with, weights=weights)
+            made = export_to_vllm(compiled, weights=weights)
+        elif program == "llama.cpp":
+            made = export_to_llama_cpp(compiled, weights=weights)
+        else:
+            made = export_to_transformers(compiled, folder, made_with=lock.made_with, weights=weights)
+        require_text(made, compiled)
     except UnfitExportError as error:
         raise CommandError((*compiled.diagnostics, *error.diagnostics), compiled.texts) from None
+    return made
 
 
 def _checked(made: Export, python: str, compiled: Compiled) -> Export:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, Sink
 from devmap_config.files import exists, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from devmap_config.compiler import Compiled
-    from devmap_config.diagnostics.diagnostic import Sink, Span
+    from devmap_config.diagnostics.diagnostic import Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,27 @@ def require_no_errors(sink: Sink, compiled: Compiled) -> None:
     """
     if sink.has_errors:
         raise UnfitExportError(sink.diagnostics, compiled.texts)
+
+
+def require_text(made: Export, compiled: Compiled) -> None:
+    """Raise where what was made is no text: a path that is not UTF-8 comes as what no file of text can hold.
+
+    Raises:
+        UnfitExportError: at the model, whose path or name it is.
+    """
+    sink = Sink()
+    for name, text in made.files.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            sink.error(
+                "unfit-export",
+                f"the path or the name of the model is not UTF-8, and `{name}` would hold it",
+                compiled.loaded.profile.model.source.span,
+                help="rename it, or pass `--model` with a path that is UTF-8, of the machine that is to run it",
+            )
+            break
+    require_no_errors(sink, compiled)
 
 
 def check_model_alone(compiled: Compiled, program: str, sink: Sink) -> None:

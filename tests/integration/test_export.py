@@ -168,6 +168,17 @@ def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, mess
     assert found["line"] == (1 if line == 5 else line)
 
 
+def test_a_path_that_is_not_utf_8_is_refused_where_a_file_would_hold_it(workspace):
+    of_hosts = compiled(HOSTS, "hosts")
+    of_one = compiled("version: 1\nmodel: {source: llama}\nhardware: {devices: {cuda:0: {memory: 4GiB}}}\n")
+    for profile, program in ((of_hosts, "vllm"), (of_one, "llama.cpp")):
+        done = run("export", profile, "--to", program, "-o", "exported", "--model", "/models/bad\udcff")
+        assert (done.return_value, "error[unfit-export]: the path or the name" in done.stderr) == (1, True)
+        assert not Path("exported").exists()
+    done = run("export", of_one, "--to", "transformers", "-o", "exported", "--model", "/models/bad\udcff")
+    assert done.return_value == 0, done.stderr  # Python has a way to write it
+
+
 def test_a_python_without_vllm_checks_nothing(workspace):
     profile = compiled(HOSTS)
     done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y", "--check", sys.executable)
