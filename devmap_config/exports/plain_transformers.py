@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import DISK
@@ -100,7 +101,7 @@ def export_to_transformers(
     text = PROGRAM.format(
         source=_source(str(source), folder),
         arguments=_mapping(_arguments(compiled, folder, is_elsewhere=weights is not None)),
-        quantization=repr(_quantization(compiled)),
+        quantization=_expression(_quantization(compiled)),
         generation=repr(
             {} if profile.workload.cache.implementation in LEFT_TO_CALLERS else cache_arguments(profile.workload.cache)
         ),
@@ -160,6 +161,17 @@ def _arguments(compiled: Compiled, folder: Path, *, is_elsewhere: bool) -> dict[
     if compiled.resolution.new:
         arguments["ignore_mismatched_sizes"] = "True"
     return arguments
+
+
+def _expression(value: object) -> str:
+    """Return plain data as Python writes it: `repr`, but for numbers of which that is a name."""
+    if isinstance(value, float) and not isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_expression(key)}: {_expression(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_expression, value))}]"
+    return repr(value)
 
 
 def _mapping(expressions: Mapping[str, str]) -> str:

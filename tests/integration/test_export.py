@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def test_plain_transformers_loads_what_is_exported(weights):
         expected = weights(TOKENS).logits[0, -1]
     assert torch.allclose(torch.tensor(logits), expected, atol=1e-5)
     assert Path("offload").is_dir()  # the profile's folder, as it is seen from the exported file
+
+
+def test_numbers_without_end_are_python(workspace):
+    quantization = "{method: bitsandbytes, load_in_8bit: true, llm_int8_threshold: .inf, llm_int8_skip_modules: [a, b]}"
+    profile = compiled(
+        f"version: 1\nmodel: {{source: llama, quantization: {quantization}}}\n"
+        "hardware: {devices: {cuda:0: {memory: 1GiB}}}\n"
+    )
+    done = run("export", profile, "--to", "transformers", "-o", "exported", "--model", "x/y")
+    assert done.return_value == 0, done.stderr
+    written = run_path("exported/load_model.py")["QUANTIZATION"]
+    assert written["llm_int8_threshold"] == float("inf")
+    assert (written["quant_method"], written["llm_int8_skip_modules"]) == ("bitsandbytes", ["a", "b"])
 
 
 def test_a_plan_that_computes_on_the_cpu_is_refused_at_its_pin(workspace):
