@@ -127,6 +127,14 @@ def _check_plan(compiled: Compiled, weights: str | None, sink: Sink) -> None:
             profile.model.source.span,
             help="pass `--model model.gguf`: a GGUF of the same model, on the machine that is to run it",
         )
+    cache = profile.workload.cache
+    if cache.implementation == "quantized":
+        sink.error(
+            "unfit-export",
+            "llama.cpp quantises a cache by types of its own, which are of other sizes than the plan has room for",
+            cache.key_span,
+            help="leave `cache` out and compile again",
+        )
     for each in plan.assignments:
         stored_on, runs_on = each.location.stored_on, each.location.runs_on
         if stored_on == DISK:
@@ -201,7 +209,13 @@ def _flags(placed: GgufPlacement, compiled: Compiled, sink: Sink) -> list[tuple[
             ("--split-mode", "layer"),
             ("-ts", ",".join(str(counts[card]) for card in cards)),
         ]
+    if _is_cache_on_cpu(compiled):
+        flags.append(("--no-kv-offload",))
     return flags + _overrides(placed, homes, own_output)
+
+
+def _is_cache_on_cpu(compiled: Compiled) -> bool:
+    return compiled.loaded.profile.workload.cache.implementation in ("offloaded", "offloaded_static")
 
 
 def _workload_flags(compiled: Compiled) -> list[tuple[str, ...]]:
@@ -284,6 +298,8 @@ def _notes(placed: GgufPlacement, compiled: Compiled) -> list[str]:
     embedding = placed.devices["token_embd"]
     if embedding.is_accelerator:
         notes.append(f"the embedding is planned on {embedding}, and llama.cpp keeps it on the CPU")
+    if _is_cache_on_cpu(compiled) and any(device.is_accelerator for device in placed.devices.values()):
+        notes.append("the cache is on the CPU as planned, and llama.cpp computes attention there")
     if len({device for device in placed.devices.values() if device.is_accelerator}) > 1:
         notes.append("that llama.cpp splits layers over cards so was not tried on any")
     return notes

@@ -270,3 +270,17 @@ def test_what_llama_cpp_cannot_do_is_refused(workspace, model, pin, message):
     assert (done.return_value, {each["code"] for each in found}) == (1, {"unfit-export"})
     assert found[0]["message"].startswith(message)
     assert found[0]["line"] == (2 if model == "unmeasurable" else 4)
+
+
+@pytest.mark.parametrize("cache", ["static", "offloaded", "{implementation: quantized, backend: fp8}"])
+def test_llama_cpp_has_the_cache_where_the_plan_has_it(workspace, cache):
+    profile = compiled(
+        f"version: 1\nmodel: {{source: llama}}\nworkload: {{context_length: 64, cache: {cache}}}\n"
+        "hardware: {devices: {cuda:0: {memory: 1GiB}, cpu: {memory: 1GiB}}}\n"
+    )
+    if "quantized" in cache:
+        done = run("export", profile, "--to", "llama.cpp", "-o", "exported", "--model", "x.gguf", "--format", "json")
+        [found] = [each for each in json.loads(done.stdout)["diagnostics"] if each["severity"] == "error"]
+        assert (found["code"], found["line"], Path("exported").exists()) == ("unfit-export", 3, False)
+    else:
+        assert ("--no-kv-offload" in flags_of(profile)) == (cache == "offloaded")
