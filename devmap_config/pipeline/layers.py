@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from devmap_config.execution.timing import execution_order
 from devmap_config.graph.model import TensorName, is_within
 from devmap_config.pipeline.cache import LayerCache
+from devmap_config.pipeline.windows import UnknownWindowsError, windows_of
 from devmap_config.rules.folding import fold_paths
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ MOST_LAYERS = 1024
 MOST_OF_A_FIGURE = 2**24
 """More layers, heads, hidden units or words no model has: what is beyond is a mistake, and would overflow sums."""
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""transformers' names of the kinds of layers whose cache is counted."""
-
 KEYS_OF_OTHER_CACHES = ("kv_lora_rank", "attention_chunk_size", "num_kv_shared_layers")
 """Keys of configs whose layers keep something else than keys and values of their own for each head."""
+
+MULTI_QUERY = frozenset({"falcon", "gpt_bigcode"})
+"""Families that have one head of keys and values unless their config says `multi_query: false`."""
 
 COLUMN = frozenset(
     "q_proj k_proj v_proj qkv_proj query_key_value c_attn gate_proj up_proj gate_up_proj fc1 c_fc fc_in w1 w3"
@@ -184,21 +185,30 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
     vocabulary = int(config.get("vocab_size") or 0)
     if not heads or not hidden or not vocabulary:
         raise UncutModelError("its config does not say how many heads, hidden units or words it has")
-    figures = (heads, hidden, vocabulary, *(config.get(key) or 0 for key in ("num_key_value_heads", "head_dim")))
+    figures = (
+        heads,
+        hidden,
+        vocabulary,
+        *(config.get(key) or 0 for key in ("num_key_value_heads", "num_kv_heads", "head_dim")),
+    )
     if len(paths) > MOST_LAYERS or not all(isinstance(each, int) and 0 <= each <= MOST_OF_A_FIGURE for each in figures):
         raise UncutModelError("its config names more than any model has")
+    try:
+        windows = windows_of(config, len(paths))
+    except UnknownWindowsError as error:
+        raise UncutModelError(str(error)) from error
     return Layers(
         graph=graph,
         paths=paths,
         before=before,
         behind=behind,
         heads=heads,
-        key_value_heads=int(config.get("num_key_value_heads") or heads),
+        key_value_heads=_key_value_heads(config, heads),
         head_size=int(config.get("head_dim") or hidden // heads),
         hidden_size=hidden,
         vocabulary=vocabulary,
         positions=int(config.get("max_position_embeddings") or 0),
-        windows=_windows(config, len(paths)),
+        windows=windows,
         element_bytes=_element_bytes(graph, paths),
         is_rotary=any(path.endswith("rotary_emb") for path in graph.modules),
     )
@@ -215,15 +225,23 @@ def _list_of_layers(graph: ModelGraph) -> tuple[ModulePath, ...]:
     return tuple(next(iter(lists.values())))
 
 
-def _windows(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
-    """Return the attention window of each layer, in tokens; `None` without a limit."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    kinds: Sequence[str] = config.get("layer_types") or [SLIDING if window else FULL] * count
-    if other := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
-        raise UncutModelError(f"what its layers keep that are `{other[0]}` is not counted yet")
-    if len(kinds) != count or (SLIDING in kinds and not isinstance(window, int)):
-        raise UncutModelError("its config does not say how far back each layer sees")
-    return tuple(window if kind == SLIDING else None for kind in kinds)
+def _key_value_heads(config: Mapping[str, Any], heads: int) -> int:
+    """Return how many heads of keys and values there are (vLLM's `get_total_num_kv_heads`).
+
+    Example:
+        >>> _key_value_heads({"model_type": "falcon", "num_kv_heads": 8}, 64)
+        1
+        >>> _key_value_heads({"model_type": "falcon", "num_kv_heads": 8, "new_decoder_architecture": True}, 64)
+        8
+        >>> _key_value_heads({"model_type": "gpt_bigcode", "multi_query": False}, 16)
+        16
+    """
+    family = config.get("model_type")
+    if family in MULTI_QUERY:
+        if family == "falcon" and config.get("new_decoder_architecture"):
+            return int(config.get("num_kv_heads") or heads)
+        return 1 if config.get("multi_query", True) else heads
+    return int(config.get("num_key_value_heads") or heads)
 
 
 def _element_bytes(graph: ModelGraph, paths: Sequence[ModulePath]) -> int:

@@ -1,0 +1,102 @@
+"""How far back each layer sees, by a model's config: as transformers' config class says, which vLLM reads it through.
+
+A config may leave `layer_types` out; its class then derives them, each family of models in its own way. The ways that
+are known here are held to those classes by a test; of others, a window is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names of the kinds of layers whose cache is counted."""
+
+EVERY_FULL = {"gemma2": 2, "vaultgemma": 2, "gpt_oss": 2, "olmo3": 4, "cohere2": 4, "exaone4": 4, "gemma3_text": 6}
+"""Families in which each so-manieth layer sees all, and the others a window."""
+
+WITH_PATTERN = frozenset({"cohere2", "exaone4", "gemma3_text"})
+"""Those of them whose config may name another number: `sliding_window_pattern`."""
+
+EVERY_SLIDING = frozenset(
+    {"ministral", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"}
+)
+"""Families in which all layers see a window, if their config has one."""
+
+SWITCHED = frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+"""Families that have no window unless `use_sliding_window` says so."""
+
+LAYERS_BEFORE_WINDOWS = 28
+"""`max_window_layers` where a config of Qwen has none."""
+
+WINDOWS = {**dict.fromkeys((*EVERY_FULL, *SWITCHED, "ministral", "mistral"), 4096), "gpt_oss": 128}
+"""`sliding_window` where a config has none."""
+
+KEYS_OF_OTHER_LAYERS = (
+    "conv_L_cache",
+    "full_attention_interval",
+    "layers_block_type",
+    "linear_attn_config",
+    "linear_num_value_heads",
+    "mamba_d_state",
+    "ssm_state_size",
+)
+"""Keys of configs some of whose layers keep a state instead of keys and values; `layer_types` says which."""
+
+
+class UnknownWindowsError(ValueError):
+    """What a config says of its layers' windows is not enough, or not counted; the text says why."""
+
+
+def windows_of(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
+    """Return the attention window of each layer, in tokens; `None` without a limit.
+
+    Args:
+        config: the parsed `config.json`.
+        count: how many layers there are.
+
+    Raises:
+        UnknownWindowsError: if the config does not say, or layers keep something else.
+
+    Example:
+        >>> windows_of({"model_type": "gemma2", "sliding_window": 512}, 3)
+        (512, None, 512)
+        >>> windows_of({"model_type": "llama"}, 2)
+        (None, None)
+    """
+    family = config.get("model_type")
+    window = config.get("sliding_window", WINDOWS.get(str(family)))
+    if not config.get("use_sliding_window", family not in SWITCHED):
+        window = None
+    kinds: Sequence[str] = config.get("layer_types") or _kinds(config, str(family), window, count)
+    if other := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        raise UnknownWindowsError(f"what its layers keep that are `{other[0]}` is not counted yet")
+    if len(kinds) != count or (SLIDING in kinds and (not isinstance(window, int) or window < 1)):
+        raise UnknownWindowsError("its config does not say how far back each layer sees")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _kinds(config: Mapping[str, Any], family: str, window: object, count: int) -> list[str]:
+    """Return the kinds of the layers that the family's config class derives."""
+    if key := next((key for key in KEYS_OF_OTHER_LAYERS if config.get(key)), None):
+        raise UnknownWindowsError(f"which of its layers keep a state (`{key}` in its config) is not known")
+    if family in EVERY_FULL:
+        every = config.get("sliding_window_pattern", EVERY_FULL[family]) if family in WITH_PATTERN else None
+        every = EVERY_FULL[family] if every is None else every
+        if not isinstance(every, int) or every < 1:
+            raise UnknownWindowsError(f"which of its layers see a window is not known by `{every}`")
+        return [SLIDING if (number + 1) % every else FULL for number in range(count)]
+    if window is None:
+        return [FULL] * count
+    if family in EVERY_SLIDING:
+        return [SLIDING] * count
+    before = config.get("max_window_layers", LAYERS_BEFORE_WINDOWS)
+    if not isinstance(before, int):
+        raise UnknownWindowsError("its config does not say which layers see a window")
+    if family in ("qwen2", "qwen3"):
+        return [SLIDING if number >= before else FULL for number in range(count)]
+    if family == "qwen2_moe":
+        return [SLIDING if number < before and (number + 1) % 2 else FULL for number in range(count)]
+    raise UnknownWindowsError(f"which layers of a `{family}` see its window is not known: write `layer_types`")
