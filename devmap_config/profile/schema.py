@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
@@ -139,9 +140,11 @@ class Model(Section):
 
 
 MOST_IMAGES = 1_000
-MOST_PIXELS_ACROSS = 16_384
+MOST_PIXELS_ACROSS = 4_096
+MOST_PIXELS = 2**25
 MOST_AUDIO_SECONDS = 86_400
-"""What a prompt may hold at most: beyond that are mistakes, and it would be measured for minutes."""
+"""What a prompt may hold at most: beyond that are mistakes, and it would be measured for minutes, in gigabytes.
+Processors make larger images smaller: Qwen2.5-VL's gives the model 12,845,056 pixels at most."""
 
 
 class Inputs(Section):
@@ -168,6 +171,10 @@ class Inputs(Section):
             if (value or 0) > most:
                 message = f"`workload.inputs.{key}` is at most {most:,}, not {value:,}"
                 raise refusal("wrong-type", message, "plan for what one request holds", key=key)
+        pixels = prod((self.images or 1, *self.image_size, *self.image_size)[:3]) if self.image_size else 0
+        if pixels > MOST_PIXELS:
+            message = f"`workload.inputs` holds {pixels:,} pixels, and {MOST_PIXELS:,} at most can be measured"
+            raise refusal("wrong-type", message, "plan for fewer or smaller images", key="image_size")
         return self
 
     @model_validator(mode="after")
