@@ -1,4 +1,4 @@
-"""How far back each layer sees, by a model's config: as transformers' config class says, which vLLM reads it through.
+"""The attention window of each layer by a model's config, as transformers' config class has it, by which vLLM reads it.
 
 A config may leave `layer_types` out; its class then derives them, each family of models in its own way. The ways that
 are known here are held to those classes by a test; of others, a window is refused rather than guessed at.
@@ -47,7 +47,7 @@ KEYS_OF_OTHER_LAYERS = (
 
 
 class UnknownWindowsError(ValueError):
-    """What a config says of its layers' windows is not enough, or not counted; the text says why."""
+    """A config does not say which layers see a window, or they keep what is not counted; the text says why."""
 
 
 def windows_of(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
