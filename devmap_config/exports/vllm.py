@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from devmap_config.exports.export import (
     weights_for,
 )
 from devmap_config.files import ANYWHERE, PACKAGED, read_text, real_path
+from devmap_config.graph.source import HUB_ID
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +42,9 @@ EXECUTE_SECONDS = 300
 """vLLM's own; what the first request on a busy CPU needs is more than 10."""
 
 HEALTH_SECONDS = 60
+
+URL = re.compile(r"[a-z][a-z0-9]*://\S+")
+"""vLLM reads weights of a few stores of objects, too."""
 
 
 def options() -> Mapping[str, str]:
@@ -69,7 +74,7 @@ class ServedModel:
     @property
     def is_folder(self) -> bool:
         """True if the model is a folder of the hosts, and not on the hub."""
-        return self.source.startswith(("/", "."))
+        return Path(self.source).is_absolute()
 
 
 def export_to_vllm(compiled: Compiled, *, weights: str | None) -> Export:
@@ -96,12 +101,31 @@ def export_to_vllm(compiled: Compiled, *, weights: str | None) -> Export:
     _check(pipeline, compiled, sink)
     source = weights or weights_for(compiled, "vLLM", sink)
     require_no_errors(sink, compiled)
+    path = _path_on_hosts(str(source), compiled, sink, is_given=weights is not None)
+    require_no_errors(sink, compiled)
     model = ServedModel(
-        source=str(real_path(Path(str(source)))) if weights is None and is_local(str(source)) else str(source),
+        source=path,
         name=profile.name or Path(str(source)).name,
         revision="" if weights else compiled.model.source.commit or "",
     )
     return Export(files=files_for(pipeline, model))
+
+
+def _path_on_hosts(source: str, compiled: Compiled, sink: Sink, *, is_given: bool) -> str:
+    """Return what the weights are called wherever a host is started; what depends on that place is reported."""
+    is_of_hub = not is_given and compiled.model.source.commit is not None
+    if is_of_hub or (is_given and Path(source).is_absolute()):
+        return source
+    if is_local(source):
+        return str(real_path(Path(source)))
+    if not HUB_ID.fullmatch(source) and not URL.fullmatch(source):
+        sink.error(
+            "unfit-export",
+            f"`{source}` is not here, and is neither a path from `/` on nor a hub id: each host would look elsewhere",
+            compiled.loaded.profile.model.source.span,
+            help="pass `--model` with the whole path, which is the same on every host: `/models/llama`",
+        )
+    return source
 
 
 def files_for(pipeline: Pipeline, model: ServedModel) -> dict[str, str]:

@@ -182,6 +182,22 @@ def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, mess
     assert found["line"] == (1 if line == 5 else line)
 
 
+def test_hosts_are_told_a_path_that_is_one_wherever_they_start(workspace):
+    profile = compiled(HOSTS)
+    Path("rel").mkdir()
+    Path("-rel").mkdir()
+    for given in ("./rel", "-rel"):
+        done = run("export", profile, "--to", "vllm", "-o", "exported", f"--model={given}", "--force")
+        assert done.return_value == 0, done.stderr
+        whole = str(Path(given).resolve())
+        assert f"MODEL={whole}\n" in Path("exported/plan.env").read_text()
+        assert f'"source": "{whole}"' in Path("exported/compose.0.yaml").read_text()
+    for given in ("./other", "~/llama", "--trust-remote-code", "a/b/c"):
+        done = run("export", profile, "--to", "vllm", "-o", "refused", f"--model={given}")
+        assert (done.return_value, f"error[unfit-export]: `{given}` is not here" in done.stderr) == (1, True)
+    assert not Path("refused").exists()
+
+
 def test_a_path_that_is_not_utf_8_is_refused_where_a_file_would_hold_it(workspace):
     of_hosts = compiled(HOSTS, "hosts")
     of_one = compiled("version: 1\nmodel: {source: llama}\nhardware: {devices: {cuda:0: {memory: 4GiB}}}\n")
