@@ -266,8 +266,13 @@ def _bind(source: str, target: str) -> dict[str, object]:
 
 
 def _literal(value: object) -> str:
-    """Return a value as compose takes it literally."""
-    return json.dumps(value).replace("$", "$$")
+    """Return a value as compose takes it literally.
+
+    JSON has pairs of escapes beyond U+FFFF, which are two halves of characters in YAML: what can be seen stands as it
+    is, and what cannot is an escape of YAML.
+    """
+    text = json.dumps(value, ensure_ascii=False).replace("$", "$$")
+    return "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)
 
 
 README = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,13 +83,19 @@ def _arguments(files: Mapping[str, str]) -> list[list[str]]:
             write_atomically(Path(folder, name), text)
         nodes = [name for name in files if name.startswith("node.")]
         command = ["sh", str(Path(folder, "serve.sh")), "--print", str(Path(folder, "plan.env"))]
-        return [_output([*command, str(Path(folder, node))]).rstrip("\n").split("\n") for node in nodes]
+        return [shlex.split(_output([*command, str(Path(folder, node))])) for node in nodes]
 
 
 def _output(command: list[str], text: str = "") -> str:
     try:
         done = subprocess.run(  # noqa: S603  the interpreter is its user's
-            command, input=text, capture_output=True, text=True, check=False, timeout=LONGEST_SECONDS
+            command,
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            check=False,
+            timeout=LONGEST_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ParserError(f"`{command[0]}` cannot be run: {error}", "name an interpreter of Python") from None

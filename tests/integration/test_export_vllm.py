@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import yaml
 
 from devmap_config.devices import Device
 from devmap_config.exports.vllm import ServedModel, files_for, options
+from devmap_config.exports.vllm_parser import _arguments
 from devmap_config.pipeline.stages import Pipeline, PipelineHost, Stage
 
 STAGE = Stage(
@@ -209,6 +211,8 @@ def test_every_flag_and_variable_is_one_of_the_table(tmp_path):
     assert used == set(options())
 
 
+SEEN_AND_NOT = "😀 é \u202e \u2028 \x85 \x7f \t \ufeff \U000e0001"
+
 HOSTILE = "it's $(touch ran) `touch ran` \"; touch ran; \\ \n#${HOME} {x}"
 
 
@@ -218,11 +222,20 @@ def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
     folder = exported(tmp_path / "out", pipeline(), model)
     command = ["sh", folder / "serve.sh", "--print", folder / "plan.env", folder / "node.0.env"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed.startswith(f"/{HOSTILE}\n--served-model-name\n{HOSTILE}\n--dtype\n")
+    words = shlex.split(printed)
+    assert words[:3] == [f"/{HOSTILE}", f"--served-model-name={HOSTILE}", "--dtype"]
+    assert _arguments(files_for(pipeline(), model))[0][:3] == words[:3]
     assert not (tmp_path / "ran").exists()
     service = yaml.safe_load((folder / "compose.0.yaml").read_text())["services"]["vllm"]
     assert service["volumes"][1]["source"] == f"/{HOSTILE}".replace("$", "$$")
     assert service["entrypoint"][-1] == "/devmap/node.0.env"
+
+
+def test_compose_files_have_every_character(tmp_path):
+    text = files_for(pipeline(), ServedModel(source=f"/{SEEN_AND_NOT}", name="tiny"))["compose.0.yaml"]
+    assert "😀" in text
+    assert not re.search("[\u202e\u2028\x85\x7f\t\ufeff]", text)
+    assert yaml.safe_load(text)["services"]["vllm"]["volumes"][1]["source"] == f"/{SEEN_AND_NOT}"
 
 
 def test_compose_files_keep_to_the_specification(tmp_path):

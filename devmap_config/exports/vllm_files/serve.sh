@@ -1,6 +1,6 @@
 #!/bin/sh
 # sh serve.sh plan.env node.N.env [further flags of `vllm serve`]    serves, together with the other hosts
-# sh serve.sh --print plan.env node.N.env [...]                      prints the arguments, one a line
+# sh serve.sh --print plan.env node.N.env [...]                      prints the arguments, as a shell reads them
 # sh serve.sh --health plan.env node.N.env                           asks the engine for one token
 # PYTHON and VLLM name other commands than `python3` and `vllm`.
 set -eu
@@ -15,7 +15,7 @@ unset VLLM_PP_LAYER_PARTITION # one that is left set is taken for this plan's
 . "$plan"
 . "$node"
 
-set -- "$MODEL" --served-model-name "$SERVED_NAME" --dtype "$DTYPE" --kv-cache-dtype "$KV_CACHE_DTYPE" \
+set -- "$MODEL" --served-model-name="$SERVED_NAME" --dtype "$DTYPE" --kv-cache-dtype "$KV_CACHE_DTYPE" \
     --tensor-parallel-size "$TENSOR_PARALLEL_SIZE" --pipeline-parallel-size "$PIPELINE_PARALLEL_SIZE" \
     --distributed-executor-backend mp --device-ids "$DEVICE_IDS" \
     --max-model-len "$MAX_MODEL_LEN" --max-num-seqs "$MAX_NUM_SEQS" \
@@ -31,7 +31,15 @@ else
     set -- "$@" --headless
 fi
 case $mode in
-print) printf '%s\n' "$@"; exit ;;
+print)
+    for argument; do
+        case $argument in
+        '' | *[!A-Za-z0-9_./:=,@%+-]*) printf '%s\n' "$argument" | sed "s/'/'\\\\''/g; 1s/^/'/; \$s/\$/'/" ;;
+        *) printf '%s\n' "$argument" ;;
+        esac
+    done
+    exit
+    ;;
 health) exec "${PYTHON:-python3}" "$here/cluster.py" health "$API_HOST" "$API_PORT" "$SERVED_NAME" "$HEALTH_SECONDS" ;;
 esac
 
