@@ -334,7 +334,8 @@ def _readme(pipeline: Pipeline) -> str:
         f"$ sh serve.sh plan.env node.{node}.env{f'    # on {host.name}' if host.name else ''}"
         for node, host in enumerate(hosts)
     )
-    head = hosts[0].address if several else "127.0.0.1"
+    head = str(hosts[0].address) if several else "127.0.0.1"
+    of_url = f"[{head}]" if ":" in head else head
     partition = "+".join(map(str, pipeline.partition))
     start = (
         f"The hosts reach each other at any port; {MASTER_PORT} and {JOIN_PORT} of node 0 are named in `plan.env`."
@@ -342,7 +343,7 @@ def _readme(pipeline: Pipeline) -> str:
         else ""
     )
     answers = (
-        f"Requests are answered at `http://{head}:{API_PORT}/v1`: {counted(len(pipeline.stages), 'stage')} of"
+        f"Requests are answered at `http://{of_url}:{API_PORT}/v1`: {counted(len(pipeline.stages), 'stage')} of"
         f" {partition} layers,\n{pipeline.max_num_seqs} at once, of up to {pipeline.max_model_len:,} tokens each."
         f" The cache holds {pipeline.cache_tokens:,} tokens."
     )
