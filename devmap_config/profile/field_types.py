@@ -168,7 +168,8 @@ def _named(pattern: str, what: str, help: str) -> Reads:
     return Reads(read, (_matching(f"^({pattern})$"),))
 
 
-ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?"
+ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,40}"
+"""A host's name or an IP address; one of IPv6 may begin and end with colons."""
 
 
 def _address(value: object) -> str:

@@ -45,6 +45,8 @@ BEYOND_A_SCHEMA = (
     "a prompt that is longer than the context",
     "a base file of another version",
     "two engines at once",
+    "an IP address that is none",
+    "an address of IPv6 that is none",
 )
 """Cases whose mistake takes arithmetic, templates or merging to see."""
 
