@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -175,6 +176,46 @@ def test_hosts_with_different_plans_do_not_start(tmp_path, engine):
     assert not list(tmp_path.glob("engine.*"))
 
 
+def test_what_is_no_host_is_passed_over(tmp_path, engine):
+    """Whatever comes to the port, of the types that JSON has and of none."""
+    folder = exported(tmp_path / "out", pipeline())
+    port = int(re.search(r"^JOIN_PORT=(\d+)$", (folder / "plan.env").read_text(), re.MULTILINE)[1])
+    own = {"plan": "0" * 64, "vllm": "unknown", "node": 1, "nodes": 2}
+    wrong = [None, True, 1.0, float("inf"), [], {}, [1], "\n", "1"]
+    of_fields = [own | {key: value} for key in own for value in wrong if key not in ("plan", "vllm") or value != "1"]
+    objects = [*wrong, *of_fields, *({k: v for k, v in own.items() if k != key} for key in own), list(own.items())]
+    lines = [json.dumps(each).encode() + b"\n" for each in objects]
+    lines += [
+        b"\n",
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(range(256)) + b"\n",
+        b"[" * 4000 + b"\n",
+        b"1" * 4000 + b"\n",
+    ]
+    lines += [b"x" * 1_000_000, json.dumps(own).encode()]
+    head = start(folder, 0, engine)
+    for line in lines:
+        connection = reached(port)
+        with suppress(OSError):
+            connection.sendall(line)
+        connection.close()
+    follower = start(folder, 1, engine)
+    assert set(given(engine, 2)) == {True, False}
+    for process in (head, follower):
+        process.terminate()
+        ended(process)
+
+
+def reached(port):
+    for _ in range(100):
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    raise AssertionError("nothing listens")
+
+
 def test_a_host_that_does_not_come_is_not_waited_for_for_ever(tmp_path, engine):
     folder = exported(tmp_path / "out", pipeline(), JOIN_SECONDS=2)
     code, said = ended(start(folder, 0, engine))
@@ -229,6 +270,14 @@ def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
     service = yaml.safe_load((folder / "compose.0.yaml").read_text())["services"]["vllm"]
     assert service["volumes"][1]["source"] == f"/{HOSTILE}".replace("$", "$$")
     assert service["entrypoint"][-1] == "/devmap/node.0.env"
+
+
+def test_an_address_of_ipv6_has_brackets_in_a_url():
+    made = pipeline()
+    hosts = tuple(replace(host, address=f"::{number + 1}") for number, host in enumerate(made.hosts))
+    files = files_for(replace(made, hosts=hosts), MODEL)
+    assert "`http://[::1]:8000/v1`" in files["README.md"]
+    assert "MASTER_ADDR=::1\n" in files["plan.env"]
 
 
 def test_compose_files_have_every_character(tmp_path):

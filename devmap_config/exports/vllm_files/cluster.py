@@ -30,6 +30,9 @@ STOP_SECONDS = 20
 
 LONGEST_MESSAGE_BYTES = 4096
 
+HELLO_SECONDS = 5
+"""A host that is slow to speak keeps the others waiting no longer."""
+
 
 def say(text: str) -> None:
     """Tell whoever reads this host's log."""
@@ -49,6 +52,14 @@ def own_part(plan: str, node: int, nodes: int) -> dict[str, str | int]:
         version = "unknown"  # of another Python than the engine's
     content = Path(plan).read_bytes()
     return {"plan": hashlib.sha256(content).hexdigest(), "vllm": version, "node": node, "nodes": nodes}
+
+
+def is_hello(message: object) -> bool:
+    """Return whether a message is what a host says first (`own_part`), whatever it holds."""
+    if not isinstance(message, dict) or any(type(message.get(key)) is not int for key in ("node", "nodes")):
+        return False
+    plan, version = message.get("plan"), message.get("vllm")
+    return isinstance(plan, str) and plan.isalnum() and isinstance(version, str) and version.isprintable()
 
 
 def difference(own: dict[str, str | int], other: dict[str, str | int]) -> str | None:
@@ -75,22 +86,26 @@ class Peer:
         """Send an object as a line of JSON."""
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> dict[str, str | int]:
+    def receive(self, seconds: float) -> dict[str, str | int]:
         """Return the object of a line of JSON.
 
         Raises:
-            OSError, ValueError: if there comes none.
+            OSError, ValueError: if none comes within some seconds.
         """
-        line = b""
+        deadline, line = time.monotonic() + seconds, b""
         while not line.endswith(b"\n"):
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
             byte = self.connection.recv(1)
             if not byte or len(line) > LONGEST_MESSAGE_BYTES:
                 raise OSError("the connection was closed")
             line += byte
         try:
-            return dict(json.loads(line))
-        except (TypeError, RecursionError) as error:
+            message = json.loads(line)
+        except RecursionError as error:
             raise ValueError("no object") from error
+        if isinstance(message, dict):
+            return message
+        raise ValueError("no object")
 
     def is_gone(self) -> bool:
         """Say that this host is there, and return whether the other one still is."""
@@ -120,10 +135,12 @@ def await_followers(own: dict[str, str | int], address: str, port: int, seconds:
             elif selector.select(1):
                 peer = Peer(server.accept()[0])
                 try:
-                    peer.connection.settimeout(5)  # a host that is slow to speak keeps the others waiting
-                    other = peer.receive()
+                    other = peer.receive(HELLO_SECONDS)
                 except (OSError, ValueError):
-                    continue  # a probe of the port, or a host that was ended
+                    other = {}
+                if not is_hello(other):
+                    peer.connection.close()  # a probe of the port, or a host that was ended
+                    continue
                 reason = difference(own, other)
                 peer.node = other.get("node")
                 if old := peers.pop(peer.node, None):
@@ -146,10 +163,9 @@ def join_head(own: dict[str, str | int], address: str, port: int, seconds: float
     while True:
         try:
             peer = Peer(socket.create_connection((address, port), timeout=5))
-            peer.connection.settimeout(max(deadline - time.monotonic(), 1))  # for the others
             peer.node = 0
             peer.send(own)
-            answer = peer.receive()
+            answer = peer.receive(max(deadline - time.monotonic(), 1))  # for the others
         except (OSError, ValueError):
             if time.monotonic() > deadline:
                 raise NoAgreementError(
