@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os.path
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,19 +46,18 @@ def require_no_errors(sink: Sink, compiled: Compiled) -> None:
 
 
 def require_text(made: Export, compiled: Compiled) -> None:
-    """Raise where what was made is no text: a path that is not UTF-8 comes as what no file of text can hold.
+    """Raise where what was made is no text: a path that is not UTF-8, or a zero, of which shells know nothing.
 
     Raises:
         UnfitExportError: at the model, whose path or name it is.
     """
     sink = Sink()
     for name, text in made.files.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
+        if odd := re.search("[\ud800-\udfff]|\0", text):
+            what = "holds a zero" if odd[0] == "\0" else "is not UTF-8"
             sink.error(
                 "unfit-export",
-                f"the path or the name of the model is not UTF-8, and `{name}` would hold it",
+                f"the path or the name of the model {what}, and `{name}` would hold it",
                 compiled.loaded.profile.model.source.span,
                 help="rename it, or pass `--model` with a path that is UTF-8, of the machine that is to run it",
             )

@@ -205,6 +205,10 @@ def test_a_path_that_is_not_utf_8_is_refused_where_a_file_would_hold_it(workspac
         done = run("export", profile, "--to", program, "-o", "exported", "--model", "/models/bad\udcff")
         assert (done.return_value, "error[unfit-export]: the path or the name" in done.stderr) == (1, True)
         assert not Path("exported").exists()
+    Path(of_hosts).write_text(HOSTS.replace("name: two", 'name: "a\\0b"'))
+    run("compile", of_hosts, "-q", "--no-simulate")
+    done = run("export", of_hosts, "--to", "vllm", "-o", "exported", "--model", "/models/x")
+    assert (done.return_value, "the name of the model holds a zero" in " ".join(done.stderr.split())) == (1, True)
     done = run("export", of_one, "--to", "transformers", "-o", "exported", "--model", "/models/bad\udcff")
     assert done.return_value == 0, done.stderr  # Python has a way to write it
 
