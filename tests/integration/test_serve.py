@@ -241,7 +241,7 @@ def test_what_is_longer_than_the_planned_context_is_refused(client):
     ("body", "status", "said"),
     [
         (b"{", 400, "is not JSON at line 1"),
-        (b"[]", 400, "no JSON object"),
+        (b"[]", 400, "not a JSON object"),
         (b"\xff", 400, "not UTF-8"),
         (b"[" * 100_000, 400, "nested"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "no Unicode"),

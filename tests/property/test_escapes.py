@@ -202,9 +202,8 @@ def test_tables_in_markdown_hold(text):
         ("decode_nanoseconds_per_token", "bound_decode_nanoseconds_per_token", "prefill_nanoseconds",
          "streamed_bytes_per_token", "hops", "longest_context"), ValueChange(None, None)
     )  # fmt: skip
-    found = Difference(
-        (moved,), {text: change}, nothing, {"model": ValueChange(text, f"{text} "), text: ValueChange("a", "b")}
-    )
+    settings = {"model": ValueChange(text, f"{text} "), text: ValueChange("a", "b")}
+    found = Difference((moved,), {text: change}, nothing, settings, {"decode": ValueChange("stated", None)})
     lines = [visible_lines(line) for line in _markdown(found, text, text)]  # as they are printed
     for line in lines:
         is_harmless(line)

@@ -81,7 +81,7 @@ UNREADABLE = {
     "is a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
     "cut off in its header": (500).to_bytes(8, "little") + b"{}",
     "header is not JSON": (4).to_bytes(8, "little") + b"{{{{",
-    "no JSON object": (2).to_bytes(8, "little") + b"[]",
+    "not a JSON object": (2).to_bytes(8, "little") + b"[]",
     "20 of": safetensors(TWO, missing=20),
     "5 bytes follow": safetensors(TWO, more=b"12345"),
     "gives `a` of F16 [4] 10 bytes": safetensors({"a": entry(0, 10, shape=[4])}),
@@ -111,7 +111,7 @@ def test_links_folders_and_pipes(tmp_path):
         read_checkpoint(tmp_path, {})
     path.rmdir()
     os.mkfifo(path)
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_checkpoint(tmp_path, {})
 
 
@@ -122,8 +122,8 @@ def test_links_folders_and_pipes(tmp_path):
         ("[]", "no `weight_map`"),
         ('{"weight_map": {}}', "no `weight_map`"),
         ('{"weight_map": {"a": 3}}', "no `weight_map`"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "no safetensors file beside it"),
-        ('{"weight_map": {"a": "x.bin"}}', "no safetensors file beside it"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "not a safetensors file beside it"),
+        ('{"weight_map": {"a": "x.bin"}}', "not a safetensors file beside it"),
         ('{"weight_map": {"a": "x.safetensors"}}', "`x.safetensors` is named by the index, and missing"),
         ("[" * 100_000, "is nested deeper than 32"),
     ],
