@@ -156,8 +156,9 @@ def _with_slack(least: int) -> int:
 
 
 def _candidates(problem: PipelineProblem) -> list[PipelineCandidate]:
-    found = choices(problem.slots, problem.needed, problem.distinct, problem.inventory.links)
-    chosen = list(islice((slots for slots in found if len(slots) <= len(problem.layers.paths)), MOST_CHOICES + 1))
+    layers = len(problem.layers.paths)
+    found = choices(problem.slots, problem.needed, problem.distinct, problem.inventory.links, layers)
+    chosen = list(islice(found, MOST_CHOICES + 1))
     if len(chosen) > MOST_CHOICES:
         raise TooManyChoicesError
     return [PipelineCandidate(problem, slots) for slots in chosen]

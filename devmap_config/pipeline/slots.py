@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 from devmap_config.devices import CPU
@@ -89,16 +90,19 @@ def choices(
     needed: frozenset[Device],
     distinct: frozenset[Device],
     links: Mapping[tuple[Device, Device], InventoryLink],
+    most_stages: int | None = None,
 ) -> Iterator[tuple[Slot, ...]]:
     """Yield which slots may be the stages of a pipeline, most first: as many on each host that is used.
 
-    Of equal slots of a host the first are taken, and of equal hosts the first.
+    Of equal slots of a host the first are taken, and of equal hosts the first. Where there are more than
+    `MOST_CHOICES`, more than so many are yielded, but not all: there may be as many as subsets of the hosts.
 
     Args:
         slots: those that there are.
         needed: devices of which each has to be in a stage.
         distinct: devices that rules name: a slot with one of them is like no other.
         links: between devices; hosts are equal only where theirs are.
+        most_stages: how many stages there can be; without it, as many as slots.
     """
     hosts: dict[str | None, list[Slot]] = {}
     for slot in slots:
@@ -107,10 +111,11 @@ def choices(
     for own in hosts.values():
         reached = _reached(own, slots, links)
         kinds |= {slot[0].id: (kinds[slot[0].id], reached) for slot in own}
-    for count in range(max(map(len, hosts.values()), default=0), 0, -1):
-        for chosen in _of_hosts(list(hosts.values()), count, needed, kinds):
-            if chosen:
-                yield chosen
+    numbers: dict[object, int] = {}
+    numbered = {device: numbers.setdefault(kind, len(numbers)) for device, kind in kinds.items()}
+    most = len(slots) if most_stages is None else most_stages
+    for count in range(min(most, max(map(len, hosts.values()), default=0)), 0, -1):
+        yield from _of_hosts(list(hosts.values()), count, most, needed, numbered)
 
 
 def _kind(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
@@ -135,28 +140,41 @@ def _reached(
 
 
 def _of_hosts(
-    hosts: Sequence[Sequence[Slot]], count: int, needed: frozenset[Device], kinds: Mapping[Device, object]
+    hosts: Sequence[Sequence[Slot]], count: int, most: int, needed: frozenset[Device], kinds: Mapping[Device, int]
 ) -> Iterator[tuple[Slot, ...]]:
-    """Yield so many slots of each of some hosts, those that are needed among them; of choices that are alike, one."""
-    if not hosts:
-        yield ()
+    """Yield so many slots of each of some hosts, those that are needed among them; of choices that are alike, one.
+
+    From the last host to the first, what may follow is kept. Each of it can be completed to a choice by the hosts that
+    are needed before it, so that there are no fewer choices than are kept of any host: where these are more than are
+    looked at, the rest is left out.
+    """
+    is_needed = [any(device.id in needed for slot in own for device in slot) for own in hosts]
+    if any(
+        must and not any(True for _ in _subsets(own, count, needed, kinds))
+        for must, own in zip(is_needed, hosts, strict=True)
+    ):
         return
-    is_needed = any(device.id in needed for slot in hosts[0] for device in slot)
-    seen: set[tuple[object, ...]] = set()
-    following = list(_of_hosts(hosts[1:], count, needed, kinds))
-    for own in (*_subsets(hosts[0], count, needed, kinds), *(() if is_needed else ((),))):
-        for rest in following:
-            key = tuple(kinds[slot[0].id] for slot in own + rest)
-            if key not in seen:
-                seen.add(key)
-                yield own + rest
+    following: list[tuple[tuple[int, ...], tuple[Slot, ...]]] = [((), ())]
+    for place in reversed(range(len(hosts))):
+        room = most - count * sum(is_needed[:place])
+        without: tuple[tuple[Slot, ...], ...] = () if is_needed[place] else ((),)
+        kept: dict[tuple[int, ...], tuple[Slot, ...]] = {}
+        for own in chain(_subsets(hosts[place], count, needed, kinds), without):
+            alike = tuple(kinds[slot[0].id] for slot in own)
+            for key, rest in following:
+                if len(own) + len(rest) <= room:
+                    kept.setdefault(alike + key, own + rest)
+            if len(kept) > MOST_CHOICES + 1:  # with the one that has no stage
+                break
+        following = list(kept.items())
+    yield from (chosen for _, chosen in following if chosen)
 
 
 def _subsets(
-    slots: Sequence[Slot], count: int, needed: frozenset[Device], kinds: Mapping[Device, object]
+    slots: Sequence[Slot], count: int, needed: frozenset[Device], kinds: Mapping[Device, int]
 ) -> Iterator[tuple[Slot, ...]]:
     """Yield so many slots of a host in their order, equal ones counted instead of named."""
-    by_kind: dict[object, list[int]] = {}
+    by_kind: dict[int, list[int]] = {}
     for number, slot in enumerate(slots):
         by_kind.setdefault(kinds[slot[0].id], []).append(number)
     alike = list(by_kind.values())
