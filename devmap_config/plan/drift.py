@@ -285,6 +285,8 @@ def _differences(before: object, after: object, route: str) -> Iterator[tuple[st
 
 
 def _written(value: object) -> str:
+    if value is _NOTHING:
+        return "nothing"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return value if isinstance(value, str) else json.dumps(value)

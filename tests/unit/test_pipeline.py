@@ -20,7 +20,7 @@ from devmap_config.cli.fit import fit
 from devmap_config.cli.probe import probe
 from devmap_config.cli.stages_view import pipeline_story
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.locked import compile_locked
+from devmap_config.locked import compile_locked, prove
 from devmap_config.pipeline.cache import LayerCache, blocks_per_request, groups_of, page_bytes
 from devmap_config.pipeline.cuts import best_cut, between, forward, largest_between
 from devmap_config.pipeline.layers import layers_of
@@ -246,6 +246,24 @@ def test_of_equal_hosts_the_first_are_taken(compiled):
     assert len(hosts_of(slower)) == 6 * 7 + 11
 
 
+def test_unequal_hosts_are_counted_no_further_than_what_is_looked_at(compiled):
+    hosts = "".join(f"    h{number}: {{devices: {{cuda:0: {{memory: {1024 + number}MiB}}}}}}\n" for number in range(60))
+    text = f"version: 1\nmodel: {{source: llama}}\nworkload: {{context_length: 64}}\nhardware:\n  hosts:\n{hosts}"
+    Path("profile.yaml").write_text(f"{text}targets: [vllm]\n", encoding="utf-8")
+    refused = run_pipeline(Request(path=Path("profile.yaml")))
+    assert [finding.code for finding in refused.diagnostics] == ["too-large"]  # of 2**60 subsets
+
+    few = compiled(f"{text.partition('    h10:')[0]}targets: [vllm]\n")
+    slots = tuple((device,) for device in few.inventory.devices)
+    found = [tuple(slots.index(slot) for slot in each) for each in choices(slots, frozenset(), frozenset(), {}, 3)]
+    expected = [each for count in (1, 2, 3) for each in itertools.combinations(range(len(slots)), count)]
+    assert sorted(found) == sorted(expected)
+    needed = frozenset({slots[4][0].id})
+    found = list(choices(slots, needed, needed, {}, 3))
+    assert len(found) == sum(4 in each for each in expected)
+    assert all(slots[4] in each for each in found)
+
+
 def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     found = compiled(text)
@@ -261,6 +279,20 @@ def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
     plan["pipeline"]["stages"][1]["first_layer"] = 3
     _, drift = compile_locked(Path("profile.yaml"), replace(lock, plan=plan))
     assert any("weights_bytes" in reason for reason in drift.reasons)  # which are not what that cut has
+
+
+def test_the_stages_of_another_plan_are_not_what_is_proven(compiled):
+    """All that such a lock says follows from its stages, but the strategy chooses faster ones."""
+    text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
+    for match, device in (("model.layers.3", "right/cuda:0"), ("model.layers.[0-5]", "left/cuda:0")):
+        pins = f'{{strategy: fastest, pins: [{{match: "{match}", device: {device}}}]}}'
+        other = compiled(text.replace("{strategy: fastest}", pins)).plan
+        found = compiled(text)
+        lock = lock_of(other, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
+        assert compile_locked(Path("profile.yaml"), lock)[1] is None
+        drift = prove(Request.for_profile(Path("profile.yaml"), lock=lock), lock)
+        assert drift.code == "unproven-lock"
+        assert drift.reasons[0].startswith("`plan.device_map.")
 
 
 def test_a_plan_for_vllm_is_no_device_map(folder, monkeypatch, compiled):
