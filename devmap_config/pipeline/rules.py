@@ -135,7 +135,11 @@ def wishes_of(layers: Layers, resolution: Resolution, slots: Sequence[Slot], sin
 
 
 def in_order(slots: Sequence[Slot], wishes: Wishes) -> tuple[Slot, ...]:
-    """Return the slots with those of a host in the order in which rules give them layers."""
+    """Return the slots with those of a host in the order in which rules give them layers.
+
+    Whichever has the first layer, or what is before it, can only be the first stage of its host, and whichever has the
+    last layer, or what is behind it, the last: others of that host, which no rule names, are between.
+    """
     asked: dict[Device, int] = {}
     for number in sorted(wishes.wanted):
         asked.setdefault(wishes.wanted[number][0], number)
@@ -144,8 +148,18 @@ def in_order(slots: Sequence[Slot], wishes: Wishes) -> tuple[Slot, ...]:
         own = [slot for slot in slots if slot[0].id.host == host]
         named = [slot for slot in own if any(device.id in asked for device in slot)]
         by_layer = iter(sorted(named, key=lambda slot: min(asked.get(device.id, len(asked) ** 9) for device in slot)))
-        ordered += [next(by_layer) if slot in named else slot for slot in own]
+        by_rules = [next(by_layer) if slot in named else slot for slot in own]
+        ordered += sorted(by_rules, key=lambda slot: _end_of(slot, wishes))
     return tuple(ordered)
+
+
+def _end_of(slot: Slot, wishes: Wishes) -> int:
+    """Return -1 for a slot that rules make the first of its host, 1 for the last, and 0 for others."""
+    ids = {device.id for device in slot}
+    numbers = [number for number, (device, _) in wishes.wanted.items() if device in ids]
+    if not numbers:
+        return 0
+    return -1 if min(numbers) <= 0 else 1 if max(numbers) >= wishes.layers - 1 else 0
 
 
 def _members(layers: Layers) -> Iterator[tuple[int, list[str]]]:

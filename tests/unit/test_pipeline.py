@@ -281,6 +281,32 @@ def test_the_lock_holds_the_stages_and_is_held_to_them(compiled):
     assert any("weights_bytes" in reason for reason in drift.reasons)  # which are not what that cut has
 
 
+@pytest.mark.parametrize(
+    ("match", "device", "order"),
+    [
+        ("lm_head", "cuda:0", [1, 0]),
+        ("model.layers.5", "cuda:0", [1, 0]),
+        ("model.embed_tokens", "cuda:1", [1, 0]),
+        ("model.layers.0", "cuda:1", [1, 0]),
+        ("lm_head", "cuda:1", [0, 1]),
+        ("model.embed_tokens", "cuda:0", [0, 1]),
+    ],
+)
+def test_one_pin_decides_which_of_equal_devices_is_first(compiled, match, device, order):
+    text = """version: 1
+model: {source: llama}
+workload: {context_length: 16384, concurrency: 8}
+hardware: {devices: {"cuda:[0-1]": {memory: %s}}}
+placement: {pins: [{match: %s, device: %s}]}
+targets: [vllm]
+"""
+    found = compiled(text % ("180MiB", match, device))
+    assert [stage.devices[0].index for stage in found.plan.pipeline.stages] == order
+    lock = lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
+    held, drift = compile_locked(Path("profile.yaml"), lock)
+    assert (held.plan, drift) == (found.plan, None)
+
+
 def test_the_stages_of_another_plan_are_not_what_is_proven(compiled):
     """All that such a lock says follows from its stages, but the strategy chooses faster ones."""
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
