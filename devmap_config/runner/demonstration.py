@@ -255,13 +255,7 @@ def demonstrator_of_plan(
     planned = planned_generation(workload, max_new_tokens, measurement)
     if planned.prompts.besides is None:
         require_fit_class(request, Given())
-    media = None if measurement is None else measurement.media
-    if media is not None and media.problem is not None:
-        sink.warning(
-            "untried-inputs",
-            f"the model is given text alone: it was not measured with images or sound ({media.reason})",
-            help="give it one with its checkpoint, by `--image` or `--audio`",
-        )
+    tell_of_text_alone(measurement, sink)
     return Demonstrator(
         request=request,
         sink=sink,
@@ -294,12 +288,23 @@ def planned_generation(
     if length < least:
         taken = f"images and sound take {least - LEAST_WORDS:,} tokens"
         message = f"{taken}, and {count:,} are to follow a prompt of {length:,}"
-        raise RunnerError("prompt-too-short", message, "have it write fewer, by `--max-new-tokens`")
+        raise RunnerError("prompt-too-short", message, "have it write fewer tokens, or plan for a longer prompt")
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length, besides=besides),
         new_tokens=count,
         cache=cache_arguments(workload.cache),
     )
+
+
+def tell_of_text_alone(measurement: Measurement | None, sink: Sink) -> None:
+    """Warn where a workload has images or sound, and what is made up is text alone, as the plan was measured with."""
+    media = None if measurement is None else measurement.media
+    if media is not None and media.problem is not None:
+        sink.warning(
+            "untried-inputs",
+            f"the model is given text alone: it was not measured with images or sound ({media.reason})",
+            help="`devmap run` gives it one with its checkpoint, by `--image` or `--audio`",
+        )
 
 
 def require_fit_class(request: LoadRequest, given: Given) -> Any:
