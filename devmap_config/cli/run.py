@@ -164,9 +164,9 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
     from devmap_config.runner.media import read_image, read_sound
 
     media: dict[str, Any] = {}
-    for name, path, read in (("image", image, read_image), ("sound", audio, read_sound)):
+    for name, path, read in (("images", image, read_image), ("sounds", audio, read_sound)):
         try:
-            media[name] = None if path is None else read(path)
+            media[name] = () if path is None else (read(path),)
         except FileError as error:
             raise click.UsageError(f"`{path}` {error}: {error.help}") from None
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)

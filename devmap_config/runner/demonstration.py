@@ -24,6 +24,7 @@ from devmap_config.runner.inputs import (
     made_up_inputs,
     media_inputs,
     placed,
+    planned_numbers,
     require_chat_template,
     require_fit,
     text_inputs,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.costs import Measurement
+    from devmap_config.graph.costs import Measurement, WorkloadShape
     from devmap_config.profile.schema import Workload
     from devmap_config.runner.generation_times import GenerationTimes
     from devmap_config.runner.inputs import ModelInputs
@@ -115,7 +116,7 @@ class Demonstrator:
 
     def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> ModelInputs:
         if given.has_media:
-            return media_inputs(self.processor, self.tokenizer, given)
+            return media_inputs(type(model), self.processor, self.tokenizer, given)
         if self.tokenizer is None and not given.messages:
             return made_up_inputs(model, self.made_up)
         if encoder is not None:
@@ -202,6 +203,16 @@ def measured_generation(
         return measure_generation(model, workload, rounds=rounds, least_seconds=least_seconds)
 
 
+def numbers_planned(model: PreTrainedModel, request: LoadRequest, workload: WorkloadShape) -> int:
+    """Return how many numbers the images and the sound of a sequence are, as a loaded model's plan was measured.
+
+    Raises:
+        RunnerError: if the model does not run.
+    """
+    with running(request), _failures_told():
+        return planned_numbers(model, workload)
+
+
 def demonstrator(
     request: LoadRequest, workload: Workload, given: Given, sink: Sink, *, max_new_tokens: int | None = None
 ) -> Demonstrator:
@@ -213,7 +224,7 @@ def demonstrator(
     model_class = require_fit_class(request, given)
     with running(request):
         tokenizer = load_tokenizer(request, sink)
-        processor = load_processor(request, given) if given.has_media else None
+        processor = load_processor(request, of_images=bool(given.images)) if given.has_media else None
     if given.messages and not given.has_media:
         require_chat_template(tokenizer)
     is_told = any(each.code in ("no-tokenizer", "remote-code") for each in sink)
