@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,22 +155,32 @@ def _check(pipeline: Pipeline, compiled: Compiled, sink: Sink) -> None:
         sink.error("unfit-export", message, profile.model.dtype.span, help=help)
     addresses: dict[str, str | None] = {}
     for host in pipeline.hosts if len(pipeline.hosts) > 1 else ():
-        if host.address is not None and host.address in addresses:
+        address = None if host.address is None else _same_address(host.address)
+        if address in addresses:
             sink.error(
                 "unfit-export",
-                f"`{host.name}` has the address of `{addresses[host.address]}`, and hosts reach each other by theirs",
+                f"`{host.name}` has the address of `{addresses[address]}`, and hosts reach each other by theirs",
                 profile.hardware.hosts[str(host.name)].network.address.span,
                 help="give each host its own: on one machine 127.0.0.1 and 127.0.0.2 are two",
             )
-        elif host.address is not None:
-            addresses[host.address] = host.name
-        if host.address is None:
+        elif address is not None:
+            addresses[address] = host.name
+        else:
             sink.error(
                 "unfit-export",
                 f"vLLM needs the address of `{host.name}`, at which the other hosts reach it",
                 profile.hardware.hosts[str(host.name)].key_span,
                 help="write `network: {address: 10.0.0.1}`",
             )
+
+
+def _same_address(address: str) -> str:
+    """Return the one spelling of an address that has several: `0:0:0:0:0:0:0:1` is `::1`."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address.lower()  # a host's name
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
 
 
 def _plan(pipeline: Pipeline, model: ServedModel) -> str:
@@ -318,7 +329,7 @@ OF_SEVERAL = """\
 - Hosts have another `plan.env`, another version of vLLM, or are two with one number: none of them starts, and each says
   which and why (exit code 1). vLLM itself would serve, and answer wrongly.
 - A host does not come within {join_seconds} s: the others give up (exit code 1).
-- vLLM on a host is gone: the others end at once (exit code 1); where all of the host is gone, within half a minute.
+- vLLM on a host is gone: the others end at once (exit code 1); where all of the host is gone, within a minute.
   systemd and compose start them anew, and they come together again."""
 
 OF_ONE = "- vLLM is gone: so is the script (exit code 1 or vLLM's own). systemd and compose start it anew."

@@ -50,7 +50,10 @@ class LoadedProfile:
         """True if the names of all devices could be read; otherwise an unknown device may be among those that could
         not.
         """
-        nodes = [listing.place.node for listing in self.profile.hardware.listings.values()]
+        hardware = self.profile.hardware
+        if "hosts" in hardware.doubtful and not hardware.hosts:
+            return False
+        nodes = [listing.place.node for listing in hardware.listings.values()]
         return not any(
             entry.key.is_unrendered for node in nodes if isinstance(node, MappingNode) for entry in node.entries
         )

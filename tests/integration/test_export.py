@@ -167,6 +167,7 @@ def test_a_plan_for_vllm_is_files_for_every_host(workspace):
         ("targets: [vllm]\n", "", 5, "the plan is made for transformers"),
         (", address: 10.0.0.2", "", 8, "vLLM needs the address of `right`"),
         ("10.0.0.2", "10.0.0.1", 8, "`right` has the address of `left`"),
+        ("10.0.0.2", '"::FFFF:10.0.0.1"', 8, "`right` has the address of `left`"),
         ("{source: llama}", "{source: llama, dtype: float64}", 3, "vLLM has no float64"),
     ],
 )
@@ -180,6 +181,12 @@ def test_what_vllm_is_not_told_is_asked_for(workspace, before, after, line, mess
     assert (done.return_value, found["code"]) == (1, "unfit-export")
     assert found["message"].startswith(message)
     assert found["line"] == (1 if line == 5 else line)
+
+
+def test_two_spellings_of_an_address_are_one(workspace):
+    profile = compiled(HOSTS.replace("10.0.0.1", '"::1"').replace("10.0.0.2", '"0:0:0:0:0:0:0:1"'))
+    done = run("export", profile, "--to", "vllm", "-o", "exported", "--model", "x/y")
+    assert (done.return_value, "error[unfit-export]: `right` has the address of `left`" in done.stderr) == (1, True)
 
 
 def test_hosts_are_told_a_path_that_is_one_wherever_they_start(workspace):

@@ -272,6 +272,15 @@ def test_names_are_words_and_nothing_else(tmp_path, monkeypatch):
     assert service["entrypoint"][-1] == "/devmap/node.0.env"
 
 
+def test_files_may_be_called_like_options(tmp_path):
+    folder = exported(tmp_path / "out", pipeline())
+    for name, other in (("plan.env", "--"), ("node.0.env", "-n")):
+        (folder / name).rename(folder / other)
+    command = ["sh", "serve.sh", "--print", "--", "-n"]
+    printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("/models/tiny\n--served-model-name=tiny\n")
+
+
 def test_an_address_of_ipv6_has_brackets_in_a_url():
     made = pipeline()
     hosts = tuple(replace(host, address=f"::{number + 1}") for number, host in enumerate(made.hosts))

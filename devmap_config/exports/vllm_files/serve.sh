@@ -7,9 +7,13 @@ set -eu
 mode=serve
 case ${1:-} in --print | --health) mode=${1#--}; shift ;; esac
 [ $# -ge 2 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
-here=$(cd "$(dirname "$0")" && pwd)
-plan=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
-node=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+absolute() { # of a name that is none of an option, even where it begins with `-`
+    case $1 in /*) ;; *) set -- "./$1" ;; esac
+    printf '%s/%s\n' "$(cd "$(dirname "$1")" && pwd)" "$(basename "$1")"
+}
+here=$(dirname "$(absolute "$0")")
+plan=$(absolute "$1")
+node=$(absolute "$2")
 shift 2
 unset VLLM_PP_LAYER_PARTITION # one that is left set is taken for this plan's
 . "$plan"
