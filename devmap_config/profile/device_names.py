@@ -29,6 +29,9 @@ _NAME = re.compile(
 )
 
 
+_BEYOND_ANY = re.compile(r"(?:[a-z]+:)?\[?[0-9,-]*[0-9]{5}[0-9,-]*\]?")
+"""A name or a range with a number of more digits than an index has."""
+
 MEANT = {
     "gpu": "cuda",
     "nvidia": "cuda",
@@ -84,6 +87,8 @@ def _expanded(text: str, kind: str, kinds: tuple[str, ...]) -> tuple[Device, ...
         return (Device(text.removesuffix(":0")),)
     match = _NAME.fullmatch(text)
     if match is None:
+        if _BEYOND_ANY.fullmatch(text):
+            raise DeviceNameError(f"`{text}` is beyond the devices of any machine", "name those that there are")
         if text in ACCELERATOR_KINDS:
             raise DeviceNameError(f"`{text}` does not say which one", f'write `{text}:0`, or `"{text}:[0-1]"` for two')
         raise DeviceNameError(f"`{text}` is not a device", _advice(text))
