@@ -82,9 +82,16 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
     if bases := compiled.time_bases:
         yield f"{said_of_bases(bases)}; of vLLM no run was seen"
     unused = [use.id for use in compiled.plan.devices if not use.weights_bytes]
+    from devmap_config.pipeline.slots import MOST_CHOICES
+    from devmap_config.plan.pipelines import all_orders_tried  # with it comes numpy
+
+    are_all = all_orders_tried(compiled)
+    if not are_all:
+        yield f"of the ways to choose and order these devices, {MOST_CHOICES:,} were tried: there may be better stages"
     if unused:
         they_stay = "it stays" if len(unused) == 1 else "they stay"
-        yield f"no stages that use {', '.join(folded_devices(map(str, unused)))} are better: {they_stay} empty"
+        tried = "" if are_all else " that were tried"
+        yield f"no stages{tried} that use {', '.join(folded_devices(map(str, unused)))} are better: {they_stay} empty"
 
 
 def cache_in_words(pipeline: Pipeline) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from devmap_config.pipeline.cuts import NEVER, Cut, best_cut, forward, least_total
@@ -12,7 +12,7 @@ from devmap_config.pipeline.problem import bounds_of
 from devmap_config.pipeline.slots import MOST_CHOICES, choices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from devmap_config.pipeline.cuts import Costs, Mask
     from devmap_config.pipeline.problem import PipelineProblem
@@ -124,9 +124,16 @@ def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlaceme
         prefers_cache: whether the size of the cache comes before speed.
 
     Raises:
-        TooManyChoicesError: if devices may be chosen in too many ways.
+        TooManyChoicesError: if devices may be chosen in too many ways, or ordered in too many and none was found.
     """
-    candidates = _candidates(problem)
+    candidates, are_all = _candidates(problem)
+    place = _best_of(candidates, prefers_cache=prefers_cache)
+    if place is None and not are_all:
+        raise TooManyChoicesError
+    return place
+
+
+def _best_of(candidates: Sequence[PipelineCandidate], *, prefers_cache: bool) -> StagePlacement | None:
     if prefers_cache:
         fitting = [each for each in candidates if each.within(each.needed_blocks, None) is not None]
         return _widest(fitting, None)
@@ -146,22 +153,43 @@ def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlaceme
     return _widest((candidate for candidate, objective in near if objective <= budget), budget)
 
 
+def tries_all_orders(problem: PipelineProblem) -> bool:
+    """Return whether the devices may be ordered in no more ways than are looked at."""
+    return _candidates(problem)[1]
+
+
 def widest_place(problem: PipelineProblem) -> StagePlacement | None:
     """Return the stages with the largest cache, whether or not all requests fit; `None` if the weights do not."""
-    return _widest((each for each in _candidates(problem) if each.within(0, None) is not None), None, needed=0)
+    return _widest((each for each in _candidates(problem)[0] if each.within(0, None) is not None), None, needed=0)
 
 
 def _with_slack(least: int) -> int:
     return least + least // WITHIN
 
 
-def _candidates(problem: PipelineProblem) -> list[PipelineCandidate]:
+def _candidates(problem: PipelineProblem) -> tuple[list[PipelineCandidate], bool]:
+    """Return the devices that may be stages, each choice first as it is given; and whether all their orders are there.
+
+    Raises:
+        TooManyChoicesError: if there are more choices than are looked at, each in one order.
+    """
     layers = len(problem.layers.paths)
     found = choices(problem.slots, problem.needed, problem.distinct, problem.inventory.links, layers)
     chosen = list(islice(found, MOST_CHOICES + 1))
     if len(chosen) > MOST_CHOICES:
         raise TooManyChoicesError
-    return [PipelineCandidate(problem, slots) for slots in chosen]
+    others = _in_turn([islice(problem.orders(slots), 1, None) for slots in chosen])
+    looked_at = list(islice(chain(chosen, others), MOST_CHOICES + 1))
+    candidates = [PipelineCandidate(problem, slots) for slots in looked_at[:MOST_CHOICES]]
+    return candidates, len(looked_at) == len(candidates)
+
+
+def _in_turn(several: Sequence[Iterator[tuple[Slot, ...]]]) -> Iterator[tuple[Slot, ...]]:
+    """Yield the first of each, then the second of each, until all are at their end."""
+    while several:
+        found = [(each, next(each, None)) for each in several]
+        yield from (order for _, order in found if order is not None)
+        several = [each for each, order in found if order is not None]
 
 
 def _widest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ from devmap_config.pipeline.stages import Pipeline, PipelineHost, Stage
 from devmap_config.pipeline.times import StageTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from devmap_config.devices import Device
     from devmap_config.execution.segments import Phase
@@ -42,6 +43,7 @@ LOGITS_BYTES = 4
 """vLLM samples from logits in float32."""
 
 Allowed: TypeAlias = "Callable[[Sequence[Slot]], Sequence[Mask]]"
+Orders: TypeAlias = "Callable[[Sequence[Slot]], Iterator[tuple[Slot, ...]]]"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PipelineProblem:
         needed: the devices that rules require to be used.
         distinct: all devices that rules name.
         allowed: by the rules, the layers that a stage in a slot may have.
+        orders: by the rules, the orders in which slots may be stages.
         networks: the address and the interface of each host, by its name.
     """
 
@@ -66,6 +69,7 @@ class PipelineProblem:
     needed: frozenset[Device]
     distinct: frozenset[Device]
     allowed: Allowed
+    orders: Orders
     networks: Mapping[str | None, tuple[str | None, str | None]]
 
     @property
@@ -128,10 +132,24 @@ class PipelineProblem:
     def knows_times(self) -> bool:
         """True if the machine states all rates that a pipeline over it may use."""
         try:
-            self.stage_times(self.slots, "decode")
+            self.stage_times(self.slots[:1], "decode")
+            for slot in self.slots:
+                _known(self._nanoseconds(self.times("decode", 1), self.layers.paths[0], slot))
+                _known(self.times("decode", 1).reducing_nanoseconds(slot))
         except UnknownTimeError:
             return False
-        return True
+        return not self.unlinked
+
+    @property
+    def unlinked(self) -> list[tuple[Slot, Slot]]:
+        """The places of stages that may follow one another, and whose link the machine does not state."""
+        hosts = list(dict.fromkeys(slot[0].id.host for slot in self.slots))
+        return [
+            (before, after)
+            for before, after in permutations(self.slots, 2)
+            if hosts.index(before[0].id.host) <= hosts.index(after[0].id.host)
+            and (before[0].id, after[0].id) not in self.inventory.links
+        ]
 
     @cached_property
     def pages(self) -> Costs:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice, product
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from devmap_config.pipeline.cuts import between
 from devmap_config.pipeline.layers import is_in, number_of
+from devmap_config.pipeline.slots import MOST_CHOICES, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -58,6 +60,38 @@ class Wishes:
                 known[key] = self._allowed(place, slot, len(slots))
             allowed.append(known[key])
         return allowed
+
+    def orders(self, slots: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
+        """Yield the slots in each order that rules leave open, first in that in which they are given.
+
+        Of a host, those that have the first and the last layers stay where they are, and those that have others keep
+        their order. Where rules name none of these, all stay; else the rest may be anywhere between, equal ones once.
+        """
+        by_host: dict[str | None, list[Slot]] = {}
+        for slot in slots:
+            by_host.setdefault(slot[0].id.host, []).append(slot)
+        # Of a host, no more than are looked at.
+        for of_hosts in product(*(islice(self._orders_of_host(own), MOST_CHOICES + 1) for own in by_host.values())):
+            yield tuple(chain.from_iterable(of_hosts))
+
+    def _orders_of_host(self, own: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
+        between = [slot for slot in own if not end_of(slot, self)]
+        if not any(device.id in self.devices for slot in between for device in slot):
+            yield tuple(own)
+            return
+        before, behind = (tuple(slot for slot in own if end_of(slot, self) == end) for end in (-1, 1))
+        wanted = [slot for slot in between if any(device.id in self.needed for device in slot)]
+        others = [slot for slot in between if slot not in wanted]
+        alike: dict[object, list[Slot]] = {}
+        for slot in others:
+            alike.setdefault(kind_of(slot, self.devices), []).append(slot)
+        seen = set()
+        for queues in ([wanted, others], [wanted, *alike.values()]):  # first those in which others keep their order
+            for order in _merged(queues, between):
+                key = tuple(slot[0].id for slot in order)
+                if key not in seen:
+                    seen.add(key)
+                    yield (*before, *order, *behind)
 
     def _allowed(self, place: int, slot: Slot, stages: int) -> Mask:
         ids = {device.id for device in slot}
@@ -149,17 +183,27 @@ def in_order(slots: Sequence[Slot], wishes: Wishes) -> tuple[Slot, ...]:
         named = [slot for slot in own if any(device.id in asked for device in slot)]
         by_layer = iter(sorted(named, key=lambda slot: min(asked.get(device.id, len(asked) ** 9) for device in slot)))
         by_rules = [next(by_layer) if slot in named else slot for slot in own]
-        ordered += sorted(by_rules, key=lambda slot: _end_of(slot, wishes))
+        ordered += sorted(by_rules, key=lambda slot: end_of(slot, wishes))
     return tuple(ordered)
 
 
-def _end_of(slot: Slot, wishes: Wishes) -> int:
+def end_of(slot: Slot, wishes: Wishes) -> int:
     """Return -1 for a slot that rules make the first of its host, 1 for the last, and 0 for others."""
     ids = {device.id for device in slot}
     numbers = [number for number, (device, _) in wishes.wanted.items() if device in ids]
     if not numbers:
         return 0
     return -1 if min(numbers) <= 0 else 1 if max(numbers) >= wishes.layers - 1 else 0
+
+
+def _merged(queues: Sequence[Sequence[Slot]], given: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
+    """Yield all ways to merge queues of which each keeps its order, first that in which their items are given."""
+    heads = sorted((queue for queue in queues if queue), key=lambda queue: given.index(queue[0]))
+    if not heads:
+        yield ()
+    for queue in heads:
+        rest = [other if other is not queue else other[1:] for other in heads]
+        yield from ((queue[0], *order) for order in _merged(rest, given))
 
 
 def _members(layers: Layers) -> Iterator[tuple[int, list[str]]]:

@@ -107,7 +107,7 @@ def choices(
     hosts: dict[str | None, list[Slot]] = {}
     for slot in slots:
         hosts.setdefault(slot[0].id.host, []).append(slot)
-    kinds = {slot[0].id: _kind(slot, distinct) for slot in slots}
+    kinds = {slot[0].id: kind_of(slot, distinct) for slot in slots}
     for own in hosts.values():
         reached = _reached(own, slots, links)
         kinds |= {slot[0].id: (kinds[slot[0].id], reached) for slot in own}
@@ -118,7 +118,7 @@ def choices(
         yield from _of_hosts(list(hosts.values()), count, most, needed, numbered)
 
 
-def _kind(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
+def kind_of(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
     """Return what two slots have in common that may stand for each other."""
     named = tuple(device.id for device in slot if device.id in distinct)
     return (named, slot[0].memory_bytes, slot[0].capacity_bytes, slot[0].rates)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from devmap_config.devices import Device
 from devmap_config.graph.cache import library_versions
 from devmap_config.plan.lock import INPUT_NAMES
 from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from devmap_config.plan.lock import InputDigests, Lock
     from devmap_config.plan.values import Scalar, Values
@@ -26,8 +27,17 @@ CAUSES = {
 """What an input follows from: where such a value changed, that is what is said."""
 
 
-def changed_inputs(lock: Lock, inputs: InputDigests, variables: Mapping[str, str]) -> tuple[str, ...]:
-    """Return a phrase for each input that changed, with values if the lock has them; empty if the lock is fresh."""
+def changed_inputs(
+    lock: Lock, inputs: InputDigests, variables: Mapping[str, str], hosts: Iterable[str | None] = ()
+) -> tuple[str, ...]:
+    """Return a phrase for each input that changed, with values if the lock has them; empty if the lock is fresh.
+
+    Args:
+        lock: the lock.
+        inputs: the present inputs.
+        variables: the present `--set` values.
+        hosts: the present hosts, whose order is no value.
+    """
     now = inputs.to_json()
     changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now.get(name)]
     values = {
@@ -36,12 +46,21 @@ def changed_inputs(lock: Lock, inputs: InputDigests, variables: Mapping[str, str
     }
     if "commit" in changed:
         values["commit"] = {"": f"{_shown(lock.inputs.get('commit'))} → {_shown(now['commit'])}"}
+    if "hardware" in changed and not values["hardware"]:
+        values["hardware"] = _change_of_order(lock, hosts)
     phrases = [_phrase(INPUT_NAMES[name], values[name]) for name in changed if not _follows(name, values)]
     if set(changed) <= {"graph", "measurement"} and phrases and (versions := changed_versions(lock)):
         phrases = [f"{phrases[0]} ({versions})"]
     if dict(lock.variables) != dict(variables):
         phrases.append(_phrase("the `--set` values", _changes(lock.variables, variables)))
     return tuple(phrases)
+
+
+def _change_of_order(lock: Lock, hosts: Iterable[str | None]) -> dict[str, str]:
+    """Return how the order of the hosts changed, in which they have layers; nothing if it is the same."""
+    devices = (Device.from_text(use["id"]) for use in lock.plan["devices"])
+    before, after = (", ".join(map(str, dict.fromkeys(each))) for each in ((device.host for device in devices), hosts))
+    return {} if before == after else {"hosts": f"in another order: {before} → {after}"}
 
 
 def _changes(before: Values, after: Values) -> dict[str, str]:

@@ -3,7 +3,8 @@ breaks.
 
 A lock makes two kinds of statements that cannot be derived: where every unit is stored and runs, and a lower bound,
 whose proof took long. Everything else follows from these and from the inputs; it is derived again and compared. The
-bound is checked for plausibility only; `check --prove` proves it again.
+bound is checked for plausibility only; `check --prove` proves it again. Stages of a plan for vLLM have no bound, and
+are quickly found: they are placed anew.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def remedy(code: str, profile: Path) -> str:
 def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> ReusedPlan | Drift:
     """Derive the plan of a lock, verify it like a new one, and compare everything that the lock says with it.
 
-    Nothing is placed for this. If only the measurement has changed, and by other versions of the libraries, the locked
-    plan is checked against the new figures instead.
+    Nothing but stages for vLLM is placed for this. If only the measurement has changed, and by other versions of the
+    libraries, the locked plan is checked against the new figures instead.
 
     Args:
         lock: a lock of the profile.
@@ -101,7 +102,8 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> R
     inputs = _comparable(inputs, lock, prepared.graph)
     variables = prepared.loaded.overrides
     versions = changed_versions(lock) if _is_measured_otherwise(lock, inputs, variables) else ""
-    if not versions and (changed := changed_inputs(lock, inputs, variables)):
+    hosts = [device.host for device in prepared.capacities]
+    if not versions and (changed := changed_inputs(lock, inputs, variables, hosts)):
         return Drift("stale-lock", changed)
     try:
         plan = _derived(lock, prepared)
@@ -117,6 +119,8 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> R
     if broken := [*contradictions, *_bad_bounds(lock, prepared), *_bad_fastest(lock, prepared)]:
         return Drift("broken-lock", tuple(broken))
     if not versions:
+        if prepared.is_for_vllm and (unproven := _other_stages(plan, prepared)):
+            return Drift("unproven-lock", (unproven,))
         stated = {name: lock.plan["prediction"].get(name) for name in PROVEN}
         return ReusedPlan(replace(plan, prediction=replace(plan.prediction, **stated)))
     moved = moved_figures(lock.plan, plan.to_json())
@@ -193,6 +197,13 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
     if uncovered := [violation.message for violation in coverage(plan, graph)]:
         raise LockError(uncovered[0])
     return replace(plan, prediction=predict(plan, graph, prepared.inventory))
+
+
+def _other_stages(plan: Plan, prepared: Prepared) -> str | None:
+    """Return how the stages differ from those that the strategy chooses: of these, no bound tells how good they are."""
+    from devmap_config.plan.pipelines import other_stages  # with it comes numpy
+
+    return other_stages(plan, prepared)
 
 
 def _drift(broken: list[str], versions: str, moved: tuple[str, ...] = ()) -> Drift:

@@ -11,19 +11,21 @@ from devmap_config.execution.assignment import Assignment, Location
 from devmap_config.execution.executor import Executor
 from devmap_config.pipeline.architectures import VLLM_VERSION, architectures
 from devmap_config.pipeline.layers import UncutModelError, layers_of
-from devmap_config.pipeline.planning import TooManyChoicesError, best_place, widest_place
-from devmap_config.pipeline.problem import PipelineProblem, pipeline_of
+from devmap_config.pipeline.planning import TooManyChoicesError, best_place, tries_all_orders, widest_place
+from devmap_config.pipeline.problem import MOST_BYTES, PipelineProblem, pipeline_of
 from devmap_config.pipeline.rules import in_order, wishes_of
 from devmap_config.pipeline.slots import MOST_CHOICES, slots_of
 from devmap_config.pipeline.times import SENT_TENSORS
 from devmap_config.plan.lock import LockError
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
+from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Diagnostic
+    from devmap_config.pipeline.planning import StagePlacement
     from devmap_config.pipeline.rules import Wishes
     from devmap_config.pipeline.slots import Slot
     from devmap_config.pipeline.stages import Pipeline
@@ -84,6 +86,7 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
         needed=wishes.needed,
         distinct=wishes.devices,
         allowed=wishes.allowed,
+        orders=wishes.orders,
         networks={name: (host.network.address.value, host.network.interface.value) for name, host in hosts.items()},
     )
     return StatedProblem(problem, wishes)
@@ -112,9 +115,8 @@ def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
         for device, message, help in _missing_rates(problem):
             sink.error("missing-figure", message, prepared.loaded.profile.hardware.device_span(device), help=help)
         return None
-    prefers_cache = strategy == CACHE_FIRST or not problem.knows_times
     try:
-        place = best_place(problem, prefers_cache=prefers_cache)
+        place = _best_place(problem, strategy)
     except TooManyChoicesError:
         message = f"there are more than {MOST_CHOICES} ways to choose the stages among these devices"
         help = "list those that are to have stages, or put layers on them by rules"
@@ -124,6 +126,43 @@ def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
         _report_no_room(problem, prepared, sink)
         return None
     return _plan(prepared, problem, place.slots, place.bounds)
+
+
+def other_stages(plan: Plan, prepared: Prepared) -> str | None:
+    """Return which stages of a plan are not those that placing anew gives; `None` if all are."""
+    pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
+    try:
+        place = None if stated is None else _best_place(stated.problem, prepared.strategy)
+    except TooManyChoicesError:
+        place = None
+    if pipeline is None or place is None:
+        return "placing anew gives no stages"
+    own = [_written(stage.devices, (stage.first_layer, stage.last_layer)) for stage in pipeline.stages]
+    best = [_written(_ids(slot), bound) for slot, bound in zip(place.slots, place.bounds, strict=True)]
+    if own == best:
+        return None
+    first = next((number for number, (one, other) in enumerate(zip(own, best, strict=False)) if one != other), 0)
+    return f"it has layers {first_of(own[first:])}, and placing anew gives {first_of(best[first:])}"
+
+
+def all_orders_tried(prepared: Prepared) -> bool:
+    """Return whether stages were searched in every order of their devices that rules leave open."""
+    stated = pipeline_problem(prepared, Sink())
+    return stated is None or tries_all_orders(stated.problem)
+
+
+def _best_place(problem: PipelineProblem, strategy: str) -> StagePlacement | None:
+    """Return the stages that a strategy chooses.
+
+    Raises:
+        TooManyChoicesError: if devices may be chosen in too many ways.
+    """
+    return best_place(problem, prefers_cache=strategy == CACHE_FIRST or not problem.knows_times)
+
+
+def _written(devices: Sequence[Device], bound: tuple[int, int]) -> str:
+    """Return a stage as `0-3 on left/cuda:0`."""
+    return f"{bound[0]}-{bound[1]} on {' and '.join(map(str, devices))}"
 
 
 def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
@@ -167,7 +206,8 @@ def broken_stages(plan: Plan, prepared: Prepared) -> list[str]:
     by_devices = {_ids(slot): slot for slot in problem.slots}
     slots = [by_devices[stage.devices] for stage in pipeline.stages]
     broken = []
-    order = [problem.slots.index(slot) for slot in slots]
+    hosts = list(dict.fromkeys(slot[0].id.host for slot in problem.slots))
+    order = [hosts.index(slot[0].id.host) for slot in slots]
     if order != sorted(order):
         broken.append("its stages are not in the order of their hosts")
     for stage, mask in zip(pipeline.stages, stated.wishes.allowed(slots), strict=True):
@@ -277,55 +317,83 @@ def _missing_rates(problem: PipelineProblem) -> Iterator[tuple[Device, str, str]
         if slot[0].bandwidth_bytes_per_second is None:
             example = f"write `{slot[0].id.of_its_host}: {{bandwidth: 1000GB/s}}`, or name an `accelerator`"
             yield slot[0].id, f"`fastest` compares times, and the bandwidth of {slot[0].id} is not known", example
-    links = problem.inventory.links
-    for before, after in zip(problem.slots, problem.slots[1:], strict=False):
-        if (before[0].id, after[0].id) not in links:
-            is_between = before[0].id.host != after[0].id.host
-            key = "`network: 12.5GB/s` under each host" if is_between else "`links: {peer: 12GB/s}`"
-            yield (
-                after[0].id,
-                f"`fastest` compares times, and how fast {after[0].id} is reached from {before[0].id} is not known",
-                f"write {key}",
-            )
+    first_of_each = {after[0].id: (before, after) for before, after in reversed(problem.unlinked)}
+    for before, after in reversed(first_of_each.values()):
+        is_between = before[0].id.host != after[0].id.host
+        key = "`network: 12.5GB/s` under each host" if is_between else "`links: {peer: 12GB/s}`"
+        yield (
+            after[0].id,
+            f"`fastest` compares times, and how fast {after[0].id} is reached from {before[0].id} is not known",
+            f"write {key}",
+        )
     for slot in problem.slots:
-        if len(slot) > 1 and (slot[0].id, slot[1].id) not in links:
+        if len(slot) > 1 and (slot[0].id, slot[1].id) not in problem.inventory.links:
             message = f"`fastest` compares times, and how fast {slot[1].id} is reached from {slot[0].id} is not known"
             yield slot[1].id, message, "write `links: {peer: 12GB/s}`"
 
 
 def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) -> None:
     """Report that not all requests fit: how many tokens there is room for, and which stage decides; or the weights."""
-    profile = prepared.loaded.profile
+    workload = prepared.loaded.profile.workload
     widest = widest_place(problem)
     asked = f"{counted(problem.sequences, 'request')} of {problem.context_length:,} tokens"
     if widest is None:
-        held_bytes = sum(slot[0].capacity_bytes * len(slot) for slot in problem.slots)
-        forward_bytes = max(int(problem.activations(place, 2).max()) for place in (0, 1))
-        message = (
-            f"no stages of whole layers fit: the weights are {format_bytes(problem.layers.graph.size_bytes)}, and the"
-            f" devices have {format_bytes(held_bytes)} together, of which a forward takes up to"
-            f" {format_bytes(forward_bytes)} on each{_of_processes(problem)}"
-        )
-        if problem.distinct:
-            message += "; rules say which device has which layers"
-        help = "list more devices or memory" + (", or lower `concurrency`" if problem.sequences > 1 else "")
-        sink.error("over-capacity", message, profile.hardware.devices.key_span, help=help)
+        _report_no_stages(problem, prepared, sink)
         return
     pipeline = pipeline_of(problem, widest.slots, widest.bounds)
     stage = pipeline.stages[pipeline.deciding_stage]
     needed = problem.needed_blocks(len(widest.slots)) * problem.context_length // pipeline.blocks_per_request
-    batch_size = problem.measurement.workload.batch_size
-    most = max(pipeline.blocks - 1, 0) // pipeline.blocks_per_request // batch_size
+    most = _most_requests(problem, widest)
     sink.error(
         "over-capacity",
         f"{asked} take a cache of {needed:,} tokens, and there is room for {pipeline.cache_tokens:,}: stage"
         f" {pipeline.deciding_stage} decides, layers {stage.first_layer} to {stage.last_layer} on"
         f" {stage.devices[0]}{_of_processes(problem)}",
-        profile.workload.context_length.span,
+        workload.context_length.span,
         help=f"write `concurrency: {most}` or less, or a shorter `context_length`"
         if most
         else "lower `context_length`, or list more memory",
     )
+
+
+def _report_no_stages(problem: PipelineProblem, prepared: Prepared, sink: Sink) -> None:
+    """Report that weights and a forward of all requests fit on no stages; or that only fewer requests do."""
+    profile = prepared.loaded.profile
+    forward_bytes = max(int(problem.activations(place, 2).max()) for place in (0, 1))
+    fewer = widest_place(replace(problem, concurrency=1)) if problem.concurrency > 1 else None
+    if fewer is not None and (most := _most_requests(problem, fewer)):
+        takes = (
+            "more than any device has" if forward_bytes > MOST_BYTES else f"up to {format_bytes(forward_bytes)} each"
+        )
+        message = f"a forward of {counted(problem.sequences, 'request')} takes {takes}, beside the weights"
+        concurrency = profile.workload.concurrency
+        sink.error("over-capacity", message, concurrency.span, help=f"write `concurrency: {most}` or less")
+        return
+    held_bytes = sum(slot[0].capacity_bytes * len(slot) for slot in problem.slots)
+    message = (
+        f"no stages of whole layers fit: the weights are {format_bytes(problem.layers.graph.size_bytes)}, and the"
+        f" devices have {format_bytes(held_bytes)} together, of which a forward takes up to"
+        f" {format_bytes(forward_bytes)} on each{_of_processes(problem)}"
+    )
+    if problem.distinct:
+        message += "; rules say which device has which layers"
+    help = "list more devices or memory" + (", or lower `concurrency`" if problem.sequences > 1 else "")
+    sink.error("over-capacity", message, profile.hardware.devices.key_span, help=help)
+
+
+def _most_requests(problem: PipelineProblem, place: StagePlacement) -> int:
+    """Return how many requests fit on these stages at once; other stages may have room for more."""
+
+    def fit(concurrency: int) -> bool:
+        fewer = replace(problem, concurrency=concurrency)
+        rooms = zip(fewer.rooms(place.slots), place.bounds, strict=True)
+        return min(int(room[bound]) for room, bound in rooms) >= fewer.needed_blocks(len(place.slots))
+
+    low, high = 0, problem.concurrency
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle - 1)
+    return low
 
 
 def _of_processes(problem: PipelineProblem) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devmap_config import compile_profile
+from devmap_config.cli.check import check
 from devmap_config.cli.explain import explain
 from devmap_config.cli.fit import fit
 from devmap_config.cli.probe import probe
-from devmap_config.cli.stages_view import pipeline_story
+from devmap_config.cli.stages_view import pipeline_notes, pipeline_story
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.locked import compile_locked, prove
+from devmap_config.diagnostics.diagnostic import Sink
+from devmap_config.locked import compile_locked
+from devmap_config.pipeline import planning, rules, slots
 from devmap_config.pipeline.cache import LayerCache, blocks_per_request, groups_of, page_bytes
 from devmap_config.pipeline.cuts import best_cut, between, forward, largest_between
 from devmap_config.pipeline.layers import layers_of
-from devmap_config.pipeline.problem import FOLLOWER_PROCESS_BYTES, HEAD_PROCESS_BYTES, RANK_PROCESS_BYTES
+from devmap_config.pipeline.problem import FOLLOWER_PROCESS_BYTES, HEAD_PROCESS_BYTES, RANK_PROCESS_BYTES, bounds_of
 from devmap_config.pipeline.slots import choices
 from devmap_config.pipeline.stages import Pipeline
 from devmap_config.plan.lock import lock_of, read_lock
-from devmap_config.plan.pipelines import moves_of_a_layer
+from devmap_config.plan.pipelines import moves_of_a_layer, pipeline_problem
 from devmap_config.plan.readiness import hosts_of, of_host
 
 MEBIBYTE = 2**20
@@ -307,18 +311,122 @@ targets: [vllm]
     assert (held.plan, drift) == (found.plan, None)
 
 
-def test_the_stages_of_another_plan_are_not_what_is_proven(compiled):
-    """All that such a lock says follows from its stages, but the strategy chooses faster ones."""
-    text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
-    for match, device in (("model.layers.3", "right/cuda:0"), ("model.layers.[0-5]", "left/cuda:0")):
-        pins = f'{{strategy: fastest, pins: [{{match: "{match}", device: {device}}}]}}'
-        other = compiled(text.replace("{strategy: fastest}", pins)).plan
+@pytest.fixture
+def resealed(compiled):
+    """A lock of a profile with the stages that a pinned one has: all that it says follows from these."""
+
+    def resealed(text, pins):
+        other = compiled(text.replace("{strategy: fastest}", f"{{strategy: fastest, pins: [{pins}]}}")).plan
         found = compiled(text)
         lock = lock_of(other, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
-        assert compile_locked(Path("profile.yaml"), lock)[1] is None
-        drift = prove(Request.for_profile(Path("profile.yaml"), lock=lock), lock)
-        assert drift.code == "unproven-lock"
-        assert drift.reasons[0].startswith("`plan.device_map.")
+        return lock, other.pipeline == found.plan.pipeline
+
+    return resealed
+
+
+@pytest.mark.parametrize("requests", [1, 64])
+def test_a_lock_with_other_stages_than_the_strategy_makes_is_found(resealed, requests):
+    """Every cut, and each host alone: only the stages that placing gives pass."""
+    text = TWO_HOSTS % {"requests": requests, "context": 4096, "memory": "1GiB"}
+    cuts = [
+        ", ".join(
+            f'{{match: "model.layers.{number}", device: {"left" if number < cut else "right"}/cuda:0}}'
+            for number in range(6)
+        )
+        for cut in range(7)
+    ]
+    found = []
+    for pins in cuts:
+        lock, is_best = resealed(text, pins)
+        held, drift = compile_locked(Path("profile.yaml"), lock)
+        assert (drift is None) == is_best
+        assert isinstance(held, Compiled)
+        found.append(drift)
+    assert found.count(None) == 1
+    wrong = next(drift for drift in found if drift is not None)
+    assert (wrong.code, wrong.reasons[0].startswith("it has layers ")) == ("unproven-lock", True)
+    assert ", and placing anew gives 0-" in wrong.message
+
+
+def test_check_does_not_pass_a_lock_with_slower_stages(resealed):
+    text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
+    lock, _ = resealed(text, '{match: "model.layers.3", device: right/cuda:0}')
+    Path("profile.lock.json").write_text(lock.to_text(), encoding="utf-8")
+    done = CliRunner().invoke(check, ["profile.yaml"], standalone_mode=False)
+    assert (done.return_value, done.stdout) == (3, "1 lock is stale\n")
+    reason = "it has layers 0-2 on left/cuda:0, 3-5 on right/cuda:0, and placing anew gives 0-3 on left/cuda:0, 4-5 on"
+    assert reason in " ".join(done.stderr.split())
+
+
+def test_hosts_in_another_order_are_named(compiled):
+    text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
+    found = compiled(text)
+    lock = lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
+    lines = text.splitlines(keepends=True)
+    lines[5:7] = lines[6], lines[5]
+    compiled("".join(lines))
+    _, drift = compile_locked(Path("profile.yaml"), lock)
+    assert drift.message == "is stale: the hardware: `hosts` in another order: left, right → right, left"
+
+
+THREE_CARDS = """version: 1
+model: {source: llama}
+workload: {context_length: 1024, prompt_length: 32, concurrency: 2}
+hardware: {devices: {cuda:0: {memory: 6000KiB}, cuda:1: {memory: 5200KiB}, cuda:2: {memory: 5000KiB}}}
+placement: {pins: [{match: "model.layers.%d", device: cuda:%d}]}
+targets: [vllm]
+"""
+
+
+@pytest.mark.parametrize(("layer", "device"), [(layer, device) for layer in (1, 3) for device in range(3)])
+def test_a_device_with_a_layer_in_the_middle_may_be_anywhere(compiled, layer, device):
+    """No order of the cards, and none of their subsets, has a larger cache."""
+    found = compiled(THREE_CARDS % (layer, device))
+    problem = pipeline_problem(found, Sink()).problem
+    best = 0
+    for count in (1, 2, 3):
+        for order in itertools.permutations(problem.slots, count):
+            rooms, masks = problem.rooms(order), problem.allowed(order)
+            for starts in itertools.combinations(range(1, 6), count - 1):
+                bounds = bounds_of((0, *starts), 6)
+                if all(mask[bound] for mask, bound in zip(masks, bounds, strict=True)):
+                    blocks = min(int(room[bound]) for room, bound in zip(rooms, bounds, strict=True))
+                    best = max(best, blocks * 1024 // problem.blocks_per_request(count))
+    assert found.plan.pipeline.cache_tokens == best > 0
+    lock = lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
+    assert compile_locked(Path("profile.yaml"), lock)[1] is None
+
+
+def test_of_more_orders_than_are_tried_it_is_said(compiled, monkeypatch):
+    """Five unequal cards are 16 choices by themselves; each comes once before other orders of any."""
+    for module in (planning, rules, slots):
+        monkeypatch.setattr(module, "MOST_CHOICES", 20)
+    devices = ", ".join(f"cuda:{index}: {{memory: {6000 + 100 * index}KiB}}" for index in range(5))
+    found = compiled(re.sub(r"\{devices: .*\}\}", f"{{devices: {{{devices}}}}}", THREE_CARDS % (3, 1)))
+    notes = list(pipeline_notes(found, found.plan.pipeline))
+    assert "of the ways to choose and order these devices, 20 were tried: there may be better stages" in notes
+    lock = lock_of(found.plan, found.inputs, {}, MADE_WITH, found.inventory.accelerators_to_json())
+    assert compile_locked(Path("profile.yaml"), lock)[1] is None
+
+
+def test_links_of_some_pairs_alone_leave_times_unknown(compiled):
+    """Where cuda:2 is next to cuda:0, nothing says how fast they reach each other."""
+    rates = "bandwidth: 10GB/s, flops: 1TFLOP/s"
+    devices = ", ".join(f"cuda:{index}: {{memory: {index + 1}GiB, {rates}}}" for index in range(3))
+    links = '{"cuda:0-cuda:1": 10GB/s, "cuda:1-cuda:2": 10GB/s}'
+    text = f"""version: 1
+model: {{source: llama}}
+workload: {{context_length: 64}}
+hardware: {{devices: {{{devices}}}, links: {links}}}
+targets: [vllm]
+"""
+    assert compiled(text).plan.prediction.decode_nanoseconds_per_token is not None  # of one stage
+    Path("profile.yaml").write_text(f"{text}placement: {{strategy: fastest}}\n", encoding="utf-8")
+    refused = run_pipeline(Request(path=Path("profile.yaml")))
+    assert [finding.message.partition(", and ")[2] for finding in refused.diagnostics] == [
+        "how fast cuda:0 is reached from cuda:2 is not known",
+        "how fast cuda:2 is reached from cuda:0 is not known",
+    ]
 
 
 def test_a_plan_for_vllm_is_no_device_map(folder, monkeypatch, compiled):
