@@ -44,19 +44,20 @@ def bench(
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.benchmark import jobs_of, run_benchmark
-    from devmap_config.runner.demonstration import planned_generation, require_fit_class
+    from devmap_config.runner.demonstration import planned_generation, require_fit_class, tell_of_text_alone
     from devmap_config.runner.inputs import Given
-    from devmap_config.runner.runner import notices, prepare, require_model_alone, require_text
+    from devmap_config.runner.runner import notices, prepare, require_model_alone
 
     sink = Sink()
     with failures_told(profile, sink, options), passing_on(sink):
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         require_model_alone(deployment, "plain transformers, which the plan is compared with, loads a model alone")
-        require_text(deployment, "the benchmark")
-        workload, decodes = deployment.compiled.loaded.profile.workload, deployment.compiled.model.graph.decodes
-        generation = planned_generation(workload, new_tokens, decodes=decodes)
-        require_fit_class(deployment.request, Given())
+        workload, graph = deployment.compiled.loaded.profile.workload, deployment.compiled.model.graph
+        generation = planned_generation(workload, new_tokens, graph.measurement, decodes=graph.decodes)
+        if generation.prompts.besides is None:
+            require_fit_class(deployment.request, Given())
+        tell_of_text_alone(graph.measurement, sink)
         sink.report_all(notices(deployment, asks_machine=True))
         if random_weights:
             deployment = click.get_current_context().with_resource(
@@ -83,15 +84,18 @@ WIDE = 70
 
 def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
     """Yield what was measured, of what, and what did not come to an end."""
-    from devmap_config.cli.plan_table import weights_in_words
+    from devmap_config.cli.plan_table import media_in_words, weights_in_words
     from devmap_config.cli.predictions import predicted, said_of_bases
 
     prompts, new_tokens = found.generation.prompts, found.generation.new_tokens
     model = deployment.compiled.model
+    measurement = model.graph.measurement
     yield f"{model.class_name}: {weights_in_words(model, deployment.plan)}"
     rounds = counted(found.rounds, "round")
     written = f", {new_tokens:,} written" if new_tokens else ""
     yield f"batch {prompts.batch_size}, {counted(prompts.length, 'token')} prefilled{written}; {rounds}"
+    if measurement is not None and (media := media_in_words(measurement)):
+        yield media
     yield _table(found, ("median", "spread", "× plan", "spread") if width >= WIDE else ("median", "spread", "× plan"))
     for result in found.results:
         held = f"at most {_amounts(result.peak_bytes)}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from devmap_config.compiler import Compiled
     from devmap_config.devices import Device
+    from devmap_config.graph.costs import Measurement
     from devmap_config.graph.loading import LoadedModel
     from devmap_config.plan.plan import Plan
     from devmap_config.plan.process_memory import ProcessMemory
@@ -118,20 +119,27 @@ def memory_in_words(memory: ProcessMemory) -> str:
     )
 
 
+def media_in_words(measurement: Measurement) -> str:
+    """Return how many tokens images and sound take of the prompt; nothing where none were measured."""
+    workload, media = measurement.workload, measurement.media
+    if media is None or media.problem:
+        return ""
+    images = counted(workload.images, "image") if workload.images else ""
+    if workload.tiles:
+        images += f", of {counted(workload.tiles, 'tile')}" + (" each," if workload.images > 1 else ",")
+    sound = f"{workload.audio_seconds:,} s of sound" if workload.audio_seconds else ""
+    what = " and ".join(filter(None, (images, sound)))
+    tokens = f"= {media.tokens:,} tokens of each prompt" if media.tokens else "beside the tokens of each prompt"
+    return f"{what} {tokens}"
+
+
 def _besides_text(model: LoadedModel) -> str:
     """Return a note on the tokens that images and sound take of the prompt, or that none were measured."""
     measurement = model.graph.measurement
     if measurement is None or not measurement.measured:
         return ""
-    workload, media = measurement.workload, measurement.media
-    if media is not None:
-        images = counted(workload.images, "image") if workload.images else ""
-        if workload.tiles:
-            images += f", of {counted(workload.tiles, 'tile')}" + (" each," if workload.images > 1 else ",")
-        sound = f"{workload.audio_seconds:,} s of sound" if workload.audio_seconds else ""
-        what = " and ".join(filter(None, (images, sound)))
-        tokens = f"= {media.tokens:,} tokens of each prompt" if media.tokens else "beside the tokens of each prompt"
-        return "" if media.problem else f"{what} {tokens}"
+    if measurement.media is not None:
+        return media_in_words(measurement)
     uncalled = [
         path
         for path in model.graph.blocks

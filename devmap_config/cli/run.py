@@ -72,7 +72,7 @@ def run(
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.demonstration import demonstrator, demonstrator_of_plan, planned_generation
-    from devmap_config.runner.runner import prepare, require_model_alone, require_text
+    from devmap_config.runner.runner import prepare, require_model_alone
 
     _require_usable(prompt, receipt, options, chat=chat)
     if random_weights and (prompt or chat or image or audio):
@@ -85,7 +85,6 @@ def run(
         deployment = replace(deployment, compiles=compiles)
         if receipt is not None:
             require_model_alone(deployment, "a receipt is of a model alone")
-            require_text(deployment, "a receipt")
         workload = deployment.compiled.loaded.profile.workload
         measurement = deployment.compiled.model.graph.measurement
         if not no_generate and random_weights:
@@ -165,9 +164,9 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
     from devmap_config.runner.media import read_image, read_sound
 
     media: dict[str, Any] = {}
-    for name, path, read in (("image", image, read_image), ("sound", audio, read_sound)):
+    for name, path, read in (("images", image, read_image), ("sounds", audio, read_sound)):
         try:
-            media[name] = None if path is None else read(path)
+            media[name] = () if path is None else (read(path),)
         except FileError as error:
             raise click.UsageError(f"`{path}` {error}: {error.help}") from None
     return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)

@@ -6,7 +6,7 @@ import socket
 import sys
 from importlib.util import find_spec
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.runner import Deployment
+    from devmap_config.server.generation import Writer
 
 
 @profile_command("serve", "table", "json")
@@ -51,50 +52,50 @@ def serve(
     sink, context = Sink(), click.get_current_context()
     with failures_told(profile, sink, options), passing_on(sink):
         _require_library()
-        from devmap_config.server.generation import require_writes, writing_tokenizer
+        from devmap_config.runner.context import PlannedContext
+        from devmap_config.server.generation import Writer, require_writes, writing_tokenizer
+        from devmap_config.server.media import media_reader
 
         listener = context.with_resource(_bound(host, port))  # what is in use is told before anything is loaded
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         tokenizer = writing_tokenizer(deployment.request, sink)
+        media = media_reader(deployment.compiled.model.graph.measurement, deployment.request)
         if random_weights:
             deployment = context.with_resource(randomly_weighted(deployment, options, asks_machine=not no_probe))
         model, load = loaded(deployment, options, sink, asks_machine=not no_probe)
         require_writes(type(model))
+        media = media.of_model(model, deployment.request)
+        planned = PlannedContext.of(deployment.compiled.loaded.profile.workload)
+        writer = Writer(model, tokenizer, media, planned, queue_length=queue)
     if options.shows_tables:
         echo(f"{summary(deployment)}; it took {load.seconds:.1f} s", err=True)
-    _listen(deployment, model, tokenizer, listener, options, sink, queue_length=queue)
+    _listen(deployment, writer, listener, options, sink)
 
 
 def _listen(
-    deployment: Deployment,
-    model: Any,
-    tokenizer: Any,
-    listener: socket.socket,
-    options: ProfileOptions,
-    sink: Sink,
-    *,
-    queue_length: int,
+    deployment: Deployment, writer: Writer, listener: socket.socket, options: ProfileOptions, sink: Sink
 ) -> None:
     """Say where the model is served, and serve it until the process is told to end."""
-    from devmap_config.runner.context import PlannedContext
     from devmap_config.runner.demonstration import running
     from devmap_config.server.application import Service, listen
-    from devmap_config.server.generation import Writer
 
     profile, (host, port, *_) = deployment.compiled.loaded.profile, listener.getsockname()
-    planned = PlannedContext.of(profile.workload)
     service = Service(
         model=profile.name or profile.model.source.value,
-        writer=Writer(model, tokenizer, planned, queue_length=queue_length),
+        writer=writer,
         is_local=ip_address(host).is_loopback,
         tell=lambda message: echo(message, err=True),
     )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     options.report(to_tell(sink, options), {}, {**facts(deployment), "url": url, "model": service.model})
     if options.shows_tables:
-        if planned.tokens is None:
+        if profile.workload.context_length.value is None:
             echo("no context is planned: write `workload.context_length`, so that there is room for requests", err=True)
+        if writer.media.reason is not None and (
+            profile.workload.inputs.images or profile.workload.inputs.audio_seconds
+        ):
+            echo(f"requests with images or sound are refused: {writer.media.reason}", err=True)
         if not service.is_local:
             echo("whoever reaches this address can use the model: no key is asked for", err=True)
         echo(f"`{service.model}` is served at {url}")

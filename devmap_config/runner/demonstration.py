@@ -24,6 +24,7 @@ from devmap_config.runner.inputs import (
     made_up_inputs,
     media_inputs,
     placed,
+    planned_numbers,
     require_chat_template,
     require_fit,
     text_inputs,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.costs import Measurement
+    from devmap_config.graph.costs import Measurement, WorkloadShape
     from devmap_config.profile.schema import Workload
     from devmap_config.runner.generation_times import GenerationTimes
     from devmap_config.runner.inputs import ModelInputs
@@ -115,7 +116,7 @@ class Demonstrator:
 
     def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> ModelInputs:
         if given.has_media:
-            return media_inputs(self.processor, self.tokenizer, given)
+            return media_inputs(type(model), self.processor, self.tokenizer, given)
         if self.tokenizer is None and not given.messages:
             return made_up_inputs(model, self.made_up)
         if encoder is not None:
@@ -202,6 +203,16 @@ def measured_generation(
         return measure_generation(model, workload, rounds=rounds, least_seconds=least_seconds)
 
 
+def numbers_planned(model: PreTrainedModel, request: LoadRequest, workload: WorkloadShape) -> int:
+    """Return how many numbers the images and the sound of a sequence are, as a loaded model's plan was measured.
+
+    Raises:
+        RunnerError: if the model does not run.
+    """
+    with running(request), _failures_told():
+        return planned_numbers(model, workload)
+
+
 def demonstrator(
     request: LoadRequest, workload: Workload, given: Given, sink: Sink, *, max_new_tokens: int | None = None
 ) -> Demonstrator:
@@ -213,7 +224,7 @@ def demonstrator(
     model_class = require_fit_class(request, given)
     with running(request):
         tokenizer = load_tokenizer(request, sink)
-        processor = load_processor(request, given) if given.has_media else None
+        processor = load_processor(request, of_images=bool(given.images)) if given.has_media else None
     if given.messages and not given.has_media:
         require_chat_template(tokenizer)
     is_told = any(each.code in ("no-tokenizer", "remote-code") for each in sink)
@@ -255,13 +266,7 @@ def demonstrator_of_plan(
     planned = planned_generation(workload, max_new_tokens, measurement)
     if planned.prompts.besides is None:
         require_fit_class(request, Given())
-    media = None if measurement is None else measurement.media
-    if media is not None and media.problem is not None:
-        sink.warning(
-            "untried-inputs",
-            f"the model is given text alone: it was not measured with images or sound ({media.reason})",
-            help="give it one with its checkpoint, by `--image` or `--audio`",
-        )
+    tell_of_text_alone(measurement, sink)
     return Demonstrator(
         request=request,
         sink=sink,
@@ -294,12 +299,23 @@ def planned_generation(
     if length < least:
         taken = f"images and sound take {least - LEAST_WORDS:,} tokens"
         message = f"{taken}, and {count:,} are to follow a prompt of {length:,}"
-        raise RunnerError("prompt-too-short", message, "have it write fewer, by `--max-new-tokens`")
+        raise RunnerError("prompt-too-short", message, "have it write fewer tokens, or plan for a longer prompt")
     return GenerationWorkload(
         prompts=MadeUp(batch_size=workload.batch_size, length=length, besides=besides),
         new_tokens=count,
         cache=cache_arguments(workload.cache),
     )
+
+
+def tell_of_text_alone(measurement: Measurement | None, sink: Sink) -> None:
+    """Warn where a workload has images or sound, and what is made up is text alone, as the plan was measured with."""
+    media = None if measurement is None else measurement.media
+    if media is not None and media.problem is not None:
+        sink.warning(
+            "untried-inputs",
+            f"the model is given text alone: it was not measured with images or sound ({media.reason})",
+            help="`devmap run` gives it one with its checkpoint, by `--image` or `--audio`",
+        )
 
 
 def require_fit_class(request: LoadRequest, given: Given) -> Any:

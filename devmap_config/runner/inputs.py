@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.graph.costs import WorkloadShape
+    from devmap_config.graph.media import Media
     from devmap_config.runner.media import Sound
 
 PROMPT = "A model is placed"
@@ -38,22 +39,41 @@ USE_PYTHON = "`devmap_config.load_model` gives the model for inputs of its own, 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """The input of a model. Messages are a chat: each has a `role` and `content`, and the last one is the user's."""
+    """The input of a model. Messages are a chat: each has a `role` and `content`, and the last one is the user's.
+
+    The content is text, or parts of which each is text or stands for an image or a sound, in the order of these. Where
+    no part does, the images and the sounds go with the last message.
+    """
 
     prompt: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
-    image: Any = None
-    sound: Sound | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[Any, ...] = ()
+    sounds: tuple[Sound, ...] = ()
 
     @property
     def has_media(self) -> bool:
         """True if it holds images or sound."""
-        return self.image is not None or self.sound is not None
+        return bool(self.images or self.sounds)
 
     @property
     def text(self) -> str | None:
-        """The user's text."""
+        """The user's text, of what is text alone."""
         return self.messages[-1]["content"] if self.messages else self.prompt
+
+    @property
+    def in_parts(self) -> tuple[Mapping[str, Any], ...]:
+        """The messages, or the prompt as one, in parts."""
+        messages = self.messages or ({"role": "user", "content": self.prompt or ""},)
+        written = [{**message, "content": _parts(message["content"])} for message in messages]
+        if not any(part["type"] != "text" for message in written for part in message["content"]):
+            kinds = ["image"] * len(self.images) + ["audio"] * len(self.sounds)
+            words = written[-1]["content"] or _parts(f"Describe this {kinds[0]}." if kinds else "")
+            written[-1] = {**written[-1], "content": [*({"type": kind} for kind in kinds), *words]}
+        return tuple(written)
+
+
+def _parts(content: Any) -> list[Mapping[str, Any]]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +108,8 @@ def require_fit(model_class: Any, given: Given) -> None:
     """
     name, main = model_class.__name__, model_class.main_input_name
     for what, names, is_given in (
-        ("image", IMAGE_INPUTS, given.image is not None),
-        ("audio", SOUND_INPUTS, given.sound is not None),
+        ("image", IMAGE_INPUTS, bool(given.images)),
+        ("audio", SOUND_INPUTS, bool(given.sounds)),
     ):
         if is_given and not _takes(model_class, names):
             takes = ", ".join(
@@ -102,12 +122,22 @@ def require_fit(model_class: Any, given: Given) -> None:
             raise RunnerError(
                 "no-text-input",
                 f"{name} takes `{main}`, for which a prompt is not an input",
-                f"give it one by `--{what} FILE`; {USE_PYTHON}",
+                f"`devmap run` gives it one by `--{what} FILE`; {USE_PYTHON}",
             )
     if main not in (*TEXT_INPUTS, *IMAGE_INPUTS, *SOUND_INPUTS):
         raise RunnerError("no-text-input", f"{name} takes `{main}`, for which a prompt is not an input", USE_PYTHON)
     if given.messages and not model_class.can_generate():
         raise RunnerError("unfit-input", f"{name} writes no text, and so does not chat", "leave `--chat` out")
+
+
+def takes_images(model_class: Any) -> bool:
+    """Return whether images are among what a model is given."""
+    return _takes(model_class, IMAGE_INPUTS)
+
+
+def takes_sound(model_class: Any) -> bool:
+    """Return whether sound is among what a model is given."""
+    return _takes(model_class, SOUND_INPUTS)
 
 
 def _takes(model_class: Any, names: tuple[str, ...]) -> bool:
@@ -146,16 +176,39 @@ def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: WorkloadSh
     import torch
 
     from devmap_config.graph.forwards import Forwards
-    from devmap_config.graph.media import media_of
 
     workload = replace(workload, batch_size=made_up.batch_size)
-    with torch.device(_device_of_tokens(model)):  # what makes features of them is called without the model's own hooks
-        given = Forwards(model, workload, media_of(model, workload)).prefill_inputs(made_up.length)
+    with torch.device(_device_of_tokens(model)):
+        given = Forwards(model, workload, _planned_media(model, workload)).prefill_inputs(made_up.length)
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     if not model.config.is_encoder_decoder:
         tensors.pop("decoder_input_ids", None)  # of what has a decoder of the one kind or the other (BLIP-2)
     noise = {name: torch.rand_like(value) for name, value in tensors.items() if value.is_floating_point()}
     return ModelInputs(tensors=tensors | noise, goes_on=True)
+
+
+def planned_numbers(model: PreTrainedModel, workload: WorkloadShape) -> int:
+    """Return how many numbers the images and the sound of one sequence are, as its plan was measured with them."""
+    return sum(_numbers(media.tensors) for media in _planned_media(model, replace(workload, batch_size=1)))
+
+
+def numbers_of_media(inputs: ModelInputs) -> int:
+    """Return how many numbers the images and the sound among a model's inputs are."""
+    return _numbers(inputs.tensors)
+
+
+def _numbers(tensors: Mapping[str, Any]) -> int:
+    return sum(each.numel() for each in tensors.values() if hasattr(each, "numel") and each.is_floating_point())
+
+
+def _planned_media(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ...]:
+    """Return images and sound as a plan was measured with them, for a loaded model."""
+    import torch
+
+    from devmap_config.graph.media import media_of
+
+    with torch.device(_device_of_tokens(model)):  # what makes features of them is called without the model's own hooks
+        return media_of(model, workload)
 
 
 def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> ModelInputs:
@@ -216,7 +269,9 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def _chat_inputs(tokenizer: Any, given: Given) -> ModelInputs:
-    text = _chat_text(tokenizer, given.messages)
+    text, said = _chat_text(tokenizer, given.messages), str(given.text).strip()
+    if said not in text and said in (of_parts := _chat_text(tokenizer, given.in_parts)):
+        text = of_parts  # templates for images leave out what is no part of a message (LLaVA)
     encoding = _encoded(tokenizer, text, add_special_tokens=False)
     return ModelInputs(tensors=_without_types(encoding), tokenizer=tokenizer)
 
@@ -241,18 +296,18 @@ def _without_types(encoding: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in encoding.items() if name != "token_type_ids"}
 
 
-def media_inputs(processor: Any, tokenizer: Any, given: Given) -> ModelInputs:
-    """Return the inputs for an image or sound, and for the text that goes with it.
+def media_inputs(model_class: Any, processor: Any, tokenizer: Any, given: Given) -> ModelInputs:
+    """Return the inputs for images or sound, and for the text that goes with them.
 
     Raises:
         RunnerError: if the processor does not take it.
     """
     parts: dict[str, Any] = {}
-    if given.image is not None:
-        parts["images"] = given.image
-    if given.sound is not None:
-        rate = getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", given.sound.rate)
-        parts |= {"audio": given.sound.at(rate), "sampling_rate": rate}
+    if given.images:
+        parts["images"] = _one_or_many(given.images)
+    if given.sounds:
+        rate = getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", given.sounds[0].rate)
+        parts |= {"audio": _one_or_many([sound.at(rate) for sound in given.sounds]), "sampling_rate": rate}
     if (own := getattr(processor, "tokenizer", None)) is not None:
         tokenizer = own
         parts |= _text_part(processor, given)
@@ -264,18 +319,20 @@ def media_inputs(processor: Any, tokenizer: Any, given: Given) -> ModelInputs:
     except Exception as error:  # whatever a processor raises
         message = f"{type(processor).__name__} cannot take this: {type(error).__name__}: {first_line(error)}"
         raise RunnerError("unfit-input", message, USE_PYTHON) from error
-    return ModelInputs(tensors=_without_types(encoding), tokenizer=tokenizer)
+    # Of some models, types of tokens say which of them stand for images (Gemma 3).
+    is_typed = "token_type_ids" in inspect.signature(model_class.forward).parameters
+    return ModelInputs(tensors=dict(encoding) if is_typed else _without_types(encoding), tokenizer=tokenizer)
+
+
+def _one_or_many(things: Sequence[Any]) -> Any:
+    return things[0] if len(things) == 1 else list(things)
 
 
 def _text_part(processor: Any, given: Given) -> dict[str, Any]:
-    """Return the text that goes with an image or sound: by the chat template if there is one, for it says where."""
-    kind = "image" if given.image is not None else "audio"
-    token = getattr(processor, f"{kind}_token", None)
+    """Return the text that goes with images or sound: by the chat template if there is one, for it says where."""
+    token = getattr(processor, "image_token" if given.images else "audio_token", None)
     if getattr(processor, "chat_template", None):
-        words = given.text or f"Describe this {kind}."
-        content = [{"type": kind}, {"type": "text", "text": words}]
-        messages = [*given.messages[:-1], {"role": "user", "content": content}]
-        text = _chat_text(processor, messages)
+        text = _chat_text(processor, given.in_parts)
         begins = processor.tokenizer.bos_token
         return {"text": text, **({"add_special_tokens": False} if begins and text.startswith(begins) else {})}
     if given.messages:

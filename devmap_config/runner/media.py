@@ -27,6 +27,11 @@ class Sound:
     samples: NDArray[np.float32]
     rate: int
 
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return len(self.samples) / self.rate
+
     def at(self, rate: int) -> NDArray[np.float32]:
         """Return the samples at another rate: the same waves, as far as that rate has them."""
         if rate == self.rate:
@@ -43,20 +48,54 @@ def read_image(path: Path) -> Any:
         FileError: if there is none that can be read.
         RunnerError: without Pillow.
     """
+    require_pillow()
+    return image_of(read_bytes(path, IMAGE, ANYWHERE))
+
+
+def require_pillow() -> None:
+    """Check that images can be read.
+
+    Raises:
+        RunnerError: without Pillow.
+    """
     try:
-        from PIL import UnidentifiedImageError
-        from PIL.Image import open as image_of
-        from PIL.ImageOps import exif_transpose
+        import PIL.Image  # noqa: F401
     except ModuleNotFoundError:
         help = "run `pip install 'devmap-config[media]'`"
         raise RunnerError("pillow-missing", "reading an image needs Pillow, which is not installed", help) from None
-    data = read_bytes(path, IMAGE, ANYWHERE)
+
+
+def image_of(data: bytes, *, formats: tuple[str, ...] | None = None, most_pixels: int | None = None) -> Any:
+    """Return an image in red, green and blue, upright.
+
+    Args:
+        data: what a file of it holds.
+        formats: those that may be read, by Pillow's names; `None` for all.
+        most_pixels: what is larger is not unpacked; `None` for Pillow's own bound.
+
+    Raises:
+        FileError: if there is none that can be read.
+    """
+    from PIL import UnidentifiedImageError
+    from PIL.Image import open as opened
+    from PIL.ImageOps import exif_transpose
+
     try:
-        return exif_transpose(image_of(io.BytesIO(data))).convert("RGB")
+        found = opened(io.BytesIO(data), formats=formats)
+        pixels = found.width * found.height
+        # Cameras that make pictures of several kinds at once (MPO) put the one that is meant first.
+        count = 1 if found.format == "MPO" else getattr(found, "n_frames", 1)
+        is_taken = count == 1 and (most_pixels is None or pixels <= most_pixels)
+        image = exif_transpose(found).convert("RGB") if is_taken else None
     except UnidentifiedImageError:
         raise FileError("is not an image that Pillow knows", "syntax", "convert it to PNG") from None
     except Exception as error:  # what is damaged raises many types, and so does more than Pillow unpacks
         raise FileError(f"cannot be read as an image: {error}", "syntax", "convert it to PNG") from None
+    if count > 1:
+        raise FileError(f"holds {count:,} images", "syntax", "take one of them")
+    if image is None:
+        raise FileError(f"has {pixels:,} pixels, and {most_pixels:,} may be read", "too-large", "make it smaller")
+    return image
 
 
 def read_sound(path: Path) -> Sound:
@@ -65,7 +104,15 @@ def read_sound(path: Path) -> Sound:
     Raises:
         FileError: if there is none that can be read.
     """
-    data = read_bytes(path, SOUND, ANYWHERE)
+    return sound_of(read_bytes(path, SOUND, ANYWHERE))
+
+
+def sound_of(data: bytes) -> Sound:
+    """Return the sound in what a WAV file of whole numbers holds, its channels mixed.
+
+    Raises:
+        FileError: if there is none that can be read.
+    """
     try:
         with wave.Wave_read(io.BytesIO(data)) as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()

@@ -8,12 +8,11 @@ from devmap_config.graph.remote_code import READ_IT_FIRST
 from devmap_config.runner.loading import RunnerError, first_line
 
 if TYPE_CHECKING:
-    from devmap_config.runner.inputs import Given
     from devmap_config.runner.loading import LoadRequest
 
 
-def load_processor(request: LoadRequest, given: Given) -> Any:
-    """Return the checkpoint's processor for an image or sound; the part that takes it where there is no whole one.
+def load_processor(request: LoadRequest, *, of_images: bool) -> Any:
+    """Return the checkpoint's processor for images or sound; the part that takes these where there is no whole one.
 
     Raises:
         RunnerError: if it has none that can be used.
@@ -21,7 +20,7 @@ def load_processor(request: LoadRequest, given: Given) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedTokenizerBase
 
     errors: list[Exception] = []
-    for loader in (AutoProcessor, AutoFeatureExtractor if given.image is None else AutoImageProcessor):
+    for loader in (AutoProcessor, AutoImageProcessor if of_images else AutoFeatureExtractor):
         try:
             processor = loader.from_pretrained(
                 request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code

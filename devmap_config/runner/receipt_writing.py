@@ -67,6 +67,7 @@ def receipt_of(
                 "executor": plan.executor.name,
                 "batch_size": workload.batch_size,
                 "context_length": workload.context_length.value,
+                "inputs": workload.inputs.model_dump(exclude_none=True, exclude_defaults=True),
                 "load_seconds": load.seconds,
                 "predicted": {
                     **{name: predicted[name] for name in ("devices", "loading_ram_bytes", "prediction", "basis")},

@@ -341,21 +341,6 @@ def require_model_alone(deployment: Deployment, what: str) -> None:
         )
 
 
-def require_text(deployment: Deployment, what: str) -> None:
-    """Refuse to measure a prompt of text beside times that are predicted with images or sound.
-
-    Raises:
-        RunnerError: if the workload has such inputs.
-    """
-    inputs = deployment.compiled.loaded.profile.workload.inputs
-    if inputs.images or inputs.audio_seconds:
-        raise RunnerError(
-            "unfit-input",
-            f"{what} is of prompts of text, and this workload has images or sound",
-            "measure a profile without `workload.inputs`",
-        )
-
-
 def load_draft(deployment: Deployment) -> PreTrainedModel | None:
     """Return the draft model, loaded and verified as the model is; `None` if there is none.
 

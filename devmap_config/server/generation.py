@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.runner.inputs import ModelInputs
     from devmap_config.runner.loading import LoadRequest
+    from devmap_config.server.media import MediaReader
     from devmap_config.server.requests import GenerationRequest
 
 MANY_TOKENS = 256
@@ -194,14 +195,20 @@ class Writer:
 
     Weights that are streamed are brought in for one forward at a time, so no two run at once. Where no context is
     planned, it ends where the model's does.
+
+    Attributes:
+        media: makes inputs of requests with images or sound.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, planned: PlannedContext, *, queue_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, media: MediaReader, planned: PlannedContext, *, queue_length: int
+    ) -> None:
         end = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._context = planned if planned.tokens else PlannedContext(tokens=end, prompt_tokens=end)
         self._default_tokens = planned.tokens or MANY_TOKENS
         self._model = model
         self._tokenizer = tokenizer
+        self.media = media
         self._queue_length = queue_length
         self._texts: list[Text] = []
         self._is_cut = False
@@ -243,16 +250,23 @@ class Writer:
         self._writer.shutdown(cancel_futures=True)
 
     def _read(self, asked: GenerationRequest) -> Text:
-        given = asked.given
-        if given.messages:
-            require_chat_template(self._tokenizer)
-        inputs = text_inputs(type(self._model), self._tokenizer, given)
+        inputs = self._inputs(asked)
         if not inputs.prompt_tokens:
             raise RunnerError("unfit-input", "the prompt has no tokens")
         default = asked.default_tokens or self._default_tokens
         return Text(
             asked, inputs, self._context.new_tokens(inputs.prompt_tokens, wanted=asked.most_tokens, default=default)
         )
+
+    def _inputs(self, asked: GenerationRequest) -> ModelInputs:
+        given, model_class = asked.given, type(self._model)
+        for text in asked.texts:
+            self.media.require_text(text)
+        if asked.images or asked.sounds:
+            return self.media.inputs(asked, model_class, self._tokenizer)
+        if given.messages:
+            require_chat_template(self._tokenizer)
+        return text_inputs(model_class, self._tokenizer, given)
 
     def _require_place(self) -> None:
         if self._is_cut:

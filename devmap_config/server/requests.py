@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from devmap_config.files import REQUEST, FileError, parse_json
 from devmap_config.runner.inputs import Given
@@ -78,11 +79,63 @@ class StreamOptions(_Section):
     include_obfuscation: Literal[False] = False
 
 
+class ImageUrl(_Section):
+    """An image, as a `data:` URL."""
+
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class InputAudio(_Section):
+    """A sound, in base64."""
+
+    data: str
+    format: Literal["wav"]
+
+
+class MessagePart(_Section):
+    """A part of a message: a text, an image or a sound."""
+
+    type: Literal["text", "image_url", "input_audio"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+    input_audio: InputAudio | None = None
+
+    @model_validator(mode="after")
+    def _is_of_its_type(self) -> MessagePart:
+        for name in ("text", "image_url", "input_audio"):
+            if (getattr(self, name) is None) == (name == self.type):
+                fault = "is missing" if name == self.type else f"is not for a part of `type: {self.type}`"
+                raise PydanticCustomError("unlike_its_type", "`{name}` {fault}", {"name": name, "fault": fault})
+        return self
+
+    @property
+    def in_template(self) -> dict[str, str]:
+        """The part as a chat template takes it: images and sounds are given to the processor."""
+        if self.text is not None:
+            return {"type": "text", "text": self.text}
+        return {"type": "image" if self.image_url is not None else "audio"}
+
+
 class ChatMessage(_Section):
     """A turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: tuple[MessagePart, ...]
+
+    @model_validator(mode="after")
+    def _is_seen_by_a_user(self) -> ChatMessage:
+        if self.role != "user" and any(part.text is None for part in self.content):
+            raise PydanticCustomError("unfit_role", "images and sound are for messages of the user")
+        return self
+
+    @property
+    def in_template(self) -> dict[str, Any]:
+        """The message as a chat template takes it: what is text alone, as one text."""
+        texts = [part.text for part in self.content if part.text is not None]
+        if len(texts) == len(self.content):
+            return {"role": self.role, "content": "".join(texts)}
+        return {"role": self.role, "content": [part.in_template for part in self.content]}
 
 
 class GenerationRequest(_Section):
@@ -114,6 +167,21 @@ class GenerationRequest(_Section):
         """The input for the model."""
         raise NotImplementedError
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What a client wrote of it."""
+        raise NotImplementedError
+
+    @property
+    def images(self) -> Mapping[str, str]:
+        """The URLs of its images by the place of each."""
+        return {}
+
+    @property
+    def sounds(self) -> Mapping[str, str]:
+        """Its sounds, in base64, by the place of each."""
+        return {}
+
 
 class Completion(GenerationRequest):
     """A text that is to go on."""
@@ -127,6 +195,11 @@ class Completion(GenerationRequest):
         """The input for the model."""
         return Given(prompt=self.prompt)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text."""
+        return (self.prompt,)
+
 
 class ChatCompletion(GenerationRequest):
     """A chat that is to be answered."""
@@ -136,8 +209,31 @@ class ChatCompletion(GenerationRequest):
 
     @property
     def given(self) -> Given:
-        """The input for the model."""
-        return Given(messages=tuple(message.model_dump() for message in self.messages))
+        """The input for the model, but for images and sounds: these are only read for a model that takes them."""
+        return Given(messages=tuple(message.in_template for message in self.messages))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts of the chat."""
+        return tuple(part.text for _, part in self._parts if part.text is not None)
+
+    @property
+    def images(self) -> Mapping[str, str]:
+        """The URLs of the images by the place of each."""
+        return {place: part.image_url.url for place, part in self._parts if part.image_url is not None}
+
+    @property
+    def sounds(self) -> Mapping[str, str]:
+        """The sounds, in base64, by the place of each."""
+        return {place: part.input_audio.data for place, part in self._parts if part.input_audio is not None}
+
+    @property
+    def _parts(self) -> list[tuple[str, MessagePart]]:
+        return [
+            (f"messages.{number}.content.{index}", part)
+            for number, message in enumerate(self.messages)
+            for index, part in enumerate(message.content)
+        ]
 
 
 def asked(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
@@ -178,18 +274,17 @@ def _normalized(body: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError("`prompt` is to be one text: several, or tokens, are not supported", param="prompt")
         fields["prompt"] = prompt[0]
     if isinstance(messages := fields.get("messages"), list):
-        fields["messages"] = [_one_text(message, f"messages.{index}") for index, message in enumerate(messages)]
+        fields["messages"] = [_in_parts(message) for message in messages]
     return fields
 
 
-def _one_text(message: Any, place: str) -> Any:
-    """Return a message with the parts of its text joined."""
+def _in_parts(message: Any) -> Any:
+    """Return a message whose content is parts, without what is null."""
     if not isinstance(message, dict):
         return message
     message = {name: value for name, value in message.items() if value is not None}
-    if isinstance(parts := message.get("content"), list):
-        for part in parts:
-            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise RequestError(f"`{place}.content` is to be of text alone", param=f"{place}.content")
-        message["content"] = "".join(part["text"] for part in parts)
+    if isinstance(content := message.get("content"), str):
+        message["content"] = ({"type": "text", "text": content},)
+    elif isinstance(content, list):
+        message["content"] = tuple(content)  # pydantic's strict mode takes no list for one
     return message

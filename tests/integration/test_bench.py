@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY
+from small_media_models import IMAGE_MODELS
 
 from devmap_config.cli.bench import bench
 from devmap_config.cli.compile import compile_command
@@ -134,6 +135,23 @@ def test_a_whole_run_tells_what_each_took(workspace, monkeypatch):
             assert (ratio["median"] is None) == ratio["too_noisy"] == (ratio["noise"] > 1.1)
     noisy = any(ratio["too_noisy"] for ratios in found["ratios"].values() for ratio in ratios.values())
     assert done.return_value == (5 if noisy else 0)
+
+
+def test_prompts_hold_the_images_that_were_planned(workspace, monkeypatch):
+    Path("llama/config.json").write_text(json.dumps({**IMAGE_MODELS["llava"], "dtype": "float32"}))
+    Path("profile.yaml").write_text(
+        "version: 1\nmodel: {source: llama}\nworkload: {context_length: 64, inputs: {images: 1}}\n"
+        "hardware: {devices: {cpu: {memory: 1GiB}}}\n"
+    )
+    assert compile_command.main(["profile.yaml", "-q", "--no-simulate"], standalone_mode=False) == 0
+    jobs, times = [], takes(plan=[1.0] * 2, auto=[1.0] * 2, cpu=[1.0] * 2)
+    monkeypatch.setattr(benchmark, "run_in_process", lambda job: jobs.append(job) or times(job))
+    done = run("--rounds", "2", "--new-tokens", "4")
+    assert done.stdout.splitlines()[1:3] == [
+        "batch 1, 60 tokens prefilled, 4 written; 2 rounds",
+        "1 image = 16 tokens of each prompt",
+    ]
+    assert {job.generation.prompts.besides.images for job in jobs} == {1}
 
 
 def test_times_are_shown_with_their_spread_and_ratios(workspace, monkeypatch):

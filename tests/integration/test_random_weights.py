@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import LLAMA, MIXTURE
 from safetensors import safe_open
 from small_media_models import IMAGE_MODELS, SOUND_MODELS
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from devmap_config.cli.calibrate import calibrate
 from devmap_config.cli.compile import compile_command
@@ -101,13 +101,19 @@ def test_a_prompt_must_have_room_for_its_images_beside_what_is_written(temporary
     assert "images and sound take 32 tokens, and 10 are to follow a prompt of 30" in " ".join(done.stderr.split())
 
 
-def test_a_receipt_of_prompts_of_text_is_not_taken_for_one_of_images(temporary):
+def test_a_receipt_is_of_prompts_with_the_images_that_were_planned(temporary, monkeypatch):
     Path("small").mkdir()
     Path("small/config.json").write_text(json.dumps({**IMAGE_MODELS["llava"], "dtype": "float32"}))
     write_profile("small", "workload: {context_length: 40, inputs: {images: 1}}\n")
-    done = run("--receipt", "receipt.json")
-    assert "error[unfit-input]: a receipt is of prompts of text" in done.stderr
-    assert not Path("receipt.json").exists()
+    towers = []
+    looks = CLIPVisionModel.forward
+    monkeypatch.setattr(
+        CLIPVisionModel, "forward", lambda self, *given, **more: towers.append(self) or looks(self, *given, **more)
+    )
+    assert run("--receipt", "receipt.json", "--max-new-tokens", "4").return_value == 0
+    [case] = json.loads(Path("receipt.json").read_text())["cases"]
+    assert (case["inputs"], case["generation"]["prompt_tokens"]) == ({"images": 1}, 36)
+    assert len(towers) > 3  # in each measured round, and while it was shown
 
 
 def test_nobody_is_told_that_it_is_the_checkpoint(temporary):

@@ -202,7 +202,7 @@ REFUSED = [
     ({"stream_options": {"more": True}}, "stream_options.more"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
     ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name"),
 ]
 

@@ -1,0 +1,165 @@
+"""Images and sound in requests: data that comes with them, never an address, and no more than the plan has room for."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from devmap_config.files import FileError
+from devmap_config.profile.schema import MOST_PIXELS
+from devmap_config.runner.demonstration import numbers_planned, running
+from devmap_config.runner.inputs import media_inputs, numbers_of_media, takes_images, takes_sound
+from devmap_config.runner.loading import RunnerError
+from devmap_config.runner.media import image_of, require_pillow, sound_of
+from devmap_config.runner.processors import load_processor
+from devmap_config.server.requests import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.costs import Measurement, WorkloadShape
+    from devmap_config.runner.inputs import ModelInputs
+    from devmap_config.runner.loading import LoadRequest
+    from devmap_config.runner.media import Sound
+    from devmap_config.server.requests import GenerationRequest
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+"""Of which images are read, as OpenAI has it: Pillow knows many more, which strangers need not try."""
+
+MARKS = ("image_token", "boi_token", "audio_token", "video_token")
+"""As processors call what stands for images and sound in a text."""
+
+NOT_PLANNED = "write `workload.inputs` into the profile, and compile again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaReader:
+    """Makes a model's inputs of requests with images or sound, or says why it takes none.
+
+    Attributes:
+        planned: the workload that the plan was measured with; `None` if with text alone.
+        processor: the checkpoint's; `None` if there is none, or no need for one.
+        reason: why no images and no sound are taken; `None` if they are.
+        most_numbers: how many numbers the planned ones are, as the model is given them.
+    """
+
+    planned: WorkloadShape | None = None
+    processor: Any = None
+    reason: str | None = f"none are planned: {NOT_PLANNED}"
+    most_numbers: int = 0
+
+    def of_model(self, model: PreTrainedModel, request: LoadRequest) -> MediaReader:
+        """Return the same for a model that is loaded by now.
+
+        Raises:
+            RunnerError: if it does not run with what was planned.
+        """
+        if self.planned is None:
+            return self
+        return replace(self, most_numbers=numbers_planned(model, request, self.planned))
+
+    def require_text(self, text: str) -> None:
+        """Check that a text holds nothing that stands for an image or a sound.
+
+        Raises:
+            RequestError: if it does.
+        """
+        for mark in filter(None, (getattr(self.processor, name, None) for name in MARKS)):
+            if mark in text:
+                raise RequestError(f"a text holds `{mark}`, which stands for an image or a sound: leave it out")
+
+    def inputs(self, asked: GenerationRequest, model_class: Any, tokenizer: Any) -> ModelInputs:
+        """Return a model's inputs for a chat with images or sound.
+
+        Raises:
+            RequestError: if they are not what is taken, or more than the plan has room for.
+            RunnerError: if the processor or the chat template does not take them.
+        """
+        name, planned = model_class.__name__, self.planned
+        for what, urls, is_taken, most in (
+            ("images", asked.images, takes_images(model_class), planned.images if planned else 0),
+            ("sounds", asked.sounds, takes_sound(model_class), 1 if planned and planned.audio_seconds else 0),
+        ):
+            if not urls:
+                continue
+            place = next(iter(urls))
+            if not is_taken:
+                raise _refusal(place, f"{name} takes no {what}")
+            if self.reason is not None:
+                raise _refusal(place, f"no {what} are taken: {self.reason}")
+            if len(urls) > most:
+                raise _refusal(place, f"there are {len(urls)} {what}, and the plan has room for {most}: {NOT_PLANNED}")
+        images = tuple(_image(place, url, MOST_PIXELS // len(asked.images)) for place, url in asked.images.items())
+        sounds = tuple(self._sound(place, data) for place, data in asked.sounds.items())
+        given = replace(asked.given, images=images, sounds=sounds)
+        inputs = media_inputs(model_class, self.processor, tokenizer, given)
+        if (numbers := numbers_of_media(inputs)) > self.most_numbers:
+            raise RequestError(
+                f"as the model is given them, the images and sounds are {numbers / self.most_numbers:.3g} times as"
+                " large as planned: make them smaller, or plan for larger ones",
+                param=asked.given_by,
+            )
+        return inputs
+
+    def _sound(self, place: str, data: str) -> Sound:
+        with _told_of(place):
+            sound = sound_of(_decoded(data))
+        most_seconds = 0 if self.planned is None else self.planned.audio_seconds
+        if sound.seconds > most_seconds:
+            raise _refusal(place, f"it takes {sound.seconds:,.1f} s, and the plan has room for {most_seconds:,}")
+        return sound
+
+
+def media_reader(measurement: Measurement | None, request: LoadRequest) -> MediaReader:
+    """Return what reads the images and the sound of requests for a model that is to be loaded."""
+    media = None if measurement is None else measurement.media
+    if measurement is None or media is None:
+        return MediaReader()
+    planned = measurement.workload
+    try:
+        if media.problem is not None:
+            return MediaReader(reason=f"the plan was not tried with any ({media.reason})")
+        if planned.images:
+            require_pillow()
+        with running(request):
+            processor = load_processor(request, of_images=planned.images > 0)
+    except RunnerError as error:
+        return MediaReader(reason=str(error))
+    if getattr(processor, "tokenizer", None) is None:
+        return MediaReader(reason="the checkpoint has no processor that puts them into a chat")
+    return MediaReader(planned=planned, processor=processor, reason=None)
+
+
+def _image(place: str, url: str, most_pixels: int) -> Any:
+    head, comma, data = url.partition(",")
+    if not head.lower().startswith("data:"):
+        raise _refusal(place, "it is an address, and nothing is fetched: send the image itself, as a `data:` URL")
+    if not comma or not head.lower().endswith(";base64"):
+        raise _refusal(place, "it is no image: send one as `data:image/png;base64,` and its file in base64")
+    with _told_of(place):
+        return image_of(_decoded(data), formats=FORMATS, most_pixels=most_pixels)
+
+
+def _decoded(data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise FileError("is not in base64", "syntax", "encode the whole file so") from None
+
+
+@contextmanager
+def _told_of(place: str) -> Iterator[None]:
+    """Raise as a refusal of a field why what it holds cannot be read."""
+    try:
+        yield
+    except FileError as error:
+        raise RequestError(f"`{place}` {error}: {error.help}", param=place) from None
+
+
+def _refusal(place: str, reason: str) -> RequestError:
+    return RequestError(f"`{place}` is refused: {reason}", param=place)
