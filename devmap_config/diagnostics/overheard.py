@@ -24,6 +24,9 @@ ANSWERED = {
         "tokens are given where the embedding runs, which is verified; while it is streamed, it looks to be elsewhere"
     ),
     r"`\w+` requires torchvision \(not installed\)": "Pillow makes of an image what the processor says as well",
+    r"Passing `generation_config` together with generation-related arguments": (
+        "transformers itself gives both to a draft model"
+    ),
     r"The following generation flags are not valid and may be ignored": (
         "`run` writes the likeliest tokens, whatever the checkpoint's generation config samples"
     ),

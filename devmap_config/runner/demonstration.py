@@ -27,6 +27,7 @@ from devmap_config.runner.inputs import (
     planned_numbers,
     require_chat_template,
     require_fit,
+    takes_text,
     text_inputs,
 )
 from devmap_config.runner.loading import RunnerError, first_line, telling_of_changes
@@ -224,7 +225,10 @@ def demonstrator(
     model_class = require_fit_class(request, given)
     with running(request):
         tokenizer = load_tokenizer(request, sink)
-        processor = load_processor(request, of_images=bool(given.images)) if given.has_media else None
+        processor = None
+        if given.has_media:
+            with_text = model_class is not None and takes_text(model_class)
+            processor = load_processor(request, of_images=bool(given.images), with_text=with_text)
     if given.messages and not given.has_media:
         require_chat_template(tokenizer)
     is_told = any(each.code in ("no-tokenizer", "remote-code") for each in sink)

@@ -130,6 +130,13 @@ def require_fit(model_class: Any, given: Given) -> None:
         raise RunnerError("unfit-input", f"{name} writes no text, and so does not chat", "leave `--chat` out")
 
 
+def takes_text(model_class: Any) -> bool:
+    """Return whether a model is given the tokens of a text before all."""
+    return (
+        model_class.main_input_name == "input_ids" and "input_ids" in inspect.signature(model_class.forward).parameters
+    )
+
+
 def takes_images(model_class: Any) -> bool:
     """Return whether images are among what a model is given."""
     return _takes(model_class, IMAGE_INPUTS)

@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from devmap_config.runner.loading import LoadRequest
 
 
-def load_processor(request: LoadRequest, *, of_images: bool) -> Any:
+def load_processor(request: LoadRequest, *, of_images: bool, with_text: bool) -> Any:
     """Return the checkpoint's processor for images or sound; the part that takes these where there is no whole one.
+
+    Args:
+        request: what names the checkpoint.
+        of_images: whether it is to take images, rather than sound.
+        with_text: whether it is to put them into a text: no part does.
 
     Raises:
         RunnerError: if it has none that can be used.
@@ -28,15 +33,18 @@ def load_processor(request: LoadRequest, *, of_images: bool) -> Any:
         except Exception as error:  # whatever a processor's own code raises; without files, what transformers says
             errors.append(error)
             continue
-        if not isinstance(processor, PreTrainedTokenizerBase):
+        if not isinstance(processor, PreTrainedTokenizerBase) and (
+            getattr(processor, "tokenizer", None) is not None or not with_text
+        ):
             return processor
     said = " ".join(map(str, errors))
     if not request.trust_remote_code and ("trust_remote_code" in said or "not allowed to run" in said):
         message = "the processor is code that comes with the model, which was not run"
         raise RunnerError("remote-code", message, READ_IT_FIRST)
+    # What keeps the whole of it from being loaded says more than what keeps a part, which a text may need besides.
+    why = f": {type(errors[0]).__name__}: {first_line(errors[0])}" if errors else ", but for a part of one"
     raise RunnerError(
         "no-processor",
-        "the checkpoint has no processor that makes inputs of images or sound: "
-        f"{type(errors[-1]).__name__}: {first_line(errors[-1])}",
+        f"the checkpoint has no processor that makes inputs of images or sound{why}",
         "see that the checkpoint has all of its processor's files, and what these need is installed",
     )

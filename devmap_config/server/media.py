@@ -127,11 +127,9 @@ def media_reader(measurement: Measurement | None, request: LoadRequest) -> Media
         if planned.images:
             require_pillow()
         with running(request):
-            processor = load_processor(request, of_images=planned.images > 0)
+            processor = load_processor(request, of_images=planned.images > 0, with_text=True)
     except RunnerError as error:
         return MediaReader(reason=str(error))
-    if getattr(processor, "tokenizer", None) is None:
-        return MediaReader(reason="the checkpoint has no processor that puts them into a chat")
     return MediaReader(planned=planned, processor=processor, reason=None)
 
 

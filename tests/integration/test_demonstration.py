@@ -15,9 +15,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from small_media_models import GEMMA3, built
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoProcessor,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -25,6 +27,9 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     CLIPVisionConfig,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -424,6 +429,34 @@ def test_an_image_without_a_processor_or_without_pillow(image, monkeypatch):
     assert done.return_value == 1
     assert "error[pillow-missing]" in done.stderr
     assert "pip install 'devmap-config[media]'" in done.stderr
+
+
+def test_a_processor_that_needs_what_is_not_installed_is_not_made_up_for_by_a_part(image, monkeypatch):
+    model, processor = llava()
+    saved(model, processor)
+
+    def missing(*_arguments, **_options):
+        raise ImportError("\nAVideoProcessor requires the Torchvision library but it was not found.\nSee the pages.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
+    code, message = refused("--image", "image.png")
+    assert (code, "ImportError: AVideoProcessor requires the Torchvision library" in message) == ("no-processor", True)
+
+
+def test_tokens_of_an_image_are_told_by_their_types(image, monkeypatch):
+    """Those of an image attend to each other both ways: Gemma 3 is told by these types which they are."""
+    special = {"image_token": "<image>", "boi_token": "model:", "eoi_token": "user:"}
+    images = Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    processor = Gemma3Processor(images, tokenizer(extra_special_tokens=special), image_seq_length=4)
+    saved(built({**GEMMA3, "image_token_index": WORDS.index("<image>")}, torch.float32), processor)
+    given, generate = {}, Gemma3ForConditionalGeneration.generate
+    monkeypatch.setattr(
+        Gemma3ForConditionalGeneration,
+        "generate",
+        lambda self, **options: given.update(options) or generate(self, **options),
+    )
+    assert value("--image", "image.png", "--prompt", "model: who")["tokens"]
+    assert given["token_type_ids"].sum() == 4
 
 
 def test_a_processor_that_is_code_does_not_run(image):
