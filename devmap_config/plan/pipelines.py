@@ -57,6 +57,7 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
         return None  # which is reported: the profile names no context
     try:
         layers = layers_of(model.graph, model.source.config)
+        layers.check_caches(measurement)
     except UncutModelError as error:
         message = f"a plan of {model.class_name} for vLLM cannot be made: {error}"
         help = "leave `targets` out, for a plan for transformers"
