@@ -10,12 +10,13 @@ from devmap_config.files import exists
 from devmap_config.graph.adapter import AdapterError, stored_names
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
-from devmap_config.graph.costs import OFFLOADED
+from devmap_config.graph.costs import OFFLOADED, PARTLY
 from devmap_config.graph.failures import failure_of
 from devmap_config.graph.loading import report_failure
 from devmap_config.graph.model import SAVED, TensorName
 from devmap_config.graph.source import COMMIT, is_hub_id
 from devmap_config.libraries.private import LibraryChangedError
+from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -84,6 +85,11 @@ def check_cache(prepared: Prepared, sink: Sink) -> None:
     elif kinds != [OFFLOADING_KIND]:
         reason = f"transformers offloads a cache from {OFFLOADING_KIND} devices alone, and these are {kinds[0]}"
         help = "leave `cache` out"
+    elif name == PARTLY and prepared.strategy not in OPTIMAL_STRATEGIES:
+        reason = (
+            f"which layers of the cache are offloaded is for the strategy to say, and `{prepared.strategy}` does not"
+        )
+        help = f"write `strategy: {OPTIMAL_STRATEGIES[0]}`; or `cache: offloaded`, which is all of them"
     elif CPU not in prepared.capacities:
         reason = "the cache is to be on the CPU, and the profile lists none: what is not listed does not exist"
         help = "list it with what it has: `cpu: {memory: 64GiB}`"

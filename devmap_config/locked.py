@@ -47,6 +47,8 @@ def prove(request: Request, lock: Lock) -> Drift | None:
             return Drift("unproven-lock", ("placing anew gives no plan",))
         plan = compilation.plan
         unproven = disproofs(lock, plan)
-        if (plan.placement, plan.compute) == (lock.plan["device_map"], lock.plan["compute"]):
+        locked = (lock.plan["device_map"], lock.plan["compute"], lock.plan.get("offloaded_caches"))
+        caches = None if plan.offloaded_caches is None else list(plan.offloaded_caches)
+        if (plan.placement, plan.compute, caches) == locked:
             break  # else the dry run may have mended it, which takes longer to see
     return Drift("unproven-lock", unproven) if unproven else None

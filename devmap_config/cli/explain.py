@@ -244,7 +244,8 @@ def _preference(plan: Plan) -> Iterator[str]:
 
 
 def _pace(plan: Plan) -> Iterator[str]:
-    """Yield sentences about transfers, streamed weights, and modules that compute elsewhere."""
+    """Yield sentences about transfers, streamed weights, modules that compute elsewhere, and caches on the CPU."""
+    from devmap_config.cli.plan_table import caches_in_words
     from devmap_config.rules.folding import fold_paths
 
     if plan.prediction.hops:
@@ -257,6 +258,8 @@ def _pace(plan: Plan) -> Iterator[str]:
     if plan.computed_on_cpu:
         yield f"{', '.join(fold_paths(plan.computed_on_cpu))} compute on the CPU, where they are stored."
     yield from (f"{said}." for said in plan.prefilling)
+    if plan.offloaded_caches is not None:
+        yield f"{caches_in_words(plan)}."
 
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
@@ -270,6 +273,7 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
     for each in below or around:
         runs = "" if each.location.is_one_device else f", and runs on {each.location.runs_on}"
         yield f"`{each.unit or 'the whole model'}` is on {each.location.stored_on}{runs}."
+    yield from _place_of_cache(compiled, name)
     *before, last = why(compiled, name)
     yield from before
     if _rules_about(compiled.resolution, name, graph):
@@ -281,6 +285,21 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
         yield f"- {_alternative(other, 'a token' if graph.decodes else 'a prefill')}"
     if rates := dict.fromkeys(other.rates for other in others if other.rates is not None):
         yield f"These times rest on {' and '.join(rates)} rates."
+
+
+def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
+    """Yield where the cache of a module's block is and what its other place would cost, where the plan says it."""
+    from devmap_config.plan.explanation import block_of, other_cache
+
+    plan, graph, block = compiled.plan, compiled.graph, block_of(compiled.graph, name)
+    other = other_cache(plan, graph, compiled.inventory, block)
+    if other is None:
+        return
+    is_offloaded = any(path == block or path.startswith(f"{block}.") for path in plan.offloaded_caches or ())
+    here, there = "on the CPU while it does not run", "on the device on which it runs"
+    where, elsewhere = (here, there) if is_offloaded else (there, here)
+    costs = _costs(other, "a token" if graph.decodes else "a prefill")
+    yield f"The cache of `{block}` is {where}. Were it {elsewhere}, all else as it is: {costs}."
 
 
 def why(compiled: Compiled, name: str) -> Iterator[str]:
@@ -345,6 +364,11 @@ def _alternative(other: Alternative, what: str) -> str:
         where = f"on {other.location.stored_on}, copied to {other.location.runs_on} at every forward"
     else:
         where = f"on {other.location.stored_on}"
+    return f"{where}: {_costs(other, what)}"
+
+
+def _costs(other: Alternative, what: str) -> str:
+    """Return by how much slower an alternative is, and what it lacks."""
     slower = other.slower_nanoseconds
     pace = f"how long {what} would take is not known"
     if slower is not None:
@@ -354,4 +378,4 @@ def _alternative(other: Alternative, what: str) -> str:
         if other.full_device
         else "; it would fit"
     )
-    return f"{where}: {pace}{blocked}"
+    return f"{pace}{blocked}"

@@ -102,8 +102,17 @@ def _notes(compiled: Compiled) -> Iterator[Text]:
         patterns = fold_paths(unit for unit, where in plan.compute.items() if where == device)
         yield Text(f"{', '.join(patterns)} run on {device}")
     yield from map(Text, plan.prefilling)
+    if plan.offloaded_caches is not None:
+        yield Text(caches_in_words(plan))
     if compiled.loaded.profile.workload.context_length.value is None:
         yield Text("only weights are budgeted: the profile names no `workload.context_length`", style="dim")
+
+
+def caches_in_words(plan: Plan) -> str:
+    """Return a clause about the layers whose cache the plan has on the CPU."""
+    if not plan.offloaded_caches:
+        return "no layer has its cache on the CPU: all of it has room where the layers run"
+    return f"the cache of {', '.join(fold_paths(plan.offloaded_caches))} is on the CPU while they do not run"
 
 
 def memory_in_words(memory: ProcessMemory) -> str:

@@ -25,17 +25,24 @@ class Executor:
             (`dispatch/mapped_weights.py`), or copy it to an accelerator (`dispatch/streamed_weights.py`).
         prefilled_from: for paths of modules that compute on the CPU, the number of tokens at once from which they run
             on the main device instead, to which their weights are then copied ahead.
+        offloaded_caches: the paths of the modules whose part of the cache is offloaded, in the order of the model;
+            `None` if that is all that the workload's cache offloads.
     """
 
     name: str = "accelerate"
     offload_buffers: bool = False
     works_ahead: bool = False
     prefilled_from: Mapping[str, int] = field(default_factory=dict, hash=False)
+    offloaded_caches: tuple[str, ...] | None = None
 
     @property
     def pieces_at_once(self) -> int:
         """Of how many modules streamed weights are where they run, at most: of one, and of the next."""
         return 2 if self.works_ahead else 1
+
+    def offloads_cache(self, path: str) -> bool:
+        """Return whether a module's part of a cache is on the CPU while it does not run, if the cache offloads any."""
+        return self.offloaded_caches is None or path in self.offloaded_caches
 
     def main_device(self, stored_on: Iterable[Device]) -> Device:
         """Return the device on which streamed modules run: the first accelerator in use, else the CPU."""

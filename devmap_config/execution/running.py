@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
@@ -106,11 +105,9 @@ class Running:
             return costs
         every = [each for counts in held.values() for each in counts if each[0].offloaded_bytes]
         visiting_bytes = max((cost.visiting_bytes(workload) for cost, _ in every), default=0)
-        for device in filter(attrgetter("is_accelerator"), costs):
-            offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in held.get(device, ()))
-            let_go_bytes = sum(
-                cost.retained_bytes * count for cost, count in held.get(device, ()) if cost.offloaded_bytes
-            )
+        for device, counts in held.items():
+            offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in counts)
+            let_go_bytes = sum(cost.retained_bytes * count for cost, count in counts if cost.offloaded_bytes)
             costs[device] = costs[device].plus(-offloaded_bytes, visiting_bytes - let_go_bytes)
         offloaded_bytes = sum(cost.offloaded_bytes * count for cost, count in every)
         pinned_bytes = sum(cost.pinned_bytes(workload) * count for cost, count in every)
@@ -149,7 +146,8 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
             is_block = _is_block(graph, cost.path)
             devices, figures = (within, peaking) if is_block else (within[:1], own)
         if cost.cache_bytes or cost.retained_bytes:
-            holding.setdefault(devices[0], Counter())[_held(cost)] += 1
+            held = _held(cost, is_offloaded=executor.offloads_cache(cost.path))
+            holding.setdefault(devices[0], Counter())[held] += 1
         for device in devices:
             figures.setdefault(device, []).append(cost)
     return Running(
@@ -184,15 +182,15 @@ def longest_context(running: Running, room: Mapping[Device, int]) -> int:
     return low
 
 
-def _held(cost: ModuleCost) -> ModuleCost:
+def _held(cost: ModuleCost, *, is_offloaded: bool) -> ModuleCost:
     """Return the part of a cost that concerns the cache."""
     return ModuleCost(
         path="",
         cache_bytes=cost.cache_bytes,
         doubled_cache_bytes=cost.doubled_cache_bytes,
         retained_bytes=cost.retained_bytes,
-        offloaded_bytes=cost.offloaded_bytes,
-        offloaded_largest_bytes=cost.offloaded_largest_bytes,
+        offloaded_bytes=cost.offloaded_bytes if is_offloaded else 0,
+        offloaded_largest_bytes=cost.offloaded_largest_bytes if is_offloaded else 0,
     )
 
 

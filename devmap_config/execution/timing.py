@@ -138,7 +138,8 @@ class Timing:
         here = next(iter(running)) if len(running) == 1 else around
         self._do(segment, module.path, here, self._added_bytes(module, homes))
         cost = self._costs.get(module.path)
-        if cost is not None and cost.offloaded_bytes and here.is_accelerator:
+        offloads = self.executor.offloads_cache(module.path)
+        if cost is not None and cost.offloaded_bytes and here.is_accelerator and offloads:
             self._exchange_cache(cost, here, segment)
         if here != around and cost is not None:
             prefills = self.phase == "prefill"

@@ -14,6 +14,7 @@ from devmap_config.devices import CPU, DISK
 from devmap_config.diagnostics.diagnostic import Sink
 from devmap_config.exports.export import Export, check_model_alone, require_no_errors, span_of
 from devmap_config.files import ANYWHERE, PACKAGED, read_text
+from devmap_config.graph.costs import PARTLY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -134,6 +135,13 @@ def _check_plan(compiled: Compiled, weights: str | None, sink: Sink) -> None:
             "llama.cpp quantises a cache by types of its own, which are of other sizes than the plan has room for",
             cache.key_span,
             help="leave `cache` out and compile again",
+        )
+    if cache.implementation == PARTLY:
+        sink.error(
+            "unfit-export",
+            "llama.cpp keeps the whole cache on the CPU, or the part of each layer where that is",
+            cache.key_span,
+            help="write `cache: offloaded`, or leave it out, and compile again",
         )
     for each in plan.assignments:
         stored_on, runs_on = each.location.stored_on, each.location.runs_on

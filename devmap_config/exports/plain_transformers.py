@@ -131,7 +131,9 @@ def _check_map(compiled: Compiled, sink: Sink) -> None:
         _ = compiled.plan.device_map
     except NotADeviceMapError as error:
         for found in error.diagnostics:
-            sink.error("not-a-device-map", found.message, span_of(compiled, error.units), help=found.help)
+            cache = compiled.loaded.profile.workload.cache
+            span = span_of(compiled, error.units) if compiled.plan.compute else cache.span
+            sink.error("not-a-device-map", found.message, span, help=found.help)
     except NotForTransformersError as error:
         for found in error.diagnostics:
             sink.error("not-a-device-map", found.message, compiled.loaded.profile.targets.span, help=found.help)

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 MEDIA = ("images", "image_height", "image_width", "audio_seconds", "tiles")
 """The fields of a workload that say what a prompt holds besides text."""
 
-OFFLOADED = ("offloaded", "offloaded_static")
-"""The caches whose layers are on the CPU while they do not run."""
+PARTLY = "partly_offloaded"
+"""The cache of which the plan says which blocks' layers are on the CPU while they do not run."""
+
+OFFLOADED = ("offloaded", PARTLY, "offloaded_static")
+"""The caches whose layers are on the CPU while they do not run, or may be."""
 
 RARE = (*MEDIA, "proposed_tokens", "cache_backend", "cache_bits")
 """Those that are left out of plain data where they say nothing."""
@@ -102,7 +105,8 @@ class ModuleCost:
         cache_bytes_per_token: the growth of the cache with a further token.
         retained_bytes: what the storages of those tensors keep alive beyond their elements: a sliding window is a view
             of all that was prefilled.
-        offloaded_bytes: the part of `cache_bytes` that is on the CPU while the module does not run.
+        offloaded_bytes: the part of `cache_bytes` that is on the CPU while the module does not run, if its cache is
+            offloaded.
         offloaded_largest_bytes: the largest tensor of that part.
         prefill_peak_bytes: the largest sum of live activations while the module runs, with those alive around it, cache
             left out.
@@ -173,7 +177,7 @@ class ModuleCost:
 
         torch pins it in blocks of a power of two, and keeps those that the cache has outgrown since the prompt.
         """
-        grows = workload.cache == "offloaded" and workload.prompt_length < workload.context_length
+        grows = workload.cache != "offloaded_static" and workload.prompt_length < workload.context_length
         total_bytes = 0
         for size_bytes in (self.offloaded_largest_bytes, self.offloaded_bytes - self.offloaded_largest_bytes):
             block_bytes = _power_of_two(size_bytes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from devmap_config.graph.costs import PARTLY
 from devmap_config.graph.failures import OtherInputsError, PromptTooShortError
 from devmap_config.graph.key_values import made_cache
 from devmap_config.graph.media import SOUND_NAMES, Media
@@ -45,13 +46,15 @@ PATCHES_ACROSS = 8
 class Forwards:
     """Forwards of a model whose tensors are fake, under a workload.
 
-    `offloads` is whether a cache that is to be offloaded is, from devices that are simulated.
+    `offloads` is whether a cache that is to be offloaded is, from devices that are simulated, and `offloaded_caches`
+    are the modules whose part of it is, if not all are.
     """
 
     model: PreTrainedModel
     workload: WorkloadShape
     media: tuple[Media, ...] = ()
     offloads: bool = False
+    offloaded_caches: tuple[str, ...] | None = None
     _encoded: Any = None
     _attended: Any = None
     _writer: Forwards | None = None
@@ -76,7 +79,9 @@ class Forwards:
         if self.media:
             inputs |= self._beside_media(length)
         if self.cache_name is not None:
-            cache = made_cache(self.model, self.workload, length, offloading=self.offloads)
+            cache = made_cache(
+                self.model, self.workload, length, offloading=self.offloads, offloaded=self.offloaded_caches
+            )
             inputs |= {} if cache is None else {self.cache_name: cache}
         return inputs | self._options()
 
@@ -132,7 +137,9 @@ class Forwards:
     @property
     def makes_cache(self) -> bool:
         """True if the cache is made beforehand, for every block, also for blocks that do not fill it."""
-        return self.workload.cache not in (("dynamic",) if self.offloads else ("dynamic", "offloaded"))
+        if self.offloads and self.offloaded_caches != ():
+            return self.workload.cache != "dynamic"
+        return self.workload.cache not in ("dynamic", "offloaded", PARTLY)
 
     @property
     def _accepted(self) -> Any:
@@ -283,6 +290,10 @@ def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
         }
 
 
+CACHES_MADE_IN = ("transformers", "devmap_config.graph")
+"""The modules of the classes of caches and their layers."""
+
+
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
     """Return every tensor within a cache, whatever its class."""
     found: dict[int, torch.Tensor] = {}
@@ -299,6 +310,6 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
                 waiting += each.values()
             elif isinstance(each, (list, tuple)):
                 waiting += each
-            elif type(each).__module__.startswith("transformers") and "config" not in type(each).__module__:
+            elif type(each).__module__.startswith(CACHES_MADE_IN) and "configuration" not in type(each).__module__:
                 waiting += vars(each).values()
     return list(found.values())

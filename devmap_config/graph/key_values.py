@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.costs import OFFLOADED
+from devmap_config.graph.costs import OFFLOADED, PARTLY
 from devmap_config.graph.failures import UnfitCacheError
 from devmap_config.libraries.transformers import STATES, quantizing_layers, supports_caches
 
@@ -18,7 +18,14 @@ GROUP_LENGTH = 64
 """So many numbers that are quantised have a scale and a shift in common: transformers' default."""
 
 
-def made_cache(model: PreTrainedModel, workload: WorkloadShape, length: int, *, offloading: bool) -> Any:
+def made_cache(
+    model: PreTrainedModel,
+    workload: WorkloadShape,
+    length: int,
+    *,
+    offloading: bool,
+    offloaded: tuple[str, ...] | None = None,
+) -> Any:
     """Return the cache that a model is given which is about to take a prompt of so many tokens; `None` for none.
 
     Args:
@@ -26,6 +33,7 @@ def made_cache(model: PreTrainedModel, workload: WorkloadShape, length: int, *, 
         workload: what is run; its cache is made here unless it is dynamic, which a model makes by itself.
         length: how many tokens it must have room for at least.
         offloading: whether a cache that is offloaded is to do so. Without, it is as it is on one device.
+        offloaded: the modules whose part of it is offloaded; `None` if all of them are.
 
     Raises:
         UnfitCacheError: if transformers does not give such a model that cache.
@@ -36,7 +44,9 @@ def made_cache(model: PreTrainedModel, workload: WorkloadShape, length: int, *, 
         return None
     config = model.config.get_text_config(decoder=True)
     is_offloaded = offloading and workload.cache in OFFLOADED
-    if workload.cache == "offloaded":
+    if workload.cache == PARTLY and is_offloaded and offloaded is not None:
+        return partly_offloaded_cache(model, offloaded)
+    if workload.cache in ("offloaded", PARTLY):
         return DynamicCache(config=config, offloading=True) if is_offloaded else None
     if workload.cache == "quantized":
         _require_groups(config, workload)
@@ -49,6 +59,32 @@ def made_cache(model: PreTrainedModel, workload: WorkloadShape, length: int, *, 
     # Room for the context and a token, and for more where more is prefilled.
     room = max(workload.context_length, length) + 1
     return StaticCache(config=config, max_cache_len=room, offloading=is_offloaded)
+
+
+def partly_offloaded_cache(model: PreTrainedModel, offloaded: tuple[str, ...]) -> Any:
+    """Return a cache of which the layers are offloaded that these modules fill; `None` if there are none.
+
+    Raises:
+        UnfitCacheError: if one of them does not tell which layer it fills.
+    """
+    from devmap_config.graph.partly_offloaded import PartlyOffloadedCache
+
+    if not offloaded:
+        return None
+    config = model.config.get_text_config(decoder=True)
+    return PartlyOffloadedCache(config, [layer_filled(model, path) for path in offloaded])
+
+
+def layer_filled(model: PreTrainedModel, path: str) -> int:
+    """Return the layer of the cache that a module fills, as it tells the cache itself.
+
+    Raises:
+        UnfitCacheError: if it does not tell.
+    """
+    layer = getattr(model.get_submodule(path), "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnfitCacheError(f"`{path}` does not tell which layer of it it fills")
+    return layer
 
 
 def require_fit(model: PreTrainedModel, workload: WorkloadShape) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from devmap_config.graph.costs import (
     CROSSING_FIELDS,
+    PARTLY,
     WORK,
     Crossing,
     Measurement,
@@ -37,7 +38,7 @@ from devmap_config.graph.failures import (
     failure_of,
 )
 from devmap_config.graph.forwards import Forwards, cache_tensors
-from devmap_config.graph.key_values import offloaded_tensors, require_fit
+from devmap_config.graph.key_values import layer_filled, offloaded_tensors, require_fit
 from devmap_config.graph.known_values import knowing_values
 from devmap_config.graph.media import media_of
 from devmap_config.graph.model import ancestors
@@ -221,6 +222,7 @@ class _Runner:
             if length == workload.context_length:
                 self.add_cache(recorder, cache_tensors(cache))
                 self.add_offloaded(recorder, offloaded_tensors(cache, workload))
+                self.require_layers_told()
                 decoded = self.traffic()
             if cache_bytes := total_bytes(cache_tensors(cache)):
                 recorder, grown = self.run(self.forwards.decode_inputs(cache), cache)
@@ -285,6 +287,19 @@ class _Runner:
             by_module = {module: of(module_sizes) for module, module_sizes in sizes.items()}
             for module, size_bytes in spread(by_module, recorder.repeated).items():
                 self.cost(module)[figure] = size_bytes
+
+    def require_layers_told(self) -> None:
+        """Check that the modules whose part of a cache may be offloaded by itself tell which layer of it they fill.
+
+        Raises:
+            UnfitCacheError: if one does not, or two tell the same.
+        """
+        if self.forwards.workload.cache != PARTLY:
+            return
+        filling = [path for path, cost in self.costs.items() if cost.get("offloaded_bytes")]
+        layers = [layer_filled(self.forwards.model, path) for path in filling]
+        if len(set(layers)) < len(layers):
+            raise UnfitCacheError("several of its modules fill one layer of it")
 
     def add_peaks(self, recorder: Meter, phase: str) -> None:
         """Replay allocations and releases, without those that the cache keeps, and record each module's peak."""

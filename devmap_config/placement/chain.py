@@ -42,8 +42,9 @@ class Option:
 
     It runs on `home` and takes `nanoseconds` there; what it takes while other links bring what is theirs is `ahead`. Of
     `demands` a device holds all that its blocks ask for; of `peaks` the largest, since blocks run one after another,
-    and of `pieces` (weights that are copied in) the largest as well. `mode` says how it is stored. What no rule pins of
-    it runs `around`, where that is another device than its home.
+    and of `pieces` (weights that are copied in) and `visits` (what is on its way of an offloaded cache) the largest as
+    well. `mode` says how it is stored. What no rule pins of it runs `around`, where that is another device than its
+    home. With `offloads_cache`, the plan has its cache on the CPU while it does not run; it might as well stay.
     """
 
     home: Device
@@ -51,9 +52,11 @@ class Option:
     demands: Bytes = ()
     peaks: Bytes = ()
     pieces: Bytes = ()
+    visits: Bytes = ()
     mode: Mode = ("resident",)
     around: Device | None = None
     ahead: tuple[Ahead, ...] = ()
+    offloads_cache: bool = False
 
     @property
     def place(self) -> Place:
@@ -66,9 +69,10 @@ def together(options: Sequence[Option]) -> Option:
     demands: Counter[Device] = Counter()
     peaks: dict[Device, int] = {}
     pieces: dict[Device, int] = {}
+    visits: dict[Device, int] = {}
     for option in options:
         demands.update(dict(option.demands))
-        for largest, sizes in ((peaks, option.peaks), (pieces, option.pieces)):
+        for largest, sizes in ((peaks, option.peaks), (pieces, option.pieces), (visits, option.visits)):
             for device, size_bytes in sizes:
                 largest[device] = max(largest.get(device, 0), size_bytes)
     return Option(
@@ -77,8 +81,10 @@ def together(options: Sequence[Option]) -> Option:
         demands=tuple(demands.items()),
         peaks=tuple(peaks.items()),
         pieces=tuple(pieces.items()),
+        visits=tuple(visits.items()),
         mode=options[0].mode,
         ahead=tuple(each for option in options for each in option.ahead),
+        offloads_cache=any(option.offloads_cache for option in options),
     )
 
 
@@ -130,7 +136,7 @@ class Chain:
         """Return the bytes that each device needs under a choice of options."""
         whole = together([block.options[index] for block, index in zip(self.blocks, choice, strict=True)])
         used: Counter[Device] = Counter()
-        for sizes in (whole.demands, whole.peaks, whole.pieces):
+        for sizes in (whole.demands, whole.peaks, whole.pieces, whole.visits):
             used.update(dict(sizes))
         return used
 

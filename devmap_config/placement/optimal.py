@@ -34,12 +34,14 @@ class Optimal:
     """A placement, with what runs elsewhere than the executor would run it by that, and the time of the objective.
 
     No placement is below the bound. `fastest` is the fastest that was found, where wishes chose another.
+    `offloaded_caches` are the modules whose cache is offloaded, where that is for the plan to say.
     """
 
     placement: Placement
     compute: Placement
     nanoseconds: int
     bound_nanoseconds: int
+    offloaded_caches: tuple[str, ...] | None = None
     fastest: Optimal | None = None
 
 
@@ -95,6 +97,7 @@ def _optimal(stated: Statement, choice: Choice, bound_nanoseconds: int) -> Optim
         },
         nanoseconds=stated.chain.nanoseconds(choice),
         bound_nanoseconds=bound_nanoseconds,
+        offloaded_caches=stated.offloaded_caches(choice),
     )
 
 

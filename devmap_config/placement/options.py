@@ -6,7 +6,7 @@ write its builder, and say in `locations` where the tensors of such a block are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from devmap_config.execution.assignment import ON_CPU, Location
 from devmap_config.execution.pieces import copied_bytes, pieces_of
 from devmap_config.execution.segments import MissingFigureError
 from devmap_config.execution.timing import Timing, home_of, while_prefilled
-from devmap_config.graph.costs import WORK
+from devmap_config.graph.costs import PARTLY, WORK
 from devmap_config.graph.model import is_within
 from devmap_config.placement.chain import Option
 
@@ -76,6 +76,12 @@ class OptionBuilder:
             (Timing(problem.graph, inventory, phase, problem.executor, self.main_device), times)
             for phase, times in self.aim.phases
         ]
+
+    @cached_property
+    def _keeping_timings(self) -> list[tuple[Timing, int]]:
+        """The same where a cache stays on the device that fills it."""
+        keeping = replace(self.problem.executor, offloaded_caches=())
+        return [(replace(timing, executor=keeping), times) for timing, times in self.timings]
 
     def of_block(self, module: Module) -> tuple[Option, ...]:
         """Return the options of a block; equal blocks share the same tuple.
@@ -183,7 +189,7 @@ class OptionBuilder:
 
     def _computed(self, module: Module) -> Iterator[Place]:
         """Yield the CPU beside accelerators, on which the block is then stored and run."""
-        if self._computes_on_cpu and CPU not in self._forbidden(module) and not self._offloads(module):
+        if self._computes_on_cpu and CPU not in self._forbidden(module) and not self._must_offload(module):
             yield CPU, ("computed",)
 
     def _part(self, module: Module) -> Iterator[Place]:
@@ -212,7 +218,7 @@ class OptionBuilder:
         for each in module.walk():
             size_bytes = sum(tensor.size_bytes for tensor in each.tensors())
             is_pinned = any(tensor.name in self.problem.pinned for tensor in each.tensors())
-            if is_pinned or self._offloads(each) or each.path not in self._costs or size_bytes == total_bytes:
+            if is_pinned or self._must_offload(each) or each.path not in self._costs or size_bytes == total_bytes:
                 continue
             if size_bytes * SMALLEST_PART >= total_bytes:
                 found.append((-size_bytes, len(found), each.path[len(module.path) + 1 :]))
@@ -229,17 +235,25 @@ class OptionBuilder:
     def _of_block(self, module: Module) -> Iterator[Option]:
         pinned = {self._pinned(tensor.name) for tensor in module.tensors()}
         if None not in pinned:
-            yield self._option(module, home_of(each.runs_on for each in pinned if each is not None), ("resident",))
+            home = home_of(each.runs_on for each in pinned if each is not None)
+            yield from self._with_cache(module, home, ("resident",))
             return
         for builder in (self._resident, self._streamed, self._computed, self._part):
             for home, mode in builder(module):
                 try:
-                    yield self._option(module, home, mode)
+                    yield from self._with_cache(module, home, mode)
                 except MissingFigureError:
                     if home != CPU and mode[0] != "part":  # the CPU does not compute where it is not known how fast
                         raise
 
-    def _option(self, module: Module, around: Device, mode: Mode) -> Option:
+    def _with_cache(self, module: Module, around: Device, mode: Mode) -> Iterator[Option]:
+        """Yield the option with the cache where the workload says; with it on either device if the plan is to say."""
+        offloading = self._option(module, around, mode)
+        if offloading.offloads_cache:
+            yield self._option(module, around, mode, offloads=False)
+        yield offloading
+
+    def _option(self, module: Module, around: Device, mode: Mode, *, offloads: bool = True) -> Option:
         problem, executor = self.problem, self.problem.executor
         locations = self.locations(module, (around, mode))
         home = home_of(location.runs_on for location in locations.values())
@@ -255,14 +269,16 @@ class OptionBuilder:
                 demands[residence] = demands.get(residence, 0) + held_bytes[tensor.name]
         prefilled = while_prefilled(module, locations, executor, self.main_device)
         measurement = problem.graph.measurement
+        visits: dict[Device, int] = {}
         for each in module.walk():
             if (cost := self._costs.get(each.path)) is not None:
                 within = {locations[tensor.name].runs_on for tensor in each.tensors()}
                 runs_on = next(iter(within)) if len(within) == 1 else home
                 kept_bytes = cost.cache_bytes + cost.retained_bytes
-                if cost.offloaded_bytes and runs_on.is_accelerator and measurement is not None:
+                if offloads and cost.offloaded_bytes and runs_on.is_accelerator and measurement is not None:
                     kept_bytes = cost.kept_bytes
                     demands[CPU] = demands.get(CPU, 0) + cost.pinned_bytes(measurement.workload)
+                    visits = {**visits, runs_on: measurement.visiting_bytes, CPU: measurement.passing_bytes}
                 demands[runs_on] = demands.get(runs_on, 0) + kept_bytes
         homes = {**prefilled, **self._shared_elsewhere(module, (around, mode))}
         for piece in self._pieces[module.path]:
@@ -271,32 +287,41 @@ class OptionBuilder:
         peak_bytes = self._peak_bytes(module)
         running = [location.runs_on for each in (locations, prefilled) for location in each.values()]
         involved = dict.fromkeys([home, *running])
-        peaks = self._with_offloaded(dict.fromkeys(involved, peak_bytes))
-        spent = [timing.module_time(module, locations).times(times) for timing, times in self.timings]
+        peaks = dict.fromkeys(involved, peak_bytes)
+        timings = self.timings if offloads else self._keeping_timings
+        spent = [timing.module_time(module, locations).times(times) for timing, times in timings]
         return Option(
             home=home,
             nanoseconds=sum(each.nanoseconds for each in spent),
             demands=tuple((device, size_bytes) for device, size_bytes in demands.items() if size_bytes),
             peaks=tuple((device, size_bytes) for device, size_bytes in peaks.items() if size_bytes),
             pieces=tuple(pieces.items()),
+            visits=tuple(visits.items()),
             mode=mode,
             around=None if home == around else around,
             ahead=tuple(each for time in spent for each in time.ahead),
+            offloads_cache=self._chooses_caches and bool(visits),
         )
 
-    def _with_offloaded(self, peaks: dict[Device, int]) -> dict[Device, int]:
-        """Return peaks increased by the parts of an offloaded cache that are in transit."""
+    @cached_property
+    def _chooses_caches(self) -> bool:
+        """True if the plan is to say which blocks' caches are offloaded."""
         measurement = self.problem.graph.measurement
-        if measurement is None or not measurement.visiting_bytes:
-            return peaks
-        on_its_way = {device: measurement.visiting_bytes for device in peaks if device.is_accelerator}
-        on_its_way |= {CPU: measurement.passing_bytes} if on_its_way else {}
-        return {device: peaks.get(device, 0) + on_its_way.get(device, 0) for device in {**peaks, **on_its_way}}
+        return measurement is not None and measurement.workload.cache == PARTLY
 
-    def _offloads(self, module: Module) -> bool:
-        """Return whether the module holds a cache that transformers offloads, which only accelerators do."""
+    def _must_offload(self, module: Module) -> bool:
+        """Return whether the module holds a cache that is offloaded whatever the plan, which only accelerators do."""
         costs = (self._costs.get(each.path) for each in module.walk())
-        return any(cost is not None and cost.offloaded_bytes for cost in costs)
+        return not self._chooses_caches and any(cost is not None and cost.offloaded_bytes for cost in costs)
+
+    def offloaded_caches(self, module: Module, option: Option) -> Iterator[str]:
+        """Yield the modules within a block whose cache is on the CPU while they do not run, if it takes this option."""
+        locations = self.locations(module, option.place)
+        for each in module.walk() if option.offloads_cache else ():
+            if (cost := self._costs.get(each.path)) is not None and cost.offloaded_bytes:
+                within = {locations[tensor.name].runs_on for tensor in each.tensors()}
+                if (next(iter(within)) if len(within) == 1 else option.home).is_accelerator:
+                    yield each.path
 
     def _pinned(self, name: TensorName) -> Location | None:
         if name not in self.problem.pinned:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from devmap_config.devices import Device
-    from devmap_config.placement.chain import Block, Chain, Option, Transfer
+    from devmap_config.placement.chain import Block, Chain, Option, Place, Transfer
     from devmap_config.placement.milp import Terms
 
     _Way = tuple[tuple[int, ...], Option]
@@ -146,7 +146,7 @@ def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
 
     def key(way: _Way) -> tuple[object, ...]:
         option = way[1]
-        sizes = (option.demands, option.peaks, option.pieces)
+        sizes = (option.demands, option.peaks, option.pieces, option.visits)
         place = (order.get(option.home, len(order)), option.home)
         return (*place, total_nanoseconds([option]), option.mode, *map(sorted, sizes))
 
@@ -155,19 +155,27 @@ def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
 
 
 def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
-    """Yield the options that all blocks of a group have in common: those with the same place."""
-    by_place = [{option.place: index for index, option in enumerate(block.options)} for block in blocks]
+    """Yield the options that all blocks of a group have in common: those with the same place.
+
+    Where blocks may have their cache in either of two places, all have it in the one or all in the other.
+    """
+    by_place: list[dict[Place, dict[bool, int]]] = [{} for _ in blocks]
+    for indices, block in zip(by_place, blocks, strict=True):
+        for index, option in enumerate(block.options):
+            indices.setdefault(option.place, {})[option.offloads_cache] = index
     for place in by_place[0]:
         if all(place in indices for indices in by_place):
-            choice = tuple(indices[place] for indices in by_place)
-            yield choice, together([block.options[index] for block, index in zip(blocks, choice, strict=True)])
+            either = [indices[place] for indices in by_place]
+            choices = (tuple(each.get(wanted, each.get(not wanted, 0)) for each in either) for wanted in (False, True))
+            for choice in dict.fromkeys(choices):
+                yield choice, together([block.options[index] for block, index in zip(blocks, choice, strict=True)])
 
 
 # Constraints
 
 
 def _add_memory(program: Program) -> None:
-    """Constrain each device to hold all demands, plus the largest peak and the largest piece among its blocks."""
+    """Constrain each device to hold all demands, plus the largest peak, piece and visit of a cache among its blocks."""
     chain, milp = program.chain, program.milp
     held: dict[Device, dict[int, int]] = {device: {} for device in chain.capacities}
     sized: dict[tuple[Device, str], dict[int, dict[int, list[int]]]] = {}
@@ -177,7 +185,7 @@ def _add_memory(program: Program) -> None:
                 milp.upper[variable] = 0
             else:
                 held.setdefault(device, {})[variable] = size_bytes
-        for what, sizes in (("peak", option.peaks), ("piece", option.pieces)):
+        for what, sizes in (("peak", option.peaks), ("piece", option.pieces), ("visit", option.visits)):
             for device, size_bytes in sizes:
                 by_class = sized.setdefault((device, what), {}).setdefault(size_bytes, {})
                 by_class.setdefault(number, []).append(variable)

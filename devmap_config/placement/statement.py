@@ -13,6 +13,7 @@ from devmap_config.execution.running import LONGEST_CONTEXT
 from devmap_config.execution.segments import MissingFigureError
 from devmap_config.execution.timing import crossings, execution_order, has_weights, outside_of
 from devmap_config.execution.units import united
+from devmap_config.graph.costs import PARTLY
 from devmap_config.graph.model import ModulePath
 from devmap_config.placement.chain import Block, Chain, Option, Transfer
 from devmap_config.placement.options import OptionBuilder
@@ -65,6 +66,16 @@ class Statement:
             else:
                 found[graph.tensors[block.name].name] = Location(option.home, option.home)  # type: ignore[index]
         return {name: found[name] for name in graph.tensors}
+
+    def offloaded_caches(self, choice: Choice) -> tuple[str, ...] | None:
+        """Return the modules whose cache a choice offloads, as they run; `None` if that is not for the plan to say."""
+        graph = self.problem.graph
+        if graph.measurement is None or graph.measurement.workload.cache != PARTLY:
+            return None
+        chosen = [(block, block.options[index]) for block, index in zip(self.chain.blocks, choice, strict=True)]
+        holding = ((graph.modules[ModulePath(block.name)], each) for block, each in chosen if each.offloads_cache)
+        found = {path for module, option in holding for path in self._builder.offloaded_caches(module, option)}
+        return tuple(cost.path for cost in graph.measurement.modules if cost.path in found)
 
     def contexts(self, least: int | None) -> Contexts | None:
         """Return the chain at other context lengths, in the times of this; `None` if its cache does not grow.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.execution.running import Running
     from devmap_config.graph.model import TensorName
+    from devmap_config.placement.optimal import Optimal
     from devmap_config.placement.problem import Aim, Problem
 
 TRANSFORMERS_STRATEGIES: tuple[TransformersStrategy, ...] = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -56,6 +57,7 @@ class Placed:
     """A placement: the device of every tensor, and the modules that run elsewhere than where they are stored.
 
     Attributes:
+        offloaded_caches: the modules whose cache is offloaded, where that is for the plan to say.
         bound_nanoseconds: a lower bound of the time that the strategy minimises, if one was proved.
         fastest: the fastest placement that was found, if this one was preferred by another wish than time.
         budgets: the budgets of transformers' planner.
@@ -63,6 +65,7 @@ class Placed:
 
     placement: Placement
     compute: Placement = field(default_factory=dict)
+    offloaded_caches: tuple[str, ...] | None = None
     bound_nanoseconds: int | None = None
     fastest: Placed | None = None
     budgets: Budgets | None = None
@@ -196,20 +199,19 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
         found = optimal.place_fewest_devices(problem, aim)
     if found is not None:
         if strategy != "fastest":
-            return Placed(placement=found.placement, compute=found.compute)
-        bound, fastest = found.bound_nanoseconds, found.fastest
-        return Placed(
-            placement=found.placement,
-            compute=found.compute,
-            bound_nanoseconds=bound,
-            fastest=None if fastest is None else Placed(placement=fastest.placement, compute=fastest.compute),
-        )
+            return _placed(found)
+        fastest = None if found.fastest is None else _placed(found.fastest)
+        return replace(_placed(found), bound_nanoseconds=found.bound_nanoseconds, fastest=fastest)
     measurement = problem.graph.measurement
     cache_bytes = 0 if measurement is None else measurement.cache_bytes
     room = sum(problem.capacities.values())
     return Infeasible(
         (Shortage(device=None, needed_bytes=problem.graph.size_bytes + cache_bytes, capacity_bytes=room),)
     )
+
+
+def _placed(found: Optimal) -> Placed:
+    return Placed(placement=found.placement, compute=found.compute, offloaded_caches=found.offloaded_caches)
 
 
 def _context_of_sequential(problem: Problem) -> int | None:

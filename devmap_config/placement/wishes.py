@@ -130,6 +130,11 @@ def _apart_from_a_map(program: Program, _: Milp) -> Terms:
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in apart}
 
 
+def _caches_offloaded(program: Program, _: Milp) -> Terms:
+    """Return the blocks whose cache is on the CPU, where it might stay."""
+    return {variable: 1 for variable, _, option in program.variables if option.offloads_cache}
+
+
 def _copied_in(program: Program, _: Milp) -> Terms:
     """Return the blocks that are stored on the CPU or the disk."""
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in STREAMED}
@@ -152,7 +157,7 @@ def _tidy(program: Program) -> Terms:
     """
     objective = dict(program.objective)
     for variable, number, option in program.variables:
-        if option.mode != ("resident",):
+        if option.mode != ("resident",) or option.offloads_cache:
             objective[variable] += len(program.classes) - number
     return objective
 
@@ -165,7 +170,8 @@ def _little_of(count: Sum) -> Callable[[_Granted], None]:
 
     def grant(granted: _Granted) -> None:
         program, milp, _ = granted.stated()
-        terms = count(program, milp)
+        if not (terms := count(program, milp)):
+            return
         values = milp.minimize(terms, relative_gap=0, nodes=WISH_NODES).values
         if values is not None:
             granted.sums.append((count, sum(factor * values[variable] for variable, factor in terms.items())))
@@ -223,6 +229,11 @@ def _told_of_a_map(after: int, before: int) -> str:
 
 WISHES = (
     Wish(_little_of(_apart_from_a_map), lambda plan: len(plan.compute), _told_of_a_map),
+    Wish(
+        _little_of(_caches_offloaded),
+        lambda plan: len(plan.offloaded_caches or ()),
+        lambda after, before: f"{after:,} instead of {before:,} modules have their cache on the CPU",
+    ),
     Wish(
         _little_of(_copied_in),
         lambda plan: plan.prediction.streamed_bytes_per_token or 0,

@@ -90,9 +90,8 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
         for name, device in placed.placement.items()
     }
     units = whole_model(graph, homes) if strategy == "single" else fold(graph, homes)
-    plan = assemble(
-        graph, units, prepared.capacities, strategy=strategy, executor=problem.executor, draft=prepared.draft
-    )
+    executor = replace(problem.executor, offloaded_caches=placed.offloaded_caches)
+    plan = assemble(graph, units, prepared.capacities, strategy=strategy, executor=executor, draft=prepared.draft)
     bound = placed.bound_nanoseconds if prepared.proves_bound else None
     plan = replace(plan, prediction=predict(plan, graph, prepared.inventory, bound_decode_nanoseconds=bound))
     budgets = placed.budgets

@@ -183,6 +183,7 @@ def difference(
         figures={name: ValueChange(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
         settings=_changed_subjects(*made_of)
         | _changed_stages(before, after)
+        | _changed_caches(before, after)
         | {
             name: change
             for name, meant in SETTINGS.items()
@@ -216,6 +217,13 @@ def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
     stages = [_said_of_stages(plan.get("pipeline")) for plan in (before, after)]
     changes = {name: ValueChange(stages[0].get(name), stages[1].get(name)) for name in {**stages[0], **stages[1]}}
     return {name: change for name, change in changes.items() if not change.is_none}
+
+
+def _changed_caches(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:
+    """Return the difference of the modules whose cache two plans have on the CPU, where that is for them to say."""
+    listed = (plan.get("offloaded_caches") for plan in (before, after))
+    said = [None if paths is None else ", ".join(fold_paths(paths)) or "none" for paths in listed]
+    return {} if said[0] == said[1] else {"caches on the CPU": ValueChange(*said)}
 
 
 def _said_of_stages(pipeline: Mapping[str, Any] | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from devmap_config.placement.executors import executors_for
 from devmap_config.plan.changes import changed_inputs, changed_versions
 from devmap_config.plan.inputs import early_graph_digest
-from devmap_config.plan.lock import LockError, locked_units
+from devmap_config.plan.lock import LockError, locked_caches, locked_units
 from devmap_config.plan.moved import FOLLOW_FROM_MEASUREMENT, LOADING, moved_figures
 from devmap_config.plan.plan import FASTEST, OWN, assemble
 from devmap_config.plan.prediction import predict
@@ -141,8 +141,8 @@ def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) 
 def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
     """Return the differences between a lock and a plan that was just made from the same inputs, as phrases."""
     phrases = []
-    for part in ("device_map", "compute", "offload_buffers"):
-        now = plan.to_json()[part]
+    for part in ("device_map", "compute", "offload_buffers", "offloaded_caches"):
+        now = plan.to_json().get(part)
         for route, before, after in _differences(lock.plan.get(part, now), now, f"plan.{part}"):
             phrases.append(f"`{route}` is {_written(before)}, and placing anew gives {_written(after)}")
     for name in PROVEN:
@@ -187,6 +187,7 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
     executor = replace(executor, offload_buffers=lock.plan.get("offload_buffers", executor.offload_buffers))
     if executor not in executors:
         raise LockError(f"`offload_buffers` is {_written(executor.offload_buffers)}, which its profile rules out")
+    executor = replace(executor, offloaded_caches=locked_caches(lock, graph))
     plan = assemble(
         graph, units, prepared.capacities, strategy=prepared.strategy, executor=executor, draft=prepared.draft
     )

@@ -120,17 +120,40 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
         moved = replace(
             plan, assignments=assignments, devices=device_uses(graph, assignments, capacities, plan.executor)
         )
-        fullest = min(moved.devices, key=lambda use: use.free_bytes)
-        phase: Phase = "decode" if graph.decodes else "prefill"
-        times = tuple(getattr(each, OWN[phase]) for each in (predict(moved, graph, inventory), plan.prediction))
-        is_known = None not in times
-        found.append(
-            Alternative(
-                location=location,
-                slower_nanoseconds=times[0] - times[1] if is_known else None,
-                rates=rates_basis(graph, inventory, phase, plan, moved) if is_known else None,
-                missing_bytes=max(-fullest.free_bytes, 0),
-                full_device=fullest.id if fullest.free_bytes < 0 else None,
-            )
-        )
+        found.append(_compared(plan, moved, location, graph, inventory))
     return tuple(found)
+
+
+def other_cache(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str) -> Alternative | None:
+    """Return the other place of a block's cache: on the CPU where the plan has it stay, or the other way round.
+
+    `None` if that is not for the plan to say, or it has no other place.
+    """
+    if plan.offloaded_caches is None or graph.measurement is None:
+        return None
+    holding = [cost.path for cost in graph.measurement.modules if cost.offloaded_bytes]
+    own = {path for path in holding if is_within(path, block)}
+    inside = [each.location for each in plan.assignments if is_within(each.unit, block)]
+    if not own or not any(location.runs_on.is_accelerator for location in inside):
+        return None
+    now = set(plan.offloaded_caches)
+    then = now - own if now & own else now | own
+    executor = replace(plan.executor, offloaded_caches=tuple(path for path in holding if path in then))
+    capacities = {use.id: use.capacity_bytes for use in plan.devices}
+    moved = replace(plan, executor=executor, devices=device_uses(graph, plan.assignments, capacities, executor))
+    return _compared(plan, moved, inside[0], graph, inventory)
+
+
+def _compared(plan: Plan, moved: Plan, location: Location, graph: ModelGraph, inventory: Inventory) -> Alternative:
+    """Return what a plan would take with a block or its cache at another location, beside what it takes."""
+    fullest = min(moved.devices, key=lambda use: use.free_bytes)
+    phase: Phase = "decode" if graph.decodes else "prefill"
+    times = tuple(getattr(each, OWN[phase]) for each in (predict(moved, graph, inventory), plan.prediction))
+    is_known = None not in times
+    return Alternative(
+        location=location,
+        slower_nanoseconds=times[0] - times[1] if is_known else None,
+        rates=rates_basis(graph, inventory, phase, plan, moved) if is_known else None,
+        missing_bytes=max(-fullest.free_bytes, 0),
+        full_device=fullest.id if fullest.free_bytes < 0 else None,
+    )

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from devmap_config.execution.units import fold
-from devmap_config.plan.lock import LockError, locked_units
+from devmap_config.plan.lock import LockError, locked_caches, locked_units
 from devmap_config.plan.plan import Plan, assemble
 from devmap_config.plan.prediction import predict
 from devmap_config.plan.review import broken_promises
@@ -42,15 +42,17 @@ def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
         return plan
     try:
         units = locked_units(lock, prepared.graph, prepared.inventory)
+        caches = locked_caches(lock, prepared.graph)
     except LockError:
         return plan
     earlier = {name: home for unit, home in units for name in unit.tensors}
-    whole = _PlanKeeping(plan, prepared, earlier)
-    if whole.keep(tuple(earlier)):
-        return whole.best
+    for kept_caches in dict.fromkeys((caches, plan.offloaded_caches)):
+        whole = _PlanKeeping(plan, prepared, earlier, kept_caches)
+        if whole.keep(tuple(earlier)):
+            return whole.best
     found = []
     for order in (1, -1):
-        search = _PlanKeeping(plan, prepared, earlier)
+        search = _PlanKeeping(plan, prepared, earlier, plan.offloaded_caches)
         for moved in _moved_together(prepared.graph, earlier, _homes(plan))[::order]:
             search.keep_most(moved[::order])
         found.append(search)
@@ -84,6 +86,7 @@ class _PlanKeeping:
     new: Plan
     prepared: Prepared
     earlier: Homes
+    offloaded_caches: tuple[str, ...] | None
     trials: int = 0
     best: Plan = field(init=False)
 
@@ -126,9 +129,8 @@ class _PlanKeeping:
         graph = self.prepared.graph
         units = fold(graph, {name: homes[name] for name in graph.tensors})
         capacities = self.prepared.capacities
-        return assemble(
-            graph, units, capacities, strategy=self.new.strategy, executor=self.new.executor, draft=self.new.draft
-        )
+        executor = replace(self.new.executor, offloaded_caches=self.offloaded_caches)
+        return assemble(graph, units, capacities, strategy=self.new.strategy, executor=executor, draft=self.new.draft)
 
 
 def _is_as_good(earlier: Plan, new: Plan) -> bool:

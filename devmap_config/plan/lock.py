@@ -10,6 +10,7 @@ from devmap_config.devices import nth_accelerator
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, ProfileError
 from devmap_config.execution.units import Unit
 from devmap_config.files import LOCK, FileError, boundary_of, exists, is_folder, parse_json, read_text, require_regular
+from devmap_config.graph.costs import PARTLY
 from devmap_config.graph.digest import digest
 from devmap_config.graph.source import COMMIT, Resolved
 from devmap_config.graph.vendoring import beside
@@ -322,3 +323,25 @@ def locked_units(
             raise LockError(f"it computes `{name}` somewhere, which it places nowhere")
     order = {name: position for position, name in enumerate(graph.tensors)}
     return tuple(sorted(units, key=lambda unit: order[unit[0].tensors[0]]))
+
+
+def locked_caches(lock: Lock, graph: ModelGraph) -> tuple[str, ...] | None:
+    """Return the modules whose cache a lock has on the CPU, in the order in which they run; `None` if it does not say.
+
+    Raises:
+        LockError: if it names others than those whose cache may be there, or does not say where it has to.
+    """
+    listed = lock.plan.get("offloaded_caches")
+    measurement = graph.measurement
+    chooses = measurement is not None and measurement.workload.cache == PARTLY
+    if chooses != (listed is not None):
+        raise LockError("it does not say whose cache is on the CPU" if chooses else "it says whose cache is on the CPU")
+    if measurement is None or listed is None:
+        return None
+    offloadable = [cost.path for cost in measurement.modules if cost.offloaded_bytes]
+    for path in listed:
+        if path not in offloadable:
+            raise LockError(f"it has the cache of `{path}` on the CPU, which has none that may be there")
+    if listed != [path for path in offloadable if path in set(listed)]:
+        raise LockError("it does not name the modules whose cache is on the CPU in their order, each once")
+    return tuple(listed)

@@ -169,6 +169,9 @@ class LockedPlan(_Part):
     loading_ram_bytes: Bytes = _absent(0, "What loading takes of the CPU's memory at most; early locks do not say.")
     main_device: DeviceName = Field(description="Where modules run that are stored on the CPU or the disk.")
     measured: bool = Field(description="Whether more than weights was measured and budgeted.")
+    offloaded_caches: list[Name] | None = _absent(
+        None, "Modules whose cache is on the CPU while they do not run, where that is for the plan to say."
+    )
     offload_buffers: bool = _absent(
         False, "Whether buffers of streamed modules are streamed as well; early locks do not say."
     )

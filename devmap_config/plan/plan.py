@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from devmap_config.amounts import format_bytes
 from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Location
@@ -99,18 +99,19 @@ FASTEST: Mapping[Phase, str] = {
 
 class NotADeviceMapError(DevmapError):
     """The plan cannot be expressed as a `device_map`: modules compute on the CPU, or on another card than the main
-    device.
+    device, or some have their cache on the CPU.
 
     Attributes:
         units: those modules.
     """
 
-    def __init__(self, compute: Mapping[str, Device]) -> None:
-        self.units = tuple(compute)
+    def __init__(self, compute: Mapping[str, Device], offloaded_caches: Sequence[str] = ()) -> None:
+        self.units = tuple(compute) or tuple(offloaded_caches)
         devices = " and ".join(
             "the CPU" if device == CPU else str(device) for device in dict.fromkeys(compute.values())
         )
-        message = f"this plan computes on {devices}, which a device_map cannot say: {', '.join(fold_paths(self.units))}"
+        what = f"computes on {devices}" if compute else "has the cache of some layers on the CPU"
+        message = f"this plan {what}, which a device_map cannot say: {', '.join(fold_paths(self.units))}"
         help = "load it with `devmap run` or `devmap_config.load_model`"
         finding = Diagnostic.error("not-a-device-map", message, help=help)
         super().__init__(f"{message}; {help}", (finding,))
@@ -212,12 +213,13 @@ class Plan:
         """The map for `from_pretrained`.
 
         Raises:
-            NotADeviceMapError: if the plan computes on the CPU, or copies to several cards.
+            NotADeviceMapError: if the plan computes on the CPU, copies to several cards, or offloads the cache of some
+                layers.
             NotForTransformersError: if the plan is for vLLM.
         """
         self.require_transformers()
-        if self.compute:
-            raise NotADeviceMapError(self.compute)
+        if self.compute or self.offloaded_caches:
+            raise NotADeviceMapError(self.compute, self.offloaded_caches or ())
         return dict(self.placement)
 
     def require_transformers(self) -> None:
@@ -243,6 +245,13 @@ class Plan:
             links = ", over the link of each" if len(targets) > 1 else ""
             return f"{copied}{links}, ahead of their use; plain transformers waits for each, and takes longer"
         return copied
+
+    @property
+    def offloaded_caches(self) -> tuple[str, ...] | None:
+        """The modules whose cache is on the CPU while they do not run; `None` if the workload says that of the cache
+        as a whole.
+        """
+        return self.executor.offloaded_caches
 
     @property
     def draft_missing_bytes(self) -> int:
@@ -276,6 +285,8 @@ class Plan:
             lines.append(f"  {use.id} {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)}{names}")
         if self.computed_on_cpu:
             lines.append(f"  computed on the CPU: {', '.join(fold_paths(self.computed_on_cpu))}")
+        if self.offloaded_caches:
+            lines.append(f"  caches on the CPU: {', '.join(fold_paths(self.offloaded_caches))}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -291,6 +302,7 @@ class Plan:
             "devices": [{**asdict(use), "id": str(use.id), "free_bytes": use.free_bytes} for use in self.devices],
             "loading_ram_bytes": self.loading_ram_bytes,
             "prediction": self.prediction.to_json(),
+            **({} if self.offloaded_caches is None else {"offloaded_caches": list(self.offloaded_caches)}),
             **({} if self.draft is None else {"assistant": self.draft.to_json()}),
             **({} if self.pipeline is None else {"pipeline": self.pipeline.to_json()}),
         }
@@ -324,9 +336,9 @@ def assemble(
     )
     prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in assignments]
     if executor.works_ahead and not any(map(executor.is_brought_ahead, prefilled)):
-        executor = LEFT
+        executor = replace(LEFT, offloaded_caches=executor.offloaded_caches)
     elif prefilled == [each.location for each in assignments] and executor.prefilled_from:
-        executor = AHEAD
+        executor = replace(AHEAD, offloaded_caches=executor.offloaded_caches)
     devices = device_uses(graph, assignments, capacities, executor)
     on_cpu = next((use.loading_bytes for use in devices if use.id == CPU), None)
     return Plan(

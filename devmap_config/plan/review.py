@@ -311,7 +311,7 @@ def _check_cache(plan: Plan, prepared: Prepared, sink: Sink) -> None:
     """Check that no layer of an offloaded cache runs on the CPU, where transformers fails."""
     graph, decisions = prepared.graph, prepared.resolution.decisions
     costs = () if graph.measurement is None else graph.measurement.modules
-    for path in (cost.path for cost in costs if cost.offloaded_bytes):
+    for path in (cost.path for cost in costs if cost.offloaded_bytes and plan.executor.offloads_cache(cost.path)):
         names = [tensor.name for tensor in graph.modules[path].tensors()] if path in graph.modules else []  # type: ignore[index]
         if any(plan.locations[name].runs_on != CPU for name in names):
             continue

@@ -50,7 +50,7 @@ OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRATEGIES, "single", "manual")
 
-CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
+CACHES = ("dynamic", "static", "offloaded", "partly_offloaded", "offloaded_static", "quantized")
 CACHE_BACKENDS = ("quanto", "fp8")
 """transformers 5.24's, but for `hqq`."""
 
@@ -193,7 +193,8 @@ class Cache(Section):
 
     implementation: Annotated[str, one_of(*CACHES)] = Field(default="dynamic", examples=list(CACHES))
     """`dynamic` grows with the context, `static` is as long from the start. Those that are `offloaded` are on the CPU,
-    but for the layers that run and the next. A `quantized` one holds fewer bits of each number."""
+    but for the layers that run and the next; of one that is `partly_offloaded`, those layers are for which the plan is
+    the fastest. A `quantized` one holds fewer bits of each number."""
 
     backend: Annotated[str, one_of(*CACHE_BACKENDS, meant=cache_backend_meant)] | None = Field(
         default=None, examples=list(CACHE_BACKENDS)

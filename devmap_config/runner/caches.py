@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from devmap_config.graph.costs import PARTLY
+from devmap_config.graph.failures import UnfitCacheError
+from devmap_config.graph.key_values import partly_offloaded_cache
+from devmap_config.libraries.transformers import CACHE_NAMES
 from devmap_config.runner.loading import RunnerError
 
 if TYPE_CHECKING:
@@ -17,8 +23,11 @@ LEFT_TO_CALLERS = ("dynamic", "static")
 
 
 def cache_arguments(cache: Cache) -> dict[str, Any]:
-    """Return the arguments with which `generate` makes a cache; none for the one that it makes without any."""
-    if cache.implementation == "dynamic":
+    """Return the arguments with which `generate` makes a cache; none for the one that it makes without any.
+
+    One that is partly offloaded is none of transformers': `give_cache` has `generate` take it.
+    """
+    if cache.implementation in ("dynamic", PARTLY):
         return {}
     arguments: dict[str, Any] = {"cache_implementation": cache.implementation}
     if cache.implementation == "quantized":
@@ -44,9 +53,42 @@ def require_cache(cache: Cache) -> None:
         )
 
 
-def give_cache(model: PreTrainedModel, cache: Cache) -> None:
-    """Have a model's `generate` make this cache wherever it is not told of another."""
+def give_cache(model: PreTrainedModel, cache: Cache, offloaded: tuple[str, ...] | None) -> None:
+    """Have a model's `generate` make this cache wherever it is not told of another.
+
+    Args:
+        model: the model.
+        cache: what the profile says of it.
+        offloaded: the modules whose part of it the plan offloads; `None` if that is not for the plan to say.
+
+    Raises:
+        RunnerError: if one of these modules does not tell which layer of the cache it fills.
+    """
     if cache.implementation in LEFT_TO_CALLERS or not model.can_generate():
         return
+    if offloaded is not None:
+        _give_partly_offloaded(model, offloaded)
     for name, value in cache_arguments(cache).items():
         setattr(model.generation_config, name, value)
+
+
+def _give_partly_offloaded(model: PreTrainedModel, offloaded: tuple[str, ...]) -> None:
+    """Have a model's `generate` take a new cache for each request, of which it offloads the layers of these modules."""
+    make = partial(partly_offloaded_cache, model, offloaded)
+    try:
+        if make() is None:
+            return
+    except UnfitCacheError as error:
+        raise RunnerError("unfit-cache", str(error), "write `cache: offloaded`, and compile again") from None
+    taken = inspect.signature(type(model).forward).parameters
+    name = next(name for name in CACHE_NAMES if name in taken)
+    generate = model.generate
+
+    @wraps(generate)
+    def generate_with_cache(*arguments: Any, **options: Any) -> Any:
+        told = {*CACHE_NAMES, "cache_implementation"} & {key for key, value in options.items() if value is not None}
+        uses = options.get("use_cache", model.generation_config.use_cache) is not False
+        given = {name: make()} if uses and not told else {}
+        return generate(*arguments, **options, **given)
+
+    model.generate = generate_with_cache

@@ -436,7 +436,7 @@ def load_adapted(deployment: Deployment) -> Any:
     adapted = None
     if compiled.adapter is not None:
         adapted = attach(model, deployment.plan, compiled.graph, compiled.adapter, stored)
-    give_cache(model, deployment.compiled.loaded.profile.workload.cache)
+    give_cache(model, deployment.compiled.loaded.profile.workload.cache, deployment.plan.offloaded_caches)
     if deployment.compiles:
         compile_decoding(model)
     return adapted or model

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Location
     from devmap_config.graph.costs import Measurement
+    from devmap_config.graph.media import Media
     from devmap_config.graph.model import ModelGraph
     from devmap_config.graph.repetition import Kind
     from devmap_config.plan.plan import Plan
@@ -118,8 +119,8 @@ def _simulation(
             try:
                 with run.dispatched(spares_blocks=spares_blocks):
                     if media:  # text alone must run as well; the figures are those of the prompt with media
-                        run.forwards(Forwards(model, workload.text_alone, offloads=True), decoded_tokens)
-                    run.forwards(Forwards(model, workload, media, offloads=True), decoded_tokens)
+                        run.forwards(run.prepared(workload.text_alone), decoded_tokens)
+                    run.forwards(run.prepared(workload, media), decoded_tokens)
                     run.towers()
             except DeviceMismatchError as error:
                 if run.devices.repeated:
@@ -140,7 +141,7 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
         try:
             with _failing_modules_left_out(model), run.dispatched():
                 whole = replace(workload.text_alone, prompt_length=workload.context_length)
-                run.forwards(Forwards(model, whole, offloads=True), decoded_tokens=0)
+                run.forwards(run.prepared(whole), decoded_tokens=0)
                 run.towers()
         except DeviceMismatchError as error:
             return run.simulation(mismatch=error) if error.operands[0].device == NOWHERE else None
@@ -265,6 +266,10 @@ class _DryRun:
                 self.kinds = kinds_of(self.model, self.graph.blocks, _placement_of_blocks(self.graph, self.plan).get)
             with dispatched(self.model, self.plan, self.graph, self.devices, self.absent), streams_without_a_card():
                 yield
+
+    def prepared(self, workload: WorkloadShape, media: tuple[Media, ...] = ()) -> Forwards:
+        """Return the forwards of the model under a workload, with the caches offloaded that the plan offloads."""
+        return Forwards(self.model, workload, media, offloads=True, offloaded_caches=self.plan.offloaded_caches)
 
     def forwards(self, forwards: Forwards, decoded_tokens: int) -> None:
         """Run a prefill and, if the model keeps a cache, decode tokens after it."""

@@ -78,13 +78,16 @@ def simulation_of(
 
 def plan_digest(plan: Plan) -> str:
     """Return the digest of everything besides the model on which a plan's dry run depends."""
+    executor = asdict(plan.executor)
+    if executor["offloaded_caches"] is None:
+        del executor["offloaded_caches"]  # so that verdicts hold that were kept beside profiles before there was any
     return digest(
         {
             "assignments": [
                 [each.unit, str(each.location.stored_on), str(each.location.runs_on)] for each in plan.assignments
             ],
             "devices": [str(use.id) for use in plan.devices],
-            "executor": asdict(plan.executor),
+            "executor": executor,
             "main_device": str(plan.main_device),
         }
     )

@@ -47,6 +47,18 @@ SIZES_OF_TWIN = {
     "cpu: {memory: 64GiB}": "cpu: {memory: 1GiB}\n  links: {host: 25GB/s, peer: 25GB/s}",
 }
 
+PARTLY_OFFLOADED = """\
+version: 1
+model: {{source: random, dtype: float32}}
+workload: {{context_length: {context}, prompt_length: {prompt}, cache: partly_offloaded}}
+hardware:
+  devices:
+    npu:[0-1]: {{memory: 1700KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}}
+    cpu: {{memory: 1GiB}}
+  links: {{host: 25GB/s, peer: 25GB/s}}
+placement: {{strategy: fastest}}
+"""
+
 PLACEMENTS = {
     "on one card": {"strategy": "single"},
     "over two cards": {"pins": [{"match": "model.layers.[3-5]", "device": "npu:1"}]},
@@ -93,9 +105,9 @@ def loaded(placement, cache):
 
 
 @torch.no_grad()
-def generated(model, device="npu:0", **arguments):
+def generated(model, device="npu:0", tokens=TOKENS, **arguments):
     return model.generate(
-        TOKENS.to(device),
+        tokens.to(device),
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
@@ -135,6 +147,62 @@ def test_an_offloaded_cache_changes_no_number_and_is_where_the_plan_has_it(place
     assert held["npu"] <= kept + on_its_way
     if cache == "offloaded" or config is LLAMA:
         assert kept <= 8 * config["num_hidden_layers"]  # the length that a layer keeps of itself
+
+
+LONG_PROMPT = torch.randint(1, 200, (1, 200), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def offloads(monkeypatch):
+    """The bytes of layers that go to the CPU."""
+    sent, offload = [], CacheLayerMixin.offload
+
+    def noting(layer):
+        sent.append(layer.keys.nbytes + layer.values.nbytes)
+        offload(layer)
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", noting)
+    return sent
+
+
+def test_a_partly_offloaded_cache_changes_no_number_and_each_layer_is_where_the_plan_has_it(offloads):
+    config = {**LLAMA, "num_hidden_layers": 12}
+    context = LONG_PROMPT.shape[1] + NEW_TOKENS - 1  # the last token is written, and not read
+    plain = generated(saved(config), "cpu", LONG_PROMPT)
+    Path("profile.yaml").write_text(PARTLY_OFFLOADED.format(context=context, prompt=LONG_PROMPT.shape[1]))
+    run("compile", "profile.yaml", "-q")
+    model = load_model("profile.yaml")
+    for _ in range(2):  # each request has a cache of its own
+        offloads.clear()
+        found = generated(model, "npu:0", LONG_PROMPT)
+        for own, other in zip(found.logits, plain.logits, strict=True):
+            assert torch.equal(own.cpu(), other)
+    compiled = run_pipeline(Request.for_profile(Path("profile.yaml")))
+    plan, measurement = compiled.plan, compiled.graph.measurement
+    layers = [int(re.search(r"\d+", path)[0]) for path in plan.offloaded_caches]
+    assert 3 < len(layers) < config["num_hidden_layers"]
+    assert plan.prediction.streamed_bytes_per_token == 0
+    layer = measurement.cache_bytes // config["num_hidden_layers"]
+    cache = found[next(name for name in CACHE_NAMES if name in found)]
+    kept = sum(use.kv_cache_bytes for use in plan.devices if use.id.is_accelerator)
+    assert kept == (config["num_hidden_layers"] - len(layers)) * layer
+    # The first of those that are offloaded has been brought back, for the next token.
+    assert by_device(cache) == {"npu": kept + layer, "cpu": (len(layers) - 1) * layer}
+    assert [n for n, each in enumerate(cache.layers) if each.keys.device.type == "cpu"] == layers[1:]
+    sent = offloads[len(layers) :]
+    assert len(sent) == len(layers) * (NEW_TOKENS - 1)
+    counted = sum(
+        measurement.by_path[path].exchanged_bytes("decode", measurement.workload) for path in plan.offloaded_caches
+    )
+    assert abs(sum(sent) / (NEW_TOKENS - 1) - counted) <= len(layers) * layer / context
+    simulation = simulation_of(plan, compiled.model)
+    assert simulation.outcome == "runs", simulation.reason
+    assert sum(each.cache_bytes for each in simulation.devices if each.id.is_accelerator) > 0
+    for device in simulation.devices:
+        use = next(use for use in plan.devices if use.id == device.id)
+        assert device.peak_bytes <= use.capacity_bytes - use.free_bytes
+    crossing = sum(use.size_bytes for use in simulation.links if use.phase == "decode" and use.target == CPU)
+    assert crossing == len(layers) * (layer + layer // context)
 
 
 def test_what_crosses_for_a_token_is_what_the_plan_counts(monkeypatch):
