@@ -16,6 +16,7 @@ from devmap_config.rules.folding import fold_paths
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from devmap_config.graph.costs import Measurement
     from devmap_config.graph.model import ModelGraph, ModulePath, Tensor
 
 LAYER = re.compile(r"(?P<list>.+)\.(?P<number>[0-9]+)")
@@ -68,6 +69,7 @@ class Layers:
     windows: tuple[int | None, ...]
     element_bytes: int
     is_rotary: bool
+    is_multi_query: bool = False
 
     def caches(self, ranks: int) -> tuple[LayerCache, ...]:
         """Return the cache of each layer on one rank of a group: keys and values of its share of heads, at
@@ -76,6 +78,29 @@ class Layers:
         kept = max(1, self.key_value_heads // ranks)
         token_bytes = 2 * kept * self.head_size * self.element_bytes
         return tuple(LayerCache(token_bytes=token_bytes, window=window) for window in self.windows)
+
+    def check_caches(self, measurement: Measurement) -> None:
+        """Hold what each layer keeps by the config to what the model's own code kept when it was measured.
+
+        Of a layer with a window that may be fewer tokens than the context. Where vLLM keeps one head for all, and
+        transformers each of them, the two are not the same.
+
+        Raises:
+            UncutModelError: if they are not the same.
+        """
+        if not measurement.measured or self.is_multi_query:
+            return
+        workload = measurement.workload
+        for path, layer in zip(self.paths, self.caches(1), strict=True):
+            kept_bytes = sum(cost.cache_bytes for cost in measurement.modules if is_within(cost.path, path))
+            sequences_bytes = workload.batch_size * layer.token_bytes
+            kept, rest = divmod(kept_bytes, sequences_bytes)
+            least = workload.context_length if layer.window is None else 1
+            if rest or not least <= kept <= workload.context_length:
+                raise UncutModelError(
+                    f"`{path}` keeps {layer.token_bytes:,} bytes of a token by its config, and its code kept"
+                    f" {kept_bytes:,} bytes of {workload.context_length:,} tokens"
+                )
 
     def obstacle_to(self, ranks: int) -> str | None:
         """Return why a group of so many devices cannot share the layers; `None` if it can."""
@@ -180,6 +205,10 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
     for key in KEYS_OF_OTHER_CACHES:
         if config.get(key):
             raise UncutModelError(f"what its layers keep of a token (`{key}` in its config) is not counted yet")
+    try:
+        windows = windows_of(config, len(paths))
+    except UnknownWindowsError as error:
+        raise UncutModelError(str(error)) from error
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     vocabulary = int(config.get("vocab_size") or 0)
@@ -193,10 +222,6 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
     )
     if len(paths) > MOST_LAYERS or not all(isinstance(each, int) and 0 <= each <= MOST_OF_A_FIGURE for each in figures):
         raise UncutModelError("its config names more than any model has")
-    try:
-        windows = windows_of(config, len(paths))
-    except UnknownWindowsError as error:
-        raise UncutModelError(str(error)) from error
     return Layers(
         graph=graph,
         paths=paths,
@@ -210,6 +235,7 @@ def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
         positions=int(config.get("max_position_embeddings") or 0),
         windows=windows,
         element_bytes=_element_bytes(graph, paths),
+        is_multi_query=config.get("model_type") in MULTI_QUERY,
         is_rotary=any(path.endswith("rotary_emb") for path in graph.modules),
     )
 

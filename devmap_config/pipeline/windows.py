@@ -14,11 +14,38 @@ if TYPE_CHECKING:
 FULL, SLIDING = "full_attention", "sliding_attention"
 """transformers' names of the kinds of layers whose cache is counted."""
 
-EVERY_FULL = {"gemma2": 2, "vaultgemma": 2, "gpt_oss": 2, "olmo3": 4, "cohere2": 4, "exaone4": 4, "gemma3_text": 6}
+EVERY_FULL = {
+    "afmoe": 4,
+    "cohere2": 4,
+    "exaone4": 4,
+    "exaone_moe": 4,
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "gpt_oss": 2,
+    "olmo3": 4,
+    "vaultgemma": 2,
+}
 """Families in which each so-manieth layer sees all, and the others a window."""
 
-WITH_PATTERN = frozenset({"cohere2", "exaone4", "gemma3_text"})
-"""Those of them whose config may name another number: `sliding_window_pattern`."""
+PATTERN_KEYS = {
+    **dict.fromkeys(("cohere2", "exaone4", "exaone_moe", "gemma3_text"), "sliding_window_pattern"),
+    "afmoe": "global_attn_every_n_layers",
+}
+"""The key by which the config of some of them may name another number."""
+
+FIRST_FULL = {"granite_swa": 4, "granitemoe_swa": 4}
+"""Families in which the first layer sees all, and each so-manieth after it."""
+
+ALL_FULL = frozenset({"laguna"})
+"""Families in which all layers see all, whatever window their config has, unless `layer_types` says which do not."""
+
+ONE_MORE = frozenset({"cohere2", "cohere2_moe"})
+"""Families that vLLM lets see one token more than `sliding_window`, as they were trained (`models/commandr.py`)."""
+
+OF_OTHER_KINDS = frozenset(
+    {"deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "inkling_text", "kimi_linear", "llama4_text"}
+)
+"""Families whose layers keep something else than keys and values of all or of a window."""
 
 EVERY_SLIDING = frozenset(
     {"ministral", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"}
@@ -31,7 +58,11 @@ SWITCHED = frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
 LAYERS_BEFORE_WINDOWS = 28
 """`max_window_layers` where a config of Qwen has none."""
 
-WINDOWS = {**dict.fromkeys((*EVERY_FULL, *SWITCHED, "ministral", "mistral"), 4096), "gpt_oss": 128}
+WINDOWS = {
+    **dict.fromkeys((*EVERY_FULL, *SWITCHED, "ministral", "mistral"), 4096),
+    **dict.fromkeys(("gpt_oss", *FIRST_FULL), 128),
+    "afmoe": 1024,
+}
 """`sliding_window` where a config has none."""
 
 KEYS_OF_OTHER_LAYERS = (
@@ -42,6 +73,7 @@ KEYS_OF_OTHER_LAYERS = (
     "linear_num_value_heads",
     "mamba_d_state",
     "ssm_state_size",
+    "state_size",
 )
 """Keys of configs some of whose layers keep a state instead of keys and values; `layer_types` says which."""
 
@@ -70,25 +102,32 @@ def windows_of(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
     window = config.get("sliding_window", WINDOWS.get(str(family)))
     if not config.get("use_sliding_window", family not in SWITCHED):
         window = None
+    if config.get("sliding_windows"):
+        raise UnknownWindowsError("its layers see unequal windows (`sliding_windows` in its config)")
     kinds: Sequence[str] = config.get("layer_types") or _kinds(config, str(family), window, count)
     if other := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
         raise UnknownWindowsError(f"what its layers keep that are `{other[0]}` is not counted yet")
     if len(kinds) != count or (SLIDING in kinds and (not isinstance(window, int) or window < 1)):
         raise UnknownWindowsError("its config does not say how far back each layer sees")
-    return tuple(window if kind == SLIDING else None for kind in kinds)
+    seen = window + 1 if isinstance(window, int) and family in ONE_MORE else window
+    return tuple(seen if kind == SLIDING else None for kind in kinds)
 
 
 def _kinds(config: Mapping[str, Any], family: str, window: object, count: int) -> list[str]:
     """Return the kinds of the layers that the family's config class derives."""
     if key := next((key for key in KEYS_OF_OTHER_LAYERS if config.get(key)), None):
         raise UnknownWindowsError(f"which of its layers keep a state (`{key}` in its config) is not known")
+    if family in OF_OTHER_KINDS:
+        raise UnknownWindowsError(f"what the layers of a `{family}` keep is not counted yet")
+    if family in FIRST_FULL:
+        return [SLIDING if number % FIRST_FULL[family] else FULL for number in range(count)]
     if family in EVERY_FULL:
-        every = config.get("sliding_window_pattern", EVERY_FULL[family]) if family in WITH_PATTERN else None
+        every = config.get(PATTERN_KEYS.get(family, ""))
         every = EVERY_FULL[family] if every is None else every
         if not isinstance(every, int) or every < 1:
             raise UnknownWindowsError(f"which of its layers see a window is not known by `{every}`")
         return [SLIDING if (number + 1) % every else FULL for number in range(count)]
-    if window is None:
+    if window is None or family in ALL_FULL:
         return [FULL] * count
     if family in EVERY_SLIDING:
         return [SLIDING] * count

@@ -57,6 +57,7 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
         return None  # which is reported: the profile names no context
     try:
         layers = layers_of(model.graph, model.source.config)
+        layers.check_caches(measurement)
     except UncutModelError as error:
         message = f"a plan of {model.class_name} for vLLM cannot be made: {error}"
         help = "leave `targets` out, for a plan for transformers"
@@ -370,10 +371,12 @@ def _report_no_stages(problem: PipelineProblem, prepared: Prepared, sink: Sink) 
         sink.error("over-capacity", message, concurrency.span, help=f"write `concurrency: {most}` or less")
         return
     held_bytes = sum(slot[0].capacity_bytes * len(slot) for slot in problem.slots)
+    rotations_bytes = problem.layers.rotations_bytes
+    rotations = f" and a table of rotations {format_bytes(rotations_bytes)}" if rotations_bytes else ""
     message = (
         f"no stages of whole layers fit: the weights are {format_bytes(problem.layers.graph.size_bytes)}, and the"
         f" devices have {format_bytes(held_bytes)} together, of which a forward takes up to"
-        f" {format_bytes(forward_bytes)} on each{_of_processes(problem)}"
+        f" {format_bytes(forward_bytes)}{rotations} on each{_of_processes(problem)}"
     )
     if problem.distinct:
         message += "; rules say which device has which layers"

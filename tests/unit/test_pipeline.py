@@ -409,6 +409,29 @@ def test_of_more_orders_than_are_tried_it_is_said(compiled, monkeypatch):
     assert compile_locked(Path("profile.yaml"), lock)[1] is None
 
 
+@pytest.mark.parametrize(
+    ("requests", "memory", "message", "help"),
+    [
+        (1, "4MiB", "and a table of rotations 4.0 MiB on each", "list more devices or memory"),
+        (10**18, "1GiB", "a forward of 1,000,000,000,000,000,000 requests takes more than any device has", "write `c"),
+        (10**6, "1GiB", "a forward of 1,000,000 requests takes up to ", "write `concurrency: "),
+    ],
+)
+def test_what_does_not_fit_is_told(compiled, requests, memory, message, help):
+    """And what is advised fits."""
+    text = re.sub("[0-9]+KiB", memory, THREE_CARDS % (3, 1)).replace("concurrency: 2", f"concurrency: {requests}")
+    Path("profile.yaml").write_text(text, encoding="utf-8")
+    [found] = run_pipeline(Request(path=Path("profile.yaml"))).diagnostics
+    assert message in found.message
+    assert found.help.startswith(help)
+    if requests > 1:
+        most = int(re.search(r"[0-9]+", found.help)[0])
+        assert (
+            compiled(text.replace(f"concurrency: {requests}", f"concurrency: {most}")).plan.pipeline.max_num_seqs
+            == most
+        )
+
+
 def test_links_of_some_pairs_alone_leave_times_unknown(compiled):
     """Where cuda:2 is next to cuda:0, nothing says how fast they reach each other."""
     rates = "bandwidth: 10GB/s, flops: 1TFLOP/s"

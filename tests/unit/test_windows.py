@@ -7,20 +7,32 @@ import json
 import pytest
 from conftest import LLAMA
 from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from devmap_config.compiler import Compiled, Request, run_pipeline
-from devmap_config.pipeline.windows import EVERY_FULL, EVERY_SLIDING, SWITCHED, UnknownWindowsError, windows_of
+from devmap_config.pipeline.architectures import architectures
+from devmap_config.pipeline.windows import (
+    ALL_FULL,
+    EVERY_FULL,
+    EVERY_SLIDING,
+    FIRST_FULL,
+    SWITCHED,
+    UnknownWindowsError,
+    windows_of,
+)
 
 SAID = (
     {},
     {"sliding_window": 512},
-    {"sliding_window": 512, "sliding_window_pattern": 3},
+    {"sliding_window": 512, "sliding_window_pattern": 3, "global_attn_every_n_layers": 3},
     {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 3},
     {"sliding_window": 512, "use_sliding_window": True},
 )
 
 
-@pytest.mark.parametrize("family", sorted({*EVERY_FULL, *EVERY_SLIDING, *SWITCHED}))
+@pytest.mark.parametrize(
+    "family", sorted({*EVERY_FULL, *FIRST_FULL, *ALL_FULL, *EVERY_SLIDING, *SWITCHED} & set(CONFIG_MAPPING))
+)
 def test_windows_are_those_of_the_config_class(family):
     """What a config leaves to its class gives the same windows as what that class makes of it."""
     for said in SAID:
@@ -29,10 +41,35 @@ def test_windows_are_those_of_the_config_class(family):
         assert windows_of(config, 8) == windows_of(made.to_dict(), 8), said
 
 
+def test_of_no_family_of_vllm_are_windows_guessed():
+    """A default config without its kinds of layers gives the windows that its class derives, or is refused."""
+    known = 0
+    for family, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if not {name} & architectures():
+            continue
+        config = CONFIG_MAPPING[family]().to_dict()
+        count = config.get("num_hidden_layers") or config.get("n_layer") or 0
+        without = {key: value for key, value in config.items() if key != "layer_types"}
+        try:
+            windows = windows_of(without, count)
+        except UnknownWindowsError:
+            continue
+        assert windows == windows_of(config, count), family
+        known += 1
+    assert known > 30
+
+
+def test_one_family_is_seen_one_token_more_by_vllm():
+    assert windows_of({"model_type": "cohere2", "sliding_window": 512}, 4) == (513, 513, 513, None)
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "afmoe", "sliding_window": 512},
+        {"model_type": "cohere2_moe", "sliding_window": 512},
+        {"model_type": "inkling_text"},
+        {"model_type": "exaone_moe", "sliding_windows": [128, 512]},
+        {"model_type": "mamba", "state_size": 16},
         {"model_type": "dots1", "sliding_window": 512, "max_window_layers": 3},
         {"model_type": "qwen3_next", "full_attention_interval": 4},
         {"model_type": "exaone4", "sliding_window": 512, "sliding_window_pattern": "LLLG"},
@@ -85,6 +122,23 @@ def test_a_config_that_its_class_has_saved_gives_the_same_plan(planned, tmp_path
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert {"full_attention", "sliding_attention"} == set(saved["layer_types"])
     assert planned("again", saved) == before
+
+
+def test_layers_that_keep_something_else_than_their_config_says_are_refused(tmp_path):
+    """Of Gemma 4, layers that see all have heads of another size than those with a window."""
+    config = {**SMALL, "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "head_dim": 16}
+    config |= {"global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 256}
+    config |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "profile.yaml").write_text(PROFILE % "model")
+    found = run_pipeline(Request(path=tmp_path / "profile.yaml"))
+    [error] = [finding for finding in found.diagnostics if finding.is_error]
+    assert (error.code, error.span.line) == ("beyond-vllm", 2)
+    told = (
+        "`model.layers.1` keeps 128 bytes of a token by its config, and its code kept 1,048,576 bytes of 4,096 tokens"
+    )
+    assert error.message.endswith(told)
 
 
 FALCON = {
