@@ -166,7 +166,7 @@ WHISPER = {
     "decoder_ffn_dim": 64,
     "vocab_size": 128,
     "num_mel_bins": 16,
-    "max_source_positions": 30,
+    "max_source_positions": 50,
     "max_target_positions": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -27,7 +27,7 @@ ANSWERED = {
     r"Passing `generation_config` together with generation-related arguments": (
         "transformers itself gives both to a draft model"
     ),
-    r"Both `(max|min)_new_tokens` \(=\d+\) and `(max|min)_length`": "what is asked for takes precedence, as it is meant to",
+    r"Both `(max|min)_new_tokens` \(=\d+\) and `(max|min)_length`": "what is asked for takes precedence, as meant",
     r"The following generation flags are not valid and may be ignored": (
         "`run` writes the likeliest tokens, whatever the checkpoint's generation config samples"
     ),

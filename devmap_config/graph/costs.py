@@ -250,6 +250,10 @@ CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
 _crossing_values = attrgetter(*CROSSING_FIELDS)
 
 
+LEAST_WORDS = 4
+"""So many tokens of a prompt with images are words, at least."""
+
+
 @dataclass(frozen=True, slots=True)
 class MediaUse:
     """The treatment of the images and the sound of a workload.

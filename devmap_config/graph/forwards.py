@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from devmap_config.graph.costs import PARTLY
+from devmap_config.graph.costs import LEAST_WORDS, PARTLY
 from devmap_config.graph.failures import OtherInputsError, PromptTooShortError
 from devmap_config.graph.key_values import made_cache
 from devmap_config.graph.media import SOUND_NAMES, Media
@@ -33,9 +33,6 @@ IMAGES_ATTENDED = "image_encoder_embeddings"
 
 WRITTEN = "language_model_outputs"
 """As what a model returns what its language model made, to which it leaves what follows the prompt (BLIP-2)."""
-
-LEAST_WORDS = 4
-"""So many tokens of a prompt with images are words, at least."""
 
 SOUND_LENGTH = 1500
 PATCHES_ACROSS = 8

@@ -10,7 +10,7 @@ from devmap_config.files import exists
 from devmap_config.graph.adapter import AdapterError, LoraAdapter, find_adapter
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
-from devmap_config.graph.costs import WorkloadShape
+from devmap_config.graph.costs import LEAST_WORDS, WorkloadShape
 from devmap_config.graph.failures import MeasurementFailure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.model import LoadingFacts
@@ -625,20 +625,24 @@ def report_positions(measurement: Measurement, span: Span | None, sink: Sink) ->
         )
 
 
+LESS = "leave out what it does not take"
+
+
 def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> None:
     """Report what keeps images and sound of a workload from being measured; an error where the profile can mend it."""
     media = measurement.media
     if media is None or media.problem is None:
         return
     if media.problem == "none":
-        sink.error("unfit-input", f"this model does not take such inputs: {media.reason}", span, help="remove it")
+        sink.error("unfit-input", f"this model does not take such inputs: {media.reason}", span, help=LESS)
     elif media.problem == "size":
         help = "say how large they are, height and width in pixels: `inputs: {images: 1, image_size: [896, 896]}`"
         sink.error("missing-key", "this model takes images of any size, and `image_size` is missing", span, help=help)
     elif media.problem == "room":
         length = measurement.workload.prompt_length
         message = f"images and sound take {media.tokens:,} tokens of the prompt, which has {length:,} with its text"
-        help = f"a `prompt_length` (without one, a `context_length`) above {media.tokens:,}, or fewer or smaller images"
+        least = f"a `prompt_length` (without one, a `context_length`) of {media.tokens + LEAST_WORDS:,} or more"
+        help = f"{least}, or {'fewer or smaller images' if measurement.workload.images else 'less sound'}"
         sink.error("prompt-too-short", message, span, help=help)
     else:
         sink.warning(

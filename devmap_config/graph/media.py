@@ -87,7 +87,7 @@ def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ..
     To be called among tensors without data, of which values are known.
 
     Raises:
-        NoMediaError: if it takes none.
+        NoMediaError: if it takes none, or less sound at once.
         MissingSizeError: if what it is given depends on how large images are, and the workload does not say that.
         OtherInputsError: if it takes them in a way that is not known.
     """
@@ -100,7 +100,9 @@ def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ..
     if workload.images:
         found.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
     if workload.audio_seconds:
-        found.append(_asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound"))
+        sound = _asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound")
+        _require_one_window(model, workload, sound)
+        found.append(sound)
     return tuple(found)
 
 
@@ -625,6 +627,21 @@ def _spectrograms(sound: _Sound) -> Iterator[Media]:
             for dtype in (torch.bool, torch.long):
                 masks = _masks(sound, shape[0], length, dtype, is_padded=is_padded)
                 yield Media(tensors={"input_features": sound.ones(*shape), **masks})
+
+
+def _require_one_window(model: PreTrainedModel, workload: WorkloadShape, media: Media) -> None:
+    """Check that an encoder that takes one window at a time is given no more sound (Whisper)."""
+    window = _Sound(model, workload, frozenset()).window
+    shape = tuple(media.tensors["input_features"].shape) if "input_features" in media.tensors else ()
+    if (
+        model.config.is_encoder_decoder
+        and shape[-1:] == (window,)
+        and workload.audio_seconds * FRAMES_PER_SECOND > window
+    ):
+        seconds = f"{window / FRAMES_PER_SECOND:g}"
+        raise NoMediaError(
+            f"it hears {seconds} s at once (`audio_seconds: {seconds}`), and longer sound in pieces of that"
+        )
 
 
 def _masks(sound: _Sound, count: int, frames: int, dtype: torch.dtype, *, is_padded: bool) -> Tensors:

@@ -179,7 +179,7 @@ class Inputs(Section):
 
     @model_validator(mode="after")
     def _one_size_of_images(self) -> Inputs:
-        if self.image_size is not None and len(self.image_size) > 2:
+        if self.image_size is not None and len(self.image_size) not in (1, 2):
             message = "`workload.inputs.image_size` is a height and a width"
             raise refusal("wrong-type", message, "all images have one size: the largest", key="image_size")
         if self.image_size is not None and self.images is None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.graph.forwards import LEAST_WORDS
+from devmap_config.graph.costs import LEAST_WORDS
 from devmap_config.libraries.panics import panics_raised
 from devmap_config.libraries.remote_code import code_of_models
 from devmap_config.runner.caches import cache_arguments

@@ -177,6 +177,8 @@ def compiled(config, inputs):
         (LLAVA, "{images: 8}", "prompt-too-short", "take 128 tokens"),
         (LLAMA, "{images: 1}", "unfit-input", "it takes no images"),
         (LLAVA, "{audio_seconds: 1}", "unfit-input", "it takes no sound"),
+        (WHISPER, "{audio_seconds: 2}", "unfit-input", "it hears 1 s at once"),
+        (LLAVA, "{images: 1, image_size: []}", "wrong-type", "a height and a width"),
         (LLAVA, "{image_size: [8, 8]}", "wrong-type", "`images` says not how many"),
         (LLAVA, "{images: 1, image_size: [8, 8, 8]}", "wrong-type", "a height and a width"),
         (LLAVA, "{images: 1, image_size: [8x8]}", "wrong-type", "image_size[0]` must be a whole number, not `8x8`"),
