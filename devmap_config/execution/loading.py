@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK
+from devmap_config.graph.model import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 THREADS = 4
 """How many tensors transformers takes ahead at once (`GLOBAL_WORKERS`)."""
-
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> dict[Device, int]:
@@ -53,7 +52,7 @@ def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
     """
     if tensor.name in facts.merged:
         return tensor.size_bytes
-    return _dense_bytes(tensor, facts) if _is_quantised(tensor, facts) else 0
+    return _quantising_bytes(tensor, facts) - tensor.size_bytes if is_quantised(tensor, facts) else 0
 
 
 def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_one: bool) -> int:
@@ -71,8 +70,9 @@ def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_
     alive, last = [0], [0]
     for tensor, device in here:
         is_merged = tensor.name in facts.merged
-        if _is_quantised(tensor, facts):
-            made_bytes = _dense_bytes(tensor, facts) + tensor.size_bytes
+        if is_quantised(tensor, facts):
+            source_bytes = _dense_bytes(tensor, facts) if facts.dtype == facts.stored_dtype else 0  # pages of a file
+            made_bytes = max(_quantising_bytes(tensor, facts) - source_bytes, tensor.size_bytes)
         else:
             made_bytes = tensor.size_bytes * (2 * is_merged + is_cast(tensor, facts))
         alive.append(made_bytes - tensor.size_bytes if device == CPU and made_bytes else made_bytes)
@@ -81,8 +81,15 @@ def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_
     return passing + max(alive) + max(last)
 
 
-def _is_quantised(tensor: Tensor, facts: LoadingFacts) -> bool:
+def is_quantised(tensor: Tensor, facts: LoadingFacts) -> bool:
+    """Return whether a tensor is quantised while it is loaded."""
     return facts.quantises and tensor.size_bytes < _dense_bytes(tensor, facts)
+
+
+def _quantising_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
+    """Return the bytes that are alive at most while a tensor is quantised, the tensor among them."""
+    known_bytes = tensor.element_count * facts.quantising_item_bytes
+    return max(known_bytes, _dense_bytes(tensor, facts) + tensor.size_bytes)
 
 
 def _dense_bytes(tensor: Tensor, facts: LoadingFacts) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from devmap_config.amounts import format_bytes
-from devmap_config.execution.loading import ITEM_BYTES
+from devmap_config.graph.model import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -83,5 +83,5 @@ def _seal(path: Path, text: str) -> str:
 def code_digest(*packages: str) -> str:
     """Return a digest of the code of these packages of ours: what they make may change when it does."""
     root = Path(__file__).parent.parent
-    sources = sorted(source for package in packages for source in (root / package).glob("*.py"))
+    sources = sorted(source for package in packages for source in (root / package).rglob("*.py"))
     return digest({source.relative_to(root).as_posix(): read_text(source, PACKAGED, ANYWHERE) for source in sources})

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from devmap_config.graph.adapter import AdapterConfig
     from devmap_config.graph.costs import Measurement, WorkloadShape
-    from devmap_config.quantization.method import Quantization
+    from devmap_config.quantization.method import Copies, Quantization
 
 
 class UnbuildableModelError(Exception):
@@ -104,23 +104,21 @@ def build_graph(
     if converted and quantization is not None:
         elements = {name: graph.tensors[TensorName(name)].element_count for name in converted}
         dense_bytes = {name: count * model.dtype.itemsize for name, count in elements.items()}
-        copy_itemsize = _copy_itemsize(quantization, model.dtype)
-        copy_bytes = {name: count * copy_itemsize for name, count in elements.items()}
-        measurement = quantized(measurement, graph, dense_bytes, copy_bytes)
+        copies = _copies(quantization, model.dtype)
+        copy_bytes = {name: count * copies.multiplying for name, count in elements.items()}
+        measurement = quantized(
+            measurement, graph, dense_bytes, copy_bytes, copies_for_each_token=copies.for_each_token
+        )
     return replace(graph, measurement=measurement)
 
 
-def _copy_itemsize(quantization: Quantization, dtype: torch.dtype) -> int:
-    """Return the bytes of an element of the copy that a module makes of its quantised weight to compute; 0 where it
-    makes none.
-    """
+def _copies(quantization: Quantization, dtype: torch.dtype) -> Copies:
+    """Return the copies that modules make of their quantised weights to multiply with them."""
     import torch
 
-    if not quantization.method.dequantizes:
-        return 0
     computes_in = quantization.computes_in
-    found: torch.dtype = dtype if computes_in is None else getattr(torch, computes_in)
-    return int(found.itemsize)
+    computing: torch.dtype = dtype if computes_in is None else getattr(torch, computes_in)
+    return quantization.method.copies(quantization, computing.itemsize)
 
 
 def meta_model(

@@ -13,7 +13,7 @@ from devmap_config.graph.checkpoint import CheckpointError
 from devmap_config.graph.costs import LEAST_WORDS, WorkloadShape
 from devmap_config.graph.failures import MeasurementFailure, failure_of
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
-from devmap_config.graph.model import LoadingFacts
+from devmap_config.graph.model import ITEM_BYTES, LoadingFacts
 from devmap_config.graph.other_formats import advice_on_missing
 from devmap_config.graph.remote_code import READ_IT_FIRST, class_reference, code_files, listed
 from devmap_config.graph.source import (
@@ -262,11 +262,16 @@ def _loading_facts(
     graph: ModelGraph, source: ModelSource, dtype: str, quantization: Quantization | None
 ) -> LoadingFacts:
     """Return the facts about loading, by the config alone, so that a lock holds without the checkpoint at hand."""
+    quantises = quantization is not None and "quantization_config" not in source.config
+    item_bytes = 0
+    if quantization is not None and quantises:
+        item_bytes = quantization.method.copies(quantization, ITEM_BYTES.get(dtype, 4)).quantising
     return LoadingFacts(
         merged=frozenset(graph.merged),
         stored_dtype=source.checkpoint_dtype() or dtype,
         dtype=dtype,
-        quantises=quantization is not None and "quantization_config" not in source.config,
+        quantises=quantises,
+        quantising_item_bytes=item_bytes,
         method=None if quantization is None else quantization.method.name,
     )
 

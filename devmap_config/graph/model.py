@@ -20,6 +20,9 @@ TensorName = NewType("TensorName", str)
 
 TensorKind = Literal["parameter", "buffer"]
 
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""The bytes of an element, by torch's name of what models are computed in."""
+
 FUSED_DIMENSIONS = 3
 """A parameter of fused experts has a leading expert dimension besides its two own."""
 
@@ -117,6 +120,8 @@ class LoadingFacts:
         stored_dtype: the dtype of the checkpoint, if the config tells it.
         dtype: the dtype in which the model is loaded.
         quantises: weights are quantised while they are loaded.
+        quantising_item_bytes: what an element of a weight takes at most while it is quantised: its dense value, what is
+            made of that, and itself; 0 if there are but its dense value and itself.
         method: the method of quantization, or the one by which the checkpoint is stored.
     """
 
@@ -124,6 +129,7 @@ class LoadingFacts:
     stored_dtype: str
     dtype: str
     quantises: bool = False
+    quantising_item_bytes: int = 0
     method: str | None = None
 
 

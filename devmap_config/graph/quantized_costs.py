@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def quantized(
-    measurement: Measurement, graph: ModelGraph, dense_bytes: Mapping[str, int], copy_bytes: Mapping[str, int]
+    measurement: Measurement,
+    graph: ModelGraph,
+    dense_bytes: Mapping[str, int],
+    copy_bytes: Mapping[str, int],
+    *,
+    copies_for_each_token: bool,
 ) -> Measurement:
     """Return what was measured with dense weights as it is with those that the graph holds.
 
@@ -23,7 +28,8 @@ def quantized(
         measurement: of the model before quantization.
         graph: with sizes after it.
         dense_bytes: what each converted tensor takes in the dtype of the activations.
-        copy_bytes: what lives besides, of each of these, while its module runs.
+        copy_bytes: the bytes of the copies of each of these that its module makes to multiply with it.
+        copies_for_each_token: whether it makes them for a single token too.
     """
     dense: dict[str, int] = {}
     held: dict[str, int] = {}
@@ -47,6 +53,7 @@ def quantized(
             return replace(cost, **peaks)
         before, after = dense[cost.path], held[cost.path]
         written_bytes = 2 * written.get(cost.path, 0)  # and read again
+        token_bytes = after + (written_bytes if copies_for_each_token else 0)
         return replace(
             cost,
             **peaks,
@@ -54,7 +61,7 @@ def quantized(
             doubled_own_peak_bytes=cost.doubled_own_peak_bytes + copied_bytes,
             prefill_touched_bytes=max(cost.prefill_touched_bytes - before, 0) + after + written_bytes,
             # One token reads little but weights, of experts only the active ones.
-            decode_touched_bytes=cost.decode_touched_bytes * after // before,
+            decode_touched_bytes=cost.decode_touched_bytes * token_bytes // before,
         )
 
     return replace(measurement, modules=tuple(map(stored, measurement.modules)))

@@ -15,7 +15,8 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU, DISK
-from devmap_config.execution.loading import ITEM_BYTES, is_cast
+from devmap_config.execution.loading import is_cast, is_quantised
+from devmap_config.graph.model import ITEM_BYTES
 from devmap_config.hardware.constants import (
     HELD_SHARE,
     HELD_SHARE_END_BYTES,
@@ -106,7 +107,7 @@ def _stored(plan: Plan, graph: ModelGraph) -> Iterable[tuple[Tensor, object]]:
 
 def _is_mapped(tensor: Tensor, facts: LoadingFacts) -> bool:
     """Return whether a tensor on the CPU is the checkpoint's own pages, from which nothing had to be made."""
-    is_made = tensor.name in facts.merged or is_cast(tensor, facts) or facts.quantises
+    is_made = tensor.name in facts.merged or is_cast(tensor, facts) or is_quantised(tensor, facts)
     return tensor.persistent and not is_made
 
 
@@ -114,7 +115,7 @@ def _source_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
     """Return how much of the checkpoint a tensor is made of."""
     if not tensor.persistent:
         return 0
-    is_stored_so = not facts.quantises and not is_cast(tensor, facts)
+    is_stored_so = not is_quantised(tensor, facts) and not is_cast(tensor, facts)
     item_bytes = ITEM_BYTES.get(facts.stored_dtype, 0)
     return tensor.size_bytes if is_stored_so else tensor.element_count * item_bytes
 

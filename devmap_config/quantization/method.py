@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
     from devmap_config.quantization.weights import Weight, Weights
 
+FLOAT32_BYTES = 4
+"""Of an element of what most quantizers compute in, whatever they are given."""
+
 Arguments = Mapping[str, Any]
 """Those of transformers' config of a method, without the method."""
 
@@ -41,6 +44,21 @@ class Format(NamedTuple):
     bias_dtype: str | None = None
     in_buffers: bool = False
     is_dense_where_offloaded: bool = False
+
+
+class Copies(NamedTuple):
+    """Bytes that are held besides a quantised weight for a time, for each of its elements.
+
+    Attributes:
+        multiplying: by the copies of it that are made to multiply with it; each is written once and read once.
+        for_each_token: they are made for a single token too, for which other kernels read the quantised weight.
+        quantising: at most while it is quantised: its dense values and what is made of them, itself among it; 0 if
+            these are its dense values and itself alone.
+    """
+
+    multiplying: int = 0
+    for_each_token: bool = False
+    quantising: int = 0
 
 
 UNCHANGED = Format(None, lambda _: None, lambda weight: weight.elements * weight.element_bytes)
@@ -77,9 +95,10 @@ class Method:
         format: the format of the weights; `None` if the arguments leave it open, or it is not known here.
         converts: yields the names of the converted tensors of a model on the meta device.
         details: the arguments in a few words, as in the heading of a plan.
-        dequantizes: a full copy of a weight, in the dtype that its module computes in, may live while it runs.
-        computes_in: torch's name of that dtype, if it is not the activations'.
-        source: the source of `dequantizes`.
+        copies: returns the copies of weights that are made to quantise them and to multiply with them, by the bytes of
+            an element of their dense values.
+        computes_in: torch's name of the dtype that modules compute in, if it is not the activations'.
+        source: the source of `copies`.
         refusal: the devices onto which the quantizer does not load.
         lowers_budgets: the quantizer's `adjust_max_memory` takes a tenth off every budget of the planner.
         needs_accelerator: without an accelerator, transformers dequantises the checkpoint while loading.
@@ -93,7 +112,7 @@ class Method:
     format: Callable[[Quantization], Format | None] = lambda _: None
     converts: Callable[[PreTrainedModel, Arguments], Weights] = linear_weights
     details: Callable[[Arguments], str] = lambda _: ""
-    dequantizes: bool = False
+    copies: Callable[[Quantization, int], Copies] = lambda *_: Copies()
     computes_in: Callable[[Arguments], str | None] = lambda _: None
     source: str = ""
     refusal: Refusal = Refusal()
@@ -114,13 +133,14 @@ class Quantization:
     """A quantization of a model as transformers applies it.
 
     `is_prequantized`: the checkpoint holds quantised weights, so that nothing is quantised while loading. `model_type`
-    is the model's.
+    is the model's. `is_on_cpu`: there is no accelerator, whose kernels may need no copies of weights.
     """
 
     method: Method
     arguments: Arguments
     is_prequantized: bool = False
     model_type: str = ""
+    is_on_cpu: bool = False
 
     def format(self) -> Format | None:
         """Return how its weights are stored, or `None` if that is not known.
@@ -145,11 +165,13 @@ class Quantization:
         """Return all that a graph depends on, as plain data."""
         form = self.format()
         in_buffers = {"in_buffers": True} if form is not None and form.in_buffers else {}  # older graphs do not say so
+        on_cpu = {"on_cpu": True} if self.is_on_cpu else {}
         return {
             "method": self.method.name,
             "arguments": dict(self.arguments),
             "prequantized": self.is_prequantized,
             **in_buffers,
+            **on_cpu,
         }
 
     @property

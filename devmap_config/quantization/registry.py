@@ -53,7 +53,8 @@ def effective_quantization(
         return None
     if method.needs_accelerator and not has_accelerator:
         arguments = {**arguments, "dequantize": True}
-    return Quantization(method, arguments, is_prequantized, str(config.get("model_type", "")))
+    model_type = str(config.get("model_type", ""))
+    return Quantization(method, arguments, is_prequantized, model_type, is_on_cpu=not has_accelerator)
 
 
 def _method(name: str) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,6 +72,12 @@ def telling_of_changes(consequence: str) -> Iterator[None]:
             f"{failure_of(error).reason}: {consequence}",
             "install a version that was tried (docs/libraries.md)",
         ) from error
+
+
+MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of glibc's `mallopt`: what is larger is mapped by itself."""
+MMAP_THRESHOLD_MOST_BYTES = 32 * 2**20
+"""`DEFAULT_MMAP_THRESHOLD_MAX`, to which the limit rises by itself where as much was freed once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +154,28 @@ def give_back_freed_memory() -> None:
 
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # other C libraries have none, and keep less
+
+
+@contextmanager
+def giving_back_at_once() -> Iterator[None]:
+    """Have glibc's allocator give back what is freed of a mebibyte or more at once, within.
+
+    What quantises makes copies of each weight, four times as large as what becomes of it and freed when that stands
+    between them: of the holes, which no next copy fits into, the allocator would keep gigabytes until the end. Whoever
+    sets the limit by the environment is left alone.
+    """
+    import ctypes
+    import os
+
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    set_option(MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        set_option(MMAP_THRESHOLD, MMAP_THRESHOLD_MOST_BYTES)
 
 
 def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> PreTrainedModel:
@@ -261,7 +289,8 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
                 **arguments,
                 "quantization_config": quantization_config(transformers_arguments(request.quantization)),
             }
-        with taking_loading_reports(passes_on=True) as reports:
+        gives_back = giving_back_at_once() if request.quantization else nullcontext()
+        with taking_loading_reports(passes_on=True) as reports, gives_back:
             model = model_class.from_pretrained(request.weights, **arguments)
         info = reports[-1]  # models within it are loaded before
     except LibraryChangedError:

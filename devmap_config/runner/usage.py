@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devmap_config.devices import CPU
+from devmap_config.libraries.torch import held_bytes
 from devmap_config.runner.inspection import tensor_home
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> 
         home = tensor_home(model, name)
         if home is not None and (found := (home, graph.storage_of[name])) not in seen:
             seen.add(found)
-            held[home] = held.get(home, 0) + model.get_parameter_or_buffer(name).nbytes
+            held[home] = held.get(home, 0) + held_bytes(model.get_parameter_or_buffer(name))
     return held
 
 

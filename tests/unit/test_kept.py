@@ -11,6 +11,7 @@ import transformers
 from bad_files import BAD, put
 from conftest import LLAMA
 
+import devmap_config
 from devmap_config.cli.compile import compile_command
 from devmap_config.files import boundary_of
 from devmap_config.graph import cache
@@ -147,6 +148,16 @@ def test_no_graph_is_kept_of_another_code_or_other_libraries(tmp_path, monkeypat
     monkeypatch.setattr(cache, "code_digest", lambda *_: "other")
     cached_graph({"model": "x"}, lambda: GRAPH, directory=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_digest_of_code_is_of_every_file_of_its_packages(monkeypatch):
+    read = []
+    monkeypatch.setattr(cache, "read_text", lambda path, *_: read.append(path) or "")
+    cache.code_digest("quantization", "graph")
+    package = Path(devmap_config.__file__).parent
+    expected = {path for name in ("quantization", "graph") for path in (package / name).rglob("*.py")}
+    assert set(read) == expected
+    assert package / "quantization" / "methods" / "quanto.py" in expected
 
 
 def test_a_vendored_graph_is_refused_with_any_leaf_changed(compiled, tmp_path):

@@ -52,6 +52,14 @@ def test_a_cast_for_a_card_is_made_on_the_cpu_by_threads():
     assert extras("llama", CARD, model=", dtype: float32") == {"cuda:0": 0, "ram": four_largest}
 
 
+def test_torchao_makes_three_copies_in_float32_of_a_weight_that_it_quantises():
+    elements = 64 * 128
+    size = elements + 4 * 64
+    model = ", quantization: {method: torchao, quant_type: Float8WeightOnlyConfig}"
+    assert extras("llama", CARD, model=model)["cuda:0"] == elements * 15 - size
+    assert extras("llama", CPU, model=model) == {"cpu": elements * 13 - size}  # its dense values are the file's pages
+
+
 def test_a_cast_on_the_cpu_is_the_weight_itself():
     assert extras("llama", CPU, model=", dtype: float32") == {"cpu": 0}
 

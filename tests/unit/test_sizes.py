@@ -283,6 +283,33 @@ def test_a_copy_of_a_weight_that_is_computed_with_takes_room_as_the_dtype_does(b
     assert active_bytes("float32") - active_bytes("float16") == 2 * 5120 * 13824
 
 
+@pytest.mark.parametrize(
+    ("quantization", "copy_bytes", "token_bytes"),
+    [
+        ("method: torchao, quant_type: Int8WeightOnlyConfig", 2, 1 + 4),
+        ("method: torchao, quant_type: Float8WeightOnlyConfig", 10, 1 + 20),
+        ("method: quanto, weights: int8", 2, 1 + 4),
+        ("method: quanto, weights: int4", 2, 0.5),
+        ("method: bitsandbytes, load_in_8bit: true", 2, 1),
+    ],
+)
+def test_a_token_writes_and_reads_the_copies_that_are_made_to_multiply(quantization, copy_bytes, token_bytes, big):
+    big()
+
+    def costs(model):
+        compilation = compiled(
+            f"version: 1\nmodel: {{source: big{model}}}\nworkload: {{context_length: 512}}\n"
+            "hardware: {devices: {cuda:0: {memory: 40GiB}}}\nplacement: {strategy: single}\n"
+        )
+        found = {each.path: each for each in compilation.model.graph.measurement.modules}
+        return found["model.layers.0.mlp.down_proj"]
+
+    dense, quantised = costs(""), costs(f", quantization: {{{quantization}}}")
+    elements = 5120 * 13824
+    assert quantised.own_peak_bytes - dense.own_peak_bytes == copy_bytes * elements
+    assert quantised.decode_touched_bytes / elements == pytest.approx(token_bytes, rel=0.08)  # scales take some
+
+
 def test_our_strategies_know_that_the_cpu_holds_layers_as_they_are(big):
     big()
     compilation = compiled(FASTEST_IN_4_BIT.replace("context_length: 2048", "context_length: 512"))

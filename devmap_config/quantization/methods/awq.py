@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from devmap_config.quantization.arguments import bits_and_group, check_names
-from devmap_config.quantization.method import Format, Method
+from devmap_config.quantization.method import Copies, Format, Method
 from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ METHOD = Method(
     format=_format,
     converts=partial(linear_weights, add_default_skips=True),
     details=lambda arguments: f"{arguments.get('bits', 4)} bit",
-    dequantizes=True,
+    copies=lambda _, itemsize: Copies(multiplying=itemsize),
     source="gptqmodel's torch kernel and its GEMM kernel in prefill; Marlin and ExLlama do not",
     loading_arguments=("backend",),
 )

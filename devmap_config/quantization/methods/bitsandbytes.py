@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag
-from devmap_config.quantization.method import Format, Method, Refusal
+from devmap_config.quantization.method import FLOAT32_BYTES, Copies, Format, Method, Refusal
 from devmap_config.quantization.weights import is_plain_linear, linear_weights
 from devmap_config.wording import closest
 
@@ -90,14 +90,27 @@ def _computes_in(arguments: Arguments) -> str | None:
     return str(arguments.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
 
 
+def _copies(quantization: Quantization, itemsize: int) -> Copies:
+    """Return the copies that bitsandbytes makes: on accelerators a dense one beyond a few tokens; the CPU's code is
+    torch's, most of it in float32, and packs weights of 4 bits anew when they are first multiplied with.
+    """
+    if not quantization.is_on_cpu:
+        return Copies(multiplying=itemsize)
+    converted = itemsize if itemsize < FLOAT32_BYTES else 0
+    if not quantization.arguments.get("load_in_4bit"):
+        return Copies(multiplying=itemsize, quantising=itemsize + 2 * FLOAT32_BYTES + 2)
+    is_nf4 = quantization.arguments.get("bnb_4bit_quant_type") == "nf4"  # else fp4
+    return Copies(multiplying=7, quantising=converted + (15 if is_nf4 else 29))
+
+
 METHOD = Method(
     name="bitsandbytes",
     format=_format,
     converts=partial(linear_weights, is_converted=is_plain_linear, skips="llm_int8_skip_modules"),
     details=_details,
-    dequantizes=True,
+    copies=_copies,
     computes_in=_computes_in,
-    source="4 bit: bitsandbytes' `gemm_4bit` beyond a few tokens; 8 bit multiplies in int8 and does not",
+    source="bitsandbytes 0.50: `gemm_4bit` beyond a few tokens, `backends/default/ops.py` on a CPU",
     # transformers 5.24, `quantizers/quantizer_bnb_4bit.py` and `…_bnb_8bit.py`, `validate_environment`
     refusal=Refusal(devices=STORAGE_DEVICES, alone_is_fine=True, unless=ACCEPT_OFFLOADING),
     lowers_budgets=True,

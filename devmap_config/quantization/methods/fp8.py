@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag
-from devmap_config.quantization.method import UNCHANGED, Format, Method, Refusal
+from devmap_config.quantization.method import FLOAT32_BYTES, UNCHANGED, Copies, Format, Method, Refusal
 from devmap_config.quantization.weights import fused_experts, left_as_they_are, matrices
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ METHOD = Method(
     name="fp8",
     format=_format,
     converts=_converted,
-    source="`integrations/finegrained_fp8.py`: Triton and DeepGEMM multiply in fp8",
+    copies=lambda _, itemsize: Copies(quantising=(itemsize if itemsize < FLOAT32_BYTES else 0) + 3 * FLOAT32_BYTES + 1),
+    source="transformers 5.24, `integrations/finegrained_fp8.py`: `Fp8Quantize`; Triton and DeepGEMM multiply in fp8",
     # transformers 5.24, `quantizers/quantizer_finegrained_fp8.py`, `validate_environment`
     refusal=Refusal(devices=STORAGE_DEVICES, prequantized_is_fine=True),
     needs_accelerator=True,

@@ -6,7 +6,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from devmap_config.quantization.arguments import bits_and_group
-from devmap_config.quantization.method import Format, Method
+from devmap_config.quantization.method import Copies, Format, Method
 from devmap_config.quantization.weights import is_plain_linear, matrices
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ METHOD = Method(
     format=_format,
     converts=_converted,
     details=lambda arguments: f"{arguments.get('bits', 4)} bit",
-    dequantizes=True,
+    copies=lambda _, itemsize: Copies(multiplying=itemsize),
     source="gptqmodel's `TorchLinear.forward`; Marlin and ExLlama do not",
     loading_arguments=("backend",),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.quantization.arguments import QuantizationError, check_names
-from devmap_config.quantization.method import Format, Method, Refusal
+from devmap_config.quantization.method import Copies, Format, Method, Refusal
 
 if TYPE_CHECKING:
     from devmap_config.quantization.method import Quantization
@@ -54,12 +54,28 @@ def _group(columns: int) -> int | None:
     return group if columns % group == 0 else None
 
 
+def _copies(quantization: Quantization, itemsize: int) -> Copies:
+    """Return the copies that quanto makes: `abs`, `div` and `round` while it quantises; a weight of 8 bits times its
+    scales, and of fp8 first in the dtype of these; of 4 and 2 bits a dense one where no kernel fits.
+
+    The CPU has a kernel for int8 with activations in bfloat16, and converts int8 first if they are wider.
+    """
+    weights = quantization.arguments.get("weights", "int8")
+    multiplying, for_each_token = itemsize, weights != "int4"
+    if weights == "float8" or (quantization.is_on_cpu and itemsize > 2):
+        multiplying = 2 * itemsize
+    elif weights == "int8" and quantization.is_on_cpu:
+        multiplying, for_each_token = 0, False
+    quantising = 5 * itemsize + 1 if weights in ("int8", "float8") else 3 * itemsize + 2
+    return Copies(multiplying=multiplying, for_each_token=for_each_token, quantising=quantising)
+
+
 METHOD = Method(
     name="quanto",
     format=_format,
     details=lambda arguments: str(arguments.get("weights", "int8")),
-    dequantizes=True,
-    source="optimum-quanto's `qbytes_mm` and `QTensor` fall back to dense weights where no kernel fits",
+    copies=_copies,
+    source="optimum-quanto 0.2.7: `qbytes_mm`, and `QTensor`, which falls back to dense weights if no kernel fits",
     # transformers 5.24, `quantizers/quantizer_quanto.py`, `validate_environment`: `len(device_map) > 1`
     refusal=Refusal(devices=STORAGE_DEVICES, whole_is_fine=True),
     lowers_budgets=True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import DISK
 from devmap_config.quantization.arguments import QuantizationError, check_names, flag, positive
-from devmap_config.quantization.method import Format, Method, Refusal
+from devmap_config.quantization.method import FLOAT32_BYTES, Copies, Format, Method, Refusal
 from devmap_config.quantization.weights import linear_weights
 
 if TYPE_CHECKING:
@@ -93,13 +93,30 @@ def _block(granularity: Any) -> tuple[int | None, int | None] | None:
     return None
 
 
+def _copies(quantization: Quantization, itemsize: int) -> Copies:
+    """Return the copies that torchao makes, in float32 some of them: `to`, `mul` and `clamp` each make one.
+
+    Those of int8 convert the weight before they multiply with it, for one token too; those of fp8 multiply it by its
+    scales in float32, and convert that, where it is not float32 that they compute in. Of int4 it is not known.
+    """
+    kind = _config(quantization.arguments.get("quant_type"))["_type"]
+    converted = itemsize if itemsize < FLOAT32_BYTES else 0
+    if kind == "Int8WeightOnlyConfig":
+        return Copies(multiplying=itemsize, for_each_token=True, quantising=itemsize + 2 * FLOAT32_BYTES)
+    if kind == "Float8WeightOnlyConfig":
+        return Copies(
+            multiplying=2 * FLOAT32_BYTES + converted, for_each_token=True, quantising=converted + 3 * FLOAT32_BYTES + 1
+        )
+    return Copies(multiplying=itemsize)
+
+
 METHOD = Method(
     name="torchao",
     format=_format,
     converts=partial(linear_weights, suffix=".weight"),  # patterns are held against the parameter here, not the module,
     details=lambda arguments: str(_config(arguments.get("quant_type"))["_type"]),
-    dequantizes=True,
-    source="`Int8Tensor` and `Float8Tensor` convert a weight in `linear`; `Int4Tensor` has a kernel and does not",
+    copies=_copies,
+    source="torchao 0.18: `linear` of `Int8Tensor` and `Float8Tensor`, and their `from_hp`; `Int4Tensor` has a kernel",
     # transformers 5.24, `quantizers/quantizer_torchao.py`, `validate_environment`
     refusal=Refusal(devices=(DISK,), quantizing_is_fine=True),
     lowers_budgets=True,
