@@ -18,6 +18,7 @@ from devmap_config.pipeline.slots import MOST_CHOICES, slots_of
 from devmap_config.pipeline.times import SENT_TENSORS
 from devmap_config.plan.lock import LockError
 from devmap_config.plan.plan import DeviceUse, Plan, Prediction
+from devmap_config.plan.values import folded_devices
 from devmap_config.wording import first_of
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _best_place(problem: PipelineProblem, strategy: str) -> StagePlacement | Non
 
 def _written(devices: Sequence[Device], bound: tuple[int, int]) -> str:
     """Return a stage as `0-3 on left/cuda:0`."""
-    return f"{bound[0]}-{bound[1]} on {' and '.join(map(str, devices))}"
+    return f"{bound[0]}-{bound[1]} on {', '.join(folded_devices(map(str, devices)))}"
 
 
 def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
