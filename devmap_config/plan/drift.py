@@ -118,13 +118,15 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> R
     contradictions = _contradictions(lock, plan, hardware, inputs, follows_measurement=not versions)
     if broken := [*contradictions, *_bad_bounds(lock, prepared), *_bad_fastest(lock, prepared)]:
         return Drift("broken-lock", tuple(broken))
+    other = _other_stages(plan, prepared) if prepared.is_for_vllm else None
     if not versions:
-        if prepared.is_for_vllm and (unproven := _other_stages(plan, prepared)):
-            return Drift("unproven-lock", (unproven,))
+        if other is not None:
+            return Drift("unproven-lock", (other,))
         stated = {name: lock.plan["prediction"].get(name) for name in PROVEN}
         return ReusedPlan(replace(plan, prediction=replace(plan.prediction, **stated)))
     moved = moved_figures(lock.plan, plan.to_json())
-    return ReusedPlan(plan, f"{versions} moves {', '.join(moved)}" if moved else None)
+    told = [*([f"{versions} moves {', '.join(moved)}"] if moved else []), *([other] if other else [])]
+    return ReusedPlan(plan, "; ".join(told) or None)
 
 
 def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) -> None:

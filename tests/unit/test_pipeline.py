@@ -358,6 +358,17 @@ def test_check_does_not_pass_a_lock_with_slower_stages(resealed):
     assert reason in " ".join(done.stderr.split())
 
 
+def test_where_libraries_measure_otherwise_other_stages_are_told(resealed):
+    """Such a lock is kept, with a warning: which stages placing anew gives is a part of it."""
+    text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
+    lock, _ = resealed(text, '{match: "model.layers.3", device: right/cuda:0}')
+    inputs = {**lock.inputs, "measurement": "sha256:0"}
+    held, drift = compile_locked(Path("profile.yaml"), replace(lock, inputs=inputs, made_with={"torch": "2.0.0"}))
+    assert drift is None
+    [warning] = [finding for finding in held.diagnostics if finding.code == "figures-moved"]
+    assert "it has layers 0-2 on left/cuda:0, 3-5 on right/cuda:0, and placing anew gives 0-3" in warning.message
+
+
 def test_hosts_in_another_order_are_named(compiled):
     text = TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "1GiB"}
     found = compiled(text)
