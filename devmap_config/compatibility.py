@@ -12,7 +12,7 @@ from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
 from devmap_config.graph.costs import OFFLOADED, PARTLY
 from devmap_config.graph.failures import failure_of
-from devmap_config.graph.loading import report_failure
+from devmap_config.graph.findings import report_failure
 from devmap_config.graph.model import SAVED, TensorName
 from devmap_config.graph.source import COMMIT, is_hub_id
 from devmap_config.libraries.private import LibraryChangedError

@@ -19,7 +19,9 @@ from devmap_config.compatibility import (
 from devmap_config.diagnostics.diagnostic import ProfileError, Sink, TooManyErrorsError
 from devmap_config.diagnostics.overheard import passing_on
 from devmap_config.graph.failures import failure_of
-from devmap_config.graph.loading import Lookup, load_model_graph, report_failure, source_from_here
+from devmap_config.graph.findings import report_failure
+from devmap_config.graph.loading import Lookup, load_model_graph
+from devmap_config.graph.source import source_from_here
 from devmap_config.hardware.declared import build_inventory, declared_devices
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.versions import never_tried, untried

@@ -170,7 +170,7 @@ def profile_command(name: str, *formats: str, argument: Decorator = profile_argu
 def _change_of(error: LibraryChangedError) -> Sink:
     """Return that a library is not as it was tried, where no part of a command could say what comes of it."""
     from devmap_config.graph.failures import failure_of
-    from devmap_config.graph.loading import report_failure
+    from devmap_config.graph.findings import report_failure
 
     sink = Sink()
     report_failure(failure_of(error), "this cannot be done", None, sink, allowed=None)

@@ -106,7 +106,7 @@ def _show_measured(graph: ModelGraph, output_format: str, *, allow_unmeasured: b
     from devmap_config.cli.measure_view import measured_lines, measured_to_json
     from devmap_config.cli.reporting import print_json, print_lines
     from devmap_config.diagnostics.diagnostic import Sink
-    from devmap_config.graph.loading import report_positions, report_unmeasured
+    from devmap_config.graph.findings import report_positions, report_unmeasured
 
     if graph.measurement is None:
         raise AssertionError("a graph that was to be measured")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import os.path
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from devmap_config.files import exists
 from devmap_config.graph.adapter import AdapterError, LoraAdapter, find_adapter
+from devmap_config.graph.beside_profile import (
+    graph_beside,
+    inputs_beside,
+    source_beside,
+    warn_of_stale_graph,
+    with_checkpoint,
+)
 from devmap_config.graph.cache import cached_graph
 from devmap_config.graph.checkpoint import CheckpointError
-from devmap_config.graph.costs import LEAST_WORDS, WorkloadShape
-from devmap_config.graph.failures import MeasurementFailure, failure_of
+from devmap_config.graph.failures import failure_of
+from devmap_config.graph.findings import (
+    report_cache,
+    report_failure,
+    report_media,
+    report_positions,
+    report_unmeasured,
+    report_unread,
+)
 from devmap_config.graph.introspection import UnbuildableModelError, UntrustedCodeError, build_graph
 from devmap_config.graph.model import ITEM_BYTES, LoadingFacts
 from devmap_config.graph.other_formats import advice_on_missing
@@ -21,14 +34,14 @@ from devmap_config.graph.source import (
     ModelNotFoundError,
     ModelSource,
     Resolved,
-    cached_checkpoint,
-    cached_hub_config,
     hub_source,
     is_hub_id,
+    is_local,
     local_source,
 )
-from devmap_config.graph.tiles import UnknownTilesError, is_cut, tiles_of_image
-from devmap_config.graph.vendoring import VendoredGraph, VendoredGraphError, read_vendored, vendored_path
+from devmap_config.graph.tiles import UnknownTilesError
+from devmap_config.graph.vendoring import VendoredGraph, vendored_path
+from devmap_config.graph.workload import workload_of
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 from devmap_config.quantization.arguments import QuantizationError
@@ -39,19 +52,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.diagnostics.diagnostic import Sink, Span
-    from devmap_config.graph.costs import Measurement
+    from devmap_config.graph.costs import WorkloadShape
     from devmap_config.graph.model import ModelGraph
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.quantization.method import Quantization
 
 BUILDABLE_ATTENTION = ("eager", "sdpa")
 """Implementations that need no package of their own; the module tree is the same under all of them."""
-
-VLLM_BATCHED_TOKENS = 2048
-"""Tokens of prompts that vLLM computes at once where nothing else is said: its `max_num_batched_tokens`."""
-
-PROPOSED_TOKENS = 20
-"""As many as transformers has a draft model propose at once (`num_assistant_tokens`), and as it is held to."""
 
 LIBRARIES_FOR_GRAPHS = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")
 """Without these, a profile still compiles where its graph is vendored."""
@@ -170,9 +177,9 @@ def load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Loade
 
 
 def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> LoadedModel | None:
-    vendored = _vendored(loaded, sink) if lookup.use_vendored else None
-    if vendored is not None and not _is_local(loaded):
-        source: ModelSource | None = _at_hand(_vendored_source(vendored, loaded))  # the hub need not be asked
+    vendored = graph_beside(loaded, sink) if lookup.use_vendored else None
+    if vendored is not None and not is_local(loaded):
+        source: ModelSource | None = with_checkpoint(source_beside(vendored, loaded))  # the hub need not be asked
     else:
         source = _find_source(loaded, lookup, sink)
     if source is None:
@@ -203,7 +210,7 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
             return None
         quantization, is_counted = None, False  # what else is wrong is told by the model without it
     try:
-        workload = _workload(loaded, source, None if vendored is None else vendored.workload)
+        workload = workload_of(loaded, source, None if vendored is None else vendored.workload)
     except UnknownTilesError as error:
         sink.error(
             "unfit-input",
@@ -223,12 +230,12 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
         adapter=adapter,
         trust_remote_code=lookup.permissions.trust_remote_code,
     )
-    made_from = None if vendored is None else _made_from(vendored, loaded)
+    made_from = None if vendored is None else inputs_beside(vendored, loaded)
     if vendored is not None and made_from is not None and inputs.compared() == made_from:
         graph, dry_runs = vendored.graph, vendored.dry_runs
     else:
         if made_from is not None:
-            _warn_stale_graph(loaded, sink, _differing(inputs.compared(), made_from))
+            warn_of_stale_graph(loaded, sink, _differing(inputs.compared(), made_from))
         built, dry_runs = _built(inputs, loaded, sink), {}
         if built is None:
             return None
@@ -288,7 +295,7 @@ def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any
         class_name=model.class_name,
         dtype=model.dtype,
         attention=model.attention,
-        workload=_workload(loaded, model.source, None if measured is None else measured.workload),
+        workload=workload_of(loaded, model.source, None if measured is None else measured.workload),
         quantization=_quantization_json(model.quantization if model.is_counted else None),
         adapter=_adapter_digest(model.adapter),
         dry_runs=dry_runs,
@@ -325,90 +332,8 @@ def _built(inputs: GraphInputs, loaded: LoadedProfile, sink: Sink) -> ModelGraph
         return None
 
 
-def source_from_here(loaded: LoadedProfile) -> str:
-    """Return the model's source as a command names it: local paths are relative to the working directory."""
-    source = loaded.profile.model.source
-    return os.path.normpath(source.path) if _is_local(loaded) else source.value
-
-
-def _is_local(loaded: LoadedProfile) -> bool:
-    return exists(loaded.profile.model.source.path)
-
-
-def _vendored(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
-    """Return the graph beside the profile, where there is one of this very model and revision."""
-    path = vendored_path(loaded.path)
-    try:
-        vendored = read_vendored(path, loaded.boundary)
-    except VendoredGraphError as error:
-        sink.warning(
-            "stale-graph",
-            f"the graph in `{path.name}` cannot be used: {error}",
-            loaded.profile.model.source.span,
-            help="run `devmap compile --vendor` again",
-        )
-        return None
-    if vendored is None:
-        return None
-    wanted = (loaded.profile.model.source.value, loaded.profile.model.revision)
-    if (vendored.source, vendored.revision) != wanted or _differs_from_cache(vendored, loaded):
-        _warn_stale_graph(loaded, sink)
-        return None
-    return vendored
-
-
-def _differs_from_cache(vendored: VendoredGraph, loaded: LoadedProfile) -> bool:
-    """Return whether the hub's cache has another config for a graph's commit, which is immutable."""
-    if vendored.commit is None or _is_local(loaded):
-        return False
-    source = _vendored_source(vendored, loaded)
-    config = cached_hub_config(vendored.source, vendored.commit)
-    return config is not None and replace(source, config=config).config_digest != source.config_digest
-
-
-def _vendored_source(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSource:
-    is_hub = is_hub_id(vendored.source) and not vendored.source.endswith(".json")
-    return ModelSource(
-        location=vendored_path(loaded.path),
-        config=vendored.config,
-        weights=vendored.source if is_hub else None,
-        commit=vendored.commit,
-        stored_dtype=vendored.stored_dtype,
-        known_checkpoint=vendored.checkpoint,
-    )
-
-
-def _at_hand(source: ModelSource) -> ModelSource:
-    """Return a source with the headers of its checkpoint, where they were read before."""
-    if source.weights is None or source.commit is None:
-        return source
-    return replace(source, checkpoint=cached_checkpoint(source.weights, source.commit, source.config))
-
-
-def _made_from(vendored: VendoredGraph, loaded: LoadedProfile) -> Mapping[str, object]:
-    """Return the inputs of a vendored graph, as `GraphInputs.compared` gives them."""
-    return {
-        "config": _vendored_source(vendored, loaded).config_digest,
-        "class": vendored.class_name,
-        "dtype": vendored.dtype,
-        "attention": vendored.attention,
-        "workload": vendored.workload,
-        "quantization": vendored.quantization,
-        "adapter": vendored.adapter,
-    }
-
-
 def _differing(inputs: Mapping[str, object], made_from: Mapping[str, object]) -> str:
     return " and ".join(name for name, value in inputs.items() if value != made_from[name])
-
-
-def _warn_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model or revision") -> None:
-    sink.warning(
-        "stale-graph",
-        f"the graph in `{vendored_path(loaded.path).name}` was made from another {differing}, and is made anew",
-        loaded.profile.model.source.span,
-        help="run `devmap compile --vendor` again",
-    )
 
 
 def graph_from_source(inputs: GraphInputs) -> ModelGraph:
@@ -491,53 +416,6 @@ def _find_source(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> ModelSour
         return None
 
 
-def _workload(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> WorkloadShape | None:
-    """Return the workload to measure, or `None` if the profile names no context.
-
-    Raises:
-        UnknownTilesError: if images are cut into tiles, and neither the processor's files nor the workload of a
-            measurement `before` tell into how many.
-    """
-    wanted = loaded.profile.workload
-    if (context_length := wanted.context_length.value) is None:
-        return None
-    inputs, size = wanted.inputs, wanted.inputs.image_size
-    proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # which the first forward takes as well
-    prompt_length = wanted.prompt_length or context_length
-    if loaded.profile.is_for_vllm and wanted.prompt_length is None:
-        prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // wanted.batch_size), 1)
-    return WorkloadShape(
-        batch_size=wanted.batch_size,
-        context_length=context_length,
-        prompt_length=min(prompt_length + proposed, context_length),
-        all_logits=wanted.logits == "all",
-        cache=wanted.cache.implementation,
-        cache_backend=wanted.cache.backend,
-        cache_bits=wanted.cache.bits,
-        images=inputs.images or 0,
-        image_height=size[0] if size else None,
-        image_width=size[-1] if size else None,
-        audio_seconds=inputs.audio_seconds or 0,
-        proposed_tokens=proposed,
-        tiles=_tiles(loaded, source, before),
-    )
-
-
-def _tiles(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> int:
-    """Return the number of tiles of each image: one without a size, and 0 of a model whose processor cuts none."""
-    inputs = loaded.profile.workload.inputs
-    if not inputs.images or not is_cut(source):
-        return 0
-    if (size := inputs.image_size) is None:
-        return 1
-    try:
-        return tiles_of_image(source, size[0], size[-1], loaded.boundary)
-    except UnknownTilesError:
-        if before is None or (before.image_height, before.image_width) != (size[0], size[-1]):
-            raise
-        return before.tiles
-
-
 def _has_accelerator(loaded: LoadedProfile) -> bool:
     return any(device.is_accelerator for device in loaded.profile.hardware.listed)
 
@@ -564,7 +442,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
             loaded.profile.model.quantization.span,
         )
     if graph.unread is not None:
-        _report_unread(graph, graph.unread, loaded.profile.model.source.span, sink, allowed=allowed)
+        report_unread(graph, graph.unread, loaded.profile.model.source.span, sink, allowed=allowed)
     workload = loaded.profile.workload
     asks_for_more = bool(workload.inputs.images or workload.inputs.audio_seconds)
     if asks_for_more and workload.context_length.value is None and "context_length" not in workload.doubtful:
@@ -601,135 +479,6 @@ def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) ->
             span,
             help="to run that code, name its class, or the Auto class that `auto_map` gives it, as `class`",
         )
-
-
-def _report_unread(graph: ModelGraph, reason: str, span: Span | None, sink: Sink, *, allowed: bool) -> None:
-    """Report that it is not known what is merged while loading: an error of a model that has what may be merged."""
-    may_be_merged = any(len(tensor.shape) > 2 for tensor in graph.root.tensors() if tensor.kind == "parameter")
-    consequence = "what loading takes besides the weights is not known, and the plan has no room for it"
-    report_failure(MeasurementFailure("library", reason), consequence, span, sink, allowed=allowed or not may_be_merged)
-
-
-def report_positions(measurement: Measurement, span: Span | None, sink: Sink) -> None:
-    """Report a context that is longer than a model takes, or than it is meant to be given."""
-    positions, wanted = measurement.positions, measurement.workload.context_length
-    if positions.end is not None and wanted > positions.end:
-        sink.error(
-            "context-too-long",
-            f"the model's positions end at {positions.end:,} tokens, and {wanted:,} are wanted",
-            span,
-            help=f"write `context_length: {positions.end}` or less",
-        )
-    elif positions.trained is not None and wanted > positions.trained:
-        sink.warning(
-            "context-too-long",
-            f"the model is meant for {positions.trained:,} tokens, by its config, and {wanted:,} are wanted",
-            span,
-            help="it runs, but its output beyond that is seldom useful; to stretch its rotary positions, set"
-            " `rope_parameters` in its config",
-        )
-
-
-LESS = "leave out what it does not take"
-
-
-def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> None:
-    """Report what keeps images and sound of a workload from being measured; an error where the profile can mend it."""
-    media = measurement.media
-    if media is None or media.problem is None:
-        return
-    if media.problem == "none":
-        sink.error("unfit-input", f"this model does not take such inputs: {media.reason}", span, help=LESS)
-    elif media.problem == "size":
-        help = "say how large they are, height and width in pixels: `inputs: {images: 1, image_size: [896, 896]}`"
-        sink.error("missing-key", "this model takes images of any size, and `image_size` is missing", span, help=help)
-    elif media.problem == "room":
-        length = measurement.workload.prompt_length
-        message = f"images and sound take {media.tokens:,} tokens of the prompt, which has {length:,} with its text"
-        least = f"a `prompt_length` (without one, a `context_length`) of {media.tokens + LEAST_WORDS:,} or more"
-        help = f"{least}, or {'fewer or smaller images' if measurement.workload.images else 'less sound'}"
-        sink.error("prompt-too-short", message, span, help=help)
-    else:
-        sink.warning(
-            "untried-inputs",
-            f"the plan was not tried with images or sound: {media.reason}",
-            span,
-            help="text alone was measured: leave room on the device of the tower, and try it with `devmap run`",
-        )
-
-
-def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> None:
-    """Report a cache that the model is not given, or of which it is not known how much would be where."""
-    name, end = measurement.workload.cache, measurement.positions.end
-    if measurement.has_unfit_cache:
-        reason = f"transformers gives this model no cache that is {said_of_cache(name)}: {measurement.reason}"
-    elif name in ("dynamic", "static") or (end is not None and measurement.workload.context_length > end):
-        return
-    elif not measurement.measured:
-        reason = f"how much a cache would take that is {said_of_cache(name)} is not known: {measurement.reason}"
-    elif name != "quantized" and not any(cost.offloaded_bytes for cost in measurement.modules):
-        reason = f"nothing of this model's cache is ever {said_of_cache(name)}"
-    else:
-        return
-    sink.error("unfit-cache", reason, span, help="write `cache: dynamic`, or leave it out")
-
-
-def said_of_cache(implementation: str) -> str:
-    """Return what a cache is, in a word."""
-    return "quantised" if implementation == "quantized" else "offloaded"
-
-
-def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
-    """Report that formulas stand in for a measurement, where they do, and why: an error where they may not."""
-    end = measurement.positions.end
-    if measurement.measured or (end is not None and measurement.workload.context_length > end):
-        return
-    if measurement.media is not None and measurement.media.problem not in (None, "untried"):
-        return  # which is an error
-    if measurement.workload.cache not in ("dynamic", "static"):
-        return  # likewise
-    failure = MeasurementFailure(measurement.cause, measurement.reason or "")
-    if failure.cause == "model":
-        sink.warning(
-            "unmeasured-model",
-            f"the model's code cannot be run without data ({failure.reason}): formulas stand in for it",
-            span,
-            help="leave more room than usual, by `reserve` on the accelerators",
-        )
-    else:
-        consequence = "formulas stand in for measuring the model" if allowed else "the model is not measured"
-        report_failure(failure, consequence, span, sink, allowed=allowed)
-
-
-ALLOW_UNMEASURED = "`--allow-unmeasured`"
-
-
-def report_failure(
-    failure: MeasurementFailure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool | None
-) -> None:
-    """Report that something could not be found out for another reason than the model's own code.
-
-    Args:
-        failure: the reason, and its cause.
-        consequence: what follows from it, as a clause.
-        span: the place in the profile that asks for it.
-        sink: takes the diagnostic.
-        allowed: whether the user allowed it, which makes it a warning; `None` if it cannot be allowed.
-    """
-    code: Literal["library-changed", "measuring-failed"]
-    if failure.cause == "library":
-        code, message = "library-changed", f"{failure.reason}: {consequence}"
-        mend = "install a version that was tried (docs/libraries.md)"
-    else:
-        code, message = "measuring-failed", f"devmap-config made a mistake, {failure.reason}: {consequence}"
-        mend = "please report it"
-    if allowed:
-        help = f"{mend}; leave more room than usual, by `reserve` on the accelerators"
-        sink.warning(code, message, span, help=help)
-    elif allowed is None:
-        sink.error(code, message, span, help=mend)
-    else:
-        sink.error(code, message, span, help=f"{mend}, or pass {ALLOW_UNMEASURED} to go on without")
 
 
 def _building_advice(reason: str) -> str:

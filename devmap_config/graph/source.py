@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from devmap_config.files import CONFIG, FileError, is_folder, read_json
+from devmap_config.files import CONFIG, FileError, exists, is_folder, read_json
 from devmap_config.graph.checkpoint import CheckpointError, first_floating_dtype, read_checkpoint
 from devmap_config.graph.digest import digest
 from devmap_config.graph.other_formats import ORIGINAL, names_gguf, other_format
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from devmap_config.files import Boundary
     from devmap_config.graph.checkpoint import Checkpoint
     from devmap_config.graph.model import TensorName
+    from devmap_config.profile.loading import LoadedProfile
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 """What may be the name of a repository on the hub, with or without its owner."""
@@ -361,3 +362,14 @@ def _read_config(path: Path, within: Boundary | None = None) -> Mapping[str, Any
     if not isinstance(config, dict):
         raise ModelNotFoundError(f"`{path.name}` is not a config: it holds no JSON object")
     return config
+
+
+def source_from_here(loaded: LoadedProfile) -> str:
+    """Return the model's source as a command names it: local paths are relative to the working directory."""
+    source = loaded.profile.model.source
+    return os.path.normpath(source.path) if is_local(loaded) else source.value
+
+
+def is_local(loaded: LoadedProfile) -> bool:
+    """Return whether a profile's model is a file or a folder, and not of the hub."""
+    return exists(loaded.profile.model.source.path)

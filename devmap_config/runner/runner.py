@@ -15,8 +15,8 @@ from devmap_config.diagnostics.diagnostic import DevmapWarning, ProfileError, Si
 from devmap_config.execution.pieces import pieces_ahead
 from devmap_config.graph.checkpoint_check import match_checkpoint
 from devmap_config.graph.checkpoint_match import judge
-from devmap_config.graph.loading import PROPOSED_TOKENS
 from devmap_config.graph.source import HubAccess, cached_checkpoint
+from devmap_config.graph.workload import PROPOSED_TOKENS
 from devmap_config.locked import compile_locked
 from devmap_config.plan.drift import remedy
 from devmap_config.plan.lock import Lock, LockError, lock_at, lock_path, profile_of

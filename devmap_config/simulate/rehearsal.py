@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from devmap_config.amounts import format_bytes, format_exact_bytes
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.graph.failures import MeasurementFailure
-from devmap_config.graph.loading import report_failure
+from devmap_config.graph.findings import report_failure
 from devmap_config.graph.model import TensorName
 from devmap_config.placement.constraints import NO_REPAIRS
 from devmap_config.plan.review import warn_of_kept_tensors

@@ -16,7 +16,7 @@ from devmap_config import compile_profile, load_model
 from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run as run_model
 from devmap_config.compiler import Request, run_pipeline
-from devmap_config.graph.loading import PROPOSED_TOKENS
+from devmap_config.graph.workload import PROPOSED_TOKENS
 from devmap_config.plan.explanation import alternatives
 from devmap_config.runner.loading import RunnerError
 

@@ -1,0 +1,65 @@
+"""The workload under which a model is measured, from what a profile says of its requests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from devmap_config.graph.costs import WorkloadShape
+from devmap_config.graph.tiles import UnknownTilesError, is_cut, tiles_of_image
+
+if TYPE_CHECKING:
+    from devmap_config.graph.source import ModelSource
+    from devmap_config.profile.loading import LoadedProfile
+
+VLLM_BATCHED_TOKENS = 2048
+"""Tokens of prompts that vLLM computes at once where nothing else is said: its `max_num_batched_tokens`."""
+
+PROPOSED_TOKENS = 20
+"""As many as transformers has a draft model propose at once (`num_assistant_tokens`), and as it is held to."""
+
+
+def workload_of(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> WorkloadShape | None:
+    """Return the workload to measure, or `None` if the profile names no context.
+
+    Raises:
+        UnknownTilesError: if images are cut into tiles, and neither the processor's files nor the workload of a
+            measurement `before` tell into how many.
+    """
+    wanted = loaded.profile.workload
+    if (context_length := wanted.context_length.value) is None:
+        return None
+    inputs, size = wanted.inputs, wanted.inputs.image_size
+    proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # which the first forward takes as well
+    prompt_length = wanted.prompt_length or context_length
+    if loaded.profile.is_for_vllm and wanted.prompt_length is None:
+        prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // wanted.batch_size), 1)
+    return WorkloadShape(
+        batch_size=wanted.batch_size,
+        context_length=context_length,
+        prompt_length=min(prompt_length + proposed, context_length),
+        all_logits=wanted.logits == "all",
+        cache=wanted.cache.implementation,
+        cache_backend=wanted.cache.backend,
+        cache_bits=wanted.cache.bits,
+        images=inputs.images or 0,
+        image_height=size[0] if size else None,
+        image_width=size[-1] if size else None,
+        audio_seconds=inputs.audio_seconds or 0,
+        proposed_tokens=proposed,
+        tiles=_tiles(loaded, source, before),
+    )
+
+
+def _tiles(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> int:
+    """Return the number of tiles of each image: one without a size, and 0 of a model whose processor cuts none."""
+    inputs = loaded.profile.workload.inputs
+    if not inputs.images or not is_cut(source):
+        return 0
+    if (size := inputs.image_size) is None:
+        return 1
+    try:
+        return tiles_of_image(source, size[0], size[-1], loaded.boundary)
+    except UnknownTilesError:
+        if before is None or (before.image_height, before.image_width) != (size[0], size[-1]):
+            raise
+        return before.tiles
