@@ -13,7 +13,7 @@ import torch
 from devmap_config.graph.costs import LEAST_WORDS, PARTLY
 from devmap_config.graph.failures import OtherInputsError, PromptTooShortError
 from devmap_config.graph.key_values import made_cache
-from devmap_config.graph.media import SOUND_NAMES, Media
+from devmap_config.graph.sounds import SOUND_NAMES
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.libraries.transformers import CACHE_NAMES, is_own_model, unnamed_cache
 from devmap_config.libraries.versions import is_tried
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from devmap_config.graph.costs import WorkloadShape
+    from devmap_config.graph.media import Media
 
 OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
 """What models for images and sounds take, and models that go on with what others made."""

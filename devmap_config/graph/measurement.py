@@ -37,10 +37,10 @@ from devmap_config.graph.failures import (
     UnfitCacheError,
     failure_of,
 )
+from devmap_config.graph.features import media_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.key_values import layer_filled, offloaded_tensors, require_fit
 from devmap_config.graph.known_values import knowing_values
-from devmap_config.graph.media import media_of
 from devmap_config.graph.model import ancestors
 from devmap_config.graph.positions import SHORT_LENGTH, PositionReads, end_of_positions, stated_lengths, trained_length
 from devmap_config.graph.recording import Meter, OperationBudget, Traffic, replace_tensors, shown_bytes, total_bytes

@@ -212,7 +212,7 @@ def _planned_media(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Med
     """Return images and sound as a plan was measured with them, for a loaded model."""
     import torch
 
-    from devmap_config.graph.media import media_of
+    from devmap_config.graph.features import media_of
 
     with torch.device(_device_of_tokens(model)):  # what makes features of them is called without the model's own hooks
         return media_of(model, workload)

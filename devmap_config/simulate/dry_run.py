@@ -12,9 +12,9 @@ import torch
 from devmap_config.devices import CPU
 from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.failures import failure_of
+from devmap_config.graph.features import media_of
 from devmap_config.graph.forwards import Forwards, cache_tensors, tower_inputs
 from devmap_config.graph.known_values import knowing_values
-from devmap_config.graph.media import media_of
 from devmap_config.graph.model import TensorName, ancestors, is_within
 from devmap_config.graph.recording import (
     OperationBudget,

@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from devmap_config.graph.costs import WorkloadShape
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.measurement import UnmeasurableModelError, measure
-from devmap_config.graph.media import SOUND_NAMES
+from devmap_config.graph.sounds import SOUND_NAMES
 
 UNTRIED = yaml.safe_load((Path(__file__).parent / "untried_media.yaml").read_text())
 """By what is given and the model's type: a part of what is said."""

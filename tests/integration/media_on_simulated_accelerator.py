@@ -19,8 +19,8 @@ from devmap_config.cli.compile import compile_command
 from devmap_config.cli.run import run
 from devmap_config.compiler import Request, run_pipeline
 from devmap_config.graph.costs import WorkloadShape
+from devmap_config.graph.features import media_of
 from devmap_config.graph.forwards import Forwards
-from devmap_config.graph.media import media_of
 
 simulated_accelerator.install()
 torch.set_num_threads(1)

@@ -15,11 +15,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 from devmap_config.cli.compile import compile_command
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.graph.costs import WorkloadShape
+from devmap_config.graph.features import media_of
 from devmap_config.graph.forwards import Forwards, cache_tensors
 from devmap_config.graph.introspection import graph_of
 from devmap_config.graph.known_values import knowing_values
 from devmap_config.graph.measurement import measure
-from devmap_config.graph.media import media_of
 from devmap_config.libraries.torch import tensors_without_data
 
 TOKENS = {

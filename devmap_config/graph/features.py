@@ -1,0 +1,138 @@
+"""The images and the sound of a workload, in the first way that a model makes features of them.
+
+As many tokens of the prompt stand for an image as the model itself computes features of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from devmap_config.graph.failures import NoMediaError, OtherInputsError
+from devmap_config.graph.images import BY_PARAMETER, image_candidates
+from devmap_config.graph.media import Media, stated
+from devmap_config.graph.sounds import SOUND_NAMES, require_one_window, sound_candidates
+from devmap_config.libraries.torch import tree_leaves
+from devmap_config.wording import first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedModel
+
+    from devmap_config.graph.costs import WorkloadShape
+    from devmap_config.graph.media import Tensors
+
+IMAGE_TOKENS = (
+    *("image_token_id", "image_token_index", "media_placeholder_token_id", "image_soft_token_id"),
+    *("boi_token_id", "img_context_token_id", "video_token_index"),
+)
+FEATURES = {"images": ("image", "video"), "sound": ("audio",)}
+"""Of what the methods tell that compute features; a video of few frames is given as images are."""
+
+AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
+
+
+def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ...]:
+    """Return the images and the sound of a workload as a model is given them.
+
+    To be called among tensors without data, of which values are known.
+
+    Raises:
+        NoMediaError: if it takes none, or less sound at once.
+        MissingSizeError: if what it is given depends on how large images are, and the workload does not say that.
+        OtherInputsError: if it takes them in a way that is not known.
+    """
+    found = []
+    accepted = set(inspect.signature(model.forward).parameters)
+    if workload.images and not accepted & {"pixel_values", *BY_PARAMETER}:
+        raise NoMediaError("it takes no images")
+    if workload.audio_seconds and not accepted & {*SOUND_NAMES}:
+        raise NoMediaError("it takes no sound")
+    if workload.images:
+        found.append(_asked(model, workload, image_candidates(model, workload), IMAGE_TOKENS, "images"))
+    if workload.audio_seconds:
+        sound = _asked(model, workload, sound_candidates(model, workload), AUDIO_TOKENS, "sound")
+        require_one_window(model, workload, sound)
+        found.append(sound)
+    return tuple(found)
+
+
+def _asked(
+    model: PreTrainedModel,
+    workload: WorkloadShape,
+    candidates: Iterator[Media],
+    token_names: tuple[str, ...],
+    features: str,
+) -> Media:
+    """Return the first candidate that the model's own code makes features of, with how many these are."""
+    error: Exception = OtherInputsError("it takes none that is known")
+    for media in candidates:
+        try:
+            rows = media.placeholders * workload.batch_size or _feature_rows(model, media.tensors, features)
+        except OtherInputsError:
+            raise
+        except Exception as raised:  # a model's code may raise anything of what it does not take
+            error = raised
+            continue
+        return Media(
+            tensors=media.tensors,
+            placeholders=rows // workload.batch_size,
+            token=stated(model.config, *token_names),
+            beside=media.beside,
+        )
+    raise OtherInputsError(f"no features are made of what it is given: {first_line(error)}") from error
+
+
+def _feature_rows(model: PreTrainedModel, tensors: Tensors, kind: str) -> int:
+    """Return the number of features that a model makes of the media: as many tokens stand for them in the prompt.
+
+    None stand for those of an encoder, to which a decoder attends.
+    """
+    owners = (model, getattr(model, "model", None), getattr(model, "thinker", None))
+    methods = (getattr(owner, f"get_{name}_features", None) for name in FEATURES[kind] for owner in owners)
+    if (method := next(filter(None, methods), None)) is not None:
+        return _rows(_called(method, tensors))
+    if model.config.is_encoder_decoder:
+        encoder = model.get_encoder()
+        if getattr(encoder, "main_input_name", None) in tensors:
+            _called(encoder, tensors)
+        return 0
+    return _projected_rows(model, tensors) if kind == "sound" else 0
+
+
+def _called(method: Callable[..., Any], tensors: Tensors) -> Any:
+    parameters = inspect.signature(getattr(method, "forward", method)).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    given = {key: value for key, value in tensors.items() if takes_any or key in parameters}
+    return method(**given, **({"return_dict": True} if takes_any or "return_dict" in parameters else {}))
+
+
+def _rows(output: Any) -> int:
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = getattr(output, "last_hidden_state", output)
+    return sum(each.numel() // each.shape[-1] for each in tree_leaves(features) if isinstance(each, torch.Tensor))
+
+
+def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:
+    """Return the number of rows that a model's projector gives, where no method gives features (Qwen2-Audio)."""
+    if any(not bool(tensor.all()) for name, tensor in tensors.items() if name.endswith("_mask")):
+        raise ValueError("what a mask leaves out of what a projector gives is not known")
+    projector = next((module for name, module in model.named_modules() if name.endswith("projector")), None)
+    token = stated(model.config, *AUDIO_TOKENS)
+    if projector is None or token is None:
+        return 0
+    rows: list[int] = []
+    watched = projector.register_forward_hook(lambda _module, _inputs, output: rows.append(_rows(output)))
+    prompt = torch.full((len(next(iter(tensors.values()))), 2), token)
+    try:
+        model(input_ids=prompt, attention_mask=torch.ones_like(prompt), **tensors)
+    except Exception:  # that two tokens do not stand for all of it is found after they are counted
+        if not rows:
+            raise
+    finally:
+        watched.remove()
+    return sum(rows)
