@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     help="Try the plan without a checkpoint: write one of random weights, load it, generate, and delete it.",
 )
 @click.option(
-    "--compile", "compiles", is_flag=True, help="Decode by compiled code; the whole model must be on one CUDA card."
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Decode by compiled code; all of the model must be on one CUDA card, or in float32 on the CPU.",
 )
 @click.option("--no-generate", is_flag=True, help="Load and verify only.")
 @click.option(

@@ -452,3 +452,20 @@ def needs_data(error: BaseException) -> bool:
     """Return whether torch raised this since an operation needs the data that a tensor does not have."""
     names = (DATA_DEPENDENT, DYNAMIC_SHAPE, UNSUPPORTED_TENSOR, UNSUPPORTED_OPERATION, GUARD_ON_DATA)
     return isinstance(error, tuple(name.find() for name in names))
+
+
+# -- compiled code -----------------------------------------------------------------------------------------------------
+
+CPP_COMPILER = Private(
+    "torch._inductor.cpp_builder.get_cpp_compiler", "with which C++ compiler torch compiles for a CPU"
+)
+
+
+def finds_cpp_compiler() -> bool:
+    """Return whether torch finds a C++ compiler, without which it compiles nothing for a CPU."""
+    find_compiler = CPP_COMPILER.find()
+    try:
+        find_compiler()
+    except RuntimeError:  # torch's own class for it lies within it
+        return False
+    return True

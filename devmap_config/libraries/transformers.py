@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
@@ -364,6 +364,22 @@ COMPILES = Private(
     "whether `generate` compiles what decodes with a static cache",
     takes=("model_kwargs", "generation_config"),
 )
+
+
+COMPILES_ANYWHERE = Private(
+    "transformers.CompileConfig._compile_all_devices",
+    "has `generate` compile what decodes on a CPU as on an accelerator",
+)
+
+
+def compiling_on_a_cpu() -> CompileConfig:
+    """Return the configuration with which `generate` compiles on a CPU, which it does not by itself."""
+    from transformers import CompileConfig
+
+    COMPILES_ANYWHERE.find()
+    config = CompileConfig(mode="default")
+    setattr(config, COMPILES_ANYWHERE.attribute, True)
+    return config
 
 
 def compiles_generation(model: Any) -> bool:

@@ -145,7 +145,8 @@ def load_model(
         allow_unmeasured: accept a plan whose costs were estimated by formulas, since a library has changed so that the
             model cannot be measured.
         probe: check first that this machine can carry the plan.
-        compile: decode by compiled code with a static cache, in `generate`; the whole model must be on one CUDA card.
+        compile: decode by compiled code with a static cache, in `generate`; all of it must be on one CUDA card, or
+            in float32 on the CPU.
         from_pretrained: further arguments of transformers' `from_pretrained`: `local_files_only`, `token`, `cache_dir`
             and the like, but none that the profile decides (`dtype`, `device_map`, `revision`, …).
 
@@ -388,7 +389,7 @@ def load_adapted(deployment: Deployment) -> Any:
     )
 
     if deployment.compiles:
-        require_compilable(deployment.plan, deployment.compiled.loaded.profile.workload)
+        require_compilable(deployment.plan, deployment.compiled.model, deployment.compiled.loaded.profile.workload)
     require_cache(deployment.compiled.loaded.profile.workload.cache)
     compiled, plan, stored = deployment.compiled.model, deployment.base_plan, None
     if compiled.adapter is not None:  # which takes no time, as loading may

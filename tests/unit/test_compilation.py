@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LLAMA
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from torch._inductor import cpp_builder
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from devmap_config import load_model
 from devmap_config.cli.compile import compile_command
@@ -25,14 +37,14 @@ def model(workspace):
     return model
 
 
-def compiled(devices, cache="static", strategy="single"):
+def compiled(devices, cache="static", strategy="single", model="source: random"):
     Path("p.yaml").write_text(
-        f"version: 1\nmodel: {{source: random}}\nworkload: {{context_length: 64, cache: {cache}}}\n"
-        f"hardware: {{devices: {{{devices}}}}}\nplacement: {{strategy: {strategy}}}\n"
+        f"version: 1\nmodel: {{{model}}}\nworkload: {{context_length: 64, cache: {cache}}}\n"
+        f"hardware: {{devices: {{{devices}}}}}\nplacement: {{strategy: {strategy}, offload: {{folder: offload}}}}\n"
     )
     assert compile_command.main(["p.yaml", "-q"], standalone_mode=False) == 0
     deployment = prepare(Path("p.yaml"), variables={})
-    return deployment.plan, deployment.compiled.loaded.profile.workload
+    return deployment.plan, deployment.compiled.model, deployment.compiled.loaded.profile.workload
 
 
 def test_what_is_whole_on_one_card_is_compiled(model):
@@ -43,10 +55,10 @@ def test_what_is_whole_on_one_card_is_compiled(model):
     ("devices", "cache", "strategy", "reason"),
     [
         (
-            "cpu: {memory: 1GiB}",
+            "cpu: {memory: 560KiB}, disk: {memory: 1GiB}",
             "static",
-            "single",
-            "the plan has .* KiB on cpu, and compiled code was seen .* CUDA card",
+            "sequential",
+            "the plan has .* on cpu and .* KiB on disk, and compiled code was seen .* CUDA card",
         ),
         (f"xpu:0: {CARD}", "static", "single", "the plan has .* KiB on xpu:0, and compiled code was seen "),
         (
@@ -69,17 +81,84 @@ def test_what_is_not_is_refused_before_it_is_loaded(model, devices, cache, strat
         load_model("p.yaml", compile=True, probe=False)
 
 
+def test_what_rounds_elsewhere_on_a_cpu_is_refused(model):
+    deployment = compiled("cpu: {memory: 1GiB}", model="source: random, dtype: bfloat16")
+    with pytest.raises(RunnerError, match=r"the plan has it in bfloat16 on the CPU, .* or in float32 on the CPU"):
+        require_compilable(*deployment)
+
+
+def test_what_is_in_float32_on_the_cpu_is_compiled_where_there_is_a_compiler(model, monkeypatch):
+    deployment = compiled("cpu: {memory: 1GiB}")
+    with monkeypatch.context() as patched:
+        patched.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+        patched.setattr("sysconfig.get_path", lambda _: "include")
+        with pytest.raises(RunnerError, match="Python's header files, which are not installed"):
+            require_compilable(*deployment)
+        Path("include").mkdir()
+        Path("include/Python.h").touch()
+        require_compilable(*deployment)
+    monkeypatch.setenv("PATH", "nowhere")
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(RunnerError, match=r"a C\+\+ compiler, and finds none") as raised:
+        load_model("p.yaml", compile=True, probe=False)
+    assert "apt install g++" in raised.value.help
+
+
 def test_tokens_of_compiled_code_are_those_of_the_plain_model(model):
     tokens = torch.tensor([[1, 5, 9, 200, 31, 77]])
     expected = model.generate(tokens, max_new_tokens=12, do_sample=False)
-    model.generation_config.compile_config = CompileConfig(backend="eager")
-    model.generation_config.compile_config._compile_all_devices = True
     compile_decoding(model)
+    model.generation_config.compile_config.backend = "eager"  # torch's tracing alone, which needs no compiler
     assert torch.equal(model.generate(tokens, max_new_tokens=12, do_sample=False), expected)
     assert model.get_compiled_call(None)._torchdynamo_orig_callable is not None
 
 
-@pytest.mark.parametrize("other", [lambda model: model, lambda _: ViTModel(ViTConfig(num_hidden_layers=1))])
-def test_what_transformers_does_not_compile_is_refused(model, other):
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 256}
+TOLERANCE = 1e-5
+"""Of the logits' norm: the most that logits of compiled code may differ in float32 on a CPU, by the documentation."""
+
+KINDS = {
+    "dense": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=128, num_key_value_heads=2)),
+    "learned positions": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=256, bos_token_id=1, eos_token_id=2)
+    ),
+    "sliding window": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SHAPE, intermediate_size=128, num_key_value_heads=2, head_dim=16, sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
+    "experts": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SHAPE, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, head_dim=16)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.zoo  # torch compiles for half a minute
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_code_that_is_compiled_for_a_cpu_are_those_of_the_plain_model(kind, workspace):
+    torch.manual_seed(0)
+    KINDS[kind]().eval().save_pretrained("random")
+    compiled("cpu: {memory: 1GiB}", model="source: random, dtype: float32")
+    plain, other = load_model("p.yaml", probe=False), load_model("p.yaml", compile=True, probe=False)
+    torch._dynamo.utils.counters.clear()
+
+    def generate(model, tokens):
+        return model.generate(
+            torch.tensor([tokens]), max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+
+    for tokens in ([1, 5, 9, 200, 31, 77], [7, 3, 100]):
+        expected, output = generate(plain, tokens), generate(other, tokens)
+        assert torch.equal(output.sequences, expected.sequences)
+        for one, two in zip(expected.logits, output.logits, strict=True):
+            assert (one - two).norm() <= TOLERANCE * one.norm()
+    # For all tokens, whatever the prompt; of a window, also once it is seen that it fills, and once that it is full.
+    graphs = 3 if kind == "sliding window" else 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_transformers_does_not_compile_is_refused():
     with pytest.raises(RunnerError, match="transformers compiles no model of its kind"):
-        compile_decoding(other(model))
+        compile_decoding(ViTModel(ViTConfig(num_hidden_layers=1)))
