@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -147,7 +147,7 @@ class Compiled(Prepared):
     assistant: Compiled | None = None
     """The draft model's profile with its plan, where there is one."""
 
-    @property
+    @cached_property
     def time_bases(self) -> dict[Phase, TimeBasis]:
         """On what each predicted time rests."""
         return time_bases(self.plan, self.graph, self.inventory)

@@ -8,13 +8,13 @@ from devmap_config.amounts import format_bytes
 from devmap_config.graph.model import ITEM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from devmap_config.devices import Device
     from devmap_config.execution.assignment import Assignment
     from devmap_config.execution.executor import Executor
     from devmap_config.graph.costs import Measurement, ModuleCost
-    from devmap_config.graph.model import ModelGraph, TensorName
+    from devmap_config.graph.model import ModelGraph, Module, TensorName
 
 QUADRATIC = 3
 """By so much more than twice, what grows with the square of the prompt is told from what grows with the prompt."""
@@ -60,7 +60,8 @@ def heaviest_weights(graph: ModelGraph, names: Iterable[TensorName], total_bytes
     """Return what most of these weights are, where it is one thing: experts, or the matrices of a vocabulary."""
     held = dict.fromkeys(graph.storage_of[name] for name in names)
     merged = [name for name in held if name in graph.merged and len(graph.tensors[name].shape) > 2]
-    words = [name for name in held if len(graph.tensors[name].shape) == 2 and _is_of_words(graph, name)]
+    embeddings = [module for module in graph.modules.values() if module.class_name.endswith("Embedding")]
+    words = [name for name in held if len(graph.tensors[name].shape) == 2 and _is_of_words(graph, name, embeddings)]
     experts_bytes, words_bytes = graph.weights_bytes(merged), graph.weights_bytes(words)
     if 2 * max(experts_bytes, words_bytes) < total_bytes:
         return None
@@ -74,11 +75,10 @@ def heaviest_weights(graph: ModelGraph, names: Iterable[TensorName], total_bytes
     return f"the experts are {share}"
 
 
-def _is_of_words(graph: ModelGraph, name: TensorName) -> bool:
+def _is_of_words(graph: ModelGraph, name: TensorName, embeddings: Sequence[Module]) -> bool:
     """Return whether a matrix has a row for each token of the vocabulary: an embedding, or a head as long."""
     rows = graph.tensors[name].shape[0]
     owner = graph.modules[name.rpartition(".")[0]]  # type: ignore[index]
-    embeddings = [module for module in graph.modules.values() if module.class_name.endswith("Embedding")]
     vocabulary = max((module.parameters[0].shape[0] for module in embeddings if module.parameters), default=0)
     return rows == vocabulary and (owner in embeddings or owner.class_name == "Linear")
 

@@ -153,12 +153,20 @@ class Chain:
         return True
 
     def with_times_of(self, other: Chain) -> Chain:
-        """Return this chain with the times of another that has the same options."""
+        """Return this chain with the times of another that has the same options, or some of them."""
+        timed: dict[tuple[int, int], tuple[Option, ...]] = {}  # equal blocks share their options
         blocks = []
-        for block, timed in zip(self.blocks, other.blocks, strict=True):
-            pairs = zip(block.options, timed.options, strict=True)
-            options = tuple(replace(option, nanoseconds=each.nanoseconds, ahead=each.ahead) for option, each in pairs)
-            blocks.append(replace(block, options=options))
+        for block, its in zip(self.blocks, other.blocks, strict=True):
+            key = (id(block.options), id(its.options))
+            if key not in timed:
+                times = {(option.place, option.offloads_cache): option for option in its.options}
+                pairs = ((option, times.get((option.place, option.offloads_cache))) for option in block.options)
+                timed[key] = tuple(
+                    replace(option, nanoseconds=same.nanoseconds, ahead=same.ahead)
+                    for option, same in pairs
+                    if same is not None
+                )
+            blocks.append(replace(block, options=timed[key]))
         return replace(self, blocks=tuple(blocks), transfers=other.transfers)
 
     @cached_property

@@ -92,8 +92,8 @@ class Statement:
 
         def chain_at(context_length: int) -> Chain:
             graph = replace(self.problem.graph, measurement=measurement.at(context_length))
-            other = Statement(replace(self.problem, graph=graph), self.aim, self.main_device)
-            return other.chain.with_times_of(self.chain)
+            untimed = Statement(replace(self.problem, graph=graph), replace(self.aim, phases=()), self.main_device)
+            return untimed.chain.with_times_of(self.chain)
 
         longest = max(measurement.positions.most or LONGEST_CONTEXT, length)
         return Contexts(length=length, least=max(least or length, length), longest=longest, chain_at=chain_at)
