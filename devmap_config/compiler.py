@@ -31,7 +31,7 @@ from devmap_config.plan.drift import Drift, ReusedPlan, report_moved_figures, re
 from devmap_config.plan.inputs import inputs_of
 from devmap_config.plan.lock import lock_beside, profile_of
 from devmap_config.plan.planner import Planner, accepted, draft_of
-from devmap_config.plan.prediction import time_bases
+from devmap_config.plan.prediction import missing_figures, time_bases
 from devmap_config.plan.process_memory import process_memory
 from devmap_config.plan.review import review
 from devmap_config.prepared import Prepared
@@ -151,6 +151,11 @@ class Compiled(Prepared):
     def time_bases(self) -> dict[Phase, TimeBasis]:
         """On what each predicted time rests."""
         return time_bases(self.plan, self.graph, self.inventory)
+
+    @property
+    def missing_figures(self) -> dict[Phase, tuple[str, ...]]:
+        """The figures of the machine that are missing for the times that are not predicted."""
+        return missing_figures(self.plan, self.graph, self.inventory)
 
     @property
     def process_memory(self) -> ProcessMemory | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TextColumn
+from rich.segment import Segment, Segments
 
 from devmap_config.wording import visible_lines
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import ConsoleOptions, RenderableType
-    from rich.segment import Segment
 
 
 class EscapingConsole(Console):
@@ -26,6 +26,14 @@ class EscapingConsole(Console):
         """Yield what a renderable is made of, its text escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible_lines(segment.text))
+
+    def print_unpadded(self, renderable: RenderableType) -> None:
+        """Print without the blanks by which tables fill their lines."""
+        for line in self.render_lines(renderable, pad=False):
+            while line and not line[-1].text.strip(" "):
+                line.pop()
+            ends = [line[-1]._replace(text=line[-1].text.rstrip(" "))] if line else []
+            self.print(Segments([*line[:-1], *ends, Segment.line()]), end="")
 
 
 def progress_line(*columns: ProgressColumn | str, **options: Any) -> Progress:

@@ -14,6 +14,9 @@ from devmap_config.cli.options import outside_option, quiet_option, remote_code_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from rich.padding import Padding
+    from rich.text import Text
+
     from devmap_config.plan.diff import Difference, Home
 
 ARROW = "→"
@@ -34,7 +37,7 @@ def diff(
     revision: the other's lock in that revision.
     """
     from devmap_config.cli.progress import stages_shown
-    from devmap_config.cli.reporting import echo, report
+    from devmap_config.cli.reporting import echo, print_lines, report
     from devmap_config.cli.sides import difference_of, sides_of
     from devmap_config.profile.permissions import Permissions
 
@@ -48,30 +51,33 @@ def diff(
     else:
         report([] if quiet else notes, {}, "table")
         names = (sides[0].name, sides[1].name)
-        lines = _markdown(found, *names) if output_format == "markdown" else table_lines(found, *names)
-        for line in () if quiet else lines:
+        if output_format == "table" and not quiet:
+            print_lines(lambda width: table_lines(found, *names, width))
+        for line in _markdown(found, *names) if output_format == "markdown" and not quiet else ():
             echo(line)
     return ExitCode.DONE if found.is_none else ExitCode.STALE
 
 
-def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
-    """Yield the difference for a terminal."""
+def table_lines(found: Difference, before: str, after: str, width: int) -> Iterator[str | Text | Padding]:
+    """Yield the difference for a terminal of this width."""
     if found.is_none:
         yield f"{before} and {after} are the same plan"
         return
-    from devmap_config.plan.diff import rates_in_words
+    from devmap_config.cli.tables import aligned
+    from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
 
     yield f"{before} {ARROW} {after}"
-    blocks: list[list[tuple[str, ...]]] = [
-        _setting_rows(found),
-        _move_rows(found),
-        _device_rows(found),
-        _figure_rows(found),
-    ]
-    for rows in blocks:
+    if found.models_differ:
+        yield OTHER_MODELS
+    for rows, headings in (
+        (_setting_rows(found), ()),
+        (_move_rows(found), ()),
+        (_device_rows(found), _DEVICE_HEADINGS),
+        (_figure_rows(found), ()),
+    ):
         if rows:
             yield ""
-            yield from _aligned(rows)
+            yield from aligned(rows, width, headings=headings)
     if said := rates_in_words(found.to_json()):
         yield said
 
@@ -79,17 +85,20 @@ def table_lines(found: Difference, before: str, after: str) -> Iterator[str]:
 def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
     """Yield the difference as a comment on a pull request."""
     from devmap_config.cli.markdown import cell, code
-    from devmap_config.plan.diff import rates_in_words
+    from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
 
     if found.is_none:
         yield f"{code(before)} and {code(after)} are the same plan."
         return
     yield f"**Placement**: {code(before)} {ARROW} {code(after)}{'' if found.moves else ': nothing moved'}"
+    if found.models_differ:
+        yield ""
+        yield f"{OTHER_MODELS[0].upper()}{OTHER_MODELS[1:]}."
     moved = [_split(row) for row in _move_rows(found)]
     for headings, rows in (
         (("plan", "before", "after"), [_split(row) for row in _setting_rows(found)]),
         (("modules", "before", "after"), moved),
-        (_DEVICE_HEADINGS, _device_rows(found)[1:]),
+        (_DEVICE_HEADINGS, _device_rows(found)),
         (("predicted", "before", "after", ""), [(*_split(row[:2]), row[2]) for row in _figure_rows(found)]),
     ):
         if rows:
@@ -107,12 +116,6 @@ def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
 def _split(row: tuple[str, ...]) -> tuple[str, str, str]:
     before, _, after = row[1].partition(f" {ARROW} ")
     return row[0], before, after or before
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _setting_rows(found: Difference) -> list[tuple[str, ...]]:
@@ -146,7 +149,7 @@ _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
 
 
 def _device_rows(found: Difference) -> list[tuple[str, ...]]:
-    """Return a heading, and each device that holds something else or has another capacity."""
+    """Return each device that holds something else or has another capacity."""
 
     def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
         return _arrow(None if before is None else of(before), None if after is None else of(after), format_bytes)
@@ -158,12 +161,11 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
         lambda use: use["activation_bytes"] + use["overhead_bytes"],
         lambda use: use["free_bytes"],
     )
-    rows = [
+    return [
         (device, *(size(part, change.before, change.after) for part in parts))
         for device, change in found.devices.items()
         if not change.is_none
     ]
-    return [_DEVICE_HEADINGS, *rows] if rows else []
 
 
 def _figure_rows(found: Difference) -> list[tuple[str, ...]]:

@@ -10,9 +10,9 @@ import click
 
 from devmap_config.amounts import counted, format_bytes, format_duration
 from devmap_config.cli.command import ProfileOptions, profile_command
-from devmap_config.cli.reporting import echo, echo_lines
+from devmap_config.cli.reporting import echo_lines
 from devmap_config.files import exists
-from devmap_config.wording import closest, first_of
+from devmap_config.wording import closest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import DeviceUse, Plan, Prediction
     from devmap_config.rules.resolution import Resolution
     from devmap_config.rules.rule import Rule
-
-PATTERNS_SHOWN = 4
 
 
 @profile_command("explain", "table", "json", argument=click.argument("subject", metavar="CODE | PROFILE"))
@@ -95,11 +93,10 @@ def _print_page(code: str) -> None:
 
 def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOptions) -> None:
     """Print the story of a plan, after a picture of its devices; or that of a module."""
-    from shutil import get_terminal_size
-
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.plan_table import bar_lines
+    from devmap_config.cli.reporting import print_lines
     from devmap_config.plan.runs import runs_of
 
     graph = compiled.graph
@@ -115,15 +112,17 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
         data |= {"runs": [run.to_json() for run in runs_of(compiled.plan, graph)], "waits": waits(compiled)}
         options.report(compiled.diagnostics, compiled.texts, {"plan": compiled.to_json(), **data})
     elif not options.quiet:
-        bars = bar_lines(compiled.plan, get_terminal_size().columns) if module is None else ()
-        for line in [lines[0], *bars, *lines[1:]]:
-            echo(line)
+        if module is None:
+            print_lines(lambda width: (lines[0], *bar_lines(compiled.plan, width), *lines[1:]))
+        else:
+            print_lines(lambda _: lines)
 
 
 def story(compiled: Compiled) -> Iterator[str]:
     """Yield the plan in some ten lines."""
+    from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
-    from devmap_config.cli.predictions import said_of_bases
+    from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, said_of_bases, said_of_missing
 
     plan, model, graph = compiled.plan, compiled.model, compiled.graph
     if plan.pipeline is not None:
@@ -148,8 +147,12 @@ def story(compiled: Compiled) -> Iterator[str]:
     if bases := compiled.time_bases:
         said = said_of_bases(bases)
         yield f"{said[0].upper()}{said[1:]}."
+    if missing := compiled.missing_figures:
+        said = said_of_missing(missing)
+        yield f"{said[0].upper()}{said[1:]}: {HOW_TO_GIVE_FIGURES}."
     if plan.prediction.longest_context is not None and graph.measurement is not None:
         yield _room_for_context(plan.prediction.longest_context, graph.measurement)
+    yield from (f"{said[0].upper()}{said[1:]}." for said in companion_lines(compiled))
     yield from _waits(compiled)
     yield from _preference(plan)
 
@@ -162,7 +165,7 @@ def _holdings(plan: Plan, use: DeviceUse) -> str:
         return f"{use.id} stays empty."
     used_bytes = use.capacity_bytes - use.free_bytes
     return (
-        f"{use.id} holds {first_of(fold_paths(units), PATTERNS_SHOWN)}:"
+        f"{use.id} holds {', '.join(fold_paths(units))}:"
         f" {format_bytes(used_bytes)} of {format_bytes(use.capacity_bytes)} used, {format_bytes(use.free_bytes)} free."
     )
 

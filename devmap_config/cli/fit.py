@@ -12,6 +12,7 @@ from devmap_config.amounts import format_bytes, format_duration
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
+from devmap_config.cli.predictions import said_of_missing
 from devmap_config.cli.progress import progress
 from devmap_config.devices import CPU
 from devmap_config.hardware.constants import PROCESS_ANONYMOUS_BYTES
@@ -59,8 +60,9 @@ class Row:
         """Return the plans by what they are best at; one where none is better than the other."""
         plans = {"speed": self.fastest, "context": self.longest}
         found = {aim: compiled for aim, compiled in plans.items() if compiled is not None}
-        if len({_figures(compiled) for compiled in found.values()}) == 1 < len(found):
-            return {"both": found["speed"]}
+        speed, context = found.get("speed"), found.get("context")
+        if speed is not None and context is not None and _context(speed) >= _context(context):
+            return {"both": speed}
         return found
 
 
@@ -145,6 +147,8 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
         base = format_bytes(PROCESS_ANONYMOUS_BYTES)
         yield f"of the CPU's memory, tensors are counted: Python and the libraries hold {base} or more besides"
     for row in rows:
+        if row.fastest is not None and (missing := row.fastest.missing_figures):
+            yield f"{row.machine}: {said_of_missing(missing)}"
         if row.reason is not None:
             yield f"{row.machine} does not fit: {row.reason}"
         for aim, compiled in row.plans.items():
@@ -153,6 +157,8 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
                 yield f"{row.machine}{'' if aim == 'both' else f', {aim}'}: {', '.join(remarks)}"
         if row.other is not None:
             yield f"{row.machine} suits {row.other.name} better{_by(row.other)}: {row.other.reason}"
+    if any(row.fastest is not None and row.fastest.missing_figures for row in rows):
+        yield "for times, name an `accelerator` of the catalogue, or give rates in a YAML file with a `hardware:` block"
     if any(row.other is not None and row.other.name == "vLLM" for row in rows):
         yield "no predicted time of vLLM was compared with a card"
 
@@ -180,6 +186,10 @@ def _holds_uncounted(compiled: Compiled) -> bool:
 def _rates(compiled: Compiled) -> list[str]:
     """Return the bases of the rates on which the times of a plan rest; empty if it predicts no time."""
     return list(dict.fromkeys(each.rates for each in compiled.time_bases.values()))
+
+
+def _context(compiled: Compiled) -> int:
+    return compiled.plan.prediction.longest_context or 0
 
 
 def _figures(compiled: Compiled) -> tuple[str, str, str]:

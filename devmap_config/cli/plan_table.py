@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from devmap_config.amounts import MEBIBYTE, counted, format_bytes, largest_unit
-from devmap_config.cli.predictions import predicted, said_of_bases
+from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, predicted, said_of_bases, said_of_missing
 from devmap_config.cli.stages_view import stage_lines
 from devmap_config.cli.tables import listing
 from devmap_config.devices import DISK
@@ -72,7 +72,7 @@ def _held(plan: Plan, device: Device) -> list[str]:
     patterns = fold_paths(units)
     shown = list(patterns[:PATTERNS_SHOWN])
     if len(patterns) > len(shown):
-        shown = [*shown[:-1], f"and {len(patterns) - len(shown) + 1} more"]
+        shown = [*shown[:-1], f"and {len(patterns) - len(shown) + 1} more: `devmap explain`"]
     return shown or ["–"]
 
 
@@ -82,6 +82,8 @@ def _notes(compiled: Compiled) -> Iterator[Text]:
         yield Text(said)
     if bases := compiled.time_bases:
         yield Text(said_of_bases(bases), style="dim")
+    if missing := compiled.missing_figures:
+        yield Text(f"{said_of_missing(missing)}: {HOW_TO_GIVE_FIGURES}")
     if besides := _besides_text(model):
         yield Text(besides)
     if plan.strategy in TRANSFORMERS_STRATEGIES and plan.measured and len(plan.devices) > 1:
@@ -181,11 +183,11 @@ BAR_COLUMNS = 30
 BAR_PARTS = (("weights", "█"), ("cache", "▓"), ("running", "▒"), ("free", "·"))
 
 
-def bar_lines(plan: Plan, width: int) -> Iterator[str]:
+def bar_lines(plan: Plan, width: int) -> Iterator[Text]:
     """Yield each device as a bar, as long as its capacity: weights, cache, what is needed while it runs, what
     is free.
     """
-    yield "  ".join(f"{character} {name}" for name, character in BAR_PARTS)
+    yield Text("  ".join(f"{character} {name}" for name, character in BAR_PARTS), no_wrap=True)
     longest = max(len(str(use.id)) for use in plan.devices)
     for use in plan.devices:
         sizes = (use.weights_bytes, use.kv_cache_bytes, use.activation_bytes + use.overhead_bytes)
@@ -202,5 +204,6 @@ def bar_lines(plan: Plan, width: int) -> Iterator[str]:
         line = f"{use.id!s:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}"
         room = width - len(line) - 2
         if len(holds) > room:  # as many names as there is room for, none of them cut
-            holds = f"{holds[: max(room - 1, 0)].rpartition(', ')[0]}…"
-        yield f"{line}  {holds}"
+            names = holds[: max(room - 1, 0)].rpartition(", ")[0]
+            holds = f"{names}…" if names else ""
+        yield Text(f"{line}  {holds}".rstrip(), no_wrap=True)

@@ -32,7 +32,19 @@ def predicted(plan: Plan) -> str:
 
 
 UNITS: Mapping[Phase, str] = {"decode": "a token", "prefill": "a prefill"}
-"""What a phase's time is of."""
+"""By phase, what its predicted time is the time of."""
+
+HOW_TO_GIVE_FIGURES = (
+    "write that under `hardware`, name an `accelerator` of the catalogue, or take what `devmap probe --measure` finds"
+)
+
+
+def said_of_missing(missing: Mapping[Phase, tuple[str, ...]]) -> str:
+    """Return which times are not predicted, and for want of which figures of the machine."""
+    figures = missing.get("prefill") or missing["decode"]  # a prefill takes all that a token takes, and more
+    unit = "no time" if "decode" in missing else f"no time of {UNITS['prefill']}"
+    named = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
+    return f"without {named}, {unit} is predicted"
 
 
 def said_of_bases(bases: Mapping[Phase, TimeBasis]) -> str:

@@ -13,6 +13,7 @@ from devmap_config.wording import json_text, visible_lines
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -97,7 +98,7 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
     console.print(" and ".join(counts), style="bold")
 
 
-def print_lines(lines: Callable[[int], Iterable[str | Text | Table]], *, soft_wrap: bool = False) -> None:
+def print_lines(lines: Callable[[int], Iterable[str | Text | Table | Padding]], *, soft_wrap: bool = False) -> None:
     """Print what is made for a width, for that of the terminal; with `soft_wrap` the terminal breaks long lines.
 
     Words are not broken, for names are to be copied: a line with one that is too long is longer than the terminal.
@@ -106,9 +107,13 @@ def print_lines(lines: Callable[[int], Iterable[str | Text | Table]], *, soft_wr
     from devmap_config.cli.tables import least_width
 
     width = EscapingConsole().width
-    for line in lines(width):
+    for made in lines(width):
+        line = made.replace("\n", r"\n") if isinstance(made, str) else made  # a line break is one of a name's
         console = EscapingConsole(width=max(width, least_width(line)))
-        console.print(line, soft_wrap=soft_wrap)
+        if soft_wrap:
+            console.print(line, soft_wrap=True)
+        else:
+            console.print_unpadded(line)
 
 
 def print_json(value: Any) -> None:

@@ -97,8 +97,9 @@ def _trace(compiled: Compiled, simulation: Simulation | None, tokens: int) -> st
     Raises:
         CommandError: where there are no times that it could show.
     """
+    from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, said_of_missing
     from devmap_config.diagnostics.diagnostic import Diagnostic
-    from devmap_config.simulate.trace import trace_of, trace_text, unknown_times
+    from devmap_config.simulate.trace import trace_of, trace_text
 
     plan, graph, inventory = compiled.plan, compiled.graph, compiled.inventory
     profile = compiled.loaded.profile
@@ -110,9 +111,8 @@ def _trace(compiled: Compiled, simulation: Simulation | None, tokens: int) -> st
         message = "a trace shows when blocks run, and of a model that could not be measured no times are predicted"
         missing = Diagnostic.error("missing-figure", message, profile.model.source.span)
     elif plan.prediction.prefill_nanoseconds is None and plan.prediction.decode_nanoseconds_per_token is None:
-        figures = " and ".join(dict.fromkeys(unknown_times(plan, graph, inventory).values()))
-        message = f"a trace shows when blocks run, and nothing says how fast that is: {figures}"
-        help = "write it, name an `accelerator` of the catalogue, or take what `devmap probe --measure` finds"
+        message = f"a trace shows when blocks run, and {said_of_missing(compiled.missing_figures)}"
+        help = HOW_TO_GIVE_FIGURES
         missing = Diagnostic.error("missing-figure", message, profile.hardware.devices.key_span, help=help)
     else:
         return trace_text(trace_of(plan, graph, inventory, simulation, tokens=tokens, name=compiled.model.class_name))

@@ -6,15 +6,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
 from devmap_config.cli.console import EscapingConsole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 WIDEST = 140
+
+GAP = "   "
 
 
 def new_table(*names: str | Column, figures: tuple[str, ...], rest: str | None = None) -> Table:
@@ -78,7 +81,35 @@ def listing(
         yield from (whole(f"  {name}") for name in held)
 
 
-def least_width(line: str | Text | Table) -> int:
+def aligned(rows: Sequence[Sequence[str]], width: int, *, headings: Sequence[str] = ()) -> Iterator[Text | Padding]:
+    """Return rows in columns; if these are too wide, the first cell of each row, and the others below it.
+
+    Args:
+        rows: cells, as many in each row.
+        width: of the terminal.
+        headings: of the columns, or none.
+    """
+    rows = [[cell.replace("\n", r"\n") for cell in row] for row in rows]  # a line break is one of a name's
+    lines = [*([headings] if headings else []), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if sum(widths) + len(GAP) * (len(widths) - 1) <= width:
+        for cells in lines:
+            yield Text(GAP.join(f"{cell:<{room}}" for cell, room in zip(cells, widths, strict=True)), no_wrap=True)
+        return
+    room = max(map(len, headings[1:]), default=0)
+    for first, *others in rows:
+        line = GAP.join((f"{first:<{widths[0]}}", *others))
+        if not headings and len(line.rstrip()) <= width:
+            yield Text(line, no_wrap=True)
+            continue
+        yield Text(first, no_wrap=True)
+        for place, cell in enumerate(others, 1):
+            if cell:
+                name = f"{headings[place]:<{room}}{GAP}" if headings else ""
+                yield Padding(f"{name}{cell}", (0, 0, 0, 2), expand=False)
+
+
+def least_width(line: str | Text | Table | Padding) -> int:
     """Return how wide a line or a table is at least, none of its words broken."""
     console = EscapingConsole(width=10_000)
     if isinstance(line, Table):
@@ -86,5 +117,7 @@ def least_width(line: str | Text | Table) -> int:
         least = console.measure(line).minimum
         line.width = width
         return least
+    if isinstance(line, Padding):
+        return console.measure(line).minimum
     text = Text(line) if isinstance(line, str) else line
     return text.cell_len if text.no_wrap else console.measure(text).minimum

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
 from devmap_config.cli.options import dry_run_option
-from devmap_config.cli.reporting import echo
+from devmap_config.cli.reporting import echo, print_lines
 from devmap_config.files import is_file
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def update(profile: Path, options: ProfileOptions, dry_run: bool) -> None:
     options.report(compilation.diagnostics, compilation.texts, data)
     if options.shows_tables:
         echo(_summary(compilation.loaded.profile.model, before, after))
-        for line in table_lines(found, "before", "now") if found and not found.is_none else ():
-            echo(line)
+        if found and not found.is_none:
+            print_lines(partial(table_lines, found, "before", "now"))
         if written:
             echo(f"wrote {' and '.join(map(str, written))}", err=True)
 

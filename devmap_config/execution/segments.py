@@ -21,7 +21,7 @@ from devmap_config.hardware.inventory import NANOSECONDS_PER_SECOND, whole
 from devmap_config.profile.quantities import weakest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from devmap_config.hardware.inventory import Inventory, InventoryDevice, InventoryLink
     from devmap_config.profile.quantities import Basis
@@ -30,7 +30,16 @@ Phase = Literal["prefill", "decode"]
 
 
 class MissingFigureError(Exception):
-    """The machine's description does not say how fast something is; the text is what it would have to name."""
+    """The machine's description does not say how fast something is.
+
+    Attributes:
+        figure: the key of a profile that is missing.
+        device: the device of which it is a key; `None` if it is one of the machine.
+    """
+
+    def __init__(self, figure: str, device: Device | None = None) -> None:
+        super().__init__(f"`{figure}`" if device is None else f"the `{figure}` of {device}")
+        self.figure, self.device = figure, device
 
 
 class ModuleWork(NamedTuple):
@@ -159,6 +168,20 @@ class MachineRates:
             return SegmentTime(nanoseconds)
         return SegmentTime(0, (Ahead(self.phase, card, nanoseconds, max(elapsed, shared)),))
 
+    def missing(self, segment: Segment) -> Iterator[MissingFigureError]:
+        """Yield the figures that the time of a segment needs and the machine does not give."""
+        for device, step in segment.steps:
+            for part in (step, step._replace(touched_bytes=0, chosen_bytes=0)):  # what is read, and what is computed
+                try:
+                    self.step_nanoseconds(part, device)
+                except MissingFigureError as error:
+                    yield error
+        for copy in (*segment.copies, *chain.from_iterable(segment.ahead)):
+            try:
+                self.copy_nanoseconds(copy)
+            except MissingFigureError as error:
+                yield error
+
     def working(self, segment: Segment) -> dict[Device, int]:
         """Return how long each device works on a segment, with what it is given as fast as the host does it."""
         working: Counter[Device] = Counter()
@@ -176,7 +199,7 @@ class MachineRates:
         reading = computing = 0
         if step.touched_bytes or step.chosen_bytes:
             if rates.reading is None:
-                raise MissingFigureError(f"the `bandwidth` of {device}")
+                raise MissingFigureError("bandwidth", device)
             reading = step.touched_bytes * NANOSECONDS_PER_SECOND // rates.reading
             reading += step.chosen_bytes * NANOSECONDS_PER_SECOND // (rates.experts or rates.reading)
         operations = step.operations
@@ -189,7 +212,7 @@ class MachineRates:
         if operations and rates.computing is not None:
             computing += operations * NANOSECONDS_PER_SECOND // rates.computing
         elif operations and self.phase == "prefill":
-            raise MissingFigureError(f"the `flops` of {device}")
+            raise MissingFigureError("flops", device)
         if device.is_accelerator:
             return max(reading, computing) + step.launches * KERNEL_NANOSECONDS
         beginning = step.products * NANOSECONDS_PER_SECOND // rates.products if rates.products else 0
@@ -239,8 +262,9 @@ class MachineRates:
         link = self.inventory.links.get((source, target))
         if link is None:
             kind = "peer" if source.is_accelerator and target.is_accelerator else "host"
-            missing = "the `bandwidth` of disk" if {source, target} == {CPU, DISK} else f"`links: {{{kind}: …}}`"
-            raise MissingFigureError(missing)
+            if {source, target} == {CPU, DISK}:
+                raise MissingFigureError("bandwidth", DISK)
+            raise MissingFigureError(f"links: {{{kind}: …}}")
         return link
 
 

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import Aim, Placement, Problem
     from devmap_config.placement.solver import Fastest
 
-CONTEXT_STEPS = 64
-"""The longest context is looked for until it is known to this part of itself."""
-
 MOST_FIRST_CARDS = 16
 """So many kinds of cards are tried as the first in use, at most: each is a program of its own."""
 
@@ -121,7 +118,7 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
     best, too_long, longest = placed_at(fits), 2 * fits, most or LONGEST_CONTEXT
     while too_long < longest and (found := placed_at(too_long)) is not None:
         best, fits, too_long = found, too_long, 2 * too_long
-    while too_long - fits > max(fits // CONTEXT_STEPS, 1):
+    while too_long - fits > 1:
         middle = (fits + too_long) // 2
         if (found := placed_at(middle)) is not None:
             best, fits = found, middle

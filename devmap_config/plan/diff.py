@@ -75,7 +75,8 @@ class Difference:
     """Two plans side by side. `devices` are all of either, `figures` all of a prediction.
 
     `settings` is what differs of the plans as a whole, of their models and of their cards. `basis` is, by phase, on
-    which rates the predicted times rest: `None` where that is not known, or there is no time.
+    which rates the predicted times rest: `None` where that is not known, or there is no time. If the models differ,
+    `moves` are of modules that both plans name.
     """
 
     moves: tuple[Move, ...]
@@ -83,6 +84,7 @@ class Difference:
     figures: Mapping[str, ValueChange]
     settings: Mapping[str, ValueChange]
     basis: Mapping[Phase, ValueChange]
+    models_differ: bool = False
 
     @property
     def is_none(self) -> bool:
@@ -94,6 +96,7 @@ class Difference:
         """Return it as plain data."""
         return {
             "equal": self.is_none,
+            "models_differ": self.models_differ,
             "moved": [to_jsonable_python(move, fallback=str) for move in self.moves],
             "devices": [{"id": device, **asdict(change)} for device, change in self.devices.items()],
             "prediction": {name: asdict(change) for name, change in self.figures.items()},
@@ -142,6 +145,16 @@ def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar])
     return {name: change for name, change in changed.items() if name not in left_out}
 
 
+def _are_other_models(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> bool:
+    """Return whether two plans are of different models, as far as that is known: one model may have two sources."""
+    if not before or not after:
+        return False
+    if before.get("class") != after.get("class"):
+        return True
+    configs = [{key: value for key, value in of.items() if key.startswith("config.")} for of in (before, after)]
+    return before.get("model") != after.get("model") and (configs[0] != configs[1] or not configs[0])
+
+
 def bases_in_lock(plan: Mapping[str, Any], values: Mapping[str, Values]) -> Bases:
     """Return on which rates the times of a locked plan rest, by phase, as far as the lock tells.
 
@@ -177,8 +190,11 @@ def difference(
         bases: on which rates the times of either rest, as far as that is known.
     """
     uses = [{use["id"]: use for use in plan["devices"]} for plan in (before, after)]
+    homes = [_homes(before), _homes(after)]
+    if models_differ := _are_other_models(*made_of):
+        homes = [{unit: home for unit, home in of.items() if unit in homes[0] and unit in homes[1]} for of in homes]
     return Difference(
-        moves=_moves(_homes(before), _homes(after)),
+        moves=_moves(*homes),
         devices={name: ValueChange(uses[0].get(name), uses[1].get(name)) for name in {**uses[1], **uses[0]}},
         figures={name: ValueChange(before["prediction"].get(name), after["prediction"].get(name)) for name in FIGURES},
         settings=_changed_subjects(*made_of)
@@ -190,7 +206,12 @@ def difference(
             if not (change := ValueChange(before.get(name, meant), after.get(name, meant))).is_none
         },
         basis={phase: ValueChange(*(each.get(phase) for each in bases)) for phase in OWN},
+        models_differ=models_differ,
     )
+
+
+OTHER_MODELS = "the models differ: of modules, those are compared that both plans name"
+"""The sentence about plans of different models."""
 
 
 def rates_in_words(diff: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from devmap_config.execution.timing import Timing, forward_nanoseconds, forward_
 from devmap_config.hardware.constants import SPREADS
 from devmap_config.hardware.inventory import RATES
 from devmap_config.plan.plan import OWN, Plan, Prediction
+from devmap_config.plan.values import folded_devices
 from devmap_config.profile.quantities import BASES, weakest
 
 if TYPE_CHECKING:
@@ -53,6 +54,37 @@ def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: P
         for timing, plan in zip(timings, plans, strict=True)
     )
     return min(bases, key=BASES.index)
+
+
+def missing_figures(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, tuple[str, ...]]:
+    """Return, for each phase whose time cannot be predicted, the figures of the machine that are missing for that.
+
+    Of a model without a measurement, and of a plan for vLLM, nothing is returned: neither lacks a figure.
+    """
+    found: dict[Phase, tuple[str, ...]] = {}
+    if plan.pipeline is not None or graph.measurement is None or not graph.measurement.measured:
+        return found
+    for phase in phases_of(graph):
+        timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
+        segments = forward_segments(timing, plan.locations)
+        devices: dict[str, list[str]] = {}
+        for error in (error for segment in segments for error in timing.rates.missing(segment)):
+            named = devices.setdefault(error.figure, [])
+            if error.device is not None and str(error.device) not in named:
+                named.append(str(error.device))
+        figures: dict[str, list[str]] = {}
+        for figure, named in devices.items():
+            figures.setdefault(", ".join(folded_devices(named)), []).append(f"`{figure}`")
+        if figures:
+            found[phase] = tuple(
+                f"the {' and '.join(names)} of {of}" if of else " and ".join(names) for of, names in figures.items()
+            )
+    return found
+
+
+def phases_of(graph: ModelGraph) -> tuple[Phase, ...]:
+    """Return the phases of a model in their order; one that does not decode has a prefill alone."""
+    return ("prefill", "decode") if graph.decodes else ("prefill",)
 
 
 def _basis_of_stages(pipeline: Pipeline, inventory: Inventory) -> Basis:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.devices import Device
 from devmap_config.execution.overlap import FORWARDS, Clock, total_nanoseconds
-from devmap_config.execution.segments import MissingFigureError
-from devmap_config.execution.timing import Timing, forward_nanoseconds, forward_parts
+from devmap_config.execution.timing import Timing, forward_parts
 from devmap_config.plan.plan import OWN
-from devmap_config.plan.prediction import time_bases
+from devmap_config.plan.prediction import missing_figures, phases_of, time_bases
 from devmap_config.wording import visible
 
 if TYPE_CHECKING:
@@ -40,21 +39,6 @@ FORWARDS_PROCESS = 1
 OUTSIDE = "outside of blocks"
 
 
-def unknown_times(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, str]:
-    """Return, of phases whose time cannot be predicted, what the machine would have to say for that."""
-    found: dict[Phase, str] = {}
-    for phase in _phases(graph):
-        try:
-            forward_nanoseconds(_timing(plan, graph, inventory, phase), plan.locations)
-        except MissingFigureError as error:
-            found[phase] = str(error)
-    return found
-
-
-def _phases(graph: ModelGraph) -> tuple[Phase, ...]:
-    return ("prefill", "decode") if graph.decodes else ("prefill",)
-
-
 def trace_of(
     plan: Plan, graph: ModelGraph, inventory: Inventory, simulation: Simulation | None, *, tokens: int, name: str
 ) -> dict[str, Any]:
@@ -72,12 +56,12 @@ def trace_of(
         What `trace_text` writes.
     """
     bases = {phase: asdict(basis) for phase, basis in time_bases(plan, graph, inventory).items()}
-    unknown = unknown_times(plan, graph, inventory)
+    missing = missing_figures(plan, graph, inventory)
     titles = {"prefill": ["prefill"], "decode": [f"token {number}" for number in range(1, tokens + 1)]}
     trace = _Trace(plan, simulation)
     trace.begin(visible(name), inventory)
-    for phase in _phases(graph):
-        if phase not in unknown:
+    for phase in phases_of(graph):
+        if phase not in missing:
             timing = _timing(plan, graph, inventory, phase)
             parts = _as_they_run(tuple(forward_parts(timing, plan.locations)))
             told = {"predicted_nanoseconds": getattr(plan.prediction, OWN[phase]), "basis": bases.get(phase)}
@@ -91,7 +75,7 @@ def trace_of(
             "strategy": plan.strategy,
             "times": "predicted from the rates of the profile's machine, not measured",
             "basis": bases,
-            "not shown": {phase: f"{figure} is not known" for phase, figure in unknown.items()},
+            "not shown": {phase: f"not known: {', '.join(figures)}" for phase, figures in missing.items()},
             "memory": _told_of_memory(simulation),
         },
     }

@@ -120,6 +120,7 @@ def test_another_model_and_another_card_are_named(repository):
     other.write_text(repository.read_text().replace("../llama", "../tied").replace('"{{ memory }}"', "2GiB"))
     done = devmap("diff", "profiles/x.yaml", "profiles/other.yaml")
     assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[1].startswith("the models differ: of modules, those are compared that both")
     assert "model    ../llama → ../tied" in done.stdout
     assert "cuda:0   1.0 GiB → 2.0 GiB" in done.stdout
     assert "config." not in done.stdout  # of another model all is other

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from devmap_config.cli import devmap
+from devmap_config.cli.fit import Row
+from devmap_config.plan.plan import Prediction
 
 PROFILE = """\
 version: 1
@@ -86,6 +89,12 @@ def test_one_line_where_one_plan_is_best_at_both():
     lines = shown("h100-sxm").splitlines()
     assert len(lines) == 4
     assert lines[2].split()[:2] == ["h100-sxm", "both"]
+
+
+def test_the_plan_for_the_context_is_shown_if_its_context_is_longer():
+    found = [SimpleNamespace(plan=SimpleNamespace(prediction=Prediction(longest_context=length))) for length in (9, 8)]
+    assert Row("box", fastest=found[0], longest=found[1]).plans == {"both": found[0]}
+    assert list(Row("box", fastest=found[1], longest=found[0]).plans) == ["speed", "context"]
 
 
 def test_the_strategy_of_the_profile_does_not_count(profile):

@@ -89,6 +89,18 @@ def test_what_only_one_plan_has():
     assert found.devices["disk"].before is None
 
 
+def test_modules_of_other_models_are_compared_where_both_have_them():
+    before = plan({"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1})
+    after = plan({"model.layers.0": 1, "model.layers.1.mlp": 0, "model.layers.1.gate": 0, "lm_head": 1})
+    models = [{"model": name, "class": None, "config.layers": layers} for name, layers in (("a", 1), ("b", 2))]
+    found = difference(before, after, models)
+    assert (found.models_differ, found.to_json()["models_differ"]) == (True, True)
+    assert found.moves == (Move(("model.layers.0",), home("cuda:0"), home("cuda:1")),)
+    moved_source = difference(before, after, (models[0], {**models[0], "model": "elsewhere"}))
+    assert not moved_source.models_differ  # by its values it is the same
+    assert len(moved_source.moves) > 1
+
+
 def test_accelerators_go_by_their_own_names():
     found = difference(plan({"a": 0}, devices=("xpu:0", "xpu:1")), plan({"a": 1}, devices=("xpu:0", "xpu:1")))
     assert found.moves == (Move(("a",), home("xpu:0"), home("xpu:1")),)

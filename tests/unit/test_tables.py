@@ -40,6 +40,19 @@ def test_no_name_is_broken(command, width, workspace, monkeypatch):
     assert max(map(len, tables)) <= max(width, 60)
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_are_as_wide_as_the_terminal_and_end_where_their_words_do(width, workspace, monkeypatch):
+    (workspace / "p.yaml").write_text(PROFILE)
+    (workspace / "q.yaml").write_text(PROFILE.replace("1GiB", "2GiB").replace("[1-3/2]", "[0-3]"))
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in ("compile p.yaml --dry-run", "explain p.yaml", "diff p.yaml q.yaml", "fit p.yaml --on rtx-4090"):
+        shown = CliRunner().invoke(devmap, command.split(), standalone_mode=False).stdout
+        lines = [line for line in shown.splitlines() if "max_memory" not in line]
+        assert len(lines) > 3
+        assert max(map(len, lines)) <= width, shown
+        assert lines == [line.rstrip() for line in lines]
+
+
 def test_what_a_module_costs_has_whole_names(workspace, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     shown = CliRunner().invoke(devmap, ["tree", "--measure", "llama"], standalone_mode=False).stdout

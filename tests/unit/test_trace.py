@@ -213,7 +213,7 @@ def test_a_phase_of_which_no_time_is_known_is_left_out_and_said_to_be(folder):
     (folder / "p.yaml").write_text(profile("mixture", devices, LINKS, "strategy: auto"))
     trace = traced(compiled(folder / "p.yaml"))
     assert assert_sound(trace, compiled(folder / "p.yaml").plan.prediction) == ["token 1", "token 2"]
-    assert trace["otherData"]["not shown"] == {"prefill": "the `flops` of cpu is not known"}
+    assert trace["otherData"]["not shown"] == {"prefill": "not known: the `flops` of cpu"}
     assert trace["otherData"]["memory"] == "not shown, for nothing was tried without torch"
 
 

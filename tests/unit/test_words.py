@@ -69,6 +69,19 @@ def test_no_time_is_none(command, profile):
     assert "0 ns" not in done.output
 
 
+@pytest.mark.parametrize("command", ["compile", "explain", "fit"])
+def test_a_time_that_is_not_predicted_says_which_figure_is_missing(command, profile):
+    box = profile.with_name("box.yaml")
+    box.write_text(PROFILE[PROFILE.index("hardware:") : PROFILE.index("placement")])
+    arguments = {"compile": ["--dry-run"], "fit": ["--on", str(box)]}.get(command, [])
+    told = " ".join(run(command, str(profile), *arguments).stdout.split())
+    assert "ithout the `flops` of cuda:0, cpu, no time of a prefill is predicted" in told
+    assert ("in a YAML file with a `hardware:` block" if command == "fit" else "write that under `hardware`") in told
+    profile.write_text(PROFILE.replace("1TB/s", "1TB/s, flops: 1TFLOP/s").replace("50GB/s", "50GB/s, flops: 1TFLOP/s"))
+    box.write_text(profile.read_text()[PROFILE.index("hardware:") : profile.read_text().index("placement")])
+    assert "ithout the" not in run(command, str(profile), *arguments).stdout
+
+
 def test_one_is_not_many():
     assert [counted(1, "tensor"), counted(2, "tensor")] == ["1 tensor", "2 tensors"]
 
