@@ -11,13 +11,15 @@ import pytest
 from hypothesis import settings
 from small_media_models import LLAVA
 
-from devmap_config.cli import main
+from devmap_config.cli import main, progress
 from devmap_config.libraries import versions
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "80"
+
+progress.SECONDS_WITHOUT_A_WORD = 600  # what a busy machine prints late is no part of what a test expects
 
 # The same examples on every run: a change is judged by itself. `HYPOTHESIS_PROFILE=explore` looks for new ones.
 settings.register_profile("repeatable", derandomize=True)

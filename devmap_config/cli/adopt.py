@@ -56,11 +56,12 @@ def adopt(
     force: bool,
     allow_outside: bool,
     trust_remote_code: bool,
-) -> None:
+) -> ExitCode:
     """Write a profile that places a model as MAP does: JSON, or a Python dict such as `model.hf_device_map` prints.
 
     With `-` the map is read from stdin. If the profile cannot be exactly the map (keys that name nothing, tensors that
-    no key names, tied tensors apart), the differences are listed, with the effect of the map in transformers.
+    no key names, tied tensors apart), the differences are listed, with the effect of the map in transformers. A profile
+    that does not compile is written all the same, with the reason on stderr and exit code 1.
     """
     from devmap_config.cli.tree import graph_of_source
     from devmap_config.compiler import Rejected
@@ -94,6 +95,8 @@ def adopt(
     compilation = compile_draft(profile, permissions, simulates=False)
     if isinstance(compilation, Rejected):
         _say_that_it_is_refused(compilation.diagnostics)
+        return ExitCode.WRONG
+    return ExitCode.DONE
 
 
 def _say_that_it_is_refused(diagnostics: Iterable[Diagnostic]) -> None:

@@ -32,4 +32,7 @@ def companion_lines(compiled: Compiled) -> Iterator[str]:
             " a token takes with it"
         )
     if graph.measurement is not None:
-        yield "no longest context is predicted: the draft model's cache grows as well, and is counted for this one alone"
+        yield (
+            "no longest context is predicted: the draft model's cache grows with it, and is counted for the workload's"
+            " context alone"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,15 @@ DESCRIPTION = "{task.description}"
 def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator[Callable[[str], None]]:
     """Show a line that goes again, where stderr is a terminal; give what is called as each of `total` steps begins.
 
-    One that `spins` does so by a thread, beside which no process may be forked.
+    One that `spins` does so by a thread, beside which no process may be forked. Elsewhere than on a terminal, a step
+    that takes long is printed once.
     """
     if quiet or not sys.stderr.isatty():  # one that is not seen is not begun: until rich 15 it ends with an empty line
-        yield lambda _: None
+        late = _LateWord()
+        try:
+            yield (lambda _: None) if quiet or not spins else late.note
+        finally:
+            late.cancel()
         return
     from rich.progress import BarColumn, SpinnerColumn
 
@@ -38,16 +44,18 @@ def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator
 
 @contextmanager
 def stages_shown(*, quiet: bool = False) -> Iterator[None]:
-    """Show, where stderr is a terminal, a line that goes again: which stage of compiling runs, and for how long."""
-    if quiet or not sys.stderr.isatty():
+    """Show on stderr which stage of compiling runs: in a line that goes again, or, if no terminal, once if it is long."""
+    if quiet:
         yield
         return
-    from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
+    handler: _Stages | _LateStage = _LateStage()
+    if sys.stderr.isatty():
+        from rich.progress import BarColumn, SpinnerColumn, TimeElapsedColumn
 
-    from devmap_config.cli.console import progress_line
+        from devmap_config.cli.console import progress_line
 
-    shown = progress_line(SpinnerColumn(), BarColumn(), DESCRIPTION, TimeElapsedColumn())
-    handler, level = _Stages(shown), LOGGER.level
+        handler = _Stages(progress_line(SpinnerColumn(), BarColumn(), DESCRIPTION, TimeElapsedColumn()))
+    level = LOGGER.level
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
     try:
@@ -55,8 +63,51 @@ def stages_shown(*, quiet: bool = False) -> Iterator[None]:
     finally:
         LOGGER.setLevel(level)
         LOGGER.removeHandler(handler)
-        if shown.live.is_started:
-            shown.stop()
+        handler.stop()
+
+
+SECONDS_WITHOUT_A_WORD = 10
+"""After so many seconds a command says on a stderr that is no terminal what it is doing."""
+
+
+class _LateWord:
+    """Prints what is being done if that takes long: once, however much follows."""
+
+    def __init__(self) -> None:
+        self._timer = threading.Timer(SECONDS_WITHOUT_A_WORD, self._print)
+        self._timer.daemon = True
+        self._words = ""
+
+    def note(self, words: str) -> None:
+        """Note what is done now, and begin to wait at the first."""
+        is_first, self._words = not self._words, words
+        if is_first:
+            self._timer.start()
+
+    def cancel(self) -> None:
+        """Print nothing any more."""
+        self._timer.cancel()
+
+    def _print(self) -> None:
+        from devmap_config.cli.reporting import echo
+
+        echo(f"{self._words}: this may take a minute", err=True)
+
+
+class _LateStage(logging.Handler):
+    """Prints a stage that takes long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._late = _LateWord()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a stage."""
+        self._late.note(record.getMessage())
+
+    def stop(self) -> None:
+        """Print nothing any more."""
+        self._late.cancel()
 
 
 class _Stages(logging.Handler):
@@ -74,6 +125,11 @@ class _Stages(logging.Handler):
             shown.add_task("", total=len(STAGES))
         stage = getattr(record, "stage", 0)
         shown.update(shown.task_ids[0], completed=stage, description=record.getMessage(), refresh=True)
+
+    def stop(self) -> None:
+        """Show nothing any more."""
+        if self._shown.live.is_started:
+            self._shown.stop()
 
 
 class ByteProgress:

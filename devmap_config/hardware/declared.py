@@ -92,16 +92,14 @@ def _device(
     if memory_bytes is None:
         return None
     usual = _usual(accelerator)
-    overhead_bytes = usual.overhead_bytes if section.overhead is None else _absolute(section.overhead, memory_bytes)
-    left_bytes = int(memory_bytes * (1 - _given(section.slack, usual.slack)))
-    capacity_bytes = left_bytes - _absolute(section.reserve, memory_bytes) - overhead_bytes
+    overhead = section.overhead.value
+    overhead_bytes = usual.overhead_bytes if overhead is None else _absolute(overhead, memory_bytes)
+    reserve_bytes = _absolute(section.reserve.value, memory_bytes)
+    slack_bytes = memory_bytes - int(memory_bytes * (1 - _given(section.slack.value, usual.slack)))
+    capacity_bytes = memory_bytes - slack_bytes - reserve_bytes - overhead_bytes
     if capacity_bytes <= 0:
-        sink.error(
-            "no-capacity",
-            f"nothing is left of the memory of {device} once slack, reserve and overhead are subtracted",
-            section.key_span,
-            help="lower its `reserve`, `overhead` or `slack`, or leave the device out",
-        )
+        taken = {"reserve": reserve_bytes, "overhead": overhead_bytes, "slack": slack_bytes}
+        _report_no_capacity(device, section, memory_bytes, taken, sink)
         return None
     return InventoryDevice(
         id=device,
@@ -119,6 +117,23 @@ def _device(
         decode_products_per_second=section.products.decode,
         prefill_products_per_second=section.products.prefill,
         by_dtype={dtype: _rates(rates, section, usual) for dtype, rates in section.dtypes.items()},
+    )
+
+
+def _report_no_capacity(
+    device: Device, section: DeviceSection, memory_bytes: int, taken: Mapping[str, int], sink: Sink
+) -> None:
+    """Report at the largest of what the profile says to leave free of a device that nothing is left of it."""
+    given = {"reserve": section.reserve, "overhead": section.overhead, "slack": section.slack}
+    written = {key: value for key, value in given.items() if value.is_written}
+    largest = max(written, key=lambda key: taken[key], default=None)
+    amounts = ", ".join(f"{key} takes {format_bytes(size_bytes)}" for key, size_bytes in taken.items() if size_bytes)
+    lower = " or ".join(f"`{key}`" for key in written) or "`overhead` or `slack`"
+    sink.error(
+        "no-capacity",
+        f"nothing is left of the {format_bytes(memory_bytes)} of {device}: {amounts}",
+        section.key_span if largest is None else written[largest].span,
+        help=f"lower its {lower}, or leave the device out",
     )
 
 

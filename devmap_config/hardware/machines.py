@@ -29,18 +29,17 @@ def named_machine(text: str) -> Hardware:
     """
     accelerators: list[tuple[str, dict[str, str]]] = []
     storage: dict[str, dict[str, str]] = {}
+    mistakes: list[str] = []
     for part in map(str.strip, text.split("+")):
-        if stored := STORAGE.fullmatch(part):
-            storage[stored["device"]] = {"memory": _memory(stored["memory"])}
-            continue
-        if part in map(str, STORAGE_DEVICES):
-            raise UnknownMachineError(f"it does not say how much memory its {part} has: write `{part}:64GiB`")
-        match = PART.fullmatch(part)
-        if match is None:
-            raise UnknownMachineError(
-                f"`{part}` is not a part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`, joined by `+`"
-            )
-        accelerators += [_accelerator(match["what"])] * int(match["count"] or 1)
+        try:
+            if stored := STORAGE.fullmatch(part):
+                storage[stored["device"]] = {"memory": _memory(stored["memory"])}
+            else:
+                accelerators += _accelerators(part)
+        except UnknownMachineError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UnknownMachineError("; ".join(mistakes))
     kinds = list(dict.fromkeys(kind for kind, _ in accelerators if kind))
     if len(kinds) > 1:
         raise UnknownMachineError(f"one machine cannot run {' and '.join(kinds)} devices together")
@@ -49,6 +48,18 @@ def named_machine(text: str) -> Hardware:
         raise UnknownMachineError("a Mac has one `mps` device")
     devices = {str(nth_accelerator(kind, index)): what for index, (_, what) in enumerate(accelerators)}
     return Hardware.model_validate({"devices": devices | dict(sorted(storage.items()))})
+
+
+def _accelerators(part: str) -> list[tuple[str, dict[str, str]]]:
+    """Return the kind and the description of each accelerator that a part of a machine's name stands for."""
+    if part in map(str, STORAGE_DEVICES):
+        raise UnknownMachineError(f"it does not say how much memory its {part} has: write `{part}:64GiB`")
+    match = PART.fullmatch(part)
+    if match is None:
+        raise UnknownMachineError(
+            f"`{part}` is not a part of a machine: write `2xrtx-4090`, `2x24GiB` or `cpu:64GiB`, joined by `+`"
+        )
+    return [_accelerator(match["what"])] * int(match["count"] or 1)
 
 
 def _accelerator(text: str) -> tuple[str, dict[str, str]]:
@@ -64,7 +75,7 @@ def _accelerator(text: str) -> tuple[str, dict[str, str]]:
             raise UnknownMachineError(f"`{text}` has no unit: write `{text}GiB`") from None
         meant = nearest(text)
         advice = f"did you mean `{meant}`?" if meant else "`devmap hardware` lists them"
-        raise UnknownMachineError(f"the catalogue has no accelerator `{text}`; {advice}") from None
+        raise UnknownMachineError(f"the catalogue has no accelerator `{text}` ({advice})") from None
 
 
 def _memory(text: str) -> str:

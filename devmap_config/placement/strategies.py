@@ -202,12 +202,25 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
             return _placed(found)
         fastest = None if found.fastest is None else _placed(found.fastest)
         return replace(_placed(found), bound_nanoseconds=found.bound_nanoseconds, fastest=fastest)
-    measurement = problem.graph.measurement
-    cache_bytes = 0 if measurement is None else measurement.cache_bytes
     room = sum(problem.capacities.values())
-    return Infeasible(
-        (Shortage(device=None, needed_bytes=problem.graph.size_bytes + cache_bytes, capacity_bytes=room),)
-    )
+    return Infeasible((Shortage(device=None, needed_bytes=sum(least_bytes(problem).values()), capacity_bytes=room),))
+
+
+def least_bytes(problem: Problem) -> dict[str, int]:
+    """Return what the weights, the cache and the activations take at least, wherever they are.
+
+    Of activations, that is the peak of one module; on a machine of one device, it is that of the whole model.
+    """
+    graph, measurement = problem.graph, problem.graph.measurement
+    if measurement is None:
+        return {"weights": graph.size_bytes}
+    activation_bytes = max((cost.own_peak_bytes for cost in measurement.modules), default=0)
+    if len(problem.capacities) == 1:
+        [device] = problem.capacities
+        running, _ = _running_and_weights(problem, dict.fromkeys(graph.tensors, device))
+        cost = None if running is None else running.costs().get(device)
+        activation_bytes = activation_bytes if cost is None else cost.activation_bytes
+    return {"weights": graph.size_bytes, "cache": measurement.cache_bytes, "activations": activation_bytes}
 
 
 def _placed(found: Optimal) -> Placed:

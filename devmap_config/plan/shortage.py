@@ -10,7 +10,7 @@ from devmap_config.devices import STORAGE_DEVICES
 from devmap_config.diagnostics.diagnostic import Related
 from devmap_config.execution.weighing import heaviest_weights
 from devmap_config.placement.executors import can_be_offloaded
-from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage
+from devmap_config.placement.strategies import TRANSFORMERS_STRATEGIES, Infeasible, Shortage, least_bytes
 from devmap_config.plan.remedies import MOST_GIBIBYTES, impasse_of
 from devmap_config.plan.trials import ProfileChange
 
@@ -115,16 +115,14 @@ def _report_impasse(infeasible: Infeasible, problem: Problem, prepared: Prepared
     if kept_off := [device for device in problem.capacities if device in refused]:
         method = quantization.method.name if quantization is not None else "quantization"
         listed += f" ({method} loads nothing onto {' or '.join(map(str, kept_off))})"
-    measurement = problem.graph.measurement
-    cache = f" and {format_bytes(measurement.cache_bytes)} of cache" if measurement else ""
-    what = f"the model's {format_bytes(problem.graph.size_bytes)}{cache}"
+    what = _needs(problem)
     missing_bytes = sum(shortage.missing_bytes for shortage in infeasible.shortages)
     if impasse.pins:
         message = f"{what} would fit, but not with {'these pins' if len(impasse.pins) > 1 else 'this pin'}, on {listed}"
     elif missing_bytes > 0:
         message = f"{format_exact_bytes(missing_bytes)} of {what} find no place on {listed}"
     else:
-        message = f"{what}, with what is needed while it runs, find no place on {listed}, though there is room in total"
+        message = f"{what} find no place on {listed}, though there is room in total"
     message += _cause(problem)
     first, *others = [rule.span for rule in impasse.pins] or [_cause_span(prepared.loaded)]
     remedies = "; or ".join(impasse.remedies)
@@ -151,6 +149,13 @@ def _report_forbidden(infeasible: Infeasible, prepared: Prepared, sink: Sink) ->
     )
 
 
+def _needs(problem: Problem) -> str:
+    """Return what a problem takes at least, in words: `the model's 15.0 GiB, 4.0 GiB of cache and … of activations`."""
+    weights, *others = ((name, format_bytes(size)) for name, size in least_bytes(problem).items() if size)
+    words = [f"the model's {weights[1]}", *(f"{size} of {name}" for name, size in others)]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 def _cause_span(loaded: LoadedProfile) -> Span:
     """Return the place in the profile that the model does not fit: its strategy if it names one, else its machine."""
     if loaded.profile.placement.strategy.is_written:
@@ -168,15 +173,13 @@ def _report_unplaced(
     infeasible: Infeasible, shortage: Shortage, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink
 ) -> None:
     listed = ", ".join(f"{device} ({format_bytes(capacity)})" for device, capacity in problem.capacities.items())
-    total = problem.graph.size_bytes
-    missing_bytes = total - sum(problem.capacities.values())
+    missing_bytes = sum(least_bytes(problem).values()) - sum(problem.capacities.values())
     if missing_bytes <= 0:
         missing = format_exact_bytes(shortage.missing_bytes)
-        what = f"{missing} of the model's {format_bytes(total)} find no place on {listed}"
-        what += ", though there is room in total"
+        what = f"{missing} of {_needs(problem)} find no place on {listed}, though there is room in total"
     else:
         missing = format_exact_bytes(missing_bytes)
-        what = f"the model's {format_bytes(total)} find no place on {listed}: {missing} are missing"
+        what = f"{_needs(problem)} find no place on {listed}: {missing} are missing"
         if len(problem.capacities) > 1 and shortage.missing_bytes > missing_bytes:
             what += f" in total, and blocks of {format_bytes(shortage.missing_bytes)} are left over"
     sink.error(

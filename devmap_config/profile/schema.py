@@ -326,13 +326,13 @@ class DeviceSection(Section):
     memory: Located[Quantity | None] = Field(default=Located(None), examples=["24GiB"])
     """What the device has. Required without `accelerator`."""
 
-    reserve: Quantity = Field(default=0, examples=["2GiB"])
+    reserve: Located[Quantity] = Field(default=Located(0), examples=["2GiB"])
     """Kept for others, such as a desktop."""
 
-    overhead: Quantity | None = Field(default=None, examples=["1GiB"])
+    overhead: Located[Quantity | None] = Field(default=Located(None), examples=["1GiB"])
     """Kept for the device's context and workspaces. Without it: the catalogue's, else none."""
 
-    slack: ShareOfMemory | None = Field(default=None, examples=["2%"])
+    slack: Located[ShareOfMemory | None] = Field(default=Located(None), examples=["2%"])
     """A share of the memory that is left free. Without it: the catalogue's, else none."""
 
     bandwidth: Bandwidth | None = Field(default=None, examples=["1008GB/s"])

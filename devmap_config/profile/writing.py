@@ -48,9 +48,9 @@ def device_text(section: DeviceSection) -> str:
     described = {
         "accelerator": section.accelerator.value,
         "memory": _quantity(section.memory.value),
-        "reserve": _quantity(section.reserve or None),
-        "overhead": _quantity(section.overhead),
-        "slack": _share(section.slack),
+        "reserve": _quantity(section.reserve.value or None),
+        "overhead": _quantity(section.overhead.value),
+        "slack": _share(section.slack.value),
         "bandwidth": _given(section.bandwidth, BANDWIDTH_UNITS),
         "flops": _flops(section.flops),
         "attention": _nested(decode=_flops(section.attention.decode), prefill=_flops(section.attention.prefill)),

@@ -546,7 +546,8 @@ placement: {strategy: fastest}
 """
 
 
-def test_explain_tells_the_story_of_a_plan(workspace):
+def test_explain_tells_the_story_of_a_plan(workspace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     Path("profile.yaml").write_text(FASTEST)
     done = devmap("explain", "profile.yaml")
     assert done.returncode == 0

@@ -170,6 +170,7 @@ def test_a_machine_of_several_files_and_ranges():
         ("2x24G", "write `24GiB` or `24GB`"),
         ("24", "write `24GiB`"),
         ("rtx-4090+cpu", "write `cpu:64GiB`"),
+        ("rtx-4099+cpu", "(did you mean `rtx-4090`?); it does not say how much memory its cpu has: write `cpu:64GiB`"),
         ("box.json", "a file that describes one is YAML"),
         ("missing.yaml", "`missing.yaml` does not exist = help"),
         ("wrong.yaml", "did you mean `memory`?"),

@@ -68,7 +68,7 @@ MISTAKES = [
         "`cuda:0: {memory: 48GiB, overhead: 1280MiB, slack: 2%, bandwidth: 1008GB/s, flops: 165200GFLOP/s,",
     ),
     (CARD, "cuda:0: {accelerator: rtx-4090, flops: 165TFLOPS}", "165TFLOPS", "bad-quantity", "write `165TFLOP/s`"),
-    (CARD, "cuda:0: {accelerator: rtx-4090, reserve: 30GiB}", "cuda:0", "no-capacity", "lower its `reserve`"),
+    (CARD, "cuda:0: {accelerator: rtx-4090, reserve: 30GiB}", "30GiB", "no-capacity", "lower its `reserve`, or"),
     (CARD, f"{CARD}\n    0: rtx-3090", "0", "duplicate-key", "give it a number of its own"),
     (MODEL, "{source: models/llama, dtype: fp16}", "fp16", "wrong-type", "write `dtype: float16`"),
     (MODEL, "{source: models/llama, dtype: int4}", "int4", "wrong-type", f"write `{FOUR_BIT}`"),

@@ -9,8 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from command_process import run_command
 
+import devmap_config.cli.progress as progress_module
+from devmap_config.cli import devmap
 from devmap_config.stages import LOGGER
 
 PROFILE = """\
@@ -52,6 +55,21 @@ def test_stages_are_shown_on_a_terminal(fresh):
     stages = ("reading llama", "measuring LlamaForCausalLM at 32 tokens", "placing LlamaForCausalLM by", "simulated")
     assert all(stage in shown for stage in stages), shown
     assert "reading llama" not in on_terminal([*COMPILE, "--quiet"])
+
+
+@pytest.mark.parametrize(("options", "is_told"), [([], True), (["--format", "json"], True), (["-q"], False)])
+def test_a_long_stage_is_told_once_elsewhere(options, is_told, fresh, monkeypatch):
+    monkeypatch.setattr(progress_module, "SECONDS_WITHOUT_A_WORD", 0.01)
+    done = CliRunner().invoke(devmap, ["compile", "p.yaml", "--dry-run", *options], standalone_mode=False)
+    assert done.stderr.count(": this may take a minute\n") == is_told
+    assert "may take" not in done.stdout
+    assert is_told == ("LlamaForCausalLM" in done.stderr or "reading llama" in done.stderr)
+
+
+def test_a_long_step_is_told_once_elsewhere(fresh, monkeypatch):
+    monkeypatch.setattr(progress_module, "SECONDS_WITHOUT_A_WORD", 0.01)
+    done = CliRunner().invoke(devmap, ["fit", "p.yaml", "--on", "rtx-4090,l4"], standalone_mode=False)
+    assert done.stderr == "rtx-4090 (1 of 2): this may take a minute\n"
 
 
 def test_nothing_is_shown_elsewhere(fresh, monkeypatch):
