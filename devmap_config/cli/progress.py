@@ -44,7 +44,7 @@ def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator
 
 @contextmanager
 def stages_shown(*, quiet: bool = False) -> Iterator[None]:
-    """Show on stderr which stage of compiling runs: in a line that goes again, or, if no terminal, once if it is long."""
+    """Show on stderr which stage of compiling runs: on a terminal in a line that goes again, else once if it lasts."""
     if quiet:
         yield
         return
