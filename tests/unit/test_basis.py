@@ -103,7 +103,8 @@ def said_by_diff(*sides):
     return found["decode"]["before"], found["decode"]["after"], run("diff", *sides).splitlines()[-1]
 
 
-def test_a_difference_says_on_what_the_times_of_both_plans_rest(workspace):
+def test_a_difference_says_on_what_the_times_of_both_plans_rest(workspace, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     measured = cpu("measured", "measured", "measured").replace("90G", "99G")
     for name, hardware in (("own.yaml", cpu()), ("seen.yaml", measured), ("plain.yaml", cpu().partition(", host")[0])):
         compiled(hardware)
