@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from devmap_config.amounts import counted, format_bytes, format_change, format_duration, format_durations
 from devmap_config.devices import CPU
-from devmap_config.plan.diff import rates_in_words
+from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
+from devmap_config.plan.values import folded_devices
 from devmap_config.report.charts import (
     MemoryChart,
     PhaseSpan,
@@ -25,8 +26,7 @@ from devmap_config.report.charts import (
     spans_of,
     waits_of,
 )
-from devmap_config.report.picture import PHASES, Geometry, Picture, picture_of
-from devmap_config.rules.folding import fold_paths
+from devmap_config.report.picture import PHASES, Geometry, Picture, picture_of, rows_of_runs
 from devmap_config.wording import visible
 
 if TYPE_CHECKING:
@@ -111,11 +111,15 @@ class View:
 
     @property
     def runs(self) -> Iterator[Mapping[str, Any]]:
-        """The runs of each device, with their mode and the reasons."""
-        for number, run in enumerate(self.told["runs"]):
+        """The runs of each device, with their mode and the reasons; those of a tensor-parallel group as one."""
+        rows = rows_of_runs(self.told["runs"])
+        for number in dict.fromkeys(rows):
+            run = self.told["runs"][number]
+            devices = [each["device"] for each, row in zip(self.told["runs"], rows, strict=True) if row == number]
             yield {
                 "anchor": f"{self.prefix}run-{number}",
-                "device": visible(run["device"]),
+                "device": visible(_and(folded_devices(devices))),
+                "is_each": len(devices) > 1,
                 "name": visible(", ".join(run["patterns"])),
                 "blocks": run["blocks"],
                 "moved": visible(run["block"] if run["block"] != run["first"] or run["blocks"] > 1 else ""),
@@ -128,10 +132,14 @@ class View:
 
     @property
     def devices(self) -> Iterator[Mapping[str, str]]:
-        """The memory of each device, in words."""
+        """The memory of each device, in words; devices that hold as much of everything are one row."""
+        alike: dict[tuple[str, ...], list[str]] = {}
         for use in self.plan["devices"]:
-            sizes = {key: format_bytes(use[f"{key}_bytes"]) if use[f"{key}_bytes"] else "–" for key in COLUMNS}
-            yield {**sizes, "id": visible(use["id"])}
+            sizes = (format_bytes(use[f"{key}_bytes"]) if use[f"{key}_bytes"] else "–" for key in COLUMNS)
+            alike.setdefault(tuple(sizes), []).append(use["id"])
+        for words, devices in alike.items():
+            each = ", each" if len(devices) > 1 else ""
+            yield {**dict(zip(COLUMNS, words, strict=True)), "id": visible(f"{_and(folded_devices(devices))}{each}")}
 
     @property
     def workload(self) -> str:
@@ -155,7 +163,7 @@ class View:
         for source, target in sorted(links, key=lambda pair: [place.get(each, -1) for each in pair]):
             alike.setdefault(tuple(links[source, target].items()), []).append(target)
         return tuple(
-            {**dict(link), "source": visible(dict(link)["source"]), "target": visible(_and(fold_devices(targets)))}
+            {**dict(link), "source": visible(dict(link)["source"]), "target": visible(_and(folded_devices(targets)))}
             for link, targets in alike.items()
         )
 
@@ -212,7 +220,7 @@ def _stages(pipeline: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         times = {key: stage[f"{key}_nanoseconds"] for key in ("decode", "prefill")}
         yield {
             "number": number,
-            "devices": visible(", ".join(stage["devices"])),
+            "devices": visible(", ".join(folded_devices(stage["devices"]))),
             "layers": f"{stage['first_layer']}–{stage['last_layer']}",
             "blocks": f"{stage['blocks']:,}",
             "share": round(100 * (times["decode"] or 0) / (slowest or 1), 2),
@@ -257,18 +265,7 @@ def _alternatives(alternatives: Iterable[Mapping[str, Any]]) -> Iterator[Mapping
         blocked = f"{format_bytes(other['missing_bytes'])} missing on {other['full_device']}"
         alike.setdefault((where, pace, blocked if other["full_device"] else "fits"), []).append(stored_on)
     for (where, pace, room), devices in alike.items():
-        yield {"where": visible(where.format(_and(fold_devices(devices)))), "pace": pace, "room": visible(room)}
-
-
-def fold_devices(devices: Sequence[str]) -> tuple[str, ...]:
-    """Return devices with equal ones of one kind as a range.
-
-    >>> fold_devices(["cuda:0", "cuda:1", "cuda:3", "cpu"])
-    ('cuda:[0-1,3]', 'cpu')
-    """
-    return tuple(
-        each.replace(".", ":") for each in fold_paths((each.replace(":", ".") for each in devices), with_steps=False)
-    )
+        yield {"where": visible(where.format(_and(folded_devices(devices)))), "pace": pace, "room": visible(room)}
 
 
 def _and(words: Sequence[str]) -> str:
@@ -326,6 +323,7 @@ def page_of(
         changes=() if diff is None else device_changes(diff),
         moves=() if diff is None else _moves(diff),
         figure_changes=() if diff is None else _figure_changes(diff),
+        other_models=OTHER_MODELS if diff is not None and diff["models_differ"] else "",
         rates="" if diff is None else visible(rates_in_words(diff)),
         sides=tuple(map(visible, sides)),
         comparisons=comparisons_of(cases),

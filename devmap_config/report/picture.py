@@ -244,13 +244,28 @@ def _contents(
     use: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], prefix: str
 ) -> Iterator[tuple[Kind, str, tuple[str, ...], int, int, str]]:
     """Yield what a device holds: kind, style, names, bytes, blocks, and the row that says more."""
+    rows = rows_of_runs(runs)
     for number, run in enumerate(runs):
         if run["device"] == use["id"]:
-            anchor = f"{prefix}run-{number}"
+            anchor = f"{prefix}run-{rows[number]}"
             yield "weights", run["mode"], tuple(run["patterns"]), run["weights_bytes"], run["blocks"], anchor
     for kind, key in PARTS.items():
         if use[key]:
             yield kind, kind, (kind,), use[key], 1, ""
+
+
+def rows_of_runs(runs: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Return, for each run, the number of the first that differs from it by its device alone: they share a row.
+
+    Such are the shares of the devices of a tensor-parallel group.
+    """
+    first: dict[tuple[Any, ...], int] = {}
+    return tuple(
+        first.setdefault((run["mode"], *run["patterns"], run["weights_bytes"], *run["why"], run["block"]), number)
+        if run["mode"] == "tensor-parallel"
+        else number
+        for number, run in enumerate(runs)
+    )
 
 
 NUMBERS = re.compile(r"^(\d+|\[[\d,/-]+\])$")

@@ -182,6 +182,7 @@ def test_names_are_text_and_nothing_else(data):
     diff = {
         "equal": False,
         "moved": [{"modules": [HOSTILE], "before": home, "after": home}],
+        "models_differ": True,
         "devices": [{"id": HOSTILE, "before": report["plan"]["devices"][0], "after": None}],
         "prediction": figures,
         "basis": {"decode": change, "prefill": change},
@@ -281,7 +282,22 @@ def test_what_stages_send_is_drawn_and_stages_have_the_numbers_that_the_story_gi
     assert (arc.source, arc.target, arc.title) == (1, 2, "cuda:0 to cuda:1 to cpu: 8.0 KiB")
     assert picture_of(told_).bars[2].flows == ("8.0 KiB from cuda:0 to cuda:1",)
     rows = Page(page_of([told_], version="1")).rows
-    assert [row[:2] for row in rows if row[2:3] == ["0–2"]] == [["0", "cuda:0, cuda:1"], ["1", "cpu"]]
+    assert [row[:2] for row in rows if row[2:3] == ["0–2"]] == [["0", "cuda:[0-1]"], ["1", "cpu"]]
+
+
+def test_shares_of_a_group_are_one_row_and_so_are_devices_that_hold_as_much(data):
+    [report] = data["reports"]
+    run_ = {**report["runs"][0], "mode": "tensor-parallel", "alternatives": []}
+    runs = [{**run_, "device": f"cuda:{index}"} for index in range(2)]
+    first, second, *others = report["plan"]["devices"]
+    plan = {**report["plan"], "devices": [first, {**first, "id": second["id"]}, *others]}
+    text = page_of([{**report, "plan": plan, "runs": runs}], version="1")
+    assert text.count('class="row"') == 1
+    assert text.count('href="#plan-1-run-0"') == 2
+    assert "cuda:[0-1], " in text
+    assert "of weights each" in text
+    capacity = format_bytes(first["capacity_bytes"])
+    assert next(row[0] for row in Page(text).rows if row[1:2] == [capacity]) == "cuda:[0-1], each"
 
 
 def test_other_places_are_those_of_the_whole_block(data):
