@@ -93,7 +93,7 @@ class MediaReader:
             if self.reason is not None:
                 raise _refusal(place, f"no {what} are taken: {self.reason}")
             if len(urls) > most:
-                raise _refusal(place, f"there are {len(urls)} {what}, and the plan has room for {most}: {NOT_PLANNED}")
+                raise _refusal(place, f"there are {len(urls)} {what}, and the plan has room for {most}")
         images = tuple(_image(place, url, MOST_PIXELS // len(asked.images)) for place, url in asked.images.items())
         sounds = tuple(self._sound(place, data) for place, data in asked.sounds.items())
         given = replace(asked.given, images=images, sounds=sounds)
