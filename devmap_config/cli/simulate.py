@@ -115,5 +115,8 @@ def _trace(compiled: Compiled, simulation: Simulation | None, tokens: int) -> st
         help = HOW_TO_GIVE_FIGURES
         missing = Diagnostic.error("missing-figure", message, profile.hardware.devices.key_span, help=help)
     else:
-        return trace_text(trace_of(plan, graph, inventory, simulation, tokens=tokens, name=compiled.model.class_name))
+        name, unquantized = compiled.model.class_name, compiled.model.counts_quantized_weights
+        return trace_text(
+            trace_of(plan, graph, inventory, simulation, tokens=tokens, name=name, ran_unquantized=unquantized)
+        )
     raise CommandError((*compiled.diagnostics, missing), compiled.texts)

@@ -12,6 +12,7 @@ from rich.text import Text
 from devmap_config.amounts import format_bytes, largest_unit
 from devmap_config.cli.tables import listing, new_table
 from devmap_config.rules.folding import fold_paths
+from devmap_config.simulate.trace import RAN_UNQUANTIZED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,7 @@ def simulation_lines(model: LoadedModel, plan: Plan, simulation: Simulation, wid
         return
     yield from _devices(plan, simulation, unit_bytes, width)
     if model.counts_quantized_weights:
-        yield Text("weights ran unquantised: what was live beside them is not what the quantizer's kernels need")
+        yield Text(RAN_UNQUANTIZED)
     for phase, steps in groupby(simulation.steps, key=lambda step: step.phase):
         yield Text(f"\n{phase}", style="bold")
         yield _timeline(list(steps), width)

@@ -38,9 +38,19 @@ FORWARDS_PROCESS = 1
 
 OUTSIDE = "outside of blocks"
 
+RAN_UNQUANTIZED = "weights ran unquantised: what was live beside them is not what the quantizer's kernels need"
+"""The remark on the memory that a dry run of a quantised model shows."""
+
 
 def trace_of(
-    plan: Plan, graph: ModelGraph, inventory: Inventory, simulation: Simulation | None, *, tokens: int, name: str
+    plan: Plan,
+    graph: ModelGraph,
+    inventory: Inventory,
+    simulation: Simulation | None,
+    *,
+    tokens: int,
+    name: str,
+    ran_unquantized: bool = False,
 ) -> dict[str, Any]:
     """Return the trace of a prefill and of so many tokens after it, where the model decodes.
 
@@ -51,6 +61,7 @@ def trace_of(
         simulation: its dry run, which tells what devices hold; without one, the trace shows times alone.
         tokens: how many are decoded.
         name: the model's.
+        ran_unquantized: whether the dry run held weights as they are before they are quantised.
 
     Returns:
         What `trace_text` writes.
@@ -76,7 +87,7 @@ def trace_of(
             "times": "predicted from the rates of the profile's machine, not measured",
             "basis": bases,
             "not shown": {phase: f"not known: {', '.join(figures)}" for phase, figures in missing.items()},
-            "memory": _told_of_memory(simulation),
+            "memory": _told_of_memory(simulation, ran_unquantized=ran_unquantized),
         },
     }
 
@@ -93,12 +104,13 @@ def _timing(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -
     return Timing(graph, inventory, phase, plan.executor, plan.main_device)
 
 
-def _told_of_memory(simulation: Simulation | None) -> str:
+def _told_of_memory(simulation: Simulation | None, *, ran_unquantized: bool) -> str:
     if simulation is None:
         return "not shown, for nothing was tried without torch"
     if not simulation.devices:
         return f"not shown, for the plan could not be tried: {visible(simulation.reason or simulation.outcome)}"
-    return "in the dry run, the most that a device held while a block ran"
+    told = "in the dry run, the most that a device held while a block ran"
+    return f"{told}; {RAN_UNQUANTIZED}" if ran_unquantized else told
 
 
 def _as_they_run(parts: Sequence[ForwardPart]) -> tuple[ForwardPart, ...]:

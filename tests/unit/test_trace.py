@@ -14,7 +14,7 @@ from conftest import REPOSITORY, write_models
 from devmap_config.cli import devmap
 from devmap_config.compiler import Compiled, Request, run_pipeline
 from devmap_config.simulate.memory import simulation_of
-from devmap_config.simulate.trace import trace_of, trace_text
+from devmap_config.simulate.trace import RAN_UNQUANTIZED, trace_of, trace_text
 
 LLAMA = "llama"
 CARD = "{memory: 320KiB, bandwidth: 1TB/s, flops: 100TFLOP/s}"
@@ -215,6 +215,16 @@ def test_a_phase_of_which_no_time_is_known_is_left_out_and_said_to_be(folder):
     assert assert_sound(trace, compiled(folder / "p.yaml").plan.prediction) == ["token 1", "token 2"]
     assert trace["otherData"]["not shown"] == {"prefill": "not known: the `flops` of cpu"}
     assert trace["otherData"]["memory"] == "not shown, for nothing was tried without torch"
+
+
+def test_the_memory_of_a_quantised_model_is_said_to_be_of_unquantised_weights(folder):
+    quantization = ", quantization: {method: bitsandbytes, load_in_8bit: true}"
+    text = profile(LLAMA, "cuda:0: rtx-4090", LINKS, "strategy: single")
+    (folder / "p.yaml").write_text(text)
+    assert "unquantised" not in json.loads(run("--format", "trace").stdout)["otherData"]["memory"]
+    (folder / "p.yaml").write_text(text.replace(f"source: {LLAMA}", f"source: {LLAMA}{quantization}"))
+    memory = json.loads(run("--format", "trace").stdout)["otherData"]["memory"]
+    assert memory.endswith(RAN_UNQUANTIZED)
 
 
 @pytest.mark.parametrize(
