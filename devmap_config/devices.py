@@ -79,7 +79,7 @@ class Device:
 CPU = Device("cpu")
 DISK = Device("disk")
 STORAGE_DEVICES = (CPU, DISK)
-"""What is not an accelerator, in the order in which it is filled."""
+"""The devices that are not accelerators, in the order in which they are filled."""
 
 COMPILING_KIND = "cuda"
 """The kind of accelerators on which compiled decoding was measured: devmap_config/runner/receipts."""

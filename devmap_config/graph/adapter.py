@@ -34,12 +34,12 @@ MOST_RANK = 2**16
 """More than the width of any layer, beyond which a rank is of no use."""
 
 MOST_TRIES = 2_000_000
-"""So often an expression is tried on the name of a module; each takes a microsecond."""
+"""The most matches that are tried of expressions with module names; each takes a microsecond."""
 
 MOST_BYTES_OF_EXPRESSION = 2**23
 
 PREFIX = "base_model.model."
-"""How the names in an adapter's file begin, before those of the model."""
+"""The prefix of the names in an adapter's file."""
 
 PICKLE = "adapter_model.bin"
 
@@ -57,7 +57,7 @@ MERGE = "merge it into the checkpoint by `merge_and_unload()` of peft, and name 
 Bias = Literal["none", "all", "lora_only"]
 
 BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal")
-"""How LoRA's matrices may have begun, of the ways that leave the model's own weights as they are."""
+"""The initialisations of LoRA's matrices that leave the model's own weights unchanged."""
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph
 
 LIBRARIES = ("torch", "transformers", "accelerate")
-"""What makes a graph; their versions stand in a lock for information."""
+"""The libraries that make a graph; a lock holds their versions for information."""
 
 
 def library_versions() -> dict[str, str | None]:

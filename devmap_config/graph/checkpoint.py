@@ -24,7 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 """The files that transformers looks for, in this order."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
-"""What PEFT trains beside a model; it is no checkpoint of one."""
+"""The file of an adapter that PEFT trains; it is no checkpoint of a model."""
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -42,10 +42,10 @@ DTYPE_BITS = {
 """Bits of an element by the dtypes of a header (safetensors' `Dtype`)."""
 
 GIT_LFS = b"version "
-"""How a pointer of git-lfs begins, in as many bytes as a safetensors file has for the length of its header."""
+"""The first eight bytes of a git-lfs pointer; a safetensors file has the length of its header there."""
 
 COMPARED_BYTES = 2**20
-"""How much of two tensors is compared at once."""
+"""The bytes of two tensors that are compared at once."""
 
 
 class CheckpointError(Exception):

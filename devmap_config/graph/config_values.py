@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LARGEST_NUMBER = 2**63 - 1
-"""What torch counts in."""
+"""The largest integer of torch's sizes."""
 MOST_LAYERS = 1_000
 """Those of the deepest network that was published (DeepNet). So many take a minute to measure and place."""
 MOST_EXPERTS = 50_000

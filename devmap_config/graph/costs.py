@@ -241,7 +241,7 @@ RARE_FIGURES = ("offloaded_bytes", "offloaded_largest_bytes")
 """The figures of a module that most measurements have nothing of."""
 
 WORK = ("touched_bytes", "operations", "attention_operations", "launches", "dispatches")
-"""What a module does in a phase, by the name of each figure without the phase."""
+"""The figures of a module's work in a phase; with the phase's name before them, they are fields of a cost."""
 
 COST_FIELDS = tuple(field.name for field in fields(ModuleCost))
 CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
@@ -251,7 +251,7 @@ _crossing_values = attrgetter(*CROSSING_FIELDS)
 
 
 LEAST_WORDS = 4
-"""So many tokens of a prompt with images are words, at least."""
+"""The least number of text tokens in a prompt with images."""
 
 
 @dataclass(frozen=True, slots=True)

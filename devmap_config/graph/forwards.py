@@ -37,7 +37,7 @@ WRITTEN = "language_model_outputs"
 
 SOUND_LENGTH = 1500
 PATCHES_ACROSS = 8
-"""How much a tower is given of what its config does not bound."""
+"""The patches across a tower's input if its config sets no limit."""
 
 
 @dataclass

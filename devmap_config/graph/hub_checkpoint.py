@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What a repository holds that was never converted to safetensors."""
+"""The weight files of a repository that was never converted to safetensors."""
 
 PARTIAL_CONTENT = 206
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.costs import WorkloadShape
 
 GROUP_LENGTH = 64
-"""So many numbers that are quantised have a scale and a shift in common: transformers' default."""
+"""The quantised numbers that share a scale and a shift: transformers' default."""
 
 
 def made_cache(

@@ -36,7 +36,7 @@ MOST_NUMBERS = 2**22
 """Tensors with more elements are not computed for real."""
 
 LARGEST_OFFSET = 8
-"""How many rows of a table may be left over: OPT begins at its third, RoBERTa behind that of its padding."""
+"""The most rows of a table that may stay unused: OPT begins at its third, RoBERTa after that of its padding."""
 
 
 class PositionsEndError(Exception):
@@ -144,7 +144,7 @@ def _compute(function: Any, arguments: Any, options: Any, result: Any) -> None:
 
 
 LENGTHS = ("ctx", "max", "pos", "seq")
-"""What is in the names by which configs state how long something may be."""
+"""Parts of the keys by which configs state a greatest length."""
 
 
 def stated_lengths(config: PreTrainedConfig) -> frozenset[int]:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 READ_IT_FIRST = "read it, then pass `--trust-remote-code`: it runs with all that you may do"
-"""What to do about code that comes with a model."""
+"""The help for a model that comes with its own code."""
 
 
 def code_files(config: Mapping[str, object]) -> tuple[str, ...]:

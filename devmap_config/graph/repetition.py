@@ -317,7 +317,7 @@ def _remade(output: object, inputs: list[Any]) -> Any:
 
 
 TORCHS_OWN = frozenset(vars(torch.nn.Module()))
-"""What torch keeps of every module."""
+"""The attributes that torch gives every module."""
 
 
 def _module_traits(module: torch.nn.Module, position: int) -> object:

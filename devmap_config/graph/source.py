@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-"""What may be the name of a repository on the hub, with or without its owner."""
+"""Matches the name of a repository on the hub, with or without its owner."""
 
 ASSUMED_DTYPE = "float32"
-"""What transformers loads in where nothing tells."""
+"""The dtype in which transformers loads a model if neither the config nor the profile names one."""
 
 COMMIT = re.compile("[0-9a-f]{40}")
 

@@ -29,14 +29,14 @@ SCHEMA = "devmap-vendored-graph/3"
 
 
 KEYS = {"class_name": "class"}
-"""How the file calls a field, where it has another name for it."""
+"""The names of fields in the file, if they differ from those of the class."""
 
 LEFT_OUT = ("quantization", "adapter", "stored_dtype", "checkpoint", "dry_runs")
-"""What the file does not speak of where there is none."""
+"""The fields that the file leaves out if they are empty."""
 
 
 NO_NAME = re.compile(r"[\\^$*+?{}()|\[\]]")
-"""What no module's name holds: a map's keys are read as regular expressions."""
+"""Characters that no module's name may hold: a map's keys are read as regular expressions."""
 
 
 class VendoredGraphError(Exception):

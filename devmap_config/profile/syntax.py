@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
 
 ALIAS = re.compile(r"\*[\w-]+")
-"""What YAML reads as another value of the file, by its name."""
+"""The start of an alias, which YAML reads as another value of the file."""
 
 SHELL_VARIABLE = re.compile(r"\$\{(?P<name>\w+)\}")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import DeviceSection, Hardware, Link, Products, Rates
 
 PLAIN = re.compile(r"[A-Za-z0-9_./~-][A-Za-z0-9_./:~-]*")
-"""What needs no quotes anywhere, not even in a flow mapping."""
+"""Matches text that needs no quotes anywhere, not even in a flow mapping."""
 
 
 def yaml_text(value: str) -> str:

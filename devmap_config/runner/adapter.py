@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
 
 NAME = "default"
-"""What PEFT calls an adapter that has no name of its own."""
+"""PEFT's name for an adapter without one of its own."""
 
 SPREAD = 0.02
 """The standard deviation of an adapter's weights where they are random."""

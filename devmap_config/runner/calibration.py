@@ -27,7 +27,7 @@ FEWEST_RECEIPTS = 3
 """As many it takes to leave one out, and still to say how far the others are apart."""
 
 NAMED = 12
-"""So many receipts are named that do not go with the others."""
+"""The most receipts of another machine or dtype that are named in an error."""
 
 SECONDS: Mapping[Phase, str] = {"decode": "decode_seconds_per_token", "prefill": "prefill_seconds"}
 

@@ -20,10 +20,10 @@ MAX_SECONDS = 10
 """However long it waits: for a lock that another thread held as the process began, say."""
 
 MAX_BYTES = 2**29
-"""What the template may take besides what the process has."""
+"""The memory that a template may take beyond that of the process."""
 
 MAX_CHARACTERS = 1_000_000
-"""What it may write besides the messages: a tokenizer takes some seconds for so much."""
+"""The characters that it may add to the messages: a tokenizer takes some seconds for as many."""
 
 BEYOND = (
     f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters"

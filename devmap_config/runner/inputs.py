@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from devmap_config.runner.media import Sound
 
 PROMPT = "A model is placed"
-"""What a model goes on from where it is given nothing."""
+"""The prompt if none is given."""
 
 MASK = "[MASK]"
 """What stands in a prompt for the token that a masked language model is to fill, whatever its own is called."""

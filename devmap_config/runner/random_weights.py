@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from devmap_config.runner.runner import Deployment
 
 SHARD_BYTES = GIBIBYTE
-"""How much is made at once, where no single tensor is larger."""
+"""The bytes that are made at once, unless a single tensor is larger."""
 
 ROW = 2**20
-"""How many random numbers there are; weights begin at different ones of them, and repeat them."""
+"""The count of random numbers; weights begin at different ones of them, and repeat them."""
 
 SPREAD = 0.02
 """The standard deviation of weights, as most models begin to be trained with."""

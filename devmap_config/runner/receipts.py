@@ -22,7 +22,7 @@ RECEIPT_VERSION = 2
 """The first says none, and not what a forward does."""
 
 HELD = ("weights", "kv_cache", "activation", "overhead")
-"""What a device is planned to hold while the model runs."""
+"""The keys of a plan's device whose sum it holds while the model runs."""
 
 
 PROCESS = ("anonymous", "file", "library_file", "peak")

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 INCOMPLETE = "\ufffd"
-"""What a decoder makes of the first bytes of a character whose others are in the next token."""
+"""The replacement character: a decoder writes it for a character of which some bytes are in the next token."""
 
 PROMPT_CONTEXT = 5
-"""So many tokens at a prompt's end decide how the next one is written."""
+"""The tokens at a prompt's end that decide how the next one is written."""
 
 
 @dataclass(frozen=True, kw_only=True)

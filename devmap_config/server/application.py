@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from devmap_config.server.requests import GenerationRequest
 
 GRACE_SECONDS = 30
-"""How long requests may take to finish once the server is told to stop, and the body of one to come."""
+"""The seconds in which requests must finish once the server is told to stop, and in which a body must arrive."""
 
 POLL_SECONDS = 0.25
-"""How often it is seen whether a client that waits for a whole answer is still there."""
+"""The seconds between checks whether a client that waits for a whole answer is still connected."""
 
 
 @dataclass(frozen=True)

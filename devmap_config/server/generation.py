@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from devmap_config.server.requests import GenerationRequest
 
 MANY_TOKENS = 256
-"""How much is answered where neither a request nor the plan says."""
+"""The tokens of an answer if neither the request nor the plan limits them."""
 
 COLDEST = 0.01
 """Below this temperature the likeliest token is taken: what is divided by less may be too large for a number."""

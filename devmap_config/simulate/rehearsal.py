@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from devmap_config.simulate.simulation import DeviceMismatch, MismatchedTensor, SimulatedDevice, Verdict
 
 MOST_REPAIRS = 8
-"""So often a plan is made anew with more that is kept together."""
+"""The most times that a plan is made anew with more blocks kept together."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ReadDevice = Annotated[Device, PlainValidator(lambda value: Device.from_text(str
 """A device, which data that was kept has as text."""
 
 NOWHERE = Device("meta")
-"""Where a weight is while it is kept elsewhere and not copied in, as accelerate leaves it."""
+"""The device of a weight that is stored elsewhere and not copied in, as accelerate leaves it."""
 
 Outcome = Literal["runs", "mismatch", "unsimulated"]
 """It ran; it does not run, for a tensor is on the wrong device; or it could not be tried."""
