@@ -45,7 +45,7 @@ def both(built, graph, plan, monkeypatch, **options):
         return spared, dry_run.dry_run(built(), graph, plan, **options)
 
 
-@pytest.mark.parametrize("name", ["dense", "sliding and full", "shared caches"])  # each kind: every plan of it, below
+@pytest.mark.parametrize("name", ["dense", "sliding and full", pytest.param("shared caches", marks=pytest.mark.zoo)])
 def test_it_shows_the_same_on_cards_and_from_the_disk(name, monkeypatch):
     graph = measured_graph(name)
     plans = dict(plans_that_run(graph))
@@ -61,7 +61,7 @@ def test_it_shows_the_same_on_cards_and_from_the_disk(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "broken"),
     [
-        ("dense", {"model.layers.4", "model.layers.5", "model.layers.6"}),
+        pytest.param("dense", {"model.layers.4", "model.layers.5", "model.layers.6"}, marks=pytest.mark.zoo),
         # A norm behind the part brings back what it gives, but in the first block on a card.
         pytest.param("sliding and full", {"model.layers.4"}, marks=pytest.mark.zoo),
     ],

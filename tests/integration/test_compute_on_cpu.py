@@ -20,20 +20,21 @@ from devmap_config.dispatch.cpu_compute import UncallableUnitError, compute_on_c
     reason="this torch takes no backend written in Python",
 )
 @pytest.mark.parametrize(
-    "tests",
+    ("tests", "which"),
     [
-        "on_simulated_accelerator.py",
-        "media_on_simulated_accelerator.py",
-        "companions_on_simulated_accelerator.py",
-        "caches_on_simulated_accelerator.py",
+        ("on_simulated_accelerator.py", "not zoo"),
+        ("media_on_simulated_accelerator.py", "not zoo"),
+        ("companions_on_simulated_accelerator.py", "not zoo"),
+        ("caches_on_simulated_accelerator.py", "not zoo"),
+        pytest.param("media_on_simulated_accelerator.py", "zoo", marks=pytest.mark.zoo),
     ],
 )
-def test_on_a_simulated_accelerator(tests, monkeypatch):
+def test_on_a_simulated_accelerator(tests, which, monkeypatch):
     """In a process of its own: torch cannot forget a device."""
     if tests.startswith("companions"):
         pytest.importorskip("peft")
     monkeypatch.chdir(REPOSITORY)
-    done = run_command("pytest", "-q", "-p", "no:cacheprovider", f"tests/integration/{tests}")
+    done = run_command("pytest", "-q", "-p", "no:cacheprovider", "-m", which, f"tests/integration/{tests}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
