@@ -39,4 +39,4 @@ def _run(program, arguments, folder, environment, *streams) -> None:
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = [program, *arguments]
     (command,) = entry_points(group="console_scripts", name=program)
-    command.load()()
+    sys.exit(command.load()())  # as the script that an installer writes for it does
