@@ -383,9 +383,14 @@ def compiling_on_a_cpu() -> CompileConfig:
 
 
 def compiles_generation(model: Any) -> bool:
-    """Return whether transformers compiles what decodes, where a model is and as it is, once its cache is static."""
+    """Return whether transformers compiles what decodes, where a model is and as it is, once its cache is static.
+
+    Of some it says so, and calls them as they are: of Llama 4.
+    """
     from transformers import StaticCache
 
+    if model.get_compiled_call(model.generation_config.compile_config) == model.__call__:
+        return False
     COMPILES.find()
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=2)
     compiles: bool = COMPILES.of(model)(dict.fromkeys(CACHE_NAMES, cache), model.generation_config)

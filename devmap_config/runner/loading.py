@@ -76,8 +76,11 @@ def telling_of_changes(consequence: str) -> Iterator[None]:
 
 MMAP_THRESHOLD = -3
 """`M_MMAP_THRESHOLD` of glibc's `mallopt`: what is larger is mapped by itself."""
+TRIM_THRESHOLD = -1
+"""`M_TRIM_THRESHOLD`: so much is free at the end of the heap before it is given back."""
 MMAP_THRESHOLD_MOST_BYTES = 32 * 2**20
-"""`DEFAULT_MMAP_THRESHOLD_MAX`, to which the limit rises by itself where as much was freed once."""
+"""`DEFAULT_MMAP_THRESHOLD_MAX`, to which the first rises by itself where as much was freed once; the second to twice
+that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +179,8 @@ def giving_back_at_once() -> Iterator[None]:
         yield
     finally:
         set_option(MMAP_THRESHOLD, MMAP_THRESHOLD_MOST_BYTES)
+        # Whoever sets one of the two has to set the other: at 128 KiB, copies of weights are given back at every token.
+        set_option(TRIM_THRESHOLD, 2 * MMAP_THRESHOLD_MOST_BYTES)
 
 
 def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> PreTrainedModel:

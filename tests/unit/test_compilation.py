@@ -11,6 +11,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
@@ -162,3 +164,10 @@ def test_logits_of_code_that_is_compiled_for_a_cpu_are_those_of_the_plain_model(
 def test_what_transformers_does_not_compile_is_refused():
     with pytest.raises(RunnerError, match="transformers compiles no model of its kind"):
         compile_decoding(ViTModel(ViTConfig(num_hidden_layers=1)))
+
+
+def test_what_transformers_says_it_compiles_and_calls_as_it_is_is_refused():
+    sizes = {**LLAMA, "model_type": "llama4_text", "num_local_experts": 2, "intermediate_size_mlp": 32}
+    sizes = {name: value for name, value in sizes.items() if name not in ("architectures", "dtype")}
+    with pytest.raises(RunnerError, match="transformers compiles no model of its kind"):
+        compile_decoding(Llama4ForCausalLM(Llama4TextConfig(**sizes)))
