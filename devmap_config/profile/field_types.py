@@ -17,7 +17,6 @@ from devmap_config.profile.device_names import HOST_NAME, DeviceNameError, expan
 from devmap_config.profile.located import WrittenNothing, WrittenText
 from devmap_config.profile.quantities import (
     BASES,
-    FEWEST_WITHOUT_UNIT,
     QuantityError,
     Share,
     Spread,
@@ -254,7 +253,6 @@ def _matching(pattern: str) -> dict[str, Any]:
 
 NUMBER: dict[str, Any] = {"type": "number", "minimum": 0}
 RATE: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0}
-BARE_RATE: dict[str, Any] = {"type": "number", "minimum": FEWEST_WITHOUT_UNIT}
 INTEGER: dict[str, Any] = {"type": "integer", "minimum": 0}
 POSITIVE = r"(?=[0-9.]*[1-9])[0-9]+(\.[0-9]+)?"
 UNITS = "B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB"
@@ -264,7 +262,7 @@ HOST_DEVICE_KEY_PATTERN = rf"^((cuda|xpu|npu|hpu|mps|cpu):)?{RANGE_PATTERN}$|^cp
 HOST_PATTERN = rf"({HOST_NAME.pattern}/)?"
 
 BASIS = rf"( ({'|'.join(BASES[1:])}))?"
-BANDWIDTH = _quantity(known_rate(parse_bandwidth), BARE_RATE, _matching(rf"^{POSITIVE} ?(({UNITS})/s)?{BASIS}$"))
+BANDWIDTH = _quantity(known_rate(parse_bandwidth), RATE, _matching(rf"^{POSITIVE} ?(({UNITS})/s)?{BASIS}$"))
 QUANTIZATION_METHOD = one_of(*METHODS, meant=_quantization_to_write, key="method")
 QUANTIZATION_SCHEMA = {
     "type": "object",
@@ -310,9 +308,7 @@ Efficiency = Annotated[
     PlainSerializer(str),
 ]
 Bandwidth = Annotated[int, BANDWIDTH]
-Flops = Annotated[
-    int, _quantity(known_rate(parse_flops), BARE_RATE, _matching(rf"^{POSITIVE} ?([GTP]FLOP/s)?{BASIS}$"))
-]
+Flops = Annotated[int, _quantity(known_rate(parse_flops), RATE, _matching(rf"^{POSITIVE} ?([GTP]FLOP/s)?{BASIS}$"))]
 PerSecond = Annotated[int, _quantity(known_rate(parse_per_second), RATE, _matching(rf"^{POSITIVE}(/s)?{BASIS}$"))]
 DURATION = r"^[0-9]+(\.[0-9]+)? ?(ns|us|µs|ms|s)"
 Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(rf"{DURATION}$"))]

@@ -37,9 +37,6 @@ TIME_UNITS = {
     "s": Fraction(1),
 }
 
-FEWEST_WITHOUT_UNIT = 10**6
-"""Bytes or operations a second that are believed without a unit: with fewer, gigabytes or teraflops were meant."""
-
 Basis = Literal["stated", "measured", "calibrated"]
 """How a rate is known: from a data sheet, a default or by hand; from this machine; from runs of models on it."""
 
@@ -154,7 +151,7 @@ def parse_efficiency(text: str) -> Fraction:
 
 
 def parse_bandwidth(text: str) -> int:
-    """Parse a bandwidth in bytes a second: `25GB/s`, or a plain number, if it is not so small that it lacks its unit.
+    """Parse a bandwidth in bytes a second: `25GB/s`, or a plain number.
 
     >>> parse_bandwidth("25GB/s")
     25000000000
@@ -165,9 +162,6 @@ def parse_bandwidth(text: str) -> int:
     example = "write a bandwidth as `25GB/s`, or in bytes a second"
     number, unit = _rate(text, example)
     if unit is None:
-        if number < FEWEST_WITHOUT_UNIT:
-            help = f"write `{text}GB/s`, if that is meant; else `{text}B/s`"
-            raise QuantityError(f"without a unit, `{text}` is in bytes a second", help)
         return _whole(text, number, example)
     if "bit" in unit or unit.endswith("bps"):
         raise QuantityError(f"`{text}` is in bits", _in_bytes(number, unit))
@@ -179,7 +173,7 @@ def parse_bandwidth(text: str) -> int:
 
 
 def parse_flops(text: str) -> int:
-    """Parse a rate in floating-point operations a second: `165TFLOP/s`, or a plain number that is large enough.
+    """Parse a rate in floating-point operations a second: `165TFLOP/s`, or a plain number.
 
     >>> parse_flops("165TFLOP/s")
     165000000000000
@@ -190,9 +184,6 @@ def parse_flops(text: str) -> int:
     example = "write compute as `165TFLOP/s`, or in operations a second"
     number, unit = _rate(text, example)
     if unit is None:
-        if number < FEWEST_WITHOUT_UNIT:
-            help = f"write `{text}TFLOP/s`, if that is meant"
-            raise QuantityError(f"without a unit, `{text}` is in operations a second", help)
         return _whole(text, number, example)
     if unit not in FLOP_UNITS:
         meant = next((known for known in FLOP_UNITS if known[:5] == unit.upper()[:5]), None)
