@@ -191,7 +191,7 @@ def _waits(compiled: Compiled) -> Iterator[str]:
         times = [f"{each['what']} ({format_duration(each['nanoseconds'])})" for each in found]
         if times:
             what = "token" if phase == "decode" else phase
-            yield f"A {what} waits for {' and '.join(times)}: in brackets, its time were that twice as fast."
+            yield f"A {what} waits for {' and '.join(times)}: in brackets, its time if that were twice as fast."
 
 
 def waits(compiled: Compiled) -> dict[Phase, list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import GIBIBYTE
 from devmap_config.devices import CPU, OFFLOADING_KIND, Device
+from devmap_config.graph.costs import PARTLY
 from devmap_config.plan.trials import ProfileChange
 
 if TYPE_CHECKING:
@@ -99,14 +100,14 @@ class _RemedySearch:
         return f"lower `context_length` to {most}" if tried else None
 
     def cache_on_the_cpu(self) -> str | None:
-        """Offload the cache, if the weights alone have room."""
+        """Offload as much of the cache as is fastest, if the weights alone have room."""
         problem, measurement = self.problem, self.problem.graph.measurement
         is_dynamic = measurement is not None and measurement.workload.cache == "dynamic"
         can_hold_it = CPU in problem.capacities and any(device.kind == OFFLOADING_KIND for device in problem.capacities)
         has_room = problem.graph.size_bytes < sum(problem.capacities.values())
         if not (is_dynamic and can_hold_it and has_room):
             return None
-        return "write `cache: offloaded`" if self.trials.compiles(ProfileChange(cache="offloaded")) else None
+        return f"write `cache: {PARTLY}`" if self.trials.compiles(ProfileChange(cache=PARTLY)) else None
 
     def fewer_bits(self) -> str | None:
         room = sum(size for device, size in self.problem.capacities.items() if device.is_accelerator)
