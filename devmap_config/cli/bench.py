@@ -45,7 +45,7 @@ def bench(
     from devmap_config.diagnostics.overheard import passing_on
     from devmap_config.runner.benchmark import jobs_of, run_benchmark
     from devmap_config.runner.demonstration import planned_generation, require_fit_class, tell_of_text_alone
-    from devmap_config.runner.inputs import Given
+    from devmap_config.runner.inputs import UserInput
     from devmap_config.runner.runner import notices, prepare, require_model_alone
 
     sink = Sink()
@@ -56,7 +56,7 @@ def bench(
         workload, graph = deployment.compiled.loaded.profile.workload, deployment.compiled.model.graph
         generation = planned_generation(workload, new_tokens, graph.measurement, decodes=graph.decodes)
         if generation.prompts.besides is None:
-            require_fit_class(deployment.request, Given())
+            require_fit_class(deployment.request, UserInput())
         tell_of_text_alone(graph.measurement, sink)
         sink.report_all(notices(deployment, asks_machine=True))
         if random_weights:

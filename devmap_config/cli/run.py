@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from devmap_config.runner.demonstration import Demonstration, Demonstrator
     from devmap_config.runner.generation_times import GenerationWorkload
-    from devmap_config.runner.inputs import Given
+    from devmap_config.runner.inputs import UserInput
     from devmap_config.runner.runner import Deployment
     from devmap_config.runner.usage import LoadCost
 
@@ -160,10 +160,10 @@ def _require_usable(prompt: str | None, receipt: Path | None, options: ProfileOp
         raise click.UsageError("`--format json` prints one answer: say by `--prompt` to what")
 
 
-def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> Given:
+def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> UserInput:
     """Return what the model is given; a chat that is yet to begin has an empty message."""
     from devmap_config.files import FileError
-    from devmap_config.runner.inputs import Given
+    from devmap_config.runner.inputs import UserInput
     from devmap_config.runner.media import read_image, read_sound
 
     media: dict[str, Any] = {}
@@ -172,10 +172,10 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
             media[name] = () if path is None else (read(path),)
         except FileError as error:
             raise click.UsageError(f"`{path}` {error}: {error.help}") from None
-    return Given(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
+    return UserInput(prompt=prompt, messages=({"role": "user", "content": prompt or ""},) if chat else (), **media)
 
 
-def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> Demonstration | None:
+def _shown(shows: Demonstrator, model: Any, given: UserInput, *, writes: bool) -> Demonstration | None:
     """Return what the model made of what it was given, and write text to stdout as it is made; of a chat, the last."""
     escaped = EscapedStream(sys.stdout)  # while a model runs, what is printed there goes to stderr
 
@@ -183,7 +183,7 @@ def _shown(shows: Demonstrator, model: Any, given: Given, *, writes: bool) -> De
         if writes:
             escaped.write(text)
 
-    def show(given: Given) -> Demonstration:
+    def show(given: UserInput) -> Demonstration:
         outcome = shows.show(model, given, write)
         write("" if outcome.output.text.endswith("\n") else "\n")
         return outcome

@@ -43,13 +43,13 @@ class Optimal:
 
 
 @dataclass(frozen=True, slots=True)
-class Wished:
+class ContextWish:
     """The wish among placements that are nearly as fast: a context of at least so many tokens, if known."""
 
     least_context: int | None = None
 
 
-def place_fastest(problem: Problem, aim: Aim, wished: Wished | None = None) -> Optimal | None:
+def place_fastest(problem: Problem, aim: Aim, wished: ContextWish | None = None) -> Optimal | None:
     """Return the fastest placement, or `None` if none was found that fits.
 
     Args:
@@ -136,7 +136,7 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
     Raises:
         MissingFigureError: if the machine does not say how fast something is.
     """
-    wished = None if aim.phases else Wished()
+    wished = None if aim.phases else ContextWish()
     devices = {device.id: device for device in aim.inventory.devices}
     pinned = set(problem.pinned.values())
     kept = [device for device in problem.capacities if device in pinned]

@@ -192,7 +192,7 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
         }
         problem = replace(problem, capacities=offered)
     if strategy == "fastest":
-        found = optimal.place_fastest(problem, aim, optimal.Wished(_context_of_sequential(problem)))
+        found = optimal.place_fastest(problem, aim, optimal.ContextWish(_context_of_sequential(problem)))
     elif strategy == "longest-context":
         found = optimal.place_longest_context(problem, aim)
     else:

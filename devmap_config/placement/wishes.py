@@ -54,7 +54,7 @@ class _Stated(NamedTuple):
 
 
 @dataclass
-class _Granted:
+class _GrantedWishes:
     """The wishes that were granted so far.
 
     Attributes:
@@ -110,7 +110,7 @@ def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) ->
         most_nanoseconds: what the choice may take.
         contexts: the chain at other context lengths, where it has such.
     """
-    granted = _Granted(chain, contexts, most_nanoseconds, length=0 if contexts is None else contexts.length)
+    granted = _GrantedWishes(chain, contexts, most_nanoseconds, length=0 if contexts is None else contexts.length)
     for wish in WISHES:
         wish.grant(granted)
     choice = granted.choice()
@@ -165,10 +165,10 @@ def _tidy(program: Program) -> Terms:
 # How wishes are granted
 
 
-def _little_of(count: Sum) -> Callable[[_Granted], None]:
+def _little_of(count: Sum) -> Callable[[_GrantedWishes], None]:
     """Hold the least that a sum can come to, where that is found."""
 
-    def grant(granted: _Granted) -> None:
+    def grant(granted: _GrantedWishes) -> None:
         program, milp, _ = granted.stated()
         if not (terms := count(program, milp)):
             return
@@ -179,14 +179,14 @@ def _little_of(count: Sum) -> Callable[[_Granted], None]:
     return grant
 
 
-def _least_context(granted: _Granted) -> None:
+def _least_context(granted: _GrantedWishes) -> None:
     """Hold the context that is wished for at least, where that is possible."""
     contexts = granted.contexts
     if contexts is not None and contexts.least > granted.length:
         granted.grant_length(contexts, contexts.least)
 
 
-def _one_run_each(granted: _Granted) -> None:
+def _one_run_each(granted: _GrantedWishes) -> None:
     """Hold the devices in the order in which they are listed, or as the fastest has them, where that is possible."""
     choice = granted.choice()
     order = () if choice is None else order_in(program_of(granted.chain), choice)
@@ -194,7 +194,7 @@ def _one_run_each(granted: _Granted) -> None:
     granted.order = next((each for each in orders if each and replace(granted, order=each).is_possible), ())
 
 
-def _long_context(granted: _Granted) -> None:
+def _long_context(granted: _GrantedWishes) -> None:
     """Hold the longest context at which all that was granted still is."""
     contexts = granted.contexts
     too_long = 0 if contexts is None else contexts.longest + 1
@@ -214,7 +214,7 @@ class Wish:
     `told` is given the figure, and that of the fastest plan. A wish without these goes without saying.
     """
 
-    grant: Callable[[_Granted], None]
+    grant: Callable[[_GrantedWishes], None]
     figure: Callable[[Any], int] = lambda _: 0
     told: Callable[[int, int], str] = lambda *_: ""
 

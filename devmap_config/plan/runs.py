@@ -50,7 +50,7 @@ class Run:
         return {**values, "patterns": list(self.patterns), "device": str(self.device), "runs_on": str(self.runs_on)}
 
 
-class _Held(NamedTuple):
+class _HeldTensors(NamedTuple):
     """The tensors of one block that a device holds in one mode, and the plan's names for them."""
 
     device: Device
@@ -76,12 +76,12 @@ def runs_of(plan: Plan, graph: ModelGraph) -> tuple[Run, ...]:
     """
     if plan.pipeline is not None:
         return tuple(_stages(plan, plan.pipeline))
-    held: dict[_Held, dict[str, list[TensorName]]] = {}
+    held: dict[_HeldTensors, dict[str, list[TensorName]]] = {}
     for device, runs_on, mode, unit, name in _stored(plan, graph):
         block = block_of(graph, name)
         named = unit if unit and not block.startswith(f"{unit}.") else block
-        held.setdefault(_Held(device, runs_on, mode, block), {}).setdefault(named, []).append(name)
-    kinds: dict[_Kind, list[_Held]] = {}
+        held.setdefault(_HeldTensors(device, runs_on, mode, block), {}).setdefault(named, []).append(name)
+    kinds: dict[_Kind, list[_HeldTensors]] = {}
     for each, parts in held.items():
         path = tuple("" if number_in(segment) is not None else segment for segment in each.block.split("."))
         relative = tuple(part[len(each.block) :] for part in parts)

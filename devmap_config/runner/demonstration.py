@@ -19,8 +19,8 @@ from devmap_config.runner.inputs import (
     ONE_TEXT,
     PROMPT,
     USE_PYTHON,
-    Given,
     MadeUp,
+    UserInput,
     made_up_inputs,
     media_inputs,
     placed,
@@ -85,7 +85,7 @@ class Demonstrator:
     made_up: MadeUp = ONE_TEXT
     writes_all: bool = False
 
-    def show(self, model: PreTrainedModel, given: Given, write: Write) -> Demonstration:
+    def show(self, model: PreTrainedModel, given: UserInput, write: Write) -> Demonstration:
         """Return what the model makes of what it is given, and hand text to `write` as it is made.
 
         Raises:
@@ -115,7 +115,7 @@ class Demonstrator:
         default = FEW_TOKENS if inputs.goes_on else MANY_TOKENS
         return self.context.new_tokens(inputs.prompt_tokens, wanted=self.max_new_tokens, default=default)
 
-    def _inputs(self, model: PreTrainedModel, given: Given, encoder: SentenceEncoder | None) -> ModelInputs:
+    def _inputs(self, model: PreTrainedModel, given: UserInput, encoder: SentenceEncoder | None) -> ModelInputs:
         if given.has_media:
             return media_inputs(type(model), self.processor, self.tokenizer, given)
         if self.tokenizer is None and not given.messages:
@@ -199,7 +199,7 @@ def measured_generation(
         RunnerError: if it takes no tokens, or does not run.
     """
     if workload.prompts.besides is None:
-        require_fit(type(model), Given())
+        require_fit(type(model), UserInput())
     with running(request), _failures_told():
         return measure_generation(model, workload, rounds=rounds, least_seconds=least_seconds)
 
@@ -215,7 +215,7 @@ def numbers_planned(model: PreTrainedModel, request: LoadRequest, workload: Work
 
 
 def demonstrator(
-    request: LoadRequest, workload: Workload, given: Given, sink: Sink, *, max_new_tokens: int | None = None
+    request: LoadRequest, workload: Workload, given: UserInput, sink: Sink, *, max_new_tokens: int | None = None
 ) -> Demonstrator:
     """Return what will show a model that is to be loaded, once it is seen that it takes what it will be given.
 
@@ -269,7 +269,7 @@ def demonstrator_of_plan(
     """
     planned = planned_generation(workload, max_new_tokens, measurement)
     if planned.prompts.besides is None:
-        require_fit_class(request, Given())
+        require_fit_class(request, UserInput())
     tell_of_text_alone(measurement, sink)
     return Demonstrator(
         request=request,
@@ -322,7 +322,7 @@ def tell_of_text_alone(measurement: Measurement | None, sink: Sink) -> None:
         )
 
 
-def require_fit_class(request: LoadRequest, given: Given) -> Any:
+def require_fit_class(request: LoadRequest, given: UserInput) -> Any:
     """Return a model's class, seen to take what it will be given; `None` of one that is code, which is not run yet.
 
     Raises:

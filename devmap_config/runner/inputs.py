@@ -38,9 +38,10 @@ USE_PYTHON = "`devmap_config.load_model` gives the model for inputs of its own, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """The input of a model. Messages are a chat: each has a `role` and `content`, and the last one is the user's.
+class UserInput:
+    """The input that a user gives a model.
 
+    Messages are a chat: each has a `role` and `content`, and the last one is the user's.
     The content is text, or parts of which each is text or stands for an image or a sound, in the order of these. Where
     no part does, the images and the sounds go with the last message.
     """
@@ -100,7 +101,7 @@ class ModelInputs:
         return self.tensors["input_ids"].shape[-1] if "input_ids" in self.tensors else 0
 
 
-def require_fit(model_class: Any, given: Given) -> None:
+def require_fit(model_class: Any, given: UserInput) -> None:
     """Check that a model takes what it is given.
 
     Raises:
@@ -218,7 +219,7 @@ def _planned_media(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Med
         return media_of(model, workload)
 
 
-def text_inputs(model_class: Any, tokenizer: Any, given: Given, *, max_tokens: int | None = None) -> ModelInputs:
+def text_inputs(model_class: Any, tokenizer: Any, given: UserInput, *, max_tokens: int | None = None) -> ModelInputs:
     """Return the inputs for text, of which no more than `max_tokens` are taken, or for a chat.
 
     Raises:
@@ -275,7 +276,7 @@ def require_chat_template(tokenizer: Any) -> None:
         raise RunnerError("no-chat-template", f"{what}: it was not made to chat", "leave `--chat` out")
 
 
-def _chat_inputs(tokenizer: Any, given: Given) -> ModelInputs:
+def _chat_inputs(tokenizer: Any, given: UserInput) -> ModelInputs:
     text, said = _chat_text(tokenizer, given.messages), str(given.text).strip()
     if said not in text and said in (of_parts := _chat_text(tokenizer, given.in_parts)):
         text = of_parts  # templates for images leave out what is no part of a message (LLaVA)
@@ -303,7 +304,7 @@ def _without_types(encoding: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in encoding.items() if name != "token_type_ids"}
 
 
-def media_inputs(model_class: Any, processor: Any, tokenizer: Any, given: Given) -> ModelInputs:
+def media_inputs(model_class: Any, processor: Any, tokenizer: Any, given: UserInput) -> ModelInputs:
     """Return the inputs for images or sound, and for the text that goes with them.
 
     Raises:
@@ -335,7 +336,7 @@ def _one_or_many(things: Sequence[Any]) -> Any:
     return things[0] if len(things) == 1 else list(things)
 
 
-def _text_part(processor: Any, given: Given) -> dict[str, Any]:
+def _text_part(processor: Any, given: UserInput) -> dict[str, Any]:
     """Return the text that goes with images or sound: by the chat template if there is one, for it says where."""
     token = getattr(processor, "image_token" if given.images else "audio_token", None)
     if getattr(processor, "chat_template", None):

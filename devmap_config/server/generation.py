@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from devmap_config.runner.context import PlannedContext
 from devmap_config.runner.demonstration import require_fit_class, running
-from devmap_config.runner.inputs import Given, placed, require_chat_template, text_inputs
+from devmap_config.runner.inputs import UserInput, placed, require_chat_template, text_inputs
 from devmap_config.runner.loading import RunnerError, first_line
 from devmap_config.runner.text_stream import TextStream
 from devmap_config.runner.tokenizers import load_tokenizer
@@ -290,7 +290,7 @@ def writing_tokenizer(request: LoadRequest, sink: Sink) -> Any:
     Raises:
         RunnerError: if it writes none, or has no tokenizer.
     """
-    model_class = require_fit_class(request, Given())
+    model_class = require_fit_class(request, UserInput())
     if model_class is not None:
         require_writes(model_class)
     with running(request):

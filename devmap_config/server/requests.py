@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from devmap_config.files import REQUEST, FileError, parse_json
-from devmap_config.runner.inputs import Given
+from devmap_config.runner.inputs import UserInput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,7 +163,7 @@ class GenerationRequest(_Section):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def given(self) -> Given:
+    def given(self) -> UserInput:
         """The input for the model."""
         raise NotImplementedError
 
@@ -191,9 +191,9 @@ class Completion(GenerationRequest):
     prompt: str = Field(min_length=1)
 
     @property
-    def given(self) -> Given:
+    def given(self) -> UserInput:
         """The input for the model."""
-        return Given(prompt=self.prompt)
+        return UserInput(prompt=self.prompt)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -208,9 +208,9 @@ class ChatCompletion(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
 
     @property
-    def given(self) -> Given:
+    def given(self) -> UserInput:
         """The input for the model, but for images and sounds: these are only read for a model that takes them."""
-        return Given(messages=tuple(message.in_template for message in self.messages))
+        return UserInput(messages=tuple(message.in_template for message in self.messages))
 
     @property
     def texts(self) -> tuple[str, ...]:

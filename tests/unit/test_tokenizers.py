@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from devmap_config.diagnostics.diagnostic import Sink
-from devmap_config.runner.inputs import Given, text_inputs
+from devmap_config.runner.inputs import UserInput, text_inputs
 from devmap_config.runner.loading import LoadRequest, RunnerError
 from devmap_config.runner.tokenizers import load_tokenizer
 
@@ -35,4 +35,4 @@ def test_a_length_that_is_none_is_told_once_text_is_read(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": "x"}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with pytest.raises(RunnerError, match="the tokenizer takes no text: TypeError: '>' not supported"):
-        text_inputs(LlamaForCausalLM, tokenizer, Given(prompt="a"))
+        text_inputs(LlamaForCausalLM, tokenizer, UserInput(prompt="a"))
