@@ -167,22 +167,40 @@ def waits_of(waits: Mapping[str, Sequence[Mapping[str, Any]]], plan: Mapping[str
 
 
 MEMORY = {"running": "memory while it runs", "weights": "weights", "cache": "cache", "loading": "memory while loading"}
+PROCESS = {
+    "anonymous": "the process's own memory",
+    "file": "pages of the model's files",
+    "library_file": "pages of libraries' files",
+    "peak": "the process at most",
+}
+"""Of a plan of the CPU: what the process holds, of which tensors alone are a part."""
+OF_TENSORS = ("running", "loading")
 TIMES = {"token": "a token", "prefill": "a prefill", "load": "loading"}
 
 
 def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[MeasuredBar, ...]:
     """Return the figures of receipts that were both predicted and measured."""
+    shown = {**MEMORY, **PROCESS, **TIMES}
     return tuple(
         _comparison(case, figure)
         for case in cases
         for figure in case["figures"]
-        if figure["predicted"] is not None and figure["seen"] is not None and figure["name"] in {**MEMORY, **TIMES}
+        if figure["predicted"] is not None and figure["seen"] is not None and figure["name"] in shown
+        if not (figure["device"] == "cpu" and figure["name"] in OF_TENSORS and _tells_of_the_process(case))
+    )
+
+
+def _tells_of_the_process(case: Mapping[str, Any]) -> bool:
+    """Return whether it was predicted what the process holds at most: to tensors alone that is not to be compared."""
+    return any(
+        figure["name"] == "peak" and None not in (figure["predicted"], figure["seen"]) for figure in case["figures"]
     )
 
 
 def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> MeasuredBar:
     predicted, seen, name = figure["predicted"], figure["seen"], figure["name"]
-    is_memory = name in MEMORY
+    is_memory = name in MEMORY or name in PROCESS
+    what = PROCESS.get(name) or TIMES.get(name) or f"{MEMORY[name]} on {visible(figure['device'] or '')}"
     longer = max(predicted, seen) or 1
 
     def text(amount: float) -> str:
@@ -191,11 +209,11 @@ def _comparison(case: Mapping[str, Any], figure: Mapping[str, Any]) -> MeasuredB
     return MeasuredBar(
         receipt=visible(case["receipt"]),
         case=visible(case["name"]),
-        what=f"{MEMORY[name]} on {visible(figure['device'] or '')}" if is_memory else TIMES[name],
+        what=what,
         predicted=text(predicted),
         measured=text(seen),
         ratio=f"{seen / predicted:.2f}" if predicted else "–",
-        unaccounted=text(seen - predicted) if is_memory and name == "running" else "",
+        unaccounted=text(seen - predicted) if name in ("running", "peak") and seen > predicted else "",
         predicted_share=round(100 * predicted / longer, 2),
         measured_share=round(100 * seen / longer, 2),
     )

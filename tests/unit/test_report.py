@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_models
+from conftest import REPOSITORY, write_models
 from reported import PROFILE
 
 from devmap_config.amounts import format_bytes, format_duration
@@ -230,6 +230,17 @@ def test_two_profiles_and_receipts_have_parts_of_their_own(folder):
     assert [running[2], running[3], *running[-2:]] == ["1.2 MiB", "2.0 MiB", "1.60", "768.0 KiB"]
     token = next(row for row in page.rows if row[:2] == ["a-run", "a token"])
     assert (token[2], token[3], token[-1]) == ("250 ms", "500 ms", "–")
+
+
+def test_of_a_plan_of_the_cpu_the_process_is_compared_with_what_it_was_to_hold(folder):
+    receipt = REPOSITORY / "receipts" / "dense-0.4b-bfloat16-torchao.json"
+    told("report", "plan.yaml", "-o", "page.html", "--receipt", str(receipt))
+    rows = {
+        row[1]: row for row in Page(Path("page.html").read_text(encoding="utf-8")).rows if row[:1] == [receipt.stem]
+    }
+    assert "memory while it runs on cpu" not in rows
+    assert rows["the process at most"][2:4] == ["1.6 GiB", "1.6 GiB"]
+    assert rows["weights on cpu"][2] == rows["weights on cpu"][3]
 
 
 def diff(*sides):
