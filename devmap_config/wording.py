@@ -141,3 +141,14 @@ def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False)
 
     text = NOT_PLAIN.sub(escaped, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False))
     return text.replace("##[", r"\u0023#[")
+
+
+def in_words(value: object) -> str:
+    """Return a setting as a reader is shown it.
+
+    >>> in_words(True), in_words(1)
+    ('yes', '1')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

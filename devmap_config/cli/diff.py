@@ -10,6 +10,7 @@ from devmap_config.amounts import format_bytes, format_change, format_duration
 from devmap_config.cli.command import command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import outside_option, quiet_option, remote_code_option
+from devmap_config.wording import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,14 +120,9 @@ def _split(row: tuple[str, ...]) -> tuple[str, str, str]:
 
 
 def _setting_rows(found: Difference) -> list[tuple[str, ...]]:
-    words: dict[Any, str] = {
-        "main_device": "main device",
-        "offload_buffers": "buffers offloaded",
-        True: "yes",
-        False: "no",
-    }
+    words = {"main_device": "main device", "offload_buffers": "buffers offloaded"}
     return [
-        (words.get(name, name), _arrow(change.before, change.after, lambda value: words.get(value, str(value))))
+        (words.get(name, name), _arrow(change.before, change.after, in_words))
         for name, change in found.settings.items()
     ]
 

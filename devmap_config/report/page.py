@@ -27,7 +27,7 @@ from devmap_config.report.charts import (
     waits_of,
 )
 from devmap_config.report.picture import PHASES, Geometry, Picture, picture_of, rows_of_runs
-from devmap_config.wording import visible
+from devmap_config.wording import in_words, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -406,7 +406,9 @@ FIGURES = {
 def _figure_changes(diff: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
     """Yield what is different of the plans as wholes, and of what they are predicted to take."""
     for name, change in diff["settings"].items():
-        values = {side: "–" if change[side] is None else visible(str(change[side])) for side in ("before", "after")}
+        values = {
+            side: "–" if change[side] is None else visible(in_words(change[side])) for side in ("before", "after")
+        }
         yield {"name": visible(name.replace("_", " ")), **values, "share": ""}
     for name, (words, show) in FIGURES.items():
         change = diff["prediction"][name]
