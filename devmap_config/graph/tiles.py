@@ -58,6 +58,8 @@ def tiles_of_image(source: ModelSource, height: int, width: int, boundary: Bound
     processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     try:
         found = processor(**settings).get_number_of_image_patches(height, width, dict(told))
+    except ImportError as error:
+        raise UnknownTilesError(f"`{name}` needs a package (`pip install pillow`): {first_line(error)}") from error
     except Exception as error:  # whatever comes of settings that are none
         raise UnknownTilesError(f"its processor's settings do not say: {first_line(error)}") from error
     tiles = found[0] if isinstance(found, tuple) else found

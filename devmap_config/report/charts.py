@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from devmap_config.amounts import format_bytes, format_duration
+from devmap_config.devices import CPU
 from devmap_config.wording import visible
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def comparisons_of(cases: Sequence[Mapping[str, Any]]) -> tuple[MeasuredBar, ...
         for case in cases
         for figure in case["figures"]
         if figure["predicted"] is not None and figure["seen"] is not None and figure["name"] in shown
-        if not (figure["device"] == "cpu" and figure["name"] in OF_TENSORS and _tells_of_the_process(case))
+        if not (figure["device"] == str(CPU) and figure["name"] in OF_TENSORS and _tells_of_the_process(case))
     )
 
 

@@ -104,6 +104,11 @@ OF_EACH_KIND = ("gemma3", "qwen2_5_vl", "mllama", "idefics3", "whisper")
 """One of each way: images of one size, of any size, by cross-attention, by tiles, and an encoder of sound."""
 
 
+def require_processor(name):
+    if name in PROCESSORS:
+        pytest.importorskip("PIL")  # by which transformers' own say into how many tiles an image is cut
+
+
 def names(families):
     return [pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.zoo) for name in families]
 
@@ -111,6 +116,7 @@ def names(families):
 @pytest.mark.parametrize("name", names(PINS))
 @torch.no_grad()
 def test_a_plan_that_was_compiled_for_it_says_what_one_device_says(name):
+    require_processor(name)
     plain = saved({**IMAGE_MODELS, **SOUND_MODELS}[name])
     workload = BOTH if name in IMAGE_MODELS and name in SOUND_MODELS else SOUND if name in SOUND_MODELS else IMAGE
     pins = [{"match": match, "device": "npu:1"} for match in PINS[name]]
@@ -135,6 +141,7 @@ APART = {
 @pytest.mark.parametrize("name", names(APART))
 @torch.no_grad()
 def test_a_map_that_runs_with_text_and_not_with_an_image_is_refused(name):
+    require_processor(name)
     plain = saved(IMAGE_MODELS[name])
     device_map = {"": 0, APART[name]: 1}
     write_profile(IMAGE, {"strategy": "manual", "device_map": device_map})

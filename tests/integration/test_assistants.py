@@ -214,7 +214,7 @@ def test_what_is_predicted_is_said_to_be_without_it(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "beside it the draft model, LlamaForCausalLM in float32, is on cuda:0: weights" in said
     assert "times are those without it, which takes" in said
-    assert "no longest context is predicted: the draft model's cache grows as well" in said
+    assert "no longest context is predicted: the draft model's cache grows with it" in said
     assert json.loads(Path("profile.lock.json").read_text())["plan"]["prediction"]["longest_context"] is None
 
 

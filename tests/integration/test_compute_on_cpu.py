@@ -62,3 +62,7 @@ def test_attention_that_only_accelerators_have_cannot():
 def test_what_the_model_never_calls_cannot():
     with pytest.raises(UncallableUnitError, match="is a ModuleList, which the model never calls"):
         compute_on_cpu(small_llama(), ["model.layers"])
+
+
+def test_a_command_that_fails_in_a_process_of_its_own_is_seen_to():
+    assert run_command("pytest", "--no-such-option").returncode == 4

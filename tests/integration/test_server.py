@@ -15,6 +15,7 @@ from devmap_config.runner.context import PlannedContext
 from devmap_config.runner.loading import RunnerError
 from devmap_config.server.application import Service
 from devmap_config.server.generation import UntilStop, Writer
+from devmap_config.server.media import MediaReader
 
 TOKENIZER = AutoTokenizer.from_pretrained(REPOSITORY / "profiles" / "models" / "quickstart")
 
@@ -45,7 +46,7 @@ def test_a_text_ends_before_the_first_word_that_stops_it(stops, pieces, handed_o
 
 def asking(model, told):
     """What asks a service of a model for a completion; `told` takes what the model fails by."""
-    writer = Writer(model, TOKENIZER, PlannedContext(tokens=100, prompt_tokens=100), queue_length=0)
+    writer = Writer(model, TOKENIZER, MediaReader(), PlannedContext(tokens=100, prompt_tokens=100), queue_length=0)
     service = Service(model="tiny", writer=writer, is_local=True, tell=told.append)
 
     async def answer(fields):

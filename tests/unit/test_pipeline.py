@@ -516,7 +516,7 @@ def test_fit_says_which_stage_decides(compiled, capsys):
 def test_explain_says_which_stage_binds(compiled, capsys):
     compiled(TWO_HOSTS % {"requests": 64, "context": 4096, "memory": "120MiB"})
     explain.main(["profile.yaml"], standalone_mode=False)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "stage 1 on right/cuda:0 decides, which has the least room" in said
     assert "the slowest stage binds: stage 0 on left/cuda:0" in said
     assert "Layer 3 on stage 1 instead of 0:" in said
