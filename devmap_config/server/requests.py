@@ -169,7 +169,7 @@ class GenerationRequest(_Section):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What a client wrote of it."""
+        """The texts that the client wrote, each as it came."""
         raise NotImplementedError
 
     @property

@@ -36,7 +36,7 @@ METHODS = {
     "quanto-int4": "method: quanto, weights: int4",
 }
 WIDE = ("bnb-8bit", "torchao-float8", "quanto-int8")
-"""What copies depend on whether they are in float32 already."""
+"""Of these, the copies depend on whether the weights are in float32 already."""
 
 SEEN = """
 import json, sys, threading, time

@@ -444,7 +444,7 @@ def test_what_does_not_fit_is_told(compiled, requests, memory, message, help):
 
 
 def test_links_of_some_pairs_alone_leave_times_unknown(compiled):
-    """Where cuda:2 is next to cuda:0, nothing says how fast they reach each other."""
+    """No link of cuda:0 and cuda:2 is stated: `fastest` is refused, with both ways named."""
     rates = "bandwidth: 10GB/s, flops: 1TFLOP/s"
     devices = ", ".join(f"cuda:{index}: {{memory: {index + 1}GiB, {rates}}}" for index in range(3))
     links = '{"cuda:0-cuda:1": 10GB/s, "cuda:1-cuda:2": 10GB/s}'
