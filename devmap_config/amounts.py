@@ -29,7 +29,7 @@ FLOPS_UNITS: Units = ((10**12, "TFLOP/s"), (10**9, "GFLOP/s"))
 
 
 def largest_unit(amount: int, units: Units = BYTE_UNITS) -> tuple[int, str]:
-    """Return the size and name of the largest unit of which an amount holds at least one, else of the smallest.
+    """Return the size and name of the largest unit that is not larger than an amount, or else of the smallest.
 
     >>> largest_unit(3_000_000)
     (1048576, 'MiB')
@@ -38,7 +38,7 @@ def largest_unit(amount: int, units: Units = BYTE_UNITS) -> tuple[int, str]:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number of things.
+    """Return a number with its noun, in the plural if needed.
 
     >>> counted(1, "tensor"), counted(1_200, "tensor")
     ('1 tensor', '1,200 tensors')
@@ -47,7 +47,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Return bytes in the largest unit of which there is one.
+    """Return bytes in the largest unit that is not larger than they are.
 
     >>> format_bytes(1_503_238_553), format_bytes(-2_048), format_bytes(100)
     ('1.4 GiB', '-2.0 KiB', '100 B')
@@ -59,7 +59,7 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_exact_bytes(size_bytes: int) -> str:
-    """Return bytes for people and for machines.
+    """Return bytes both rounded and exact.
 
     >>> format_exact_bytes(1_503_238_553), format_exact_bytes(100)
     ('1.4 GiB (1,503,238,553 bytes)', '100 bytes')
@@ -124,7 +124,7 @@ def format_flops(flops_per_second: int) -> str:
 
 
 def format_change(before: int | None, after: int | None) -> str:
-    """Return by which share an amount changes; nothing where it does not, or where that cannot be said.
+    """Return the relative change of an amount; an empty text if it does not change or an amount is unknown or zero.
 
     >>> format_change(200, 205), format_change(0, 5), format_change(None, 5)
     ('+2.5%', '', '')
@@ -135,7 +135,7 @@ def format_change(before: int | None, after: int | None) -> str:
 
 
 def profile_bytes(size_bytes: int) -> str:
-    """Return whole mebibytes as a profile writes them, of which there are at most so many.
+    """Return bytes as a profile writes them, rounded down to mebibytes.
 
     >>> profile_bytes(25_769_803_776)
     '24576MiB'
@@ -144,7 +144,7 @@ def profile_bytes(size_bytes: int) -> str:
 
 
 def profile_bytes_at_least(size_bytes: int) -> str:
-    """Return at least so many bytes as a profile writes them, in the unit of which there are four or more.
+    """Return bytes as a profile writes them, rounded up, in the largest unit that gives at least four.
 
     >>> profile_bytes_at_least(20_000_000_000), profile_bytes_at_least(0)
     ('19GiB', '1KiB')
@@ -154,7 +154,7 @@ def profile_bytes_at_least(size_bytes: int) -> str:
 
 
 def profile_rate(per_second: int, units: Units = BANDWIDTH_UNITS) -> str:
-    """Return a rate as a profile writes it, with the digits that a measurement finds again.
+    """Return a rate as a profile writes it, with only the digits that a repeated measurement would confirm.
 
     >>> profile_rate(25_312_000_000), profile_rate(165_200_000_000_000, FLOPS_UNITS)
     ('25.3GB/s', '165TFLOP/s')
@@ -174,7 +174,7 @@ def profile_duration(nanoseconds: int) -> str:
 
 
 def exact_amount(amount: int, units: Mapping[str, int]) -> str:
-    """Return an amount in the largest of the units that divides it; the smallest is 1.
+    """Return an amount in the largest unit that divides it; one of the units must be 1.
 
     >>> exact_amount(68_719_476_736, {"GiB": 2**30, "B": 1}), exact_amount(1001, {"KiB": 2**10, "B": 1})
     ('64GiB', '1001B')

@@ -1,4 +1,4 @@
-"""Checks that machine, model and checkpoint go together: the dtype, the quantizer's devices, what is stored."""
+"""Checks that machine, model and checkpoint go together: the dtype, the quantizer's devices, the stored tensors."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def check_compute_dtype(prepared: Prepared, sink: Sink) -> None:
 
 
 def check_cache(prepared: Prepared, sink: Sink) -> None:
-    """Report a machine on which a cache cannot be offloaded, and a draft model beside which offloading was never
-    tested.
-    """
+    """Report a cache that the machine cannot offload, and a kind of cache that was never tested with a draft model."""
     workload, name = prepared.loaded.profile.workload, prepared.loaded.profile.workload.cache.implementation
     if name in ("dynamic", "static") or workload.context_length.value is None:
         return
@@ -99,7 +97,7 @@ def check_cache(prepared: Prepared, sink: Sink) -> None:
 
 
 def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: Sink) -> None:
-    """Report devices of a map, by its keys, onto which the model's quantizer refuses to load."""
+    """Report the devices of a map onto which the model's quantizer refuses to load."""
     quantization = prepared.model.quantization
     if quantization is None:
         return
@@ -125,7 +123,7 @@ def check_quantizer(stored_on: Mapping[str, Device], prepared: Prepared, sink: S
 
 
 def check_adapter(prepared: Prepared, sink: Sink) -> None:
-    """Report an adapter whose file does not hold what its config adds to the model, where that file is at hand."""
+    """Report an adapter whose file, if it is at hand, lacks what its config adds to the model."""
     model, wanted = prepared.model, prepared.loaded.profile.model.adapter
     if model.adapter is None or wanted is None:
         return
@@ -168,7 +166,7 @@ def check_adapter_placement(streamed: Collection[TensorName], prepared: Prepared
 
 
 def check_source_of_assistant(assistant: Assistant, sink: Sink) -> bool:
-    """Return whether a draft model is named so that it cannot change; report it otherwise."""
+    """Return whether the source of a draft model is fixed, by a local path or a commit; report it otherwise."""
     source = assistant.source
     if exists(source.path) or not is_hub_id(source.value) or COMMIT.fullmatch(assistant.revision or ""):
         return True
@@ -182,7 +180,7 @@ def check_source_of_assistant(assistant: Assistant, sink: Sink) -> bool:
 
 
 def check_assistant(prepared: Prepared, draft: LoadedModel, sink: Sink) -> None:
-    """Report a workload that cannot be generated with a draft model, and a draft model with another vocabulary."""
+    """Report a workload that a draft model does not support, and a draft model with another vocabulary."""
     profile = prepared.loaded.profile
     workload, assistant = profile.workload, profile.model.assistant
     mine, its = (_vocabulary(model.source.config) for model in (prepared.model, draft))
@@ -217,7 +215,7 @@ def check_checkpoint(prepared: Prepared, sink: Sink, permissions: Permissions) -
         permissions: what the user allows the profile.
 
     Returns:
-        The profile, in which tensors that are in no file, since transformers computes them, are marked.
+        The profile, with those tensors marked that are in no file because transformers computes them.
     """
     model, resolution, span = prepared.model, prepared.resolution, prepared.loaded.profile.model.source.span
     try:

@@ -67,7 +67,7 @@ class Request:
     Attributes:
         path: the profile.
         variables: values for its templates, as `--set` gives them.
-        lock: a lock whose `--set` values and commit are used where the request names none.
+        lock: a lock whose `--set` values and commit are used if the request names none.
         permissions: what the user allows the profile.
         must_ask: resolve the model's revision on the hub, whatever the lock or a cache says.
         use_vendored: read the graph that is kept beside the profile, if it is up to date.
@@ -106,7 +106,7 @@ class Request:
 
         Args:
             path: the profile.
-            lock: its lock, where that was read already; else the one beside it, if that can be read.
+            lock: its lock, if it was read already; otherwise the lock beside the profile is read, if it can be.
             permissions: what its user allows it.
             options: further fields of the request; `variables` outrank those of the lock.
         """
@@ -145,11 +145,11 @@ class Compiled(Prepared):
     diagnostics: tuple[Diagnostic, ...]
     texts: Mapping[str, str]
     assistant: Compiled | None = None
-    """The draft model's profile with its plan, where there is one."""
+    """The draft model's profile with its plan, if the profile names a draft model."""
 
     @cached_property
     def time_bases(self) -> dict[Phase, TimeBasis]:
-        """On what each predicted time rests."""
+        """The basis of each predicted time."""
         return time_bases(self.plan, self.graph, self.inventory)
 
     @property
@@ -159,11 +159,11 @@ class Compiled(Prepared):
 
     @property
     def process_memory(self) -> ProcessMemory | None:
-        """The memory of the process that runs the plan, where it is known."""
+        """The memory of the process that runs the plan, if it is known."""
         return process_memory(self.plan, self.graph, self.inventory)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain data with what no lock holds: on what its times rest."""
+        """Return the plan as plain data, with the basis of its times, which no lock holds."""
         return {**self.plan.to_json(), "basis": {phase: asdict(each) for phase, each in self.time_bases.items()}}
 
 
@@ -175,7 +175,7 @@ class Rejected:
         diagnostics: errors and warnings.
         texts: the files that the diagnostics point into, by the names under which they are shown.
         reached: the profile with its model and rules, if compilation got as far as placing.
-        refused: a plan that was placed, and that the dry run showed not to run.
+        refused: a plan that was placed, but that the dry run showed not to run.
     """
 
     diagnostics: tuple[Diagnostic, ...]
@@ -237,7 +237,7 @@ def compile_profile(
 
 
 def run_pipeline(request: Request) -> Compilation:
-    """Run the stages in turn, up to the first that cannot go on.
+    """Run the stages in turn, and stop at the first that fails.
 
     Args:
         request: the profile, and what is asked of it.
@@ -249,11 +249,11 @@ def run_pipeline(request: Request) -> Compilation:
 
 
 def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drift | None]:
-    """Compile a profile with the plan of a lock, if that plan still holds, in place of a new one.
+    """Compile a profile with the plan of a lock, or with a new plan if the lock's no longer holds.
 
     Args:
         request: the profile, and what is asked of it.
-        lock: the lock whose plan is reused; with `None` a plan is made.
+        lock: the lock whose plan is reused; with `None`, a new plan is made.
 
     Returns:
         The compilation, and the reasons for which the lock's plan was not reused; `None` if it was, or if there was no
@@ -266,7 +266,7 @@ def hold_to_lock(request: Request, lock: Lock | None) -> tuple[Compilation, Drif
         return replace(compilation, diagnostics=sink.diagnostics), drift
     except TooManyErrorsError as error:
         return Rejected(diagnostics=error.diagnostics, texts=error.texts), None
-    except LibraryChangedError as error:  # raised where no stage has a substitute for what the library lacks
+    except LibraryChangedError as error:  # raised if no stage has a substitute for what the library lacks
         place = whole_file(str(request.path))
         report_failure(failure_of(error), "the profile cannot be compiled", place, sink, allowed=None)
         return Rejected(diagnostics=sink.diagnostics, texts=sink.texts), None
@@ -294,14 +294,14 @@ def _run_stages(request: Request, lock: Lock | None, sink: Sink) -> tuple[Compil
         rehearsal = _place(planner, request, sink)
     result = _result(prepared, inputs, rehearsal, sink)
     if isinstance(result, Compiled) and prepared.draft is not None:
-        # Whatever there is to say of it was reported when the profile was prepared.
+        # Its diagnostics were reported when the profile was prepared.
         result = replace(result, assistant=_compiled_assistant(request.lookup, prepared.loaded, Sink()))
     return result, reused if isinstance(reused, Drift) else None
 
 
 def _can_be_placed(prepared: Prepared, sink: Sink) -> bool:
     if prepared.is_for_vllm:
-        from devmap_config.plan.pipelines import pipeline_problem  # with it comes numpy
+        from devmap_config.plan.pipelines import pipeline_problem  # imports numpy
 
         return not sink.has_errors and pipeline_problem(prepared, sink) is not None
     return build_problem(prepared, sink) is not None
@@ -382,7 +382,7 @@ def _compiled_assistant(lookup: Lookup, loaded: LoadedProfile, sink: Sink) -> Co
 def _place(planner: Planner, request: Request, sink: Sink) -> Rehearsal:
     plan = planner.plan()
     if plan is None or not request.simulates or plan.pipeline is not None:
-        return Rehearsal(plan)  # the dry run is of accelerate's hooks
+        return Rehearsal(plan)  # only accelerate's hooks can be dry-run
     return rehearse(plan, planner.prepared, planner.plan, request.permissions, sink)
 
 

@@ -1,4 +1,4 @@
-"""`Device`: one device of a machine, as a value that every room has in common."""
+"""`Device`: one device of a machine, a value that the whole package shares."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import ClassVar
 
 
 class Device:
-    """One device: `cuda:0`, `mps`, `cpu`, `disk`. Devices sort as they are filled: accelerators, the CPU, the disk.
+    """One device: `cuda:0`, `mps`, `cpu`, `disk`. Devices sort in the order of filling: accelerators, the CPU, the
+    disk.
 
-    One of several machines has the name of its host before it: `left/cuda:0`.
+    If there are several machines, the name of the host comes first: `left/cuda:0`.
 
-    There is one object for each device, which never changes: comparing and hashing cost what they do for any object.
+    Each device is one immutable object, so comparing and hashing are as cheap as for any plain object.
 
     Attributes:
         kind: torch's type of device, or `disk`.
-        index: its number among those of its kind; `None` if a machine has one at most.
-        host: the name of its machine; `None` if there is but one.
+        index: its number among the devices of its kind; `None` for a kind of which a machine has at most one.
+        host: the name of its machine; `None` if there is only one.
 
     Example:
         >>> sorted([DISK, Device("cuda", 10), CPU, Device("cuda", 9)])
@@ -38,7 +39,7 @@ class Device:
 
     @classmethod
     def from_text(cls, text: str) -> Device:
-        """Return the device of which this is the text: what `str` gave."""
+        """Return the device for a text that `str` made of it."""
         host, _, name = text.rpartition("/")
         kind, _, index = name.partition(":")
         return cls(kind, int(index) if index else None, host or None)
@@ -62,41 +63,41 @@ class Device:
 
     @property
     def is_accelerator(self) -> bool:
-        """True for all devices but `cpu` and `disk`: weights that are stored there are not streamed."""
+        """True for all devices except `cpu` and `disk`."""
         return self.of_its_host not in STORAGE_DEVICES
 
     @property
     def of_its_host(self) -> Device:
-        """The device as its own machine names it."""
+        """The same device without its host's name."""
         return self if self.host is None else Device(self.kind, self.index)
 
     @property
     def in_device_map(self) -> int | str:
-        """The device as transformers writes it: `cuda:1` is `1`; `mps`, `cpu` and `disk` stay, and so does a host's."""
+        """The device as transformers writes it: `1` for `cuda:1`; `mps`, `cpu`, `disk` and a device of a host stay."""
         return str(self) if self.index is None or self.host is not None else self.index
 
 
 CPU = Device("cpu")
 DISK = Device("disk")
 STORAGE_DEVICES = (CPU, DISK)
-"""The devices that are not accelerators, in the order in which they are filled."""
+"""The devices that are not accelerators, in the order of filling."""
 
 COMPILING_KIND = "cuda"
 """The kind of accelerators on which compiled decoding was measured: devmap_config/runner/receipts."""
 
 PINNING_KIND = "cuda"
-"""The kind of accelerators to which weights are copied ahead, from memory that is pinned for them."""
+"""The kind of accelerators to which weights are copied ahead, from pinned memory."""
 
 OFFLOADING_KIND = "cuda"
-"""The kind of accelerators from which transformers offloads a cache: it waits for streams of CUDA's."""
+"""The kind of accelerators from which transformers offloads a cache: its code waits for CUDA streams."""
 
 
 def fill_order(device: Device) -> tuple[str, int, str, int]:
-    """Return what devices are sorted by: of a host, accelerators by their numbers, then what is not one."""
+    """Return the sort key of a device: hosts together, accelerators by number, then the CPU and the disk."""
     place = 0 if device.is_accelerator else STORAGE_DEVICES.index(device.of_its_host) + 1
     return device.host or "", place, device.kind, device.index or 0
 
 
 def nth_accelerator(kind: str, index: int) -> Device:
-    """Return an accelerator by its number, which Apple's, of which a machine has one, goes without."""
+    """Return an accelerator by its number; Apple's has no number, as a machine has only one."""
     return Device(kind) if kind == "mps" and index == 0 else Device(kind, index)

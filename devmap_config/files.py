@@ -1,7 +1,7 @@
 """Reads files within bounds, and writes them whole or not at all. Nothing else in the package opens a file.
 
-A profile, the model that it names and the locks beside it may be a stranger's. What is read of them is regular files
-alone, not larger than their kind can be, and none that a link leads to from a repository to somewhere else.
+A profile, the model that it names and the locks beside it may come from a stranger. Only regular files are read, up to
+the size limit of their kind, and no link is followed out of a repository.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A kind of file with its limits: its size in bytes, for which `reason`, and the depth of its JSON."""
+    """A kind of file with its limits: the size in bytes, the `reason` for that limit, and the depth of its JSON."""
 
     max_bytes: int
     reason: str
@@ -59,11 +59,11 @@ class FileError(Exception):
     """A file cannot be read; the text says why, as the predicate of its name.
 
     Attributes:
-        code: the code of a diagnostic that says so.
+        code: the code of the diagnostic for this error.
         help: what to do.
-        is_absent: whether there is nothing at all of that name.
-        line: where in the file, from 1, if that is one place.
-        column: where in that line, from 1.
+        is_absent: whether nothing of that name exists.
+        line: the line of the mistake, from 1, if it has a place.
+        column: the column in that line, from 1.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class FileError(Exception):
 
 @dataclass(frozen=True)
 class Boundary:
-    """The folder that links lead out of in vain; `None` if they may lead anywhere."""
+    """The folder that links must not lead out of; `None` if they may lead anywhere."""
 
     folder: Path | None
 
     def holds(self, path: Path) -> bool:
-        """Return whether a path, its links followed, stays within."""
+        """Return whether a path stays within the folder, its links followed."""
         return self.folder is None or real_path(path).is_relative_to(self.folder)
 
 
@@ -94,7 +94,7 @@ ANYWHERE = Boundary(None)
 def boundary_of(file: Path, *, allow_outside: bool = False) -> Boundary:
     """Return the repository of a file: the nearest folder above it with a `.git`, else its own folder.
 
-    In the cache of the hub's client it is the folder of a model, whose snapshots are links to its blobs.
+    In the cache of the hub's client, it is the folder of the model: its snapshots link to its blobs.
     """
     if allow_outside:
         return ANYWHERE
@@ -107,35 +107,35 @@ def _is_repository(folder: Path) -> bool:
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is anything of that name, be it a link to nowhere; unlike the method, it never raises."""
+    """Return whether a path exists, even as a broken link; unlike the method, this never raises."""
     return os.path.lexists(path)
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path, its links followed, is a folder; unlike the method, it never raises."""
+    """Return whether a path, its links followed, is a folder; unlike the method, this never raises."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a path, its links followed, is a regular file; unlike the method, it never raises."""
+    """Return whether a path, its links followed, is a regular file; unlike the method, this never raises."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def real_path(path: Path) -> Path:
-    """Return where the links of a path lead; unlike the method, it never raises: a loop leads to itself."""
+    """Return a path with its links resolved; unlike the method, this never raises: a loop resolves to itself."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
 def opened(path: Path, within: Boundary | None = None) -> Iterator[BinaryIO]:
-    """Open a regular file for reading; what is read of it is for the caller to bound.
+    """Open a regular file for reading; the caller bounds how much is read.
 
     Args:
         path: the file.
-        within: the folder that its links may not lead out of; its repository where it is `None`.
+        within: the folder that its links may not lead out of; with `None`, its repository.
 
     Raises:
-        FileError: if there is none, it is something else, it lies outside, or it may not be read.
+        FileError: if the file does not exist, is not a regular file, lies outside of `within`, or may not be read.
     """
     try:
         descriptor = _descriptor(path, within or boundary_of(path))
@@ -163,11 +163,11 @@ def _descriptor(path: Path, boundary: Boundary) -> int:
 
 
 FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_NOFOLLOW", "O_BINARY"))
-"""Not to wait for who writes to a pipe, and not to follow a link that was put there since."""
+"""Opening must not wait for the writer of a pipe, nor follow a link that replaced the file since it was checked."""
 
 
 def require_regular(path: Path) -> None:
-    """Raise `FileError` where a path, its links followed, is not a regular file; nothing is opened."""
+    """Raise `FileError` if a path, its links followed, is not a regular file; nothing is opened."""
     try:
         _require_regular(path.stat().st_mode)
     except (OSError, ValueError) as error:
@@ -195,14 +195,14 @@ def _unreadable(path: Path, error: OSError | ValueError) -> FileError:
 
 
 def read_bytes(path: Path, kind: Kind, within: Boundary | None = None) -> bytes:
-    """Return what a file holds.
+    """Return the bytes of a file.
 
     Raises:
-        FileError: as `opened`, and where it is larger than its kind may be.
+        FileError: as `opened`, and if the file is larger than its kind may be.
     """
     with opened(path, within) as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        # What the kernel writes has no size before it is read, and a file may grow meanwhile.
+        # Files of the kernel have no size before they are read, and a file may grow meanwhile.
         data = b"" if size_bytes > kind.max_bytes else file.read(kind.max_bytes + 1)
     if max(size_bytes, len(data)) > kind.max_bytes:
         help = f"name another file: {kind.max_bytes:,} bytes are {kind.reason}"
@@ -211,16 +211,16 @@ def read_bytes(path: Path, kind: Kind, within: Boundary | None = None) -> bytes:
 
 
 def read_text(path: Path, kind: Kind, within: Boundary | None = None) -> str:
-    """Return the text that a file holds.
+    """Return the text of a file.
 
     Raises:
-        FileError: as `read_bytes`, and where it is not UTF-8, or begins with a byte order mark.
+        FileError: as `read_bytes`, and if it is not UTF-8, or begins with a byte order mark.
     """
     return decoded(read_bytes(path, kind, within))
 
 
 def kernel_text(path: Path) -> str:
-    """Return what the kernel says in a file of `/proc` or `/sys`; nothing where there is no such file."""
+    """Return the text of a file of `/proc` or `/sys`; an empty text if there is no such file."""
     try:
         return read_bytes(path, KERNEL, ANYWHERE).decode("utf-8", errors="replace")
     except FileError:
@@ -228,10 +228,10 @@ def kernel_text(path: Path) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """Return the text of UTF-8.
+    """Decode UTF-8.
 
     Raises:
-        FileError: if it is none, or begins with a byte order mark; it says at which place.
+        FileError: with the place, if the data are not UTF-8, or begin with a byte order mark.
     """
     if data.startswith(BYTE_ORDER_MARKS):
         raise FileError("begins with a byte order mark", "syntax", "save it as UTF-8 without one")
@@ -245,10 +245,10 @@ def decoded(data: bytes) -> str:
 
 
 LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
-"""What ends a line, as libyaml counts them."""
+"""Matches the end of a line, as libyaml counts lines."""
 
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
-"""Of UTF-8, and of UTF-16, which is not read."""
+"""The marks of UTF-8, and of UTF-16, which is not read."""
 
 
 def read_json(path: Path, kind: Kind, within: Boundary | None = None) -> Any:
@@ -268,11 +268,12 @@ def parse_json(text: str, kind: Kind, *, object_of: Callable[[Pairs], Any] | Non
 
     Args:
         text: the text.
-        kind: of what it is the text.
-        object_of: makes an object of its pairs, as `json.loads` takes it.
+        kind: the kind of file that the text comes from.
+        object_of: makes an object of its pairs, like `object_pairs_hook` of `json.loads`.
 
     Raises:
-        FileError: if it is none, is nested deeper than its kind may be, holds too many values, or half a character.
+        FileError: if the text is not JSON, is nested deeper than its kind may be, or holds too many values or half a
+            character.
     """
     _check_size(text, kind.max_depth)
     try:
@@ -290,7 +291,7 @@ def parse_json(text: str, kind: Kind, *, object_of: Callable[[Pairs], Any] | Non
 
 
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
-"""Half of a pair as UTF-16 has them, which is none of Unicode's characters by itself."""
+"""Matches half of a surrogate pair of UTF-16, which alone is no Unicode character."""
 
 ESCAPE = re.compile(rb"\\.", re.DOTALL)
 STRING = re.compile(rb'"[^"]*"?')
@@ -298,14 +299,16 @@ ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
 
 
 MAX_VALUES = 4_000_000
-"""Five times those of a header of 90,000 tensors; each takes some hundred bytes once it is parsed."""
+"""Five times as many as in a header of 90,000 tensors; each takes about a hundred bytes once it is parsed."""
 
 
 def _check_size(text: str, max_depth: int) -> None:
-    """Refuse a JSON text that is too deep or would take too much memory: by its brackets and commas, before parsing."""
+    """Refuse a JSON text that is too deep or would take too much memory, by counting brackets and commas before
+    parsing.
+    """
     data = text.encode("utf-8", "surrogatepass")
     unescaped = ESCAPE.sub(b"", data) if b"\\" in data else data
-    # Most strings hold no brackets: with these alone left, they are empty.
+    # Strings may hold brackets of their own; most hold none, and are empty once only brackets and quotes are left.
     brackets = STRING.sub(b"", unescaped.translate(None, ALL_BUT_BRACKETS).replace(b'""', b""))
     if len(brackets) // 2 + data.count(b",") > MAX_VALUES:
         raise FileError(f"holds more than {MAX_VALUES:,} values", "too-large", "name another file")
@@ -317,7 +320,7 @@ def _check_size(text: str, max_depth: int) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that nobody ever sees a part of it, and nothing is left of one that was not finished.
+    """Write a file so that nobody ever sees a part of it, and no unfinished file is left behind.
 
     Raises:
         OSError: if it cannot be written.
@@ -328,7 +331,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # what `open` would have given it
+        Path(temporary).chmod(0o666 & ~umask)  # the mode that `open` would have given it
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -336,9 +339,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def open_standard_streams() -> None:
-    """Open what of stdin, stdout and stderr is closed, lest a file that is written takes its number.
-
-    What is written to a stdout that was closed fails, as on a disk that is full; to stderr, it is dropped.
+    """Open those of stdin, stdout and stderr that are closed, so that no file that is opened later takes their number.
+    Writing to a stdout that was closed fails, as on a full disk; what is written to stderr is dropped.
     """
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
@@ -350,8 +352,8 @@ def open_standard_streams() -> None:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Let what a stream still holds go nowhere, so that it is not tried again when the interpreter ends."""
-    with suppress(io.UnsupportedOperation):  # of a stream in memory
+    """Discard what a stream still buffers, so that the interpreter does not try to write it again when it ends."""
+    with suppress(io.UnsupportedOperation):  # a stream in memory has no file number
         number = stream.fileno()
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, number)
@@ -359,11 +361,11 @@ def discard_output(stream: TextIO) -> None:
 
 
 CAST = "cast-"
-"""How the name of a file in an offload folder begins that holds a tensor in another dtype; it is made but once."""
+"""The beginning of the names of files in an offload folder that hold a tensor in another dtype, each made only once."""
 
 
 class HeldFolder:
-    """A folder that this process keeps from others as long as this object is there; it leaves nothing behind."""
+    """A lock on a folder that this process holds as long as this object exists; it leaves no file behind."""
 
     _known: ClassVar[WeakValueDictionary[tuple[int, int], HeldFolder]] = WeakValueDictionary()
 
@@ -372,7 +374,7 @@ class HeldFolder:
 
     @classmethod
     def of(cls, folder: Path) -> HeldFolder | None:
-        """Hold a folder, which is made if need be; return `None` if this system or its disk cannot.
+        """Lock a folder, which is made if needed; return `None` if this system or its disk cannot lock.
 
         Raises:
             BlockingIOError: if another process holds it.

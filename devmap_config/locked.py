@@ -1,4 +1,4 @@
-"""Holds a profile to its lock: by deriving the locked plan again, and by placing anew what the lock promises."""
+"""Checks a profile against its lock: derives the locked plan again, or places everything anew and compares."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def compile_locked(path: Path, lock: Lock | None, **options: Any) -> tuple[Compilation, Drift | None]:
-    """Hold a profile to its lock: the plan is the lock's, or the drift says why not and the plan is a new one.
+    """Compile a profile with the plan of its lock; if that plan does not hold, with a new one, and return why as drift.
 
     Args:
         path: the profile.
-        lock: its lock; without one, the plan is a new one.
+        lock: its lock; with `None`, a new plan is made.
         options: further options of `Request.for_profile`.
     """
     request = Request.for_profile(path, lock=lock, **options)
@@ -36,9 +36,9 @@ def compile_locked(path: Path, lock: Lock | None, **options: Any) -> tuple[Compi
 
 
 def prove(request: Request, lock: Lock) -> Drift | None:
-    """Place anew what a lock holds, and return what of its plan or bound that does not prove; `None` if it does.
+    """Place everything anew, and return what differs from the lock's plan or bound; `None` if nothing does.
 
-    A plan that is as good as the new one, and nearer to the lock, is its plan: `--keep` makes such locks.
+    Among plans that are equally good, the one nearest to the lock counts as its plan, as `--keep` makes such locks.
     """
     unproven: tuple[str, ...] = ()
     for simulates in (False, True):
@@ -50,5 +50,5 @@ def prove(request: Request, lock: Lock) -> Drift | None:
         locked = (lock.plan["device_map"], lock.plan["compute"], lock.plan.get("offloaded_caches"))
         caches = None if plan.offloaded_caches is None else list(plan.offloaded_caches)
         if (plan.placement, plan.compute, caches) == locked:
-            break  # else the dry run may have mended it, which takes longer to see
+            break  # otherwise a dry run may have repaired the locked plan, which takes longer to check
     return Drift("unproven-lock", unproven) if unproven else None

@@ -1,4 +1,4 @@
-"""A profile that is ready to be placed: with its machine, its model, and what its rules decide there."""
+"""A profile that is ready for placing, with its machine, its model, and its rules applied to that model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftModel:
-    """The needs of a draft model, which is whole on one device.
+    """The needs of a draft model, all of which is on one device.
 
-    Its weights and its cache are there beside the model's. The two models take turns, so that only the larger of their
+    Its weights and its cache need memory beside the model's. The two models take turns, so only the larger of their
     activations counts.
 
     Attributes:
@@ -40,11 +40,11 @@ class DraftModel:
 
     @property
     def held_bytes(self) -> int:
-        """The bytes that it holds all the time."""
+        """The bytes that it needs all the time."""
         return self.weights_bytes + self.kv_cache_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it stands in a lock."""
+        """Return the draft model as a lock stores it."""
         figures = asdict(self)
         del figures["digest"]
         return {**figures, "device": str(self.device)}
@@ -72,14 +72,12 @@ class Prepared:
 
     @property
     def proves_bound(self) -> bool:
-        """True if the strategy proves a lower bound of every plan's time of a token."""
+        """True if the strategy proves a lower bound on the time per token of every plan."""
         return self.strategy == "fastest" and not self.is_for_vllm and self.loaded.profile.workload.optimize == "decode"
 
     @property
     def passes_over_cpu(self) -> bool:
-        """True if the CPU only stores, beside accelerators: its rates are unknown, so computing on it is not
-        compared.
-        """
+        """True if the CPU can only store weights beside accelerators, because its rates are unknown."""
         cpu = next((device for device in self.inventory.devices if device.id == CPU), None)
         return (
             self.strategy == "fastest"
@@ -96,7 +94,7 @@ class Prepared:
 
     @property
     def capacities(self) -> Mapping[Device, int]:
-        """The bytes that each device has for the model, in the order in which devices are filled."""
+        """The bytes that each device has for the model, by device in the order of filling."""
         capacities = dict(self.inventory.capacities)
         if self.draft is not None:
             capacities[self.draft.device] -= self.draft.held_bytes

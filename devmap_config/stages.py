@@ -1,4 +1,4 @@
-"""Says which stage of compiling begins, through the standard library's logging: who has a terminal may show it."""
+"""Announces each stage of compiling through the standard library's logging, so that a terminal can show it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOGGER = logging.getLogger(__name__)
 Stage = Literal["read", "measure", "place", "rehearse"]
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
-"""In the order in which they come; those whose results are kept are left out."""
+"""In the order in which they run; a stage whose result is cached is skipped."""
 
 
 def begin(stage: Stage, words: str) -> None:

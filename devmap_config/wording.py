@@ -1,6 +1,6 @@
-"""Words that messages have in common: the first of many, the nearest of several, the first line of an error.
+"""Helpers for the text of messages: the first few of many names, the nearest known word, the first line of an error.
 
-Names and texts of strangers are shown with escapes for what a terminal or a parser would obey.
+Names and texts from untrusted files are escaped where a terminal or a parser would interpret them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def first_of(texts: Sequence[str], most: int = 3, separator: str = ", ") -> str:
 
 
 MOST_DIGITS = 9
-"""No index or module has a number of more; Python refuses to read one of more than 4,300, and takes long for fewer."""
+"""No index or module has more digits; Python refuses numbers of more than 4,300 digits, and is slow for long ones."""
 
 
 def number_in(name: str) -> int | None:
-    """Return the number that a name is, written as Python writes it; `None` if it is another name.
+    """Return the number that a name spells exactly as Python prints it, or `None`.
 
     >>> number_in("12"), number_in("012"), number_in("²"), number_in("9" * 5_000)
     (12, None, None, None)
@@ -39,7 +39,7 @@ def number_in(name: str) -> int | None:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that another was most likely meant to be, if any is near.
+    """Return the known word that is closest to a misspelt one, if any is close.
 
     >>> closest("wrokload", ["model", "workload"])
     'workload'
@@ -48,7 +48,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    r"""Return the first line of an error's text, without its full stop; nothing where it has none.
+    r"""Return the first line of an error's text, without its full stop; an empty text if it has none.
 
     >>> first_line(ValueError("it is wrong.\nAnd more."))
     'it is wrong'
@@ -61,7 +61,7 @@ LONGEST_TEXT = 5_000
 
 
 def shortened(text: str) -> str:
-    """Return a text with the middle of its longest names left out, and all that is beyond any message.
+    """Return a text with the middle of its longest names left out, cut to the length of a message.
 
     >>> len(shortened("`" + "x" * 5_000 + "` is not a name"))
     617
@@ -109,7 +109,7 @@ def _shown(character: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    r"""Return lines to be printed, none of which does anything to a terminal or gives GitHub's runner a command.
+    r"""Return lines that are safe to print: they neither control a terminal nor command GitHub's runner.
 
     >>> print(visible_lines("a\n ::error ::b\x07"))
     a
@@ -124,7 +124,7 @@ def _escaped_command(found: re.Match[str]) -> str:
 
 
 def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False) -> str:
-    r"""Return a value as JSON on several lines, in which every character shows; half characters are `visible` in it.
+    r"""Return a value as indented JSON without invisible characters; half characters are escaped by `visible`.
 
     >>> print(json_text({"a": "caf\udce9\u202e"}))
     {
@@ -144,7 +144,7 @@ def json_text(value: object, *, is_ascii: bool = False, sort_keys: bool = False)
 
 
 def in_words(value: object) -> str:
-    """Return a setting as a reader is shown it.
+    """Return the value of a setting as text for a reader.
 
     >>> in_words(True), in_words(1)
     ('yes', '1')
