@@ -1,11 +1,10 @@
 """The catalogue of accelerators: `accelerators.csv`, read into frozen, exact figures.
 
-The columns of the file carry their units in their names; an empty figure is unknown. Bandwidths and flops are those of
-the data sheets (`source`), `memory_bytes` is what the card reports (`memory_source`), or, where nobody was seen
-reporting it, a floor that no known card falls below: 98 % of the nominal 10^9 bytes, and three quarters of them where
-the memory is shared with the host. `unverified` names the columns that are nobody's measurement; what a device keeps
-for its context and workspaces (`overhead_bytes`, `slack`) and the efficiencies are chosen within published ranges
-(`overhead_source`, `efficiency_source`).
+The columns of the file have their units in their names; an empty figure is unknown. Bandwidths and flops come from data
+sheets (`source`). `memory_bytes` is what the card reports (`memory_source`), or, if no report is known, a lower bound:
+98 % of the nominal 10^9 bytes, or three quarters of them if the memory is shared with the host. `unverified` names the
+columns that nobody measured. The memory that a device needs for its context and workspaces (`overhead_bytes`, `slack`)
+and the efficiencies are chosen within published ranges (`overhead_source`, `efficiency_source`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
-    """One entry of the catalogue; `kind` is torch's device type, which is `cuda` for AMD's cards too."""
+    """One entry of the catalogue; `kind` is torch's device type, which is `cuda` for AMD's cards, too."""
 
     name: str
     kind: str
@@ -54,7 +53,7 @@ class Accelerator:
 
     @property
     def most_memory_bytes(self) -> int:
-        """More than this no such card has: what it reports, or its nominal size in GiB while that is unverified."""
+        """The most memory that such a card has: what it reports, or its nominal size in GiB if that is unverified."""
         if "memory_bytes" in self.unverified:
             return self.nominal_memory_gigabytes * GIBIBYTE
         return self.memory_bytes
@@ -69,7 +68,7 @@ def load_catalogue() -> Mapping[str, Accelerator]:
 def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> str | None:
     """Return the name in the catalogue that `name` was most likely meant to be, or `None` if none is near.
 
-    A name with which others begin (`h100`) is near to the first of those in the file (`h100-sxm`).
+    The beginning of several names (`h100`) counts as near to the first of them in the file (`h100-sxm`).
 
     >>> nearest("RTX4090"), nearest("h100")
     ('rtx-4090', 'h100-sxm')
@@ -89,7 +88,7 @@ def nearest(name: str, catalogue: Mapping[str, Accelerator] | None = None) -> st
 
 
 def _spelling(name: str) -> str:
-    """Return a name without what people write in many ways: case, separators, the maker."""
+    """Return a name without the parts that people spell differently: case, separators, the maker."""
     letters = "".join(character for character in name.lower() if character.isalnum())
     return letters.removeprefix("nvidia").removeprefix("amd").removeprefix("geforce")
 
@@ -102,7 +101,7 @@ READERS: Mapping[str, Callable[[str], object]] = {
     "Fraction": Fraction,
     "tuple[str, ...]": lambda words: tuple(words.split()),
 }
-"""How a column is read, by the type of its field."""
+"""The functions that read a column, by the type of its field."""
 
 
 def _accelerator(row: Mapping[str, str]) -> Accelerator:

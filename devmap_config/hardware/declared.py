@@ -1,4 +1,4 @@
-"""The machine that a profile declares, as an inventory; what is wrong with its description goes to a sink."""
+"""Builds the inventory of the machine that a profile declares, and reports what is wrong with its description."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ T = TypeVar("T")
 
 
 class Usual(NamedTuple):
-    """The values of a device that hold unless the profile says otherwise: those of its accelerator in the catalogue, if
-    any.
-    """
+    """The defaults of a device: the values of its accelerator in the catalogue, if any."""
 
     slack: Fraction = Fraction(0)
     overhead_bytes: int = 0
@@ -49,7 +47,7 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
         sink: takes the diagnostics.
 
     Returns:
-        The devices in the order in which they are filled, with capacities in bytes, and rates and links a second.
+        The devices in the order of filling, with capacities in bytes, and rates and links per second.
     """
     hardware = loaded.profile.hardware
     caps = loaded.profile.placement.max_memory
@@ -123,7 +121,7 @@ def _device(
 def _report_no_capacity(
     device: Device, section: DeviceSection, memory_bytes: int, taken: Mapping[str, int], sink: Sink
 ) -> None:
-    """Report at the largest of what the profile says to leave free of a device that nothing is left of it."""
+    """Report that nothing is left of a device's memory, at the largest of the amounts that the profile leaves free."""
     given = {"reserve": section.reserve, "overhead": section.overhead, "slack": section.slack}
     written = {key: value for key, value in given.items() if value.is_written}
     largest = max(written, key=lambda key: taken[key], default=None)
@@ -138,7 +136,7 @@ def _report_no_capacity(
 
 
 def _rates(rates: Rates, section: DeviceSection, usual: Usual) -> dict[str, int | None]:
-    """Return the figures that depend on the dtype; what is not said for it is as for others."""
+    """Return the figures that depend on the dtype; a figure that is not given for a dtype is the same as for others."""
     bandwidth = rates.bandwidth or section.bandwidth or usual.bandwidth
     flops = rates.flops or section.flops or usual.flops
     products = section.products if rates.bandwidth is None else rates.products
@@ -187,7 +185,7 @@ def _memory_bytes(device: Device, section: DeviceSection, accelerator: Accelerat
 
 
 def _as_modified(section: DeviceSection, accelerator: Accelerator) -> str:
-    """Return the description of a card that has more memory than its kind, with the rest as it has it."""
+    """Return the lines that describe a card with more memory than its kind has, with all its other figures."""
     described = section.changed(
         accelerator=None,
         overhead=accelerator.overhead_bytes,
@@ -245,7 +243,7 @@ def _accelerator(device: Device, named: Located[str | None], sink: Sink) -> Acce
 
 
 def _as_memory(text: str) -> str | None:
-    """Return the text where it is an amount of memory, which was meant for `memory`."""
+    """Return the text if it is an amount of memory, which then was meant for `memory`; else `None`."""
     try:
         parse_bytes(text)
     except QuantityError:
@@ -254,7 +252,7 @@ def _as_memory(text: str) -> str | None:
 
 
 def _warn_of_few_bytes(memory: Located[Any], whose: str, sink: Sink) -> None:
-    """Warn of a bare number that is so small that no bytes are meant by it."""
+    """Warn of a bare number that is too small to be meant as bytes."""
     node = memory.place.node
     number = number_in(node.text) if isinstance(node, ScalarNode) else None
     if isinstance(node, ScalarNode) and number is not None and 0 < number < MEBIBYTE:
@@ -307,7 +305,7 @@ OTHER_LINKS = {
     "ethernet": "network",
     "infiniband": "network",
 }
-"""By what else a link is called, the link."""
+"""The names of links by their other names."""
 
 
 def _check_links(loaded: LoadedProfile, sink: Sink) -> None:

@@ -1,4 +1,4 @@
-"""`Inventory`: the devices of the described machine, with what a plan may put on each, and the links between them."""
+"""`Inventory`: the devices of the described machine, with their capacities and rates, and the links between them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NANOSECONDS_PER_SECOND = 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InventoryLink:
-    """A way for bytes, one direction at a time.
+    """A connection that copies bytes from one device to another.
 
-    `unpinned_bytes_per_second` is what is reached where the CPU's memory at one end of it is not pinned.
+    `unpinned_bytes_per_second` is the rate of copies from memory of the CPU that is not pinned.
     """
 
     bytes_per_second: int
@@ -31,22 +31,22 @@ class InventoryLink:
     unpinned_bytes_per_second: int | None = None
 
     def nanoseconds(self, size_bytes: int, copies: int = 1, *, is_pinned: bool = False) -> int:
-        """Return how long it takes to copy this much, in so many pieces."""
+        """Return the time to copy `size_bytes` in `copies` pieces."""
         rate = self.rate(is_pinned=is_pinned)
         return copies * self.latency_nanoseconds + size_bytes * NANOSECONDS_PER_SECOND // rate
 
     def rate(self, *, is_pinned: bool) -> int:
-        """Return the bytes a second from memory that is pinned, or from other memory."""
+        """Return the bytes per second from pinned memory, or from other memory."""
         return (None if is_pinned else self.unpinned_bytes_per_second) or self.bytes_per_second
 
     @property
     def unpinned(self) -> InventoryLink:
-        """The same from memory that is not pinned."""
+        """The same link from memory that is not pinned."""
         return InventoryLink(bytes_per_second=self.rate(is_pinned=False), latency_nanoseconds=self.latency_nanoseconds)
 
     @property
     def twice_as_fast(self) -> InventoryLink:
-        """The same, were it so."""
+        """The same link with twice the rates and half the latency."""
         unpinned = self.unpinned_bytes_per_second
         return InventoryLink(
             bytes_per_second=2 * self.bytes_per_second,
@@ -55,7 +55,7 @@ class InventoryLink:
         )
 
     def then(self, other: InventoryLink) -> InventoryLink:
-        """Return one link after the other: what takes two copies."""
+        """Return the link that two copies, one after the other, amount to."""
         both = self.bytes_per_second * other.bytes_per_second // (self.bytes_per_second + other.bytes_per_second)
         return InventoryLink(
             bytes_per_second=max(both, 1), latency_nanoseconds=self.latency_nanoseconds + other.latency_nanoseconds
@@ -66,10 +66,10 @@ LARGEST = 10**18
 
 
 def whole(value: Any) -> int:
-    """Return an amount of plain data: a whole number that can be one.
+    """Return an amount that was read from plain data, which must be a whole number and not negative.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not one.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
         raise ValueError(f"{value!r} is not an amount")
@@ -78,11 +78,12 @@ def whole(value: Any) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InventoryDevice:
-    """One device. `capacity_bytes` is what a plan may use of its `memory_bytes`; `overhead_bytes` its context takes.
+    """One device. A plan may use `capacity_bytes` of its `memory_bytes`; its context takes `overhead_bytes`.
 
-    `bandwidth_bytes_per_second` and `flops_per_second` are `None` if neither profile nor catalogue tells; of them
-    the efficiencies are reached. Attention in half precision, and the experts that a token chooses, have rates of their
-    own where the profile gives them. `by_dtype` are the figures that another dtype of the model changes.
+    `bandwidth_bytes_per_second` and `flops_per_second` are `None` if neither the profile nor the catalogue states them;
+    the efficiencies are the shares of them that are reached. Attention in half precision, and the experts that a token
+    chooses, have rates of their own if the profile gives them. `by_dtype` holds the figures that differ for a dtype of
+    the model.
     """
 
     id: Device
@@ -103,17 +104,17 @@ class InventoryDevice:
 
     @property
     def rates(self) -> tuple[int | Fraction | str | None, ...]:
-        """All that tells how fast it is."""
+        """All figures that determine how fast it is."""
         return (*(getattr(self, name) for name in (*RATES, *RATES_OF_A_PROFILE)), *self.seen)
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """The names of the rates of which all is reached, for they were seen, while of others a share is."""
+        """The names of the rates that are reached in full, because they were observed; of others, only a share is."""
         is_any = min(self.memory_efficiency, self.compute_efficiency) != 1
         return tuple(name for name in RATE_NAMES if is_any and basis_of(getattr(self, name) or 0) != "stated")
 
     def reached(self, name: str) -> KnownRate | None:
-        """Return how much is reached of the rate of this name: of one that was seen, all."""
+        """Return the part of a rate that is reached: all of an observed one, else a share."""
         rate: int | None = getattr(self, name)
         is_of_memory = name in ("bandwidth_bytes_per_second", "experts_bytes_per_second")
         efficiency = self.memory_efficiency if is_of_memory else self.compute_efficiency
@@ -123,7 +124,7 @@ class InventoryDevice:
         return KnownRate(max(int(rate * (efficiency if basis == "stated" else 1)), 1), basis)
 
     def in_dtype(self, dtype: str) -> InventoryDevice:
-        """Return the same with the rates that it has with a model of this dtype."""
+        """Return the same device with its rates for a model of this dtype."""
         return replace(self, **self.by_dtype.get(dtype, {}), by_dtype={})  # type: ignore[arg-type]
 
 
@@ -132,18 +133,18 @@ RATES_OF_A_PROFILE = (
     *("decode_attention_per_second", "prefill_attention_per_second", "experts_bytes_per_second"),
     *("decode_products_per_second", "prefill_products_per_second"),
 )
-"""Without these, constants stand in: no catalogue has them."""
+"""Rates that the catalogue does not have; if the profile has none either, constants are used."""
 
 RATE_NAMES = (*RATES[:2], *RATES_OF_A_PROFILE)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The devices in the order in which they are filled: accelerators by index, the CPU, the disk.
+    """The devices in the order of filling: accelerators by index, the CPU, the disk.
 
-    `dispatch_nanoseconds` is what the host needs for each operation that torch is asked for. `spreads` are, by phase,
-    those of runs whose times rest on calibrated rates; no plan depends on them. `together_bytes_per_second` is what the
-    CPU's memory gives to all accelerators at once; without it, no more than to one of them.
+    `dispatch_nanoseconds` is the host's time for each operation of torch. `spreads` holds, by phase, the spread of runs
+    whose times rest on calibrated rates; no plan depends on it. `together_bytes_per_second` is the rate at which the
+    CPU's memory serves all accelerators at once; without it, that of one accelerator is assumed.
     """
 
     devices: tuple[InventoryDevice, ...]
@@ -154,7 +155,7 @@ class Inventory:
 
     @property
     def accelerators(self) -> tuple[InventoryDevice, ...]:
-        """All but the CPU and the disk."""
+        """All devices except the CPU and the disk."""
         return tuple(device for device in self.devices if device.id.is_accelerator)
 
     @property
@@ -163,17 +164,17 @@ class Inventory:
         return {device.id: device.capacity_bytes for device in self.devices}
 
     def in_dtype(self, dtype: str) -> Inventory:
-        """Return the same machine as fast as it is with a model of this dtype."""
+        """Return the same machine with its rates for a model of this dtype."""
         return replace(self, devices=tuple(device.in_dtype(dtype) for device in self.devices))
 
     @property
     def kind(self) -> str:
-        """The kind of the accelerators; `cuda` where there are none."""
+        """The kind of the accelerators; `cuda` if there are none."""
         return next((device.id.kind for device in self.accelerators), "cuda")
 
     def accelerators_to_json(self) -> dict[str, dict[str, object]]:
-        """Return the properties that a machine must have before it loads a plan, for the lock, outside of the
-        hardware's digest.
+        """Return the properties that a machine must have to load a plan; the lock holds them outside of the hardware's
+        digest.
         """
         return {
             str(device.id): {
@@ -186,10 +187,10 @@ class Inventory:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Inventory:
-        """Return as fast a machine as `to_json` made plain data of; which accelerators it has is not told there.
+        """Return the machine that `to_json` made plain data of, without the accelerators' names, which it leaves out.
 
         Raises:
-            KeyError, TypeError, ValueError: if something else is.
+            KeyError, TypeError, ValueError: if the value is not what `to_json` returns.
         """
         devices = []
         for each in value["devices"]:
@@ -218,7 +219,7 @@ class Inventory:
         )
 
     def to_json(self) -> dict[str, object]:
-        """Return it as plain data, for digests."""
+        """Return the machine as plain data, for digests."""
         devices = [
             {
                 "id": str(device.id),
@@ -235,7 +236,8 @@ class Inventory:
         ]
         links = {f"{source}-{target}": asdict(link) for (source, target), link in self.links.items()}
         described: dict[str, object] = {"devices": devices, "links": links}
-        if self.dispatch_nanoseconds != DISPATCH_NANOSECONDS:  # else no profile says it, and no machine has changed
+        # The default is left out, so that digests from before this figure existed still hold.
+        if self.dispatch_nanoseconds != DISPATCH_NANOSECONDS:
             described["dispatch_nanoseconds"] = self.dispatch_nanoseconds
         if self.together_bytes_per_second is not None:
             described["together_bytes_per_second"] = self.together_bytes_per_second

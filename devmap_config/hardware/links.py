@@ -1,4 +1,4 @@
-"""The bandwidths between devices: those of the profile, else of the catalogue."""
+"""The bandwidths between devices: those of the profile, or else of the catalogue."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def links_between(
     devices: Sequence[InventoryDevice], specified: Mapping[str, LinkSpecification]
 ) -> dict[tuple[Device, Device], InventoryLink]:
-    """Return the link of every ordered pair of devices of which it is known: the profile's, else the catalogue's.
+    """Return the link of every ordered pair of devices, if it is known: the profile's, or else the catalogue's.
 
-    A pair by name comes before `peer`, `host` and `disk`. Accelerators that cannot reach each other go through the
-    host's memory, and what is on the disk through it as well.
+    The name of a pair outranks `peer`, `host` and `disk`. Accelerators that cannot reach each other copy through the
+    host's memory, and so do copies from the disk.
     """
     given = {name: _given(specification) for name, specification in specified.items()}
     links: dict[tuple[Device, Device], InventoryLink] = {}
@@ -47,7 +47,9 @@ def links_between(
 def links_of_hosts(
     by_host: Mapping[str | None, Sequence[InventoryDevice]], hardware: Hardware
 ) -> dict[tuple[Device, Device], InventoryLink]:
-    """Return the links within each host, and between accelerators of two by their networks: as fast as the slower."""
+    """Return the links within each host, and between accelerators of two hosts, which the slower of their networks
+    limits.
+    """
     links: dict[tuple[Device, Device], InventoryLink] = {}
     for name, devices in by_host.items():
         own = {} if name is None else hardware.hosts[name].links
@@ -102,7 +104,7 @@ def _usual(
     if accelerator is None:
         return reading
     host = _host(accelerator, given)
-    return host if disk is None or host is None else _slower(reading, host.unpinned)  # it is read while it is copied
+    return host if disk is None or host is None else _slower(reading, host.unpinned)  # reading and copying overlap
 
 
 def _in_turn(first: InventoryLink | None, second: InventoryLink | None) -> InventoryLink | None:
@@ -127,7 +129,7 @@ def _host(device: InventoryDevice, given: Mapping[str, InventoryLink]) -> Invent
 
 
 def _unpinned(link: InventoryLink | None, given: InventoryLink | None) -> InventoryLink | None:
-    """Return a link with what it reaches from memory that is not pinned."""
+    """Return a link with its rate from memory that is not pinned."""
     if link is None:
         return None
     usual = max(min(int(link.bytes_per_second * UNPINNED_SHARE), UNPINNED_MOST_BYTES_PER_SECOND), 1)

@@ -14,7 +14,7 @@ STORAGE = re.compile(r"(?P<device>cpu|disk):(?P<memory>.+)")
 
 
 class UnknownMachineError(ValueError):
-    """A text names no machine; the message says why."""
+    """A text does not name a machine; the message says why."""
 
 
 def named_machine(text: str) -> Hardware:
@@ -25,7 +25,7 @@ def named_machine(text: str) -> Hardware:
         ['cuda:0', 'cuda:1', 'cpu']
 
     Raises:
-        UnknownMachineError: if it names none.
+        UnknownMachineError: if the text does not name a machine.
     """
     accelerators: list[tuple[str, dict[str, str]]] = []
     storage: dict[str, dict[str, str]] = {}
@@ -51,7 +51,7 @@ def named_machine(text: str) -> Hardware:
 
 
 def _accelerators(part: str) -> list[tuple[str, dict[str, str]]]:
-    """Return the kind and the description of each accelerator that a part of a machine's name stands for."""
+    """Return the kind and the description of each accelerator that a part of a machine's name lists."""
     if part in map(str, STORAGE_DEVICES):
         raise UnknownMachineError(f"it does not say how much memory its {part} has: write `{part}:64GiB`")
     match = PART.fullmatch(part)
@@ -63,7 +63,7 @@ def _accelerators(part: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def _accelerator(text: str) -> tuple[str, dict[str, str]]:
-    """Return the kind (empty where any) and the description of an accelerator."""
+    """Return the kind of an accelerator, which is empty if it may be of any kind, and its description."""
     if found := load_catalogue().get(text):
         return found.kind, {"accelerator": found.name}
     try:

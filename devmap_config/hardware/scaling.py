@@ -1,4 +1,4 @@
-"""The rates of a machine by name, and the machine that it were if some of them were higher."""
+"""The rates of a machine by name, and the same machine with some of them scaled."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RateName(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        """Return it as people are told."""
+        """Return the name for people."""
         return f"{self.subject} {self.name.removesuffix('_bytes_per_second').removesuffix('_per_second')}"
 
 
 def rate_names(inventory: Inventory) -> list[RateName]:
-    """Return the rates that a machine has; a disk is read over its link."""
+    """Return the names of a machine's rates; the rate of a disk is that of its link."""
     names = [
         RateName(str(device.id), name)
         for device in inventory.devices
@@ -43,7 +43,7 @@ DISPATCH = RateName("host", "dispatch")
 
 
 def _kinds(source: Device, target: Device) -> tuple[str, ...]:
-    """Return by which links of a profile two devices are linked."""
+    """Return the links of a profile that connect two devices."""
     if source.is_accelerator and target.is_accelerator:
         return ("peer",)
     if {source, target} == {CPU, DISK}:
@@ -52,7 +52,7 @@ def _kinds(source: Device, target: Device) -> tuple[str, ...]:
 
 
 def scaled(inventory: Inventory, factors: Mapping[RateName, float]) -> Inventory:
-    """Return a machine whose rates of these names are so many times as high, and calibrated."""
+    """Return a machine with the named rates multiplied by their factors, and marked as calibrated."""
     links = {
         pair: replace(
             link,
@@ -63,7 +63,7 @@ def scaled(inventory: Inventory, factors: Mapping[RateName, float]) -> Inventory
         if (kinds := _kinds(*pair))
     }
     for pair, link in inventory.links.items():
-        if pair not in links:  # what is on disk is read while it is copied to a card
+        if pair not in links:  # from a disk to a card, as copying overlaps reading
             through = [links[CPU, device].unpinned for device in pair if (CPU, device) in links]
             links[pair] = min(through, key=lambda link: link.bytes_per_second, default=link)
     dispatch = factors.get(DISPATCH)

@@ -1,7 +1,7 @@
 """The names that a profile gives devices: `cuda:0`, `0`, ranges such as `cuda:[0-7]`, `cpu`, `disk`.
 
-With the name of a host before it, a device of that host: `left/cuda:0`. The CPU of a host may be several devices there,
-one for each rank that vLLM is to run on it: `left/cpu:[0-1]`.
+The name of a host may stand before a device: `left/cuda:0`. The CPU of a host may be several devices, one for each rank
+that vLLM runs on it: `left/cpu:[0-1]`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ ACCELERATOR_KINDS = ("cuda", "xpu", "npu", "hpu", "mps")
 """torch's device types that a map may name; AMD's cards are `cuda` as well."""
 
 MAX_DEVICES = 128
-"""Twice the parts into which the cards of a host can be split (eight of seven each), and eight times its most cards."""
+"""Twice the number of parts that the cards of a host can be split into (eight cards of seven parts each)."""
 
 HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-"""The name of a host, as it may stand in a file's name and before a device's."""
+"""Matches the name of a host, which also goes into names of files and devices."""
 
 _NAME = re.compile(
     r"(?:(?P<kind>[a-z]+):)?(?:(?P<index>0|[1-9][0-9]{0,3})|\[(?P<items>[0-9]{1,4}(?:-[0-9]{1,4})?(?:,[0-9]{1,4}(?:-[0-9]{1,4})?)*)\])"
@@ -30,7 +30,7 @@ _NAME = re.compile(
 
 
 _BEYOND_ANY = re.compile(r"(?:[a-z]+:)?\[?[0-9,-]*[0-9]{5}[0-9,-]*\]?")
-"""A name or a range with a number of more digits than an index has."""
+"""Matches a name or a range with a number that has more digits than any index."""
 
 MEANT = {
     "gpu": "cuda",
@@ -102,7 +102,7 @@ def _expanded(text: str, kind: str, kinds: tuple[str, ...]) -> tuple[Device, ...
 
 
 def _advice(text: str) -> str:
-    """Return what a name that is none was most likely meant to be."""
+    """Return advice on an unknown name: the device that it was most likely meant to be."""
     if (several := _RANGE.fullmatch(text)) and (kind := MEANT.get(several["kind"].lower(), several["kind"].lower())):
         return f'write `"{kind}:[{several["first"]}-{several["last"]}]"`'
     other = _OTHER.fullmatch(text)
@@ -116,7 +116,7 @@ def _advice(text: str) -> str:
 
 
 def device_meant(named: Device | int, kind: str) -> Device:
-    """Return the device that a profile names, in which a number is an accelerator of the machine's kind."""
+    """Return the device that a profile names; a bare number names an accelerator of the machine's kind."""
     return nth_accelerator(kind, named) if isinstance(named, int) else named
 
 
@@ -164,7 +164,7 @@ def _indices(items: str) -> list[int]:
 
 
 def where_to_list(device: Device, listed: Collection[Device]) -> str:
-    """Return what to do about a device that a profile does not list: name its host, another one, or list it.
+    """Return advice on a device that a profile does not list: name its host, name another device, or list it.
 
     >>> where_to_list(Device("cpu"), [Device("cpu", host="left"), Device("cpu", host="right")])
     'name its host as well: `left/cpu`, `right/cpu`'

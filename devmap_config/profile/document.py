@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 1_000_000
 MAX_SCALAR_CHARACTERS = 10_000
-"""More than any path, pattern or description that somebody writes; what reads them need not be fast beyond."""
+"""Longer than any path, pattern or description that somebody writes, so that their parsers may be slow on long texts.
+"""
 MAX_NODES = 100_000
-"""Of a document once every alias is followed."""
+"""The most nodes of a document, counted with every alias followed."""
 MAX_DEPTH = 40
 
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -41,7 +42,7 @@ CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Value]], ...] = (
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", "", 1))),
 )
-"""What YAML 1.2 takes for anything but text, and how that is read."""
+"""The patterns of plain scalars that YAML 1.2 does not read as text, each with the function that reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class ScalarNode:
         text: the value, unquoted and unescaped.
         span: its place.
         is_plain: false for quoted and block text, which is text whatever it looks like.
-        is_verbatim: `text` stands in the file character for character, so that places within it can be told.
+        is_verbatim: `text` stands in the file character for character, so that places within it are known.
         content_column: the column in which `text` begins, behind a quote.
         is_unrendered: the value is a template that could not be rendered, or not the name of a device; this was
             reported.
@@ -114,7 +115,7 @@ Node: TypeAlias = "ScalarNode | SequenceNode | MappingNode"
 
 
 def plain_value(text: str) -> Value:
-    """Return an unquoted scalar's value by YAML 1.2's core schema.
+    """Return the value of an unquoted scalar by YAML 1.2's core schema.
 
     >>> plain_value("no"), plain_value("010"), plain_value("12:30"), plain_value("~")
     ('no', 10, '12:30', None)
@@ -133,7 +134,7 @@ def whole_file(file: str) -> Span:
 
 
 def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...]:
-    """Return the entries without those whose key stands in an earlier one, which are reported."""
+    """Return the entries whose key is not in an earlier entry, and report the others."""
     first: dict[str, Entry] = {}
     for entry in entries:
         earlier = first.setdefault(entry.key.text, entry)
@@ -143,7 +144,7 @@ def without_duplicates(entries: Iterable[Entry], sink: Sink) -> tuple[Entry, ...
 
 
 def report_duplicate(name: str, key: ScalarNode, earlier: ScalarNode, sink: Sink) -> None:
-    """Report that a name is given two values."""
+    """Report a key that is written twice."""
     related = (Related(message="first given here", span=earlier.span),)
     help = "remove one of them"
     if kind_of(name) is not None:
@@ -178,12 +179,12 @@ def parse_document(text: str, file: str, sink: Sink) -> MappingNode | None:
 
 
 class _RefusedError(Exception):
-    """Parsing stops here; the reason was reported."""
+    """Parsing cannot go on; the reason has been reported."""
 
 
 @dataclass
 class _Composer:
-    """Builds nodes from libyaml's events, which come one by one, so that size and depth can be bounded."""
+    """Builds nodes from libyaml's events one by one, so that size and depth can be bounded."""
 
     source: SourceText
     anchors: dict[str, tuple[Node | None, int]] = field(default_factory=dict)
@@ -315,7 +316,7 @@ class _Composer:
         start, end = first.start_mark, (last or first).end_mark
         end_line, end_column = end.line, end.column
         if end_column == 0 and (end_line, end_column) > (start.line, start.column):
-            # A block ends where the next begins; it is shown up to the end of its own last line.
+            # libyaml ends a block where the next begins; its place ends with its own last line.
             while end_line > start.line and not end_column:
                 end_line -= 1
                 end_column = len(self.source.lines[end_line].rstrip())

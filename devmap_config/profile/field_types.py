@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
 
 TEMPLATE_SCHEMA = {"type": "string", "pattern": r"\{\{|\{%"}
-"""A template may stand for any scalar; what it renders to is checked by the compiler."""
+"""A template may stand for any scalar; the compiler checks the rendered value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reads:
-    """An annotation of a type: the function that reads a written value, and the JSON Schemas that this may have."""
+    """The annotation of a type: the function that reads a written value, and the JSON Schemas of its written forms."""
 
     read: Callable[[object], object]
     schemas: tuple[Mapping[str, Any], ...]
@@ -58,12 +58,12 @@ class Reads:
         return core_schema.no_info_plain_validator_function(self.read)
 
     def __get_pydantic_json_schema__(self, _: core_schema.CoreSchema, __: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Allow each of the schemas, and a template in their stead."""
+        """Allow each of the schemas, or a template."""
         return {"anyOf": [*self.schemas, TEMPLATE_SCHEMA]}
 
 
 class _OneOrMany:
-    """The annotation of a list of which one item may stand without brackets."""
+    """The annotation of a list that may be written without brackets if it has one item."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         """Validate a single scalar as a list of it."""
@@ -82,7 +82,7 @@ class _OneOrMany:
 Item = TypeVar("Item")
 
 OneOrMany = Annotated[tuple[Item, ...], _OneOrMany()]
-"""A list; one item may stand without brackets."""
+"""A list, which may be written without brackets if it has one item."""
 
 
 def one_of(
@@ -96,9 +96,9 @@ def one_of(
 
     Args:
         choices: the texts.
-        code: the code of the diagnostic that says that another one is none of them.
-        message: its message, with `{value}` for the other one.
-        meant: what is to be written for a text that is known to mean something else.
+        code: the code of the diagnostic for any other text.
+        message: its message, with `{value}` for the text.
+        meant: returns the advice for a text that is known from other tools.
         context: further context of that error (`refusal`).
     """
 
@@ -157,7 +157,7 @@ def _group(value: object) -> tuple[Device, ...]:
 
 
 def _named(pattern: str, what: str, help: str) -> Reads:
-    """Return the annotation of a name of the outside world, which other programs are given."""
+    """Return the annotation of a name that is passed to other programs."""
 
     def read(value: object) -> object:
         text = str(value) if isinstance(value, str) else ""
@@ -169,11 +169,11 @@ def _named(pattern: str, what: str, help: str) -> Reads:
 
 
 ADDRESS = r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,40}"
-"""A host's name or an IP address; one of IPv6 may begin and end with colons."""
+"""Matches a host's name or an IP address; an IPv6 address may begin and end with colons."""
 
 
 def _address(value: object) -> str:
-    """Return an address; one of digits and dots, or with colons, must be an IP address."""
+    """Return an address; digits and dots, or anything with colons, must be a valid IP address."""
     text = str(value) if isinstance(value, str) else ""
     is_address = bool(re.fullmatch(ADDRESS, text))
     if is_address and (":" in text or not text.strip("0123456789.")):
@@ -201,7 +201,7 @@ def _listed_device(value: object) -> Device:
 
 
 def _device_or_number(value: object) -> Device | int:
-    """Return a device, or a number as it is: the machine decides of which kind its devices are."""
+    """Return a device, or a number as it is, because the kind of its device depends on the machine."""
     device = _device(value)
     return int(str(value)) if str(value).isdecimal() else device
 
@@ -213,7 +213,7 @@ def _version(value: object) -> object:
 
 
 def unsupported_version(version: str) -> tuple[str, str]:
-    """Return what is wrong with another version of the language, and what to do."""
+    """Return the message and the help for an unsupported version of the language."""
     message = f"version {version} of the profile language is not known"
     return message, "this devmap-config reads `version: 1`; a newer one may read more"
 
@@ -232,7 +232,7 @@ def _quantization(value: object) -> object:
 
 
 def _as_yaml_reads(value: object) -> object:
-    """Return a value, and all values within it, as YAML reads them without a type."""
+    """Return a value, and all values within it, with the types that YAML gives them."""
     if isinstance(value, dict):
         return {str(key): _as_yaml_reads(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -241,7 +241,7 @@ def _as_yaml_reads(value: object) -> object:
 
 
 def _as_text(value: object) -> object:
-    """Return a scalar as it is written, also where YAML reads a number."""
+    """Return a scalar as it is written, even if YAML reads a number."""
     if isinstance(value, WrittenText) and value.is_unrendered:
         raise PydanticOmit
     return str(value) if isinstance(value, str) else value
@@ -315,7 +315,7 @@ Latency = Annotated[int, _quantity(parse_nanoseconds, _matching(rf"{DURATION}$")
 Dispatch = Annotated[int, _quantity(known_rate(parse_nanoseconds), _matching(rf"{DURATION}{BASIS}$"))]
 SpreadOfRuns = Annotated[Spread, _quantity(parse_spread, _matching(r"^[0-9]+-[0-9]+%$")), PlainSerializer(str)]
 ListedDevice = Annotated[Device, Reads(_listed_device, ()), PlainSerializer(str)]
-"""A key that names a device; merging has made it canonical, or reported that it names none."""
+"""A key that names a device; merging has already made it canonical, or reported it."""
 NamedDevice = Annotated[
     Device | int,
     Reads(

@@ -23,14 +23,14 @@ RENAME = (
     "leave out `.j2`: templates stand in values and in names, and where a loop wrote devices, a range such as"
     ' `"cuda:[0-{{ count - 1 }}]"` names them'
 )
-"""What to do with a template of a whole file."""
+"""Advice on a file that is a template as a whole."""
 
 
 @dataclass
 class ProfileReader:
-    """Reads files for one profile: each once, none in a cycle, none from outside.
+    """Reads the files of one profile: each only once, none in a cycle, none outside of the repository.
 
-    `is_incomplete` says that some could not be read: what seems to be missing may stand there.
+    `is_incomplete` says that some files could not be read, so keys that seem to be missing may stand there.
     """
 
     boundary: Boundary
@@ -60,7 +60,7 @@ class ProfileReader:
             self.sink.error("unsupported-version", message, version.span, help=help)
 
     def read_base(self, base: ScalarNode, extending: Path, trail: tuple[Path, ...]) -> list[MappingNode]:
-        """Return the documents of a file that another extends; a file that must not be read is reported."""
+        """Return the documents of a file that another extends, or report why it must not be read."""
         self.files_named += 1
         path = Path(os.path.normpath(extending.parent / base.text))
         if problem := self.problem_of(base.text, path, trail):
@@ -71,7 +71,7 @@ class ProfileReader:
         return self.read(path.as_posix(), trail)
 
     def problem_of(self, base: str, path: Path, trail: tuple[Path, ...]) -> tuple[ErrorCode, str, str] | None:
-        """Return why a file that another extends must not be read, as code, message and help; `None` if it may."""
+        """Return why a file must not be read, as code, message and help; `None` if it may be."""
         if self.files_named > MAX_FILES:
             return "too-large", f"the profile extends more than {MAX_FILES} files", "extend fewer files"
         if not self.boundary.holds(path):
@@ -90,7 +90,7 @@ class ProfileReader:
         return None
 
     def text_of(self, path: Path, shown: str) -> str | None:
-        """Return the text of a file, and keep it for diagnostics."""
+        """Return the text of a file, and remember it for diagnostics."""
         try:
             data = read_bytes(path, PROFILE, self.boundary)
             self.sink.texts[shown] = data.decode("utf-8", errors="replace")
@@ -106,14 +106,14 @@ class ProfileReader:
 
 
 def base_files(document: MappingNode) -> tuple[ScalarNode, ...]:
-    """Return the files that `extends` names; what is not text there is left to the schema."""
+    """Return the files that `extends` names; the schema reports entries that are not text."""
     extends = document.get("extends")
     nodes = extends.items if isinstance(extends, SequenceNode) else (extends,)
     return tuple(node for node in nodes if isinstance(node, ScalarNode) and not is_null(node))
 
 
 def _moved_to(path: Path) -> str:
-    """Return a hint at a nearby file of that name, to which it may have moved."""
+    """Return a hint at a nearby file of the same name."""
     folder = path.parent if path.parent.is_dir() else path.parent.parent
     if not folder.is_dir():
         return ""

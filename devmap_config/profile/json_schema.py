@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
-"""What yaml-language-server reads."""
+"""The draft that yaml-language-server reads."""
 
 Schema = dict[str, Any]
 
@@ -31,8 +31,8 @@ Schema = dict[str, Any]
 def profile_schema() -> Schema:
     """Return the schema of a profile file, in draft 7.
 
-    A template may stand for any scalar, `null` for any key (it removes an inherited one), and what a file leaves out
-    may stand in one that it extends.
+    A template may stand for any scalar, and `null` for the value of any key, which removes an inherited one. Required
+    keys may be missing, as a file that this one extends may have them.
     """
     schema = as_draft7(Profile.model_json_schema(by_alias=True))
     definitions = schema["definitions"]
@@ -81,7 +81,7 @@ def profile_schema() -> Schema:
 
 
 def _describe(properties: Schema, section: str) -> None:
-    """Give each key the text below its field. It is read here and not by pydantic, for which every start would pay."""
+    """Give each key the docstring of its field. pydantic could read these too, but would slow down every start."""
     model: type[BaseModel] = getattr(schema_module, section)
     documented = _documented_fields()[section]
     for name, field in model.model_fields.items():
@@ -92,7 +92,7 @@ def _describe(properties: Schema, section: str) -> None:
 
 @cache
 def _documented_fields() -> dict[str, dict[str, str]]:
-    """Return the text below each field, by class of the profile's sections."""
+    """Return the docstring of each field, by class and name."""
     documented: dict[str, dict[str, str]] = {}
     for section in ast.parse(inspect.getsource(schema_module)).body:
         if isinstance(section, ast.ClassDef):
@@ -106,7 +106,7 @@ def _documented_fields() -> dict[str, dict[str, str]]:
 
 
 def _set_keys(mapping: Schema, pattern: str) -> None:
-    """Name the devices that may be keys, or have a template do so."""
+    """Allow keys that name devices, or templates."""
     for alternative in mapping.get("anyOf", [mapping]):
         if "additionalProperties" in alternative:
             value = {"anyOf": [alternative["additionalProperties"], {"type": "null"}]}
@@ -123,7 +123,7 @@ def _nullable(definition: Schema) -> None:
 
 
 def as_draft7(value: Any) -> Any:
-    """Return the same schema in the words of draft 7, without titles that only repeat a key."""
+    """Return the same schema with the keywords of draft 7, without titles that only repeat a key."""
     if isinstance(value, list):
         return [as_draft7(item) for item in value]
     if not isinstance(value, dict):

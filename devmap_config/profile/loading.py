@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 OFFLOAD_FOLDER = "offload"
-"""Where a machine that is only thought of keeps what is on its disk."""
+"""The offload folder of a machine that is only hypothetical."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class LoadedProfile:
 
     @property
     def knows_devices(self) -> bool:
-        """True if the names of all devices could be read; otherwise an unknown device may be among those that could
-        not.
+        """True if the names of all devices could be read; otherwise a device that seems unknown may be listed after
+        all.
         """
         hardware = self.profile.hardware
         if "hosts" in hardware.doubtful and not hardware.hosts:
@@ -75,7 +75,7 @@ def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) 
 
 
 def for_engine(loaded: LoadedProfile, engine: str, groups: Sequence[tuple[Device, ...]]) -> LoadedProfile:
-    """Return a profile for another engine, with as many sequences at once.
+    """Return the same profile for another engine, with as many sequences at once.
 
     Args:
         loaded: the profile.
@@ -84,7 +84,7 @@ def for_engine(loaded: LoadedProfile, engine: str, groups: Sequence[tuple[Device
     """
     profile = loaded.profile
     workload, placement = profile.workload, profile.placement.changed(groups=tuple(map(Located, groups)))
-    if engine != "vllm":  # which alone has requests of a batch come and go by themselves
+    if engine != "vllm":  # only vLLM schedules the sequences of a batch as requests of their own
         sequences = workload.batch_size * workload.concurrency.value
         workload = workload.model_copy(update={"batch_size": sequences, "concurrency": Located(1)})
     return replace(loaded, profile=profile.changed(targets=(engine,), workload=workload, placement=placement))
@@ -104,7 +104,7 @@ def of_assistant(loaded: LoadedProfile, assistant: Assistant) -> LoadedProfile:
 
 
 def with_workload(loaded: LoadedProfile, *, cache: str, context_length: int) -> LoadedProfile:
-    """Return a profile with another cache and context; a prompt that filled the context still does."""
+    """Return a profile with another cache and context; a prompt that filled the old context fills the new one."""
     workload = loaded.profile.workload
     prompt_length = workload.prompt_length and min(workload.prompt_length, context_length)
     if workload.cache.implementation != cache:
@@ -126,8 +126,8 @@ def load_profile(
     Args:
         path: the profile's file.
         sink: takes the diagnostics.
-        overrides: values for variables, as text; a variable that the profile does not have is a mistake.
-        remembered: values from an earlier compilation, for those of the variables that still exist.
+        overrides: values for variables, as text; a variable that the profile does not have is an error.
+        remembered: values from an earlier compilation, for variables that still exist.
         allow_outside: allow paths that lead out of the repository.
 
     Returns:
@@ -148,7 +148,7 @@ def load_profile(
     refusals = Refusals(sink, Profile, is_incomplete=reader.is_incomplete)
     try:
         profile = Profile.model_validate(written(document), context=refusals)
-    except ValidationError:  # which is reported; too little is left
+    except ValidationError:  # reported already; too little is valid
         return None
     _check_offload_folder(profile.placement.offload.folder, boundary, sink)
     return LoadedProfile(path, profile, boundary, used)
@@ -173,7 +173,7 @@ def load_hardware(path: Path, sink: Sink) -> Hardware | None:
     refusals = Refusals(sink, _Machine, is_incomplete=reader.is_incomplete)
     try:
         return _Machine.model_validate(written(document), context=refusals).hardware
-    except ValidationError:  # which is reported
+    except ValidationError:  # reported already
         return None
 
 
@@ -182,7 +182,7 @@ class _Machine(Section):
 
 
 def _merged(documents: list[MappingNode], renderer: Renderer) -> MappingNode:
-    """Return one document of several, with their templates rendered."""
+    """Merge several documents into one, and render its templates."""
     return renderer.values(merge([renderer.names(document) for document in documents], renderer.sink))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Place:
     """The place of a value: its node, the key before it, and its route as a person writes it (`placement.pins[2]`).
 
-    Any two are equal, so that values are compared without their places.
+    All places are equal, so that comparing values ignores their places.
     """
 
     node: Node = field(compare=False)
@@ -41,7 +41,7 @@ class Place:
 
 
 NOWHERE = Place(MappingNode((), whole_file("")))
-"""The place of what no file holds, such as a machine that is named on the command line."""
+"""The place of values that are in no file, such as a machine that is named on the command line."""
 
 
 class Written:
@@ -55,13 +55,13 @@ class WrittenText(Written, str):
 
     @property
     def value(self) -> Value:
-        """The value that YAML reads if it is not told that text is wanted."""
+        """The value that YAML reads, whatever the type of the field."""
         node = self.place.node
         return node.value if isinstance(node, ScalarNode) else str(self)
 
     @property
     def is_unrendered(self) -> bool:
-        """True if it was reported already that this is no value."""
+        """True if the text is no value, which was reported already."""
         node = self.place.node
         return isinstance(node, ScalarNode) and node.is_unrendered
 
@@ -71,7 +71,7 @@ class WrittenList(Written, list[Written]):
 
 
 class WrittenMapping(Written, dict[str, Written]):
-    """A mapping, without the keys that have no value: they mean what leaving them out means."""
+    """A mapping, without the keys that have no value: writing them is the same as leaving them out."""
 
 
 class WrittenNothing(Written):
@@ -93,7 +93,7 @@ def at(value: AnyWritten, place: Place) -> AnyWritten:
 
 
 def written(node: Node, route: str = "", key: ScalarNode | None = None) -> Written:
-    """Return a node as builtin values that know their place."""
+    """Return a node as values of builtin types that know their places."""
     place = Place(node, key, route.removeprefix("."))
     if isinstance(node, SequenceNode):
         return at(WrittenList(written(item, f"{route}[{index}]") for index, item in enumerate(node.items)), place)
@@ -111,12 +111,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Located(Generic[T_co]):
-    """A value of a profile and its place; what has no place of its own, such as a default, has that of its section.
+    """A value of a profile and its place; a value that is not in the file, such as a default, has that of its section.
 
-    Two are equal where their values are.
+    Two are equal if their values are.
     """
 
-    # No dataclass, for which pydantic would make a schema of its own.
+    # Not a dataclass, because pydantic would make a schema of its own for it.
 
     def __init__(self, value: T_co, place: Place = NOWHERE) -> None:
         self.value: Final = value
@@ -142,7 +142,7 @@ class Located(Generic[T_co]):
         return self.place.key_span
 
     def span_within(self, start: int, end: int) -> Span:
-        """Return the place of characters `start` to `end` (exclusive) of a text; of all of it where that is unknown."""
+        """Return the place of characters `start` to `end` (exclusive) of a text, or of the whole text."""
         node = self.place.node
         return node.span_within(start, end) if isinstance(node, ScalarNode) else self.span
 
@@ -158,7 +158,7 @@ class Located(Generic[T_co]):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Validate and dump as the value itself would be."""
+        """Validate and dump like the value itself."""
         held = get_args(source)
         inner = handler.generate_schema(held[0]) if held else core_schema.any_schema()
 
@@ -166,7 +166,7 @@ class Located(Generic[T_co]):
             if isinstance(value, Located):
                 return value
             if isinstance(value, WrittenText) and value.is_unrendered:
-                raise PydanticOmit  # here: what is called by a validator cannot have a key left out
+                raise PydanticOmit  # here, because a function that a validator calls cannot omit a key
             return Located(validate(value), value.place if isinstance(value, Written) else NOWHERE)
 
         dump = core_schema.wrap_serializer_function_ser_schema(

@@ -1,4 +1,4 @@
-"""Merges the documents of a profile and of what it extends into one, with an entry for each device."""
+"""Merges the documents of a profile and of the files that it extends into one, with an entry for each device."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
 
 APPENDED = (("placement", "pins"),)
-"""Lists that grow instead of being replaced."""
+"""The lists that a later file appends to instead of replacing them."""
 
 
 def variables_of(documents: list[MappingNode]) -> MappingNode:
-    """Return the `variables` of all documents, with the place of that key; of the last file where there is none."""
+    """Return the merged `variables` of all documents, at the place of that key, or of the last file if none has it."""
     merged = _merged([document.only(lambda key: key == "variables") for document in documents])
     for entry in merged.entries:
         if isinstance(entry.value, MappingNode):
@@ -45,7 +45,7 @@ def variables_of(documents: list[MappingNode]) -> MappingNode:
 
 
 def variable_values(variables: MappingNode, overrides: Mapping[str, str]) -> dict[str, object]:
-    """Return the variables by name; overrides are read as if they had been written there."""
+    """Return the variables by name; an override is read as if it had been written in the file."""
     values: dict[str, object] = {entry.key.text: _plain(entry.value) for entry in variables.entries}
     return values | {name: plain_value(text) for name, text in overrides.items()}
 
@@ -74,11 +74,11 @@ def merge(documents: list[MappingNode], sink: Sink) -> MappingNode:
 
 
 def _hosts(hosts: MappingNode, sink: Sink) -> MappingNode:
-    """Return the devices of each host by their names with the host's before them, ranges expanded."""
+    """Return the devices of each host, with ranges expanded and the host's name before each device."""
     count = 0
 
     def devices_of(host: str) -> Callable[[MappingNode], MappingNode]:
-        before = f"{host}/" if HOST_NAME.fullmatch(host) else ""  # else it is refused where names are read
+        before = f"{host}/" if HOST_NAME.fullmatch(host) else ""  # another name is refused when devices are read
         return lambda mapping: _described(_expand(mapping, _kind_within(mapping), sink, before))
 
     entries: list[Entry] = []
@@ -105,7 +105,7 @@ def _merged(documents: list[MappingNode]) -> MappingNode:
 
 
 def _merge_mappings(base: MappingNode, over: MappingNode, route: tuple[str, ...]) -> MappingNode:
-    # A `null` stays, and is looked at once more: its key may be misspelt.
+    # A `null` stays, so that its key is checked for misspelling.
     entries = {entry.key.text: entry for entry in base.entries}
     for entry in over.entries:
         name = entry.key.text
@@ -125,7 +125,7 @@ def _merge_values(inherited: Node, own: Node, route: tuple[str, ...]) -> Node:
 def change_mapping(
     document: MappingNode, route: tuple[str, ...], change: Callable[[MappingNode], MappingNode]
 ) -> MappingNode:
-    """Return a document with the mapping at a route changed, where there is one."""
+    """Return a document with the mapping at a route changed, if there is one."""
     if not route:
         return change(document)
     entries = (
@@ -138,7 +138,7 @@ def change_mapping(
 
 
 def _accelerator_kind(documents: list[MappingNode]) -> str:
-    """Return the kind of the accelerators that a profile lists: that of the first one named with it, else `cuda`."""
+    """Return the kind of the accelerators of a profile: that of the first name that states a kind, else `cuda`."""
     for document in documents:
         hardware = document.get("hardware")
         devices = hardware.get("devices") if isinstance(hardware, MappingNode) else None
@@ -148,14 +148,14 @@ def _accelerator_kind(documents: list[MappingNode]) -> str:
 
 
 def _kind_within(devices: MappingNode) -> str:
-    """Return the kind of the first accelerator that is named with it, else `cuda`."""
+    """Return the kind of the first name that states one, else `cuda`."""
     return next((kind for entry in devices.entries if (kind := kind_of(entry.key.text))), "cuda")
 
 
 def _expand(mapping: MappingNode, kind: str, sink: Sink, host: str = "") -> MappingNode:
-    """Return one entry for each device; a device's own entry precedes a range that holds it, whatever their order.
+    """Return one entry for each device; a device's own entry outranks a range that includes it, whatever their order.
 
-    `host` is what stands before the names of its devices.
+    `host` is the prefix of the names of its devices.
     """
     entries: dict[str, Entry] = {}
     written: dict[str, ScalarNode] = {}
@@ -177,7 +177,7 @@ def _expand(mapping: MappingNode, kind: str, sink: Sink, host: str = "") -> Mapp
 
 
 def _names(key: ScalarNode, kind: str, sink: Sink, host: str) -> tuple[str, ...]:
-    """Return the devices that a key names; none where it names none, which is reported."""
+    """Return the devices that a key names; if it names none, report that."""
     if key.is_unrendered:
         return ()
     try:
@@ -188,7 +188,7 @@ def _names(key: ScalarNode, kind: str, sink: Sink, host: str) -> tuple[str, ...]
 
 
 def _described(devices: MappingNode) -> MappingNode:
-    """Bare catalogue names as the mappings that they stand for, so that files can add to them."""
+    """Return devices with bare catalogue names expanded to mappings, so that files can add keys to them."""
     entries: list[Entry] = []
     for entry in devices.entries:
         value = entry.value

@@ -1,4 +1,4 @@
-"""The permissions that a user gives a profile, which may be a stranger's."""
+"""The permissions that a user grants a profile, which may come from a stranger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Permissions:
-    """The permissions of a profile; each is refused unless the command line gives it.
+    """The permissions of a profile; each is denied unless the command line grants it.
 
     Attributes:
         allow_outside: paths may lead out of the repository.

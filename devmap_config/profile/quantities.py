@@ -38,10 +38,10 @@ TIME_UNITS = {
 }
 
 Basis = Literal["stated", "measured", "calibrated"]
-"""How a rate is known: from a data sheet, a default or by hand; from this machine; from runs of models on it."""
+"""The origin of a rate: a data sheet, a default or a user; a measurement on this machine; runs of models on it."""
 
 BASES: tuple[Basis, ...] = ("stated", "measured", "calibrated")
-"""From the weakest on."""
+"""From the weakest to the strongest."""
 
 
 class KnownRate(int):
@@ -54,19 +54,19 @@ class KnownRate(int):
     basis: Basis
 
     def __new__(cls, amount: int, basis: Basis = "stated") -> Self:
-        """Return an amount that knows its basis."""
+        """Return an amount with its basis."""
         rate = super().__new__(cls, amount)
         rate.basis = basis
         return rate
 
 
 def basis_of(rate: int) -> Basis:
-    """Return how a rate is known: of a bare number, nothing is told."""
+    """Return the basis of a rate; a bare number counts as stated."""
     return rate.basis if isinstance(rate, KnownRate) else "stated"
 
 
 def weakest(rates: Iterable[int | None]) -> Basis:
-    """Return the weakest basis of all rates that are known.
+    """Return the weakest basis of the rates that are not `None`.
 
     >>> weakest((None, KnownRate(9, "calibrated"), KnownRate(5, "measured")))
     'measured'
@@ -78,7 +78,7 @@ _NUMBER_AND_UNIT = re.compile(r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?P<u
 
 
 class QuantityError(ValueError):
-    """A text is not a quantity of the kind that is wanted; `help` says what to write."""
+    """A text is not a quantity of the required kind; `help` says what to write."""
 
     def __init__(self, message: str, help: str) -> None:
         super().__init__(message)
@@ -94,7 +94,7 @@ class Share:
 
 
 ASKED_OF_THE_MACHINE = ("auto", "max", "all", "free", "available")
-"""What other tools take for the memory that they find."""
+"""Values by which other tools use whatever memory they find."""
 
 
 def parse_bytes(text: str) -> int | Share:
@@ -134,7 +134,7 @@ def parse_share(text: str) -> Fraction:
 
 
 def parse_efficiency(text: str) -> Fraction:
-    """Parse a share that is more than none.
+    """Parse a share that is greater than zero.
 
     >>> parse_efficiency("80%")
     Fraction(4, 5)
@@ -225,7 +225,7 @@ def parse_per_second(text: str) -> int:
 
 
 def known_rate(parse: Callable[[str], int]) -> Callable[[str], KnownRate]:
-    """Return a parser for a rate with an optional word for its basis: `25GB/s measured`.
+    """Return a parser for a rate that may be followed by its basis: `25GB/s measured`.
 
     >>> known_rate(parse_bandwidth)("25GB/s measured").basis
     'measured'
@@ -245,13 +245,13 @@ def known_rate(parse: Callable[[str], int]) -> Callable[[str], KnownRate]:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The percentages of the predicted time between which runs were observed to be."""
+    """The least and the most time that runs took, in percent of the predicted time."""
 
     least_percent: int
     most_percent: int
 
     def __str__(self) -> str:
-        """Return it as a profile writes it."""
+        """Return the range as a profile writes it."""
         return f"{self.least_percent}-{self.most_percent}%"
 
 
@@ -287,7 +287,7 @@ def _rate(text: str, example: str) -> tuple[Fraction, str | None]:
 
 
 def _in_bytes(number: Fraction, unit: str) -> str:
-    """Return advice for a bandwidth in bits, such as `10Gbit/s`: the same in bytes."""
+    """Return advice for a bandwidth in bits, such as `10Gbit/s`: to write it in bytes."""
     prefix = unit[0] if unit[0] in "kKMGT" else ""
     eighth = f"{float(number / 8):.6g}"
     return f"bandwidths are in bytes: write `{eighth}{'k' if prefix == 'K' else prefix}B/s`"
@@ -304,7 +304,7 @@ def _bytes(text: str, number: Fraction, unit: str | None) -> int:
 
 
 def _meant(text: str, unit: str) -> str:
-    """Return advice for `20G`, which may be gigabytes or gibibytes, and is not guessed."""
+    """Return advice for `20G`, which could mean gigabytes or gibibytes."""
     letter = unit[0].upper()
     if letter in "KMGT":
         number = text[: len(text) - len(unit)].strip()
@@ -316,7 +316,7 @@ def _meant(text: str, unit: str) -> str:
 
 def _whole(text: str, number: Fraction, help: str) -> int:
     if number.denominator != 1:
-        # `1.5GiB` is whole; `0.1GiB` is cut to whole bytes; `1.5` bytes are a mistake.
+        # `1.5GiB` is a whole number of bytes; `0.1GiB` is rounded down to one; `1.5` without a unit is an error.
         if number < 1024:
             raise QuantityError(f"`{text}` is not a whole number", help)
         return int(number)

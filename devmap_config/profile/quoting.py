@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 VALUE_START = re.compile(r"(?:^|(?<=[\s{\[,]))(?:[-?][ \t]+|[^\s:{}\[\],\"'#][^{}\[\],\"']*?:[ \t]+)")
-"""What stands before a value: a dash, or a key."""
+"""Matches what precedes a value: a dash, or a key."""
 
 DEVICE_RANGE = re.compile(r"(?<![\"'\w])[a-z]+:\[[0-9,-]*\]")
-"""A key that names several devices: a flow mapping takes it for two."""
+"""Matches a key that names several devices, which YAML reads as two keys within a flow mapping."""
 
 WILDCARD_KEY = re.compile(r"\s*(\*[^\s:\"']*):(?:\s|$)")
-"""A key that begins with a star, which YAML takes for an alias."""
+"""Matches a key that begins with a star, which YAML reads as an alias."""
 
 SPECIAL = frozenset("[]{}*&!%@`")
 
@@ -34,7 +34,7 @@ def unquoted_text(line: str, column: int) -> tuple[int, str] | None:
     if wildcard_key := WILDCARD_KEY.match(line):
         return wildcard_key.start(1), wildcard_key.group(1)
     starts = [match.end() for match in VALUE_START.finditer(line)]
-    # A dash or a key may stand before a flow mapping whose own values are meant.
+    # A dash or a key may stand before a flow mapping, and then the mistake is in one of its values.
     for start in sorted((start for start in starts if start <= column), reverse=True):
         text = _extent(line, start)
         if start + len(text) + 1 < column:
@@ -78,7 +78,7 @@ def _extent(line: str, start: int) -> str:
             or (character == "#" and line[position - 1].isspace())
         ):
             return line[start:position].rstrip()
-    if open_brackets:  # one that is never closed: the value ends where the next key or the mapping's end is
+    if open_brackets:  # a bracket that is never closed: the value ends before the next key or at the end of the mapping
         return UNCLOSED_END.split(line[start:], maxsplit=1)[0].rstrip()
     return line[start:].rstrip()
 

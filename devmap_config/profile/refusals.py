@@ -1,4 +1,4 @@
-"""Says what pydantic refuses in our words, and where it stands."""
+"""Turns pydantic's errors into diagnostics with our wording and the place in the YAML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADVICE = {
     "match": "name what the pin is about, such as `match: lm_head`",
     "bandwidth": "give it as `25GB/s`",
 }
-"""By required key, what to write."""
+"""The advice for each required key that is missing."""
 
 TYPES = {
     "string_type": "text",
@@ -50,20 +50,20 @@ TYPES = {
     "quantity_type": "a quantity such as `20GiB`",
     "device_type": "a device such as `cuda:0`, `cpu` or `disk`",
 }
-"""By type of pydantic's errors, and of those of our validators that only a wrong type brings about, what is wanted."""
+"""The expected value in words, by the type of pydantic's errors and of those of our validators that check types."""
 
 
 REFUSED = PydanticCustomError("refused", "what is wrong with it is reported")
 
 
 def refusal(code: ErrorCode, message: str, help: str, **context: object) -> PydanticCustomError:
-    """Return the error of a validator that says in our words what is wrong.
+    """Return the error that a validator raises for a wrong value.
 
     Args:
         code: a diagnostic's.
-        message: a sentence, in which `{route}` stands for the value's.
+        message: a sentence, in which `{route}` stands for the route of the value.
         help: what to write instead.
-        context: `key`, where the error is in the value under that key.
+        context: `key`, if the error is in the value under that key.
     """
     return PydanticCustomError(code, "{message}", {"message": message, "help": help, **context})
 
@@ -75,10 +75,10 @@ def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
 
 @dataclass
 class Refusals:
-    """Reports what is wrong with the values of one document; once, where ranges or anchors repeat a value.
+    """Reports the wrong values of one document; only once if ranges or anchors repeat a value.
 
-    `root` is the section that holds all others. With `is_incomplete`, a file that it extends could not be read: what
-    seems to be missing may stand there. `doubted` are the routes of what was refused or is missing.
+    `root` is the section that holds all others. With `is_incomplete`, a file that it extends could not be read, so keys
+    that seem to be missing may stand there. `doubted` holds the routes of values that were refused or are missing.
     """
 
     sink: Sink
@@ -88,7 +88,7 @@ class Refusals:
     said: set[tuple[str, Span]] = field(default_factory=set)
 
     def check_keys(self, section: type[BaseModel], value: WrittenMapping) -> None:
-        """Report the keys that a section does not have, and those that it lacks unless one was meant for it."""
+        """Report unknown keys, and required keys that are missing, unless an unknown one was meant for it."""
         fields, place = fields_by_key(section), value.place
         keys = (
             {entry.key.text: entry.key for entry in place.node.entries} if isinstance(place.node, MappingNode) else {}
@@ -106,14 +106,14 @@ class Refusals:
         replaced = {key for key, other in getattr(section, "ALTERNATIVES", {}).items() if other in value}
         missing = {key for key, field in fields.items() if field.is_required() and key not in value} - replaced
         self.doubted |= {f"{place.route}.{key}".removeprefix(".") for key in meant | missing}
-        may_be_elsewhere = self.is_incomplete and "[" not in place.route  # an item of a list is whole where it stands
+        may_be_elsewhere = self.is_incomplete and "[" not in place.route  # no other file completes an item
         for key in fields if not may_be_elsewhere else ():
             if key in missing - meant:
                 message = f"`{key}` is empty" if key in keys else f"`{key}` is missing{within}"
                 self.sink.error("missing-key", message, (keys.get(key) or place).span, help=ADVICE.get(key))
 
     def _report_short_pin(self, place: Place) -> None:
-        """Report a pin that is a pattern and its device: as in a `device_map`, and in other tools."""
+        """Report a pin that is written as `pattern: device`, as in a `device_map` and in other tools."""
         if isinstance(place.node, MappingNode):
             [entry] = place.node.entries
             device = entry.value.text if isinstance(entry.value, ScalarNode) else "cuda:0"
@@ -122,13 +122,13 @@ class Refusals:
             self.report("missing-key", "the pin does not say what it matches", entry.key.span, help)
 
     def doubtful_keys(self, route: str) -> frozenset[str]:
-        """Return the keys of the section at a route below which something was refused or is missing."""
+        """Return the keys of the section at a route whose values were refused or are missing."""
         above = f"{route}." if route else ""
         below = (doubted[len(above) :] for doubted in self.doubted if doubted.startswith(above))
         return frozenset(re.split(r"[.[]", doubted, maxsplit=1)[0] for doubted in below)
 
     def advice_on_key(self, key: str, section: type[BaseModel]) -> str:
-        """Return what was meant by an unknown key."""
+        """Return advice on an unknown key."""
         fields = fields_by_key(section)
         if key[:3].isdigit():
             return "a `,` separates entries: write large numbers without it"
@@ -144,7 +144,7 @@ class Refusals:
         return f"known here are {', '.join(f'`{name}`' for name in sorted(fields))}"
 
     def refuse(self, error: ValidationError, value: Written, field: FieldInfo | None = None) -> None:
-        """Report the errors of a value, which is that of a field where one is given."""
+        """Report the errors of a value; `field`, if given, is the field that it is for."""
         self.doubted.add(value.place.route)
         for details in error.errors(include_url=False):
             kind, context, given = details["type"], details.get("ctx") or {}, details["input"]
@@ -153,7 +153,7 @@ class Refusals:
             if isinstance(given, WrittenMapping) and "key" in context:
                 given = given[context["key"]]
             node, route = given.place.node, f"`{given.place.route}`" if given.place.route else "the profile"
-            is_reported = kind == "too_short" and isinstance(given, WrittenMapping) and given  # of each of its items
+            is_reported = kind == "too_short" and isinstance(given, WrittenMapping) and given  # its items were reported
             if (
                 kind in ("missing", REFUSED.type)
                 or is_reported
@@ -173,14 +173,14 @@ class Refusals:
                 self.report("wrong-type", message, given.place.span, help)
 
     def report(self, code: ErrorCode, message: str, span: Span, help: str) -> None:
-        """Report a mistake, unless one of its kind is reported there."""
+        """Report a mistake, unless one of the same kind was reported at the same place."""
         if (code, span) not in self.said:
             self.said.add((code, span))
             self.sink.error(code, message, span, help=help)
 
 
 def _item(value: Written, route: Iterable[object]) -> Written:
-    """Return the item of a list to which an error's route leads; the value itself where it leads to none."""
+    """Return the item of a list that an error's route leads to, or the value itself if it leads to none."""
     for index in route:
         if isinstance(value, WrittenList) and isinstance(index, int) and index < len(value):
             value = value[index]

@@ -1,4 +1,4 @@
-"""Renders the templates in a document's values, and in the keys that are names."""
+"""Renders the templates in a document's values, and in those of its keys that name devices or modules."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
 
 UNRENDERED = ("variables", "extends")
-"""Top-level keys that templates cannot stand in: they are what templates are rendered with."""
+"""Top-level keys whose values cannot be templates, because templates are rendered with them."""
 
 MAX_TEMPLATES = 500
-"""Different ones in a profile and what it extends: each takes some milliseconds at most."""
+"""The most different templates in a profile and the files that it extends; each takes a few milliseconds at most."""
 
 NAMED = (("hardware", "devices"), ("hardware", "links"), ("placement", "max_memory"), ("placement", "device_map"))
-"""Mappings whose keys are names, of devices or of modules."""
+"""Mappings whose keys name devices or modules."""
 
 
 @dataclass
 class Renderer:
-    """Renders templates with these variables; what cannot be rendered is reported, and stays as it is."""
+    """Renders templates with variables; a template that cannot be rendered is reported and stays as it is."""
 
     variables: Mapping[str, object]
     sink: Sink
@@ -41,7 +41,7 @@ class Renderer:
         return replace(document, entries=tuple(entries))
 
     def names(self, document: MappingNode) -> MappingNode:
-        """Return a document with the keys rendered that are names."""
+        """Return a document with those keys rendered that name devices or modules."""
         for route in NAMED:
             document = change_mapping(document, route, self.keys)
         return change_mapping(document, ("hardware", "hosts"), self._names_within_hosts)
@@ -56,7 +56,7 @@ class Renderer:
         return replace(hosts, entries=tuple(entries))
 
     def keys(self, mapping: MappingNode) -> MappingNode:
-        """Return a mapping with its keys rendered; of two that render to the same, the second is reported."""
+        """Return a mapping with its keys rendered; if two render to the same text, the second is reported."""
         entries = [replace(entry, key=self.scalar(entry.key)) for entry in mapping.entries]
         return replace(mapping, entries=without_duplicates(entries, self.sink))
 
@@ -69,10 +69,10 @@ class Renderer:
         return replace(node, entries=tuple(replace(entry, value=self.node(entry.value)) for entry in node.entries))
 
     def scalar(self, node: ScalarNode) -> ScalarNode:
-        """Return a scalar rendered, as if it had been written without quotes: its field's type reads it."""
+        """Return a scalar rendered, as if it had been written without quotes, so that the type of its field decides."""
         if not any(mark in node.text for mark in ("{{", "{%", "{#")):
             return node
-        from devmap_config.profile.template import TemplateRefusedError  # with it comes jinja2
+        from devmap_config.profile.template import TemplateRefusedError  # imports jinja2
 
         try:
             return ScalarNode(self.rendered(node.text), node.span)
@@ -81,10 +81,10 @@ class Renderer:
             return replace(node, is_unrendered=True)
 
     def rendered(self, text: str) -> str:
-        """Return a template rendered, each once.
+        """Return a template rendered; each different text is rendered only once.
 
         Raises:
-            TemplateRefusedError: if it cannot be, or there were too many others.
+            TemplateRefusedError: if it cannot be rendered, or there are too many templates.
         """
         from devmap_config.profile.template import TemplateRefusedError, render
 

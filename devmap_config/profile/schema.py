@@ -1,4 +1,4 @@
-"""`Profile`: what a profile may say, as pydantic models; the JSON Schema of editors is generated from them."""
+"""`Profile`: the language of profiles, as pydantic models, from which the JSON Schema for editors is generated."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Span
 
 OPTIMAL_STRATEGIES = ("fastest", "longest-context", "fewest-devices")
-"""Those that compare times; the first has to and is after nothing else, the others do where they can."""
+"""The strategies that compare times: the first by nothing else, the others if times can be predicted."""
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", *OPTIMAL_STRATEGIES, "single", "manual")
 
 CACHES = ("dynamic", "static", "offloaded", "partly_offloaded", "offloaded_static", "quantized")
 CACHE_BACKENDS = ("quanto", "fp8")
-"""transformers 5.24's, but for `hqq`."""
+"""Those of transformers 5.24, except `hqq`."""
 
 TARGETS = ("transformers", "vllm")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""transformers 5.24's implementations; a kernel of the hub is named by its repository, `owner/name`."""
+"""Those of transformers 5.24; a kernel of the hub is named by its repository, `owner/name`."""
 
 
 class Adapter(Section):
@@ -81,7 +81,7 @@ class Assistant(Section):
     """A small draft model: it proposes tokens, of which the model takes those that it would have written itself."""
 
     source: Located[Text] = Field(examples=["meta-llama/Llama-3.2-1B", "models/llama-3.2-1b/config.json"])
-    """A hub id, a local directory, or a `config.json`. It has the vocabulary of the model."""
+    """A hub id, a local directory, or a `config.json`. It must have the vocabulary of the model."""
 
     revision: Text | None = Field(default=None, examples=["0123456789abcdef0123456789abcdef01234567"])
     """The commit of a hub id."""
@@ -92,7 +92,7 @@ class Assistant(Section):
     """The dtype in which its weights are loaded; `auto` takes the checkpoint's own."""
 
     device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:1"])
-    """Where all of it is. Without it: the first accelerator, else the CPU."""
+    """The device that holds all of it. Without it: the first accelerator, else the CPU."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,7 +107,7 @@ class Model(Section):
     """A hub id, a local directory, or a `config.json`; an existing path wins. Paths are relative to this file."""
 
     revision: Text | None = Field(default=None, examples=["main"])
-    """A branch, tag or commit of a hub id. The commit that it resolves to stands in the lock."""
+    """A branch, tag or commit of a hub id. The lock records the commit that it resolves to."""
 
     class_name: Located[Text | None] = Field(
         default=Located(None), alias="class", examples=["AutoModelForCausalLM", "LlamaForCausalLM"]
@@ -122,7 +122,7 @@ class Model(Section):
     quantization: Located[Quantization] = Field(
         default=Located(None), examples=[{"method": "bitsandbytes", "load_in_8bit": True}]
     )
-    """`method` and the arguments of transformers' quantization config of that method."""
+    """`method`, and the arguments of transformers' quantization config for that method."""
 
     attention: Annotated[str, one_of_or_repository(*ATTENTIONS, meant=attention_meant)] = Field(
         default="sdpa", examples=["sdpa", "eager", "flash_attention_2"]
@@ -130,10 +130,10 @@ class Model(Section):
     """transformers' `attn_implementation`."""
 
     allow_new: OneOrMany[Located[PatternText]] = Field(default=(), examples=[["score"]])
-    """Tensors, or modules, that are new on purpose: a head that is to be trained, which no checkpoint holds."""
+    """Tensors or modules that no checkpoint holds, on purpose: a head that is yet to be trained."""
 
     adapter: Adapter | None = Field(default=None, examples=["adapters/support-tone"])
-    """A LoRA adapter that is loaded on top, and placed with what it adapts."""
+    """A LoRA adapter that is loaded on top, and placed with the modules that it adapts."""
 
     assistant: Assistant | None = Field(default=None, examples=[{"source": "models/llama-3.2-1b", "device": "cuda:1"}])
     """A draft model for `generate`, within the same budgets."""
@@ -143,22 +143,23 @@ MOST_IMAGES = 1_000
 MOST_PIXELS_ACROSS = 4_096
 MOST_PIXELS = 2**25
 MOST_AUDIO_SECONDS = 86_400
-"""What a prompt may hold at most: beyond that are mistakes, and it would be measured for minutes, in gigabytes.
-Processors make larger images smaller: Qwen2.5-VL's gives the model 12,845,056 pixels at most."""
+"""The most sound in a prompt: larger values are mistakes, and measuring them would take minutes and gigabytes.
+Processors shrink larger images: Qwen2.5-VL's gives the model 12,845,056 pixels at most.
+"""
 
 
 class Inputs(Section):
-    """The images and the sound that the prompt of each sequence holds besides text."""
+    """The images and the sound in the prompt of each sequence."""
 
     images: Count | None = Field(default=None, examples=[1])
-    """How many images."""
+    """The number of images."""
 
     image_size: OneOrMany[Count] | None = Field(default=None, examples=[[896, 896]])
     """Height and width of each in pixels, or one number for both; for a model that takes images of any size, or cuts
     them into tiles."""
 
     audio_seconds: Count | None = Field(default=None, examples=[30])
-    """How many seconds of sound."""
+    """The seconds of sound."""
 
     @model_validator(mode="after")
     def _within_bounds(self) -> Inputs:
@@ -189,21 +190,23 @@ class Inputs(Section):
 
 
 class Cache(Section):
-    """The cache of a request, by transformers' cache implementations, and where it is stored."""
+    """The cache of a request: one of transformers' cache implementations."""
 
     implementation: Annotated[str, one_of(*CACHES)] = Field(default="dynamic", examples=list(CACHES))
-    """`dynamic` grows with the context, `static` is as long from the start. Those that are `offloaded` are on the CPU,
-    but for the layers that run and the next; of one that is `partly_offloaded`, those layers are for which the plan is
-    the fastest. A `quantized` one holds fewer bits of each number."""
+    """`dynamic` grows with the context; `static` has its full length from the start. An `offloaded` cache is on the
+    CPU, except for the layer that runs and the next; of a `partly_offloaded` one, the plan chooses the layers that are,
+    so that it is fastest. A `quantized` one holds fewer bits of each number.
+    """
 
     backend: Annotated[str, one_of(*CACHE_BACKENDS, meant=cache_backend_meant)] | None = Field(
         default=None, examples=list(CACHE_BACKENDS)
     )
-    """What quantises a `quantized` cache: `quanto`, which is a package (`optimum-quanto`), or `fp8`. Without it:
-    `quanto`."""
+    """The backend of a `quantized` cache: `quanto`, which needs the package `optimum-quanto`, or `fp8`. Without it:
+    `quanto`.
+    """
 
     bits: CacheBits | None = Field(default=None, examples=[4])
-    """Bits of each number by `quanto`: 2 or 4. Without it: 4."""
+    """Bits of each number with `quanto`: 2 or 4. Without it: 4."""
 
     @model_validator(mode="before")
     @classmethod
@@ -231,7 +234,7 @@ class Cache(Section):
         return {"implementation": self.implementation, **more} if more else self.implementation
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cache) and self.said == other.said  # wherever it is written
+        return isinstance(other, Cache) and self.said == other.said  # its place does not matter
 
     def __hash__(self) -> int:
         return hash(self.said)
@@ -243,22 +246,24 @@ class Cache(Section):
 
 
 class Workload(Section):
-    """Sequences and tokens, and what is kept and computed for them."""
+    """The sequences and tokens that the plan must have room for."""
 
     batch_size: Count = Field(default=1, examples=[4])
     """Sequences that run at once."""
 
     context_length: Located[Count | None] = Field(default=Located(None), examples=[8192])
-    """Tokens of prompt and answer together. Without it only weights are budgeted."""
+    """Tokens of prompt and answer together. Without it, only weights are budgeted."""
 
     prompt_length: Count | None = Field(default=None, examples=[4096])
-    """How many tokens are prefilled at once. Without it: `context_length`; for `targets: [vllm]` 2,048 at most."""
+    """The number of tokens that are prefilled at once. Without it: `context_length`; for `targets: [vllm]`, at most
+    2,048.
+    """
 
     inputs: Inputs = Field(default_factory=Inputs, examples=[{"images": 1, "image_size": [896, 896]}])
-    """What a prompt holds besides text; the tokens that stand for it count as the prompt's."""
+    """Images and sound in a prompt; the tokens that stand for them count as part of it."""
 
     logits: Annotated[str, one_of("last", "all")] = Field(default="last", examples=["last", "all"])
-    """Which positions get logits: the `last` of each sequence, as `generate` does, or `all`."""
+    """The positions for which logits are computed: the `last` of each sequence, as `generate` does, or `all`."""
 
     cache: Cache = Field(default=Cache(), examples=["static", {"implementation": "quantized", "backend": "quanto"}])
     """transformers' cache implementation."""
@@ -266,14 +271,15 @@ class Workload(Section):
     optimize: Annotated[Literal["decode", "prefill", "request"], one_of("decode", "prefill", "request")] = Field(
         default="decode", examples=["decode", "request"]
     )
-    """What is to be fast: a decoded token, the prompt, or a whole request."""
+    """What should be fast: a decoded token, the prompt, or a whole request."""
 
     new_tokens: Count | None = Field(default=None, examples=[512])
     """Tokens that a request generates, for `optimize: request`."""
 
     concurrency: Located[Count] = Field(default=Located(1), examples=[32])
-    """Requests in flight, each of `batch_size` sequences, for `targets: [vllm]`: with many the slowest stage of a
-    pipeline decides how fast they are, with one all of them together."""
+    """Requests in flight, each of `batch_size` sequences, for `targets: [vllm]`. With many, the slowest stage of a
+    pipeline decides their speed; with one, the sum of all stages does.
+    """
 
     @model_validator(mode="after")
     def _prompt_within_context(self) -> Workload:
@@ -285,7 +291,7 @@ class Workload(Section):
 
 
 class Products(Section):
-    """The most matrix products that a CPU computes in a second, however small they are."""
+    """The most matrix products that a CPU computes in a second, even if they are small."""
 
     decode: PerSecond | None = Field(default=None, examples=["6000/s"])
     """Of one token."""
@@ -304,7 +310,7 @@ class Rates(Section):
     """Dense floating-point operations a second."""
 
     products: Products = Field(default_factory=Products, examples=[{"prefill": "10000/s"}])
-    """How many products it gets done, however small."""
+    """The most products that it computes in a second, even if they are small."""
 
 
 class Attention(Section):
@@ -318,48 +324,54 @@ class Attention(Section):
 
 
 class DeviceSection(Section):
-    """One device, or each of a range of them."""
+    """One device, or each device of a range."""
 
     accelerator: Located[Text | None] = Field(default=Located(None), examples=["rtx-4090", "h100-sxm"])
-    """A name of the catalogue (`devmap hardware` lists it), for memory and figures that are not given here."""
+    """A name of the catalogue (`devmap hardware` lists it), which supplies memory and figures that are not given here.
+    """
 
     memory: Located[Quantity | None] = Field(default=Located(None), examples=["24GiB"])
-    """What the device has. Required without `accelerator`."""
+    """The memory of the device. Required without `accelerator`."""
 
     reserve: Located[Quantity] = Field(default=Located(0), examples=["2GiB"])
-    """Kept for others, such as a desktop."""
+    """Memory that is left to other programs, such as a desktop."""
 
     overhead: Located[Quantity | None] = Field(default=Located(None), examples=["1GiB"])
-    """Kept for the device's context and workspaces. Without it: the catalogue's, else none."""
+    """Memory that the device's context and workspaces take. Without it: the catalogue's, else none."""
 
     slack: Located[ShareOfMemory | None] = Field(default=Located(None), examples=["2%"])
-    """A share of the memory that is left free. Without it: the catalogue's, else none."""
+    """A share of the memory that is left free, as allocators lose some. Without it: the catalogue's, else none."""
 
     bandwidth: Bandwidth | None = Field(default=None, examples=["1008GB/s"])
-    """How fast the device reads its own memory. A word behind a rate may say how it is known: `measured`, which `devmap
-    probe --measure` writes, or `calibrated`, which `devmap calibrate` does."""
+    """How fast the device reads its own memory. A word after a rate may say where it comes from: `measured`, which
+    `devmap probe --measure` writes, or `calibrated`, which `devmap calibrate` writes.
+    """
 
     flops: Flops | None = Field(default=None, examples=["165TFLOP/s"])
     """Dense floating-point operations a second in the model's dtype."""
 
     attention: Attention = Field(default_factory=Attention, examples=[{"decode": "6GFLOP/s", "prefill": "200GFLOP/s"}])
-    """How fast attention is computed in half precision. Without it: as other products, of which a CPU does 140 times as
-    many in a second as of one query's attention, and 5 times as many as of a prompt's."""
+    """How fast attention is computed in half precision. Without it: as fast as other products, except on a CPU, where
+    the attention of one query is 140 times as slow, and that of a prompt 5 times.
+    """
 
     experts: Bandwidth | None = Field(default=None, examples=["12GB/s"])
-    """How fast the experts are read that a token chooses. Without it: as other weights."""
+    """How fast the experts that a token chooses are read. Without it: as fast as other weights."""
 
     products: Products = Field(default_factory=Products, examples=[{"decode": "6000/s", "prefill": "10000/s"}])
-    """How many products with a matrix a CPU gets done, however small: its threads have to be given each. Without it: as
-    many as `bandwidth` and `flops` allow."""
+    """The most matrix products that a CPU computes in a second, even if they are small, as handing each to its threads
+    takes time. Without it: as many as `bandwidth` and `flops` allow.
+    """
 
     dtypes: Mapping[Annotated[str, one_of(*DTYPES[1:])], Each[Rates]] = Field(
         default={}, examples=[{"float32": {"bandwidth": "25GB/s", "flops": "100GFLOP/s"}}]
     )
-    """By dtype of the model, what holds in place of `bandwidth`, `flops`, `products` and `experts`."""
+    """By dtype of the model, figures that replace `bandwidth`, `flops`, `products` and `experts`."""
 
     efficiency: Efficiency | None = Field(default=None, examples=["80%"])
-    """How much of bandwidth and flops is reached. Without it: the catalogue's. What was measured or calibrated is."""
+    """The share of bandwidth and flops that is reached. Without it: the catalogue's. Measured and calibrated rates are
+    reached in full.
+    """
 
 
 class Link(Section):
@@ -381,11 +393,11 @@ class Host(Section):
     """The CPU that runs Python and dispatches operations to the devices."""
 
     dispatch: Dispatch | None = Field(default=None, examples=["12us"])
-    """How long it takes for an operation that torch is asked for. Without it: what servers were seen to take."""
+    """The time to dispatch one operation of torch. Without it: a time that was measured on servers."""
 
 
 class Spreads(Section):
-    """The times of runs relative to the predicted ones, by rates that were calibrated with other runs."""
+    """The times of runs relative to those that were predicted by rates calibrated with other runs."""
 
     decode: SpreadOfRuns | None = Field(default=None, examples=["94-108%"])
     """The least and the most of a token."""
@@ -395,7 +407,7 @@ class Spreads(Section):
 
 
 class Network(Section):
-    """The network by which a host reaches the others."""
+    """The network that connects a host to the others."""
 
     bandwidth: Bandwidth | None = Field(default=None, examples=["12.5GB/s"])
     """Bytes a second, one way. Without it: that of `hardware.links.network`."""
@@ -404,7 +416,7 @@ class Network(Section):
     """Time until the first byte arrives."""
 
     address: Located[Address | None] = Field(default=Located(None), examples=["10.0.0.1"])
-    """Where the other hosts reach it."""
+    """The address at which the other hosts reach it."""
 
     interface: Located[Interface | None] = Field(default=Located(None), examples=["eth0"])
     """The network interface that has this address."""
@@ -421,14 +433,15 @@ class HostSection(Section):
     devices: Located[Annotated[Mapping[ListedDevice, Each[DeviceSection]], Field(min_length=1)]] = Field(
         examples=[{"cuda:[0-7]": "h100-sxm"}]
     )
-    """Its devices by name. Those that are not accelerators run nothing beside some; without any, `cpu` is one rank of
-    vLLM, and `cpu:[0-1]` two, each with the memory that is given."""
+    """Its devices by name. Beside accelerators, the CPU runs nothing; without any, `cpu` is one rank of vLLM, and
+    `cpu:[0-1]` are two, each with the memory that is given.
+    """
 
     links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "450GB/s"}])
-    """Those within it, as in `hardware.links`."""
+    """The links within it, as in `hardware.links`."""
 
     network: Network = Field(default_factory=Network, examples=[{"bandwidth": "12.5GB/s", "address": "10.0.0.1"}])
-    """How it reaches the other hosts."""
+    """Its connection to the other hosts."""
 
 
 class Hardware(Section):
@@ -444,22 +457,22 @@ class Hardware(Section):
     hosts: Mapping[HostName, Each[HostSection]] = Field(
         default={}, examples=[{"left": {"devices": {"cuda:[0-7]": "h100-sxm"}, "network": "12.5GB/s"}}]
     )
-    """Machines by name, in the order of their ranks, in place of `devices`; for `targets: [vllm]`."""
+    """Machines by name, in the order of their ranks, instead of `devices`; for `targets: [vllm]`."""
 
     links: Mapping[Text, Each[Link]] = Field(default={}, examples=[{"host": "25GB/s", "peer": "12GB/s"}])
     """`host`, `together`, `unpinned`, `peer`, `disk`, `network`, or a pair such as `cuda:0-cuda:1`. Without them: the
     catalogue's.
 
-    `host` is what is reached from memory that is pinned, `unpinned` from other memory, from which accelerate copies:
-    without it, half of `host`, and at most 10 GB/s. `together` is what the CPU's memory gives to all cards at once:
-    without it, no more than to one, as where cards share a switch.
+    `host` is the rate of copies from pinned memory. `unpinned` is that from other memory, from which accelerate copies;
+    without it, half of `host`, but at most 10 GB/s. `together` is the rate at which the CPU's memory serves all cards
+    at once; without it, that of one card, as if all shared a switch.
     """
 
     host: Host = Field(default_factory=Host, examples=[{"dispatch": "12us"}])
-    """How fast work is given to the devices; `devmap probe --measure` measures it."""
+    """How fast operations are dispatched to the devices; `devmap probe --measure` measures it."""
 
     spread: Spreads = Field(default_factory=Spreads, exclude=True, examples=[{"decode": "94-108%"}])
-    """How far runs were from what calibrated rates predict; `devmap calibrate` writes it."""
+    """How far the times of runs were from those that calibrated rates predict; `devmap calibrate` writes it."""
 
     @model_validator(mode="after")
     def _devices_or_hosts(self) -> Hardware:
@@ -470,7 +483,7 @@ class Hardware(Section):
 
     @property
     def listings(self) -> Mapping[str | None, Located[Mapping[Device, DeviceSection]]]:
-        """The devices that are listed, by host: those of the one machine by `None`."""
+        """The listed devices by host; by `None` if there is only one machine."""
         hosts: dict[str | None, Located[Mapping[Device, DeviceSection]]] = {
             name: host.devices for name, host in self.hosts.items()
         }
@@ -482,7 +495,7 @@ class Hardware(Section):
         return {device: section for listing in self.listings.values() for device, section in listing.value.items()}
 
     def device_span(self, device: Device) -> Span:
-        """Return the place of a device's name; of `devices` where it is not listed."""
+        """Return the place of a device's name, or of `devices` if it is not listed."""
         section = self.listed.get(device)
         return self.devices.key_span if section is None else section.key_span
 
@@ -493,30 +506,30 @@ class Pin(Section):
     STAND_INS: ClassVar[Mapping[str, object]] = {"match": "**"}
 
     match: Located[PatternText] = Field(examples=["lm_head", "model.layers.[0-15]"])
-    """A pattern of module paths; a match means all below it."""
+    """A pattern of module paths; it matches all that is below them, too."""
 
     device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:0", 0, "cpu"])
-    """Where its weights are stored."""
+    """The device that stores its weights."""
 
     compute: Located[NamedDevice | None] = Field(default=Located(None), examples=["cpu"])
-    """Where it runs, if not where the executor would run it."""
+    """The device that it runs on, if not the one that the executor would choose."""
 
     not_on: OneOrMany[Located[NamedDevice]] = Field(default=(), examples=[["cuda:1", "disk"]])
-    """Devices on which nothing of it may be stored."""
+    """Devices that must store nothing of it."""
 
     keep_together: Flag = Field(default=False, examples=[True])
-    """Whether all that it matches must be on one device."""
+    """Whether everything that it matches must be on one device."""
 
     override: Flag = Field(default=False, examples=[True])
-    """Whether this rule wins over earlier ones that say something else of the same module."""
+    """Whether this rule outranks earlier ones that contradict it."""
 
     optional: Flag = Field(default=False, examples=[True])
-    """Whether it may match nothing."""
+    """Whether it is allowed to match nothing."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Pin:
         if self.doubtful:
-            return self  # the rest of it is looked at, but what it asks for is not known
+            return self  # the rest of it is checked, but what it asks for is unknown
         if self.device.value is None and self.compute.value is None and not self.not_on and not self.keep_together:
             help = "give it `device`, `compute`, `not_on` or `keep_together`"
             raise refusal("empty-pin", "the pin asks for nothing", help)
@@ -524,18 +537,19 @@ class Pin(Section):
 
 
 class Offload(Section):
-    """A folder, and what is kept there."""
+    """The folder for offloaded weights, and what is offloaded."""
 
     folder: Located[Text | None] = Field(default=Located(None), examples=["./offload"])
-    """Where weights on `disk` are written. Relative to this file."""
+    """The folder that weights on `disk` are written to, relative to this file."""
 
     buffers: Located[Flag | None] = Field(default=Located(None), examples=[True])
-    """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`). Without it the plan
-    decides: they are where it fits no other way, such as GPTQ's weights, which are buffers."""
+    """Whether buffers of streamed modules are streamed as well (accelerate's `offload_buffers`). Without it, the plan
+    decides: it streams them only if the model fits no other way, as with GPTQ, whose weights are buffers.
+    """
 
 
 class PlacementSection(Section):
-    """A strategy, and what it must hold to."""
+    """A strategy, and the rules that it must obey."""
 
     strategy: Located[
         Annotated[
@@ -543,7 +557,7 @@ class PlacementSection(Section):
             one_of(*STRATEGIES, code="unknown-strategy", message="`{value}` is not a strategy", meant=strategy_meant),
         ]
     ] = Field(default=Located("auto"), examples=list(STRATEGIES))
-    """How what is not pinned is placed."""
+    """How everything is placed that is not pinned."""
 
     device: Located[NamedDevice | None] = Field(default=Located(None), examples=["cuda:0"])
     """For `single`: the device. Without it: the first accelerator, else the CPU."""
@@ -551,7 +565,7 @@ class PlacementSection(Section):
     device_map: Located[Mapping[Located[PatternText], Each[Located[NamedDevice]]] | None] = Field(
         default=Located(None), examples=[{"model.embed_tokens": 0, "model.layers.[0-15]": 0, "model.layers.[16-31]": 1}]
     )
-    """For `manual`: pattern to device, pasted as it is."""
+    """For `manual`: a mapping from pattern to device, used as it is."""
 
     max_memory: Mapping[ListedDevice, Each[Located[Quantity]]] = Field(
         default={}, examples=[{0: "20GiB", "cpu": "30GiB"}]
@@ -563,14 +577,15 @@ class PlacementSection(Section):
 
     groups: OneOrMany[Located[DeviceGroup]] = Field(default=(), examples=[["cuda:[0-3]", "cuda:[4-7]"]])
     """Equal devices of one host that share each layer between them (tensor parallelism), for `targets: [vllm]`: each
-    group is one stage, and all have as many devices."""
+    group is one stage, and all groups have the same number of devices.
+    """
 
     offload: Offload = Field(default_factory=Offload)
-    """How weights are kept outside of memory."""
+    """How weights are stored outside of memory."""
 
 
 class Profile(Section):
-    """A model, a machine, and where the one goes on the other."""
+    """A model, a machine, and rules for placing the one on the other."""
 
     STAND_INS: ClassVar[Mapping[str, object]] = {"version": "1"}
 
@@ -578,19 +593,19 @@ class Profile(Section):
     """The version of this language: 1."""
 
     name: Text | None = Field(default=None, examples=["llama-3.1-70b-two-24gb"])
-    """What this profile is called."""
+    """The name of this profile."""
 
     description: Text | None = Field(default=None, examples=["two cards and what the CPU can hold"])
-    """What it is for."""
+    """What this profile is for."""
 
     extends: OneOrMany[Text] = Field(default=(), examples=[["hardware/mixed-box.yaml"]])
-    """Files that this one builds on, merged in order, this file last."""
+    """Files that this one builds on; they are merged in order, this file last."""
 
     variables: Mapping[str, Anything] = Field(default={}, examples=[{"context": 8192}])
-    """Values for templates; `--set name=value` replaces one."""
+    """Values for templates; `--set name=value` replaces a value."""
 
     model: Model
-    """Which model."""
+    """The model."""
 
     workload: Workload = Field(default_factory=Workload)
     """What must fit besides the weights."""
@@ -599,12 +614,12 @@ class Profile(Section):
     """The machine."""
 
     placement: PlacementSection = Field(default_factory=PlacementSection)
-    """Where the model goes."""
+    """How the model is placed."""
 
     targets: Located[OneOrMany[Annotated[str, one_of(*TARGETS)]]] = Field(
         default=Located(("transformers",)), examples=[["transformers"], ["vllm"]]
     )
-    """What the plan is made for: one of `transformers` and `vllm`."""
+    """The engine that runs the plan: `transformers` or `vllm`."""
 
     @property
     def is_for_vllm(self) -> bool:

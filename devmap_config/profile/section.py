@@ -1,6 +1,6 @@
 """`Section`: a part of a profile, whose fields are validated one by one, so that all errors come at once.
 
-What is wrong is reported where it stands, and the default goes on in its stead.
+A wrong value is reported at its place, and the default is used instead.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     STAND_INS: ClassVar[Mapping[str, object]] = {}
-    """By required key, what stands in where it is missing or wrong, so that the rest can be looked at."""
+    """The substitute for each required key that is missing or wrong, so that the rest can be checked."""
 
     ALTERNATIVES: ClassVar[Mapping[str, str]] = {}
-    """By required key, the one that may be given in its place: it is then an empty mapping."""
+    """By required key, the key that may be written instead of it; the required one is then an empty mapping."""
 
-    _place: Place = PrivateAttr(default_factory=lambda: NOWHERE)  # which a default would be copied from
+    _place: Place = PrivateAttr(default_factory=lambda: NOWHERE)  # a factory, because pydantic would copy a default
     _doubtful: frozenset[str] = PrivateAttr(default_factory=frozenset)
 
     @property
@@ -60,11 +60,11 @@ class Section(BaseModel):
 
     @property
     def doubtful(self) -> frozenset[str]:
-        """Its keys below which something was wrong, or that an unknown one was meant for: they are not known."""
+        """The keys whose values are unknown: something in them was wrong, or an unknown key was meant for them."""
         return self._doubtful
 
     def changed(self, **values: object) -> Self:
-        """Return the section with other values, each at the place of the one before."""
+        """Return the section with other values, each at the place of the old one."""
         for name, value in values.items():
             if isinstance(before := getattr(self, name), Located):
                 values[name] = Located(value, before.place)
@@ -86,7 +86,7 @@ class Section(BaseModel):
 
     @classmethod
     def _data(cls, value: WrittenMapping, refusals: Refusals) -> dict[str, object]:
-        """Return the data from which the section is read: the values of known keys, and defaults that have a place."""
+        """Return the data to validate: the values of known keys, and defaults with their places."""
         refusals.check_keys(cls, value)
         place, fields = Place(value.place.node, route=value.place.route), fields_by_key(cls)
         defaults = {key: _default(field, place, refusals) for key, field in fields.items() if not field.is_required()}
@@ -114,7 +114,7 @@ class Section(BaseModel):
 
 
 def _default(field: FieldInfo, place: Place, refusals: Refusals) -> object:
-    """Return the default of a field at a place: that of its section, or of what is wrong in its stead."""
+    """Return the default of a field at a place: that of the section, or of the wrong value that it replaces."""
     kind = field.annotation
     if isinstance(kind, type) and issubclass(kind, Section):
         empty = Place(MappingNode((), place.span), route=place.route)
@@ -136,4 +136,4 @@ def _or_nothing(value: object, handler: ValidatorFunctionWrapHandler, info: Vali
 
 
 Each = Annotated[Item, WrapValidator(_or_nothing)]
-"""An item of a list or mapping that is left out, and reported, where it is wrong."""
+"""An item of a list or mapping that is reported and left out if it is wrong."""

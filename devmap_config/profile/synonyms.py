@@ -1,4 +1,4 @@
-"""The names that other tools have for a profile's keys, so that a mistake is answered with the line to write."""
+"""The names that other tools use for a profile's keys, so that a diagnostic can say which line to write."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WORDS = {
     "Profile.extends": "extend inherits include includes base",
     "Profile.variables": "vars params parameters",
 }
-"""By what the key is called here, and in which section, what it is called elsewhere."""
+"""The names of other tools, by section and key of a profile."""
 
 NO_TRAINING = (
     "a map is for running a model, and not for training it: a plan has no room for gradients and an optimizer's states,"
@@ -60,7 +60,7 @@ TRAINING = (
     "train training trainable finetune finetuning fine_tune fine_tuning optimizer learning_rate lr epochs gradients"
     " gradient_checkpointing gradient_accumulation_steps"
 )
-"""What is said of training where it is wanted."""
+"""Keys that ask for training, which this tool does not do."""
 
 LINES = dict.fromkeys(TRAINING.split(), NO_TRAINING) | {
     "device_map": "write `placement: {strategy: auto}`, or `placement: {strategy: manual, device_map: …}` for a map"
@@ -71,7 +71,7 @@ LINES = dict.fromkeys(TRAINING.split(), NO_TRAINING) | {
     "n_gpu_layers": 'pin what is to be on the CPU: `pins: [{match: "model.layers.[24-]", device: cpu}]`',
     "tensor_split": "give each device its memory under `hardware.devices`, or a cap under `placement.max_memory`",
 }
-"""By key, what is to be written in its stead."""
+"""The advice for each key that has no counterpart of the same shape."""
 
 SECTION_KEYS = {"Model": "model", "Workload": "workload", "Hardware": "hardware", "PlacementSection": "placement"}
 
@@ -82,7 +82,7 @@ SHORT = {
     "placement": "placement: {{strategy: {0}}}",
     "offload": "offload: {{folder: {0}}}",
 }
-"""By the key of a section, the section that a scalar in its stead is meant for."""
+"""By the key of a section, the mapping to write instead of a scalar."""
 
 DTYPES = {
     "float16": "fp16 f16 half",
@@ -107,7 +107,7 @@ def key_meant(key: str, section: str, fields: Collection[str]) -> str | None:
 
 
 def line_for_key(key: str, section: str) -> str | None:
-    """Return what is to be written in the stead of a key that means something elsewhere in the profile."""
+    """Return advice on a key that belongs elsewhere in the profile."""
     if section == "Hardware" and is_device_name(key):
         return "devices stand one level deeper, under `devices:`"
     if key.lower() in LINES:
@@ -121,7 +121,7 @@ def line_for_key(key: str, section: str) -> str | None:
 
 
 def line_for_scalar(key: str, text: str) -> str | None:
-    """Return the section that a scalar was to be short for."""
+    """Return the mapping to write instead of a scalar under the key of a section."""
     if key == "device_map":
         return f"write `strategy: {text}` in its stead"
     if key == "quantization":
@@ -130,7 +130,7 @@ def line_for_scalar(key: str, text: str) -> str | None:
 
 
 def dtype_meant(text: str) -> str | None:
-    """Return what to write for a dtype by another name, or for what is no dtype but a quantization."""
+    """Return advice on a dtype by another name, or on a quantization that was written as a dtype."""
     name = next((name for name, words in DTYPES.items() if text.lower() in words.split()), None)
     if name is not None:
         return f"write `dtype: {name}`"
@@ -139,7 +139,7 @@ def dtype_meant(text: str) -> str | None:
 
 
 def strategy_meant(text: str) -> str | None:
-    """Return what to write for what other tools do with several devices."""
+    """Return advice on the names that other tools use for distributing a model over several devices."""
     word = (
         text.lower().replace("-", "_").removesuffix("_parallel").removesuffix("_parallelism").removesuffix("parallel")
     )
@@ -151,7 +151,7 @@ def strategy_meant(text: str) -> str | None:
 
 
 def attention_meant(text: str) -> str | None:
-    """Return what to write for an implementation of attention by another name."""
+    """Return advice on an implementation of attention by another name."""
     letters = text.lower().replace("-", "").replace("_", "")
     return (
         "write `attention: flash_attention_2`" if letters in ("flash", "flashattn", "flashattention", "fa2") else None
@@ -159,7 +159,7 @@ def attention_meant(text: str) -> str | None:
 
 
 def cache_backend_meant(text: str) -> str | None:
-    """Return why one of transformers' quantizers of a cache cannot be had here."""
+    """Return why one of transformers' backends for quantised caches is not supported."""
     if text.lower() != "hqq":
         return None
     return (

@@ -1,4 +1,4 @@
-"""Says what is wrong with a text that is no YAML, where the mistake is and not where libyaml notices it."""
+"""Reports YAML syntax errors at the place of the mistake, rather than where libyaml notices it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNCLOSED = {
     "while parsing a flow mapping": ("this `{` is not closed", "close it with `}`, or put a `,` between its entries"),
     "while parsing a flow sequence": ("this `[` is not closed", "close it with `]`, or put a `,` between its items"),
 }
-"""By libyaml's context, what is wrong where that begins, and what to do."""
+"""By libyaml's context: the mistake at its beginning, and advice."""
 
 PROBLEMS = {
     "did not find expected ',' or '}'": ("a `,` or `}` is missing before this", "close the mapping with `}`"),
@@ -46,12 +46,12 @@ PROBLEMS = {
     "found unexpected ':'": ("a space is missing after this `:`", "write `key: value`, or quote what holds the `:`"),
     "found character that cannot start any token": ("no value can begin with this character", "quote the value"),
 }
-"""By libyaml's problem, what is wrong there, and what to do."""
+"""By libyaml's problem: the mistake at its place, and advice."""
 
 
 @dataclass
 class SourceText:
-    """A text that is read, and the sink of what is wrong with it. Its lines and columns count from 0 here."""
+    """A YAML text, and the sink for its mistakes. Lines and columns count from 0 here."""
 
     text: str
     file: str
@@ -83,7 +83,7 @@ class SourceText:
         elif not self.report_misplaced(error, line, column):
             start = error.context_mark
             if start is not None and error.context in UNCLOSED and (line > start.line or not after.strip()):
-                # libyaml complains where the text ends, which is seldom where the mistake is.
+                # libyaml reports the end of the text, which is seldom the place of the mistake.
                 message, help = UNCLOSED[error.context]
                 self.error(message, self.span(start.line, start.column), help)
             else:
@@ -92,7 +92,7 @@ class SourceText:
                 self.error(message, self.span(line, column), help)
 
     def report_misplaced(self, error: yaml.MarkedYAMLError, line: int, column: int) -> bool:
-        """Report a missing `:` or a wrong indentation at the line that has it; return whether that is the mistake."""
+        """Report a missing `:` or a wrong indentation at its line, and return whether that is the mistake."""
         start = error.context_mark
         if error.problem == "could not find expected ':'" and start is not None and start.line < line:
             self.report_missing_colon(start.line)
@@ -115,7 +115,7 @@ class SourceText:
         self.error(f"a `: ` is missing in `{text}`", span, "write `key: value`")
 
     def report_unquoted(self, line: int, column: int) -> bool:
-        """Report a value that holds what YAML reads as syntax, with the quoted text as the mend."""
+        """Report a value that contains YAML syntax, with the quoted text as the fix."""
         unquoted = unquoted_text(self.lines[line], column)
         if unquoted is None:
             return False
@@ -132,5 +132,5 @@ class SourceText:
         return True
 
     def indentation(self, line: int) -> int:
-        """Return the spaces before a line's text."""
+        """Return the number of spaces before a line's text."""
         return len(self.lines[line]) - len(self.lines[line].lstrip())

@@ -18,20 +18,22 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
 
 MAX_STEPS = 20_000
-"""Loop rounds, calls and operations of one template."""
+"""The most loop rounds, calls and operations of one template."""
 MAX_CHARACTERS = 10_000
 MAX_NUMBER_BITS = 256
 MAX_WIDTH = 100
-"""What `tojson` may indent by, and `round` may round to."""
+"""The most spaces that `tojson` may indent by, and digits that `round` may round to."""
 
 CHARACTERS_A_STEP = 100
-"""A round of a loop, or a call of a macro, writes the template's own text anew: it takes a step for each so many."""
+"""Each round of a loop and each call of a macro writes the template's text again, and counts one step per this many
+characters.
+"""
 
 FILTERS = frozenset(
     "abs capitalize count d default dictsort first float int items join last length list lower max min replace reverse"
     " round sort string sum title tojson trim unique upper".split()
 )
-"""jinja2's filters whose result is bounded by what they are given (`join` and `replace` are checked)."""
+"""jinja2's filters whose result is bounded by their arguments (`join` and `replace` are checked)."""
 
 METHODS = frozenset(["endswith", "get", "items", "keys", "lower", "startswith", "strip", "upper", "values"])
 
@@ -49,10 +51,10 @@ class TemplateRefusedError(Exception):
 
 
 def render(text: str, variables: Mapping[str, object]) -> str:
-    """Return a text rendered.
+    """Render a template.
 
     Raises:
-        TemplateRefusedError: if it cannot be, or grows too large.
+        TemplateRefusedError: if it cannot be rendered, or its result grows too large.
     """
     environment = _Environment(len(text))
     try:
@@ -64,7 +66,7 @@ def render(text: str, variables: Mapping[str, object]) -> str:
             parts.append(part)
             length += len(part)
             environment.check_length(length)
-        return "".join(parts).encode().decode()  # which fails where it holds half a character
+        return "".join(parts).encode().decode()  # raises if the text holds half a character
     except UndefinedError as error:
         name = re.match(r"'([^']+)' is undefined", error.message or "")
         known = ", ".join(f"`{name}`" for name in variables) or "none"
@@ -75,7 +77,7 @@ def render(text: str, variables: Mapping[str, object]) -> str:
         raise TemplateRefusedError("undefined-variable", message, help) from None
     except TemplateSyntaxError as error:
         raise TemplateRefusedError("template-error", f"the template cannot be read: {_lower(error.message)}") from None
-    except SyntaxError as error:  # of the Python that jinja2 makes of it, of a slice among several indices, say
+    except SyntaxError as error:  # jinja2 may generate invalid Python, as for a slice among several indices
         raise TemplateRefusedError("template-error", f"the template cannot be read: {_lower(error.msg)}") from None
     except (RecursionError, MemoryError, OverflowError) as error:
         raise _limit(f"the template does not end ({type(error).__name__})") from None
@@ -93,9 +95,9 @@ def _lower(text: str | None) -> str:
 
 
 class _CodeGenerator(CodeGenerator):
-    """Sends what makes new values through the environment, as jinja2 does with the operators that a sandbox intercepts.
+    """Sends all expressions that make new values through the environment, like the operators that a sandbox intercepts.
 
-    A list that holds another twice, and is held twice itself, is exponentially large to whatever compares it.
+    Lists that hold each other several times are exponentially large to anything that compares them.
     """
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802 - jinja2's name for it
@@ -124,7 +126,7 @@ class _CodeGenerator(CodeGenerator):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """jinja2 with a budget: every loop round, call and operation counts, every result has a largest size."""
+    """jinja2 with a budget: every loop round, call and operation counts, and the size of every result is bounded."""
 
     code_generator_class = _CodeGenerator
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
@@ -140,7 +142,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals = {"range": self.globals["range"]}
 
     def parse(self, source: str, name: str | None = None, filename: str | None = None) -> nodes.Template:
-        """Return the template's tree, in which every loop draws its rounds from the budget."""
+        """Return the template's tree, with every loop changed to draw its rounds from the budget."""
         tree = super().parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             if loop.recursive:
@@ -201,7 +203,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.check_size(super().call(context, function, *arguments, **options))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Operators on numbers and text, none of whose results can be huge."""
+        """Apply an operator to numbers or text, if its result cannot be huge."""
         self.count()
         if operator == "*" and not (_is_number(left) and _is_number(right)):
             raise SecurityError("`*` multiplies numbers only")
@@ -224,23 +226,23 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def count(self, steps: int = 1) -> None:
-        """Take steps of the budget."""
+        """Take steps from the budget."""
         self.steps += steps
         if self.steps > MAX_STEPS:
             raise _limit(f"the template takes more than {MAX_STEPS:,} steps")
 
     def check_length(self, length: int) -> None:
-        """Refuse a text, or a list, of this length."""
+        """Raise if a text or a list of this length is too large."""
         if length > MAX_CHARACTERS:
             raise _limit(f"the template's text grows beyond {MAX_CHARACTERS:,} characters")
 
     def check_size(self, value: Any) -> Any:
-        """Return a value, and refuse one that is too large."""
+        """Return a value, or raise if it is too large."""
         self._weigh(value, 0)
         return value
 
     def _weigh(self, value: Any, weight: int) -> int:
-        """Return the characters and entries within a value, which may hold one list many times over."""
+        """Return the number of characters and entries within a value, which may hold the same list many times."""
         if isinstance(value, str):
             weight += len(value)
         elif isinstance(value, (list, tuple)):

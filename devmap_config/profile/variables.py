@@ -1,4 +1,4 @@
-"""Values for a profile's variables, as Python gives them."""
+"""Converts Python values for a profile's variables to the text that `--set` takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class VariableNameError(DevmapError, TypeError):
 
 
 def texts_of(variables: Mapping[str, object] | None) -> dict[str, str]:
-    """Return the values of variables as `--set` gives them.
+    """Return the values of variables as `--set` would give them.
 
     >>> texts_of({"context": 8192, "cards": "2"})
     {'context': '8192', 'cards': '2'}

@@ -1,4 +1,4 @@
-"""Writes profiles: the YAML text of values, quoted where YAML or this language would read them otherwise."""
+"""Writes profiles: the YAML text of values, quoted if YAML or this language would read them differently."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BANDWIDTH_UNITS = {f"{unit}/s": size for unit, size in BYTE_UNITS.items()}
 
 
 def device_text(section: DeviceSection) -> str:
-    """Return what a profile says of a device: its catalogue name where that is all, else a flow mapping."""
+    """Return the description of a device in a profile: its catalogue name if that is all, else a flow mapping."""
     described = {
         "accelerator": section.accelerator.value,
         "memory": _quantity(section.memory.value),
@@ -80,13 +80,13 @@ def _flops(value: int | None) -> str | None:
 
 
 def _nested(**values: str | None) -> str | None:
-    """Return the keys that are given as a flow mapping, or `None` if none is."""
+    """Return the keys that have a value as a flow mapping, or `None` if none has."""
     given = {key: value for key, value in values.items() if value is not None}
     return _flow(given) if given else None
 
 
 def link_lines(hardware: Hardware) -> list[str]:
-    """Return the lines within a profile's `hardware` besides its `devices`, as far as it says more."""
+    """Return the lines of a profile's `hardware` other than `devices`."""
     links = [f"  {yaml_text(name)}: {_link(link)}" for name, link in hardware.links.items()]
     dispatch = hardware.host.dispatch
     host = [] if dispatch is None else [f"host: {_flow({'dispatch': _amount(dispatch, {'ns': 1})})}"]
