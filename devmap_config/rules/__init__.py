@@ -1,1 +1,1 @@
-"""Rules about parts of a model: patterns, the one matcher for them, and which rule wins."""
+"""Rules for parts of a model: the pattern language, its matcher, and the resolution of conflicting rules."""

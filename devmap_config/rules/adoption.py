@@ -1,8 +1,9 @@
-"""Turns a `device_map` into pins: a device for every tensor; differences from what the map does are reported.
+"""Turns a `device_map` into a device for every tensor, and reports differences from what transformers does with the
+map.
 
-The effects of a map were observed with transformers 5.24 and accelerate 1.15, and tests compare them. If a map has
-several devices, accelerate refuses it unless a key names each tensor that a checkpoint may hold. Other tensors that no
-key takes stay on the CPU, and no hook brings them to where they are used.
+The effects of a map were observed with transformers 5.24 and accelerate 1.15, and tests compare them. accelerate
+refuses a map with several devices unless its keys cover every tensor that a checkpoint may hold. Other tensors that no
+key covers stay on the CPU, and no hook copies them to the device that uses them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 NUMBER = re.compile(r"\d+")
 
 MOST_EXPLAINED = 100
-"""Of so many unknown keys the nearest name is looked for: it is the work of a millisecond, and no more are shown."""
+"""The most unknown keys for which the nearest name is searched, as a search takes a millisecond and no more are
+shown.
+"""
 
 
 def adopted_homes(
@@ -44,10 +47,10 @@ def adopted_homes(
         entries: the map by its keys.
         graph: the model.
         file: where the map comes from.
-        sink: takes what transformers refuses or fails over, and what is not as the map says.
+        sink: takes the diagnostics: errors of transformers, and deviations from the map.
 
     Returns:
-        The devices; nothing where transformers refuses the map, or fails over it.
+        The devices; empty if transformers refuses the map, or fails on it.
     """
     adoption = _Adoption(entries, graph, whole_file(file), sink)
     adoption.report_fatal_keys()
@@ -114,7 +117,7 @@ class _Adoption:
         return nearest_to(pattern, failure, self.graph).label
 
     def homes_of_left_out(self, homes: Mapping[TensorName, Device]) -> dict[TensorName, Device]:
-        """Report what no key names, and return where it is put that has no device by the map."""
+        """Report tensors that no key names, and return a device for those that get none from the map."""
         stored = [name for name in self.reading.left_out if self.graph.tensors[name].persistent]
         buffers = [name for name in self.reading.left_out if not self.graph.tensors[name].persistent]
         if self.is_dispatched and self.graph.no_placement_parameters is None:
@@ -168,7 +171,7 @@ class _Adoption:
             )
 
     def _modules_by_key(self, names: Collection[TensorName]) -> Iterator[tuple[str | None, tuple[str, ...]]]:
-        """Yield the modules, or tensors, that hold exactly these tensors, by the key that takes them by chance."""
+        """Yield the modules or tensors that hold exactly these tensors, by the key that matches them by accident."""
         wanted = set(names)
         alike: dict[str | None, list[str]] = {}
         for path, first in _holding(self.graph.root, wanted):
@@ -176,7 +179,7 @@ class _Adoption:
         yield from ((key, fold_paths(paths)) for key, paths in alike.items())
 
     def homes_of_torn(self, homes: Mapping[TensorName, Device]) -> dict[TensorName, Device]:
-        """Report tied tensors that the map has on several devices, and return the one that they are put on."""
+        """Report tied tensors that the map puts on several devices, and return the one device to use for each."""
         together: dict[TensorName, Device] = {}
         for group in self.graph.tied_groups:
             devices = list(dict.fromkeys(homes[name] for name in group))
@@ -202,8 +205,8 @@ class _Adoption:
 
 
 def _holding(module: Module, wanted: Collection[TensorName]) -> Iterator[tuple[str, TensorName]]:
-    """Yield the outermost modules all of whose tensors are wanted, and other wanted tensors, each with its first
-    tensor.
+    """Yield the outermost modules all of whose tensors are selected, and the other selected tensors, each with its
+    first tensor.
     """
     names = [tensor.name for tensor in module.tensors()]
     if names and module.path and all(name in wanted for name in names):

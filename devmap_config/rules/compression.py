@@ -1,4 +1,4 @@
-"""The fewest patterns that give every tensor the device it has: a default for a subtree, and what differs below it."""
+"""Finds the fewest patterns that give every tensor its device: defaults for subtrees, and exceptions below them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 Node: TypeAlias = "Module | Tensor"
 Segment: TypeAlias = "str | tuple[int, ...]"
-"""A name, or the numbers of several children that are alike."""
+"""A name, or the numbers of several children with the same rules."""
 Rules: TypeAlias = "tuple[tuple[tuple[Segment, ...], Device], ...]"
 """Relative paths and their devices, in order of definition."""
 
 
 def compress(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[str, Device]:
-    """Patterns and their devices, fewest first of all; under them the deeper pattern wins over the shallower.
+    """Return as few patterns as possible, with their devices; a deeper pattern outranks a shallower one.
 
-    A default for the whole model is used only where everything has one device.
+    A default for the whole model is used only if everything is on one device.
     """
     search = _RuleCompression(homes)
     if len(search.devices(graph.root)) == 1:
@@ -66,11 +66,11 @@ class _RuleCompression:
         if key not in self._best:
             ways = [self.below(node, inherited)]
             ways += [(((), device), *self.below(node, device)) for device in devices if device != inherited]
-            self._best[key] = min(ways, key=len)  # of equally many, the first: no default where none is needed
+            self._best[key] = min(ways, key=len)  # the first of equally many, so that there is no needless default
         return self._best[key]
 
     def below(self, node: Node, inherited: Device | None) -> Rules:
-        """Return the fewest rules for what is below a node; numbered children with the same rule share it."""
+        """Return the fewest rules for the children of a node; numbered children with the same rules share them."""
         entries: dict[tuple[Segment | None, tuple[Segment, ...], Device], list[int]] = {}
         for name, child in children_of(node).items():
             for rest, device in self.best(child, inherited):

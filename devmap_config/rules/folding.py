@@ -1,4 +1,4 @@
-"""Folds paths into the short patterns that stand for them: `model.layers.[0-39]`."""
+"""Folds paths into short patterns: `model.layers.[0-39]`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 Segments: TypeAlias = tuple[str, ...]
 
 MAX_NUMBERS = 4
-"""Numbered segments of one path that are folded; real trees have two."""
+"""The most numbered segments of one path that are folded; real trees have two."""
 
 
 def fold_paths(paths: Iterable[str], *, with_steps: bool = True) -> tuple[str, ...]:
-    """Patterns that match exactly these paths: what differs in one number is folded to a range.
+    """Return patterns that match exactly these paths: paths that differ in one number are folded to a range.
 
-    The order of first appearance is kept. Names of devices, which know no steps, are folded without.
+    The order of first appearance is kept. Names of devices are folded without steps, which their ranges lack.
     """
     folded: list[Segments] = [tuple(path.split(".")) for path in paths]
     for nth in range(MAX_NUMBERS):
@@ -27,7 +27,7 @@ def fold_paths(paths: Iterable[str], *, with_steps: bool = True) -> tuple[str, .
 
 
 def _fold_nth_number(paths: list[Segments], nth: int, *, with_steps: bool) -> list[Segments]:
-    """Paths that are alike but for their `nth` numbered segment, as one with a range there."""
+    """Fold paths that differ only in their `nth` numbered segment into one with a range."""
     groups: dict[tuple[Segments, Segments] | Segments, list[int]] = {}
     for segments in paths:
         numbered = [
@@ -50,7 +50,7 @@ def _fold_nth_number(paths: list[Segments], nth: int, *, with_steps: bool) -> li
 
 
 STEPS = 3
-"""So many numbers with one step between them are a range: `[1-5/2]`."""
+"""The least count of equally spaced numbers that are written as a range with a step: `[1-5/2]`."""
 
 
 def ranges(numbers: Sequence[int], *, with_steps: bool = True) -> str:

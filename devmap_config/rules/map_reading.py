@@ -1,7 +1,7 @@
-"""Reads a `device_map` as transformers does: which tensor goes where by which key, and what no key names.
+"""Reads a `device_map` as transformers does: which key takes which tensor, and which tensors no key names.
 
-Its keys are joined into one regular expression, in which a dot takes any character and nothing is anchored at the end,
-so that `layers.1` takes `layers.10` as well; the device is then looked up by what matched.
+transformers joins the keys into one regular expression, in which a dot matches any character and no key is anchored at
+its end, so that `layers.1` also matches `layers.10`. It then looks up the device by the text that matched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, TensorName
 
 PLAIN = re.compile(r"[\w.\-]*")
-"""What means itself in a regular expression, but for the dot."""
+"""Matches text that stands for itself in a regular expression, except for its dots."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class MapReading:
         taken_by: for each tensor the key that takes it; a tensor without one goes to the CPU.
         left_out: the tensors that no key names, by themselves or by a module around them.
         unknown: the keys that name nothing.
-        fatal: the keys at which transformers fails: expressions that match a tensor or cannot be compiled, and others
-            whose dot matches another character of one.
+        fatal: the keys that make transformers fail: expressions that match a tensor or cannot be compiled, and other
+            keys whose dot matches another character in the name of a tensor.
     """
 
     taken_by: Mapping[TensorName, str]
@@ -44,7 +44,7 @@ class MapReading:
 
 
 def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading:
-    """Return what transformers makes of a map with these keys."""
+    """Return the effect that a map with these keys has in transformers."""
     order = sorted(filter(None, keys), key=lambda key: (key.count("."), len(key)), reverse=True)
     rank = {key: number for number, key in enumerate(order)}
     names = compile_keys(key for key in order if PLAIN.fullmatch(key))
@@ -59,7 +59,7 @@ def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading
         fatal += [other for other in expressions.matching(name) if rank[other] < before]
         if key in keys:
             taken_by[name] = key
-        elif key and key not in misread:  # transformers looks it up in the map as it matched
+        elif key and key not in misread:  # transformers looks up the matched text in the map
             misread[key] = next(other for other in order if len(other) == len(key) and _takes(other, key))
     known = {str(name) for name in (*graph.modules, *graph.tensors)}
     return MapReading(
@@ -71,12 +71,12 @@ def read_as_transformers(keys: Collection[str], graph: ModelGraph) -> MapReading
 
 
 def _takes(key: str, text: str) -> bool:
-    """Return whether a key of plain characters matches a text of its length."""
+    """Return whether a key of plain characters matches a text of the same length."""
     return all(mark in (".", character) for mark, character in zip(key, text, strict=True))
 
 
 class _Expressions:
-    """Keys that are read as expressions, held to a name all at once by an engine that cannot run away."""
+    """Keys that are read as regular expressions, all matched at once in linear time."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._set = re2.Set.MatchSet(engine_options(MAX_BYTES_OF_KEYS))
@@ -84,7 +84,7 @@ class _Expressions:
         self.unreadable: list[str] = []
         for key in keys:
             try:
-                self._set.Add(HALF_CHARACTER.sub("\ufffd", key))  # no name holds one, and the engine takes none
+                self._set.Add(HALF_CHARACTER.sub("\ufffd", key))  # names have none, and RE2 refuses them
                 self._keys.append(key)
             except re2.error:
                 self.unreadable.append(key)

@@ -1,4 +1,4 @@
-"""The one matcher. It walks the module tree once with a pattern as an automaton; braces are the only part expanded."""
+"""Matches patterns. The pattern is an automaton that walks the module tree once; only braces are expanded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from devmap_config.rules.pattern import CompiledExpression, Path
 
 MAX_STEPS = 20_000_000
-"""The most steps of one pattern, and of all in a profile: as sixty take that begin with `**`, in 100,000 tensors."""
+"""The most steps of one pattern, and of all in a profile: as many as sixty that begin with `**` take in 100,000
+tensors.
+"""
 
 MAX_ALTERNATIVES = 512
 """The most paths that the braces of one pattern may stand for."""
@@ -269,8 +271,8 @@ class _Walk:
 
     Attributes:
         names: the paths that matched.
-        beyond: ranges that named too much under some parent.
-        within: the places of ranges that named nothing too much under some parent.
+        beyond: ranges that named indices which do not exist under some parent.
+        within: the places of ranges all of whose indices exist under some parent.
         finished: the flat paths that matched something.
         steps: pairs of node and state that were compared.
         furthest: the deepest point of failure.
@@ -344,7 +346,7 @@ class _Walk:
                 self.visit(child_node, self.closure(following[child]))
 
     def matching_children(self, segment: FlatSegment, children: Mapping[str, Node], parent: Node) -> Iterable[str]:
-        """Return the children that a segment stands for; note ranges that name more than there are."""
+        """Return the children that a segment matches; note ranges that name indices which do not exist."""
         if segment.literal is not None:
             return (segment.literal,) if segment.literal in children else ()
         if segment.is_any_text:

@@ -16,7 +16,7 @@ REGEX_PREFIX = "re:"
 SCOPE_SEPARATOR = " in "
 
 RESERVED = frozenset(".,:[]{}()*?!^$+|\\\"'")
-"""Characters that no literal part of a pattern can hold; a name that does is within reach of `re:` only."""
+"""Characters that no literal part of a pattern can hold; only `re:` can match a name that has one."""
 
 _NUMBER = re.compile(r"[0-9]+")
 _CLASS_NAME = re.compile(r"[^\W\d]\w*")
@@ -272,7 +272,7 @@ def engine_options(most_bytes: int) -> Any:
 
 
 MAX_BYTES_OF_KEYS = 2**28
-"""For the expressions of a map of a megabyte."""
+"""Enough for the expressions of a map of a megabyte."""
 
 
 def compile_keys(keys: Iterable[str]) -> CompiledExpression:
@@ -298,7 +298,7 @@ def _parse_regex(text: str) -> RegexPattern:
 def _regex_error(text: str, expression: str, error: Exception) -> PatternError:
     reason = error.args[0] if error.args else ""
     reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
-    # re2 gives no offset, but ends its message in the fragment that it could not read.
+    # RE2 gives no offset, but its message ends with the fragment that it could not read.
     fragment = reason.partition(": ")[2]
     offset = expression.find(fragment) if fragment else -1
     start = len(REGEX_PREFIX) + max(offset, 0)
@@ -343,7 +343,7 @@ def _parse_path(text: str, start: int) -> PathPattern:
 
 
 def _check_any_segments(path: Path, *, open_left: bool, open_right: bool) -> None:
-    """Refuse a `**` that is not alone in its segment, be it by the text around its braces."""
+    """Refuse a `**` that is not alone in its segment, even if only because of text around its braces."""
     for position, segment in enumerate(path):
         left = open_left and position == 0
         right = open_right and position == len(path) - 1

@@ -1,4 +1,6 @@
-"""Resolves rules: the nearest match above a tensor wins, pins win over `device_map`, later overrides over earlier."""
+"""Resolves rules: the match nearest to a tensor wins, pins outrank `device_map`, later overrides outrank earlier
+ones.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The decision for a tensor: the device that stores it and, if said, the one that runs it; and the rule
-    that won.
-    """
+    """The decision for a tensor: the device that stores it, the one that runs it, if stated, and the rule that won."""
 
     device: Device
     compute: Device | None
@@ -34,9 +34,9 @@ class Decision:
 class Resolution:
     """The rules applied to a model.
 
-    `decisions` are by tensor; `groups` are tensors that must share a device, each with its rule; `forbidden` are the
-    devices that a tensor must not be stored on, with the rule that says so; `new` are tensors that no checkpoint needs
-    to hold, with the rule that says so; `matches` what each rule matched.
+    `decisions` holds the decision for each tensor, `groups` the tensors that must share a device, each group with its
+    rule, `forbidden` the devices that must not store a tensor, with the rules that forbid them, `new` the tensors that
+    the checkpoint may lack, with the rules that allow it, and `matches` the matches of each rule.
     """
 
     decisions: Mapping[TensorName, Decision] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Resolution:
     matches: tuple[tuple[Rule, Match], ...] = ()
 
     def compute_of(self, name: TensorName) -> Device | None:
-        """Return the device on which rules have the module of a tensor run, or `None`."""
+        """Return the device that rules have the module of a tensor run on, or `None`."""
         decision = self.decisions.get(name)
         return decision.compute if decision else None
 
@@ -57,7 +57,7 @@ def resolve(rules: tuple[Rule, ...], graph: ModelGraph, source: str, sink: Sink)
     Args:
         rules: the rules, in the order of the profile.
         graph: the module tree.
-        source: the model as its user names it, for the commands that messages propose.
+        source: the model as its user names it, for commands in messages.
         sink: takes the diagnostics of rules that match nothing, conflict or have no effect.
 
     Returns:
@@ -137,7 +137,7 @@ def _check_match(rule: Rule, found: Match, graph: ModelGraph, source: str, sink:
 
 
 def _first(beyond: BeyondEnd) -> int:
-    """Return the start of the range that names too much."""
+    """Return the start of the range that names indices which do not exist."""
     starts = (item.first for item in beyond.indices.items if isinstance(item, IndexRange))
     return next((first for first in starts if first <= beyond.existing[-1]), beyond.existing[0])
 
@@ -180,7 +180,7 @@ def _decide(
 
 
 def _merged(first: Decision, second: Decision) -> Decision | None:
-    """Both at once, where they do not contradict each other."""
+    """Return both decisions combined, or `None` if they contradict each other."""
     both_compute = None not in (first.compute, second.compute)
     if first.device != second.device or (both_compute and first.compute != second.compute):
         return None

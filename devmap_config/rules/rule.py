@@ -1,4 +1,4 @@
-"""`Rule`: what is asked of the part of a model that a pattern matches; pins and `device_map` keys alike."""
+"""`Rule`: a pattern and the constraints on what it matches, from a pin or a key of `device_map`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Origin = Literal["pin", "device_map", "allow_new"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A pattern and what is asked of its matches; `source` is the pattern as the profile has it.
+    """A pattern and the constraints on its matches; `source` is the pattern as the profile has it.
 
-    `device` is where weights are stored, `compute` where they run, `not_on` where they must not be stored; with
-    `keep_together` all matches share one device. A later rule with `override` wins over earlier ones of equal depth.
+    `device` stores the weights, `compute` runs them, and devices of `not_on` must not store them. With `keep_together`,
+    all matches share one device. A later rule with `override` outranks earlier ones of equal depth.
     """
 
     pattern: Pattern
@@ -52,8 +52,7 @@ class Rule:
 def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink: Sink) -> tuple[Rule, ...]:
     """Return the rules of a profile: the keys of its `device_map`, then its pins.
 
-    Wrong rules are reported; if the pattern of one is right, it is kept without its device, so that it is still
-    matched.
+    Wrong rules are reported; a rule whose pattern is right is kept without its device, so that it is still matched.
 
     Args:
         loaded: the profile.
@@ -129,7 +128,7 @@ class _Listed:
     are_all: bool
 
     def known(self, named: Located[Device | int | None]) -> Device | None:
-        """Return the device that is named, or `None` if it is not listed, which is reported."""
+        """Return the device that is named; if it is not listed, report it and return `None`."""
         if named.value is None:
             return None
         device = device_meant(named.value, self.kind)

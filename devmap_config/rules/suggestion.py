@@ -1,4 +1,4 @@
-"""Suggests what a pattern that matches nothing was meant to be, from the tree and not only by spelling."""
+"""Suggests what a pattern that matches nothing was meant to be, by the tree and not only by spelling."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, Module
 
 NO_DOT = re.compile(r"(?<=[A-Za-z])\[(?=[-:0-9,/]+\])")
-"""A range as Python indexes a list, `layers[0:4]`: that no such module is there is not why nothing matches."""
+"""Matches a range after a name without a dot, as Python indexes a list (`layers[0:4]`): then only the dot is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """`label` is what stands beside the pattern, `pattern` what to look at; `help` replaces the usual command."""
+    """A suggestion: `label` is shown beside the pattern, `pattern` goes into the proposed command, `help` replaces
+    that command.
+    """
 
     label: str | None = None
     pattern: str = "**"
@@ -112,7 +114,7 @@ def _completed(path: str, rest: tuple[FlatSegment, ...], graph: ModelGraph) -> s
 
 
 def _fused(node: Module, segment: FlatSegment) -> Suggestion | None:
-    """Experts by number, where the model holds all of them in one tensor."""
+    """Explain that experts have no numbers in a model that holds all of them in one tensor."""
     is_number = bool(segment.indices) or (segment.literal or "").isdigit()
     fused = node.experts
     if not is_number or not fused:
@@ -125,7 +127,7 @@ def _fused(node: Module, segment: FlatSegment) -> Suggestion | None:
 
 
 def _with_prefix(path: tuple[FlatSegment, ...], graph: ModelGraph) -> Suggestion | None:
-    """Suggest a path with the beginning that it lacks (`layers.0` for `model.layers.0`), or with this model's."""
+    """Suggest a path with its missing beginning (`model.layers.0` for `layers.0`), or with this model's beginning."""
     literal = [segment.literal for segment in path]
     for skipped in range(len(path)):
         names: list[str] = []

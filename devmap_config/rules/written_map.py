@@ -1,4 +1,4 @@
-"""Reads a `device_map` as people have it: JSON, or the Python dict that they wrote or that a model printed."""
+"""Reads a `device_map` from text: JSON, or a Python dict that somebody wrote or a model printed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ ENTRY = re.compile(
     rf"(?P<value>(?P<text>{STRING})|-?[0-9]{{1,9}}|{TORCH_DEVICE}){GAP}(?(pair)\)){GAP}(?P<more>,)?"
 )
 END = re.compile(rf"{GAP}[}}\]]{GAP}\)?{GAP};?{GAP}")
-"""Each is matched once where the one before ended: nothing of the text is run, and none of it is nested."""
+"""Each pattern is matched once, from the end of the previous match: nothing in the text is run, and nothing is
+nested.
+"""
 
 EXAMPLE = '`{"model.embed_tokens": 0, "lm_head": "cpu"}`'
 PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -42,12 +44,12 @@ class MapEntry:
 
 
 def read_device_map(text: str, file: str, sink: Sink) -> dict[str, MapEntry] | None:
-    """Return a map by its keys, of which the last counts where one stands twice; `None` if it cannot be read.
+    """Return the entries of a map by key, the last of repeated ones; `None` if the text cannot be read.
 
     Args:
         text: JSON, or a Python dict of names, numbers and `torch.device`.
-        file: where it comes from.
-        sink: takes what is wrong.
+        file: the name of the file, for diagnostics.
+        sink: takes the diagnostics.
     """
     sink.texts[file] = text
     start = START.match(text)
@@ -92,7 +94,7 @@ def _advice(text: str) -> str:
 
 
 def _value(entry: re.Match[str]) -> int | str:
-    """Return a value as Python has it; a `torch.device` as its name."""
+    """Return a value of Python's syntax; a `torch.device` as its name."""
     if entry["type"]:
         return _string(entry["type"]) + (f":{entry['index']}" if entry["index"] else "")
     return _string(entry["text"]) if entry["text"] else int(entry["value"])
@@ -101,7 +103,7 @@ def _value(entry: re.Match[str]) -> int | str:
 def _string(literal: str) -> str:
     try:
         return str(ast.literal_eval(literal.replace(r"\/", "/")))
-    except (ValueError, SyntaxError):  # half of an escape
+    except (ValueError, SyntaxError):  # an incomplete escape
         return literal[1:-1]
 
 
