@@ -153,14 +153,14 @@ def refitted(constant: str, cases: list[Case]) -> float:
 
 def left_out(cases: list[Case]) -> Table:
     """Return, for each fitted constant without each of its rows, what it is then, and how far rows are off."""
-    table = Table("constant", "without", "is", "that row off by", "all not fitted: median", "worst", box=box.MARKDOWN)
+    table = Table("constant", "fitted without", "value", "that row off by", "median", "worst", box=box.MARKDOWN)
     for constant, value in {"DISPATCH_NANOSECONDS": DISPATCH_NANOSECONDS, "UNPINNED_SHARE": UNPINNED_SHARE}.items():
         fitting = [case for case in cases if case.run.get("fits") == constant]
         for without in (None, *fitting):
             others = [case for case in fitting if case is not without]
-            named = "nothing, as it is" if without is None else without.run["name"]
+            named = "– (as it is)" if without is None else without.run["name"]
             if not others:
-                table.add_row(constant, named, "told by no other row", "", "", "")
+                table.add_row(constant, named, "no other row determines it", "", "", "")
                 continue
             other_value = float(value) if without is None else refitted(constant, others)
             rows = list(comparisons(cases, {constant: other_value}))
