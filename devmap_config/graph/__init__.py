@@ -1,1 +1,1 @@
-"""The model as data: its module tree, tensors, ties and blocks; made with torch, used without it."""
+"""The model as data: its module tree, tensors, ties and blocks. torch is needed to make it, but not to use it."""

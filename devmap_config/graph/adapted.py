@@ -1,7 +1,7 @@
-"""Gives a model without data what an adapter adds to it, so that it is counted, measured and dry-run with that.
+"""Adds an adapter's tensors to a model without data, so that they are counted, measured and dry-run with it.
 
-A module keeps its name, its class's name and its parameters. What LoRA adds are buffers that no checkpoint holds, which
-is what accelerate leaves where the module runs; and its forward computes what PEFT's does, kernel by kernel.
+A module keeps its name, its class's name and its parameters. LoRA's tensors become non-persistent buffers, which
+accelerate leaves on the device that the module runs on. The forward computes what PEFT's does, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def adapt(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Add to a model on the meta device what an adapter does.
+    """Add an adapter's tensors and computation to a model on the meta device.
 
     Raises:
-        AdapterError: if it adapts nothing of this model, or what is not known here.
+        AdapterError: if it adapts nothing of this model, or a kind of module that is not supported.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     for path, change in changes_of(config, modules, all_linear(model, config)).items():
@@ -36,7 +36,7 @@ def adapt(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 
 def all_linear(model: PreTrainedModel, config: AdapterConfig) -> frozenset[str]:
-    """Return the modules that `all-linear` means: all but the head."""
+    """Return the modules that `all-linear` means: all linear ones except the head."""
     head = model.get_output_embeddings()
     if head is None and config.task == "SEQ_CLS":
         head = next(
@@ -78,7 +78,7 @@ def _add_lora(module: torch.nn.Module, path: str, change: LowRankUpdate, config:
 
 
 def _bring_whole(module: torch.nn.Module) -> None:
-    """Have a module compute with what the adapter brings in place of its own parameters, which stay beside that."""
+    """Have a module compute with the adapter's copies of its parameters; its own parameters stay beside them."""
     own = {name: tensor for name, tensor in own_parameters(module).items() if tensor is not None}
     for name, tensor in own.items():
         module.register_buffer(f"{SAVED}{name}", torch.empty_like(tensor).detach(), persistent=False)
@@ -90,21 +90,21 @@ MIXED: dict[tuple[type, type], type] = {}
 
 
 def _mixed(kind: type, own: type) -> type:
-    """Return a class for modules of another, with its name; one for each, so that blocks which are alike are known to
-    be.
+    """Return the adapted class of a module's class, under the same name; always the same one, so that alike blocks are
+    recognised.
     """
     return MIXED.setdefault((kind, own), type(own.__name__, (kind, own), {}))
 
 
 class _Lora(torch.nn.Module):  # type: ignore[misc]
-    """As `peft.tuners.lora.layer.Linear` computes."""
+    """A linear module with LoRA, computed like `peft.tuners.lora.layer.Linear`."""
 
     lora_A: torch.Tensor  # noqa: N815  as PEFT calls it
     lora_B: torch.Tensor  # noqa: N815
     lora_scaling: float
 
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """Add the product of the two matrices to what the module computes."""
+        """Add the product of the two matrices to the output of the module."""
         result: torch.Tensor = super().forward(x, *arguments, **options)
         added = self.added(x.to(self.lora_A.dtype), result)
         return (result + added).to(result.dtype)
@@ -115,13 +115,15 @@ class _Lora(torch.nn.Module):  # type: ignore[misc]
         return self.product(x) * self.lora_scaling
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the two matrices make of an input."""
+        """Return the product of an input with the two matrices."""
         linear = torch.nn.functional.linear
         return linear(linear(x, self.lora_A), self.lora_B, getattr(self, "lora_B_bias", None))
 
 
 class _Dora(_Lora):
-    """As `peft.tuners.lora.dora.DoraLinearLayer` computes, which reads the module's own weight."""
+    """A linear module with DoRA, computed like `peft.tuners.lora.dora.DoraLinearLayer`, which reads the module's own
+    weight.
+    """
 
     lora_magnitude_vector: torch.Tensor
 
@@ -140,14 +142,14 @@ class _Dora(_Lora):
 
 
 class _LoraEmbedding(torch.nn.Module):  # type: ignore[misc]
-    """As `peft.tuners.lora.layer.Embedding` computes."""
+    """An embedding with LoRA, computed like `peft.tuners.lora.layer.Embedding`."""
 
     lora_embedding_A: torch.Tensor  # noqa: N815
     lora_embedding_B: torch.Tensor  # noqa: N815
     lora_scaling: float
 
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """Add what the two matrices have of the words to what the embedding gives."""
+        """Add the product of the two matrices for the input tokens to the output of the embedding."""
         result: torch.Tensor = super().forward(x, *arguments, **options)
         rows = torch.nn.functional.embedding(x, self.lora_embedding_A.T)
         return (result + (rows @ self.lora_embedding_B.T) * self.lora_scaling).to(result.dtype)
@@ -157,7 +159,7 @@ class _Whole(torch.nn.Module):  # type: ignore[misc]
     """Computes with parameters that an adapter brings."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Run the module with them in place of its own."""
+        """Run the module with the adapter's parameters in place of its own."""
         own = own_parameters(self)
         before = dict(own)
         brought = {name: getattr(self, f"{SAVED}{name}", None) for name in before}

@@ -1,4 +1,4 @@
-"""Reads an adapter as PEFT saves it: what its config adapts of a model, and what its file must hold for that."""
+"""Reads an adapter that PEFT saved: the modules that its config adapts, and the tensors that its file must hold."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 
 MOST_NAMES = 100_000
-"""Modules, ranks and layers that a config may name: a list that PEFT writes of every layer has some thousands."""
+"""The most modules, ranks and layers that a config may name; a list of every layer, as PEFT writes it, has a few
+thousand.
+"""
 
 MOST_RANK = 2**16
-"""More than the width of any layer, beyond which a rank is of no use."""
+"""Larger than the width of any layer, beyond which a rank is useless."""
 
 MOST_TRIES = 2_000_000
-"""The most matches that are tried of expressions with module names; each takes a microsecond."""
+"""The most attempts to match expressions with module names; each takes a microsecond."""
 
 MOST_BYTES_OF_EXPRESSION = 2**23
 
@@ -45,7 +47,7 @@ PICKLE = "adapter_model.bin"
 
 
 class AdapterError(Exception):
-    """An adapter cannot be meant, or does not fit the model; the text says why, `help` what to do."""
+    """An adapter is invalid, or does not fit the model; the text says why, `help` what to do."""
 
     def __init__(self, message: str, help: str) -> None:
         super().__init__(message)
@@ -64,7 +66,7 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""What PEFT saves whole by the adapter's `task_type`, whether or not the config says so."""
+"""The modules that PEFT saves whole for the adapter's `task_type`, even if the config does not name them."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -84,7 +86,7 @@ WITHOUT_EFFECT = frozenset(
         "runtime_config",
     }
 )
-"""Keys that change nothing of an adapter that is trained: how it was begun, and what follows from the model."""
+"""Keys without effect on a trained adapter: how it was initialised, and facts that follow from the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ class AdapterConfig:
     Attributes:
         targets: the adapted modules, as one regular expression, or as the ends of their names.
         excluded: modules that are not adapted, written like `targets`.
-        ranks: by regular expression the rank; the first that matches counts.
-        alphas: by regular expression the alpha; the first that matches counts.
+        ranks: the ranks by regular expression; the first that matches counts.
+        alphas: the alphas by regular expression; the first that matches counts.
         saved: modules that the adapter brings as a whole.
     """
 
@@ -116,18 +118,18 @@ class AdapterConfig:
 
     @property
     def takes_all_linear(self) -> bool:
-        """True if it adapts all linear modules but the head."""
+        """True if it adapts all linear modules except the head."""
         return isinstance(self.targets, str) and self.targets.lower() == "all-linear"
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all that it says."""
+        """A digest of the whole config."""
         return digest(asdict(self))
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter with where its files are: a folder, or the hub's repository at a commit, of which that is a copy."""
+    """An adapter and the place of its files: a folder, which may be the local copy of a commit on the hub."""
 
     config: AdapterConfig
     folder: Path
@@ -137,7 +139,7 @@ class LoraAdapter:
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
-    """A LoRA's update of one module: two matrices of this rank, whose product is added times `scaling`."""
+    """A LoRA's update of one module: the product of two matrices of this rank, times `scaling`."""
 
     rank: int
     alpha: float
@@ -152,12 +154,12 @@ def find_adapter(source: str, path: Path, revision: str | None, within: Boundary
 
     Args:
         source: what the profile names.
-        path: the folder that it would be.
-        revision: the commit, of a repository.
-        within: what its links, and itself, may not lead out of.
+        path: the folder that `source` would name.
+        revision: the commit, if it is a repository.
+        within: the folder that it and its links may not lead out of.
 
     Raises:
-        AdapterError: if there is none, it is of another kind than LoRA, or cannot be meant.
+        AdapterError: if there is none, or it is invalid or not a LoRA.
     """
     if exists(path):
         if not within.holds(path):
@@ -187,10 +189,10 @@ def _read(path: Path, within: Boundary | None) -> AdapterConfig:
 
 
 def parse_config(value: object) -> AdapterConfig:
-    """Return what an `adapter_config.json` says, once parsed.
+    """Return the config for the parsed JSON of an `adapter_config.json`.
 
     Raises:
-        AdapterError: if a value is of a wrong type, or means what is not known here; the text says which.
+        AdapterError: if a value has a wrong type, or a meaning that is not supported; the text says which.
     """
     if not isinstance(value, Mapping):
         raise AdapterError(f"`{CONFIG_FILE}` holds no JSON object", "name an adapter that PEFT saved")
@@ -241,7 +243,7 @@ MEND = "mend it, or save the adapter anew"
 
 @dataclass
 class _Reader:
-    """Reads the values of a config, and notes which keys it knows."""
+    """Reads the values of a config, and notes which keys were read."""
 
     values: Mapping[str, Any]
     known: set[str] = field(default_factory=lambda: {"peft_type", "task_type", "bias", "init_lora_weights"})
@@ -321,15 +323,15 @@ class _Reader:
 
 
 def changes_of(config: AdapterConfig, paths: Collection[str], linear: Collection[str]) -> dict[str, LowRankUpdate]:
-    """Return by path which modules LoRA changes, and how: as PEFT chooses them.
+    """Return LoRA's update of each module that it changes, by path, chosen as PEFT does.
 
     Args:
         config: the adapter's.
-        paths: those of all modules.
-        linear: those of the modules that `all-linear` means.
+        paths: the paths of all modules.
+        linear: the paths of the modules that `all-linear` means.
 
     Raises:
-        AdapterError: if an expression cannot be read, or none is adapted.
+        AdapterError: if an expression cannot be read, or no module is adapted.
     """
     matching = _Matching(config, frozenset(linear))
     changes = {path: matching.change(path) for path in paths if path and matching.is_adapted(path)}
@@ -341,7 +343,7 @@ def changes_of(config: AdapterConfig, paths: Collection[str], linear: Collection
 
 
 def saved_modules(config: AdapterConfig, paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the modules that the adapter brings whole, in place of the model's own."""
+    """Return the modules that the adapter replaces as a whole."""
     names = (*config.saved, *HEADS.get(config.task or "", ()))
     return tuple(path for path in paths if path and path.endswith(names)) if names else ()
 
@@ -423,27 +425,29 @@ class _Matching:
 # -- what its file holds -----------------------------------------------------------------------------------------------
 
 IN_FILE = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_B_bias": ".lora_B.bias"}
-"""How an adapter's file calls what a graph calls so; other names are the same, and what is saved has the module's."""
+"""The names in an adapter's file for those in a graph; other names are the same, and whole modules have the
+module's.
+"""
 
 
 def name_in_file(name: TensorName) -> str:
-    """Return how an adapter's file calls a tensor that it adds to a model."""
+    """Return the name in an adapter's file of a tensor that it adds to a model."""
     module, _, own = name.rpartition(".")
     return f"{PREFIX}{module}{IN_FILE.get(own, f'.{own.removeprefix(SAVED)}')}"
 
 
 def stored_names(adapter: LoraAdapter, graph: ModelGraph, *, must_be_there: bool) -> dict[str, str]:
-    """Return for each tensor that the adapter brings, by the graph's name, the name that its file has for it.
+    """Return the name in the file for each tensor of the adapter, by its name in the graph.
 
-    These are what it adds to the model, and biases of the model's own that it replaces.
+    These are the tensors that it adds to the model, and the biases of the model that it replaces.
 
     Args:
         adapter: the adapter.
-        graph: the model's, with what the adapter adds.
-        must_be_there: whether there must be a file; else nothing is told where there is none.
+        graph: the graph of the model, including the adapter's tensors.
+        must_be_there: whether the file must exist; otherwise the result is empty without one.
 
     Raises:
-        AdapterError: if the file does not hold what its config says.
+        AdapterError: if the file lacks tensors that the config implies.
     """
     header = _header(adapter, must_be_there=must_be_there)
     if header is None:

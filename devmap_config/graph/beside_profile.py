@@ -1,4 +1,4 @@
-"""The graph that is vendored beside a profile: whether it is of the very model that the profile names."""
+"""Finds the graph that is vendored beside a profile, and checks that it is of the model that the profile names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def graph_beside(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
-    """Return the graph beside the profile, where there is one of this very model and revision."""
+    """Return the graph beside the profile, if there is one of exactly this model and revision."""
     path = vendored_path(loaded.path)
     try:
         vendored = read_vendored(path, loaded.boundary)
@@ -38,7 +38,7 @@ def graph_beside(loaded: LoadedProfile, sink: Sink) -> VendoredGraph | None:
 
 
 def _differs_from_cache(vendored: VendoredGraph, loaded: LoadedProfile) -> bool:
-    """Return whether the hub's cache has another config for a graph's commit, which is immutable."""
+    """Return whether the config in a graph differs from the one in the hub's cache for the same commit."""
     if vendored.commit is None or is_local(loaded):
         return False
     source = source_beside(vendored, loaded)
@@ -60,7 +60,7 @@ def source_beside(vendored: VendoredGraph, loaded: LoadedProfile) -> ModelSource
 
 
 def with_checkpoint(source: ModelSource) -> ModelSource:
-    """Return a source with the headers of its checkpoint, where they were read before."""
+    """Return a source with the headers of its checkpoint, if they were read before."""
     if source.weights is None or source.commit is None:
         return source
     return replace(source, checkpoint=cached_checkpoint(source.weights, source.commit, source.config))
@@ -80,7 +80,7 @@ def inputs_beside(vendored: VendoredGraph, loaded: LoadedProfile) -> Mapping[str
 
 
 def warn_of_stale_graph(loaded: LoadedProfile, sink: Sink, differing: str = "model or revision") -> None:
-    """Report that the graph beside a profile was made from another model, config or whatever differs."""
+    """Report that the graph beside a profile is stale; `differing` names the input that differs."""
     sink.warning(
         "stale-graph",
         f"the graph in `{vendored_path(loaded.path).name}` was made from another {differing}, and is made anew",

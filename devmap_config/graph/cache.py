@@ -1,4 +1,4 @@
-"""Keeps graphs between runs: a graph costs seconds of imports to make, and milliseconds to read."""
+"""Caches graphs between runs: making one takes seconds of imports, reading one takes milliseconds."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ LIBRARIES = ("torch", "transformers", "accelerate")
 
 
 def library_versions() -> dict[str, str | None]:
-    """Return the installed versions of what makes graphs, read without importing it."""
+    """Return the installed versions of the libraries that make graphs, without importing them."""
     return {name: build(name) for name in LIBRARIES}
 
 
 def cached_graph(
     key: dict[str, object], make: Callable[[], ModelGraph], *, directory: Path | None = None
 ) -> ModelGraph:
-    """Return the graph under this key, made where it is not kept yet.
+    """Return the graph under this key, and make it if it is not cached yet.
 
-    What a library or a mistake of ours kept from being read or measured is not kept: it is to be measured once that is
-    mended.
+    A graph that could not be read or measured because of a library or a mistake of ours is not cached, so that it is
+    measured once that is fixed.
     """
     made_by = {
         "schema": SCHEMA,
@@ -59,7 +59,7 @@ def default_directory() -> Path:
 
 
 def keep(path: Path, value: object) -> None:
-    """Write a value to the cache under a digest over it and its name; where it cannot be written, it is not kept."""
+    """Write a value to the cache with a digest over it and its name; a failure to write is ignored."""
     text = json.dumps(value, separators=(",", ":"))
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def keep(path: Path, value: object) -> None:
 
 
 def kept(path: Path) -> Any:
-    """Return the value that was kept, or `None` if there is none or it is not what was written under this name."""
+    """Return the value in the cache, or `None` if there is none or its digest is wrong."""
     try:
         seal, _, text = read_text(path, GRAPH).partition("\n")
         return parse_json(text, GRAPH) if seal == _seal(path, text) else None
@@ -81,7 +81,7 @@ def _seal(path: Path, text: str) -> str:
 
 @cache
 def code_digest(*packages: str) -> str:
-    """Return a digest of the code of these packages of ours: what they make may change when it does."""
+    """Return a digest of the code of these packages of ours, whose results may change with the code."""
     root = Path(__file__).parent.parent
     sources = sorted(source for package in packages for source in (root / package).rglob("*.py"))
     return digest({source.relative_to(root).as_posix(): read_text(source, PACKAGED, ANYWHERE) for source in sources})

@@ -1,4 +1,4 @@
-"""Reads the headers of a checkpoint's safetensors files: names, dtypes, shapes and places, and no byte of weights."""
+"""Reads the headers of a checkpoint's safetensors files: names, dtypes, shapes and offsets, but no weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-"""The files that transformers looks for, in this order."""
+"""The file that transformers looks for if the weights are in several files."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
 """The file of an adapter that PEFT trains; it is no checkpoint of a model."""
@@ -89,7 +89,7 @@ class Checkpoint:
 
     @property
     def summary(self) -> dict[str, int]:
-        """The figures that a lock keeps in order to say later what changed."""
+        """The figures that a lock records, in order to say later what changed."""
         return {
             "file_count": len(self.file_bytes),
             "tensor_count": len(self.tensors),
@@ -97,14 +97,14 @@ class Checkpoint:
         }
 
     def holds_equal(self, first: str, second: str) -> bool:
-        """Return whether two of its tensors hold the same bytes; they are read as far as they are the same."""
+        """Return whether two of its tensors hold the same bytes; reading stops at the first difference."""
         if self.folder is None:
             raise ValueError("only the headers of this checkpoint are at hand")
         one, other = self.tensors[first], self.tensors[second]
         remaining = one.end - one.start
         if remaining != other.end - other.start:
             return False
-        # That these may be read was seen when their headers were.
+        # Reading the headers has checked that these files may be read.
         with opened(self.folder / one.file, ANYWHERE) as left, opened(self.folder / other.file, ANYWHERE) as right:
             left.seek(one.start)
             right.seek(other.start)
@@ -117,16 +117,17 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, config: Mapping[str, Any], within: Boundary | None = None) -> Checkpoint | None:
-    """Return what the checkpoint in a folder holds, of the files that transformers would load; `None` without weights.
+    """Return the headers of the checkpoint in a folder, from the files that transformers would load; `None` without
+    weights.
 
     Args:
         folder: the model's folder.
         config: its config, which may name the file of weights (`transformers_weights`).
-        within: what its links may not lead out of; its repository where it is `None`.
+        within: the folder that its links may not lead out of; with `None`, its repository.
 
     Raises:
-        CheckpointError: if there are weights that cannot be loaded: pickles, files that are cut off or garbage,
-            broken links, shards that an index names and that are not there.
+        CheckpointError: if there are weights that cannot be loaded: pickles, truncated or garbled files, broken links,
+            or missing shards of an index.
     """
     names = _file_names(folder, config, within)
     if names is None:
@@ -152,7 +153,7 @@ def _file_names(folder: Path, config: Mapping[str, Any], within: Boundary | None
 
 
 def _refuse_other_weights(folder: Path) -> None:
-    """Refuse weights of formats that are not loaded, where there are no others."""
+    """Refuse weights in unsupported formats, if there are no others."""
     for path in sorted(folder.iterdir()):
         name = path.name
         if name.endswith(".gguf"):
@@ -172,7 +173,7 @@ def _refuse_other_weights(folder: Path) -> None:
 
 
 def conversion_help(folder: Path) -> str:
-    """Return the command that writes a trusted checkpoint anew as safetensors."""
+    """Return the command that converts a trusted checkpoint to safetensors."""
     script = (
         "import sys, transformers as t; c = t.AutoConfig.from_pretrained(sys.argv[1]); "
         "getattr(t, c.architectures[0]).from_pretrained(sys.argv[1], dtype='auto', use_safetensors=False)"
@@ -203,7 +204,7 @@ def read_index(path: Path, within: Boundary | None = None) -> Any:
     """Return the JSON value of an index.
 
     Raises:
-        CheckpointError: if there is none that can be read.
+        CheckpointError: if it cannot be read.
     """
     try:
         return read_json(path, INDEX, within)
@@ -212,14 +213,14 @@ def read_index(path: Path, within: Boundary | None = None) -> Any:
 
 
 Header = dict[str, tuple[str, tuple[int, ...], int, int]]
-"""Of each tensor its dtype, its shape, and the bytes of its file from where to where."""
+"""The dtype, the shape, and the first and last offset in the file, by name of the tensor."""
 
 
 def read_header(path: Path, within: Boundary | None = ANYWHERE) -> Header:
-    """Return the tensors of one safetensors file, which a library reads as well.
+    """Return the tensors of one safetensors file.
 
     Raises:
-        CheckpointError: if it is none, or a link leads out of what it must be `within`.
+        CheckpointError: if it is not one, or a link leads out of the folder that it must be `within`.
     """
     return _read_file(path, within)[1]
 
@@ -235,10 +236,10 @@ def _read_file(path: Path, within: Boundary | None) -> tuple[int, Header]:
 
 
 def header_length(first_bytes: bytes, size_bytes: int, name: str) -> int:
-    """Return how many bytes of JSON follow the first eight of a safetensors file of this size and name.
+    """Return the length of the JSON after the first eight bytes of a safetensors file of this size and name.
 
     Raises:
-        CheckpointError: if that cannot be.
+        CheckpointError: if the length is impossible.
     """
     if first_bytes == GIT_LFS:
         raise CheckpointError(
@@ -265,7 +266,7 @@ def parse_header(text: bytes, size_bytes: int, name: str) -> Header:
         name: the file's name, for messages.
 
     Raises:
-        CheckpointError: if it is none, or says what cannot be of a file of this size.
+        CheckpointError: if it is not one, or is impossible for a file of this size.
 
     >>> parse_header(b'{"weight": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}}', 90, "x.safetensors")
     {'weight': ('F16', (2, 3), 78, 90)}
@@ -300,7 +301,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(header: Header, data_start: int, size_bytes: int, name: str) -> None:
-    """Check that the tensors fill the file, one after another, as safetensors wants it."""
+    """Check that the tensors fill the file without gaps, as safetensors requires."""
     position = data_start
     for tensor, (_, _, start, end) in sorted(header.items(), key=lambda item: item[1][2:]):
         if start != position or end < start:
@@ -317,10 +318,10 @@ def _unreadable(name: str, what: str) -> CheckpointError:
 
 
 def first_floating_dtype(tensors: Iterable[StoredTensor]) -> str | None:
-    """Return torch's name of the dtype that the first floating tensor has, which is what transformers goes by."""
+    """Return torch's name of the dtype of the first floating-point tensor, which decides in transformers."""
     found = (SAFETENSORS_DTYPES.get(tensor.dtype) for tensor in tensors)
     return next((dtype for dtype in found if dtype), None)
 
 
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The floating dtypes of a safetensors header in which models are loaded, as torch names them."""
+"""torch's names of the floating-point dtypes in a safetensors header that models are loaded in."""

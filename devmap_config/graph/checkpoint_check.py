@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from devmap_config.graph.loading import LoadedModel
 
 SCHEMA = "devmap-checkpoint-match/3"
-"""Moves whenever something else is found."""
+"""Changes whenever the result of a comparison may change."""
 
 
 def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> CheckpointMatch | None:
-    """Return whether the checkpoint of a model holds it, as it was found before, else tried with transformers' loader.
+    """Compare a model with its checkpoint by transformers' loader, or return the cached result of an earlier
+    comparison.
 
-    `None` if no checkpoint is at hand. Imports torch where it was not tried before.
+    Return `None` if no checkpoint is at hand. torch is imported only if no result is cached.
 
     Raises:
-        LibraryChangedError: if something is not there that this rests on.
+        LibraryChangedError: if a library lacks something that this depends on.
     """
     checkpoint = model.source.checkpoint
     if checkpoint is None:
@@ -40,11 +41,11 @@ def match_checkpoint(model: LoadedModel, *, trust_remote_code: bool = False) -> 
         "libraries": library_versions(),
     }
     path = default_directory().with_name("matches") / f"{digest(key).removeprefix('sha256:')}.json"
-    # Code that comes with a model may change without its config.
+    # Code that comes with a model may change while its config stays the same.
     if not trust_remote_code and (value := kept(path)) is not None:
         return CheckpointMatch.from_json(value)
     match = _tried(model, checkpoint, trust_remote_code=trust_remote_code)
-    if not trust_remote_code and match.unchecked is None:  # what is missing here may be installed later
+    if not trust_remote_code and match.unchecked is None:  # a missing package may be installed later
         keep(path, asdict(match))
     return match
 

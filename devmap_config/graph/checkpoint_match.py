@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 class TensorMismatch(NamedTuple):
-    """A tensor that is stored otherwise than the model holds it: two shapes, or a `reason` where these do not tell."""
+    """A tensor that is stored differently from the model's: its two shapes, or a `reason` if the shapes do not show
+    it.
+    """
 
     name: str
     stored: str
@@ -35,10 +37,10 @@ class CheckpointMatch:
         absent: the largest modules all of whose tensors are missing.
         tensor_count: the number of tensors in the checkpoint.
         missing: tensors of the model that the checkpoint does not hold.
-        computed: tensors that it does not hold either, and that transformers computes, by its own lists.
+        computed: tensors that the checkpoint does not hold because transformers computes them, by its own lists.
         unexpected: tensors of the checkpoint that the model does not hold, and that transformers' lists do not name.
-        mismatched: tensors that are stored in another shape, or kind of number.
-        unchecked: the reason for which names could not be compared; `None` if they were.
+        mismatched: tensors that are stored in another shape or kind of number.
+        unchecked: why the names could not be compared; `None` if they were.
     """
 
     class_name: str = ""
@@ -60,22 +62,22 @@ class CheckpointMatch:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The consequence of a match: an error or warnings, each with advice."""
+    """The verdict on a match: an error or a warning, each with advice."""
 
     error: str | None = None
     error_help: str = ""
     warning: str | None = None
     new: tuple[str, ...] = ()
-    """Tensors that are new on purpose."""
+    """The missing tensors that the profile allows."""
 
 
 def judge(match: CheckpointMatch, config: Mapping[str, Any], allowed: frozenset[str]) -> Judgement:
-    """Return what a match comes to.
+    """Return the verdict on a match.
 
     Args:
-        match: what was found.
+        match: the result of the comparison.
         config: the model's config.
-        allowed: the tensors that may be new (`model.allow_new`).
+        allowed: the tensors that may be missing (`model.allow_new`).
     """
     missing = tuple(name for name in match.missing if name not in allowed)
     mismatched = tuple(each for each in match.mismatched if each.name not in allowed)
@@ -128,4 +130,4 @@ def _kind_of_mistake(
 
 
 FEW = 5
-"""More than a fifth of the names amiss is no damage."""
+"""If more than one name in five is wrong, the checkpoint is not damaged, but of another model."""

@@ -1,6 +1,6 @@
-"""Holds the numbers of a model's config to what a model can have, and tells which values may be why none can be built.
+"""Checks that the numbers of a model's config are possible, and finds values that may keep the model from being built.
 
-Python builds what a config counts one by one: a number that is out of proportion takes hours, and all memory.
+Modules and labels are built one by one, so an absurd number would take hours, and all memory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 LARGEST_NUMBER = 2**63 - 1
 """The largest integer of torch's sizes."""
 MOST_LAYERS = 1_000
-"""Those of the deepest network that was published (DeepNet). So many take a minute to measure and place."""
+"""The layers of the deepest network that was published (DeepNet). Measuring and placing as many takes a minute."""
 MOST_EXPERTS = 50_000
-"""Three times those of Doge, which are the most of one of transformers."""
+"""Three times the experts of Doge, which has the most of all models in transformers."""
 MOST_COUNTED = 1_000_000
-"""Forty times the classes of ImageNet-21k."""
+"""Forty times the number of classes of ImageNet-21k."""
 
 LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?)(_|$)")
 EXPERTS = re.compile(r"(^|_)experts$")
 COUNTS = re.compile(r"(^|_)(n|num|numb|repeats?|levels?|groups?|times|stages?)(_|$)")
-"""By a test with every key of every config of transformers: whatever is made one by one is called so."""
+"""Matches keys that count things which are built one by one; tested with every key of every config of transformers."""
 SIZES = re.compile(
     r"(^|_)(size|dims?|lengths?|widths?|params?|parameters|tokens?|samples?|steps?|words|positions|ids?)(_|$)"
 )
-"""What is made in one, however large it is."""
+"""Matches keys of sizes: one object is built, however large it is."""
 
 LONGEST_VALUE = 40
 
@@ -37,7 +37,7 @@ Path = tuple[str, ...]
 
 
 def unreasonable_number(config: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the first number of a config that no model can have; `None` if all are possible.
+    """Return a message about the first impossible number of a config; `None` if all are possible.
 
     >>> unreasonable_number({"text_config": {"num_hidden_layers": 200_000}})
     '`text_config.num_hidden_layers` is 200,000, and no model has more than 1,000'

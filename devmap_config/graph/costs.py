@@ -1,4 +1,4 @@
-"""The costs of running a model, module by module, for one workload: measured from the model's own code, torch-free."""
+"""The costs of running a model under one workload, module by module, as plain data without torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MEDIA = ("images", "image_height", "image_width", "audio_seconds", "tiles")
-"""The fields of a workload that say what a prompt holds besides text."""
+"""The fields of a workload that describe the images and sound in a prompt."""
 
 PARTLY = "partly_offloaded"
-"""The cache of which the plan says which blocks' layers are on the CPU while they do not run."""
+"""The kind of cache for which the plan chooses the blocks whose part is on the CPU while they do not run."""
 
 OFFLOADED = ("offloaded", PARTLY, "offloaded_static")
-"""The caches whose layers are on the CPU while they do not run, or may be."""
+"""The kinds of caches of which all or some layers are on the CPU while they do not run."""
 
 RARE = (*MEDIA, "proposed_tokens", "cache_backend", "cache_bits")
-"""Those that are left out of plain data where they say nothing."""
+"""The fields that are left out of plain data if they have their defaults."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class WorkloadShape:
         batch_size: sequences at once.
         context_length: tokens in the cache when it is full.
         prompt_length: tokens that are prefilled at once.
-        all_logits: make logits for every position; `generate` makes them for the last of each sequence only.
+        all_logits: compute logits for every position; `generate` computes them for the last of each sequence only.
         cache: transformers' cache implementation.
         images: images in the prompt.
         image_height: their height in pixels; `None` if the model takes one size only.
@@ -42,7 +42,7 @@ class WorkloadShape:
         proposed_tokens: tokens that a draft model proposes at once; logits are made for each.
         cache_backend: the library of a quantised cache.
         cache_bits: the bits of its elements.
-        tiles: into how many tiles each image is cut; 0 of a model whose processor cuts none.
+        tiles: the number of tiles that each image is cut into; 0 for a model whose processor cuts none.
     """
 
     batch_size: int
@@ -60,7 +60,9 @@ class WorkloadShape:
     tiles: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what runs nothing: a file that says so is damaged, and costs are told by the length of the context."""
+        """Refuse a workload without tokens, which only a damaged file has, as costs are divided by the length of the
+        context.
+        """
         if min(self.batch_size, self.context_length, self.prompt_length) < 1:
             raise ValueError("a workload has one token of one sequence at least")
 
@@ -71,21 +73,21 @@ class WorkloadShape:
 
     @property
     def text_alone(self) -> WorkloadShape:
-        """The same without images and sound, in as many tokens."""
+        """The same workload with text in place of images and sound."""
         return replace(self, images=0, image_height=None, image_width=None, audio_seconds=0)
 
     def at(self, context_length: int) -> WorkloadShape:
-        """Return the same at another length of the context; the prompt grows with it where it fills it."""
+        """Return the same workload with another length of context; a prompt that fills the context grows with it."""
         fills = self.prompt_length == self.context_length
         prompt_length = context_length if fills else min(self.prompt_length, context_length)
         return replace(self, context_length=context_length, prompt_length=prompt_length)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data; fields that few workloads have are left out unless they are set."""
+        """Return the workload as plain data; fields that few workloads have are left out unless they are set."""
         return {name: value for name, value in asdict(self).items() if name not in RARE or value}
 
     def decoding_before(self, end: int | None, tokens: int = 1) -> WorkloadShape:
-        """Return the same with a context after which so many tokens can be decoded before positions end."""
+        """Return the same workload with a context that leaves room for `tokens` before positions end."""
         if end is None or self.context_length <= end - tokens:
             return self
         length = max(end - tokens, 1)
@@ -94,25 +96,24 @@ class WorkloadShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleCost:
-    """The costs of one module for the whole batch. Work is its own, without its children's.
+    """The costs of one module for the whole batch. Work excludes that of its children.
 
-    A dispatch is a request of the host: a kernel, or a view of a tensor. The work of decoding is the mean from the
-    prompt to the end of the context. Input and output bytes are those of the tensors that pass in and out, caches left
-    out.
+    A dispatch is an operation that the host requests: a kernel, or a view of a tensor. The work of decoding is the mean
+    from the end of the prompt to the end of the context. Input and output bytes exclude caches.
 
     Attributes:
-        cache_bytes: the elements of the cache's tensors that the module made, after a prefill of the context.
+        cache_bytes: the bytes of the cache's tensors that the module made, after a prefill of the context.
         cache_bytes_per_token: the growth of the cache with a further token.
-        retained_bytes: what the storages of those tensors keep alive beyond their elements: a sliding window is a view
-            of all that was prefilled.
+        retained_bytes: bytes that the storages of those tensors keep alive beyond their elements, as a sliding window
+            is a view of everything that was prefilled.
         offloaded_bytes: the part of `cache_bytes` that is on the CPU while the module does not run, if its cache is
             offloaded.
         offloaded_largest_bytes: the largest tensor of that part.
-        prefill_peak_bytes: the largest sum of live activations while the module runs, with those alive around it, cache
-            left out.
-        decode_peak_bytes: the same of a step of decoding.
+        prefill_peak_bytes: the largest sum of live activations while the module runs, those of its callers included,
+            without the cache.
+        decode_peak_bytes: the same for a step of decoding.
         own_peak_bytes: the same while none of its children runs.
-        doubled_peak_bytes: the peak of a prefill that is twice as long; other figures named `doubled` likewise.
+        doubled_peak_bytes: the peak of a prefill of twice the length; other figures named `doubled` likewise.
         prefill_attention_operations: the operations that a fused attention computes in half precision.
     """
 
@@ -145,19 +146,19 @@ class ModuleCost:
 
     @property
     def peak_bytes(self) -> int:
-        """The larger of its two peaks."""
+        """The larger of the peaks of prefill and decoding."""
         return max(self.prefill_peak_bytes, self.decode_peak_bytes)
 
     @property
     def kept_bytes(self) -> int:
-        """The bytes of the cache that stay where the module runs while it does not run."""
+        """The bytes of the cache that stay on the module's device while the module does not run."""
         return self.cache_bytes - self.offloaded_bytes + (0 if self.offloaded_bytes else self.retained_bytes)
 
     def exchanged_bytes(self, phase: str, workload: WorkloadShape) -> int:
-        """Return the bytes of the cache that go to the CPU in a forward; in decoding the mean from the prompt to the
-        end.
+        """Return the bytes of the cache that are copied to the CPU in a forward; for decoding, the mean over the
+        context.
 
-        In decoding, as many bytes come from there.
+        In decoding, as many bytes are copied back.
         """
         if not self.offloaded_bytes or workload.cache == "offloaded_static":
             return self.offloaded_bytes
@@ -165,7 +166,7 @@ class ModuleCost:
         return prefilled_bytes if phase == "prefill" else (prefilled_bytes + self.offloaded_bytes) // 2
 
     def visiting_bytes(self, workload: WorkloadShape) -> int:
-        """Return the bytes of an offloaded cache on a card at once: a layer's before and after, and the next
+        """Return the bytes of an offloaded cache that are on a card at once: a layer's old and new cache, and the next
         layer's.
         """
         if not self.offloaded_bytes:
@@ -175,7 +176,7 @@ class ModuleCost:
     def pinned_bytes(self, workload: WorkloadShape) -> int:
         """Return the CPU's memory that the module's offloaded cache takes.
 
-        torch pins it in blocks of a power of two, and keeps those that the cache has outgrown since the prompt.
+        torch pins it in blocks of a power of two, and does not free blocks that the cache has outgrown.
         """
         grows = workload.cache != "offloaded_static" and workload.prompt_length < workload.context_length
         total_bytes = 0
@@ -187,9 +188,9 @@ class ModuleCost:
         return total_bytes
 
     def at(self, workload: WorkloadShape, context_length: int) -> ModuleCost:
-        """Return the memory at another length of context than that of the measured workload.
+        """Return the costs with memory for another length of context than that of the measured workload.
 
-        Caches grow as between the prefill and one twice as long. So do the peaks of a prefill that is as long as the
+        Caches are extrapolated from the prefill and one of twice the length. So are the peaks, if the prompt fills the
         context: linearly, or quadratically if they more than double.
         """
         before = workload.context_length
@@ -199,16 +200,16 @@ class ModuleCost:
         figures["decode_peak_bytes"] = self.decode_peak_bytes * max(context_length, before) // before
         for figure in RARE_FIGURES if self.offloaded_bytes else ():
             figures[figure] = figures["cache_bytes"] * getattr(self, figure) // self.cache_bytes
-        return replace(self, **figures)  # type: ignore[arg-type]  # every one of these is an integer
+        return replace(self, **figures)  # type: ignore[arg-type]  # all of these are integers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """The tensors and bytes that one block takes from another: copied if the two run on two devices.
+    """The tensors and bytes that one block takes from another, which are copied if the two run on different devices.
 
     Attributes:
-        maker: the block that made them, or `""` for what the model makes outside of blocks (masks, positions), which is
-            on the main device.
+        maker: the block that made them, or `""` for tensors made outside of blocks (masks, positions), which are on the
+            main device.
     """
 
     reader: str
@@ -224,7 +225,7 @@ class Positions:
     """The lengths of context that a model takes, in tokens; `None` without a limit.
 
     Attributes:
-        end: the length at which a table of positions ends, or at which the model's code refuses more.
+        end: the length at which a table of positions ends, or the model's code refuses more tokens.
         trained: the length that the model was trained for, its config's `max_position_embeddings`.
     """
 
@@ -233,20 +234,20 @@ class Positions:
 
     @property
     def most(self) -> int | None:
-        """The longest context that is worth stating."""
+        """The longest context that a prediction may state."""
         return min((length for length in (self.end, self.trained) if length is not None), default=None)
 
 
 RARE_FIGURES = ("offloaded_bytes", "offloaded_largest_bytes")
-"""The figures of a module that most measurements have nothing of."""
+"""The figures of a module that are zero in most measurements."""
 
 WORK = ("touched_bytes", "operations", "attention_operations", "launches", "dispatches")
-"""The figures of a module's work in a phase; with the phase's name before them, they are fields of a cost."""
+"""The figures of a module's work in a phase; prefixed with the phase's name, they are fields of a cost."""
 
 COST_FIELDS = tuple(field.name for field in fields(ModuleCost))
 CROSSING_FIELDS = tuple(field.name for field in fields(Crossing))
 
-# A model has thousands of these, and `dataclasses.asdict` copies every value.
+# `dataclasses.asdict` would copy every value, and a model has thousands of these.
 _crossing_values = attrgetter(*CROSSING_FIELDS)
 
 
@@ -256,13 +257,14 @@ LEAST_WORDS = 4
 
 @dataclass(frozen=True, slots=True)
 class MediaUse:
-    """The treatment of the images and the sound of a workload.
+    """The result of measuring with the images and the sound of a workload.
 
     Attributes:
         tokens: the tokens of each sequence's prompt that stand for them.
-        problem: why they were not measured: the model takes none (`none`), it takes images of any size and none was
-            given (`size`), the prompt has no room for those tokens (`room`), or the model's code failed (`untried`).
-        reason: the same in words.
+        problem: why they were not measured: the model takes none (`none`), it takes images of any size and the profile
+            gives no size (`size`), the prompt has no room for the tokens (`room`), or the model's code failed
+            (`untried`).
+        reason: the problem in words.
     """
 
     tokens: int = 0
@@ -274,12 +276,12 @@ class MediaUse:
 class Measurement:
     """A model's costs under a workload, in the order in which its modules first run.
 
-    `crossings` is what passes between blocks, `bonds` the pairs of blocks of which one reads what the other made
-    without being given it (a shared cache), or whose results the model itself joins: they must run on one device.
-    `positions` tell how long a context the model takes, whatever room there is.
-    `measured` is false where the model could not be run without data, for this `reason`, and formulas stand in; `cause`
-    says whose doing it is. `has_unfit_cache` is whether it could not since transformers does not give it the cache that
-    the workload names. `media` is what came of images and sound, where the workload has such.
+    `crossings` are the tensors that pass between blocks. `bonds` are pairs of blocks that must run on one device,
+    because one reads tensors of the other that it was not given (a shared cache), or because the model joins their
+    results. `positions` are the lengths of context that the model takes, whatever memory there is. `measured` is false
+    if the model could not be run without data, so that formulas are used; `reason` and `cause` say why.
+    `has_unfit_cache` is true if that is because transformers does not support the workload's cache for this model.
+    `media` is the result for images and sound, if the workload has any.
     """
 
     workload: WorkloadShape
@@ -310,7 +312,7 @@ class Measurement:
 
     @cached_property
     def passing_bytes(self) -> int:
-        """The CPU's memory of an offloaded cache's layers whose copies are under way."""
+        """The CPU's memory for layers of an offloaded cache that are being copied."""
         return LAYERS_UNDER_WAY * max((cost.pinned_bytes(self.workload) for cost in self.modules), default=0)
 
     @cached_property
@@ -319,7 +321,7 @@ class Measurement:
         return not self.measured or any(cost.decode_launches for cost in self.modules)
 
     def at(self, context_length: int) -> Measurement:
-        """Return the costs at another length of the context."""
+        """Return the costs for another length of context."""
         return replace(
             self,
             workload=self.workload.at(context_length),
@@ -327,7 +329,7 @@ class Measurement:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data; `from_json` gives it back, equal."""
+        """Return the measurement as plain data, from which `from_json` makes an equal one."""
         rare: dict[str, Any] = {} if self.cause == "model" else {"cause": self.cause}
         rare |= {} if self.media is None else {"media": asdict(self.media)}
         rare |= {"has_unfit_cache": True} if self.has_unfit_cache else {}
@@ -367,11 +369,11 @@ class Measurement:
 
 
 LAYERS_UNDER_WAY = 2
-"""Of an offloaded cache, so many layers have a copy more on the CPU, since the host goes on while copies are made."""
+"""The layers of an offloaded cache that need a second copy on the CPU, as the host goes on while copies are made."""
 
 
 def _power_of_two(size_bytes: int) -> int:
-    """Return the least power of two that is not less than a number; of 0, 0."""
+    """Return the least power of two that is not less than a number; 0 for 0."""
     return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
 
 
@@ -380,8 +382,8 @@ def _grown_cache(cost: ModuleCost, before: int, after: int) -> int:
 
 
 def _grown_retained(cost: ModuleCost, before: int, after: int) -> int:
-    """Return the bytes retained by a grown cache: a window's storage holds everything prefilled, of which it shows a
-    part.
+    """Return the bytes that a grown cache retains: the storage of a window holds everything prefilled, not only the
+    window.
     """
     if not cost.retained_bytes or after <= before:
         return cost.retained_bytes

@@ -1,4 +1,4 @@
-"""Formulas for what running a model costs, for those whose code cannot be run without data."""
+"""Estimates the costs of running a model by formulas, if its code cannot be run without data."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LIVE_INTERMEDIATE_STATES = 3
 def estimate(
     graph: ModelGraph, config: Mapping[str, Any], workload: WorkloadShape, failure: MeasurementFailure
 ) -> Measurement:
-    """Costs as a plain decoder of this size would have them, spread over the blocks; marked as not measured.
+    """Return the costs of a plain decoder of this size, spread over the blocks, and marked as not measured.
 
-    `config` is the text part of the model's config; what it does not say is taken to be as in a plain decoder.
+    `config` is the text part of the model's config; missing values are those of a plain decoder.
     """
     hidden = _number(config, "hidden_size", "d_model", "n_embd")
     heads = _number(config, "num_attention_heads", "n_head") or 1
@@ -57,6 +57,6 @@ def estimate(
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
-    """Return the first of these entries of a config that is a number above 0, else 0."""
+    """Return the first of these entries of a config that is a positive number, else 0."""
     numbers = (config.get(name) for name in names)
     return next((value for value in numbers if isinstance(value, int) and value > 0), 0)

@@ -1,7 +1,7 @@
 """Classifies why a model could not be run without data: its own code, a library that changed, or a mistake of ours.
 
-Only after the first may formulas stand in: it was so when this package was tested, and the plan says so. A library that
-changed takes the ground from a plan's figures, and a mistake of ours must not be reported as the model's.
+Formulas may be used only in the first case, which was the same when this package was tested, and which the plan states.
+A changed library makes a plan's figures doubtful, and a mistake of ours must not be reported as the model's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Cause = Literal["model", "library", "own"]
-"""The model's code needs data, or takes other inputs than text; a library is not as it was; a mistake of ours."""
+"""The model's code needs data, or takes other inputs than text; a library changed; this package has a mistake."""
 
 OWN_CODE = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ LONGEST_REASON = 300
 
 
 class OtherInputsError(Exception):
-    """The model takes other inputs than it is given."""
+    """The model needs other inputs than it is given."""
 
 
 class NoMediaError(OtherInputsError):
@@ -36,15 +36,15 @@ class NoMediaError(OtherInputsError):
 
 
 class MissingSizeError(OtherInputsError):
-    """The model takes images of any size: how large they are does not follow from its config."""
+    """The model takes images of any size, so that their size does not follow from its config."""
 
 
 class UnfitCacheError(OtherInputsError):
-    """transformers does not give the model the cache that is asked for."""
+    """transformers does not support the requested cache for this model."""
 
 
 class PromptTooShortError(OtherInputsError):
-    """The prompt has no room for the tokens that stand for images and sound: so many of each sequence."""
+    """The prompt has no room for the tokens that stand for images and sound."""
 
     def __init__(self, placeholders: int) -> None:
         self.placeholders = placeholders
@@ -53,7 +53,7 @@ class PromptTooShortError(OtherInputsError):
 
 @dataclass(frozen=True)
 class MeasurementFailure:
-    """The reason for which a model could not be run without data, and its cause."""
+    """The reason why a model could not be run without data, and its cause."""
 
     cause: Cause
     reason: str
@@ -75,7 +75,7 @@ def failure_of(error: Exception) -> MeasurementFailure:
     try:
         if any(map(needs_data, causes)):
             return MeasurementFailure("model", described)
-    except LibraryChangedError as unknown:  # what torch raises where data is missing cannot be told any more
+    except LibraryChangedError as unknown:  # the errors that torch raises for missing data are no longer known
         return _of_change(unknown)
     frames = _frames(error)
     packages = [_package(frame.filename) for frame in reversed(frames)] or [""]
@@ -92,14 +92,14 @@ def _of_change(change: LibraryChangedError) -> MeasurementFailure:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception with those that it came of."""
+    """Yield an exception and those that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 HANDED_ON = ("__torch_function__", "__torch_dispatch__")
-"""The methods in which a mode hands on what a model asks of torch."""
+"""The methods by which a mode passes a model's operations on to torch."""
 
 
 def _frames(error: Exception) -> list[traceback.FrameSummary]:
@@ -122,7 +122,7 @@ def _package(filename: str) -> str:
 
 
 def _raised_at(frames: list[traceback.FrameSummary]) -> str:
-    """Return the line of ours that raised something."""
+    """Return the line of this package that raised the error."""
     own = [frame for frame in frames if _package(frame.filename) == OWN_CODE.name]
     path = Path(own[-1].filename).relative_to(OWN_CODE.parent)
     return f"{path.as_posix()}:{own[-1].lineno}"

@@ -1,6 +1,6 @@
-"""The images and the sound of a workload, in the first way that a model makes features of them.
+"""Finds inputs for the images and the sound of a workload that the model's own code accepts.
 
-As many tokens of the prompt stand for an image as the model itself computes features of it.
+The number of tokens that stand for an image is the number of features that the model computes for it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ IMAGE_TOKENS = (
     *("boi_token_id", "img_context_token_id", "video_token_index"),
 )
 FEATURES = {"images": ("image", "video"), "sound": ("audio",)}
-"""Of what the methods tell that compute features; a video of few frames is given as images are."""
+"""The words in the names of the methods that compute features; a model for videos is given images as short videos."""
 
 AUDIO_TOKENS = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
 
 
 def media_of(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ...]:
-    """Return the images and the sound of a workload as a model is given them.
+    """Return the inputs of a model for the images and the sound of a workload.
 
-    To be called among tensors without data, of which values are known.
+    To be called within a context of tensors without data whose values are tracked.
 
     Raises:
-        NoMediaError: if it takes none, or less sound at once.
-        MissingSizeError: if what it is given depends on how large images are, and the workload does not say that.
-        OtherInputsError: if it takes them in a way that is not known.
+        NoMediaError: if the model takes none, or less sound at once.
+        MissingSizeError: if the inputs depend on the size of images, and the workload does not state it.
+        OtherInputsError: if the model takes them in an unknown way.
     """
     found = []
     accepted = set(inspect.signature(model.forward).parameters)
@@ -67,14 +67,14 @@ def _asked(
     token_names: tuple[str, ...],
     features: str,
 ) -> Media:
-    """Return the first candidate that the model's own code makes features of, with how many these are."""
+    """Return the first candidate from which the model's own code computes features, with their number."""
     error: Exception = OtherInputsError("it takes none that is known")
     for media in candidates:
         try:
             rows = media.placeholders * workload.batch_size or _feature_rows(model, media.tensors, features)
         except OtherInputsError:
             raise
-        except Exception as raised:  # a model's code may raise anything of what it does not take
+        except Exception as raised:  # a model's code may raise anything on inputs that it does not take
             error = raised
             continue
         return Media(
@@ -87,9 +87,9 @@ def _asked(
 
 
 def _feature_rows(model: PreTrainedModel, tensors: Tensors, kind: str) -> int:
-    """Return the number of features that a model makes of the media: as many tokens stand for them in the prompt.
+    """Return the number of features that a model computes for the media, which is the number of tokens in the prompt.
 
-    None stand for those of an encoder, to which a decoder attends.
+    It is 0 for the features of an encoder that a decoder attends to.
     """
     owners = (model, getattr(model, "model", None), getattr(model, "thinker", None))
     methods = (getattr(owner, f"get_{name}_features", None) for name in FEATURES[kind] for owner in owners)
@@ -118,7 +118,7 @@ def _rows(output: Any) -> int:
 
 
 def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:
-    """Return the number of rows that a model's projector gives, where no method gives features (Qwen2-Audio)."""
+    """Return the number of rows of a projector's output, for models without a method for features (Qwen2-Audio)."""
     if any(not bool(tensor.all()) for name, tensor in tensors.items() if name.endswith("_mask")):
         raise ValueError("what a mask leaves out of what a projector gives is not known")
     projector = next((module for name, module in model.named_modules() if name.endswith("projector")), None)
@@ -130,7 +130,7 @@ def _projected_rows(model: PreTrainedModel, tensors: Tensors) -> int:
     prompt = torch.full((len(next(iter(tensors.values()))), 2), token)
     try:
         model(input_ids=prompt, attention_mask=torch.ones_like(prompt), **tensors)
-    except Exception:  # that two tokens do not stand for all of it is found after they are counted
+    except Exception:  # fails because two tokens are too few, after the features have been counted
         if not rows:
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Reports what a measurement found of a profile's workload, and what could not be found out and why."""
+"""Reports the findings of a measurement on a profile's workload, and what could not be measured and why."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def report_unread(graph: ModelGraph, reason: str, span: Span | None, sink: Sink, *, allowed: bool) -> None:
-    """Report that it is not known what is merged while loading: an error of a model that has what may be merged."""
+    """Report that the tensors merged while loading are unknown; an error if the model may have some."""
     may_be_merged = any(len(tensor.shape) > 2 for tensor in graph.root.tensors() if tensor.kind == "parameter")
     consequence = "what loading takes besides the weights is not known, and the plan has no room for it"
     report_failure(MeasurementFailure("library", reason), consequence, span, sink, allowed=allowed or not may_be_merged)
 
 
 def report_positions(measurement: Measurement, span: Span | None, sink: Sink) -> None:
-    """Report a context that is longer than a model takes, or than it is meant to be given."""
+    """Report a context that is longer than the model takes, or than it was trained for."""
     positions, wanted = measurement.positions, measurement.workload.context_length
     if positions.end is not None and wanted > positions.end:
         sink.error(
@@ -44,7 +44,7 @@ LESS = "leave out what it does not take"
 
 
 def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> None:
-    """Report what keeps images and sound of a workload from being measured; an error where the profile can mend it."""
+    """Report why images and sound of a workload were not measured; an error if the profile can be corrected."""
     media = measurement.media
     if media is None or media.problem is None:
         return
@@ -69,7 +69,7 @@ def report_media(measurement: Measurement, span: Span | None, sink: Sink) -> Non
 
 
 def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> None:
-    """Report a cache that the model is not given, or of which it is not known how much would be where."""
+    """Report a cache that the model does not support, or whose bytes on each device are unknown."""
     name, end = measurement.workload.cache, measurement.positions.end
     if measurement.has_unfit_cache:
         reason = f"transformers gives this model no cache that is {said_of_cache(name)}: {measurement.reason}"
@@ -85,19 +85,19 @@ def report_cache(measurement: Measurement, span: Span | None, sink: Sink) -> Non
 
 
 def said_of_cache(implementation: str) -> str:
-    """Return what a cache is, in a word."""
+    """Return an adjective for a kind of cache."""
     return "quantised" if implementation == "quantized" else "offloaded"
 
 
 def report_unmeasured(measurement: Measurement, span: Span | None, sink: Sink, *, allowed: bool) -> None:
-    """Report that formulas stand in for a measurement, where they do, and why: an error where they may not."""
+    """Report that formulas replace a measurement, and why; an error if that is not allowed."""
     end = measurement.positions.end
     if measurement.measured or (end is not None and measurement.workload.context_length > end):
         return
     if measurement.media is not None and measurement.media.problem not in (None, "untried"):
-        return  # which is an error
+        return  # reported as an error elsewhere
     if measurement.workload.cache not in ("dynamic", "static"):
-        return  # likewise
+        return  # reported elsewhere, too
     failure = MeasurementFailure(measurement.cause, measurement.reason or "")
     if failure.cause == "model":
         sink.warning(
@@ -117,7 +117,7 @@ ALLOW_UNMEASURED = "`--allow-unmeasured`"
 def report_failure(
     failure: MeasurementFailure, consequence: str, span: Span | None, sink: Sink, *, allowed: bool | None
 ) -> None:
-    """Report that something could not be found out for another reason than the model's own code.
+    """Report that something could not be determined because of a library or a mistake of this package.
 
     Args:
         failure: the reason, and its cause.

@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from devmap_config.graph.media import Media
 
 OTHER_INPUTS = ("pixel_values", "input_values", "hidden_states", "query_embeds")
-"""What models for images and sounds take, and models that go on with what others made."""
+"""Inputs of models for images and sound, and of models that continue from the states of others."""
 
 IMAGES_ATTENDED = "image_encoder_embeddings"
-"""As what images are given that were looked at before."""
+"""The name of the input for images that were encoded before."""
 
 WRITTEN = "language_model_outputs"
-"""As what a model returns what its language model made, to which it leaves what follows the prompt (BLIP-2)."""
+"""The name of the output of an inner language model, which decodes by itself (BLIP-2)."""
 
 SOUND_LENGTH = 1500
 PATCHES_ACROSS = 8
-"""The patches across a tower's input if its config sets no limit."""
+"""The number of patches across a tower's input if its config sets no limit."""
 
 
 @dataclass
 class Forwards:
     """Forwards of a model whose tensors are fake, under a workload.
 
-    `offloads` is whether a cache that is to be offloaded is, from devices that are simulated, and `offloaded_caches`
-    are the modules whose part of it is, if not all are.
+    `offloads` says whether an offloaded cache is really moved between simulated devices; `offloaded_caches` are the
+    modules whose part of it is offloaded, if not all are.
     """
 
     model: PreTrainedModel
@@ -58,12 +58,12 @@ class Forwards:
     _writer: Forwards | None = None
 
     def prefill_inputs(self, length: int) -> dict[str, Any]:
-        """Return what a prompt of so many tokens is given as, those that stand for images and sound among them.
+        """Return the inputs for a prompt of `length` tokens, including those that stand for images and sound.
 
         Raises:
-            OtherInputsError: if the model takes no text, or more than is given.
-            PromptTooShortError: if the prompt has no room for what stands for images and sound.
-            LibraryChangedError: if it takes text by another name than it did.
+            OtherInputsError: if the model takes no text, or needs more than the known inputs.
+            PromptTooShortError: if the prompt has no room for the tokens of images and sound.
+            LibraryChangedError: if the name of the input for text has changed.
         """
         self._require_inputs()
         tokens = self._tokens(length)
@@ -84,11 +84,11 @@ class Forwards:
         return inputs | self._options()
 
     def decode_inputs(self, cache: Any) -> dict[str, Any]:
-        """Return what one more token is given as, on a cache that a forward returned.
+        """Return the inputs for one more token, with the cache that a forward returned.
 
         Raises:
-            LibraryChangedError: if the model takes its cache by no name that is known; `OtherInputsError` where
-                it is no model of transformers.
+            LibraryChangedError: if the name of the input for the cache is unknown; `OtherInputsError` if it is not a
+                model of transformers.
         """
         if self._writer is not None:
             return self._writer.decode_inputs(cache)
@@ -104,13 +104,13 @@ class Forwards:
         """Run a forward, and return the cache that the model returned.
 
         Raises:
-            LibraryChangedError: if it returns its cache by a name that is not known; `OtherInputsError` where it
-                is no model of transformers.
+            LibraryChangedError: if the name of the cache in the output is unknown; `OtherInputsError` if it is not a
+                model of transformers.
         """
         if self._writer is not None and self._writer.cache_name in inputs:
             return self._writer.run(inputs)
         output = self.model(**inputs)
-        # As a dict: to ask transformers' class for a name that it has given up is warned of.
+        # As a dict, because transformers' class warns of deprecated names.
         held = dict(output) if isinstance(output, dict) else {}
         if isinstance(written := held.get(WRITTEN), dict):
             self._writer = Forwards(self.model.language_model, self.workload)
@@ -118,12 +118,12 @@ class Forwards:
         return self.cache_of(output)
 
     def cache_of(self, output: Any) -> Any:
-        """Return the cache in what a forward returned, and remember what the encoder made."""
+        """Return the cache in the output of a forward, and remember the encoder's output."""
         if (encoded := getattr(output, "encoder_last_hidden_state", None)) is not None:
             from transformers.modeling_outputs import BaseModelOutput
 
             self._encoded = BaseModelOutput(last_hidden_state=encoded)
-            self._encoded.attention_mask = None  # which Moonshine's has besides
+            self._encoded.attention_mask = None  # Moonshine's output has this mask, too
         if self.media and IMAGES_ATTENDED in self._accepted:
             self._attended = output.image_outputs.last_hidden_state
         held = dict(output) if isinstance(output, dict) else {}
@@ -134,7 +134,7 @@ class Forwards:
 
     @property
     def makes_cache(self) -> bool:
-        """True if the cache is made beforehand, for every block, also for blocks that do not fill it."""
+        """True if the cache is made beforehand for every block, even for blocks that do not fill it."""
         if self.offloads and self.offloaded_caches != ():
             return self.workload.cache != "dynamic"
         return self.workload.cache not in ("dynamic", "offloaded", PARTLY)
@@ -145,7 +145,7 @@ class Forwards:
 
     @property
     def _only_returns_its_cache(self) -> bool:
-        """True if no token can follow with the returned cache: ColPali makes an embedding of a page."""
+        """True if the model returns a cache but does not decode: ColPali computes the embedding of a page."""
         return self.cache_name is None and not self.model.can_generate() and is_tried("transformers")
 
     @property
@@ -154,7 +154,7 @@ class Forwards:
         return next((name for name in CACHE_NAMES if name in self._accepted), None)
 
     def _beside_each_token(self) -> dict[str, Any]:
-        """Return the inputs of layers that attend to images anew at every token (IDEFICS)."""
+        """Return the extra inputs of layers that attend to images at every token (IDEFICS)."""
         if self._attended is None:
             return {}
         name = "perceiver_embeddings" if getattr(self.model.config, "use_resampler", False) else IMAGES_ATTENDED
@@ -162,7 +162,7 @@ class Forwards:
         return {name: self._attended, "image_attention_mask": torch.ones(shape, dtype=torch.long)}
 
     def _beside_media(self, length: int) -> dict[str, Any]:
-        """Return images and sound, and a prompt in which tokens stand for them."""
+        """Return the inputs for images and sound, and for a prompt with tokens that stand for them."""
         inputs: dict[str, Any] = {}
         count = sum(each.placeholders for each in self.media)
         if count + LEAST_WORDS > length:
@@ -190,16 +190,16 @@ class Forwards:
 
     @property
     def _hears_apart(self) -> bool:
-        """True if sound is given to an encoder, which is then given no text."""
+        """True if the encoder takes sound instead of text."""
         return self._has_encoder and any(set(each.tensors) & set(SOUND_NAMES) for each in self.media)
 
     @property
     def _marks_prompts(self) -> bool:
-        """True if types of tokens mark the prompt, to which the model then attends in both directions."""
+        """True if token types mark the prompt, over which attention then is bidirectional."""
         return "mm_token_type_ids" not in self._accepted
 
     def _require_inputs(self) -> None:
-        """Check that the model takes what it is to be given, before its code runs on it."""
+        """Check that the model takes the inputs before its code runs on them."""
         name = self.model.main_input_name
         if type(self.model).forward is torch.nn.Module.forward:
             raise OtherInputsError("it has no forward of its own")
@@ -207,7 +207,7 @@ class Forwards:
         for each in self.media:
             given |= {*each.tensors}
         if not given & set(self._accepted):
-            # Models for images often keep the name that every model's main input has where its class says none.
+            # Models for images often have the default name of the main input, because their class sets no other.
             other = next((each for each in OTHER_INPUTS if each in self._accepted), name)
             raise (
                 self._unlike(f"takes no `{name}`")
@@ -220,14 +220,14 @@ class Forwards:
                 raise OtherInputsError(f"it takes `{wanted.name}` besides text")
 
     def _unlike(self, what: str) -> Exception:
-        """Return the error for a model that is not as transformers' models were when this was tested."""
+        """Return the error for a model that differs from transformers' models as they were when this was tested."""
         if is_own_model(self.model):
             return LibraryChangedError("transformers", f"`{type(self.model).__name__}.forward` {what}")
         return OtherInputsError(f"it {what}")
 
     @property
     def _has_encoder(self) -> bool:
-        """True if the model takes tokens of a decoder as well; the bare decoder of such a model does not."""
+        """True if the model takes the tokens of a decoder, too; the bare decoder of such a model does not."""
         return "decoder_input_ids" in self._accepted
 
     def _tokens(self, length: int) -> torch.Tensor:
@@ -235,15 +235,15 @@ class Forwards:
 
     @property
     def _word(self) -> int:
-        """A word of the vocabulary that models treat as any other: some give padding no position."""
+        """The id of a token without special treatment: some models give padding no position."""
         config = self.model.config.get_text_config(decoder=True)
         names = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
         special = [getattr(config, name, None) for name in names]
         return next(word for word in range(1, len(names) + 2) if word not in special)
 
     def _features(self) -> torch.Tensor:
-        """Return the input of Whisper's encoder: windows of one length, of which convolutions keep every
-        second frame.
+        """Return the input of Whisper's encoder: windows of a fixed length, which convolutions reduce to every second
+        frame.
         """
         config = self.model.config
         bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
@@ -262,7 +262,7 @@ class Forwards:
 
 
 def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield inputs that a model for images or sound within another may take, by its config; likely ones first."""
+    """Yield inputs that an inner model for images or sound may take, by its config; likely ones first."""
     config = tower.config
     name = tower.main_input_name
 
@@ -289,7 +289,7 @@ def tower_inputs(tower: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 
 
 CACHES_MADE_IN = ("transformers", "devmap_config.graph")
-"""The modules of the classes of caches and their layers."""
+"""The modules that define the classes of caches and their layers."""
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
@@ -298,7 +298,7 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
     waiting, seen = [cache], set()
     while waiting:
         each = waiting.pop()
-        if isinstance(each, torch.Tensor) and hasattr(each, "__tensor_flatten__"):  # what quanto packs holds tensors
+        if isinstance(each, torch.Tensor) and hasattr(each, "__tensor_flatten__"):  # quanto's hold others
             waiting += [getattr(each, name) for name in each.__tensor_flatten__()[0]]
         elif isinstance(each, torch.Tensor):
             found.setdefault(id(each), each)

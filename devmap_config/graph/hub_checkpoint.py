@@ -36,10 +36,10 @@ CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
 TIMEOUT_SECONDS = 10
 
 CONNECTIONS = 8
-"""Files whose headers are asked for at once."""
+"""The number of files whose headers are requested at once."""
 
 SCHEMA = "devmap-checkpoint/1"
-"""Moves whenever what is kept of a checkpoint changes."""
+"""Changes whenever the cached data of a checkpoint change."""
 
 
 def hub_checkpoint(
@@ -51,17 +51,18 @@ def hub_checkpoint(
     may_ask: Callable[[], bool],
     token: str | bool | None = None,
 ) -> Checkpoint | None:
-    """Return what the headers of a checkpoint say; `None` if they cannot be had.
+    """Return the headers of a checkpoint; `None` if they are not available.
 
-    What a commit holds never changes: it is kept beside the graphs, so that a profile means the same off line.
+    A commit never changes, so its headers are cached beside the graphs, and a profile means the same offline.
 
     Args:
         repository: the hub id.
         commit: its commit.
         config: its config, which may name the file of weights.
-        snapshot: where the hub's client keeps the files of this commit, as far as it has them.
-        may_ask: whether the hub can be reached, asked only where the headers are neither kept nor in the snapshot.
-        token: who asks the hub; as its client is configured where it is `None`.
+        snapshot: the folder in which the hub's client keeps the files of this commit, if it has any.
+        may_ask: returns whether the hub can be reached; called only if the headers are neither cached nor in the
+            snapshot.
+        token: the token for the hub; with `None`, its client's own.
 
     Raises:
         CheckpointError: if the files cannot be used: pickles, or headers that cannot be read.
@@ -79,10 +80,10 @@ def hub_checkpoint(
 
 
 def _in_snapshot(snapshot: Path, config: Mapping[str, Any]) -> Checkpoint | None:
-    """Return the checkpoint as the hub's client has it, where all of it is there."""
+    """Return the checkpoint in the cache of the hub's client, if it is complete."""
     try:
         return read_checkpoint(snapshot, config)
-    except (CheckpointError, OSError):  # a download that was not finished goes on when the model is loaded
+    except (CheckpointError, OSError):  # an unfinished download is resumed when the model is loaded
         return None
 
 
@@ -118,7 +119,7 @@ def _asked_for(commit: _Commit, config: Mapping[str, Any]) -> Checkpoint | None:
         return _sharded(commit, index)
     except CheckpointError:
         raise
-    except Exception:  # the client's errors have no common type, and without headers nothing is said of the checkpoint
+    except Exception:  # the client's errors have no common type, and without headers the checkpoint is not checked
         return None
 
 
@@ -167,9 +168,7 @@ def _header_of(commit: _Commit, filename: str) -> Checkpoint | None:
 
 
 def _range(commit: _Commit, filename: str, start: int, end: int) -> tuple[bytes, int] | None:
-    """Return the bytes of a file from `start` to before `end`, and its size; nothing is read of an answer that is
-    another.
-    """
+    """Return the bytes of a file from `start` to before `end`, and its size; any other answer is not read."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
@@ -186,6 +185,6 @@ def _range(commit: _Commit, filename: str, start: int, end: int) -> tuple[bytes,
         content = bytearray()
         for part in response.iter_bytes():
             content += part
-            if len(content) > end - start:  # more than was asked for, and nobody knows how much
+            if len(content) > end - start:  # the server sent more than was requested, perhaps without end
                 return None
     return (bytes(content), int(size[1])) if len(content) == min(end, int(size[1])) - start else None

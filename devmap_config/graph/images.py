@@ -1,7 +1,7 @@
-"""The ways to give a model images: tensors of the shapes that its processor would make, without a processor.
+"""Makes inputs for images, with the shapes that a model's processor would make, but without the processor.
 
-The shapes follow from the parameters of the model's forward and from its config, more than from its type: a model that
-takes an `image_grid_thw` is given patches in a row, one that takes `spatial_shapes` patches beside a mask.
+The shapes follow from the parameters of the model's forward and from its config, rather than from its type: a model
+that takes an `image_grid_thw` is given patches in a row; one that takes `spatial_shapes`, patches and a mask.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Images:
 
     @property
     def in_sequence(self) -> int:
-        """The images of each sequence, as the model is given them: tiles of an image are images of their own."""
+        """The number of images that the model is given for each sequence, with every tile counted as an image."""
         return self.workload.images * max(self.workload.tiles, 1)
 
     @property
@@ -67,14 +67,14 @@ class _Images:
 
     @property
     def merged(self) -> int:
-        """So many patches each way become one token."""
+        """The number of patches in each direction that become one token."""
         names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
         outer = next((value for name in names[:2] if (value := getattr(self.config, name, None)) is not None), None)
         return int(_side(self.first(*names, default=outer), 2))
 
     @property
     def fixed(self) -> int | None:
-        """The side of the square images that it takes, where it takes no others."""
+        """The side of the square images that the model takes, if it takes no others."""
         side = _side(self.first("image_size", "input_size", "resolution"), None)
         return None if side is None else int(side)
 
@@ -98,7 +98,7 @@ class _Images:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The height and width that it takes, where its config says that; else those of the workload."""
+        """The height and width that the model takes by its config, or else those of the workload."""
         return self.size if self.fixed is None else (self.fixed, self.fixed)
 
 
@@ -117,7 +117,7 @@ def image_candidates(model: PreTrainedModel, workload: WorkloadShape) -> Iterato
 
 
 def _patches_in_a_row(images: _Images) -> Iterator[Media]:
-    """Yield patches of all images in a row, and for each image how many there are each way (Qwen2-VL and its kind)."""
+    """Yield the patches of all images in a row, with the grid of each image (Qwen2-VL and similar models)."""
     patch, unit = images.patch, images.patch * images.merged
     tokens_down, tokens_across = (max(1, round(side / unit)) for side in images.size)
     rows, columns = tokens_down * images.merged, tokens_across * images.merged
@@ -133,7 +133,7 @@ def _patches_in_a_row(images: _Images) -> Iterator[Media]:
         (count, 2 * depth),
     ):
         yield Media(tensors={"pixel_values": images.ones(*shape), **given})
-    pixels = images.ones(images.count * tokens_down * tokens_across, unit, unit, images.channels)  # a token's, each
+    pixels = images.ones(images.count * tokens_down * tokens_across, unit, unit, images.channels)  # one row a token
     yield Media(
         tensors={
             "pixel_values": pixels,
@@ -150,7 +150,7 @@ def _patches_by_height_and_width(images: _Images) -> Iterator[Media]:
 
 
 def _patches_beside_a_mask(images: _Images) -> Iterator[Media]:
-    """Yield each image in as many patches as it may have at most (SigLIP 2)."""
+    """Yield each image as the greatest number of patches that it may have, with a mask (SigLIP 2)."""
     across = int(math.sqrt(images.first("num_patches", "max_num_patches", default=256))) // 2 * 2
     yield Media(
         tensors={
@@ -181,7 +181,7 @@ def _patches_in_strips(images: _Images) -> Iterator[Media]:
 
 
 def _tiles_attended_across(images: _Images) -> Iterator[Media]:
-    """Tiles that decoder layers attend to apart from the prompt (Mllama)."""
+    """Yield tiles to which decoder layers attend by cross-attention (Mllama)."""
     batch, count, tiles = images.workload.batch_size, images.workload.images, images.first("max_num_tiles", default=4)
     height, width = images.shape
 
@@ -199,7 +199,7 @@ def _tiles_attended_across(images: _Images) -> Iterator[Media]:
 
 
 def _crops_with_a_mask(images: _Images) -> Iterator[Media]:
-    """Crops of each image and the whole of it, both with a token at the end of each row (Phi-4-multimodal)."""
+    """Yield crops of each image and the whole image, both with a token at the end of each row (Phi-4-multimodal)."""
     side = images.first("crop_size", "image_size", default=448)
     given = (images.workload.image_height or side, images.workload.image_width or side)
     rows, columns = (math.ceil(each / side) for each in given)
@@ -216,7 +216,7 @@ def _crops_with_a_mask(images: _Images) -> Iterator[Media]:
 
 
 def _flattened(images: _Images) -> Iterator[Media]:
-    """Yield patches that say themselves where they are (Pix2Struct, Kosmos-2.5)."""
+    """Yield patches that contain their own positions (Pix2Struct, Kosmos-2.5)."""
     depth = images.first("patch_embed_hidden_size", default=images.channels * min(images.patch, 16) ** 2)
     if "image_embeds_position_mask" in images.accepted:
         sides = {"width": torch.tensor([64] * images.count), "height": torch.tensor([64] * images.count)}
@@ -250,7 +250,7 @@ def _pooled_patches(images: _Images) -> Iterator[Media]:
     """Yield the patches of each image, and which of them are pooled into one token (Molmo 2)."""
     across = (images.fixed or 378) // images.patch
     pooled = math.ceil(across / 2)
-    order = torch.full((2 * pooled, 2 * pooled), -1)  # what is beyond the last patch is none
+    order = torch.full((2 * pooled, 2 * pooled), -1)  # -1 stands for no patch
     order[:across, :across] = torch.arange(across**2).reshape(across, across)
     pools = order.reshape(pooled, 2, pooled, 2).permute(0, 2, 1, 3).reshape(pooled**2, 4)
     for crops, grid in ((1, [pooled, pooled, 0, 0]), (2, [pooled] * 4)):
@@ -265,7 +265,7 @@ def _pooled_patches(images: _Images) -> Iterator[Media]:
 
 
 def _image_patches(images: _Images) -> Iterator[Media]:
-    """Yield patches that are embedded as words are (Fuyu)."""
+    """Yield patches that are embedded like tokens of text (Fuyu)."""
     patch = getattr(images.config, "patch_size", None) or 30
     count = math.prod(max(1, side // patch) for side in images.size) * images.workload.images
     pixels = images.ones(images.workload.batch_size, count, images.channels * patch**2)
@@ -278,7 +278,7 @@ def _image_patches(images: _Images) -> Iterator[Media]:
 
 
 def _tiles_of_its_size(images: _Images) -> Iterator[Media]:
-    """Yield each image whole and in tiles, as many as its size takes (LLaVA-NeXT)."""
+    """Yield each image whole and in the tiles that its size requires (LLaVA-NeXT)."""
     side = images.fixed or 336
     if not (pinpoints := getattr(images.config, "image_grid_pinpoints", None)):
         yield from _pixels(images, sized=True)
@@ -299,7 +299,7 @@ def _images_beside_masks(images: _Images) -> Iterator[Media]:
 
 
 def _questioned(images: _Images) -> Iterator[Media]:
-    """Yield images of which a transformer asks by words of its own (InstructBLIP)."""
+    """Yield images with tokens for a transformer that queries them (InstructBLIP)."""
     words = torch.ones((images.count, 8), dtype=torch.long)
     height, width = images.shape
     given = {"qformer_input_ids": words, "qformer_attention_mask": words}
@@ -321,7 +321,7 @@ def _two_resolutions(images: _Images) -> Iterator[Media]:
 
 
 def _boxes(images: _Images) -> Iterator[Media]:
-    """Yield a page, and where each of its words stands (UDOP)."""
+    """Yield a page, and the bounding box of each of its words (UDOP)."""
     height, width = images.shape
 
     def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
@@ -331,7 +331,7 @@ def _boxes(images: _Images) -> Iterator[Media]:
 
 
 def _attended_images(images: _Images) -> Iterator[Media]:
-    """Yield images that decoder layers attend to, each word to some (IDEFICS)."""
+    """Yield images to which decoder layers attend, with a mask of images for each token (IDEFICS)."""
     batch, count, (height, width) = images.workload.batch_size, images.workload.images, images.shape
 
     def beside(ids: torch.Tensor, _: torch.Tensor) -> Tensors:
@@ -341,16 +341,16 @@ def _attended_images(images: _Images) -> Iterator[Media]:
 
 
 def _pixels(images: _Images, *, sized: bool = False) -> Iterator[Media]:
-    """Yield images as they are."""
+    """Yield images as plain pixels."""
     height, width = images.shape
-    if getattr(images.vision, "model_type", "") == "pixtral":  # of any size up to its own
+    if getattr(images.vision, "model_type", "") == "pixtral":  # takes any size up to its config's
         unit = 2 * images.patch
         height, width = (min(own, side) // unit * unit for own, side in zip(images.size, (height, width), strict=True))
     sizes = {"image_sizes": torch.tensor([[height, width]] * images.count)}
     for given in (sizes, {}) if sized else ({},):
         for shape in ((images.count, images.channels), (images.count, 1, images.channels), (images.count, 3)):
             yield Media(tensors={"pixel_values": images.ones(*shape, height, width), **given})
-    if (frames := images.first("temporal_patch_size")) and images.fixed is None:  # patches, each by itself (Inkling)
+    if (frames := images.first("temporal_patch_size")) and images.fixed is None:  # separate patches (Inkling)
         count = images.count * math.prod(max(1, side // images.patch) for side in images.size)
         pixels = images.ones(count, frames, images.patch, images.patch, images.channels)
         yield Media(tensors={"pixel_values": pixels})
@@ -375,4 +375,4 @@ BY_PARAMETER: dict[str, Callable[[_Images], Iterator[Media]]] = {
     "qformer_input_ids": _questioned,
     "high_res_pixel_values": _two_resolutions,
 }
-"""By a parameter of a model's forward, the first that it has, how it is given images."""
+"""The ways to give a model images, by a parameter of its forward; the first that it has decides."""

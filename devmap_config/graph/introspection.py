@@ -1,4 +1,4 @@
-"""Reads a `ModelGraph` off the real model, built by transformers on the meta device: no weights, no memory."""
+"""Reads a `ModelGraph` from the real model, which transformers builds on the meta device, without weights or memory."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def build_graph(
         class_name: an Auto class or a concrete class of transformers.
         dtype: torch's name of the dtype in which the model is to be loaded.
         attention: transformers' `attn_implementation`; `None` for the one that it chooses itself.
-        workload: what is to be measured besides the tree; where the model's code cannot be run without data,
-            formulas stand in for the measurement, which says so.
+        workload: the workload to measure; if the model's code cannot be run without data, formulas replace the
+            measurement, which says so.
         trust_remote_code: whether code that comes with the model may run.
-        repository: the hub id and commit that the config is of, where its code is fetched from.
-        quantization: how its weights are quantised once loaded.
-        adapter: what is added to it once it is loaded.
+        repository: the hub id and commit of the config, from which its code is fetched.
+        quantization: the quantization of its weights when they are loaded.
+        adapter: the adapter that is added to it when it is loaded.
 
     Raises:
         UnbuildableModelError: if transformers does not know the architecture, or does not accept the config.
         AdapterError: if the adapter does not fit the model.
-        LibraryChangedError: if something is not there that reading a model needs.
-        QuantizationError: if the quantization's arguments cannot be meant.
+        LibraryChangedError: if a library lacks something that reading a model needs.
+        QuantizationError: if the quantization's arguments are invalid.
         ModuleNotFoundError: if torch or transformers is not installed.
     """
     model = meta_model(
@@ -93,7 +93,7 @@ def build_graph(
     )
     import torch
 
-    converted = stored_tensors(model, quantization)  # before the adapter is there, as when it is loaded
+    converted = stored_tensors(model, quantization)  # before the adapter is added, in the same order as loading does
     if adapter is not None:
         _adapt(model, adapter)
     graph = graph_of(model, getattr(torch, dtype), stored=converted)
@@ -113,7 +113,7 @@ def build_graph(
 
 
 def _copies(quantization: Quantization, dtype: torch.dtype) -> Copies:
-    """Return the copies that modules make of their quantised weights to multiply with them."""
+    """Return the dense copies of quantised weights that modules make for their products."""
     import torch
 
     computes_in = quantization.computes_in
@@ -140,7 +140,7 @@ def meta_model(
     """
     try:
         import torch
-    except ModuleNotFoundError:  # of which the caller speaks: the model is not to blame
+    except ModuleNotFoundError:  # the caller reports it: the model is not to blame
         raise
     except Exception as error:
         raise UnbuildableModelError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -150,7 +150,7 @@ def meta_model(
         )
         try:
             model = build_meta_model(model_class, config, getattr(torch, dtype), attention)
-        except Exception as error:  # whatever a model's own code raises on a config that it does not accept
+        except Exception as error:  # a model's own code may raise anything on a config that it does not accept
             stated, _ = config.get_config_dict(str(config_path))
             raise _unbuildable(error, stated, class_name, trust_remote_code) from error
     if adapter is not None:
@@ -169,7 +169,7 @@ def config_and_class(
 ) -> tuple[PreTrainedConfig, Any]:
     """Return the model's config and its concrete class: those that `from_pretrained` takes.
 
-    Where code that comes with the model may run, the class is its own if the config says so.
+    If code that comes with the model may run, the class may be one of that code.
 
     Raises:
         UntrustedCodeError: if only code that comes with the model has them, and it may not run.
@@ -195,14 +195,14 @@ def config_and_class(
         if (error.name or "").partition(".")[0] in ("torch", "transformers"):
             raise
         raise _unbuildable(error, stated, class_name, trust_remote_code) from error
-    except Exception as error:  # whatever transformers, or a model's own code, raises
+    except Exception as error:  # transformers, or a model's own code, may raise anything
         raise _unbuildable(error, stated, class_name, trust_remote_code) from error
 
 
 def _check_config(stated: dict[str, Any], trust_remote_code: bool) -> None:
-    """Raise where a config has a number that no model can have, or code of the hub fetched, for which nobody is asked.
+    """Raise if a config has an impossible number, or would fetch code from the hub without asking.
 
-    Only where such code may run it is fetched.
+    Such code is fetched only if it may run.
     """
     if (problem := unreasonable_number(stated)) is not None:
         raise UnbuildableModelError(f"in its config {problem}")
@@ -232,20 +232,20 @@ def _usual_config(stated: dict[str, Any]) -> dict[str, Any]:
         from transformers import CONFIG_MAPPING
 
         usual: dict[str, Any] = CONFIG_MAPPING[stated["model_type"]]().to_dict()
-    except Exception:  # whatever stands in place of a type, and whatever a config without arguments lacks
+    except Exception:  # the type may be anything, and a config may need arguments
         return {}
     return usual
 
 
 def _where_code_is(config_path: Path, repository: tuple[str, str] | None) -> tuple[str, str | None]:
-    """Return the folder, or the repository and its commit, of which transformers takes code along with the config."""
+    """Return the folder, or the repository and its commit, from which transformers takes the code for a config."""
     if repository is not None:
         return repository
     return str(config_path.parent if config_path.name == "config.json" else config_path), None
 
 
 def _is_own(class_name: str) -> bool:
-    """Return whether a class is a concrete one of transformers, which takes a config of transformers."""
+    """Return whether a class is a concrete one of transformers, with a config of transformers."""
     import transformers
 
     found = getattr(transformers, class_name, None)
@@ -256,7 +256,7 @@ def _measured(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape
     text_config = model.config.get_text_config(decoder=True)
     try:
         from devmap_config.graph.measurement import UnmeasurableModelError, measure
-    except LibraryChangedError as error:  # something that every measurement needs is not there
+    except LibraryChangedError as error:  # a library lacks something that every measurement needs
         return estimate(graph, text_config.to_dict(), workload, failure_of(error))
     try:
         return measure(model, graph, workload)
@@ -268,11 +268,11 @@ RENAMED_CLASSES = {
     "AutoModelForVision2Seq": "AutoModelForImageTextToText",
     "AutoModelWithLMHead": "AutoModelForCausalLM",
 }
-"""Classes that transformers 5 has no more, and what they were replaced by."""
+"""The replacements of classes that transformers 5 has removed."""
 
 
 def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
-    """Return the concrete class of transformers that `class_name` means for this config."""
+    """Return the concrete class of transformers that `class_name` resolves to for this config."""
     import transformers
 
     found = getattr(transformers, class_name, None)
@@ -282,7 +282,7 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
         raise UnbuildableModelError(f"transformers {transformers.__version__} has no class `{class_name}`{meant}")
     if not is_auto_class(found):
         return found
-    mapping = model_mapping(found)  # the public `from_config` would build, and initialise, the model
+    mapping = model_mapping(found)  # the public `from_config` would build and initialise the model
     if type(config) not in mapping:
         raise UnbuildableModelError(f"`{class_name}` has no model for `{config.model_type}`")
     candidates = mapping[type(config)]
@@ -293,7 +293,7 @@ def resolve_class(class_name: str, config: PreTrainedConfig) -> Any:
 
 
 MOST_PARTS = 500_000
-"""Modules and parameters of a model: the most that one of transformers has is 430,000 (switch-c-2048)."""
+"""The most modules and parameters of a model; the largest of transformers has 430,000 (switch-c-2048)."""
 
 
 @dataclass
@@ -331,9 +331,9 @@ def graph_of(
     *,
     stored: Mapping[str, Storage] | None = None,
 ) -> ModelGraph:
-    """Return the graph of a model that exists, on the meta device or a real one, as if loaded in `dtype` and quantised.
+    """Return the graph of a model on the meta device or a real one, as if it were loaded in `dtype` and quantised.
 
-    `stored` is what a quantizer holds, where that is known already.
+    `stored` holds the quantised storage of tensors, if it is known already.
     """
     loaded_dtypes = kept_dtypes(model, dtype)
     stored = stored_tensors(model, quantization) if stored is None else stored
@@ -392,7 +392,7 @@ def graph_of(
 
 
 def _made_while_loading(model: PreTrainedModel) -> tuple[tuple[TensorName, ...], str | None]:
-    """Return the parameters that transformers makes of several tensors while it loads; else why that cannot be told."""
+    """Return the parameters that transformers merges from several tensors while loading, or why they are unknown."""
     try:
         made = is_made_while_loading(model, [name for name, _ in model.named_parameters()])
     except LibraryChangedError as error:

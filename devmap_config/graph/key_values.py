@@ -1,4 +1,4 @@
-"""The caches of keys and values that `generate` makes before a prefill, by transformers' own classes."""
+"""Makes the caches of keys and values that `generate` makes before a prefill, with transformers' own classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.costs import WorkloadShape
 
 GROUP_LENGTH = 64
-"""The quantised numbers that share a scale and a shift: transformers' default."""
+"""The number of quantised elements that share a scale and a shift: transformers' default."""
 
 
 def made_cache(
@@ -26,17 +26,17 @@ def made_cache(
     offloading: bool,
     offloaded: tuple[str, ...] | None = None,
 ) -> Any:
-    """Return the cache that a model is given which is about to take a prompt of so many tokens; `None` for none.
+    """Return the cache that a model is given with a prompt; `None` if it makes its own.
 
     Args:
         model: the model.
-        workload: what is run; its cache is made here unless it is dynamic, which a model makes by itself.
-        length: how many tokens it must have room for at least.
-        offloading: whether a cache that is offloaded is to do so. Without, it is as it is on one device.
-        offloaded: the modules whose part of it is offloaded; `None` if all of them are.
+        workload: the workload, whose cache is made here unless it is dynamic; a model makes that by itself.
+        length: the number of tokens that it must have room for at least.
+        offloading: whether an offloaded cache is really offloaded; otherwise it stays on one device.
+        offloaded: the modules whose part of the cache is offloaded; `None` if all are.
 
     Raises:
-        UnfitCacheError: if transformers does not give such a model that cache.
+        UnfitCacheError: if transformers does not support that cache for this model.
     """
     from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -56,16 +56,16 @@ def made_cache(
                 return QuantizedCache(backend=workload.cache_backend or "quanto", config=config, **bits)
             except ValueError as error:
                 raise UnfitCacheError(_reason(error)) from error
-    # Room for the context and a token, and for more where more is prefilled.
+    # Room for the context and one token, or for a longer prefill.
     room = max(workload.context_length, length) + 1
     return StaticCache(config=config, max_cache_len=room, offloading=is_offloaded)
 
 
 def partly_offloaded_cache(model: PreTrainedModel, offloaded: tuple[str, ...]) -> Any:
-    """Return a cache of which the layers are offloaded that these modules fill; `None` if there are none.
+    """Return a cache whose layers are offloaded if these modules fill them; `None` without modules.
 
     Raises:
-        UnfitCacheError: if one of them does not tell which layer it fills.
+        UnfitCacheError: if the layer that a module fills is unknown.
     """
     from devmap_config.graph.partly_offloaded import PartlyOffloadedCache
 
@@ -76,10 +76,10 @@ def partly_offloaded_cache(model: PreTrainedModel, offloaded: tuple[str, ...]) -
 
 
 def layer_filled(model: PreTrainedModel, path: str) -> int:
-    """Return the layer of the cache that a module fills, as it tells the cache itself.
+    """Return the layer of the cache that a module fills: the one that it names when it updates the cache.
 
     Raises:
-        UnfitCacheError: if it does not tell.
+        UnfitCacheError: if the layer is unknown.
     """
     layer = getattr(model.get_submodule(path), "layer_idx", None)
     if not isinstance(layer, int):
@@ -88,10 +88,10 @@ def layer_filled(model: PreTrainedModel, path: str) -> int:
 
 
 def require_fit(model: PreTrainedModel, workload: WorkloadShape) -> None:
-    """Check that `generate` gives a model the cache that its workload names.
+    """Check that `generate` supports the workload's cache for a model.
 
     Raises:
-        UnfitCacheError: if it does not; `generate` would say so, or take another in silence.
+        UnfitCacheError: if it does not; `generate` would fail, or silently use another cache.
     """
     if workload.cache in ("dynamic", "static"):
         return
@@ -100,7 +100,7 @@ def require_fit(model: PreTrainedModel, workload: WorkloadShape) -> None:
     if not supports_caches(model):
         raise UnfitCacheError("it keeps a cache of its own")
     if model.config.is_encoder_decoder:
-        # An offloaded one is not brought back for what reads the encoder's part of it.
+        # The encoder's part of an offloaded cache is not copied back before it is read.
         raise UnfitCacheError("it has an encoder besides")
     cache = made_cache(model, workload, 1, offloading=False)
     del cache
@@ -110,17 +110,17 @@ def offloaded_tensors(cache: Any, workload: WorkloadShape) -> list[list[torch.Te
     """Return the tensors of each layer of a cache that are on the CPU while the layer does not run.
 
     Args:
-        cache: one that was filled, wherever it is.
-        workload: what it was filled under.
+        cache: a filled cache, on any device.
+        workload: the workload that filled it.
 
     Raises:
-        UnfitCacheError: if a layer keeps states besides, for which nothing waits until they are brought back.
+        UnfitCacheError: if a layer has other states as well, as nothing waits until these are copied back.
     """
     if workload.cache not in OFFLOADED or not hasattr(cache, "layers"):
         return []
     keeps_windows = workload.cache == "offloaded_static"
     found = []
-    none = [False] * len(cache.layers)  # transformers 5.14 knows no dummies
+    none = [False] * len(cache.layers)  # transformers 5.14 has no dummy layers
     kinds = (cache.is_sliding, getattr(cache, "is_linear", none), getattr(cache, "is_dummy", none))
     for layer, is_sliding, is_linear, is_dummy in zip(cache.layers, *kinds, strict=True):
         if is_linear or is_dummy or (is_sliding and keeps_windows):
@@ -133,7 +133,7 @@ def offloaded_tensors(cache: Any, workload: WorkloadShape) -> list[list[torch.Te
 
 
 def _require_groups(config: Any, workload: WorkloadShape) -> None:
-    """Check that keys and values of any number of tokens are whole groups: else quanto fails, at some token."""
+    """Check that keys and values are whole groups for any number of tokens; otherwise quanto fails at some token."""
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     width = getattr(config, "head_dim", None) or _divided(config)
     if workload.cache_backend != "fp8" and heads and width and heads * width % GROUP_LENGTH:
@@ -155,9 +155,9 @@ def _reason(error: ValueError) -> str:
 
 
 def quantized(tensor: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what quanto makes of keys or values: packed numbers, and the scale and the shift of each group.
+    """Quantise keys or values like quanto: return packed numbers, and the scale and the shift of each group.
 
-    It stands in for the package where nothing but shapes are wanted, and does what that does.
+    It replaces the package where only shapes and costs matter, with the same operations.
     """
     import torch
 
@@ -177,7 +177,7 @@ def quantized(tensor: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tens
 def dequantized(
     packed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, bits: int, shape: torch.Size
 ) -> torch.Tensor:
-    """Return the keys or values of which `quantized` made this, in their shape."""
+    """Return the keys or values from which `quantized` made these tensors, in their shape."""
     import torch
 
     mask = 2**bits - 1

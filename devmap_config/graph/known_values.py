@@ -1,8 +1,8 @@
-"""Beside tensors without data, the values that depend on no weight and no pixel: token ids, grids, masks, positions.
+"""Tracks the values of tensors that depend on no weight and no pixel, among tensors without data.
 
-What a model does with an image depends on data here and there: how many patches it has, where in the prompt they go.
-All of that is computed from literals and from inputs whose values are given. So beside every tensor without data that
-was computed from nothing else its value is kept, and where a model asks for data, this is the answer.
+What a model does with an image depends on data in places: the number of patches, their positions in the prompt. All of
+these are computed from literals and from inputs with known values: token ids, grids, masks, positions. So the value of
+every tensor that is computed from nothing else is tracked, and used when the model's code asks for data.
 """
 
 from __future__ import annotations
@@ -30,31 +30,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MOST_ELEMENTS = 2**22
-"""Of larger tensors no values are kept."""
+"""The values of larger tensors are not tracked."""
 
 RANDOM = ("rand", "randn", "normal_", "uniform_", "rand_like", "randn_like", "randint", "bernoulli")
-"""Operations whose result is something else each time."""
+"""Operations whose result differs each time."""
 
 INDEXING = ("index", "_unsafe_index")
 
 
 @contextmanager
 def knowing_values() -> Iterator[None]:
-    """Keep values within, and answer with them; to be entered among tensors without data, before what watches them."""
+    """Track values while the context lasts; to be entered within a context of tensors without data, before
+    recorders.
+    """
     mode = _KnownValues()
     with telling_values(mode.value_of), mode:
         yield
 
 
 class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
-    """Computes beside every operation on tensors without data the value of its result, where it is known."""
+    """Computes, for every operation on tensors without data, the value of its result, if it is known."""
 
     def __init__(self) -> None:
         super().__init__()
         self._class = FAKE_TENSOR.find()
         self._spoiled: dict[
             int, Any
-        ] = {}  # storages of values that are no longer right, kept so that none takes their place
+        ] = {}  # storages of outdated values, kept alive so that no other gets their address
 
     def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the value of a tensor, if it is known."""
@@ -63,7 +65,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
             return tensor if has_value else None
         value: torch.Tensor | None = getattr(tensor, "known_value", None)
         if value is None:
-            return tensor.constant  # of a number that was made a tensor
+            return tensor.constant  # a number that became a tensor
         return None if storage_identity(value.untyped_storage()) in self._spoiled else value
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -79,7 +81,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
         return self._shaped(function, name, arguments, options)
 
     def _computed(self, function: Any, arguments: Any, options: Any) -> Any:
-        """Run an operation of which all is known, without data and with it."""
+        """Run an operation with known inputs, once without data and once with it."""
         if has_data_dependent_shape(function):
             return tree_map(self._without_data, self._real(function, arguments, options))
         result = function(*arguments, **options)
@@ -88,7 +90,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
             return result
         try:
             real = self._real(function, arguments, options)
-        except (NotImplementedError, RuntimeError):  # there is no such operation on the CPU
+        except (NotImplementedError, RuntimeError):  # the CPU does not have this operation
             self._spoil(function, arguments)
             return result
         known = [each for each in tree_leaves(real) if isinstance(each, torch.Tensor)]
@@ -100,7 +102,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
         return result
 
     def _shaped(self, function: Any, name: str, arguments: Any, options: Any) -> Any:
-        """Run an operation of which a part is unknown; how large its result is may follow from what is known."""
+        """Run an operation with some unknown inputs; the shape of its result may follow from the known ones."""
         first: Any = arguments[0] if arguments else None
         if name in INDEXING and len(arguments[1]) == 1 and _is_mask(arguments[1][0]):
             mask = arguments[1][0]
@@ -128,7 +130,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
             return int(value.sum())
 
     def _plain_indices(self, indices: Any) -> list[Any]:
-        """Masks among indices as the positions that they stand for."""
+        """Return indices with masks replaced by the positions that they select."""
         plain: list[Any] = []
         for index in indices:
             value = self.value_of(index) if _is_mask(index) else None
@@ -150,7 +152,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
             return function(*tree_map(real, arguments), **tree_map(real, options))
 
     def _without_data(self, value: Any) -> Any:
-        """Return a tensor without data that is known to have this value."""
+        """Return a tensor without data, and record its value."""
         if not isinstance(value, torch.Tensor):
             return value
         tensor = torch.empty(value.shape, dtype=value.dtype)
@@ -158,7 +160,7 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
         return tensor
 
     def _spoil(self, function: Any, arguments: Any) -> None:
-        """Forget the values of what an operation writes to with something unknown."""
+        """Forget the values of tensors that an operation overwrites with unknown data."""
         for tensor in writes_to(function, arguments):
             if (value := getattr(tensor, "known_value", None)) is not None:
                 storage = value.untyped_storage()
@@ -166,7 +168,9 @@ class _KnownValues(dispatch_mode()):  # type: ignore[misc]  # torch is not read 
 
 
 def _is_unset(name: str, options: Any) -> bool:
-    """Return whether an operation makes uninitialised numbers; integers are soon written, and then looked at."""
+    """Return whether an operation makes uninitialised floating-point numbers; integers are soon overwritten, and
+    then read.
+    """
     return "empty" in name and options.get("dtype") in (None, torch.bfloat16, torch.float16, torch.float32)
 
 

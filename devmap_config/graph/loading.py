@@ -1,4 +1,6 @@
-"""From what a profile says of a model to its graph: finds the config, settles class and dtype, builds or reads back."""
+"""Gets the graph of a profile's model: finds the config, settles class and dtype, and builds the graph or reads it
+back.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +60,10 @@ if TYPE_CHECKING:
     from devmap_config.quantization.method import Quantization
 
 BUILDABLE_ATTENTION = ("eager", "sdpa")
-"""Implementations that need no package of their own; the module tree is the same under all of them."""
+"""The implementations that need no extra package; the module tree is the same under all implementations."""
 
 LIBRARIES_FOR_GRAPHS = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors")
-"""Without these, a profile still compiles where its graph is vendored."""
+"""Without these, a profile compiles only if its graph is vendored."""
 
 
 def buildable_attention(attention: str | None) -> str | None:
@@ -73,10 +75,10 @@ def buildable_attention(attention: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model's graph with what it was made from. `attention` is `None` if transformers is to choose.
+    """A model's graph and its inputs. `attention` is `None` if transformers chooses it.
 
-    `quantization` is what transformers applies; it `is_counted` in the graph where its sizes are known. `dry_runs` are
-    what is kept beside the profile of dry runs of its plans. `adapter` is what is loaded on top of it.
+    `quantization` is what transformers applies; the graph counts it (`is_counted`) if its sizes are known. `dry_runs`
+    holds the results of dry runs that are stored beside the profile. `adapter` is loaded on top of the model.
     """
 
     graph: ModelGraph
@@ -90,7 +92,7 @@ class LoadedModel:
 
     @property
     def is_counted(self) -> bool:
-        """True if the graph counts the weights as transformers holds them, and not as before quantization."""
+        """True if the graph counts the weights as they are after quantization."""
         return self.quantization is None or self.quantization.format() is not None
 
     @property
@@ -123,7 +125,9 @@ class Lookup:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphInputs:
-    """The inputs of a graph. Without a workload nothing is measured; `quantization` is the one that is counted."""
+    """The inputs of a graph. Without a workload, nothing is measured; `quantization` is the one that the graph
+    counts.
+    """
 
     source: ModelSource
     class_name: str
@@ -135,7 +139,7 @@ class GraphInputs:
     trust_remote_code: bool = False
 
     def compared(self) -> Mapping[str, object]:
-        """Return the values by which a graph is recognised as made from these inputs, by their names in messages."""
+        """Return the values that identify a graph's inputs, by their names in messages."""
         return {
             "config": self.source.config_digest,
             "class": self.class_name,
@@ -179,7 +183,7 @@ def load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Loade
 def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> LoadedModel | None:
     vendored = graph_beside(loaded, sink) if lookup.use_vendored else None
     if vendored is not None and not is_local(loaded):
-        source: ModelSource | None = with_checkpoint(source_beside(vendored, loaded))  # the hub need not be asked
+        source: ModelSource | None = with_checkpoint(source_beside(vendored, loaded))  # this does not ask the hub
     else:
         source = _find_source(loaded, lookup, sink)
     if source is None:
@@ -208,7 +212,7 @@ def _load_model_graph(loaded: LoadedProfile, lookup: Lookup, sink: Sink) -> Load
         sink.error("bad-quantization", str(error), profile_model.quantization.span, help=error.help)
         if quantization is not None and quantization.is_prequantized:
             return None
-        quantization, is_counted = None, False  # what else is wrong is told by the model without it
+        quantization, is_counted = None, False  # the model without it shows the other mistakes
     try:
         workload = workload_of(loaded, source, None if vendored is None else vendored.workload)
     except UnknownTilesError as error:
@@ -248,7 +252,7 @@ def _find_adapter(loaded: LoadedProfile) -> LoraAdapter | None:
     """Return the adapter that a profile names.
 
     Raises:
-        AdapterError: if there is none, or none that can be used.
+        AdapterError: if there is none, or it cannot be used.
     """
     wanted = loaded.profile.model.adapter
     if wanted is None:
@@ -268,7 +272,7 @@ def _adapter_digest(adapter: LoraAdapter | None) -> str | None:
 def _loading_facts(
     graph: ModelGraph, source: ModelSource, dtype: str, quantization: Quantization | None
 ) -> LoadingFacts:
-    """Return the facts about loading, by the config alone, so that a lock holds without the checkpoint at hand."""
+    """Return the facts about loading from the config alone, so that a lock holds even without the checkpoint."""
     quantises = quantization is not None and "quantization_config" not in source.config
     item_bytes = 0
     if quantization is not None and quantises:
@@ -284,7 +288,7 @@ def _loading_facts(
 
 
 def vendor(loaded: LoadedProfile, model: LoadedModel, dry_runs: Mapping[str, Any]) -> VendoredGraph:
-    """Return what is stored beside a profile, so that its model need not be at hand."""
+    """Return the graph to store beside a profile, so that compiling does not need the model."""
     measured = model.graph.measurement
     return VendoredGraph(
         graph=model.graph,
@@ -337,7 +341,7 @@ def _differing(inputs: Mapping[str, object], made_from: Mapping[str, object]) ->
 
 
 def graph_from_source(inputs: GraphInputs) -> ModelGraph:
-    """Return the graph of a model, from the cache where it is kept.
+    """Return the graph of a model, from the cache if it is there.
 
     Raises:
         UntrustedCodeError: if only code that comes with it can build it, and it may not run.
@@ -470,7 +474,7 @@ def _warn(loaded: LoadedProfile, model: LoadedModel, permissions: Permissions, s
 
 
 def _warn_of_code_left_out(model: LoadedModel, span: Span | None, sink: Sink) -> None:
-    """Say that code which may run is not run: the class is one of transformers, for which the config has none."""
+    """Warn that code is allowed to run but does not: the config uses a class of transformers."""
     files, name = code_files(model.source.config), model.class_name
     if files and not name.startswith("Auto") and class_reference(model.source.config, name) is None:
         sink.warning(

@@ -1,9 +1,9 @@
 """Measures a model: runs its own code on tensors without data, and records what each module allocates, computes and
 caches.
 
-The model lives on a fake CPU: shapes and dtypes are real, values do not exist. Attention is counted as accelerators run
-it (flash, memory-efficient), without the matrix of scores, whatever the CPU's kernels would do with these heads. For
-experts transformers chooses the grouped matrix product.
+The model is on a fake CPU: shapes and dtypes are real, but there are no values. Attention is counted as accelerators
+compute it (flash, memory-efficient), without the matrix of scores, whatever the CPU's kernels would do. For experts,
+transformers chooses the grouped matrix product.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class UnmeasurableModelError(Exception):
     """The model could not be run without data.
 
     Attributes:
-        failure: why, and whether the model's code, a library or this package is the cause.
-        positions: the length of context that the model takes, as far as it could be found out.
+        failure: the reason, and whether the model's code, a library or this package caused it.
+        positions: the length of context that the model takes, as far as it is known.
     """
 
     def __init__(self, failure: MeasurementFailure, positions: Positions) -> None:
@@ -77,12 +77,12 @@ class UnmeasurableModelError(Exception):
 def measure(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape) -> Measurement:
     """Measure the costs of running a model that was built on the meta device.
 
-    The model is unusable afterwards: its tensors are fake. A context beyond the end of the model's positions is not
-    measured; the measurement then holds that end alone.
+    The model is unusable afterwards, because its tensors are fake. A context beyond the end of the model's positions is
+    not measured; the result then contains only that end.
 
     Args:
         model: the model.
-        graph: its module tree; what passes between its blocks is recorded.
+        graph: its module tree, whose blocks' crossings are recorded.
         workload: batch, prompt and context, in sequences and tokens.
 
     Returns:
@@ -119,7 +119,7 @@ def measure(model: PreTrainedModel, graph: ModelGraph, workload: WorkloadShape) 
     except UnfitCacheError as error:
         reason = str(error)
         return Measurement(workload, (), measured=False, reason=reason, positions=positions, has_unfit_cache=True)
-    except Exception as error:  # a model's own code may raise anything where there is no data
+    except Exception as error:  # a model's own code may raise anything without data
         LOGGER.debug("%s could not be run without data", type(model).__name__, exc_info=True)
         raise UnmeasurableModelError(failure_of(error), positions) from error
     if measurement.workload != workload:
@@ -149,15 +149,13 @@ def _end_of_positions(
 
 
 def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, ...]) -> Measurement:
-    """Return the measurement of a run in which blocks of a kind repeat each other; if that fails, of a run of all
-    blocks.
-    """
+    """Measure a run in which alike blocks repeat each other; if that fails, a run of all blocks."""
     while kinds:
         try:
             return runner(kinds).measurement()
         except NotAlikeError as error:
             kinds = kinds_left(kinds, error)
-        except Exception:  # if it is real, it repeats when all blocks are run
+        except Exception:  # a real failure recurs when all blocks run
             kinds = ()
     return runner(()).measurement()
 
@@ -165,7 +163,7 @@ def _measured(runner: Callable[[tuple[Kind, ...]], _Runner], kinds: tuple[Kind, 
 def _measured_with_media(
     model: PreTrainedModel, workload: WorkloadShape, runner: Callable[..., _Runner], kinds: tuple[Kind, ...]
 ) -> Measurement:
-    """Return a measurement with images and sound; if these cannot be tried, one of as many tokens of text."""
+    """Measure with images and sound; if that fails, with as many tokens of text."""
     try:
         with knowing_values():
             media = media_of(model, workload)
@@ -178,7 +176,7 @@ def _measured_with_media(
         media_use = MediaUse(problem="size", reason=str(error))
     except PromptTooShortError as error:
         media_use = MediaUse(error.placeholders, "room", str(error))
-    except Exception as error:  # a model's own code may raise anything where there is no data
+    except Exception as error:  # a model's own code may raise anything without data
         if (failure := failure_of(error)).cause != "model":
             raise
         try:
@@ -187,12 +185,12 @@ def _measured_with_media(
         except Exception as of_text:
             if failure_of(of_text).cause != "model":
                 raise
-        raise  # the error with media says more than the one of text alone
+        raise  # the error with media says more than the one with text alone
     return Measurement(workload, (), measured=False, reason=media_use.reason, media=media_use)
 
 
 def _require_looked_at(measurement: Measurement) -> None:
-    """Check that something ran for images and sound alone: modules that do not run for each token."""
+    """Check that some modules ran only for images and sound: modules that do not run for each token."""
     if all(cost.decode_launches for cost in measurement.modules if cost.prefill_launches):
         raise OtherInputsError("its code does not look at what it is given")
 
@@ -232,7 +230,7 @@ class _Runner:
                     self.add_peaks(recorder, "decode")
                     self.add_growth(recorder, cache_tensors(grown), cache_bytes)
                     decoded = recorder.traffic
-        if decodes:  # a token's work is the mean of the first one after the prompt and the last one of the context
+        if decodes:  # the work of a token is the mean of the first after the prompt and the last of the context
             self.add_work("decode", *decodes)
         self.add_doubled()
         pairs = dict.fromkeys([*prefilled.crossings, *decoded.crossings])
@@ -260,7 +258,9 @@ class _Runner:
         return recorder, returned
 
     def add_cache(self, recorder: Meter, tensors: list[torch.Tensor]) -> None:
-        """Record the bytes of the cache by the module that made them, and what its storages retain beyond those."""
+        """Record the bytes of the cache by the module that made them, and the bytes that its storages retain beyond
+        those.
+        """
         storages: dict[int, tuple[str, int]] = {}
         shown: dict[str, int] = {}
         for tensor in tensors:
@@ -289,10 +289,10 @@ class _Runner:
                 self.cost(module)[figure] = size_bytes
 
     def require_layers_told(self) -> None:
-        """Check that the modules whose part of a cache may be offloaded by itself tell which layer of it they fill.
+        """Check that the layer of the cache is known for every module whose part may be offloaded by itself.
 
         Raises:
-            UnfitCacheError: if one does not, or two tell the same.
+            UnfitCacheError: if one is unknown, or two modules fill the same layer.
         """
         if self.forwards.workload.cache != PARTLY:
             return
@@ -302,7 +302,7 @@ class _Runner:
             raise UnfitCacheError("several of its modules fill one layer of it")
 
     def add_peaks(self, recorder: Meter, phase: str) -> None:
-        """Replay allocations and releases, without those that the cache keeps, and record each module's peak."""
+        """Replay allocations and releases except those of the cache, and record the peak of each module."""
         live = 0
         for event in recorder.allocations:
             if event.storage in recorder.kept:
@@ -317,12 +317,15 @@ class _Runner:
         cost[figure] = max(cost.get(figure, 0), size_bytes)
 
     def add_doubled(self) -> None:
-        """Record peaks and cache of a prefill that is twice as long, from which other lengths are interpolated."""
+        """Record the peaks and the cache of a prefill of twice the length, from which other lengths are
+        extrapolated.
+        """
         doubled = self.doubled()
         for path, cost in self.costs.items():
             seen = doubled.get(path, {})
             for phase, figure in (("prefill", "doubled_peak_bytes"), ("own", "doubled_own_peak_bytes")):
-                # If it could not be run, peaks may grow with the square of the length, as the matrix of scores does.
+                # If it cannot be run, peaks are assumed to grow with the square of the length, like the matrix of
+                # scores.
                 once = cost.get(f"{phase}_peak_bytes", 0)
                 cost[figure] = max(seen.get(f"{phase}_peak_bytes", 4 * once), once)
             once = cost.get("cache_bytes", 0)
@@ -331,7 +334,7 @@ class _Runner:
             cost["doubled_cache_bytes"] = max(seen.get("cache_bytes", 0) if prefilled_whole else once + grown, once)
 
     def doubled(self) -> dict[str, dict[str, int]]:
-        """Return the costs of a prefill twice as long; empty if it cannot be run."""
+        """Return the costs of a prefill of twice the length; empty if it cannot be run."""
         costs, self.costs = self.costs, {}
         try:
             recorder, cache = self.prefill(2 * self.forwards.workload.prompt_length)
@@ -339,13 +342,13 @@ class _Runner:
             self.add_cache(recorder, cache_tensors(cache))
         except NotAlikeError:
             raise
-        except Exception:  # the model may have no positions for it
+        except Exception:  # the model may not have enough positions
             self.costs = {}
         doubled, self.costs = self.costs, costs
         return doubled
 
     def add_work(self, phase: str, *recorders: Meter) -> None:
-        """Record the mean of the counted work; blocks that were not run have that of the block they repeated."""
+        """Record the mean work over the recorders; blocks that were not run get that of the block they repeat."""
         for figure in (*WORK, "input_bytes", "output_bytes"):
             total: Counter[str] = Counter()
             for recorder in recorders:
@@ -355,7 +358,9 @@ class _Runner:
                 self.cost(module)[f"{phase}_{figure}"] = count // len(recorders)
 
     def add_growth(self, recorder: Meter, tensors: list[torch.Tensor], bytes_before: int) -> None:
-        """Record the bytes that a token adds to the cache by the module that made them, or by shares of the cache."""
+        """Record the bytes that a token adds to the cache, by the module that made them or in proportion to the
+        cache.
+        """
         growth = total_bytes(tensors) - bytes_before
         shown: dict[str, int] = {}
         for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Images or sound as a model is given them, and what its config says of the parts that take them."""
+"""`Media`: the inputs of a model for images or sound, and readers of the configs of its towers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Media:
-    """Images or sound as a model is given them.
+    """The inputs of a model for images or sound.
 
-    `tensors` are named as its forward's parameters, `placeholders` is how many tokens of each sequence stand for them,
-    and `token` the one that does. `beside` makes what depends on the prompt, from its tokens and where these stand.
+    `tensors` are named like the forward's parameters. `placeholders` is the number of tokens of each sequence that
+    stand for them, and `token` is the id of these. `beside` makes the inputs that depend on the prompt, from its tokens
+    and the positions of these.
     """
 
     tensors: Tensors
@@ -31,7 +32,7 @@ class Media:
 
 
 def stated(config: PretrainedConfig, *names: str) -> Any:
-    """Return the first of these that a config says something of, or one within it."""
+    """Return the first of these values that a config, or one within it, has."""
     for each in (
         config,
         *(getattr(config, name, None) for name in ("thinker_config", "vision_config", "audio_config")),
@@ -43,6 +44,8 @@ def stated(config: PretrainedConfig, *names: str) -> Any:
 
 
 def config_within(config: PretrainedConfig, names: tuple[str, ...]) -> PretrainedConfig:
-    """Return the config of a tower, within those around it; some make one of their own kind within anew."""
+    """Return the inner config of a tower, by the names of the configs around it; some configs nest one of their own
+    kind.
+    """
     inner = next((found for name in names if hasattr(found := getattr(config, name, None), "to_dict")), None)
     return config if inner is None or type(inner) is type(config) else config_within(inner, names)

@@ -1,4 +1,4 @@
-"""Runs transformers' own loader over tensors without data, made from a checkpoint's headers: what it finds of names."""
+"""Runs transformers' own loader on tensors without data, made from a checkpoint's headers, to compare names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TORCH_DTYPES = {
     "U16": "uint16", "U32": "uint32", "U64": "uint64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
-"""torch's names of a header's dtypes."""
+"""torch's names for the dtypes of a header."""
 
 
 def load_over_meta(
@@ -44,23 +44,23 @@ def load_over_meta(
     trust_remote_code: bool = False,
     repository: tuple[str, str] | None = None,
 ) -> CheckpointMatch:
-    """Load a model from a checkpoint's headers, with transformers' own loader, and return what it finds of names.
+    """Load a model from a checkpoint's headers with transformers' own loader, and return how the names match.
 
-    What is renamed, fused, split or tied while loading is so here as well. Nothing is read but the config.
+    Tensors are renamed, fused, split and tied as in real loading. Only the config is read.
 
     Args:
         config_path: the model's folder, or its `config.json`.
-        checkpoint: what its headers say.
-        shapes: of the model's tensors, of a quantised one before quantization.
-        class_name: the class that is to be loaded.
-        dtype: torch's name of the dtype in which it is to be loaded.
+        checkpoint: the headers of the checkpoint.
+        shapes: the shapes of the model's tensors, before any quantization.
+        class_name: the class to load.
+        dtype: torch's name of the dtype to load it in.
         trust_remote_code: whether code that comes with the model may run.
-        repository: the hub id and commit that the config is of, where its code is fetched from.
+        repository: the hub id and commit of the config, from which its code is fetched.
 
     Raises:
-        UntrustedCodeError: if only code that comes with the model has its class, and it may not run.
-        Exception: whatever transformers raises where it does not come to compare names, as without the package of a
-            quantizer.
+        UntrustedCodeError: if its class is defined only by code that comes with the model, and that code may not run.
+        Exception: whatever transformers raises if it does not get as far as comparing names, e.g. without a quantizer's
+            package.
     """
     config, model_class = config_and_class(
         config_path, class_name, trust_remote_code=trust_remote_code, repository=repository
@@ -79,9 +79,9 @@ def match_names(
     *,
     trust_remote_code: bool = False,
 ) -> CheckpointMatch:
-    """Return what transformers' loader finds of the names in a checkpoint, for a class and a config.
+    """Return how the names in a checkpoint match a class and a config, by transformers' loader.
 
-    `shapes` are those of the model's tensors, of a quantised one before quantization.
+    `shapes` holds the shapes of the model's tensors, before any quantization.
     """
     stored = {name: _empty(tensor) for name, tensor in checkpoint.tensors.items()}
     with (
@@ -114,7 +114,7 @@ def match_names(
 
 
 def _absent_modules(names: Iterable[str], missing: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the largest modules all of whose tensors are missing; a tensor of the model's own is one by itself."""
+    """Return the largest modules all of whose tensors are missing; a tensor of the root module counts by itself."""
     present = {module for name in set(names) - set(missing) for module in (name, *ancestors(name))}
     found = {
         next(path for path in (*reversed([*ancestors(name)]), name) if path not in present)
@@ -126,7 +126,7 @@ def _absent_modules(names: Iterable[str], missing: tuple[str, ...]) -> tuple[str
 
 def _empty(tensor: StoredTensor) -> torch.Tensor:
     dtype = getattr(torch, TORCH_DTYPES.get(tensor.dtype, ""), None)
-    if dtype is None:  # packed below a byte: the bytes are what transformers sees of it
+    if dtype is None:  # elements of less than a byte: transformers sees the packed bytes
         return torch.empty(tensor.end - tensor.start, dtype=torch.uint8, device="meta")
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
@@ -143,9 +143,9 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) -> Iterator[TensorMismatch]:
-    """Tensors that are stored in a kind of number that casting does not turn into what the model holds.
+    """Yield tensors whose stored kind of number cannot be cast to the model's.
 
-    Integers, or floats of 8 bits, in place of weights are those of a quantised model, whose scales are apart.
+    Integers or 8-bit floats in place of weights come from a quantised model, whose scales are stored separately.
     """
     for name, tensor in checkpoint.tensors.items():
         held = wanted.get(name)
@@ -158,7 +158,9 @@ def _of_other_kinds(checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor]) 
 
 
 def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[TensorMismatch]:
-    """Floats of 8 bits that transformers takes as they are: without a scale or, in older versions, in any shape."""
+    """Yield 8-bit floats that transformers would load unchecked: without a scale or, in older versions, in any
+    shape.
+    """
     for name, tensor in checkpoint.tensors.items():
         stem = name.removesuffix("weight")
         scales = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale", f"{stem}weight_scale")
@@ -169,12 +171,12 @@ def _of_quantized(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]])
 
 
 def _gaps(checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[TensorMismatch]:
-    """Lists that are merged into one tensor, and of which the checkpoint has numbers that do not follow one another.
+    """Yield lists that are merged into one tensor, and whose numbers in the checkpoint have gaps.
 
-    transformers merges them in their order, so that each after a gap would be taken for the one before it.
+    transformers merges them in order, so that every item after a gap would move up by one.
     """
     if all(name in checkpoint.tensors for name, _ in model.named_parameters()):
-        return  # nothing is made of others: what is merged is not in the checkpoint under its own name
+        return  # nothing is merged, as a merged tensor is not in the checkpoint under its own name
     patterns = [re.compile(re.escape(name).replace(r"\*", r"([0-9]{1,9})(?![0-9])")) for name in merged_names(model)]
     numbers: dict[str, set[int]] = {}
     for name in checkpoint.tensors:
@@ -194,7 +196,7 @@ def _shown(shape: Any) -> str:
 
 
 def _last_line(text: str) -> str:
-    """Return the line of a traceback that says most: torch's or transformers' own message."""
+    """Return the line of a traceback with torch's or transformers' own message."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Traceback", "File", "^", "Error:"))]
     return f"cannot be put together: {said[-1] if said else 'its conversion fails'}".rstrip(".")

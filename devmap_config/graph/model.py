@@ -21,34 +21,34 @@ TensorName = NewType("TensorName", str)
 TensorKind = Literal["parameter", "buffer"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""The bytes of an element, by torch's name of what models are computed in."""
+"""The bytes of an element, by torch's names of the dtypes that models are computed in."""
 
 FUSED_DIMENSIONS = 3
 """A parameter of fused experts has a leading expert dimension besides its two own."""
 
 LORA = ("lora_A", "lora_B", "lora_B_bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 SAVED = "modules_to_save_"
-"""How the tensors are called that an adapter adds to a module, and how the names begin of those that it brings whole.
+"""The names of the tensors that an adapter adds to a module, and the prefix of those that it replaces as a whole.
 
-They are buffers that no checkpoint of the model holds: accelerate leaves such where the module runs.
+They are non-persistent buffers, which accelerate leaves on the device that the module runs on.
 """
 
 CONTAINER_CLASSES = ("ModuleList", "ModuleDict")
-"""Modules without a forward of their own: to place one as a whole would hook every leaf below it."""
+"""Modules without a forward of their own: accelerate would hook every leaf below one that is placed as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One parameter or buffer.
 
-    `shape` and `dtype` (a torch name such as `bfloat16`) are those it has once loaded, `size_bytes` what it then
-    occupies. Of a quantised weight, `shape` is that of the matrix, `dtype` that of what is packed, and `size_bytes`
-    counts its scales, zero points and whatever else comes with it; `offloaded_bytes` is what it occupies where a map
-    says that it is on `cpu` or `disk`, if the quantizer leaves it as it is there. `planner_bytes` is what transformers'
-    own planner counts for it, which leaves out that some modules are kept in fp32, and most scales. `kind` is what it
-    is in the model's own tree, `in_buffer` tells of a parameter whose quantizer holds it in buffers of its module.
-    `persistent` is false for a buffer that no checkpoint holds. `alias_of` names the tensor that this is the very same
-    object as (a module that is registered twice); an alias occupies nothing of its own.
+    `shape`, `dtype` (a torch name such as `bfloat16`) and `size_bytes` are those after loading. For a quantised weight,
+    `shape` is that of the matrix, `dtype` that of the packed data, and `size_bytes` includes its scales, zero points
+    and other extra data; `offloaded_bytes` is its size on `cpu` or `disk` of a map, if the quantizer does not convert
+    it there. `planner_bytes` is what transformers' own planner counts for it, which ignores modules that are kept in
+    fp32, and most scales. `kind` says whether it is a parameter or a buffer in the model's own tree; `in_buffer` is
+    true for a parameter that its quantizer holds in buffers of its module. `persistent` is false for a buffer that no
+    checkpoint holds. `alias_of` names the tensor that is the very same object, if a module is registered twice; an
+    alias has no bytes of its own.
     """
 
     name: TensorName
@@ -68,18 +68,18 @@ class Tensor:
         return self.kind == "buffer" or self.in_buffer
 
     def bytes_where(self, *, is_offloaded: bool) -> int:
-        """Return the bytes of the tensor on `cpu` or `disk` of a map if it `is_offloaded`, else elsewhere."""
+        """Return the bytes of the tensor: on `cpu` or `disk` of a map if it `is_offloaded`, else on other devices."""
         return self.offloaded_bytes if is_offloaded and self.offloaded_bytes is not None else self.size_bytes
 
     @property
     def element_count(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module with all that is below it, each in order of definition."""
+    """One module with everything below it, in order of definition."""
 
     path: ModulePath
     class_name: str
@@ -88,7 +88,7 @@ class Module:
     buffers: tuple[Tensor, ...] = ()
 
     def walk(self) -> Iterator[Module]:
-        """This module, then everything below it, depth first."""
+        """Yield this module, then all modules below it, depth first."""
         yield self
         for child in self.children:
             yield from child.walk()
@@ -101,28 +101,28 @@ class Module:
 
     @property
     def experts(self) -> tuple[Tensor, ...]:
-        """Those of its parameters that hold a matrix for each of several experts."""
+        """The parameters that hold a matrix for each of several experts."""
         fused = tuple(tensor for tensor in self.parameters if len(tensor.shape) == FUSED_DIMENSIONS)
         return () if self.class_name.startswith("Conv") else fused
 
     @property
     def own_tensors(self) -> tuple[Tensor, ...]:
-        """The parameters and buffers that are registered on this very module."""
+        """The parameters and buffers that are registered on this module itself."""
         return self.parameters + self.buffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadingFacts:
-    """The facts, besides sizes, on which loading depends.
+    """The facts that loading depends on, besides sizes.
 
     Attributes:
-        merged: tensors that transformers makes of several of the checkpoint's.
-        stored_dtype: the dtype of the checkpoint, if the config tells it.
+        merged: tensors that transformers merges from several of the checkpoint's.
+        stored_dtype: the dtype of the checkpoint, if the config states it.
         dtype: the dtype in which the model is loaded.
         quantises: weights are quantised while they are loaded.
-        quantising_item_bytes: what an element of a weight takes at most while it is quantised: its dense value, what is
-            made of that, and itself; 0 if there are but its dense value and itself.
-        method: the method of quantization, or the one by which the checkpoint is stored.
+        quantising_item_bytes: the most bytes that an element of a weight takes while it is quantised: the dense value,
+            intermediate values, and the result; 0 if there are no intermediate values.
+        method: the method of quantization, or the one that the checkpoint is stored in.
     """
 
     merged: frozenset[TensorName]
@@ -135,15 +135,15 @@ class LoadingFacts:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """A model's module tree, and what transformers declares about placing it.
+    """A model's module tree, and the attributes of transformers about placing it.
 
     `ties` holds `(target, source)` pairs of transformers' `all_tied_weights_keys`: two names, one storage.
     `no_split_classes`, `no_placement_parameters` and `skip_keys` are the model's `_no_split_modules`,
-    `_no_placement_params` (`None` if the model has no such attribute) and `_skip_keys_device_placement`.
-    `measurement` is what running it costs under a workload, where one was named. `merged` are tensors that loading
-    makes of several (the weights of experts); where a library that changed keeps these from being known, `unread` says
-    so. `computed` are tensors that the checkpoint at hand does not hold, and that transformers computes instead.
-    `loading` is what loading depends on for this profile, where that is known.
+    `_no_placement_params` (`None` if the model has no such attribute) and `_skip_keys_device_placement`. `measurement`
+    holds the costs of running it under a workload, if the profile has one. `merged` are tensors that loading merges
+    from several, such as the weights of experts; if a changed library hides these, `unread` says so. `computed` are
+    tensors that the checkpoint at hand does not hold because transformers computes them. `loading` holds the facts
+    about loading for this profile, if they are known.
     """
 
     root: Module
@@ -180,7 +180,7 @@ class ModelGraph:
 
     @cached_property
     def adapted_modules(self) -> tuple[Module, ...]:
-        """The modules to which an adapter adds tensors: all of one is on one device."""
+        """The modules that an adapter adds tensors to; each of them must be whole on one device."""
         return tuple(self.modules[ModulePath(path)] for path in dict.fromkeys(map(_parent, self.adapter_tensors)))
 
     @cached_property
@@ -207,18 +207,18 @@ class ModelGraph:
 
     @property
     def decodes(self) -> bool:
-        """True if the model has steps of decoding, as far as it was measured."""
+        """True if the model was measured and has steps of decoding."""
         return self.measurement is None or self.measurement.decodes
 
     @cached_property
     def size_bytes(self) -> int:
-        """Bytes of all weights and buffers once loaded; what is tied counts once."""
+        """The bytes of all weights and buffers after loading; tied tensors count once."""
         return self.weights_bytes(tuple(self.tensors))
 
     def weights_bytes(self, names: Iterable[TensorName], offloaded: Collection[TensorName] = ()) -> int:
-        """Return the bytes that these tensors occupy together on one device; what is tied counts once.
+        """Return the bytes that these tensors occupy together on one device; tied tensors count once.
 
-        `offloaded` are those among them that a map has on `cpu` or `disk`.
+        `offloaded` are those of them that a map puts on `cpu` or `disk`.
         """
         storages: dict[TensorName, int] = {}
         for name in names:
@@ -229,13 +229,13 @@ class ModelGraph:
 
     @cached_property
     def composites(self) -> frozenset[ModulePath]:
-        """The modules that are lists of blocks, or hold one: they are never placed as a whole."""
+        """The modules that are lists of blocks or contain one, which are never placed as a whole."""
         composites = {ModulePath("")}
 
         def visit(module: Module) -> bool:
             if self.is_no_split(module):
                 return False
-            # Every child is visited, found or not: a list, not a generator.
+            # A list rather than a generator, so that every child is visited.
             holds = [visit(child) or self.is_no_split(child) for child in module.children]
             found = any(holds) or (module.class_name in CONTAINER_CLASSES and bool(module.children))
             if found:
@@ -247,7 +247,7 @@ class ModelGraph:
 
     @cached_property
     def blocks(self) -> tuple[ModulePath, ...]:
-        """The coarsest modules that are placed as a whole: no-split blocks, and what stands beside them."""
+        """The coarsest modules that are placed as a whole: no-split blocks, and modules outside of them."""
 
         def below(module: Module) -> Iterator[ModulePath]:
             for child in module.children:
@@ -261,7 +261,7 @@ class ModelGraph:
     def is_no_split(self, module: Module) -> bool:
         """Return whether transformers keeps this module whole on one device.
 
-        The model itself never counts, as in transformers' planner, though some models name their own class.
+        The model itself never counts, as in transformers' planner, even though some models name their own class.
         """
         return module.path != "" and module.class_name in self.no_split_classes
 
@@ -271,7 +271,7 @@ def _parent(name: str) -> str:
 
 
 def is_within(path: str, around: str) -> bool:
-    """Return whether a path is that of `around`, or of a module or tensor below it; the model itself does not count.
+    """Return whether a path is `around` or below it; the model itself, `""`, contains nothing by this.
 
     >>> is_within("model.layers.1.mlp", "model.layers.1"), is_within("model.layers.10", "model.layers.1")
     (True, False)

@@ -1,4 +1,4 @@
-"""Recognises what is named as a model and is in no format of transformers: what it is, and what to write instead."""
+"""Recognises models in formats that transformers does not read, and advises what to write instead."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 class OtherFormat(NamedTuple):
-    """A format that is not transformers', found in place of a model, and advice."""
+    """A format that transformers does not read, and advice."""
 
     message: str
     help: str
 
 
 def other_format(path: Path, within: Boundary | None = None) -> OtherFormat | None:
-    """Return what a file or folder without a model's `config.json` is, where it is known."""
+    """Return the format of a file or folder without a model's `config.json`, if it is known."""
     if path.name.lower().endswith(".gguf"):
         return _gguf(path, str(path))
     if path.name.endswith((".yaml", ".yml")):
@@ -61,13 +61,13 @@ def other_format(path: Path, within: Boundary | None = None) -> OtherFormat | No
 
 
 def advice_on_missing(text: str, path: Path) -> str | None:
-    """Return what was meant by a source that is not there: a hub's address, a home folder, a name that is misspelt."""
+    """Return advice on a source that does not exist: a web address, a home folder, a misspelt name."""
     if (address := HUB_ADDRESS.fullmatch(text)) is not None:
         return f"name the hub id: `source: {address['id']}`"
     if text.startswith("~"):
         return "write the path out: `~` stands for nothing here"
     folder = next((parent for parent in path.parents if is_folder(parent)), None)
-    if folder is None or text.count("/") < len(path.relative_to(folder).parts):  # where nothing of it is there
+    if folder is None or text.count("/") < len(path.relative_to(folder).parts):  # nothing of the path exists
         return None
     missing = path.relative_to(folder).parts
     close = closest(missing[0], os.listdir(folder))  # noqa: PTH208
@@ -77,7 +77,7 @@ def advice_on_missing(text: str, path: Path) -> str | None:
 
 
 def names_gguf(repository: str) -> bool:
-    """Return whether a hub id is, by its name, one of GGUF files."""
+    """Return whether the name of a hub id says that it holds GGUF files."""
     return "gguf" in repository.lower()
 
 

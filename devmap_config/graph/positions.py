@@ -1,8 +1,8 @@
-"""Finds where a model's positions end: how many tokens it takes before a table has no row for the next position.
+"""Finds the end of a model's positions: the number of tokens after which a table has no row for the next position.
 
-Models read their tables in many ways (with an offset, by a mask's sum, as slices), so no key of the config is believed.
-The model's own code is run without data at about the length of each table that it reads by position. What it reads
-there hangs on no data: numbers that are made of nothing but shapes and the prompt are computed for real beside.
+Models read their tables in many ways (with an offset, by a mask's sum, as slices), so no key of the config is trusted.
+The model's own code is run without data at about the length of each table that it reads by position. Positions do not
+depend on weights: they are computed from shapes and the prompt alone, so their real values are tracked.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SHORT_LENGTH = 8
-"""Tokens of the prompt by which is seen which tables are read; no table of positions is as short."""
+"""The tokens of the prompt that shows which tables are read; no table of positions is as short."""
 
 MOST_NUMBERS = 2**22
-"""Tensors with more elements are not computed for real."""
+"""The values of tensors with more elements are not tracked."""
 
 LARGEST_OFFSET = 8
 """The most rows of a table that may stay unused: OPT begins at its third, RoBERTa after that of its padding."""
 
 
 class PositionsEndError(Exception):
-    """A position was looked up that a table does not have."""
+    """The model read a position that a table does not have."""
 
 
 def end_of_positions(run: Callable[[int, PositionReads], object], reads: Callable[[], PositionReads]) -> int | None:
-    """Return the most tokens that a model can be given at once; `None` if its positions do not end.
+    """Return the most tokens that a model takes at once; `None` if its positions do not end.
 
     Args:
-        run: runs the model on a prompt of so many tokens, within what sees the tables that are read.
-        reads: makes the latter.
+        run: runs the model on a prompt of this many tokens, under a `PositionReads`.
+        reads: makes a new `PositionReads`.
     """
 
     def runs(length: int) -> bool:
-        with suppress(Exception):  # whatever a model's own code raises where a table has come to its end
+        with suppress(Exception):  # a model's own code may raise anything at the end of a table
             run(length, reads())
             return True
         return False
@@ -64,7 +64,7 @@ def end_of_positions(run: Callable[[int, PositionReads], object], reads: Callabl
         return None
     size = next(size for size in sizes if size == sizes[-1] or not runs(size + 1))
     end = next((length for length in range(size, max(size - LARGEST_OFFSET, SHORT_LENGTH), -1) if runs(length)), None)
-    # A model that wants its prompt to be a multiple of something does not end there.
+    # If longer prompts run, the model only requires multiples of some length.
     return None if end is None or any(map(runs, (end + 1, end + 2, 2 * end))) else end
 
 
@@ -72,11 +72,11 @@ class PositionReads(dispatch_mode()):  # type: ignore[misc]  # torch is not read
     """Notes the sizes of tables that are read by position, and refuses a position that a table does not have.
 
     Attributes:
-        sizes: of what may be such a table, along the dimension that is read.
+        sizes: the sizes of possible tables, along the dimension that is read.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor], stated: Collection[int]) -> None:
-        """A table is one of the model's `weights`, or as long as a length that its config has `stated`."""
+        """A table is one of the model's `weights`, or has one of the lengths that its config has `stated`."""
         super().__init__()
         self.sizes: set[int] = set()
         self._weights = {storage_key(weight) for weight in weights}
@@ -100,7 +100,7 @@ class PositionReads(dispatch_mode()):  # type: ignore[misc]  # torch is not read
             if last >= size:
                 raise PositionsEndError(f"position {last} of {size}")
             if last == int(numbers.min()):
-                return  # the words of the prompt, which are all the same
+                return  # the tokens of the prompt, which are all the same
         if size > SHORT_LENGTH and (size in self._stated or storage_key(table) in self._weights):
             self.sizes.add(size)
 
@@ -121,12 +121,12 @@ def _reads(function: Any, arguments: Any) -> Iterator[tuple[torch.Tensor, int, t
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the numbers of a tensor without data, where they are known."""
+    """Return the values of a tensor without data, if they are known."""
     return getattr(tensor, "known_numbers", None)
 
 
 def _compute(function: Any, arguments: Any, options: Any, result: Any) -> None:
-    """Do with the numbers that are known what was done without data."""
+    """Repeat on known values an operation that was run without data."""
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     if not outputs:
         return
@@ -144,11 +144,13 @@ def _compute(function: Any, arguments: Any, options: Any, result: Any) -> None:
 
 
 LENGTHS = ("ctx", "max", "pos", "seq")
-"""Parts of the keys by which configs state a greatest length."""
+"""Parts of the keys that state a greatest length in configs."""
 
 
 def stated_lengths(config: PreTrainedConfig) -> frozenset[int]:
-    """Return the numbers by which a config may say where positions end: some tables are made when they are read."""
+    """Return the numbers of a config that may be the end of positions, as some tables are only made when they are
+    read.
+    """
     stated = config.get_text_config(decoder=True).to_dict()
     return frozenset(
         value for name, value in stated.items() if isinstance(value, int) and any(part in name for part in LENGTHS)
@@ -156,11 +158,13 @@ def stated_lengths(config: PreTrainedConfig) -> frozenset[int]:
 
 
 def trained_length(config: PreTrainedConfig) -> int | None:
-    """Return the longest context that a model is meant for, rotations that are stretched for a longer one included."""
+    """Return the longest context that a model was trained for, including rotary embeddings that are scaled to a
+    longer one.
+    """
     text_config = config.get_text_config(decoder=True)
     stated = getattr(text_config, "max_position_embeddings", None)
     rotations = getattr(text_config, "rope_parameters", None) or {}
     factor, original = rotations.get("factor"), rotations.get("original_max_position_embeddings")
-    if not isinstance(stated, int) or stated <= 0:  # XLNet says -1: there is no limit
+    if not isinstance(stated, int) or stated <= 0:  # -1 of XLNet stands for no limit
         return None
     return max(stated, int(factor * original)) if factor and original else stated

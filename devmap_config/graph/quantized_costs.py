@@ -1,4 +1,4 @@
-"""The costs of running a model with quantised weights, from those measured with dense weights."""
+"""Derives the costs of running a model with quantised weights from those measured with dense weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def quantized(
     *,
     copies_for_each_token: bool,
 ) -> Measurement:
-    """Return what was measured with dense weights as it is with those that the graph holds.
+    """Return a measurement with dense weights, converted to the quantised weights of the graph.
 
     Args:
-        measurement: of the model before quantization.
-        graph: with sizes after it.
-        dense_bytes: what each converted tensor takes in the dtype of the activations.
-        copy_bytes: the bytes of the copies of each of these that its module makes to multiply with it.
-        copies_for_each_token: whether it makes them for a single token too.
+        measurement: the measurement of the model before quantization.
+        graph: the graph, with sizes after quantization.
+        dense_bytes: the bytes of each converted tensor in the dtype of the activations.
+        copy_bytes: the bytes of the dense copies that modules make of these tensors for their products.
+        copies_for_each_token: whether modules make these copies for a single token, too.
     """
     dense: dict[str, int] = {}
     held: dict[str, int] = {}
@@ -60,7 +60,7 @@ def quantized(
             own_peak_bytes=cost.own_peak_bytes + copied_bytes,
             doubled_own_peak_bytes=cost.doubled_own_peak_bytes + copied_bytes,
             prefill_touched_bytes=max(cost.prefill_touched_bytes - before, 0) + after + written_bytes,
-            # One token reads little but weights, of experts only the active ones.
+            # For one token, little is read except weights, and only those of active experts.
             decode_touched_bytes=cost.decode_touched_bytes * token_bytes // before,
         )
 

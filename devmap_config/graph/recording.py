@@ -1,4 +1,4 @@
-"""Notes what running modules allocate, compute, and give each other, on tensors without data."""
+"""Records what running modules allocate, compute, and pass to each other, on tensors without data."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ if TYPE_CHECKING:
 HALF_PRECISION_BYTES = 2
 
 TORCH_ATTENTION = torch_attention()
-"""torch's own, before it is patched."""
+"""torch's own function, before it is patched."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """Something that happened while these modules were running, the innermost last."""
+    """An event, with the modules that were running, the innermost last."""
 
     running: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation(RecordedEvent):
-    """A storage that came to be (positive) or went (negative); which one it was tells no two apart."""
+    """A storage that was allocated (positive) or freed (negative); its identity is not compared."""
 
     storage: int = field(compare=False)
     size_bytes: int
 
 
 class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by the type checker
-    """Notes storages as they come and go, the modules that are running meanwhile, and what passes between blocks."""
+    """Records when storages are allocated and freed, which modules are running, and what passes between blocks."""
 
     def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...], traffic: Traffic) -> None:
         """Keep the `known` tensors alive: if they were freed, later tensors could have their addresses."""
@@ -68,9 +68,11 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         self.traffic = traffic
         self.running: tuple[str, ...] = ()
         self.events: list[RecordedEvent] = []
-        self.repeated: dict[str, str] = {}  # by blocks that stood still, the block whose doings they repeated
+        self.repeated: dict[str, str] = {}  # for blocks that were not run, the block that they repeated
         self.stands_for: dict[int, tuple[str, int]] = {}
-        """By storages that a block left, that block, and how many repeated it: theirs go when the storage goes."""
+        """By storage that a block left behind: that block, and how many blocks repeated it, whose storages are freed
+        with it.
+        """
         self.maker: dict[int, str] = {}
         self._known = {storage_key(tensor) for tensor in known}
         self._alive: dict[int, int] = {}
@@ -79,17 +81,19 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
 
     @property
     def innermost(self) -> str:
-        """The module that runs, of whose children none does."""
+        """The innermost running module."""
         return self.running[-1] if self.running else ""
 
     @property
     def allocations(self) -> Iterator[Allocation]:
-        """The storages that came and went."""
+        """Yield the storages that were allocated and freed."""
         return (event for event in self.events if isinstance(event, Allocation))
 
     @contextmanager
     def ignoring(self) -> Iterator[None]:
-        """Treat tensors that are made within the context as if they had existed before, such as a model's inputs."""
+        """Treat tensors that are made while the context lasts, such as a model's inputs, as if they had existed
+        before.
+        """
         self._ignores = True
         try:
             yield
@@ -109,7 +113,9 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Watch what runs. Cycles of references are left alone meanwhile: when they go depends on what went before."""
+        """Watch the modules of a model. Garbage collection is off meanwhile, because its timing depends on earlier
+        work.
+        """
         with ExitStack() as stack:
             if gc.isenabled():
                 gc.disable()
@@ -141,15 +147,15 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
         return result
 
     def dispatch(self) -> None:
-        """See that torch was asked for an operation, if only for a view."""
+        """Take note of an operation that was dispatched, even if only for a view."""
 
     def observe(self, function: Any, arguments: Any, options: Any, result: Any, outputs: list[torch.Tensor]) -> None:
-        """See an operation that was run, the storages of whose outputs are noted."""
+        """Take note of an operation that was run; the storages of its outputs are recorded already."""
         del function, result
         self.traffic.operate(map(self.serial_of, tensors_in((arguments, options))), map(self.serial_of, outputs))
 
     def note(self, tensor: torch.Tensor) -> None:
-        """Note a storage that is new."""
+        """Record the storage of a tensor, if it is new."""
         storage = tensor.untyped_storage()
         key = storage_identity(storage)
         if key in self._known or key in self._alive:
@@ -159,14 +165,14 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
             finalize(storage, self._known.discard, key)
             return
         size_bytes = storage.nbytes()
-        self._serial += 1  # an address may be used again
+        self._serial += 1  # an address may be reused
         self._alive[key] = self._serial
         self.maker[self._serial] = self.running[-1] if self.running else ""
         self.events.append(Allocation(self.running, self._serial, size_bytes))
         finalize(storage, self.forget, key, self._serial, size_bytes)
 
     def watch_for_release(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Note when storages that existed before are freed, as when a cache grows into a new one."""
+        """Watch when storages that existed before are freed, as when a cache is copied to a larger one."""
         for tensor in tensors:
             key = storage_key(tensor)
             if key not in self._known:
@@ -187,16 +193,16 @@ class Recorder(dispatch_mode()):  # type: ignore[misc]  # torch is not read by t
             self.events += [gone] * (1 if block in self.running else 1 + others)
 
     def serial_of(self, tensor: torch.Tensor) -> int | None:
-        """Under which number a tensor's storage was noted."""
+        """Return the number under which a tensor's storage was recorded."""
         return self._alive.get(storage_key(tensor))
 
 
 MOST_OPERATIONS = 1_000_000
-"""Operations for which a model is run without data: some three minutes, of which DeepSeek-V3 takes a second."""
+"""The most operations that a model is run for without data: about three minutes; DeepSeek-V3 takes a second."""
 
 
 class TooManyOperationsError(OtherInputsError):
-    """A model that is run without data runs more operations than it may."""
+    """A model that is run without data needs too many operations."""
 
 
 @dataclass
@@ -209,7 +215,7 @@ class OperationBudget:
         """Count an operation.
 
         Raises:
-            TooManyOperationsError: if it is one too many.
+            TooManyOperationsError: if the budget is spent.
         """
         self.spent += 1
         if self.spent > MOST_OPERATIONS:
@@ -217,7 +223,7 @@ class OperationBudget:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Have recorders draw on it, in this thread."""
+        """Have recorders of this thread draw on this budget while the context lasts."""
         before = _BUDGET.set(self)
         try:
             yield
@@ -229,7 +235,7 @@ _BUDGET: ContextVar[OperationBudget | None] = ContextVar("operation budget", def
 
 
 class Meter(Recorder):
-    """Counts besides what modules compute and touch, and notes what passes between blocks."""
+    """A recorder that also counts what modules compute and touch, and records what passes between blocks."""
 
     def __init__(self, names: dict[int, str], known: tuple[torch.Tensor, ...], traffic: Traffic) -> None:
         super().__init__(names, known, traffic)
@@ -240,7 +246,7 @@ class Meter(Recorder):
         self.dispatches: dict[str, int] = {}
         self._is_within_kernel = False
         self.order: dict[str, None] = {}
-        self.kept: frozenset[int] = frozenset()  # what the cache holds in the end
+        self.kept: frozenset[int] = frozenset()  # the storages of the final cache
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
         """Note that a module begins to run."""
@@ -249,13 +255,13 @@ class Meter(Recorder):
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Watch what runs, attention as a fused kernel runs it."""
-        # The function's name is looked up where it is called, and a mode around functions costs at each of them.
+        """Watch the modules of a model, with attention replaced by a fused kernel."""
+        # A patch suffices, as callers look the function up by name; a mode would slow down every other function.
         with super().watching(model), attending_with(self.attend):
             yield
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        """Run attention as a fused kernel does, and count it as one, if there is one for the shape."""
+        """Compute attention like a fused kernel, and count it as one, if there is one for the shape."""
         self._is_within_kernel = True
         output = fused_attention(query, key, value, *rest, **options)
         self._is_within_kernel = False
@@ -270,7 +276,7 @@ class Meter(Recorder):
         return output
 
     def dispatch(self) -> None:
-        """Count what the host is asked for."""
+        """Count a dispatched operation."""
         if not self._is_within_kernel:
             self.dispatches[self.innermost] = self.dispatches.get(self.innermost, 0) + 1
 
@@ -283,12 +289,12 @@ class Meter(Recorder):
         self.count(_operations(function, arguments, options, result), _touched_bytes(function, inputs, outputs))
 
     def add(self, operations: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        """Count what a kernel does that is not run."""
+        """Count the work of a kernel that is not run."""
         self.traffic.operate(map(self.serial_of, inputs), map(self.serial_of, outputs))
         self.count(operations, sum(map(shown_bytes, (*inputs, *outputs))))
 
     def count(self, operations: int, touched_bytes: int) -> None:
-        """Add to what the innermost running module does itself."""
+        """Add to the work of the innermost running module."""
         module = self.innermost
         self.operations[module] = self.operations.get(module, 0) + operations
         self.touched_bytes[module] = self.touched_bytes.get(module, 0) + touched_bytes
@@ -297,22 +303,22 @@ class Meter(Recorder):
 
 @dataclass
 class Traffic:
-    """The tensors that pass between blocks: inputs with their makers, and reads of what was not an input."""
+    """The tensors that pass between blocks: inputs with their makers, and reads of tensors that were no input."""
 
     blocks: Mapping[str, None]
     skipped: frozenset[str]
     input_bytes: dict[str, int] = field(default_factory=dict)
     output_bytes: dict[str, int] = field(default_factory=dict)
     crossings: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    """By reader and maker: how many tensors, and their bytes."""
+    """The number of tensors and their bytes, by reader and maker."""
     bonds: dict[tuple[str, str], None] = field(default_factory=dict)
     origin: dict[int, str] = field(default_factory=dict)
-    """The block that made a storage, or, outside of blocks, what it was computed from."""
+    """The block that made a storage or, outside of blocks, the origin of what it was computed from."""
     current: str = ""
     given: frozenset[int] = frozenset()
 
     def enter(self, path: str, arguments: Any, options: Any, serial_of: Callable[[torch.Tensor], int | None]) -> None:
-        """Note what a module is given, and by which block that was made."""
+        """Record the inputs of a module, and the blocks that made them."""
         named = {name: value for name, value in options.items() if name not in self.skipped}
         tensors = list(brought_along((arguments, named)))
         self.input_bytes[path] = max(self.input_bytes.get(path, 0), total_bytes(tensors))
@@ -328,14 +334,14 @@ class Traffic:
                 self.crossings[path, maker] = (count + 1, size_bytes + shown_bytes(tensor))
 
     def leave(self, path: str, output: Any) -> None:
-        """Note what a module gives back."""
+        """Record the outputs of a module."""
         returned = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         self.output_bytes[path] = max(self.output_bytes.get(path, 0), total_bytes(returned))
         if path == self.current:
             self.current, self.given = "", frozenset()
 
     def operate(self, inputs: Iterable[int | None], outputs: Iterable[int | None]) -> None:
-        """Note where the results of an operation are, and that what it reads must be there."""
+        """Record the origin of an operation's results, and that its inputs must be on the same device."""
         read = dict.fromkeys(serial for serial in inputs if serial is not None)
         makers = dict.fromkeys(maker for serial in read if (maker := self.origin.get(serial)))
         if self.current:
@@ -353,29 +359,29 @@ class Traffic:
                 self.origin.setdefault(made, home)
 
     def bond(self, first: str, second: str) -> None:
-        """Note that two blocks must run on one device."""
+        """Record that two blocks must run on one device."""
         self.bonds.setdefault((min(first, second), max(first, second)))
 
 
 def fused_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_arguments: Any, **options: Any
 ) -> torch.Tensor | None:
-    """Return the output of attention as a fused kernel makes it: with one number a row besides, and no matrix of
-    scores.
+    """Return the output of attention as a fused kernel allocates it: with one extra number for each row, and no matrix
+    of scores.
 
-    Left to itself, torch falls back to the matrix where the CPU has no kernel for the shape: heads whose keys and
-    values differ in size, as in latent attention. `None` if no fused kernel has the shape.
+    torch itself would fall back to the matrix for shapes without a kernel on the CPU, such as heads whose keys and
+    values differ in size, as in latent attention. Return `None` if no fused kernel supports the shape.
     """
     if query.shape[:-2] != key.shape[:-2] and not options.get("enable_gqa"):
-        return None  # fused kernels do not broadcast heads; then the scores are formed
+        return None  # fused kernels do not broadcast heads, so the scores are computed
     *outer, heads, length, _width = query.shape
-    output = query.new_empty((*outer, length, heads, value.shape[-1])).transpose(-2, -3)  # as kernels lay it out
-    query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, gone at once
+    output = query.new_empty((*outer, length, heads, value.shape[-1])).transpose(-2, -3)  # in the layout of kernels
+    query.new_empty(query.shape[:-1], dtype=torch.float32)  # the rows' normalisers, freed at once
     return output
 
 
 def replace_tensors(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
-    """Put fake tensors in place of the meta ones, what is tied still tied; gives the fake ones."""
+    """Replace the model's meta tensors with fake ones, keep ties, and return the fake ones."""
     replaced: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -387,7 +393,7 @@ def replace_tensors(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
         parameters, buffers = own_parameters(module), own_buffers(module)
         for name, parameter in parameters.items():
             if parameter is not None:
-                # Of what is to be trained products are made in another way, as of a model that was loaded.
+                # Without gradients, as after loading: torch computes products of trainable tensors in another way.
                 parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
         for name, buffer in buffers.items():
             if buffer is not None:
@@ -408,9 +414,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors that accelerate copies to where a module runs: also those of a mapping that knows how to be
-    moved.
-    """
+    """Yield the tensors that accelerate copies to a module's device, including those in mappings with a `to` method."""
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor):
             yield leaf
@@ -419,12 +423,14 @@ def brought_along(inputs: Any) -> Iterator[torch.Tensor]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return the identity of the storage that a tensor shows."""
+    """Return the identity of a tensor's storage."""
     return storage_identity(shown_storage(tensor))
 
 
 def _grouped_product(arguments: Any) -> torch.Tensor | None:
-    """Return the product of rows with their experts' weights: without data torch knows its shape for bfloat16 only."""
+    """Return the product of rows with their experts' weights, whose shape torch computes without data only for
+    bfloat16.
+    """
     rows, weights = arguments[:2]
     if rows.dim() != 2 or weights.dim() != 3:
         return None
@@ -432,7 +438,7 @@ def _grouped_product(arguments: Any) -> torch.Tensor | None:
 
 
 def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int:
-    """Return floating-point"""
+    """Return the floating-point operations of an operation of torch, by its name and shapes."""
     packet = operation_packet(function)
     if packet in (registry := flop_registry()):
         return int(registry[packet](*arguments, **options, out_val=result))
@@ -443,9 +449,9 @@ def _operations(function: Any, arguments: Any, options: Any, result: Any) -> int
 
 
 def _attention_operations(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    """Return floating-point
+    """Return the floating-point operations of attention.
 
-    Keys and values may have fewer heads, which several of the queries' share.
+    Keys and values may have fewer heads, each shared by several heads of the queries.
     """
     products = math.prod(query.shape[:-1]) * key.shape[-2]
     return int(2 * products * (query.shape[-1] + value.shape[-1]))
@@ -455,7 +461,7 @@ WITHOUT_KERNEL = frozenset(
     f"aten::{name}"
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 )
-"""Operations that make a tensor, and for which no device computes anything."""
+"""Operations that make a tensor without any computation."""
 
 
 def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
@@ -463,7 +469,7 @@ def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torc
     name = operation_name(function)
     written = sum(shown_bytes(tensor) for tensor in outputs)
     if name in ("aten::embedding", "aten::index", "aten::gather", "aten::index_select"):
-        return 2 * written  # only what is looked up is read
+        return 2 * written  # only the selected rows are read
     if is_grouped_product(function):
         rows, experts = inputs[0].shape[-2], inputs[1].shape[0]
         touched_experts_bytes = shown_bytes(inputs[1]) * min(rows, experts) // experts
@@ -472,7 +478,7 @@ def _touched_bytes(function: Any, inputs: list[torch.Tensor], outputs: list[torc
 
 
 def shown_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of the elements of a tensor, whatever its storage holds besides."""
+    """Return the bytes of the elements of a tensor, without the rest of its storage."""
     size_bytes: int = tensor.numel() * tensor.element_size()
     return size_bytes
 

@@ -1,4 +1,4 @@
-"""The references of a config to code that comes with its model, read without running any."""
+"""Reads the references of a config to code that comes with its model, without running it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ READ_IT_FIRST = "read it, then pass `--trust-remote-code`: it runs with all that
 
 
 def code_files(config: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the files that the config, or the config of a model within, would have run; in order, each once.
+    """Return the files that the config, or an inner config, would have run; in order, each once.
 
     A file of another repository than the model's is written `owner/name: file.py`.
     """
@@ -21,7 +21,7 @@ def code_files(config: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def hub_kernel(config: Mapping[str, object]) -> str | None:
-    """Return the repository of the hub whose code the config, or that of a model within, has attention computed by."""
+    """Return the repository of the hub whose code the config, or an inner config, names for attention."""
     for key, value in config.items():
         if key in ("attn_implementation", "_attn_implementation") and isinstance(value, str) and "/" in value:
             return value
@@ -57,11 +57,11 @@ def fails_without(config: Mapping[str, object], class_name: str, error: Exceptio
     if not code_files(config):
         return False
     is_known = str(config.get("model_type")) in transformers.CONFIG_MAPPING and hasattr(transformers, class_name)
-    return not is_known or "trust_remote_code" in str(error)  # what it tells to set, of models within the model
+    return not is_known or "trust_remote_code" in str(error)  # the argument that the error asks for, for inner models
 
 
 def listed(files: tuple[str, ...]) -> str:
-    """Files as a message names them."""
+    """Return files as a message names them."""
     return ", ".join(f"`{file}`" for file in files)
 
 
@@ -85,7 +85,7 @@ def _texts(value: object) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         yield from _texts(list(value.values()))
-    elif isinstance(value, list):  # of a tokenizer: the slow and the fast one
+    elif isinstance(value, list):  # for a tokenizer, the slow and the fast one
         for each in value:
             yield from _texts(each)
 

@@ -1,9 +1,9 @@
 """Runs only two of the blocks that are alike; the others repeat what the second did, without being run.
 
-Blocks are alike if they are made alike (classes, shapes, settings, the config's entries for each), are given alike
-inputs, and if the first two of them do the same. A block that is given something else is run. If a block does something
-that cannot be repeated (keeps what it made, reads what it was not given, runs twice), `NotAlikeError` is raised, and
-the caller runs every block of that kind.
+Blocks are alike if they are built alike (classes, shapes, settings, the config's entries for each), have alike inputs,
+and if the first two of them do the same. A block with other inputs is run. If a block does something that cannot be
+repeated (it keeps tensors, reads tensors that it was not given, or runs twice), `NotAlikeError` is raised, and the
+caller runs every block of that kind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NotAlikeError(Exception):
     """Blocks that looked alike do not do the same, or not in a way that can be repeated.
 
     Attributes:
-        block: one of them, if it is known which kind they are of.
+        block: one of them, if their kind is known.
     """
 
     def __init__(self, message: str, block: str | None = None) -> None:
@@ -58,8 +58,8 @@ def kinds_of(
 ) -> tuple[Kind, ...]:
     """Group the blocks of a model that are made alike, and `placed` alike.
 
-    Code that comes with a model is not trusted with this: its blocks may look at their positions while they run. That
-    transformers' own blocks do not is tested for every architecture, with its default config.
+    Code that comes with a model is excluded, as its blocks may depend on their positions. Tests show that transformers'
+    own blocks do not, for every architecture with its default config.
 
     Args:
         model: the model, with tensors or without.
@@ -67,7 +67,7 @@ def kinds_of(
         placed: returns the placement of a block in a form that can be compared.
 
     Returns:
-        The groups of more than two blocks: of smaller ones, none could be left out.
+        The groups of more than two blocks; in smaller ones, no block could be skipped.
     """
     if not is_own_model(model):
         return ()
@@ -83,7 +83,7 @@ def kinds_of(
             block, place = model.get_submodule(path), _position(path)
             if all(
                 is_within(first_names[id(module)], path) for module in block.modules()
-            ):  # a module that other blocks share would run twice
+            ):  # a module that blocks share would run twice
                 settings = _settings_at(model.config, place, len(paths))
                 traits = (_module_traits(block, place), placed(path), *settings)
                 kinds.setdefault((parent, *traits), []).append(path)

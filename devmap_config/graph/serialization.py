@@ -1,4 +1,4 @@
-"""A `ModelGraph` as one compact JSON value, for the cache and for keeping it beside a profile."""
+"""Converts a `ModelGraph` to one compact JSON value, for the cache and for files beside a profile."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from devmap_config.graph.costs import Measurement
 from devmap_config.graph.model import ModelGraph, Module, ModulePath, Tensor, TensorName
 
 SCHEMA = "devmap-graph/6"
-"""Moves whenever the value below changes."""
+"""Changes whenever the format below changes."""
 
 
 def graph_to_json(graph: ModelGraph) -> dict[str, Any]:
-    """Return the graph as plain data; `graph_from_json` gives it back, equal."""
+    """Return the graph as plain data, from which `graph_from_json` makes an equal one."""
     no_placement = graph.no_placement_parameters
     return {
         "schema": SCHEMA,
@@ -49,7 +49,9 @@ def graph_from_json(value: dict[str, Any]) -> ModelGraph:
 
 
 def _module_to_json(module: Module) -> list[Any]:
-    """Return `[last segment, class, parameters, buffers, children]`: short, since there may be tens of thousands."""
+    """Return `[last segment, class, parameters, buffers, children]`, which is short because there may be tens of
+    thousands.
+    """
     return [
         module.path.rpartition(".")[2],
         module.class_name,
@@ -60,7 +62,7 @@ def _module_to_json(module: Module) -> list[Any]:
 
 
 def _tensor_to_json(tensor: Tensor) -> list[Any]:
-    of_quantizer = [tensor.in_buffer, tensor.offloaded_bytes]  # left out where it says nothing, as of most models
+    of_quantizer = [tensor.in_buffer, tensor.offloaded_bytes]  # left out if empty, as for most models
     return [
         tensor.name.rpartition(".")[2],
         list(tensor.shape),

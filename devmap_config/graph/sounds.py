@@ -1,4 +1,4 @@
-"""The ways to give a model sound: tensors of the shapes that its feature extractor would make, without one."""
+"""Makes inputs for sound, with the shapes that a model's feature extractor would make, but without the extractor."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ FRAMES_PER_SECOND = 100
 """Spectrograms have a frame for every ten milliseconds."""
 
 FRAMES_AT_ONCE = 16
-"""Frames are looked at in groups of as many, at most."""
+"""The most frames that are grouped."""
 
 STACKED, STACKED_EVERY = 7, 6
-"""So many frames, from every so manieth on, are one where frames overlap (FunASR)."""
+"""The number of frames that are stacked into one, and the distance between the first of each, if they overlap
+(FunASR).
+"""
 
 USUAL_BINS = (128, 80)
 
@@ -62,7 +64,7 @@ class _Sound:
 
     @property
     def bins(self) -> tuple[int, ...]:
-        """The numbers of frequencies that a spectrogram may have, as far as the config tells."""
+        """The possible numbers of frequencies of a spectrogram, by the config."""
         stated = (getattr(config, name, None) for name in BIN_NAMES for config in (self.audio, self.model.config))
         return tuple(filter(None, stated))[:1] or USUAL_BINS
 
@@ -78,7 +80,7 @@ class _Sound:
 
     @property
     def window(self) -> int:
-        """The frames of a window: encoders that take windows take whole ones."""
+        """The frames of a window; encoders that take windows take whole ones."""
         return 2 * (getattr(self.audio, "max_source_positions", None) or 1500)
 
     @property
@@ -101,7 +103,7 @@ def sound_candidates(model: PreTrainedModel, workload: WorkloadShape) -> Iterato
 
 
 def _spectrograms(sound: _Sound) -> Iterator[Media]:
-    """Frequencies by time or times by frequency, as they are or several in a row; or waves of a token each."""
+    """Yield spectrograms with either axis first, with single or stacked frames; or the waves of one token each."""
     batch, frames, window = sound.workload.batch_size, sound.frames, sound.window
     stacked = math.ceil(frames / STACKED_EVERY)
     shapes: list[tuple[tuple[int, int, int], int]] = []
@@ -121,7 +123,7 @@ def _spectrograms(sound: _Sound) -> Iterator[Media]:
 
 
 def require_one_window(model: PreTrainedModel, workload: WorkloadShape, media: Media) -> None:
-    """Check that an encoder that takes one window at a time is given no more sound (Whisper)."""
+    """Check that an encoder of one window at a time gets no more sound than that (Whisper)."""
     window = _Sound(model, workload, frozenset()).window
     shape = tuple(media.tensors["input_features"].shape) if "input_features" in media.tensors else ()
     if (
@@ -136,10 +138,10 @@ def require_one_window(model: PreTrainedModel, workload: WorkloadShape, media: M
 
 
 def _masks(sound: _Sound, count: int, frames: int, dtype: torch.dtype, *, is_padded: bool) -> Tensors:
-    """Return the masks that tell sound from padding: all frames, or as many as there are seconds of sound."""
+    """Return the masks that separate sound from padding: over all frames, or over those of the sound's seconds."""
     config = sound.model.config
     window, rate = (getattr(config, name, None) for name in ("window_size", "downsample_rate"))
-    masked = math.ceil(frames / window) * (window // rate) if window and rate else frames  # Granite's is of its tokens
+    masked = math.ceil(frames / window) * (window // rate) if window and rate else frames  # Granite masks tokens
     heard = torch.ones((count, masked), dtype=torch.long)
     if is_padded:
         heard = torch.arange(sound.windows * masked) < sound.workload.audio_seconds * FRAMES_PER_SECOND
@@ -154,7 +156,7 @@ def _masks(sound: _Sound, count: int, frames: int, dtype: torch.dtype, *, is_pad
 
 
 def _spectrograms_of_sizes(sound: _Sound) -> Iterator[Media]:
-    """Spectrograms, and how many tokens each takes (Phi-4-multimodal)."""
+    """Yield spectrograms with the number of tokens of each (Phi-4-multimodal)."""
     batch, frames = sound.workload.batch_size, sound.frames
     tokens = math.ceil(frames / 8)
     for bins in sound.bins:
@@ -169,7 +171,7 @@ def _spectrograms_of_sizes(sound: _Sound) -> Iterator[Media]:
 
 
 def _samples(sound: _Sound) -> Iterator[Media]:
-    """Yield a sound as it is."""
+    """Yield sound as plain samples."""
     batch, count = sound.workload.batch_size, sound.samples
     masks = {name: sound.ones(batch, count, dtype=torch.bool) for name in ("padding_mask", "input_values_mask")}
     masks = {name: mask for name, mask in masks.items() if name in sound.accepted}
@@ -182,6 +184,6 @@ SOUND_BY_PARAMETER: dict[str, Callable[[_Sound], Iterator[Media]]] = {
     "audio_input_features": _spectrograms_of_sizes,
     "input_values": _samples,
 }
-"""By a parameter of a model's forward how it may be given sound."""
+"""The ways to give a model sound, by a parameter of its forward."""
 
 SOUND_NAMES = tuple(SOUND_BY_PARAMETER)

@@ -40,7 +40,7 @@ CONNECTION_TIMEOUT_SECONDS = 5
 
 
 class ModelNotFoundError(Exception):
-    """No config was found; the text says where was looked, `help` what to do where that is known."""
+    """No config was found; the text says where it was searched, `help` what to do, if that is known."""
 
     def __init__(self, message: str, help: str | None = None) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class ModelNotFoundError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A revision of a hub id that was resolved to a commit before.
+    """A revision of a hub id that was resolved to a commit earlier.
 
     Attributes:
         source: the hub id; `None` if a lock of version 1 did not keep it.
@@ -62,22 +62,22 @@ class Resolved:
     checkpoint: str | None = None
 
     def holds_for(self, source: str, revision: str | None) -> bool:
-        """Return whether this source and revision is the one that was resolved."""
+        """Return whether this source and revision are those that were resolved."""
         return self.source is None or (self.source, self.revision) == (source, revision)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's config and checkpoint, and where they came from.
+    """A model's config and checkpoint, and their origin.
 
     Attributes:
         location: the directory or `config.json` to build from.
         config: the parsed config.
         weights: the directory or hub id that `from_pretrained` takes; `None` if there is only a config.
-        commit: what a hub revision resolved to.
-        stored_dtype: the dtype of the checkpoint, where the config does not tell.
-        checkpoint: what the headers of the checkpoint say, where they are at hand.
-        known_checkpoint: the digest of the same commit's headers, where they were read before and are not at hand now.
+        commit: the commit that a hub revision resolved to.
+        stored_dtype: the dtype of the checkpoint, if the config does not state it.
+        checkpoint: the headers of the checkpoint, if they are at hand.
+        known_checkpoint: the digest of the same commit's headers, if they were read before but are not at hand now.
     """
 
     location: Path
@@ -90,9 +90,7 @@ class ModelSource:
 
     @contextmanager
     def as_config(self) -> Iterator[Path]:
-        """Give transformers a path to the config, while the context lasts; one in a vendored graph is written to a
-        file.
-        """
+        """Yield a path to the config for transformers; that of a vendored graph is written to a temporary file."""
         if is_folder(self.location) or not self.location.name.endswith(".graph.json"):
             yield self.location
             return
@@ -102,24 +100,24 @@ class ModelSource:
 
     @property
     def repository(self) -> tuple[str, str] | None:
-        """The hub id and the commit that the config is of."""
+        """The hub id and the commit of the config."""
         return None if self.weights is None or self.commit is None else (self.weights, self.commit)
 
     @property
     def class_name(self) -> str | None:
-        """The class that the config names first; `None` if it names none, or something else is in its place."""
+        """The first class that the config names; `None` if it names none, or the entry is not a name."""
         architectures = self.config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else None
         return first if isinstance(first, str) else None
 
     @property
     def counted_config(self) -> dict[str, Any]:
-        """The parsed config without what changes nothing: which version wrote it."""
+        """The parsed config without the version of the library that wrote it, which has no effect."""
         return {key: value for key, value in self.config.items() if key != "transformers_version"}
 
     @property
     def config_digest(self) -> str:
-        """A digest of the parsed config: neither the layout of the file nor who wrote it counts."""
+        """A digest of the parsed config, whatever the layout of the file and the version that wrote it."""
         return digest(self.counted_config)
 
     @property
@@ -128,13 +126,13 @@ class ModelSource:
         return self.known_checkpoint if self.checkpoint is None else self.checkpoint.digest
 
     def checkpoint_dtype(self) -> str | None:
-        """Return the dtype that transformers' `auto` loads in, as far as the config or the checkpoint tells."""
+        """Return the dtype that transformers' `auto` loads in, if the config or the checkpoint has one."""
         return _declared_dtype(self.config) or self.stored_dtype
 
     def stored_apart(self, ties: Iterable[tuple[TensorName, TensorName]]) -> frozenset[tuple[TensorName, TensorName]]:
-        """Return the ties of which a local checkpoint holds both tensors, with different values.
+        """Return the ties whose two tensors a local checkpoint holds with different values.
 
-        transformers then loads two tensors, whatever the config says (flan-t5 has a head of its own).
+        transformers then loads two tensors, whatever the config says (flan-t5 has a separate head).
         """
         checkpoint = self.checkpoint
         if checkpoint is None or checkpoint.folder is None:
@@ -154,7 +152,7 @@ class ModelSource:
 def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
     """Return the model in a directory, or that of a `config.json` alone.
 
-    Links of its files lead nowhere out of `within`, or else of its own repository.
+    Links of its files must not lead out of `within` or, without that, of its own repository.
 
     Raises:
         ModelNotFoundError: if there is no readable config.
@@ -173,7 +171,7 @@ def local_source(path: Path, within: Boundary | None = None) -> ModelSource:
 
 
 def _checkpoint_beside(path: Path, config: Mapping[str, Any], within: Boundary | None) -> Checkpoint | None:
-    """Return the weights in the folder of a config: they tell the dtype, and are not what is to be loaded."""
+    """Return the checkpoint in the folder of a config, which shows the dtype but is not loaded."""
     try:
         return read_checkpoint(path.parent, config, within)
     except (CheckpointError, OSError):
@@ -181,7 +179,7 @@ def _checkpoint_beside(path: Path, config: Mapping[str, Any], within: Boundary |
 
 
 def _undeclared_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) -> str | None:
-    """Return the dtype that a checkpoint holds, where the config does not tell."""
+    """Return the dtype of a checkpoint, if the config does not state it."""
     if checkpoint is None or _declared_dtype(config) is not None:
         return None
     return first_floating_dtype(checkpoint.tensors.values())
@@ -189,7 +187,7 @@ def _undeclared_dtype(config: Mapping[str, Any], checkpoint: Checkpoint | None) 
 
 @dataclass(frozen=True, kw_only=True)
 class HubAccess:
-    """The access to files on the hub; options that are not set are as the environment of its client has them."""
+    """The options for access to the hub; options that are not set come from the environment of its client."""
 
     NAMES: ClassVar = ("cache_dir", "token", "local_files_only")
 
@@ -199,7 +197,7 @@ class HubAccess:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Have the hub asked so as long as this lasts, in this thread."""
+        """Use these options for requests of this thread while the context lasts."""
         before = _ACCESS.set(self)
         try:
             yield
@@ -216,13 +214,13 @@ _ACCESS: ContextVar[HubAccess] = ContextVar("hub access")
 def hub_source(
     repository: str, revision: str | None, *, commit: str | None = None, must_ask: bool = False
 ) -> ModelSource:
-    """Return the model in a repository of the hub: its cached config, or, on line, the current one.
+    """Return the model in a repository of the hub: with its current config if online, else with the cached one.
 
     Args:
         repository: the hub id.
-        revision: a branch, tag or commit; the default branch where it is `None`.
-        commit: a commit that is known already, which then is what is read.
-        must_ask: whether only the hub itself can say what a branch is now, and not what its cache remembers.
+        revision: a branch, tag or commit; with `None`, the default branch.
+        commit: a commit that the revision is known to resolve to, which is then read.
+        must_ask: whether the hub itself must resolve a branch, and not its cache.
 
     Raises:
         ModelNotFoundError: if the hub and its cache have no such repository, revision or config.
@@ -242,7 +240,7 @@ def hub_source(
     download = partial(hf_hub_download, repository, "config.json", revision=wanted, **had_by)
     try:
         try:
-            # What a commit holds never changes: the cache is asked first. A branch is asked of the hub.
+            # A commit never changes, so the cache is read first. A branch is resolved by the hub.
             path = Path(download(local_files_only=is_fixed or not _hub_answers()))
         except LocalEntryNotFoundError:
             if not is_fixed or not _hub_answers():
@@ -256,7 +254,7 @@ def hub_source(
     except EntryNotFoundError as error:
         help = f"if it holds an adapter or GGUF files, {ORIGINAL}"
         raise ModelNotFoundError(f"`{repository}` on the hub has no config.json", help) from error
-    except Exception as error:  # what the hub client raises has many types and no common one
+    except Exception as error:  # the errors of the hub's client have no common type
         reason = first_line(error) or type(error).__name__
         raise ModelNotFoundError(
             f"`{repository}` is neither a local path nor to be had from the hub: {reason}"
@@ -276,7 +274,7 @@ def hub_file(repository: str, name: str, commit: str) -> Path:
     """Return a file of a repository of the hub at a commit, in the hub's cache.
 
     Raises:
-        ModelNotFoundError: if neither that nor the hub has it.
+        ModelNotFoundError: if neither the cache nor the hub has it.
     """
     from huggingface_hub import hf_hub_download
 
@@ -286,13 +284,13 @@ def hub_file(repository: str, name: str, commit: str) -> Path:
         if (path := _cached_snapshot(repository, commit) / name).is_file():
             return path
         return Path(hf_hub_download(repository, name, local_files_only=not _hub_answers(), **had_by))
-    except Exception as error:  # what the hub client raises has many types and no common one
+    except Exception as error:  # the errors of the hub's client have no common type
         reason = first_line(error) or type(error).__name__
         raise ModelNotFoundError(f"`{name}` of `{repository}` is not to be had from the hub: {reason}") from error
 
 
 def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -> Checkpoint | None:
-    """Return the headers of a commit's checkpoint if they are at hand without asking the hub."""
+    """Return the headers of a commit's checkpoint, if they are available without a request to the hub."""
     from devmap_config.graph.hub_checkpoint import hub_checkpoint
 
     snapshot = _cached_snapshot(repository, commit)
@@ -300,7 +298,7 @@ def cached_checkpoint(repository: str, commit: str, config: Mapping[str, Any]) -
 
 
 def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
-    """Return the config of a commit, where the hub's cache has it."""
+    """Return the config of a commit, if the hub's cache has it."""
     try:
         return _read_config(_cached_snapshot(repository, commit) / "config.json")
     except ModelNotFoundError:
@@ -308,7 +306,7 @@ def cached_hub_config(repository: str, commit: str) -> Mapping[str, Any] | None:
 
 
 def _cached_snapshot(repository: str, commit: str) -> Path:
-    """Return the folder in which the hub's client keeps a commit, without importing the client, which takes long."""
+    """Return the folder in which the hub's client keeps a commit, without the slow import of the client."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     named = (
         _ACCESS.get(_AS_CONFIGURED).cache_dir
@@ -321,7 +319,7 @@ def _cached_snapshot(repository: str, commit: str) -> Path:
 
 
 def _hub_answers() -> bool:
-    """Return whether the hub can be reached; its client would find out only after half a minute of retries."""
+    """Return whether the hub can be reached, which its client would know only after half a minute of retries."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
@@ -342,7 +340,7 @@ def _hub_answers() -> bool:
 
 
 def is_hub_id(text: str) -> bool:
-    """Return whether a source may be the name of a repository on the hub."""
+    """Return whether a source may be the id of a repository on the hub."""
     return HUB_ID.fullmatch(text) is not None
 
 
@@ -365,11 +363,11 @@ def _read_config(path: Path, within: Boundary | None = None) -> Mapping[str, Any
 
 
 def source_from_here(loaded: LoadedProfile) -> str:
-    """Return the model's source as a command names it: local paths are relative to the working directory."""
+    """Return the model's source for use in a command: local paths are relative to the working directory."""
     source = loaded.profile.model.source
     return os.path.normpath(source.path) if is_local(loaded) else source.value
 
 
 def is_local(loaded: LoadedProfile) -> bool:
-    """Return whether a profile's model is a file or a folder, and not of the hub."""
+    """Return whether a profile's model is a file or a folder, rather than on the hub."""
     return exists(loaded.profile.model.source.path)

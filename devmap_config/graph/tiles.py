@@ -20,36 +20,38 @@ TILING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "internvl": ("GotOcr2ImageProcessor", {"crop_to_patches": True}),
     "smolvlm": ("SmolVLMImageProcessor", {}),
 }
-"""By type of model, transformers' class that cuts its images, and what the model's processor tells that class to do."""
+"""By type of model: transformers' class that cuts its images, and the settings that the model's processor overrides."""
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 
 LARGEST_SETTINGS = {"size": 2**16, "max_image_size": 2**16, "min_patches": 256, "max_patches": 256}
-"""The settings that are numbers, and how large they may be: cutting takes the square of the number of tiles."""
+"""The numeric settings and their upper limits, as the time of cutting is quadratic in the number of tiles."""
 
 SWITCHES = ("do_image_splitting", "crop_to_patches")
 
 
 class UnknownTilesError(Exception):
-    """The settings of the processor are not at hand, or are none by which an image can be cut."""
+    """The settings of the processor are not at hand, or are invalid."""
 
 
 def is_cut(source: ModelSource) -> bool:
-    """Return whether the model's processor may cut an image into tiles, each of which the model takes as an image."""
+    """Return whether the model's processor may cut an image into tiles, each of which counts as an image for the
+    model.
+    """
     return source.config.get("model_type") in TILING
 
 
 def tiles_of_image(source: ModelSource, height: int, width: int, boundary: Boundary) -> int:
-    """Return how many tiles an image of a size is cut into, the whole of it included.
+    """Return the number of tiles that an image is cut into, including the one of the whole image.
 
     Args:
-        source: the model, whose processor's settings are read from beside its config.
-        height: the image's, in pixels.
-        width: likewise.
-        boundary: what files of the repository may lead to.
+        source: the model; the settings of its processor are read from the folder of its config.
+        height: the height of the image, in pixels.
+        width: the width of the image, in pixels.
+        boundary: the folder that links of the repository must not lead out of.
 
     Raises:
-        UnknownTilesError: where the settings do not say.
+        UnknownTilesError: if the settings do not determine the number.
     """
     import transformers
 
@@ -60,14 +62,14 @@ def tiles_of_image(source: ModelSource, height: int, width: int, boundary: Bound
         found = processor(**settings).get_number_of_image_patches(height, width, dict(told))
     except ImportError as error:
         raise UnknownTilesError(f"`{name}` needs a package (`pip install pillow`): {first_line(error)}") from error
-    except Exception as error:  # whatever comes of settings that are none
+    except Exception as error:  # invalid settings may raise anything
         raise UnknownTilesError(f"its processor's settings do not say: {first_line(error)}") from error
     tiles = found[0] if isinstance(found, tuple) else found
     return max(int(tiles), 1)
 
 
 def _settings(source: ModelSource, boundary: Boundary) -> dict[str, Any]:
-    """Return the settings that decide into how many tiles an image is cut."""
+    """Return the settings that determine the number of tiles."""
     for name in FILES:
         values = _read(source, name, boundary)
         found = values.get("image_processor") if name == FILES[0] and values is not None else values

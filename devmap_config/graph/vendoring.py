@@ -1,4 +1,4 @@
-"""Keeps a model's graph beside its profile (`x.graph.json`), so that neither hub nor torch is needed to compile."""
+"""Stores a model's graph beside its profile (`x.graph.json`), so that compiling needs neither the hub nor torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from devmap_config.files import Boundary
 
 SCHEMA = "devmap-vendored-graph/3"
-"""2 has a digest over its content, 3 what the host dispatches."""
+"""Version 2 added a digest over the content, version 3 the host's dispatches."""
 
 
 KEYS = {"class_name": "class"}
@@ -36,16 +36,16 @@ LEFT_OUT = ("quantization", "adapter", "stored_dtype", "checkpoint", "dry_runs")
 
 
 NO_NAME = re.compile(r"[\\^$*+?{}()|\[\]]")
-"""Characters that no module's name may hold: a map's keys are read as regular expressions."""
+"""Characters that no module's name may have, because transformers reads the keys of a map as regular expressions."""
 
 
 class VendoredGraphError(Exception):
-    """A file holds no vendored graph that can be read; the text says why."""
+    """A file is not a readable vendored graph; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VendoredGraph:
-    """A graph with all that it was made from: the model's config and what the profile asked for."""
+    """A graph with its inputs: the model's config and the settings of the profile."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, revalidate_instances="always")
 
@@ -60,15 +60,15 @@ class VendoredGraph:
     workload: WorkloadShape | None
     quantization: Mapping[str, Any] | None = None
     adapter: str | None = None
-    """The digest of what the adapter's config says, which the graph counts."""
+    """The digest of the config of the adapter, which the graph counts."""
     stored_dtype: str | None = None
     checkpoint: str | None = None
-    """The digest of what the checkpoint's headers say, where they were at hand."""
+    """The digest of the checkpoint's headers, if they were at hand."""
     dry_runs: Mapping[str, Any] = field(default_factory=dict)
-    """What was found of plans of this model, by their digest."""
+    """The results of dry runs of plans for this model, by the plans' digests."""
 
     def to_text(self) -> str:
-        """Return the file: compact, the same bytes for the same graph."""
+        """Return the text of the file: compact, and the same bytes for the same graph."""
         value: dict[str, Any] = {
             "schema": SCHEMA,
             **{KEYS.get(each.name, each.name): getattr(self, each.name) for each in fields(self)},
@@ -88,21 +88,21 @@ def vendored_path(profile: Path) -> Path:
 
 
 def beside(profile: Path, suffix: str) -> Path:
-    """Return the path of a file that lies beside a profile and has its name, with another suffix.
+    """Return the path beside a profile with the same name and another suffix.
 
     >>> from pathlib import Path
     >>> beside(Path("profiles/quickstart.yaml"), ".lock.json").as_posix()
     'profiles/quickstart.lock.json'
     """
     name = profile.name.removesuffix(".yaml").removesuffix(".yml")
-    return profile.parent / (name + suffix)  # also where it is a folder that has no name, `.`
+    return profile.parent / (name + suffix)  # works even for `.`, a folder without a name
 
 
 def read_vendored(path: Path, within: Boundary) -> VendoredGraph | None:
     """Return the vendored graph in a file within a boundary; `None` if there is no file.
 
     Raises:
-        VendoredGraphError: if it holds none that can be used.
+        VendoredGraphError: if the file is not a usable graph.
     """
     try:
         value = read_json(path, GRAPH, within)
@@ -134,10 +134,10 @@ def _types() -> TypeAdapter[VendoredGraph]:
 
 
 def _require_consistent(graph: ModelGraph) -> None:
-    """Refuse a graph that speaks of what it does not have, of sizes below nothing, or by names that none has.
+    """Refuse a graph with references to modules that it lacks, negative sizes, or impossible names.
 
     Raises:
-        ValueError, VendoredGraphError: if it does.
+        ValueError, VendoredGraphError: if it has any.
     """
     modules, tensors = list(graph.root.walk()), list(graph.root.tensors())
     named = {

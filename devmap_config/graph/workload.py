@@ -1,4 +1,4 @@
-"""The workload under which a model is measured, from what a profile says of its requests."""
+"""The workload that a model is measured under, from the workload of a profile."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 VLLM_BATCHED_TOKENS = 2048
-"""Tokens of prompts that vLLM computes at once where nothing else is said: its `max_num_batched_tokens`."""
+"""The tokens of prompts that vLLM computes at once by default: its `max_num_batched_tokens`."""
 
 PROPOSED_TOKENS = 20
-"""As many as transformers has a draft model propose at once (`num_assistant_tokens`), and as it is held to."""
+"""The most tokens that a draft model proposes at once, which is transformers' default (`num_assistant_tokens`)."""
 
 
 def workload_of(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> WorkloadShape | None:
     """Return the workload to measure, or `None` if the profile names no context.
 
     Raises:
-        UnknownTilesError: if images are cut into tiles, and neither the processor's files nor the workload of a
-            measurement `before` tell into how many.
+        UnknownTilesError: if images are cut into tiles, and their number follows neither from the processor's files nor
+            from the workload of a measurement `before`.
     """
     wanted = loaded.profile.workload
     if (context_length := wanted.context_length.value) is None:
         return None
     inputs, size = wanted.inputs, wanted.inputs.image_size
-    proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # which the first forward takes as well
+    proposed = 0 if loaded.profile.model.assistant is None else PROPOSED_TOKENS  # the first forward takes these, too
     prompt_length = wanted.prompt_length or context_length
     if loaded.profile.is_for_vllm and wanted.prompt_length is None:
         prompt_length = max(min(prompt_length, VLLM_BATCHED_TOKENS // wanted.batch_size), 1)
@@ -51,7 +51,7 @@ def workload_of(loaded: LoadedProfile, source: ModelSource, before: WorkloadShap
 
 
 def _tiles(loaded: LoadedProfile, source: ModelSource, before: WorkloadShape | None) -> int:
-    """Return the number of tiles of each image: one without a size, and 0 of a model whose processor cuts none."""
+    """Return the number of tiles of each image: one without a size, and 0 for a model whose processor cuts none."""
     inputs = loaded.profile.workload.inputs
     if not inputs.images or not is_cut(source):
         return 0
