@@ -1,1 +1,1 @@
-"""The execution of a placement, as values: executors, and the time and memory that running takes."""
+"""The execution of a placement, as plain values: executors, and the time and memory that running takes."""

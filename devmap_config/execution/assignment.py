@@ -1,4 +1,4 @@
-"""`Location` and `Assignment`: what a plan is made of."""
+"""`Location` and `Assignment`: the parts that a plan consists of."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Location:
 
 
 ON_CPU = Location(CPU, CPU)
-"""Where what computes on the CPU is."""
+"""The location of modules that the CPU stores and runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A unit (module path or tensor name; `""` is the whole model), and where it is stored and runs."""
+    """A unit (module path or tensor name; `""` is the whole model), and the devices that store and run it."""
 
     unit: str
     tensors: tuple[TensorName, ...]

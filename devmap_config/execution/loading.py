@@ -1,12 +1,12 @@
-"""The peak of loading beyond the weights, from what transformers' loader keeps alive at once.
+"""Predicts the peak of loading beyond the weights, from the tensors that transformers' loader keeps alive at once.
 
 The loader maps the files of a checkpoint (safetensors) and takes one tensor after another from them. On the CPU, a
-tensor of the right dtype stays mapped, and everything else is made: cast, merged from the tensors of experts, or
-quantised. For other devices, a cast is made on the CPU and the copy on the device. Without a disk in the plan and
-without quantising, threads take tensors ahead; otherwise one is taken after another, and the last one stays alive while
-the next is made.
+tensor of the right dtype stays mapped; others are allocated: cast, merged from the tensors of experts, or quantised.
+For other devices, a cast is done on the CPU, and the result is copied. Without a disk in the plan and without
+quantising, threads load tensors ahead; otherwise tensors are loaded one by one, and each stays alive until the next is
+done.
 
-The pages of mapped files are not counted: the system takes them back when it needs them.
+The pages of mapped files are not counted, because the system reclaims them when it needs memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import LoadingFacts, ModelGraph, Tensor
 
 THREADS = 4
-"""How many tensors transformers takes ahead at once (`GLOBAL_WORKERS`)."""
+"""The number of tensors that transformers loads at once (`GLOBAL_WORKERS`)."""
 
 
 def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) -> dict[Device, int]:
-    """Return the bytes that each device holds at most while loading, beyond the weights that stay there."""
+    """Return the most bytes that each device holds while loading, beyond the weights that stay there."""
     facts = graph.loading
     if facts is None:
         return {}
@@ -47,7 +47,7 @@ def loading_extra_bytes(graph: ModelGraph, assignments: Iterable[Assignment]) ->
 
 
 def _made_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
-    """Return the bytes that are alive while a tensor is made, besides itself: parts that are merged, or its dense
+    """Return the bytes that are alive while a tensor is made, besides the tensor: its parts, if merged, or its dense
     values.
     """
     if tensor.name in facts.merged:
@@ -64,7 +64,7 @@ def _on_cpu(placed: list[tuple[Tensor, Device]], facts: LoadingFacts, *, one_by_
     passing = sum(cast_for_others[: 1 if one_by_one else THREADS])
     if not one_by_one:
         merged = [tensor for tensor, _ in here if tensor.name in facts.merged]
-        # Parts that are cast lie in small pieces, which the allocator keeps when what is merged from them is made.
+        # Parts that are cast are small allocations, which the allocator keeps after they have been merged.
         kept = sum(tensor.size_bytes for tensor in merged if is_cast(tensor, facts))
         return passing + kept + max((tensor.size_bytes for tensor in merged), default=0)
     alive, last = [0], [0]
@@ -87,7 +87,7 @@ def is_quantised(tensor: Tensor, facts: LoadingFacts) -> bool:
 
 
 def _quantising_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
-    """Return the bytes that are alive at most while a tensor is quantised, the tensor among them."""
+    """Return the most bytes that are alive while a tensor is quantised, including the tensor."""
     known_bytes = tensor.element_count * facts.quantising_item_bytes
     return max(known_bytes, _dense_bytes(tensor, facts) + tensor.size_bytes)
 
@@ -102,5 +102,7 @@ def is_cast(tensor: Tensor, facts: LoadingFacts) -> bool:
 
 
 def _part_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
-    """Return the bytes that are taken from the checkpoint at once for a tensor; of a merged one, an expert's part."""
+    """Return the bytes that are read from the checkpoint at once for a tensor; for a merged one, those of one
+    expert.
+    """
     return tensor.size_bytes // max(tensor.shape[0], 1) if tensor.name in facts.merged else tensor.size_bytes

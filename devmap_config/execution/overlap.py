@@ -1,4 +1,4 @@
-"""The time of blocks that are copied ahead to several cards, whose links together carry more than one alone."""
+"""The time of blocks that are copied ahead to several cards, whose links together are faster than one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
 
 FORWARDS = 8
-"""So many forwards are followed until one takes as long as the next."""
+"""The most forwards that are simulated until one takes as long as the next."""
 
 
 class Ahead(NamedTuple):
-    """A block that runs in a phase on a card to which the CPU's memory brings it ahead.
+    """A block that is copied ahead from the CPU's memory to the card that runs it in a phase.
 
-    It keeps its card for `card_nanoseconds`, the longer of running and of copying over the card's own link, and all
-    cards for `nanoseconds`: they run one after another, and share what the CPU's memory gives to all of them at once.
+    It occupies its card for `card_nanoseconds`, the longer of running and of copying over the card's own link. It
+    occupies all cards for `nanoseconds`, as they run one after another and share the rate of the CPU's memory.
     """
 
     phase: str
@@ -28,7 +28,7 @@ class Ahead(NamedTuple):
     nanoseconds: int
 
     def times(self, count: int) -> Ahead:
-        """Return what it keeps them for in so many forwards."""
+        """Return the block with the times of `count` forwards."""
         return Ahead(self.phase, self.card, count * self.card_nanoseconds, count * self.nanoseconds)
 
 
@@ -53,7 +53,7 @@ class Clock:
     ends: Counter[tuple[str, Device | None]] = field(default_factory=Counter)
 
     def end_of(self, block: Ahead) -> int:
-        """Return when a block ends that is the next to run."""
+        """Return when a block would end if it ran next."""
         last, own = self.ends[block.phase, None], self.ends[block.phase, block.card]
         return max(last + block.nanoseconds, own + block.card_nanoseconds)
 
@@ -64,16 +64,16 @@ class Clock:
 
 
 def total_nanoseconds(times: Iterable[Timed]) -> int:
-    """Return how long a forward takes, one of many, of what is done in this order."""
+    """Return the time of one of many forwards that does these things in this order."""
     every = tuple(times)
     return sum(time.nanoseconds for time in every) + ahead_nanoseconds(each for time in every for each in time.ahead)
 
 
 def ahead_nanoseconds(blocks: Iterable[Ahead]) -> int:
-    """Return what these blocks take of a forward, in the order in which they run, with one forward after another.
+    """Return the time of these blocks in a forward, in the order in which they run, with one forward after another.
 
-    It is by how much a forward ends later than the one before, on the card where that is the most. However few were
-    followed, it is not below what it comes to in the long run, nor below the sum of any card, nor that of all.
+    It is the difference between the ends of one forward and the next, on the card where that is largest. Even after few
+    simulated forwards, it is not below its limit in the long run, the sum of any card, or the sum of all.
 
     >>> turns = [Ahead("decode", card, 10, 5) for card in ("cuda:0", "cuda:1", "cuda:0", "cuda:1")]
     >>> ahead_nanoseconds(turns), ahead_nanoseconds(sorted(turns)), ahead_nanoseconds(turns[::2])

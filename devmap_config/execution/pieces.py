@@ -1,4 +1,4 @@
-"""The pieces of a model: modules whose weights, stored elsewhere, come to where they run at the same time."""
+"""The pieces of a model: modules whose streamed weights are copied to their device at the same time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def pieces_of(graph: ModelGraph, executor: Executor, main_device: Device) -> list[tuple[Module, ...]]:
-    """Return the modules that hold tensors, each with those that come together with it; in order of definition.
+    """Return the modules that hold tensors, grouped into those that are copied together, in order of definition.
 
-    Where they are copied ahead to an accelerator, a module with parameters comes with all that is within it, since it
-    runs as long as that does; and what shares a parameter comes together, so that it is there once.
+    If weights are copied ahead to an accelerator, a module with parameters is copied with everything within it, which
+    runs while the module does. Modules that share a parameter are copied together, so that it is copied only once.
     """
     together = [[path] for path, module in graph.modules.items() if module.own_tensors]
     if executor.works_ahead and main_device.is_accelerator:
@@ -39,9 +39,9 @@ def copied_bytes(
     executor: Executor,
     main_device: Device,
 ) -> dict[Device, int]:
-    """Return what of a piece is copied to each device; what is shared counts once.
+    """Return the bytes of a piece that are copied to each device; shared tensors count once.
 
-    What is read ahead for an accelerator is in the CPU's memory first.
+    Weights that are read ahead for an accelerator pass through the CPU's memory.
     """
     sizes: dict[Device, dict[TensorName, int]] = {}
     for tensor in (tensor for module in piece for tensor in module.own_tensors if tensor.name in homes):
@@ -57,7 +57,7 @@ def copied_bytes(
 def pieces_ahead(
     graph: ModelGraph, homes: Mapping[TensorName, Location], executor: Executor, main_device: Device
 ) -> tuple[tuple[ModulePath, ...], ...]:
-    """Return the modules of each piece that is brought ahead, as they run as far as that is known."""
+    """Return the modules of each piece that is copied ahead, in the order in which they run, if it is known."""
     measured = () if graph.measurement is None else graph.measurement.modules
     position = {cost.path: place for place, cost in enumerate(measured)}
 
@@ -76,7 +76,7 @@ def pieces_ahead(
 
 
 def _outermost(graph: ModelGraph) -> list[Module]:
-    """Return the modules within blocks, or blocks, that hold parameters and are in none that does."""
+    """Return the outermost modules with parameters within blocks, or the blocks themselves."""
     found: list[Module] = []
 
     def visit(module: Module) -> None:

@@ -1,6 +1,4 @@
-"""Selects the modules that compute on the CPU and are better prefilled on an accelerator, and from how many
-tokens on.
-"""
+"""Selects the modules that decode on the CPU but prefill faster on an accelerator, and from how many tokens on."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def prefilled_from(graph: ModelGraph, inventory: Inventory) -> dict[str, int]:
-    """Return from how many tokens on each module takes longer on the CPU than its weights take to an accelerator.
+    """Return, by module, the number of tokens from which the CPU is slower than copying the weights to an accelerator.
 
-    Of modules that hold all their weights themselves, as fused experts do, and no cache, those that a prompt is long
-    enough for which is as long as planned. Where a rate of the machine is not known, there are none.
+    Only modules that hold all their weights themselves, as fused experts do, and no cache are considered, and only if a
+    prompt of the planned length is long enough. If a rate of the machine is unknown, there are none.
     """
     measurement = graph.measurement
     if measurement is None or not measurement.measured or not inventory.accelerators:
@@ -47,7 +45,7 @@ def _is_apart(module: Module, cost: ModuleCost) -> bool:
 
 
 def _tokens(module: Module, cost: ModuleCost, rates: MachineRates, card: Device, prompt_tokens: int) -> int | None:
-    """Return the tokens for which the CPU takes as long as copying the weights and the outputs over the link; `None` if
+    """Return the number of tokens for which the CPU takes as long as copying the weights and the outputs; `None` if
     never.
     """
     computing = rates.step_nanoseconds(ModuleWork(0, cost.prefill_operations), CPU)

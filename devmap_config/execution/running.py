@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class RunningCost:
     """Bytes that a device needs while the plan runs.
 
-    `activation_bytes` are the largest peak of a module that runs there, with what caches keep alive beyond what they
-    show, and what of an offloaded cache is on its way; `streaming_bytes` the largest piece of weights that is copied in
-    at once.
+    `activation_bytes` is the largest peak of a module that runs there, plus the bytes that caches retain beyond their
+    elements, and the parts of an offloaded cache that are being copied. `streaming_bytes` is the largest piece of
+    weights that is copied in at once.
     """
 
     kv_cache_bytes: int = 0
@@ -37,11 +37,11 @@ class RunningCost:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum of all."""
         return self.kv_cache_bytes + self.activation_bytes + self.streaming_bytes
 
     def plus(self, kv_cache_bytes: int, activation_bytes: int) -> RunningCost:
-        """Return it with so much more."""
+        """Return the cost with these bytes added."""
         return replace(
             self,
             kv_cache_bytes=self.kv_cache_bytes + kv_cache_bytes,
@@ -57,7 +57,7 @@ class Running:
         most_tokens: the longest context that the model takes, whatever the memory.
         holding: modules whose cache is on the device.
         peaking: modules whose peak is on the device.
-        own: modules spread over devices, of which only their own operations run on the device.
+        own: modules spread over devices, whose own operations run on the device, but not all of their children.
     """
 
     workload: WorkloadShape
@@ -68,7 +68,7 @@ class Running:
     most_tokens: int | None = None
 
     def costs(self, context_length: int | None = None) -> dict[Device, RunningCost]:
-        """Return the bytes that each device needs, at the context of the workload or at another."""
+        """Return the bytes that each device needs, at the workload's context length or another one."""
         workload = self.workload
 
         def at(cost: ModuleCost) -> ModuleCost:
@@ -90,7 +90,7 @@ class Running:
     def _with_offloaded(
         self, costs: dict[Device, RunningCost], context_length: int | None
     ) -> dict[Device, RunningCost]:
-        """Return the costs with the offloaded part of a cache on the CPU, and with what is in transit there and on a
+        """Return the costs with the offloaded part of a cache on the CPU, plus the parts in transit on the CPU and on a
         card.
         """
         before, workload = self.workload, self.workload
@@ -139,8 +139,8 @@ def running_of(graph: ModelGraph, assignments: Iterable[Assignment], executor: E
         if home is not None:
             devices, figures = list(dict.fromkeys([home, prefilling.get(cost.path, home)])), peaking
         else:
-            # A module that is spread: its own operations run where its first part does, a block's parts share its peak.
-            # One without tensors, within a block of which some are here and some there, runs where that block does.
+            # The own operations of a module that is spread run where its first part does; the parts of a block share
+            # its peak. A module without tensors within a block that is spread runs where that block does.
             around = next((path for path in ancestors(cost.path) if _is_block(graph, path) and path in parts), None)
             within = parts.get(cost.path) or [main_device if around is None else home_of(parts[around])]
             is_block = _is_block(graph, cost.path)
@@ -165,11 +165,11 @@ def _is_block(graph: ModelGraph, path: str) -> bool:
 
 
 LONGEST_CONTEXT = 2**24
-"""Where neither a model's cache grows nor its positions end, no length is the longest; this one is stated."""
+"""The longest context that is stated if neither a growing cache nor the end of positions limits it."""
 
 
 def longest_context(running: Running, room: Mapping[Device, int]) -> int:
-    """Return the longest context, in tokens, with which every device has room beside its weights; 0 where none fits."""
+    """Return the longest context, in tokens, that every device has room for beside its weights; 0 if none fits."""
 
     def fits(context_length: int) -> bool:
         costs = running.costs(context_length)
@@ -195,7 +195,7 @@ def _held(cost: ModuleCost, *, is_offloaded: bool) -> ModuleCost:
 
 
 def _largest(costs: Iterable[ModuleCost]) -> tuple[ModuleCost, ...]:
-    """Return the costs that no other exceeds in every respect: at any context, one of them is the largest."""
+    """Return the costs that no other exceeds in every figure; at any context, one of them is the largest."""
     by_peaks = {_peaks(cost): cost for cost in costs}
     kept: list[tuple[int, ...]] = []
     for peaks in sorted(by_peaks, reverse=True):
@@ -212,7 +212,7 @@ def _peaks(cost: ModuleCost) -> tuple[int, ...]:
 def _streaming_bytes(
     graph: ModelGraph, assignments: tuple[Assignment, ...], executor: Executor, main_device: Device
 ) -> dict[Device, int]:
-    """Return the largest piece that is copied to where it runs, as often as there may be one."""
+    """Return the bytes of the largest piece that is copied to each device, times the number of pieces there at once."""
     locations = {
         name: executor.prefill_location(each.unit, each.location, main_device)
         for each in assignments

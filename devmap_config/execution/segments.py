@@ -1,9 +1,9 @@
 """The amounts of a forward (bytes, operations, kernels, dispatches and copies), and the times that they take.
 
-The host dispatches operations to a device at its own pace. An accelerator works meanwhile, so that a segment takes the
-longer of the two; a CPU does one after the other. On an accelerator a module takes the longer of reading its bytes and
-computing its operations, at the rates that the machine reaches, plus a fixed time for every kernel; on a CPU the times
-of reading and computing add up as well.
+The host dispatches operations to a device at its own pace. An accelerator works meanwhile, so a segment takes the
+longer of the two times; on a CPU they add up. On an accelerator, a module takes the longer of reading its bytes and
+computing its operations, at the rates that the machine reaches, plus a fixed time for every kernel; on a CPU, the times
+of reading and computing add up, too.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class MissingFigureError(Exception):
     """The machine's description does not say how fast something is.
 
     Attributes:
-        figure: the key of a profile that is missing.
-        device: the device of which it is a key; `None` if it is one of the machine.
+        figure: the missing key of a profile.
+        device: the device that the key belongs to; `None` if it belongs to the machine.
     """
 
     def __init__(self, figure: str, device: Device | None = None) -> None:
@@ -46,9 +46,9 @@ class ModuleWork(NamedTuple):
     """The work of one module without its children.
 
     Attributes:
-        touched_bytes: bytes that are touched, except those of experts that a token chooses.
+        touched_bytes: bytes that are read or written, except those of experts that a token chooses.
         chosen_bytes: bytes of experts that a token chooses.
-        products: the matrix products, before each of which the threads of a CPU wait for each other.
+        products: the number of matrix products, before each of which the threads of a CPU synchronise.
     """
 
     touched_bytes: int
@@ -77,7 +77,7 @@ class Segment:
         steps: by device, the work of modules and the number of modules that do the same.
         dispatches: by device, the operations that the host dispatches.
         copies: copies that the devices wait for.
-        ahead: copies that overlap with the work; those that stand together are made at once.
+        ahead: copies that overlap with the work; the copies of one entry are made at the same time.
     """
 
     steps: Counter[tuple[Device, ModuleWork]] = field(default_factory=Counter)
@@ -96,10 +96,10 @@ class Segment:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Segment:
-        """Return what `to_json` made plain data of.
+        """Return the segment that `to_json` made plain data of.
 
         Raises:
-            KeyError, TypeError, ValueError: if something else is.
+            KeyError, TypeError, ValueError: if the value is not one.
         """
         steps = (
             ((Device.from_text(name), ModuleWork(*map(whole, step))), whole(count))
@@ -122,18 +122,18 @@ def _copy_from_json(source: str, target: str, size_bytes: Any, copies: Any, is_p
 
 
 class SegmentTime(NamedTuple):
-    """The time of a segment, alone or beside others that are copied ahead to other cards."""
+    """The time of a segment, by itself or overlapping with segments that are copied ahead to other cards."""
 
     nanoseconds: int
     ahead: tuple[Ahead, ...] = ()
 
     def times(self, count: int) -> SegmentTime:
-        """Return how long it takes so many times."""
+        """Return the time of `count` such segments."""
         return SegmentTime(count * self.nanoseconds, tuple(each.times(count) for each in self.ahead))
 
 
 def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
-    """Return the card to which all of this is copied from the CPU's memory; `None` if it is not all so."""
+    """Return the card to which everything is copied from the CPU's memory; `None` if some copies are different."""
     ways = {(copy.source, copy.target) for copies in ahead for copy in copies}
     source, target = next(iter(ways)) if len(ways) == 1 else (CPU, CPU)
     return target if source == CPU and target.is_accelerator else None
@@ -143,19 +143,19 @@ def _card_of(ahead: Iterable[tuple[Copy, ...]]) -> Device | None:
 class MachineRates:
     """The times, in nanoseconds, that amounts take on a machine.
 
-    A rate that is needed and not known is a `MissingFigureError`. In decoding that does not include the rate of
-    computing: one token is bound by what is read.
+    An unknown rate that is needed raises `MissingFigureError`. Decoding does not need the rate of computing, as one
+    token is bound by memory.
     """
 
     inventory: Inventory
     phase: Phase
 
     def nanoseconds(self, *segments: Segment) -> int:
-        """Return how long segments take, one after another, in a forward that is one of many."""
+        """Return the time of segments, one after another, in one of many forwards."""
         return total_nanoseconds(map(self.time, segments))
 
     def time(self, segment: Segment) -> SegmentTime:
-        """Return how long a segment takes."""
+        """Return the time of a segment."""
         elapsed = sum(map(self.copy_nanoseconds, segment.copies)) + sum(self.working(segment).values())
         copying = sum(max(map(self.copy_nanoseconds, together)) for together in segment.ahead)
         nanoseconds, card = max(elapsed, copying), _card_of(segment.ahead)
@@ -164,14 +164,14 @@ class MachineRates:
         link = self._link(CPU, card)
         together = replace(link, bytes_per_second=max(link.bytes_per_second, self.inventory.together_bytes_per_second))
         shared = sum(together.nanoseconds(copy.size_bytes, copy.copies, is_pinned=True) for (copy,) in segment.ahead)
-        if max(elapsed, shared) == nanoseconds:  # other links bring nothing besides
+        if max(elapsed, shared) == nanoseconds:  # no other link limits it
             return SegmentTime(nanoseconds)
         return SegmentTime(0, (Ahead(self.phase, card, nanoseconds, max(elapsed, shared)),))
 
     def missing(self, segment: Segment) -> Iterator[MissingFigureError]:
-        """Yield the figures that the time of a segment needs and the machine does not give."""
+        """Yield the figures that the time of a segment needs but the machine lacks."""
         for device, step in segment.steps:
-            for part in (step, step._replace(touched_bytes=0, chosen_bytes=0)):  # what is read, and what is computed
+            for part in (step, step._replace(touched_bytes=0, chosen_bytes=0)):  # reading, and computing
                 try:
                     self.step_nanoseconds(part, device)
                 except MissingFigureError as error:
@@ -183,7 +183,7 @@ class MachineRates:
                 yield error
 
     def working(self, segment: Segment) -> dict[Device, int]:
-        """Return how long each device works on a segment, with what it is given as fast as the host does it."""
+        """Return the time that each device works on a segment, limited by how fast the host dispatches."""
         working: Counter[Device] = Counter()
         for (device, step), count in segment.steps.items():
             working[device] += count * self.step_nanoseconds(step, device)
@@ -194,7 +194,7 @@ class MachineRates:
         return found
 
     def step_nanoseconds(self, step: ModuleWork, device: Device) -> int:
-        """Return how long a device takes for what a module does."""
+        """Return the time of a module's work on a device."""
         rates = self._reached.get(device, _Reached())
         reading = computing = 0
         if step.touched_bytes or step.chosen_bytes:
@@ -219,7 +219,7 @@ class MachineRates:
         return reading + computing + beginning
 
     def least_nanoseconds(self, step: ModuleWork) -> int:
-        """Return how long it takes at least, whichever device does it: at the highest rates of all."""
+        """Return a lower bound of the time on any device, by the highest rates of all."""
         amounts = ((step.touched_bytes, self._highest[0]), (step.operations, self._highest[1]))
         return max(amount * NANOSECONDS_PER_SECOND // rate if rate else 0 for amount, rate in amounts)
 
@@ -230,14 +230,14 @@ class MachineRates:
         return reading, max((rate for each in rates for rate in (each.computing, each.attention) if rate), default=0)
 
     def copy_nanoseconds(self, copy: Copy) -> int:
-        """Return how long it takes to bring something from one device to another."""
+        """Return the time to copy bytes from one device to another."""
         if copy.source == copy.target or not copy.copies:
             return 0
         link = self._link(copy.source, copy.target)
         return link.nanoseconds(copy.size_bytes, copy.copies, is_pinned=copy.is_pinned)
 
     def basis(self, segments: Iterable[Segment]) -> Basis:
-        """Return on what the time of these rests: the weakest basis of all rates that it takes."""
+        """Return the basis of the time of these segments: the weakest basis of all rates that it depends on."""
         rates: list[int | None] = []
         for segment in segments:
             for device, step in segment.steps:
@@ -269,9 +269,7 @@ class MachineRates:
 
 
 class _Reached(NamedTuple):
-    """The rates that a device reaches in bytes read and operations computed a second, as far as the machine states
-    them.
-    """
+    """The rates that a device reaches, in bytes read and operations computed per second, if the machine states them."""
 
     reading: int | None = None
     computing: int | None = None

@@ -1,4 +1,4 @@
-"""The time of a forward: every block on the device that it runs on, copies before it, and transfers between devices.
+"""Predicts the time of a forward: every block on its device, the copies before it, and transfers between devices.
 
 The devices of a plan run one after another, so times add up.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from devmap_config.hardware.inventory import Inventory
 
 KEYS_AND_VALUES = 2
-"""The tensors of a layer of a cache, each of which is copied by itself."""
+"""The number of tensors in a layer of a cache, each copied separately."""
 
 PREFILL_WORK = attrgetter(*(f"prefill_{figure}" for figure in WORK))
 DECODE_WORK = attrgetter(*(f"decode_{figure}" for figure in WORK))
@@ -37,10 +37,10 @@ DECODE_WORK = attrgetter(*(f"decode_{figure}" for figure in WORK))
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one phase on one machine. Every figure is in nanoseconds, of the whole batch.
+    """The times of one phase on one machine, in nanoseconds, for the whole batch.
 
-    `executor` runs it, what is streamed on the `main_device`. What a device or a link would have to say for that and
-    does not is a `MissingFigureError`.
+    `executor` runs the plan, with streamed modules on the `main_device`. A missing rate of a device or a link raises
+    `MissingFigureError`.
     """
 
     graph: ModelGraph
@@ -51,16 +51,16 @@ class Timing:
 
     @property
     def least_nanoseconds(self) -> int:
-        """A lower bound of a forward's time wherever its modules are: each at the highest rates of all devices."""
+        """A lower bound of a forward's time under any placement: every module at the highest rates of all devices."""
         steps = (ModuleWork(*self._work(cost)[:2]) for cost in self._costs.values())
         return max(sum(map(self.rates.least_nanoseconds, steps)), 1)
 
     def outside_nanoseconds(self, paths: Iterable[str]) -> int:
-        """Return the time of what runs outside of all placed blocks: these modules, and `generate` for each token."""
+        """Return the time of everything outside of the placed blocks: these modules, and `generate` for each token."""
         return self.rates.nanoseconds(self.outside(paths))
 
     def outside(self, paths: Iterable[str]) -> Segment:
-        """Return the amounts of what runs outside of all placed blocks."""
+        """Return the amounts of everything outside of the placed blocks."""
         segment = Segment()
         segment.dispatches[self.main_device] = GENERATION_DISPATCHES if self.phase == "decode" else 0
         for path in paths:
@@ -68,11 +68,11 @@ class Timing:
         return segment
 
     def _do(self, segment: Segment, path: str, device: Device, added_bytes: int = 0) -> None:
-        """Add what a module does itself, without its children.
+        """Add the work of a module without its children.
 
-        `added_bytes` are those by which its weights are larger there than usual.
+        `added_bytes` is the extra size of its weights on this device.
         """
-        if self.graph.measurement is None:  # then what is known is that its weights are read
+        if self.graph.measurement is None:  # without it, only the reading of its weights is known
             module = self.graph.modules.get(ModulePath(path))
             weights_bytes = sum(tensor.size_bytes for tensor in module.parameters) if module is not None else 0
             segment.steps[device, ModuleWork(weights_bytes + added_bytes)] += 1
@@ -95,31 +95,32 @@ class Timing:
         return () if module is None else module.experts
 
     def _products(self, experts: Sequence[Tensor], operations: int) -> int:
-        """Return how many products a module has a CPU's threads begin: one, or one for each matrix of a chosen expert.
+        """Return the number of products that a module starts on a CPU's threads: one, or one for each matrix of a
+        chosen expert.
 
-        None for the experts of a prompt: they follow one another within one operation, and no thread waits for Python.
+        It is 0 for the experts of a prompt, which run within one operation, so that no thread waits for Python.
         """
         if not experts:
             return int(operations > 0)
         if self.phase == "prefill":
             return 0
         count, elements = experts[0].shape[0], sum(tensor.element_count for tensor in experts)
-        choices = operations * count // (2 * max(elements, 1))  # two operations for each of a chosen expert's weights
+        choices = operations * count // (2 * max(elements, 1))  # two operations for each weight of a chosen expert
         return len(experts) * min(count, choices)
 
     def crossing_nanoseconds(self, crossing: Crossing, maker: Device, reader: Device) -> int:
-        """Return the time of transferring to a block what another made."""
+        """Return the time of a transfer between two blocks."""
         return self.rates.copy_nanoseconds(self.crossing(crossing, maker, reader))
 
     def crossing(self, crossing: Crossing, maker: Device, reader: Device) -> Copy:
-        """Return the amounts of transferring to a block what another made."""
+        """Return the amounts of a transfer between two blocks."""
         prefills = self.phase == "prefill"
         size_bytes = crossing.prefill_bytes if prefills else crossing.decode_bytes
         return Copy(maker, reader, size_bytes, crossing.prefill_tensors if prefills else crossing.decode_tensors)
 
     def module_time(self, module: Module, homes: Mapping[TensorName, Location]) -> SegmentTime:
-        """Return the time of a block with everything in it: copies of what is stored elsewhere, and of the inputs of
-        parts elsewhere.
+        """Return the time of a block with everything in it, including copies of streamed weights and of inputs to parts
+        elsewhere.
         """
         return self.rates.time(self.module(module, homes))
 
@@ -153,9 +154,10 @@ class Timing:
             self._below(child, homes, here, segment)
 
     def _exchange_cache(self, cost: ModuleCost, card: Device, segment: Segment) -> None:
-        """Add what goes to the CPU of a cache that is offloaded, which the card waits for, and has come from there.
+        """Add the copies of an offloaded cache to the CPU, which the card waits for, and from the CPU.
 
-        That comes while the card computes, if it is the first, on which transformers makes the stream for it.
+        The copies from the CPU overlap with computing only on the first card, where transformers creates the stream for
+        them.
         """
         if self.graph.measurement is None:
             return
@@ -177,7 +179,9 @@ class Timing:
         )
 
     def _stream(self, module: Module, homes: Mapping[TensorName, Location], segment: Segment) -> int:
-        """Add what is copied while modules wait, and ahead of them; return for how many. What is idle stays."""
+        """Add the copies that modules wait for and those ahead, and return the number of such modules. Weights of
+        idle modules are not copied.
+        """
         brought = 0
         ahead: dict[TensorName, tuple[Copy, ...]] = {}
         for each in module.walk():
@@ -196,9 +200,7 @@ class Timing:
         return brought
 
     def _bringing(self, location: Location, size_bytes: int) -> tuple[Copy, ...]:
-        """Return the copies that bring weights to where they run; a read ahead overlaps with the copy of what
-        was read.
-        """
+        """Return the copies that bring weights to their device; reading ahead overlaps with copying."""
         source, target = location.stored_on, location.runs_on
         if not self.executor.is_read_ahead_for_a_card(location):
             return (Copy(source, target, size_bytes, is_pinned=self.executor.is_brought_ahead(location)),)
@@ -206,8 +208,8 @@ class Timing:
 
     @cached_property
     def _left_there(self) -> frozenset[TensorName]:
-        """The tensors that the last module shares with the first: on an accelerator, the next forward finds
-        them there.
+        """The tensors that the last module shares with the first, which are still on the accelerator in the next
+        forward.
         """
         modules, storage_of = self.graph.modules, self.graph.storage_of
         running = [modules[ModulePath(path)] for path in self._costs if path in modules and self._runs(path)]
@@ -217,7 +219,7 @@ class Timing:
         return frozenset(name for name in last if storage_of[name] in first)
 
     def _runs(self, path: str) -> bool:
-        """Return whether a module runs in this phase; an encoder does not while its decoder decodes."""
+        """Return whether a module runs in this phase; an encoder does not run in decoding."""
         if self.graph.measurement is None or not self.graph.measurement.measured:
             return True
         cost = self._costs.get(path)
@@ -241,7 +243,7 @@ class Timing:
 def while_prefilled(
     module: Module, homes: Mapping[TensorName, Location], executor: Executor, main_device: Device
 ) -> Mapping[TensorName, Location]:
-    """Return where the tensors of a block are stored and run while a prompt is prefilled that is as long as planned."""
+    """Return the locations of a block's tensors during the prefill of a prompt of the planned length."""
     if not executor.prefilled_from:
         return homes
     locations = {homes[tensor.name] for tensor in module.tensors()}
@@ -254,9 +256,7 @@ def while_prefilled(
 
 
 def home_of(running: Iterable[Device]) -> Device:
-    """Return the device on which a block runs whose parts run here: the first accelerator among them, else
-    the first.
-    """
+    """Return the device of a block, given those of its parts: the first accelerator among them, else the first."""
     devices = list(dict.fromkeys(running))
     return next((device for device in devices if device.is_accelerator), devices[0] if devices else CPU)
 
@@ -265,15 +265,15 @@ def forward_nanoseconds(timing: Timing, homes: Mapping[TensorName, Location]) ->
     """Return the time of one forward of a whole plan.
 
     Raises:
-        MissingFigureError: if a rate that the plan depends on is not known.
+        MissingFigureError: if a rate that the plan depends on is unknown.
     """
     return timing.rates.nanoseconds(*forward_segments(timing, homes))
 
 
 class ForwardPart(NamedTuple):
-    """A part of a forward, in the order in which they run: a block, a transfer to one, or work outside of every block.
+    """A part of a forward: a block, a transfer to one, or work outside of every block.
 
-    `path` is the block, or the one that reads what crosses; `""` outside. `home` is the device that goes on with it.
+    `path` is the block, or the one that a transfer goes to; `""` outside. `home` is the device that the part ends on.
     """
 
     path: str
@@ -283,12 +283,12 @@ class ForwardPart(NamedTuple):
 
 
 def forward_segments(timing: Timing, homes: Mapping[TensorName, Location]) -> Iterator[Segment]:
-    """Yield what one forward of a whole plan does, one after another, in amounts."""
+    """Yield the amounts of one forward of a whole plan, in order."""
     return (part.segment for part in forward_parts(timing, homes))
 
 
 def forward_parts(timing: Timing, homes: Mapping[TensorName, Location]) -> Iterator[ForwardPart]:
-    """Yield the same with what it belongs to: blocks as they run, what is outside of them, and what crosses."""
+    """Yield the parts of one forward in order: blocks, work outside of them, and transfers."""
     graph, main_device = timing.graph, timing.main_device
     block_homes = homes_of_blocks(graph, homes)
     for path in execution_order(graph):
@@ -303,7 +303,7 @@ def forward_parts(timing: Timing, homes: Mapping[TensorName, Location]) -> Itera
 
 
 def outside_of(graph: ModelGraph) -> Iterator[str]:
-    """Yield the modules outside of every block that holds anything, which run on the main device."""
+    """Yield the modules outside of every block with tensors, which run on the main device."""
     yield from graph.composites
     for path in graph.blocks:
         if not any(True for _ in graph.modules[path].tensors()):
@@ -321,9 +321,7 @@ def hops(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> int:
 
 
 def execution_order(graph: ModelGraph) -> list[ModulePath]:
-    """Return the blocks in the order in which they first run; those that do not run stay before what is defined after
-    them.
-    """
+    """Return the blocks in the order in which they first run; blocks that do not run keep their place of definition."""
     measurement = graph.measurement
     if measurement is None:
         return list(graph.blocks)
@@ -340,7 +338,7 @@ def execution_order(graph: ModelGraph) -> list[ModulePath]:
 
 
 def has_weights(graph: ModelGraph, path: ModulePath) -> bool:
-    """Return whether a block has parameters, and not buffers alone."""
+    """Return whether a block has parameters, rather than only buffers."""
     return any(tensor.kind == "parameter" for tensor in graph.modules[path].tensors())
 
 
@@ -353,7 +351,7 @@ def _parts_elsewhere(module: Module, homes: Mapping[TensorName, Location], aroun
 
 
 def homes_of_blocks(graph: ModelGraph, homes: Mapping[TensorName, Location]) -> dict[ModulePath, Device]:
-    """Return the device on which each block runs, for blocks that hold anything."""
+    """Return the device on which each block runs, for blocks with tensors."""
     found: dict[ModulePath, Device] = {}
     for path in graph.blocks:
         running = [homes[tensor.name].runs_on for tensor in graph.modules[path].tensors()]

@@ -1,4 +1,4 @@
-"""Folds a device per tensor into units: the blocks that a plan names, one a line."""
+"""Folds the devices of tensors into units: the modules and tensors that a plan names, one on each line."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def united(groups: Iterable[Sequence[Name]]) -> list[list[Name]]:
 def fold(graph: ModelGraph, homes: Mapping[TensorName, Home]) -> tuple[tuple[Unit, Home], ...]:
     """Return the coarsest units whose tensors all have one home, in order of definition.
 
-    A unit is a no-split block, or a module that holds neither such a block nor a list of modules; where its tensors
-    have several homes, its parts. No unit lies within another, and together they hold every tensor.
+    A unit is a no-split block, or a module that contains neither such a block nor a list of modules; if its tensors
+    have several homes, its parts are units. No unit lies within another, and together they hold every tensor.
     """
 
     def units(module: Module) -> Iterator[tuple[Unit, Home]]:

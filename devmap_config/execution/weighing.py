@@ -1,4 +1,4 @@
-"""Says in a phrase what weighs most on a device, and why."""
+"""Describes in a phrase what takes most of the memory of a device, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from devmap_config.graph.model import ModelGraph, Module, TensorName
 
 QUADRATIC = 3
-"""By so much more than twice, what grows with the square of the prompt is told from what grows with the prompt."""
+"""If a prompt of twice the length takes more than this factor, growth counts as quadratic rather than linear."""
 
 
 def heaviest(
@@ -27,7 +27,7 @@ def heaviest(
     device: Device,
     parts: Mapping[str, int],
 ) -> str | None:
-    """Return what most of the bytes on a device are, and why; `None` if no one thing is.
+    """Return a phrase about what most of the bytes on a device are, and why; `None` if no single thing dominates.
 
     `parts` are the bytes of `weights`, `cache`, `activations` and `streamed weights` there.
     """
@@ -57,7 +57,9 @@ def heaviest(
 
 
 def heaviest_weights(graph: ModelGraph, names: Iterable[TensorName], total_bytes: int) -> str | None:
-    """Return what most of these weights are, where it is one thing: experts, or the matrices of a vocabulary."""
+    """Return a phrase for what most of these weights are, if it is one thing: experts, or the matrices of a
+    vocabulary.
+    """
     held = dict.fromkeys(graph.storage_of[name] for name in names)
     merged = [name for name in held if name in graph.merged and len(graph.tensors[name].shape) > 2]
     embeddings = [module for module in graph.modules.values() if module.class_name.endswith("Embedding")]
