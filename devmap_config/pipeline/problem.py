@@ -224,7 +224,7 @@ class PipelineProblem:
         """Nanoseconds of each stage, by its layers; equal stages share their matrix.
 
         Raises:
-            UnknownTimeError: if the machine does not say how fast something is.
+            UnknownTimeError: if a rate of the machine is unknown.
         """
         times, last = self.times(phase, len(slots)), len(slots) - 1
         costs, known = [], {}

@@ -1,1 +1,1 @@
-"""Decides where every tensor goes, within capacities and the rules that hold."""
+"""Chooses a device for every tensor, within the capacities and the rules."""

@@ -1,4 +1,4 @@
-"""The problem that the solver solves: blocks that run one after another, and the ways in which each can be placed."""
+"""The problem that the solver solves: blocks that run one after another, each with the options for placing it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Mode = (
     | tuple[Literal["streamed", "streamed elsewhere"], "Device"]
     | tuple[Literal["part"], str]
 )
-"""How a block is stored: where it runs, streamed from a device, to the main one or elsewhere, or all but a part, which
-is computed on the CPU.
+"""How a block is stored: resident on its device, computed on the CPU, streamed from a device to the main device or
+another one, or resident except for a part that the CPU computes.
 """
 
 STREAMED = ("streamed", "streamed elsewhere")
-"""The modes of what is copied in at every forward."""
+"""The modes of blocks that are copied in at every forward."""
 
 Place = tuple["Device", Mode]
 
@@ -33,18 +33,18 @@ Bytes = tuple[tuple["Device", int], ...]
 """Bytes by device."""
 
 Choice = tuple[int, ...]
-"""For each block, which of its options."""
+"""The index of an option for each block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One way of placing a block.
 
-    It runs on `home` and takes `nanoseconds` there; what it takes while other links bring what is theirs is `ahead`. Of
-    `demands` a device holds all that its blocks ask for; of `peaks` the largest, since blocks run one after another,
-    and of `pieces` (weights that are copied in) and `visits` (what is on its way of an offloaded cache) the largest as
-    well. `mode` says how it is stored. What no rule pins of it runs `around`, where that is another device than its
-    home. With `offloads_cache`, the plan has its cache on the CPU while it does not run; it might as well stay.
+    The block runs on `home` and takes `nanoseconds` there; `ahead` is the time that overlaps with copies to other
+    cards. A device needs the sum of its blocks' `demands`, but only the largest of their `peaks`, since blocks run one
+    after another, and likewise of their `pieces` (weights that are copied in) and `visits` (parts of an offloaded cache
+    in transit). `mode` says how the block is stored. Parts that no rule pins run on `around`, if that is not `home`.
+    With `offloads_cache`, the plan chooses to have the block's cache on the CPU while it does not run.
     """
 
     home: Device
@@ -60,12 +60,12 @@ class Option:
 
     @property
     def place(self) -> Place:
-        """The device and the mode: what blocks of one group share."""
+        """The device and the mode, which blocks of one group share."""
         return (self.around or self.home, self.mode)
 
 
 def together(options: Sequence[Option]) -> Option:
-    """Return what blocks take, hold and need together; its place is that of the first."""
+    """Return the sum of the options of several blocks; its place is that of the first."""
     demands: Counter[Device] = Counter()
     peaks: dict[Device, int] = {}
     pieces: dict[Device, int] = {}
@@ -98,7 +98,7 @@ class Block:
 
 
 TransferTimes = Mapping[tuple["Device", "Device"], int]
-"""What a transfer takes from one device to another, in nanoseconds; between two that are not there it takes none."""
+"""The time of a transfer by source and target device, in nanoseconds; missing pairs take no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +118,14 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks in the order in which they run, and what passes between them."""
+    """Blocks in the order in which they run, and the transfers between them."""
 
     blocks: tuple[Block, ...]
     capacities: Mapping[Device, int]
     transfers: tuple[Transfer, ...] = ()
 
     def nanoseconds(self, choice: Choice) -> int:
-        """Return the time of a choice: of all blocks and transfers."""
+        """Return the time of a choice: the sum over all blocks and transfers."""
         chosen = [block.options[index] for block, index in zip(self.blocks, choice, strict=True)]
         total = total_nanoseconds(chosen)
         for transfer in self.transfers:
@@ -141,7 +141,7 @@ class Chain:
         return used
 
     def is_feasible(self, choice: Choice) -> bool:
-        """Return whether every device holds what a choice needs, and every group shares a place."""
+        """Return whether a choice fits on every device, and every group shares a place."""
         used = self.used_bytes(choice)
         if any(size_bytes > self.capacities.get(device, 0) for device, size_bytes in used.items()):
             return False
@@ -153,7 +153,7 @@ class Chain:
         return True
 
     def with_times_of(self, other: Chain) -> Chain:
-        """Return this chain with the times of another that has the same options, or some of them."""
+        """Return this chain with the times of another chain that has the same options, or some of them."""
         timed: dict[tuple[int, int], tuple[Option, ...]] = {}  # equal blocks share their options
         blocks = []
         for block, its in zip(self.blocks, other.blocks, strict=True):
@@ -171,7 +171,7 @@ class Chain:
 
     @cached_property
     def hops(self) -> dict[int, TransferTimes]:
-        """For blocks that have a choice, as the one before has, what it takes to get there from that one."""
+        """The times of the transfer from the previous block, by block, if both have several options."""
         free = [len(block.options) > 1 for block in self.blocks]
         hops: dict[int, TransferTimes] = {}
         for transfer in self.transfers:

@@ -1,4 +1,4 @@
-"""The constraints of a placement, from the rules and the machine: what is pinned, kept together or forbidden."""
+"""Builds the placement problem from the rules and the machine: tensors that are pinned, kept together or forbidden."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from devmap_config.profile.schema import OPTIMAL_STRATEGIES
 from devmap_config.rules.folding import fold_paths
 
 DEFAULT_NEW_TOKENS = 256
-"""How much a request generates, where the profile does not say: `optimize: request`."""
+"""The tokens that a request generates if the profile does not say, for `optimize: request`."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repairs:
-    """Constraints besides the rules that a plan needs in order to run, as a dry run showed.
+    """Constraints beyond the rules that a plan needs in order to run, as a dry run showed.
 
     Attributes:
         together: groups of tensors that must share a device.
         reserved_bytes: bytes that must stay free on a device.
-        kept: devices of tensors that are of use only on the device where they are read.
+        kept: devices of tensors that must be on the device that reads them.
     """
 
     together: tuple[tuple[TensorName, ...], ...] = ()
@@ -96,7 +96,7 @@ def _constrained(prepared: Prepared, sink: Sink, together: tuple[tuple[TensorNam
 
 
 def keeping(problem: Problem, kept: Mapping[TensorName, Device]) -> Problem:
-    """Return the problem with these tensors and their groups pinned to these devices, unless a rule pins them."""
+    """Return the problem with these tensors and their groups also pinned to these devices, unless a rule pins them."""
     pinned = dict(problem.pinned)
     for group in _united([*problem.graph.tied_groups, *problem.groups], problem.graph) if kept else ():
         needed = next((kept[name] for name in group if name in kept), None)
@@ -108,7 +108,7 @@ def keeping(problem: Problem, kept: Mapping[TensorName, Device]) -> Problem:
 def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Device | None:
     """Return the device of `strategy: single`, and check that the strategy and the keys beside it agree.
 
-    `manual` must give every tensor a device.
+    With `manual`, every tensor must have a device.
     """
     placement = loaded.profile.placement
     strategy, device_map = placement.strategy.value, placement.device_map
@@ -145,9 +145,9 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
 
 
 def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
-    """Return what the strategy minimises, or `None` if it minimises nothing or a figure is missing.
+    """Return the objective of the strategy, or `None` if it has none or a figure is missing.
 
-    Reports every figure that `fastest` needs and the profile does not give.
+    Report every figure that `fastest` needs and the profile does not give.
     """
     loaded, inventory, strategy = prepared.loaded, prepared.inventory, prepared.strategy
     if strategy not in OPTIMAL_STRATEGIES:
@@ -157,7 +157,7 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
     if workload.optimize == "request":
         phases = (("prefill", 1), ("decode", workload.new_tokens or DEFAULT_NEW_TOKENS))
     if not problem.graph.decodes:
-        phases = (("prefill", 1),)  # all that such a model does
+        phases = (("prefill", 1),)  # such a model has no other phase
     if strategy == "longest-context" and workload.context_length.value is None:
         if "context_length" not in workload.doubtful:
             sink.error(
@@ -189,7 +189,7 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
 
 
 def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDevice, ...]:
-    """Return the devices that compute; none if accelerators are, or may be, among names that could not be read."""
+    """Return the devices that compute; none if unreadable names might be accelerators."""
     if not loaded.knows_devices or any(device.is_accelerator for device in loaded.profile.hardware.listed):
         return inventory.accelerators
     return tuple(device for device in inventory.devices if device.id == CPU)
@@ -198,13 +198,12 @@ def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDe
 def _missing_rates(
     inventory: Inventory, loaded: LoadedProfile, apart: frozenset[Device], *, prefills: bool
 ) -> Iterator[tuple[Device, str, str]]:
-    """Yield device, figure and example for each unknown rate of a device that computes, unless a mistake was reported
-    there.
+    """Yield device, figure and example for each unknown rate of a device that computes, unless its section has errors.
 
     Args:
         inventory: the devices.
         loaded: the profile.
-        apart: further devices on which rules let modules compute, such as the CPU beside accelerators.
+        apart: further devices on which rules have modules compute, such as the CPU beside accelerators.
         prefills: whether the time of a prompt counts, which needs flops.
     """
     computing = _computing(inventory, loaded)
@@ -240,7 +239,7 @@ def _missing_links(inventory: Inventory, loaded: LoadedProfile, sink: Sink) -> I
 
 
 def _has_errors_within(place: Span, sink: Sink) -> bool:
-    """Return whether an error was reported within a place, of which a missing figure is then a consequence."""
+    """Return whether an error was reported within a place, which may be why a figure is missing."""
     begin, end = (place.line, place.column), (place.end_line, place.end_column)
     return any(
         each.span.file == place.file and begin <= (each.span.line, each.span.column) <= end
@@ -265,7 +264,7 @@ def _check_covered(loaded: LoadedProfile, problem: Problem, sink: Sink) -> None:
 
 
 def _united(groups: list[tuple[TensorName, ...]], graph: ModelGraph) -> list[list[TensorName]]:
-    """Return every tensor in the one group that it belongs to, overlapping groups joined, in order of definition."""
+    """Return a partition of all tensors into groups, with overlapping groups joined, in order of definition."""
     return united([*((name,) for name in graph.tensors), *groups])
 
 

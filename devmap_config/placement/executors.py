@@ -1,4 +1,4 @@
-"""The executors that may run a plan: ours, which copies ahead, or accelerate's hooks, with or without
+"""Selects the executors that may run a plan: ours, which copies ahead, or accelerate's hooks, with or without
 `offload_buffers`.
 """
 
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 
 def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
-    """Return what may run a plan of this profile, the first that fits is to be taken.
+    """Return the executors that may run a plan of this profile, in order of preference.
 
-    What brings weights ahead comes first, from the disk where but the CPU computes, and from the CPU to CUDA cards.
-    Buffers stay unless they must go. They go of
-    a quantizer that is not known here: whether it holds weights in parameters or in buffers, these are then streamed as
-    the plan counts them.
+    Executors that copy ahead come first: from the disk if only the CPU computes, and from the CPU to CUDA cards.
+    Buffers are offloaded only if nothing fits otherwise. With an unknown quantizer they always are: whether it holds
+    weights in parameters or in buffers, these are then streamed as the plan counts them.
     """
     asked, model = prepared.loaded.profile.placement.offload.buffers.value, prepared.model
     if model.quantization is not None and model.quantization.method.offloads_buffers:
@@ -45,21 +44,23 @@ def executors_for(prepared: Prepared) -> tuple[Executor, ...]:
 
 
 def _can_be_brought_ahead(capacities: Mapping[Device, int]) -> bool:
-    """Return whether weights can be on disk if only the CPU computes, or on the CPU beside cards that the executor
-    supports.
+    """Return whether our executor can copy weights ahead: from the disk if only the CPU computes, or from the CPU to
+    CUDA cards.
     """
     kinds = {device.kind for device in capacities if device.is_accelerator}
     return (CPU in capacities and kinds == {PINNING_KIND}) or (DISK in capacities and not kinds)
 
 
 def can_be_offloaded(graph: ModelGraph, capacities: Mapping[Device, int]) -> bool:
-    """Return whether the checkpoint holds buffers, and there is a device from which they could be streamed."""
+    """Return whether the checkpoint holds buffers, and the machine has a device to offload them to."""
     is_held = any(tensor.is_held_in_buffer and tensor.persistent for tensor in graph.tensors.values())
     return is_held and any(device in STORAGE_DEVICES for device in capacities)
 
 
 def are_to_be_compared(prepared: Prepared) -> bool:
-    """Return whether a later plan may be the better though an earlier one fits: it needs less room while it runs."""
+    """Return whether the plan of a later executor may be better even if an earlier one fits, as it needs less memory
+    to run.
+    """
     if prepared.strategy not in OPTIMAL_STRATEGIES:
         return False
     holds_weights_in_buffers = any(tensor.in_buffer for tensor in prepared.graph.tensors.values())

@@ -1,4 +1,4 @@
-"""Numbers of blocks along the chain: which block takes which option, so that the forward hops seldom."""
+"""Lays out the counts of a solved program along the chain: assigns options to blocks so that there are few hops."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def laid_out(program: Program, values: Sequence[int], runs: Runs | None = None) -> Choice:
-    """Return a choice with these numbers: as long as there are any, a block runs where the one before does.
+    """Return a choice with the counts of `values`, in which each block runs on the device of the one before if it can.
 
     Args:
-        program: what was solved.
-        values: its variables.
-        runs: the runs that these values cut the chain into, if it was told to.
+        program: the program that was solved.
+        values: the values of its variables.
+        runs: the runs that these values cut the chain into, if the program states any.
     """
     places = {} if runs is None else runs.devices(program, values)
     left = {
@@ -61,10 +61,10 @@ def laid_out(program: Program, values: Sequence[int], runs: Runs | None = None) 
 
 
 def in_turns(chain: Chain, choice: Choice) -> Choice:
-    """Return the faster of a choice and the same numbers with cards taking turns at what is copied to them ahead.
+    """Return the faster of a choice and the same counts with cards taking turns at blocks that are copied ahead.
 
-    While one card computes, the links of the others bring what is theirs: the next of such blocks, among equal ones, is
-    the card's that is the first to end it.
+    While one card computes, the links of the others copy. So each such block, among equal ones, goes to the card that
+    would finish it first.
     """
     left: dict[tuple[Option, ...], Counter[int]] = {}
     for block, index in zip(chain.blocks, choice, strict=True):
@@ -82,7 +82,7 @@ def in_turns(chain: Chain, choice: Choice) -> Choice:
 
 
 def _is_copied_ahead(block: Block, index: int) -> bool:
-    """Return whether a block's option is copied ahead over one of several links, for a block without a group."""
+    """Return whether a block belongs to no group and its option is copied ahead over one of several links."""
     option = block.options[index]
     return block.group is None and bool(option.ahead) and option.mode[0] in STREAMED
 
@@ -91,7 +91,7 @@ def _is_copied_ahead(block: Block, index: int) -> bool:
 class Runs:
     """The program with its free blocks cut into one run for each device in an order; a run may be empty.
 
-    `ends` has for each run but the last a switch for every place at which it may end.
+    `ends` holds, for each run except the last, a switch for every place at which the run may end.
     """
 
     milp: Milp
@@ -99,7 +99,7 @@ class Runs:
     ends: tuple[tuple[int, ...], ...]
 
     def devices(self, program: Program, values: Sequence[int]) -> dict[int, Device]:
-        """Return the device of every free block's run, by position."""
+        """Return the device of the run that each free block is in, by position."""
         free = free_positions(program)
         begin = 0
         found: dict[int, Device] = {}
@@ -134,7 +134,7 @@ def in_runs(program: Program, order: tuple[Device, ...]) -> Runs:
 
 
 def free_positions(program: Program) -> list[int]:
-    """Positions of the blocks that have a choice by themselves."""
+    """Return the positions of the blocks that belong to no group and have several options."""
     free = (each for number, each in enumerate(program.classes) if _is_free(program, number))
     return sorted(position for each in free for (position,) in each.members)
 
@@ -145,7 +145,7 @@ def _is_free(program: Program, number: int) -> bool:
 
 
 def order_in(program: Program, choice: Choice) -> tuple[Device, ...]:
-    """Return the devices in the order in which the free blocks of a choice use them, by their mean position."""
+    """Return the devices of the free blocks of a choice, ordered by the mean position of their blocks."""
     positions: dict[Device, list[int]] = {}
     for position in free_positions(program):
         home = program.chain.blocks[position].options[choice[position]].home

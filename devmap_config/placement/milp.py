@@ -9,26 +9,28 @@ import highspy
 import numpy as np
 
 RELATIVE_GAP = 5e-4
-"""HiGHS stops where its incumbent is above its bound by at most this part."""
+"""HiGHS stops when the gap between its incumbent and its bound is at most this part."""
 
 ABSOLUTE_GAP = 0.99
-"""Or by less than one: objectives are whole numbers."""
+"""HiGHS also stops when the gap is less than one, as objectives are whole numbers."""
 
 MOST_NODES = 1_500
-"""Of the tree that HiGHS searches: a limit that is the same on every machine. Beyond it the gap is what it then is."""
+"""The most nodes of HiGHS's search tree, a limit that is the same on every machine. After it, the remaining gap is
+stated.
+"""
 
 TOLERANCE = 1e-7
-"""By such a part HiGHS may break a constraint, or by so much take a number for a whole one."""
+"""The part by which HiGHS may violate a constraint, or a value differ from a whole number."""
 
 INFINITY = highspy.kHighsInf
 
 Terms = Mapping[int, int]
-"""A linear expression: coefficients by variable."""
+"""A linear expression: the coefficients by variable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The incumbent, if any: a whole number for each variable; and a lower bound of the objective."""
+    """The incumbent, if any, as a whole number for each variable, and a lower bound of the objective."""
 
     values: tuple[int, ...] | None
     bound: float
@@ -36,7 +38,7 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """An expression that is at most a number, or equal to it."""
+    """A constraint that an expression is at most a number, or equal to it."""
 
     terms: Terms
     most: int
@@ -50,14 +52,14 @@ class Constraint:
 
 @dataclass
 class Milp:
-    """Variables, each from 0 to a number, and the constraints between them."""
+    """A program: variables, each from 0 to an upper limit, and constraints."""
 
     upper: list[int] = field(default_factory=list)
     is_integer: list[bool] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
 
     def variable(self, most: int, *, is_integer: bool = True) -> int:
-        """Add a variable and return it: its number."""
+        """Add a variable and return its number."""
         self.upper.append(most)
         self.is_integer.append(is_integer)
         return len(self.upper) - 1
@@ -75,22 +77,22 @@ class Milp:
         self.constraints.append(Constraint(terms, value, is_equality=True))
 
     def copy(self) -> Milp:
-        """Return the same, to which more can be added."""
+        """Return a copy that can be extended."""
         return Milp(list(self.upper), list(self.is_integer), list(self.constraints))
 
     def minimize(self, objective: Terms, *, relative_gap: float = RELATIVE_GAP, nodes: int = MOST_NODES) -> Solution:
-        """Return what HiGHS finds of the least value: by one thread and a fixed seed, so that it is always the same.
+        """Minimise with HiGHS, on one thread and with a fixed seed, so that the result is deterministic.
 
         Args:
             objective: the expression.
-            relative_gap: by what part of it the incumbent may be above the bound.
-            nodes: how much of the tree is searched at most.
+            relative_gap: the part by which the incumbent may exceed the bound.
+            nodes: the most nodes of the tree that are searched.
         """
         scale = max([1, *map(abs, objective.values())])
         solver = _QuietHighs()
         options: dict[str, bool | float | str] = {
             "threads": 1, "random_seed": 0, "mip_rel_gap": relative_gap, "mip_abs_gap": ABSOLUTE_GAP / scale,
-            "mip_max_nodes": nodes, "presolve": "off",  # which now and then takes minutes
+            "mip_max_nodes": nodes, "presolve": "off",  # presolving sometimes takes minutes
             "mip_feasibility_tolerance": TOLERANCE, "primal_feasibility_tolerance": TOLERANCE,
         }  # fmt: skip
         for name, value in options.items():
@@ -126,7 +128,7 @@ class Milp:
 
 
 class _QuietHighs(highspy.Highs):
-    """HiGHS without a word on stdout: it greets as soon as callbacks are there, which is before it can be told."""
+    """HiGHS without output: it prints a banner when callbacks are enabled, before its options can be set."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

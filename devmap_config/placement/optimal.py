@@ -1,4 +1,4 @@
-"""Our own strategies: `fastest`, `longest-context` and `fewest-devices`, each with a proven bound of the time."""
+"""Our own strategies: `fastest`, `longest-context` and `fewest-devices`, each with a proved bound of the time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from devmap_config.placement.solver import Fastest
 
 MOST_FIRST_CARDS = 16
-"""So many kinds of cards are tried as the first in use, at most: each is a program of its own."""
+"""The most kinds of cards that are tried as the first one in use, each with a program of its own."""
 
 NEARLY_AS_FAST = 100
-"""Within a hundredth of the bound, other things than time decide."""
+"""Among placements within this part, a hundredth, of the bound, wishes decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimal:
-    """A placement, with what runs elsewhere than the executor would run it by that, and the time of the objective.
+    """A placement, the modules that run on another device than the executor would choose, and the time of the
+    objective.
 
-    No placement is below the bound. `fastest` is the fastest that was found, where wishes chose another.
-    `offloaded_caches` are the modules whose cache is offloaded, where that is for the plan to say.
+    No placement is faster than the bound. `fastest` is the fastest that was found, if wishes chose another.
+    `offloaded_caches` are the modules whose cache is offloaded, if the plan decides that.
     """
 
     placement: Placement
@@ -44,21 +45,21 @@ class Optimal:
 
 @dataclass(frozen=True, slots=True)
 class ContextWish:
-    """The wish among placements that are nearly as fast: a context of at least so many tokens, if known."""
+    """The wish for a context of at least this many tokens, if known, among placements that are nearly as fast."""
 
     least_context: int | None = None
 
 
 def place_fastest(problem: Problem, aim: Aim, wished: ContextWish | None = None) -> Optimal | None:
-    """Return the fastest placement, or `None` if none was found that fits.
+    """Return the fastest placement, or `None` if none that fits was found.
 
     Args:
-        problem: what is to be placed, and within what.
-        aim: what is to be fast; without any phase, whatever fits is as good.
-        wished: what else is wished for among what is nearly as fast; without it, nothing is.
+        problem: the problem to solve.
+        aim: the objective; without any phase, all placements that fit are equally good.
+        wished: the wish for a context; with `None`, no wishes are considered.
 
     Raises:
-        MissingFigureError: if the machine does not say how fast something is.
+        MissingFigureError: if a rate of the machine is unknown.
     """
     best: tuple[Statement, Fastest] | None = None
     main_devices = _main_devices(problem, aim.inventory)
@@ -67,7 +68,7 @@ def place_fastest(problem: Problem, aim: Aim, wished: ContextWish | None = None)
     for main_device in main_devices[:MOST_FIRST_CARDS]:
         stated = Statement(problem, aim, main_device)
         outcome = solve(stated.chain, UNREACHABLE if best is None else best[1].nanoseconds)
-        # Even with nothing found with this card as the first, what it might take at least bounds the plan.
+        # Even if nothing was found with this card as the first, its lower bound counts.
         bound = min(bound, outcome.bound_nanoseconds)
         if outcome.fastest is not None:
             best = (stated, outcome.fastest)
@@ -99,10 +100,10 @@ def _optimal(stated: Statement, choice: Choice, bound_nanoseconds: int) -> Optim
 
 
 def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
-    """Return the fastest placement under which the context can be longest, or `None` if none fits the workload's.
+    """Return the fastest placement with the longest context, or `None` if even the workload's context does not fit.
 
     Raises:
-        MissingFigureError: if the machine does not say how fast something is.
+        MissingFigureError: if a rate of the machine is unknown.
     """
     measurement = problem.graph.measurement
     if measurement is None or place_fastest(problem, aim) is None:
@@ -128,13 +129,13 @@ def place_longest_context(problem: Problem, aim: Aim) -> Optimal | None:
 
 
 def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
-    """Return the fastest placement on the fewest accelerators that hold all of it; on all, with the rest, where none
-    do.
+    """Return the fastest placement on the fewest accelerators that hold the whole model; if they cannot, on all
+    devices.
 
-    Where no time is to be compared, what else is wished for decides: few hops, a long context.
+    If no time is to be compared, wishes decide: few hops, a long context.
 
     Raises:
-        MissingFigureError: if the machine does not say how fast something is.
+        MissingFigureError: if a rate of the machine is unknown.
     """
     wished = None if aim.phases else ContextWish()
     devices = {device.id: device for device in aim.inventory.devices}
@@ -164,7 +165,7 @@ def place_fewest_devices(problem: Problem, aim: Aim) -> Optimal | None:
 
 
 def _main_devices(problem: Problem, inventory: Inventory) -> list[Device]:
-    """Return the devices that may be the first used accelerator: none before it may hold a pin; of equal cards the
+    """Return the devices that may be the first used accelerator: no earlier one holds a pin, and of equal cards the
     first.
     """
     if not problem.accelerators:

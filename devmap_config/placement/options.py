@@ -1,7 +1,7 @@
-"""The options of a block. A builder for each mode yields the places where a block can be in that mode.
+"""Builds the options of blocks. A builder for each mode yields the places of a block in that mode.
 
-`OptionBuilder.of_block` asks the builders in turn; time and memory of all options are computed alike. To add a mode,
-write its builder, and say in `locations` where the tensors of such a block are stored and run.
+`OptionBuilder.of_block` asks the builders in turn; time and memory of all options are computed in the same way. To add
+a mode, write its builder, and say in `locations` where the tensors of such a block are stored and run.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import Aim, Problem
 
 PARTS_CONSIDERED = 4
-"""Of the modules within a block, the heaviest so many may be taken out of it to compute on the CPU."""
+"""The number of modules within a block, the heaviest ones, that may be taken out to compute on the CPU."""
 
 SMALLEST_PART = 8
-"""A part that is worth it holds at least this part, an eighth, of its block's weights."""
+"""A module is taken out only if it holds at least an eighth of its block's weights."""
 
 NEARLY_ALL = (19, 20)
-"""A part that weighs at least so much of the one around it stands for that one."""
+"""A module that holds at least this share of the weights of the one around it replaces that one."""
 
 
 FIGURES = attrgetter(
     *("cache_bytes", "retained_bytes", "peak_bytes", "offloaded_bytes", "offloaded_largest_bytes"),
     *(f"{phase}_{figure}" for phase in ("prefill", "decode") for figure in (*WORK, "input_bytes", "output_bytes")),
 )
-"""What of a module's cost an option depends on."""
+"""The figures of a module's cost that an option depends on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class OptionBuilder:
     Attributes:
         problem: the tensors, rules and capacities.
         aim: the phases whose time is minimised, and the machine.
-        main_device: where streamed blocks run.
+        main_device: the device that streamed blocks run on.
         grouped: the paths of blocks that must share a place with others.
     """
 
@@ -64,7 +64,7 @@ class OptionBuilder:
 
     @cached_property
     def accelerators(self) -> tuple[Device, ...]:
-        """The accelerators that may be used: those from the main device on."""
+        """The accelerators that may be used: the main device and later ones."""
         every = self.problem.accelerators
         return every[every.index(self.main_device) :] if every else ()
 
@@ -79,7 +79,7 @@ class OptionBuilder:
 
     @cached_property
     def _keeping_timings(self) -> list[tuple[Timing, int]]:
-        """The same where a cache stays on the device that fills it."""
+        """The same timings with caches that stay on the device that fills them."""
         keeping = replace(self.problem.executor, offloaded_caches=())
         return [(replace(timing, executor=keeping), times) for timing, times in self.timings]
 
@@ -113,7 +113,7 @@ class OptionBuilder:
         return (self._option(module, next(homes, self.main_device), ("resident",)),)
 
     def locations(self, module: Module, place: Place) -> dict[TensorName, Location]:
-        """Return where each tensor of a block is stored and runs if the block has this place; pins take precedence."""
+        """Return the location of each tensor of a block with this place; pins take precedence."""
         around, mode = self._around(place), place[1]
         part = f"{module.path}.{mode[1]}." if mode[0] == "part" else None
         return {
@@ -123,7 +123,7 @@ class OptionBuilder:
         }
 
     def _around(self, place: Place) -> Location:
-        """Return where the tensors of a block that no pin decides are stored and run, outside of a part."""
+        """Return the location of those tensors of a block that no pin decides, outside of a part."""
         home, mode = place
         if mode[0] == "streamed" or mode[0] == "streamed elsewhere":
             return Location(mode[1], home)
@@ -156,7 +156,9 @@ class OptionBuilder:
                 yield device, ("resident",)
 
     def _streamed(self, module: Module) -> Iterator[Place]:
-        """Yield the CPU and the disk as stores from which the block is copied to the main device, or another card."""
+        """Yield the places in which the block is copied from the CPU or the disk to the main device, or another
+        card.
+        """
         stores = [store for store in STORAGE_DEVICES if store in self.problem.capacities]
         stores = [store for store in stores if self._takes_weights[store]]
         for store in stores:
@@ -168,14 +170,14 @@ class OptionBuilder:
 
     @cached_property
     def _takes_weights(self) -> Mapping[Device, bool]:
-        """For each device, whether weights may be stored there, and not the cache alone."""
+        """For each device, whether it may store weights, and not only the cache."""
         return {device: self.problem.takes_weights(device) for device in self.problem.capacities}
 
     def _other_targets(self, store: Device) -> list[Device]:
-        """Return the cards besides the main one to which it is worth copying ahead.
+        """Return the cards, other than the main one, that are worth copying ahead to.
 
-        Those with a faster link than the main device's; from the CPU's memory also all others, if several links at once
-        carry more than one.
+        These are the cards with a faster link than the main device's, and, from the CPU's memory, all cards if several
+        links together are faster than one.
         """
         links, together = self.aim.inventory.links, self.aim.inventory.together_bytes_per_second
         rates = {device: link.bytes_per_second for (source, device), link in links.items() if source == CPU}
@@ -188,12 +190,12 @@ class OptionBuilder:
         return [device for device in others if rates.get(device, 0) > (0 if gains else least)]
 
     def _computed(self, module: Module) -> Iterator[Place]:
-        """Yield the CPU beside accelerators, on which the block is then stored and run."""
+        """Yield the CPU, to store and run the block beside accelerators."""
         if self._computes_on_cpu and CPU not in self._forbidden(module) and not self._must_offload(module):
             yield CPU, ("computed",)
 
     def _part(self, module: Module) -> Iterator[Place]:
-        """Yield each accelerator with each heavy module within the block, which the CPU computes."""
+        """Yield each accelerator with each heavy module of the block, which the CPU then computes."""
         forbidden = self._forbidden(module)
         if self._computes_on_cpu and CPU not in forbidden and module.path not in self.grouped:
             for part in self._heavy_parts(module):
@@ -203,7 +205,7 @@ class OptionBuilder:
 
     @cached_property
     def _computes_on_cpu(self) -> bool:
-        """True if the CPU may compute beside accelerators; its speed and the model's costs must be known."""
+        """True if the CPU may compute beside accelerators, for which its speed and the model's costs must be known."""
         rates = {device.id: device.bandwidth_bytes_per_second for device in self.aim.inventory.devices}
         is_offered = CPU in self.problem.capacities and self._takes_weights[CPU] and rates.get(CPU) is not None
         return bool(self.accelerators) and is_offered and self.problem.graph.measurement is not None
@@ -230,7 +232,7 @@ class OptionBuilder:
         }
         return [path for _, _, path in sorted(found) if path not in outer][:PARTS_CONSIDERED]
 
-    # What every option takes
+    # Time and memory of every option
 
     def _of_block(self, module: Module) -> Iterator[Option]:
         pinned = {self._pinned(tensor.name) for tensor in module.tensors()}
@@ -243,11 +245,13 @@ class OptionBuilder:
                 try:
                     yield from self._with_cache(module, home, mode)
                 except MissingFigureError:
-                    if home != CPU and mode[0] != "part":  # the CPU does not compute where it is not known how fast
+                    if home != CPU and mode[0] != "part":  # a CPU of unknown speed does not compute
                         raise
 
     def _with_cache(self, module: Module, around: Device, mode: Mode) -> Iterator[Option]:
-        """Yield the option with the cache where the workload says; with it on either device if the plan is to say."""
+        """Yield the option with its cache on the workload's device, or one option for each device if the plan
+        decides.
+        """
         offloading = self._option(module, around, mode)
         if offloading.offloads_cache:
             yield self._option(module, around, mode, offloads=False)
@@ -305,17 +309,17 @@ class OptionBuilder:
 
     @cached_property
     def _chooses_caches(self) -> bool:
-        """True if the plan is to say which blocks' caches are offloaded."""
+        """True if the plan decides which blocks' caches are offloaded."""
         measurement = self.problem.graph.measurement
         return measurement is not None and measurement.workload.cache == PARTLY
 
     def _must_offload(self, module: Module) -> bool:
-        """Return whether the module holds a cache that is offloaded whatever the plan, which only accelerators do."""
+        """Return whether the module has a cache that is always offloaded, which only accelerators support."""
         costs = (self._costs.get(each.path) for each in module.walk())
         return not self._chooses_caches and any(cost is not None and cost.offloaded_bytes for cost in costs)
 
     def offloaded_caches(self, module: Module, option: Option) -> Iterator[str]:
-        """Yield the modules within a block whose cache is on the CPU while they do not run, if it takes this option."""
+        """Yield the modules within a block whose cache is on the CPU while they do not run, under this option."""
         locations = self.locations(module, option.place)
         for each in module.walk() if option.offloads_cache else ():
             if (cost := self._costs.get(each.path)) is not None and cost.offloaded_bytes:
@@ -339,7 +343,7 @@ class OptionBuilder:
 
     @cached_property
     def _composite_peaks(self) -> dict[str, int]:
-        """The peaks of a model's own operations outside of blocks, by the first block within, where they run."""
+        """The peaks of operations of modules outside of blocks, by the first block within each, with which they run."""
         graph = self.problem.graph
         peaks: dict[str, int] = {}
         for path in sorted(graph.composites):
@@ -356,7 +360,7 @@ class OptionBuilder:
 
     @cached_property
     def _counted(self) -> frozenset[TensorName]:
-        """The tensors that are counted: of names that share a storage, the first."""
+        """The tensors that are counted: the first of the names that share a storage."""
         first: dict[TensorName, TensorName] = {}
         for name in self.problem.graph.tensors:
             first.setdefault(self.problem.graph.storage_of[name], name)

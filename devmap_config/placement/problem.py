@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from devmap_config.hardware.inventory import Inventory
 
 Placement = Mapping["TensorName", Device]
-"""The device of every tensor that has one."""
+"""The device of each tensor that has been placed."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """One placement to decide.
 
-    `capacities` is in the order in which devices are filled (accelerators by index, then `cpu`, then `disk`), in
-    bytes. `pinned` tensors are decided already, and `computed` says where they run where a rule does. `groups` are
-    tensors that must share a device besides those that share a storage; `forbidden` are devices that a tensor must not
-    be on. `quantizer_lowers_budgets` tells of a quantizer that takes a tenth off every budget before transformers'
-    planner fills it, `refused` the devices that it loads nothing onto. `executor` is what runs it. `single_device` is
-    the one that `single` is told to use, `aim` what our own strategies are to make fast.
+    `capacities` are in bytes, in the order of filling (accelerators by index, then `cpu`, then `disk`). The devices of
+    `pinned` tensors are decided already, and `computed` holds the devices that rules have them run on. `groups` are
+    tensors that must share a device, besides those that share a storage; `forbidden` are devices that must not store a
+    tensor. `quantizer_lowers_budgets` is true if the quantizer takes a tenth off every budget before transformers'
+    planner fills it; `refused` are the devices that it does not load onto. `executor` runs the plan. `single_device` is
+    the device for the strategy `single`, `aim` the objective of our own strategies.
     """
 
     graph: ModelGraph
@@ -44,20 +44,18 @@ class Problem:
 
     @property
     def accelerators(self) -> tuple[Device, ...]:
-        """The devices that compute without streaming, in order."""
+        """The accelerators, in order."""
         return tuple(device for device in self.capacities if device.is_accelerator)
 
     def takes_weights(self, device: Device) -> bool:
-        """Return whether weights may be stored on a device: the quantizer accepts it, or a rule names it all
-        the same.
-        """
+        """Return whether weights may be stored on a device: the quantizer accepts it, or a rule names it."""
         return device not in self.refused or device in self.pinned.values()
 
     @property
     def pinned_bytes(self) -> dict[Device, int]:
-        """Bytes that the pins take on each device at least; what is tied counts once.
+        """The least bytes that the pins take on each device; tied tensors count once.
 
-        Where streamed modules run, and so leave buffers, is known once the first accelerator is in use.
+        Streamed modules leave buffers on the main device only once an accelerator is in use.
         """
         first = self.accelerators[:1]
         main_device = first[0] if first and first[0] in self.pinned.values() else None
@@ -75,9 +73,9 @@ class Aim:
 
 
 def bytes_by_device(problem: Problem, placement: Placement, *, main_device: Device | None = None) -> dict[Device, int]:
-    """Return the bytes that a placement takes on each device; what is tied counts once a device.
+    """Return the bytes that a placement takes on each device; tied tensors count once on each device.
 
-    Without a main device, on which streamed modules run, all of them count where they are stored.
+    Without a main device, which runs streamed modules, all tensors count on the device that stores them.
     """
     executor, tensors = problem.executor, problem.graph.tensors
     runs_streamed = main_device or next(iter(problem.accelerators), CPU)

@@ -1,8 +1,8 @@
-"""The placement of a chain as a mixed-integer program over numbers of equal blocks.
+"""States the placement of a chain as a mixed-integer program over counts of equal blocks.
 
-docs/placement.md derives it. A variable counts the blocks of one class that take one option. What a device holds, its
-largest peak and its largest piece are linear in these, and so is the time, but for hops: transfers between neighbours,
-of which the program has a lower bound. `layout` gives the numbers their places along the chain.
+docs/placement.md derives it. A variable counts the blocks of one class that take one option. The bytes of a device, its
+largest peak and its largest piece are linear in these counts. So is the time, except for hops, the transfers between
+neighbours, for which the program has a lower bound. `layout` assigns the counted options to blocks along the chain.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from devmap_config.placement.milp import Terms
 
     _Way = tuple[tuple[int, ...], Option]
-    """Which option of each block of a member, and what these come to together."""
+    """The index of an option for each block of a member, and the sum of these options."""
 
 HOPS_UNIT = 1_000
-"""Nanoseconds: in so much the variable for hops is counted, so that its coefficients are near the others."""
+"""The unit of the variable for hops, in nanoseconds, so that its coefficients are of the same magnitude as others."""
 
 MOST_HOPS = 2**40
-"""No sum of hops is above this, in that unit."""
+"""An upper limit of the cost of all hops, in that unit."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class BlockClass:
 
     Attributes:
         members: for each member, the positions of its blocks in the chain. A group, which is placed as one, is a member
-            with several.
+            with several blocks.
         options: the options of a member, sorted by their content alone, so that the order is deterministic; of a group,
             the sums over its blocks.
-        choices: for each option, the index of the option that each block of a member takes.
+        choices: for each option of a member, the index of the option of each of its blocks.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -59,8 +59,8 @@ class Program:
         chain: the blocks and the machine.
         classes: the classes of interchangeable blocks.
         milp: variables and constraints.
-        counts: for each class and option, the index of the variable that counts the members which take it.
-        objective: nanoseconds by variable.
+        counts: for each class and option, the index of the variable that counts the members with this option.
+        objective: the nanoseconds of each variable.
         hops: the index of the variable for the cost of all hops, in units of `HOPS_UNIT` nanoseconds.
     """
 
@@ -81,7 +81,7 @@ class Program:
         )
 
     def by_home(self, number: int) -> dict[Device, list[int]]:
-        """Return the counting variables of a class by the device on which their options run."""
+        """Return the counting variables of a class, by the device that their options run on."""
         homes: dict[Device, list[int]] = {}
         for variable, option in zip(self.counts[number], self.classes[number].options, strict=True):
             homes.setdefault(option.home, []).append(variable)
@@ -119,8 +119,8 @@ def program_of(chain: Chain, *, is_exact: bool = False) -> Program:
 
 
 def _classes(chain: Chain, flowing: Sequence[Transfer]) -> tuple[BlockClass, ...]:
-    """Return the classes of a chain's blocks, by their first blocks; a block that others depend on is alone in its
-    class.
+    """Return the classes of a chain's blocks, in the order of their first blocks; the source of a transfer to several
+    blocks is alone.
     """
     sources = {transfer.source for transfer in flowing}
     given: dict[int, list[tuple[int, int]]] = {}
@@ -157,7 +157,7 @@ def _class_of(chain: Chain, positions: list[int]) -> BlockClass:
 def _shared_options(blocks: list[Block]) -> Iterator[_Way]:
     """Yield the options that all blocks of a group have in common: those with the same place.
 
-    Where blocks may have their cache in either of two places, all have it in the one or all in the other.
+    If blocks may have their cache on either of two devices, all of a group have it on the same one.
     """
     by_place: list[dict[Place, dict[bool, int]]] = [{} for _ in blocks]
     for indices, block in zip(by_place, blocks, strict=True):
@@ -181,7 +181,7 @@ def _add_memory(program: Program) -> None:
     sized: dict[tuple[Device, str], dict[int, dict[int, list[int]]]] = {}
     for variable, number, option in program.variables:
         for device, size_bytes in option.demands:
-            if size_bytes > chain.capacities.get(device, 0):  # besides, its coefficient would hide all others
+            if size_bytes > chain.capacities.get(device, 0):  # and its coefficient would dwarf all others
                 milp.upper[variable] = 0
             else:
                 held.setdefault(device, {})[variable] = size_bytes
@@ -199,7 +199,7 @@ def _add_largest(program: Program, held: dict[int, int], by_size: Mapping[int, M
     """Add a switch for each size, which is on if a block needs that size or more, and adds the difference to the next
     smaller.
 
-    So the sum over the switches is the largest size that any block needs.
+    Thus the sum over the switches is the largest size that any block needs.
     """
     below_bytes, below = 0, None
     for size_bytes, by_class in sorted(by_size.items()):
@@ -213,7 +213,7 @@ def _add_largest(program: Program, held: dict[int, int], by_size: Mapping[int, M
 
 
 def _add_ahead(program: Program, objective: dict[int, int]) -> None:
-    """Bound the time of what is copied ahead in a phase: that of its busiest card, and that of all cards together."""
+    """Bound the time of blocks that are copied ahead in a phase by the busiest card and by all cards together."""
     phases: dict[str, dict[Device | None, Counter[int]]] = {}
     for variable, _, option in program.variables:
         for block in option.ahead:
@@ -260,8 +260,8 @@ def _add_flows(program: Program, transfers: Sequence[Transfer], objective: dict[
 def _add_hops(program: Program) -> None:
     """Bound the cost of hops from below, without knowing the order in which blocks will run.
 
-    For each price, the rows of blocks are taken between which every hop costs that much or more: with the lowest price
-    all blocks, then those without the cheapest hops, and so on. The hops of each such set are part of all hops.
+    For each price, take the rows of blocks between which every hop costs at least that much: all blocks for the lowest
+    price, then those without the cheapest hops, and so on. The hops of each such set are part of all hops.
     """
     hops = program.chain.hops
     cheapest = {target: min(times.values(), default=0) for target, times in hops.items()}
@@ -278,8 +278,7 @@ def _add_hops(program: Program) -> None:
 
 
 def _add_walk(program: Program, row: list[int]) -> Terms:
-    """State that blocks in a row walk over the devices which they use, and return the least cost of the hops of that
-    walk.
+    """State that a row of blocks is a walk over the devices that they use, and return the least cost of its hops.
 
     The walk stops at each used device at least once, and at most as often as blocks run there. Every stop but the first
     is entered from another device, and every stop but the last is left. Devices with equal hop prices are counted
@@ -327,9 +326,9 @@ def _kinds(devices: Sequence[Device], prices: Mapping[tuple[Device, Device], int
 
 
 def _end(program: Program, kinds: list[list[Device]], position: int) -> list[dict[int, int]]:
-    """Return for each kind of device the terms that are 1 if a walk ends there.
+    """Return the terms that are 1 if a walk ends on each kind of device.
 
-    The end is known by the block at `position`, if that is alone in its class; otherwise free variables stand for it.
+    The block at `position` determines the end, if it is alone in its class; otherwise free variables represent it.
     """
     for number, block_class in enumerate(program.classes):
         if len(block_class.members) == 1 and position in block_class.members[0]:
@@ -341,7 +340,9 @@ def _end(program: Program, kinds: list[list[Device]], position: int) -> list[dic
 
 
 def _blocks_on(program: Program, devices: Sequence[Device], positions: set[int]) -> Terms:
-    """Return terms that count the blocks at `positions` on some devices, or more than those: of a class all members."""
+    """Return terms that count at least the blocks at `positions` on some devices; of a class, all members are
+    counted.
+    """
     counts: dict[int, int] = {}
     for number, block_class in enumerate(program.classes):
         inside = max(len(positions.intersection(member)) for member in block_class.members)

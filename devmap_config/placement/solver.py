@@ -1,8 +1,8 @@
-"""Finds the fastest choice for a chain of blocks, and proves how near to the best possible it is.
+"""Finds the fastest choice for a chain of blocks, and proves how close it is to the optimum.
 
-The program of numbers of blocks (`program`) gives a bound and numbers, which are laid out along the chain (`layout`).
-Where hops keep that above the bound, a second program cuts the chain into a run for each device. Few blocks are a
-class of their own each, and every hop is counted: the answer is then the optimum.
+The program over counts of blocks (`program`) gives a bound and counts, which are laid out along the chain (`layout`).
+If hops keep the result above the bound, a second program cuts the chain into one run for each device. In a small
+problem, each block is a class of its own, and every hop is counted exactly, so that the result is optimal.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from devmap_config.placement.program import Program
 
 FEW_CHOICES = 200_000
-"""With so many choices at most the program is stated block by block, and solved to the optimum."""
+"""The most choices for which the program is stated block by block, and solved to the optimum."""
 
 WORTH_CUTTING = 500
-"""A choice that is above the bound by more than this part, a five-hundredth, is compared with one in runs."""
+"""A choice that exceeds the bound by more than this part, a five-hundredth, is compared with one in runs."""
 
 CUT_NODES = 50
-"""So much of the tree is searched for a choice in runs."""
+"""The most nodes of the tree that are searched for a choice in runs."""
 
 BOUND_TOLERANCE = 1e-6
-"""So much of itself is taken off the bound that HiGHS proves in floating point."""
+"""The part that is subtracted from a bound, because HiGHS proves it in floating point."""
 
 LEAST_TOLERANCE = 1e-3
-"""Nanoseconds that are taken off a bound at least."""
+"""The least number of nanoseconds that is subtracted from a bound."""
 
 UNREACHABLE = 2**62
 
@@ -47,14 +47,14 @@ class Fastest:
 
 @dataclass(frozen=True, slots=True)
 class ChainSolution:
-    """The fastest choice that was found, if any, and what no choice can be below."""
+    """The fastest choice that was found, if any, and a lower bound for all choices."""
 
     fastest: Fastest | None
     bound_nanoseconds: int
 
 
 def solve(chain: Chain, at_most: int = UNREACHABLE) -> ChainSolution:
-    """Return the fastest choice, of which it matters only whether it is below `at_most`: above that, there is no bound.
+    """Return the fastest choice that takes at most `at_most`; for slower ones, no bound is proved.
 
     The order of options does not matter.
     """
@@ -68,7 +68,7 @@ def solve(chain: Chain, at_most: int = UNREACHABLE) -> ChainSolution:
 
 
 def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice], int]:
-    """Feasible choices, the best among them, and the bound."""
+    """Return feasible choices, including the best, and the bound."""
     program = program_of(chain, is_exact=is_exact)
     if at_most < UNREACHABLE:
         program.milp.at_most(program.objective, at_most)
@@ -85,7 +85,7 @@ def _solved(chain: Chain, at_most: int, *, is_exact: bool) -> tuple[list[Choice]
 
 
 def _cut(program: Program, choice: Choice) -> list[Choice]:
-    """Choices with one run of blocks for each device that a choice uses, in a few orders of these."""
+    """Return choices with one run of blocks for each device that a choice uses, in a few orders of the devices."""
     order, found = order_in(program, choice), []
     for each in dict.fromkeys((order, order[::-1], tuple(each for each in program.chain.devices if each in order))):
         runs = in_runs(program, each)
@@ -96,7 +96,7 @@ def _cut(program: Program, choice: Choice) -> list[Choice]:
 
 
 def _within(chain: Chain, choice: Choice, at_most: int, *, is_exact: bool) -> list[Choice]:
-    """Feasible choices where the program's was over a device's memory by what floating point does not see."""
+    """Return feasible choices if the program's exceeds a device's memory by a floating-point error."""
     room = dict(chain.capacities)
     for device, used_bytes in chain.used_bytes(choice).items():
         over = used_bytes - chain.capacities.get(device, 0)
@@ -106,7 +106,7 @@ def _within(chain: Chain, choice: Choice, at_most: int, *, is_exact: bool) -> li
 
 
 def _whole(bound: float) -> int:
-    """Return a bound as an integer of nanoseconds that is surely not above it, whatever floating point added."""
+    """Return a bound as whole nanoseconds, rounded down by more than floating-point errors."""
     if bound >= UNREACHABLE:
         return UNREACHABLE
     return ceil(bound - max(bound * BOUND_TOLERANCE, LEAST_TOLERANCE))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from devmap_config.placement.problem import Aim, Problem
 
 MODEL = "the model's own code"
-"""The name of the first block of a chain: what runs outside of every block that holds anything, and holds nothing."""
+"""The name of the first block of a chain: the operations outside of all blocks, which hold no tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,9 @@ class Statement:
 
     @cached_property
     def chain(self) -> Chain:
-        """The chain: the model's own code and tensors and what has no weights, then the other blocks as they run."""
+        """The chain: the model's own code, its tensors and blocks without weights, then the other blocks as they
+        run.
+        """
         graph, builder = self.problem.graph, self._builder
         blocks = [Block(MODEL, (Option(home=self.main_device, nanoseconds=self._own_nanoseconds),))]
         for path in sorted(graph.composites):
@@ -56,7 +58,7 @@ class Statement:
         return Chain(tuple(blocks), self.problem.capacities, self._transfers(blocks))
 
     def locations(self, choice: Choice) -> dict[TensorName, Location]:
-        """Return where every tensor is stored and runs under a choice."""
+        """Return the location of every tensor under a choice."""
         graph = self.problem.graph
         found: dict[TensorName, Location] = {}
         for block, index in zip(self.chain.blocks[1:], choice[1:], strict=True):
@@ -68,7 +70,9 @@ class Statement:
         return {name: found[name] for name in graph.tensors}
 
     def offloaded_caches(self, choice: Choice) -> tuple[str, ...] | None:
-        """Return the modules whose cache a choice offloads, as they run; `None` if that is not for the plan to say."""
+        """Return the modules whose cache a choice offloads, in the order in which they run; `None` if the plan does
+        not decide.
+        """
         graph = self.problem.graph
         if graph.measurement is None or graph.measurement.workload.cache != PARTLY:
             return None
@@ -78,10 +82,10 @@ class Statement:
         return tuple(cost.path for cost in graph.measurement.modules if cost.path in found)
 
     def contexts(self, least: int | None) -> Contexts | None:
-        """Return the chain at other context lengths, in the times of this; `None` if its cache does not grow.
+        """Return the chain at other context lengths, with the times of this one; `None` if its cache does not grow.
 
         Args:
-            least: the context, in tokens, that is wished for at least, if any is.
+            least: the least context, in tokens, that is wished for, if any.
         """
         measurement = self.problem.graph.measurement
         if measurement is None or not self.problem.graph.decodes:
@@ -109,13 +113,13 @@ class Statement:
 
     @cached_property
     def _own_nanoseconds(self) -> int:
-        """The time of the model's operations outside of all blocks that hold anything."""
+        """The time of the model's operations outside of all blocks with tensors."""
         paths = list(outside_of(self.problem.graph))
         return sum(times * timing.outside_nanoseconds(paths) for timing, times in self._builder.timings)
 
     @cached_property
     def _groups(self) -> dict[str, int]:
-        """The group of every block that must be with another: ties, rules, and what reads another's cache."""
+        """The group of every block that must share a place with others, because of ties, rules, or shared caches."""
         graph = self.problem.graph
         block_of = {tensor.name: path for path in graph.blocks for tensor in graph.modules[path].tensors()}
         together = [[str(block_of.get(name, name)) for name in names] for names in graph.tied_groups]

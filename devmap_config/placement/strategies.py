@@ -1,4 +1,4 @@
-"""The strategies by name: each gives every tensor that is not pinned a device, or says that it cannot."""
+"""Runs the strategies: each gives every tensor that is not pinned a device, or reports why it cannot."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """The budgets, in bytes by device, that were given to transformers' planner.
+    """The budgets, in bytes by device, for transformers' planner.
 
     Attributes:
         is_mended: the planner's map was changed afterwards.
-        rounds: the number of budgets that were tried, if none leaves room for what running needs besides weights.
+        rounds: the number of budgets that were tried, if none leaves room for what running needs beside the weights.
     """
 
     max_memory: Mapping[Device, int]
@@ -54,10 +54,11 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A placement: the device of every tensor, and the modules that run elsewhere than where they are stored.
+    """A placement: the device of every tensor, and the modules that run on another device than the one that stores
+    them.
 
     Attributes:
-        offloaded_caches: the modules whose cache is offloaded, where that is for the plan to say.
+        offloaded_caches: the modules whose cache is offloaded, if the plan decides that.
         bound_nanoseconds: a lower bound of the time that the strategy minimises, if one was proved.
         fastest: the fastest placement that was found, if this one was preferred by another wish than time.
         budgets: the budgets of transformers' planner.
@@ -73,9 +74,9 @@ class Placed:
 
 @dataclass(frozen=True)
 class Infeasible:
-    """The result of a strategy that found no placement: the shortages, and the tensors that found no place.
+    """The result of a strategy that found no placement: the shortages, and the tensors that did not fit.
 
-    Without a shortage, the only other devices for those tensors are forbidden by rules.
+    Without a shortage, rules forbid all other devices for those tensors.
     """
 
     shortages: tuple[Shortage, ...]
@@ -83,7 +84,7 @@ class Infeasible:
 
 
 UNREPAIRED_STRATEGIES = ("manual", "single")
-"""These place nothing themselves."""
+"""Strategies that decide nothing, so that repairs cannot change them."""
 
 
 def place(problem: Problem, strategy: str) -> Placed | Infeasible:
@@ -99,7 +100,7 @@ def place(problem: Problem, strategy: str) -> Placed | Infeasible:
     """
     if shortages := _shortages(problem, problem.pinned_bytes):
         return Infeasible(shortages)
-    computes = bool(problem.accelerators) or CPU in problem.capacities  # what is on a disk alone is refused later
+    computes = bool(problem.accelerators) or CPU in problem.capacities  # a machine of only a disk is refused later
     if problem.aim is not None and computes:
         return _optimal(problem, strategy, problem.aim)
     if strategy in UNREPAIRED_STRATEGIES or not computes:
@@ -115,7 +116,7 @@ def place(problem: Problem, strategy: str) -> Placed | Infeasible:
 
 
 def _with_pins(problem: Problem, devices: Placement, budgets: Budgets | None = None) -> Placed | Infeasible:
-    """Return where everything is that is put on these devices unless it is pinned."""
+    """Return the placement of these devices, with pins taking precedence."""
     placement = {name: problem.pinned.get(name) or devices[name] for name in problem.graph.tensors}
     if misplaced := tuple(name for name, device in placement.items() if device in problem.forbidden.get(name, ())):
         return Infeasible((), misplaced)
@@ -123,7 +124,7 @@ def _with_pins(problem: Problem, devices: Placement, budgets: Budgets | None = N
 
 
 def _like_transformers(problem: Problem, strategy: str, max_memory: Mapping[Device, int]) -> Placed | Infeasible:
-    """Return what transformers' planner makes of the problem for these budgets, whatever is needed besides weights."""
+    """Return transformers' plan for these budgets, without regard to what is needed besides weights."""
     found = plan_like_transformers(replace(problem, capacities=max_memory), _as_transformers(strategy))
     if OVERFLOW not in max_memory:
         unplaced = tuple(name for name, device in found.devices.items() if device == OVERFLOW)
@@ -133,16 +134,16 @@ def _like_transformers(problem: Problem, strategy: str, max_memory: Mapping[Devi
 
 
 MOST_ROUNDS = 24
-"""So often budgets are lowered by what does not fit."""
+"""The most times that budgets are lowered by the bytes that do not fit."""
 
 MOST_HALVINGS = 8
-"""So often the interval of a factor is halved that lowers all budgets, where that came to nothing."""
+"""The number of bisection steps for a common factor of all budgets, if lowering single budgets fails."""
 
 
 def _with_room_to_run(problem: Problem, strategy: str) -> Placed | Infeasible:
-    """Return transformers' plan for budgets that leave room for what the measured workload needs.
+    """Return transformers' plan for budgets that leave room for the measured workload.
 
-    Where there is none, it is the plan for all that the devices have, with the number of budgets that were tried.
+    If there is none, return the plan for the full capacities, with the number of budgets that were tried.
     """
     first = placed = _like_transformers(problem, strategy, problem.capacities)
     budgets, rounds = dict(problem.capacities), 1
@@ -150,7 +151,7 @@ def _with_room_to_run(problem: Problem, strategy: str) -> Placed | Infeasible:
         over = _overfull(problem, placed.placement)
         if not over:
             return placed
-        # They only fall, below what a device held that had too much.
+        # Budgets only ever fall, below the bytes that an overfull device held.
         for device, (weights_bytes, running_bytes) in over.items():
             left_bytes = min(problem.capacities[device] - running_bytes, weights_bytes - 1)
             budgets[device] = max(min(budgets[device], left_bytes), 0)
@@ -163,14 +164,14 @@ def _with_room_to_run(problem: Problem, strategy: str) -> Placed | Infeasible:
         budgets = {device: size * share // 2**MOST_HALVINGS for device, size in problem.capacities.items()}
         placed = _like_transformers(problem, strategy, budgets)
         if isinstance(placed, Placed) and _overfull(problem, placed.placement):
-            high = share  # less of it is still too much
+            high = share  # even a smaller share is too much
             continue
         low, best = share, placed if isinstance(placed, Placed) else best
     return best or replace(first, budgets=Budgets(max_memory=problem.capacities, rounds=rounds))
 
 
 def _overfull(problem: Problem, placement: Placement) -> dict[Device, tuple[int, int]]:
-    """Return the bytes of weights, and of what running takes besides, of each device that has no room for both."""
+    """Return the bytes of weights and of running, for each device that has no room for both."""
     running, weights = _running_and_weights(problem, placement)
     costs = {} if running is None else running.costs()
     needed = {
@@ -181,7 +182,7 @@ def _overfull(problem: Problem, placement: Placement) -> dict[Device, tuple[int,
 
 
 def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
-    from devmap_config.placement import optimal  # with it comes numpy
+    from devmap_config.placement import optimal  # imports numpy
 
     if problem.accelerators:
         holds_cache = {CPU} if problem.graph.measurement and problem.graph.measurement.visiting_bytes else set()
@@ -207,9 +208,9 @@ def _optimal(problem: Problem, strategy: str, aim: Aim) -> Placed | Infeasible:
 
 
 def least_bytes(problem: Problem) -> dict[str, int]:
-    """Return what the weights, the cache and the activations take at least, wherever they are.
+    """Return the least bytes of the weights, the cache and the activations, under any placement.
 
-    Of activations, that is the peak of one module; on a machine of one device, it is that of the whole model.
+    For activations, that is the peak of one module or, on a machine of one device, of the whole model.
     """
     graph, measurement = problem.graph, problem.graph.measurement
     if measurement is None:
@@ -228,9 +229,7 @@ def _placed(found: Optimal) -> Placed:
 
 
 def _context_of_sequential(problem: Problem) -> int | None:
-    """Return the longest context, in tokens, of transformers' plan that fills one device after another; `None` without
-    one.
-    """
+    """Return the longest context, in tokens, of the plan of `sequential`; `None` if there is none."""
     placed = _like_transformers(problem, "sequential", problem.capacities)
     if isinstance(placed, Infeasible) or _shortages(problem, _used_bytes(problem, placed.placement)):
         return None
@@ -243,7 +242,7 @@ def _context_of_sequential(problem: Problem) -> int | None:
 
 
 def _running_and_weights(problem: Problem, placement: Placement) -> tuple[Running | None, dict[Device, int]]:
-    """Return what runs where under a placement, and the bytes of weights on each device."""
+    """Return the costs of running under a placement, and the bytes of weights on each device."""
     executor, main_device = problem.executor, problem.executor.main_device(placement.values())
     homes = {name: (device, problem.computed.get(name)) for name, device in placement.items()}
     assignments = [

@@ -1,9 +1,9 @@
 """`auto`, `balanced`, `balanced_low_0` and `sequential`: the decisions of transformers' own planner.
 
 The algorithm is that of `transformers.integrations.accelerate` (5.20 to 5.24): fill the devices in order with the
-model's children, and where a child does not fit, go one level down, unless it is a no-split block; then go on to the
-next device and never back. It is written again here because theirs needs torch, loses buffers, crashes on some trees
-and depends on the hash seed; `tests/conformance` holds the two together over every architecture.
+model's children; if a child does not fit, go one level down, unless it is a no-split block; then go on to the next
+device, and never back. It is reimplemented here because theirs needs torch, loses buffers, crashes on some trees and
+depends on the hash seed; `tests/conformance` compares the two for every architecture.
 """
 
 from __future__ import annotations
@@ -25,28 +25,32 @@ if TYPE_CHECKING:
 TransformersStrategy = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
 OVERFLOW = DISK
-"""Where their planner puts what fits nowhere, whether or not such a device was named."""
+"""The device to which their planner assigns what fits nowhere, even if the machine has none."""
 
 BALANCE_BUFFER = 1.25
 """Their margin over the largest block, so that the last device is not left with more than its share."""
 
 QUANTIZER_SHARE = 0.90
-"""What several quantizers leave of every budget (`adjust_max_memory`), for buffers that quantising needs."""
+"""The share of every budget that several quantizers leave (`adjust_max_memory`); the rest is for buffers of
+quantising.
+"""
 
 
 @dataclass(frozen=True)
 class TransformersPlacement:
-    """The device of every tensor that is not pinned; `is_mended` where transformers' own map is not as good as that."""
+    """The device of every tensor that is not pinned; `is_mended` says that transformers' own map had to be
+    corrected.
+    """
 
     devices: Mapping[TensorName, Device]
     is_mended: bool = False
 
 
 def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> TransformersPlacement:
-    """Return the device of every tensor that is not pinned, as transformers decides it for the same budgets.
+    """Return the device of every tensor that is not pinned, as transformers chooses it for the same budgets.
 
-    What fits on no device of the problem is put on `disk`, whether or not the problem has one: that is for the caller
-    to judge. Tensors that transformers' map loses, or whose ties it splits, are placed with what they belong to.
+    What fits on no device is put on `disk`, even if the problem has none; the caller must check that. Tensors that
+    transformers' map loses, or whose ties it splits, are placed with their siblings or ties.
     """
     remaining = _without(problem.graph.root, problem.pinned)
     if remaining is None:
@@ -65,14 +69,18 @@ def plan_like_transformers(problem: Problem, strategy: TransformersStrategy) -> 
 
 
 def _lacks_named_blocks(graph: ModelGraph) -> bool:
-    """Return whether a model names classes of blocks and has none of them; the planner asks for the largest."""
+    """Return whether a model names classes of blocks but has none of them; the planner then fails to find the
+    largest.
+    """
     named = set(graph.no_split_classes)
     return bool(named) and not any(module.class_name in named for module in graph.modules.values())
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of every module and tensor by path, as their planner counts: tied targets and aliases are nothing."""
+    """The bytes of every module and tensor by path, as their planner counts them: tied targets and aliases have
+    none.
+    """
 
     by_path: Mapping[str, int]
     leaf_modules: Mapping[str, int]
@@ -99,14 +107,16 @@ class _Sizes:
 def _balanced(
     graph: ModelGraph, root: Module, sizes: _Sizes, budgets: Mapping[Device, int], *, low_zero: bool
 ) -> dict[Device, int]:
-    """Budgets lowered so that every accelerator but the last gets about its share (their `get_balanced_memory`)."""
+    """Return budgets lowered so that every accelerator except the last gets about its share (their
+    `get_balanced_memory`).
+    """
     balanced = dict(budgets)
     accelerators = [device for device in budgets if device.is_accelerator]
     usable = [device for device in accelerators if budgets[device] > 0]
     if not usable:
         return balanced
     low_zero = low_zero and len(usable) > 1
-    # A model that names its own class counts as its largest block here, though it is split all the same.
+    # A model that names its own class counts as its largest block here, even though it is split.
     blocks = [sizes[module.path] for module in root.walk() if module.class_name in graph.no_split_classes]
     largest = max(max(blocks, default=0), max(sizes.leaf_modules.values(), default=0))
     share = sizes[""] // (len(usable) - 1 if low_zero else len(usable)) + int(BALANCE_BUFFER * largest)
@@ -122,7 +132,7 @@ def _balanced(
 
 
 _Item = tuple[str, "Module | Tensor"]
-"""A path and what is there."""
+"""A path, and the module or tensor at it."""
 
 
 class _Filling:
@@ -143,10 +153,10 @@ class _Filling:
         ]
         accelerators = [device for device in self._devices if device.is_accelerator]
         self._accelerators = accelerators
-        # These keep room for the largest block, which may have to be streamed through them.
+        # These devices keep room for the largest block, which may have to be streamed through them.
         first = accelerators[:1]
         self._main_devices = (*first,) if first and first[0].kind == "mps" else (*first, CPU)
-        self.crashes = False  # theirs, which looks for a tied tensor within what is queued, and nowhere else
+        self.crashes = False  # their planner does, because it searches for a tied tensor only in the queue
 
     def run(self) -> dict[str, Device]:
         """Return the device of each path that was placed whole."""
@@ -205,9 +215,7 @@ class _Filling:
     def _next_allowed(
         self, current: int, node: Module | Tensor, tied_items: Sequence[_Item], size_bytes: int
     ) -> Device:
-        """Return the device for a module that a rule keeps off the device which is being filled, and goes on being
-        filled.
-        """
+        """Return the device for a module that a rule keeps off the current device, which stays the current one."""
         for device in self._devices[current + 1 :]:
             fits = device == OVERFLOW or self._used[device] + size_bytes <= self._budgets[device]
             if fits and self._allows(device, node, tied_items):
@@ -218,25 +226,26 @@ class _Filling:
         return isinstance(node, Module) and bool(node.children) and not self._graph.is_no_split(node)
 
     def _parts(self, path: str, node: Module | Tensor) -> list[_Item]:
-        """Return the items that replace a module when it is split, as in transformers without its own buffers."""
+        """Return the items that replace a module when it is split; like transformers, without its own buffers."""
         if isinstance(node, Tensor):
             return []
         own: list[_Item] = [(tensor.name, tensor) for tensor in node.parameters]
         return own + [(child.path, child) for child in node.children]
 
     def _partners(self, path: str) -> list[TensorName]:
-        """Return the tensors outside `path` that must be where those inside are."""
+        """Return the tensors outside of `path` that must be on the device of those inside."""
         inside = path + "."
         partners: list[TensorName] = []
         for group in self._groups:
-            # Theirs asks for a substring, not a prefix; being equal to it matters more here than being right.
+            # Theirs searches for a substring rather than a prefix; the results must be equal, even where theirs is
+            # wrong.
             outside = [name for name in group if inside not in name + "."]
             if outside and len(outside) < len(group):
                 partners += outside
         return partners
 
     def _items_holding(self, names: Iterable[TensorName]) -> list[_Item]:
-        """Return the queued items that hold these tensors; one that is placed already has none."""
+        """Return the queued items that hold these tensors; tensors that are placed already have none."""
         items: dict[str, _Item] = {}
         for name in names:
             holder = next((item for item in self._queue if _is_at_or_below(name, item[0])), None)
@@ -245,7 +254,7 @@ class _Filling:
         return list(items.values())
 
     def _split_a_partner(self, path: str, node: Module | Tensor, tied_items: Sequence[_Item]) -> bool:
-        """Split the first tied item that can be, so that less has to come along."""
+        """Split the first tied item that can be split, so that less must be placed along with it."""
         for tied_path, tied_node in tied_items:
             if self._can_split(tied_node):
                 index = next(i for i, item in enumerate(self._queue) if item[0] == tied_path)
@@ -257,9 +266,7 @@ class _Filling:
     def _around_unplaced_parameters(
         self, path: str, node: Module | Tensor, next_device: Device, bytes_with_ties: int
     ) -> list[_Item]:
-        """Return the parts of a no-split block without its `no_placement_parameters`, where these are what does not
-        fit.
-        """
+        """Return the parts of a no-split block without its `no_placement_parameters`, if only these do not fit."""
         unplaced = self._graph.no_placement_parameters
         if unplaced is None or not isinstance(node, Module) or not self._graph.is_no_split(node):
             return []
@@ -276,7 +283,7 @@ class _Filling:
         return [item for item in self._queue if isinstance(item[1], Module)]
 
     def _largest_block(self, items: Iterable[_Item]) -> tuple[int, list[str]]:
-        """Return the bytes of the largest thing that is never split, and the paths of all of that size."""
+        """Return the bytes of the largest item that is never split, and the paths of all items of that size."""
         largest_bytes = 0
         paths: list[str] = []
         stack = list(items)[::-1]
@@ -294,9 +301,9 @@ class _Filling:
 
 
 def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> tuple[dict[TensorName, Device], bool]:
-    """Return the device of every tensor, from those of the paths, with what their map leaves out put where it belongs.
+    """Return the device of every tensor, from those of the paths, and place tensors that their map leaves out.
 
-    Whether anything had to be put otherwise than their map has it is told besides.
+    Also return whether any tensor had to be placed differently from their map.
     """
     placement: dict[TensorName, Device] = {}
     unplaced: list[Tensor] = []
@@ -326,7 +333,7 @@ def _complete(problem: Problem, root: Module, devices: Mapping[str, Device]) -> 
 
 
 def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, Device], problem: Problem) -> Device:
-    """Return the device of what is first placed next to or around a tensor."""
+    """Return the device of the first placed tensor beside a tensor or around it."""
     parent = tensor.name
     while parent:
         parent = parent.rpartition(".")[0]  # type: ignore[assignment]
@@ -338,7 +345,7 @@ def _device_of_siblings(tensor: Tensor, placement: Mapping[TensorName, Device], 
 
 
 def _unite(group: Sequence[TensorName], placement: dict[TensorName, Device], problem: Problem) -> None:
-    """Put what must be together where the first of it is."""
+    """Put the tensors of a group on the device of its first placed tensor."""
     held = [name for name in group if name in placement]
     if len({placement[name] for name in held}) > 1:
         storage = problem.graph.storage_of[held[0]]
@@ -356,7 +363,7 @@ def _tie_groups(graph: ModelGraph) -> list[tuple[TensorName, ...]]:
 
 
 def _without(module: Module, pinned: Mapping[TensorName, Device]) -> Module | None:
-    """Return the tree less what is pinned; a module of which nothing is left is gone."""
+    """Return the tree without pinned tensors and without modules that are then empty."""
     if not pinned:
         return module
     parameters = tuple(tensor for tensor in module.parameters if tensor.name not in pinned)

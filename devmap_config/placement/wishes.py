@@ -1,7 +1,7 @@
-"""Among placements that are nearly as fast as the fastest, the one that users would rather have: docs/placement.md.
+"""Selects, among placements that are nearly as fast as the fastest, the one that users would prefer: docs/placement.md.
 
-To add a wish, write what there is to be little of as a sum over the program's variables, as `_copied_in` does, and give
-it its place in `WISHES`, with the words in which `explain` tells it.
+To add a wish, state the quantity to minimise as a sum over the program's variables, as `_copied_in` does, and add it to
+`WISHES` at its rank, with the words in which `explain` reports it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from devmap_config.placement.program import Program
 
     Sum = Callable[[Program, Milp], Terms]
-    """What there is to be little of: adds the variables and constraints that it takes, and returns what it counts."""
+    """A quantity to minimise: adds the variables and constraints that it needs, and returns its terms."""
 
 CONTEXT_STEPS = 16
-"""The longest context is looked for until it is known to this part of itself."""
+"""The search for the longest context stops when it is known to this part, a sixteenth, of itself."""
 
 WISH_NODES = 50
-"""So much of the tree is searched for a wish: what is not found soon is not granted."""
+"""The most nodes of the tree that are searched for a wish; one that takes longer is not granted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contexts:
     """The same chain at other context lengths.
 
-    `length` is the workload's, `least` what is wished for at least, and `longest` as far as is looked. `chain_at` gives
-    the chain with what its blocks hold and need at a length.
+    `length` is the workload's, `least` the least that is wished for, and `longest` the limit of the search. `chain_at`
+    returns the chain with the memory of its blocks at a length.
     """
 
     length: int
@@ -72,7 +72,7 @@ class _GrantedWishes:
     order: tuple[Device, ...] = ()
 
     def stated(self) -> _Stated:
-        """State the program within all of it."""
+        """State the program with all granted wishes as constraints."""
         program = program_of(self.chain)
         runs = in_runs(program, self.order) if self.order else None
         milp = program.milp if runs is None else runs.milp
@@ -83,11 +83,11 @@ class _GrantedWishes:
 
     @property
     def is_possible(self) -> bool:
-        """True if a placement that keeps all of them is found."""
+        """True if a placement that keeps all granted wishes is found."""
         return self.stated().milp.minimize({}, nodes=WISH_NODES).values is not None
 
     def choice(self) -> Choice | None:
-        """Return the fastest choice that keeps to all of it."""
+        """Return the fastest choice that keeps all granted wishes."""
         program, milp, runs = self.stated()
         values = milp.minimize(_tidy(program), nodes=WISH_NODES).values
         return None if values is None else in_turns(self.chain, laid_out(program, values, runs))
@@ -101,14 +101,14 @@ class _GrantedWishes:
 
 
 def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) -> Choice | None:
-    """Return the choice that is wished for most among what takes no longer than that; `None` if none is found.
+    """Return the preferred choice among those that take at most `most_nanoseconds`; `None` if none is found.
 
-    Each wish is granted as far as those before it leave room.
+    Each wish is granted as far as those before it allow.
 
     Args:
         chain: what is placed.
-        most_nanoseconds: what the choice may take.
-        contexts: the chain at other context lengths, where it has such.
+        most_nanoseconds: the most time that the choice may take.
+        contexts: the chain at other context lengths, if its cache grows.
     """
     granted = _GrantedWishes(chain, contexts, most_nanoseconds, length=0 if contexts is None else contexts.length)
     for wish in WISHES:
@@ -119,41 +119,41 @@ def preferred(chain: Chain, most_nanoseconds: int, contexts: Contexts | None) ->
     return choice if chain.nanoseconds(choice) <= most_nanoseconds else None
 
 
-# Sums that a wish makes small
+# Sums that wishes minimise
 
 
 def _apart_from_a_map(program: Program, _: Milp) -> Terms:
-    """Return the blocks that no `device_map` can say: they compute on the CPU beside accelerators, or are copied
-    elsewhere.
+    """Count the blocks that no `device_map` can express: computed on the CPU beside accelerators, or copied to other
+    cards.
     """
     apart = ("part", "computed", "streamed elsewhere")
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in apart}
 
 
 def _caches_offloaded(program: Program, _: Milp) -> Terms:
-    """Return the blocks whose cache is on the CPU, where it might stay."""
+    """Count the blocks whose cache is on the CPU although it could stay on its device."""
     return {variable: 1 for variable, _, option in program.variables if option.offloads_cache}
 
 
 def _copied_in(program: Program, _: Milp) -> Terms:
-    """Return the blocks that are stored on the CPU or the disk."""
+    """Count the blocks that are stored on the CPU or the disk."""
     return {variable: 1 for variable, _, option in program.variables if option.mode[0] in STREAMED}
 
 
 def _devices_used(program: Program, milp: Milp) -> Terms:
-    """Return the devices on which blocks run."""
+    """Count the devices on which blocks run."""
     every = set(range(len(program.chain.blocks)))
     return {use_of(program, milp, device, every): 1 for device in program.chain.devices}
 
 
 def _late_devices(program: Program, milp: Milp) -> Terms:
-    """Return the indices of the used devices in the order in which devices are listed."""
+    """Sum up the indices of the used devices in the listed order."""
     return {variable: place for place, variable in enumerate(_devices_used(program, milp))}
 
 
 def _tidy(program: Program) -> Terms:
-    """Return the time plus about a nanosecond for what is not resident, so that of equal blocks the first are
-    resident.
+    """Return the time plus about a nanosecond for each block that is not resident, so that the first of equal blocks
+    are.
     """
     objective = dict(program.objective)
     for variable, number, option in program.variables:
@@ -166,7 +166,7 @@ def _tidy(program: Program) -> Terms:
 
 
 def _little_of(count: Sum) -> Callable[[_GrantedWishes], None]:
-    """Hold the least that a sum can come to, where that is found."""
+    """Return a wish that minimises a sum, and then keeps it at that value."""
 
     def grant(granted: _GrantedWishes) -> None:
         program, milp, _ = granted.stated()
@@ -180,14 +180,14 @@ def _little_of(count: Sum) -> Callable[[_GrantedWishes], None]:
 
 
 def _least_context(granted: _GrantedWishes) -> None:
-    """Hold the context that is wished for at least, where that is possible."""
+    """Grant the least wished context, if that is possible."""
     contexts = granted.contexts
     if contexts is not None and contexts.least > granted.length:
         granted.grant_length(contexts, contexts.least)
 
 
 def _one_run_each(granted: _GrantedWishes) -> None:
-    """Hold the devices in the order in which they are listed, or as the fastest has them, where that is possible."""
+    """Grant one run for each device, in the listed order or in that of the fastest choice, if that is possible."""
     choice = granted.choice()
     order = () if choice is None else order_in(program_of(granted.chain), choice)
     orders = dict.fromkeys((tuple(device for device in granted.chain.devices if device in order), order))
@@ -195,7 +195,7 @@ def _one_run_each(granted: _GrantedWishes) -> None:
 
 
 def _long_context(granted: _GrantedWishes) -> None:
-    """Hold the longest context at which all that was granted still is."""
+    """Grant the longest context that leaves all granted wishes possible."""
     contexts = granted.contexts
     too_long = 0 if contexts is None else contexts.longest + 1
     while contexts is not None and too_long - granted.length > max(granted.length // CONTEXT_STEPS, 1):
@@ -204,14 +204,14 @@ def _long_context(granted: _GrantedWishes) -> None:
             too_long = middle
 
 
-# What is wished for
+# The wishes
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A wish beside time: how it is granted; the figure of a plan that it makes less, and how that is told.
+    """A wish beside time: how it is granted, the figure of a plan that it lowers, and how that is reported.
 
-    `told` is given the figure, and that of the fastest plan. A wish without these goes without saying.
+    `told` is called with the figure, and that of the fastest plan. A wish without these is not reported.
     """
 
     grant: Callable[[_GrantedWishes], None]
@@ -257,4 +257,4 @@ WISHES = (
         lambda after, before: f"the context may grow to {-after:,} tokens instead of {-before:,}",
     ),
 )
-"""The first is granted first, and each as far as those before it leave room."""
+"""The wishes in order of priority; each is granted as far as those before it allow."""
