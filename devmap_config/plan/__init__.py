@@ -1,1 +1,1 @@
-"""The plan: what a compilation gives, its verification, and the lock that it is deployed by."""
+"""The plan: the result of a compilation, its verification, and the lock that deploys it."""

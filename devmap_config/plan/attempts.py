@@ -1,4 +1,4 @@
-"""Places a problem and makes a plan of it, anew until the plan verifies or nothing more can be done for it."""
+"""Places a problem and makes a plan of it, and repeats until the plan verifies or nothing more can be improved."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ if TYPE_CHECKING:
     from devmap_config.prepared import Prepared
 
     Obstacle = Infeasible | tuple[Diagnostic, ...]
-    """Why there is no plan: nothing can be placed, or what is wrong with what was."""
+    """The reason why there is no plan: no placement was found, or the plan has errors."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that verifies; `kept` are tensors that were moved to where they are used, as nothing brings them there."""
+    """A plan that verifies; `kept` are tensors that were moved to the device that uses them, as nothing copies them
+    there.
+    """
 
     plan: Plan
     kept: Placement
 
 
 def attempts(problem: Problem, prepared: Prepared) -> list[Candidate | Obstacle]:
-    """Return an attempt for each of what may run the plan, up to the first that fits unless another may be better.
+    """Return an attempt for each executor, up to the first that fits unless a later one may be better.
 
-    What transformers' strategies place makes no room for what is copied for prompts alone.
+    transformers' strategies leave no room for weights that are copied only for prompts.
     """
     compares = are_to_be_compared(prepared)
     results: list[Candidate | Obstacle] = []
@@ -58,7 +60,7 @@ def attempts(problem: Problem, prepared: Prepared) -> list[Candidate | Obstacle]
 
 
 def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
-    """Place the problem until no tensor is stranded and loading fits; the first obstacle tells most."""
+    """Place the problem until no tensor is stranded and loading fits; report the first obstacle, which says most."""
     obstacle: Obstacle = ()
     kept: dict[TensorName, Device] = {}
     lowered_bytes: Mapping[Device, int] = {}
@@ -83,7 +85,7 @@ def _attempt(problem: Problem, prepared: Prepared) -> Candidate | Obstacle:
 
 
 def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
-    """Return a placement as a plan: in units, with what each device holds and what running it takes."""
+    """Return a placement as a plan, with units, the bytes on each device, and a prediction."""
     graph, strategy = prepared.graph, prepared.strategy
     homes = {
         name: (device, placed.compute.get(name) or prepared.resolution.compute_of(name))
@@ -103,7 +105,7 @@ def _assembled(placed: Placed, problem: Problem, prepared: Prepared) -> Plan:
 
 
 def _decide_alone(problem: Problem) -> bool:
-    """Return whether nothing but budgets and sizes decides: transformers knows no pins, groups and the like."""
+    """Return whether only budgets and sizes decide, as transformers has no pins, groups or other constraints."""
     has_constraints = problem.pinned or problem.groups or problem.forbidden
     return (
         not has_constraints
@@ -115,7 +117,7 @@ def _decide_alone(problem: Problem) -> bool:
 def _told_of_budgets(
     findings: tuple[Diagnostic, ...], budgets: Budgets | None, strategy: str
 ) -> tuple[Diagnostic, ...]:
-    """Return the findings, with how many budgets were tried where there is no room for what running needs."""
+    """Return the findings, with the number of budgets that were tried if running has no room."""
     if budgets is None or budgets.rounds is None:
         return findings
     rounds = counted(budgets.rounds, "round")
@@ -126,7 +128,7 @@ def _told_of_budgets(
 
 
 def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, Device]:
-    """Return the tensors that the plan, and no rule, leaves where they are of no use, and where they are used."""
+    """Return the tensors that the plan strands without a rule, with the device that uses them."""
     names = [TensorName(name) for name in stranded_tensors(plan, problem.graph)]
     return {name: plan.main_device for name in names if name not in problem.pinned}
 
@@ -134,10 +136,10 @@ def _stranded(plan: Plan, problem: Problem) -> dict[TensorName, Device]:
 def _lowered_for_loading(
     plan: Plan, capacities: Mapping[Device, int], before: Mapping[Device, int]
 ) -> dict[Device, int]:
-    """Return by how much capacities are to be lowered, since loading takes more than there is; nothing where it fits.
+    """Return the bytes to subtract from capacities so that loading fits; empty if it does.
 
-    What loading takes besides the weights is not for the strategy to fill. What stays where it is for all that was
-    lowered `before` is left less than half by each round, so that there are few.
+    The strategy must leave free what loading needs besides the weights. If a placement does not change although
+    capacities were lowered `before`, each round at least doubles the amount, so that there are few rounds.
     """
     lowered_bytes: dict[Device, int] = {}
     for use in plan.devices:

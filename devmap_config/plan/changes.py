@@ -1,4 +1,4 @@
-"""The changes of a lock's inputs: which input changed, and which of its values."""
+"""Describes the changes of a lock's inputs: which input changed, and which of its values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAUSES = {
     "measurement": MODEL,
     "hardware": (("profile", "hardware."), ("profile", "placement.max_memory.")),
 }
-"""What an input follows from: where such a value changed, that is what is said."""
+"""The values that an input follows from; if one of them changed, only that is reported."""
 
 
 def changed_inputs(
@@ -36,7 +36,7 @@ def changed_inputs(
         lock: the lock.
         inputs: the present inputs.
         variables: the present `--set` values.
-        hosts: the present hosts, whose order is no value.
+        hosts: the present hosts, whose order is not among the values.
     """
     now = inputs.to_json()
     changed = [name for name in INPUT_NAMES if lock.inputs.get(name) != now.get(name)]
@@ -57,14 +57,14 @@ def changed_inputs(
 
 
 def _change_of_order(lock: Lock, hosts: Iterable[str | None]) -> dict[str, str]:
-    """Return how the order of the hosts changed, in which they have layers; nothing if it is the same."""
+    """Return the change in the order of the hosts, by which they get layers; empty if it is the same."""
     devices = (Device.from_text(use["id"]) for use in lock.plan["devices"])
     before, after = (", ".join(map(str, dict.fromkeys(each))) for each in ((device.host for device in devices), hosts))
     return {} if before == after else {"hosts": f"in another order: {before} → {after}"}
 
 
 def _changes(before: Values, after: Values) -> dict[str, str]:
-    """Return each value that is not the same, by its route, as `80 → 81`."""
+    """Return each value that changed, by its route, as `80 → 81`."""
     routes = [*before, *(route for route in after if route not in before)]
     return {
         route: _change(route, before, after)
@@ -82,23 +82,21 @@ def _change(route: str, before: Values, after: Values) -> str:
 
 
 def _phrase(name: str, changes: Mapping[str, str]) -> str:
-    """Return a phrase such as `the model's config: `num_hidden_layers` 80 → 81`, without values if they are
-    not known.
-    """
+    """Return a phrase such as `the model's config: `num_hidden_layers` 80 → 81`, without values if they are unknown."""
     if not changes:
         return f"{name} changed"
     return f"{name}: {first_of([f'`{route}` {change}' if route else change for route, change in changes.items()])}"
 
 
 def _follows(name: str, values: Mapping[str, Mapping[str, str]]) -> bool:
-    """Return whether an input changed only because another did that is named already."""
+    """Return whether an input changed only because of another one that is reported already."""
     if name == "measurement" and "graph" in values:
         return True
     return any(route.startswith(prefix) for cause, prefix in CAUSES.get(name, ()) for route in values.get(cause, {}))
 
 
 def changed_versions(lock: Lock) -> str:
-    """Return the libraries that read and measured the model before and now, where they are not the same."""
+    """Return the versions of the libraries that read and measured the model before and now, if they differ."""
     now = library_versions()
     changed = [
         f"{name} {before} → {now[name]}"

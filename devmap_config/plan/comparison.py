@@ -1,4 +1,4 @@
-"""Compares plans of one profile: which is the best, and what a plan has that the fastest one has not."""
+"""Compares plans of one profile: selects the best, and says what it has that the fastest does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def best_of(plans: Sequence[Plan], aim: Aim | None) -> Plan:
-    """Return the best of the plans, of equal ones the first; no plan can be below the least of their bounds."""
+    """Return the best of the plans, the first of equal ones, with the lowest of their bounds."""
     best = min(plans, key=lambda plan: _rank(plan, aim))
     bounds = [plan.prediction.bound_decode_nanoseconds_per_token for plan in plans]
     least = min((bound for bound in bounds if bound is not None), default=None)
@@ -25,13 +25,13 @@ def best_of(plans: Sequence[Plan], aim: Aim | None) -> Plan:
 
 
 def objective_nanoseconds(plan: Plan, aim: Aim | None) -> int:
-    """Return what is to be little under an aim: the time of a token, a prefill or a request, as far as it is known."""
+    """Return the value of the objective for a plan: the time of a token, a prefill or a request, if it is known."""
     phases = () if aim is None else aim.phases
     return sum(times * (getattr(plan.prediction, OWN[phase]) or 0) for phase, times in phases)
 
 
 def beside_fastest(plan: Plan, fastest: Plan, aim: Aim | None) -> Plan:
-    """Return the plan with the fastest that was found, and with its times where the plan takes longer."""
+    """Return the plan with the fastest one attached, and with that one's times where the plan takes longer."""
     figures: dict[str, int | None] = dict.fromkeys(FASTEST.values())
     if aim is not None and objective_nanoseconds(plan, aim) > objective_nanoseconds(fastest, aim):
         figures |= {FASTEST[phase]: getattr(fastest.prediction, OWN[phase]) for phase, _ in aim.phases}
@@ -39,8 +39,8 @@ def beside_fastest(plan: Plan, fastest: Plan, aim: Aim | None) -> Plan:
 
 
 def deciding_wish(plan: Plan) -> str | None:
-    """Return the first wish beside time by which a plan is better than the fastest; `None` if it is not, by any."""
-    from devmap_config.placement.wishes import WISHES  # with it comes numpy
+    """Return the first wish by which a plan is better than the fastest one; `None` if there is no such wish."""
+    from devmap_config.placement.wishes import WISHES  # imports numpy
 
     if plan.fastest is None:
         return None

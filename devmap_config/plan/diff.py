@@ -1,4 +1,4 @@
-"""The differences between two plans, as data: what moved, what devices hold, predicted times."""
+"""The differences between two plans, as data: moved modules, bytes on devices, predicted times."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIGURES = (
 """The fields of a prediction."""
 
 SETTINGS = {"strategy": None, "executor": None, "offload_buffers": False, "main_device": None, "measured": None}
-"""What a plan says of itself as a whole, and what is meant where an older lock says nothing."""
+"""The settings of a plan as a whole, with their values in older locks that lack them."""
 
 NUMBER = re.compile(r"(\d+)")
 
@@ -50,7 +50,7 @@ class Home:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Modules, folded into patterns, that have another home; `None` if a plan does not have them."""
+    """Modules, folded into patterns, with another home; a home is `None` if that plan does not have them."""
 
     modules: tuple[str, ...]
     before: Home | None
@@ -59,7 +59,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
-    """A value in either plan."""
+    """A value in both plans."""
 
     before: Any
     after: Any
@@ -72,11 +72,11 @@ class ValueChange:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two plans side by side. `devices` are all of either, `figures` all of a prediction.
+    """Two plans side by side. `devices` are all devices of either plan, `figures` all figures of a prediction.
 
-    `settings` is what differs of the plans as a whole, of their models and of their cards. `basis` is, by phase, on
-    which rates the predicted times rest: `None` where that is not known, or there is no time. If the models differ,
-    `moves` are of modules that both plans name.
+    `settings` are the differences between the plans as a whole, their models and their cards. `basis` is the basis of
+    the predicted times by phase, `None` if it is unknown or there is no time. If the models differ, `moves` contains
+    only modules that both plans name.
     """
 
     moves: tuple[Move, ...]
@@ -114,17 +114,17 @@ ASKED = {
     "context": "workload.context_length",
     "batch": "workload.batch_size",
 }
-"""What a profile asks for besides a placement, by its route."""
+"""The settings of a profile besides the placement, by name, with their routes."""
 
 VALUES_SHOWN = 3
 
 
 def made_of(values: Mapping[str, Values], hardware: Mapping[str, Mapping[str, Any]]) -> dict[str, Scalar]:
-    """Return which model a plan is of, and for which cards.
+    """Return the model and the cards that a plan was made for.
 
     Args:
-        values: of the inputs, as a lock holds them; early locks have none, and then nothing is known.
-        hardware: what each accelerator was taken for.
+        values: the values of the inputs in a lock; early locks have none, so that nothing is known.
+        hardware: the assumed properties of each accelerator.
     """
     if "profile" not in values:
         return {}
@@ -135,7 +135,7 @@ def made_of(values: Mapping[str, Values], hardware: Mapping[str, Mapping[str, An
 
 
 def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, ValueChange]:
-    """Return the differences of models and cards; of two configs the first few values, unless the models differ."""
+    """Return the differences of models and cards; of two configs, the first few values, unless the models differ."""
     if not before or not after:
         return {}
     changes = {name: ValueChange(before.get(name), after.get(name)) for name in {**before, **after}}
@@ -146,7 +146,7 @@ def _changed_subjects(before: Mapping[str, Scalar], after: Mapping[str, Scalar])
 
 
 def _are_other_models(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> bool:
-    """Return whether two plans are of different models, as far as that is known: one model may have two sources."""
+    """Return whether two plans are known to be of different models; one model may have two sources."""
     if not before or not after:
         return False
     if before.get("class") != after.get("class"):
@@ -156,14 +156,15 @@ def _are_other_models(before: Mapping[str, Scalar], after: Mapping[str, Scalar])
 
 
 def bases_in_lock(plan: Mapping[str, Any], values: Mapping[str, Values]) -> Bases:
-    """Return on which rates the times of a locked plan rest, by phase, as far as the lock tells.
+    """Return the basis of the times of a locked plan, by phase, as far as it follows from the lock.
 
-    No lock holds how the rates are known that a profile gives. But a rate that it does not give is stated, and no time
-    is known better than any rate that it takes: each takes the host's, or, under vLLM, how fast a device reads.
+    A lock does not record the basis of the rates that a profile gives. But rates that the profile does not give are
+    stated, and a time is no better than any of its rates: each depends on the host's, or, under vLLM, on the bandwidth
+    of a device.
 
     Args:
-        plan: the plan, as its lock holds it.
-        values: of the inputs, as a lock holds them; early locks have none, and then nothing is known.
+        plan: the plan, in the form of its lock.
+        values: the values of the inputs in a lock; early locks have none, so that nothing is known.
     """
     given = [route for route in values.get("profile", {}) if route.startswith("hardware.")]
     if "pipeline" in plan:
@@ -184,10 +185,10 @@ def difference(
     """Return the differences from one plan to another.
 
     Args:
-        before: the plan, as `Plan.to_json` gives it and locks hold it.
+        before: the plan, as plain data of `Plan.to_json` or a lock.
         after: the other plan.
         made_of: the model and the cards of each.
-        bases: on which rates the times of either rest, as far as that is known.
+        bases: the basis of the times of each, as far as it is known.
     """
     uses = [{use["id"]: use for use in plan["devices"]} for plan in (before, after)]
     homes = [_homes(before), _homes(after)]
@@ -215,7 +216,9 @@ OTHER_MODELS = "the models differ: of modules, those are compared that both plan
 
 
 def rates_in_words(diff: Mapping[str, Any]) -> str:
-    """Return on which rates the times of two plans rest, of a `Difference` as plain data; empty where none is told."""
+    """Return a sentence about the basis of the times of two plans, from a `Difference` as plain data; empty if
+    unknown.
+    """
     said = {side: words for side in ("before", "after") if (words := _rates_of_side(diff, side))}
     if len(set(said.values())) == 1:
         return f"these times rest on {next(iter(said.values()))}"
@@ -241,7 +244,7 @@ def _changed_stages(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
 
 
 def _changed_caches(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, ValueChange]:
-    """Return the difference of the modules whose cache two plans have on the CPU, where that is for them to say."""
+    """Return the difference of the modules whose cache two plans have on the CPU, if the plans decide that."""
     listed = (plan.get("offloaded_caches") for plan in (before, after))
     said = [None if paths is None else ", ".join(fold_paths(paths)) or "none" for paths in listed]
     return {} if said[0] == said[1] else {"caches on the CPU": ValueChange(*said)}
@@ -293,12 +296,12 @@ def _finest(units: Iterable[str]) -> set[str]:
 
 
 def _home_of(unit: str, homes: Mapping[str, Home]) -> Home | None:
-    """Return the home of a unit, or of what it is a part of."""
+    """Return the home of a unit, or of the unit that contains it."""
     while unit and unit not in homes:
         unit = unit.rpartition(".")[0]
     return homes.get(unit)
 
 
 def _naturally(path: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 behind layer 9."""
+    """Return a sort key that puts layer 10 after layer 9."""
     return [(0, part) if (number := number_in(part)) is None else (number, "") for part in NUMBER.split(path)]

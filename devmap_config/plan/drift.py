@@ -1,10 +1,9 @@
-"""Checks whether a lock still holds for its profile and, if not, says why: which inputs changed, or what its plan
-breaks.
+"""Checks whether a lock still holds for its profile and, if not, says why: inputs changed, or its plan is wrong.
 
-A lock makes two kinds of statements that cannot be derived: where every unit is stored and runs, and a lower bound,
-whose proof took long. Everything else follows from these and from the inputs; it is derived again and compared. The
-bound is checked for plausibility only; `check --prove` proves it again. Stages of a plan for vLLM have no bound, and
-are quickly found: they are placed anew.
+A lock makes two kinds of statements that cannot be derived: the locations of all units, and a lower bound, whose proof
+took long. Everything else follows from these and from the inputs; it is derived again and compared. The bound is only
+checked for plausibility; `check --prove` proves it again. Stages of a plan for vLLM have no bound, and are found
+quickly, so they are placed anew.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ if TYPE_CHECKING:
 BOUND = "bound_decode_nanoseconds_per_token"
 
 PROVEN = (BOUND, *FASTEST.values())
-"""The figures of a lock that are about other plans than its own: they are proved, not derived."""
+"""The figures of a lock that concern other plans than its own, and are proved rather than derived."""
 
 DriftCode = Literal["stale-lock", "broken-lock", "unproven-lock"]
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The reasons for which a lock does not hold any more.
+    """The reasons why a lock no longer holds.
 
     Attributes:
-        code: `stale-lock` if inputs changed, `broken-lock` if it says what does not follow from its inputs,
+        code: `stale-lock` if inputs changed, `broken-lock` if its statements do not follow from its inputs,
             `unproven-lock` if its plan is not the one that its strategy makes.
         reasons: phrases, at least one.
     """
@@ -72,7 +71,7 @@ class ReusedPlan:
 
     Attributes:
         plan: the plan.
-        moved: the versions of libraries that measure otherwise than when the lock was made, and the figures that moved;
+        moved: the versions of libraries that measure differently from those of the lock, and the figures that changed;
             `None` if none did.
     """
 
@@ -86,9 +85,9 @@ def remedy(code: str, profile: Path) -> str:
 
 
 def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> ReusedPlan | Drift:
-    """Derive the plan of a lock, verify it like a new one, and compare everything that the lock says with it.
+    """Derive the plan of a lock, verify it like a new one, and compare it with everything that the lock says.
 
-    Nothing but stages for vLLM is placed for this. If only the measurement has changed, and by other versions of the
+    Only stages for vLLM are placed anew for this. If only the measurement has changed, because of other versions of the
     libraries, the locked plan is checked against the new figures instead.
 
     Args:
@@ -97,7 +96,7 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> R
         inputs: the digests of the present inputs.
 
     Returns:
-        The plan, or the reasons for which the lock does not hold.
+        The plan, or the reasons why the lock does not hold.
     """
     inputs = _comparable(inputs, lock, prepared.graph)
     variables = prepared.loaded.overrides
@@ -130,7 +129,7 @@ def reuse_locked_plan(lock: Lock, prepared: Prepared, inputs: InputDigests) -> R
 
 
 def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) -> None:
-    """Warn that a locked plan holds, but by other figures than those it was made with."""
+    """Warn that a locked plan holds, but with other figures than those that it was made with."""
     if reused.moved is not None:
         sink.warning(
             "figures-moved",
@@ -141,7 +140,7 @@ def report_moved_figures(reused: ReusedPlan, loaded: LoadedProfile, sink: Sink) 
 
 
 def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
-    """Return the differences between a lock and a plan that was just made from the same inputs, as phrases."""
+    """Return the differences between a lock and a new plan from the same inputs, as phrases."""
     phrases = []
     for part in ("device_map", "compute", "offload_buffers", "offloaded_caches"):
         now = plan.to_json().get(part)
@@ -158,8 +157,7 @@ def disproofs(lock: Lock, plan: Plan) -> tuple[str, ...]:
 def _is_measured_otherwise(lock: Lock, inputs: InputDigests, variables: Mapping[str, str]) -> bool:
     """Return whether the measurement is the only input that changed.
 
-    In a lock of an early version one digest covers measurement and module tree; then nothing but that digest has
-    changed.
+    In a lock of an early version, one digest covers measurement and module tree, and must be the only one that changed.
     """
     changed = {name for name, value in inputs.to_json().items() if lock.inputs.get(name, value) != value}
     return changed == {"graph" if lock.is_early else "measurement"} and dict(lock.variables) == dict(variables)
@@ -180,7 +178,7 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
         LockError: if a decision is impossible.
     """
     if prepared.is_for_vllm:
-        from devmap_config.plan.pipelines import derive_pipeline  # with it comes numpy
+        from devmap_config.plan.pipelines import derive_pipeline  # imports numpy
 
         return derive_pipeline(lock, prepared)
     graph, executors = prepared.graph, executors_for(prepared)
@@ -203,8 +201,8 @@ def _derived(lock: Lock, prepared: Prepared) -> Plan:
 
 
 def _other_stages(plan: Plan, prepared: Prepared) -> str | None:
-    """Return how the stages differ from those that the strategy chooses: of these, no bound tells how good they are."""
-    from devmap_config.plan.pipelines import other_stages  # with it comes numpy
+    """Return how the stages differ from those that the strategy chooses, since no bound shows how good they are."""
+    from devmap_config.plan.pipelines import other_stages  # imports numpy
 
     return other_stages(plan, prepared)
 
@@ -249,7 +247,7 @@ def _without_figures(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bad_bounds(lock: Lock, prepared: Prepared) -> Iterator[str]:
-    """Yield what is implausible about the bound: it exists without a time, or is above the plan's own."""
+    """Yield implausible facts about the bound: it exists without a time, or is above the plan's own."""
     decode, bound = lock.plan["prediction"]["decode_nanoseconds_per_token"], lock.plan["prediction"][BOUND]
     is_due = prepared.proves_bound and decode is not None
     if is_due != (bound is not None):
@@ -260,7 +258,9 @@ def _bad_bounds(lock: Lock, prepared: Prepared) -> Iterator[str]:
 
 
 def _bad_fastest(lock: Lock, prepared: Prepared) -> Iterator[str]:
-    """Yield what is implausible about the fastest plan's times: not asked for, below the bound, or no shorter."""
+    """Yield implausible facts about the fastest plan's times: not part of the objective, below the bound, or no
+    shorter.
+    """
     prediction = lock.plan["prediction"]
     stated = {phase: prediction[name] for phase, name in FASTEST.items() if name in prediction}
     least = {phase: (prediction[BOUND] if phase == "decode" else None) or 1 for phase in stated}
@@ -287,7 +287,7 @@ _NOTHING = object()
 
 
 def _differences(before: object, after: object, route: str) -> Iterator[tuple[str, object, object]]:
-    """Yield each scalar that differs, in value or type, between two pieces of plain data, with its route."""
+    """Yield each scalar that differs in value or type between two pieces of plain data, with its route."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in dict.fromkeys([*before, *after]):
             yield from _differences(before.get(key, _NOTHING), after.get(key, _NOTHING), f"{route}.{key}")

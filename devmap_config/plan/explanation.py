@@ -1,4 +1,4 @@
-"""Explains why a module is where it is: the costs of every other place, and what forbids it."""
+"""Explains why a module is on its device: the costs of every other place, or why it is impossible."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ READING = ("bandwidth_bytes_per_second", "experts_bytes_per_second")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """Another place for a block, all else as it is.
+    """Another place for a block, with everything else unchanged.
 
-    `slower_nanoseconds` is by how much a token then takes longer (less, where it is negative), `None` if that is not
-    known; `rates` are the weakest of those that either time takes; `missing_bytes` is what is missing on `full_device`.
+    `slower_nanoseconds` is the extra time of a token (negative if it is faster), `None` if unknown; `rates` is the
+    weakest basis of either time; `missing_bytes` are the bytes that `full_device` lacks.
     """
 
     location: Location
@@ -52,7 +52,9 @@ class Saving:
 
 
 def savings(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> tuple[Saving, ...]:
-    """Return what a phase of a plan waits for: of what would make it shorter by a hundredth, the most first."""
+    """Return what a phase of a plan waits for: the resources that would save at least a hundredth of it, largest
+    first.
+    """
     now = getattr(plan.prediction, OWN[phase])
     together = inventory.together_bytes_per_second
     faster = {
@@ -83,7 +85,7 @@ def _with_links(inventory: Inventory, chosen: Callable[[tuple[Device, Device]], 
 
 
 def block_of(graph: ModelGraph, path: str) -> str:
-    """Return the block that a module or tensor belongs to; itself where it is none's."""
+    """Return the block that a module or tensor belongs to, or itself if it belongs to none."""
     around = path
     while around and ModulePath(around) not in graph.blocks:
         around = around.rpartition(".")[0]
@@ -102,7 +104,7 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
     now = {each.location for each in inside}
     others = [each for each in plan.assignments if each not in inside]
     places: list[Location] = []
-    capacities = {use.id: use.capacity_bytes for use in plan.devices}  # less what a draft model takes
+    capacities = {use.id: use.capacity_bytes for use in plan.devices}  # less the needs of a draft model
     for device in capacities:
         if device.is_accelerator:
             places.append(Location(device, device))
@@ -125,9 +127,10 @@ def alternatives(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str
 
 
 def other_cache(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str) -> Alternative | None:
-    """Return the other place of a block's cache: on the CPU where the plan has it stay, or the other way round.
+    """Return the other place of a block's cache: the CPU if it stays on the device in this plan, or the other way
+    round.
 
-    `None` if that is not for the plan to say, or it has no other place.
+    Return `None` if the plan does not decide that, or there is no other place.
     """
     if plan.offloaded_caches is None or graph.measurement is None:
         return None
@@ -145,7 +148,7 @@ def other_cache(plan: Plan, graph: ModelGraph, inventory: Inventory, block: str)
 
 
 def _compared(plan: Plan, moved: Plan, location: Location, graph: ModelGraph, inventory: Inventory) -> Alternative:
-    """Return what a plan would take with a block or its cache at another location, beside what it takes."""
+    """Compare a plan with the one that has a block or its cache at another location."""
     fullest = min(moved.devices, key=lambda use: use.free_bytes)
     phase: Phase = "decode" if graph.decodes else "prefill"
     times = tuple(getattr(each, OWN[phase]) for each in (predict(moved, graph, inventory), plan.prediction))

@@ -1,4 +1,4 @@
-"""The inputs of a plan as digests of parsed values: what makes a lock stale, and nothing else."""
+"""Computes digests of the inputs of a plan, from parsed values: exactly those that make a lock stale."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ if TYPE_CHECKING:
     from devmap_config.prepared import Prepared
 
 INCIDENTAL = frozenset({"name", "description", "variables", "extends"})
-"""Keys of a profile that change nothing by themselves: variables and bases count by what they lead to."""
+"""Keys of a profile without an effect of their own: variables and base files count by the values that they result
+in.
+"""
 
 MEASURED = ("measurement", "skip_keys", "merged")
-"""Of a graph, what tells how the model runs and not what it is: it differs between versions of transformers."""
+"""The parts of a graph that describe how the model runs rather than what it is, and differ between versions of
+transformers.
+"""
 
 
 def inputs_of(prepared: Prepared) -> InputDigests:
-    """Return the digests, and the parsed values, of everything from which a plan is made."""
+    """Return the digests, and the parsed values, of everything that a plan is made from."""
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     profile = loaded.profile.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(INCIDENTAL))
     graph = _as_digested(model.graph)
     profile_digest = digest(profile)
     if loaded.profile.hardware.hosts:
-        del profile["hardware"]["devices"]  # in whose place they are
+        del profile["hardware"]["devices"]  # the hosts replace them
     return InputDigests(
         profile=profile_digest,
         config=model.source.config_digest,
@@ -47,13 +51,13 @@ def inputs_of(prepared: Prepared) -> InputDigests:
 
 
 def early_graph_digest(graph: ModelGraph) -> str:
-    """Return the digest that early locks hold: of the module tree and its measurement together."""
+    """Return the digest of early locks, which covers the module tree and its measurement together."""
     return digest({key: part for key, part in _as_digested(graph).items() if key not in ("schema", "merged", "unread")})
 
 
 def _as_digested(graph: ModelGraph) -> dict[str, Any]:
-    """Return a graph as plain data without the end of positions, which follows from the config and is missing in early
-    locks.
+    """Return a graph as plain data without the end of positions, which early locks lack and which follows from the
+    config.
     """
     value = graph_to_json(graph)
     if value["measurement"] is not None:

@@ -1,4 +1,4 @@
-"""`--keep`: among plans that are as good as a new one, the one that is nearest to that of an existing lock."""
+"""`--keep`: finds, among plans that are as good as a new one, one close to the plan of an existing lock."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ if TYPE_CHECKING:
     Block = tuple[TensorName, ...]
 
 AS_GOOD = 200
-"""As good is what takes at most this part, a two-hundredth, longer; the bound is proven to about as much."""
+"""A plan is as good as another if it takes at most this part, a two-hundredth, longer, which is about the accuracy
+of the bound.
+"""
 
 MAX_TRIALS = 48
-"""Plans that are looked at on the way: each is verified and predicted anew."""
+"""The most plans that are tried, each of which is verified and predicted anew."""
 
 
 def prefer_locked_plan(plan: Plan, lock: Lock, prepared: Prepared) -> Plan:
-    """Return the locked plan where it still is as good as the new one, else the new one with as much of it as can stay.
+    """Return the locked plan if it is as good as the new one, else the new one with as much of the locked one as can
+    stay.
 
-    Only a plan of the same strategy of ours is kept. One is taken where it breaks no rule, fits, and is as good: in the
-    time of a token, or where that is not known in the context that it leaves room for. What cannot stay as a whole is
-    tried in halves, from either end of the model; the result is near, and not proven to be the nearest.
+    Only a plan of the same strategy, one of ours, is kept. A plan is accepted if it breaks no rule, fits, and is as
+    good: in the time of a token or, if that is unknown, in the context that it has room for. If not everything can
+    stay, halves are tried, from either end of the model. The result is close to the locked plan, but not proved to be
+    the closest.
     """
     if plan.strategy not in OPTIMAL_STRATEGIES or lock.plan.get("strategy") != plan.strategy:
         return plan
@@ -69,7 +73,7 @@ def _homes(plan: Plan) -> Homes:
 
 
 def _moved_together(graph: ModelGraph, before: Homes, after: Homes) -> list[tuple[Block, ...]]:
-    """Return the blocks that moved, neighbours that went the same way together."""
+    """Return the blocks that moved, with neighbours that moved the same way grouped."""
 
     def way(block: Block) -> tuple[tuple[object, ...], ...]:
         return tuple(dict.fromkeys((before[name], after[name]) for name in block))
@@ -81,7 +85,7 @@ def _moved_together(graph: ModelGraph, before: Homes, after: Homes) -> list[tupl
 
 @dataclass
 class _PlanKeeping:
-    """Puts back what moved, as long as the plan stays as good as the new one; `best` is the nearest found so far."""
+    """Moves blocks back as long as the plan stays as good as the new one; `best` is the closest plan found so far."""
 
     new: Plan
     prepared: Prepared
@@ -94,7 +98,7 @@ class _PlanKeeping:
         self.best = self.new
 
     def keep_most(self, blocks: Sequence[Block]) -> None:
-        """Keep these blocks where they were, or else the halves of them that can stay."""
+        """Move these blocks back or, if that is impossible, halves of them."""
         if self.keep(tuple(name for block in blocks for name in block)) or len(blocks) == 1:
             return
         middle = len(blocks) // 2
@@ -102,7 +106,7 @@ class _PlanKeeping:
         self.keep_most(blocks[middle:])
 
     def keep(self, names: Sequence[TensorName]) -> bool:
-        """Keep tensors where they were, if a plan with that exists, and return whether it does."""
+        """Move tensors back if that gives an acceptable plan, and return whether it does."""
         if self.trials >= MAX_TRIALS:
             return False
         self.trials += 1
@@ -119,13 +123,13 @@ class _PlanKeeping:
         return True
 
     def distance(self) -> tuple[int, int]:
-        """Return the number of tensors of the best plan that are not where they were, and the time of a token."""
+        """Return the number of tensors of the best plan that are not at their old place, and the time of a token."""
         homes = _homes(self.best)
         moved = sum(homes[name] != self.earlier[name] for name in self.earlier)
         return moved, self.best.prediction.decode_nanoseconds_per_token or 0
 
     def plan_with(self, homes: Mapping[TensorName, tuple[Device, Device | None]]) -> Plan:
-        """Return the plan that stores and runs everything there."""
+        """Return the plan with these homes."""
         graph = self.prepared.graph
         units = fold(graph, {name: homes[name] for name in graph.tensors})
         capacities = self.prepared.capacities

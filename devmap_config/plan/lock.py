@@ -35,7 +35,7 @@ class LockError(DevmapError):
     """A lock is missing or cannot be used.
 
     Attributes:
-        code: the code of the diagnostic. The message is a predicate, to follow the name of the file.
+        code: the code of the diagnostic. The message is a predicate that follows the name of the file.
     """
 
     def __init__(self, message: str, code: LockCode = "unreadable-lock") -> None:
@@ -74,7 +74,7 @@ class InputDigests:
     values: Mapping[str, Values] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, str | None]:
-        """Return the digests as they stand in the lock; of adapter and draft model only if there is one."""
+        """Return the digests as the lock stores them; those of adapter and draft model only if there is one."""
         digests = {name: getattr(self, name) for name in INPUT_NAMES}
         return {name: value for name, value in digests.items() if value is not None or name not in OPTIONAL_INPUTS}
 
@@ -118,7 +118,7 @@ class Lock:
         return Resolved(commit, str(source), name, self.inputs.get("checkpoint"))
 
     def to_text(self) -> str:
-        """Return the file: canonical JSON, the same bytes for the same plan on every machine."""
+        """Return the text of the file: canonical JSON, with the same bytes for the same plan on every machine."""
         body = {
             "lock_version": LOCK_VERSION,
             "inputs": dict(self.inputs),
@@ -167,7 +167,7 @@ def profile_of(path: Path) -> Path:
 
 
 def _meant(path: Path) -> str:
-    """Return advice on what to name instead of a path that is no file."""
+    """Return advice on what to name instead of a path that is not a file."""
     if is_folder(path):
         return "name a profile in it; `devmap check` takes folders as well"
     others = path.parent.glob("*") if is_folder(path.parent) else ()
@@ -253,7 +253,7 @@ def read_lock(text: str) -> Lock:
 
 
 def _parsed(text: str) -> Any:
-    """Return the JSON value of a text, and refuse a mapping in which a key stands twice."""
+    """Return the JSON value of a text, and refuse mappings with repeated keys."""
     try:
         return parse_json(text, LOCK, object_of=_without_duplicates)
     except FileError as error:
@@ -272,7 +272,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 CONFLICT_MARK = re.compile("^(<{7}|={7}|>{7})", re.MULTILINE)
-"""What git leaves in a file that it could not merge."""
+"""Matches the conflict markers that git leaves in a file."""
 
 OPTIONAL_INPUTS = ("adapter", "assistant")
 """Inputs that are left out of a lock whose profile does not have them."""
@@ -326,10 +326,11 @@ def locked_units(
 
 
 def locked_caches(lock: Lock, graph: ModelGraph) -> tuple[str, ...] | None:
-    """Return the modules whose cache a lock has on the CPU, in the order in which they run; `None` if it does not say.
+    """Return the modules whose cache a lock has on the CPU, in the order in which they run; `None` if the workload
+    decides.
 
     Raises:
-        LockError: if it names others than those whose cache may be there, or does not say where it has to.
+        LockError: if it names modules whose cache cannot be there, or lacks a required statement.
     """
     listed = lock.plan.get("offloaded_caches")
     measurement = graph.measurement

@@ -1,4 +1,4 @@
-"""The format of a lockfile, as a model: what is read is held to it, and the JSON Schema is generated from it."""
+"""The format of a lockfile, as a pydantic model that validates locks, and from which the JSON Schema is generated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 LOCK_VERSION = 1
 
 MAX_CHARACTERS = 40
-"""Of a value that is wrong, so much is shown."""
+"""The most characters of a wrong value that a message shows."""
 
 Digest = Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 LARGEST = 2**127
-"""More than a thousand million devices of the largest memory that a profile can say; and what a float still holds."""
+"""More than a billion devices of the largest memory of a profile, and still within the range of a float."""
 
 Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -34,12 +34,12 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 def _absent(default: Any, description: str) -> Any:
-    """Return the field of a key that may be absent: it never holds the default, which the schema leaves out."""
+    """Return the field of a key that may be absent; the schema omits the default, which files never contain."""
     return Field(default=default, description=description, json_schema_extra=_without_default)
 
 
 class _Part(BaseModel):
-    """A part of a lock: every key is written, no other is, and no value is of another type."""
+    """A part of a lock: all keys are required unless marked otherwise, no others are allowed, and types are strict."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -61,7 +61,7 @@ class LockedInputs(_Part):
 
 
 class MadeWith(_Part):
-    """Versions of what read the model's tree and ran it: for information, outside of the digest."""
+    """Versions of the libraries that read and ran the model; for information, and outside of the digest."""
 
     accelerate: str | None
     torch: str | None
@@ -101,7 +101,7 @@ class LockedPrediction(_Part):
 
 
 class LockedAssistant(_Part):
-    """The needs of a draft model, which is whole on one device; the capacity of that device is without them."""
+    """The needs of a draft model, all of which is on one device; the capacity of that device excludes them."""
 
     activation_bytes: Bytes = Field(description="While it computes, in turns with the model.")
     class_name: Name
@@ -155,7 +155,7 @@ class LockedPipeline(_Part):
 
 
 class LockedPlan(_Part):
-    """The places in which every part of the model is stored and runs, and what follows from these."""
+    """The locations of all parts of the model, and what follows from them."""
 
     assistant: LockedAssistant | None = _absent(None, "What a draft model takes; absent where there is none.")
     compute: dict[str, DeviceName] = Field(
@@ -181,7 +181,7 @@ class LockedPlan(_Part):
 
 
 class LockedAccelerator(_Part):
-    """The properties that an accelerator was assumed to have; a machine is checked for them before it loads."""
+    """The assumed properties of an accelerator; a machine is checked for them before it loads the plan."""
 
     accelerator: str | None = Field(description="Its name in the catalogue.")
     memory_bytes: Bytes
@@ -189,7 +189,7 @@ class LockedAccelerator(_Part):
 
 
 class LockedValues(_Part):
-    """The values of the inputs by their routes, to say which of them changed."""
+    """The values of the inputs by their routes, to report which of them changed."""
 
     config: dict[str, Scalar]
     hardware: dict[str, Scalar]
@@ -212,7 +212,7 @@ class LockFile(_Part):
 
 
 def violations(value: Mapping[str, Any]) -> list[str]:
-    """Return what keeps a parsed lock from being one, a phrase with the route for each mistake; nothing where it is."""
+    """Return the mistakes of a parsed lock, each a phrase with its route; empty if the lock is valid."""
     try:
         LockFile.model_validate(value)
     except ValidationError as error:
@@ -220,8 +220,8 @@ def violations(value: Mapping[str, Any]) -> list[str]:
             _phrase(_route(details["loc"], value, details["type"]), details["type"], details["input"])
             for details in error.errors()
         ]
-        return list(dict.fromkeys(phrases))  # where a value may be of several types, each of them finds it wrong
-    if "measurement" not in value["inputs"]:  # an early lock, which says less
+        return list(dict.fromkeys(phrases))  # each alternative type of a value reports the same mistake
+    if "measurement" not in value["inputs"]:  # an early lock, which has fewer keys
         return []
     missing = [key for key in ("hardware", "values") if key not in value]
     missing += [f"plan.{key}" for key in ("loading_ram_bytes", "offload_buffers") if key not in value["plan"]]
@@ -245,7 +245,7 @@ def _phrase(route: str, kind: str, value: object) -> str:
 
 
 def _route(location: tuple[int | str, ...], value: Any, kind: str) -> str:
-    """Return `plan.devices[0].id` for where a mistake was found, without the types that pydantic names beyond that."""
+    """Return the route of a mistake, such as `plan.devices[0].id`, without the types that pydantic appends."""
     text = ""
     for part in location:
         is_there = isinstance(part, int) if isinstance(value, list) else isinstance(value, dict) and part in value

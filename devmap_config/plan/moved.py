@@ -1,4 +1,4 @@
-"""The figures of a plan that follow from measurement, and which of them other versions of the libraries move."""
+"""The figures of a plan that follow from measurement, and may change with the versions of libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 MEASURED_BYTES = {"kv_cache_bytes": "cache", "activation_bytes": "activations", "overhead_bytes": "streamed weights"}
-"""What a device holds besides weights."""
+"""The bytes that a device holds besides weights, with their names in messages."""
 
 PREDICTED: Mapping[str, tuple[str, Callable[[int], str]]] = {
     "decode_nanoseconds_per_token": ("predicted token", format_duration),
@@ -21,14 +21,16 @@ PREDICTED: Mapping[str, tuple[str, Callable[[int], str]]] = {
 }
 
 LOADING = frozenset({"loading_bytes", "loading_ram_bytes"})
-"""Keys of a plan for what loading takes, which early locks do not have."""
+"""Keys of a plan for the memory of loading, which early locks lack."""
 
 FOLLOW_FROM_MEASUREMENT = frozenset({"measured", "free_bytes", *LOADING, *MEASURED_BYTES, *PREDICTED})
-"""Keys of a plan that may move with the libraries; all others follow from the module tree, profile and hardware."""
+"""Keys of a plan that may change with the libraries; all others follow from the module tree, profile and hardware."""
 
 
 def moved_figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what moved from a plan as it was locked to what is measured now: `activations on cuda:0 1 → 2 GiB`."""
+    """Return the figures that changed from the locked plan to the present measurement: `activations on cuda:0 1 → 2
+    GiB`.
+    """
     return (*_moved_bytes(before, after), *_moved_predictions(before["prediction"], after["prediction"]))
 
 
@@ -46,7 +48,7 @@ def _moved_predictions(before: Mapping[str, Any], after: Mapping[str, Any]) -> I
 
 
 def _arrow(before: int | None, after: int | None, show: Callable[[int], str]) -> str:
-    """Return `529.0 MiB → 545.0 MiB`; with all digits where rounding would hide the difference."""
+    """Return `529.0 MiB → 545.0 MiB`; with all digits if rounding would hide the difference."""
     texts = ["unknown" if value is None else show(value) for value in (before, after)]
     if texts[0] == texts[1]:
         texts = [f"{value:,}" for value in (before, after) if value is not None]

@@ -1,4 +1,4 @@
-"""Plans for vLLM: from a prepared profile to a plan with stages, and from a lock's stages to all that follows."""
+"""Makes plans for vLLM: from a prepared profile to a plan with stages, and from a lock's stages to its plan."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from devmap_config.prepared import Prepared
 
 VLLM = Executor(name="vllm")
-"""What runs such a plan: each layer where it is."""
+"""The executor of such a plan: each layer runs on the device that stores it."""
 
 CACHE_FIRST = "longest-context"
 
 LONGEST = 2**24
-"""Where a model's positions end nowhere, no length is the longest; this one is stated."""
+"""The longest context that is stated if the model's positions have no end."""
 
 
 @dataclass(frozen=True)
 class StatedProblem:
-    """The problem that a profile poses, with what its rules ask for."""
+    """The problem of cutting a profile's model into stages, with the constraints of its rules."""
 
     problem: PipelineProblem
     wishes: Wishes
@@ -55,7 +55,7 @@ def pipeline_problem(prepared: Prepared, sink: Sink) -> StatedProblem | None:
     loaded, model, inventory = prepared.loaded, prepared.model, prepared.inventory
     measurement = model.graph.measurement
     if measurement is None:
-        return None  # which is reported: the profile names no context
+        return None  # reported already: the profile names no context
     try:
         layers = layers_of(model.graph, model.source.config)
         layers.check_caches(measurement)
@@ -98,17 +98,17 @@ TRY_SMALLER = "a group of another size: 2, 4 and 8 suit most models"
 
 
 def sent_bytes(prepared: Prepared) -> int:
-    """Return the bytes that a stage of a pipeline sends to the next for a token of a request.
+    """Return the bytes that a stage sends to the next one for a token of a request.
 
     Raises:
-        UncutModelError: where the model cannot be cut into stages.
+        UncutModelError: if the model cannot be cut into stages.
     """
     layers = layers_of(prepared.model.graph, prepared.model.source.config)
     return SENT_TENSORS * layers.hidden_size * layers.element_bytes
 
 
 def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
-    """Return the best plan within what vLLM can do; `None` if there is none, and why is in the sink."""
+    """Return the best plan that vLLM can run; if there is none, report why and return `None`."""
     stated = pipeline_problem(prepared, sink)
     if stated is None:
         return None
@@ -131,7 +131,7 @@ def plan_pipeline(prepared: Prepared, sink: Sink) -> Plan | None:
 
 
 def other_stages(plan: Plan, prepared: Prepared) -> str | None:
-    """Return which stages of a plan are not those that placing anew gives; `None` if all are."""
+    """Return a phrase about the stages that differ from those of a new placement; `None` if none do."""
     pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
     try:
         place = None if stated is None else _best_place(stated.problem, prepared.strategy)
@@ -148,7 +148,7 @@ def other_stages(plan: Plan, prepared: Prepared) -> str | None:
 
 
 def all_orders_tried(prepared: Prepared) -> bool:
-    """Return whether stages were searched in every order of their devices that rules leave open."""
+    """Return whether stages are searched in every order of devices that the rules allow."""
     stated = pipeline_problem(prepared, Sink())
     return stated is None or tries_all_orders(stated.problem)
 
@@ -157,7 +157,7 @@ def _best_place(problem: PipelineProblem, strategy: str) -> StagePlacement | Non
     """Return the stages that a strategy chooses.
 
     Raises:
-        TooManyChoicesError: if devices may be chosen in too many ways.
+        TooManyChoicesError: if there are too many ways to choose devices.
     """
     return best_place(problem, prefers_cache=strategy == CACHE_FIRST or not problem.knows_times)
 
@@ -171,7 +171,7 @@ def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
     """Return the plan that follows from the stages of a lock.
 
     Raises:
-        LockError: if it has stages that cannot be.
+        LockError: if its stages are impossible.
     """
     sink = Sink()
     stated = pipeline_problem(prepared, sink)
@@ -200,7 +200,7 @@ def derive_pipeline(lock: Lock, prepared: Prepared) -> Plan:
 
 
 def broken_stages(plan: Plan, prepared: Prepared) -> list[str]:
-    """Return what does not hold of the stages of a plan: rules that they break, and requests that do not fit."""
+    """Return what is wrong with the stages of a plan: rules that they break, and requests that do not fit."""
     pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
     if pipeline is None or stated is None:
         return ["its profile poses no such problem"]
@@ -288,7 +288,7 @@ def _prediction(problem: PipelineProblem, pipeline: Pipeline, slots: Sequence[Sl
     if len(known_decode) == len(slots) and problem.measurement.decodes and problem.measurement.measured:
         token = max(sum(known_decode), problem.batches(len(slots)) * max(known_decode)) or None
     if len(known_prefill) == len(slots) and problem.measurement.measured:
-        # A prompt goes through in parts, one behind the other.
+        # The stages work on the parts of a prompt one after another.
         prompt = sum(known_prefill) + (chunks - 1) * max(known_prefill) or None
     return Prediction(
         decode_nanoseconds_per_token=token,
@@ -335,7 +335,7 @@ def _missing_rates(problem: PipelineProblem) -> Iterator[tuple[Device, str, str]
 
 
 def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) -> None:
-    """Report that not all requests fit: how many tokens there is room for, and which stage decides; or the weights."""
+    """Report that not all requests fit: how many tokens do, and which stage limits them; or that the weights do not."""
     workload = prepared.loaded.profile.workload
     widest = widest_place(problem)
     asked = f"{counted(problem.sequences, 'request')} of {problem.context_length:,} tokens"
@@ -359,7 +359,7 @@ def _report_no_room(problem: PipelineProblem, prepared: Prepared, sink: Sink) ->
 
 
 def _report_no_stages(problem: PipelineProblem, prepared: Prepared, sink: Sink) -> None:
-    """Report that weights and a forward of all requests fit on no stages; or that only fewer requests do."""
+    """Report that the weights and a forward of all requests fit on no stages, or that only fewer requests do."""
     profile = prepared.loaded.profile
     forward_bytes = max(int(problem.activations(place, 2).max()) for place in (0, 1))
     fewer = widest_place(replace(problem, concurrency=1)) if problem.concurrency > 1 else None
@@ -386,7 +386,7 @@ def _report_no_stages(problem: PipelineProblem, prepared: Prepared, sink: Sink) 
 
 
 def _most_requests(problem: PipelineProblem, place: StagePlacement) -> int:
-    """Return how many requests fit on these stages at once; other stages may have room for more."""
+    """Return the number of requests that fit on these stages at once; other stages may have room for more."""
 
     def fit(concurrency: int) -> bool:
         fewer = replace(problem, concurrency=concurrency)
@@ -401,7 +401,7 @@ def _most_requests(problem: PipelineProblem, place: StagePlacement) -> int:
 
 
 def _of_processes(problem: PipelineProblem) -> str:
-    """Return what is said of vLLM's own processes, which take a part of a CPU's memory; nothing for accelerators."""
+    """Return a phrase about vLLM's own processes, which take a part of a CPU's memory; empty for accelerators."""
     own_bytes = problem.process_bytes(problem.slots, 0)
     if not own_bytes:
         return ""
@@ -410,7 +410,7 @@ def _of_processes(problem: PipelineProblem) -> str:
 
 
 def review_pipeline(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
-    """Return what does not hold of a plan for vLLM, and what its user should know."""
+    """Return the violations of a plan for vLLM, and warnings for its user."""
     sink = Sink()
     profile = prepared.loaded.profile
     for broken in broken_stages(plan, prepared):
@@ -438,9 +438,10 @@ REPORT = "the verifier found what should not have been made: please report it, w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerMove:
-    """One layer on the stage before or behind its own: what a token then takes, and how many the cache holds.
+    """A move of one layer to the stage before or after its own: the time of a token then, and the tokens that the cache
+    holds.
 
-    `obstacle` is what keeps it from there.
+    `obstacle` is the reason why the move is impossible, if it is.
     """
 
     layer: int
@@ -452,7 +453,7 @@ class LayerMove:
 
 
 def moves_of_a_layer(plan: Plan, prepared: Prepared) -> Iterator[LayerMove]:
-    """Yield what moving one layer to the next stage, or to the one before, would do: at each cut, both ways."""
+    """Yield the moves of one layer to the next stage, or to the one before, at each cut."""
     pipeline, stated = plan.pipeline, pipeline_problem(prepared, Sink())
     if pipeline is None or stated is None:
         return

@@ -34,7 +34,7 @@ class DeviceUse:
 
     Attributes:
         id: the device.
-        capacity_bytes: what may be used of its memory.
+        capacity_bytes: the part of its memory that may be used.
         weights_bytes: the weights that are stored there.
         kv_cache_bytes: the cache at the end of the workload's context.
         activation_bytes: the activation peak.
@@ -62,14 +62,16 @@ class Prediction:
     """The predicted cost of running a plan; a field is `None` if its inputs are not known.
 
     Attributes:
-        decode_nanoseconds_per_token: the time of a token, on the mean from the prompt to the end of the context.
+        decode_nanoseconds_per_token: the time of a token, averaged from the end of the prompt to the end of the
+            context.
         bound_decode_nanoseconds_per_token: a lower bound of that time over all placements.
         prefill_nanoseconds: the time of a prompt.
-        streamed_bytes_per_token: weights that the forward of a token copies to where they run.
+        streamed_bytes_per_token: the weights that are copied to their devices in the forward of a token.
         hops: transfers of activations between devices while a token is decoded.
         longest_context: the most tokens of context that fit.
-        fastest_decode_nanoseconds_per_token: that time of the fastest plan that was found; `None` if this plan is it.
-        fastest_prefill_nanoseconds: the same of a prompt.
+        fastest_decode_nanoseconds_per_token: the time of a token under the fastest plan that was found; `None` if that
+            is this plan.
+        fastest_prefill_nanoseconds: the same for a prompt.
     """
 
     decode_nanoseconds_per_token: int | None = None
@@ -82,7 +84,7 @@ class Prediction:
     fastest_prefill_nanoseconds: int | None = None
 
     def to_json(self) -> dict[str, int | None]:
-        """Return the figures as they stand in a lock, those of the fastest plan only if that is another one."""
+        """Return the figures as a lock stores them; those of the fastest plan only if that is another one."""
         figures = asdict(self)
         return {name: figure for name, figure in figures.items() if figure is not None or name not in FASTEST.values()}
 
@@ -98,8 +100,8 @@ FASTEST: Mapping[Phase, str] = {
 
 
 class NotADeviceMapError(DevmapError):
-    """The plan cannot be expressed as a `device_map`: modules compute on the CPU, or on another card than the main
-    device, or some have their cache on the CPU.
+    """The plan cannot be expressed as a `device_map`: modules compute on the CPU, or are copied to another card than
+    the main device, or have their cache on the CPU.
 
     Attributes:
         units: those modules.
@@ -118,7 +120,7 @@ class NotADeviceMapError(DevmapError):
 
 
 class NotForTransformersError(DevmapError):
-    """The plan is for vLLM: its stages of layers run in a process each."""
+    """The plan is for vLLM, which runs each stage in a process of its own."""
 
     def __init__(self) -> None:
         message = "this plan is one for vLLM, and transformers loads a device_map in one process"
@@ -133,16 +135,16 @@ class Plan:
 
     Attributes:
         strategy: the strategy that made it.
-        executor: what runs it: accelerate's hooks, or ours.
-        main_device: where modules run whose weights are stored on `cpu` or `disk`.
+        executor: the executor that runs it: accelerate's hooks, or ours.
+        main_device: the device that runs modules whose weights are stored on `cpu` or `disk`.
         assignments: every unit with its tensors and location, in the order of the model.
         devices: the bytes that each device of the profile holds.
         prediction: times, transfers and the longest context.
         measured: whether cache and activations were measured and counted, besides weights.
-        loading_ram_bytes: the most that loading takes of the CPU's memory, whether or not the plan uses that device.
+        loading_ram_bytes: the most of the CPU's memory that loading takes, even if the plan does not use that device.
         draft: the needs of a draft model, which are subtracted from the capacities.
         pipeline: the stages of a plan for vLLM; every unit is then on the first device of its stage.
-        max_memory: budgets from which plain `from_pretrained` makes the same map, with room for the workload; `None` if
+        max_memory: budgets with which plain `from_pretrained` makes the same map, with room for the workload; `None` if
             budgets do not suffice, or the strategy is not one of transformers'.
         diagnostics: the warnings of the compilation; they do not make plans unequal.
         fastest: the fastest plan that was found, if this one was preferred by another wish than time.
@@ -169,14 +171,12 @@ class Plan:
 
     @cached_property
     def locations(self) -> dict[TensorName, Location]:
-        """The location of each tensor: where it is stored, and where its module runs."""
+        """The location of each tensor: the device that stores it, and the one that runs its module."""
         return {name: assigned.location for assigned in self.assignments for name in assigned.tensors}
 
     @cached_property
     def compute(self) -> dict[str, Device]:
-        """The units that run elsewhere than the executor would run them, by where they are stored; and where
-        they run.
-        """
+        """The units that run on another device than the executor would choose for their stores, with that device."""
         return {
             assigned.unit: assigned.location.runs_on
             for assigned in self.assignments
@@ -190,8 +190,8 @@ class Plan:
 
     @cached_property
     def prefilled(self) -> dict[str, int]:
-        """The units of `computed_on_cpu` that run on the main device for long prompts, and the tokens from which they
-        do.
+        """The units of `computed_on_cpu` that run on the main device for long prompts, with the least number of
+        tokens.
         """
         tokens = self.executor.prefilled_from
         return {unit: tokens[unit] for unit in self.computed_on_cpu if unit in tokens}
@@ -248,16 +248,16 @@ class Plan:
 
     @property
     def offloaded_caches(self) -> tuple[str, ...] | None:
-        """The modules whose cache is on the CPU while they do not run; `None` if the workload says that of the cache
-        as a whole.
+        """The modules whose cache is on the CPU while they do not run; `None` if the workload decides for the whole
+        cache.
         """
         return self.executor.offloaded_caches
 
     @property
     def draft_missing_bytes(self) -> int:
-        """The bytes that the draft model's activations lack on its device.
+        """The bytes that are missing on the draft model's device for its activations.
 
-        It takes turns with the model, so that it may use the free memory and the room for the model's own activations.
+        It takes turns with the model, so it may use the free memory and the room for the model's own activations.
         """
         if self.draft is None:
             return 0
@@ -271,7 +271,7 @@ class Plan:
 
     @property
     def streams_buffers(self) -> bool:
-        """True if `from_pretrained` needs `offload_buffers` to load the plan: something is streamed with it."""
+        """True if `from_pretrained` needs `offload_buffers` to load the plan, because buffers are streamed."""
         return self.offload_buffers and any(self.executor.streams(assigned.location) for assigned in self.assignments)
 
     def __str__(self) -> str:
@@ -317,15 +317,15 @@ def assemble(
     executor: Executor,
     draft: DraftModel | None = None,
 ) -> Plan:
-    """Build a plan from the devices of its units: complete their locations, sum up memory and streamed bytes.
+    """Build a plan from the devices of its units: complete their locations, and sum up memory and streamed bytes.
 
     Args:
         graph: the model.
         units: each unit with the device that stores it and, if a rule says so, the device that runs it.
         capacities: the bytes that may be used of each device.
         strategy: the name of the strategy, for the plan.
-        executor: what runs the plan. One that copies ahead is replaced by accelerate's hooks if nothing is to be
-            copied, and by the one without prefills on the card if no unit has any.
+        executor: the executor that runs the plan. One that copies ahead is replaced by accelerate's hooks if there is
+            nothing to copy, and one with prefills on the card by the one without if no unit has any.
         draft: the needs of a draft model.
     """
     placed = tuple(units)
@@ -363,7 +363,7 @@ def device_uses(
         graph: the model, with its measurement if there is one.
         assignments: the units and their locations.
         capacities: the bytes that may be used of each device.
-        executor: what runs the plan.
+        executor: the executor that runs the plan.
     """
     placed = tuple(assignments)
     main_device = executor.main_device(each.location.stored_on for each in placed)
@@ -381,7 +381,7 @@ def device_uses(
     loading = loading_extra_bytes(graph, placed)
     prefilled = [executor.prefill_location(each.unit, each.location, main_device) for each in placed]
     is_moved = any(location.stored_on == CPU and executor.streams(location) for location in prefilled)
-    if executor.works_ahead and is_moved:  # while weights move to pinned memory, one load at a time is there twice
+    if executor.works_ahead and is_moved:  # while weights move to pinned memory, one piece at a time is there twice
         streamed = (cost.streaming_bytes for device, cost in costs.items() if device.is_accelerator)
         moved_bytes = max(streamed, default=0) // executor.pieces_at_once
         loading[CPU] = max(loading.get(CPU, 0), moved_bytes)
@@ -402,10 +402,10 @@ def device_uses(
 def _streamed_bytes(
     graph: ModelGraph, assignments: Iterable[Assignment], executor: Executor, main_device: Device
 ) -> int:
-    """Return the bytes of weights that the forward of a token copies to where they run.
+    """Return the bytes of weights that are copied to their devices in the forward of a token.
 
-    What a token does not call is not copied for it: the tower of a model that sees images, an encoder. A model that
-    does not decode has one kind of forward.
+    Modules that a token does not call are not copied: the tower of a model for images, an encoder. A model that does
+    not decode has only one kind of forward.
     """
     measurement = graph.measurement
     decodes = measurement is not None and measurement.measured and measurement.decodes

@@ -1,4 +1,4 @@
-"""From a prepared profile to its plan; where there is none, to what is in the way and what would mend it."""
+"""Makes the plan of a prepared profile or, if there is none, reports the obstacle and remedies."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Planner:
-    """Makes plans of a prepared profile: the first one and, if that does not run, others with repairs.
+    """Makes plans of a prepared profile: a first one and, if a dry run fails, others with repairs.
 
     Attributes:
         prepared: the profile with its model and rules.
         sink: takes the diagnostics.
-        prepare: prepares changed profiles, to find remedies if there is no plan; `None` if nobody asks for them.
+        prepare: prepares changed profiles, to find remedies if there is no plan; `None` to skip remedies.
         previous: a lock whose plan is preferred to a new one that is no better.
     """
 
@@ -44,10 +44,10 @@ class Planner:
     previous: Lock | None = None
 
     def plan(self, repairs: Repairs = NO_REPAIRS) -> Plan | None:
-        """Return a verified plan that keeps to the repairs; `None` if there is none, and why is in the sink."""
+        """Return a verified plan that keeps to the repairs; if there is none, report why and return `None`."""
         begin("place", f"placing {self.prepared.graph.class_name} by `{self.prepared.strategy}`")
         if self.prepared.is_for_vllm:
-            from devmap_config.plan.pipelines import plan_pipeline  # with it comes numpy
+            from devmap_config.plan.pipelines import plan_pipeline  # imports numpy
 
             plan = plan_pipeline(self.prepared, self.sink)
             return None if plan is None else accepted(plan, self.prepared, self.sink)
@@ -58,7 +58,7 @@ class Planner:
         candidates = [attempt for attempt in tried if isinstance(attempt, Candidate)]
         obstacles = [attempt for attempt in tried if not isinstance(attempt, Candidate)]
         if not candidates:
-            # Of what may run a plan, the last needs the least room.
+            # The last executor needs the least memory.
             problem = replace(problem, executor=executors_for(self.prepared)[-1])
             trials = Trials(self.prepared, self.prepare, repairs)
             report_obstacle(obstacles[-1], problem, self.prepared, trials, self.sink)
@@ -76,7 +76,7 @@ class Planner:
 
 
 def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> DraftModel:
-    """Return the needs of a draft model from its plan, in which all of it is on one device."""
+    """Return the needs of a draft model from its plan, which has all of it on one device."""
     use = next(use for use in plan.devices if use.weights_bytes)
     made_from = {
         "config": model.source.config_digest,
@@ -98,7 +98,7 @@ def draft_of(plan: Plan, model: LoadedModel, graph_digest: str) -> DraftModel:
 
 
 def accepted(plan: Plan, prepared: Prepared, sink: Sink) -> Plan | None:
-    """Return the plan if it passes verification; otherwise report what is wrong with it, and return `None`."""
+    """Return the plan if it passes verification; otherwise report its violations, and return `None`."""
     findings = review(plan, prepared)
     if not any(finding.is_error for finding in findings):
         return plan

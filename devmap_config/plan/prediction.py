@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeBasis:
-    """On what the predicted time of a phase rests, and between which times such runs were, where any were seen."""
+    """The basis of the predicted time of a phase, and the range in which runs with that basis were observed, if any
+    were.
+    """
 
     rates: Basis
     least_nanoseconds: int | None = None
@@ -33,13 +35,13 @@ class TimeBasis:
 
 
 def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, TimeBasis]:
-    """Return, for each phase of which a plan predicts the time, on what that rests."""
+    """Return the basis of the time of each phase that a plan predicts."""
     found: dict[Phase, TimeBasis] = {}
     for phase, name in OWN.items():
         if (nanoseconds := getattr(plan.prediction, name)) is None:
             continue
         if plan.pipeline is not None:
-            found[phase] = TimeBasis(rates=_basis_of_stages(plan.pipeline, inventory))  # of vLLM no runs were seen
+            found[phase] = TimeBasis(rates=_basis_of_stages(plan.pipeline, inventory))  # no runs of vLLM were observed
         else:
             basis = rates_basis(graph, inventory, phase, plan)
             found[phase] = _basis(basis, nanoseconds, _spread(basis, phase, plan, inventory))
@@ -47,7 +49,7 @@ def time_bases(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phas
 
 
 def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: Plan) -> Basis:
-    """Return the weakest basis of all rates that a phase of these plans takes, whose times are known."""
+    """Return the weakest basis of all rates that the time of a phase of these plans depends on; it must be known."""
     timings = [Timing(graph, inventory, phase, plan.executor, plan.main_device) for plan in plans]
     bases = (
         timing.rates.basis(forward_segments(timing, plan.locations))
@@ -57,9 +59,9 @@ def rates_basis(graph: ModelGraph, inventory: Inventory, phase: Phase, *plans: P
 
 
 def missing_figures(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict[Phase, tuple[str, ...]]:
-    """Return, for each phase whose time cannot be predicted, the figures of the machine that are missing for that.
+    """Return the figures of the machine that are missing for each phase whose time cannot be predicted.
 
-    Of a model without a measurement, and of a plan for vLLM, nothing is returned: neither lacks a figure.
+    Nothing is returned for a model without a measurement and for a plan for vLLM, neither of which lacks a figure.
     """
     found: dict[Phase, tuple[str, ...]] = {}
     if plan.pipeline is not None or graph.measurement is None or not graph.measurement.measured:
@@ -83,12 +85,14 @@ def missing_figures(plan: Plan, graph: ModelGraph, inventory: Inventory) -> dict
 
 
 def phases_of(graph: ModelGraph) -> tuple[Phase, ...]:
-    """Return the phases of a model in their order; one that does not decode has a prefill alone."""
+    """Return the phases of a model in order; one that does not decode only has a prefill."""
     return ("prefill", "decode") if graph.decodes else ("prefill",)
 
 
 def _basis_of_stages(pipeline: Pipeline, inventory: Inventory) -> Basis:
-    """Return the weakest basis of what stages are timed by: their devices' rates, and the links within and between."""
+    """Return the weakest basis of the rates of stages: those of their devices, and of the links within and between
+    them.
+    """
     devices = {device.id: device for device in inventory.devices}
     groups = [stage.devices for stage in pipeline.stages]
     joined = [
@@ -115,7 +119,7 @@ def _basis(basis: Basis, nanoseconds: int, spread: Spread | None) -> TimeBasis:
 
 
 def amounts(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> list[dict[str, object]]:
-    """Return what a forward of a plan does as plain data: each segment that is not like the last, with how often."""
+    """Return the amounts of a forward of a plan as plain data; equal consecutive segments are counted."""
     timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
     values = (segment.to_json() for segment in forward_segments(timing, plan.locations))
     return [{"count": len(list(alike)), **value} for value, alike in groupby(values)]
@@ -130,7 +134,7 @@ def predict(
         plan: the plan.
         graph: its model.
         inventory: its machine.
-        bound_decode_nanoseconds: what no plan can be below, where that was proven.
+        bound_decode_nanoseconds: a lower bound of the time of a token, if one was proved.
     """
 
     def nanoseconds(phase: Phase) -> int | None:
@@ -140,7 +144,7 @@ def predict(
             return None
         try:
             timing = Timing(graph, inventory, phase, plan.executor, plan.main_device)
-            return forward_nanoseconds(timing, plan.locations) or None  # nothing takes no time at all
+            return forward_nanoseconds(timing, plan.locations) or None  # a forward without work has no time
         except MissingFigureError:
             return None
 
@@ -149,11 +153,11 @@ def predict(
     room = {use.id: use.capacity_bytes - use.weights_bytes for use in plan.devices}
     return Prediction(
         decode_nanoseconds_per_token=decode_nanoseconds,
-        # Formulas that stand in for a measurement give no time, and so no bound of one; nor do models without decoding.
+        # Formulas in place of a measurement give no time, and so no bound; nor do models without decoding.
         bound_decode_nanoseconds_per_token=None if decode_nanoseconds is None else bound_decode_nanoseconds,
         prefill_nanoseconds=nanoseconds("prefill"),
         streamed_bytes_per_token=plan.prediction.streamed_bytes_per_token,
         hops=hops(graph, plan.locations),
-        # A draft's cache grows as well, which is not counted.
+        # The growth of a draft model's cache is not counted.
         longest_context=None if running is None or plan.draft is not None else longest_context(running, room),
     )

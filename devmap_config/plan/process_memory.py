@@ -1,10 +1,9 @@
-"""The memory that the system shows for a process that runs a plan on the CPU: its own, the model's files, the
-libraries'.
+"""Predicts the memory that the system shows for a process that runs a plan on the CPU.
 
-Tensors are not all of it. Python and the libraries are there before a model is; weights that are loaded as the
-checkpoint has them are pages of its files, which the system can take back; and the allocator keeps some of what was
-freed. torch packs no weights beforehand: oneDNN multiplies them as they are, in bfloat16 too, and keeps only the code
-that it generates for each shape.
+It is more than the tensors. Python and the libraries take memory before a model is loaded. Weights that are loaded as
+they are in the checkpoint are pages of its files, which the system can reclaim. The allocator keeps some freed memory.
+torch does not repack weights: oneDNN multiplies them as they are, even in bfloat16, and keeps only the code that it
+generates for each shape.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMemory:
-    """Bytes of a process: anonymous ones and pages of files while the model runs, and the most of all at once.
+    """The bytes of a process: anonymous memory and pages of files while the model runs, and the peak of both.
 
-    What is anonymous must be there; the system takes pages of files back where memory is short, and reads them again.
-    `file_bytes` are of the model's files, `library_file_bytes` of the libraries'; processes share the latter. The peak
-    may be while loading, when the files are mapped of which tensors are made.
+    Anonymous memory must be available; the system reclaims pages of files if memory is short, and reads them again.
+    `file_bytes` are those of the model's files, `library_file_bytes` those of the libraries, which processes share. The
+    peak may occur while loading, when the files that tensors are made from are mapped.
 
-    A plan fits by its tensors: `uncounted_bytes` are held besides these while it runs, and for `missing_bytes` the CPU
-    has no room.
+    A plan fits if its tensors do. While it runs, `uncounted_bytes` are held in addition, and the CPU lacks
+    `missing_bytes` for everything.
     """
 
     anonymous_bytes: int
@@ -56,7 +55,7 @@ class ProcessMemory:
 
 
 def process_memory(plan: Plan, graph: ModelGraph, inventory: Inventory) -> ProcessMemory | None:
-    """Return what the process holds that runs a plan; `None` if it needs accelerators, or what it needs is unknown.
+    """Return the memory of the process that runs a plan; `None` if it needs accelerators, or the memory is unknown.
 
     Args:
         plan: the plan.
@@ -67,12 +66,12 @@ def process_memory(plan: Plan, graph: ModelGraph, inventory: Inventory) -> Proce
     cpu = next((use for use in plan.devices if use.id == CPU), None)
     if facts is None or measurement is None or cpu is None or plan.pipeline is not None:
         return None
-    if plan.draft is not None or graph.adapter_tensors:  # of what holds these besides nothing was seen
+    if plan.draft is not None or graph.adapter_tensors:  # such processes were never measured
         return None
     if any(location.runs_on != CPU for location in plan.locations.values()):
         return None
     resident = [tensor for tensor, device in _stored(plan, graph) if device == CPU]
-    # The executor that reads ahead copies what stays in memory, and lets its pages go.
+    # The executor that reads ahead copies resident weights, and releases the pages of their files.
     mapped = [] if plan.executor.works_ahead else [tensor for tensor in resident if _is_mapped(tensor, facts)]
     mapped_bytes = sum(tensor.size_bytes for tensor in mapped)
     read_bytes = sum(_source_bytes(tensor, facts) for tensor in resident if not _is_mapped(tensor, facts))
@@ -82,7 +81,7 @@ def process_memory(plan: Plan, graph: ModelGraph, inventory: Inventory) -> Proce
     anonymous_bytes = PROCESS_ANONYMOUS_BYTES + own_bytes + working_bytes + cpu.overhead_bytes + held_bytes
     anonymous_bytes += PROGRAM_BYTES * _program_shapes(graph, measurement)
     untouched_bytes = _untouched_bytes(mapped, graph, measurement)
-    # The pages that experts were merged from stay as long as another tensor of their file is mapped.
+    # The pages that experts were merged from stay mapped as long as another tensor of their file is.
     file_bytes = mapped_bytes - untouched_bytes + (read_bytes if mapped else 0)
     loading_bytes = PROCESS_ANONYMOUS_BYTES + LIBRARY_FILE_BYTES + own_bytes + read_bytes
     loading_bytes += cpu.loading_bytes - cpu.weights_bytes - _not_kept_bytes(resident, plan, facts)
@@ -99,20 +98,20 @@ def process_memory(plan: Plan, graph: ModelGraph, inventory: Inventory) -> Proce
 
 
 def _stored(plan: Plan, graph: ModelGraph) -> Iterable[tuple[Tensor, object]]:
-    """Yield each tensor that occupies memory of its own, with where it is stored."""
+    """Yield each tensor that occupies memory of its own, with the device that stores it."""
     for name, location in plan.locations.items():
         if graph.storage_of[name] == name:
             yield graph.tensors[name], location.stored_on
 
 
 def _is_mapped(tensor: Tensor, facts: LoadingFacts) -> bool:
-    """Return whether a tensor on the CPU is the checkpoint's own pages, from which nothing had to be made."""
+    """Return whether a tensor on the CPU consists of pages of the checkpoint, without a conversion."""
     is_made = tensor.name in facts.merged or is_cast(tensor, facts) or is_quantised(tensor, facts)
     return tensor.persistent and not is_made
 
 
 def _source_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
-    """Return how much of the checkpoint a tensor is made of."""
+    """Return the bytes of the checkpoint that a tensor is made from."""
     if not tensor.persistent:
         return 0
     is_stored_so = not is_quantised(tensor, facts) and not is_cast(tensor, facts)
@@ -121,9 +120,9 @@ def _source_bytes(tensor: Tensor, facts: LoadingFacts) -> int:
 
 
 def _not_kept_bytes(resident: Iterable[Tensor], plan: Plan, facts: LoadingFacts) -> int:
-    """Return what a plan allows for the parts of experts that are cast, and the allocator is not seen to keep of them.
+    """Return the bytes that a plan reserves for cast parts of experts, but that the allocator was not observed to keep.
 
-    It keeps half to two thirds, as threads come to take them; where there is a disk, one is taken after another.
+    It keeps half to two thirds of the parts, depending on the threads; with a disk, tensors are loaded one by one.
     """
     if facts.quantises or any(location.stored_on == DISK for location in plan.locations.values()):
         return 0
@@ -131,7 +130,7 @@ def _not_kept_bytes(resident: Iterable[Tensor], plan: Plan, facts: LoadingFacts)
 
 
 def _untouched_bytes(mapped: Iterable[Tensor], graph: ModelGraph, measurement: Measurement) -> int:
-    """Return what is never read of embeddings that are pages of a file: more than a row for each token."""
+    """Return the bytes of mapped embeddings that are never read: all except a row for each token."""
     workload = measurement.workload
     tokens, tied = workload.batch_size * workload.context_length, {source for _, source in graph.ties}
     untouched_bytes = 0
@@ -145,10 +144,10 @@ def _untouched_bytes(mapped: Iterable[Tensor], graph: ModelGraph, measurement: M
 
 
 def _program_shapes(graph: ModelGraph, measurement: Measurement) -> int:
-    """Return for how many shapes oneDNN makes code because experts are given ever other numbers of tokens.
+    """Return the number of shapes that oneDNN generates code for, because experts get varying numbers of tokens.
 
-    Of a layer's experts, each is given as many tokens as chose it: with an even router a binomial number, of which some
-    twelve standard deviations are seen in all, for each of two products. Only half precision is computed by oneDNN.
+    Each expert of a layer gets the tokens that chose it. With an even router, their number is binomial, and about
+    twelve standard deviations of values occur, for each of two products. Only half precision is computed by oneDNN.
     """
     merged = [graph.tensors[name] for name in graph.merged if len(graph.tensors[name].shape) > 2]
     if not merged or merged[0].dtype not in ("bfloat16", "float16"):
@@ -158,6 +157,6 @@ def _program_shapes(graph: ModelGraph, measurement: Measurement) -> int:
         paths[tensor.name.rpartition(".")[0]] += tensor.element_count
     experts = merged[0].shape[0]
     operations = {cost.path: cost.prefill_operations for cost in measurement.modules}
-    # Two operations for each weight of an expert and each of its tokens.
+    # There are two operations for each weight of an expert and each of its tokens.
     tokens = max((operations.get(path, 0) // (2 * max(elements, 1)) for path, elements in paths.items()), default=0)
     return min(2 * min(len(paths) * experts, 12 * isqrt(tokens)), PROGRAM_SHAPES_MOST)

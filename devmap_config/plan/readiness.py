@@ -1,4 +1,4 @@
-"""Checks that this machine can carry a locked plan now; each thing that it lacks is a diagnostic."""
+"""Checks that this machine can run a locked plan now; everything that it lacks is a diagnostic."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """The memory that a plan needs of one device, and that this machine has there; `None` if it is not known.
+    """The memory of one device that a plan needs, and that this machine has; `None` if it is unknown.
 
     Attributes:
-        context_bytes: memory that the device's driver context is expected to take besides, and has not taken yet.
+        context_bytes: further memory that the device's driver context is expected to take, and has not taken yet.
     """
 
     device: Device
@@ -40,7 +40,7 @@ class Demand:
 
 
 def of_host(lock: Lock, host: str) -> Lock:
-    """Return what a lock wants of one of several hosts, whose devices are then as its own machine names them."""
+    """Return the part of a lock for one of several hosts, with the devices as that host names them."""
     before = f"{host}/"
     own = [use for use in lock.plan["devices"] if use["id"].startswith(before)]
     devices = [{**use, "id": use["id"].removeprefix(before)} for use in own]
@@ -49,7 +49,7 @@ def of_host(lock: Lock, host: str) -> Lock:
 
 
 def _of_one_cpu(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return devices with the parts of a CPU as one: each of them is a share of its memory."""
+    """Return devices with the parts of a CPU, each a share of its memory, joined into one."""
     parts = [use for use in devices if Device.from_text(use["id"]).kind == CPU.kind]
     others = [use for use in devices if use not in parts]
     figures = [key for key in (parts[0] if parts else {}) if key.endswith("_bytes")]
@@ -57,7 +57,7 @@ def _of_one_cpu(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def hosts_of(lock: Lock) -> dict[str, str | None]:
-    """Return the hosts of a plan for several, with their addresses; nothing where it is for one machine."""
+    """Return the hosts of a plan for several, with their addresses; empty if it is for one machine."""
     hosts = (lock.plan.get("pipeline") or {}).get("hosts", ())
     return {host["name"]: host["address"] for host in hosts if host["name"] is not None}
 
@@ -68,18 +68,17 @@ def kind_needed(lock: Lock) -> str | None:
 
 
 def demands(lock: Lock, seen: SeenMachine) -> tuple[Demand, ...]:
-    """Return every device on which the plan puts anything, in the plan's order."""
+    """Return the demand for every device that the plan uses, in the plan's order."""
     return tuple(_demand(device, needed, lock, seen) for device, needed in _needs(lock).items())
 
 
 def differences(
     lock: Lock, seen: SeenMachine, span: Span | None = None, *, disk_may_be_read_in_place: bool = False
 ) -> tuple[Diagnostic, ...]:
-    """Return the differences of this machine that keep it from carrying the plan, as errors; other differences as a
-    warning.
+    """Return the differences that keep this machine from running the plan, as errors, and others as warnings.
 
-    With `disk_may_be_read_in_place` too little disk is a warning: weights that are planned there may be read from the
-    checkpoint, and are then not written again.
+    With `disk_may_be_read_in_place`, too little disk is a warning, as weights planned for it may be read from the
+    checkpoint without being written again.
     """
     wanted = demands(lock, seen)
     found = [*_missing(lock, seen, wanted)]
@@ -94,7 +93,7 @@ def differences(
 
 
 def _needs(lock: Lock) -> dict[Device, int]:
-    """Return the bytes by device, where there are any."""
+    """Return the bytes by device, without devices that hold none."""
     parts = ("weights_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")
     needs = {
         Device.from_text(use["id"]): max(sum(use[part] for part in parts), use.get("loading_bytes", 0))
@@ -149,7 +148,7 @@ def _missing(lock: Lock, seen: SeenMachine, wanted: tuple[Demand, ...]) -> Itera
 
 
 def _other_cards(lock: Lock, seen: SeenMachine) -> Iterator[Diagnostic]:
-    """Yield a warning for each card that is not the planned one: it may do, but predictions are of the other."""
+    """Yield a warning for each card that is not the planned one: it may work, but predictions are for the other."""
     used = _needs(lock)
     for each in seen.accelerators:
         planned = lock.hardware.get(str(each.id), {}).get("accelerator") if each.id in used else None

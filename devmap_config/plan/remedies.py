@@ -1,4 +1,4 @@
-"""Finds the contradiction if nothing fits, and remedies for it, each of which was tried and gave a plan."""
+"""Finds the contradiction if nothing fits, and remedies, each of which has been tried and gives a plan."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from devmap_config.rules.rule import Rule
 
 MOST_GIBIBYTES = 2**14
-"""More memory than this is not proposed."""
+"""The most memory that is proposed."""
 
 CONTEXT_MULTIPLE = 64
-"""A context that is proposed is a multiple of this, where it is longer."""
+"""A proposed context is a multiple of this, if it is longer."""
 
 EIGHT_BIT: Mapping[str, Any] = {"method": "bitsandbytes", "load_in_8bit": True}
-"""What quantises any model of matrices while it is loaded, to half of bfloat16."""
+"""A quantization that works while loading any model of matrices, and takes half of bfloat16's bytes."""
 
 
 @dataclass(frozen=True)
 class Impasse:
-    """A contradiction: `pins`, none of which can be left out of it, and remedies."""
+    """A contradiction: a minimal set of `pins`, and remedies."""
 
     pins: tuple[Rule, ...]
     remedies: tuple[str, ...]
@@ -59,7 +59,9 @@ class _RemedySearch:
     trials: Trials
 
     def contradicting_pins(self) -> tuple[Rule, ...]:
-        """Return the fewest pins, left out one after another, that leave no placement together with the machine."""
+        """Return a minimal set of pins that leaves no placement on this machine, found by leaving out one after
+        another.
+        """
         rules = tuple(dict.fromkeys(decision.rule for decision in self.prepared.resolution.decisions.values()))
         if not rules or not self.trials.compiles(ProfileChange(without=rules)):
             return ()
@@ -78,7 +80,7 @@ class _RemedySearch:
         ]
 
     def told_to_offload(self) -> str | None:
-        """Let the quantizer leave on the CPU and the disk what it does not quantise, where it can be told to."""
+        """Let the quantizer leave weights on the CPU and the disk unquantised, if it has an argument for that."""
         quantization, asked = self.prepared.model.quantization, self.prepared.loaded.profile.model.quantization.value
         argument = None if quantization is None else quantization.accepting_argument
         if argument is None or not asked:
@@ -117,7 +119,7 @@ class _RemedySearch:
         return "quantise: `quantization: {method: bitsandbytes, load_in_8bit: true}` under `model`" if tried else None
 
     def another_card(self) -> str | None:
-        """Add one more of the last accelerator, if it is one of the catalogue."""
+        """Add another card like the last accelerator, if that is one of the catalogue."""
         last = next(reversed(self.prepared.inventory.accelerators), None)
         if last is None or last.accelerator is None or last.id.index is None:
             return None
@@ -147,7 +149,7 @@ class _RemedySearch:
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number up to the limit that fits, if smaller ones do; 0 where none does."""
+    """Return the largest number up to the limit that fits, given that smaller ones do; 0 if none does."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Looks over a finished plan: what verification found, what its user should know, what it needs to be loaded."""
+"""Reviews a finished plan: reports violations, warnings for its user, and problems of loading."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
         The diagnostics.
     """
     if plan.pipeline is not None:
-        from devmap_config.plan.pipelines import review_pipeline  # with it comes numpy
+        from devmap_config.plan.pipelines import review_pipeline  # imports numpy
 
         return review_pipeline(plan, prepared)
     loaded, graph, resolution, sink = prepared.loaded, prepared.graph, prepared.resolution, Sink()
@@ -51,10 +51,10 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
     for violation in verify(plan, graph, prepared.capacities, resolution.forbidden):
         if violation.kind == "split-block" and (cause := _cause_of_split(violation, graph, resolution)):
             if cause.compute is not None and _computes_apart(violation, plan):
-                continue  # the rule takes out a part that computes where it is, and whose output comes back
+                continue  # the rule takes out a part that computes on its own device, and whose output is copied back
             split.setdefault(id(cause.rule), (cause.rule, []))[1].append(violation.subjects[0])
         elif violation.kind == "split-block" and _computes_apart(violation, plan):
-            continue  # the strategy took a part out, whose output comes back, or kept one where it is used
+            continue  # the strategy took out a part whose output is copied back, or kept one on the device that uses it
         elif violation.kind == "over-capacity":
             overfull.append(violation.subjects[0])
         elif violation.kind == "stranded-tensor" and (cause := resolution.decisions.get(violation.subjects[0])):  # type: ignore[call-overload]
@@ -94,7 +94,7 @@ def review(plan: Plan, prepared: Prepared) -> tuple[Diagnostic, ...]:
 
 
 def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
-    """Report that what is copied from the CPU might have been computed there, had it been known how fast that is."""
+    """Report that weights are copied from a CPU that might compute them faster, but whose speed is unknown."""
     streamed = next((use.weights_bytes for use in plan.devices if use.id == CPU), 0)
     if streamed and prepared.passes_over_cpu:
         hardware = prepared.loaded.profile.hardware
@@ -109,7 +109,7 @@ def _check_comparison(plan: Plan, prepared: Prepared, sink: Sink) -> None:
 
 
 def warn_of_kept_tensors(kept: Placement, plan: Plan, loaded: LoadedProfile, sink: Sink) -> None:
-    """Warn of tensors that are kept where they are used, since nothing would bring them there."""
+    """Warn of tensors that are kept on the device that uses them, since nothing would copy them there."""
     patterns = ", ".join(f"`{pattern}`" for pattern in fold_paths(kept))
     sink.warning(
         "stranded-tensor",
@@ -124,7 +124,7 @@ def _report_stranded(
 ) -> None:
     names = [violation.subjects[0] for violation in violations]
     units = {each.unit for each in plan.assignments}
-    # A tensor that is placed by itself can stay so elsewhere; of a block, a part that is taken out strands others.
+    # A tensor that is placed by itself can be pinned elsewhere; a part that is taken out of a block strands others.
     to_pin = [name if name in units else _block_around(name, graph) for name in names]
     patterns = " and ".join(f"`{pattern}`" for pattern in fold_paths(dict.fromkeys(to_pin))[:3])
     others = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
@@ -144,12 +144,14 @@ def _block_around(name: str, graph: ModelGraph) -> str:
 
 
 def _check_first_parameter(plan: Plan, prepared: Prepared, sink: Sink) -> None:
-    """Report a first parameter that is away between two forwards: by its device transformers sends what is proposed."""
+    """Report a first parameter that is offloaded between two forwards: transformers sends proposed tokens to its
+    device.
+    """
     first = next((each.name for each in prepared.graph.tensors.values() if not each.is_held_in_buffer), None)
     if plan.draft is None or first is None or not plan.executor.streams(location := plan.locations[first]):
         return
     if plan.executor.works_ahead and not location.runs_on.is_accelerator:
-        return  # what is mapped is there
+        return  # mapped weights are always there
     assistant = prepared.loaded.profile.model.assistant
     module = first.rpartition(".")[0]
     sink.error(
@@ -162,7 +164,7 @@ def _check_first_parameter(plan: Plan, prepared: Prepared, sink: Sink) -> None:
 
 
 def lacks_room_for_draft(plan: Plan) -> str | None:
-    """Return what is said of a plan on which a draft model has too little room to compute; `None` if it has."""
+    """Return a message if a draft model has too little room to compute under a plan; `None` if it has enough."""
     if plan.draft is None or not plan.draft_missing_bytes:
         return None
     return (
@@ -172,12 +174,12 @@ def lacks_room_for_draft(plan: Plan) -> str | None:
 
 
 def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
-    """Return what does not hold of a plan that was read from a lock: what the verifier finds, and pins that it breaks.
+    """Return what is wrong with a plan from a lock: violations that the verifier finds, and pins that it breaks.
 
-    A block that is split is no such thing: where a rule asked for it, compiling has said so.
+    A split block is not among these: if a rule asked for it, compiling has reported that.
     """
     if plan.pipeline is not None:
-        from devmap_config.plan.pipelines import broken_stages  # with it comes numpy
+        from devmap_config.plan.pipelines import broken_stages  # imports numpy
 
         return broken_stages(plan, prepared)
     resolution = prepared.resolution
@@ -198,7 +200,7 @@ def broken_promises(plan: Plan, prepared: Prepared) -> list[str]:
 
 
 def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
-    """Weights fit by now: what does not is what the workload needs besides, or what loading does."""
+    """Report devices whose weights fit, but not what the workload or loading needs in addition."""
     uses = sorted((use for use in plan.devices if str(use.id) in devices), key=lambda use: use.free_bytes)
     if uses[0].free_bytes >= 0:
         _report_overfull_loading(uses, graph, loaded, sink)
@@ -227,7 +229,7 @@ def _report_overfull(devices: list[str], plan: Plan, graph: ModelGraph, loaded: 
 
 
 def _report_overfull_loading(uses: list[DeviceUse], graph: ModelGraph, loaded: LoadedProfile, sink: Sink) -> None:
-    """Report a plan that fits once it is loaded, and does not while it is being loaded."""
+    """Report a plan that fits after loading, but not during loading."""
     fullest = max(uses, key=lambda use: use.loading_bytes - use.capacity_bytes)
     extra_bytes = fullest.loading_bytes - fullest.weights_bytes
     sink.error(
@@ -252,8 +254,8 @@ def _made_while_loading(graph: ModelGraph) -> str:
 
 
 def _computes_apart(violation: Violation, plan: Plan) -> bool:
-    """Return whether the part that is elsewhere than its block computes there, on the CPU, or where the whole block
-    runs.
+    """Return whether a part that is stored apart from its block computes there, on the CPU, or runs with the whole
+    block.
     """
     parts = [each for each in plan.assignments if each.unit.startswith(f"{violation.subjects[0]}.")]
     streamed = {
@@ -276,7 +278,7 @@ def _cost_of_split(plan: Plan, block: str) -> str:
 
 
 def _cause_of_split(violation: Violation, graph: ModelGraph, resolution: Resolution) -> Decision | None:
-    """Return the rule that takes a part out of a block: the one that decides for fewest of its tensors."""
+    """Return the rule that takes a part out of a block: the one that decides for the fewest of its tensors."""
     block = graph.modules[violation.subjects[0]]  # type: ignore[index]
     names = [tensor.name for tensor in block.tensors()]
     deciding = [resolution.decisions[name] for name in names if name in resolution.decisions]

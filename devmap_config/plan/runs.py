@@ -1,4 +1,4 @@
-"""A plan as runs: the blocks that one device holds alike, such as layers 0 to 39, with what they weigh there."""
+"""Summarises a plan as runs: blocks that a device holds in the same way, such as layers 0 to 39, with their bytes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
 
 Mode = Literal["resident", "streamed", "computed-on-cpu", "tensor-parallel"]
-"""Weights run where they are; they are copied to where they run at every forward; they are beside cards, on a CPU that
-computes with them; or each device of a group has a share of them."""
+"""Weights run on the device that stores them; they are copied to another device at every forward; a CPU beside cards
+stores them and computes with them; or each device of a group has a share of them.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Blocks of one kind that a device holds alike.
+    """Blocks of one kind that a device holds in the same way.
 
     Attributes:
-        patterns: what of them it holds, folded into patterns.
+        patterns: the modules and tensors that it holds, folded into patterns.
         device: the device whose memory holds their weights.
         runs_on: the device that computes with them.
-        mode: how they come to where they run.
-        blocks: how many they are.
-        first: the first module or tensor of them, as the plan names it.
-        weights_bytes: what they add there to the runs before them; what is tied counts once.
+        mode: how their weights get to the device that runs them.
+        blocks: the number of blocks.
+        first: the first unit of them in the plan.
+        weights_bytes: the bytes that they add to the runs before them; tied tensors count once.
     """
 
     patterns: tuple[str, ...]
@@ -60,7 +61,7 @@ class _HeldTensors(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """The key of a run: the block's path without numbers, and the parts that are there."""
+    """The key of a run: the block's path without numbers, and the parts on the device."""
 
     device: Device
     runs_on: Device
@@ -70,9 +71,10 @@ class _Kind(NamedTuple):
 
 
 def runs_of(plan: Plan, graph: ModelGraph) -> tuple[Run, ...]:
-    """Return what each device of a plan holds, run by run, in the plan's order of devices and the model's of blocks.
+    """Return the runs of a plan, in the plan's order of devices and the model's order of blocks.
 
-    The weights of a device's runs add up to its `weights_bytes`. Of a pipeline, a stage is one run on each device.
+    The weights of a device's runs add up to its `weights_bytes`. A stage of a pipeline is one run on each of its
+    devices.
     """
     if plan.pipeline is not None:
         return tuple(_stages(plan, plan.pipeline))
@@ -135,7 +137,7 @@ def _stages(plan: Plan, pipeline: Pipeline) -> Iterator[Run]:
 
 
 def _stored(plan: Plan, graph: ModelGraph) -> Iterator[tuple[Device, Device, Mode, str, TensorName]]:
-    """Yield each tensor with the device that holds it, the one that it runs on, how, and the unit that names it."""
+    """Yield each tensor with the device that holds it, the one that runs it, the mode, and its unit."""
     location_of = {name: (each.unit, each.location) for each in plan.assignments for name in each.tensors}
     for name in graph.tensors:
         if name not in location_of:

@@ -1,4 +1,4 @@
-"""Reports why there is no plan: where how many bytes are missing, and what would mend it."""
+"""Reports why there is no plan: the bytes that are missing on each device, and remedies."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 ANY_FIT = "fewest-devices"
-"""The strategy that finds what fits without knowing how fast anything is."""
+"""The strategy that finds a placement that fits even if no rates are known."""
 
 
 def report_obstacle(obstacle: Obstacle, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
-    """Report why there is no plan, with what `trials` show to mend it."""
+    """Report why there is no plan, with the remedies that `trials` show to work."""
     if _report_left_buffers(obstacle, problem, prepared.loaded, trials, sink):
         return
     if isinstance(obstacle, Infeasible):
@@ -41,7 +41,7 @@ def report_obstacle(obstacle: Obstacle, problem: Problem, prepared: Prepared, tr
 
 
 def _what_counts_with_all(problem: Problem, prepared: Prepared, trials: Trials) -> str | None:
-    """Return what our own strategies do where transformers' leave no room for the workload."""
+    """Return advice to use one of our own strategies, if transformers' leaves no room for the workload."""
     if prepared.strategy not in TRANSFORMERS_STRATEGIES or problem.graph.measurement is None:
         return None
     for ours in ("fastest", ANY_FIT):
@@ -56,7 +56,7 @@ def _what_counts_with_all(problem: Problem, prepared: Prepared, trials: Trials) 
 def _report_left_buffers(
     obstacle: Obstacle, problem: Problem, loaded: LoadedProfile, trials: Trials, sink: Sink
 ) -> bool:
-    """Report that the profile wants buffers left where streamed modules run, where that is all that is in the way."""
+    """Report that the profile forbids offloading buffers, if that is the only obstacle."""
     if loaded.profile.placement.offload.buffers.value is not False:
         return False
     if not can_be_offloaded(problem.graph, problem.capacities):
@@ -65,7 +65,7 @@ def _report_left_buffers(
     if not trials.compiles(ProfileChange(offload_buffers=True)):
         strategy = ANY_FIT
         if trials.compiles(ProfileChange(strategy=strategy)):
-            return False  # then the buffers are not what is in the way
+            return False  # then the buffers are not the obstacle
         if not trials.compiles(ProfileChange(strategy=strategy, offload_buffers=True)):
             return False
     shortages = obstacle.shortages if isinstance(obstacle, Infeasible) else ()
@@ -90,7 +90,7 @@ def _lack(shortage: Shortage) -> str:
 
 
 def _report_shortages(infeasible: Infeasible, problem: Problem, prepared: Prepared, trials: Trials, sink: Sink) -> None:
-    """Put the reasons of an infeasible placement into the sink, with what `trials` show to mend it."""
+    """Report why a placement is infeasible, with the remedies that `trials` show to work."""
     if problem.aim is not None and not any(shortage.device for shortage in infeasible.shortages):
         _report_impasse(infeasible, problem, prepared, trials, sink)
         return
@@ -150,21 +150,23 @@ def _report_forbidden(infeasible: Infeasible, prepared: Prepared, sink: Sink) ->
 
 
 def _needs(problem: Problem) -> str:
-    """Return what a problem takes at least, in words: `the model's 15.0 GiB, 4.0 GiB of cache and … of activations`."""
+    """Return the least memory that a problem needs, in words: `the model's 15.0 GiB, 4.0 GiB of cache and … of
+    activations`.
+    """
     weights, *others = ((name, format_bytes(size)) for name, size in least_bytes(problem).items() if size)
     words = [f"the model's {weights[1]}", *(f"{size} of {name}" for name, size in others)]
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _cause_span(loaded: LoadedProfile) -> Span:
-    """Return the place in the profile that the model does not fit: its strategy if it names one, else its machine."""
+    """Return the place in the profile to report a shortage at: its strategy if it names one, else its machine."""
     if loaded.profile.placement.strategy.is_written:
         return loaded.profile.placement.strategy.span
     return loaded.profile.hardware.devices.key_span
 
 
 def _cause(problem: Problem) -> str:
-    """Return the end of a sentence about the one thing that makes up most of the model; empty if there is none."""
+    """Return a clause about the one thing that makes up most of the model; empty if there is none."""
     cause = heaviest_weights(problem.graph, problem.graph.tensors, problem.graph.size_bytes)
     return f"; {cause}" if cause else ""
 

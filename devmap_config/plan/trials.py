@@ -1,4 +1,4 @@
-"""Tries changed profiles, as compiling them would: whether a plan comes of them."""
+"""Tries changed profiles to see whether compiling them gives a plan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileChange:
-    """A change of a profile to be tried; fields that are `None` are left as they are.
+    """A change of a profile to try; fields that are `None` stay unchanged.
 
     Attributes:
         without: rules of pins that are left out.
@@ -48,7 +48,7 @@ class ProfileChange:
         return any(each is not None for each in (self.context_length, self.cache, self.quantization))
 
     def applied_to(self, loaded: LoadedProfile) -> LoadedProfile:
-        """Return the profile as it is with this change."""
+        """Return the profile with this change."""
         profile = loaded.profile
         model, workload, hardware, placement = profile.model, profile.workload, profile.hardware, profile.placement
         if self.quantization is not None:
@@ -74,15 +74,17 @@ class ProfileChange:
 
 
 MOST_DEVICES = 32
-"""On more nothing is tried: each trial takes the square of their number, and there are up to a dozen."""
+"""The most devices with which changes are tried: the time of a trial is quadratic in their number, and there are up
+to a dozen trials.
+"""
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Tries changes of a profile, up to the dry run, with repairs that a dry run asked for.
+    """Tries changes of a profile, up to but excluding the dry run, with the repairs of an earlier one.
 
-    `prepare` runs the stages before placing, with a model that is at hand or with the profile's; without it nothing is
-    tried, and nothing found to help.
+    `prepare` runs the stages before placing, with a given model or the profile's; without it, nothing is tried, and no
+    change helps.
     """
 
     prepared: Prepared
@@ -90,7 +92,9 @@ class Trials:
     repairs: Repairs
 
     def fits(self, change: ProfileChange) -> bool:
-        """Return whether there is a plan, however slow; another context is reckoned from the measurement at hand."""
+        """Return whether there is any plan, however slow; costs for another context are derived from the present
+        measurement.
+        """
         if self.prepare is None:
             return False
         model, measurement = self.prepared.model, self.prepared.graph.measurement

@@ -1,4 +1,6 @@
-"""Parsed values as scalars by their routes: what a lock keeps of its inputs, to say later which of them changed."""
+"""Flattens parsed values to scalars by their routes, which a lock records in order to say later which of them
+changed.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +20,24 @@ Scalar: TypeAlias = "str | int | float | bool | None"
 Values: TypeAlias = "Mapping[str, Scalar]"
 
 MAX_CHARACTERS = 100
-"""What is longer stands in a lock as a digest: a lock is read by people. No hub id is longer."""
+"""Longer values are stored as digests, because people read locks. No hub id is longer."""
 
 ABSOLUTE_PATH = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
 
 DIGEST_CHARACTERS = 19
-"""`sha256:` and twelve digits, enough to see that two are not the same."""
+"""`sha256:` and twelve digits, enough to see that two digests differ."""
 
 
 def values_of(data: object) -> dict[str, Scalar]:
-    """Plain data as scalars by route: `rope_scaling.factor`, `placement.pins[2].device`.
+    """Return plain data as scalars by route: `rope_scaling.factor`, `placement.pins[2].device`.
 
-    A list of scalars is one value. What is long, and what is a path of one machine, stands as a digest.
+    A list of scalars is one value. Long values, and paths of one machine, are replaced by digests.
     """
     return dict(_scalars(data, ""))
 
 
 def values_of_hardware(inventory: Inventory) -> dict[str, Scalar]:
-    """Return each figure of the devices and the links, equal ones of several devices together:
+    """Return each figure of the devices and the links, with equal figures of several devices joined:
     `cuda:[0-7].memory_bytes`.
     """
     data = inventory.to_json()

@@ -1,4 +1,4 @@
-"""Checks a plan against the model and the machine. Written apart from the placer, so that it can catch it."""
+"""Checks a plan against the model and the machine, independently of the placer, so that it catches its mistakes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ViolationKind = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """Something that does not hold. `subjects` are the tensors, modules or devices that it is about."""
+    """A violation of what a plan must satisfy. `subjects` are the tensors, modules or devices that it concerns."""
 
     kind: ViolationKind
     message: str
@@ -55,7 +55,7 @@ def verify(
         forbidden: by tensor, the devices on which it must not be stored.
 
     Returns:
-        A violation for each mistake; none for a plan that loads, fits and keeps together what must be.
+        A violation for each mistake; none for a plan that loads, fits and keeps together what belongs together.
     """
     found = [violation for check in CHECKS for violation in check(plan, graph)]
     return (*found, *_capacity(plan, graph, capacities), *_prohibitions(plan, forbidden or {}))
@@ -94,7 +94,9 @@ def _known_units(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """Yield a violation for each unit within another, or beside the root: the libraries read such maps differently."""
+    """Yield a violation for each unit within another, or beside the root, as the libraries read such maps
+    differently.
+    """
     del graph
     units = {each.unit for each in plan.assignments}
     for unit in sorted(units):
@@ -111,7 +113,7 @@ def _flatness(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """Yield violations of the map as transformers' `expand_device_map` reads it: keys joined to one unescaped
+    """Yield violations of the map as transformers' `expand_device_map` reads it: with all keys in one unescaped
     expression.
     """
     devices = {each.unit: each.location.stored_on for each in plan.assignments}
@@ -131,7 +133,7 @@ def _readability(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _quantizer_reading(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
-    """Yield violations of the map as a quantizer reads it that leaves offloaded weights unquantised."""
+    """Yield violations of the map as quantizers read it that leave offloaded weights unquantised."""
     homes = {name: each for each in plan.assignments for name in each.tensors}
     offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
     for tensor in graph.tensors.values():
@@ -178,15 +180,15 @@ USED_BY_THEIR_PARENT = (
     "NonDynamicallyQuantizableLinear",  # the last matrix of torch's `MultiheadAttention`, which multiplies by it
     "JetMoeMoA",  # whose `map` and `reduce` are called
 )
-"""Classes of modules whose tensors are used without the module being called, where a dry run may not come to it."""
+"""Classes of modules whose tensors are used without calling the module, which a dry run may not reach."""
 
 
 def stranded_tensors(plan: Plan, graph: ModelGraph) -> dict[str, str]:
-    """Return the streamed tensors that nothing would bring to where they are used, each with the reason.
+    """Return the streamed tensors that nothing would copy to the device that uses them, each with the reason.
 
-    accelerate's hooks bring in what a module holds when the module is called. They are on modules: those that a map
-    names, and what is below them. A tensor that a map names by itself stays where it is loaded to, and one on disk is
-    not even loaded. What lies on the model itself is moved once to where the model runs, if it is there to be moved.
+    accelerate's hooks copy the tensors of a module in when the module is called. They are attached to the modules that
+    a map names, and to those below them. A tensor that a map names by itself stays on the device that it is loaded to,
+    and one on disk is not even loaded. Tensors of the model itself are moved to its device once, if they are loaded.
     """
     found = {}
     for each in plan.assignments:
@@ -226,7 +228,7 @@ def _strandings(plan: Plan, graph: ModelGraph) -> Iterator[Violation]:
 
 
 def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[Device, int]) -> Iterator[Violation]:
-    """Yield a violation for each device that holds more than its capacity, added up anew from the tensors."""
+    """Yield a violation for each device that holds more than its capacity, recomputed from the tensors."""
     held: dict[Device, dict[TensorName, int]] = {}
     for each in plan.assignments:
         for name in each.tensors:
@@ -238,7 +240,7 @@ def _capacity(plan: Plan, graph: ModelGraph, capacities: Mapping[Device, int]) -
     for device in sorted(held):
         weights_bytes = sum(held[device].values())
         if device not in capacities:
-            # What accelerate keeps on the CPU because everything runs there occupies no room that was promised.
+            # Tensors that accelerate keeps on the CPU because everything runs there do not count against a capacity.
             if device == plan.main_device and weights_bytes == 0:
                 continue
             yield Violation(
@@ -274,4 +276,4 @@ def _prohibitions(plan: Plan, forbidden: Mapping[TensorName, Collection[Device]]
 
 
 CHECKS = (coverage, _known_units, _flatness, _readability, _quantizer_reading, _blocks, _ties, _strandings)
-"""What a plan must hold to whatever the machine."""
+"""The checks that a plan must pass on every machine."""
