@@ -329,7 +329,7 @@ def _load(request: Request, sink: Sink) -> LoadedProfile | None:
 def _prepare(lookup: Lookup, loaded: LoadedProfile, model: LoadedModel | None, sink: Sink) -> Prepared | None:
     check_settings(loaded, sink)
     inventory = build_inventory(loaded, sink)
-    rules = rules_of(loaded, declared_devices(loaded), inventory.kind, sink)
+    rules = rules_of(loaded, declared_devices(loaded.profile.hardware), inventory.kind, sink)
     if model is None:
         begin("read", f"reading {loaded.profile.model.source.value}")
         model = load_model_graph(loaded, lookup, sink)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from devmap_config.amounts import FLOPS_UNITS, counted, format_duration, profile_duration, profile_rate
-from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.command import CommandError, Mistakes, command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE
 from devmap_config.devices import CPU, DISK
@@ -35,8 +35,14 @@ def calibrate(files: tuple[Path, ...], output_format: str) -> None:
     from devmap_config.runner.calibration import CalibrationError
     from devmap_config.runner.calibration import calibrate as fit
 
+    receipts: list[Receipt] = []
+    mistakes = Mistakes()
+    for path in dict.fromkeys(files):
+        with mistakes.collected():
+            receipts.append(_read(path))
+    mistakes.raise_any()
     try:
-        found = fit([_read(path) for path in dict.fromkeys(files)])
+        found = fit(receipts)
     except CalibrationError as error:
         unfit = Diagnostic.error("unfit-receipts", str(error), help=error.help)
         raise CommandError([unfit], data={"hardware": None}) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,16 @@ from devmap_config.cli.options import (
 )
 from devmap_config.cli.progress import stages_shown
 from devmap_config.cli.reporting import report
-from devmap_config.diagnostics.diagnostic import DevmapError, Sink, TooManyErrorsError
+from devmap_config.diagnostics.diagnostic import DevmapError, Diagnostic, Sink, TooManyErrorsError
 from devmap_config.libraries.private import LibraryChangedError
 from devmap_config.profile.permissions import NO_PERMISSIONS, Permissions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from devmap_config.cli.options import Decorator
     from devmap_config.compiler import Compilation, Compiled, Request
-    from devmap_config.diagnostics.diagnostic import Diagnostic
 
     Function = Callable[..., ExitCode | None]
 
@@ -65,17 +65,61 @@ class Command(click.Command):
         """Call the command's function; what it raises for its user becomes an exit code."""
         try:
             return super().invoke(context) or ExitCode.DONE
-        except CommandError as error:
-            failed = error
-        except TooManyErrorsError as error:
-            failed = CommandError(error.diagnostics, error.texts)
         except DevmapError as error:
-            failed = CommandError(error.diagnostics, error.texts, exit_code=ExitCode.USAGE)
+            failed = _failure_of(error)
         except LibraryChangedError as error:
             failed = CommandError(_change_of(error))
         output_format, quiet = context.params.get("output_format", "table"), context.params.get("quiet", False)
         report(failed.diagnostics, failed.texts, output_format, quiet=quiet, data=failed.data)
         return failed.exit_code
+
+
+def _failure_of(error: DevmapError) -> CommandError:
+    """Return the outcome of a command that an error ends."""
+    if isinstance(error, CommandError):
+        return error
+    exit_code = ExitCode.WRONG if isinstance(error, TooManyErrorsError) else ExitCode.USAGE
+    return CommandError(error.diagnostics, error.texts, exit_code=exit_code)
+
+
+class Mistakes:
+    """Collects what is wrong with each of several files or machines that a user names, to report all of it at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[DevmapError | click.UsageError] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep an error that is raised within, so that what comes after is looked at as well."""
+        try:
+            yield
+        except (DevmapError, click.UsageError) as error:
+            self._errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise what was kept; several errors become one, with the gravest exit code.
+
+        Raises:
+            CommandError: if there is more than one error.
+            DevmapError: if there is this one.
+            click.UsageError: if there is this one.
+        """
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        failures = [_failure_of(_as_finding(error)) for error in self._errors]
+        if failures:
+            raise CommandError(
+                dict.fromkeys(each for failure in failures for each in failure.diagnostics),
+                {name: text for failure in failures for name, text in failure.texts.items()},
+                exit_code=min(failure.exit_code for failure in failures),
+                data=failures[0].data,
+            )
+
+
+def _as_finding(error: DevmapError | click.UsageError) -> DevmapError:
+    if isinstance(error, DevmapError):
+        return error
+    return CommandError([Diagnostic.error("usage", error.format_message())], exit_code=ExitCode.USAGE)
 
 
 def command(name: str, *formats: str) -> Callable[[Function], Command]:

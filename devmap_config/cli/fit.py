@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from devmap_config.amounts import format_bytes, format_duration
-from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
+from devmap_config.cli.command import CommandError, Mistakes, ProfileOptions, profile_command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.machines import MACHINE_HELP, is_of_machine, machine_of
 from devmap_config.cli.predictions import said_of_missing
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from devmap_config.compiler import Compiled, Request
     from devmap_config.exports.engines import OtherEngine
+    from devmap_config.profile.schema import Hardware
 
 WITHOUT_FIGURES = "fewest-devices"
 """What is asked where the machine does not say how fast it is: whether the model fits does not depend on that."""
@@ -90,7 +91,12 @@ def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> Ex
     from devmap_config.cli.reporting import print_lines
 
     listed = [name.strip() for text in machines for name in text.split(",") if name.strip()]
-    named = {name: machine_of(name, allows_hosts=True) for name in listed}
+    named: dict[str, Hardware] = {}
+    mistakes = Mistakes()
+    for name in dict.fromkeys(listed):
+        with mistakes.collected():
+            named[name] = machine_of(name, allows_hosts=True)
+    mistakes.raise_any()
     rows: list[Row] = []
     with progress(len(named), quiet=options.quiet) as begin:
         for name, hardware in named.items():

@@ -75,10 +75,13 @@ def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
 
 def _machine_in(path: Path) -> Hardware:
     from devmap_config.diagnostics.diagnostic import ProfileError, Sink
+    from devmap_config.hardware.declared import machine_inventory
     from devmap_config.profile.loading import load_hardware
 
     sink = Sink()
     hardware = load_hardware(path, sink)
+    if hardware is not None:
+        machine_inventory(hardware, {}, sink)
     if hardware is None or sink.has_errors:
         raise ProfileError(tuple(sink), sink.texts)
     return hardware

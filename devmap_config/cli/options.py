@@ -17,11 +17,15 @@ Decorator = Callable[[Function], Function]
 
 def _variables(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     variables: dict[str, str] = {}
+    wrong: list[str] = []
     for value in values:
         name, equals, text = value.partition("=")
-        if not equals or not name.isidentifier() or not is_unicode(text):
-            raise click.BadParameter(f"`{value}` is not of the form NAME=VALUE, in UTF-8", context, parameter)
-        variables[name] = text
+        if equals and name.isidentifier() and is_unicode(text):
+            variables[name] = text
+        else:
+            wrong.append(f"`{value}` is not of the form NAME=VALUE, in UTF-8")
+    if wrong:
+        raise click.BadParameter("; ".join(wrong), context, parameter)
     return variables
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from devmap_config.amounts import GIBIBYTE
-from devmap_config.cli.command import CommandError, command
+from devmap_config.cli.command import CommandError, Mistakes, command
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.cli.options import FILE
 
@@ -33,7 +33,12 @@ def receipts(files: tuple[Path, ...], output_format: str) -> None:
     from devmap_config.cli.reporting import echo, print_lines, report
     from devmap_config.runner.receipts import FOLDER
 
-    cases = [case for path in files or sorted(FOLDER.glob("*.json")) for case in cases_in(path)]
+    cases: list[Case] = []
+    mistakes = Mistakes()
+    for path in files or sorted(FOLDER.glob("*.json")):
+        with mistakes.collected():
+            cases += cases_in(path)
+    mistakes.raise_any()
     report((), {}, output_format, data={"cases": [asdict(case) for case in cases]})
     if output_format == "markdown":
         for line in _markdown(cases):

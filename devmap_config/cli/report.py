@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from devmap_config.cli.command import CommandError, ProfileOptions, profile_command
+from devmap_config.cli.command import CommandError, Mistakes, ProfileOptions, profile_command
 from devmap_config.cli.options import FILE
 from devmap_config.cli.reporting import echo
 
@@ -58,15 +58,24 @@ def report(
     named = profiles_named(profiles)
     if not named:
         raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
-    cases = [asdict(case) for path in receipts for case in cases_in(path)]
+    mistakes = Mistakes()
+    cases: list[dict[str, Any]] = []
+    for path in receipts:
+        with mistakes.collected():
+            cases += map(asdict, cases_in(path))
     sides = _sides(named, against)
     reports: list[dict[str, Any]] = []
     texts: dict[str, str] = {}
     for path in named:
-        told, its_texts = _told(profile_of(path), options)
-        reports.append(told)
-        texts |= its_texts
-    diff = None if sides is None else _difference(*sides, options)
+        with mistakes.collected():
+            told, its_texts = _told(profile_of(path), options)
+            reports.append(told)
+            texts |= its_texts
+    diff: dict[str, Any] | None = None
+    if sides is not None:
+        with mistakes.collected():
+            diff = _difference(*sides, options)
+    mistakes.raise_any()
     written = []
     if output is not None:
         page = page_of(reports, diff=diff, sides=sides or ("", ""), cases=cases, version=own_version())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devmap_config.cli.command import CommandError
+from devmap_config.cli.command import CommandError, Mistakes
 from devmap_config.cli.exit_codes import ExitCode
 from devmap_config.diagnostics.diagnostic import Diagnostic
 from devmap_config.files import LOCK, exists
@@ -47,9 +47,15 @@ def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
     """Return the plans of both arguments.
 
     Raises:
-        CommandError: if one cannot be had.
+        DevmapError: if one cannot be had.
     """
-    return [_side(before, after, permissions), _side(after, before, permissions)]
+    sides: list[Side] = []
+    mistakes = Mistakes()
+    for text, other in ((before, after), (after, before)):
+        with mistakes.collected():
+            sides.append(_side(text, other, permissions))
+    mistakes.raise_any()
+    return sides
 
 
 def difference_of(sides: Sequence[Side]) -> Difference:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.loading import LoadedProfile
     from devmap_config.profile.located import Located
-    from devmap_config.profile.schema import DeviceSection, Link, Rates
+    from devmap_config.profile.schema import DeviceSection, Hardware, Link, Rates
 
 T = TypeVar("T")
 
@@ -49,15 +49,18 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     Returns:
         The devices in the order of filling, with capacities in bytes, and rates and links per second.
     """
-    hardware = loaded.profile.hardware
-    caps = loaded.profile.placement.max_memory
+    _check_max_memory(loaded, sink)
+    return machine_inventory(loaded.profile.hardware, loaded.profile.placement.max_memory, sink)
+
+
+def machine_inventory(hardware: Hardware, caps: Mapping[Device, Located[int | Share]], sink: Sink) -> Inventory:
+    """Build the inventory from the description of a machine, by itself, and caps on its memory."""
     by_host: dict[str | None, tuple[InventoryDevice, ...]] = {}
     for name, listing in hardware.listings.items():
         devices = [_device(device, section, caps.get(device), sink) for device, section in listing.value.items()]
         by_host[name] = tuple(sorted(filter(None, devices), key=lambda device: device.id))
-    _check_kinds(tuple(hardware.listed), loaded, sink)
-    _check_max_memory(loaded, sink)
-    _check_links(loaded, sink)
+    _check_kinds(hardware, sink)
+    _check_links(hardware, sink)
     ordered = tuple(device for devices in by_host.values() for device in devices)
     spreads = {phase: spread for phase, spread in hardware.spread if spread is not None}
     together = hardware.links.get("together")
@@ -70,9 +73,9 @@ def build_inventory(loaded: LoadedProfile, sink: Sink) -> Inventory:
     )
 
 
-def declared_devices(loaded: LoadedProfile) -> tuple[Device, ...]:
-    """Return every device that the profile lists, including those with a wrong description."""
-    listings = loaded.profile.hardware.listings.values()
+def declared_devices(hardware: Hardware) -> tuple[Device, ...]:
+    """Return every device that a profile lists, including those with a wrong description."""
+    listings = hardware.listings.values()
     nodes = [listing.place.node for listing in listings]
     entries = [entry for node in nodes if isinstance(node, MappingNode) for entry in node.entries]
     keys = [entry.key for entry in entries if not is_null(entry.value)]
@@ -265,24 +268,25 @@ def _warn_of_few_bytes(memory: Located[Any], whose: str, sink: Sink) -> None:
         )
 
 
-def _check_kinds(devices: tuple[Device, ...], loaded: LoadedProfile, sink: Sink) -> None:
-    kinds = {device.kind: device for device in reversed(devices) if device.is_accelerator}
+def _check_kinds(hardware: Hardware, sink: Sink) -> None:
+    kinds = {device.kind: device for device in reversed(tuple(hardware.listed)) if device.is_accelerator}
     if len(kinds) > 1:
         listed = " and ".join(sorted(kinds))
-        last = max(kinds.values(), key=loaded.profile.hardware.device_span)
+        last = max(kinds.values(), key=hardware.device_span)
         sink.error(
             "mixed-accelerators",
-            f"one {'pipeline' if loaded.profile.hardware.hosts else 'machine'} cannot run {listed} devices together",
-            loaded.profile.hardware.device_span(last),
+            f"one {'pipeline' if hardware.hosts else 'machine'} cannot run {listed} devices together",
+            hardware.device_span(last),
             help="torch is built for one kind: keep a profile for each",
         )
 
 
 def _check_max_memory(loaded: LoadedProfile, sink: Sink) -> None:
-    known = declared_devices(loaded)
+    hardware = loaded.profile.hardware
+    known = declared_devices(hardware)
     for device, cap in loaded.profile.placement.max_memory.items():
         _warn_of_few_bytes(cap, f"{device}'s cap", sink)
-        if device not in known and loaded.knows_devices:
+        if device not in known and hardware.knows_devices:
             sink.error(
                 "unknown-device",
                 f"`max_memory` caps {device}, which the profile does not list",
@@ -308,20 +312,20 @@ OTHER_LINKS = {
 """The names of links by their other names."""
 
 
-def _check_links(loaded: LoadedProfile, sink: Sink) -> None:
-    hardware, devices = loaded.profile.hardware, declared_devices(loaded)
+def _check_links(hardware: Hardware, sink: Sink) -> None:
     sections = [
-        (hardware.links, devices),
+        (hardware.links, declared_devices(hardware)),
         *((host.links, tuple(host.devices.value)) for host in hardware.hosts.values()),
     ]
     for links, reached in sections:
-        _check_names_of_links(links, {str(device.of_its_host) for device in reached}, loaded, sink)
+        known = {str(device.of_its_host) for device in reached}
+        _check_names_of_links(links, known, sink, are_all=hardware.knows_devices)
 
 
-def _check_names_of_links(links: Mapping[str, Link], known: set[str], loaded: LoadedProfile, sink: Sink) -> None:
+def _check_names_of_links(links: Mapping[str, Link], known: set[str], sink: Sink, *, are_all: bool) -> None:
     for name, described in links.items():
         ends = name.split("-")
-        if name in LINKS or (len(ends) == 2 and all(end in known or not loaded.knows_devices for end in ends)):
+        if name in LINKS or (len(ends) == 2 and all(end in known or not are_all for end in ends)):
             continue
         close = OTHER_LINKS.get(name.lower()) or closest(name, LINKS)
         listed = f"links are {', '.join(f'`{link}`' for link in LINKS)}, and pairs of listed devices as `cuda:0-cuda:1`"

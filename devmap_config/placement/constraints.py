@@ -134,7 +134,7 @@ def _single_device(loaded: LoadedProfile, problem: Problem, sink: Sink) -> Devic
         return None
     kind = next((device.kind for device in problem.accelerators), "cuda")
     device = device_meant(placement.device.value, kind)
-    if device not in problem.capacities and loaded.knows_devices:
+    if device not in problem.capacities and loaded.profile.hardware.knows_devices:
         sink.error(
             "unknown-device",
             f"{device} is not a device of this profile",
@@ -190,7 +190,8 @@ def _aim(prepared: Prepared, problem: Problem, sink: Sink) -> Aim | None:
 
 def _computing(inventory: Inventory, loaded: LoadedProfile) -> tuple[InventoryDevice, ...]:
     """Return the devices that compute; none if unreadable names might be accelerators."""
-    if not loaded.knows_devices or any(device.is_accelerator for device in loaded.profile.hardware.listed):
+    hardware = loaded.profile.hardware
+    if not hardware.knows_devices or any(device.is_accelerator for device in hardware.listed):
         return inventory.accelerators
     return tuple(device for device in inventory.devices if device.id == CPU)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from devmap_config.files import Boundary, boundary_of, exists, is_folder
-from devmap_config.profile.document import MappingNode
 from devmap_config.profile.inheritance import ProfileReader
 from devmap_config.profile.located import Located, written
 from devmap_config.profile.merging import merge, variable_values, variables_of
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from devmap_config.devices import Device
     from devmap_config.diagnostics.diagnostic import Sink
+    from devmap_config.profile.document import MappingNode
     from devmap_config.profile.schema import Assistant
 
 
@@ -44,19 +44,6 @@ class LoadedProfile:
     profile: Profile
     boundary: Boundary
     overrides: Mapping[str, str]
-
-    @property
-    def knows_devices(self) -> bool:
-        """True if the names of all devices could be read; otherwise a device that seems unknown may be listed after
-        all.
-        """
-        hardware = self.profile.hardware
-        if "hosts" in hardware.doubtful and not hardware.hosts:
-            return False
-        nodes = [listing.place.node for listing in hardware.listings.values()]
-        return not any(
-            entry.key.is_unrendered for node in nodes if isinstance(node, MappingNode) for entry in node.entries
-        )
 
 
 def on_other_hardware(loaded: LoadedProfile, hardware: Hardware, strategy: str) -> LoadedProfile:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
+from devmap_config.profile.document import MappingNode
 from devmap_config.profile.field_types import (
     Address,
     Anything,
@@ -493,6 +494,18 @@ class Hardware(Section):
     def listed(self) -> Mapping[Device, DeviceSection]:
         """Every device of every host, in the order of the hosts."""
         return {device: section for listing in self.listings.values() for device, section in listing.value.items()}
+
+    @property
+    def knows_devices(self) -> bool:
+        """True if the names of all devices could be read; otherwise a device that seems unknown may be listed after
+        all.
+        """
+        if "hosts" in self.doubtful and not self.hosts:
+            return False
+        nodes = [listing.place.node for listing in self.listings.values()]
+        return not any(
+            entry.key.is_unrendered for node in nodes if isinstance(node, MappingNode) for entry in node.entries
+        )
 
     def device_span(self, device: Device) -> Span:
         """Return the place of a device's name, or of `devices` if it is not listed."""

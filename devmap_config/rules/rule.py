@@ -60,7 +60,7 @@ def rules_of(loaded: LoadedProfile, devices: tuple[Device, ...], kind: str, sink
         kind: the kind of accelerator that a bare number stands for.
         sink: takes the diagnostics.
     """
-    profile, listed = loaded.profile, _Listed(devices, kind, sink, are_all=loaded.knows_devices)
+    profile, listed = loaded.profile, _Listed(devices, kind, sink, are_all=loaded.profile.hardware.knows_devices)
     new = [_rule_of_new(source, sink) for source in profile.model.allow_new]
     mapped = [
         _rule_of_key(source, device, listed, sink)

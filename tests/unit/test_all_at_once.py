@@ -1,14 +1,21 @@
-"""Every mistake of a profile is reported in one run: two independent ones give what each gives by itself."""
+"""Every mistake is reported in one run: two independent ones of a profile give what each gives by itself.
+
+So do those in several files or machines that a command is given.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from copy import deepcopy
 from itertools import combinations
 from pathlib import Path
 
+import pytest
 import yaml
+from click.testing import CliRunner
 
+from devmap_config.cli import devmap
 from devmap_config.compiler import Request, run_pipeline
 
 BASE = {
@@ -195,3 +202,45 @@ def test_what_a_mistake_may_be_about_is_left_out(workspace):
     for first, second in HIDDEN:
         both = errors(changed(first)) | errors(changed(second))
         assert errors(changed(first, second)) < both, (first, second)
+
+
+MISTYPED = "hardware: {devices: {cuda:0: {memry: 1GiB}, cuda:1: {memory: 24GiBs}}}"
+UNKNOWN = "hardware: {devices: {cuda:0: rtx-4091}, links: {hots: 1GB/s}}"
+
+OF_SEVERAL = {
+    "fit base.yaml --on mistyped.yaml,2x24G --on unknown.yaml,h1000": (
+        *("unknown-key", "bad-quantity", "usage", "unknown-accelerator", "unknown-key", "usage"),
+    ),
+    "diff mistyped.yaml missing.json": (*("missing-key", "missing-key", "unknown-key", "bad-quantity"), "missing-file"),
+    "report mistyped.yaml unknown.yaml --receipt missing.json -o page.html": (
+        *("missing-file", "missing-key", "missing-key", "unknown-key", "bad-quantity", "missing-key", "missing-key"),
+    ),
+    "receipts mistyped.yaml missing.json": ("syntax", "missing-file"),
+    "calibrate mistyped.yaml missing.json": ("syntax", "missing-file"),
+}
+"""Commands on several files or machines, and the codes of all that is wrong with these."""
+
+
+@pytest.mark.parametrize("command", OF_SEVERAL)
+def test_mistakes_in_all_that_a_command_is_given_are_reported_together(workspace, command):
+    Path("base.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
+    Path("mistyped.yaml").write_text(MISTYPED)
+    Path("unknown.yaml").write_text(UNKNOWN)
+    done = CliRunner().invoke(devmap, [*command.split(), "--format", "json"], standalone_mode=False)
+    diagnostics = json.loads(done.stdout)["diagnostics"]
+    assert tuple(each["code"] for each in diagnostics) == OF_SEVERAL[command]
+    assert done.return_value == (1 if command.startswith(("diff", "report")) else 2)
+    assert not Path("page.html").exists()
+
+
+def test_what_is_wrong_with_a_machine_is_shown_where_it_is_written(workspace):
+    Path("base.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
+    Path("unknown.yaml").write_text(UNKNOWN)
+    done = CliRunner().invoke(devmap, ["fit", "base.yaml", "--on", "unknown.yaml"], standalone_mode=False)
+    assert f"1 | {UNKNOWN}" in done.stderr
+    assert "2 errors" in done.stderr
+
+
+def test_all_variables_that_are_none_are_named(workspace):
+    done = CliRunner().invoke(devmap, ["compile", "base.yaml", "--set", "a", "--set", "b"], standalone_mode=False)
+    assert "`a` is not of the form NAME=VALUE, in UTF-8; `b` is not" in done.exception.format_message()
