@@ -289,20 +289,20 @@ def _literal(value: object) -> str:
 README = """\
 # A plan for vLLM {version}
 
-Made by `devmap export` from a lock; export it again rather than edit it. Tried with vLLM {version} on CPUs, over two
-network namespaces. systemd and Docker did not run `vllm@.service` and the compose files: they keep to what
-`systemd-analyze verify` and the schema of the Compose Specification ask for.
+`devmap export` made this folder from a lock. Export it again rather than edit it. Such folders were tested with vLLM
+{version} on CPUs, over two network namespaces. `vllm@.service` and the compose files have not been run with systemd and
+Docker: `systemd-analyze verify` accepts the unit, and the compose files follow the schema of the Compose Specification.
 
 {table}
 
-Copy this folder to every host. vLLM {version} must be there, and the weights at the path, or of the hub's model, that
-`plan.env` has as `MODEL`. Then, on every host, in any order, within {join_seconds} s:
+Copy this folder to every host. Each host needs vLLM {version}, and the weights at the path or from the hub's model that
+`plan.env` names as `MODEL`. Then run on every host, in any order, within {join_seconds} s:
 
 ```console
 {commands}
 ```
 
-`PYTHON` and `VLLM` name other commands than `python3` and `vllm`; what follows the two files is passed on to
+Set `PYTHON` and `VLLM` to use other commands than `python3` and `vllm`. Arguments after the two files are passed on to
 `vllm serve`. {start}
 
 {answers}
@@ -311,28 +311,29 @@ Copy this folder to every host. vLLM {version} must be there, and the weights at
 $ sh serve.sh --health plan.env node.0.env && echo well
 ```
 
-asks for one token, on any host: `/health` of vLLM says that all is well while hosts that compute are gone.
+asks for one token, on any host. vLLM's own `/health` still reports success if hosts are gone that compute.
 
-## What happens when
+## What happens if something fails
 
 {events}
-- What is computed takes longer than {execute_seconds} s: vLLM answers with an error, and ends.
-- vLLM is given no offload: all weights are on the devices.
+- A forward takes longer than {execute_seconds} s: vLLM answers with an error, and ends.
+
+vLLM offloads nothing: all weights are on the devices.
 
 ## With systemd, with containers
 
-`vllm@.service` says how it is installed; `vllm@N` is node N. `docker compose -f compose.N.yaml up` is the same in
-vLLM's own image.
+`vllm@.service` says how to install it; `vllm@N` is node N. `docker compose -f compose.N.yaml up` does the same in vLLM's
+own image.
 """
 
 OF_SEVERAL = """\
-- Hosts have another `plan.env`, another version of vLLM, or are two with one number: none of them starts, and each says
-  which and why (exit code 1). vLLM itself would serve, and answer wrongly.
-- A host does not come within {join_seconds} s: the others give up (exit code 1).
-- vLLM on a host is gone: the others end at once (exit code 1); where all of the host is gone, within a minute.
-  systemd and compose start them anew, and they come together again."""
+- Hosts differ in `plan.env` or in their version of vLLM, or two hosts have the same number: none of them starts, and
+  each says which host differs and how (exit code 1). vLLM itself would serve, and give wrong answers.
+- A host does not join within {join_seconds} s: the others give up (exit code 1).
+- vLLM ends on one host: the others end at once (exit code 1), or within a minute if the whole host is gone. systemd and
+  compose restart them, and they join again."""
 
-OF_ONE = "- vLLM is gone: so is the script (exit code 1 or vLLM's own). systemd and compose start it anew."
+OF_ONE = "- vLLM ends: the script ends too (exit code 1 or vLLM's own). systemd and compose restart it."
 
 
 def _readme(pipeline: Pipeline) -> str:
@@ -349,7 +350,7 @@ def _readme(pipeline: Pipeline) -> str:
     of_url = f"[{head}]" if ":" in head else head
     partition = "+".join(map(str, pipeline.partition))
     start = (
-        f"The hosts reach each other at any port; {MASTER_PORT} and {JOIN_PORT} of node 0 are named in `plan.env`."
+        f"The hosts need every port between them; `plan.env` names {MASTER_PORT} and {JOIN_PORT} of node 0."
         if several
         else ""
     )
