@@ -322,8 +322,8 @@ vLLM offloads nothing: all weights are on the devices.
 
 ## With systemd, with containers
 
-`vllm@.service` says how to install it; `vllm@N` is node N. `docker compose -f compose.N.yaml up` does the same in vLLM's
-own image.
+`vllm@.service` says how to install it; `vllm@N` is node N. `docker compose -f compose.N.yaml up` does the same in
+vLLM's own image.
 """
 
 OF_SEVERAL = """\
