@@ -1,1 +1,1 @@
-"""Runs a plan's forward on simulated accelerators: no data, no weights, no accelerator."""
+"""Runs a plan's forward on simulated accelerators, without data, weights or a real accelerator."""

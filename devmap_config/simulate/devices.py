@@ -1,4 +1,4 @@
-"""Simulated accelerators: tensors without data that answer with the device on which the plan puts them.
+"""Simulated accelerators: tensors without data that report the device on which the plan puts them.
 
 All tensors live on one fake CPU. A mode around torch's functions intercepts copies to devices. A mode around torch's
 operations labels each result with a device, and refuses what a real machine refuses: an operation over tensors on two
@@ -138,11 +138,13 @@ class SimulatedDevices(Recorder):
         super().__init__(modules, known, traffic)
         self.blocks = traffic.blocks
         self.given: frozenset[int] = frozenset()
-        """The serial numbers of the inputs of the running block, which were brought along wherever they are."""
+        """The serial numbers of the inputs of the running block, which accelerate copies to its device."""
         self.accelerators = tuple(accelerators)
         self.weights = weights
         self.asked: torch.Tensor | None = None
-        """The weight that was last asked for its device while it was not copied in: a tensor sent there is lost."""
+        """The weight whose device was last read while it was not copied in: a tensor that is sent there loses its
+        data.
+        """
         self.origins: dict[int, dict[str, None]] = {}
         """The blocks that each noted storage derives from, by its serial number."""
         self.at: dict[int, Device] = {}
@@ -157,10 +159,10 @@ class SimulatedDevices(Recorder):
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Watch what runs; within the context, tensors are on simulated devices."""
+        """Watch the modules of a model; within the context, tensors are on simulated devices."""
 
         def device(tensor: torch.Tensor, of_torch: Callable[[], torch.device]) -> torch.device:
-            # torch's own code, which runs within a function or an operation, must go on seeing the CPU.
+            # torch's own code, within a function or an operation, must still see the CPU.
             if self._depth:
                 return of_torch()
             at = self.of(tensor)
@@ -172,7 +174,7 @@ class SimulatedDevices(Recorder):
             yield
 
     def enter(self, module: torch.nn.Module, arguments: Any, options: Any) -> None:
-        """Note that a module begins to run."""
+        """Record that a module begins to run."""
         with self.within_torch():
             super().enter(module, arguments, options)
             if self.innermost in self.blocks:
@@ -180,7 +182,7 @@ class SimulatedDevices(Recorder):
                 self.given = frozenset(serial for serial in serials if serial is not None)
 
     def leave(self, module: torch.nn.Module, arguments: Any, options: Any, output: Any) -> None:
-        """Note that a module has returned `output`, or has failed."""
+        """Record that a module has returned `output`, or has failed."""
         with self.within_torch():
             first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
             if first is not None and (device := self.of(first)) is not None:
@@ -220,7 +222,7 @@ class SimulatedDevices(Recorder):
         return result
 
     def trace(self, inputs: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor]) -> None:
-        """Note the blocks that the results of an operation derive from."""
+        """Record the blocks that the results of an operation derive from."""
         block = self.running_block
         origins = {block: None} if block else {path: None for tensor in inputs for path in self.origins_of(tensor)}
         for tensor in outputs if origins else ():
@@ -259,7 +261,7 @@ class SimulatedDevices(Recorder):
         return TORCH_CPU if device is None else self._torch_devices.get(device, TORCH_CPU)
 
     def named(self, device: Any) -> Device:
-        """Return the device that torch's name for it means here; without an index, the first accelerator."""
+        """Return the simulated device for torch's name of a device; without an index, the first accelerator."""
         if isinstance(device, int) and not isinstance(device, bool):
             return self.accelerators[device]
         name = torch.device(device)
@@ -270,8 +272,8 @@ class SimulatedDevices(Recorder):
     def moved(
         self, tensor: torch.Tensor, target: Device, *, source: Device | None = None, size_bytes: int | None = None
     ) -> torch.Tensor:
-        """Return a copy of a tensor on another device, and record the copy; a tensor that is there already is returned
-        itself.
+        """Return a copy of a tensor on another device, and record the copy; return the tensor itself if it is there
+        already.
 
         Args:
             tensor: the tensor.
@@ -332,7 +334,7 @@ class SimulatedDevices(Recorder):
         return CPU if has_scalars else self._inherited
 
     def require_present(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Refuse an operation that reads a weight which was not copied in: on a real machine it has no data then.
+        """Refuse an operation that reads a weight which was not copied in, and so has no data on a real machine.
 
         Raises:
             DeviceMismatchError: if there is one; it is the first operand.

@@ -53,10 +53,12 @@ WITHOUT_WORKLOAD = WorkloadShape(batch_size=1, context_length=16, prompt_length=
 
 
 MOST_LAUNCHES = 20_000
-"""The most operations of a prefill at full length; code with more loops over tokens (state spaces without kernels)."""
+"""The most operations of a prefill at full length; code with more operations loops over tokens (state spaces without
+kernels).
+"""
 
 SHORT_PROMPT = 8
-"""The tokens of a prompt in place of one with too many operations: they take seconds."""
+"""The length of the prompt that replaces one with too many operations; it takes seconds."""
 
 
 def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_tokens: int = 1) -> Simulation:
@@ -69,8 +71,8 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
         decoded_tokens: the number of tokens to decode after the prefill; figures of decoding are those of the last.
 
     Returns:
-        The outcome: the plan runs, an operation mixes devices, or the model's code could not be run. With it the bytes
-        on each device, block by block, and the bytes over each link.
+        The outcome: the plan runs, an operation mixes devices, or the model's code could not be run. It includes the
+            bytes on each device, block by block, and the bytes over each link.
     """
     workload = WITHOUT_WORKLOAD
     if graph.measurement is not None:
@@ -83,12 +85,12 @@ def dry_run(model: PreTrainedModel, graph: ModelGraph, plan: Plan, *, decoded_to
 def _dry_run(
     model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: WorkloadShape, decoded_tokens: int
 ) -> Simulation:
-    # If it fails with blocks left out, whatever the reason, all of them are run: the failure repeats if it is real.
+    # If a run with skipped blocks fails for any reason, run all blocks: a real failure recurs.
     with suppress(Exception):
         return _simulation(model, graph, plan, workload, decoded_tokens, spares_blocks=True)
     try:
         return _simulation(model, graph, plan, workload, decoded_tokens, spares_blocks=False)
-    except Exception as error:  # a model's own code may raise anything where there is no data
+    except Exception as error:  # a model's own code may raise anything without data
         failure = failure_of(error)
         absent = _absent_beyond(model, graph, plan, workload) if failure.cause == "model" else None
         if absent is None and failure.cause == "model":
@@ -113,7 +115,7 @@ def _simulation(
     media_use = None if graph.measurement is None else graph.measurement.media
     holds_media = media_use is not None and media_use.problem is None
     with torch.no_grad(), tensors_without_data():
-        run = _DryRun.of(model, graph, plan)  # before values are tracked: those of weights do not exist
+        run = _DryRun.of(model, graph, plan)  # before values are tracked, as weights have none
         with knowing_values() if holds_media else nullcontext():
             media = media_of(model, workload) if holds_media else ()
             try:
@@ -130,11 +132,11 @@ def _simulation(
 
 
 def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, workload: WorkloadShape) -> Simulation | None:
-    """Look for a read of a weight that nothing copies in, in a model whose code needs values and so cannot be run
-    whole.
+    """Search for reads of weights that nothing copies in, in a model that cannot be run as a whole because its code
+    needs values.
 
-    A module that fails returns its input, so that the rest of the model runs. Nothing else can be learnt from such a
-    run, but this is worth it: on a CPU, such a weight makes wrong numbers instead of an error.
+    A module that fails returns its input, so that the rest of the model runs. Such a run shows nothing else, but it is
+    worthwhile: on a CPU, such a weight gives wrong numbers instead of an error.
     """
     with torch.no_grad(), tensors_without_data():
         run = _DryRun.of(model, graph, plan)
@@ -151,7 +153,9 @@ def _absent_beyond(model: PreTrainedModel, graph: ModelGraph, plan: Plan, worklo
 
 
 def _absent_by_its_code(model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> Simulation | None:
-    """Look in the source of modules for weights that are read without a call of their module, and not copied in."""
+    """Search the source of modules for weights that are read without a call of their module, and so are not copied
+    in.
+    """
     for path, name in read_without_a_call(model):
         if (location := plan.locations.get(TensorName(name))) is None:  # one of several names of a tensor
             continue
@@ -206,7 +210,9 @@ def _runnable(measurement: Measurement) -> WorkloadShape:
 
 
 def _placement_of_blocks(graph: ModelGraph, plan: Plan) -> dict[str, object]:
-    """Return for each block the locations of its parts, and the devices of the block before it, which feeds it."""
+    """Return for each block the locations of its parts, and the devices of the block before it, which makes its
+    inputs.
+    """
     parts: dict[str, list[tuple[str, Location]]] = {path: [] for path in graph.blocks}
     for each in plan.assignments:
         if block := _block_around(each.unit, graph):
@@ -241,7 +247,7 @@ class _DryRun:
 
     @classmethod
     def of(cls, model: PreTrainedModel, graph: ModelGraph, plan: Plan) -> _DryRun:
-        """Return a run that has not begun: weights are where the plan puts them."""
+        """Return a run that has not begun, with the weights on the devices of the plan."""
         hold_in_buffers(model, graph)
         known = replace_tensors(model)
         weights = tensors_of(model)
@@ -262,7 +268,7 @@ class _DryRun:
     def dispatched(self, *, spares_blocks: bool = False) -> Iterator[None]:
         """Attach the plan's hooks to the model, and watch it, while the context lasts."""
         with self.devices.watching(self.model):
-            if spares_blocks:  # within the mode: where the plan has a block's tensors is one of its traits
+            if spares_blocks:  # within the mode, as the devices of a block's tensors are among its traits
                 self.kinds = kinds_of(self.model, self.graph.blocks, _placement_of_blocks(self.graph, self.plan).get)
             with dispatched(self.model, self.plan, self.graph, self.devices, self.absent), streams_without_a_card():
                 yield
@@ -329,10 +335,8 @@ class _DryRun:
 
     def _note_cache(self, cache: Any) -> None:
         sizes_on: dict[Device, dict[str, int]] = {}
-        for tensor in cache_tensors(
-            cache
-        ):  # no reference may remain, or the cache that a step replaces would count as live
-            if not tensor.dim():  # a counter of a layer, which exists also if its block was left out
+        for tensor in cache_tensors(cache):  # keep no reference, or the cache that a step replaces would count as live
+            if not tensor.dim():  # a counter of a layer, which exists even if its block was skipped
                 continue
             maker = self.devices.maker.get(self.devices.serial_of(tensor) or -1, "")
             on_device = sizes_on.setdefault(self.devices.of(tensor) or CPU, {})
@@ -354,7 +358,7 @@ class _DryRun:
         self.phase = phase
         self.devices.events.append(Phase((), phase))
 
-    # What was seen
+    # The results
 
     def simulation(self, *, mismatch: DeviceMismatchError | None = None) -> Simulation:
         """Return the result of what has run so far."""

@@ -1,4 +1,4 @@
-"""Attaches to a model without data the hooks that accelerate attaches for a plan's device_map."""
+"""Attaches the hooks that accelerate attaches for a plan's device_map to a model without data."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers of a model by every name that they have."""
+    """Return the parameters and buffers of a model, by all of their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
-    """Register as buffers what a quantizer holds in buffers: accelerate treats these in another way than parameters."""
+    """Register as buffers those weights that a quantizer holds in buffers, which accelerate treats differently from
+    parameters.
+    """
     for tensor in graph.tensors.values():
         if tensor.in_buffer:
             path, _, name = tensor.name.rpartition(".")
@@ -45,7 +47,7 @@ def hold_in_buffers(model: PreTrainedModel, graph: ModelGraph) -> None:
 
 
 def place_weights(model: PreTrainedModel, plan: Plan, graph: ModelGraph, devices: SimulatedDevices) -> None:
-    """Say of every tensor of the model that it is where the plan keeps it."""
+    """Label every tensor of the model with the device that the plan stores it on."""
     held = tensors_of(model)
     for each in plan.assignments:
         for name in each.tensors:
@@ -59,8 +61,8 @@ def dispatched(
 ) -> Iterator[None]:
     """Attach accelerate's hooks as `dispatch_model` does, with simulated copies, while the context lasts.
 
-    Where a plan has one device and nothing is streamed, `from_pretrained` attaches none, and neither does this.
-    `absent` has, for the name of each tensor that is streamed, what is in its place while it is not copied in.
+    If a plan has one device and nothing is streamed, `from_pretrained` attaches none, and neither does this. `absent`
+    holds, by name of each streamed tensor, the tensor that replaces it while it is not copied in.
     """
     stores = {each.location.stored_on for each in plan.assignments}
     if len(stores) == 1 and DISK not in stores and not plan.compute:
@@ -72,7 +74,7 @@ def dispatched(
         each.unit: devices.torch_device(each.location.runs_on) for each in plan.assignments
     }
     execution_device[""] = main_device
-    # Of a quantised weight, not its matrix is copied but what is held of it.
+    # For a quantised weight, the packed data are copied rather than the matrix.
     held_bytes = {
         str(name): plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
         for each in plan.assignments
@@ -98,7 +100,7 @@ def dispatched(
 
 
 class _Placing:
-    """Stands in for accelerate's `set_module_tensor_to_device`, which needs data."""
+    """Replaces accelerate's `set_module_tensor_to_device`, which needs data."""
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class _Placing:
     def __call__(
         self, module: torch.nn.Module, tensor_name: str, device: Any, value: torch.Tensor | None = None, **_options: Any
     ) -> None:
-        """Put a tensor of a module on a device: keep it elsewhere (`meta`), copy it in, or say that it is there."""
+        """Put a tensor of a module on a device: release it (`meta`), copy it in, or label it as being there."""
         inner, _dot, leaf = tensor_name.rpartition(".")
         owner = module.get_submodule(inner)
         path = ".".join(filter(None, (self.names[id(module)], tensor_name)))
@@ -137,7 +139,7 @@ class _Placing:
             self.devices.put(getattr(owner, leaf), target)
 
     def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return the weights of a module that begins on the main device, and computes on the CPU otherwise."""
+        """Return the weights for a module that now runs on the main device, but computes on the CPU otherwise."""
         path = self.names[id(module)]
         return {
             name: self.devices.moved(each, self.main_device, source=CPU, size_bytes=self.held_bytes[f"{path}.{name}"])

@@ -1,4 +1,4 @@
-"""Remembers dry runs: the same plan of the same model is tried once."""
+"""Caches dry runs: the same plan of the same model is tried only once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
 
 SCHEMA = "devmap-dry-run/4"
-"""Moves whenever a dry run comes to see something else."""
+"""Changes whenever the result of a dry run may change."""
 
 
 def verdict_on(plan: Plan, model: LoadedModel, *, trust_remote_code: bool = False) -> Verdict | None:
-    """Return whether a plan runs, as remembered or else by a dry run; `None` if that cannot be done, without torch."""
-    with suppress(KeyError, ValueError):  # it was not kept beside the profile, or by another version
+    """Return the verdict on a plan, from the cache or by a dry run; `None` if torch is needed but not installed."""
+    with suppress(KeyError, ValueError):  # no verdict is beside the profile, or one of another version
         verdict = Verdict.from_json(model.dry_runs[plan_digest(plan)])
         if {device.id for device in verdict.devices} <= {use.id for use in plan.devices}:
             return verdict
     path = default_directory().parent / "dry-runs" / f"{_key(plan, model)}.json"
-    # Code that comes with a model may change without its config.
+    # Code that comes with a model may change while its config stays the same.
     if not trust_remote_code and (value := kept(path)) is not None:
         return Verdict.from_json(value)
     if not can_simulate():
@@ -49,14 +49,14 @@ def can_simulate() -> bool:
 def simulation_of(
     plan: Plan, model: LoadedModel, *, decoded_tokens: int = 1, trust_remote_code: bool = False
 ) -> Simulation:
-    """Build the plan's model without data and run it as the plan says. Imports torch."""
+    """Build the plan's model without data, and dry-run it. Imports torch."""
     from devmap_config.graph.introspection import UnbuildableModelError, meta_model
     from devmap_config.libraries.remote_code import code_of_models
 
     begin("rehearse", f"running {model.class_name} on simulated devices")
     try:
         from devmap_config.simulate.dry_run import dry_run
-    except LibraryChangedError as error:  # something that every dry run needs is not there
+    except LibraryChangedError as error:  # a library lacks something that every dry run needs
         failure = failure_of(error)
         return Simulation(outcome="unsimulated", reason=failure.reason, cause=failure.cause)
     try:
@@ -80,7 +80,7 @@ def plan_digest(plan: Plan) -> str:
     """Return the digest of everything besides the model on which a plan's dry run depends."""
     executor = asdict(plan.executor)
     if executor["offloaded_caches"] is None:
-        del executor["offloaded_caches"]  # so that verdicts hold that were kept beside profiles before there was any
+        del executor["offloaded_caches"]  # so that verdicts from before this field existed still hold
     return digest(
         {
             "assignments": [

@@ -1,6 +1,6 @@
-"""The weights that a module's code reads off modules within it, without calling these: by its source, as a last resort.
+"""Finds weights of inner modules that a module's code reads without calling them, by its source, as a last resort.
 
-Nothing brings such a weight in where it is streamed. A dry run finds it; this is for models that none gets through.
+Nothing copies such a weight in if it is streamed. A dry run detects that; this is for models that cannot be dry-run.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ if TYPE_CHECKING:
 DESCRIPTIONS = frozenset(
     ("dtype", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_floating_point", "element_size")
 )
-"""What of a tensor is the same though its data is elsewhere; its device is not."""
+"""Attributes of a tensor that do not depend on where its data are, unlike its device."""
 
 ITEM = "*"
 
 
 def read_without_a_call(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield each module with a tensor, by their paths, that its forward reads off a module without calling that."""
+    """Yield the path of each module with the name of a tensor that its forward reads from an inner module without
+    calling it.
+    """
     for path, module in model.named_modules():
         for name in _read_by(module, "forward", set()):
             yield path, f"{path}.{name}" if path else name
 
 
 def _read_by(module: torch.nn.Module, method: str, seen: set[tuple[torch.nn.Module, str]]) -> Iterator[str]:
-    """Yield the tensors that a method reads; those of the module itself are there where it is `forward` that is called.
+    """Yield the tensors that a method reads, without those of the module itself if the method is `forward`.
 
-    A method or property of a module within, called by its name, is followed: what it reads of that module nothing
-    brings in.
+    Methods and properties of inner modules are followed, because nothing copies in the tensors that they read from that
+    module.
     """
     if (module, method) in seen:
         return
@@ -53,7 +55,7 @@ def _read_by(module: torch.nn.Module, method: str, seen: set[tuple[torch.nn.Modu
 
 
 def _modules_at(module: torch.nn.Module, steps: tuple[str, ...]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the modules that names lead to, with their paths; `ITEM` leads to all within a list."""
+    """Yield the modules that names lead to, with their paths; `ITEM` leads to all items of a list."""
     if not steps:
         yield "", module
         return
@@ -64,7 +66,7 @@ def _modules_at(module: torch.nn.Module, steps: tuple[str, ...]) -> Iterator[tup
 
 
 def _function_of(module_class: type[torch.nn.Module], name: str) -> FunctionType | None:
-    """Return what runs where a method of a class is called, or a property read."""
+    """Return the function that runs when a method of a class is called, or a property is read."""
     found = inspect.getattr_static(module_class, name, None)
     found = inspect.unwrap(found.fget if isinstance(found, property) else found)  # type: ignore[arg-type]
     return found if isinstance(found, FunctionType) and not found.__module__.startswith("torch.") else None
@@ -72,8 +74,8 @@ def _function_of(module_class: type[torch.nn.Module], name: str) -> FunctionType
 
 @functools.cache
 def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, ...], ...]:
-    """Return the attributes of `self` that a method of a class reads, and the methods that it calls, each as its names
-    in turn.
+    """Return the attributes of `self` that a method of a class reads, and the methods that it calls, each as a tuple of
+    names.
     """
     found: dict[tuple[str, ...], None] = {}
     waiting, seen = [start], set()
@@ -85,7 +87,7 @@ def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, 
         seen.add(name)
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):  # it was not made from a file
+        except (OSError, TypeError, SyntaxError):  # it has no source file
             continue
         for steps in _chains(tree):
             if len(steps) == 1:
@@ -96,9 +98,10 @@ def _reads(module_class: type[torch.nn.Module], start: str) -> tuple[tuple[str, 
 
 
 def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
-    """Yield the names that follow `self`, wherever it is read: `("embed", "weight")`; what is called is without it.
+    """Yield the names that follow `self` wherever it is read, such as `("embed", "weight")`, without modules that are
+    called.
 
-    What follows the name of an item, by which a loop goes through a list or that is taken of one, follows that list.
+    Names that follow a variable for an item of a list, from a loop or an index, follow that list.
     """
     items = {"self": ()} | {name: (*steps, ITEM) for name, steps in _items(tree)}
     within = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -110,7 +113,7 @@ def _chains(tree: ast.AST) -> Iterator[tuple[str, ...]]:
 
 
 def _items(tree: ast.AST) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the names that stand for an item of a list of `self`, with the names of that list."""
+    """Yield the variables that hold an item of a list of `self`, with the names of that list."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.For, ast.comprehension)):
             targets, values = node.target, node.iter
@@ -125,7 +128,7 @@ def _items(tree: ast.AST) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _dotted(node: ast.expr) -> tuple[str | None, tuple[str, ...]]:
-    """Return a name and the names that follow it with dots; `None` if it begins with something else."""
+    """Return a name and the names that follow it after dots; `None` if the expression begins with something else."""
     steps: list[str] = []
     while isinstance(node, ast.Attribute):
         steps.insert(0, node.attr)

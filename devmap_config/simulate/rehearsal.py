@@ -1,4 +1,4 @@
-"""The dry run as a stage of compiling: a plan that does not run is mended where a strategy made it, else refused."""
+"""The dry run as a stage of compiling: a plan that does not run is repaired if a strategy made it, else refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Rehearsal:
 def rehearse(
     plan: Plan, prepared: Prepared, replan: Callable[[Repairs], Plan | None], permissions: Permissions, sink: Sink
 ) -> Rehearsal:
-    """Dry-run a plan; if a tensor is on the wrong device, keep together what must be, and place anew.
+    """Dry-run a plan; if a tensor is on the wrong device, add repairs, and place anew.
 
     Args:
         plan: a plan that was verified.
@@ -147,9 +147,7 @@ def _described(operand: MismatchedTensor) -> str:
 
 
 def _decision(operand: MismatchedTensor, plan: Plan, prepared: Prepared) -> Decision | None:
-    """Return the rule that put an operand where it is: of its module, or of the nearest module around it with
-    a rule.
-    """
+    """Return the rule that put an operand on its device: that of its module, or of the nearest module around it."""
     path = operand.tensor or operand.made_by
     while path:
         names = [name for name in prepared.graph.tensors if name == path or name.startswith(f"{path}.")]
@@ -213,7 +211,7 @@ def _tell_what_is_kept(together: Together, prepared: Prepared, plans: tuple[Plan
 
 
 def _beside(rules: Iterable[Rule]) -> str:
-    """Return the rules that decide for a part of what is kept together."""
+    """Return a phrase about the rules that decide for a part of what is kept together."""
     named = [f"`{rule.text}` (line {rule.span.line})" for rule in rules]
     return f" beside {' and '.join(named)}" if named else ""
 

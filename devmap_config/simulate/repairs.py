@@ -1,4 +1,4 @@
-"""Derives from a dry run that fails the constraints that a plan must keep in order to run."""
+"""Derives, from a dry run that fails, the constraints that a plan must keep in order to run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Together = tuple[tuple["TensorName", ...], ...]
 
 
 def repaired(repairs: Repairs, verdict: Verdict, plan: Plan, prepared: Prepared) -> Repairs:
-    """Return what a plan must keep to after this verdict; the same as before where all is well or nothing helps."""
+    """Return the repairs extended by this verdict; the same as before if the plan runs or nothing helps."""
     if verdict.mismatch is not None and verdict.mismatch.absent is not None:
         return replace(repairs, kept={**repairs.kept, **_to_keep(verdict.mismatch.absent, plan, prepared)})
     if verdict.mismatch is not None:
@@ -37,10 +37,10 @@ def repaired(repairs: Repairs, verdict: Verdict, plan: Plan, prepared: Prepared)
 
 
 def _to_keep_together(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, before: Together) -> Together:
-    """Return what must be kept together so that this does not come about; the same as before where that cannot help.
+    """Return the groups to keep together to avoid this mismatch; the same as before if that cannot help.
 
-    What is inside of one block concerns every block of its class. What passes between blocks brings in all that the
-    measurement saw to belong together; where more of that comes up again, all blocks that are alike.
+    A mismatch within one block concerns every block of its class. One between blocks adds all groups that the
+    measurement found; if another one of this kind occurs, all blocks of the same classes.
     """
     if plan.strategy in UNREPAIRED_STRATEGIES:
         return before
@@ -59,12 +59,12 @@ def _to_keep_together(mismatch: DeviceMismatch, plan: Plan, prepared: Prepared, 
 
 
 def involved_in(mismatch: DeviceMismatch, plan: Plan, graph: ModelGraph) -> list[str]:
-    """Return what must share a device for an operation to run: blocks, and tensors of a model's own."""
+    """Return the places that must share a device for an operation to run: blocks, and tensors outside of blocks."""
     places: dict[str, None] = {}
     for operand in mismatch.tensors:
         own = operand.block or operand.tensor
         if not own and not operand.blocks and operand.device == plan.main_device:
-            own = _first_on(plan.main_device, plan, graph)  # an input, which is where the model begins
+            own = _first_on(plan.main_device, plan, graph)  # an input is on the device on which the model begins
         places |= dict.fromkeys(filter(None, (own, *operand.blocks)))
     places |= dict.fromkeys(filter(None, [block_of(graph, mismatch.running)]))
     return list(places)
@@ -77,14 +77,16 @@ def _first_on(device: Device, plan: Plan, graph: ModelGraph) -> str:
 
 
 def _alike(graph: ModelGraph, places: list[str]) -> list[str]:
-    """Return the blocks of the same classes as these."""
+    """Return all blocks of the same classes as these."""
     modules = [graph.modules[ModulePath(place)] for place in places if place in graph.modules]
     class_names = {module.class_name for module in modules}
     return [path for path in graph.blocks if graph.modules[path].class_name in class_names]
 
 
 def _to_keep(absent: MismatchedTensor, plan: Plan, prepared: Prepared) -> dict[TensorName, Device]:
-    """Return what must be where it is used: all of the weight's module, and of those at its place in blocks alike."""
+    """Return tensors that must be on the device that uses them: those of the weight's module, and of its
+    counterparts in other blocks.
+    """
     graph, decisions = prepared.graph, prepared.resolution.decisions
     module = (absent.tensor or "").rpartition(".")[0]
     block = block_of(graph, module)
@@ -105,14 +107,16 @@ def _can_be_together(names: tuple[TensorName, ...], resolution: Resolution) -> b
 
 
 def block_of(graph: ModelGraph, path: str) -> str:
-    """Return the block that a module or tensor belongs to; no name where it belongs to none."""
+    """Return the block that a module or tensor belongs to; an empty path if it belongs to none."""
     while path and ModulePath(path) not in graph.blocks:
         path = path.rpartition(".")[0]
     return path
 
 
 def tensors_of(graph: ModelGraph, place: str) -> tuple[TensorName, ...]:
-    """Return a block's tensors; one of a model's own stands for all its own, which it uses one after another."""
+    """Return a block's tensors; a tensor outside of blocks stands for all tensors of the same module, which it uses
+    in turn.
+    """
     if ModulePath(place) in graph.modules:
         return tuple(tensor.name for tensor in graph.modules[ModulePath(place)].tensors())
     owner = graph.modules.get(ModulePath(place.rpartition(".")[0]))
@@ -120,9 +124,9 @@ def tensors_of(graph: ModelGraph, place: str) -> tuple[TensorName, ...]:
 
 
 def overfull(verdict: Verdict, plan: Plan, model: LoadedModel) -> list[tuple[SimulatedDevice, int]]:
-    """Return the devices that held more at once than they have, and by how many bytes.
+    """Return the devices that held more at once than they have, with the excess in bytes.
 
-    Of a quantised model the dry run saw the dense one, and cannot tell; nor without a workload.
+    There are none for a quantised model, as the dry run has dense weights, or without a workload.
     """
     if model.quantization is not None or not plan.measured:
         return []

@@ -1,4 +1,4 @@
-"""Goes through what happened in a dry run: what each device held, what crossed, and where every module ran."""
+"""Evaluates the events of a dry run: the bytes on each device and over each link, and the device of every call."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
 
 FILLING = "filling"
-"""Fills the cache up to the context, where a prompt is a part of it; what that takes by itself is not looked at."""
+"""The phase that fills the cache up to the context, if the prompt is a part of it; its own costs are ignored."""
 
 TOWERS = "towers"
-"""Runs what a prompt of text alone does not call (towers for images); only whether that runs is looked at."""
+"""The phase that runs modules which a prompt of only text does not call (towers for images); its costs are ignored."""
 
 UNOBSERVED = (FILLING, TOWERS)
 
 
 class Replay:
-    """Evaluates the events of a dry run; of links and calls, those of the last run of each phase."""
+    """Evaluates the events of a dry run; for links and calls, those of the last run of each phase."""
 
     def __init__(
         self, events: Iterable[RecordedEvent], at: Mapping[int, Device], graph: ModelGraph, plan: Plan
     ) -> None:
-        """Args: the events in order, the device of each storage, the model, and how it was placed."""
+        """Args: the events in order, the device of each storage, the model, and its plan."""
         self._at, self._graph, self._plan = at, graph, plan
         self._blocks = dict.fromkeys(graph.blocks)
         self._phase = ""
         self._block: str | None = None
-        # What is brought ahead lies beside what the module that runs has copied in: a piece as large as that may be.
+        # While a module runs with the piece that was copied in, another piece of up to the same size may be copied
+        # ahead.
         ahead = plan.devices if plan.executor.works_ahead else ()
         self._live = {use.id: use.overhead_bytes // plan.executor.pieces_at_once for use in ahead}
         self._peaks: dict[Device, tuple[int, str, str]] = {}
@@ -60,7 +61,7 @@ class Replay:
                 self._allocate(event)
             case Call() if self._phase not in UNOBSERVED:
                 path = event.running[-1]
-                # What computes on the CPU has its result brought back before the call ends.
+                # The result of a module that computes on the CPU is copied back before the call ends.
                 prefilled = self._plan.prefilled if self._phase == "prefill" else {}
                 apart = {unit: device for unit, device in self._plan.compute.items() if unit not in prefilled}
                 around = (apart[unit] for unit in (path, *ancestors(path)) if unit in apart)
@@ -81,7 +82,7 @@ class Replay:
         block = next((path for path in event.running if path in self._blocks), None)
         if block is not None:
             held = self._held.setdefault((self._phase, block), {})
-            # As a block begins, what others hold counts as well, though it may not change while this one runs.
+            # When a block begins, what others hold counts as well, even if it does not change while this one runs.
             begins = block != self._block
             for each, now in self._live.items():
                 if each == device or (begins and each in self._peaks):
@@ -105,7 +106,7 @@ class Replay:
 
     @property
     def steps(self) -> tuple[BlockRun, ...]:
-        """The blocks that ran to their end, and the most that was held meanwhile."""
+        """The blocks that ran to their end, with the most bytes that were held meanwhile."""
         ran_on = {(phase, path): device for phase, path, device in self.calls}
         return tuple(
             BlockRun(phase=phase, block=block, device=ran_on[phase, block], live_bytes=tuple(sorted(held.items())))
@@ -124,7 +125,7 @@ class Replay:
 
     @cached_property
     def calls(self) -> tuple[tuple[str, str, Device], ...]:
-        """In which phase each module was called, and where it ran."""
+        """The phase of each call of a module, and the device on which it ran."""
         return tuple((phase, path, device) for phase, calls in self._calls.items() for path, device in calls)
 
     @property

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ReadDevice = Annotated[Device, PlainValidator(lambda value: Device.from_text(str(value)))]
-"""A device, which data that was kept has as text."""
+"""A device, which is text in stored data."""
 
 NOWHERE = Device("meta")
 """The device of a weight that is stored elsewhere and not copied in, as accelerate leaves it."""
 
 Outcome = Literal["runs", "mismatch", "unsimulated"]
-"""It ran; it does not run, for a tensor is on the wrong device; or it could not be tried."""
+"""The plan runs; it does not run, because a tensor is on the wrong device; or it could not be tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MismatchedTensor:
-    """A tensor of an operation that does not run: its device, the block that made or holds it, and which it is.
+    """A tensor of an operation that does not run: its device, its name, and the block that made or holds it.
 
-    `tensor` is a weight's name; `None` for what was computed. `block` is `""` for what the model makes outside of every
-    block; `blocks` then are all that made what it was made of.
+    `tensor` is the name of a weight, or `None` for a computed tensor. `block` is `""` for a tensor that was made
+    outside of every block; `blocks` then are all blocks that it derives from.
     """
 
     device: ReadDevice
@@ -42,9 +42,9 @@ class MismatchedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMismatch:
-    """An operation that does not run, in this phase, while this module was the innermost that ran.
+    """An operation that does not run, with the phase and the innermost running module.
 
-    It is over tensors of two devices, or over a weight that is `NOWHERE`, which is the first of `tensors`.
+    Its tensors are on two devices, or the first of `tensors` is a weight that is `NOWHERE`.
     """
 
     operation: str
@@ -54,7 +54,7 @@ class DeviceMismatch:
 
     @property
     def absent(self) -> MismatchedTensor | None:
-        """The weight that nothing had copied in, if that is it."""
+        """The weight that was not copied in, if that is the mismatch."""
         return self.tensors[0] if self.tensors[0].device == NOWHERE else None
 
 
@@ -64,8 +64,8 @@ class SimulatedDevice:
 
     Attributes:
         peak_bytes: the most at once, weights and cache included.
-        peak_phase: the phase in which that was.
-        peak_module: the module in which that was.
+        peak_phase: the phase of the peak.
+        peak_module: the module of the peak.
         cache_bytes: the elements of the cache's tensors after the prefill.
     """
 
@@ -91,7 +91,7 @@ class LinkUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRun:
-    """A block that ran: on which device, and the most that was held on each device meanwhile, weights left out."""
+    """A block that ran, with its device, and the most bytes on each device meanwhile, without weights."""
 
     phase: str
     block: str
@@ -101,11 +101,11 @@ class BlockRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """A dry run of a plan: its outcome, and what was seen until then.
+    """A dry run of a plan: its outcome, and the observations until then.
 
-    `hops` are the times that a forward went on to another device, from block to block, in the last phase. `calls` tells
-    for every module in which phase it was called and on which device it ran. `idle` are blocks with weights that a
-    prompt of text alone does not call.
+    `hops` is the number of times that a forward moved to another device between blocks, in the last phase. `calls`
+    holds the phase and the device of every call of a module. `idle` are blocks with weights that a prompt of only text
+    does not call.
     """
 
     outcome: Outcome
@@ -118,7 +118,7 @@ class Simulation:
     mismatch: DeviceMismatch | None = None
     reason: str | None = None
     cause: Cause = "model"
-    """Whose doing it is that it could not be tried."""
+    """The cause, if the plan could not be tried."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -142,11 +142,11 @@ class Verdict:
 
     @classmethod
     def of(cls, simulation: Simulation) -> Verdict:
-        """Return the result of this dry run that is remembered."""
+        """Return the part of a dry run's result that is stored."""
         return cls(**{each.name: getattr(simulation, each.name) for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data; `from_json` gives it back, equal."""
+        """Return the verdict as plain data, from which `from_json` makes an equal one."""
         value: dict[str, Any] = to_jsonable_python(self, fallback=str)
         if self.cause == "model":
             del value["cause"]

@@ -1,7 +1,7 @@
-"""A Chrome trace of forwards as a plan predicts them: what runs where and when, what it waits for, and what is held.
+"""Writes a Chrome trace of predicted forwards: what runs on each device and when, what it waits for, and the memory.
 
 Perfetto and `chrome://tracing` open it. Every device is a process of the trace, and so are the links, with a thread for
-each. Times are in whole microseconds: where they had fractions, viewers round each by itself, and slices overlap.
+each. Times are whole microseconds, because viewers round fractions one by one, so that slices would overlap.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 NANOSECONDS_PER_MICROSECOND = 1_000
 
 ORDER = "MXCsf"
-"""Of events at one time: what a flow is bound to comes before it, and its beginning before its end."""
+"""The order of events at the same time: a slice comes before the flows that are bound to it, and a flow's start
+before its end.
+"""
 
 FORWARDS_PROCESS = 1
-"""The process of the trace in which forwards are one slice each; those of the devices and of the links come after."""
+"""The process of the trace in which each forward is one slice; those of the devices and of the links come after it."""
 
 OUTSIDE = "outside of blocks"
 
@@ -52,19 +54,19 @@ def trace_of(
     name: str,
     ran_unquantized: bool = False,
 ) -> dict[str, Any]:
-    """Return the trace of a prefill and of so many tokens after it, where the model decodes.
+    """Return the trace of a prefill and, if the model decodes, of `tokens` tokens after it.
 
     Args:
-        plan: a plan of which some time is known; a phase without is left out, and it is said why.
+        plan: a plan with at least one known time; a phase without a time is left out, with the reason.
         graph: its model, with a measurement.
         inventory: its machine.
-        simulation: its dry run, which tells what devices hold; without one, the trace shows times alone.
-        tokens: how many are decoded.
-        name: the model's.
-        ran_unquantized: whether the dry run held weights as they are before they are quantised.
+        simulation: its dry run, which shows the memory of devices; without one, the trace has only times.
+        tokens: the number of tokens that are decoded.
+        name: the name of the model.
+        ran_unquantized: whether the dry run had the weights in their form before quantization.
 
     Returns:
-        What `trace_text` writes.
+        The trace, for `trace_text` to write.
     """
     bases = {phase: asdict(basis) for phase, basis in time_bases(plan, graph, inventory).items()}
     missing = missing_figures(plan, graph, inventory)
@@ -93,11 +95,11 @@ def trace_of(
 
 
 def trace_text(trace: Mapping[str, Any]) -> str:
-    """Return a trace as JSON in ASCII, a line for each event."""
+    """Return a trace as ASCII JSON, with a line for each event."""
     events = ",\n".join(map(json.dumps, trace["traceEvents"]))
     others = (f",\n{json.dumps(key)}: {json.dumps(value)}" for key, value in trace.items() if key != "traceEvents")
     text = f'{{"traceEvents": [\n{events}\n]{"".join(others)}}}'
-    return text.replace("##[", r"\u0023#[")  # which GitHub's runner would take for a command
+    return text.replace("##[", r"\u0023#[")  # GitHub's runner would take it for a command
 
 
 def _timing(plan: Plan, graph: ModelGraph, inventory: Inventory, phase: Phase) -> Timing:
@@ -114,7 +116,7 @@ def _told_of_memory(simulation: Simulation | None, *, ran_unquantized: bool) -> 
 
 
 def _as_they_run(parts: Sequence[ForwardPart]) -> tuple[ForwardPart, ...]:
-    """Return the parts of a forward in the order in which they run: what crosses comes before what reads it."""
+    """Return the parts of a forward in the order in which they run: a transfer comes before the block that reads it."""
     crossing: dict[str, list[ForwardPart]] = {}
     for part in parts:
         if part.is_crossing:
@@ -125,9 +127,10 @@ def _as_they_run(parts: Sequence[ForwardPart]) -> tuple[ForwardPart, ...]:
 
 
 def _in_turn(part: ForwardPart, working: Iterable[Device]) -> list[Copy | Device]:
-    """Return what a part does one after another: the home after what it waits for, others given theirs before.
+    """Return the steps of a part in order: the home after the copies that it waits for, other devices after their
+    inputs.
 
-    What such a device gives back comes after it. Amounts do not tell more of the order in which it is done.
+    Copies of results from such a device come after it. Amounts do not determine the order any further.
     """
     turns = {device: number for number, device in enumerate(dict.fromkeys((part.home, *working)))}
 
@@ -142,18 +145,18 @@ def _in_turn(part: ForwardPart, working: Iterable[Device]) -> list[Copy | Device
 
 @dataclass
 class _Trace:
-    """A trace as far as it is written: up to `now`, in nanoseconds. Of all devices, one works or waits at a time."""
+    """A trace that is written up to `now`, in nanoseconds. One device works or waits at a time."""
 
     plan: Plan
     simulation: Simulation | None
     events: list[dict[str, Any]] = field(default_factory=list)
     now: int = 0
     waiting: tuple[Device, int] | None = None
-    """The device that waits now, and since when."""
+    """The device that waits now, and the time since which it does."""
     links: dict[tuple[Device, Device, bool], int] = field(default_factory=dict)
-    """The thread of each link; what is brought ahead over it has one of its own."""
+    """The thread of each link, with a separate one for copies ahead."""
     arriving: dict[Device, list[dict[str, Any]]] = field(default_factory=dict)
-    """Where flows begin that end where their device goes on."""
+    """By device, the starts of flows that end when the device continues."""
     flows: int = 0
 
     def __post_init__(self) -> None:
@@ -163,13 +166,13 @@ class _Trace:
         self.simulated = {each.id: each for each in simulated if each.id in self.processes}
         steps = () if self.simulation is None else self.simulation.steps
         self.live = {(step.phase, step.block): dict(step.live_bytes) for step in steps}
-        for each in self.simulated.values():  # where no block held as much as that, it was outside of them
+        for each in self.simulated.values():  # if no block held as much, the peak was outside of blocks
             reached = (live.get(each.id, 0) for (phase, _), live in self.live.items() if phase == each.peak_phase)
             if each.peak_bytes - each.weights_bytes > max(reached, default=0):
                 self.live.setdefault((each.peak_phase, ""), {})[each.id] = each.peak_bytes - each.weights_bytes
 
     def begin(self, name: str, inventory: Inventory) -> None:
-        """Name the processes, and show what devices hold before anything runs."""
+        """Name the processes, and show the memory of devices before anything runs."""
         accelerators = {device.id: device.accelerator for device in inventory.devices}
         self._name(FORWARDS_PROCESS, f"{name}: predicted, not measured", "forwards")
         for device, process in self.processes.items():
@@ -178,7 +181,7 @@ class _Trace:
         self._hold(dict.fromkeys(self.simulated, 0))
 
     def forward(self, title: str, rates: MachineRates, parts: Sequence[ForwardPart], told: Mapping[str, Any]) -> None:
-        """Add a forward that is one of many: what is brought ahead has come as far as it has in the long run."""
+        """Add one of many forwards: copies ahead are in the state that they reach in the long run."""
         began, clock, of_all = self.now, Clock(), (rates.phase, None)
         times = [rates.time(part.segment) for part in parts]
         for _ in range(FORWARDS - 1):
@@ -197,9 +200,10 @@ class _Trace:
         self.arriving.clear()
 
     def _bring_ahead(self, part: ForwardPart, rates: MachineRates, ends: int, earliest: int | None) -> None:
-        """Show what is brought while devices work: from now on, or so that all is there as the part ends.
+        """Show copies that overlap with work: from now on, or so that they finish when the part ends.
 
-        The latter where cards have a link each, which goes on while others run; what that did earlier is cut off.
+        The latter applies if cards have links of their own, which copy while others run; the beginning of the copy is
+        cut off.
         """
         times = [[rates.copy_nanoseconds(copy) for copy in together] for together in part.segment.ahead]
         at = self.now if earliest is None else ends - sum(map(max, times))
@@ -210,7 +214,7 @@ class _Trace:
             at += max(taken)
 
     def _run(self, part: ForwardPart, rates: MachineRates, ends: int) -> None:
-        """Show which devices work in turn, and which wait meanwhile for what is copied."""
+        """Show which devices work in turn, and which wait meanwhile for copies."""
         working = {device: nanoseconds for device, nanoseconds in rates.working(part.segment).items() if nanoseconds}
         turns = [
             (each, working[each] if isinstance(each, Device) else rates.copy_nanoseconds(each))
@@ -247,7 +251,7 @@ class _Trace:
         *,
         ahead: bool = False,
     ) -> None:
-        """Show a copy on its link, and have a flow begin there that ends where its reader goes on."""
+        """Show a copy on its link, and start a flow there that ends when its reader continues."""
         link = (copy.source, copy.target, ahead)
         if link not in self.links:
             self.links[link] = self.links_process + len(self.links)
@@ -262,7 +266,7 @@ class _Trace:
                 self.arriving.setdefault(reader, []).append(place)
 
     def _arrive(self, device: Device, process: int, thread: int, began: int) -> None:
-        """Have what was copied to a device end in the slice with which it goes on, which ends now."""
+        """End the flows of copies to a device in the slice with which it continues, which ends now."""
         ends = self.now // NANOSECONDS_PER_MICROSECOND
         for place in self.arriving.pop(device, ()):
             if place["ts"] >= ends:
@@ -275,7 +279,7 @@ class _Trace:
             self.events.append({"ph": "f", "bp": "e", "pid": process, "tid": thread, "ts": at, **flow})
 
     def _wait(self, device: Device, until: int) -> None:
-        """Let a device wait until then; waits of one that follow one another are shown as one."""
+        """Let a device wait until a time; its consecutive waits are shown as one."""
         if until > self.now:
             if self.waiting is None or self.waiting[0] != device:
                 self._end_wait()
@@ -289,7 +293,7 @@ class _Trace:
             self.waiting = None
 
     def _hold(self, live: Mapping[Device, int]) -> None:
-        """Show what devices hold from now on, besides weights."""
+        """Show the memory of devices from now on, besides weights."""
         for device, size_bytes in live.items():
             if device in self.simulated:
                 held = {"bytes": self.simulated[device].weights_bytes + size_bytes}
@@ -308,7 +312,7 @@ class _Trace:
         ended: int,
         told: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Add a slice, and return whether it is long enough to be seen."""
+        """Add a slice, and return whether it is long enough to be visible."""
         start, end = began // NANOSECONDS_PER_MICROSECOND, ended // NANOSECONDS_PER_MICROSECOND
         if start < end:
             place = {"ph": "X", "pid": process, "tid": thread, "ts": start, "dur": end - start}
@@ -317,7 +321,7 @@ class _Trace:
         return start < end
 
     def _name(self, process: int, name: str, thread_name: str, thread: int | None = None) -> None:
-        """Name a process and a thread of it, and have processes shown in this order."""
+        """Name a process and one of its threads, and show processes in this order."""
         place = {"ph": "M", "pid": process, "tid": process if thread is None else thread}
         self.events += (
             {**place, "name": "process_name", "args": {"name": name}},
