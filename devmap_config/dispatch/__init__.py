@@ -1,1 +1,1 @@
-"""Everything that is attached to a model to run it by a plan, besides the hooks that accelerate attaches."""
+"""Everything that is attached to a model to run it by a plan, in addition to accelerate's hooks."""

@@ -1,8 +1,9 @@
-"""Lays together what is brought to an accelerator at once: a load, the weights of pieces that run one after another.
+"""Groups weights into loads, which are copied to an accelerator at once: the weights of pieces that run one after
+another.
 
-A load is copied by itself, however many tensors it has. In the CPU's memory it lies as it will lie on the accelerator;
-on disk it stays where its files have it. No load is larger than the largest piece (`execution/pieces.py` says what a
-piece is), for two of which the plan has room.
+A load is copied as one, however many tensors it has. In the CPU's memory it has the same layout as on the accelerator;
+on disk it stays in its files. No load is larger than the largest piece (see `execution/pieces.py`), and the plan has
+room for two of those.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Places = Mapping[torch.nn.Module, Mapping[str, "TensorPlace"]]
-    """Where the weights of modules lie in a load."""
+    """The places of modules' weights in a load."""
 
 ALIGNMENT_BYTES = 256
-"""Where a tensor may begin: kernels read wide words, and torch's own allocator gives them no less."""
+"""The alignment of tensors: kernels read wide words, and torch's own allocator aligns no less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +52,20 @@ class TensorPlace:
     shape: torch.Size
 
     def within(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return it, in the memory that has the load."""
+        """Return the tensor within the memory of a load."""
         return self.bytes_within(memory).view(self.dtype).view(self.shape)
 
     def bytes_within(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return its bytes there."""
+        """Return the bytes of the tensor within the memory of a load."""
         return memory[self.start : self.end]
 
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """The weights of modules that run one after another, of one store.
+    """The weights of modules that run one after another, from one store.
 
-    Where they are in the CPU's memory, `memory` has them, pinned, as they lie in a slot. Where they are on disk, they
-    are read from there as a `piece`, each to its place of `targets`.
+    Weights in the CPU's memory are in `memory`, which is pinned, with the layout of a slot. Weights on disk are read as
+    a `piece`, each to its place in `targets`.
     """
 
     places: Places
@@ -76,7 +77,8 @@ class Load:
     def copies(
         self, target: torch.Tensor, staging: NDArray[np.uint8] | None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return what is to be copied to where in a slot; what is on disk is read into the staging memory.
+        """Return pairs of source and target for copying the load to a slot; weights on disk are read into the staging
+        memory.
 
         Raises:
             OSError: if it cannot be read.
@@ -90,7 +92,7 @@ class Load:
 
 
 class WeightSource(NamedTuple):
-    """The place of a weight: in a file, or at an address of the CPU's memory; and its shape and dtype."""
+    """The source of a weight: a place in a file, or an address in the CPU's memory; with its shape and dtype."""
 
     place: TensorInFile | int
     dtype: torch.dtype
@@ -100,7 +102,9 @@ class WeightSource(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StreamedPiece:
-    """Modules whose weights are to be there at once, of one store, with accelerate's hooks, and where they run."""
+    """Modules whose weights are needed at once, from one store, with accelerate's hooks, and the device that runs
+    them.
+    """
 
     is_on_disk: bool
     device: torch.device
@@ -111,7 +115,7 @@ class StreamedPiece:
 def streamed_pieces(
     model: PreTrainedModel, pieces: Iterable[Sequence[str]], folder: Path | None
 ) -> list[StreamedPiece]:
-    """Return what is brought in of each piece, as the hooks that accelerate attached say."""
+    """Return the streamed part of each piece, according to accelerate's hooks."""
     found: list[StreamedPiece] = []
     for paths in pieces:
         hooks: dict[tuple[bool, torch.device], dict[torch.nn.Module, AlignDevicesHook]] = {}
@@ -146,7 +150,7 @@ def _sources(
 
 
 def loads_of(streamed: Sequence[StreamedPiece]) -> list[Load]:
-    """Move weights to loads, none of which is larger than the largest piece; those on disk stay there.
+    """Move weights to loads, none of which is larger than the largest piece; weights on disk stay there.
 
     Raises:
         FileError: if a file cannot be read.
@@ -165,7 +169,7 @@ def loads_of(streamed: Sequence[StreamedPiece]) -> list[Load]:
 
 
 def load_of(module: torch.nn.Module) -> Load:
-    """Move the weights of a module that computes on the CPU to a load, where it goes on computing with them."""
+    """Move the weights of a module that computes on the CPU to a load; the module then uses them there."""
     own = {name: parameter for name, parameter in own_parameters(module).items() if parameter is not None}
     places, start = {}, 0
     for name, parameter in own.items():
@@ -191,7 +195,7 @@ def _moved(pieces: Iterable[StreamedPiece], places: Places, size_bytes: int) -> 
 
 
 def _together(streamed: Sequence[StreamedPiece]) -> Iterator[list[StreamedPiece]]:
-    """Yield as many pieces at a time, of one store and in their order, as take no more than the largest of all."""
+    """Yield consecutive pieces from one store, as many at a time as take no more than the largest of all."""
     sizes_bytes = [_placed([piece])[2] for piece in streamed]
     pieces: list[StreamedPiece] = []
     room_bytes = 0
@@ -205,9 +209,10 @@ def _together(streamed: Sequence[StreamedPiece]) -> Iterator[list[StreamedPiece]
 
 
 def _placed(pieces: Iterable[StreamedPiece]) -> tuple[Places, dict[TensorInFile, TensorPlace], int]:
-    """Return where the weights of modules lie, one behind the other, and what they take; what is shared lies once.
+    """Lay out the weights of modules one after the other, shared ones only once, and return their places and total
+    size.
 
-    Besides, where those lie that are on disk.
+    Also return the places of weights that are on disk.
     """
     places: dict[torch.nn.Module, dict[str, TensorPlace]] = {}
     known: dict[tuple[TensorInFile | int, torch.Size], TensorPlace] = {}
@@ -225,9 +230,9 @@ def _placed(pieces: Iterable[StreamedPiece]) -> tuple[Places, dict[TensorInFile,
 
 
 def _paged(size_bytes: int) -> torch.Tensor:
-    """Return memory of exactly this size: what torch pins itself, it rounds up to a power of two."""
+    """Return memory of exactly this size, as torch would round pinned memory up to a power of two."""
     memory = mmap.mmap(-1, size_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # quicker to be touched, and to be pinned
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # huge pages are faster to touch and to pin
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

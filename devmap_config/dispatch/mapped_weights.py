@@ -1,9 +1,9 @@
-"""Runs on the CPU what is on disk: weights are read ahead of their use into memory that is used again and again.
+"""Runs modules on the CPU whose weights are on disk: reads weights ahead of their use into memory that is reused.
 
-accelerate reads a tensor from its file and copies it, each time that its module runs, and computes meanwhile nothing.
-Here a thread reads the weights of the module that is to run next while this one computes, into one of two slots: what
-there is of them in memory at once is what the plan has room for. While its module does not run, a parameter is the
-file's own pages, so that whatever looks at a model sees all of it.
+accelerate reads a tensor from its file and copies it each time that its module runs, and computes nothing meanwhile.
+Here, a thread reads the weights of the next module while the current one computes, into one of two slots, so that
+memory never exceeds what the plan has room for. While its module does not run, a parameter is the file's own pages, so
+that code that inspects the model sees all of it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ if TYPE_CHECKING:
 class Slots:
     """Memory for pieces: two slots, so that one is free for the next while a piece runs in the other.
 
-    What is taken is free again once no tensor shows it: neither a parameter, nor what a module gave or kept.
+    Memory that was taken is free again once no tensor uses it: no parameter, and nothing that a module returned or
+    kept.
     """
 
     def __init__(self, slot_bytes: int) -> None:
-        """Reserve slots of this size, each of which holds one piece or several that are smaller."""
+        """Reserve slots of this size, each for one piece or several smaller ones."""
         self.slot_bytes = slot_bytes
         self._memory = pages(2 * slot_bytes)
         self._taken: list[tuple[int, int, weakref.ref[NDArray[np.uint8]]]] = []
 
     def take(self, size_bytes: int) -> NDArray[np.uint8] | None:
-        """Return so much memory within one slot; `None` if neither has it."""
+        """Return memory of this size within one slot; `None` if neither slot has it free."""
         self._taken = [each for each in self._taken if each[2]() is not None]
         for start in sorted((0, self.slot_bytes, *(last for _, last, _ in self._taken))):
             end = start + size_bytes
@@ -57,14 +58,14 @@ class Slots:
 
 
 class ReadAhead:
-    """A thread that has in memory the pieces of a model that run, and those that are to run next.
+    """A thread that keeps the running and the next pieces of a model in memory.
 
-    Which piece follows on which is learnt as the model runs; at first it is the next of `pieces`, and after the last
-    the first. What is neither running nor expected is let go of.
+    The order of pieces is learnt as the model runs; initially it is that of `pieces`, in a circle. Pieces that are
+    neither running nor expected are released.
     """
 
     def __init__(self, pieces: tuple[Piece, ...]) -> None:
-        """Start the thread, which has memory for two of the largest of these pieces."""
+        """Start the thread, with memory for two of the largest of these pieces."""
         self.slots = Slots(max(piece.size_bytes for piece in pieces))
         self._next = dict(zip(pieces, (*pieces[1:], *pieces[:1]), strict=True))
         self._last: Piece | None = None
@@ -77,7 +78,7 @@ class ReadAhead:
         self.thread.start()
 
     def begin(self, piece: Piece) -> Mapping[TensorInFile, torch.Tensor]:
-        """Say that a module begins, and return the bytes of its weights once they are in memory.
+        """Begin a module: wait until its weights are in memory, and return their bytes.
 
         Raises:
             OSError: if they cannot be read.
@@ -95,14 +96,14 @@ class ReadAhead:
             return self._present[piece]
 
     def end(self, piece: Piece) -> None:
-        """Say that a module has run, whether or not it was said to begin."""
+        """End a module, even if its beginning was not reported."""
         with self._changed:
             if piece in self._running:
                 self._running.remove(piece)
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Stop the thread."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -111,13 +112,13 @@ class ReadAhead:
         try:
             while self._read_next():
                 pass
-        except BaseException as error:  # whoever waits is told, and does not wait for ever
+        except BaseException as error:  # the error is passed on to waiting callers
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
     def _read_next(self) -> bool:
-        """Read a piece once there is one to be read and room for it; `False` at the end."""
+        """Wait until there is a piece to read and room for it, and read it; return `False` at the end."""
         work = None
         with self._changed:
             while not self._is_closed and (work := self._next_work()) is None:
@@ -134,7 +135,9 @@ class ReadAhead:
         return True
 
     def _next_work(self) -> tuple[Piece, NDArray[np.uint8]] | None:
-        """Let go of what is neither running nor expected; return what is to be read next, and where to."""
+        """Release pieces that are neither running nor expected, and return the next piece to read, with memory for
+        it.
+        """
         expected = self._expected()
         self._present = {piece: self._present[piece] for piece in self._present if piece in (*self._running, *expected)}
         for piece in self._running:
@@ -147,7 +150,9 @@ class ReadAhead:
         return None
 
     def _room_for(self, piece: Piece) -> NDArray[np.uint8]:
-        """Return memory for a piece that is waited for: that of others if need be, or more where all of it is used."""
+        """Return memory for a piece that a caller waits for: that of other pieces if needed, or new memory if all is
+        in use.
+        """
         memory = self.slots.take(piece.size_bytes)
         while memory is None and (spare := [each for each in self._present if each not in self._running]):
             del self._present[spare[-1]]
@@ -155,7 +160,9 @@ class ReadAhead:
         return pages(piece.size_bytes) if memory is None else memory
 
     def _expected(self) -> list[Piece]:
-        """Return the pieces that are to run next, as many as there is room for; rows come as they are touched."""
+        """Return the next pieces, as many as there is room for, without sparse ones, whose rows are read when they
+        are touched.
+        """
         expected: list[Piece] = []
         if self._last is None:
             return expected
@@ -172,16 +179,16 @@ class ReadAhead:
 
 
 class MappedParameter(torch.nn.Parameter):  # type: ignore[misc]
-    """The file's pages as a parameter, that knows whether it may have been written to: what is, stays in memory.
+    """The file's pages as a parameter that knows whether it may have been modified, in which case it stays in memory.
 
-    torch counts what is written to a tensor, but for what is through its `data`.
+    torch counts modifications of a tensor, except those through its `data`.
     """
 
     _is_taken = False
 
     @property
     def data(self) -> torch.Tensor:
-        """The tensor without its history, through which nobody sees what is written."""
+        """The tensor without its history; modifications through it cannot be detected."""
         self._is_taken = True
         return torch.nn.Parameter.data.__get__(self)
 
@@ -191,7 +198,7 @@ class MappedParameter(torch.nn.Parameter):  # type: ignore[misc]
 
     @property
     def is_as_read(self) -> bool:
-        """True if the file is unchanged and no gradient is required, for which it would be written to."""
+        """True if the tensor is unmodified and requires no gradient, which would modify it."""
         return not (self._is_taken or self.requires_grad or version_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
@@ -214,7 +221,7 @@ _MAPPED: weakref.WeakKeyDictionary[torch.nn.Module, MappedWeights] = weakref.Wea
 
 
 def mapped_place(model: torch.nn.Module, name: str) -> TensorInFile | None:
-    """Return where the tensor of a model that is mapped lies; `None` for one that is not, or not any more."""
+    """Return the place of a mapped tensor of a model; `None` for a tensor that is not mapped, or no longer."""
     mapped = _MAPPED.get(model)
     place = None if mapped is None else mapped.places.get(name)
     if mapped is None or place is None:
@@ -224,14 +231,14 @@ def mapped_place(model: torch.nn.Module, name: str) -> TensorInFile | None:
 
 
 def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> None:
-    """Map the weights of a model that accelerate would copy from disk; nothing of accelerate's remains on it.
+    """Map the weights of a model that accelerate would copy from disk, and remove accelerate's hooks from it.
 
-    What is in memory is copied there from the checkpoint's pages, which the system would else let go of and read again.
+    Resident weights are copied from the checkpoint's pages, which the system would otherwise reclaim and read again.
 
     Args:
         model: the model, loaded by a map of `cpu` and `disk`.
         names: the tensors that are on disk.
-        folder: where weights are written anew that their file has in another dtype.
+        folder: the folder to which weights are written that their file has in another dtype.
 
     Raises:
         FileError: if a file cannot be read.
@@ -252,7 +259,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     for name, place in places.items():
         path, _, own_name = name.rpartition(".")
         module, meta = model.get_submodule(path), model.get_parameter(name)
-        if place not in parameters:  # names that are tied share it
+        if place not in parameters:  # tied names share it
             data = mapped[place.file].data(place).view(meta.dtype).view(meta.shape)
             parameters[place] = MappedParameter(data, requires_grad=False)
         own_parameters(module)[own_name] = parameters[place]
@@ -267,7 +274,7 @@ def map_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> N
     _MAPPED[model] = weights = MappedWeights(places, addresses)
     for module, piece in pieces.items():
         _attach(module, piece, reader, held[module], weights)
-    weakref.finalize(weights, reader.close)  # which copies of the model hold as well
+    weakref.finalize(weights, reader.close)  # copies of the model refer to it, too
 
 
 def _attach(
@@ -277,7 +284,7 @@ def _attach(
     places: Mapping[str, TensorInFile],
     weights: MappedWeights,
 ) -> None:
-    """Have a module run with what is read ahead; its parameters are the file's pages again once it has run."""
+    """Have a module run with the weights that are read ahead; afterwards, its parameters are the file's pages again."""
 
     def is_as_read(parameter: torch.nn.Parameter | None, place: TensorInFile) -> bool:
         if not isinstance(parameter, MappedParameter) or not parameter.is_as_read:
@@ -314,7 +321,7 @@ def _attach(
         finally:
             after(module)
 
-    # A method, so that a copy of the module runs by itself; torch's own hooks are not called at a Ctrl-C.
+    # A method, so that copies of the module are independent; torch's own hooks are not called on Ctrl-C.
     module.forward = MethodType(run, module)
 
 
@@ -323,7 +330,9 @@ def _is_sparse(module: torch.nn.Module) -> bool:
 
 
 def _are_many_tokens(module: torch.nn.Module, given: Iterable[Any]) -> bool:
-    """Return whether experts are given more than one token, by which most of them are chosen; rows are always few."""
+    """Return whether experts get more than one token, which together choose most of them; embeddings always read few
+    rows.
+    """
     if isinstance(module, torch.nn.Embedding):
         return False
     states = next((each for each in given if isinstance(each, torch.Tensor)), None)

@@ -1,7 +1,7 @@
-"""Runs long prompts on an accelerator, and all else on the CPU, where the weights are.
+"""Runs long prompts on an accelerator, and everything else on the CPU, which stores the weights.
 
-A token is computed sooner where its weights are than they are copied. A prompt has enough to compute for the copy to be
-worth it, and weights are then brought as those are that are always streamed (`dispatch/streamed_weights.py`).
+For one token, computing on the CPU is faster than copying the weights. A long prompt has enough work to make the copy
+worthwhile, and its weights are then copied like those that are always streamed (`dispatch/streamed_weights.py`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class Weights(Protocol):
-    """The weights of a module on an accelerator while it runs there; `lock` is held meanwhile."""
+    """Provides the weights of a module on an accelerator while it runs there; `lock` is held meanwhile."""
 
     lock: Any
 
     def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-        """Return the weights by their names; `None` if those of the module are not the ones to be copied."""
+        """Return the weights by their names; `None` if the module's weights have been replaced."""
 
     def end(self, module: torch.nn.Module) -> None:
-        """Say that the module has run, or failed."""
+        """End the module after it has run or failed."""
 
 
 class PrefillHook(AlignDevicesHook):  # type: ignore[misc]
-    """Copies a module's inputs to the CPU, or for so many tokens to the accelerator, and its output back."""
+    """Copies a module's inputs to the CPU or, for many tokens, to the accelerator, and its output back."""
 
     def __init__(self, device: torch.device, tokens: int, weights: Weights, skip_keys: str | list[str] | None) -> None:
         super().__init__(TORCH_CPU, io_same_device=True, skip_keys=skip_keys)
@@ -46,7 +46,9 @@ class PrefillHook(AlignDevicesHook):  # type: ignore[misc]
         self._own: dict[str, torch.nn.Parameter | None] = {}
 
     def around(self, module: torch.nn.Module) -> Callable[..., Any]:
-        """Return its forward, during which other threads wait; its own weights are back after it, whatever ends it."""
+        """Return a forward during which other threads wait, and after which the module has its own weights again,
+        even on errors.
+        """
         forward = module.forward
 
         @wraps(forward)
@@ -62,7 +64,7 @@ class PrefillHook(AlignDevicesHook):  # type: ignore[misc]
         return run
 
     def pre_forward(self, module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Any, Any]:
-        """Called by accelerate before the module runs."""
+        """Move the inputs; accelerate calls this before the module runs."""
         is_long = _number_of_tokens((*arguments, *options.values())) >= self._tokens
         brought = self._weights.begin(module) if is_long else None
         if brought is None:
@@ -81,7 +83,9 @@ def _number_of_tokens(given: Iterable[Any]) -> int:
 
 
 def prefill_on(model: PreTrainedModel, units: Mapping[str, int], device: torch.device, weights: Weights) -> None:
-    """Have modules that were dispatched to `TORCH_CPU` run on an accelerator when given so many tokens, or more."""
+    """Have modules that were dispatched to `TORCH_CPU` run on an accelerator when they get at least this many
+    tokens.
+    """
     skipped = skip_keys(model)
     for unit, tokens in units.items():
         module = model.get_submodule(unit)

@@ -1,13 +1,13 @@
-"""Runs on an accelerator what is stored elsewhere: what is to run next is copied there ahead of its use.
+"""Runs modules on an accelerator whose weights are stored elsewhere: copies the next weights ahead of their use.
 
-accelerate copies one tensor after another, from memory that the system may move, each time that its module runs, and
-computes meanwhile nothing. Here the weights of pieces that run one after another lie together in memory that is pinned,
-as a load. The accelerator has two slots for loads: while modules compute with what is in one of them, the next load is
-copied to the other, in a stream of its own. So a forward takes the longer of copying and computing, and no more than
-two of the largest pieces are there at once, which the plan has room for (`execution/pieces.py` says what a piece is).
-What is on disk is read by a thread into pinned memory, of which there are two slots as well, and copied from there.
+accelerate copies one tensor after another from pageable memory each time that its module runs, and computes nothing
+meanwhile. Here, the weights of pieces that run one after another are together in pinned memory, as a load. The
+accelerator has two slots for loads: while modules compute with one slot, the next load is copied to the other, in a
+stream of its own. So a forward takes the longer of copying and computing, and the accelerator holds at most two of the
+largest pieces, which the plan has room for (see `execution/pieces.py`). Weights on disk are read by a thread into one
+of two slots of pinned memory, and copied from there.
 
-`dispatch/loads.py` lays the weights together, `dispatch/streamer.py` brings them; here modules are given them.
+`dispatch/loads.py` groups the weights, `dispatch/streamer.py` copies them, and this module hands them to modules.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class UnpinnedError(Exception):
-    """Memory cannot be pinned, and copying from it would be slower than was planned."""
+    """Memory cannot be pinned, so that copying would be slower than planned."""
 
 
 def stream_weights(
@@ -48,16 +48,17 @@ def stream_weights(
     main_device: torch.device,
     prefilled: Mapping[str, int],
 ) -> None:
-    """Bring ahead, to CUDA cards, the weights that accelerate would bring as they are needed.
+    """Copy weights to CUDA cards ahead of their use, which accelerate would copy when they are needed.
 
-    What is in the CPU's memory is moved to pinned memory, load by load: so only one of these is there twice meanwhile.
+    Weights in the CPU's memory are moved to pinned memory load by load, so that only one load exists twice at a time.
 
     Args:
         model: the model, loaded by a map in which modules are on the CPU or the disk.
-        pieces: the paths of modules whose weights are to be there at once, in the order in which they run.
+        pieces: the paths of modules whose weights are needed at once, in the order in which they run.
         folder: where weights on disk are written anew that their file has in another dtype.
-        main_device: where those run that are given in `prefilled`.
-        prefilled: the paths of modules that compute on the CPU unless they are given so many tokens, or more.
+        main_device: the device that runs the modules of `prefilled` for long prompts.
+        prefilled: by path of modules that compute on the CPU, the number of tokens from which they run on the main
+            device.
 
     Raises:
         UnpinnedError: if memory cannot be pinned.
@@ -89,7 +90,9 @@ def stream_weights(
 
 
 def run_on(module: torch.nn.Module, device: torch.device) -> None:
-    """Have what accelerate streams of a module, to the main device, run on another; buffers that stay go there."""
+    """Have a module that accelerate streams to the main device run on another one; its resident buffers are moved
+    there.
+    """
     for each in module.modules():
         for hook in hooks_of(each):
             hook.execution_device = device
@@ -100,19 +103,19 @@ def run_on(module: torch.nn.Module, device: torch.device) -> None:
 
 
 def attach(streamed: Iterable[StreamedPiece], loads: Iterable[Load], streamer: Streamer) -> None:
-    """Have modules run with what a streamer brings, in place of what accelerate's hooks would copy."""
+    """Have modules run with the weights that a streamer copies, instead of those that accelerate's hooks would copy."""
     replaced = {module: hook for piece in streamed for module, hook in piece.hooks.items()}
     for load in loads:
         for module in load.places:
             hook = StreamingHook(module, replaced[module], streamer, load)
             replace_hook(module, replaced[module], hook)
-            module.forward = hook.around(module)  # torch's own hooks are not called at a Ctrl-C
+            module.forward = hook.around(module)  # torch's own hooks are not called on Ctrl-C
 
 
 class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
-    """Stands in for accelerate's hook of a module that is streamed: its weights are there while it runs, and only then.
+    """Replaces accelerate's hook of a streamed module: its weights are on the device only while it runs.
 
-    Where its weights are asked for otherwise, as they are when the model is saved, it does what accelerate's does.
+    For other uses of its weights, such as saving the model, it does what accelerate's hook does.
     """
 
     def __init__(self, module: torch.nn.Module, replaced: AlignDevicesHook, streamer: Streamer, load: Load) -> None:
@@ -126,7 +129,9 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         self._versions = {name: version_of(getattr(module, name)) for name in load.places[module]}
 
     def around(self, module: torch.nn.Module) -> Callable[..., Any]:
-        """Return its forward, during which other threads wait; its weights are away after it, whatever ends it."""
+        """Return a forward during which other threads wait, and after which the weights are released, even on
+        errors.
+        """
         forward = module.forward
 
         @wraps(forward)
@@ -143,7 +148,7 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         return run
 
     def pre_forward(self, module: torch.nn.Module, *arguments: Any, **options: Any) -> tuple[Any, Any]:
-        """Called by accelerate before the module runs, and by PEFT where its weights are to be changed."""
+        """Provide the weights; accelerate calls this before the module runs, and PEFT before it changes the weights."""
         if not self._is_ahead:
             given: tuple[Any, Any] = super().pre_forward(module, *arguments, **options)
             return given
@@ -156,14 +161,14 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
         return sent(arguments, self._device), sent(options, self._device, skipped)
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        """Called by accelerate after the module has run."""
+        """Release the weights; accelerate calls this after the module has run."""
         if not self._is_ahead:
             return super().post_forward(module, output)
         returns = self.io_same_device and self.input_device is not None
         return sent(output, self.input_device, self.skip_keys) if returns else output
 
     def _require_unchanged(self, module: torch.nn.Module) -> None:
-        """Refuse to run with weights that stand in for others while these are away, and that have been changed."""
+        """Refuse to run if the placeholders of offloaded weights have been changed."""
         for name, place in self._load.places[module].items():
             tensor = self._absent[name]
             if not tensor.is_meta or tensor.dtype != place.dtype or version_of(tensor) != self._versions[name]:
@@ -174,13 +179,13 @@ class StreamingHook(AlignDevicesHook):  # type: ignore[misc]
 
     @property
     def _is_ahead(self) -> bool:
-        """True if the module runs where it was planned to, with the weights of its load."""
+        """True if the module runs on its planned device, with the weights of its load."""
         is_running = self._running_in == threading.get_ident()
         return is_running and self.execution_device == self._device and self.weights_map is self._weights
 
 
 class Apart:
-    """The loads of modules that have their weights on the CPU and run on an accelerator for long prompts."""
+    """The loads of modules that store their weights on the CPU and run on an accelerator for long prompts."""
 
     def __init__(self, loads: Iterable[Load], streamer: Streamer) -> None:
         self._loads = {module: load for load in loads for module in load.places}
@@ -188,7 +193,7 @@ class Apart:
         self.lock = streamer.lock
 
     def begin(self, module: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-        """Return the weights of a module that begins; `None` if others were put in the place of its load's."""
+        """Return the weights of a module that begins; `None` if other weights have replaced those of its load."""
         load, own = self._loads[module], own_parameters(module)
         for name, place in load.places[module].items():
             parameter = own[name]
@@ -204,7 +209,7 @@ class Apart:
 
 
 def _pin(memory: torch.Tensor, device: torch.device) -> bool:
-    """Have memory stay where it is, so that the card reads it by itself; return whether it does."""
+    """Pin memory, so that the card can read it directly, and return whether that worked."""
     with torch.cuda.device(device):
         return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
 

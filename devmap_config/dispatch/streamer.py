@@ -1,7 +1,7 @@
-"""Brings loads to the two slots of an accelerator, each ahead of its use, while it computes with the other.
+"""Copies loads to the two slots of an accelerator ahead of their use, while it computes with the other slot.
 
-What runs next is learnt as the model runs. Nothing here knows of modules' hooks: `dispatch/streamed_weights.py` says
-when a module begins and ends. What is on disk is read by a thread into pinned memory, and copied from there.
+The order of loads is learnt as the model runs. Nothing here depends on modules' hooks: `dispatch/streamed_weights.py`
+reports when a module begins and ends. Weights on disk are read by a thread into pinned memory, and copied from there.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ if TYPE_CHECKING:
 
 
 class StreamEvent(Protocol):
-    """That all is done which a stream was given until then."""
+    """An event that a stream's work up to some point is done."""
 
     def synchronize(self) -> None:
-        """Wait for it."""
+        """Wait for the event."""
 
 
 class Stream(Protocol):
-    """Of torch's streams, what is used here: work is done in order, and after another's where that is said."""
+    """The part of torch's streams that is used here: work is done in order, and may wait for events of other
+    streams.
+    """
 
     def wait_event(self, event: Any) -> None:
-        """Do what is given from here on after the event."""
+        """Let later work of this stream wait for the event."""
 
     def record_event(self) -> Any:
-        """Return the event that all that was given until now is done."""
+        """Return an event for the end of the work up to now."""
 
 
 class Streams(Protocol):
-    """The two streams of an accelerator: one copies, the other computes."""
+    """The two streams of an accelerator: one for copying, one for computing."""
 
     copying: Stream
 
@@ -55,7 +57,7 @@ class Streams(Protocol):
 
 
 class CudaStreams:
-    """Those of a CUDA (or ROCm) card."""
+    """The streams of a CUDA (or ROCm) card."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,8 +78,8 @@ class CudaStreams:
 class Slot:
     """Memory of an accelerator that takes one load after another.
 
-    `copied` returns the event that the load is there, once it was read; `running` are the modules that compute with it
-    now.
+    `copied` waits until the load has been read, and returns the event of its arrival; `running` are the modules that
+    compute with it now.
     """
 
     memory: torch.Tensor
@@ -87,9 +89,9 @@ class Slot:
 
 
 class ReaderThread:
-    """A thread that reads loads from disk, one after another, and has each copied to its slot.
+    """A thread that reads loads from disk one after another, and copies each to its slot.
 
-    It has pinned memory for two: into one a load is read while what was read before is copied from the other.
+    It has pinned memory for two loads: one is read while the one before is copied.
     """
 
     def __init__(self, streams: Streams, staging: Iterable[NDArray[np.uint8]]) -> None:
@@ -98,14 +100,16 @@ class ReaderThread:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="devmap-read-ahead")
 
     def fetch(self, load: Load, target: torch.Tensor, computed: StreamEvent) -> Callable[[], StreamEvent]:
-        """Read a load, and copy it after an event; return at once, with what waits for the event that it is there."""
+        """Read a load and copy it after an event; return at once, with a function that waits for the event of its
+        arrival.
+        """
         return self._thread.submit(self._fetch, load, target, computed).result
 
     def _fetch(self, load: Load, target: torch.Tensor, computed: StreamEvent) -> StreamEvent:
         memory, copied = self._staging.popleft()
         try:
             if copied is not None:
-                copied.synchronize()  # what was read before may still be copied from there
+                copied.synchronize()  # an earlier load may still be copied from this memory
             copied = None
             copies = load.copies(target, memory)
             copied = event = _copy(copies, self._streams, after=computed)
@@ -115,7 +119,7 @@ class ReaderThread:
 
 
 def _copy(copies: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams, after: StreamEvent) -> StreamEvent:
-    """Copy after an event, and return the event that it is done."""
+    """Copy after an event, and return the event of its end."""
     streams.copying.wait_event(after)
     for source, target in copies:
         streams.copy(source, target)
@@ -124,11 +128,10 @@ def _copy(copies: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams,
 
 
 class Streamer:
-    """Brings loads to the slots of an accelerator, each ahead of its use.
+    """Copies loads to the slots of an accelerator ahead of their use.
 
-    Which load follows on a module's is learnt as the model runs; at first it is the next of `loads`, and after the last
-    the first. Nothing here waits for the accelerator: it is told what is to wait for what. What is on disk is waited
-    for until it has been read.
+    The order of loads is learnt as the model runs; initially it is that of `loads`, in a circle. Nothing here waits for
+    the accelerator, whose streams wait for each other's events; only reading from disk is waited for.
     """
 
     def __init__(self, loads: Sequence[Load], streams: Streams, slots: tuple[Slot, Slot], reader: ReaderThread) -> None:
@@ -141,9 +144,9 @@ class Streamer:
         self.lock = threading.RLock()
 
     def begin(self, module: torch.nn.Module, load: Load) -> dict[str, torch.Tensor]:
-        """Return the weights of a module that begins, where what is computed from here on finds them.
+        """Return the weights of a module that begins, ready for work that is queued from now on.
 
-        Where modules of both slots run, around this one, its weights are brought to a slot of its own.
+        If modules of both slots are running around this one, its weights are copied to a slot of its own.
 
         Raises:
             OSError: if they cannot be read.
@@ -170,7 +173,7 @@ class Streamer:
             slot.running.discard(module)
 
     def _go_on_to(self, module: torch.nn.Module, load: Load) -> None:
-        """Have what follows on this load brought to the other slot, if nothing there runs."""
+        """Have the next load copied to the other slot, if no module is running with that."""
         if self._last is not None:
             self._next[self._last[0]] = load
         self._last = module, load
@@ -184,9 +187,9 @@ class Streamer:
 
     def _fetch(self, load: Load, slot: Slot) -> None:
         with suppress(OSError):
-            slot.copied()  # what was to be there may still be read
-        slot.load = None  # until it is known that it has the next
-        # What was computed until now may read what is in the slot; what is computed from now on does not.
+            slot.copied()  # an earlier load may still be being read
+        slot.load = None  # until the next load is known to be there
+        # Work that was queued until now may read the slot; later work does not.
         computed = self._streams.computing.record_event()
         if load.memory is None:
             slot.copied = self._reader.fetch(load, slot.memory, computed)

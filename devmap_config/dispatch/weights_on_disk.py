@@ -1,4 +1,4 @@
-"""Weights as they lie in files: where, how they are read into memory, and how those are written anew that are cast."""
+"""Weights in files: their places, reading them into memory, and writing those that are cast."""
 
 from __future__ import annotations
 
@@ -55,29 +55,29 @@ class TensorInFile:
 
 
 class MappedFile:
-    """A file as memory, whose pages are read when they are touched, or into other memory ahead of their use."""
+    """A file that is mapped to memory, so that pages are read when touched, or read ahead into other memory."""
 
     def __init__(self, path: Path, *, is_cached: bool = True) -> None:
-        """Map a regular file, wherever its links lead; what is read ahead `is_cached` by the system, or passes it by.
+        """Map a regular file, wherever its links lead; with `is_cached`, reading ahead goes through the system's cache.
 
         Raises:
             FileError: if it cannot be read.
         """
         with files.opened(path, files.ANYWHERE) as file:
             self._file = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
-        # A private mapping: torch takes memory that may be written to only, and what it writes stays its own.
+        # A private mapping, because torch requires writable memory; writes do not reach the file.
         self._memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         if not is_cached:
             _pass_cache_by(self._file)
 
     def data(self, place: TensorInFile) -> torch.Tensor:
-        """Return the bytes that lie there, without reading them."""
+        """Return the bytes of a tensor, without reading them."""
         if not place.size_bytes:
-            return torch.empty(0, dtype=torch.uint8)  # torch takes no memory of no bytes
+            return torch.empty(0, dtype=torch.uint8)  # torch refuses empty memory
         return torch.frombuffer(self._memory, dtype=torch.uint8, count=place.size_bytes, offset=place.start)
 
     def read(self, place: TensorInFile, memory: NDArray[np.uint8]) -> None:
-        """Read the pages of a tensor into memory of their size, which begins where a page does.
+        """Read the pages of a tensor into page-aligned memory of their size.
 
         Raises:
             OSError: if they cannot be read, or the file has become shorter.
@@ -90,7 +90,7 @@ class MappedFile:
             position += count
 
     def let_go(self, place: TensorInFile) -> None:
-        """Give back what this process holds of the pages that are a tensor's alone; the system may keep them."""
+        """Release this process's pages that hold only this tensor; the system may keep them cached."""
         start = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
         size_bytes = place.end // mmap.PAGESIZE * mmap.PAGESIZE - start
         if hasattr(mmap, "MADV_DONTNEED") and size_bytes > 0:
@@ -98,7 +98,7 @@ class MappedFile:
 
 
 def _pass_cache_by(file: FileIO) -> None:
-    """Have a file read from its disk each time, where the system can, and forgotten what is in memory of it."""
+    """Have a file read from its disk each time, if the system supports that, and drop its cached pages."""
     if not hasattr(os, "O_DIRECT"):
         return
     import fcntl  # noqa: PLC0415  Windows has none
@@ -108,12 +108,12 @@ def _pass_cache_by(file: FileIO) -> None:
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
         file.readinto(pages(mmap.PAGESIZE).data)
-    except OSError:  # not every file system can, nor by pages
+    except OSError:  # not every file system supports that, or reading by pages
         fcntl.fcntl(file, fcntl.F_SETFL, flags)
 
 
 def pages(size_bytes: int) -> NDArray[np.uint8]:
-    """Return memory that begins where a page does; numpy asks for huge ones, into which a disk reads faster."""
+    """Return page-aligned memory; numpy requests huge pages, into which disks read faster."""
     memory = np.empty(size_bytes + mmap.PAGESIZE, dtype=np.uint8)
     start = -memory.ctypes.data % mmap.PAGESIZE
     return memory[start : start + size_bytes]
@@ -121,10 +121,10 @@ def pages(size_bytes: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """The weights that a module holds itself and that are on disk.
+    """The weights of a module, without its children's, that are on disk.
 
-    `is_sparse` where a token needs but a few rows of them, of an embedding or of experts: these come as they are
-    touched, and not as a whole.
+    `is_sparse` is true if a token needs only a few rows of them, as of an embedding or of experts: these are read when
+    they are touched, and not as a whole.
     """
 
     files: Mapping[TensorInFile, MappedFile]
@@ -136,7 +136,7 @@ class Piece:
         return sum(place.pages_bytes for place in self.files)
 
     def read(self, memory: NDArray[np.uint8]) -> dict[TensorInFile, torch.Tensor]:
-        """Read them into memory of this size, and return the bytes of each.
+        """Read the tensors into memory of this size, and return the bytes of each.
 
         Raises:
             OSError: if they cannot be read.
@@ -150,16 +150,16 @@ class Piece:
         return read
 
     def let_go(self) -> None:
-        """Give back what this process holds of their own pages."""
+        """Release this process's pages that hold only these tensors."""
         for place, file in self.files.items():
             file.let_go(place)
 
 
 def mapped_files(places: Iterable[TensorInFile]) -> dict[Path, MappedFile]:
-    """Map the files in which these lie, to be read ahead of their use, again and again.
+    """Map the files of these tensors, for reading ahead repeatedly.
 
-    The system keeps what was read from disk as long as there is memory that nobody uses; where there is less of that
-    than these take, all of it would have gone again before its turn comes, and they are read past that cache.
+    The system caches what it reads as long as memory is free. If less is free than these tensors take, every page would
+    be dropped before it is needed again, so that reading bypasses the cache.
 
     Raises:
         FileError: if a file cannot be read.
@@ -170,7 +170,7 @@ def mapped_files(places: Iterable[TensorInFile]) -> dict[Path, MappedFile]:
 
 
 def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
-    """Return from where accelerate's hook reads a tensor that is on disk; `None` if none does."""
+    """Return the place that accelerate's hook reads a tensor from, if it is on disk; else `None`."""
     for path in ancestors(name):
         for hook in hooks_of(model.get_submodule(path)):
             place = place_on_disk(hook, path, name)
@@ -180,7 +180,9 @@ def place_in_file(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None
 
 
 def place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> TensorInFile:
-    """Return where a tensor lies with the model's dtype, aligned to it: in its file, or where it is written anew."""
+    """Return the place of a tensor in the model's dtype, and aligned: in its own file, or in one that is written for
+    it.
+    """
     source, name = Path(stated["safetensors_file"]), str(stated["weight_name"])
     stored_dtype, shape, start, end = read_header(source)[name]
     place, held_dtype = TensorInFile(source, name, start, end), getattr(torch, TORCH_DTYPES[stored_dtype])
@@ -196,7 +198,7 @@ def place_of(stated: Mapping[str, Any], dtype: torch.dtype, folder: Path) -> Ten
 
 
 DIGEST = "sha256"
-"""The name of a second tensor in a file that was written anew, of the digest of the first."""
+"""The name of a second tensor in a written file, which holds the digest of the first."""
 
 
 def _digest(data: torch.Tensor) -> torch.Tensor:
@@ -205,7 +207,9 @@ def _digest(data: torch.Tensor) -> torch.Tensor:
 
 
 def _written_place(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorInFile | None:
-    """Return where a tensor lies that was written anew; `None` if there is none, or another, or a damaged one."""
+    """Return the place of a tensor in a written file; `None` if there is no such file, or it is damaged or of
+    another tensor.
+    """
     try:
         header = read_header(path)
         stored_dtype, stored_shape, *ends = header[name]
@@ -219,7 +223,7 @@ def _written_place(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, 
 
 
 def _written_path(place: TensorInFile, dtype: torch.dtype, folder: Path) -> Path:
-    """Return the file of a tensor in another dtype, in whose name stands of what it was made."""
+    """Return the path for a tensor in another dtype; the name identifies what the tensor is made from."""
     state = place.file.stat()
     source = f"{place.file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{place.start}\0{dtype}"
     return folder / f"{files.CAST}{hashlib.sha256(os.fsencode(source)).hexdigest()[:32]}.safetensors"
