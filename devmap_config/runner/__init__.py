@@ -1,1 +1,1 @@
-"""Loads a model by its plan, proves that it sits where the plan says, and lets it speak."""
+"""Loads a model by its plan, verifies that every tensor is on the planned device, and runs the model."""

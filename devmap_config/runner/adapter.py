@@ -1,4 +1,4 @@
-"""Gives a model that is loaded its adapter, by PEFT, and sees that what it adds is where the plan says."""
+"""Attaches an adapter to a loaded model with PEFT, and puts its tensors on the planned devices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAME = "default"
 """PEFT's name for an adapter without one of its own."""
 
 SPREAD = 0.02
-"""The standard deviation of an adapter's weights where they are random."""
+"""The standard deviation of an adapter's random weights."""
 
 IN_PEFT = {
     "lora_A": (f"lora_A.{NAME}", "weight"),
@@ -37,7 +37,7 @@ IN_PEFT = {
     "lora_embedding_B": ("lora_embedding_B", NAME),
     "lora_magnitude_vector": (f"lora_magnitude_vector.{NAME}", "weight"),
 }
-"""In which part of an adapted module PEFT holds a tensor, and how it calls it there."""
+"""The submodule of an adapted module in which PEFT holds a tensor, and its name there."""
 
 
 def require_peft() -> Any:
@@ -55,10 +55,10 @@ def require_peft() -> Any:
 
 
 def stored_adapter(adapter: LoraAdapter, graph: ModelGraph) -> dict[str, str]:
-    """Return for each tensor that an adapter brings its name in the adapter's file, which is fetched if need be.
+    """Return the names of an adapter's tensors in its file, by their names in the graph; the file is fetched if needed.
 
     Raises:
-        RunnerError: if there is no file, or it does not hold what the adapter's config says.
+        RunnerError: if there is no file, or it lacks tensors that the adapter's config implies.
     """
     try:
         if adapter.repository is not None:
@@ -71,20 +71,20 @@ def stored_adapter(adapter: LoraAdapter, graph: ModelGraph) -> dict[str, str]:
 def attach(
     model: PreTrainedModel, plan: Plan, graph: ModelGraph, adapter: LoraAdapter, stored: Mapping[str, str] | None
 ) -> Any:
-    """Return PEFT's model around one that is loaded and placed: that has the adapter within, where the plan says.
+    """Return PEFT's model around a loaded model, with the adapter on the planned devices.
 
-    PEFT's own `from_pretrained` would take off the hooks of a model of which something is on the CPU or the disk, and
-    place it anew. So it makes its modules alone, without weights; these are given them here.
+    PEFT's own `from_pretrained` would remove the hooks of an offloaded model, and place it anew. So PEFT only creates
+    its modules, without weights, and these are set here.
 
     Args:
         model: the loaded model, whose modules are replaced by PEFT's.
-        plan: where everything is.
-        graph: the model's, with what the adapter adds.
+        plan: the location of every tensor.
+        graph: the graph of the model, including the adapter's tensors.
         adapter: the adapter.
-        stored: the names of what it brings in its file; without, its weights are random.
+        stored: the names of its tensors in its file; with `None`, its weights are random.
 
     Raises:
-        RunnerError: if PEFT is missing, or adds something else than is planned.
+        RunnerError: if PEFT is missing, or adds other tensors than planned.
     """
     import torch
 
@@ -92,7 +92,7 @@ def attach(
     before = list(model.parameters())
     config = _config(model, adapter, peft)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of which PEFT asks
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT reads this attribute
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     names = tuple(map(TensorName, graph.adapter_tensors if stored is None else stored))
     read, added = _reader(adapter, stored), frozenset(graph.adapter_tensors)
@@ -110,7 +110,9 @@ def attach(
 
 
 def _config(model: PreTrainedModel, adapter: LoraAdapter, peft: Any) -> Any:
-    """Return the adapter's config, with names of modules in place of expressions: PEFT would let these run away."""
+    """Return the adapter's config, with names of modules in place of expressions, which PEFT would match without a
+    time limit.
+    """
     from re import escape
 
     from devmap_config.graph.adapted import all_linear
@@ -135,7 +137,7 @@ def _config(model: PreTrainedModel, adapter: LoraAdapter, peft: Any) -> Any:
 
 
 def _reader(adapter: LoraAdapter, stored: Mapping[str, str] | None) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """Return what gives the values of a tensor, by its name in the graph and its shape."""
+    """Return a function that returns the values of a tensor, by its name in the graph and its shape."""
     import torch
     from safetensors.torch import load_file
 
@@ -147,7 +149,7 @@ def _reader(adapter: LoraAdapter, stored: Mapping[str, str] | None) -> Callable[
 
 
 def _place_of(model: PreTrainedModel, name: str) -> tuple[torch.nn.Module, str]:
-    """Return the module of PEFT's that holds a tensor, and what it is called there."""
+    """Return PEFT's module that holds a tensor, and its name there."""
     path, _, own = name.rpartition(".")
     module: torch.nn.Module = model
     for segment in path.split("."):
@@ -174,7 +176,9 @@ def _require_no_more(model: PreTrainedModel, before: list[torch.nn.Parameter], c
 
 
 def _bring_to_modules(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> None:
-    """Have an adapted module that is placed by itself given its input where it runs, as what it was made of is."""
+    """Have the inputs of an adapted module that is placed by itself copied to its device, like those of the original
+    module.
+    """
     import torch
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 

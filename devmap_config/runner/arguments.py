@@ -1,4 +1,4 @@
-"""The arguments of `from_pretrained`: which `load_model` passes on, and which its profile decides."""
+"""The arguments of `from_pretrained`: those that `load_model` passes on, and those that the profile decides."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.codes import ErrorCode
 
 HUB_ARGUMENTS = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "token"})
-"""How files are had from the hub: that changes nothing of what they hold, which is verified."""
+"""Arguments for downloading from the hub, which do not affect the contents of files; those are verified."""
 
 PASSED_ON = HUB_ARGUMENTS | {"disable_mmap", "generation_config", "low_cpu_mem_usage", "tqdm_class", "weights_only"}
-"""What changes neither where a tensor is nor what it holds."""
+"""Arguments that change neither the device nor the values of a tensor."""
 
 DECIDED: Mapping[str, str] = {
     "device_map": "placement` with its `strategy`, `pins` and `device_map",
@@ -46,7 +46,7 @@ DECIDED: Mapping[str, str] = {
     "device_mesh": "hardware.devices",
     "distributed_config": "hardware.devices",
 }
-"""What the plan was made for, by the profile's key that decides it."""
+"""Arguments that the plan was made for, with the key of the profile that decides each."""
 
 RULED_OUT: Mapping[str, str] = {
     "experts_implementation": "the plan counts on the implementation that reads the chosen experts alone",
@@ -57,11 +57,11 @@ RULED_OUT: Mapping[str, str] = {
     "use_safetensors": "weights are verified by the headers of safetensors, and a pickle may run any code",
     "output_loading_info": "`load_model` reads that report itself, and returns the model",
 }
-"""What has no key in a profile and would make the verified statement untrue; with the reason."""
+"""Arguments without a key in profiles that would make the verified plan untrue, with the reason."""
 
 
 class ArgumentError(DevmapError, TypeError):
-    """An argument is none that `load_model` may pass on to `from_pretrained`; `code` is a diagnostic's."""
+    """`load_model` cannot pass an argument on to `from_pretrained`; `code` is that of the diagnostic."""
 
     def __init__(self, code: ErrorCode, message: str, help: str) -> None:
         super().__init__(f"{message}: {help}", (Diagnostic.error(code, message, help=help),))
@@ -72,7 +72,7 @@ def require_passable(arguments: Mapping[str, Any]) -> None:
     """Check that arguments may be passed on to `from_pretrained`.
 
     Raises:
-        ArgumentError: if the profile decides one (`decided-argument`), or there is none of that name
+        ArgumentError: if the profile decides an argument (`decided-argument`), or there is none of that name
             (`unknown-argument`).
     """
     for name, value in arguments.items():

@@ -1,4 +1,4 @@
-"""A plan beside what plain transformers makes of the same machine: each loads and generates in turns."""
+"""Compares a plan with plain transformers on the same machine: both load and generate in turns."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Phase = Literal["load", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 MOST_NOISE = 1.10
-"""The most by which two measurements of the same may differ where a ratio is to be believed."""
+"""The largest factor between two measurements of the same thing with which a ratio is credible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """The ratio of another loader's time to the plan's: the median, the least and the most of all rounds.
+    """The ratio of another loader's time to the plan's: the median, the least and the greatest of all rounds.
 
     Attributes:
-        noise: the ratio of two measurements of the same, the larger of both loaders.
+        noise: the ratio between two measurements of the same thing, the larger of both loaders'.
     """
 
     median: float
@@ -40,12 +40,12 @@ class Ratio:
 
     @property
     def is_too_noisy(self) -> bool:
-        """True if the ratio says nothing: two measurements of the same differ too much."""
+        """True if the ratio says nothing, because two measurements of the same thing differ too much."""
         return self.noise > MOST_NOISE
 
 
 def ratio_of(plan_seconds: Sequence[float], other_seconds: Sequence[float]) -> Ratio:
-    """Return how times compare that were measured in turns, a pair in each round.
+    """Return the ratio of times that were measured in turns, a pair in each round.
 
     >>> ratio_of((1.0, 1.0, 2.0, 2.0), (2.0, 2.0, 4.0, 6.0))
     Ratio(median=2.0, least=2.0, most=3.0, noise=1.3333333333333333)
@@ -56,7 +56,7 @@ def ratio_of(plan_seconds: Sequence[float], other_seconds: Sequence[float]) -> R
 
 
 def noise_of(seconds: Sequence[float]) -> float:
-    """Return by how many times two measurements of the same differ: one is the even rounds, the other the odd ones.
+    """Return the factor between two measurements of the same thing: the even rounds, and the odd ones.
 
     >>> noise_of((1.0, 1.5, 1.0, 1.5))
     1.5
@@ -74,7 +74,7 @@ class Measured:
     failure: SampleFailure | None = None
 
     def seconds(self, phase: Phase) -> tuple[float, ...]:
-        """Return what a phase took, round by round; nothing where the model does not decode, or where it failed."""
+        """Return the times of a phase by round; empty if the model does not decode, or failed."""
         if self.failure is not None:
             return ()
         if phase == "load":
@@ -84,7 +84,7 @@ class Measured:
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """The most that was held of each device's memory in any round."""
+        """The peak of each device's memory over all rounds."""
         peaks: Counter[str] = Counter()
         for sample in self.samples:
             peaks |= Counter(sample.peak_bytes)
@@ -114,7 +114,7 @@ class Benchmark:
         return self.results[0]
 
     def ratio(self, other: Measured, phase: Phase) -> Ratio | None:
-        """Return how many times the plan's time another loader takes; `None` if either has none."""
+        """Return the ratio of another loader's time to the plan's; `None` if either has none."""
         own, others = self.plan.seconds(phase), other.seconds(phase)
         return ratio_of(own, others) if own and others and other is not self.plan else None
 
@@ -157,8 +157,8 @@ def jobs_of(
 ) -> tuple[Job, ...]:
     """Return a job for each loader, the plan's first.
 
-    `auto` is given as much room for weights as the plan has: each device's capacity, less what running the plan takes
-    there. Plain `device_map="cpu"` is left out where the profile has accelerators.
+    `auto` gets as much memory for weights as the plan: each device's capacity, less what running the plan takes there.
+    Plain `device_map="cpu"` is left out if the profile has accelerators.
     """
     request = deployment.request
     plan = Job(
@@ -179,7 +179,7 @@ def jobs_of(
 
 
 def turns(loaders: Sequence[Loader], rounds: int) -> Iterator[tuple[Loader, ...]]:
-    """Yield the order of each round: whoever was first is last in the next.
+    """Yield the order of each round: the first loader of one round is the last of the next.
 
     >>> list(turns(("plan", "auto"), 3))
     [('plan', 'auto'), ('auto', 'plan'), ('plan', 'auto')]
@@ -191,8 +191,8 @@ def turns(loaders: Sequence[Loader], rounds: int) -> Iterator[tuple[Loader, ...]
 def run_benchmark(jobs: tuple[Job, ...], *, rounds: int, begun: Callable[[str], None]) -> Benchmark:
     """Run every job in each round, in turns, and announce each.
 
-    Before, the plan runs once and is not counted: what the system keeps of the files is then there for everyone. A
-    loader that fails is not asked again.
+    Before that, the plan runs once without being counted, so that the system's cache of files is warm for everyone. A
+    loader that fails is not run again.
     """
     by_loader = {job.loader: job for job in jobs}
     results = {loader: Measured(loader=loader) for loader in by_loader}

@@ -1,4 +1,4 @@
-"""Loads a model and has it generate in a process of its own, and returns what that took or why it failed."""
+"""Loads a model and generates with it in a process of its own, and returns the times, or why it failed."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ if TYPE_CHECKING:
     from devmap_config.runner.loading import LoadRequest
 
 Loader = Literal["plan", "auto", "cpu"]
-"""What loads a model: `load_model` by the lock, or plain `from_pretrained` with this `device_map`."""
+"""A way to load a model: `load_model` by the lock, or plain `from_pretrained` with this `device_map`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model that is to be loaded in a process of its own, and what it is to generate there.
+    """A model to load in a process of its own, and what to generate with it.
 
     Attributes:
-        loader: what loads it.
+        loader: the way to load it.
         folder: the working directory.
         profile: the profile's file, for the lock.
         variables: values for the profile's templates.
-        permissions: what reading the profile may do.
-        random_weights: the folder of a random checkpoint that stands in for the model's own.
-        request: what `from_pretrained` is asked for without a lock.
-        max_memory: what it may put on each device then.
-        devices: those of the profile; torch is held to their memory, where it can be.
-        generation: what is generated in each turn.
-        least_seconds: how long, so that what takes milliseconds is measured more than once.
+        permissions: what the user allows the profile.
+        random_weights: the folder of a random checkpoint that replaces the model's own.
+        request: the arguments of `from_pretrained` without a lock.
+        max_memory: its memory limits by device in that case.
+        devices: the devices of the profile; torch is limited to their memory, if possible.
+        generation: the generation of each turn.
+        least_seconds: the least time to measure for, so that short generations are measured more than once.
     """
 
     loader: Loader
@@ -79,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFailure:
-    """The reason for which there is no sample, and what the process was doing."""
+    """The reason why there is no sample, and what the process was doing."""
 
     doing: str
     reason: str
@@ -90,11 +90,11 @@ class SampleFailure:
 
 
 LIBRARIES = ("accelerate", "torch", "transformers")
-"""Importing them is not a part of loading."""
+"""Libraries whose import does not count as loading."""
 
 
 def run_in_process(job: Job) -> Sample | SampleFailure:
-    """Run a job in a new process, which begins with the libraries imported, and nothing else in memory."""
+    """Run a job in a new process that starts with the libraries imported and nothing else in memory."""
     context = get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         start_server([__name__, *LIBRARIES, "transformers.generation.utils"])
@@ -107,12 +107,12 @@ def run_in_process(job: Job) -> Sample | SampleFailure:
 
 
 def start_server(modules: list[str]) -> None:
-    """Start the process that imports modules once, and of which each job's is a fork; one that runs is kept."""
+    """Start the process that imports modules once, and is forked for each job; if one is running, keep it."""
     from multiprocessing import forkserver
 
     forkserver.set_forkserver_preload(modules)
     folder = Path.cwd()
-    os.chdir("/")  # Python looks there first for what it imports: a profile's folder may hold an `accelerate.py`
+    os.chdir("/")  # Python imports from the working directory first: a profile's folder may hold an `accelerate.py`
     try:
         forkserver.ensure_running()
     finally:
@@ -120,12 +120,12 @@ def start_server(modules: list[str]) -> None:
 
 
 def measure(job: Job) -> Sample | SampleFailure:
-    """Run a job in this process, of which nothing is printed from then on."""
+    """Run a job in this process, whose output is discarded from then on."""
     os.chdir(job.folder)
     for stream in (sys.stdout, sys.stderr):
         discard_output(stream)
     for library in LIBRARIES:
-        getattr(import_module(library), job.request.class_name, None)  # transformers imports it when it is named
+        getattr(import_module(library), job.request.class_name, None)  # naming it makes transformers import it
     doing = "loading"
     with TemporaryDirectory(prefix="devmap-bench-") as offload_folder:
         try:
@@ -160,7 +160,7 @@ def _loaded(job: Job, offload_folder: str) -> PreTrainedModel:
 
 
 def _hold_to_memory(devices: tuple[InventoryDevice, ...]) -> None:
-    """Let torch take no more of a card than the profile says that it has, so that what would not fit there fails."""
+    """Limit torch to the memory that the profile states for each card, so that what would not fit fails."""
     for device in devices:
         backend, index = _backend(device), device.id.index
         if index is None or not hasattr(backend, "set_per_process_memory_fraction"):

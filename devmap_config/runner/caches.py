@@ -1,4 +1,4 @@
-"""Has `generate` make the cache that a plan has room for."""
+"""Makes `generate` use the cache that a plan has room for."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import Cache
 
 LEFT_TO_CALLERS = ("dynamic", "static")
-"""Those that `generate` makes without being told, or has code compiled for, which `compile=True` asks for."""
+"""The caches that `generate` uses by default, or that `compile=True` makes it use."""
 
 
 def cache_arguments(cache: Cache) -> dict[str, Any]:
-    """Return the arguments with which `generate` makes a cache; none for the one that it makes without any.
+    """Return the arguments with which `generate` makes a cache; none for its default.
 
-    One that is partly offloaded is none of transformers': `give_cache` has `generate` take it.
+    A partly offloaded cache is not one of transformers': `give_cache` passes it to `generate`.
     """
     if cache.implementation in ("dynamic", PARTLY):
         return {}
@@ -37,7 +37,7 @@ def cache_arguments(cache: Cache) -> dict[str, Any]:
 
 
 def require_cache(cache: Cache) -> None:
-    """Check, before a model is loaded, that what quantises its cache is installed.
+    """Check, before a model is loaded, that the backend of its quantised cache is installed.
 
     Raises:
         RunnerError: if it is not.
@@ -54,15 +54,15 @@ def require_cache(cache: Cache) -> None:
 
 
 def give_cache(model: PreTrainedModel, cache: Cache, offloaded: tuple[str, ...] | None) -> None:
-    """Have a model's `generate` make this cache wherever it is not told of another.
+    """Make a model's `generate` use this cache unless a call asks for another.
 
     Args:
         model: the model.
-        cache: what the profile says of it.
-        offloaded: the modules whose part of it the plan offloads; `None` if that is not for the plan to say.
+        cache: the profile's cache.
+        offloaded: the modules whose part of it the plan offloads; `None` if the plan does not decide that.
 
     Raises:
-        RunnerError: if one of these modules does not tell which layer of the cache it fills.
+        RunnerError: if the layer of the cache that one of these modules fills is unknown.
     """
     if cache.implementation in LEFT_TO_CALLERS or not model.can_generate():
         return
@@ -73,7 +73,7 @@ def give_cache(model: PreTrainedModel, cache: Cache, offloaded: tuple[str, ...] 
 
 
 def _give_partly_offloaded(model: PreTrainedModel, offloaded: tuple[str, ...]) -> None:
-    """Have a model's `generate` take a new cache for each request, of which it offloads the layers of these modules."""
+    """Make a model's `generate` use a new cache for each request that offloads the layers of these modules."""
     make = partial(partly_offloaded_cache, model, offloaded)
     try:
         if make() is None:

@@ -1,4 +1,4 @@
-"""Calibrates a machine by receipts: the rates by which their runs would have been predicted as they were measured."""
+"""Calibrates a machine by receipts: fits the rates by which their runs are predicted as they were measured."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from devmap_config.hardware.scaling import RateName
 
 FEWEST_RECEIPTS = 3
-"""As many it takes to leave one out, and still to say how far the others are apart."""
+"""The fewest receipts that allow leaving one out and still measuring the spread of the others."""
 
 NAMED = 12
-"""The most receipts of another machine or dtype that are named in an error."""
+"""The most receipts of another machine or dtype that an error names."""
 
 SECONDS: Mapping[Phase, str] = {"decode": "decode_seconds_per_token", "prefill": "prefill_seconds"}
 
@@ -42,7 +42,7 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PhaseRun:
-    """One phase of a case: what it did, each segment with how often; what was predicted for it; how long it took."""
+    """One phase of a case: its segments with their counts, its predicted time, and its measured time."""
 
     receipt: str
     phase: Phase
@@ -51,7 +51,7 @@ class PhaseRun:
     measured_nanoseconds: float
 
     def nanoseconds(self, inventory: Inventory) -> int:
-        """Return how long it takes on a machine."""
+        """Return the predicted time of the phase on a machine."""
         rates = MachineRates(inventory, self.phase)
         return total_nanoseconds(rates.time(segment).times(count) for segment, count in self.segments)
 
@@ -62,9 +62,9 @@ class Receipt:
 
     Attributes:
         name: the path of its file.
-        kind: the properties that receipts must share to be fitted together, as far as they have them.
+        kind: the properties that receipts must share to be fitted together, if they have them.
         versions: the versions of the libraries that ran it.
-        inventory: the machine, at the rates by which it was predicted.
+        inventory: the machine, with the rates of the prediction.
         runs: its phases.
     """
 
@@ -77,7 +77,7 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """The times of a run predicted by the fitted rates, and by rates that were fitted to the other receipts alone."""
+    """The times of a run as predicted by the fitted rates, and by rates that were fitted only to the other receipts."""
 
     run: PhaseRun
     after_nanoseconds: int
@@ -86,7 +86,9 @@ class Residual:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The fitted rates of a machine; `groups` are those that have one factor, for the receipts tell no more."""
+    """The fitted rates of a machine; each of `groups` shares one factor, because the receipts cannot separate its
+    rates.
+    """
 
     kind: Mapping[str, str]
     versions: str
@@ -97,7 +99,9 @@ class Calibration:
 
     @property
     def spreads(self) -> dict[str, Spread]:
-        """By phase, how far runs were from what the rates fitted to the others predict, where that is known."""
+        """By phase, the spread of runs relative to the prediction by rates that were fitted to the others, if it is
+        known.
+        """
         found: dict[str, Spread] = {}
         for phase in OWN:
             shares = [
@@ -111,7 +115,7 @@ class Calibration:
 
 
 def read_receipt(path: Path) -> Receipt:
-    """Return what of a receipt is fitted.
+    """Return the parts of a receipt that are fitted.
 
     Raises:
         FileError: if it cannot be read, or is not a receipt.
@@ -173,7 +177,7 @@ def _runs(path: Path, case: Mapping[str, Any]) -> Iterator[PhaseRun]:
 
 
 def calibrate(receipts: Sequence[Receipt]) -> Calibration:
-    """Fit the rates of a machine to its receipts; where there are enough, to all but one in turn besides.
+    """Fit the rates of a machine to its receipts and, if there are enough, to all except one in turn.
 
     Raises:
         CalibrationError: if they are not of one machine and dtype, or no time depends on any rate.
@@ -201,7 +205,7 @@ def calibrate(receipts: Sequence[Receipt]) -> Calibration:
 
 
 def _kind(receipts: Sequence[Receipt]) -> dict[str, str]:
-    """Return of which machine and dtype receipts are."""
+    """Return the machine and the dtype that receipts share."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for receipt in receipts:
         for what, which in receipt.kind.items():
@@ -217,7 +221,7 @@ def _kind(receipts: Sequence[Receipt]) -> dict[str, str]:
 
 
 def _machine_of(receipts: Sequence[Receipt]) -> Inventory:
-    """Return the machine with all rates that any receipt was predicted by: those of the last one that has them."""
+    """Return the machine with all rates of any receipt's prediction, each from the last receipt that has it."""
     first, *others = (receipt.inventory for receipt in receipts)
     devices, links = {device.id: device for device in first.devices}, dict(first.links)
     for inventory in others:

@@ -1,4 +1,4 @@
-"""Writes a chat by a checkpoint's template: a stranger's program, so in a process that ends where it takes too much."""
+"""Renders a chat with a checkpoint's template, an untrusted program, in a process with limits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 MAX_CPU_SECONDS = 3
 MAX_SECONDS = 10
-"""However long it waits: for a lock that another thread held as the process began, say."""
+"""The most seconds of a template, including waits, for instance for a lock that another thread held at the fork."""
 
 MAX_BYTES = 2**29
-"""The memory that a template may take beyond that of the process."""
+"""The most memory that a template may take beyond that of the process."""
 
 MAX_CHARACTERS = 1_000_000
-"""The characters that it may add to the messages: a tokenizer takes some seconds for as many."""
+"""The most characters that a template may add to the messages; a tokenizer takes seconds for as many."""
 
 BEYOND = (
     f"it takes more than {MAX_CPU_SECONDS} s, {MAX_BYTES // 2**20} MiB or {MAX_CHARACTERS:,} characters"
@@ -31,7 +31,7 @@ BEYOND = (
 )
 
 RENDERED, FAILED, ENDED = range(3)
-"""How the process of a template ends by itself."""
+"""The ways in which the process of a template ends by itself."""
 
 
 class TemplateFailedError(Exception):
@@ -39,12 +39,12 @@ class TemplateFailedError(Exception):
 
 
 def chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return a chat as the template of a tokenizer, or a processor, writes it.
+    """Return a chat, rendered by the template of a tokenizer or a processor.
 
-    On Linux the template is bounded in time, memory and text, whatever it makes in between.
+    On Linux, the time, memory and output of the template are limited.
 
     Raises:
-        TemplateFailedError: if it fails, or goes beyond its bounds.
+        TemplateFailedError: if it fails or exceeds its limits.
     """
     most = MAX_CHARACTERS + sum(len(str(message)) for message in messages)
     render = partial(writer.apply_chat_template, list(messages), add_generation_prompt=True, tokenize=False)
@@ -55,21 +55,23 @@ def chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rendered(render: Callable[[], str], most: int) -> tuple[str, str]:
-    """Return a text, or why there is none."""
+    """Return the status and the text, or the reason why there is none."""
     try:
         text = render()
     except MemoryError:
         return "", BEYOND
-    except Exception as error:  # whatever the template raises
+    except Exception as error:  # a template may raise anything
         return "", f"{type(error).__name__}: {first_line(error)}"
     return (text, "") if len(text) <= most else ("", BEYOND)
 
 
 def _apart(render: Callable[[], str], most: int) -> tuple[str, str]:
-    """Return the same from a process of its own, which the system ends."""
+    """Render in a process of its own, which the system ends at the limits."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child needs none of their locks
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # about forking with threads: the child needs none of their locks
         child = os.fork()
     if child == 0:
         try:
@@ -88,7 +90,7 @@ def _apart(render: Callable[[], str], most: int) -> tuple[str, str]:
 
 
 def _limit() -> None:
-    """Bound this process, by what it was bounded by already at most."""
+    """Limit this process, but never above its present limits."""
     import resource
     import signal
 

@@ -1,4 +1,4 @@
-"""Has a model decode by compiled code, which transformers makes for a static cache, where that was seen to be right."""
+"""Makes a model decode with compiled code, which transformers generates for a static cache, if that was tested."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import Workload
 
 DTYPE_ON_A_CPU = "float32"
-"""In which compiled code writes the tokens of the plain model on a CPU: in bfloat16 it rounds elsewhere."""
+"""The dtype in which compiled code gives the tokens of the plain model on a CPU; in bfloat16 it rounds differently."""
 
 
 def require_compilable(plan: Plan, model: LoadedModel, workload: Workload | None) -> None:
-    """Check, before it is loaded, that a plan has a model where compiled code was seen to be as right and faster.
+    """Check, before a model is loaded, that compiled code was tested to be correct and faster on the devices of its
+    plan.
 
     Raises:
-        RunnerError: if it does not, or what compiles for a CPU is not installed.
+        RunnerError: if it was not, or the compiler for a CPU is not installed.
     """
     holding = [use for use in plan.devices if use.weights_bytes]
     is_on_cpu = plan.main_device == CPU and [use.id for use in holding] == [CPU]
@@ -51,7 +52,7 @@ def require_compilable(plan: Plan, model: LoadedModel, workload: Workload | None
 
 
 def compile_decoding(model: PreTrainedModel) -> None:
-    """Have `generate` make a static cache, and compile what decodes when it is first called.
+    """Have `generate` use a static cache, and compile decoding at the first call.
 
     Raises:
         RunnerError: if transformers would not compile this model.
@@ -73,7 +74,9 @@ ON_ONE_CARD = f"where one card has room for all of it, `strategy: single` has it
 
 
 def _require_cpp_compiler() -> None:
-    """Check for what torch compiles with for a CPU: it would end in a traceback of its own at the first token."""
+    """Check that the compiler that torch needs for a CPU is there; torch would fail with a traceback at the first
+    token.
+    """
     if not finds_cpp_compiler():
         raise _refusal(
             "torch compiles for a CPU with a C++ compiler, and finds none",

@@ -1,4 +1,4 @@
-"""Holds what a model is given, and is to write, to the context that its plan has room for."""
+"""Checks that prompt and answer fit in the context that the plan has room for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedContext:
-    """The tokens that prompt and answer may have together, and the prompt alone; `None` if none are planned."""
+    """The most tokens of prompt and answer together, and of the prompt; `None` without a planned context."""
 
     tokens: int | None = None
     prompt_tokens: int | None = None
@@ -25,10 +25,10 @@ class PlannedContext:
         return cls(tokens=tokens, prompt_tokens=workload.prompt_length or tokens)
 
     def new_tokens(self, prompt_tokens: int, *, wanted: int | None, default: int) -> int:
-        """Return how many tokens may be written after a prompt: those that are wanted, or the default or fewer.
+        """Return the number of tokens to generate after a prompt: `wanted`, or up to `default` as far as there is room.
 
         Raises:
-            RunnerError: if the plan has no room for the prompt, or for what is wanted behind it.
+            RunnerError: if the plan has no room for the prompt, or for `wanted` tokens after it.
 
         Example:
             >>> PlannedContext(tokens=100, prompt_tokens=90).new_tokens(80, wanted=None, default=24)

@@ -1,4 +1,4 @@
-"""Shows what a loaded model does with what it is given: it writes, labels, embeds; else its shapes are told."""
+"""Shows the output of a loaded model: text, labels, embeddings, or else the shapes of its output."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
     Write = Callable[[str], None]
 
 FEW_TOKENS, MANY_TOKENS = 24, 256
-"""How much is written where it is not said: of a text that goes on, and of an answer."""
+"""The default number of generated tokens: for continuing a text, and for an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """The output of a model, and the seconds it took; `speed` is that of a text that it wrote."""
+    """The output of a model, and the seconds that it took; `speed` is that of generated text."""
 
     output: Output
     seconds: float
@@ -67,13 +67,14 @@ class Demonstration:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrator:
-    """Makes inputs of text, images and sound with what comes with a checkpoint; made before the model is loaded.
+    """Makes inputs from text, images and sound with a checkpoint's tokenizer and processor; created before the model is
+    loaded.
 
     Attributes:
         processor: transformers' processor; `None` if only text is given.
-        tokenizer: the tokenizer; `None` if none can be used, so that the tokens of `made_up` stand in for text.
+        tokenizer: the tokenizer; `None` if none can be used, so that the tokens of `made_up` replace text.
         context: the tokens that the plan has room for.
-        writes_all: write as much as allowed, whatever the tokens, as with a model whose weights are random.
+        writes_all: generate as much as allowed, ignoring end tokens, as with random weights.
     """
 
     request: LoadRequest
@@ -86,10 +87,10 @@ class Demonstrator:
     writes_all: bool = False
 
     def show(self, model: PreTrainedModel, given: UserInput, write: Write) -> Demonstration:
-        """Return what the model makes of what it is given, and hand text to `write` as it is made.
+        """Return the model's output for an input, and pass text to `write` as it is generated.
 
         Raises:
-            RunnerError: if the model takes something else, or does not run.
+            RunnerError: if the model takes other inputs, or does not run.
         """
         if self.made_up.besides is None:
             require_fit(type(model), given)
@@ -107,7 +108,7 @@ class Demonstrator:
         return Demonstration(output=output, seconds=seconds)
 
     def new_tokens(self, inputs: ModelInputs) -> int:
-        """Return how many tokens are written behind inputs.
+        """Return the number of tokens to generate after inputs.
 
         Raises:
             RunnerError: if the plan has no room for them.
@@ -130,7 +131,7 @@ class Demonstrator:
         count = self.new_tokens(inputs)
         shows_prompt = inputs.tokenizer is None or (inputs.goes_on and not is_apart)
         stream = TextStream(inputs.tokenizer, write, shows_prompt=shows_prompt)
-        # transformers streams no beams: of these there is only the best, at the end.
+        # transformers does not stream beams: the best one is known only at the end.
         streams = (model.generation_config.num_beams or 1) == 1
         if inputs.tokenizer is None:
             ignore_stop_strings(model)
@@ -161,7 +162,7 @@ def _read(model: PreTrainedModel, inputs: ModelInputs, encoder: SentenceEncoder 
 
 @contextmanager
 def running(request: LoadRequest) -> Iterator[None]:
-    """Let a model run within, and code that comes with it where that is allowed."""
+    """Let a model run while the context lasts, including code that comes with it if that is allowed."""
     import torch
 
     changes = telling_of_changes("what the model does with a prompt cannot be shown")
@@ -171,7 +172,7 @@ def running(request: LoadRequest) -> Iterator[None]:
 
 @contextmanager
 def _failures_told() -> Iterator[None]:
-    """Raise as a `RunnerError` what a model's own code, or what its generation config asks for, raises within."""
+    """Turn errors of a model's own code, or of what its generation config requests, into `RunnerError`."""
     try:
         with panics_raised():
             yield
@@ -193,10 +194,10 @@ def measured_generation(
     rounds: int = 1,
     least_seconds: float = 0,
 ) -> GenerationTimes:
-    """Return what a loaded model takes to generate so much, as `measure_generation` does.
+    """Return the times of a loaded model for a generation, like `measure_generation`.
 
     Raises:
-        RunnerError: if it takes no tokens, or does not run.
+        RunnerError: if the model takes no tokens, or does not run.
     """
     if workload.prompts.besides is None:
         require_fit(type(model), UserInput())
@@ -205,7 +206,7 @@ def measured_generation(
 
 
 def numbers_planned(model: PreTrainedModel, request: LoadRequest, workload: WorkloadShape) -> int:
-    """Return how many numbers the images and the sound of a sequence are, as a loaded model's plan was measured.
+    """Return the number of elements of a sequence's images and sound in the measurement of a loaded model's plan.
 
     Raises:
         RunnerError: if the model does not run.
@@ -217,10 +218,10 @@ def numbers_planned(model: PreTrainedModel, request: LoadRequest, workload: Work
 def demonstrator(
     request: LoadRequest, workload: Workload, given: UserInput, sink: Sink, *, max_new_tokens: int | None = None
 ) -> Demonstrator:
-    """Return what will show a model that is to be loaded, once it is seen that it takes what it will be given.
+    """Return the demonstrator of a model that is about to be loaded, after checking that it takes the input.
 
     Raises:
-        RunnerError: if it does not, the plan has no room for it, or there is nothing to make its inputs with.
+        RunnerError: if it does not, the plan has no room for the input, or the checkpoint has nothing to make it with.
     """
     model_class = require_fit_class(request, given)
     with running(request):
@@ -247,7 +248,7 @@ def demonstrator(
         max_new_tokens=max_new_tokens,
     )
     if tokenizer is not None and not given.has_media and model_class is not None and model_class.can_generate():
-        with running(request):  # what is too long is told before anything is loaded
+        with running(request):  # inputs that are too long are reported before anything is loaded
             shows.new_tokens(text_inputs(model_class, tokenizer, given))
     return shows
 
@@ -260,12 +261,12 @@ def demonstrator_of_plan(
     *,
     max_new_tokens: int | None = None,
 ) -> Demonstrator:
-    """Return what has a model of random weights write as much as the plan has room for, from what is made up.
+    """Return a demonstrator that generates as much as the plan has room for, with random weights and made-up inputs.
 
-    That is tokens, and images and sound of random numbers as the plan's `measurement` had them.
+    The inputs are tokens, and images and sound of random numbers in the shapes of the plan's `measurement`.
 
     Raises:
-        RunnerError: if the model takes no tokens, or the plan has no room for as many.
+        RunnerError: if the model takes no tokens, or the plan has no room for that many.
     """
     planned = planned_generation(workload, max_new_tokens, measurement)
     if planned.prompts.besides is None:
@@ -285,12 +286,12 @@ def demonstrator_of_plan(
 def planned_generation(
     workload: Workload, new_tokens: int | None, measurement: Measurement | None = None, *, decodes: bool = True
 ) -> GenerationWorkload:
-    """Return as many made-up tokens, and so many after them if a model `decodes`, as a workload has room for.
+    """Return a generation that fills a workload: a made-up prompt and, if the model `decodes`, `new_tokens` after it.
 
-    Among the made-up tokens are those of the images and the sound with which the plan was measured.
+    The made-up tokens include those of the images and the sound that the plan was measured with.
 
     Raises:
-        RunnerError: if it has no room for so many.
+        RunnerError: if the workload has no room for that many.
     """
     context_length = workload.context_length.value or MADE_UP_LENGTH + (new_tokens or FEW_TOKENS)
     media = None if measurement is None else measurement.media
@@ -312,7 +313,7 @@ def planned_generation(
 
 
 def tell_of_text_alone(measurement: Measurement | None, sink: Sink) -> None:
-    """Warn where a workload has images or sound, and what is made up is text alone, as the plan was measured with."""
+    """Warn if a workload has images or sound, but made-up inputs are only text, because the plan was measured so."""
     media = None if measurement is None else measurement.media
     if media is not None and media.problem is not None:
         sink.warning(
@@ -323,7 +324,7 @@ def tell_of_text_alone(measurement: Measurement | None, sink: Sink) -> None:
 
 
 def require_fit_class(request: LoadRequest, given: UserInput) -> Any:
-    """Return a model's class, seen to take what it will be given; `None` of one that is code, which is not run yet.
+    """Return a model's class after checking that it takes the input; `None` if the class is code that is not run yet.
 
     Raises:
         RunnerError: if it does not.

@@ -1,7 +1,7 @@
 """Fits factors of rates to times: by least squares of the logarithms of predicted over measured.
 
-So a tenth too much of a short time weighs as much as of a long one, and no rate becomes negative. Times may not tell
-rates apart: those that would not be found from them alone have one factor together.
+Thus a relative error counts the same for short and long times, and no rate becomes negative. Times may not determine
+all rates: rates that they cannot separate share one factor.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ if TYPE_CHECKING:
     LogTimes = Callable[[np.ndarray], np.ndarray]
 
 LEAST_SENSITIVITY = 0.01
-"""A rate of which no time depends more than so is left as it is: twice the rate would take a hundredth off it."""
+"""A rate is left unchanged if no time depends on it by more than this: if doubling it shortens no time by a
+hundredth.
+"""
 
 LEAST_SINGULAR_VALUE = 0.1
-"""Factors are fitted apart where a time that is off by 1 % moves none of them by more than 10 %."""
+"""Factors are fitted separately if an error of 1 % in a time changes none of them by more than 10 %."""
 
 STEPS = 30
 HALVINGS = 5
 DIFFERENCE = 0.02
-"""The change of a rate's logarithm over which its effect is taken: a dispatch is in whole nanoseconds."""
+"""The change of a rate's logarithm for measuring its effect; it is not smaller because dispatches are whole
+nanoseconds.
+"""
 
 
 def fitted(
     inventory: Inventory, times: Sequence[Callable[[Inventory], int]], measured_nanoseconds: Sequence[float]
 ) -> tuple[Inventory, dict[tuple[RateName, ...], float]]:
-    """Return the machine on which times are as they were measured, and by which factors its rates then differ.
+    """Return the machine with fitted rates, and the factors by which they differ from the known ones.
 
-    Which of them have one factor is asked twice, of the rates that are known and of those that were fitted: what binds
-    a time may be another thing then.
+    The grouping is done twice, for the known rates and for the fitted ones, as a time may then depend on other rates.
 
     Args:
-        inventory: the machine with the rates that are known.
-        times: what tells how many nanoseconds each takes on a machine.
-        measured_nanoseconds: how many each took.
+        inventory: the machine with the known rates.
+        times: functions that return the nanoseconds of a run on a machine.
+        measured_nanoseconds: the measured nanoseconds of each run.
     """
     import numpy as np
 
@@ -70,7 +73,7 @@ def fitted(
 
 
 def _effects(log_times: LogTimes, changes: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return by how much each time changes with each direction, both as logarithms."""
+    """Return the change of each time along each direction, both as logarithms."""
     import numpy as np
 
     half = DIFFERENCE / 2
@@ -79,7 +82,7 @@ def _effects(log_times: LogTimes, changes: np.ndarray, directions: np.ndarray) -
 
 
 def _groups(effects: np.ndarray, names: Sequence[RateName]) -> list[list[int]]:
-    """Return which rates have one factor: as many groups as these effects tell apart."""
+    """Return the groups of rates that share a factor: as many groups as these effects can separate."""
     import numpy as np
 
     used = [place for place in range(len(names)) if np.abs(effects[:, place]).max() >= LEAST_SENSITIVITY]
@@ -96,14 +99,16 @@ def _groups(effects: np.ndarray, names: Sequence[RateName]) -> list[list[int]]:
 
 
 def _splits(names: Sequence[RateName]) -> Iterator[set[int]]:
-    """Yield what may have a factor of its own, the most telling first: what computes, reads, dispatches; each alone."""
+    """Yield candidates for a factor of their own, the most useful first: rates of computing, reading, dispatching;
+    single rates.
+    """
     kinds = ("flops_per_second", "attention_per_second"), ("bytes_per_second",), ("dispatch",)
     yield from ({place for place, name in enumerate(names) if name.name.endswith(kind)} for kind in kinds)
     yield from ({place} for place in range(len(names)))
 
 
 def _solved(log_times: LogTimes, measured: np.ndarray, together: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the factors with which times are least off, by Gauss and Newton's steps from some."""
+    """Return the logarithms of the factors with the smallest errors, by Gauss-Newton steps from given ones."""
     import numpy as np
 
     def off(factors: np.ndarray) -> np.ndarray:

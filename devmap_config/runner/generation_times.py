@@ -1,4 +1,4 @@
-"""Measures what a loaded model takes for a prompt and for each token after it, from tokens that are made up."""
+"""Measures the time of a loaded model for a prompt of made-up tokens, and for each token after it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
 
 WARM_UP_TOKENS = 2
-"""Generated before anything is measured: buffers are allocated, kernels chosen, and what is mapped is read."""
+"""The tokens that are generated before measuring, so that buffers are allocated, kernels chosen, and mapped files
+read.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationWorkload:
-    """The generation that is measured: tokens after prompts of one length; none by a model that does not decode.
+    """The generation that is measured: prompts of one length, and tokens after them, unless the model does not decode.
 
     Attributes:
         cache: the arguments with which `generate` makes the planned cache.
@@ -43,11 +45,11 @@ class GenerationTimes:
     """The times of a model, round by round.
 
     Attributes:
-        workload: what was generated.
+        workload: the generation that was measured.
         first_generation_seconds: the time of a warm-up.
-        prefill_seconds: the times to the first token; of a model that writes no text, of a forward.
-        decode_seconds: the median time of a token in each round; none if no second token is written.
-        kv_cache_bytes: the bytes of the cache in the end, by the device of its tensors.
+        prefill_seconds: the times to the first token, or of a forward if the model writes no text.
+        decode_seconds: the median time of a token in each round; empty if only one token is written.
+        kv_cache_bytes: the bytes of the cache at the end, by the device of its tensors.
     """
 
     workload: GenerationWorkload
@@ -57,7 +59,7 @@ class GenerationTimes:
     kv_cache_bytes: Mapping[Device, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data, with the medians: what a receipt says of a generation."""
+        """Return the times with their medians as plain data, for a receipt."""
         return {
             "prompt_tokens": self.workload.prompts.length,
             "new_tokens": self.workload.new_tokens,
@@ -70,32 +72,32 @@ class GenerationTimes:
 
 
 class TokenClock:
-    """A streamer for transformers' `generate` that notes when the prompt was taken, and when each token came."""
+    """A streamer for transformers' `generate` that records when the prompt was taken, and when each token arrived."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def put(self, _tokens: torch.Tensor) -> None:
-        """Note that tokens came; they are on the CPU by now, so that the accelerator is done with them."""
+        """Record that tokens arrived; they are on the CPU, so the accelerator is done with them."""
         self.seconds.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called after the last."""
+        """Do nothing at the end, as the interface of streamers requires the method."""
 
 
 def measure_generation(
     model: PreTrainedModel, workload: GenerationWorkload, *, rounds: int = 1, least_seconds: float = 0
 ) -> GenerationTimes:
-    """Have a model generate, and return what it took.
+    """Have a model generate, and return the times.
 
     Args:
         model: a model that is loaded.
-        workload: what it generates in each round, and once before to warm up.
-        rounds: how many there are at least.
-        least_seconds: until when there are more.
+        workload: the generation of each round, and of the warm-up.
+        rounds: the least number of rounds.
+        least_seconds: the least time of all rounds.
 
     Raises:
-        RunnerError: if the model takes no tokens; else whatever a model raises that does not run.
+        RunnerError: if the model takes no tokens. A model that does not run may raise anything else.
     """
     import torch
 
@@ -106,7 +108,7 @@ def measure_generation(
     cache: Any = None
     with torch.no_grad():
         start_seconds = time.perf_counter()
-        # A static cache is as long as what is generated, and compiled for.
+        # The length of a static cache, which code is compiled for, is that of the generation.
         _passed(
             model,
             inputs,
@@ -116,7 +118,7 @@ def measure_generation(
         first_seconds = time.perf_counter() - start_seconds
         end_seconds = time.perf_counter() + least_seconds
         while len(prefills) < rounds or time.perf_counter() < end_seconds:
-            cache = None  # a request finds none of another in memory
+            cache = None  # free it, so that the next request starts without it
             seconds, cache = _passed(model, inputs, workload, max(workload.new_tokens, 1))
             prefills.append(seconds[0])
             decodes += [median(seconds[1:])] if seconds[1:] else []
@@ -130,7 +132,7 @@ def measure_generation(
 
 
 def ignore_stop_strings(model: PreTrainedModel) -> None:
-    """Have a model write on past the words at which its generation config ends texts: made-up tokens are no words."""
+    """Have a model ignore the stop strings of its generation config, as made-up tokens are no text."""
     if model.can_generate():
         model.generation_config.stop_strings = None
 
@@ -138,7 +140,7 @@ def ignore_stop_strings(model: PreTrainedModel) -> None:
 def _passed(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], workload: GenerationWorkload, new_tokens: int
 ) -> tuple[list[float], Any]:
-    """Return the seconds of a prefill and of each token after the first, and the cache; or those of a forward."""
+    """Return the seconds of a prefill and of each token after the first, or of a forward, and the cache."""
     if not model.can_generate():
         start_seconds = time.perf_counter()
         output = next(iter(model(**inputs).values()))
@@ -151,12 +153,12 @@ def _passed(
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
-        num_beams=1,  # of beams, transformers hands on nothing before the end
+        num_beams=1,  # with beams, transformers streams nothing before the end
         streamer=clock,
         return_dict_in_generate=True,
         **workload.cache,
     )
-    held = dict(generated)  # to ask transformers' class for a name that it has given up is warned of
+    held = dict(generated)  # transformers' class warns of deprecated names
     cache = next((found for name in CACHE_NAMES if (found := held.get(name)) is not None), None)
     return [after - before for before, after in pairwise(clock.seconds)], cache
 

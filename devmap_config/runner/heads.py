@@ -1,4 +1,6 @@
-"""Says what came out of a forward, by the head that the model's class names: labels, words, an answer, a transcript."""
+"""Interprets the output of a forward by the head in the name of the model's class: labels, words, an answer, a
+transcript.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class Output(NamedTuple):
 
 
 def output_of(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """Return what a forward gave, as the model's kind of head means it; its shapes where no head is known."""
+    """Return the interpreted output of a forward, or its shapes if the head is unknown."""
     name = type(model).__name__
     for suffix, read in HEADS.items():
         if name.endswith(suffix) and (read is _labels or inputs.tokenizer is not None):
@@ -33,8 +35,8 @@ def output_of(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Outp
 
 
 def _labels(model: PreTrainedModel, forward: Any, _inputs: ModelInputs) -> Output:
-    """Return the labels with their probabilities: of the one that holds, or of each by itself; or the value, if it is a
-    number.
+    """Return the labels with their probabilities, exclusive or independent ones, or the value, if it is a
+    regression.
     """
     logits, config = forward.logits[0].float(), model.config
     if config.problem_type == "regression" or logits.numel() == 1:
@@ -62,7 +64,7 @@ def _label(model: PreTrainedModel, index: int) -> str:
 
 
 def _entities(model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """Return the parts of the text that have a label, but for `O`: neighbours of one label are one part."""
+    """Return the parts of the text with a label other than `O`; neighbours with the same label are joined."""
     scores = forward.logits[0].float().softmax(-1).max(-1)
     found: list[dict[str, Any]] = []
     for index, (score, best) in enumerate(zip(scores.values.tolist(), scores.indices.tolist(), strict=True)):
@@ -107,7 +109,7 @@ def _answer(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Outpu
 
 
 def _transcript(_model: PreTrainedModel, forward: Any, inputs: ModelInputs) -> Output:
-    """Return the text that connectionist temporal classification finds: its tokenizer joins what is repeated."""
+    """Return the text of a connectionist temporal classification, whose tokenizer merges repetitions."""
     text = str(inputs.tokenizer.decode(forward.logits[0].argmax(-1), skip_special_tokens=True))
     return Output(text, text)
 
@@ -121,7 +123,7 @@ HEADS: Mapping[str, Callable[[PreTrainedModel, Any, ModelInputs], Output]] = {
     "ForQuestionAnswering": _answer,
     "ForCTC": _transcript,
 }
-"""By how transformers' classes end."""
+"""By the ending of transformers' class names."""
 
 
 def _shapes(forward: Any) -> Output:

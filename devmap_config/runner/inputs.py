@@ -1,4 +1,6 @@
-"""Turns what a model is given (text, a chat, an image, sound) into its inputs, by what comes with the checkpoint."""
+"""Turns a user's input (text, a chat, an image, sound) into a model's inputs, with the checkpoint's tokenizer or
+processor.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ PROMPT = "A model is placed"
 """The prompt if none is given."""
 
 MASK = "[MASK]"
-"""What stands in a prompt for the token that a masked language model is to fill, whatever its own is called."""
+"""The placeholder in a prompt for the token that a masked language model should fill, whatever the model calls it."""
 
 MADE_UP_LENGTH = 8
-"""Tokens of the made-up input of a model that has no tokenizer."""
+"""The number of tokens of the made-up input of a model without a tokenizer."""
 
 IMAGE_INPUTS = ("pixel_values", "pixel_values_images")
 SOUND_INPUTS = ("input_features", "input_values")
@@ -41,9 +43,9 @@ USE_PYTHON = "`devmap_config.load_model` gives the model for inputs of its own, 
 class UserInput:
     """The input that a user gives a model.
 
-    Messages are a chat: each has a `role` and `content`, and the last one is the user's.
-    The content is text, or parts of which each is text or stands for an image or a sound, in the order of these. Where
-    no part does, the images and the sounds go with the last message.
+    Messages are a chat: each has a `role` and `content`, and the last one is the user's. The content is text, or a list
+    of parts, each of which is text or stands for an image or a sound, in their order. If no part does, the images and
+    the sounds go with the last message.
     """
 
     prompt: str | None = None
@@ -58,12 +60,12 @@ class UserInput:
 
     @property
     def text(self) -> str | None:
-        """The user's text, of what is text alone."""
+        """The user's text, if the input is only text."""
         return self.messages[-1]["content"] if self.messages else self.prompt
 
     @property
     def in_parts(self) -> tuple[Mapping[str, Any], ...]:
-        """The messages, or the prompt as one, in parts."""
+        """The messages in parts; a prompt is one message."""
         messages = self.messages or ({"role": "user", "content": self.prompt or ""},)
         written = [{**message, "content": _parts(message["content"])} for message in messages]
         if not any(part["type"] != "text" for message in written for part in message["content"]):
@@ -79,14 +81,14 @@ def _parts(content: Any) -> list[Mapping[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """A model's inputs, and what its output is read with.
+    """A model's inputs, with the tools for reading its output.
 
     Attributes:
-        tensors: by the names of the model's arguments.
-        tokenizer: makes text of tokens; `None` if there is none.
-        encoding: what a tokenizer made of `text`; it knows which characters each token stands for.
-        text: what was encoded.
-        goes_on: whether what is generated goes on from the text, and does not answer it.
+        tensors: the tensors by the names of the model's arguments.
+        tokenizer: the tokenizer; `None` if there is none.
+        encoding: the encoding of `text`, with the characters of each token.
+        text: the text that was encoded.
+        goes_on: whether generated text continues the prompt rather than answering it.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -102,10 +104,10 @@ class ModelInputs:
 
 
 def require_fit(model_class: Any, given: UserInput) -> None:
-    """Check that a model takes what it is given.
+    """Check that a model takes the user's input.
 
     Raises:
-        RunnerError: if it does not, or takes something else besides.
+        RunnerError: if it does not, or also needs something else.
     """
     name, main = model_class.__name__, model_class.main_input_name
     for what, names, is_given in (
@@ -132,19 +134,19 @@ def require_fit(model_class: Any, given: UserInput) -> None:
 
 
 def takes_text(model_class: Any) -> bool:
-    """Return whether a model is given the tokens of a text before all."""
+    """Return whether the main input of a model is the tokens of a text."""
     return (
         model_class.main_input_name == "input_ids" and "input_ids" in inspect.signature(model_class.forward).parameters
     )
 
 
 def takes_images(model_class: Any) -> bool:
-    """Return whether images are among what a model is given."""
+    """Return whether a model takes images."""
     return _takes(model_class, IMAGE_INPUTS)
 
 
 def takes_sound(model_class: Any) -> bool:
-    """Return whether sound is among what a model is given."""
+    """Return whether a model takes sound."""
     return _takes(model_class, SOUND_INPUTS)
 
 
@@ -155,7 +157,7 @@ def _takes(model_class: Any, names: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
-    """Tokens that stand in for texts: so many texts, each of so many tokens; `besides` names what else each holds."""
+    """Tokens in place of texts: the number of texts, and of tokens in each; `besides` names other content of each."""
 
     batch_size: int = 1
     length: int = MADE_UP_LENGTH
@@ -166,13 +168,13 @@ ONE_TEXT = MadeUp()
 
 
 def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> ModelInputs:
-    """Return tokens that stand in for text, of which a model without a tokenizer knows none."""
+    """Return made-up tokens in place of text, for a model without a tokenizer."""
     import torch
 
     if made_up.besides is not None:
         return _made_up_media(model, made_up, made_up.besides)
     tokens = torch.arange(1, made_up.batch_size * made_up.length + 1) % model.config.get_text_config().vocab_size
-    # No two texts are the same: these would take the same experts.
+    # All texts are different, because equal ones would use the same experts.
     tensors = {"input_ids": tokens.reshape(made_up.batch_size, made_up.length)}
     if _takes(type(model), ("attention_mask",)):
         tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
@@ -180,7 +182,7 @@ def made_up_inputs(model: PreTrainedModel, made_up: MadeUp) -> ModelInputs:
 
 
 def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: WorkloadShape) -> ModelInputs:
-    """Return images and sound of random numbers, as the plan was measured with, in prompts of made-up tokens."""
+    """Return prompts of made-up tokens with random images and sound, in the shapes that the plan was measured with."""
     import torch
 
     from devmap_config.graph.forwards import Forwards
@@ -190,18 +192,18 @@ def _made_up_media(model: PreTrainedModel, made_up: MadeUp, workload: WorkloadSh
         given = Forwards(model, workload, _planned_media(model, workload)).prefill_inputs(made_up.length)
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     if not model.config.is_encoder_decoder:
-        tensors.pop("decoder_input_ids", None)  # of what has a decoder of the one kind or the other (BLIP-2)
+        tensors.pop("decoder_input_ids", None)  # for models whose decoder may be of either kind (BLIP-2)
     noise = {name: torch.rand_like(value) for name, value in tensors.items() if value.is_floating_point()}
     return ModelInputs(tensors=tensors | noise, goes_on=True)
 
 
 def planned_numbers(model: PreTrainedModel, workload: WorkloadShape) -> int:
-    """Return how many numbers the images and the sound of one sequence are, as its plan was measured with them."""
+    """Return the number of elements of the images and the sound of one sequence, in the measurement of the plan."""
     return sum(_numbers(media.tensors) for media in _planned_media(model, replace(workload, batch_size=1)))
 
 
 def numbers_of_media(inputs: ModelInputs) -> int:
-    """Return how many numbers the images and the sound among a model's inputs are."""
+    """Return the number of elements of the images and the sound among a model's inputs."""
     return _numbers(inputs.tensors)
 
 
@@ -210,20 +212,20 @@ def _numbers(tensors: Mapping[str, Any]) -> int:
 
 
 def _planned_media(model: PreTrainedModel, workload: WorkloadShape) -> tuple[Media, ...]:
-    """Return images and sound as a plan was measured with them, for a loaded model."""
+    """Return the images and sound that a plan was measured with, for a loaded model."""
     import torch
 
     from devmap_config.graph.features import media_of
 
-    with torch.device(_device_of_tokens(model)):  # what makes features of them is called without the model's own hooks
+    with torch.device(_device_of_tokens(model)):  # features are computed without the model's own hooks
         return media_of(model, workload)
 
 
 def text_inputs(model_class: Any, tokenizer: Any, given: UserInput, *, max_tokens: int | None = None) -> ModelInputs:
-    """Return the inputs for text, of which no more than `max_tokens` are taken, or for a chat.
+    """Return the inputs for a chat, or for text, which is cut to `max_tokens`.
 
     Raises:
-        RunnerError: if there is no chat template, no mask to fill, or no text to answer a question by.
+        RunnerError: if there is no chat template, no mask to fill, or no text to answer a question from.
     """
     if given.messages:
         return _chat_inputs(tokenizer, given)
@@ -247,7 +249,7 @@ def _encoded(tokenizer: Any, *texts: str | None, **options: Any) -> Any:
     try:
         with panics_raised():
             return tokenizer(*texts, return_tensors="pt", **options)
-    except Exception as error:  # whatever comes of a value in its files that nobody looked at before
+    except Exception as error:  # unchecked values in its files may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RunnerError("unfit-input", f"the tokenizer takes no text: {reason}", USE_PYTHON) from error
 
@@ -266,7 +268,7 @@ def _masked(prompt: str, tokenizer: Any) -> str:
 
 
 def require_chat_template(tokenizer: Any) -> None:
-    """Check that a tokenizer, or a processor, says how a chat is written.
+    """Check that a tokenizer, or a processor, has a chat template.
 
     Raises:
         RunnerError: if it does not.
@@ -279,7 +281,7 @@ def require_chat_template(tokenizer: Any) -> None:
 def _chat_inputs(tokenizer: Any, given: UserInput) -> ModelInputs:
     text, said = _chat_text(tokenizer, given.messages), str(given.text).strip()
     if said not in text and said in (of_parts := _chat_text(tokenizer, given.in_parts)):
-        text = of_parts  # templates for images leave out what is no part of a message (LLaVA)
+        text = of_parts  # templates for images ignore content that is not in parts (LLaVA)
     encoding = _encoded(tokenizer, text, add_special_tokens=False)
     return ModelInputs(tensors=_without_types(encoding), tokenizer=tokenizer)
 
@@ -293,7 +295,7 @@ def _chat_text(writer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _taken(model_class: Any, encoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors that a model takes: of two texts, an encoder is told which each token is of."""
+    """Return the tensors that a model takes, including token types, which tell two texts apart."""
     arguments = inspect.signature(model_class.forward).parameters
     if model_class.can_generate() or "token_type_ids" not in arguments:
         return _without_types(encoding)
@@ -308,7 +310,7 @@ def media_inputs(model_class: Any, processor: Any, tokenizer: Any, given: UserIn
     """Return the inputs for images or sound, and for the text that goes with them.
 
     Raises:
-        RunnerError: if the processor does not take it.
+        RunnerError: if the processor does not take the input.
     """
     parts: dict[str, Any] = {}
     if given.images:
@@ -320,14 +322,14 @@ def media_inputs(model_class: Any, processor: Any, tokenizer: Any, given: UserIn
         tokenizer = own
         parts |= _text_part(processor, given)
     elif "audio" in parts:
-        parts["raw_speech"] = parts.pop("audio")  # as a feature extractor by itself calls it
+        parts["raw_speech"] = parts.pop("audio")  # the name that a feature extractor uses
     try:
         with panics_raised():
             encoding = processor(**parts, return_tensors="pt")
-    except Exception as error:  # whatever a processor raises
+    except Exception as error:  # a processor may raise anything
         message = f"{type(processor).__name__} cannot take this: {type(error).__name__}: {first_line(error)}"
         raise RunnerError("unfit-input", message, USE_PYTHON) from error
-    # Of some models, types of tokens say which of them stand for images (Gemma 3).
+    # For some models, token types mark the tokens that stand for images (Gemma 3).
     is_typed = "token_type_ids" in inspect.signature(model_class.forward).parameters
     return ModelInputs(tensors=dict(encoding) if is_typed else _without_types(encoding), tokenizer=tokenizer)
 
@@ -337,7 +339,7 @@ def _one_or_many(things: Sequence[Any]) -> Any:
 
 
 def _text_part(processor: Any, given: UserInput) -> dict[str, Any]:
-    """Return the text that goes with images or sound: by the chat template if there is one, for it says where."""
+    """Return the text with the images or sound, by the chat template if there is one, which decides their place."""
     token = getattr(processor, "image_token" if given.images else "audio_token", None)
     if getattr(processor, "chat_template", None):
         text = _chat_text(processor, given.in_parts)
@@ -351,7 +353,7 @@ def _text_part(processor: Any, given: UserInput) -> dict[str, Any]:
 
 
 def placed(inputs: ModelInputs, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the tensors where the model takes them, and what is not a number of a token in the model's dtype."""
+    """Return the tensors on the device that takes them, with floating-point ones in the model's dtype."""
     device = _device_of_tokens(model)
     return {
         name: tensor.to(device, model.dtype) if tensor.is_floating_point() else tensor.to(device)
@@ -361,7 +363,7 @@ def placed(inputs: ModelInputs, model: PreTrainedModel) -> dict[str, torch.Tenso
 
 
 def _device_of_tokens(model: PreTrainedModel) -> Any:
-    """Return where the embeddings run; a model's own code need not tell which they are."""
+    """Return the device of the embeddings, which a model's own code need not identify."""
     try:
         hooks = hooks_of(model.get_input_embeddings())
     except NotImplementedError:

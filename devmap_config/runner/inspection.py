@@ -1,4 +1,4 @@
-"""Proves that a loaded model sits and runs where its plan says, tensor by tensor."""
+"""Verifies, tensor by tensor, that a loaded model is stored and runs on the planned devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Misplaced:
-    """A tensor that is not where the plan says. `found` is `missing` where the model has no such tensor."""
+    """A tensor that is not on its planned device. `found` is `missing` if the model has no such tensor."""
 
     tensor: str
     planned: str
@@ -40,7 +40,9 @@ class Misplaced:
 
 @dataclass(frozen=True, slots=True)
 class Misrun:
-    """A module that does not run where the plan says. `found` is a device, said to be streamed to where it is."""
+    """A module that does not run on its planned device. `found` is a device, with a remark if the module is
+    streamed.
+    """
 
     module: str
     planned: str
@@ -50,10 +52,10 @@ class Misrun:
 def misplaced_tensors(
     model: PreTrainedModel, plan: Plan, graph: ModelGraph, *, is_quantized: bool = False
 ) -> tuple[Misplaced, ...]:
-    """Return every parameter and buffer, of the plan or of the model, that the two do not agree on.
+    """Return every parameter and buffer on which the plan and the model disagree.
 
-    Where `is_quantized`, a weight may be held under other names in its module (`qweight`, `weight_packed`), with scales
-    beside it: these are then held to where tensors of their kind are, of a module that is stored and runs there.
+    If `is_quantized`, a weight may have other names in its module (`qweight`, `weight_packed`), with scales beside it.
+    These must then be on the device of tensors of their kind in a module with this location.
     """
     planned = {
         name: plan.executor.residence(graph.tensors[name], location) for name, location in plan.locations.items()
@@ -83,7 +85,7 @@ def misplaced_tensors(
 
 
 def _described(model: PreTrainedModel, name: str) -> Tensor:
-    """Return a tensor of a loaded model as a graph has it, as far as accelerate treats its kind in a way of its own."""
+    """Return a tensor of a loaded model in the form of a graph, with the properties that matter to accelerate."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     is_buffer = attribute in own_buffers(module)
@@ -99,7 +101,7 @@ def _described(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
-    """Return the tensors that this version of transformers quantises or leaves unquantised against the plan."""
+    """Return the tensors that this version of transformers quantises or leaves unquantised, contrary to the plan."""
     homes = {name: each for each in plan.assignments for name in each.tensors}
     offloaded = [each.unit for each in plan.assignments if plan.executor.is_offloaded(each.location, plan.main_device)]
     return tuple(
@@ -111,9 +113,7 @@ def misread_by_quantizer(plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
 
 
 def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
-    """Return the tensors that the plan counts as quantised and that are not, as some quantizers leave
-    offloaded ones.
-    """
+    """Return the tensors that the plan counts as quantised but that are not, as some quantizers skip offloaded ones."""
     found: list[str] = []
     for each in plan.assignments:
         is_offloaded = plan.executor.is_offloaded(each.location, plan.main_device)
@@ -128,9 +128,7 @@ def unquantized_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -
 
 
 def misrun_modules(model: PreTrainedModel, plan: Plan) -> tuple[Misrun, ...]:
-    """Return every module with tensors of its own that would run elsewhere, or be streamed where the plan says it is
-    not.
-    """
+    """Return every module with own tensors that would run on another device, or be streamed, contrary to the plan."""
     wrong: dict[str, Misrun] = {}
     for each in plan.assignments:
         is_streamed = plan.executor.streams(each.location)
@@ -149,8 +147,8 @@ def running_place(model: PreTrainedModel, name: str) -> tuple[Device, bool] | No
     """Return the device on which a tensor's module runs, and whether its weights are streamed there; `None` without a
     module.
 
-    accelerate's hook says so: the module's own, or that of a module around it which placed everything within. Without a
-    hook, nothing is moved, and the module runs where the tensor is.
+    accelerate's hook determines this: the module's own, or that of a module around it which placed everything within.
+    Without a hook, nothing is moved, and the module runs on the tensor's device.
     """
     import torch
 
@@ -188,7 +186,7 @@ def tensor_home(model: PreTrainedModel, name: str) -> Device | None:
 
 
 def _streamed_from(model: PreTrainedModel, name: str) -> Device:
-    """Return the place behind accelerate's hook for a tensor that it offloaded."""
+    """Return the device from which accelerate's hook copies a tensor that it offloaded."""
     path = name
     while path:
         path = path.rpartition(".")[0]
@@ -199,10 +197,10 @@ def _streamed_from(model: PreTrainedModel, name: str) -> Device:
 
 
 def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> list[str]:
-    """Return what is wrong with the tensors that are read from disk at every forward: no report of a load is of them.
+    """Return the errors of tensors that are read from disk at every forward, which no loading report covers.
 
-    Each is held to the header of the file that it is read from, or to what was written of it; a quantised one cannot
-    be, since the graph has its shape before it was packed.
+    Each is compared with the header of the file that it is read from, or with its record in the offload folder.
+    Quantised ones cannot be, since the graph has the shape before packing.
     """
     header_of = cache(read_header)
     wrong = []
@@ -224,7 +222,7 @@ def misread_tensors(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> li
 
 
 def _read_from(model: PreTrainedModel, name: str) -> Mapping[str, Any] | None:
-    """Return the file from which a tensor on disk is read, as accelerate writes it."""
+    """Return accelerate's record of the file from which a tensor on disk is read."""
     if (mapped := mapped_place(model, name)) is not None:
         return {"safetensors_file": mapped.file, "weight_name": mapped.name}
     return place_in_file(model, name) if tensor_home(model, name) == DISK else None
@@ -237,5 +235,5 @@ def _names_of(model: PreTrainedModel) -> list[str]:
 
 
 def device_of(device: torch.device) -> Device:
-    """Return the device that torch means."""
+    """Return the device for one of torch."""
     return CPU if device.type == "cpu" else nth_accelerator(device.type, device.index or 0)

@@ -1,4 +1,4 @@
-"""Loads a model with `from_pretrained` exactly as a plan says."""
+"""Loads a model with `from_pretrained`, exactly by its plan."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class RunnerError(DevmapError):
     """The model cannot be loaded or run here.
 
     Attributes:
-        code: the code of what is wrong, with a page under `docs/codes`.
+        code: the code of the error, with a page under `docs/codes`.
         help: what to do next.
-        diagnostics: the same, and what else is to be known.
+        diagnostics: the error as a diagnostic, with further ones.
     """
 
     def __init__(self, code: ErrorCode, message: str, help: str | None = None) -> None:
@@ -53,7 +53,7 @@ class RunnerError(DevmapError):
 
 
 class UnfitMachineError(RunnerError):
-    """This machine cannot carry the plan, as it is now; `diagnostics` say what it lacks."""
+    """This machine cannot run the plan in its present state; `diagnostics` say what it lacks."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
         errors = [each for each in diagnostics if each.is_error]
@@ -63,7 +63,7 @@ class UnfitMachineError(RunnerError):
 
 @contextmanager
 def telling_of_changes(consequence: str) -> Iterator[None]:
-    """Raise as a `RunnerError` what a library that changed comes to, within."""
+    """Turn errors about a changed library into `RunnerError`, with their consequence."""
     try:
         yield
     except LibraryChangedError as error:
@@ -75,12 +75,13 @@ def telling_of_changes(consequence: str) -> Iterator[None]:
 
 
 MMAP_THRESHOLD = -3
-"""`M_MMAP_THRESHOLD` of glibc's `mallopt`: what is larger is mapped by itself."""
+"""`M_MMAP_THRESHOLD` of glibc's `mallopt`: larger blocks are mapped separately."""
 TRIM_THRESHOLD = -1
-"""`M_TRIM_THRESHOLD`: so much is free at the end of the heap before it is given back."""
+"""`M_TRIM_THRESHOLD`: the free bytes at the end of the heap above which they are returned to the system."""
 MMAP_THRESHOLD_MOST_BYTES = 32 * 2**20
-"""`DEFAULT_MMAP_THRESHOLD_MAX`, to which the first rises by itself where as much was freed once; the second to twice
-that."""
+"""`DEFAULT_MMAP_THRESHOLD_MAX`, to which the first threshold rises by itself once a block of that size is freed, and
+the second to twice that.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,8 @@ class LoadRequest:
     Attributes:
         weights: a directory or a hub id.
         revision: the commit of a hub id.
-        config: the model's config as it is written, with the code that comes with the model.
-        pieces: the paths of modules whose weights are copied ahead, grouped by those that come at once, in order.
+        config: the model's config as written, including references to code that comes with the model.
+        pieces: the paths of modules whose weights are copied ahead, grouped by those that are copied at once, in order.
         arguments: further arguments, passed on as they are.
     """
 
@@ -109,7 +110,7 @@ class LoadRequest:
 
 
 class Loaded(NamedTuple):
-    """A model, and what transformers found of the checkpoint's names while loading it: of what is not on disk."""
+    """A model, and transformers' report on the checkpoint's names, which does not cover tensors on disk."""
 
     model: PreTrainedModel
     missing: frozenset[str]
@@ -117,12 +118,11 @@ class Loaded(NamedTuple):
 
 
 def load(plan: Plan, request: LoadRequest) -> Loaded:
-    """Return the model, loaded with the plan's map; what computes on the CPU does.
+    """Return the model, loaded with the plan's map and with the plan's modules computing on the CPU.
 
     Raises:
-        RunnerError: if accelerate is missing or too old, a library is not as it was tried, a device of the plan is
-            not on this machine, a part that is to compute on the CPU cannot, or what is offloaded would be written to
-            where a link leads.
+        RunnerError: if accelerate is missing or too old, a library has changed, this machine lacks a device of the
+            plan, a part cannot compute on the CPU, or offloaded weights would be written through a link.
     """
     require_accelerate()
     _require_devices(plan)
@@ -134,7 +134,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
         **_arguments(request),
         "device_map": _device_map(plan),
         "offload_buffers": plan.executor.offload_buffers,
-        "ignore_mismatched_sizes": True,  # they are in that report, and refused where they are not new on purpose
+        "ignore_mismatched_sizes": True,  # they are in the report, and refused unless they are allowed to be new
     }
     with telling_of_changes("the model cannot be loaded as it is planned"):
         with streaming_to(plan.main_device.in_device_map), code_of_models(allowed=request.trust_remote_code):
@@ -142,7 +142,7 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
         if plan.executor.works_ahead:
             _bring_ahead(loaded.model, plan, request)
         if folder is not None and _is_read_from(folder):
-            weakref.finalize(loaded.model, id, held)  # which is let go of with the model
+            weakref.finalize(loaded.model, id, held)  # it is released with the model
         if plan.computed_on_cpu:
             _compute_on_cpu(loaded.model, plan)
         _use_cpu_experts(loaded.model, plan)
@@ -152,20 +152,20 @@ def load(plan: Plan, request: LoadRequest) -> Loaded:
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc's allocator give back to the system what it keeps of freed memory: casts leave gigabytes of it."""
+    """Have glibc's allocator return freed memory to the system: casts leave gigabytes of it."""
     import ctypes
 
     if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # other C libraries have none, and keep less
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # other C libraries lack it, and keep less
 
 
 @contextmanager
 def giving_back_at_once() -> Iterator[None]:
-    """Have glibc's allocator give back what is freed of a mebibyte or more at once, within.
+    """Have glibc's allocator return freed blocks of a mebibyte or more at once, while the context lasts.
 
-    What quantises makes copies of each weight, four times as large as what becomes of it and freed when that stands
-    between them: of the holes, which no next copy fits into, the allocator would keep gigabytes until the end. Whoever
-    sets the limit by the environment is left alone.
+    Quantizers make copies of each weight, four times as large as the result, and free them when the result has been
+    allocated between them. The next copies do not fit into the holes, of which the allocator would keep gigabytes. A
+    limit that is set by the environment is respected.
     """
     import ctypes
     import os
@@ -179,15 +179,16 @@ def giving_back_at_once() -> Iterator[None]:
         yield
     finally:
         set_option(MMAP_THRESHOLD, MMAP_THRESHOLD_MOST_BYTES)
-        # Whoever sets one of the two has to set the other: at 128 KiB, copies of weights are given back at every token.
+        # Setting one of the two requires setting the other: at 128 KiB, copies of weights would be returned at every
+        # token.
         set_option(TRIM_THRESHOLD, 2 * MMAP_THRESHOLD_MOST_BYTES)
 
 
 def load_plainly(request: LoadRequest, device_map: str, **arguments: Any) -> PreTrainedModel:
-    """Return the model as plain `from_pretrained` loads it by one of its own device maps, `auto` say.
+    """Return the model as plain `from_pretrained` loads it by one of its own device maps, such as `auto`.
 
     Raises:
-        RunnerError: if transformers cannot load it so.
+        RunnerError: if transformers cannot load it.
     """
     with code_of_models(allowed=request.trust_remote_code):
         return _loaded(request, {**_arguments(request), "device_map": device_map, **arguments}).model
@@ -200,14 +201,14 @@ def _arguments(request: LoadRequest) -> dict[str, Any]:
         "dtype": request.dtype,
         "offload_folder": None if request.offload_folder is None else str(request.offload_folder),
         "trust_remote_code": request.trust_remote_code,
-        "use_safetensors": True,  # a pickle may run any code
+        "use_safetensors": True,  # a pickle could run arbitrary code
     }
     optional = {"attn_implementation": request.attention, "revision": request.revision}
     return arguments | {name: value for name, value in optional.items() if value is not None}
 
 
 def _device_map(plan: Plan) -> dict[str, Any]:
-    """Return the plan's map; where there is but one device, without parts: some quantizers take these for
+    """Return the plan's map; if there is only one device, with one key, as some quantizers read several keys as
     offloading.
     """
     if plan.computed_on_cpu:
@@ -257,18 +258,18 @@ def _use_cpu_experts(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _tell_placement(model: PreTrainedModel, plan: Plan) -> None:
-    """Tell libraries that take the model where it is, so that they leave it there; and their user, where they do not.
+    """Record the placement for libraries that use the model, so that they do not move it, or their user gets an error.
 
-    transformers' pipelines move what has no map, and send their inputs to the first device of one. PEFT places a model
-    anew of which something is on the `cpu` or `disk`, which it knows as strings only; and by these alone transformers
-    sees what is offloaded, and then does not compile.
+    transformers' pipelines move a model without a map, and send their inputs to the first device of a map. PEFT places
+    a model anew if something in its map is the string `cpu` or `disk`; and only by these strings transformers knows
+    what is offloaded, and then does not compile.
     """
     import torch
 
     from devmap_config.libraries.accelerate import before_hooks_are_removed
 
     for parameter in model.parameters():
-        if parameter.is_meta:  # it would get no gradient, in silence
+        if parameter.is_meta:  # it would silently get no gradient
             parameter.requires_grad_(requires_grad=False)
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.hf_device_map = {"": torch.device("cpu")}
@@ -297,10 +298,10 @@ def _loaded(request: LoadRequest, arguments: Mapping[str, Any]) -> Loaded:
         gives_back = giving_back_at_once() if request.quantization else nullcontext()
         with taking_loading_reports(passes_on=True) as reports, gives_back:
             model = model_class.from_pretrained(request.weights, **arguments)
-        info = reports[-1]  # models within it are loaded before
+        info = reports[-1]  # inner models are loaded before it
     except LibraryChangedError:
         raise
-    except Exception as error:  # what transformers raises where a package, a file or a kernel is missing
+    except Exception as error:  # transformers may raise anything if a package, a file or a kernel is missing
         reason = f"{type(error).__name__}: {first_line(error)}"
         if not request.trust_remote_code and fails_without(request.config, request.class_name, error):
             raise RunnerError("remote-code", not_run(request.config), READ_IT_FIRST) from error
@@ -317,14 +318,14 @@ FREE_MEMORY = "end what else holds memory; `devmap probe --against` says what of
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error is that of memory that cannot be had, of the host or of an accelerator."""
+    """Return whether an error says that the memory of the host or of an accelerator is exhausted."""
     said = str(error).lower()
-    # Of the host's, torch says the latter.
+    # For the host's memory, torch raises the latter.
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error and, if that ends with a colon, what it announces."""
+    """Return the first line of an error and, if that ends with a colon, the text that follows it."""
     said: list[str] = []
     for line in filter(None, map(str.strip, str(error).splitlines())):
         said.append(line)
@@ -334,7 +335,7 @@ def first_line(error: Exception) -> str:
 
 
 def _model_class(request: LoadRequest) -> Any:
-    """Return the class that the plan was made for, whose `from_pretrained` is what runs."""
+    """Return the class that the plan was made for, whose `from_pretrained` loads the model."""
     import transformers
 
     if reference := _code_reference(request):
@@ -343,7 +344,7 @@ def _model_class(request: LoadRequest) -> Any:
 
 
 def _own_config(request: LoadRequest) -> dict[str, Any]:
-    """Return the config of a model that brings its class: such a class need not say which config it takes."""
+    """Return the config of a model that comes with its class, as such a class need not name its config."""
     from transformers import AutoConfig
 
     if _code_reference(request) is None:
@@ -358,7 +359,7 @@ def _code_reference(request: LoadRequest) -> str | None:
 
 
 def _require_no_links(folder: Path | None) -> None:
-    """Refuse a folder in which what is written would land elsewhere: it may have come with a repository."""
+    """Refuse a folder with links, through which files would be written elsewhere: it may come from a repository."""
     links = [] if folder is None or not is_folder(folder) else [path for path in folder.iterdir() if path.is_symlink()]
     if links:
         raise RunnerError(
@@ -369,7 +370,7 @@ def _require_no_links(folder: Path | None) -> None:
 
 
 def _held(folder: Path) -> HeldFolder | None:
-    """Keep an offload folder from the loads of other processes, which would write over what this one does."""
+    """Lock an offload folder, which loads of other processes would overwrite."""
     try:
         return HeldFolder.of(folder)
     except BlockingIOError:
@@ -381,12 +382,12 @@ def _held(folder: Path) -> HeldFolder | None:
 
 
 def _is_read_from(folder: Path) -> bool:
-    """Return whether a model may have weights in a folder that another load would write over: casts are not."""
+    """Return whether a model may use weights in a folder that another load would overwrite, which casts are not."""
     return is_folder(folder) and any(not path.name.startswith(CAST) for path in folder.iterdir())
 
 
 def show_progress(wanted: bool) -> None:
-    """Show transformers' progress bars, or none."""
+    """Show or hide transformers' progress bars."""
     from transformers.utils import logging as transformers_logging
 
     if wanted:
@@ -396,12 +397,12 @@ def show_progress(wanted: bool) -> None:
 
 
 def require_accelerate() -> None:
-    """Check that accelerate is there and new enough.
+    """Check that accelerate is installed and new enough.
 
     Raises:
-        RunnerError: if it is not; its help names the command that mends it.
+        RunnerError: if it is not; the help names the command that installs it.
     """
-    wanted = TRIED["accelerate"][0]  # older ones were tried too, and mix up tied weights that are on disk
+    wanted = TRIED["accelerate"][0]  # older versions confuse tied weights that are on disk
     command = f"run `pip install 'accelerate>={wanted}'`"
     try:
         found = version("accelerate")

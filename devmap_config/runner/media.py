@@ -22,18 +22,18 @@ CONVERT_SOUND = "convert it: `ffmpeg -i FILE -c:a pcm_s16le sound.wav`"
 
 @dataclass(frozen=True)
 class Sound:
-    """Samples of one channel between -1 and 1, and how many there are in a second."""
+    """Samples of one channel between -1 and 1, and their number per second."""
 
     samples: NDArray[np.float32]
     rate: int
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """The length of the sound."""
         return len(self.samples) / self.rate
 
     def at(self, rate: int) -> NDArray[np.float32]:
-        """Return the samples at another rate: the same waves, as far as that rate has them."""
+        """Return the samples at another rate: the same waves, as far as that rate can represent them."""
         if rate == self.rate:
             return self.samples
         count = max(round(len(self.samples) * rate / self.rate), 1)
@@ -69,9 +69,9 @@ def image_of(data: bytes, *, formats: tuple[str, ...] | None = None, most_pixels
     """Return an image in red, green and blue, upright.
 
     Args:
-        data: what a file of it holds.
-        formats: those that may be read, by Pillow's names; `None` for all.
-        most_pixels: what is larger is not unpacked; `None` for Pillow's own bound.
+        data: the bytes of a file.
+        formats: the formats that may be read, by Pillow's names; `None` for all.
+        most_pixels: larger images are not decoded; `None` for Pillow's own limit.
 
     Raises:
         FileError: if there is none that can be read.
@@ -83,13 +83,13 @@ def image_of(data: bytes, *, formats: tuple[str, ...] | None = None, most_pixels
     try:
         found = opened(io.BytesIO(data), formats=formats)
         pixels = found.width * found.height
-        # Cameras that make pictures of several kinds at once (MPO) put the one that is meant first.
+        # In files with several pictures at once (MPO), the first one is the main one.
         count = 1 if found.format == "MPO" else getattr(found, "n_frames", 1)
         is_taken = count == 1 and (most_pixels is None or pixels <= most_pixels)
         image = exif_transpose(found).convert("RGB") if is_taken else None
     except UnidentifiedImageError:
         raise FileError("is not an image that Pillow knows", "syntax", "convert it to PNG") from None
-    except Exception as error:  # what is damaged raises many types, and so does more than Pillow unpacks
+    except Exception as error:  # damaged or too large images raise errors of many types
         raise FileError(f"cannot be read as an image: {error}", "syntax", "convert it to PNG") from None
     if count > 1:
         raise FileError(f"holds {count:,} images", "syntax", "take one of them")
@@ -99,7 +99,7 @@ def image_of(data: bytes, *, formats: tuple[str, ...] | None = None, most_pixels
 
 
 def read_sound(path: Path) -> Sound:
-    """Return the sound in a WAV file of whole numbers, its channels mixed.
+    """Return the sound in a WAV file of whole numbers, with its channels mixed.
 
     Raises:
         FileError: if there is none that can be read.
@@ -108,7 +108,7 @@ def read_sound(path: Path) -> Sound:
 
 
 def sound_of(data: bytes) -> Sound:
-    """Return the sound in what a WAV file of whole numbers holds, its channels mixed.
+    """Return the sound in the bytes of a WAV file of whole numbers, with its channels mixed.
 
     Raises:
         FileError: if there is none that can be read.
@@ -125,7 +125,7 @@ def sound_of(data: bytes) -> Sound:
         raise FileError("holds no sound", "syntax", CONVERT_SOUND)
     if width == 1:
         samples = (frames.astype(np.float32) - 128) / 128
-    else:  # each becomes the upper bytes of four
+    else:  # each sample becomes the upper three of four bytes
         whole = np.zeros((len(frames) // width, 4), np.uint8)
         whole[:, 4 - width :] = frames.reshape(-1, width)
         samples = (whole.view("<i4")[:, 0] / 2**31).astype(np.float32)

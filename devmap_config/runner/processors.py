@@ -1,4 +1,4 @@
-"""Finds what makes a model's inputs of images and sound, by what comes with the checkpoint."""
+"""Finds the processor for a model's images and sound in its checkpoint."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 
 def load_processor(request: LoadRequest, *, of_images: bool, with_text: bool) -> Any:
-    """Return the checkpoint's processor for images or sound; the part that takes these where there is no whole one.
+    """Return the checkpoint's processor for images or sound or, if there is none, its image processor or feature
+    extractor.
 
     Args:
-        request: what names the checkpoint.
-        of_images: whether it is to take images, rather than sound.
-        with_text: whether it is to put them into a text: no part does.
+        request: the checkpoint.
+        of_images: whether it must take images, rather than sound.
+        with_text: whether it must combine them with text, which only a whole processor does.
 
     Raises:
-        RunnerError: if it has none that can be used.
+        RunnerError: if the checkpoint has none that can be used.
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, PreTrainedTokenizerBase
 
@@ -30,7 +31,9 @@ def load_processor(request: LoadRequest, *, of_images: bool, with_text: bool) ->
             processor = loader.from_pretrained(
                 request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
             )
-        except Exception as error:  # whatever a processor's own code raises; without files, what transformers says
+        except (
+            Exception
+        ) as error:  # a processor's own code may raise anything; without files, transformers' message says why
             errors.append(error)
             continue
         if not isinstance(processor, PreTrainedTokenizerBase) and (
@@ -41,7 +44,7 @@ def load_processor(request: LoadRequest, *, of_images: bool, with_text: bool) ->
     if not request.trust_remote_code and ("trust_remote_code" in said or "not allowed to run" in said):
         message = "the processor is code that comes with the model, which was not run"
         raise RunnerError("remote-code", message, READ_IT_FIRST)
-    # What keeps the whole of it from being loaded says more than what keeps a part, which a text may need besides.
+    # The error of the whole processor says more than that of a part, which a text may also need.
     why = f": {type(errors[0]).__name__}: {first_line(errors[0])}" if errors else ", but for a part of one"
     raise RunnerError(
         "no-processor",

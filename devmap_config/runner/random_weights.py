@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from devmap_config.runner.runner import Deployment
 
 SHARD_BYTES = GIBIBYTE
-"""The bytes that are made at once, unless a single tensor is larger."""
+"""The bytes of a file, unless a single tensor is larger."""
 
 ROW = 2**20
-"""The count of random numbers; weights begin at different ones of them, and repeat them."""
+"""The length of the row of random numbers that all weights repeat, each from another start."""
 
 SPREAD = 0.02
-"""The standard deviation of weights, as most models begin to be trained with."""
+"""The standard deviation of weights with which most models start training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,9 @@ class Shard:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
 
     def write(self, folder: Path, seed: int = 0) -> None:
-        """Write it: weights of the usual spread; of what has one dimension, biases are zeros and all else is ones."""
+        """Write the file: matrices with the usual spread; of one-dimensional tensors, biases are zeros and others
+        ones.
+        """
         import torch
         from safetensors.torch import save_file
 
@@ -75,7 +77,7 @@ def _values(name: str, shape: tuple[int, ...], dtype: torch.dtype, row: torch.Te
 
 
 def shards_of(model: PreTrainedModel) -> tuple[Shard, ...]:
-    """Return the files of a checkpoint of a model without data, as transformers would save it."""
+    """Return the files of a checkpoint for a model without data, as transformers would save them."""
     shards: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     held_bytes = 0
     for name, tensor in checkpoint_tensors(model).items():
@@ -89,7 +91,7 @@ def shards_of(model: PreTrainedModel) -> tuple[Shard, ...]:
 
 
 def write_around(folder: Path, config: Mapping[str, Any], shards: tuple[Shard, ...]) -> None:
-    """Write what a checkpoint has besides its shards: the model's config, and which tensor is in which of them."""
+    """Write the other files of a checkpoint: the model's config, and the index of its shards."""
     own = {key: value for key, value in config.items() if key != "transformers_weights"}
     (folder / "config.json").write_text(json.dumps(own), encoding="utf-8")
     index = {
@@ -103,15 +105,15 @@ def write_around(folder: Path, config: Mapping[str, Any], shards: tuple[Shard, .
 def with_random_weights(
     deployment: Deployment, expect: Callable[[int], None], advance: Callable[[int], None]
 ) -> Iterator[Deployment]:
-    """Give a deployment whose checkpoint is random; its files are in a temporary folder, and deleted after.
+    """Yield a deployment whose checkpoint is random; its files are in a temporary folder, which is deleted afterwards.
 
     Args:
-        deployment: what is to be loaded; of its own checkpoint nothing is read.
-        expect: is told how many bytes are to be written.
-        advance: is told of each part of them that is.
+        deployment: the deployment, whose own checkpoint is not read.
+        expect: called with the number of bytes that will be written.
+        advance: called with the number of bytes of each part that was written.
 
     Raises:
-        RunnerError: if there is no room for it, or the model is one of which none can be made.
+        RunnerError: if there is no room for it, or none can be made for the model.
     """
     shards = shards_of(_model_without_data(deployment))
     total_bytes = sum(shard.size_bytes for shard in shards)

@@ -1,4 +1,4 @@
-"""Makes a receipt of a run: what its plan predicted beside what was seen."""
+"""Makes a receipt of a run: the plan's predictions beside the measurements."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def receipt_of(
     *,
     command: str,
 ) -> dict[str, Any]:
-    """Return a receipt of one case: what was predicted of a deployment, and what this process has seen of it.
+    """Return a receipt of one case: the predictions for a deployment, and the measurements of this process.
 
     Args:
         deployment: the locked plan.
-        model: its model, which was loaded in this process, and the only one.
-        load: what that took.
-        generation: what generating took; `None` if nothing was generated.
-        process: what the process held meanwhile.
-        command: by which one gets another.
+        model: its model, the only one that was loaded in this process.
+        load: the cost of loading.
+        generation: the times of generating; `None` if nothing was generated.
+        process: the memory of the process meanwhile.
+        command: the command that makes such a receipt.
     """
     plan, compiled = deployment.plan, deployment.compiled
     inventory, workload = compiled.inventory, compiled.loaded.profile.workload
@@ -94,7 +94,7 @@ def _seen(
     generation: GenerationTimes | None,
     process: ProcessUse,
 ) -> dict[str, dict[str, int]]:
-    """Return what was held of each device; of the CPU, by this process."""
+    """Return the bytes that were held on each device; on the CPU, by this process."""
     plan = deployment.plan
     weights = weights_by_device(model, plan, deployment.compiled.model.graph)
     cache = {} if generation is None else generation.kv_cache_bytes
@@ -140,7 +140,7 @@ def _machine() -> dict[str, Any]:
 
 
 def write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
-    """Write a receipt, whole or not at all; what is no whole number has four digits, as far as they mean anything.
+    """Write a receipt atomically, with fractions rounded to four digits, which is about their accuracy.
 
     Raises:
         OSError: if it cannot be written.

@@ -1,4 +1,6 @@
-"""Receipts: what a plan predicted of a run beside what was seen. Those of real cards come with the package."""
+"""Reads receipts: the predictions of a plan for a run beside the measurements. Those of real cards come with the
+package.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,29 @@ if TYPE_CHECKING:
     from devmap_config.plan.plan import Plan
 
 FOLDER = Path(__file__).with_name("receipts")
-"""`benchmarks/real_cards.py` writes them; `devices` names those that a run used, as torch does, each with its model."""
+"""The receipts of the package, written by `benchmarks/real_cards.py`; `devices` holds torch's names of used devices,
+with their models.
+"""
 
 RECEIPT_VERSION = 2
-"""The first says none, and not what a forward does."""
+"""Version 1 lacked the version, and the amounts of a forward."""
 
 HELD = ("weights", "kv_cache", "activation", "overhead")
-"""The keys of a plan's device whose sum it holds while the model runs."""
+"""The keys of a plan's device that add up to the bytes held while the model runs."""
 
 
 PROCESS = ("anonymous", "file", "library_file", "peak")
-"""What of a process's memory is predicted and seen, for plans of the CPU: its own, pages of the model's files and of
-the libraries', and the most of all."""
+"""The figures of a process's memory for plans of the CPU: anonymous memory, pages of the model's files and of the
+libraries' files, and the peak of all.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of a case, as predicted and as seen; `None` if there is none.
+    """One figure of a case, as predicted and as measured; `None` if there is none.
 
-    It is bytes of a `device`, else seconds. Of the CPU, what is seen is what the process held besides what it held
-    before the model was loaded.
+    With a `device`, it is in bytes, else in seconds. For the CPU, the measured figure is the memory of the process
+    beyond that before loading the model.
     """
 
     name: str
@@ -46,7 +51,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run of a receipt: its figures, or why it failed. `rates` are those that predicted times rest on, by phase."""
+    """One run of a receipt: its figures, or why it failed. `rates` holds the basis of predicted times, by phase."""
 
     receipt: str
     name: str
@@ -77,7 +82,7 @@ def _case(receipt: str, case: Mapping[str, Any]) -> Case:
     if "failed" in case:
         return Case(receipt=receipt, name=str(case["case"]), failed=str(case["failed"]))
     predicted, generation = case["predicted"], case["generation"] or {}
-    bases = predicted.get("basis") or {}  # early ones have none
+    bases = predicted.get("basis") or {}  # early receipts have none
     figures = [figure for use in predicted["devices"] for figure in _memory(use, case["seen"].get(use["id"], {}))]
     process, seen_process = predicted.get("process_memory") or {}, case["seen"].get("cpu", {})
     figures += [
@@ -93,7 +98,7 @@ def _case(receipt: str, case: Mapping[str, Any]) -> Case:
         seconds = None if nanoseconds is None else nanoseconds / 1e9
         figures.append(Figure(name=name, device=None, predicted=seconds, seen=generation.get(seen)))
     figures.append(Figure(name="load", device=None, predicted=None, seen=case["load_seconds"]))
-    if not case["by"].startswith("devmap"):  # by which the plan's predictions are for another
+    if not case["by"].startswith("devmap"):  # then the plan's predictions are for another executor
         figures, bases = [replace(figure, predicted=None) for figure in figures], {}
     rates = {str(phase): str(basis["rates"]) for phase, basis in bases.items()}
     return Case(receipt=receipt, name=str(case["case"]), figures=tuple(figures), rates=rates)
@@ -131,7 +136,7 @@ def read_receipts() -> list[Any]:
 
 
 def never_seen(plan: Plan) -> str | None:
-    """Return how a plan's accelerators go beyond all that devmap-config was run on, in a sentence; `None` if not."""
+    """Return a sentence if a plan's accelerators are beyond those that devmap-config was run on; else `None`."""
     most: Counter[str] = Counter()
     models: dict[str, str] = {}
     for receipt in read_receipts():

@@ -1,4 +1,4 @@
-"""From a profile and its lock to a model that provably sits where the lock says."""
+"""Loads the model of a profile by its lock, and verifies that it is on the devices of the lock."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ class Deployment:
 
     Attributes:
         lock: the lock, with figures by the installed libraries.
-        match: the comparison of the checkpoint's headers with the model; `None` if they are not at hand before loading.
-        has_random_weights: the checkpoint is made up: loading it shows that tensors fit, and nothing of the model's
-            output.
-        compiles: decode by compiled code.
+        match: the comparison of the checkpoint's headers with the model; `None` if they are not available before
+            loading.
+        has_random_weights: the checkpoint is random: loading it shows that tensors fit, but the model's output is
+            meaningless.
+        compiles: decode with compiled code.
         assistant: the deployment of the draft model.
     """
 
@@ -73,14 +74,14 @@ class Deployment:
         return self.compiled.plan
 
     def given(self, arguments: Mapping[str, Any]) -> Deployment:
-        """Return the same with further arguments of `from_pretrained`, for its draft model as well."""
+        """Return the deployment with further arguments of `from_pretrained`, also for its draft model."""
         request = replace(self.request, arguments=arguments)
         draft = None if self.assistant is None else self.assistant.given(arguments)
         return replace(self, request=request, assistant=draft)
 
     @property
     def base_plan(self) -> Plan:
-        """The same without what an adapter adds: what transformers loads."""
+        """The plan without an adapter's tensors, for the model that transformers loads."""
         added = frozenset(self.compiled.model.graph.adapter_tensors)
         assignments = (
             replace(each, tensors=tuple(name for name in each.tensors if name not in added))
@@ -90,7 +91,7 @@ class Deployment:
 
     @property
     def loaded_bytes(self) -> dict[str, int]:
-        """The bytes of each tensor that is held once it is loaded: of all but those that stay on the disk."""
+        """The bytes of each tensor that is in memory after loading: all tensors except those that stay on the disk."""
         graph, plan = self.compiled.model.graph, self.base_plan
         return {
             name: plan.executor.held_bytes(graph.tensors[name], each.location, plan.main_device)
@@ -101,9 +102,9 @@ class Deployment:
 
     @property
     def unchecked(self) -> str | None:
-        """The reason for which it is not known that every tensor comes from the checkpoint; `None` if it is known.
+        """The reason why it is not certain that every tensor comes from the checkpoint; `None` if it is.
 
-        transformers' own report says so as well, but not of tensors on disk.
+        transformers' own report covers this, too, except for tensors on disk.
         """
         if self.has_random_weights:
             return "the weights are random"
@@ -119,7 +120,7 @@ class Deployment:
 
     @property
     def new(self) -> tuple[str, ...]:
-        """The tensors that are new on purpose, and that the checkpoint does not hold."""
+        """The tensors that are allowed to be new, and that the checkpoint does not hold."""
         lacking = () if self.match is None else (*self.match.missing, *(each.name for each in self.match.mismatched))
         return tuple(name for name in lacking if name in _allowed(self.compiled))
 
@@ -142,17 +143,17 @@ def load_model(
         variables: values for its templates, as `--set` gives them; the values of its lock hold for all others.
         allow_outside: allow paths in the profile that lead out of its repository.
         trust_remote_code: allow Python code that comes with the model to run.
-        allow_unmeasured: accept a plan whose costs were estimated by formulas, since a library has changed so that the
+        allow_unmeasured: accept a plan whose costs were estimated by formulas because a library has changed so that the
             model cannot be measured.
-        probe: check first that this machine can carry the plan.
-        compile: decode by compiled code with a static cache, in `generate`; all of it must be on one CUDA card, or
-            in float32 on the CPU.
+        probe: check first that this machine can run the plan.
+        compile: decode with compiled code and a static cache in `generate`; the whole model must be on one CUDA card,
+            or in float32 on the CPU.
         from_pretrained: further arguments of transformers' `from_pretrained`: `local_files_only`, `token`, `cache_dir`
             and the like, but none that the profile decides (`dtype`, `device_map`, `revision`, …).
 
     Returns:
-        The model: every tensor from the checkpoint, on the device that the plan gives it. With an adapter it is PEFT's
-        model around that; with a draft model, `generate` is given that as `assistant_model`.
+        The model: every tensor from the checkpoint, on the device that the plan gives it. With an adapter, it is PEFT's
+            model around that; with a draft model, `generate` uses that as `assistant_model`.
 
     Raises:
         ArgumentError: if an argument is decided by the profile, or `from_pretrained` has none of that name.
@@ -160,7 +161,7 @@ def load_model(
         RunnerError: if the lock is missing or stale, or if the machine or the loaded model differs from it.
 
     Warns:
-        DevmapWarning: of everything that `devmap run` warns of, such as a library's version that was never tested.
+        DevmapWarning: about everything that `devmap run` warns of, such as an untested version of a library.
 
     Example:
         >>> model = load_model("profiles/quickstart.yaml", local_files_only=True)
@@ -181,7 +182,7 @@ def load_model(
         deployment = replace(deployment.given(from_pretrained), compiles=compile)
         for notice in notices(deployment, asks_machine=probe):
             warnings.warn(f"{notice.message} [{notice.code}]", DevmapWarning, stacklevel=2)
-        model: PreTrainedModel = load_adapted(deployment)  # PEFT's gives on what is asked of the one within
+        model: PreTrainedModel = load_adapted(deployment)  # PEFT's model delegates attributes to the inner one
         with_draft(model, load_draft(deployment))
         return model
 
@@ -194,13 +195,13 @@ def prepare(
     permissions: Permissions = NO_PERMISSIONS,
     needs_weights: bool = True,
 ) -> Deployment:
-    """Read a profile's lock and see that it still holds; loads nothing.
+    """Read a profile's lock and check that it still holds; nothing is loaded.
 
     Args:
         path: the profile's.
         variables: values for its templates.
         permissions: what reading it may do.
-        needs_weights: whether there must be weights: a config alone will do where random ones are to stand in.
+        needs_weights: whether there must be weights; a config suffices if random weights replace them.
 
     Raises:
         ProfileError: if the profile is wrong.
@@ -214,7 +215,7 @@ def prepare(
         raise ProfileError(compiled.diagnostics, compiled.texts)
     model, plan, match = compiled.model, compiled.plan, None
     plan.require_transformers()
-    # Of a checkpoint that is another now, what is wrong with it says more than that the lock is stale.
+    # If the checkpoint has changed, its errors say more than that the lock is stale.
     if drift is None or lock.inputs.get("checkpoint") not in (None, model.source.checkpoint_digest):
         match = match_checkpoint(model, trust_remote_code=permissions.trust_remote_code)
         require_match(match, compiled)
@@ -259,7 +260,7 @@ def _load_request(compiled: Compiled, permissions: Permissions) -> LoadRequest:
 
 
 def _raise_unreadable_checkpoint(rejected: Rejected) -> None:
-    """Raise an error if files of the checkpoint cannot be read; the profile is then not wrong."""
+    """Raise an error about unreadable files of the checkpoint, as the profile itself is not wrong."""
     for each in rejected.diagnostics:
         if each.code in ("unreadable-checkpoint", "no-safetensors"):
             raise RunnerError(each.code, each.message, each.help)
@@ -273,7 +274,7 @@ def require_match(match: CheckpointMatch | None, compiled: Compiled) -> None:
     """Refuse a checkpoint that does not hold the model.
 
     Raises:
-        RunnerError: if it does not; it names the tensors.
+        RunnerError: if it does not; the error names the tensors.
     """
     if match is None or match.unchecked is not None:
         return
@@ -290,14 +291,16 @@ SAID_AGAIN: tuple[Code, ...] = (
     "figures-moved",
     "remote-code",
 )
-"""What is said again where a plan is run, of its libraries and of code that comes with the model."""
+"""The diagnostics of compiling that are repeated when a plan is run: about libraries, and code that comes with the
+model.
+"""
 
 
 def notices(deployment: Deployment, *, asks_machine: bool) -> tuple[Diagnostic, ...]:
-    """Return what is to be known before a model is loaded: of libraries, the checkpoint, and of this machine if asked.
+    """Return the warnings before loading: about libraries, the checkpoint and, if it is checked, this machine.
 
     Raises:
-        UnfitMachineError: if this machine cannot carry the plan; it carries every reason.
+        UnfitMachineError: if this machine cannot run the plan; the error has every reason.
     """
     sink = Sink()
     sink.report_all(each for each in deployment.compiled.diagnostics if each.code in SAID_AGAIN)
@@ -311,7 +314,7 @@ def notices(deployment: Deployment, *, asks_machine: bool) -> tuple[Diagnostic, 
 
 
 def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
-    """Check that this machine can carry the plan now, and return the warnings.
+    """Check that this machine can run the plan now, and return the warnings.
 
     Raises:
         UnfitMachineError: if it cannot; it carries every reason.
@@ -321,7 +324,7 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
     folder = deployment.request.offload_folder
     seen = probe_machine(os.environ, folder or Path(), kind=kind_needed(deployment.lock))
     place = whole_file(str(deployment.compiled.loaded.path))
-    # Weights that lie in the checkpoint as they are loaded are read there, and not written anew.
+    # Weights that the checkpoint has in the loaded form are read from there, and not written again.
     found = differences(deployment.lock, seen, place, disk_may_be_read_in_place=True)
     if any(each.is_error for each in found):
         raise UnfitMachineError(found)
@@ -329,7 +332,7 @@ def require_fit_machine(deployment: Deployment) -> tuple[Diagnostic, ...]:
 
 
 def require_model_alone(deployment: Deployment, what: str) -> None:
-    """Refuse what is of a model alone, where an adapter is loaded on top.
+    """Refuse a feature that does not support adapters, if the deployment has one.
 
     Raises:
         RunnerError: if one is.
@@ -352,20 +355,20 @@ def load_draft(deployment: Deployment) -> PreTrainedModel | None:
 
 
 def with_draft(model: PreTrainedModel, draft: PreTrainedModel | None) -> None:
-    """Have a model generate with a draft model, where there is one."""
-    if draft is not None:  # no attribute of its own, by which it would become a part of the model
-        draft.generation_config.num_assistant_tokens = PROPOSED_TOKENS  # for which there is room
+    """Have a model generate with a draft model, if there is one."""
+    if draft is not None:  # not as an attribute, which would make it a part of the model
+        draft.generation_config.num_assistant_tokens = PROPOSED_TOKENS  # the plan has room for these
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         model.generate = partial(model.generate, assistant_model=draft)
 
 
 def load_verified(deployment: Deployment) -> PreTrainedModel:
-    """Return the model, loaded: every tensor is from the checkpoint and sits, and every module runs, where planned.
+    """Load and verify the model: every tensor is from the checkpoint, and is stored and runs on its planned device.
 
-    An adapter is within it; a draft model is not loaded.
+    An adapter is attached; a draft model is not loaded.
 
     Raises:
-        RunnerError: if it cannot be loaded here, tensors are not from the checkpoint, or sit elsewhere.
+        RunnerError: if it cannot be loaded here, tensors are not from the checkpoint, or are on other devices.
     """
     loaded = load_adapted(deployment)
     model: PreTrainedModel = loaded if deployment.compiled.model.adapter is None else loaded.get_base_model()
@@ -374,10 +377,10 @@ def load_verified(deployment: Deployment) -> PreTrainedModel:
 
 @telling_of_changes("whether the loaded model is what was planned cannot be told")
 def load_adapted(deployment: Deployment) -> Any:
-    """Return the same; with an adapter, PEFT's model around it.
+    """Load and verify the model; with an adapter, return PEFT's model around it.
 
     Raises:
-        RunnerError: as `load_verified`, and where PEFT is missing or the adapter is not what its config says.
+        RunnerError: as `load_verified`, and if PEFT is missing or the adapter does not match its config.
     """
     from devmap_config.runner.adapter import attach, require_peft, stored_adapter
     from devmap_config.runner.inspection import (
@@ -392,7 +395,7 @@ def load_adapted(deployment: Deployment) -> Any:
         require_compilable(deployment.plan, deployment.compiled.model, deployment.compiled.loaded.profile.workload)
     require_cache(deployment.compiled.loaded.profile.workload.cache)
     compiled, plan, stored = deployment.compiled.model, deployment.base_plan, None
-    if compiled.adapter is not None:  # which takes no time, as loading may
+    if compiled.adapter is not None:  # this check is fast, whereas loading is not
         require_peft()
         stored = None if deployment.has_random_weights else stored_adapter(compiled.adapter, compiled.graph)
     if otherwise := misread_by_quantizer(plan, compiled.graph):
@@ -447,13 +450,13 @@ ANEW = "get the checkpoint anew, and empty the offload folder"
 
 
 def _require_loaded(loaded: Loaded, deployment: Deployment, compiled: LoadedModel) -> None:
-    """Refuse a model of which transformers has made up tensors.
+    """Refuse a model in which transformers has initialised tensors that the checkpoint lacks.
 
     Raises:
         RunnerError: if it has.
     """
     if deployment.match is None and compiled.source.weights is not None and compiled.source.commit is not None:
-        source = compiled.source  # by now it is downloaded
+        source = compiled.source  # it has been downloaded by now
         checkpoint = cached_checkpoint(compiled.source.weights, compiled.source.commit, source.config)
         require_match(
             match_checkpoint(replace(compiled, source=replace(source, checkpoint=checkpoint))), deployment.compiled

@@ -1,4 +1,4 @@
-"""Makes a sentence encoder of an encoder: the modules that sentence-transformers adds, read from their files."""
+"""Turns an encoder into a sentence encoder, by the files of the modules that sentence-transformers adds."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MODES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceEncoder:
-    """The way in which the vectors of tokens become one vector.
+    """The pooling that turns the vectors of tokens into one vector.
 
     Attributes:
         modes: the poolings, whose results are joined if there are several.
         normalizes: the vector is scaled to a length of 1.
         prompt: the text that is put before every text.
         max_tokens: the most tokens that are read.
-        lowers_case: the text is put in small letters.
+        lowers_case: the text is converted to lower case.
     """
 
     modes: tuple[str, ...]
@@ -46,11 +46,13 @@ class SentenceEncoder:
     lowers_case: bool = False
 
     def prepared(self, text: str) -> str:
-        """Return a text as the encoder reads it."""
+        """Return a text in the form that the encoder reads."""
         return self.prompt + (text.lower() if self.lowers_case else text)
 
     def embedding(self, states: torch.Tensor, mask: torch.Tensor) -> Output:
-        """Return the vector of a text, by the states of its tokens (1 × tokens × width) and what of them is text."""
+        """Return the vector of a text, from the states of its tokens (1 × tokens × width) and the mask of those that
+        are text.
+        """
         import torch
 
         weights = mask.to(states).unsqueeze(-1)
@@ -77,7 +79,7 @@ def _pooled(mode: str, states: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 
 def sentence_encoder(request: LoadRequest, sink: Sink) -> SentenceEncoder | None:
-    """Return how the checkpoint's modules make one vector of a text; `None` if it has none, or others than known."""
+    """Return the sentence encoder of the checkpoint's modules; `None` if it has none, or unknown ones."""
     modules = _read(request, "modules.json")
     if not isinstance(modules, list):
         return None
@@ -114,7 +116,7 @@ def _warn_unknown(what: str, sink: Sink) -> None:
 
 
 def _as_object(value: Any) -> dict[str, Any]:
-    """Return a value that is to be an object of JSON; an empty one where it is none."""
+    """Return a value that should be a JSON object; an empty one if it is not."""
     return value if isinstance(value, dict) else {}
 
 
@@ -135,5 +137,5 @@ def _fetched(request: LoadRequest, name: str) -> Path:
 
     try:
         return Path(hf_hub_download(request.weights, name, revision=request.revision))
-    except (EntryNotFoundError, OSError, ValueError):  # or it cannot be had, or there can be none of that name
+    except (EntryNotFoundError, OSError, ValueError):  # or it cannot be fetched, or the name is impossible
         return Path(name, "is-not-there")

@@ -1,4 +1,4 @@
-"""The text of tokens as they are made, and when each was."""
+"""Streams the text of tokens as they are generated, and measures their times."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 INCOMPLETE = "\ufffd"
-"""The replacement character: a decoder writes it for a character of which some bytes are in the next token."""
+"""The replacement character: a decoder writes it for a character whose last bytes are in the next token."""
 
 PROMPT_CONTEXT = 5
-"""The tokens at a prompt's end that decide how the next one is written."""
+"""The number of tokens at a prompt's end that influence the text of the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """The time of a model for a number of tokens.
 
-    The first tokens, one for each text at once, take the prefill; `None` if they were not seen apart.
+    The first tokens, one for each text, take the prefill; `None` if their time is not known separately.
     """
 
     prompt_tokens: int
@@ -33,7 +33,7 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """The tokens written in a second, without the first if its time is known and there are others."""
+        """The tokens per second, without the first one if its time is known and there are others."""
         if self.first_token_seconds is None or self.tokens <= self.first_tokens:
             return self.tokens / self.seconds
         return (self.tokens - self.first_tokens) / (self.seconds - self.first_token_seconds)
@@ -50,34 +50,34 @@ class Speed:
 
 
 class TextStream:
-    """A streamer for transformers' `generate`: hands on the text of tokens once no later token can change it.
+    """A streamer for transformers' `generate` that passes on the text of tokens once no later token can change it.
 
-    Text is that of the tokens by themselves: no spaces are cleaned up, since that changes what was shown before. So
-    what is shown bit by bit and what is printed at once are the same.
+    Spaces are not cleaned up, since that would change text that was shown already. So text that is streamed is the same
+    as text that is printed at once.
     """
 
     def __init__(
         self, tokenizer: Any, write: Callable[[str], None], *, shows_prompt: bool, goes_on: bool = False
     ) -> None:
-        """Begin; `tokenizer` is `None` if tokens are to be shown as numbers, at the end.
+        """Begin; with `tokenizer=None`, tokens are shown as numbers at the end.
 
-        What `goes_on` from a prompt that is not shown is the text behind it, a space at its beginning included.
+        With `goes_on`, the text continues a prompt that is not shown, and may begin with a space.
         """
         self._tokenizer = tokenizer
         self._write = write
         self._shows_prompt = shows_prompt
         self._context_tokens = PROMPT_CONTEXT if goes_on else 0
         self._tokens: list[int] = []
-        self._begin = 0  # of what is shown
+        self._begin = 0  # of the shown text
         self._written: list[str] = []
-        self._context, self._shown = 0, 0  # what is decoded begins at the first, and is shown up to the second
+        self._context, self._shown = 0, 0  # decoding begins at the first, and has been shown up to the second
         self._prompt_tokens: int | None = None
         self._start_seconds = time.perf_counter()
         self._first_seconds: float | None = None
         self._first_tokens = 1
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Take tokens: the prompt's at first, then those that are made."""
+        """Take tokens: first those of the prompt, then generated ones."""
         self._tokens += tokens.reshape(-1).tolist()
         if self._prompt_tokens is None:
             self._prompt_tokens = len(self._tokens)
@@ -91,22 +91,22 @@ class TextStream:
         self._hand_on()
 
     def flush(self) -> None:
-        """Hand on what is left."""
+        """Pass on the remaining text."""
         self._hand_on(is_last=True)
 
     def end(self) -> None:
-        """Hand on what is left, and the numbers of the tokens where nothing is text."""
+        """Pass on the remaining text, or the numbers of the tokens without a tokenizer."""
         self.flush()
         if not self.text.strip():
             self._hand_out(f"tokens {self._tokens[self._begin :]}")
 
     @property
     def text(self) -> str:
-        """The text that was handed on."""
+        """The text that was passed on."""
         return "".join(self._written)
 
     def speed(self, *, sees_each: bool) -> Speed:
-        """Return how long it took since this was made; `sees_each` tells whether tokens came one by one."""
+        """Return the speed since this stream was created; `sees_each` says whether tokens arrived one by one."""
         prompt_tokens = self._prompt_tokens or 0
         return Speed(
             prompt_tokens=prompt_tokens,

@@ -1,4 +1,4 @@
-"""Finds the tokenizer of a checkpoint, or says why it has none that can be used."""
+"""Finds the tokenizer of a checkpoint, or reports why it has none that can be used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from devmap_config.runner.loading import LoadRequest
 
 OTHER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
-"""Files that transformers takes a vocabulary of, whatever the tokenizer's class."""
+"""Files that transformers reads a vocabulary from, whatever the tokenizer's class."""
 
 
 def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
-    """Return the checkpoint's tokenizer; `None` if it has none that can be used, and why not is in the sink."""
+    """Return the checkpoint's tokenizer; if it has none that can be used, report why and return `None`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     stated = tokenizer_config(request.weights, request.revision)
@@ -28,7 +28,7 @@ def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 request.weights, revision=request.revision, trust_remote_code=request.trust_remote_code
             )
-    except Exception as error:  # whatever a tokenizer's own code raises; without files, what transformers makes of that
+    except Exception as error:  # a tokenizer's own code, or transformers without files, may raise anything
         files = code_files(stated)
         if files and not request.trust_remote_code:
             sink.warning(
@@ -40,8 +40,8 @@ def load_tokenizer(request: LoadRequest, sink: Sink) -> Any:
         elif stated:
             of_code = f", which is code ({listed(files)}), cannot be had or run" if files else " cannot be loaded"
             _warn_without_tokenizer(f"the tokenizer{of_code}: {_why(error)}", sink)
-        return None  # a checkpoint without a tokenizer is a checkpoint still
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # its config may name any class
+        return None  # a checkpoint without a tokenizer is still valid
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # the config may name any class
         _warn_without_tokenizer(f"a {type(tokenizer).__name__} is not a tokenizer", sink)
         return None
     if not _is_made_up(tokenizer, request):
@@ -61,14 +61,14 @@ def _warn_without_tokenizer(message: str, sink: Sink) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Return why a tokenizer could not be loaded, in our words if transformers' only list possible reasons."""
+    """Return why a tokenizer could not be loaded, in our words if transformers' message only lists possible reasons."""
     if "backend tokenizer" in first_line(error):
         return "no file with its vocabulary is there that what is installed here can read"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _is_made_up(tokenizer: Any, request: LoadRequest) -> bool:
-    """Return whether a tokenizer has no files: for some models, transformers then makes one up, which knows no words.
+    """Return whether a tokenizer has no files: transformers then makes up one without words for some models.
 
     Some tokenizers need no file, such as those of bytes.
     """
@@ -79,13 +79,13 @@ def _is_made_up(tokenizer: Any, request: LoadRequest) -> bool:
 
 
 def _vocabulary_files(tokenizer: Any) -> tuple[str, ...]:
-    """Return the files of which a tokenizer of this class has its words; any of them may do."""
+    """Return the files that a tokenizer of this class may read its vocabulary from; any of them may suffice."""
     named = [each for each in tokenizer.vocab_files_names.values() if isinstance(each, str)]
     return tuple(dict.fromkeys([*named, *(OTHER_VOCABULARIES if named else ())]))
 
 
 def _is_at_hand(name: str, request: LoadRequest) -> bool:
-    """Return whether a file is in the model's folder or, of a model on the hub, was fetched."""
+    """Return whether a file is in the model's folder or, for a model on the hub, has been fetched."""
     if Path(request.weights).is_dir():
         return Path(request.weights, name).is_file()
     from huggingface_hub import try_to_load_from_cache

@@ -1,4 +1,4 @@
-"""The resources that a run was observed to use, device memory above all, beside those that the plan predicts."""
+"""Measures the resources of a run, above all device memory, to compare them with the plan's predictions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """The most that was held of a device's memory since the process began: by torch there; of the CPU, by the process.
+    """The peak of a device's memory since the process began: of torch's memory on an accelerator, of the process on the
+    CPU.
 
-    `planned_bytes` are the most that the plan counts on: of the weights and all else, or while loading.
+    `planned_bytes` is the peak that the plan predicts: while running, or while loading.
     """
 
     device: Device
@@ -37,7 +38,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadCost:
-    """The cost of loading a model: `process_bytes` were held before, `peak_bytes` at most until the end."""
+    """The cost of loading a model: `process_bytes` is the memory before, `peak_bytes` the peak until the end."""
 
     seconds: float
     process_bytes: int
@@ -45,13 +46,13 @@ class LoadCost:
 
 
 def peaks(plan: Plan) -> dict[Device, int]:
-    """Return the most that was held of each device of a plan, as far as it is measured."""
+    """Return the peak of each device of a plan, if it can be measured."""
     found = {use.id: peak_bytes_of(use.id) for use in plan.devices}
     return {device: peak for device, peak in found.items() if peak is not None}
 
 
 def reset_peaks(plan: Plan) -> None:
-    """Have torch begin anew to note the most that is held of a plan's accelerators; of the CPU nothing can be reset."""
+    """Reset torch's record of the peak of a plan's accelerators; that of the CPU cannot be reset."""
     import torch
 
     for use in plan.devices:
@@ -61,7 +62,7 @@ def reset_peaks(plan: Plan) -> None:
 
 
 def process_bytes() -> int:
-    """Return what this process holds of the CPU's memory now."""
+    """Return the CPU memory of this process now."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -69,9 +70,9 @@ def process_bytes() -> int:
 
 @dataclass(kw_only=True)
 class ProcessUse:
-    """The most that this process was seen to hold of its own, and of pages of files, in bytes; 0 where nobody says.
+    """The observed peaks of this process's anonymous memory and of its pages of files, in bytes; 0 if unknown.
 
-    `library_file_bytes` are what it held at last of the libraries' files, which are shared objects.
+    `library_file_bytes` are the pages of the libraries' files, which are shared objects, at the last look.
     """
 
     anonymous_bytes: int = 0
@@ -84,17 +85,17 @@ class ProcessUse:
         return max(self.all_file_bytes - self.library_file_bytes, 0)
 
     def look(self) -> None:
-        """Look at what it holds now."""
+        """Update the peaks by the present memory."""
         import psutil
 
         memory = psutil.Process().memory_info()
-        file_bytes = getattr(memory, "shared", None)  # Linux alone tells
+        file_bytes = getattr(memory, "shared", None)  # only Linux has this figure
         if file_bytes is not None:
             self.anonymous_bytes = max(self.anonymous_bytes, memory.rss - file_bytes)
             self.all_file_bytes = max(self.all_file_bytes, file_bytes)
 
     def look_at_libraries(self) -> None:
-        """Look at what it holds now of the libraries' files, which takes some milliseconds."""
+        """Measure the present pages of the libraries' files, which takes some milliseconds."""
         import psutil
 
         if self.all_file_bytes:
@@ -107,7 +108,7 @@ LOOKS_EVERY_SECONDS = 0.01
 
 @contextmanager
 def process_watched() -> Iterator[ProcessUse]:
-    """Look at what this process holds, again and again, while a context lasts."""
+    """Watch the memory of this process periodically while a context lasts."""
     use, is_over = ProcessUse(), threading.Event()
 
     def watch() -> None:
@@ -127,7 +128,7 @@ def process_watched() -> Iterator[ProcessUse]:
 
 
 def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> dict[Device, int]:
-    """Return the bytes of the tensors of a loaded model, by where they are; those that share a storage count once."""
+    """Return the bytes of the tensors of a loaded model by device; tensors that share a storage count once."""
     held: dict[Device, int] = {}
     seen = set()
     for name in plan.locations:
@@ -139,7 +140,7 @@ def weights_by_device(model: PreTrainedModel, plan: Plan, graph: ModelGraph) -> 
 
 
 def memory_use(plan: Plan) -> tuple[MemoryUse, ...]:
-    """Return what was measured, in the order of the plan's devices; what cannot be measured here is left out."""
+    """Return the measured memory in the order of the plan's devices, without devices that cannot be measured."""
     planned = {use.id: max(use.capacity_bytes - use.free_bytes, use.loading_bytes) for use in plan.devices}
     return tuple(
         MemoryUse(device=device, peak_bytes=peak_bytes, planned_bytes=planned[device])
@@ -149,7 +150,7 @@ def memory_use(plan: Plan) -> tuple[MemoryUse, ...]:
 
 
 def peak_bytes_of(device: Device) -> int | None:
-    """Return the most that was held of a device's memory since the process began; `None` if it is not measured."""
+    """Return the peak of a device's memory since the process began; `None` if it is not measured."""
     return _process_peak_bytes() if device == CPU else _accelerator_peak_bytes(device)
 
 
@@ -163,7 +164,7 @@ def _accelerator_peak_bytes(device: Device) -> int | None:
 def _process_peak_bytes() -> int | None:
     try:
         import resource
-    except ModuleNotFoundError:  # Windows has none
+    except ModuleNotFoundError:  # not on Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
