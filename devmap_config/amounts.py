@@ -69,10 +69,10 @@ def format_exact_bytes(size_bytes: int) -> str:
 
 
 def format_duration(nanoseconds: int) -> str:
-    """Return a time with three significant digits.
+    """Return a time with three significant digits, zeros included; from 100 units up, in whole ones.
 
-    >>> format_duration(28_614_000), format_duration(999_999), format_duration(7_000_000_000_000)
-    ('28.6 ms', '1,000 µs', '7,000 s')
+    >>> format_duration(28_614_000), format_duration(4_000_000), format_duration(7_000_000_000_000)
+    ('28.6 ms', '4.00 ms', '7,000 s')
     """
     return _with_three_digits(nanoseconds, TIME_UNITS)
 
@@ -81,10 +81,10 @@ def format_durations(least_nanoseconds: int, most_nanoseconds: int) -> str:
     """Return the shortest and the longest of several times, in the unit of the latter.
 
     >>> format_durations(980_000, 1_204_000), format_durations(2_000_000_000_000, 2_010_000_000_000)
-    ('0.98–1.2 ms', '2,000–2,010 s')
+    ('0.980–1.20 ms', '2,000–2,010 s')
     """
     size, unit = largest_unit(most_nanoseconds, TIME_UNITS)
-    return f"{_three_digits(least_nanoseconds / size)}–{_three_digits(most_nanoseconds / size)} {unit}"
+    return f"{_three_digits(least_nanoseconds, size)}–{_three_digits(most_nanoseconds, size)} {unit}"
 
 
 def format_operations(count: int) -> str:
@@ -98,11 +98,14 @@ def format_operations(count: int) -> str:
 
 def _with_three_digits(amount: int, units: Units) -> str:
     size, unit = largest_unit(amount, units)
-    return f"{_three_digits(amount / size)} {unit}"
+    return f"{_three_digits(amount, size)} {unit}"
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+def _three_digits(amount: int, size: int) -> str:
+    """Return an amount in units of a size; what is counted in ones has no more digits than it has."""
+    if size == 1 or amount >= 999.5 * size:
+        return f"{amount / size:,.0f}"
+    return f"{amount / size:#.3g}".removesuffix(".")
 
 
 def format_bandwidth(bytes_per_second: int) -> str:
@@ -165,12 +168,14 @@ def profile_rate(per_second: int, units: Units = BANDWIDTH_UNITS) -> str:
 
 
 def profile_duration(nanoseconds: int) -> str:
-    """Return a time as a profile writes it, with three digits.
+    """Return a time as a profile writes it, with up to three digits.
 
     >>> profile_duration(2_853), profile_duration(12_000)
     ('2.85us', '12us')
     """
-    return format_duration(nanoseconds).replace(" ", "").replace("µ", "u")
+    size, unit = largest_unit(nanoseconds, TIME_UNITS)
+    amount = nanoseconds / size
+    return f"{amount:.3g}{unit}".replace("µ", "u") if amount < 999.5 else f"{amount:.0f}{unit}".replace("µ", "u")
 
 
 def exact_amount(amount: int, units: Mapping[str, int]) -> str:

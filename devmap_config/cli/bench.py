@@ -102,7 +102,7 @@ def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str
         yield f"{result.loader}: {held if result.failure is None else result.failure}"
     if bases := deployment.compiled.time_bases:
         yield f"{predicted(deployment.plan)}, for the workload of the profile"
-        yield said_of_bases(bases)
+        yield said_of_bases(bases, deployment.plan.prediction)
     yield f"auto was given as much room for weights as the plan has: {_amounts(found.max_memory)}"
     if found.is_too_noisy:
         yield "too noisy: the same, measured twice, differed by so many times; end what else runs, or add `--rounds`"
@@ -131,5 +131,5 @@ def _cells(found: Benchmark, result: Measured, phase: Phase) -> tuple[str, ...]:
     if ratio is None:
         return shown
     if ratio.is_too_noisy:
-        return (*shown, "too noisy", f"{ratio.noise:.3g}×")
+        return (*shown, "too noisy", f"{ratio.noise:.2f}×")
     return (*shown, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}")

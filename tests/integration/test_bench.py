@@ -163,9 +163,9 @@ def test_times_are_shown_with_their_spread_and_ratios(workspace, monkeypatch):
     lines = done.stdout.splitlines()
     assert done.return_value == 5
     assert lines[2].split() == ["phase", "by", "median", "spread", "×", "plan", "spread"]
-    assert lines[4].split() == ["load", "plan", "1", "s", "1–1.01", "s"]
-    assert lines[5].split() == ["auto", "1.5", "s", "1.5–1.51", "s", "1.50", "1.50–1.50"]
-    assert lines[6].split() == ["cpu", "500", "ms", "500–600", "ms", "too", "noisy", "1.2×"]
+    assert lines[4].split() == ["load", "plan", "1.00", "s", "1.00–1.01", "s"]
+    assert lines[5].split() == ["auto", "1.50", "s", "1.50–1.51", "s", "1.50", "1.50–1.50"]
+    assert lines[6].split() == ["cpu", "500", "ms", "500–600", "ms", "too", "noisy", "1.20×"]
     assert "plan: at most 1.0 GiB of cpu" in lines
     assert not any("predicted" in line for line in lines)  # the machine does not say how fast it is
     assert max(map(len, lines)) <= 80
