@@ -87,6 +87,15 @@ def format_durations(least_nanoseconds: int, most_nanoseconds: int) -> str:
     return f"{_three_digits(least_nanoseconds, size)}–{_three_digits(most_nanoseconds, size)} {unit}"
 
 
+def format_ratios(least: int, most: int, of: int) -> str:
+    """Return the least and the most of several amounts as multiples of another.
+
+    >>> format_ratios(980, 1_204, 1_000)
+    '0.98 to 1.20 times'
+    """
+    return f"{least / of:.2f} to {most / of:.2f} times"
+
+
 def format_operations(count: int) -> str:
     """Return a number of floating-point operations with three significant digits.
 

@@ -145,7 +145,7 @@ def story(compiled: Compiled) -> Iterator[str]:
     yield from _pace(plan)
     yield from _predictions(plan.prediction, graph)
     if bases := compiled.time_bases:
-        said = said_of_bases(bases)
+        said = said_of_bases(bases, plan.prediction)
         yield f"{said[0].upper()}{said[1:]}."
     if missing := compiled.missing_figures:
         said = said_of_missing(missing)

@@ -81,7 +81,7 @@ def _notes(compiled: Compiled) -> Iterator[Text]:
     if said := predicted(plan):
         yield Text(said)
     if bases := compiled.time_bases:
-        yield Text(said_of_bases(bases), style="dim")
+        yield Text(said_of_bases(bases, plan.prediction), style="dim")
     if missing := compiled.missing_figures:
         yield Text(f"{said_of_missing(missing)}: {HOW_TO_GIVE_FIGURES}")
     if besides := _besides_text(model):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devmap_config.amounts import format_duration, format_durations
+from devmap_config.amounts import format_duration, format_ratios
+from devmap_config.plan.plan import OWN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devmap_config.execution.segments import Phase
-    from devmap_config.plan.plan import Plan
+    from devmap_config.plan.plan import Plan, Prediction
     from devmap_config.plan.prediction import TimeBasis
 
 
@@ -47,19 +48,22 @@ def said_of_missing(missing: Mapping[Phase, tuple[str, ...]]) -> str:
     return f"without {named}, {unit} is predicted"
 
 
-def said_of_bases(bases: Mapping[Phase, TimeBasis]) -> str:
-    """Return on which rates the times rest, and between which times such runs were."""
+def said_of_bases(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> str:
+    """Return on which rates the predicted times rest, and by how much measured runs differed from their prediction."""
     rates = {UNITS[phase]: each.rates for phase, each in bases.items()}
     if len(set(rates.values())) == 1:
         said = f"these times rest on {next(iter(rates.values()))} rates"
     else:
         said = ", ".join(f"{unit} rests on {basis} rates" for unit, basis in rates.items())
-    ranges = [
-        f"{UNITS[phase]} {format_durations(each.least_nanoseconds, each.most_nanoseconds)}"
+    ratios = [
+        f"{format_ratios(each.least_nanoseconds, each.most_nanoseconds, getattr(prediction, OWN[phase]))}"
+        f" for {UNITS[phase]}"
         for phase, each in bases.items()
         if each.least_nanoseconds is not None and each.most_nanoseconds is not None
     ]
-    return said + (f"; as such runs went, {', '.join(ranges)}" if ranges else "")
+    # Not as times: the prediction itself need not be between them, which would read as a contradiction.
+    listed = ", ".join(ratios).replace(" times", " times the prediction", 1)
+    return said + (f"; measured runs took {listed}" if ratios else "")
 
 
 def _fastest(nanoseconds: int | None, own_nanoseconds: int) -> str:

@@ -80,7 +80,7 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
         words.append(f"a context of up to {prediction.longest_context:,} tokens")
     yield f"predicted: {', '.join(words)}"
     if bases := compiled.time_bases:
-        yield f"{said_of_bases(bases)}; of vLLM no run was seen"
+        yield f"{said_of_bases(bases, prediction)}; of vLLM no run was seen"
     unused = [use.id for use in compiled.plan.devices if not use.weights_bytes]
     from devmap_config.pipeline.slots import MOST_CHOICES
     from devmap_config.plan.pipelines import all_orders_tried  # with it comes numpy

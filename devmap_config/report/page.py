@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from devmap_config.amounts import counted, format_bytes, format_change, format_duration, format_durations
+from devmap_config.amounts import counted, format_bytes, format_change, format_duration, format_ratios
 from devmap_config.devices import CPU
 from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
 from devmap_config.plan.values import folded_devices
@@ -284,7 +284,8 @@ def _figures(plan: Mapping[str, Any]) -> Iterator[PlanFigure]:
         basis = bases.get(phase, {})
         notes = [f"{basis['rates']} rates"] if basis else []
         if basis.get("least_nanoseconds") is not None:
-            notes.insert(0, f"such runs took {format_durations(basis['least_nanoseconds'], basis['most_nanoseconds'])}")
+            ratios = format_ratios(basis["least_nanoseconds"], basis["most_nanoseconds"], nanoseconds)
+            notes.insert(0, f"measured runs took {ratios} that")
         bound = prediction["bound_decode_nanoseconds_per_token"] if phase == "decode" else None
         if bound is not None:
             notes.append(f"no plan is below {format_duration(bound)}")
