@@ -1,4 +1,4 @@
-"""The commands `devmap` and `devmap-compile`; each command is a file, and imports what is heavy when it runs."""
+"""The commands `devmap` and `devmap-compile`. Each command has a file, and imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Commands(click.Group):
-    """Commands whose help is listed whole."""
+    """The group of commands, with their help listed in full sentences."""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the first sentence of each command's help."""
@@ -82,7 +82,9 @@ for command in (
 
 
 GARBAGE_THRESHOLD = 50_000
-"""So many objects come before the next look for cycles; Python's 700 take a tenth of the time of importing torch."""
+"""The objects between two garbage collections; with Python's default of 700, these take a tenth of the time of
+importing torch.
+"""
 
 
 def main() -> None:
@@ -96,12 +98,12 @@ def compile_main() -> None:
 
 
 def _run(command: click.Command, name: str) -> None:
-    """Run a command; what click or a bug of ours raises becomes an exit code, and with `--format json` an object."""
+    """Run a command; errors of click and bugs become exit codes and, with `--format json`, an object."""
     gc.set_threshold(GARBAGE_THRESHOLD)
     open_standard_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # another encoding is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # characters outside of the encoding must not fail
     try:
         code = _exit_code(command, name)
         sys.stdout.flush()
@@ -139,13 +141,13 @@ FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBADF),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE),
 )
-"""What the machine lacks or forbids, which no command can mend: of the streams that it writes to, say."""
+"""Errors that mean that the machine lacks or forbids something, for instance when writing to a stream."""
 
 
 def _fault(error: OSError) -> ExitCode:
-    """Say in a line what the machine does not do, where that can still be said."""
+    """Print an error of the machine in a line, if printing is still possible."""
     discard_output(sys.stdout)
-    if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough
         discard_output(sys.stderr)
         return ExitCode.WRONG
     what = f"`{error.filename}`: " if error.filename else "what was found cannot be written: "
@@ -158,7 +160,7 @@ def _fault(error: OSError) -> ExitCode:
 
 
 def _output_format() -> str:
-    """Return the value of `--format`, as far as it was parsed."""
+    """Return the value of `--format`, if it was parsed."""
     arguments = sys.argv[1:]
     given = [name.partition("=")[2] for name in arguments if name.startswith("--format=")]
     given += [after for before, after in itertools.pairwise(arguments) if before == "--format"]
@@ -166,6 +168,6 @@ def _output_format() -> str:
 
 
 def _print_failure(code: ErrorCode, message: str) -> None:
-    """Print the one object that `--format json` promises, for a command that failed before it had a result."""
+    """Print the object that `--format json` promises for a command that failed before it had a result."""
     if _output_format() == "json":
         report([Diagnostic.error(code, message)], {}, "json", data={"plan": None})

@@ -1,4 +1,4 @@
-"""`devmap adopt`: an existing device_map as a profile of few patterns that compiles to the same placement."""
+"""`devmap adopt`: turns an existing device_map into a profile with few patterns that compiles to the same placement."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def adopt(
 ) -> ExitCode:
     """Write a profile that places a model as MAP does: JSON, or a Python dict such as `model.hf_device_map` prints.
 
-    With `-` the map is read from stdin. If the profile cannot be exactly the map (keys that name nothing, tensors that
-    no key names, tied tensors apart), the differences are listed, with the effect of the map in transformers. A profile
-    that does not compile is written all the same, with the reason on stderr and exit code 1.
+    With `-`, the map is read from stdin. If the profile cannot match the map exactly (keys that name nothing, tensors
+    that no key names, tied tensors apart), the differences are listed, with the effect of the map in transformers. A
+    profile that does not compile is written nevertheless, with the reason on stderr and exit code 1.
     """
     from devmap_config.cli.tree import graph_of_source
     from devmap_config.compiler import Rejected
@@ -100,7 +100,7 @@ def adopt(
 
 
 def _say_that_it_is_refused(diagnostics: Iterable[Diagnostic]) -> None:
-    """Say why a profile does not compile that says what a map does: transformers may take the map all the same."""
+    """Report why a profile that matches a map does not compile, although transformers may accept the map."""
     for each in diagnostics:
         if each.is_error:
             echo(f"as it is, the profile does not compile: {each.message} ({each.code})", err=True)
@@ -110,7 +110,7 @@ STDIN = Path("-")
 
 
 def _map_text(path: Path) -> tuple[str, str]:
-    """Return what a map is called, and its text."""
+    """Return the name of a map, and its text."""
     from devmap_config.files import DEVICE_MAP, FileError, decoded, read_text
 
     try:
@@ -125,7 +125,9 @@ def _map_text(path: Path) -> tuple[str, str]:
 
 
 def _check_machine(used: Iterable[Device], hardware: Hardware | None, name: str, sink: Sink) -> None:
-    """Report accelerators of the map that the machine does not have; storage is added where it is used."""
+    """Report accelerators of the map that the machine does not have; the CPU and the disk are added if they are
+    used.
+    """
     listed = used if hardware is None else hardware.devices.value
     for device in dict.fromkeys(used):
         if device.is_accelerator and device not in listed:
@@ -180,7 +182,9 @@ def adopted_profile(
 
 
 def _resident_bytes(graph: ModelGraph, homes: Mapping[TensorName, Device]) -> dict[Device, int]:
-    """Return the bytes on each device once loaded; some buffers of streamed modules stay where these run."""
+    """Return the bytes on each device after loading; some buffers of streamed modules stay on the device that runs
+    them.
+    """
     from devmap_config.placement.problem import Problem, bytes_by_device
 
     problem = Problem(graph, dict.fromkeys(homes.values(), 0))

@@ -1,4 +1,4 @@
-"""`devmap bench`: a plan beside what plain transformers makes of the same machine, measured in one run."""
+"""`devmap bench`: measures a plan beside plain transformers on the same machine, in one run."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def bench(
 TITLES: dict[Phase, str] = {"load": "load", "prefill": "prefill", "decode": "a token"}
 
 WIDE = 70
-"""Columns in which the spread of ratios has room as well."""
+"""The columns of a terminal that has room for the spread of ratios."""
 
 
 def _lines(found: Benchmark, deployment: Deployment, width: int) -> Iterator[str | Table]:
-    """Yield what was measured, of what, and what did not come to an end."""
+    """Yield what was measured, the measurements, and the loaders that failed."""
     from devmap_config.cli.plan_table import media_in_words, weights_in_words
     from devmap_config.cli.predictions import predicted, said_of_bases
 
@@ -113,7 +113,7 @@ def _amounts(by_device: Mapping[Any, int]) -> str:
 
 
 def _table(found: Benchmark, figures: tuple[str, ...]) -> Table:
-    """Return a row for each phase of each loader: its median with the spread, and how many times the plan's it is."""
+    """Return a row for each phase of each loader: its median with the spread, and the ratio to the plan's."""
     from devmap_config.cli.tables import new_table
 
     table = new_table("phase", "by", figures=figures)

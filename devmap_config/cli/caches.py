@@ -1,4 +1,4 @@
-"""From which context on a cache is better offloaded than weights are streamed: found by planning both."""
+"""Finds the context from which offloading the cache is better than streaming weights, by planning both."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 
 SHORTEST_CONTEXT = 1_024
 LONGEST_CONTEXT = 2**17
-"""Between these, contexts are tried of which each is twice the last, if the model is meant for them."""
+"""The longest context that is tried; from the shortest on, each is twice the last, if the model was trained for it."""
 
 HALVINGS = 3
-"""So often the range is halved in which the better of both changes."""
+"""The number of times that the range is halved in which the better cache changes."""
 
 CACHES = ("dynamic", "offloaded")
 PLACES = ("where the model runs", "offloaded")
-"""What is compared, and where each has its keys and values."""
+"""The two places of keys and values that are compared."""
 
 
 @dataclass(frozen=True)
 class CacheComparison:
-    """The plans for one context, with the cache where the model runs and offloaded; `None` if there is none.
+    """The plans for one context, with the cache on the devices that run the model, and offloaded; `None` if there is
+    none.
 
     `reasons` say why there is none.
     """
@@ -45,7 +46,7 @@ class CacheComparison:
 
     @property
     def nanoseconds(self) -> tuple[int | None, int | None]:
-        """The time of a token with each of the two caches; `None` if it is not known."""
+        """The time of a token with each of the two caches; `None` if it is unknown."""
         there, offloaded = self.plans
         return (
             None if there is None else there.plan.prediction.decode_nanoseconds_per_token,
@@ -54,9 +55,7 @@ class CacheComparison:
 
     @property
     def better(self) -> int | None:
-        """The index of the cache that alone has a plan, or with which a token takes less; `None` if that is
-        not known.
-        """
+        """The index of the only cache with a plan, or of the faster one; `None` if that is unknown."""
         fitting = [number for number, plan in enumerate(self.plans) if plan is not None]
         if len(fitting) == 1:
             return fitting[0]
@@ -76,7 +75,9 @@ class CacheComparison:
 
 
 def compared_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> list[CacheComparison]:
-    """Plan a profile with both caches at several contexts, more of them where the better of both changes."""
+    """Plan a profile with both caches at several contexts, with more contexts around the point where the better one
+    changes.
+    """
     measurement = compiled.graph.measurement
     own = None if measurement is None else measurement.workload.context_length
     end = min((measurement.positions.most if measurement else None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
@@ -111,7 +112,7 @@ def _compared(request: Callable[..., Request], context_length: int) -> CacheComp
 
 
 def _plan(request: Request) -> tuple[Compiled | None, str | None]:
-    """Return the plan, or why there is none."""
+    """Return the plan, or the reason why there is none."""
     from devmap_config.compiler import Compiled, run_pipeline
 
     found = run_pipeline(request)
@@ -121,7 +122,7 @@ def _plan(request: Request) -> tuple[Compiled | None, str | None]:
 
 
 def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
-    """Yield the times of both by context, and from which one on the one is better."""
+    """Yield the times of both caches by context, and the context from which one is better."""
     from devmap_config.cli.tables import new_table
 
     table = new_table("context", figures=("a token", "weights copied", "a token, cache offloaded", "weights copied"))
@@ -135,7 +136,7 @@ def comparison_table(every: list[CacheComparison]) -> Iterator[Table | str]:
 
 
 def said_of_caches(every: list[CacheComparison]) -> Iterator[str]:
-    """Yield from which context on which of both is the better; or that there is a plan with one of them alone."""
+    """Yield sentences about the context from which one cache is better, or that only one of them has a plan."""
     for number, where in enumerate(PLACES):
         if all(each.plans[number] is None for each in every):
             yield f"With the cache {where}, there is no plan: {every[0].reasons[number]}."

@@ -1,4 +1,4 @@
-"""`devmap calibrate`: the rates of a machine that its receipts are predicted best by, as a `hardware:` block."""
+"""`devmap calibrate`: fits the rates of a machine to its receipts, and prints them as a `hardware:` block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devmap_config.runner.calibration import Calibration, Receipt, Residual
 
 NESTED = ("float32", "float64")
-"""Models of these have rates of their own in a profile."""
+"""The dtypes whose rates are written separately in a profile."""
 
 
 @command("calibrate", "table", "json")
@@ -74,7 +74,7 @@ def _read(path: Path) -> Receipt:
 
 
 def hardware_block(found: Calibration) -> dict[str, Any]:
-    """Return what a profile's `hardware` says of the rates that were fitted, and of them alone."""
+    """Return the `hardware` of a profile with only the rates that were fitted."""
     inventory = found.inventory
     is_nested = found.kind["dtype"] in NESTED
     devices: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def _is_fitted(rate: int) -> bool:
 
 
 def _found_how(found: Calibration) -> Iterator[str]:
-    """Yield, as comments, what the rates were found by, and which have one factor."""
+    """Yield, as comments, the receipts that the rates were fitted to, and the rates that share one factor."""
     receipts = len(dict.fromkeys(each.run.receipt for each in found.residuals))
     own = f"{counted(len(found.residuals), 'time')} of {counted(receipts, 'receipt')}"
     yield f"# fitted to {own}: {', '.join(found.kind.values())}"
@@ -137,7 +137,7 @@ def _found_how(found: Calibration) -> Iterator[str]:
 
 
 def _yaml(name: str, value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Yield a mapping as YAML: its own keys a line each, and what is within those of a device in one."""
+    """Yield a mapping as YAML: one line for each key, with the mappings within a device as flow mappings."""
     yield f"{indent}{name}:"
     for key, each in value.items():
         if not indent and key == "devices":
@@ -156,7 +156,7 @@ HEADINGS = ("measured", "before", "after", "left out")
 
 
 def _table(residuals: Sequence[Residual]) -> Iterator[str]:
-    """Yield, as comments, how long each run took, and what was and is predicted for it."""
+    """Yield, as comments, the time of each run, with its old and new predictions."""
     from devmap_config.cli.predictions import UNITS
 
     rows: list[tuple[tuple[str, str], tuple[str, ...]]] = [(("receipt", ""), HEADINGS)]

@@ -1,4 +1,4 @@
-"""`devmap check`: whether locks still are what their profiles ask for; writes nothing."""
+"""`devmap check`: checks that locks still match their profiles; nothing is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXIT_CODES: dict[State, ExitCode] = {
     "damaged": ExitCode.STALE,
     "fresh": ExitCode.DONE,
 }
-"""By state, the graver first: the first that occurs is the command's."""
+"""The exit codes by state, the most serious first; the first state that occurs decides."""
 
 WORDS = {
     "wrong": ("profile is wrong", "profiles are wrong"),
@@ -48,9 +48,9 @@ PROFILES = click.argument("profiles", metavar="PROFILE…", type=FILE, nargs=-1,
     help="Place anew, to check that each plan is the one its strategy makes, and prove its bound.",
 )
 def check(profiles: tuple[Path, ...], options: ProfileOptions, proves: bool) -> ExitCode:
-    """Check that each PROFILE has a lock that still is what the profile asks for.
+    """Check that each PROFILE has a lock that still matches it.
 
-    A folder stands for all profiles in it and below. Everything in a lock is derived again and compared, except the
+    A folder stands for all profiles in it and below it. Everything in a lock is derived again and compared, except the
     bound of `fastest`, which is proved again only with `--prove`.
     """
     from devmap_config.cli.checking import check_all
@@ -61,7 +61,7 @@ def check(profiles: tuple[Path, ...], options: ProfileOptions, proves: bool) -> 
         raise click.UsageError(f"there is no profile in {' or '.join(f'`{profile}`' for profile in profiles)}")
     results = check_all(named, options, proves=proves)
     texts = {name: text for checked in results for name, text in checked.texts.items()}
-    # What is said of the installed libraries is the same for every profile.
+    # The warnings about installed libraries are the same for every profile.
     found = dict.fromkeys(diagnostic for checked in results for diagnostic in checked.diagnostics)
     options.report(found, texts, _data(results))
     if options.shows_tables:

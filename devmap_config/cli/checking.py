@@ -1,4 +1,4 @@
-"""Checks profiles against their locks, several side by side."""
+"""Checks profiles against their locks, several in parallel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from devmap_config.diagnostics.diagnostic import Diagnostic
 
 State = Literal["fresh", "stale", "missing", "damaged", "wrong", "absent"]
-"""Of a lock: it holds; it does not any more; there is none; it cannot be read. Of a profile: it is wrong; not there."""
+"""The state of a lock: it holds; it no longer holds; there is none; it cannot be read. Or of a profile: it is wrong;
+it does not exist.
+"""
 
 LOCK_STATES: Mapping[Code, State] = {
     "stale-lock": "stale",
@@ -32,10 +34,10 @@ LOCK_STATES: Mapping[Code, State] = {
 }
 
 WORTH_A_PROCESS = 3
-"""Profiles for which one more process is started: it takes about as long as checking that many."""
+"""The number of profiles that justifies another process, whose start takes about as long as checking that many."""
 
 MAX_PROCESSES = 8
-"""Each may have to import torch, for a graph that is not kept yet."""
+"""The most processes, each of which may have to import torch for a graph that is not cached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,9 @@ class Checked:
 
 
 def check_all(profiles: Sequence[Path], options: ProfileOptions, *, proves: bool = False) -> list[Checked]:
-    """Check all profiles, by as many processes as that is worth, and yield the results in the order of the profiles.
+    """Check all profiles, in as many processes as worthwhile, and return the results in the order of the profiles.
 
-    Processes, since it is Python that takes the time: threads would wait for each other.
+    Processes rather than threads, because Python code takes the time.
     """
     results = []
     with progress(len(profiles), quiet=options.quiet, spins=False) as begin:
@@ -74,10 +76,10 @@ def _each_checked(profiles: Sequence[Path], check: Callable[[Path], Checked]) ->
         from concurrent.futures.process import BrokenProcessPool
         from importlib import import_module
 
-        import_module("devmap_config.locked")  # once: a fork has it
-        # No thread runs here and no accelerator is in use yet, which is what makes forking safe.
+        import_module("devmap_config.locked")  # only once, before forking
+        # Forking is safe, because no other thread runs and no accelerator is in use yet.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        # Without semaphores, or with too little memory for more processes than one, this one checks what is left.
+        # Without semaphores, or with too little memory for more processes, this process checks the rest.
         with (
             suppress(OSError, ImportError, BrokenProcessPool),
             ProcessPoolExecutor(workers, mp_context=context) as pool,
@@ -89,7 +91,7 @@ def _each_checked(profiles: Sequence[Path], check: Callable[[Path], Checked]) ->
 
 
 def check_one(profile: Path, options: ProfileOptions, *, proves: bool = False) -> Checked:
-    """Check one profile against its lock; one that `proves` places it anew."""
+    """Check one profile against its lock; with `proves`, also place it anew."""
     from devmap_config.compiler import Rejected
     from devmap_config.diagnostics.diagnostic import Diagnostic, ProfileError
     from devmap_config.locked import compile_locked, prove

@@ -1,4 +1,4 @@
-"""The common parts of commands: options, failures in the format that was asked for, exit codes."""
+"""The common parts of commands: options, failures in the requested format, exit codes."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 
 class CommandError(DevmapError):
-    """A command comes to nothing.
+    """A command failed.
 
     Attributes:
-        exit_code: what the command exits with.
+        exit_code: the exit code of the command.
         data: the other keys of the object that `--format json` prints.
     """
 
@@ -59,10 +59,10 @@ class CommandError(DevmapError):
 
 
 class Command(click.Command):
-    """A command whose failures are reported in the format that was asked for."""
+    """A command that reports its failures in the requested format."""
 
     def invoke(self, context: click.Context) -> Any:
-        """Call the command's function; what it raises for its user becomes an exit code."""
+        """Call the command's function, and turn its errors for users into exit codes."""
         try:
             return super().invoke(context) or ExitCode.DONE
         except DevmapError as error:
@@ -75,7 +75,7 @@ class Command(click.Command):
 
 
 def _failure_of(error: DevmapError) -> CommandError:
-    """Return the outcome of a command that an error ends."""
+    """Return the failure of a command for an error."""
     if isinstance(error, CommandError):
         return error
     exit_code = ExitCode.WRONG if isinstance(error, TooManyErrorsError) else ExitCode.USAGE
@@ -83,21 +83,21 @@ def _failure_of(error: DevmapError) -> CommandError:
 
 
 class Mistakes:
-    """Collects what is wrong with each of several files or machines that a user names, to report all of it at once."""
+    """Collects the errors of several files or machines that a user names, to report all of them at once."""
 
     def __init__(self) -> None:
         self._errors: list[DevmapError | click.UsageError] = []
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Keep an error that is raised within, so that what comes after is looked at as well."""
+        """Collect an error that is raised within the context, so that later items are checked as well."""
         try:
             yield
         except (DevmapError, click.UsageError) as error:
             self._errors.append(error)
 
     def raise_any(self) -> None:
-        """Raise what was kept; several errors become one, with the gravest exit code.
+        """Raise the collected errors; several become one, with the most serious exit code.
 
         Raises:
             CommandError: if there is more than one error.
@@ -123,7 +123,7 @@ def _as_finding(error: DevmapError | click.UsageError) -> DevmapError:
 
 
 def command(name: str, *formats: str) -> Callable[[Function], Command]:
-    """Make a command of a function; with formats it has `--format`, of which the first is the default."""
+    """Make a command of a function; if there are formats, it has the option `--format`, whose default is the first."""
     return lambda function: _made(name, function, *formats)
 
 
@@ -137,7 +137,7 @@ def _made(name: str, function: Function, *formats: str, options: tuple[Decorator
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
-    """The options that every command on profiles takes."""
+    """The options of every command on profiles."""
 
     output_format: str = "table"
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -155,13 +155,13 @@ class ProfileOptions:
         return {"variables": self.variables, "permissions": self.permissions}
 
     def request(self, profile: Path, **options: Any) -> Request:
-        """Return the request for a profile, with what its lock remembers, as the pipeline takes it."""
+        """Return the request to compile a profile, with the values that its lock records."""
         from devmap_config.compiler import Request
 
         return Request.for_profile(profile, **self.of_request, **options)
 
     def run_pipeline(self, profile: Path, **options: Any) -> Compilation:
-        """Run the pipeline on a profile, and show on a terminal how far it is."""
+        """Run the pipeline on a profile, and show its progress on a terminal."""
         from devmap_config.compiler import run_pipeline
 
         with stages_shown(quiet=self.quiet):
@@ -186,12 +186,12 @@ class ProfileOptions:
 
 
 def profile_command(name: str, *formats: str, argument: Decorator = profile_argument) -> Callable[[Function], Command]:
-    """Make a command of a function of `profile`, `options` (of all such commands) and what it is told besides.
+    """Make a command of a function of `profile`, `options` (those of all such commands) and its own options.
 
     Args:
         name: the command's.
-        formats: those of `--format`, the default first; none where it has no such option.
-        argument: what the command has in place of PROFILE, which may be named by its lock.
+        formats: the choices of `--format`, the default first; empty if it has no such option.
+        argument: the argument instead of PROFILE, which may be named by its lock.
     """
     shared = (set_option, quiet_option, verbose_option, outside_option, remote_code_option, unmeasured_option)
 
@@ -212,7 +212,7 @@ def profile_command(name: str, *formats: str, argument: Decorator = profile_argu
 
 
 def _change_of(error: LibraryChangedError) -> Sink:
-    """Return that a library is not as it was tried, where no part of a command could say what comes of it."""
+    """Return a diagnostic about a changed library, for parts of commands that cannot say what follows from it."""
     from devmap_config.graph.failures import failure_of
     from devmap_config.graph.findings import report_failure
 

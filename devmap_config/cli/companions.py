@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def companion_lines(compiled: Compiled) -> Iterator[str]:
-    """Yield what is loaded with the model, how large it is, where it is, and what the predicted figures say of it."""
+    """Yield sentences about what is loaded with the model: its size, its device, and its part in predicted figures."""
     graph, draft = compiled.model.graph, compiled.plan.draft
     if added := graph.adapter_tensors:
         modules, size = len(graph.adapted_modules), format_bytes(graph.weights_bytes(added))

@@ -1,4 +1,4 @@
-"""`devmap compile`: a profile to a plan, and the plan to a lock."""
+"""`devmap compile`: compiles a profile to a plan, and writes the plan to a lock."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def compile_command(
 
 
 def _device_map(compiled: Compiled) -> Mapping[str, int | str]:
-    """Return the plan as a `device_map` alone.
+    """Return the plan as a plain `device_map`.
 
     Raises:
-        CommandError: if it is more than one.
+        CommandError: if a `device_map` cannot express it.
     """
     from devmap_config.cli.reporting import echo
     from devmap_config.plan.plan import NotADeviceMapError

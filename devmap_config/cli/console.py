@@ -1,4 +1,4 @@
-"""Printing by rich: everything is escaped, and names that look like markup or emoji are printed as they are."""
+"""Prints with rich: everything is escaped, and names that look like markup or emoji are printed unchanged."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 class EscapingConsole(Console):
-    """A console on which texts of strangers are words and nothing else."""
+    """A console that prints untrusted texts as plain words."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield what a renderable is made of, its text escaped."""
+        """Yield the segments of a renderable, with escaped text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible_lines(segment.text))
 
     def print_unpadded(self, renderable: RenderableType) -> None:
-        """Print without the blanks by which tables fill their lines."""
+        """Print without the trailing blanks of tables."""
         for line in self.render_lines(renderable, pad=False):
             while line and not line[-1].text.strip(" "):
                 line.pop()
@@ -37,6 +37,6 @@ class EscapingConsole(Console):
 
 
 def progress_line(*columns: ProgressColumn | str, **options: Any) -> Progress:
-    """Return a line on stderr that goes again: of columns, a text being one with names of the task in braces."""
+    """Return a transient progress line on stderr; a column that is a text may have fields of the task in braces."""
     made = (TextColumn(column, markup=False) if isinstance(column, str) else column for column in columns)
     return Progress(*made, console=EscapingConsole(stderr=True), transient=True, **options)

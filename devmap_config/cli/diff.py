@@ -1,4 +1,4 @@
-"""`devmap diff`: what moved between two plans, and what it does to memory and speed."""
+"""`devmap diff`: shows what moved between two plans, and the effect on memory and speed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def diff(
 ) -> ExitCode:
     """Show the differences between the plans of A and B.
 
-    Each is a lock, a profile (its lock or, if that does not hold, the plan that the profile asks for now), or a git
+    Each is a lock, a profile (its lock or, if that does not hold, the plan that the profile compiles to now), or a git
     revision: the other's lock in that revision.
     """
     from devmap_config.cli.progress import stages_shown
@@ -84,7 +84,7 @@ def table_lines(found: Difference, before: str, after: str, width: int) -> Itera
 
 
 def _markdown(found: Difference, before: str, after: str) -> Iterator[str]:
-    """Yield the difference as a comment on a pull request."""
+    """Yield the difference as Markdown, for a comment on a pull request."""
     from devmap_config.cli.markdown import cell, code
     from devmap_config.plan.diff import OTHER_MODELS, rates_in_words
 
@@ -145,7 +145,7 @@ _DEVICE_HEADINGS = ("device", "capacity", "weights", "cache", "running", "free")
 
 
 def _device_rows(found: Difference) -> list[tuple[str, ...]]:
-    """Return each device that holds something else or has another capacity."""
+    """Return a row for each device with other contents or another capacity."""
 
     def size(of: Callable[[dict[str, int]], int], before: Any, after: Any) -> str:
         return _arrow(None if before is None else of(before), None if after is None else of(after), format_bytes)
@@ -165,7 +165,7 @@ def _device_rows(found: Difference) -> list[tuple[str, ...]]:
 
 
 def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
-    """Return each figure that is known of one of the plans, and by how much it changes."""
+    """Return a row for each figure that is known for one of the plans, with its change."""
     shown: dict[str, tuple[str, Callable[[int], str]]] = {
         "decode_nanoseconds_per_token": ("a token", format_duration),
         "bound_decode_nanoseconds_per_token": ("no plan is below", format_duration),
@@ -185,6 +185,6 @@ def _figure_rows(found: Difference) -> list[tuple[str, ...]]:
 
 
 def _arrow(before: Any, after: Any, show: Callable[[Any], str]) -> str:
-    """Return `before → after`, or what both are."""
+    """Return `before → after`, or the value if both are equal."""
     texts = ["–" if value is None else show(value) for value in (before, after)]
     return texts[0] if before == after else f"{texts[0]} {ARROW} {texts[1]}"

@@ -10,15 +10,15 @@ class ExitCode(IntEnum):
 
     DONE = 0
     WRONG = 1
-    """The profile is wrong or cannot be satisfied, also where its lock is stale besides."""
+    """The profile is wrong or cannot be satisfied, even if its lock is also stale."""
     USAGE = 2
-    """The command line is wrong, a file is not there or cannot be written, nor stdout, or memory ran out."""
+    """The command line is wrong, a file does not exist, a file or stdout cannot be written, or memory ran out."""
     STALE = 3
     """The lock is missing, stale or unreadable, or the plans differ."""
     UNLIKE_LOCK = 4
-    """The machine or the loaded model is not what the lock says."""
+    """The machine or the loaded model differs from the lock."""
     TOO_NOISY = 5
-    """The machine was too busy for what was measured to say anything."""
+    """The machine was too busy for meaningful measurements."""
     BUG = 70
     """A mistake of devmap-config."""
     INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""`devmap explain`: what a diagnostic's code means, the story of a plan, or why a module is where it is."""
+"""`devmap explain`: explains a diagnostic's code, a plan, or why a module is on its device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def explain(subject: str, options: ProfileOptions, module: str | None, compares_
 
 
 def _compare_caches(compiled: Compiled, profile: Path, options: ProfileOptions) -> None:
-    """Print what a token takes by context, with the cache where the model runs and offloaded."""
+    """Print the time of a token by context, with the cache on the model's devices and offloaded."""
     from devmap_config.cli.caches import compared_caches, comparison_table, said_of_caches
     from devmap_config.cli.reporting import print_lines
 
@@ -92,7 +92,7 @@ def _print_page(code: str) -> None:
 
 
 def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOptions) -> None:
-    """Print the story of a plan, after a picture of its devices; or that of a module."""
+    """Print the explanation of a plan, after a picture of its devices, or that of a module."""
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.plan_table import bar_lines
@@ -119,7 +119,7 @@ def _explain_plan(compiled: Compiled, module: str | None, options: ProfileOption
 
 
 def story(compiled: Compiled) -> Iterator[str]:
-    """Yield the plan in some ten lines."""
+    """Yield an explanation of the plan in about ten lines."""
     from devmap_config.cli.companions import companion_lines
     from devmap_config.cli.plan_table import memory_in_words, weights_in_words
     from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, said_of_bases, said_of_missing
@@ -195,26 +195,26 @@ def _waits(compiled: Compiled) -> Iterator[str]:
 
 
 def waits(compiled: Compiled) -> dict[Phase, list[dict[str, Any]]]:
-    """Return as plain data, for each phase of which a plan predicts the time, what would make it shorter.
+    """Return, for each phase with a predicted time, what would shorten it, as plain data.
 
     Args:
         compiled: the plan, with its model and machine.
 
     Returns:
-        By phase, what the phase takes were one thing of the machine twice as fast: the one that saves most first.
+        By phase, its time if one resource of the machine were twice as fast, with the largest saving first.
     """
     from devmap_config.plan.explanation import savings
     from devmap_config.plan.plan import OWN
 
     plan, graph, inventory = compiled.plan, compiled.graph, compiled.inventory
-    if plan.pipeline is not None:  # whose times are those of its stages
+    if plan.pipeline is not None:  # its times are those of its stages
         return {}
     predicted: tuple[Phase, ...] = tuple(phase for phase in OWN if getattr(plan.prediction, OWN[phase]) is not None)
     return {phase: [asdict(each) for each in savings(plan, graph, inventory, phase)] for phase in predicted}
 
 
 def _room_for_context(longest: int, measurement: Measurement) -> str:
-    """Return a sentence about the longest context, and what ends it."""
+    """Return a sentence about the longest context, and what limits it."""
     positions, before = measurement.positions, measurement.workload.context_length
     if longest < before:
         return f"The model is meant for {counted(longest, 'token')}, fewer than are asked for."
@@ -232,7 +232,7 @@ def _percent(share: float) -> str:
 
 
 def _preference(plan: Plan) -> Iterator[str]:
-    """Yield sentences about the fastest plan, and the wish besides time by which this one was preferred to it."""
+    """Yield sentences about the fastest plan, and the wish for which this one was preferred to it."""
     from devmap_config.plan.comparison import deciding_wish
     from devmap_config.plan.plan import FASTEST, OWN
 
@@ -266,7 +266,7 @@ def _pace(plan: Plan) -> Iterator[str]:
 
 
 def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
-    """Yield the reasons for which a module or tensor is where it is, and the costs of other places."""
+    """Yield the reasons why a module or tensor is on its device, and the costs of other places."""
     plan, graph = compiled.plan, compiled.graph
     if plan.pipeline is not None:
         yield from why(compiled, name)
@@ -291,7 +291,7 @@ def _reasons(compiled: Compiled, name: str) -> Iterator[str]:
 
 
 def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
-    """Yield where the cache of a module's block is and what its other place would cost, where the plan says it."""
+    """Yield the place of the cache of a module's block, and the cost of its other place, if the plan decides it."""
     from devmap_config.plan.explanation import block_of, other_cache
 
     plan, graph, block = compiled.plan, compiled.graph, block_of(compiled.graph, name)
@@ -306,7 +306,7 @@ def _place_of_cache(compiled: Compiled, name: str) -> Iterator[str]:
 
 
 def why(compiled: Compiled, name: str) -> Iterator[str]:
-    """Yield what decided where a module or tensor is: rules, or the strategy."""
+    """Yield what decided the device of a module or tensor: rules, or the strategy."""
     from devmap_config.plan.explanation import block_of
 
     plan, rules = compiled.plan, _rules_about(compiled.resolution, name, compiled.graph)
@@ -326,14 +326,14 @@ def why(compiled: Compiled, name: str) -> Iterator[str]:
 
 
 def alternatives_of(compiled: Compiled, name: str) -> tuple[Alternative, ...]:
-    """Return what every other place of the block would cost that a module or tensor is of."""
+    """Return the cost of every other place for the block of a module or tensor."""
     from devmap_config.plan.explanation import alternatives, block_of
 
     return alternatives(compiled.plan, compiled.graph, compiled.inventory, block_of(compiled.graph, name))
 
 
 def _rules_about(resolution: Resolution, name: str, graph: ModelGraph) -> list[str]:
-    """Return the rules that match, the one that wins first."""
+    """Return the rules that match, with the winning one first."""
     from devmap_config.graph.model import ModulePath, TensorName
 
     module = graph.modules.get(ModulePath(name))
@@ -371,7 +371,7 @@ def _alternative(other: Alternative, what: str) -> str:
 
 
 def _costs(other: Alternative, what: str) -> str:
-    """Return by how much slower an alternative is, and what it lacks."""
+    """Return how much slower an alternative is, and the memory that it lacks."""
     slower = other.slower_nanoseconds
     pace = f"how long {what} would take is not known"
     if slower is not None:

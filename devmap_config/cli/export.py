@@ -1,4 +1,4 @@
-"""`devmap export`: files by which another program runs a locked plan."""
+"""`devmap export`: writes files with which another program runs a locked plan."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def export(
     python: str | None,
     force: bool,
 ) -> None:
-    """Write files by which another program runs the locked plan of PROFILE, if that program can express the plan."""
+    """Write files with which another program runs the locked plan of PROFILE, if that program can express the plan."""
     from devmap_config.cli.reporting import echo
 
     if python is not None and program != "vllm":
@@ -63,7 +63,7 @@ def export(
 
 
 def _locked(profile: Path, options: ProfileOptions) -> tuple[Lock, Compiled]:
-    """Return a profile's lock and what follows from it today.
+    """Return a profile's lock and its plan, derived again.
 
     Raises:
         CommandError: if the lock is missing, damaged or stale, or the profile is wrong.
@@ -96,7 +96,7 @@ def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: s
     """Return the files for a program.
 
     Raises:
-        CommandError: if it cannot do what the plan says.
+        CommandError: if the program cannot express the plan.
     """
     from devmap_config.exports.export import UnfitExportError, require_text
     from devmap_config.exports.llama_cpp import export_to_llama_cpp
@@ -117,7 +117,7 @@ def _made(program: str, compiled: Compiled, lock: Lock, folder: Path, weights: s
 
 
 def _checked(made: Export, python: str, compiled: Compiled) -> Export:
-    """Return the files once the parser of an installed vLLM takes what they tell it.
+    """Return the files after checking that the parser of an installed vLLM accepts their flags.
 
     Raises:
         CommandError: if it does not, or there is no such vLLM.
@@ -136,11 +136,11 @@ def _checked(made: Export, python: str, compiled: Compiled) -> Export:
 
 
 def _write(files: Mapping[str, str], folder: Path, *, force: bool) -> None:
-    """Write files into a folder, which is made if need be, each whole or not at all.
+    """Write files into a folder, which is made if needed, each one atomically.
 
     Raises:
-        click.UsageError: if something is there that may not be replaced.
-        click.ClickException: where a file cannot be written.
+        click.UsageError: if an existing file must not be replaced.
+        click.ClickException: if a file cannot be written.
     """
     from devmap_config.cli.locking import write
 

@@ -1,4 +1,4 @@
-"""`devmap fit`: on which machines a profile's model runs, how fast it is there, and how long its context may be."""
+"""`devmap fit`: shows on which machines a profile's model runs, how fast, and with what context."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import Hardware
 
 WITHOUT_FIGURES = "fewest-devices"
-"""What is asked where the machine does not say how fast it is: whether the model fits does not depend on that."""
+"""The strategy for a machine of unknown speed, as fitting does not depend on speed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def plans(self) -> dict[str, Compiled]:
-        """Return the plans by what they are best at; one where none is better than the other."""
+        """Return the plans by what they are best at; only one if neither is better."""
         plans = {"speed": self.fastest, "context": self.longest}
         found = {aim: compiled for aim, compiled in plans.items() if compiled is not None}
         speed, context = found.get("speed"), found.get("context")
@@ -83,10 +83,10 @@ def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> Ex
     """Show for each MACHINE whether PROFILE's model and workload fit, how fast they run, and the longest context.
 
     Two plans are made for each machine: the fastest (with the longest context that it has room for), and the one with
-    the longest context (with its times). Times are those of the profile's workload. The profile's pins hold; its
-    hardware, strategy and `max_memory` do not. If a machine's rates are not known, neither are times, and the plan on
-    the fewest devices stands for the fastest. If another engine suits a machine better than the profile's, this is
-    said, with the reason.
+    the longest context (with its times). Times are those of the profile's workload. The profile's pins apply; its
+    hardware, strategy and `max_memory` do not. If a machine's rates are unknown, so are the times, and the plan on the
+    fewest devices is shown instead of the fastest. If another engine suits a machine better than the profile's, the
+    output says so, with the reason.
     """
     from devmap_config.cli.reporting import print_lines
 
@@ -109,10 +109,10 @@ def fit(profile: Path, options: ProfileOptions, machines: tuple[str, ...]) -> Ex
 
 
 def _row(machine: str, request: Callable[..., Request]) -> Row:
-    """Return what is found on a machine.
+    """Return the result for a machine.
 
     Raises:
-        CommandError: if the profile is wrong, whatever the machine.
+        CommandError: if the profile is wrong on any machine.
     """
     from devmap_config.compiler import Compiled, Rejected, run_pipeline
     from devmap_config.exports.engines import other_engine
@@ -170,7 +170,7 @@ def _table(rows: list[Row]) -> Iterator[Table | str]:
 
 
 def _by(other: OtherEngine) -> str:
-    """Return a phrase with the keys by which a profile is for an engine; empty if the engine takes the profile's own
+    """Return a phrase with the keys that select an engine in a profile; empty if the engine runs the profile's own
     plan.
     """
     if not other.settings:
@@ -183,7 +183,7 @@ def _by(other: OtherEngine) -> str:
 
 
 def _holds_uncounted(compiled: Compiled) -> bool:
-    """Return whether a plan keeps something in the CPU's memory, and the memory of its process is not known."""
+    """Return whether a plan uses the CPU's memory, but the memory of its process is unknown."""
     plan = compiled.plan
     held = any(use.id == CPU and use.free_bytes < use.capacity_bytes for use in plan.devices)
     return held and plan.pipeline is None and compiled.process_memory is None

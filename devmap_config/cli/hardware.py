@@ -49,7 +49,7 @@ def hardware(name: str | None, output_format: str) -> None:
 
 
 def _value(key: str, text: str) -> int | float | bool | str | list[str] | None:
-    """Return a figure of the catalogue's file as JSON has it."""
+    """Return a figure of the catalogue's file as a JSON value."""
     if key == "unverified":
         return text.split()
     if key.startswith("supports_"):

@@ -1,4 +1,4 @@
-"""`devmap init`: a first profile for a model and a machine, which compiles as it is."""
+"""`devmap init`: writes a first profile for a model and a machine, which compiles without changes."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import DeviceSection, Hardware
 
 ASSUMED_MEMORY = {CPU: 2**40, DISK: 2**42}
-"""Bytes that are written down where the machine's own are not known and the model does not fit without."""
+"""The bytes that are written for devices of unknown size, if the model does not fit without them."""
 
 CONTEXT_LENGTHS = (4096, 2048, 1024, 512, 256, 128, None)
-"""The contexts that are tried, where a user asks for none; the last counts the weights alone."""
+"""The contexts that are tried if the user gives none; with the last one, only weights are counted."""
 
 CHOICES = (
     *("fastest", "longest-context", "fewest-devices"),
     *("auto", "balanced", "balanced_low_0", "sequential"),
     "single",
 )
-"""The strategies that need nothing besides a machine."""
+"""The strategies that need only a machine."""
 
 WITHOUT_FIGURES = "fewest-devices"
-"""The strategy where the machine does not say how fast it is."""
+"""The strategy for a machine of unknown speed."""
 
 OFFERED = (
     "fastest, longest-context, fewest-devices: the best of all plans, by what is measured of the model",
     "auto, balanced, balanced_low_0, sequential: as transformers fills the devices",
     "single: all on one device; manual: by a `device_map` of your own",
 )
-"""What is said of the strategies that a user may choose."""
+"""The comments on the strategies that a user may choose."""
 
 
 class Tokens(click.IntRange):
@@ -116,7 +116,7 @@ def init(
 
 @dataclass(frozen=True, kw_only=True)
 class InitOptions:
-    """The options of a first profile; what is `None` is found out."""
+    """The options of a first profile; those that are `None` are determined."""
 
     source: str
     hardware: Hardware
@@ -150,12 +150,12 @@ def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable
     """Return the text of the first draft that compiles: the longest context first, then the fewest devices.
 
     Args:
-        asked: what the user asks for.
-        simulates: whether it must pass a dry run as well.
-        begin: is told which context is tried.
+        asked: the user's options.
+        simulates: whether it must also pass a dry run.
+        begin: called with each context that is tried.
 
     Raises:
-        CommandError: if none does, with what is wrong with the first.
+        CommandError: if none compiles, with the errors of the first.
     """
     from devmap_config.compiler import Compiled
 
@@ -169,15 +169,15 @@ def first_profile(asked: InitOptions, *, simulates: bool = True, begin: Callable
                 return _profile(asked, draft, compilation).text
             failures.append(compilation)
             if not is_of_machine(compilation.diagnostics):
-                break  # no other device helps
+                break  # other devices do not help
         if failures[-1].reached is None:
-            break  # nor another context: the model cannot be had
-    # The places are in a file that nobody wrote: what is wrong is the model or the machine.
+            break  # nor does another context: the model is not available
+    # Places in a generated file mean nothing to the user: the mistake is in the model or the machine.
     raise CommandError([replace(each, span=None) for each in failures[0].diagnostics], data={"profile": None})
 
 
 def _drafts(asked: InitOptions, context_length: int | None) -> Iterator[ProfileDraft]:
-    """Drafts from the one on the accelerators alone to the one that offloads most."""
+    """Yield drafts, from the one on only accelerators to the one that offloads most."""
     from devmap_config.profile.schema import DeviceSection
 
     devices = asked.hardware.devices.value
@@ -193,7 +193,7 @@ def _drafts(asked: InitOptions, context_length: int | None) -> Iterator[ProfileD
 
 
 def _settled(asked: InitOptions, draft: ProfileDraft, *, simulates: bool) -> tuple[ProfileDraft, Compilation]:
-    """Compile a draft, once more with what cards without bfloat16 or figures need."""
+    """Compile a draft, and again with changes for cards without bfloat16 or of unknown speed."""
 
     def tried(draft: ProfileDraft) -> tuple[ProfileDraft, Compilation, set[str]]:
         compilation = compile_draft(_profile(asked, draft), asked.permissions, simulates=simulates)
@@ -211,7 +211,7 @@ def _settled(asked: InitOptions, draft: ProfileDraft, *, simulates: bool) -> tup
 
 
 def _positions(compilation: Compilation) -> int | None:
-    """Return how many tokens the model is meant for, where that is known."""
+    """Return the context that the model was trained for, if it is known."""
     from devmap_config.compiler import Compiled
 
     prepared = compilation if isinstance(compilation, Compiled) else compilation.reached
@@ -220,7 +220,7 @@ def _positions(compilation: Compilation) -> int | None:
 
 
 def _profile(asked: InitOptions, draft: ProfileDraft, compiled: Compiled | None = None) -> NewProfile:
-    """Return a draft as a profile, with examples from the model once that is known."""
+    """Return a draft as a profile, with examples from the model if it is known."""
     from devmap_config.profile.writing import link_lines, yaml_text
 
     sections: dict[str, dict[Device, DeviceSection]] = {}

@@ -1,4 +1,4 @@
-"""Reads lockfiles, and writes files whole or not at all."""
+"""Reads lockfiles, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def lock_to_replace(path: Path, *, writes: bool, allow_outside: bool) -> Lock | None:
-    """Return the lock at a path that a command is about to write; `None` if there is none that can be read.
+    """Return the lock at a path that a command will write to; `None` if there is none that can be read.
 
     Raises:
-        click.UsageError: if what is there may not be replaced, and the command `writes`.
+        click.UsageError: if the existing file must not be replaced, and the command `writes`.
     """
     from devmap_config.plan.lock import LockError, lock_at
 
@@ -33,7 +33,7 @@ def lock_to_replace(path: Path, *, writes: bool, allow_outside: bool) -> Lock | 
 
 
 def _require_replaceable(path: Path, problem: LockError) -> None:
-    """Refuse to write a lock over what is none, or over a newer one; a damaged lock may be replaced.
+    """Refuse to overwrite a file that is not a lock, or a newer lock; a damaged lock may be replaced.
 
     Raises:
         click.UsageError: with the reason.
@@ -48,10 +48,10 @@ def _require_replaceable(path: Path, problem: LockError) -> None:
 
 
 def write_results(compiled: Compiled, target: Path, *, with_graph: bool) -> list[Path]:
-    """Write the lock of a compiled profile, and the graph beside the profile; gives what was written.
+    """Write the lock of a compiled profile, and the graph beside the profile, and return the paths that were written.
 
     Raises:
-        click.ClickException: where a file cannot be written.
+        click.ClickException: if a file cannot be written.
     """
     from devmap_config.graph.cache import library_versions
     from devmap_config.graph.loading import vendor
@@ -73,7 +73,7 @@ def write(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it.
 
     Raises:
-        click.ClickException: where it cannot be written.
+        click.ClickException: if it cannot be written.
     """
     try:
         write_atomically(path, text)

@@ -1,4 +1,4 @@
-"""Machines as the command line names them: by what is in them, or by a file that describes them."""
+"""Reads the machines that the command line names: by their devices, or by a file that describes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MACHINE_CODES: frozenset[Code] = frozenset(
         "unsupported-dtype",
     }
 )
-"""Errors that another machine may not have; any other is the profile's, wherever it is to run."""
+"""Errors that depend on the machine; any other error is the profile's, on every machine."""
 
 
 def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
@@ -42,11 +42,11 @@ def machine_of(name: str, *, allows_hosts: bool = False) -> Hardware:
 
     Args:
         name: what a user names.
-        allows_hosts: whether the file may describe several.
+        allows_hosts: whether the file may describe several hosts.
 
     Raises:
         click.UsageError: if there is none of that name.
-        ProfileError: if the file, or what it says, is wrong.
+        ProfileError: if the file, or its content, is wrong.
     """
     from devmap_config.hardware.machines import UnknownMachineError, named_machine
 
@@ -88,5 +88,5 @@ def _machine_in(path: Path) -> Hardware:
 
 
 def is_of_machine(diagnostics: Iterable[Diagnostic]) -> bool:
-    """Return whether all that is wrong is so on this machine, and may not be on another."""
+    """Return whether all errors depend on this machine, and may not occur on another."""
     return all(each.code in MACHINE_CODES for each in diagnostics if each.is_error)

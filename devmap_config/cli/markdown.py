@@ -1,4 +1,4 @@
-"""Text in GitHub's Markdown that is nothing but text: no table is broken by it, nobody mentioned, nothing linked."""
+"""Escapes text for GitHub's Markdown, so that it breaks no table, mentions nobody and links nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from devmap_config.wording import visible
 
 PLAIN = re.compile(r"(?!.*(?:www\.|://))[\w ,.:/%→–+()-]*")
-"""What is no markup wherever it stands in a cell."""
+"""Matches text that is never markup in a cell."""
 
 CODE = re.compile(r"[^`|]+")
-"""What may stand in backticks, in a table too."""
+"""Matches text that may stand in backticks, even in a table."""
 
 
 def code(text: str) -> str:
@@ -26,7 +26,7 @@ def code(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    """Return text as it is, or as code where that would be more than text.
+    """Return text unchanged or, if it could be markup, as code.
 
     >>> cell("1.0 GiB → 2.0 GiB"), cell("@someone")
     ('1.0 GiB → 2.0 GiB', '`@someone`')

@@ -1,4 +1,4 @@
-"""The measured costs of a model, block by block, for reading: blocks with equal costs in one line."""
+"""Shows the measured costs of a model, block by block, with blocks of equal costs in one line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measured_to_json(graph: ModelGraph, measurement: Measurement) -> dict[str, A
 
 
 def measured_lines(graph: ModelGraph, measurement: Measurement, width: int) -> Iterator[Text | Table]:
-    """Yield the cost of every block as a table, and what they add up to."""
+    """Yield the cost of every block as a table, and their sum."""
     workload = measurement.workload
     yield Text.assemble(
         (graph.class_name, "bold"),

@@ -1,4 +1,4 @@
-"""New profiles, for `devmap init` and `devmap adopt` alike: their text, and where it is written."""
+"""Writes new profiles, for `devmap init` and `devmap adopt`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from devmap_config.profile.schema import DeviceSection
 
 SCHEMA = Path("schemas", "profile.v1.schema.json")
-"""Where the schema of profiles is kept, from the root of the repository; `devmap schema profile` prints it."""
+"""The path of the schema of profiles from the root of the repository; `devmap schema profile` prints it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewProfile:
-    """A profile that is to be written; `hardware` and `placement` are the lines within these keys."""
+    """A profile to write; `hardware` and `placement` are the lines within these keys."""
 
     title: str
     output: Path | None
@@ -68,12 +68,12 @@ def _indented(lines: Iterable[str]) -> list[str]:
 
 
 def device_lines(devices: Mapping[Device, DeviceSection], remark: str = "", *, is_comment: bool = False) -> list[str]:
-    """Return the lines of `hardware.devices`, equal accelerators in one.
+    """Return the lines of `hardware.devices`, with equal accelerators in one line.
 
     Args:
         devices: their descriptions.
-        remark: what is said of each.
-        is_comment: whether they are to be left out until a user puts them in.
+        remark: the comment on each.
+        is_comment: whether the lines are commented out, for a user to put in.
     """
     from devmap_config.profile.writing import device_text, yaml_text
     from devmap_config.rules.folding import ranges
@@ -89,17 +89,17 @@ def device_lines(devices: Mapping[Device, DeviceSection], remark: str = "", *, i
 
 
 def schema_beside(output: Path | None) -> str:
-    """Return the path of the schema of profiles from where a profile is written."""
+    """Return the path of the schema of profiles, relative to a profile's folder."""
     folder = (output or Path("profile.yaml")).parent
     root = boundary_of(folder / "profile.yaml").folder or folder
     return Path(os.path.relpath(root / SCHEMA, folder.resolve())).as_posix()
 
 
 def relative_source(source: str, output: Path | None) -> str:
-    """Return a source as the profile is to name it: local paths relative to where the profile lies.
+    """Return a source as the profile should name it: local paths are relative to the profile.
 
     Raises:
-        click.UsageError: if a profile cannot, for it is UTF-8.
+        click.UsageError: if the path is not UTF-8, which profiles are.
     """
     if not is_unicode(source):
         raise click.UsageError(f"`{source}` is not UTF-8, as profiles are: give it another name")
@@ -110,7 +110,7 @@ def relative_source(source: str, output: Path | None) -> str:
 
 
 def require_new(path: Path | None, *, force: bool) -> None:
-    """Refuse to write over a file that exists, or into a folder that does not; `None` is stdout.
+    """Refuse to overwrite an existing file, or to write into a missing folder; `None` is stdout.
 
     Raises:
         click.UsageError: with the reason.
@@ -121,17 +121,17 @@ def require_new(path: Path | None, *, force: bool) -> None:
         raise click.UsageError(f"the folder `{path.parent}` does not exist")
     if is_folder(path):
         raise click.UsageError(f"`{path}` is a folder")
-    if exists(path) and not is_file(path):  # a file would take the place of a device or a pipe
+    if exists(path) and not is_file(path):  # a file would replace a device or a pipe
         raise click.UsageError(f"`{path}` is not a regular file")
     if exists(path) and not force:
         raise click.UsageError(f"`{path}` exists: pass `--force` to replace it")
 
 
 def compile_draft(draft: NewProfile, permissions: Permissions, *, simulates: bool) -> Compilation:
-    """Compile a profile as if it lay where it is to be written.
+    """Compile a profile as if it were at the path that it will be written to.
 
     Raises:
-        click.ClickException: where nothing can be written there.
+        click.ClickException: if nothing can be written there.
     """
     from devmap_config.cli.locking import write
     from devmap_config.compiler import Request, run_pipeline
@@ -145,7 +145,7 @@ def compile_draft(draft: NewProfile, permissions: Permissions, *, simulates: boo
 
 
 def deliver(text: str, path: Path | None, output_format: str, found: Sink | None = None, next_step: str = "") -> None:
-    """Write a profile, or print it where there is no file that it is to be written to; and what is to be said of it."""
+    """Write a profile, or print it if there is no path, and report the findings about it."""
     from devmap_config.cli.locking import write
     from devmap_config.cli.reporting import echo, echo_lines, report
 

@@ -44,7 +44,7 @@ quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Prin
 
 
 def _log_everything(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
-    """Print on stderr what is logged for debugging: why something could not be run without data, with tracebacks."""
+    """Print debug logs on stderr: why something could not be run without data, with tracebacks."""
     if value:
         handler = logging.StreamHandler()
         handler.setFormatter(_Formatter("%(name)s: %(message)s"))
@@ -53,10 +53,10 @@ def _log_everything(_context: click.Context, _parameter: click.Parameter, value:
 
 
 class _Formatter(logging.Formatter):
-    """Writes what is logged, escaped."""
+    """Formats log records with escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record's lines."""
+        """Return the lines of a record."""
         return visible_lines(super().format(record))
 
 

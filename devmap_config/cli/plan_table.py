@@ -1,4 +1,4 @@
-"""A plan as a table: what each device holds, and what it has free."""
+"""Shows a plan as a table: what each device holds, and its free memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _notes(compiled: Compiled) -> Iterator[Text]:
 
 
 def caches_in_words(plan: Plan) -> str:
-    """Return a clause about the layers whose cache the plan has on the CPU."""
+    """Return a clause about the layers whose cache is on the CPU in a plan."""
     if not plan.offloaded_caches:
         return "no layer has its cache on the CPU: all of it has room where the layers run"
     return f"the cache of {', '.join(fold_paths(plan.offloaded_caches))} is on the CPU while they do not run"
@@ -131,7 +131,7 @@ def memory_in_words(memory: ProcessMemory) -> str:
 
 
 def media_in_words(measurement: Measurement) -> str:
-    """Return how many tokens images and sound take of the prompt; nothing where none were measured."""
+    """Return the number of tokens of images and sound in the prompt, in words; empty if none were measured."""
     workload, media = measurement.workload, measurement.media
     if media is None or media.problem:
         return ""
@@ -145,7 +145,7 @@ def media_in_words(measurement: Measurement) -> str:
 
 
 def _besides_text(model: LoadedModel) -> str:
-    """Return a note on the tokens that images and sound take of the prompt, or that none were measured."""
+    """Return a note on the tokens of images and sound in the prompt, or that none were measured."""
     measurement = model.graph.measurement
     if measurement is None or not measurement.measured:
         return ""
@@ -167,7 +167,7 @@ def _besides_text(model: LoadedModel) -> str:
 
 
 INPUTS_OF_PARTS = {"vision": "images: 1", "audio": "audio_seconds: 30"}
-"""By what a part of a config's keys is called, the inputs that such a part is for."""
+"""The inputs for a part of a model, by a word in the keys of its config."""
 
 
 def _in_transformers(plan: Plan) -> str:
@@ -184,9 +184,7 @@ BAR_PARTS = (("weights", "█"), ("cache", "▓"), ("running", "▒"), ("free", 
 
 
 def bar_lines(plan: Plan, width: int) -> Iterator[Text]:
-    """Yield each device as a bar, as long as its capacity: weights, cache, what is needed while it runs, what
-    is free.
-    """
+    """Yield a bar for each device, as long as its capacity: weights, cache, memory for running, free memory."""
     yield Text("  ".join(f"{character} {name}" for name, character in BAR_PARTS), no_wrap=True)
     longest = max(len(str(use.id)) for use in plan.devices)
     for use in plan.devices:
@@ -203,7 +201,7 @@ def bar_lines(plan: Plan, width: int) -> Iterator[Text]:
         )
         line = f"{use.id!s:<{longest}}  {bar}  {format_bytes(use.capacity_bytes):>9}"
         room = width - len(line) - 2
-        if len(holds) > room:  # as many names as there is room for, none of them cut
+        if len(holds) > room:  # as many whole names as there is room for
             names = holds[: max(room - 1, 0)].rpartition(", ")[0]
             holds = f"{names}…" if names else ""
         yield Text(f"{line}  {holds}".rstrip(), no_wrap=True)

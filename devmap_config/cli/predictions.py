@@ -1,4 +1,4 @@
-"""Say in words what a plan is predicted to take, and on which rates that rests."""
+"""Describes the predicted figures of a plan, and their basis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def predicted(plan: Plan) -> str:
-    """Return the predicted figures of the plan, as far as they are known."""
+    """Return the known predicted figures of a plan in words."""
     prediction = plan.prediction
     decode, bound = prediction.decode_nanoseconds_per_token, prediction.bound_decode_nanoseconds_per_token
     words = []
@@ -33,7 +33,7 @@ def predicted(plan: Plan) -> str:
 
 
 UNITS: Mapping[Phase, str] = {"decode": "a token", "prefill": "a prefill"}
-"""By phase, what its predicted time is the time of."""
+"""The unit of the predicted time, by phase."""
 
 HOW_TO_GIVE_FIGURES = (
     "write that under `hardware`, name an `accelerator` of the catalogue, or take what `devmap probe --measure` finds"
@@ -41,15 +41,15 @@ HOW_TO_GIVE_FIGURES = (
 
 
 def said_of_missing(missing: Mapping[Phase, tuple[str, ...]]) -> str:
-    """Return which times are not predicted, and for want of which figures of the machine."""
-    figures = missing.get("prefill") or missing["decode"]  # a prefill takes all that a token takes, and more
+    """Return a sentence about the times that are not predicted, and the missing figures of the machine."""
+    figures = missing.get("prefill") or missing["decode"]  # a prefill needs all figures of a token, and more
     unit = "no time" if "decode" in missing else f"no time of {UNITS['prefill']}"
     named = " and ".join(filter(None, (", ".join(figures[:-1]), figures[-1])))
     return f"without {named}, {unit} is predicted"
 
 
 def said_of_bases(bases: Mapping[Phase, TimeBasis], prediction: Prediction) -> str:
-    """Return on which rates the predicted times rest, and by how much measured runs differed from their prediction."""
+    """Return a sentence about the basis of the predicted times, and the range of measured runs."""
     rates = {UNITS[phase]: each.rates for phase, each in bases.items()}
     if len(set(rates.values())) == 1:
         said = f"these times rest on {next(iter(rates.values()))} rates"

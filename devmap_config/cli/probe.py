@@ -1,4 +1,4 @@
-"""`devmap probe`: this machine as a `hardware:` block, or what it lacks to carry a lock."""
+"""`devmap probe`: prints this machine as a `hardware:` block, or what it lacks to run a lock."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
     planned = tuple(steps(seen, disk_folder, devices))
     devices.share_time(len(planned))
     progress = progress_line(BarColumn(), DESCRIPTION)
-    # One that is not to be seen is not begun: until rich 15 it would end with an empty line.
+    # An invisible progress line is not started, as it would print an empty line before rich 15.
     with nullcontext() if quiet or not progress.console.is_terminal else progress:
         task = progress.add_task("", total=len(planned))
 
@@ -120,10 +120,10 @@ def _measured(seen: SeenMachine, disk_folder: Path, quiet: bool) -> tuple[Mappin
 
 
 def _of_this_host(lock: Lock, named: str | None, file: Path) -> tuple[Lock, str | None]:
-    """Return what a lock wants of the host that this machine is, and that host's name.
+    """Return the part of a lock for this machine's host, and that host's name.
 
     Raises:
-        click.UsageError: if that is none of its hosts, or cannot be told.
+        click.UsageError: if this machine is none of its hosts, or the host cannot be determined.
     """
     from devmap_config.plan.readiness import hosts_of, of_host
     from devmap_config.probe.host import own_addresses

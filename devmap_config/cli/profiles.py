@@ -1,12 +1,10 @@
 """Finds the profiles that arguments name: files, folders, and wildcards that no shell has expanded.
 
-Of the YAML files in a folder, one looks like a profile where
-- it has a `model`, `workload` or `placement`, or `hardware` and a `version`, and at least half of its keys are a
-  profile's; or where all of its keys are, misspelt ones included, and mean such;
-- it `extends` YAML files, and has a `version` or builds on what looks like a profile;
-- a lock lies beside it.
-What others extend is none by itself, unless it has a lock; nor is a file that holds `hardware` alone. One that is no
-YAML is judged by the keys that can be made out in it.
+A YAML file in a folder looks like a profile if - it has a `model`, `workload` or `placement`, or `hardware` and a
+`version`, and at least half of its keys are a profile's; or where all of its keys are, misspelt ones included, and mean
+such; - it `extends` YAML files, and has a `version` or builds on what looks like a profile; - a lock lies beside it. A
+file that others extend is not a profile by itself, unless it has a lock; nor is a file with only `hardware`. A file
+that is not YAML is judged by the keys that can be recognised in it.
 """
 
 from __future__ import annotations
@@ -29,22 +27,22 @@ if TYPE_CHECKING:
     from devmap_config.profile.document import MappingNode
 
 SECTIONS = frozenset({"model", "workload", "placement"})
-"""Keys that only profiles have; `hardware` stands in a file of its own as well, and the others in many formats."""
+"""Keys that only profiles have; `hardware` may be in a file of its own, and the other keys occur in many formats."""
 
 KEY = re.compile(r"""^["']?([A-Za-z][\w-]*)["']?\s*:""", re.MULTILINE)
-"""A key at the beginning of a line, for a text that is no YAML."""
+"""Matches a key at the beginning of a line, for a text that is not YAML."""
 
 KEY_IN_BRACES = re.compile(r"""[{,]\s*["']?([A-Za-z][\w-]*)["']?\s*:""")
-"""The same where all is in braces: how deep it lies cannot be told then."""
+"""Matches a key within braces, whose depth is then unknown."""
 
 SIMILARITY = 0.75
-"""How alike a misspelt key is to what was meant: `modle`, `verison`, `hardwear`."""
+"""The least similarity of a misspelt key to the intended one: `modle`, `verison`, `hardwear`."""
 
 
 def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
-    """Return the profiles that arguments name, each once: files as they are given, of folders those below them by name.
+    """Return the profiles that arguments name, each once: files as given, and those below folders by name.
 
-    What names nothing stays, so that it is reported.
+    Arguments that name nothing are kept, so that they are reported.
     """
     found: dict[Path, None] = {}
     for argument in arguments:
@@ -60,8 +58,8 @@ def profiles_named(arguments: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def _of_lock(path: Path) -> Path:
-    """Return the profile of a lock, where it is one that is named; what has no profile stays, so that it is
-    reported.
+    """Return the profile of a path that names a lock; other paths, and locks without a profile, stay and are reported
+    later.
     """
     try:
         return profile_of(path) if path.name.endswith(LOCK_SUFFIX) else path
@@ -70,7 +68,7 @@ def _of_lock(path: Path) -> Path:
 
 
 def _profiles_below(folder: Path) -> tuple[Path, ...]:
-    """Return the profiles in a folder and those below it, hidden ones left out."""
+    """Return the profiles in a folder and below it, without hidden ones."""
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -82,13 +80,13 @@ def _profiles_below(folder: Path) -> tuple[Path, ...]:
     profiles = {path for path, sketch in sketches.items() if _looks_like_profile(sketch, sketches)} | locked
     extended = {base for path in profiles if path in sketches for base in sketches[path].bases}
     kept = {path for path in profiles if path not in extended or path in locked}
-    # Of those that extend each other in a circle, none is left out for being extended.
+    # Files that extend each other in a circle are not left out for being extended.
     kept |= profiles - _built_on(kept, sketches)
     return tuple(path for path in files if real_path(path) in kept)
 
 
 def _built_on(paths: Iterable[Path], sketches: Mapping[Path, _Sketch]) -> set[Path]:
-    """Return these files and all that they extend."""
+    """Return these files and all files that they extend."""
     reached: set[Path] = set()
     waiting = list(paths)
     while waiting:
@@ -104,7 +102,7 @@ class _Sketch:
     """A rough reading of a YAML file, to tell profiles from other files.
 
     Attributes:
-        is_yaml: the file can be parsed; otherwise the keys are those at the beginnings of lines.
+        is_yaml: whether the file can be parsed; otherwise the keys are those at the beginnings of lines.
     """
 
     keys: tuple[str, ...]
@@ -114,7 +112,7 @@ class _Sketch:
 
     @cached_property
     def meanings(self) -> dict[str, str]:
-        """The key of a profile that each key is, or nearly is."""
+        """The key of a profile that each key equals or resembles."""
         from devmap_config.profile.schema import Profile
 
         known = list(Profile.model_fields)
@@ -124,7 +122,7 @@ class _Sketch:
 
     @property
     def exact(self) -> frozenset[str]:
-        """The keys that are spelt as a profile's are."""
+        """The keys that are spelt exactly like a profile's."""
         return frozenset(key for key, meant in self.meanings.items() if key == meant)
 
     @property
@@ -136,7 +134,7 @@ class _Sketch:
         has_version = "version" in meanings.values()
         if 2 * len(meanings) >= len(self.keys) and _are_sections(self.exact, has_version):
             return True
-        # A misspelt section alone says little: many a file has `models`.
+        # A misspelt section alone says little: many files have `models`.
         meant = {meanings[key] for key in meanings if key in self.exact or key in self.mappings}
         return len(meanings) == len(self.keys) and _are_sections(meant, has_version)
 
@@ -152,14 +150,14 @@ def _looks_like_profile(sketch: _Sketch, sketches: Mapping[Path, _Sketch]) -> bo
     if not sketch.bases:
         return False
     below = _built_on(sketch.bases, sketches)
-    # What it extends and cannot be found in the folder may hold the rest, or is missing: both are for `check` to say.
+    # A file that it extends outside of the folder may hold the rest, or be missing: `check` reports either.
     return "version" in sketch.meanings.values() or any(
         path not in sketches or sketches[path].holds_sections for path in below
     )
 
 
 def _sketch_of(path: Path) -> _Sketch | None:
-    """Return what can be made out of a file, or `None` if it cannot be read."""
+    """Return a rough reading of a file, or `None` if it cannot be read."""
     from devmap_config.diagnostics.diagnostic import Sink
     from devmap_config.profile.document import MappingNode, parse_document
     from devmap_config.profile.inheritance import base_files

@@ -1,4 +1,4 @@
-"""Tells on a terminal what a command is doing, and how far it is."""
+"""Shows on a terminal what a command is doing, and its progress."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 DESCRIPTION = "{task.description}"
-"""What is done now, in a line of progress."""
+"""The column of a progress line that says what is being done."""
 
 
 @contextmanager
 def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator[Callable[[str], None]]:
-    """Show a line that goes again, where stderr is a terminal; give what is called as each of `total` steps begins.
+    """Show a transient line if stderr is a terminal; yield a function to call when each of `total` steps begins.
 
-    One that `spins` does so by a thread, beside which no process may be forked. Elsewhere than on a terminal, a step
+    A line that `spins` uses a thread, so that no process may be forked meanwhile. If stderr is not a terminal, a step
     that takes long is printed once.
     """
-    if quiet or not sys.stderr.isatty():  # one that is not seen is not begun: until rich 15 it ends with an empty line
+    if quiet or not sys.stderr.isatty():  # before rich 15, an invisible line would print an empty one
         late = _LateWord()
         try:
             yield (lambda _: None) if quiet or not spins else late.note
@@ -44,7 +44,7 @@ def progress(total: int, *, quiet: bool = False, spins: bool = True) -> Iterator
 
 @contextmanager
 def stages_shown(*, quiet: bool = False) -> Iterator[None]:
-    """Show on stderr which stage of compiling runs: on a terminal in a line that goes again, else once if it lasts."""
+    """Show on stderr which stage of compiling runs: on a terminal in a transient line, else once if it takes long."""
     if quiet:
         yield
         return
@@ -67,11 +67,11 @@ def stages_shown(*, quiet: bool = False) -> Iterator[None]:
 
 
 SECONDS_WITHOUT_A_WORD = 10
-"""After so many seconds a command says on a stderr that is no terminal what it is doing."""
+"""The seconds after which a command prints what it is doing, if stderr is not a terminal."""
 
 
 class _LateWord:
-    """Prints what is being done if that takes long: once, however much follows."""
+    """Prints what is being done if that takes long, but only once."""
 
     def __init__(self) -> None:
         self._timer = threading.Timer(SECONDS_WITHOUT_A_WORD, self._print)
@@ -79,13 +79,13 @@ class _LateWord:
         self._words = ""
 
     def note(self, words: str) -> None:
-        """Note what is done now, and begin to wait at the first."""
+        """Note what is being done, and start the timer at the first call."""
         is_first, self._words = not self._words, words
         if is_first:
             self._timer.start()
 
     def cancel(self) -> None:
-        """Print nothing any more."""
+        """Stop the timer."""
         self._timer.cancel()
 
     def _print(self) -> None:
@@ -95,30 +95,30 @@ class _LateWord:
 
 
 class _LateStage(logging.Handler):
-    """Prints a stage that takes long."""
+    """A log handler that prints a stage if it takes long."""
 
     def __init__(self) -> None:
         super().__init__()
         self._late = _LateWord()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note a stage."""
+        """Note the stage that begins."""
         self._late.note(record.getMessage())
 
     def stop(self) -> None:
-        """Print nothing any more."""
+        """Stop the timer."""
         self._late.cancel()
 
 
 class _Stages(logging.Handler):
-    """Shows the stage that began last; nothing where none does."""
+    """A log handler that shows the stage that began last."""
 
     def __init__(self, shown: Any) -> None:
         super().__init__()
         self._shown = shown
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a stage."""
+        """Show the stage that begins."""
         shown = self._shown
         if not shown.live.is_started:
             shown.start()
@@ -127,22 +127,22 @@ class _Stages(logging.Handler):
         shown.update(shown.task_ids[0], completed=stage, description=record.getMessage(), refresh=True)
 
     def stop(self) -> None:
-        """Show nothing any more."""
+        """Stop showing stages."""
         if self._shown.live.is_started:
             self._shown.stop()
 
 
 class ByteProgress:
-    """Bytes that are loaded or written: how many are done, of how many."""
+    """The progress of loading or writing, in bytes."""
 
     def __init__(self, shown: Any = None, words: str = "") -> None:
         self.total_bytes = 0
         self.done_bytes = 0
-        self._shown = shown  # rich's `Progress`; `None` if nobody looks
+        self._shown = shown  # rich's `Progress`; `None` if nothing is shown
         self._words = words
 
     def expect(self, size_bytes: int) -> None:
-        """Say that so many more are to come."""
+        """Add bytes to the expected total."""
         self.total_bytes += size_bytes
         if self._shown is not None and not self._shown.tasks:
             self._shown.add_task(self._words, amount="")
@@ -150,7 +150,7 @@ class ByteProgress:
         self._show()
 
     def advance(self, size_bytes: int) -> None:
-        """Say that so many more are done."""
+        """Add bytes to those that are done."""
         self.done_bytes += size_bytes
         self._show()
 
@@ -166,9 +166,9 @@ class ByteProgress:
 
 @contextmanager
 def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[ByteProgress]:
-    """Show, where stderr is a terminal, a bar that goes again: how many bytes are done, of how many, and how fast.
+    """Show a transient bar if stderr is a terminal: the bytes that are done, the total, and the speed.
 
-    It begins once some are expected: until then, others may show bars of their own.
+    The bar starts when bytes are expected: until then, others may show bars of their own.
     """
     if quiet or not sys.stderr.isatty():
         yield ByteProgress()
@@ -178,7 +178,7 @@ def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[ByteProgress]
     from devmap_config.cli.console import progress_line
 
     columns = (DESCRIPTION, BarColumn(), "{task.fields[amount]}")
-    # It begins where stdout is redirected, and ends where it is not: rich would put back what it was at first.
+    # It starts while stdout is redirected, and ends when it no longer is: rich would restore the stdout of its start.
     shown = progress_line(*columns, redirect_stdout=False, redirect_stderr=False)
     try:
         yield ByteProgress(shown, words)
@@ -189,7 +189,9 @@ def transfer_shown(words: str, *, quiet: bool = False) -> Iterator[ByteProgress]
 
 @contextmanager
 def loading_shown(sizes: Mapping[str, int], *, quiet: bool = False) -> Iterator[ByteProgress]:
-    """Show what is loaded within, by the bytes of each tensor; one that is not in `sizes` is not read yet."""
+    """Show the progress of loading while the context lasts, by the bytes of each tensor; those missing in `sizes`
+    are not read.
+    """
     from devmap_config.libraries.transformers import watching_load
 
     def watch(names: list[str]) -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""`devmap receipts`: what was predicted of runs beside what was seen of them."""
+"""`devmap receipts`: prints predictions of runs beside the measurements."""
 
 from __future__ import annotations
 
@@ -68,11 +68,13 @@ NAMES = ("case", "device")
 FIGURES = ("GiB", "ms a token", "ms a prefill", "load s")
 
 Row = tuple[tuple[str, str], tuple[str, ...]]
-"""Names, and figures as predicted → as seen."""
+"""Names, and figures as predicted → as measured."""
 
 
 def _rows(cases: Iterable[Case]) -> Iterator[Row]:
-    """Yield a row for each device of each case, the times in the first, and for what a process held of the CPU's."""
+    """Yield a row for each device of each case, with the times in the first, and for the process's memory on the
+    CPU.
+    """
     from devmap_config.runner.receipts import PROCESS
 
     for case in cases:
@@ -91,7 +93,7 @@ def _rows(cases: Iterable[Case]) -> Iterator[Row]:
 
 
 LEAST_LOAD_SECONDS = 0.01
-"""What took less was there from the case before."""
+"""A load that took less time used the model of the case before."""
 
 
 def _both(figure: Figure, unit: float, digits: int) -> str:
@@ -101,11 +103,13 @@ def _both(figure: Figure, unit: float, digits: int) -> str:
 
 
 NARROW = 80
-"""Columns below which one name and three figures have room; a case on several devices says which in its name."""
+"""On terminals with fewer columns, a row has one name, which includes the device if there are several, and three
+figures.
+"""
 
 
 def _lines(cases: Iterable[Case], width: int) -> Iterator[str | Table]:
-    """Yield each receipt's name and a table of its cases, in which long names make room for figures."""
+    """Yield each receipt's name and a table of its cases; long names are shortened to make room for figures."""
     from rich.table import Column
 
     from devmap_config.cli.tables import new_table
@@ -119,7 +123,7 @@ def _lines(cases: Iterable[Case], width: int) -> Iterator[str | Table]:
         held = Counter(case for (case, _), _ in rows)
         table = new_table(*(Column(NAMES[0], overflow="fold"), NAMES[1])[: 2 - is_narrow], figures=figures)
         for (case, device), amounts in rows:
-            name = "" if ": " in device else case  # a part of what stands above it
+            name = "" if ": " in device else case  # a part of the row above it
             if is_narrow and held[case] > 1:
                 name = f"{name} {device}".strip()
             table.add_row(*(name, device)[: 2 - is_narrow], *amounts[: len(figures)])

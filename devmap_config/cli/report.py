@@ -1,4 +1,4 @@
-"""`devmap report`: plans as a page that stands for itself, and the picture of a plan as SVG."""
+"""`devmap report`: writes plans as a self-contained page, and the picture of a plan as SVG."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def report(
     against: str | None,
     receipts: tuple[Path, ...],
 ) -> None:
-    """Make a page of the plans of PROFILE: where everything is, how full devices are, what crosses, and why.
+    """Make a page about the plans of PROFILE: the place of everything, the use of devices and links, and the reasons.
 
-    The page needs no network. The differences between two profiles, or between one and what it is `--against`, are
-    shown. The plan of a profile is its lock's or, if that does not hold, the one that the profile asks for now.
+    The page needs no network. It shows the differences between two profiles, or between one and the side given by
+    `--against`. The plan of a profile is its lock's or, if that does not hold, the one that the profile compiles to
+    now.
     """
     from devmap_config.cli.locking import write
     from devmap_config.cli.profiles import profiles_named
@@ -91,10 +92,10 @@ def report(
 
 
 def _require_suffix(path: Path | None, suffix: str, option: str) -> None:
-    """Refuse to write a page over what may be a profile.
+    """Refuse to overwrite a file that may be a profile.
 
     Raises:
-        click.UsageError: if a file has another name, or there is something else than a file.
+        click.UsageError: if the path has another suffix, or is not a file.
     """
     from devmap_config.cli.new_profile import require_new
 
@@ -104,24 +105,24 @@ def _require_suffix(path: Path | None, suffix: str, option: str) -> None:
 
 
 def _sides(profiles: tuple[Path, ...], against: str | None) -> tuple[str, str] | None:
-    """Return what is compared: a profile with what it is against, or two profiles with each other."""
+    """Return the two sides of a comparison: a profile and `against`, or two profiles."""
     if against is not None:
         return against, str(profiles[0])
     return (str(profiles[0]), str(profiles[1])) if len(profiles) == 2 else None
 
 
 def _difference(before: str, after: str, options: ProfileOptions) -> dict[str, Any]:
-    """Return the difference of two plans, as `devmap diff --format json` prints it."""
+    """Return the difference between two plans, in the form of `devmap diff --format json`."""
     from devmap_config.cli.sides import difference_of, sides_of
 
     return difference_of(sides_of(before, after, options.permissions)).to_json()
 
 
 def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what commands print of a profile with `--format json`, together, and the texts of its files.
+    """Return the combined output of commands on a profile with `--format json`, and the texts of its files.
 
     Raises:
-        CommandError: if it is wrong or cannot be satisfied.
+        CommandError: if the profile is wrong or cannot be satisfied.
     """
     from devmap_config.cli.explain import story, waits
     from devmap_config.cli.progress import stages_shown
@@ -155,21 +156,21 @@ def _told(profile: Path, options: ProfileOptions) -> tuple[dict[str, Any], dict[
 
 
 def _reasons(compiled: Compiled, module: str) -> dict[str, Any]:
-    """Return why a module is where it is, and what other places would cost, as `devmap explain` tells them."""
+    """Return why a module is on its device, and the costs of other places, in the form of `devmap explain`."""
     from pydantic_core import to_jsonable_python
 
     from devmap_config.cli.explain import alternatives_of, why
     from devmap_config.plan.explanation import block_of
 
     others: list[dict[str, Any]] = []
-    if compiled.plan.pipeline is None:  # of which no part can be elsewhere, all else as it is
+    if compiled.plan.pipeline is None:  # parts of a pipeline cannot move while everything else stays
         others = to_jsonable_python(alternatives_of(compiled, module), fallback=str)
     block = block_of(compiled.graph, module)
     return {"why": list(why(compiled, module)), "block": block, "alternatives": others}
 
 
 def _compiled(profile: Path, options: ProfileOptions) -> tuple[Compiled, str | None]:
-    """Return the plan of a profile's lock, or what it asks for now where that does not hold; and why it is not."""
+    """Return the plan of a profile's lock or, if that does not hold, the new plan and the reason."""
     from devmap_config.cli.progress import stages_shown
     from devmap_config.compiler import Rejected
     from devmap_config.locked import compile_locked

@@ -1,4 +1,4 @@
-"""Prints what a command found: data on stdout, messages on stderr."""
+"""Prints the results of commands: data on stdout, messages on stderr."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 
 MOST_SHOWN = 100
-"""Findings that people are shown; the rest is counted. Formats for programs hold all."""
+"""The most findings that are printed for people; the rest is counted. Formats for programs have all."""
 
 
 def echo(line: str, *, err: bool = False) -> None:
-    """Print a line, on stderr where `err` is true; a line break in it is one of a name's, and escaped."""
+    """Print a line, on stderr if `err` is true; line breaks in it come from names, and are escaped."""
     click.echo(visible_lines(line.replace("\n", r"\n")), err=err)
 
 
 def echo_lines(text: str, *, err: bool = False) -> None:
-    """Print a text, on stderr where `err` is true, but for the line break at its end."""
+    """Print a text without its final line break, on stderr if `err` is true."""
     click.echo(visible_lines(text.rstrip("\n")), err=err)
 
 
 class EscapedStream:
-    """Writes text of which more is to come, as `echo_lines` does, a command in two pieces of it included."""
+    """Writes text in pieces, escaped like `echo_lines`, even if something to escape is split between pieces."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._line = ""
 
     def write(self, text: str) -> None:
-        """Write what there is now."""
+        """Write a piece."""
         click.echo("".join(map(self._escaped, text)), file=self._stream, nl=False)
 
     def _escaped(self, character: str) -> str:
@@ -80,14 +80,14 @@ def report(
 
 
 def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) -> None:
-    """Print findings for people, with their number."""
+    """Print findings for people, with their count."""
     if not diagnostics:
         return
     from devmap_config.cli.console import EscapingConsole
     from devmap_config.diagnostics.terminal import print_diagnostics
 
     console = EscapingConsole(stderr=True)
-    # What stops the command comes first, where not all is shown.
+    # Errors come first if not all findings are shown.
     shown = sorted(diagnostics, key=lambda each: not each.is_error)[:MOST_SHOWN]
     print_diagnostics(diagnostics if len(shown) == len(diagnostics) else shown, texts, console)
     if left_out := len(diagnostics) - len(shown):
@@ -99,16 +99,16 @@ def report_on_terminal(diagnostics: list[Diagnostic], texts: Mapping[str, str]) 
 
 
 def print_lines(lines: Callable[[int], Iterable[str | Text | Table | Padding]], *, soft_wrap: bool = False) -> None:
-    """Print what is made for a width, for that of the terminal; with `soft_wrap` the terminal breaks long lines.
+    """Print lines that are made for the width of the terminal; with `soft_wrap`, the terminal breaks long lines.
 
-    Words are not broken, for names are to be copied: a line with one that is too long is longer than the terminal.
+    Words are not broken, so that names can be copied: a line with a very long word exceeds the terminal.
     """
     from devmap_config.cli.console import EscapingConsole
     from devmap_config.cli.tables import least_width
 
     width = EscapingConsole().width
     for made in lines(width):
-        line = made.replace("\n", r"\n") if isinstance(made, str) else made  # a line break is one of a name's
+        line = made.replace("\n", r"\n") if isinstance(made, str) else made  # line breaks come from names
         console = EscapingConsole(width=max(width, least_width(line)))
         if soft_wrap:
             console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`devmap run`: loads a model by its lock, verifies it, and lets it speak."""
+"""`devmap run`: loads a model by its lock, verifies it, and generates."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def run(
                 randomly_weighted(deployment, options, asks_machine=not no_probe)
             )
         model, load = loaded(deployment, options, sink, asks_machine=not no_probe)
-    if options.output_format == "table":  # what is found so far: text follows as it is made
+    if options.output_format == "table":  # the findings so far, before text is streamed
         options.report(to_tell(sink, options), {}, {})
         sink = Sink()
     if options.shows_tables:
@@ -124,13 +124,13 @@ def run(
 
 
 MEASURED_ROUNDS = 3
-"""How often what a receipt says is measured."""
+"""The number of measurements for a receipt."""
 
 
 def _write_receipt(
     path: Path, deployment: Deployment, model: Any, load: LoadCost, generates: GenerationWorkload | None
 ) -> None:
-    """Write what was predicted beside what is measured; what it `generates` is measured now."""
+    """Measure what the model `generates`, and write the predictions beside the measurements."""
     from devmap_config.runner.demonstration import measured_generation
     from devmap_config.runner.receipt_writing import receipt_of, write_receipt
     from devmap_config.runner.usage import process_watched, reset_peaks
@@ -161,7 +161,7 @@ def _require_usable(prompt: str | None, receipt: Path | None, options: ProfileOp
 
 
 def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: bool) -> UserInput:
-    """Return what the model is given; a chat that is yet to begin has an empty message."""
+    """Return the input for the model; a chat that has not begun has an empty message."""
     from devmap_config.files import FileError
     from devmap_config.runner.inputs import UserInput
     from devmap_config.runner.media import read_image, read_sound
@@ -176,8 +176,8 @@ def _given(prompt: str | None, image: Path | None, audio: Path | None, *, chat: 
 
 
 def _shown(shows: Demonstrator, model: Any, given: UserInput, *, writes: bool) -> Demonstration | None:
-    """Return what the model made of what it was given, and write text to stdout as it is made; of a chat, the last."""
-    escaped = EscapedStream(sys.stdout)  # while a model runs, what is printed there goes to stderr
+    """Return the model's output, the last one of a chat, and write text to stdout as it is generated."""
+    escaped = EscapedStream(sys.stdout)  # while a model runs, other output to stdout goes to stderr
 
     def write(text: str) -> None:
         if writes:
@@ -203,7 +203,7 @@ def _shown(shows: Demonstrator, model: Any, given: UserInput, *, writes: bool) -
 
 
 def _turns() -> Iterator[str]:
-    """Yield what the user says, line by line, up to the end of the input."""
+    """Yield the user's input line by line."""
     question = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
@@ -217,7 +217,7 @@ def _turns() -> Iterator[str]:
 
 
 def _figures(outcome: Demonstration | None, deployment: Deployment, load_seconds: float) -> dict[str, Any]:
-    """Return what was measured, under the names of `--format json`; `None` if nothing was written."""
+    """Return the measurements by their names in `--format json`; `None` without an output."""
     from devmap_config.runner.usage import memory_use
 
     speed = None if outcome is None else outcome.speed
@@ -234,7 +234,7 @@ def _figures(outcome: Demonstration | None, deployment: Deployment, load_seconds
 
 
 def _told(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that tell people what was measured."""
+    """Yield the measurements as lines for people."""
     if figures["tokens"] is not None:
         first, rate = figures["first_token_seconds"], f"{figures['tokens_per_second']:.1f} tokens a second"
         apart = "" if first is None else f"the first after {first:.2f} s, then "

@@ -40,12 +40,12 @@ EXIT_CODES: Mapping[Code, ExitCode] = {
     "unfit-adapter": ExitCode.WRONG,
     "peft-missing": ExitCode.WRONG,
 }
-"""Exit codes by what went wrong; whatever is not here is the machine or the model not being what the lock says."""
+"""Exit codes by diagnostic; for all others, the machine or the model differs from the lock."""
 
 
 @contextmanager
 def randomly_weighted(deployment: Deployment, options: ProfileOptions, *, asks_machine: bool) -> Iterator[Deployment]:
-    """Give a deployment with random weights, and show how many are written; the machine may be asked first."""
+    """Yield a deployment with random weights, and show the progress of writing; the machine may be checked first."""
     from devmap_config.cli.progress import transfer_shown
     from devmap_config.runner.random_weights import with_random_weights
     from devmap_config.runner.runner import require_fit_machine
@@ -60,7 +60,7 @@ def randomly_weighted(deployment: Deployment, options: ProfileOptions, *, asks_m
 
 
 def loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_machine: bool) -> tuple[Any, LoadCost]:
-    """Return the model, loaded and verified, and what this took."""
+    """Load and verify the model, and return it with the cost of loading."""
     from devmap_config.cli.progress import loading_shown
     from devmap_config.runner.loading import show_progress
     from devmap_config.runner.runner import load_verified, notices
@@ -68,7 +68,7 @@ def loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_
 
     for notice in notices(deployment, asks_machine=asks_machine):
         sink.report(notice)
-        if notice.code == "never-on-cards" and options.shows_tables:  # before anything is loaded, in its own line
+        if notice.code == "never-on-cards" and options.shows_tables:  # printed before loading, in its own line
             echo(notice.message, err=True)
     show_progress(sys.stderr.isatty() and options.shows_tables)
     start_seconds, held_bytes = time.perf_counter(), process_bytes()
@@ -80,7 +80,7 @@ def loaded(deployment: Deployment, options: ProfileOptions, sink: Sink, *, asks_
 
 @contextmanager
 def failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterator[None]:
-    """Raise as a `CommandError` why a model cannot be loaded or run, after what was found before."""
+    """Turn errors of loading and running into `CommandError`, after the earlier findings."""
     from devmap_config.diagnostics.diagnostic import ProfileError
     from devmap_config.profile.document import whole_file
     from devmap_config.runner.loading import RunnerError, UnfitMachineError
@@ -101,7 +101,9 @@ def failures_told(profile: Path, sink: Sink, options: ProfileOptions) -> Iterato
 
 @contextmanager
 def assisted(model: Any, deployment: Deployment) -> Iterator[None]:
-    """Load the draft model that a profile names, if it does, and have the model generate with it within."""
+    """Load the draft model of a profile, if there is one, and have the model generate with it while the context
+    lasts.
+    """
     from devmap_config.runner.runner import load_draft, with_draft
 
     with_draft(model, load_draft(deployment))
@@ -112,12 +114,12 @@ def assisted(model: Any, deployment: Deployment) -> Iterator[None]:
 
 
 def to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:
-    """Return what is left to be told: on a terminal, all but what was said in a line of its own."""
+    """Return the findings to print; on a terminal, without the one that was printed in its own line."""
     return sink if options.output_format == "json" else [each for each in sink if each.code != "never-on-cards"]
 
 
 def facts(deployment: Deployment) -> dict[str, Any]:
-    """Return what `--format json` says of a model that is loaded."""
+    """Return the facts about a loaded model for `--format json`."""
     return {
         "plan": deployment.compiled.to_json(),
         "verified": deployment.unchecked is None,
@@ -127,7 +129,7 @@ def facts(deployment: Deployment) -> dict[str, Any]:
 
 
 def summary(deployment: Deployment) -> str:
-    """Return what people are told of it."""
+    """Return a summary of the loaded model for people."""
     plan, new = deployment.plan, deployment.new
     tensors = sum(len(each.tensors) for each in plan.assignments)
     held = ", ".join(f"{use.id} {format_bytes(use.weights_bytes)}" for use in plan.devices if use.weights_bytes)

@@ -56,7 +56,7 @@ def serve(
         from devmap_config.server.generation import Writer, require_writes, writing_tokenizer
         from devmap_config.server.media import media_reader
 
-        listener = context.with_resource(_bound(host, port))  # what is in use is told before anything is loaded
+        listener = context.with_resource(_bound(host, port))  # an address in use is reported before anything is loaded
         with stages_shown(quiet=not options.shows_tables):
             deployment = prepare(profile, **options.of_request, needs_weights=not random_weights)
         tokenizer = writing_tokenizer(deployment.request, sink)
@@ -76,7 +76,7 @@ def serve(
 def _listen(
     deployment: Deployment, writer: Writer, listener: socket.socket, options: ProfileOptions, sink: Sink
 ) -> None:
-    """Say where the model is served, and serve it until the process is told to end."""
+    """Print the address of the server, and serve the model until the process is told to end."""
     from devmap_config.runner.demonstration import running
     from devmap_config.server.application import Service, listen
 
@@ -115,11 +115,11 @@ def _require_library() -> None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket at an address; nobody is heard there until the model is loaded."""
+    """Return a socket that is bound to an address; it does not listen until the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # there it would share the port with another process
+        if sys.platform != "win32":  # on Windows, it would share the port with another process
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except (OSError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""The two plans that `devmap diff` compares: of locks, of profiles, or of locks as git has them."""
+"""Finds the two plans that `devmap diff` compares: of locks, of profiles, or of locks in git."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ NOTHING = {"diff": None}
 
 @dataclass(frozen=True)
 class Side:
-    """A plan, as locks hold it, under the name by which it was asked for.
+    """A plan as plain data, with the name that the user gave.
 
-    `made_of` says which model and which cards it is of, `bases` on which rates its times rest, `notes` what else is to
-    be known.
+    `made_of` holds its model and cards, `bases` the basis of its times, `notes` further findings.
     """
 
     name: str
@@ -47,7 +46,7 @@ def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
     """Return the plans of both arguments.
 
     Raises:
-        DevmapError: if one cannot be had.
+        DevmapError: if one is not available.
     """
     sides: list[Side] = []
     mistakes = Mistakes()
@@ -59,7 +58,7 @@ def sides_of(before: str, after: str, permissions: Permissions) -> list[Side]:
 
 
 def difference_of(sides: Sequence[Side]) -> Difference:
-    """Return how the second side differs from the first."""
+    """Return the difference from the first side to the second."""
     before, after = sides
     return difference(before.plan, after.plan, (before.made_of, after.made_of), (before.bases, after.bases))
 
@@ -79,14 +78,14 @@ def _side(text: str, other: str, permissions: Permissions) -> Side:
 
 
 def compiled_side(name: str, compiled: Compiled, notes: tuple[Diagnostic, ...] = ()) -> Side:
-    """Return the plan of a profile that was just compiled, or held to its lock."""
+    """Return the side of a profile that was compiled, or checked against its lock."""
     subjects = made_of(compiled.inputs.values, compiled.inventory.accelerators_to_json())
     bases = {phase: each.rates for phase, each in compiled.time_bases.items()}
     return Side(name, compiled.plan.to_json(), subjects, bases, notes)
 
 
 def locked_side(name: str, lock: Lock) -> Side:
-    """Return the plan of a lock, of which only what it says is known."""
+    """Return the side of a lock, with only the information in the lock."""
     return Side(name, lock.plan, made_of(lock.values, lock.hardware), bases_in_lock(lock.plan, lock.values))
 
 
@@ -98,7 +97,7 @@ def _lock_in(path: Path, permissions: Permissions) -> Lock:
 
 
 def _asked_for(profile: Path, permissions: Permissions) -> Side:
-    """Return the locked plan of a profile, or what it asks for now where there is none that holds."""
+    """Return the locked plan of a profile, or its new plan if no lock holds."""
     from devmap_config.compiler import Rejected
     from devmap_config.locked import compile_locked
 
@@ -121,7 +120,7 @@ def _asked_for(profile: Path, permissions: Permissions) -> Side:
 
 
 def _lock_at_revision(revision: str, file: Path, text: str) -> Lock:
-    """Return the lock of a profile, or a lock, as it was at a git revision."""
+    """Return a lock, or the lock of a profile, at a git revision."""
     path = file if file.suffix == ".json" else lock_path(file)
     commit = _git(path.parent, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit is None:
@@ -145,7 +144,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     """Return the output of git, or `None` if it fails, is not installed, or refuses."""
     command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603  no shell, and options ended
+        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603  no shell, and `--` before arguments
     except (OSError, ValueError):
         return None
     return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""`devmap simulate`: a plan's forward and decode steps on simulated accelerators."""
+"""`devmap simulate`: runs a plan's prefill and decode steps on simulated accelerators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from devmap_config.simulate.simulation import Simulation
 
 MOST_DECODED = 1_000
-"""Each is a forward of the whole model: more of them show nothing else, and take minutes."""
+"""The most tokens that are decoded: each is a forward of the whole model, and more show nothing new, but take
+minutes.
+"""
 
 
 @profile_command("simulate", "table", "json", "trace")
@@ -45,7 +47,7 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path |
 
     _require_trace(output, options)
     compilation = options.run_pipeline(profile, simulates=True)
-    # A plan that does not run is shown as far as it came.
+    # A plan that does not run is shown up to its failure.
     if isinstance(compilation, Rejected):
         told, reached, tried = None, compilation.reached, compilation.refused
     else:
@@ -74,7 +76,7 @@ def simulate(profile: Path, options: ProfileOptions, tokens: int, output: Path |
 
 
 def _require_trace(output: Path | None, options: ProfileOptions) -> None:
-    """Refuse to write something else than a trace, or over what is none.
+    """Refuse `--output` for anything other than a trace, or onto a file that is not one.
 
     Raises:
         click.UsageError: with the reason.
@@ -95,7 +97,7 @@ def _trace(compiled: Compiled, simulation: Simulation | None, tokens: int) -> st
     """Return the trace of a plan.
 
     Raises:
-        CommandError: where there are no times that it could show.
+        CommandError: if no times are known.
     """
     from devmap_config.cli.predictions import HOW_TO_GIVE_FIGURES, said_of_missing
     from devmap_config.diagnostics.diagnostic import Diagnostic

@@ -1,4 +1,4 @@
-"""A dry run for the terminal: what each device held at most, what ran where in turn, what went over which link."""
+"""Shows a dry run on the terminal: the peak of each device, the blocks in order, and the bytes over each link."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _devices(plan: Plan, simulation: Simulation, unit_bytes: int, width: int) ->
 
 
 def _timeline(steps: list[BlockRun], width: int) -> Table:
-    """Blocks that run one after another on one device are one line."""
+    """Return a table in which consecutive blocks on one device are one line."""
     table = Table.grid(padding=(0, 2), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""A plan for vLLM for people: its stages as a table, which of them binds, and what moving a layer would do."""
+"""Shows a plan for vLLM: its stages as a table, the stage that limits it, and the effect of moving a layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def stage_lines(compiled: Compiled, pipeline: Pipeline) -> Iterator[Text | Table]:
-    """Yield the stages as a table, and what is said of all of them."""
+    """Yield the stages as a table, and sentences about all of them."""
     unit_bytes, unit = largest_unit(compiled.graph.size_bytes)
     plan = compiled.plan
     yield Text.assemble(
@@ -47,7 +47,9 @@ def _shape(pipeline: Pipeline) -> str:
 
 
 def _sizes(pipeline: Pipeline, stage: Stage) -> tuple[int, int, int, int]:
-    """Weights, the cache of the whole pipeline's blocks, what a forward and vLLM's processes take, and what is left."""
+    """Return the bytes of weights, of the cache with the whole pipeline's blocks, of a forward and vLLM's processes,
+    and the rest.
+    """
     cache_bytes = pipeline.blocks * stage.page_bytes
     running_bytes = stage.activation_bytes + stage.overhead_bytes
     free_bytes = stage.capacity_bytes - stage.weights_bytes - cache_bytes - running_bytes
@@ -59,12 +61,12 @@ def _tokens(pipeline: Pipeline, stage: Stage) -> int:
 
 
 def devices_in_words(stage: Stage) -> str:
-    """Return the devices of a stage, as a range where there are several."""
+    """Return the devices of a stage, as a range if there are several."""
     return ", ".join(folded_devices(map(str, stage.devices)))
 
 
 def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
-    """Yield what a plan for vLLM comes to: its cache, what decides that, and how long requests wait."""
+    """Yield sentences about a plan for vLLM: its cache, the stage that limits it, and the times of requests."""
     yield cache_in_words(pipeline)
     prediction = compiled.plan.prediction
     words = []
@@ -83,7 +85,7 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
         yield f"{said_of_bases(bases, prediction)}; of vLLM no run was seen"
     unused = [use.id for use in compiled.plan.devices if not use.weights_bytes]
     from devmap_config.pipeline.slots import MOST_CHOICES
-    from devmap_config.plan.pipelines import all_orders_tried  # with it comes numpy
+    from devmap_config.plan.pipelines import all_orders_tried  # imports numpy
 
     are_all = all_orders_tried(compiled)
     if not are_all:
@@ -95,7 +97,7 @@ def pipeline_notes(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
 
 
 def cache_in_words(pipeline: Pipeline) -> str:
-    """Return how many tokens the cache holds, and which stage decides that."""
+    """Return the tokens of the cache, and the stage that limits it, in words."""
     stage = pipeline.stages[pipeline.deciding_stage]
     requests = f"{counted(pipeline.max_num_seqs, 'request')} of {pipeline.max_model_len:,}"
     rooms = {each.blocks for each in pipeline.stages}
@@ -108,7 +110,7 @@ def cache_in_words(pipeline: Pipeline) -> str:
 
 
 def pipeline_story(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
-    """Yield the story of a plan for vLLM: its stages, which binds, and what moving one layer would do."""
+    """Yield an explanation of a plan for vLLM: its stages, the one that limits it, and the effect of moving a layer."""
     plan, model = compiled.plan, compiled.model
     weights = f"{format_bytes(compiled.graph.size_bytes)} in {model.dtype}"
     yield f"{model.class_name}, weights of {weights}, in {_shape(pipeline)} for vLLM, by `{plan.strategy}`."
@@ -136,7 +138,7 @@ def _stage_in_words(pipeline: Pipeline, number: int, stage: Stage) -> str:
 
 
 def _pace(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
-    """Yield sentences about the stages that bind: the slowest if several batches are in flight, else their sum."""
+    """Yield sentences about what limits the speed: the slowest stage if several batches are in flight, else the sum."""
     times = [stage.decode_nanoseconds or 0 for stage in pipeline.stages]
     token, slowest = compiled.plan.prediction.decode_nanoseconds_per_token, pipeline.slowest_stage
     if token is None or slowest is None or len(times) == 1:
@@ -175,7 +177,7 @@ def _moves(compiled: Compiled, pipeline: Pipeline) -> Iterator[str]:
 
 
 def module_in_words(compiled: Compiled, pipeline: Pipeline, name: str) -> Iterator[str]:
-    """Yield which stage a module is on, and why it is a stage's as a whole."""
+    """Yield the stage of a module, and why stages hold modules as a whole."""
     location = compiled.plan.locations
     names = [each for each in location if each == name or each.startswith(f"{name}.")] or [
         each for each in location if name.startswith(f"{each}.")

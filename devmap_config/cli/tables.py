@@ -1,4 +1,4 @@
-"""The look of tables: as wide as the terminal, and no name in them broken."""
+"""Makes tables that fit the terminal without breaking names."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def new_table(*names: str | Column, figures: tuple[str, ...], rest: str | None =
     """Return a table without rows.
 
     Args:
-        names: the columns that say what a row is of; those given by their heading alone are never wrapped.
-        figures: headings of the columns after these, aligned to the right.
-        rest: the heading of the last column, which takes the room that there is.
+        names: the columns that identify a row; columns given as a heading are never wrapped.
+        figures: the headings of the columns after these, aligned to the right.
+        rest: the heading of the last column, which takes the remaining room.
     """
     columns = [Column(name, no_wrap=True) if isinstance(name, str) else name for name in names]
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
@@ -45,14 +45,14 @@ def listing(
     figures: tuple[str, ...],
     rest: str,
 ) -> Iterator[Table | Text]:
-    """Return rows of cells, each with the names that belong to it: beside the cells, or below where these are too long.
+    """Return rows of cells with names that belong to each row: beside the cells or, if too long, below them.
 
     Args:
         rows: the cells of each row, and the names.
         width: of the terminal.
-        names: headings of the first cells.
-        figures: headings of the others.
-        rest: what the names are.
+        names: the headings of the first cells.
+        figures: the headings of the other cells.
+        rest: the heading of the names.
     """
     listed = [(cells, tuple(held)) for cells, held in rows]
     table = new_table(*names, figures=figures, rest=rest)
@@ -82,12 +82,12 @@ def listing(
 
 
 def aligned(rows: Sequence[Sequence[str]], width: int, *, headings: Sequence[str] = ()) -> Iterator[Text | Padding]:
-    """Return rows in columns; if these are too wide, the first cell of each row, and the others below it.
+    """Return rows in columns or, if these are too wide, the first cell of each row with the others below it.
 
     Args:
-        rows: cells, as many in each row.
+        rows: the cells, the same number in each row.
         width: of the terminal.
-        headings: of the columns, or none.
+        headings: the headings of the columns, if any.
     """
     rows = [[cell.replace("\n", r"\n") for cell in row] for row in rows]  # a line break is one of a name's
     lines = [*([headings] if headings else []), *rows]
@@ -110,7 +110,7 @@ def aligned(rows: Sequence[Sequence[str]], width: int, *, headings: Sequence[str
 
 
 def least_width(line: str | Text | Table | Padding) -> int:
-    """Return how wide a line or a table is at least, none of its words broken."""
+    """Return the least width of a line or a table without broken words."""
     console = EscapingConsole(width=10_000)
     if isinstance(line, Table):
         width, line.width = line.width, None

@@ -1,4 +1,4 @@
-"""`devmap tree`: a model's module tree, with what a pattern matches."""
+"""`devmap tree`: shows a model's module tree, and the matches of a pattern."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _matched(pattern: str, graph: ModelGraph) -> Match:
 
 
 def _shortcoming(pattern: str, found: Match, graph: ModelGraph) -> str:
-    """Return why a pattern is no rule for this model: it asks for more than there is, or for nothing that there is."""
+    """Return why a pattern is wrong for this model: it names too much, or nothing that exists."""
     from devmap_config.rules.pattern import parse_pattern
     from devmap_config.rules.suggestion import nearest_to
 
@@ -129,9 +129,9 @@ def graph_of_source(
     trust_remote_code: bool,
     context_length: int | None = None,
 ) -> ModelGraph:
-    """Return the graph of a source as a user names it on the command line.
+    """Return the graph of a source that a user names on the command line.
 
-    With a `context_length` it is measured; one below 1 stands for the profile's, or the default.
+    With a `context_length`, it is measured; a value below 1 stands for the profile's, or the default.
     """
     from devmap_config.graph.checkpoint import CheckpointError
     from devmap_config.graph.costs import WorkloadShape

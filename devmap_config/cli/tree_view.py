@@ -1,4 +1,4 @@
-"""A module tree for reading: what repeats is shown once, with its range of indices."""
+"""Shows a module tree, with equal neighbours once, with their range of indices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MATCHED = "bold green"
 
 @dataclass(frozen=True)
 class _EqualNeighbours:
-    """Neighbours that are alike, and the first of them."""
+    """Equal neighbours, and the first of them."""
 
     module: Module
     name: str
@@ -28,7 +28,7 @@ class _EqualNeighbours:
 
 
 def tree_lines(graph: ModelGraph, matched: tuple[str, ...] | None, depth: int | None = None) -> Iterator[Text]:
-    """Yield the tree, a line a module or tensor; with `matched`, only those, marked, and what leads to them."""
+    """Yield the tree with a line for each module or tensor; with `matched`, only those, marked, and their ancestors."""
     marks = frozenset(matched or ())
     yield Text.assemble(
         (graph.class_name, "bold"), f"  {format_bytes(graph.size_bytes)}", *([("  ←", MATCHED)] if "" in marks else [])
@@ -37,12 +37,12 @@ def tree_lines(graph: ModelGraph, matched: tuple[str, ...] | None, depth: int | 
     if matched is not None:
         names = [name for name in matched if name in graph.modules or name in graph.tensors]
         tensors = {tensor.name for name in names for tensor in _tensors(graph, name)}
-        size_bytes = graph.weights_bytes(tuple(sorted(tensors)))  # what is tied counts once
+        size_bytes = graph.weights_bytes(tuple(sorted(tensors)))  # tied tensors count once
         yield Text(f"{len(names)} matched, {format_bytes(size_bytes)}", style=MATCHED)
 
 
 def tree_to_json(graph: ModelGraph, matched: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the tree as plain data: modules in order, each with its class and bytes, and what a pattern matched."""
+    """Return the tree as plain data: modules in order, each with its class and bytes, and the matches of a pattern."""
     modules = [
         {
             "path": module.path,
@@ -117,7 +117,7 @@ def _marked(line: Text, is_marked: bool, start: int) -> Text:
 
 
 def _runs(module: Module, marks: frozenset[str]) -> list[_EqualNeighbours]:
-    """Return the children, numbered neighbours that are alike (and alike matched) taken together."""
+    """Return the children, with numbered neighbours that are equal, and equally matched, joined."""
     runs: list[_EqualNeighbours] = []
     signatures: list[object] = []
     for child in module.children:

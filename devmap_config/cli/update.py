@@ -1,4 +1,4 @@
-"""`devmap update`: moves a model's revision, in the lock, to what it resolves to now."""
+"""`devmap update`: updates the commit of a model's revision in the lock."""
 
 from __future__ import annotations
 

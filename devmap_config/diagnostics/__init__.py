@@ -1,1 +1,1 @@
-"""Diagnostics: findings with a place and advice. They are made by the stages; the formats are here."""
+"""Diagnostics: findings with a place and advice. The stages make them; this package formats them."""

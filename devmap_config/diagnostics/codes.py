@@ -103,7 +103,7 @@ AlwaysError = Literal[
     "wrong-checkpoint",
     "wrong-type",
 ]
-"""What stops a command, wherever it is reported."""
+"""Codes that always stop a command."""
 
 AlwaysWarning = Literal[
     "another-card",
@@ -132,7 +132,7 @@ AlwaysWarning = Literal[
     "untried-inputs",
     "untried-version",
 ]
-"""What stops nothing."""
+"""Codes that never stop a command."""
 
 ErrorOrWarning = Literal[
     "broken-lock",
@@ -152,7 +152,7 @@ ErrorOrWarning = Literal[
     "uncovered-tensor",
     "unreadable-lock",
 ]
-"""What stops a command or not, by where it is reported; the page says when."""
+"""Codes that may or may not stop a command; the page of each says when."""
 
 ErrorCode = Literal[AlwaysError, ErrorOrWarning]
 WarningCode = Literal[AlwaysWarning, ErrorOrWarning]
@@ -161,11 +161,11 @@ Code = Literal[AlwaysError, AlwaysWarning, ErrorOrWarning]
 CODES: tuple[Code, ...] = tuple(sorted(get_args(Code)))
 
 PAGES = Path(__file__).parent / "pages"
-"""Data of the package; in a checkout a link to `docs/codes`, where the pages are written and read."""
+"""The pages, as data of the package; in a checkout, a link to `docs/codes`."""
 
 
 def severities(code: Code) -> tuple[Severity, ...]:
-    """Return the severities with which a code may be reported, the graver first.
+    """Return the severities with which a code may be reported, the more serious first.
 
     >>> severities("stale-lock")
     ('error', 'warning')

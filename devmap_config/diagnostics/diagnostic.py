@@ -1,4 +1,4 @@
-"""The one type in which every stage tells a user what is wrong, where it is, and what to do next."""
+"""`Diagnostic`: the type with which every stage reports what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Details(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostic:
-    """One finding: an error or a warning. Characters that do not show are escaped in its texts.
+    """One finding: an error or a warning. Invisible characters in its texts are escaped.
 
     Attributes:
         code: a stable code, which has a page under `docs/codes/`.
         severity: an error stops a command.
         message: one terse lower-case sentence.
         span: the place.
-        label: a text beside the marked place.
+        label: the text beside the marked place.
         help: what to do next.
         related: further places.
     """
@@ -88,7 +88,7 @@ class Diagnostic:
     def warning(
         cls, code: WarningCode, message: str, span: Span | None = None, **details: Unpack[Details]
     ) -> Diagnostic:
-        """Return a finding that stops nothing."""
+        """Return a finding that does not stop a command."""
         return cls(code=code, severity="warning", message=message, span=span, **details)
 
     @property
@@ -98,11 +98,11 @@ class Diagnostic:
 
 
 MAX_ERRORS = 1000
-"""After so many, a profile is looked at no further."""
+"""The number of errors after which checking stops."""
 
 
 def _make_visible(finding: Diagnostic | Related, *names: str) -> None:
-    """Shorten and escape what names and texts of strangers bring into the texts of a finding."""
+    """Shorten and escape untrusted names and texts in the texts of a finding."""
     for name in names:
         if (text := getattr(finding, name)) is not None:
             object.__setattr__(finding, name, visible(shortened(text)))
@@ -112,7 +112,7 @@ class Sink:
     """Collects the diagnostics of one run, so that all of them are shown at once, up to `MAX_ERRORS`.
 
     Attributes:
-        origins: for a file that another extends, the place that names it; findings in that file point there as well.
+        origins: for a file that another extends, the place that names it, to which findings in that file also point.
         texts: the files that were read, by the names under which they are shown.
     """
 
@@ -127,11 +127,11 @@ class Sink:
         self.report(Diagnostic.error(code, message, span, **details))
 
     def warning(self, code: WarningCode, message: str, span: Span | None = None, **details: Unpack[Details]) -> None:
-        """Record a finding that stops nothing."""
+        """Record a finding that does not stop the compilation."""
         self.report(Diagnostic.warning(code, message, span, **details))
 
     def report(self, diagnostic: Diagnostic) -> None:
-        """Record a finding; an equal one is recorded once. A place in no file is dropped.
+        """Record a finding, unless an equal one is recorded. A place that is in no file is dropped.
 
         Raises:
             TooManyErrorsError: after `MAX_ERRORS` errors.
@@ -160,7 +160,7 @@ class Sink:
 
     @property
     def diagnostics(self) -> tuple[Diagnostic, ...]:
-        """All findings by file and place; those without a place come last."""
+        """All findings, sorted by file and place; those without a place come last."""
         return tuple(sorted(self._diagnostics, key=_place))
 
     def __iter__(self) -> Iterator[Diagnostic]:
@@ -208,7 +208,7 @@ class ProfileError(DevmapError):
 
 
 class TooManyErrorsError(ProfileError):
-    """There are more than `MAX_ERRORS` errors; `diagnostics` are those, and one that says so."""
+    """There are more than `MAX_ERRORS` errors; `diagnostics` holds these, and one that says so."""
 
     def __init__(self, sink: Sink) -> None:
         more = Diagnostic.error(

@@ -21,7 +21,7 @@ def _command(diagnostic: Diagnostic) -> str:
     properties: dict[str, object] = {}
     if (span := diagnostic.span) is not None:
         properties = {"file": visible(span.file), "line": span.line, "endLine": span.end_line, "col": span.column}
-        if span.end_line == span.line:  # GitHub takes an end column for a single line only
+        if span.end_line == span.line:  # GitHub accepts an end column only within a line
             properties["endColumn"] = span.end_column
     properties["title"] = diagnostic.code
     named = ",".join(f"{name}={_property(str(value))}" for name, value in properties.items())

@@ -1,4 +1,4 @@
-"""Warnings of libraries while a model is built, loaded and run: passed on, except those that need no attention."""
+"""Passes on warnings of libraries while a model is built, loaded and run, except those that need no attention."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ ANSWERED = {
         "`run` writes the likeliest tokens, whatever the checkpoint's generation config samples"
     ),
 }
-"""By how a warning begins: why nobody needs it. Whatever is not here is passed on."""
+"""The reasons why nobody needs a warning, by its beginning. All others are passed on."""
 
 LONGEST = 300
-"""How much of a warning is passed on, in characters."""
+"""The most characters of a warning that are passed on."""
 
 
 @contextmanager
 def passing_on(sink: Sink) -> Iterator[None]:
-    """Report warnings of transformers and accelerate within the context, except those in `ANSWERED`, as warnings of
-    ours.
+    """Report warnings of transformers and accelerate as diagnostics while the context lasts, except those in
+    `ANSWERED`.
     """
     messages: list[LibraryMessage] = []
     try:

@@ -26,11 +26,11 @@ MARGIN = "bold blue"
 CODE = re.compile("`[^`]*`")
 
 CONTEXT_CELLS = 12
-"""How much of a long line is kept before the marked part."""
+"""The cells of a long line that are kept before the marked part."""
 
 
 def print_diagnostics(diagnostics: Iterable[Diagnostic], texts: Mapping[str, str], console: Console) -> None:
-    """Print each finding with its place, its line and its advice; `texts` are the files by the names shown."""
+    """Print each finding with its place, its line and its advice; `texts` are the files by their shown names."""
     shown = tuple(diagnostics)
     files = {span.file for diagnostic in shown for span in _spans(diagnostic)} & texts.keys()
     sources = {file: LINE_BREAK.split(texts[file]) for file in sorted(files)}
@@ -46,7 +46,7 @@ def _spans(diagnostic: Diagnostic) -> list[Span]:
 
 
 Sources = Mapping[str, list[str]]
-"""The lines of files, by the names under which these are shown."""
+"""The lines of files, by their shown names."""
 
 
 def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Text]:
@@ -65,7 +65,7 @@ def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Tex
         yield from _snippet(related.span, related.message, sources, width, margin, ":::", "-", MARGIN)
     if diagnostic.help:
         lead = " " * margin + "= help: " if diagnostic.span else "  = help: "
-        # A command that is too long for the line still begins beside its lead.
+        # A command that is too long for the line still starts beside the words before it.
         kept_lead = lead.replace(" ", "\xa0")
         for number, line in enumerate(_wrapped(kept_lead + diagnostic.help, width, indent=" " * len(lead))):
             text = Text(line)
@@ -75,7 +75,7 @@ def _lines(diagnostic: Diagnostic, sources: Sources, width: int) -> Iterator[Tex
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    """Wrap a text to a width; text in backticks, which is for copying, stays in one piece."""
+    """Wrap a text to a width; text in backticks is not broken, so that it can be copied."""
     kept = CODE.sub(lambda code: code.group().replace(" ", "\xa0"), text)
     lines = textwrap.wrap(
         kept, max(width, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -112,7 +112,9 @@ def _snippet(
 
 
 def _around(line: str, start: int, end: int, most: int) -> tuple[str, str, str]:
-    """Split a line at a place: before, marked and after, at most `most` characters each, since no more can be shown."""
+    """Split a line into the parts before, in and after a place, each with at most `most` characters, as no more can
+    be shown.
+    """
     return line[max(start - most, 0) : start], line[start : min(end, start + most)], line[end : end + most]
 
 
