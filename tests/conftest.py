@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "80"
+os.environ["OMP_NUM_THREADS"] = "1"  # each worker of the tests has a core; threads that wait for one take another's
 
 progress.SECONDS_WITHOUT_A_WORD = 600  # what a busy machine prints late is no part of what a test expects
 

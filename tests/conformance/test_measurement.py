@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 
@@ -44,6 +45,12 @@ def measured(name, *, config=None, **workload):
     return measure(model, graph_of(model, torch.float32), WorkloadShape(**workload))
 
 
+@functools.cache
+def usual_measurement(name):
+    """Of the workload that most tests take, measured once."""
+    return measured(name)
+
+
 def really_run(name):
     """A real model's inputs, ready to be run; random weights, since sizes do not depend on them."""
     torch.manual_seed(0)
@@ -69,7 +76,7 @@ def test_the_cache_has_these_very_bytes(name):
     model, inputs = really_run(name)
     with torch.no_grad():
         output = model(**inputs)
-    measurement = measured(name)
+    measurement = usual_measurement(name)
     assert measurement.cache_bytes == cache_of(output)
     assert sum(cost.cache_bytes for cost in measurement.modules) > 0
 
@@ -81,7 +88,7 @@ def test_a_further_token_adds_what_a_real_one_adds(name):
         output = model(**inputs)
         before = cache_of(output)
         output = model(input_ids=inputs["input_ids"][:, :1], **{CACHE: cache_in(output)}, use_cache=True)
-    per_token = sum(cost.cache_bytes_per_token for cost in measured(name).modules)
+    per_token = sum(cost.cache_bytes_per_token for cost in usual_measurement(name).modules)
     assert per_token == cache_of(output) - before
 
 
@@ -103,7 +110,7 @@ def profiled_peak(model, inputs):
 def test_activations_peak_where_the_profiler_sees_them(name):
     model, inputs = really_run(name)
     peak, cache_bytes = profiled_peak(model, inputs)
-    measurement = measured(name)
+    measurement = usual_measurement(name)
     predicted = max(cost.prefill_peak_bytes for cost in measurement.modules)
     # Blocks are alike, so that activations peak in the last one as well, when the whole cache is there, with all that
     # windows into it keep alive.
@@ -129,13 +136,13 @@ def test_a_batch_costs_its_multiple():
 
 
 def test_prefilling_in_parts_needs_less_while_the_cache_is_the_same():
-    whole, parts = measured("dense"), measured("dense", prompt_length=20)
+    whole, parts = usual_measurement("dense"), measured("dense", prompt_length=20)
     assert parts.cache_bytes == whole.cache_bytes
     assert parts.by_path[""].prefill_peak_bytes < whole.by_path[""].prefill_peak_bytes
 
 
 def test_all_logits_cost_their_rows():
-    last, every = measured("dense"), measured("dense", all_logits=True)
+    last, every = usual_measurement("dense"), measured("dense", all_logits=True)
     rows = 2 * (LENGTH - 1) * 512 * 4
     assert every.by_path["lm_head"].prefill_peak_bytes - last.by_path["lm_head"].prefill_peak_bytes == rows
 
@@ -190,8 +197,17 @@ def test_running_two_blocks_of_a_kind_tells_what_running_all_does(name, monkeypa
     assert measured_deep(name) == spared
 
 
-@pytest.mark.parametrize("workload", [{"cache": "static"}, {"prompt_length": 20}, {"all_logits": True}])
-@pytest.mark.parametrize("name", ["dense", "sliding and full", "encoder-decoder"])
+WORKLOADS = [{"cache": "static"}, {"prompt_length": 20}, {"all_logits": True}]
+
+
+@pytest.mark.parametrize(
+    ("name", "workload"),
+    [
+        pytest.param(name, workload, marks=[pytest.mark.zoo] if place != own else [])
+        for place, name in enumerate(["dense", "sliding and full", "encoder-decoder"])
+        for own, workload in enumerate(WORKLOADS)
+    ],
+)
 def test_it_does_under_every_workload(name, workload, monkeypatch):
     spared = measured_deep(name, **workload)
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
@@ -364,7 +380,7 @@ def test_the_same_is_measured_again_in_one_process():
 
 
 def test_a_measurement_gives_itself_back():
-    measurement = measured("sliding and full")
+    measurement = usual_measurement("sliding and full")
     assert Measurement.from_json(measurement.to_json()) == measurement
 
 
@@ -393,7 +409,7 @@ def test_nothing_of_it_stays_behind():
 def test_a_longer_context_is_foretold_by_one_measurement(name):
     """What is said of four times the length is what is measured there: a parabola has no more to tell."""
     length = 4 * LENGTH
-    foretold = measured(name).at(length)
+    foretold = usual_measurement(name).at(length)
     seen = measured(name, context_length=length, prompt_length=length)
     assert foretold.cache_bytes == seen.cache_bytes
     peaks = [max(cost.prefill_peak_bytes for cost in measurement.modules) for measurement in (foretold, seen)]
@@ -404,7 +420,7 @@ def test_a_longer_context_is_foretold_by_one_measurement(name):
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "hybrid"])
 def test_a_shorter_context_never_takes_more_than_was_foretold(name):
     shorter = length_of(name) // 2
-    foretold = measured(name).at(shorter)
+    foretold = usual_measurement(name).at(shorter)
     seen = measured(name, context_length=shorter, prompt_length=shorter).by_path
     assert {cost.path for cost in foretold.modules} == set(seen)
     for cost in foretold.modules:
@@ -413,7 +429,7 @@ def test_a_shorter_context_never_takes_more_than_was_foretold(name):
 
 
 def test_what_crosses_is_the_hidden_states_and_what_every_layer_is_given():
-    crossings = {(each.reader, each.maker): each for each in measured("dense").crossings}
+    crossings = {(each.reader, each.maker): each for each in usual_measurement("dense").crossings}
     hidden_bytes = 2 * LENGTH * 128 * 4
     assert crossings["model.layers.1", "model.layers.0"].prefill_bytes == hidden_bytes
     assert crossings["model.layers.1", "model.layers.0"].decode_bytes == hidden_bytes // LENGTH
@@ -422,8 +438,8 @@ def test_what_crosses_is_the_hidden_states_and_what_every_layer_is_given():
 
 
 def test_what_the_model_adds_up_itself_must_be_together():
-    assert measured("learned positions").bonds == (("transformer.wpe", "transformer.wte"),)
-    assert measured("dense").bonds == ()
+    assert usual_measurement("learned positions").bonds == (("transformer.wpe", "transformer.wte"),)
+    assert usual_measurement("dense").bonds == ()
 
 
 def test_layers_that_read_the_cache_of_another_must_be_with_it(tmp_path):

@@ -24,7 +24,6 @@ from devmap_config.libraries.torch import streams_without_a_card
 from devmap_config.simulate.memory import simulation_of
 
 simulated_accelerator.install()
-torch.set_num_threads(1)
 
 PROMPT = 24
 NEW_TOKENS = 8

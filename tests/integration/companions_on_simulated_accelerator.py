@@ -18,7 +18,6 @@ from devmap_config.dispatch import streamed_weights
 from devmap_config.placement import executors
 
 simulated_accelerator.install()
-torch.set_num_threads(1)
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 CARD = torch.device("npu:0")

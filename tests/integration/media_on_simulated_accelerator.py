@@ -23,7 +23,6 @@ from devmap_config.graph.features import media_of
 from devmap_config.graph.forwards import Forwards
 
 simulated_accelerator.install()
-torch.set_num_threads(1)
 
 LENGTH = 60
 SIDE = 112

@@ -54,7 +54,6 @@ from devmap_config.runner.runner import prepare
 from devmap_config.simulate.memory import simulation_of
 
 simulated_accelerator.install()
-torch.set_num_threads(1)  # such small matrices are quicker without help
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 31, 77]])
 NEW_TOKENS = 4

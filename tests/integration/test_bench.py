@@ -26,12 +26,6 @@ from devmap_config.runner.loading import is_out_of_memory
 from devmap_config.runner.runner import prepare
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """In the processes that are started: more would wait for each other where the tests run side by side."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def write_profile(devices="cpu: {memory: 1GiB}"):
     Path("profile.yaml").write_text(
         f"version: 1\nmodel: {{source: llama}}\nworkload: {{context_length: 32, batch_size: 2}}\n"

@@ -77,7 +77,7 @@ def without_versions(lock):
 
 def locks_by(python, code=RUN, *, folder=".", **environment):
     """The locks that an interpreter writes, started in a folder, without any graph but those beside the profiles."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LC_", "LANG"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "LC_", "LANG", "OMP_"))}
     environment = {**kept, "XDG_CACHE_HOME": os.path.abspath("no-cache"), **environment}  # noqa: PTH100
     locks = {}
     for name in PROFILES:

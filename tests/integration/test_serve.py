@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -65,7 +64,6 @@ def served(folder, *options):
     process = subprocess.Popen(
         [sys.executable, "-c", command, *arguments],
         stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
     )
     try:
@@ -81,9 +79,7 @@ def served(folder, *options):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The model that is served, in the folder that it is served from; small ones are slower in several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The model that is served, in the folder that it is served from."""
     folder = tmp_path_factory.mktemp("served")
     found = random_model()
     found.save_pretrained(folder / "model")
@@ -92,8 +88,7 @@ def model(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     write_profile(folder, f"workload: {{context_length: {CONTEXT}}}\n")
     found.folder = folder
-    yield found
-    torch.set_num_threads(threads)
+    return found
 
 
 @pytest.fixture(scope="module")
