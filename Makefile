@@ -30,7 +30,7 @@ coverage: $(INSTALLED) lint
 
 # Every command of the documentation, run, and held to what its page shows: five minutes.
 test-docs: $(INSTALLED)
-	$(BIN)/pytest $(PARALLEL) -m docs -q tests/integration/test_page_commands.py
+	$(BIN)/pytest $(PARALLEL) -m docs -q tests/integration
 
 # The pages as a site, in build/site: strict, so that a link that leads nowhere fails.
 docs: .venv-docs/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
+
+import huggingface_hub.constants
 
 CONTEXT = multiprocessing.get_context("forkserver")
 MODELS = ("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert")
@@ -35,6 +38,7 @@ def _run(program, arguments, folder, environment, *streams) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)  # which are read from the environment once
     for descriptor, stream in zip((1, 2), streams, strict=True):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = [program, *arguments]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import LLAMA, REPOSITORY
+from conftest import LLAMA, REPOSITORY, devmap
 from packaging.requirements import Requirement
 
 BLOCK = re.compile(r"^```(?P<kind>bash|text)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,6 +62,7 @@ def run(environment, tmp_path):
     return run
 
 
+@pytest.mark.docs
 def test_the_walk_through_of_the_page(run):
     """Run the page's blocks one after the other; each says its exit code, the block after it what is printed."""
     page = (REPOSITORY / "docs" / "ci.md").read_text()
@@ -82,17 +83,19 @@ def test_the_walk_through_of_the_page(run):
     assert (ran, shown) == (6, 4)
 
 
-def repository(run, folder, profiles=("a", "b")):
-    """A repository with compiled profiles and vendored graphs, committed."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder with compiled profiles and vendored graphs."""
+    folder = tmp_path_factory.mktemp("compiled")
     (folder / "models" / "llama").mkdir(parents=True)
     (folder / "models" / "llama" / "config.json").write_text(json.dumps(LLAMA))
     (folder / "profiles").mkdir()
-    run("git", "init", "--quiet", "--initial-branch=main", folder=folder)
-    for name in profiles:
-        (folder / "profiles" / f"{name}.yaml").write_text(PROFILE)
-        done = run("devmap", "compile", "--vendor", "-q", f"profiles/{name}.yaml", folder=folder)
-        assert done.returncode == 0, done.stdout
-    commit(run, folder)
+    (folder / ".git").mkdir()  # the end of what a profile may name
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        for name in ("a", "b"):
+            Path(f"profiles/{name}.yaml").write_text(PROFILE)
+            assert devmap("compile", "--vendor", "-q", f"profiles/{name}.yaml") == 0
     return folder
 
 
@@ -103,8 +106,12 @@ def commit(run, folder):
 
 
 @pytest.fixture
-def placed(run, tmp_path):
-    return repository(run, tmp_path / "placed")
+def placed(run, compiled, tmp_path):
+    """A repository of them, committed."""
+    folder = shutil.copytree(compiled, tmp_path / "placed")
+    run("git", "init", "--quiet", "--initial-branch=main", folder=folder)
+    commit(run, folder)
+    return folder
 
 
 def change(folder, name="a", old="memory: 1GiB}, cpu", new="memory: 2GiB}, cpu"):

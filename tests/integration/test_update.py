@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from math import prod
 from pathlib import Path
 
 import pytest
 from bad_files import NESTED
+from command_process import run_command
 from conftest import LLAMA
 from hub_server import Hub, serving
 
@@ -69,19 +67,14 @@ def hub(workspace):
 
 
 def devmap(hub, *arguments, **environment):
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        environment |= {name: "", name.upper(): ""}
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(Path("home").absolute()),
-        "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"],
-        "NO_PROXY": "127.0.0.1",
-        **environment,
-    }
-    executable = Path(sys.executable).with_name("devmap")
-    return subprocess.run([executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+    with pytest.MonkeyPatch.context() as context:
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            context.delenv(name, raising=False)
+            context.delenv(name.upper(), raising=False)
+        of_the_hub = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(Path("home").absolute())}
+        for name, value in {**of_the_hub, "NO_PROXY": "127.0.0.1", **environment}.items():
+            context.setenv(name, value)
+        return run_command("devmap", *arguments)
 
 
 def lock():
