@@ -94,7 +94,7 @@ def test_of_a_static_cache_windows_stay_where_they_are(name):
 
 
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)
-@pytest.mark.parametrize("prompt_length", [LENGTH, 50])
+@pytest.mark.parametrize("prompt_length", [LENGTH, pytest.param(50, marks=pytest.mark.zoo)])
 def test_by_fp8_a_cache_takes_what_its_tensors_take(name, prompt_length):
     wanted = workload("quantized", cache_backend="fp8", prompt_length=prompt_length)
     cache = filled(name, QuantizedCache("fp8", config_of(name)), replace(wanted, prompt_length=LENGTH))

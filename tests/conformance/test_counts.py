@@ -76,7 +76,7 @@ def operand_bytes(event):
     return FLOAT_BYTES * sum(map(math.prod, matrices))
 
 
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.zoo), 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_token_takes_what_the_profiler_sees(name, batch_size, monkeypatch):
     touched_bytes = recording._touched_bytes

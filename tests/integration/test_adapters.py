@@ -66,7 +66,10 @@ def assert_same(model, plain):
     assert torch.equal(model.generate(**written), plain.generate(**written))
 
 
-@pytest.mark.parametrize("machine", [IN_MEMORY, PARTLY_ON_DISK], ids=["in memory", "partly on disk"])
+@pytest.mark.parametrize(
+    "machine",
+    [pytest.param(IN_MEMORY, marks=pytest.mark.zoo, id="in memory"), pytest.param(PARTLY_ON_DISK, id="partly on disk")],
+)
 @pytest.mark.parametrize("kind", ["all linear", "an embedding", "the head", "ranks by name", "rank-stabilised"])
 def test_it_says_what_pefts_model_says(kind, machine):
     plain = adapted(**KINDS[kind])
