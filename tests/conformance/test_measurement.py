@@ -183,6 +183,11 @@ def test_few_experts_are_touched_for_one_token():
     assert experts.prefill_touched_bytes > weights_bytes
 
 
+def slow_ones_in_the_zoo(names):
+    """Models that run many small operations take several seconds each."""
+    return [pytest.param(name, marks=pytest.mark.zoo) if name in ("state space", "looped") else name for name in names]
+
+
 def measured_deep(name, **workload):
     length = length_of(name)
     return measured(
@@ -190,7 +195,7 @@ def measured_deep(name, **workload):
     )
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", slow_ones_in_the_zoo(MODELS))
 def test_running_two_blocks_of_a_kind_tells_what_running_all_does(name, monkeypatch):
     spared = measured_deep(name)
     monkeypatch.setattr(measurement, "kinds_of", lambda *_: ())
@@ -417,7 +422,7 @@ def test_a_longer_context_is_foretold_by_one_measurement(name):
 
 
 # The hybrid pads what it scans to a whole chunk of 256: at 100 tokens it takes as much as at 200.
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "hybrid"])
+@pytest.mark.parametrize("name", slow_ones_in_the_zoo(name for name in MODELS if name != "hybrid"))
 def test_a_shorter_context_never_takes_more_than_was_foretold(name):
     shorter = length_of(name) // 2
     foretold = usual_measurement(name).at(shorter)
