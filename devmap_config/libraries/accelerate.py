@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 
 PLACE_TENSOR = Private(
     "accelerate.hooks.set_module_tensor_to_device",
-    "what accelerate's hooks place tensors with, patched for the dry run, in which there are none to place",
+    "the function by which accelerate's hooks place tensors; the dry run patches it, since tensors without data "
+    "cannot be placed",
     takes=("module", "tensor_name", "device", "value"),
 )
-MODULE_HOOK = Private("torch.nn.Module._hf_hook", "the hook that accelerate attached to a module: where it runs")
-HOOK_WEIGHTS = Private(
-    "accelerate.hooks.AlignDevicesHook.weights_map", "where a tensor comes from that is copied in at every forward"
+MODULE_HOOK = Private(
+    "torch.nn.Module._hf_hook",
+    "the hook that accelerate attached to a module; it names the device on which the module runs",
 )
-SEND_TO_DEVICE = Private("accelerate.utils.send_to_device", "brings what a streamed module is given to where it runs")
-FIND_DEVICE = Private("accelerate.utils.find_device", "where what a model is given came from, to where its output goes")
+HOOK_WEIGHTS = Private(
+    "accelerate.hooks.AlignDevicesHook.weights_map", "the source of each tensor that a hook copies in at every forward"
+)
+SEND_TO_DEVICE = Private(
+    "accelerate.utils.send_to_device", "copies the inputs of a streamed module to the device on which it runs"
+)
+FIND_DEVICE = Private(
+    "accelerate.utils.find_device", "the device of a model's inputs, to which its outputs are returned"
+)
 MODULE_TENSORS = Private(
     "accelerate.utils.named_module_tensors",
     "the tensors of a module that its hook copies in",

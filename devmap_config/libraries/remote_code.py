@@ -15,22 +15,25 @@ if TYPE_CHECKING:
 
 TIME_TO_ANSWER = Private(
     "transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE",
-    "how long transformers waits for an answer where it asks whether a model's code may run; at 0 it raises",
+    "the seconds that transformers waits for an answer when it asks whether a model's code may run; at 0 it "
+    "raises an error instead of asking",
 )
 IMPORT_CLASS = Private(
-    "transformers.dynamic_module_utils.get_class_in_module", "imports a model's code: the last door before it runs"
+    "transformers.dynamic_module_utils.get_class_in_module",
+    "imports a model's own code; the last call before that code runs",
 )
 DYNAMIC_CLASS = Private(
     "transformers.dynamic_module_utils.get_class_from_dynamic_module",
-    "the class that a model's own code defines",
+    "returns the class that a model's own code defines",
     takes=("revision",),
 )
 ADD_GENERATE = Private(
     "transformers.models.auto.auto_factory.add_generation_mixin_to_remote_model",
-    "gives `generate` to classes from before 2024, which count on its coming with `PreTrainedModel`",
+    "adds `generate` to model classes written before 2024, which expect to inherit it from `PreTrainedModel`",
 )
 TOKENIZER_CONFIG = Private(
-    "transformers.models.auto.tokenization_auto.get_tokenizer_config", "a tokenizer's config, read without its code"
+    "transformers.models.auto.tokenization_auto.get_tokenizer_config",
+    "reads a tokenizer's config without running its code",
 )
 
 

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 FAKE_TENSOR_MODE = Private(
     "torch._subclasses.fake_tensor.FakeTensorMode",
-    "tensors with shapes and without data, on which models are measured and dry-run",
+    "makes tensors that have shapes and no data, on which models are measured and dry-run",
     takes=("allow_non_fake_inputs",),
 )
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 """Where torch logs every operation that fails, with its traceback, whatever comes of it."""
-FAKE_TENSOR = Private("torch._subclasses.fake_tensor.FakeTensor", "the class of these tensors")
+FAKE_TENSOR = Private("torch._subclasses.fake_tensor.FakeTensor", "the class of tensors without data")
 FAKE_TENSOR_DEVICE = Private(
     "torch._subclasses.fake_tensor.FakeTensor.device",
-    "a property, patched for the dry run: a tensor then says that it is on a simulated device",
+    "the device of a tensor without data; the dry run patches it to return a simulated device",
 )
 
 
@@ -126,32 +126,38 @@ def answering_for_devices(answer: Callable[[Any, Callable[[], torch.device]], to
 # -- seeing what runs --------------------------------------------------------------------------------------------------
 
 DISPATCH_MODE = Private(
-    "torch.utils._python_dispatch.TorchDispatchMode", "sees every operation: what allocates, what computes"
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "intercepts every operation, to count what it allocates and computes",
 )
 DISABLE_MODES = Private(
     "torch.utils._python_dispatch._disable_current_modes",
-    "numbers that hang on no data are computed for real, beside tensors without data",
+    "computes numbers that depend on no data for real, beside tensors without data",
 )
-OPERATION_TAGS = Private("torch._ops.OpOverload.tags", "tells the operations that give something else each time")
+OPERATION_TAGS = Private(
+    "torch._ops.OpOverload.tags", "marks operations whose result differs from call to call, such as random ones"
+)
 DISABLE_FUNCTIONS = Private(
-    "torch._C.DisableTorchFunction", "functions that torch calls within a function are not seen a second time"
+    "torch._C.DisableTorchFunction",
+    "keeps functions that torch calls within another function from being intercepted a second time",
 )
-OPERATION_SCHEMA = Private("torch._ops.OpOverload._schema", "the name of an operation, by which its devices are held")
-OPERATION_PACKET = Private(
-    "torch._ops.OpOverload._overloadpacket", "the key of an operation's count in `flop_registry`"
+OPERATION_SCHEMA = Private(
+    "torch._ops.OpOverload._schema", "the name of an operation, by which the devices of its arguments are checked"
 )
+OPERATION_PACKET = Private("torch._ops.OpOverload._overloadpacket", "the key of an operation in `flop_registry`")
 OPERATION_NAMESPACE = Private(
-    "torch._ops.OpOverload.namespace", "tells what asks for a property (`prim`) from what runs"
+    "torch._ops.OpOverload.namespace", "tells operations that only read a property (`prim`) from those that compute"
 )
-OPERATION_IS_VIEW = Private("torch._ops.OpOverload.is_view", "tells what allocates nothing")
-FLOP_REGISTRY = Private("torch.utils.flop_counter.flop_registry", "floating-point operations by operation")
+OPERATION_IS_VIEW = Private("torch._ops.OpOverload.is_view", "marks operations that return a view and allocate nothing")
+FLOP_REGISTRY = Private(
+    "torch.utils.flop_counter.flop_registry", "the formulas for floating-point operations, by operation"
+)
 GROUPED_PRODUCT = Private(
-    "torch.ops.aten._grouped_mm", "the product with many experts, whose shape torch knows for bfloat16 only"
+    "torch.ops.aten._grouped_mm", "the matrix product with many experts; torch infers its shape for bfloat16 only"
 )
 
 FUSED_ATTENTION = Private(
     "torch.nn.functional.scaled_dot_product_attention",
-    "patched while measuring, to be counted as a fused kernel runs it: models look it up where they call it",
+    "patched while a model is measured, so that it is counted as a fused kernel; models look it up at every call",
 )
 
 
@@ -208,7 +214,7 @@ def without_modes() -> Any:
 
 WITH_DATA = Private(
     "torch._subclasses.fake_tensor.unset_fake_temporarily",
-    "values that are known are computed, among tensors without data",
+    "computes known values for real, among tensors without data",
 )
 
 
@@ -320,10 +326,14 @@ def is_view(operation: Any) -> bool:
 
 # -- values within values ----------------------------------------------------------------------------------------------
 
-TREE_LEAVES = Private("torch.utils._pytree.tree_leaves", "the tensors within what a module is given and gives")
-TREE_MAP = Private("torch.utils._pytree.tree_map", "the same, each put in place of another")
-TREE_FLATTEN = Private("torch.utils._pytree.tree_flatten", "the same, with how they stand")
-TREE_UNFLATTEN = Private("torch.utils._pytree.tree_unflatten", "the output of a block that stands still, put together")
+TREE_LEAVES = Private("torch.utils._pytree.tree_leaves", "lists the tensors within the inputs and outputs of a module")
+TREE_MAP = Private("torch.utils._pytree.tree_map", "replaces each of these tensors by another")
+TREE_FLATTEN = Private(
+    "torch.utils._pytree.tree_flatten", "lists these tensors together with the structure around them"
+)
+TREE_UNFLATTEN = Private(
+    "torch.utils._pytree.tree_unflatten", "rebuilds the output of a block that is not run again from that structure"
+)
 
 
 def tree_leaves(value: Any) -> list[Any]:
@@ -351,10 +361,12 @@ def tree_unflatten(leaves: Any, structure: Any) -> Any:
 # -- what a module holds -----------------------------------------------------------------------------------------------
 
 MODULE_REGISTERED = Private(
-    "torch.nn.modules.module.register_module_module_registration_hook", "counts the modules of a model that is built"
+    "torch.nn.modules.module.register_module_module_registration_hook",
+    "counts the modules of a model while it is built",
 )
 PARAMETER_REGISTERED = Private(
-    "torch.nn.modules.module.register_module_parameter_registration_hook", "counts the parameters of such a model"
+    "torch.nn.modules.module.register_module_parameter_registration_hook",
+    "counts the parameters of a model while it is built",
 )
 
 
@@ -373,18 +385,26 @@ def telling_of_parts(tell: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-STORAGE_IDENTITY = Private("torch.UntypedStorage._cdata", "tells storages apart: what is allocated, kept alive, shared")
+STORAGE_IDENTITY = Private(
+    "torch.UntypedStorage._cdata", "identifies a storage, to see which are allocated, kept alive or shared"
+)
 IS_BATCHED = Private(
-    "torch._C._functorch.is_batchedtensor", "tells the tensors that `torch.vmap` gives a function: they show no storage"
+    "torch._C._functorch.is_batchedtensor",
+    "recognises the tensors that `torch.vmap` passes to a function, which do not expose their storage",
 )
-UNBATCHED = Private("torch._C._functorch.get_unwrapped", "the tensor of all that such a one stands for")
+UNBATCHED = Private("torch._C._functorch.get_unwrapped", "returns the whole tensor behind such a tensor")
 MODULE_PARAMETERS = Private(
-    "torch.nn.Module._parameters", "puts a tensor in a parameter's place; the public way would copy"
+    "torch.nn.Module._parameters", "replaces a parameter by another tensor without copying it, as the public way would"
 )
-MODULE_BUFFERS = Private("torch.nn.Module._buffers", "puts a tensor in a buffer's place; the public way would copy")
-TENSOR_VERSION = Private("torch.Tensor._version", "counts what was written to a tensor: such a one is not read again")
+MODULE_BUFFERS = Private(
+    "torch.nn.Module._buffers", "replaces a buffer by another tensor without copying it, as the public way would"
+)
+TENSOR_VERSION = Private(
+    "torch.Tensor._version", "counts the writes to a tensor; one that was written to is not read from its file again"
+)
 NON_PERSISTENT_BUFFERS = Private(
-    "torch.nn.Module._non_persistent_buffers_set", "the buffers that no checkpoint holds; there is no public name"
+    "torch.nn.Module._non_persistent_buffers_set",
+    "names the buffers that no checkpoint holds; torch has no public name for it",
 )
 
 
@@ -432,19 +452,23 @@ def non_persistent_buffers(module: torch.nn.Module) -> set[str]:
 # -- what cannot be told without data ----------------------------------------------------------------------------------
 
 DATA_DEPENDENT = Private(
-    "torch._subclasses.fake_tensor.DataDependentOutputException", "a model's code asks for a number that is data"
+    "torch._subclasses.fake_tensor.DataDependentOutputException",
+    "raised if a model's code reads a number that depends on data",
 )
 DYNAMIC_SHAPE = Private(
-    "torch._subclasses.fake_tensor.DynamicOutputShapeException", "a model's code makes a tensor whose shape is data"
+    "torch._subclasses.fake_tensor.DynamicOutputShapeException",
+    "raised if a model's code makes a tensor whose shape depends on data",
 )
 UNSUPPORTED_TENSOR = Private(
-    "torch._subclasses.fake_tensor.UnsupportedFakeTensorException", "a tensor that cannot be without data"
+    "torch._subclasses.fake_tensor.UnsupportedFakeTensorException", "raised for a tensor that cannot exist without data"
 )
 UNSUPPORTED_OPERATION = Private(
-    "torch._subclasses.fake_tensor.UnsupportedOperatorException", "an operation that torch cannot do without data"
+    "torch._subclasses.fake_tensor.UnsupportedOperatorException",
+    "raised for an operation that torch cannot run without data",
 )
 GUARD_ON_DATA = Private(
-    "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode", "a model's code decides by what is data"
+    "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode",
+    "raised if a model's code branches on a value that depends on data",
 )
 
 
@@ -457,7 +481,7 @@ def needs_data(error: BaseException) -> bool:
 # -- compiled code -----------------------------------------------------------------------------------------------------
 
 CPP_COMPILER = Private(
-    "torch._inductor.cpp_builder.get_cpp_compiler", "with which C++ compiler torch compiles for a CPU"
+    "torch._inductor.cpp_builder.get_cpp_compiler", "the C++ compiler with which torch compiles for a CPU"
 )
 
 

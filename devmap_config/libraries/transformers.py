@@ -22,7 +22,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Under which models return their cache, and take it: by the first from transformers 5.24 on, code that comes with a
 model by what it was written for."""
 
-CACHE_CLASS = Private("transformers.Cache", "tells a cache among what a model returns")
+CACHE_CLASS = Private("transformers.Cache", "recognises a cache among the outputs of a model")
 
 
 def unnamed_cache(output: Any) -> str | None:
@@ -37,11 +37,14 @@ STATES = ("conv_states", "recurrent_states")
 
 TAKES_CACHES = Private(
     "transformers.GenerationMixin._supports_default_dynamic_cache",
-    "whether `generate` makes a model the cache that it is asked for, or the model one of its own",
+    "tells whether `generate` makes the cache that was asked for, or the model makes its own",
 )
-QUANTO_LAYER = Private("transformers.cache_utils.QuantoQuantizedLayer", "patched: the package need not be there")
+QUANTO_LAYER = Private(
+    "transformers.cache_utils.QuantoQuantizedLayer", "patched, since the package quanto need not be installed"
+)
 QUANTIZED_LAYER = Private(
-    "transformers.cache_utils.QuantizedLayer", "when a layer of a cache is quantised, and what it gives back"
+    "transformers.cache_utils.QuantizedLayer",
+    "decides when a layer of a cache is quantised, and returns its keys and values",
 )
 
 
@@ -80,14 +83,14 @@ def is_own_model(model: Any) -> bool:
 
 MODEL_MAPPING = Private(
     "transformers.AutoModel._model_mapping",
-    "the class that an Auto class stands for; the public `from_config` would build the model, and initialise it",
+    "the class that an Auto class chooses; the public `from_config` would build and initialise the model",
 )
 INIT_CONTEXT = Private(
     "transformers.PreTrainedModel.get_init_context",
     "the contexts in which `from_pretrained` builds a model on the meta device",
 )
 ATTENTION = Private(
-    "transformers.PreTrainedConfig._attn_implementation", "the attention's implementation, as `from_pretrained` sets it"
+    "transformers.PreTrainedConfig._attn_implementation", "the attention implementation, as `from_pretrained` sets it"
 )
 
 
@@ -120,20 +123,25 @@ def attention_of(config: Any) -> str | None:
 
 # -- what a model says of its placing ----------------------------------------------------------------------------------
 
-NO_SPLIT_MODULES = Private("transformers.PreTrainedModel._no_split_modules", "the classes that must stay on one device")
+NO_SPLIT_MODULES = Private(
+    "transformers.PreTrainedModel._no_split_modules", "the classes of modules that must stay on one device"
+)
 SKIP_KEYS = Private(
-    "transformers.PreTrainedModel._skip_keys_device_placement", "the arguments that accelerate does not copy: the cache"
+    "transformers.PreTrainedModel._skip_keys_device_placement",
+    "the arguments that accelerate does not copy between devices, such as the cache",
 )
 NO_PLACEMENT = Private(
     "transformers.PreTrainedModel._no_placement_params",
-    "tensors that some models keep off accelerators; most have none",
+    "the tensors that some models keep off accelerators; most models have none",
 )
-TIES = Private("transformers.PreTrainedModel.all_tied_weights_keys", "which tensors are one, by transformers' account")
+TIES = Private("transformers.PreTrainedModel.all_tied_weights_keys", "the tensors that transformers ties to each other")
 DTYPE_PLAN = Private(
-    "transformers.PreTrainedModel._get_dtype_plan", "the tensors that are loaded in another dtype than asked for"
+    "transformers.PreTrainedModel._get_dtype_plan",
+    "the tensors that are loaded in another dtype than the one asked for",
 )
 GLOB_ALTERNATION = Private(
-    "transformers.core_model_loading.build_glob_alternation", "the patterns of that plan as transformers matches them"
+    "transformers.core_model_loading.build_glob_alternation",
+    "matches the patterns of that dtype plan as transformers does",
 )
 
 
@@ -176,10 +184,11 @@ def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
 
 EXPERTS_MARK = Private(
     "transformers.models.mixtral.modeling_mixtral.MixtralExperts._is_expert_parallel",
-    "what `use_experts_implementation` leaves on a class, by which is known whose product with experts can be chosen",
+    "an attribute that `use_experts_implementation` leaves on a class; it tells whether the class lets its "
+    "product with the experts be chosen",
 )
 EXPERTS = Private(
-    "transformers.PreTrainedConfig._experts_implementation", "which product with the experts a module takes"
+    "transformers.PreTrainedConfig._experts_implementation", "the product with the experts that a module uses"
 )
 
 
@@ -198,15 +207,19 @@ def set_experts_implementation(config: Any, implementation: str) -> None:
 
 NOT_CONVERTED = Private(
     "transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert",
-    "which modules a quantizer leaves as they are",
+    "the modules that a quantizer leaves as they are",
 )
-KEEP_IN_FP32 = Private("transformers.PreTrainedModel._keep_in_fp32_modules", "what every quantizer hands over to that")
+KEEP_IN_FP32 = Private(
+    "transformers.PreTrainedModel._keep_in_fp32_modules",
+    "the modules kept in float32, which every quantizer passes to `get_modules_to_not_convert`",
+)
 SHOULD_CONVERT = Private(
-    "transformers.quantizers.quantizers_utils.should_convert_module", "whether a module is one of those"
+    "transformers.quantizers.quantizers_utils.should_convert_module", "tells whether a quantizer converts a module"
 )
-CONV1D = Private("transformers.pytorch_utils.Conv1D", "GPT-2's linear module, whose weight stands the other way round")
+CONV1D = Private("transformers.pytorch_utils.Conv1D", "GPT-2's linear module, whose weight is transposed")
 QUANTIZATION_CONFIG = Private(
-    "transformers.quantizers.auto.AutoQuantizationConfig.from_dict", "a quantization's config by its method's name"
+    "transformers.quantizers.auto.AutoQuantizationConfig.from_dict",
+    "makes a quantization's config from its method's name",
 )
 
 
@@ -235,18 +248,20 @@ def quantization_config(arguments: Mapping[str, Any]) -> Any:
 
 LOADING_REPORT = Private(
     "transformers.modeling_utils.log_state_dict_report",
-    "logs what a load found of names and raises for some of it; patched to take that: some classes do not return it",
+    "logs which names of a checkpoint did not match the model, and raises errors for some; patched to record "
+    "them, since some classes do not return them",
     takes=("loading_info",),
 )
 CONVERSIONS = Private(
     "transformers.conversion_mapping.get_model_conversion_mapping",
-    "what is renamed, merged or split while a model is loaded; lists of experts are merged in the order of their names",
+    "lists what is renamed, merged or split while a model is loaded; lists of experts are merged in the order of "
+    "their names",
 )
 
 
 REVERT_CONVERSIONS = Private(
     "transformers.core_model_loading.revert_weight_conversion",
-    "what a checkpoint holds of a model, before names are changed and tensors merged or split while it is loaded",
+    "returns a model's tensors as its checkpoint names them, before they are renamed, merged or split in loading",
 )
 
 
@@ -260,7 +275,7 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 PROGRESS_HOOK = Private(
     "transformers.utils.logging.set_tqdm_hook",
-    "is handed what transformers goes through with a progress bar: while it loads, the tensors by their names",
+    "receives what transformers shows progress bars for; while a model loads, the names of its tensors",
 )
 PROGRESS_OF_LOADING = "Loading weights"
 """What transformers writes on the bar of a load."""
@@ -349,7 +364,7 @@ def is_made_while_loading(model: PreTrainedModel, names: Iterable[str]) -> list[
 
 TILES = Private(
     "transformers.models.llava_next.modeling_llava_next.image_size_to_num_patches",
-    "into how many tiles an image of a size is cut, which models ask as well",
+    "computes the number of tiles that an image of some size is cut into; models call it as well",
 )
 
 
@@ -361,14 +376,14 @@ def tiles_of(height: int, width: int, pinpoints: Any, side: int) -> int:
 
 COMPILES = Private(
     "transformers.GenerationMixin._valid_auto_compile_criteria",
-    "whether `generate` compiles what decodes with a static cache",
+    "tells whether `generate` compiles decoding with a static cache",
     takes=("model_kwargs", "generation_config"),
 )
 
 
 COMPILES_ANYWHERE = Private(
     "transformers.CompileConfig._compile_all_devices",
-    "has `generate` compile what decodes on a CPU as on an accelerator",
+    "makes `generate` compile decoding on a CPU as on an accelerator",
 )
 
 
@@ -399,7 +414,7 @@ def compiles_generation(model: Any) -> bool:
 
 DISPATCH = Private(
     "transformers.integrations.accelerate.dispatch_model",
-    "accelerate's function, patched while loading: transformers passes no main device, and accelerate takes any",
+    "accelerate's function, patched to pass a main device: transformers passes none, and accelerate takes any",
     takes=("main_device", "force_hooks"),
 )
 
