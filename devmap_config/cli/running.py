@@ -106,11 +106,14 @@ def assisted(model: Any, deployment: Deployment) -> Iterator[None]:
     """
     from devmap_config.runner.runner import load_draft, with_draft
 
+    without_draft = vars(model).get("generate")  # one that gives it the planned cache, or none of its own
     with_draft(model, load_draft(deployment))
     try:
         yield
     finally:
         vars(model).pop("generate", None)
+        if without_draft is not None:
+            model.generate = without_draft
 
 
 def to_tell(sink: Sink, options: ProfileOptions) -> Iterable[Diagnostic]:

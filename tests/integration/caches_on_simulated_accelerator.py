@@ -204,6 +204,18 @@ def test_a_partly_offloaded_cache_changes_no_number_and_each_layer_is_where_the_
     assert crossing == len(layers) * (layer + layer // context)
 
 
+def test_a_receipt_is_of_the_cache_that_was_planned(offloads):
+    saved({**LLAMA, "num_hidden_layers": 12})
+    context = LONG_PROMPT.shape[1] + NEW_TOKENS
+    Path("profile.yaml").write_text(PARTLY_OFFLOADED.format(context=context, prompt=LONG_PROMPT.shape[1]))
+    run("compile", "profile.yaml", "-q")
+    layers = len(run_pipeline(Request.for_profile(Path("profile.yaml"))).plan.offloaded_caches)
+    new_tokens = ("--max-new-tokens", "4")
+    run("run", "profile.yaml", "--no-probe", "--random-weights", *new_tokens, "--receipt", "receipt.json")
+    rounds = len(json.loads(Path("receipt.json").read_text())["cases"][0]["generation"]["prefill_seconds_each"])
+    assert len(offloads) >= (1 + rounds) * 4 * layers
+
+
 def test_what_crosses_for_a_token_is_what_the_plan_counts(monkeypatch):
     saved(LLAMA)
     model = loaded(PLACEMENTS["over two cards"], "offloaded")
