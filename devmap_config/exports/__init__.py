@@ -1,1 +1,1 @@
-"""Files by which another program runs a plan, as texts; what it cannot express is refused where the profile asks it."""
+"""Makes files with which another program runs a plan; what it cannot express is refused at its place in the profile."""

@@ -1,4 +1,4 @@
-"""Compares engines on a machine by the plans that are made here for each: one may suit it better than the profile's."""
+"""Compares engines on a machine by plans for each, as another engine may suit it better than the profile's."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from devmap_config.devices import Device
 
 LESS_PERCENT = 90
-"""Sharing layers is worth a word where a token then takes at most so much of what it takes without."""
+"""Sharing layers is reported if a token then takes at most this percentage of its time without sharing."""
 
 Q4_0_BYTES, Q4_0_WEIGHTS = 18, 32
-"""In llama.cpp's type `Q4_0` so many weights take so many bytes."""
+"""In llama.cpp's type `Q4_0`, this many bytes hold this many weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherEngine:
     """An engine that suits a machine better than the profile's, and why.
 
-    `settings` is what the profile would say for it, `flags` what llama.cpp would be told. `compiled` has the plan that
-    was made for it; for llama.cpp that is the profile's own.
+    `settings` are the keys of a profile for it, `flags` those of llama.cpp. `compiled` has the plan for it; for
+    llama.cpp, that is the profile's own.
     """
 
     name: str
@@ -53,11 +53,11 @@ class OtherEngine:
 
 
 def other_engine(request: Request, compilation: Compilation) -> OtherEngine | None:
-    """Return the engine that suits the machine better than the profile's own; `None` if no plan shows that any does.
+    """Return the engine that suits the machine better than the profile's own; `None` if no plan shows that one does.
 
     Args:
         request: a profile on a machine.
-        compilation: what came of it.
+        compilation: the result of compiling it.
     """
     prepared = compilation if isinstance(compilation, Compiled) else compilation.reached
     if prepared is None:
@@ -70,7 +70,7 @@ def other_engine(request: Request, compilation: Compilation) -> OtherEngine | No
 
 
 def _transformers(request: Request) -> OtherEngine | None:
-    """Return transformers where vLLM has no plan: it may keep weights where nothing computes, or compute on the CPU."""
+    """Return transformers if vLLM has no plan: it can offload weights, or compute on the CPU."""
     made = run_pipeline(replace(request, engine="transformers"))
     if not isinstance(made, Compiled):
         return None
@@ -92,10 +92,10 @@ def _transformers(request: Request) -> OtherEngine | None:
 
 
 def _vllm(request: Request, compiled: Compiled | None, cards: tuple[Device, ...]) -> OtherEngine | None:
-    """Return vLLM where transformers has no plan, or where equal cards share each layer and a token takes less by that.
+    """Return vLLM if transformers has no plan, or if equal cards can share each layer and make a token faster.
 
-    With transformers, as with stages, cards work one after another. Both times are those of plans for vLLM: what is
-    predicted of transformers rests on other things.
+    With transformers, as with stages, cards work one after another. Both times are those of plans for vLLM, because
+    predictions for transformers depend on other costs.
     """
     if len(cards) < 2:
         return None
@@ -130,7 +130,7 @@ def _token_nanoseconds(compiled: Compiled | None) -> int | None:
 
 
 def _llama_cpp(compiled: Compiled) -> OtherEngine | None:
-    """Return llama.cpp where the CPU computes what a card has no room for: a GGUF is placed so by flags alone."""
+    """Return llama.cpp if the CPU computes what a card has no room for, as flags alone place a GGUF in this way."""
     graph, units = compiled.graph, compiled.plan.computed_on_cpu
     if not units or not compiled.inventory.accelerators:
         return None

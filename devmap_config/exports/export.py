@@ -1,4 +1,4 @@
-"""`Export`: the files for one program; and what keeps a plan from being expressed there, with its place."""
+"""`Export`: the files for one program, and checks that it can express a plan."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Files by name, each a text; `notes` are what differs there from what the plan says, in sentences."""
+    """The text of each file by name; `notes` are sentences about differences from the plan."""
 
     files: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
 
 
 class UnfitExportError(DevmapError):
-    """A plan says what the program that is exported to cannot do."""
+    """The program that a plan is exported to cannot express it."""
 
     def __init__(self, diagnostics: Iterable[Diagnostic], texts: Mapping[str, str]) -> None:
         found = tuple(diagnostics)
@@ -36,20 +36,20 @@ class UnfitExportError(DevmapError):
 
 
 def require_no_errors(sink: Sink, compiled: Compiled) -> None:
-    """Raise what was found, where any of it is an error.
+    """Raise the findings if any of them is an error.
 
     Raises:
-        UnfitExportError: with all that was found.
+        UnfitExportError: with all findings.
     """
     if sink.has_errors:
         raise UnfitExportError(sink.diagnostics, compiled.texts)
 
 
 def require_text(made: Export, compiled: Compiled) -> None:
-    """Raise where what was made is no text: a path that is not UTF-8, or a zero, of which shells know nothing.
+    """Raise if a file contains a path that is not UTF-8, or a null character, which shells do not support.
 
     Raises:
-        UnfitExportError: at the model, whose path or name it is.
+        UnfitExportError: at the model, whose path or name is the cause.
     """
     sink = Sink()
     for name, text in made.files.items():
@@ -66,7 +66,7 @@ def require_text(made: Export, compiled: Compiled) -> None:
 
 
 def check_model_alone(compiled: Compiled, program: str, sink: Sink) -> None:
-    """Report what a profile has besides one model, which no export has, and code that comes with it."""
+    """Report an adapter, a draft model, or code that comes with the model, which no export supports."""
     model, cannot = compiled.loaded.profile.model, "is not exported"
     if model.adapter is not None:
         help = "merge it into the checkpoint, or load the profile with `devmap run` or `load_model`"
@@ -77,7 +77,7 @@ def check_model_alone(compiled: Compiled, program: str, sink: Sink) -> None:
 
 
 def weights_for(compiled: Compiled, program: str, sink: Sink) -> str | None:
-    """Return the folder or hub id of the weights; `None` if there is a config alone, which is reported."""
+    """Return the folder or hub id of the weights; if there is only a config, report that and return `None`."""
     source = compiled.model.source
     if source.weights is None:
         named = compiled.loaded.profile.model.source
@@ -91,17 +91,17 @@ def weights_for(compiled: Compiled, program: str, sink: Sink) -> str | None:
 
 
 def from_folder(path: str | Path, folder: Path) -> str:
-    """Return the path of a file as it is reached from a folder; with `/`, on every system."""
+    """Return the path of a file relative to a folder, with `/` on every system."""
     return Path(os.path.relpath(real_path(Path(path)), real_path(folder))).as_posix()
 
 
 def is_local(weights: str) -> bool:
-    """Return whether weights are those of a folder here, and not of the hub."""
+    """Return whether weights are in a local folder, rather than on the hub."""
     return exists(Path(weights))
 
 
 def span_of(compiled: Compiled, units: Iterable[str]) -> Span:
-    """Return the place of the rule that put these units where they are; of the strategy, where none did."""
+    """Return the place of the rule that placed these units, or of the strategy if none did."""
     tensors = {each.unit: each.tensors for each in compiled.plan.assignments}
     decisions = compiled.resolution.decisions
     rules = (decisions[name].rule for unit in units for name in tensors[unit] if name in decisions)
@@ -109,5 +109,5 @@ def span_of(compiled: Compiled, units: Iterable[str]) -> Span:
 
 
 def as_json(value: object) -> str:
-    """Return a JSON text as it stands in a file of its own."""
+    """Return a value as the text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""`--to llama.cpp`: the flags by which `llama-server` puts a GGUF of the same model where the plan has it."""
+"""`--to llama.cpp`: makes the flags with which `llama-server` places a GGUF of the same model by the plan."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 BUFFERS = {"cuda": "CUDA"}
-"""What llama.cpp calls accelerators, by their kind."""
+"""llama.cpp's names of accelerators, by their kind."""
 
 EXPERTS = ("ffn_down_exps", "ffn_gate_exps", "ffn_up_exps")
-"""What `--n-cpu-moe` leaves on the CPU, of so many of the first layers."""
+"""The tensors that `--n-cpu-moe` leaves on the CPU, for a number of first layers."""
 
 CACHE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -36,7 +36,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @cache
 def names_of(model_type: str) -> Mapping[str, tuple[str, ...]]:
-    """Return the tensors of a GGUF by the modules of transformers, `N` being a layer's number; none if not known."""
+    """Return the tensors of a GGUF by modules of transformers, with `N` for the number of a layer; empty if unknown."""
     text = read_text(HERE / "gguf_names.csv", PACKAGED, ANYWHERE)
     rows = csv.DictReader(text.splitlines())
     return {row["module"]: tuple(row["tensors"].split()) for row in rows if model_type in row["model_types"].split()}
@@ -44,7 +44,7 @@ def names_of(model_type: str) -> Mapping[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class GgufPlacement:
-    """Tensors of a GGUF by name, each with the device that the plan has it on; `layers` is how many there are."""
+    """The tensors of a GGUF by name, with their devices in the plan; `layers` is the number of layers."""
 
     devices: Mapping[str, Device]
     layers: int
@@ -60,11 +60,10 @@ def export_to_llama_cpp(compiled: Compiled, *, weights: str | None) -> Export:
 
     Args:
         compiled: the profile with its plan.
-        weights: the GGUF, on the machine that is to run it.
+        weights: the path of the GGUF on the machine that will run it.
 
     Raises:
-        UnfitExportError: if llama.cpp does not know the model by the names that are known here, or cannot do what
-            the plan says.
+        UnfitExportError: if the names of the model's tensors in llama.cpp are unknown, or it cannot express the plan.
     """
     sink = Sink()
     placed, flags = _placed_by_flags(compiled, weights, sink)
@@ -76,7 +75,7 @@ def export_to_llama_cpp(compiled: Compiled, *, weights: str | None) -> Export:
 
 
 def placement_flags(compiled: Compiled) -> list[tuple[str, ...]]:
-    """Return the flags by which a GGUF of the model would be where the plan has it.
+    """Return the flags that place a GGUF of the model by the plan.
 
     Raises:
         UnfitExportError: as for the export.
@@ -163,7 +162,7 @@ def _is_embedding(tensors: Sequence[str], compiled: Compiled) -> bool:
 
 
 def _module_of(name: str) -> str:
-    """Return the module of a tensor as the table has it: without the number of its layer."""
+    """Return the module of a tensor in the form of the table, without the number of its layer."""
     return NUMBER.sub("N", re.sub(r"\.(weight|bias)$", "", name), count=1)
 
 
@@ -193,7 +192,7 @@ def _placed(compiled: Compiled, sink: Sink) -> GgufPlacement:
 
 
 def _flags(placed: GgufPlacement, compiled: Compiled, sink: Sink) -> list[tuple[str, ...]]:
-    """Return the flags; what llama.cpp's own order of layers cannot be brought to is reported."""
+    """Return the flags, and report placements that llama.cpp's order of layers does not allow."""
     homes = [_home(placed, number, compiled, sink) for number in range(placed.layers)]
     require_no_errors(sink, compiled)
     on_cpu = next((place for place, home in enumerate(homes) if home != CPU), len(homes))
@@ -210,7 +209,7 @@ def _flags(placed: GgufPlacement, compiled: Compiled, sink: Sink) -> list[tuple[
     else:
         counts = {card: homes.count(card) for card in cards}
         own_output = cards[-1]
-        counts[own_output] += 1  # it counts as a layer behind the others
+        counts[own_output] += 1  # it counts as a layer after the others
         flags += [
             ("--device", ",".join(map(_buffer, cards))),
             ("-ngl", str(len(homes) - on_cpu + 1)),
@@ -232,7 +231,7 @@ def _workload_flags(compiled: Compiled) -> list[tuple[str, ...]]:
     if workload.context_length.value is not None:
         tokens = workload.context_length.value * workload.batch_size
         flags += [("-c", str(tokens)), ("-np", str(workload.batch_size))]
-    if cache_type is not None and cache_type != "f16":  # which is llama.cpp's own
+    if cache_type is not None and cache_type != "f16":  # llama.cpp's default
         flags += [("-ctk", cache_type), ("-ctv", cache_type)]
     return flags
 
@@ -242,7 +241,7 @@ def _buffer(device: Device) -> str:
 
 
 def _home(placed: GgufPlacement, number: int, compiled: Compiled, sink: Sink) -> Device:
-    """Return the device of a layer, where its attention and its cache are."""
+    """Return the device of a layer: that of its attention and its cache."""
     of_layer = placed.of_layer(number)
     devices = list(dict.fromkeys(device for name, device in of_layer.items() if name.startswith("attn_")))
     if len(devices) > 1:
@@ -258,7 +257,7 @@ def _home(placed: GgufPlacement, number: int, compiled: Compiled, sink: Sink) ->
 
 
 def _check_order(homes: Sequence[Device], on_cpu: int, compiled: Compiled, sink: Sink) -> None:
-    """Report layers that do not follow one another: llama.cpp has the first on the CPU, then card by card."""
+    """Report layers out of order: llama.cpp puts the first on the CPU, and the rest card by card."""
     for place, home in enumerate(homes):
         again = home in homes[:place] and homes[place - 1] != home
         if (home == CPU and place > on_cpu) or again:
@@ -274,7 +273,7 @@ def _check_order(homes: Sequence[Device], on_cpu: int, compiled: Compiled, sink:
 
 
 def _overrides(placed: GgufPlacement, homes: Sequence[Device], own_output: Device) -> list[tuple[str, ...]]:
-    """Return `--n-cpu-moe` and `-ot` for what is elsewhere than llama.cpp has it by layers alone."""
+    """Return `--n-cpu-moe` and `-ot` for tensors on another device than that of their layer."""
     numbers: dict[tuple[str, Device], list[int]] = {}
     for number, home in enumerate(homes):
         for name, device in placed.of_layer(number).items():

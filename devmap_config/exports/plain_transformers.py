@@ -1,4 +1,6 @@
-"""`--to transformers`: a map and a Python file that loads by it, in plain transformers without this package."""
+"""`--to transformers`: makes a map and a Python file that loads by it, with plain transformers and without this
+package.
+"""
 
 from __future__ import annotations
 
@@ -80,16 +82,16 @@ if __name__ == "__main__":
 def export_to_transformers(
     compiled: Compiled, folder: Path, *, made_with: Mapping[str, str | None], weights: str | None
 ) -> Export:
-    """Return a plan's map and the file that loads by it.
+    """Return a plan's map, and the Python file that loads by it.
 
     Args:
         compiled: the profile with its plan.
-        folder: where the files are to be: paths are relative to it.
+        folder: the folder of the files, which paths are relative to.
         made_with: the versions of libraries that the lock was made with.
-        weights: where the weights are, if not where the profile says.
+        weights: the place of the weights, if not the profile's.
 
     Raises:
-        UnfitExportError: if the plan is more than a map, or holds only by this package's own executor.
+        UnfitExportError: if a map cannot express the plan, or the plan needs this package's own executor.
     """
     sink = Sink()
     check_model_alone(compiled, "transformers", sink)
@@ -126,7 +128,7 @@ def _check_class(compiled: Compiled, sink: Sink) -> None:
 
 
 def _check_map(compiled: Compiled, sink: Sink) -> None:
-    """Report what a map cannot say. accelerate's hooks need no more room than what brings weights ahead."""
+    """Report what a map cannot express. accelerate's hooks need no more memory than our executor."""
     try:
         _ = compiled.plan.device_map
     except NotADeviceMapError as error:
@@ -140,14 +142,14 @@ def _check_map(compiled: Compiled, sink: Sink) -> None:
 
 
 def _source(weights: str, folder: Path) -> str:
-    """Return the expression of where the weights are: a folder by its path from the file, or a hub id."""
+    """Return the Python expression for the weights: a folder relative to the file, or a hub id."""
     if is_local(weights):
         return f"str(HERE / {from_folder(weights, folder)!r})"
     return repr(weights)
 
 
 def _arguments(compiled: Compiled, folder: Path, *, is_elsewhere: bool) -> dict[str, str]:
-    """Return the arguments of `from_pretrained` besides the map, each as the expression that stands in the file."""
+    """Return the arguments of `from_pretrained` besides the map, each as a Python expression."""
     model, plan, profile = compiled.model, compiled.plan, compiled.loaded.profile
     arguments = {"dtype": repr(model.dtype), "use_safetensors": "True"}
     if model.attention is not None:
@@ -166,7 +168,9 @@ def _arguments(compiled: Compiled, folder: Path, *, is_elsewhere: bool) -> dict[
 
 
 def _expression(value: object) -> str:
-    """Return plain data as Python writes it: `repr`, but for numbers of which that is a name."""
+    """Return plain data as a Python expression: its `repr`, except for numbers like infinity, whose `repr` is a
+    name.
+    """
     if isinstance(value, float) and not isfinite(value):
         return f'float("{value}")'
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`--to vllm`: what all hosts have in common, what each has of its own, and the scripts that start and watch them."""
+"""`--to vllm`: makes the files that all hosts share, those of each host, and the scripts that start and watch them."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 AS_THEY_ARE = ("serve.sh", "cluster.py", "vllm@.service")
-"""The files that are the same for every plan."""
+"""The files that are copied unchanged."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 MASTER_PORT, JOIN_PORT, API_PORT = 29501, 29502, 8000
 JOIN_SECONDS = 600
 EXECUTE_SECONDS = 300
-"""vLLM's own; what the first request on a busy CPU needs is more than 10."""
+"""vLLM's default; the first request on a busy CPU needs more than 10."""
 
 HEALTH_SECONDS = 60
 
 URL = re.compile(r"[a-z][a-z0-9]*://\S+")
-"""vLLM reads weights of a few stores of objects, too."""
+"""Matches the URL of an object store, some of which vLLM reads weights from."""
 
 
 def options() -> Mapping[str, str]:
-    """Return the flags and variables that exported files use, with the version of vLLM that they are those of."""
+    """Return the flags and variables that exported files use, with the version of vLLM that defines them."""
     text = read_text(HERE / "vllm_options.csv", PACKAGED, ANYWHERE)
     return {row["option"]: row["version"] for row in csv.DictReader(text.splitlines())}
 
@@ -64,8 +64,8 @@ def version() -> str:
 class ServedModel:
     """The arguments of the engine that describe the model.
 
-    `source` is its folder on every host or its hub id, `revision` the latter's commit (nothing for a folder), and
-    `name` what requests call it.
+    `source` is its folder on every host or its hub id, `revision` the latter's commit (empty for a folder), and `name`
+    the model's name in requests.
     """
 
     source: str
@@ -74,16 +74,16 @@ class ServedModel:
 
     @property
     def is_folder(self) -> bool:
-        """True if the model is a folder of the hosts, and not on the hub."""
+        """True if the model is a folder on the hosts, rather than on the hub."""
         return Path(self.source).is_absolute()
 
 
 def export_to_vllm(compiled: Compiled, *, weights: str | None) -> Export:
-    """Return the files by which vLLM serves a plan, on one host or several.
+    """Return the files with which vLLM serves a plan, on one host or several.
 
     Args:
         compiled: the profile with its plan.
-        weights: where the weights are on every host, if not where the profile says.
+        weights: the place of the weights on every host, if not the profile's.
 
     Raises:
         UnfitExportError: if the plan was not made for vLLM, or lacks what the hosts need to find each other.
@@ -113,7 +113,7 @@ def export_to_vllm(compiled: Compiled, *, weights: str | None) -> Export:
 
 
 def _path_on_hosts(source: str, compiled: Compiled, sink: Sink, *, is_given: bool) -> str:
-    """Return what the weights are called wherever a host is started; what depends on that place is reported."""
+    """Return the path of the weights on every host; a path that depends on the working directory is reported."""
     is_of_hub = not is_given and compiled.model.source.commit is not None
     if is_of_hub or (is_given and Path(source).is_absolute()):
         return source
@@ -175,7 +175,7 @@ def _check(pipeline: Pipeline, compiled: Compiled, sink: Sink) -> None:
 
 
 def _same_address(address: str) -> str:
-    """Return the one spelling of an address that has several: `0:0:0:0:0:0:0:1` is `::1`."""
+    """Return the canonical spelling of an address: `::1` for `0:0:0:0:0:0:0:1`."""
     try:
         parsed = ip_address(address)
     except ValueError:
@@ -232,7 +232,7 @@ def _assignments(comment: str, values: Mapping[str, object]) -> str:
 
 
 def _compose(pipeline: Pipeline, node: int, model: ServedModel) -> str:
-    """Return a compose file, whose values are JSON, which is YAML; nothing in them is a variable but the image."""
+    """Return a compose file, with values in JSON, which is YAML; only the image is a variable."""
     run = ["/bin/sh", "/devmap/serve.sh"]
     of_node = ["/devmap/plan.env", f"/devmap/node.{node}.env"]
     volumes = [_bind(".", "/devmap")]
@@ -262,7 +262,7 @@ def _compose(pipeline: Pipeline, node: int, model: ServedModel) -> str:
         "      start_period: 1800s",
         "      retries: 3",
     ]
-    if is_cuda:  # all of them: `--device-ids` says which
+    if is_cuda:  # all of them, as `--device-ids` selects some
         lines += [
             "    deploy:",
             "      resources:",
@@ -277,10 +277,10 @@ def _bind(source: str, target: str) -> dict[str, object]:
 
 
 def _literal(value: object) -> str:
-    """Return a value as compose takes it literally.
+    """Return a value that compose reads literally.
 
-    JSON has pairs of escapes beyond U+FFFF, which are two halves of characters in YAML: what can be seen stands as it
-    is, and what cannot is an escape of YAML.
+    JSON escapes characters beyond U+FFFF as surrogate pairs, which are invalid in YAML. So visible characters stay as
+    they are, and invisible ones become YAML's escapes.
     """
     text = json.dumps(value, ensure_ascii=False).replace("$", "$$")
     return "".join(each if each.isprintable() else f"\\U{ord(each):08X}" for each in text)

@@ -1,4 +1,4 @@
-"""Holds what exported files tell vLLM to the parser of a vLLM that is installed, in a process of its own Python."""
+"""Checks the flags of exported files with the parser of an installed vLLM, in a process of its Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LONGEST_SECONDS = 300
-"""vLLM takes half a minute to be imported where the processor is busy."""
+"""The time limit: importing vLLM takes half a minute on a busy processor."""
 
 PROGRAM = """\
 import contextlib, io, json, sys
@@ -48,7 +48,7 @@ print(json.dumps([found[0] if found else "of an unknown version", refused]))
 
 
 class ParserError(Exception):
-    """The parser of vLLM does not take what it is told, or there is none; `help` says what to do."""
+    """vLLM's parser refuses the flags, or vLLM is not installed; `help` says what to do."""
 
     def __init__(self, message: str, help: str) -> None:
         super().__init__(message)
@@ -56,14 +56,15 @@ class ParserError(Exception):
 
 
 def parsed_by(python: str, files: Mapping[str, str]) -> str:
-    """Return the version of the vLLM that is installed for a Python, where it takes what files tell every host.
+    """Return the version of the vLLM that is installed for a Python, after its parser has accepted the flags of every
+    host.
 
     Args:
         python: the interpreter.
-        files: what is exported, by name.
+        files: the exported files by name.
 
     Raises:
-        ParserError: if it takes it not, or vLLM is not there.
+        ParserError: if it does not accept them, or vLLM is not installed.
     """
     output = _output([python, "-c", PROGRAM], json.dumps(_arguments(files)))
     try:
@@ -77,7 +78,7 @@ def parsed_by(python: str, files: Mapping[str, str]) -> str:
 
 
 def _arguments(files: Mapping[str, str]) -> list[list[str]]:
-    """Return the arguments of `vllm serve` on every host, as the script itself puts them together."""
+    """Return the arguments of `vllm serve` on every host, as the script itself composes them."""
     with TemporaryDirectory() as folder:
         for name, text in files.items():
             write_atomically(Path(folder, name), text)
@@ -88,7 +89,7 @@ def _arguments(files: Mapping[str, str]) -> list[list[str]]:
 
 def _output(command: list[str], text: str = "") -> str:
     try:
-        done = subprocess.run(  # noqa: S603  the interpreter is its user's
+        done = subprocess.run(  # noqa: S603  the user chose the interpreter
             command,
             input=text,
             capture_output=True,

@@ -1,7 +1,7 @@
-"""vLLM's cache in blocks: what one takes on a stage, and how many a request takes. As vLLM 0.32 counts.
+"""vLLM's cache in blocks: the bytes of a block on a stage, and the blocks of a request, as vLLM 0.32 counts them.
 
-Names of files are of `vllm/v1/core/kv_cache_utils.py` and `vllm/v1/kv_cache_interface.py` there. A block holds so many
-tokens of one layer of each member of a group; layers of one kind are one group, of several kinds groups of equal size.
+Names in parentheses are from `vllm/v1/core/kv_cache_utils.py` and `vllm/v1/kv_cache_interface.py`. A block holds a
+number of tokens for every layer of a group. Layers of one kind form one group; several kinds form groups of equal size.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 16
 CPU_BLOCK_TOKENS = 128
-"""vLLM's defaults (`platforms/cpu.py`); the plan states one, which is handed on."""
+"""vLLM's defaults (`platforms/cpu.py`); the plan states one of them, which is passed on to vLLM."""
 
 NULL_BLOCKS = 1
-"""Blocks that vLLM keeps empty: a request has to fit into the others."""
+"""The blocks that vLLM keeps empty: requests must fit into the others."""
 
 FEW_MORE = (3, 2)
-"""Where the commoner kind has at most half as many layers more than the rarer one, groups have the size of it."""
+"""If the more frequent kind has at most this many times the layers of the rarer one, groups have its size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """The bytes that a layer keeps of a token on one rank, and its attention window; `None` without a limit."""
+    """The bytes that a layer caches for a token on one rank, and its attention window; `None` without a limit."""
 
     token_bytes: int
     window: int | None = None
@@ -58,13 +58,13 @@ def groups_of(layers: Sequence[LayerCache]) -> tuple[tuple[int, ...], ...]:
 def blocks_per_request(
     layers: Sequence[LayerCache], *, context_length: int, block_size: int, tokens_in_flight: int
 ) -> int:
-    """Return how many blocks a request of full length takes, over all groups (`max_memory_usage_bytes`).
+    """Return the number of blocks of a request of full length, over all groups (`max_memory_usage_bytes`).
 
     Args:
-        layers: those of the whole model.
-        context_length: tokens of the request.
-        block_size: tokens of a block.
-        tokens_in_flight: how many tokens may be computed whose batch is not done: of each stage's batch.
+        layers: the layers of the whole model.
+        context_length: the tokens of the request.
+        block_size: the tokens of a block.
+        tokens_in_flight: the tokens of all unfinished batches, one for each stage.
 
     Example:
         >>> window, full = LayerCache(token_bytes=512, window=512), LayerCache(token_bytes=512)
@@ -83,7 +83,7 @@ def blocks_per_request(
 
 
 def page_bytes(layers: Sequence[LayerCache], first: int, last: int, block_size: int) -> int:
-    """Return what a block takes on a stage with these layers: as much as its widest group (`bytes_per_block`).
+    """Return the bytes of a block on a stage with these layers: those of its widest group (`bytes_per_block`).
 
     Example:
         >>> page_bytes([LayerCache(token_bytes=512)] * 6, 0, 3, 128)

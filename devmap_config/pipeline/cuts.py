@@ -1,7 +1,7 @@
-"""Cuts a list of layers into consecutive stages, exactly: dynamic programming over where each stage begins.
+"""Cuts a list of layers into consecutive stages optimally, by dynamic programming over the first layer of each stage.
 
-A stage's figures are matrices: at `[first, last]` that of the layers from `first` to `last`, both included. All are
-integers, so that answers are the same everywhere.
+A stage's figures are matrices: the entry at `[first, last]` is that of the layers from `first` to `last`, both
+included. All are integers, so that results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
 
 NEVER = 2**60
-"""More than any sum of costs: costs are at most a thousandth of it."""
+"""Larger than any sum of costs, each of which is at most a thousandth of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,21 +32,22 @@ class Cut:
     slowest: int
 
     def objective(self, batches: int) -> int:
-        """Return what passes between two steps of one batch, of so many that are under way at once."""
+        """Return the time between two steps of one batch, with this many batches in flight."""
         return max(self.total, batches * self.slowest)
 
 
 def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> Cut | None:
-    """Return the cut by which one of so many batches in flight waits least for its next step; `None` if none may be.
+    """Return the cut with the least time between two steps of a batch, with this many in flight; `None` if there is
+    none.
 
-    A batch goes through all stages, and through the slowest one only when the others have: so its step takes what all
-    stages do together, or what the slowest one does for every batch, if that is longer. Under each bound of the
-    slowest, the least sum is found; it falls as the bound rises, so that the best bound is where the two meet.
+    A batch passes through all stages, and waits at the slowest one for the other batches. So its step takes the sum of
+    all stages, or the time of the slowest stage for every batch, if that is longer. For each limit on the slowest
+    stage, the least sum is found; it falls as the limit rises, so that the best limit is where the two are equal.
 
     Args:
-        costs: of each stage, by its first and last layer, what it takes.
-        allowed: of each stage, which layers it may have.
-        batches: how many are in flight.
+        costs: the time of each stage, by its first and last layer.
+        allowed: the layers that each stage may have.
+        batches: the number of batches in flight.
 
     Example:
         >>> layers = np.arange(4)
@@ -59,7 +60,7 @@ def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> C
     if not steps or least_total(costs, allowed, steps[-1]) is None:
         return None
     low, high = 0, len(steps) - 1
-    while low < high:  # the first bound whose sum is no more than what the batches wait for each other
+    while low < high:  # the first limit whose sum is no more than the time of the slowest stage for all batches
         middle = (low + high) // 2
         cut = least_total(costs, allowed, steps[middle])
         if cut is not None and cut.total <= batches * steps[middle]:
@@ -71,7 +72,7 @@ def best_cut(costs: Sequence[Costs], allowed: Sequence[Mask], batches: int) -> C
 
 
 def least_total(costs: Sequence[Costs], allowed: Sequence[Mask], most: int) -> Cut | None:
-    """Return the cut that takes least in all, none of its stages more than `most`; of several, that of early cuts."""
+    """Return the cut with the least sum, and no stage above `most`; of several, the one with early cuts."""
     count = costs[0].shape[0]
     sums = np.full(count + 1, NEVER, dtype=np.int64)
     sums[0] = 0
@@ -81,7 +82,7 @@ def least_total(costs: Sequence[Costs], allowed: Sequence[Mask], most: int) -> C
         key = (id(cost), id(mask))  # equal stages share their matrices
         if key not in possible:
             possible[key] = np.where(mask & (cost <= most), cost, NEVER)
-        # Of a stage that begins at a row's layer and ends with a column's, with the best stages before it.
+        # The costs of a stage from a row's layer to a column's, with the best stages before it.
         reached = sums[:count, None] + possible[key]
         chosen.append(reached.argmin(axis=0))
         sums = np.full(count + 1, NEVER, dtype=np.int64)
@@ -100,7 +101,7 @@ def least_total(costs: Sequence[Costs], allowed: Sequence[Mask], most: int) -> C
 
 
 def between(values: Sequence[int]) -> Costs:
-    """Return the sums of consecutive values, by the first and the last of them; 0 where these are none."""
+    """Return the sums of consecutive values, by the first and the last of them; 0 for empty ranges."""
     count = len(values)
     ends = np.concatenate([[0], np.cumsum(np.array(values, dtype=np.int64))])
     sums = ends[None, 1:] - ends[:count, None]
@@ -109,7 +110,7 @@ def between(values: Sequence[int]) -> Costs:
 
 
 def largest_between(values: Sequence[int]) -> Costs:
-    """Return the largest of consecutive values, likewise."""
+    """Return the largest of consecutive values, by the first and the last of them; 0 for empty ranges."""
     count = len(values)
     rows = [np.maximum.accumulate(np.array(values[start:], dtype=np.int64)) for start in range(count)]
     largest = np.zeros((count, count), dtype=np.int64)
@@ -119,7 +120,7 @@ def largest_between(values: Sequence[int]) -> Costs:
 
 
 def forward(count: int) -> Mask:
-    """Return which stages have a layer: those whose last is not before their first."""
+    """Return the mask of stages that have a layer: those whose last is not before their first."""
     numbers = np.arange(count)
     result: Mask = numbers[None, :] >= numbers[:, None]
     return result

@@ -1,4 +1,4 @@
-"""A model as vLLM cuts it: a list of layers, what is before them on the first stage, what is behind on the last."""
+"""`Layers`: a model as vLLM cuts it, a list of layers with the modules before and after them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 LAYER = re.compile(r"(?P<list>.+)\.(?P<number>[0-9]+)")
 
 MOST_VOCABULARY_PADDING = 64
-"""vLLM pads embedding and head to a multiple of it (`vocab_parallel_embedding.py`, `DEFAULT_VOCAB_PADDING_SIZE`)."""
+"""vLLM pads embedding and head to a multiple of this (`vocab_parallel_embedding.py`, `DEFAULT_VOCAB_PADDING_SIZE`)."""
 
 MOST_LAYERS = 1024
 MOST_OF_A_FIGURE = 2**24
-"""More layers, heads, hidden units or words no model has: what is beyond is a mistake, and would overflow sums."""
+"""No model has more layers, heads, hidden units or tokens in its vocabulary: larger numbers are mistakes, and would
+overflow sums.
+"""
 
 KEYS_OF_OTHER_CACHES = ("kv_lora_rank", "attention_chunk_size", "num_kv_shared_layers")
-"""Keys of configs whose layers keep something else than keys and values of their own for each head."""
+"""Keys of configs whose layers cache something other than their own keys and values for each head."""
 
 MULTI_QUERY = frozenset({"falcon", "gpt_bigcode"})
 """Families that have one head of keys and values unless their config says `multi_query: false`."""
@@ -39,21 +41,21 @@ COLUMN = frozenset(
     " dense_h_to_4h".split()
 )
 ROW = frozenset("o_proj out_proj down_proj fc2 c_proj fc_out w2 dense_4h_to_h dense".split())
-"""What vLLM divides among the ranks of a group, by rows or by columns; all else each of them has whole."""
+"""The matrices that vLLM divides among the ranks of a group, by rows or by columns; every rank has all others whole."""
 
 KEY_OR_VALUE = frozenset({"k_proj", "v_proj"})
 FUSED_HEADS = frozenset({"qkv_proj", "query_key_value", "c_attn"})
 
 
 class UncutModelError(ValueError):
-    """The model is not a list of layers that vLLM can cut and whose cache is counted; the text says why."""
+    """The model is not a list of layers that vLLM can cut, or its cache cannot be counted; the text says why."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers in order, the tensors before and behind them, and what its config says of heads and windows.
+    """A model's layers in order, the tensors before and after them, and the heads and windows of its config.
 
-    `caches` is what each layer keeps of a token, by the kind of its attention, of one rank of a group of `ranks`.
+    `caches` returns the cache of each layer, by the kind of its attention, on one rank of a group of `ranks`.
     """
 
     graph: ModelGraph
@@ -72,21 +74,21 @@ class Layers:
     is_multi_query: bool = False
 
     def caches(self, ranks: int) -> tuple[LayerCache, ...]:
-        """Return the cache of each layer on one rank of a group: keys and values of its share of heads, at
-        least one.
+        """Return the cache of each layer on one rank of a group: the keys and values of its share of heads, at least of
+        one.
         """
         kept = max(1, self.key_value_heads // ranks)
         token_bytes = 2 * kept * self.head_size * self.element_bytes
         return tuple(LayerCache(token_bytes=token_bytes, window=window) for window in self.windows)
 
     def check_caches(self, measurement: Measurement) -> None:
-        """Hold what each layer keeps by the config to what the model's own code kept when it was measured.
+        """Compare the cache of each layer by the config with the measured cache of the model's own code.
 
-        Of a layer with a window that may be fewer tokens than the context. Where vLLM keeps one head for all, and
-        transformers each of them, the two are not the same.
+        A layer with a window may cache fewer tokens than the context. If vLLM caches one head for all, but transformers
+        every one, the two differ.
 
         Raises:
-            UncutModelError: if they are not the same.
+            UncutModelError: if they differ.
         """
         if not measurement.measured or self.is_multi_query:
             return
@@ -103,7 +105,7 @@ class Layers:
                 )
 
     def obstacle_to(self, ranks: int) -> str | None:
-        """Return why a group of so many devices cannot share the layers; `None` if it can."""
+        """Return why a group of `ranks` devices cannot share the layers; `None` if it can."""
         padded = _padded(self.vocabulary)
         if self.heads % ranks:
             return f"{self.heads} heads of attention cannot be divided among {ranks} devices"
@@ -125,7 +127,7 @@ class Layers:
 
     @cached_property
     def ends(self) -> tuple[ModulePath, ...]:
-        """The modules before and behind the layers."""
+        """The modules before and after the layers."""
         return (*self.before, *self.behind)
 
     def layer_bytes(self, ranks: int) -> tuple[int, ...]:
@@ -133,9 +135,7 @@ class Layers:
         return tuple(self._bytes_of((path,), ranks) for path in self.paths)
 
     def first_bytes(self, ranks: int) -> int:
-        """Return the bytes of the first stage besides layers: the embedding, and the table of rotations of
-        every stage.
-        """
+        """Return the bytes of the first stage besides layers: the embedding, and the rotary table of every stage."""
         return self._bytes_of(self.before, ranks)
 
     def last_bytes(self, ranks: int, stages: int) -> int:
@@ -148,7 +148,7 @@ class Layers:
 
     @property
     def rotations_bytes(self) -> int:
-        """The table of rotations by position, which every stage has."""
+        """The bytes of the rotary table, which every stage has."""
         return self.positions * self.head_size * self.element_bytes if self.is_rotary else 0
 
     def _names(self, paths: Iterable[ModulePath]) -> list[TensorName]:
@@ -165,7 +165,7 @@ class Layers:
         """Return the bytes that one rank of a group holds of a tensor."""
         size_bytes, kind = tensor.size_bytes, _kind(tensor)
         if tensor.kind == "buffer" and not tensor.in_buffer:
-            return 0  # tables of rotations, which vLLM makes otherwise
+            return 0  # rotary tables, which vLLM makes differently
         if _is_of_vocabulary(tensor, self.vocabulary):
             return size_bytes * _padded(self.vocabulary) // self.vocabulary // ranks
         if kind == "row":
@@ -181,10 +181,10 @@ class Layers:
 
 
 def layers_of(graph: ModelGraph, config: Mapping[str, Any]) -> Layers:
-    """Return a model as vLLM cuts it.
+    """Return the layers of a model as vLLM cuts it.
 
     Raises:
-        UncutModelError: if it is none that can be cut, or whose cache is not counted.
+        UncutModelError: if it cannot be cut, or its cache cannot be counted.
     """
     paths = _list_of_layers(graph)
     count = config.get("num_hidden_layers", config.get("n_layer"))
@@ -252,7 +252,7 @@ def _list_of_layers(graph: ModelGraph) -> tuple[ModulePath, ...]:
 
 
 def _key_value_heads(config: Mapping[str, Any], heads: int) -> int:
-    """Return how many heads of keys and values there are (vLLM's `get_total_num_kv_heads`).
+    """Return the number of heads of keys and values (vLLM's `get_total_num_kv_heads`).
 
     Example:
         >>> _key_value_heads({"model_type": "falcon", "num_kv_heads": 8}, 64)
@@ -271,7 +271,7 @@ def _key_value_heads(config: Mapping[str, Any], heads: int) -> int:
 
 
 def _element_bytes(graph: ModelGraph, paths: Sequence[ModulePath]) -> int:
-    """Return the bytes of a number of the model's dtype: of the norms, which no quantizer touches."""
+    """Return the bytes of an element in the model's dtype, by its norms, which no quantizer converts."""
     sizes = [
         tensor.size_bytes // tensor.element_count
         for tensor in graph.modules[paths[0]].tensors()
@@ -289,7 +289,7 @@ def _is_of_vocabulary(tensor: Tensor, vocabulary: int) -> bool:
 
 
 def _owner(tensor: Tensor) -> str:
-    """Return the name of the matrix that a tensor is, or belongs to."""
+    """Return the name of the matrix that a tensor is or belongs to."""
     *_, owner, name = ("", *tensor.name.split("."))
     return owner if name in ("weight", "bias") or owner in COLUMN | ROW else name.removesuffix("_bias")
 
@@ -308,11 +308,11 @@ def _is_of_keys(tensor: Tensor) -> bool:
 
 
 def number_of(paths: Sequence[str], name: str) -> int | None:
-    """Return the number of the layer that a tensor or module is in, or that it is."""
+    """Return the number of the layer that a tensor or module is in, or is itself."""
     match = re.match(rf"{re.escape(paths[0].rpartition('.')[0])}\.([0-9]+)(\.|$)", name)
     return int(match[1]) if match else None
 
 
 def is_in(path: str, names: Iterable[str]) -> bool:
-    """Return whether a name is one of these modules or in one."""
+    """Return whether a path is one of these modules, or within one."""
     return any(is_within(path, name) for name in names)

@@ -1,4 +1,4 @@
-"""Searches the best pipeline: over which devices, and which layers each of them has. Exact, and always the same."""
+"""Searches for the best pipeline: its devices, and the layers of each; exact and deterministic."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from devmap_config.pipeline.slots import Slot
 
 WITHIN = 100
-"""Of plans that take at most a hundredth longer than the fastest, the one with the largest cache is taken."""
+"""Among plans within a hundredth of the fastest, the one with the largest cache is chosen."""
 
 
 class TooManyChoicesError(ValueError):
-    """There are more ways to choose the devices of a pipeline than are looked at."""
+    """There are too many ways to choose the devices of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StagePlacement:
 
 @dataclass(frozen=True)
 class PipelineCandidate:
-    """Devices that may be the stages of a pipeline."""
+    """A choice of devices for the stages of a pipeline."""
 
     problem: PipelineProblem
     slots: tuple[Slot, ...]
@@ -51,25 +51,25 @@ class PipelineCandidate:
 
     @cached_property
     def needed_blocks(self) -> int:
-        """The cache blocks that all requests in flight take."""
+        """The cache blocks of all requests in flight."""
         return self.problem.needed_blocks(self.stages)
 
     @cached_property
     def most_blocks(self) -> int:
-        """More than this no stage has room for."""
+        """The most blocks that any stage has room for."""
         return max(int(room.max()) for room in self._rooms)
 
     def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks a cache of so many tokens has."""
+        """Return the number of blocks of a cache of this many tokens."""
         return -(-tokens * self.problem.blocks_per_request(self.stages) // self.problem.context_length)
 
     def best(self, blocks: int) -> StagePlacement | None:
-        """Return the fastest cut with so much room for the cache; `None` if there is none."""
+        """Return the fastest cut with room for this many cache blocks; `None` if there is none."""
         cut = best_cut(self._costs, self._allowed(blocks), self._batches)
         return None if cut is None else self._place(cut)
 
     def within(self, blocks: int, budget: int | None) -> Cut | None:
-        """Return a cut with so much room for the cache that takes no longer than the budget."""
+        """Return a cut with room for this many cache blocks that takes no longer than the budget."""
         if budget is None:
             return least_total(self._costs, self._allowed(blocks), NEVER - 1)
         cut = least_total(self._costs, self._allowed(blocks), budget // self._batches)
@@ -115,16 +115,16 @@ class PipelineCandidate:
 def best_place(problem: PipelineProblem, *, prefers_cache: bool) -> StagePlacement | None:
     """Return the best stages in which all requests fit; `None` if there are none.
 
-    Fast is what has a request wait least for its next token: with one request, all stages together; with as many as
-    there are stages, the slowest as often as there are stages. Within a hundredth of the fastest, the largest cache is
-    taken, then the fewest devices.
+    The fastest is the one with the least time between two tokens of a request: with one request, the sum of all stages;
+    with one for each stage, the time of the slowest times the number of stages. Within a hundredth of the fastest, the
+    largest cache wins, then the fewest devices.
 
     Args:
-        problem: what is to be cut.
-        prefers_cache: whether the size of the cache comes before speed.
+        problem: the problem to solve.
+        prefers_cache: whether a large cache matters more than speed.
 
     Raises:
-        TooManyChoicesError: if devices may be chosen in too many ways, or ordered in too many and none was found.
+        TooManyChoicesError: if there are too many ways to choose devices, or to order them and none was found.
     """
     candidates, are_all = _candidates(problem)
     place = _best_of(candidates, prefers_cache=prefers_cache)
@@ -140,7 +140,7 @@ def _best_of(candidates: Sequence[PipelineCandidate], *, prefers_cache: bool) ->
     least: int | None = None
     near: list[tuple[PipelineCandidate, int]] = []
     for candidate in candidates:
-        # One that is not as fast as what was found already is not searched for its best.
+        # A candidate that is slower than the best so far is not searched further.
         if least is not None and candidate.within(candidate.needed_blocks, _with_slack(least)) is None:
             continue
         place = candidate.best(candidate.needed_blocks)
@@ -154,12 +154,12 @@ def _best_of(candidates: Sequence[PipelineCandidate], *, prefers_cache: bool) ->
 
 
 def tries_all_orders(problem: PipelineProblem) -> bool:
-    """Return whether the devices may be ordered in no more ways than are looked at."""
+    """Return whether all orders of the devices are searched."""
     return _candidates(problem)[1]
 
 
 def widest_place(problem: PipelineProblem) -> StagePlacement | None:
-    """Return the stages with the largest cache, whether or not all requests fit; `None` if the weights do not."""
+    """Return the stages with the largest cache, even if not all requests fit; `None` if the weights do not."""
     return _widest((each for each in _candidates(problem)[0] if each.within(0, None) is not None), None, needed=0)
 
 
@@ -168,10 +168,10 @@ def _with_slack(least: int) -> int:
 
 
 def _candidates(problem: PipelineProblem) -> tuple[list[PipelineCandidate], bool]:
-    """Return the devices that may be stages, each choice first as it is given; and whether all their orders are there.
+    """Return the candidates, each choice first in the given order, and whether these are all orders.
 
     Raises:
-        TooManyChoicesError: if there are more choices than are looked at, each in one order.
+        TooManyChoicesError: if there are too many choices, even with one order each.
     """
     layers = len(problem.layers.paths)
     found = choices(problem.slots, problem.needed, problem.distinct, problem.inventory.links, layers)
@@ -185,7 +185,7 @@ def _candidates(problem: PipelineProblem) -> tuple[list[PipelineCandidate], bool
 
 
 def _in_turn(several: Sequence[Iterator[tuple[Slot, ...]]]) -> Iterator[tuple[Slot, ...]]:
-    """Yield the first of each, then the second of each, until all are at their end."""
+    """Yield the first item of each iterator, then the second of each, until all are exhausted."""
     while several:
         found = [(each, next(each, None)) for each in several]
         yield from (order for _, order in found if order is not None)
@@ -195,7 +195,7 @@ def _in_turn(several: Sequence[Iterator[tuple[Slot, ...]]]) -> Iterator[tuple[Sl
 def _widest(
     candidates: Iterable[PipelineCandidate], budget: int | None, needed: int | None = None
 ) -> StagePlacement | None:
-    """Return the cut with the largest cache of those within the budget; of several, that on the fewest devices."""
+    """Return the cut with the largest cache within the budget; of several, the one on the fewest devices."""
     best: StagePlacement | None = None
     for candidate in sorted(candidates, key=lambda each: each.stages):
         low = candidate.needed_blocks if needed is None else needed

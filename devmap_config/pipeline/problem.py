@@ -1,4 +1,4 @@
-"""The pipeline problem: layers that are cut into stages for given requests, and everything that follows from a cut."""
+"""The pipeline problem: layers to be cut into stages for given requests, and everything that follows from a cut."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 RANK_PROCESS_BYTES = 800_000_000
 HEAD_PROCESS_BYTES = 1_240_000_000
 FOLLOWER_PROCESS_BYTES = 620_000_000
-"""What processes of vLLM take of a host's memory besides weights and cache: a rank's, the head's server and engine, a
-follower's. Seen of vLLM 0.32.0 on CPUs: 0.72 to 0.80 GB a rank, 0.64 and 0.60, 0.62."""
+"""The memory of vLLM's processes on a host besides weights and cache: for each rank, for the head's server and
+engine, for a follower. Observed with vLLM 0.32.0 on CPUs: 0.72 to 0.80 GB for each rank, 0.64 and 0.60, 0.62.
+"""
 
 MOST_BYTES = 2**51
 MOST_OF_A_LAYER = 2**52
 MOST_NANOSECONDS = 2**44
 MOST_RUNNING_BYTES = 2**60
-"""What figures are cut off at, so that sums of them are 64-bit integers: more than two petabytes of a device count as
-two, and what is larger than these fits on none; a layer that takes more than five hours counts as five."""
+"""The limits that figures are capped at, so that sums of them fit in 64-bit integers: more than two petabytes of a
+device count as two, and anything larger fits on no device; a layer that takes more than five hours counts as five.
+"""
 
 LOGITS_BYTES = 4
 """vLLM samples from logits in float32."""
@@ -84,12 +86,12 @@ class PipelineProblem:
 
     @property
     def block_size(self) -> int:
-        """Tokens of a block."""
+        """The tokens of a block."""
         return CPU_BLOCK_TOKENS if self.kind == CPU.kind else BLOCK_TOKENS
 
     @property
     def context_length(self) -> int:
-        """Tokens of a request."""
+        """The tokens of a request."""
         return self.measurement.workload.context_length
 
     @property
@@ -104,10 +106,8 @@ class PipelineProblem:
         return max(workload.batch_size * workload.prompt_length, self.sequences)
 
     def blocks_per_request(self, stages: int) -> int:
-        """Return the cache blocks of a request; with an attention window, those under way in every stage are kept as
-        well.
-        """
-        # Where schedules are made ahead (`async_scheduling`, not on the CPU), one batch more may be under way.
+        """Return the cache blocks of a request; with an attention window, including those in flight in every stage."""
+        # With `async_scheduling`, which the CPU does not have, one more batch may be in flight.
         batches = stages if self.kind == CPU.kind else stages + 1
         return blocks_per_request(
             self.layers.caches(self.ranks),
@@ -142,7 +142,7 @@ class PipelineProblem:
 
     @property
     def unlinked(self) -> list[tuple[Slot, Slot]]:
-        """The places of stages that may follow one another, and whose link the machine does not state."""
+        """The pairs of consecutive slots whose link the machine does not state."""
         hosts = list(dict.fromkeys(slot[0].id.host for slot in self.slots))
         return [
             (before, after)
@@ -205,7 +205,7 @@ class PipelineProblem:
         return rooms
 
     def times(self, phase: Phase, stages: int) -> StageTimes:
-        """Return the times of a pipeline of so many stages."""
+        """Return the times of a pipeline of this many stages."""
         workload = self.measurement.workload
         requests = self.requests_of_a_batch(stages) if phase == "decode" else 1
         tokens = requests * workload.batch_size * (1 if phase == "decode" else workload.prompt_length)
@@ -259,7 +259,7 @@ class PipelineProblem:
         return largest_between([self._peak_bytes(path) for path in self.layers.paths])
 
     def _peak_bytes(self, path: str) -> int:
-        """Return the largest activations while a module runs: of its decoding as often as a batch has requests."""
+        """Return the largest activations while a module runs: of a prefill, or of decoding all requests of a batch."""
         cost = self.measurement.by_path.get(path)
         if cost is None:
             return 0
@@ -268,7 +268,7 @@ class PipelineProblem:
 
 
 class UnknownTimeError(Exception):
-    """The machine does not say how fast something is."""
+    """A rate of the machine is unknown."""
 
 
 def _known(nanoseconds: int | None) -> int:
@@ -278,13 +278,13 @@ def _known(nanoseconds: int | None) -> int:
 
 
 def bounds_of(starts: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Return the first and last layer of each stage, given where each begins."""
+    """Return the first and last layer of each stage, given the first layers."""
     ends = [*starts[1:], count]
     return [(start, end - 1) for start, end in zip(starts, ends, strict=True)]
 
 
 def pipeline_of(problem: PipelineProblem, slots: Sequence[Slot], bounds: Sequence[tuple[int, int]]) -> Pipeline:
-    """Return the pipeline with these stages: all else follows from where they are, and from which layers they have."""
+    """Return the pipeline with these stages; everything else follows from their devices and layers."""
     stages, count = [], len(slots)
     rooms = problem.rooms(slots)
     decode, prefill = (_times_of(problem, slots, phase) for phase in ("decode", "prefill"))

@@ -1,4 +1,4 @@
-"""The rules of a profile as constraints on stages; a rule that vLLM cannot express is refused where it is written."""
+"""Turns the rules of a profile into constraints on stages; a rule that vLLM cannot express is refused at its place."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wishes:
-    """The constraints of rules on layers by number; -1 is what comes before the layers, their count what comes behind.
+    """The constraints of rules on layers by number; -1 stands for the modules before the layers, their count for those
+    after.
 
     Attributes:
-        wanted: the device that something must be on, with the rule that says so.
-        forbidden: the devices that something must not be on.
+        wanted: the required devices, with their rules.
+        forbidden: the forbidden devices.
         together: layers that must share a stage.
     """
 
@@ -47,11 +48,11 @@ class Wishes:
 
     @cached_property
     def needed(self) -> frozenset[Device]:
-        """The devices on which rules put something: a pipeline without one of them breaks these."""
+        """The devices that rules place something on, each of which a pipeline must use."""
         return frozenset(device for device, _ in self.wanted.values())
 
     def allowed(self, slots: Sequence[Slot]) -> list[Mask]:
-        """Return which layers each stage may have, were these the stages; equal ones share their matrix."""
+        """Return the layers that each of these stages may have; equal stages share their matrix."""
         known: dict[tuple[object, ...], Mask] = {}
         allowed = []
         for place, slot in enumerate(slots):
@@ -62,15 +63,16 @@ class Wishes:
         return allowed
 
     def orders(self, slots: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
-        """Yield the slots in each order that rules leave open, first in that in which they are given.
+        """Yield the slots in each order that rules allow, beginning with the given one.
 
-        Of a host, those that have the first and the last layers stay where they are, and those that have others keep
-        their order. Where rules name none of these, all stay; else the rest may be anywhere between, equal ones once.
+        Of each host, the slots with the first and the last layers stay in place, and those with other layers keep their
+        order. If rules name none of the latter, all stay; otherwise the rest may be anywhere between, with equal slots
+        counted once.
         """
         by_host: dict[str | None, list[Slot]] = {}
         for slot in slots:
             by_host.setdefault(slot[0].id.host, []).append(slot)
-        # Of a host, no more than are looked at.
+        # The orders of a host are limited, too.
         for of_hosts in product(*(islice(self._orders_of_host(own), MOST_CHOICES + 1) for own in by_host.values())):
             yield tuple(chain.from_iterable(of_hosts))
 
@@ -86,7 +88,7 @@ class Wishes:
         for slot in others:
             alike.setdefault(kind_of(slot, self.devices), []).append(slot)
         seen = set()
-        for queues in ([wanted, others], [wanted, *alike.values()]):  # first those in which others keep their order
+        for queues in ([wanted, others], [wanted, *alike.values()]):  # first the orders in which the others keep theirs
             for order in _merged(queues, between):
                 key = tuple(slot[0].id for slot in order)
                 if key not in seen:
@@ -116,7 +118,7 @@ class Wishes:
 
 
 def wishes_of(layers: Layers, resolution: Resolution, slots: Sequence[Slot], sink: Sink) -> Wishes:
-    """Return what the rules ask of stages; what vLLM cannot express of it goes to the sink."""
+    """Return the constraints of rules on stages, and report rules that vLLM cannot express."""
     count = len(layers.paths)
     slot_of = {device.id: slot for slot in slots for device in slot}
     refused: set[int] = set()
@@ -169,10 +171,10 @@ def wishes_of(layers: Layers, resolution: Resolution, slots: Sequence[Slot], sin
 
 
 def in_order(slots: Sequence[Slot], wishes: Wishes) -> tuple[Slot, ...]:
-    """Return the slots with those of a host in the order in which rules give them layers.
+    """Return the slots, with those of each host in the order of the layers that rules give them.
 
-    Whichever has the first layer, or what is before it, can only be the first stage of its host, and whichever has the
-    last layer, or what is behind it, the last: others of that host, which no rule names, are between.
+    A slot with the first layer, or modules before it, must be the first stage of its host, and one with the last layer,
+    or modules after it, the last. Slots of that host that no rule names are between them.
     """
     asked: dict[Device, int] = {}
     for number in sorted(wishes.wanted):
@@ -197,7 +199,7 @@ def end_of(slot: Slot, wishes: Wishes) -> int:
 
 
 def _merged(queues: Sequence[Sequence[Slot]], given: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
-    """Yield all ways to merge queues of which each keeps its order, first that in which their items are given."""
+    """Yield all ways to merge queues that keep the order of each, beginning with the given order."""
     heads = sorted((queue for queue in queues if queue), key=lambda queue: given.index(queue[0]))
     if not heads:
         yield ()
@@ -207,7 +209,7 @@ def _merged(queues: Sequence[Sequence[Slot]], given: Sequence[Slot]) -> Iterator
 
 
 def _members(layers: Layers) -> Iterator[tuple[int, list[str]]]:
-    """Yield the tensors of each place: before the layers, of each of them, behind."""
+    """Yield the tensors of each position: before the layers, of each layer, and after them."""
     graph, count = layers.graph, len(layers.paths)
     places = {-1: layers.before, **{number: (path,) for number, path in enumerate(layers.paths)}, count: layers.behind}
     for number, paths in places.items():
@@ -230,7 +232,7 @@ def _forbidden(layers: Layers, resolution: Resolution) -> dict[int, frozenset[De
 
 
 def _beyond(decision: Decision, slot_of: Mapping[Device, Slot]) -> tuple[str, str] | None:
-    """Return what vLLM cannot do of what a rule asks for, and what to write."""
+    """Return what vLLM cannot do about a rule, and advice."""
     rule, device = decision.rule, decision.device
     if decision.compute not in (None, device):
         return (
@@ -247,7 +249,7 @@ def _beyond(decision: Decision, slot_of: Mapping[Device, Slot]) -> tuple[str, st
 
 
 def _check_order(wanted: Mapping[int, tuple[Device, Rule]], layers: Layers, slots: Sequence[Slot], sink: Sink) -> None:
-    """Stages are consecutive, and hosts follow one another as they are listed."""
+    """Report rules whose order of layers contradicts the order of stages and hosts."""
     hosts = list(dict.fromkeys(slot[0].id.host for slot in slots))
     slot_of = {device.id: place for place, slot in enumerate(slots) for device in slot}
     before: tuple[int, Device] | None = None

@@ -1,4 +1,4 @@
-"""The settings of a profile that a plan for vLLM has no use for, or that only such a plan has."""
+"""Checks settings that plans for vLLM do not support, or that only these support."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 STRATEGIES = ("auto", "fastest", "longest-context", "fewest-devices", "manual")
-"""`auto` is `fastest` where the machine says how fast it is, and else `longest-context`; `fewest-devices` likewise."""
+"""`auto` means `fastest` if the machine states its rates, else `longest-context`; `fewest-devices` likewise."""
 
 MULTIPLE_TARGETS = "a plan is made for one engine: name `transformers` or `vllm`, and keep a profile for each"
 
 
 def check_settings(loaded: LoadedProfile, sink: Sink) -> None:
     """Report settings that the profile's targets do not support: several hosts without vLLM, and what vLLM does
-    otherwise.
+    differently.
     """
     profile = loaded.profile
     if not profile.hardware.listed and not sink.has_errors:
@@ -68,7 +68,7 @@ def _check_without_vllm(loaded: LoadedProfile, sink: Sink) -> None:
 
 
 def _beyond(loaded: LoadedProfile) -> Iterator[tuple[Span, str, str]]:
-    """Yield what vLLM cannot do of what is asked for, or is not counted for it: where, what, and what to write."""
+    """Yield settings that vLLM does not support, or that are not counted for it: the place, the message, and advice."""
     model, workload, placement = loaded.profile.model, loaded.profile.workload, loaded.profile.placement
     if model.adapter is not None:
         yield model.adapter.span, "an adapter is not counted in plans for vLLM", "merge it into the model, or remove it"

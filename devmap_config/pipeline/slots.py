@@ -1,4 +1,4 @@
-"""The places of stages: a device, or a tensor-parallel group of equal devices, host by host."""
+"""Slots, the places of stages: a device, or a tensor-parallel group of equal devices, host by host."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from devmap_config.profile.loading import LoadedProfile
 
 Slot: TypeAlias = "tuple[InventoryDevice, ...]"
-"""The devices of one stage: one, or those of a group."""
+"""The devices of one stage: one device, or those of a group."""
 
 MOST_CHOICES = 1024
-"""Ways to choose the devices of a pipeline that are looked at; equal devices of a host, and equal hosts, count once.
+"""The most ways to choose the devices of a pipeline; equal devices of a host, and equal hosts, count once.
 
-Four hosts with two cards of each of two kinds come to 430; with 126 layers, that takes three seconds."""
+Four hosts with two cards of each of two kinds have 430; with 126 layers, these take three seconds."""
 
 
 def slots_of(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> tuple[Slot, ...]:
-    """Return where a stage may be, in the order of hosts and devices; what is wrong with the groups goes to the sink.
+    """Return the slots of stages, in the order of hosts and devices, and report mistakes in the groups.
 
-    vLLM runs on one kind of device: what is not an accelerator computes only where no host has any.
+    vLLM runs on one kind of device: CPUs compute only if no host has an accelerator.
     """
     by_id = {device.id: device for device in inventory.devices}
     groups = loaded.profile.placement.groups
@@ -50,7 +50,7 @@ def slots_of(loaded: LoadedProfile, inventory: Inventory, sink: Sink) -> tuple[S
 def _computing(inventory: Inventory) -> tuple[InventoryDevice, ...]:
     if any(device.id.kind != CPU.kind for device in inventory.accelerators):
         return inventory.accelerators
-    in_parts = {device.id.host for device in inventory.accelerators}  # hosts whose CPU is several devices
+    in_parts = {device.id.host for device in inventory.accelerators}  # hosts whose CPU is split into several devices
     return tuple(
         device
         for device in inventory.devices
@@ -92,17 +92,17 @@ def choices(
     links: Mapping[tuple[Device, Device], InventoryLink],
     most_stages: int | None = None,
 ) -> Iterator[tuple[Slot, ...]]:
-    """Yield which slots may be the stages of a pipeline, most first: as many on each host that is used.
+    """Yield the choices of slots for a pipeline, the largest first, with the same number on each host that is used.
 
-    Of equal slots of a host the first are taken, and of equal hosts the first. Where there are more than
-    `MOST_CHOICES`, more than so many are yielded, but not all: there may be as many as subsets of the hosts.
+    Of equal slots of a host, and of equal hosts, the first are taken. If there are more than `MOST_CHOICES`, more than
+    that are yielded, but not all, as there may be as many as subsets of the hosts.
 
     Args:
-        slots: those that there are.
-        needed: devices of which each has to be in a stage.
-        distinct: devices that rules name: a slot with one of them is like no other.
-        links: between devices; hosts are equal only where theirs are.
-        most_stages: how many stages there can be; without it, as many as slots.
+        slots: all slots.
+        needed: the devices that must be in a stage.
+        distinct: the devices that rules name, whose slots equal no others.
+        links: the links between devices, which must be equal for hosts to be equal.
+        most_stages: the most stages; with `None`, the number of slots.
     """
     hosts: dict[str | None, list[Slot]] = {}
     for slot in slots:
@@ -119,7 +119,7 @@ def choices(
 
 
 def kind_of(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
-    """Return what two slots have in common that may stand for each other."""
+    """Return a key that is equal for interchangeable slots."""
     named = tuple(device.id for device in slot if device.id in distinct)
     return (named, slot[0].memory_bytes, slot[0].capacity_bytes, slot[0].rates)
 
@@ -127,9 +127,9 @@ def kind_of(slot: Slot, distinct: frozenset[Device]) -> tuple[object, ...]:
 def _reached(
     own: Sequence[Slot], slots: Sequence[Slot], links: Mapping[tuple[Device, Device], InventoryLink]
 ) -> tuple[object, ...]:
-    """Return what two hosts have in common whose devices reach each other, and those of others, equally fast.
+    """Return a key that is equal for hosts whose devices have equally fast links, to each other and to other hosts.
 
-    Between two hosts the slower network decides, so that the fastest link tells a host's own as far as it matters.
+    The slower network limits a link between two hosts, so the fastest link represents a host's own network.
     """
     devices = [device.id for slot in own for device in slot]
     within = tuple(links.get((source, target)) for source in devices for target in devices if source != target)
@@ -142,11 +142,10 @@ def _reached(
 def _of_hosts(
     hosts: Sequence[Sequence[Slot]], count: int, most: int, needed: frozenset[Device], kinds: Mapping[Device, int]
 ) -> Iterator[tuple[Slot, ...]]:
-    """Yield so many slots of each of some hosts, those that are needed among them; of choices that are alike, one.
+    """Yield choices of `count` slots on each of some hosts, including the needed ones; equal choices only once.
 
-    From the last host to the first, what may follow is kept. Each of it can be completed to a choice by the hosts that
-    are needed before it, so that there are no fewer choices than are kept of any host: where these are more than are
-    looked at, the rest is left out.
+    Partial choices are extended from the last host to the first. Each can be completed by the needed hosts before it,
+    so there are at least as many choices as partial ones of any host. If these exceed the limit, the rest is dropped.
     """
     is_needed = [any(device.id in needed for slot in own for device in slot) for own in hosts]
     if any(
@@ -164,7 +163,7 @@ def _of_hosts(
             for key, rest in following:
                 if len(own) + len(rest) <= room:
                     kept.setdefault(alike + key, own + rest)
-            if len(kept) > MOST_CHOICES + 1:  # with the one that has no stage
+            if len(kept) > MOST_CHOICES + 1:  # one of them has no stage
                 break
         following = list(kept.items())
     yield from (chosen for _, chosen in following if chosen)
@@ -173,7 +172,7 @@ def _of_hosts(
 def _subsets(
     slots: Sequence[Slot], count: int, needed: frozenset[Device], kinds: Mapping[Device, int]
 ) -> Iterator[tuple[Slot, ...]]:
-    """Yield so many slots of a host in their order, equal ones counted instead of named."""
+    """Yield choices of `count` slots of a host in order, with equal slots counted rather than named."""
     by_kind: dict[int, list[int]] = {}
     for number, slot in enumerate(slots):
         by_kind.setdefault(kinds[slot[0].id], []).append(number)
@@ -185,7 +184,7 @@ def _subsets(
 
 
 def _counts(most: Sequence[int], least: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
-    """Yield how many of each kind may be taken, so many in all, the most of the first kinds first."""
+    """Yield the numbers to take of each kind, with this total, beginning with the most of the first kinds."""
     if not most:
         if not total:
             yield ()

@@ -1,7 +1,7 @@
-"""`Pipeline`: a plan within what vLLM can do, as frozen data: stages in the order of their ranks, and their hosts.
+"""`Pipeline`: a plan for vLLM as frozen data: stages in the order of their ranks, and their hosts.
 
-A compiled profile with `targets: [vllm]` has it as `compile_profile(path).pipeline`, which is `Plan.pipeline` (`None`
-for other targets); a lock has it as `plan.pipeline`, which `Pipeline.from_json` reads.
+For a profile with `targets: [vllm]`, it is `compile_profile(path).pipeline`, that is `Plan.pipeline` (`None` for other
+targets). In a lock, it is `plan.pipeline`, which `Pipeline.from_json` reads.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Consecutive layers on one device, or on each of a tensor-parallel group: all figures are of one rank.
+    """Consecutive layers on one device, or on each device of a tensor-parallel group; all figures are for one rank.
 
     `first_layer` and `last_layer` are both included. `weights_bytes` are those that vLLM loads: with the embedding on
-    the first stage, norm and head on the last (tied: the matrix on both). `capacity_bytes` is what the plan may use of
-    the rank's device, `activation_bytes` what is left free of it for a forward, `overhead_bytes` what vLLM's processes
-    take of it where it is a CPU. `page_bytes` is what a block of the
-    cache takes here, `blocks` how many this rank had room for by itself. Times are those of one decoded token of each
-    request of a batch, and of one batch of a prompt, with what is sent on to the next stage; `None` if the machine
-    does not say how fast it is.
+    the first stage, norm and head on the last (a tied matrix on both). `capacity_bytes` is the part of the rank's
+    device that the plan may use, `activation_bytes` the part that is left free for a forward, and `overhead_bytes` the
+    part that vLLM's processes take if it is a CPU. `page_bytes` are the bytes of a cache block here, and `blocks` is
+    the number of blocks that this rank would have room for by itself. Times are those of one decoded token for each
+    request of a batch, and of one batch of a prompt, with the transfer to the next stage; `None` if a rate of the
+    machine is unknown.
     """
 
     devices: tuple[Device, ...]
@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def host(self) -> str | None:
-        """The name of the host that it is on; `None` if the profile has one machine without a name."""
+        """The name of the host of the stage; `None` if the profile has one machine without a name."""
         return self.devices[0].host
 
     @property
@@ -55,10 +55,10 @@ class Stage:
 class PipelineHost:
     """One machine of a pipeline: a node of vLLM, whose number is its place among the hosts.
 
-    `devices` are those of its ranks, in the order of the local ranks: their indices are what `--device-ids` is given.
-    `address` and `interface` are the profile's, of the network over which the hosts reach each other; `None` if it
-    does not say. `cache_bytes` is what each of its ranks is to be given as `--kv-cache-memory-bytes`: the blocks of the
-    whole pipeline, at the largest page of this host's stages.
+    `devices` are those of its ranks, in the order of the local ranks; `--device-ids` gets their indices. `address` and
+    `interface` are those of the profile for the network between the hosts; `None` if it has none. `cache_bytes` is the
+    value of `--kv-cache-memory-bytes` for each of its ranks: the blocks of the whole pipeline, at the largest page of
+    this host's stages.
     """
 
     name: str | None
@@ -70,12 +70,13 @@ class PipelineHost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """Stages in the order of their ranks, and the hosts that these are on, in the order of their node ranks.
+    """Stages in the order of their ranks, and their hosts, in the order of the node ranks.
 
-    `kind` is that of all its devices: `cuda`, say, or `cpu`. `dtype` is the model's, `cache_dtype` the cache's.
-    `max_model_len` is the context of a request, `max_num_seqs` how many of them are in flight, and
-    `max_num_batched_tokens` how many tokens are computed at once. `blocks` is what the least of all ranks has room for,
-    one of which vLLM keeps empty; `blocks_per_request` is what one request of full length takes.
+    `kind` is that of all its devices, such as `cuda` or `cpu`. `dtype` is the model's, `cache_dtype` the cache's.
+    `max_model_len` is the context of a request, `max_num_seqs` the number of sequences in flight, and
+    `max_num_batched_tokens` the number of tokens that are computed at once. `blocks` is the least number of blocks that
+    any rank has room for, one of which vLLM keeps empty; `blocks_per_request` is the number for one request of full
+    length.
     """
 
     kind: str
@@ -92,7 +93,7 @@ class Pipeline:
 
     @property
     def tensor_parallel_size(self) -> int:
-        """`--tensor-parallel-size`: the same for all stages."""
+        """`--tensor-parallel-size`, the same for all stages."""
         return len(self.stages[0].devices)
 
     @property
@@ -122,13 +123,13 @@ class Pipeline:
 
     @property
     def slowest_stage(self) -> int | None:
-        """The number of the stage that takes longest to decode; `None` if times are not known."""
+        """The number of the stage that takes longest to decode; `None` if times are unknown."""
         times = [stage.decode_nanoseconds for stage in self.stages]
         known = [each for each in times if each is not None]
         return times.index(max(known)) if len(known) == len(times) else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it stands in a lock."""
+        """Return the pipeline as a lock stores it."""
         return {
             **{name: getattr(self, name) for name in self.__slots__ if name not in ("hosts", "stages")},
             "hosts": [{**asdict(host), "devices": list(map(str, host.devices))} for host in self.hosts],
@@ -137,7 +138,7 @@ class Pipeline:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Pipeline:
-        """Return what `to_json` wrote.
+        """Return the pipeline that `to_json` wrote.
 
         Raises:
             KeyError, TypeError, ValueError: if the value is not one.

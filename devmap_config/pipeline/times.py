@@ -1,6 +1,6 @@
 """The time of a stage: its layers at the rates of its device, and the transfer to the next.
 
-vLLM replays its kernels (CUDA graphs), so that the host's pace is left out: a module takes the longer of reading and
+vLLM replays its kernels (CUDA graphs), so the host's pace does not count: a module takes the longer of reading and
 computing. These times compare stages of one plan; none was measured on a card.
 """
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from devmap_config.pipeline.slots import Slot
 
 SENT_TENSORS = 2
-"""What a stage gives the next: the hidden states, and what is to be added to them (`IntermediateTensors`)."""
+"""The number of tensors that a stage sends to the next: the hidden states and the residual (`IntermediateTensors`)."""
 
 REDUCTIONS_OF_A_LAYER = 2
-"""How often the ranks of a group add up what they have: behind the attention, and behind the MLP."""
+"""The number of all-reduces in a layer: after the attention, and after the MLP."""
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Times of a phase, of a batch of so many `requests`, each as the workload has it.
+    """The times of a phase, for a batch of `requests` requests of the workload.
 
-    `token_bytes` is what the model's hidden state of a token takes, `tokens` how many the batch has.
+    `token_bytes` are the bytes of a token's hidden state, `tokens` is the number of tokens of the batch.
     """
 
     graph: ModelGraph
@@ -42,8 +42,8 @@ class StageTimes:
     token_bytes: int
 
     def nanoseconds(self, path: str, slot: Slot) -> int | None:
-        """Return the time of a module and all below it, shared by the devices of a group; `None` if a rate is not
-        known.
+        """Return the time of a module with everything below it, shared by the devices of a group; `None` if a rate is
+        unknown.
         """
         bandwidth, flops = (slot[0].reached(name) for name in ("bandwidth_bytes_per_second", "flops_per_second"))
         if bandwidth is None or (flops is None and self.phase == "prefill"):
@@ -56,7 +56,7 @@ class StageTimes:
         return total // len(slot)
 
     def reducing_nanoseconds(self, slot: Slot) -> int | None:
-        """Return the time in which the ranks of a group add up their shares of a layer, in a ring."""
+        """Return the time of a layer's all-reduces over the ranks of a group, in a ring."""
         if len(slot) == 1:
             return 0
         link = self.inventory.links.get((slot[0].id, slot[1].id))
@@ -73,8 +73,8 @@ class StageTimes:
         return link.nanoseconds(SENT_TENSORS * self.tokens * self.token_bytes, SENT_TENSORS)
 
     def _work(self, path: str) -> Iterable[tuple[int, int]]:
-        """Yield the bytes and operations of each module below a path: weights are read once, all else for
-        each request.
+        """Yield the bytes and operations of each module below a path: weights are read once, everything else for each
+        request.
         """
         measurement = self.graph.measurement
         for module in self.graph.modules[path].walk():  # type: ignore[index]
@@ -83,7 +83,7 @@ class StageTimes:
             if cost is None:
                 continue
             touched_bytes, operations = self._figures(cost)
-            if touched_bytes <= weights_bytes:  # experts that tokens choose, and rows of an embedding
+            if touched_bytes <= weights_bytes:  # only chosen experts, or rows of an embedding
                 touched_bytes = min(touched_bytes * self.requests, weights_bytes)
             else:
                 touched_bytes = weights_bytes + (touched_bytes - weights_bytes) * self.requests

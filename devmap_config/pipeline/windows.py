@@ -1,7 +1,7 @@
-"""The attention window of each layer by a model's config, as transformers' config class has it, by which vLLM reads it.
+"""Reads the attention window of each layer from a model's config, like transformers' config class, which vLLM uses.
 
-A config may leave `layer_types` out; its class then derives them, each family of models in its own way. The ways that
-are known here are held to those classes by a test; of others, a window is refused rather than guessed at.
+A config may omit `layer_types`; its class then derives them, each family of models in its own way. A test compares the
+families that are known here with those classes; windows of other families are refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -25,45 +25,49 @@ EVERY_FULL = {
     "olmo3": 4,
     "vaultgemma": 2,
 }
-"""Families in which each so-manieth layer sees all, and the others a window."""
+"""Families in which every n-th layer has full attention, and the others a window."""
 
 PATTERN_KEYS = {
     **dict.fromkeys(("cohere2", "exaone4", "exaone_moe", "gemma3_text"), "sliding_window_pattern"),
     "afmoe": "global_attn_every_n_layers",
 }
-"""The key by which the config of some of them may name another number."""
+"""The key with which the config of some of these families may set another number."""
 
 FIRST_FULL = {"granite_swa": 4, "granitemoe_swa": 4}
-"""Families in which the first layer sees all, and each so-manieth after it."""
+"""Families in which the first layer has full attention, and every n-th after it."""
 
 ALL_FULL = frozenset({"laguna"})
-"""Families in which all layers see all, whatever window their config has, unless `layer_types` says which do not."""
+"""Families in which all layers have full attention, whatever window their config has, unless `layer_types` says
+otherwise.
+"""
 
 ONE_MORE = frozenset({"cohere2", "cohere2_moe"})
-"""Families that vLLM lets see one token more than `sliding_window`, as they were trained (`models/commandr.py`)."""
+"""Families whose window in vLLM is one token longer than `sliding_window`, as in their training
+(`models/commandr.py`).
+"""
 
 OF_OTHER_KINDS = frozenset(
     {"deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "inkling_text", "kimi_linear", "llama4_text"}
 )
-"""Families whose layers keep something else than keys and values of all or of a window."""
+"""Families whose layers cache something other than the keys and values of all tokens or of a window."""
 
 EVERY_SLIDING = frozenset(
     {"ministral", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2"}
 )
-"""Families in which all layers see a window, if their config has one."""
+"""Families in which all layers have a window, if their config has one."""
 
 SWITCHED = frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
 """Families that have no window unless `use_sliding_window` says so."""
 
 LAYERS_BEFORE_WINDOWS = 28
-"""`max_window_layers` where a config of Qwen has none."""
+"""The default of `max_window_layers` in configs of Qwen."""
 
 WINDOWS = {
     **dict.fromkeys((*EVERY_FULL, *SWITCHED, "ministral", "mistral"), 4096),
     **dict.fromkeys(("gpt_oss", *FIRST_FULL), 128),
     "afmoe": 1024,
 }
-"""`sliding_window` where a config has none."""
+"""The default of `sliding_window` by family."""
 
 KEYS_OF_OTHER_LAYERS = (
     "conv_L_cache",
@@ -75,11 +79,11 @@ KEYS_OF_OTHER_LAYERS = (
     "ssm_state_size",
     "state_size",
 )
-"""Keys of configs some of whose layers keep a state instead of keys and values; `layer_types` says which."""
+"""Keys of configs in which some layers cache a state instead of keys and values; `layer_types` says which."""
 
 
 class UnknownWindowsError(ValueError):
-    """A config does not say which layers see a window, or they keep what is not counted; the text says why."""
+    """A config does not say which layers have a window, or their cache cannot be counted; the text says why."""
 
 
 def windows_of(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
@@ -87,10 +91,10 @@ def windows_of(config: Mapping[str, Any], count: int) -> tuple[int | None, ...]:
 
     Args:
         config: the parsed `config.json`.
-        count: how many layers there are.
+        count: the number of layers.
 
     Raises:
-        UnknownWindowsError: if the config does not say, or layers keep something else.
+        UnknownWindowsError: if the config does not say, or layers cache something else.
 
     Example:
         >>> windows_of({"model_type": "gemma2", "sliding_window": 512}, 3)
